@@ -1,0 +1,26 @@
+"""The errors that a user can meet: theirs (`InputError`) and ours (`RankError`)."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """What was asked for cannot be done as asked; the text says what to change. Exit code 2."""
+
+
+class UnsupportedError(InputError):
+    """The model or the option is understood, but cannot be run correctly here. Exit code 2."""
+
+
+class RankError(RuntimeError):
+    """A rank died, hung past the timeout or raised where the other ranks did not. Exit code 1.
+
+    `rank` is the rank number (-1 where it is not known), `reason` its traceback or signal.
+    """
+
+    def __init__(self, rank: int, reason: str):
+        self.rank = rank
+        self.reason = reason
+        super().__init__(f"rank {rank} failed: {reason}" if rank >= 0 else reason)
+
+    def __reduce__(self):
+        return (RankError, (self.rank, self.reason))

@@ -1,1 +1,77 @@
-"""x"""
+"""Unmodified diffusers pipelines on many devices, with the same result.
+
+Names are imported when they are first used: importing this package imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardit.api import load as load
+    from shardit.api import parallelize as parallelize
+    from shardit.config import DiffusionParallelConfig as DiffusionParallelConfig
+    from shardit.config import get_pp_indices as get_pp_indices
+    from shardit.core.plan import Plan as Plan
+    from shardit.engine.omni import Omni as Omni
+    from shardit.errors import InputError as InputError
+    from shardit.errors import RankError as RankError
+    from shardit.errors import UnsupportedError as UnsupportedError
+    from shardit.output import Output as Output
+    from shardit.params import OmniDiffusionSamplingParams as OmniDiffusionSamplingParams
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "DiffusionParallelConfig": "shardit.config",
+    "InputError": "shardit.errors",
+    "Omni": "shardit.engine.omni",
+    "OmniDiffusionSamplingParams": "shardit.params",
+    "Output": "shardit.output",
+    "Plan": "shardit.core.plan",
+    "RankError": "shardit.errors",
+    "UnsupportedError": "shardit.errors",
+    "get_pp_indices": "shardit.config",
+    "load": "shardit.api",
+    "parallelize": "shardit.api",
+}
+
+__all__ = [
+    "DiffusionParallelConfig",
+    "InputError",
+    "Omni",
+    "OmniDiffusionSamplingParams",
+    "Output",
+    "Plan",
+    "RankError",
+    "UnsupportedError",
+    "__version__",
+    "get_pp_indices",
+    "load",
+    "parallelize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
+
+
+class _Package(ModuleType):
+    """This module's class; it keeps `shardit.load` the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing anything below the folder load/ would bind the folder to the name of the function.
+        if not (name == "load" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,217 @@
+"""The `shardit` command: generate, inspect, tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from shardit.errors import InputError
+from shardit.flags import (
+    Chunks,
+    DtypeFlag,
+    GenerateFlags,
+    Model,
+    Partition,
+    PipelineSize,
+    as_command,
+    parallel_config,
+)
+from shardit.output import check_path
+
+if TYPE_CHECKING:
+    from shardit.output import Output
+
+OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
+
+_GIB = 1024**3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: sys.argv) and return the exit code."""
+    return run_app(_app(), arguments, "shardit")
+
+
+def run_script(run: Callable[[GenerateFlags], None], output: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a script that takes the flags of `shardit generate`; `output` is its default for --output."""
+    app = _new_app()
+    app.command()(as_command(_checked(run), Path(output)))
+    return run_app(app, arguments, Path(sys.argv[0]).name)
+
+
+def generate(flags: GenerateFlags) -> None:
+    """Make pictures or a video from a prompt."""
+    from shardit import Omni
+
+    with Omni(**flags.omni_arguments()) as omni:
+        check_kind(omni, flags)
+        report(omni.generate(flags.prompts(), flags.sampling_params()), flags.output)
+
+
+def check_kind(omni: Any, flags: GenerateFlags) -> None:
+    """Compare --output with what the loaded pipeline makes, before it starts to."""
+    takes = getattr(omni, "takes", None)
+    if takes is not None and flags.output is not None:
+        check_path(flags.output, takes.kind, transparent=takes.image_mode == "RGBA")
+
+
+def report(outputs: Sequence[Output], path: Path | None) -> None:
+    """Save outputs and print what they took: on rank 0, for the others have none."""
+    for output in outputs:
+        written = output.save(path or Path("output.mp4" if output.frames else "output.png"))
+        peaks = ", ".join(f"rank {rank} {peak / _GIB:.2f} GiB" for rank, peak in enumerate(output.peak_bytes))
+        for note in output.notes:
+            print(f"note: {note}")
+        print(f"seed {output.seed}; {output.seconds:.1f} s" + (f"; peak memory: {peaks}" if peaks else ""))
+        for file in written:
+            print(file)
+
+
+def inspect(
+    model: Model,
+    dtype: DtypeFlag = None,
+    pipeline_parallel_size: PipelineSize = 1,
+    pipeline_chunks: Chunks = None,
+    layer_partition: Partition = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show what each rank would hold; reads no weights."""
+    config = parallel_config(pipeline_parallel_size, pipeline_chunks, layer_partition)
+    from shardit.engine.inspect import inspect_model
+
+    document = inspect_model(model, config, dtype=dtype.value if dtype else None)
+    if _is_first_rank():
+        print(json.dumps(document) if as_json else table(document))
+
+
+def table(document: dict[str, Any]) -> str:
+    """The document of `shardit inspect --json` for people."""
+    rows = [("rank", "component", "blocks", "parameters", "MiB")]
+    for rank in document["ranks"]:
+        for name, part in rank["components"].items():
+            size = f"{part['bytes'] / 1024**2:,.1f}"
+            rows.append((str(rank["rank"]), name, _spans(part["blocks"]), f"{part['parameters']:,}", size))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column in (0, 3, 4) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([*lines, "", f"chunks per rank: {document['chunks']}", *map(str, document["notes"])])
+
+
+def _spans(blocks: Any) -> str:
+    """Block numbers with neighbours joined: 0-3, 8-11; a count as it is."""
+    if not isinstance(blocks, (list, tuple)) or not all(isinstance(block, int) for block in blocks):
+        return ", ".join(map(str, blocks)) if isinstance(blocks, (list, tuple)) else str(blocks or "-")
+    spans: list[list[int]] = []
+    for block in sorted(blocks):
+        if spans and block == spans[-1][1] + 1:
+            spans[-1][1] = block
+        else:
+            spans.append([block, block])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans) or "-"
+
+
+def tiny(
+    name: Annotated[str, Argument(help="Which tiny model, such as wan2.2-t2v.")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder to write, new or empty.")],
+) -> None:
+    """Write a tiny checkpoint, a complete diffusers folder to try things on."""
+    from shardit.models import tiny as checkpoints
+
+    written = checkpoints.write(name, folder)
+    if _is_first_rank():
+        print(written or folder)
+
+
+def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
+    """Run a typer application; every way it can end becomes an exit code and at most one line on stderr."""
+    try:
+        # Not standalone: typer would print usage errors in boxes and end the process by itself.
+        code = typer.main.get_command(app).main(
+            args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False
+        )
+        if code == INTERRUPTED:  # newer typers turn Ctrl-C into this code
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else OK
+    except (KeyboardInterrupt, typer.Abort):
+        return _failed("interrupted", INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("SHARDIT_DEBUG") == "1":
+            traceback.print_exc()
+        # Usage errors: typer has its own copy of click's classes, or click's, depending on its version.
+        if hasattr(error, "format_message"):
+            return _failed(error.format_message(), USERS)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(error, InputError):
+            return _failed(str(error), USERS)
+        return _failed(_in_one_line(error), OURS, every_rank=True)
+
+
+def _failed(text: str, code: int, every_rank: bool = False) -> int:
+    # Under torchrun every rank finds the same mistake; only what can differ is worth printing from each.
+    if every_rank or _is_first_rank():
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _in_one_line(error: Exception) -> str:
+    from shardit.errors import RankError
+
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = lines[0] if isinstance(error, RankError) else f"{type(error).__name__}: {lines[0]}"
+    return named if len(lines) == 1 else f"{named} (SHARDIT_DEBUG=1 shows all of it)"
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], None]:
+    def checked(flags: GenerateFlags) -> None:
+        flags.check(writes=_is_first_rank())
+        run(flags)
+
+    checked.__doc__ = run.__doc__
+    return checked
+
+
+def _new_app() -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _app() -> typer.Typer:
+    app = _new_app()
+
+    @app.callback(invoke_without_command=True)
+    def about(
+        context: typer.Context,
+        version: Annotated[bool, Option("--version", help="Print the version and leave.")] = False,
+    ) -> None:
+        """Run diffusers pipelines on many devices, with the same result."""
+        if version:
+            from shardit import __version__
+
+            print(f"shardit {__version__}")
+            raise typer.Exit
+        if context.invoked_subcommand is None:
+            print(context.get_help())
+
+    app.command("generate")(as_command(_checked(generate)))
+    app.command("inspect")(inspect)
+    app.command("tiny")(tiny)
+    return app
+
+
+if __name__ == "__main__":
+    sys.exit(main())

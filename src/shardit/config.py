@@ -1,0 +1,225 @@
+"""How a run is spread over devices: the parallel degrees and the layer partition."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from shardit.errors import InputError, UnsupportedError
+
+PARTITION_VARIABLES = ("SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
+"""Environment variables that give a layer partition, the first that is set wins."""
+
+_DEGREES = (
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+    "ulysses_degree",
+    "ring_degree",
+    "cfg_parallel_size",
+    "data_parallel_size",
+    "vae_patch_parallel_size",
+)
+# The patches of one VAE call are dealt to ranks that exist anyway, so this degree adds no ranks.
+_DEGREES_OF_OWN_RANKS = tuple(name for name in _DEGREES if name != "vae_patch_parallel_size")
+_SUPPORTED_DEGREES = ("pipeline_parallel_size",)
+
+
+@dataclass(frozen=True)
+class DiffusionParallelConfig:
+    """Degrees of parallelism. Every degree is a number of ranks, at least 1; 1 switches the axis off.
+
+    Wrong values raise `InputError`; axes that are named here but not built yet raise `UnsupportedError`.
+    """
+
+    pipeline_parallel_size: int = 1
+    """Ranks that the blocks of a transformer are cut over. Default 1. Error: more ranks than blocks (at load)."""
+
+    tensor_parallel_size: int = 1
+    """Ranks that each linear layer is cut over. Default 1. Error: anything else, not yet supported."""
+
+    ulysses_degree: int = 1
+    """Ranks that attention heads are dealt to. Default 1. Error: anything else, not yet supported."""
+
+    ring_degree: int = 1
+    """Ranks that keys and values travel around. Default 1. Error: anything else, not yet supported."""
+
+    sequence_parallel_size: int | None = None
+    """Ranks that the tokens are cut over. Default None = ulysses_degree x ring_degree. Error: any other product."""
+
+    cfg_parallel_size: int = 1
+    """Ranks that the branches of guidance are dealt to. Default 1. Error: anything else, not yet supported."""
+
+    data_parallel_size: int = 1
+    """Copies of the model that share the requests. Default 1. Error: anything else, not yet supported."""
+
+    vae_patch_parallel_size: int = 1
+    """Ranks that the tiles of the VAE are dealt to; these ranks are not extra ones. Default 1. Error: not yet
+    supported."""
+
+    pipeline_chunks: int | None = None
+    """Chunks of blocks per pipeline rank. Default None = chosen at load from what can be in flight; 1 = contiguous
+    stages; more = looped placement. Error: below 1."""
+
+    layer_partition: Sequence[int] | None = None
+    """Blocks per stage (pipeline_parallel_size entries, contiguous) or per chunk in chunk order
+    (pipeline_parallel_size x pipeline_chunks entries), counted over a transformer's block lists in the order of a
+    forward. Default None = the environment (see `resolve_layer_partition`), else balanced by cost. Error: an entry
+    below 1, a wrong number of entries, or (at load) a wrong sum."""
+
+    split_batch: bool = True
+    """Whether a batched transformer call (batched guidance, several outputs per prompt) is split by sample where that
+    fills the pipeline. False keeps the batch whole, which keeps the last bits too. Default True. Error: not a bool."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> DiffusionParallelConfig:
+        reject_unknown_names(cls.__name__, kwargs, [item.name for item in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in _DEGREES:
+            _require_positive(name, getattr(self, name))
+        for name in ("sequence_parallel_size", "pipeline_chunks"):
+            if getattr(self, name) is not None:
+                _require_positive(name, getattr(self, name))
+        if not isinstance(self.split_batch, bool):
+            raise InputError(f"split_batch must be True or False, got {self.split_batch!r}")
+        self._check_sequence_parallel_size()
+        self._check_supported()
+        if self.layer_partition is not None:
+            partition = _as_partition(self.layer_partition, "layer_partition")
+            # A tuple, whatever was given: a frozen object must not change through its caller's list.
+            object.__setattr__(self, "layer_partition", partition)
+            partition_chunks(self, partition, "layer_partition")
+
+    def _check_sequence_parallel_size(self) -> None:
+        product = self.ulysses_degree * self.ring_degree
+        if self.sequence_parallel_size not in (None, product):
+            raise InputError(
+                f"sequence_parallel_size={self.sequence_parallel_size} must equal ulysses_degree x ring_degree "
+                f"= {self.ulysses_degree} x {self.ring_degree} = {product}; leave it out or correct one of them"
+            )
+
+    def _check_supported(self) -> None:
+        for name in _DEGREES:
+            if name not in _SUPPORTED_DEGREES and getattr(self, name) > 1:
+                raise UnsupportedError(
+                    f"{name}={getattr(self, name)} is not yet supported; set it to 1 and use pipeline_parallel_size"
+                )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that this configuration needs."""
+        product = 1
+        for name in _DEGREES_OF_OWN_RANKS:
+            product *= getattr(self, name)
+        return product
+
+
+def parse_layer_partition(text: str, source: str) -> tuple[int, ...]:
+    """Turn "8,12,12,8" into (8, 12, 12, 8); `source` is what an error calls the text."""
+    entries = [entry.strip() for entry in text.split(",")]
+    for entry in entries:
+        # isdecimal alone would let other scripts' digits through, int() alone "1_0" and "+3".
+        if not (entry.isascii() and entry.removeprefix("-").isdecimal()):
+            raise InputError(
+                f"{source}={text!r} must be whole numbers with commas between them, such as 8,12,12,8; "
+                f"{entry!r} is not a number"
+            )
+    return _as_partition([int(entry) for entry in entries], source)
+
+
+def resolve_layer_partition(
+    config: DiffusionParallelConfig, environ: Mapping[str, str]
+) -> tuple[tuple[int, ...] | None, str]:
+    """The layer partition in force and the name of where it came from; (None, "automatic") where none is given."""
+    if config.layer_partition is not None:
+        return tuple(config.layer_partition), "layer_partition"
+    for variable in PARTITION_VARIABLES:
+        if text := environ.get(variable, "").strip():
+            partition = parse_layer_partition(text, variable)
+            partition_chunks(config, partition, variable)
+            return partition, variable
+    return None, "automatic"
+
+
+def partition_chunks(config: DiffusionParallelConfig, partition: Sequence[int], source: str) -> int:
+    """Chunks per rank that a partition asks for; a partition with one entry per stage asks for contiguous stages."""
+    stages, chunks, entries = config.pipeline_parallel_size, config.pipeline_chunks, len(partition)
+    if chunks is not None:
+        if entries != stages * chunks:
+            raise InputError(
+                f"{source} has {entries} entries, but pipeline_parallel_size={stages} with pipeline_chunks={chunks} "
+                f"needs {stages * chunks}; give that many or change pipeline_chunks"
+            )
+        return chunks
+    # One rank and several entries is far more likely a forgotten pipeline_parallel_size than a wish for chunks.
+    if entries % stages or (stages == 1 and entries > 1):
+        raise InputError(
+            f"{source} has {entries} entries, but pipeline_parallel_size={stages} needs {stages} "
+            f"(or {stages} x pipeline_chunks); change one of them"
+        )
+    return entries // stages
+
+
+def check_layer_partition(partition: Sequence[int], source: str, num_blocks: int, pp: int, chunks: int) -> None:
+    """Compare a partition with the transformer at hand: its number of blocks, the stages and chunks per stage."""
+    if len(partition) != pp * chunks:
+        raise InputError(
+            f"{source} has {len(partition)} entries, but {pp} stages with {chunks} chunks each need {pp * chunks}"
+        )
+    if sum(partition) != num_blocks:
+        raise InputError(
+            f"{source} {','.join(map(str, partition))} adds up to {sum(partition)}, but the transformer has "
+            f"{num_blocks} blocks; change the entries so that they add up to {num_blocks}"
+        )
+
+
+def get_pp_indices(num_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
+    """First and past-the-last layer of one stage of an even partition.
+
+    Sizes differ by at most one. The stages just before the last take what is left over, because the last one also
+    runs what follows the blocks.
+    """
+    _require_positive("num_layers", num_layers)
+    _require_positive("pp_size", pp_size)
+    if not _is_int(pp_rank) or not 0 <= pp_rank < pp_size:
+        raise InputError(f"pp_rank must be a whole number from 0 to {pp_size - 1}, got {pp_rank!r}")
+    if num_layers < pp_size:
+        raise InputError(f"{num_layers} layers cannot fill {pp_size} stages; use at most {num_layers} stages")
+    size, left_over = divmod(num_layers, pp_size)
+    first_larger = pp_size - 1 - left_over  # stages first_larger .. pp_size - 2 hold one layer more
+    start = pp_rank * size + max(0, min(pp_rank - first_larger, left_over))
+    larger = first_larger <= pp_rank < pp_size - 1
+    return start, start + size + larger
+
+
+def reject_unknown_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise for the first name in `given` that is not `known`, with the nearest known one."""
+    for name in given:
+        if name not in known:
+            raise InputError(f"{what} takes no {name!r}{did_you_mean(name, known)}; it takes: {', '.join(known)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The text " (did you mean 'x'?)" for the nearest known name, or nothing."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def _is_int(value: object) -> bool:
+    # bool is an int to Python, but True given as a number of ranks is a mistake.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _as_partition(entries: object, source: str) -> tuple[int, ...]:
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
+        raise InputError(f"{source} must be a list of whole numbers such as [8, 12, 12, 8], got {entries!r}")
+    if not entries or not all(_is_int(entry) and entry >= 1 for entry in entries):
+        raise InputError(f"{source} must hold whole numbers of at least 1, got {list(entries)!r}")
+    return tuple(entries)

@@ -1,0 +1,185 @@
+"""Messages between the stages of one pipeline. The only module besides `mesh` that talks to torch.distributed."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import RankError
+from .mesh import Mesh
+
+ALIGN = 64
+"""Bytes; every tensor of a packed message starts at a multiple of it, so that any dtype can be viewed in place."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of one message lie: (offset, size) in bytes for each part, and the total size."""
+
+    parts: tuple[tuple[int, int], ...]
+    total: int
+
+
+def pack_layout(sizes: tuple[int, ...]) -> Layout:
+    """Lay out parts of the given sizes (bytes) one after the other, aligned; one part alone needs no padding."""
+    parts, offset = [], 0
+    for size in sizes:
+        parts.append((offset, size))
+        offset += -(-size // ALIGN) * ALIGN if len(sizes) > 1 else size
+    return Layout(tuple(parts), offset)
+
+
+@dataclass(eq=False)
+class Transfer:
+    """A message under way: the handle and the memory, which must both live until it is done."""
+
+    work: dist.Work
+    message: torch.Tensor
+    what: str
+    done: bool = False
+
+
+class Comm:
+    """Point-to-point messages and broadcasts of one pipeline, addressed by stage.
+
+    Sends are asynchronous; their buffers are held until the send is known to be done. Every wait is bounded by the
+    mesh's timeout and ends in RankError.
+    """
+
+    def __init__(self, mesh: Mesh, max_outstanding: int = 64):
+        assert mesh.pipeline is not None
+        self.mesh = mesh
+        self.groups = mesh.pipeline
+        self.rank = mesh.pp_rank
+        self.size = mesh.pp_size
+        self.sent_bytes = 0
+        self._outstanding: deque[Transfer] = deque()
+        self._max_outstanding = max_outstanding
+
+    def send(self, message: torch.Tensor, target: int, *, result: bool = False) -> None:
+        """Start sending a flat byte message to stage `target`. The caller must not write to it any more."""
+        group = self.groups.back if result else self.groups.edge(self.rank, target)
+        work = self._guard(lambda: dist.isend(message, self.groups.ranks[target], group=group), f"send to {target}")
+        self.sent_bytes += message.numel()
+        # gloo cancels a send whose handle is dropped, and frees nothing before it is waited for.
+        self._hold(Transfer(work, message, f"send to stage {target}"))
+
+    def receive(self, message: torch.Tensor, source: int, *, result: bool = False) -> Transfer:
+        """Post the receive of a flat byte message from stage `source`; wait for it with `wait`."""
+        group = self.groups.back if result else self.groups.edge(source, self.rank)
+        what = f"receive from stage {source}"
+        work = self._guard(lambda: dist.irecv(message, self.groups.ranks[source], group=group), what)
+        transfer = Transfer(work, message, what)
+        if result:  # nobody may ever look at a result, but its sender needs it to be taken
+            self._hold(transfer)
+        return transfer
+
+    def wait(self, transfer: Transfer) -> None:
+        """Wait for a transfer (on a GPU: make the current stream wait). Raises RankError after the timeout."""
+        if not transfer.done:
+            self._guard(lambda: transfer.work.wait(self.mesh.timeout), transfer.what)
+            transfer.done = True
+
+    def flush(self) -> None:
+        """Wait until everything sent has been taken."""
+        while self._outstanding:
+            self.wait(self._outstanding.popleft())
+
+    def _hold(self, transfer: Transfer) -> None:
+        self._outstanding.append(transfer)
+        while len(self._outstanding) > self._max_outstanding or (self._outstanding and self._outstanding[0].done):
+            self.wait(self._outstanding.popleft())
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Broadcast a contiguous tensor in place from stage `source` to all stages."""
+        if tensor.numel():
+            raw = tensor if tensor.dtype is torch.uint8 else flat_bytes(tensor)
+            self._guard(lambda: dist.broadcast(raw, self.groups.ranks[source], group=self.groups.back), "broadcast")
+
+    def broadcast_object(self, value: Any, source: int) -> Any:
+        """Broadcast a picklable object from stage `source`; returns it on every stage."""
+        data = pickle.dumps(value, protocol=5) if self.rank == source else b""
+        return pickle.loads(self.broadcast_blob(data, source))
+
+    def broadcast_blob(self, data: bytes, source: int) -> bytes:
+        """Broadcast bytes of a length that only `source` knows."""
+        root, group = self.groups.ranks[source], self.groups.control
+        length = torch.tensor([len(data)], dtype=torch.int64)
+        self._guard(lambda: dist.broadcast(length, root, group=group), "broadcast")
+        blob = torch.frombuffer(bytearray(data or bytes(int(length))), dtype=torch.uint8)
+        self._guard(lambda: dist.broadcast(blob, root, group=group), "broadcast")
+        return blob.numpy().tobytes()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every stage's object, in stage order, on every stage."""
+        out: list[Any] = [None] * self.size
+        self._guard(lambda: dist.all_gather_object(out, value, group=self.groups.control), "gather")
+        return out
+
+    def barrier(self) -> None:
+        """Wait until every stage is here."""
+        self.gather_objects(None)
+
+    def _guard(self, act: Any, what: str) -> Any:
+        try:
+            return act()
+        except RuntimeError as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RankError(self.mesh.rank, f"communication failed ({what}): {text}") from error
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a dense tensor as a flat byte tensor that shares it."""
+    return storage_bytes(
+        tensor, tensor.storage_offset() * tensor.element_size(), tensor.numel() * tensor.element_size()
+    )
+
+
+def storage_bytes(tensor: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """Bytes [start, start + size) of the storage under `tensor`, as a flat byte tensor that shares it."""
+    out = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return out.set_(tensor.untyped_storage(), start, (size,), (1,))
+
+
+def view_bytes(
+    buffer: torch.Tensor, start: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]
+) -> torch.Tensor:
+    """A tensor of the given dtype, size and stride over the memory of a flat byte buffer, from byte `start` on."""
+    out = torch.empty(0, dtype=dtype, device=buffer.device)
+    offset = buffer.storage_offset() + start
+    return out.set_(buffer.untyped_storage(), offset // out.element_size(), size, stride)
+
+
+def dump_with_tensors(value: Any) -> tuple[bytes, list[torch.Tensor]]:
+    """Pickle any object with its tensors taken out; the tensors come back in the order of their numbers."""
+    tensors: list[torch.Tensor] = []
+    numbers: dict[int, int] = {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> int | None:
+            if not isinstance(obj, torch.Tensor):
+                return None
+            if id(obj) not in numbers:
+                numbers[id(obj)] = len(tensors)
+                tensors.append(obj)
+            return numbers[id(obj)]
+
+    out = io.BytesIO()
+    Pickler(out, protocol=5).dump(value)
+    return out.getvalue(), tensors
+
+
+def load_with_tensors(data: bytes, tensors: list[torch.Tensor]) -> Any:
+    """The inverse of `dump_with_tensors`."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> torch.Tensor:
+            return tensors[pid]
+
+    return Unpickler(io.BytesIO(data)).load()

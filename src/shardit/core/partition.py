@@ -1,0 +1,112 @@
+"""Which rank owns which block: costs, balanced cuts, number of looped chunks. Pure functions over numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UnsupportedError
+
+MAX_CHUNKS = 8
+"""Looped chunks per rank that the automatic choice uses at most: a hop per chunk has to stay small next to it."""
+
+# Parameters that see one vector per sample, or the few text tokens of a two-stream block, cost next to no time.
+_CHEAP = re.compile(r"(^|[._])(add|context|txt|text|encoder|mod|modulation|adaln|adaLN_modulation|bias)([._]|$)|norm")
+
+
+def block_cost(block: torch.nn.Module) -> float:
+    """Estimated time of one block call, in arbitrary units: its matrix parameters, weighted by how many tokens see them.
+
+    A two-stream block (Flux double, SD3) has twice the parameters of a one-stream block but not twice the work,
+    since each token meets only one of the two sets; modulation sees a single vector.
+    """
+    cost = 0.0
+    for name, parameter in block.named_parameters():
+        if parameter.ndim >= 2:
+            cost += parameter.numel() * (0.1 if _CHEAP.search(name) else 1.0)
+    return cost or 1.0
+
+
+def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
+    """Sizes of `parts` contiguous non-empty runs of `costs` that minimise the largest sum.
+
+    Linear partition by dynamic programming; among equals the later runs are the lighter ones, since the last stage
+    also runs the epilogue. Raises UnsupportedError where there are fewer blocks than parts.
+    """
+    n = len(costs)
+    if n < parts:
+        raise UnsupportedError(f"cannot cut {n} blocks into {parts} parts; lower the pipeline size to at most {n}")
+    prefix = [0.0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    best = [[float("inf")] * (n + 1) for _ in range(parts + 1)]
+    cut = [[0] * (n + 1) for _ in range(parts + 1)]
+    best[0][0] = 0.0
+    for k in range(1, parts + 1):
+        for end in range(k, n + 1):
+            # Ties go to the longest prefix, that is to the lightest last run.
+            for start in range(end - 1, k - 2, -1):
+                worst = max(best[k - 1][start], prefix[end] - prefix[start])
+                if worst < best[k][end] * (1 - 1e-12):
+                    best[k][end], cut[k][end] = worst, start
+    sizes, end = [], n
+    for k in range(parts, 0, -1):
+        sizes.append(end - cut[k][end])
+        end = cut[k][end]
+    return sizes[::-1]
+
+
+def automatic_chunks(num_blocks: int, pp_size: int, in_flight: int) -> int:
+    """Looped chunks per rank for `in_flight` micro-batches that can be under way at once (branches x max_in_flight).
+
+    With one micro-batch there is nothing to overlap: contiguous (1). Otherwise as many as the blocks allow, at most
+    MAX_CHUNKS: M micro-batches on P ranks take P*v + M - 1 chunk times (M <= P) or M*v + P - 1 of M*P*v, so each
+    further chunk shrinks the fill.
+    """
+    if in_flight <= 1 or pp_size == 1:
+        return 1
+    return max(1, min(MAX_CHUNKS, num_blocks // pp_size))
+
+
+def bound(micro_batches: int, pp_size: int, chunks: int) -> float:
+    """Speedup over one rank of M equal micro-batches on P ranks with v chunks each, without any communication cost."""
+    m, p, v = micro_batches, pp_size, chunks
+    return m * p * v / (p * v + m - 1) if m <= p else m * p * v / (m * v + p - 1)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Sizes of the chunks in execution order; chunk c belongs to stage c % pp_size."""
+
+    sizes: tuple[int, ...]
+    pp_size: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks per rank."""
+        return len(self.sizes) // self.pp_size
+
+    def owners(self) -> list[int]:
+        """The stage of each block, in execution order."""
+        return [chunk % self.pp_size for chunk, size in enumerate(self.sizes) for _ in range(size)]
+
+
+def place_blocks(
+    costs: Sequence[float], pp_size: int, chunks: int, partition: Sequence[int] | None = None
+) -> Placement:
+    """Where the blocks of one transformer go.
+
+    `partition` (already checked) gives the sizes of all chunks; otherwise cost is balanced over `chunks` x `pp_size`
+    runs, with fewer chunks where there are too few blocks. Raises UnsupportedError with fewer blocks than stages.
+    """
+    if partition is not None:
+        return Placement(tuple(partition), pp_size)
+    if len(costs) < pp_size:
+        raise UnsupportedError(
+            f"pipeline_parallel_size={pp_size} is more than the {len(costs)} blocks of the model; use at most {len(costs)}"
+        )
+    chunks = max(1, min(chunks, len(costs) // pp_size))
+    return Placement(tuple(balanced_cuts(costs, chunks * pp_size)), pp_size)

@@ -1,0 +1,167 @@
+"""Pending tensors: results still on the wire. Metadata and views do not wait; the first real operation does."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+_T = torch.Tensor
+
+METADATA = {
+    _T.shape.__get__,
+    _T.dtype.__get__,
+    _T.device.__get__,
+    _T.layout.__get__,
+    _T.ndim.__get__,
+    _T.is_cuda.__get__,
+    _T.is_cpu.__get__,
+    _T.is_meta.__get__,
+    _T.is_sparse.__get__,
+    _T.is_quantized.__get__,
+    _T.is_nested.__get__,
+    _T.is_mps.__get__,
+    _T.is_xpu.__get__,
+    _T.is_leaf.__get__,
+    _T.requires_grad.__get__,
+    _T.grad_fn.__get__,
+    _T.itemsize.__get__,
+    _T.nbytes.__get__,
+    _T.size,
+    _T.dim,
+    _T.ndimension,
+    _T.numel,
+    _T.nelement,
+    _T.stride,
+    _T.storage_offset,
+    _T.element_size,
+    _T.is_contiguous,
+    _T.is_floating_point,
+    _T.is_complex,
+    _T.is_inference,
+    _T.get_device,
+    _T.__len__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+"""Questions about a tensor that its data does not answer."""
+
+VIEWS = {
+    _T.view,
+    _T.reshape,
+    _T.flatten,
+    _T.unflatten,
+    _T.chunk,
+    _T.split,
+    _T.unbind,
+    _T.narrow,
+    _T.select,
+    _T.squeeze,
+    _T.unsqueeze,
+    _T.permute,
+    _T.transpose,
+    _T.expand,
+    _T.detach,
+    _T.__getitem__,
+    _T.__iter__,
+    torch.reshape,
+    torch.flatten,
+    torch.unflatten,
+    torch.chunk,
+    torch.split,
+    torch.unbind,
+    torch.narrow,
+    torch.select,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.permute,
+    torch.transpose,
+}
+"""Operations that only look at the same memory in another way; `reshape` and indexing do so in most cases."""
+
+
+class Source:
+    """What pending tensors wait for. `settle` fills their memory; after it they are plain tensors."""
+
+    def __init__(self, settle: Callable[[], None]):
+        self._settle: Callable[[], None] | None = settle
+        self._tensors: list[weakref.ref[PendingTensor]] = []
+
+    @property
+    def settled(self) -> bool:
+        """Whether the data is here."""
+        return self._settle is None
+
+    def wrap(self, buffer: torch.Tensor) -> torch.Tensor:
+        """A pending tensor over `buffer`, or `buffer` itself where the data is here already."""
+        if self.settled:
+            return buffer
+        tensor = buffer.as_subclass(PendingTensor)
+        tensor._source = self
+        self._tensors.append(weakref.ref(tensor))
+        return tensor
+
+    def wait(self) -> None:
+        """Wait for the data, once; every tensor of this source then becomes a plain one."""
+        if self._settle is None:
+            return
+        self._settle()  # may raise; then the source stays unsettled
+        self._settle = None
+        for ref in self._tensors:
+            tensor = ref()
+            if tensor is not None:
+                del tensor._source
+                tensor.__class__ = torch.Tensor
+        self._tensors.clear()
+
+
+class PendingTensor(torch.Tensor):
+    """A tensor whose memory is filled later. Not made directly: see `Source.wrap`."""
+
+    _source: Source
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in VIEWS and not any(isinstance(leaf, PendingTensor) for leaf in tree_leaves((args[1:], kwargs))):
+            out = _view(func, args, kwargs)
+            if out is not None:
+                return out
+        # No guard is held here: waiting may switch to another coroutine.
+        settle((args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
+    """The view, pending like its base; None where the operation would have to read the data."""
+    base = args[0]
+    source = base._source
+    if func is _T.__getitem__ and not _basic_index(args[1]):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = base.as_subclass(torch.Tensor)
+        if func in (_T.reshape, torch.reshape, _T.flatten, torch.flatten) and not plain.is_contiguous():
+            return None
+        out = list(plain.unbind(0)) if func is _T.__iter__ else func(plain, *args[1:], **kwargs)
+    leaves, spec = tree_flatten(out)
+    wrapped = tree_unflatten([source.wrap(t) if isinstance(t, torch.Tensor) else t for t in leaves], spec)
+    return iter(wrapped) if func is _T.__iter__ else wrapped
+
+
+def _basic_index(index: Any) -> bool:
+    items = index if isinstance(index, tuple) else (index,)
+    return all(i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int for i in items)
+
+
+def settle(tree: Any) -> None:
+    """Wait for every pending tensor in nested containers; they become plain tensors in place."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, PendingTensor):
+            leaf._source.wait()

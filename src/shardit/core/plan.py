@@ -1,0 +1,148 @@
+"""What a user may say about a model (`Plan`), and what a call of it was found to carry (`CallPlan`)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .comm import Layout, pack_layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Overrides of what is found in a transformer. Nearly every model needs none.
+
+    order: names of the block lists (as in `named_modules`) in the order in which a forward runs them, where that is not
+        the order in which they are registered; lists left out are not cut.
+    replicate: names (or prefixes) of parameters inside blocks that code outside the block reads; every rank keeps them.
+    """
+
+    order: tuple[str, ...] | None = None
+    replicate: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of a block's output or of a forward's result.
+
+    kind: "tensor" (a tensor with memory of its own, number `storage` among the new ones of this call site),
+        "arg" (a view of, or the same object as, the tensor leaf number `arg` of the call's arguments), or
+        "value" (anything that is not a tensor, passed as it is).
+    offset is in elements; nbytes is the size of the storage.
+    """
+
+    kind: str
+    dtype: torch.dtype | None = None
+    size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    offset: int = 0
+    storage: int = -1
+    arg: int = -1
+    same: bool = False
+    value: Any = None
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """The n-th block call of a forward: which block, and what its output looks like."""
+
+    block: int
+    owner: int
+    spec: Any = field(compare=False)
+    leaves: tuple[Leaf, ...] = ()
+
+
+@dataclass(frozen=True)
+class Address:
+    """A handle that every rank has: output leaf or argument leaf number `leaf` of call site `site`."""
+
+    site: int
+    kind: str  # "out" or "arg"
+    leaf: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One storage that crosses a hop: where to find it, which bytes of it, and whether the sender must copy it.
+
+    start, size: the range of bytes of the storage. fresh: on the receiver this is the first content of a storage that
+    a placeholder stands for, so that the placeholder can lie in the message itself.
+    """
+
+    address: Address
+    start: int
+    size: int
+    fresh: bool
+    copy: bool
+
+
+@dataclass(frozen=True)
+class Hop:
+    """What flows from the owner of one segment to the owner of the next, as one message."""
+
+    source: int
+    target: int
+    items: tuple[Item, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """Everything that a call of one signature needs besides the data. The same on every rank.
+
+    sites: all block calls in order. segments: (first site, last site) of each maximal run of sites with one owner.
+    hops[k]: the message between segments k and k + 1. result: leaves of what forward returns.
+    """
+
+    sites: tuple[Site, ...]
+    segments: tuple[tuple[int, int], ...]
+    owners: tuple[int, ...]
+    hops: tuple[Hop, ...]
+    result_spec: Any = field(compare=False)
+    result: tuple[Leaf, ...] = ()
+    result_layout: Layout = Layout((), 0)
+    result_parts: tuple[int, ...] = ()
+
+    def digest(self) -> str:
+        """A hash of the plan that ranks compare."""
+        text = repr((self.sites, self.segments, self.owners, self.hops, self.result, self.result_layout))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes on the wire per call: all hops, and the result to every other rank."""
+        return sum(hop.layout.total for hop in self.hops)
+
+
+def segments_of(owners: list[int]) -> list[tuple[int, int]]:
+    """Maximal runs of equal owners as (first, last) site numbers."""
+    out: list[tuple[int, int]] = []
+    for n, owner in enumerate(owners):
+        if out and owners[out[-1][0]] == owner:
+            out[-1] = (out[-1][0], n)
+        else:
+            out.append((n, n))
+    return out
+
+
+def result_layout(leaves: tuple[Leaf, ...]) -> tuple[Layout, tuple[int, ...]]:
+    """Message layout of a forward's result: every tensor leaf dense, in leaf order; and the leaf numbers in it."""
+    numbers = tuple(i for i, leaf in enumerate(leaves) if leaf.kind == "tensor")
+    sizes = tuple(span_bytes(leaves[i]) for i in numbers)
+    return pack_layout(sizes), numbers
+
+
+def span_bytes(leaf: Leaf) -> int:
+    """Bytes from the first to the last element of a tensor leaf."""
+    return span(leaf.size, leaf.stride) * torch.empty(0, dtype=leaf.dtype).element_size()
+
+
+def span(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last one of a strided tensor."""
+    if 0 in size:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))

@@ -1,0 +1,37 @@
+"""What two calls must have in common to share a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+
+def signature(arguments: Any, training: bool) -> tuple[Any, ...]:
+    """Shapes, strides, dtypes and structure of the arguments, values of what is not a tensor (but not of floats, which
+    change from step to step), and the modes that torch runs under."""
+    leaves, spec = tree_flatten(arguments)
+    return (str(spec), tuple(_leaf(leaf) for leaf in leaves), modes(), training)
+
+
+def mode_key(arguments: Any, training: bool) -> tuple[Any, ...]:
+    """The signature without sizes: calls that share it take the same way through the forward, as far as can be seen."""
+    leaves, spec = tree_flatten(arguments)
+    kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves)
+    return (str(spec), kinds, modes(), training)
+
+
+def modes() -> tuple[Any, ...]:
+    """Inference and autocast modes (grad mode does not change what a staged forward does: it runs without)."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    autocast = torch.is_autocast_enabled(kind)
+    return (torch.is_inference_mode_enabled(), torch.get_autocast_dtype(kind) if autocast else None)
+
+
+def _leaf(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), leaf.device.type)
+    if isinstance(leaf, (bool, int, str, bytes, type(None), torch.dtype, torch.device)):
+        return (type(leaf).__name__, leaf)
+    return type(leaf).__name__

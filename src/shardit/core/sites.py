@@ -1,0 +1,122 @@
+"""Call sites: finding the block lists of a model, and the seam at each block's `__call__`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedError
+from .plan import Plan
+
+SMALL_SHARE = 0.02
+"""Block lists with a smaller share of the parameters are kept whole on every rank."""
+
+
+class Seam(Protocol):
+    """Whoever decides what a block call does while a forward of its model runs."""
+
+    def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called instead of block number `index`; `call` is the block's own `__call__`."""
+        ...
+
+
+def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, nn.Module]]:
+    """The (name, block) pairs of a model's block lists, in the order in which a forward runs the lists.
+
+    A block list is an outermost ModuleList whose elements are modules with a forward of their own and that holds at
+    least SMALL_SHARE of the parameters. The order is that of registration unless the plan gives one. Raises
+    UnsupportedError where the plan names a list that is not there.
+    """
+    lists = dict(_outermost_lists(model, ""))
+    if plan is not None and plan.order is not None:
+        missing = [name for name in plan.order if name not in lists]
+        if missing:
+            raise UnsupportedError(f"plan.order names {missing[0]!r}; the block lists are {sorted(lists)}")
+        chosen = list(plan.order)
+    else:
+        total = sum(p.numel() for p in model.parameters()) or 1
+        chosen = [name for name, blocks in lists.items() if _numel(blocks) >= SMALL_SHARE * total]
+    return [(f"{name}.{i}", block) for name in chosen for i, block in enumerate(lists[name])]
+
+
+def _outermost_lists(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.ModuleList) and len(child) and all(_callable(block) for block in child):
+            yield path, child
+        else:
+            yield from _outermost_lists(child, f"{path}.")
+
+
+def _callable(block: nn.Module) -> bool:
+    has_forward = type(block).forward is not nn.Module.forward
+    return has_forward and not isinstance(block, (nn.ModuleList, nn.ModuleDict))
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def swap_class(module: nn.Module, members: dict[str, Any]) -> None:
+    """Give a module a subclass of its own class, with the same name and the given members, in place.
+
+    The seam is a class, not a wrapper: names, indices, isinstance, LoRA keys and checkpoints stay as they are. And it
+    is at `__call__`, outside everything that replaces `forward` (compile, accelerate and cache hooks).
+    """
+    cls = type(module)
+    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, **members}
+    module.__class__ = type(cls.__name__, (cls,), members)
+
+
+def install(blocks: list[tuple[str, nn.Module]], current: dict[str, Seam | None]) -> None:
+    """Put the seam at every block. While `current["seam"]` is None blocks behave as if nothing had been done."""
+    for index, (_, block) in enumerate(blocks):
+        swap_class(block, {"__call__": _seam_call(type(block).__call__, index, current)})
+
+
+def _seam_call(own_call: Any, index: int, current: dict[str, Seam | None]) -> Any:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seam = current["seam"]
+        if seam is None:
+            return own_call(self, *args, **kwargs)
+        return seam.block_call(index, own_call.__get__(self), args, kwargs)
+
+    return __call__
+
+
+def drop_blocks(blocks: list[tuple[str, nn.Module]], owners: list[int], rank: int, plan: Plan | None) -> None:
+    """Move the blocks of other ranks to meta, in place: names and indices stay, the memory goes.
+
+    Parameters that the plan replicates keep their data.
+    """
+    keep = plan.replicate if plan is not None else ()
+    for (name, block), owner in zip(blocks, owners, strict=True):
+        if owner == rank:
+            continue
+        for path, parameter in list(block.named_parameters(recurse=True)):
+            if not keeps(f"{name}.{path}", keep) and not parameter.is_meta:
+                _replace(block, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+        for path, buffer in list(block.named_buffers(recurse=True)):
+            if not keeps(f"{name}.{path}", keep) and not buffer.is_meta:
+                holder, leaf = _parent(block, path)
+                holder._buffers[leaf] = torch.empty_like(buffer, device="meta")
+
+
+def keeps(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a parameter name is one of the given names or below one of them."""
+    return any(name == p or name.startswith(f"{p}.") for p in prefixes)
+
+
+def _replace(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    holder, leaf = _parent(module, path)
+    holder._parameters[leaf] = parameter
+
+
+def _parent(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        module = getattr(module, name)
+    return module, leaf

@@ -1,0 +1,305 @@
+"""One call in flight: the unmodified forward as a coroutine that runs its own blocks and waits for the rest."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..errors import RankError
+from .comm import Comm, Transfer, storage_bytes, view_bytes
+from .coroutine import Coroutine
+from .pending import Source
+from .plan import Address, CallPlan, Hop, Leaf, Site
+
+
+class _Leave(BaseException):
+    """Leaves a forward early, when this rank has run its last block. Not an Exception: models may catch those."""
+
+
+@dataclass
+class LocalPlan:
+    """What one rank has to do for a `CallPlan`, looked up by call site.
+
+    keep_args, keep_outs: leaves whose tensors are remembered, for a hop. fresh: output storages of unowned sites that
+    lie in the message of a hop. last_of: segment that ends at a site.
+    """
+
+    plan: CallPlan
+    rank: int
+    keep_args: dict[int, list[int]] = field(default_factory=dict)
+    keep_outs: dict[int, list[int]] = field(default_factory=dict)
+    fresh: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
+    last_of: dict[int, int] = field(default_factory=dict)
+    last_own: int = -1
+    needs_args: set[int] = field(default_factory=set)
+    checked: set[int] = field(default_factory=set)
+
+    @staticmethod
+    def of(plan: CallPlan, rank: int) -> LocalPlan:
+        """Select the part of a plan that concerns `rank`."""
+        local = LocalPlan(plan, rank)
+        local.last_of = {last: k for k, (_, last) in enumerate(plan.segments)}
+        local.last_own = max((k for k, owner in enumerate(plan.owners) if owner == rank), default=-1)
+        for k, hop in enumerate(plan.hops):
+            if rank not in (hop.source, hop.target):
+                continue
+            for i, item in enumerate(hop.items):
+                where = item.address
+                keep = local.keep_args if where.kind == "arg" else local.keep_outs
+                keep.setdefault(where.site, []).append(where.leaf)
+                if hop.target == rank and item.fresh:
+                    leaf = plan.sites[where.site].leaves[where.leaf]
+                    local.fresh[(where.site, leaf.storage)] = (k, i, item.start)
+        for n, site in enumerate(plan.sites):
+            if n in local.keep_args or (site.owner != rank and any(leaf.kind == "arg" for leaf in site.leaves)):
+                local.needs_args.add(n)
+            if n in local.last_of or n in local.keep_outs or any(leaf.kind == "value" for leaf in site.leaves):
+                local.checked.add(n)
+        return local
+
+
+class StagedCall:
+    """A forward in flight (a `schedule.Flight`), and the seam of its block calls while it runs."""
+
+    def __init__(
+        self,
+        local: LocalPlan,
+        comm: Comm,
+        current: dict[str, Any],
+        forward: Callable[[], Any],
+        arguments: Any,
+        wait: Callable[[StagedCall], None],
+        count: Callable[[int], None],
+        poison: bool = False,
+    ):
+        self.local, self.plan, self.comm = local, local.plan, comm
+        self.owners = self.plan.owners
+        self.finished = False
+        self._current, self._forward, self._wait, self._count = current, forward, wait, count
+        self._poison = poison
+        self._site = 0
+        self._handles: dict[Address, torch.Tensor] = {}
+        self._messages: dict[int, torch.Tensor] = {}
+        self._receives: dict[int, Transfer] = {}
+        self._inputs = [(t, t._version) for t in tree_leaves(arguments) if _versioned(t)]
+        self._device = comm.mesh.device
+        self._result = torch.empty(self.plan.result_layout.total, dtype=torch.uint8, device=self._device)
+        self._result_receive: Transfer | None = None
+        self._coroutine = Coroutine(self._run)
+        self.source = Source(self._settle)
+
+    # What the caller of the model gets.
+
+    def result(self) -> Any:
+        """What forward returns, with pending tensors over the memory that the last stage fills."""
+        leaves = [leaf.value for leaf in self.plan.result]
+        for number, tensor in self._result_views():
+            leaves[number] = self.source.wrap(tensor)
+        return tree_unflatten(leaves, self.plan.result_spec)
+
+    def _settle(self) -> None:
+        self._wait(self)
+        if self._result_receive is not None:
+            self.comm.wait(self._result_receive)
+
+    def _result_views(self) -> list[tuple[int, torch.Tensor]]:
+        views = []
+        for number, (start, _) in zip(self.plan.result_parts, self.plan.result_layout.parts, strict=True):
+            leaf = self.plan.result[number]
+            assert leaf.dtype is not None
+            views.append((number, view_bytes(self._result, start, leaf.dtype, leaf.size, leaf.stride)))
+        return views
+
+    # What the schedule asks for.
+
+    def begin(self) -> None:
+        """Start the forward: the prologue everywhere, and on the owner of the first block its segment."""
+        if self.local.last_own < 0:
+            return  # none of this rank's blocks is called
+        self._resume()
+
+    def run(self, segment: int) -> None:
+        """Take what came in for `segment` and go on until this rank has to wait again, or is done."""
+        for tensor, version in self._inputs:
+            if tensor._version != version:
+                raise RankError(self.comm.mesh.rank, "an argument was changed in place while its call was in flight")
+        self._unpack(segment - 1)
+        self._resume()
+
+    def post(self, segment: int) -> None:
+        """Post the receive of the hop after `segment`."""
+        hop = self.plan.hops[segment]
+        if hop.layout.total:
+            self._receives[segment] = self.comm.receive(self._message(segment), hop.source)
+
+    def finish(self) -> None:
+        """Send the result to every other stage, or post the receive of it."""
+        self._handles.clear()
+        if not self.plan.result_layout.total:
+            return
+        last = self.owners[-1]
+        if self.local.rank == last:
+            for stage in range(self.comm.size):
+                if stage != last:
+                    self.comm.send(self._result, stage, result=True)
+        else:
+            self._result_receive = self.comm.receive(self._result, last, result=True)
+
+    # The forward, in its coroutine.
+
+    def _resume(self) -> None:
+        self._current["seam"] = self
+        try:
+            self._coroutine.resume()
+        except RankError:
+            raise
+        except Exception as error:
+            if self._site == 0:
+                raise  # in the prologue, which every rank runs: the caller's error
+            raise RankError(self.comm.mesh.rank, traceback.format_exc()) from error
+        finally:
+            self._current["seam"] = None
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                out = self._forward()
+        except _Leave:
+            return
+        leaves, _ = tree_flatten(out)
+        for number, view in self._result_views():
+            self._check(self.plan.result[number], leaves[number], "the result")
+            view.copy_(leaves[number])
+
+    def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The seam: run the block if it is ours, else hand back placeholders; send and wait at the ends of segments."""
+        n = self._site
+        self._site = n + 1
+        if n >= len(self.plan.sites) or self.plan.sites[n].block != index:
+            raise RuntimeError(f"block call {n} is not the one of the first call of this signature")
+        site = self.plan.sites[n]
+        arguments: list[Any] = []
+        if n in self.local.needs_args:
+            arguments, _ = tree_flatten((args, kwargs))
+            for leaf in self.local.keep_args.get(n, ()):
+                self._handles[Address(n, "arg", leaf)] = arguments[leaf]
+        if site.owner == self.local.rank:
+            out = self._own(n, site, index, call, args, kwargs)
+        else:
+            out = self._placeholders(n, site, arguments)
+        k = self.local.last_of.get(n)
+        if k is not None:
+            self._end_of_segment(k)
+        return out
+
+    def _own(self, n: int, site: Site, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._current["seam"] = None  # a block's own inner modules are no call sites
+        out = call(*args, **kwargs)
+        self._current["seam"] = self
+        self._count(index)
+        if n in self.local.checked:
+            leaves, _ = tree_flatten(out)
+            if len(leaves) != len(site.leaves):
+                raise RuntimeError(f"block call {n} returns {len(leaves)} values, not {len(site.leaves)}")
+            for expected, got in zip(site.leaves, leaves, strict=True):
+                self._check(expected, got, f"block call {n}")
+            for leaf in self.local.keep_outs.get(n, ()):
+                self._handles[Address(n, "out", leaf)] = leaves[leaf]
+        return out
+
+    def _check(self, expected: Leaf, got: Any, what: str) -> None:
+        if isinstance(got, torch.Tensor):
+            same = expected.kind != "value" and (got.dtype, tuple(got.shape)) == (expected.dtype, expected.size)
+            if not same or (
+                expected.kind == "tensor" and what != "the result" and tuple(got.stride()) != expected.stride
+            ):
+                raise RuntimeError(f"{what} gives {tuple(got.shape)} {got.dtype}, not {expected.size} {expected.dtype}")
+        elif expected.kind != "value" or got != expected.value:
+            raise RuntimeError(
+                f"{what} gives {got!r}, which was {expected.value!r} in the first call of this signature"
+            )
+
+    def _placeholders(self, n: int, site: Site, arguments: list[Any]) -> Any:
+        storages: dict[int, tuple[torch.Tensor, int]] = {}
+        leaves: list[Any] = []
+        for number, leaf in enumerate(site.leaves):
+            if leaf.kind == "value":
+                leaves.append(leaf.value)
+                continue
+            if leaf.kind == "arg":
+                base = arguments[leaf.arg]
+                leaves.append(base if leaf.same else base.as_strided(leaf.size, leaf.stride, leaf.offset))
+            else:
+                assert leaf.dtype is not None
+                if leaf.storage not in storages:
+                    storages[leaf.storage] = self._placeholder_memory(n, leaf)
+                memory, start = storages[leaf.storage]
+                offset = leaf.offset * leaf.dtype.itemsize - start
+                leaves.append(view_bytes(memory, offset, leaf.dtype, leaf.size, leaf.stride))
+            if number in self.local.keep_outs.get(n, ()):
+                self._handles[Address(n, "out", number)] = leaves[-1]
+        return tree_unflatten(leaves, site.spec)
+
+    def _placeholder_memory(self, n: int, leaf: Leaf) -> tuple[torch.Tensor, int]:
+        """Memory for a new storage of an unowned block, and the byte of the storage at which it starts."""
+        where = self.local.fresh.get((n, leaf.storage))
+        if where is not None:
+            k, item, start = where
+            offset, size = self.plan.hops[k].layout.parts[item]
+            return self._message(k)[offset : offset + size], start
+        assert leaf.dtype is not None
+        if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
+            # Arithmetic on what was never written is harmless; indexing with it is not.
+            return torch.zeros(leaf.nbytes, dtype=torch.uint8, device=self._device), 0
+        memory = torch.empty(leaf.nbytes, dtype=torch.uint8, device=self._device)
+        return (memory.fill_(0xFF) if self._poison else memory), 0
+
+    def _end_of_segment(self, k: int) -> None:
+        if k < len(self.plan.hops):
+            hop = self.plan.hops[k]
+            if hop.source == self.local.rank:
+                self._send(hop)
+            if k >= self.local.last_own:
+                raise _Leave
+            if hop.target == self.local.rank:
+                self._coroutine.pause()  # until the schedule runs segment k + 1
+
+    # Messages.
+
+    def _message(self, k: int) -> torch.Tensor:
+        if k not in self._messages:
+            size = self.plan.hops[k].layout.total
+            message = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._messages[k] = message.fill_(0xFF) if self._poison else message  # all ones is a NaN in every format
+        return self._messages[k]
+
+    def _send(self, hop: Hop) -> None:
+        if not hop.layout.total:
+            return
+        sources = [storage_bytes(self._handles[i.address], i.start, i.size) for i in hop.items]
+        if len(sources) == 1 and not hop.items[0].copy:
+            self.comm.send(sources[0], hop.target)
+            return
+        message = torch.empty(hop.layout.total, dtype=torch.uint8, device=self._device)
+        for source, (offset, size) in zip(sources, hop.layout.parts, strict=True):
+            message[offset : offset + size].copy_(source)
+        self.comm.send(message, hop.target)
+
+    def _unpack(self, k: int) -> None:
+        hop = self.plan.hops[k]
+        if k in self._receives:
+            self.comm.wait(self._receives.pop(k))
+        message = self._messages.pop(k, None)
+        for item, (offset, size) in zip(hop.items, hop.layout.parts, strict=True):
+            if not item.fresh and message is not None:
+                target = storage_bytes(self._handles[item.address], item.start, size)
+                target.copy_(message[offset : offset + size])
+
+
+def _versioned(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not leaf.is_inference()

@@ -1,0 +1,252 @@
+"""A transformer over the stages of a pipeline: what happens at a call of it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import RankError, UnsupportedError
+from . import microbatch
+from .comm import Comm
+from .mesh import Mesh
+from .partition import Placement
+from .pending import settle
+from .plan import CallPlan, Plan
+from .schedule import Schedule
+from .signature import mode_key, signature
+from .sites import drop_blocks, find_blocks, install, swap_class
+from .staged_call import LocalPlan, StagedCall
+from .traced_call import TracedCall
+from .turns import Turns
+
+log = logging.getLogger(__name__)
+
+MAX_SIGNATURES = 64
+"""Plans that are kept per transformer; the least recently used one goes first."""
+
+WARN_SIGNATURES = 16
+"""Signatures after which a warning says that calls keep changing shape, which makes each first one slow."""
+
+
+@dataclass
+class Runtime:
+    """What all staged modules of one pipeline share: the mesh, its messages, the schedule and the turns."""
+
+    mesh: Mesh
+    comm: Comm
+    schedule: Schedule
+    turns: Turns
+    max_in_flight: int = 1
+    split_batch: bool = True
+
+    @staticmethod
+    def of(mesh: Mesh, max_in_flight: int = 1, split_batch: bool = True) -> Runtime:
+        """Make the shared state of a pipeline over a mesh."""
+        schedule = Schedule(mesh.pp_rank)
+        return Runtime(mesh, Comm(mesh), schedule, Turns(schedule), max_in_flight, split_batch)
+
+
+@dataclass
+class Stages:
+    """One transformer cut over the stages.
+
+    owners[i]: stage of block i. ran[i]: how often this rank ran block i (never, if it is another's).
+    """
+
+    model: nn.Module
+    runtime: Runtime
+    blocks: list[tuple[str, nn.Module]]
+    owners: list[int]
+    plans: OrderedDict[Any, LocalPlan] = field(default_factory=OrderedDict)
+    ran: Counter[int] = field(default_factory=Counter)
+    traced: int = 0
+    _current: dict[str, Any] = field(default_factory=lambda: {"seam": None})
+    _checked: set[Any] = field(default_factory=set)
+    _splits: dict[Any, bool] = field(default_factory=dict)
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the transformer: returns at once with pending tensors, except the first of each signature."""
+        if self._current["seam"] is not None:  # the forward calls the model itself
+            return forward(*args, **kwargs)
+        settle((args, kwargs))
+        if getattr(self.model, "is_cache_enabled", False):
+            raise UnsupportedError(f"a step cache cannot run over pipeline stages: call disable_cache() ({self._name})")
+        self._same_start((args, kwargs))
+        if not _scales_adapters(kwargs):
+            return self._micro_batches(forward, args, kwargs)
+        # The scale multiplies the adapters' own in place for the length of the forward: nothing else may run in it.
+        self.runtime.schedule.drain()
+        out = self._micro_batches(forward, args, kwargs, exclusive=True)
+        settle(out)
+        return out
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def _micro_batches(self, forward: Any, args: Any, kwargs: Any, exclusive: bool = False) -> Any:
+        runtime = self.runtime
+        parts = 1
+        if runtime.split_batch and not exclusive:
+            parts = microbatch.parts(args, kwargs, runtime.mesh.pp_size, runtime.max_in_flight)
+        if parts == 1:
+            return self._one(forward, args, kwargs)
+        key = mode_key((args, kwargs), self.model.training), parts
+        if key not in self._splits:
+            return self._try_split(key, forward, args, kwargs, parts)
+        if not self._splits[key]:
+            return self._one(forward, args, kwargs)
+        outs = [self._one(forward, *piece) for piece in microbatch.split(args, kwargs, parts)]
+        return microbatch.merge(outs)
+
+    def _try_split(self, key: Any, forward: Any, args: Any, kwargs: Any, parts: int) -> Any:
+        """Run a batched call whole and by sample, and keep splitting only if both give the same."""
+        whole = self._one(forward, args, kwargs)
+        settle(whole)
+        error: Exception | None = None
+        close = False
+        try:
+            outs = [self._one(forward, *piece) for piece in microbatch.split(args, kwargs, parts)]
+            merged = microbatch.merge(outs)
+            settle(merged)
+            close = microbatch.close(whole, merged)
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as failure:  # a model that takes no such batch: it is kept whole
+            error = failure
+        self._splits[key] = all(self.runtime.comm.gather_objects(close))
+        if not self._splits[key] and self.runtime.mesh.rank == 0:
+            log.warning("%s: a batch cannot be split by sample (%s); it stays whole", self._name, error or "it differs")
+        return whole
+
+    def _one(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        arguments = (args, kwargs)
+        key = signature(arguments, self.model.training)
+        local = self.plans.get(key)
+        if local is None:
+            return self._first(key, forward, args, kwargs)
+        self.plans.move_to_end(key)
+        call = self._start(local, lambda: forward(*args, **kwargs), arguments)
+        return call.result()
+
+    def _start(self, local: LocalPlan, forward: Any, arguments: Any, poison: bool = False) -> StagedCall:
+        runtime = self.runtime
+        call = StagedCall(
+            local, runtime.comm, self._current, forward, arguments, runtime.turns.wait_for, self._count, poison
+        )
+        runtime.schedule.start(call)
+        return call
+
+    def _first(self, key: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+        """The first call of a signature: watched, block by block; then, for a new kind of call, checked."""
+        arguments = (args, kwargs)
+        traced = TracedCall(self.model, self.owners, self.runtime.comm, self._count)
+        self.traced += 1
+        out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
+        local = LocalPlan.of(plan, self.runtime.comm.rank)
+        mode = mode_key(arguments, self.model.training)
+        if mode not in self._checked:
+            self._self_check(local, forward, args, kwargs, out)
+            self._checked.add(mode)
+        self.plans[key] = local
+        if len(self.plans) > MAX_SIGNATURES:
+            self.plans.popitem(last=False)
+        if self.traced == WARN_SIGNATURES and self.runtime.mesh.rank == 0:
+            log.warning(
+                "%s: %d different signatures so far; the first call of each runs without overlap",
+                self._name,
+                self.traced,
+            )
+        return out
+
+    def _self_check(self, local: LocalPlan, forward: Any, args: Any, kwargs: Any, expected: Any) -> None:
+        """The same call again, pipelined, with NaN in every placeholder: it must give the same bits on every rank."""
+        call = self._start(local, lambda: forward(*args, **kwargs), (args, kwargs), poison=True)
+        self.runtime.schedule.drain(call)
+        got = call.result()
+        call.source.wait()
+        same = all(self.runtime.comm.gather_objects(_same_bits(expected, got)))
+        if not same:
+            raise UnsupportedError(
+                f"{self._name} cannot be cut at its block calls: with placeholders for the blocks of other stages its "
+                "result changes, so something that crosses a cut is neither an argument nor an output of a block"
+            )
+
+    def _count(self, index: int) -> None:
+        self.ran[index] += 1
+
+    def _same_start(self, arguments: Any) -> None:
+        """Once per request: all ranks must have drawn the same noise, or everything after it is silently wrong."""
+        program = self.runtime.turns.current
+        if program is None or not program.first_call:
+            return
+        program.first_call = False
+        first = next((t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)), None)
+        mark = (
+            None
+            if first is None
+            else (tuple(first.shape), float(first.double().sum()), float(first.double().abs().max()))
+        )
+        marks = self.runtime.comm.gather_objects(repr(mark))
+        if len(set(marks)) > 1:
+            raise RankError(self.runtime.mesh.rank, f"the first latents differ between ranks: {marks}")
+
+
+def _same_bits(expected: Any, got: Any) -> bool:
+    a, b = tree_leaves(expected), tree_leaves(got)
+    return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if not isinstance(x, torch.Tensor):
+        return not isinstance(y, torch.Tensor)
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) if x.ndim else x.equal(y)
+
+
+def _scales_adapters(kwargs: dict[str, Any]) -> bool:
+    return any(
+        isinstance(value, dict) and value.get("scale", 1.0) != 1.0
+        for name, value in kwargs.items()
+        if name.endswith("attention_kwargs")
+    )
+
+
+def stage(model: nn.Module, runtime: Runtime, placement: Placement, plan: Plan | None = None) -> Stages:
+    """Cut a transformer in place: keep the blocks of this rank, put the seam at all of them and at the model's call."""
+    blocks = find_blocks(model, plan)
+    stages = Stages(model, runtime, blocks, placement.owners())
+    drop_blocks(blocks, stages.owners, runtime.comm.rank, plan)
+    install(blocks, stages._current)
+    own_call = type(model).__call__
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return stages.call(own_call.__get__(self), args, kwargs)
+
+    def enable_cache(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError("a step cache decides from data that one stage alone has: it cannot run over stages")
+
+    members = {
+        "__call__": __call__,
+        "enable_cache": enable_cache,
+        "device": property(lambda self: runtime.mesh.device),
+        "shardit_stages": property(lambda self: stages),
+    }
+    swap_class(model, members)
+    return stages
+
+
+def owned_bytes(blocks: Sequence[tuple[str, nn.Module]]) -> int:
+    """Bytes of the parameters that are on this rank."""
+    return sum(p.numel() * p.element_size() for _, b in blocks for p in b.parameters() if not p.is_meta)
+
+
+__all__ = ["CallPlan", "Runtime", "Stages", "owned_bytes", "stage"]

@@ -1,0 +1,179 @@
+"""The first call of a signature: block by block on all ranks at once, watched, and exactly what one rank would do."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from ..errors import UnsupportedError
+from .comm import Comm, dump_with_tensors, load_with_tensors, storage_bytes, view_bytes
+from .plan import CallPlan, Leaf, Site
+from .trace import Recorder, Trace, derive
+
+
+class RemoteError(Exception):
+    """An exception that a block raised on its owner, where it cannot be sent as it is."""
+
+
+class TracedCall:
+    """The seam of block calls while a first call runs: the owner runs the block and broadcasts what it gives."""
+
+    def __init__(self, model: nn.Module, owners: list[int], comm: Comm, count: Callable[[int], None]):
+        self.owners, self.comm = owners, comm
+        self.trace = Trace()
+        names = {id(p): name for name, p in model.named_parameters() if p.is_meta}
+        self.recorder = Recorder(self.trace, names)
+        self._count = count
+
+    def run(self, current: dict[str, Any], forward: Callable[[], Any], arguments: Any) -> tuple[Any, CallPlan]:
+        """The forward's result, the same on every rank, and the plan of what later calls carry.
+
+        Collective. Raises what the forward raises, on every rank, and UnsupportedError where it cannot be cut.
+        """
+        self.trace.inputs = {self.trace.number(t) for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)}
+        current["seam"] = self
+        try:
+            with torch.no_grad(), self.recorder:
+                out = forward()
+        finally:
+            current["seam"] = None
+        if not self.trace.sites:
+            raise UnsupportedError("the forward calls none of the model's blocks")
+        if self.trace.mutated_input:
+            raise UnsupportedError("the forward writes into one of its arguments")
+        leaves, spec = tree_flatten(out)
+        plan = derive(self.trace, leaves, spec, tuple(describe_result(leaf) for leaf in leaves))
+        digests = self.comm.gather_objects(plan.digest())
+        if len(set(digests)) > 1:
+            raise UnsupportedError("ranks found different plans: the forward does not do the same on every rank")
+        return out, plan
+
+    def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The seam: run the block on its owner, share its output and what it changed."""
+        self.recorder.paused = True
+        arguments = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in tree_flatten((args, kwargs))[0]]
+        owner = self.owners[index]
+        if owner == self.comm.rank:
+            out, described, mutated = self._own(index, call, args, kwargs, arguments)
+        else:
+            out, described, mutated = self._other(owner, arguments)
+        for q in mutated:
+            tensor = arguments[q]
+            assert tensor is not None
+            self.comm.broadcast(storage_bytes(tensor, 0, tensor.untyped_storage().nbytes()), owner)
+        leaves, spec = tree_flatten(out)
+        site = Site(index, owner, spec, tuple(self._leaf(leaf, described) for leaf in leaves))
+        hidden = len(described) - len({id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)})
+        if hidden:
+            raise UnsupportedError(f"a block returns {hidden} tensor(s) inside an object that cannot be looked into")
+        self.trace.block(site, arguments, leaves, mutated)
+        self.recorder.paused = False
+        return out
+
+    def _own(
+        self, index: int, call: Any, args: Any, kwargs: Any, arguments: list[torch.Tensor | None]
+    ) -> tuple[Any, dict[int, Leaf], list[int]]:
+        before = [_mark(t) for t in arguments]
+        try:
+            out = call(*args, **kwargs)
+        except Exception as error:
+            self.comm.broadcast_object(_sendable(error), self.comm.rank)
+            raise
+        self._count(index)
+        mutated = [q for q, t in enumerate(arguments) if t is not None and _changed(t, before[q])]
+        blob, tensors = dump_with_tensors(out)
+        leaves = _describe(tensors, arguments)
+        self.comm.broadcast_object((blob, leaves, mutated), self.comm.rank)
+        for storage in _first_of_storage(leaves):
+            tensor = tensors[storage]
+            self.comm.broadcast(storage_bytes(tensor, 0, tensor.untyped_storage().nbytes()), self.comm.rank)
+        return out, {id(t): leaf for t, leaf in zip(tensors, leaves, strict=True)}, mutated
+
+    def _other(self, owner: int, arguments: list[torch.Tensor | None]) -> tuple[Any, dict[int, Leaf], list[int]]:
+        message = self.comm.broadcast_object(None, owner)
+        if isinstance(message, Exception):
+            raise message
+        blob, leaves, mutated = message
+        memory: dict[int, torch.Tensor] = {}
+        for number in _first_of_storage(leaves):
+            buffer = torch.empty(leaves[number].nbytes, dtype=torch.uint8, device=self.comm.mesh.device)
+            self.comm.broadcast(buffer, owner)
+            memory[leaves[number].storage] = buffer
+        tensors: list[torch.Tensor] = []
+        for leaf in leaves:
+            if leaf.kind == "arg":
+                base = arguments[leaf.arg]
+                assert base is not None
+                tensors.append(base if leaf.same else base.as_strided(leaf.size, leaf.stride, leaf.offset))
+            else:
+                start = leaf.offset * leaf.dtype.itemsize
+                tensors.append(view_bytes(memory[leaf.storage], start, leaf.dtype, leaf.size, leaf.stride))
+        out = load_with_tensors(blob, tensors)
+        return out, {id(t): leaf for t, leaf in zip(tensors, leaves, strict=True)}, mutated
+
+    def _leaf(self, leaf: Any, described: dict[int, Leaf]) -> Leaf:
+        if isinstance(leaf, torch.Tensor):
+            return described[id(leaf)]
+        return Leaf("value", value=leaf)
+
+
+def describe_result(leaf: Any) -> Leaf:
+    """The description of one leaf of what a forward returns."""
+    if not isinstance(leaf, torch.Tensor):
+        return Leaf("value", value=leaf)
+    return Leaf("tensor", leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()))
+
+
+def _describe(tensors: list[torch.Tensor], arguments: list[torch.Tensor | None]) -> list[Leaf]:
+    """Describe the tensors of a block's output: those that look at an argument's memory, and new ones."""
+    owned_by_argument: dict[int, int] = {}
+    for q, tensor in enumerate(arguments):
+        if tensor is not None:
+            owned_by_argument.setdefault(tensor.untyped_storage()._cdata, q)
+    storages: dict[int, int] = {}
+    leaves = []
+    for tensor in tensors:
+        key = tensor.untyped_storage()._cdata
+        shape = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        if key in owned_by_argument:
+            q = next((q for q, t in enumerate(arguments) if t is tensor), owned_by_argument[key])
+            leaves.append(Leaf("arg", *shape, arg=q, same=arguments[q] is tensor))
+        else:
+            number = storages.setdefault(key, len(storages))
+            leaves.append(Leaf("tensor", *shape, storage=number, nbytes=tensor.untyped_storage().nbytes()))
+    return leaves
+
+
+def _first_of_storage(leaves: list[Leaf]) -> list[int]:
+    """For each new storage the number of the first leaf over it, in order."""
+    first: dict[int, int] = {}
+    for number, leaf in enumerate(leaves):
+        if leaf.kind == "tensor":
+            first.setdefault(leaf.storage, number)
+    return list(first.values())
+
+
+def _mark(tensor: torch.Tensor | None) -> Any:
+    """What tells later whether a block wrote to a tensor: its version, or a copy where versions are not counted."""
+    if tensor is None:
+        return None
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _changed(tensor: torch.Tensor, mark: Any) -> bool:
+    if isinstance(mark, torch.Tensor):
+        return not torch.equal(tensor.contiguous().view(torch.uint8), mark.contiguous().view(torch.uint8))
+    return tensor._version != mark
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever an exception of unknown class does when it is pickled
+        return RemoteError(f"{type(error).__name__}: {error}")
+    return error

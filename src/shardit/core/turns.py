@@ -1,0 +1,112 @@
+"""Several requests in flight: each program runs until it needs a pending result, then the next one has its turn."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+from ..errors import RankError
+from .coroutine import Coroutine, Generators
+from .schedule import Flight, Schedule
+
+
+@dataclass
+class Program:
+    """One request: a function to run, the seed of its global generators, and what became of it."""
+
+    run: Callable[[], Any]
+    seed: int
+    value: Any = None
+    error: Exception | None = None
+    turns: int = 0
+    first_call: bool = True
+    coroutine: Coroutine | None = field(default=None, repr=False)
+    generators: Generators | None = field(default=None, repr=False)
+    waits_for: Flight | None = field(default=None, repr=False)
+
+
+class Turns:
+    """Runs programs as coroutines over one schedule. The order of turns depends on nothing but the programs, so it is
+    the same on every rank: a program yields when it first needs a result, whether or not the data is already there."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.current: Program | None = None
+        self._installed: Program | None = None
+
+    def wait_for(self, flight: Flight) -> None:
+        """Return when `flight` is virtually done; other programs run meanwhile."""
+        program = self.current
+        if program is None:
+            self.schedule.drain(flight)
+            return
+        while not flight.finished:
+            program.waits_for = flight
+            assert program.coroutine is not None
+            program.coroutine.pause()
+        program.waits_for = None
+
+    def run(self, programs: Iterator[Program], max_in_flight: int) -> Iterator[Program]:
+        """Run all programs, at most `max_in_flight` at once; yields each when it has ended, with value or error.
+
+        An Exception of a program ends that program only; RankError and anything not an Exception ends all.
+        """
+        outer = Generators.capture()
+        queue: deque[Program] = deque()
+        active: list[Program] = []
+        more = True
+        try:
+            while active or more or queue:
+                while more and len(active) < max_in_flight:
+                    program = next(programs, None)
+                    if program is None:
+                        more = False
+                    else:
+                        active.append(program)
+                for program in list(active):
+                    if program.waits_for is not None and not program.waits_for.finished:
+                        continue
+                    self._turn(program)
+                    if program.coroutine is not None and program.coroutine.done:
+                        active.remove(program)
+                        yield program
+                self.schedule.tick()
+        finally:
+            self.current = self._installed = None
+            outer.install()
+
+    def _turn(self, program: Program) -> None:
+        if program.coroutine is None:
+            program.coroutine = Coroutine(program.run)
+        self._switch_generators(program)
+        program.turns += 1
+        self.current = program
+        try:
+            program.coroutine.resume()
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            program.error = error
+        finally:
+            self.current = None
+        if program.coroutine.done:
+            program.value = program.coroutine.value
+
+    def _switch_generators(self, program: Program) -> None:
+        if self._installed is program:
+            return
+        if self._installed is not None:
+            self._installed.generators = Generators.capture()
+        if program.generators is None:
+            torch.manual_seed(program.seed)
+            random.seed(program.seed)
+            numpy.random.seed(program.seed % 2**32)
+        else:
+            program.generators.install()
+        self._installed = program

@@ -1,0 +1,1 @@
+"""Starts rank processes, hands them requests and collects their outputs."""

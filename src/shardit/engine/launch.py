@@ -1,0 +1,170 @@
+"""The user's side of the nursery: starts it, has ranks forked and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import shardit
+from shardit.engine.messages import (
+    Channel,
+    Check,
+    Closed,
+    Dump,
+    Failed,
+    Gone,
+    Kill,
+    Refused,
+    SessionSpec,
+    Stacks,
+    Start,
+    Started,
+)
+from shardit.engine.worker import threads_per_rank
+from shardit.errors import InputError, RankError
+
+STOP_WAIT_S = 6.0
+
+# "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
+# Only shardit itself is looked for where the user's process found it.
+_BOOT = """
+import sys
+del sys.path[0]
+sys.path.insert(0, sys.argv[1])
+import shardit
+if sys.path.pop(0) not in sys.path: sys.path.append(sys.argv[1])
+from shardit.engine.nursery import main
+main(int(sys.argv[2]), int(sys.argv[3]))
+"""
+
+
+class Nursery:
+    """A running nursery process. Nothing of it is left after `stop`, nor after the end of this process."""
+
+    def __init__(self, timeout_s: float):
+        if not hasattr(os, "fork") or not hasattr(socket, "send_fds"):
+            raise InputError("rank processes need fork, which this system does not have; use Linux or macOS")
+        self.timeout_s = timeout_s
+        self.pids: list[int] = []
+        self.directory: str | None = None
+        self._checked = False
+        ours, theirs = socket.socketpair()
+        self.control = Channel(ours, timeout_s)
+        root = str(Path(shardit.__file__).resolve().parents[1])
+        arguments = [root, str(theirs.fileno()), str(os.getpid())]
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, *arguments],
+                stdin=subprocess.DEVNULL,  # a script may be read from standard input
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C in the terminal is for the user's process, which then decides
+                env=nursery_environment(),
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self.process.poll() is None
+
+    def check(self, spec: SessionSpec) -> None:
+        """Import what ranks need; raise InputError for mistakes that show before there are ranks."""
+        self.control.send(Check(spec))
+        answer = self.control.recv()
+        self._checked = True
+        if isinstance(answer, Refused):
+            raise answer.error()
+        if isinstance(answer, Failed):
+            raise RankError(-1, f"the check before the start failed: {answer.reason}")
+
+    def start(self, spec: SessionSpec, world_size: int) -> list[Channel]:
+        """Fork the ranks; returns a channel to each."""
+        pairs = [socket.socketpair() for _ in range(world_size)]
+        try:
+            self.control.send(Start(spec, world_size, threads_per_rank(world_size)))
+            socket.send_fds(self.control.socket, [b"."], [theirs.fileno() for _, theirs in pairs])
+        except OSError as error:
+            raise Closed(str(error)) from error
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+        started = self.receive(Started)
+        self.pids, self.directory = started.pids, started.directory
+        return [Channel(ours, spec.timeout_s) for ours, _ in pairs]
+
+    def stacks(self) -> dict[int, str]:
+        """Where each living rank is."""
+        self.control.send(Dump())
+        return self.receive(Stacks).by_rank
+
+    def kill(self, grace_s: float = 0.0) -> None:
+        """End the ranks; the nursery stays. Where that fails, everything ends."""
+        if not self._checked:
+            self.stop()
+            return
+        try:
+            self.control.socket.settimeout(STOP_WAIT_S + grace_s)
+            self.control.send(Kill(grace_s))
+            self.receive(Gone)
+            self.control.socket.settimeout(self.timeout_s)
+        except BaseException as error:
+            self.stop()
+            if not isinstance(error, Exception):
+                raise
+
+    def stop(self) -> None:
+        """End the nursery, which ends the ranks; the kernel ends them (Linux) if the nursery has to be killed."""
+        with contextlib.suppress(OSError):
+            self.control.socket.shutdown(socket.SHUT_RDWR)
+        if not self._checked:
+            self.process.kill()  # it has no ranks yet, and during its imports it does not look at the socket
+        try:
+            self.process.wait(STOP_WAIT_S)
+        except BaseException as error:
+            self.process.kill()
+            self.process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+        finally:
+            if self.directory is not None:
+                shutil.rmtree(self.directory, ignore_errors=True)
+
+    def how_it_ended(self) -> str:
+        """For a nursery that has closed its socket."""
+        try:
+            code = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its socket"
+        return describe_exit(code)
+
+    def receive(self, wanted: type) -> Any:
+        """Wait for one kind of message; exits of ranks seen meanwhile show as the end of their channels."""
+        while not isinstance(message := self.control.recv(), wanted):
+            pass
+        return message
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, from its return code as `subprocess` counts it."""
+    if code >= 0:
+        return f"exited with code {code}"
+    name = str(-code)
+    with contextlib.suppress(ValueError):
+        name = f"{-code} ({signal.Signals(-code).name})"
+    return f"killed by signal {name}" + ("; out of memory?" if -code == signal.SIGKILL else "")
+
+
+def nursery_environment() -> dict[str, str]:
+    """One thread until the ranks are forked, since a fork copies no threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if loopback and any(name == loopback for _, name in socket.if_nameindex()):
+        # All ranks are here. gloo would look up the host's name, which fails on many machines and opens ports.
+        environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    return environment

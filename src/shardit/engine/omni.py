@@ -1,0 +1,285 @@
+"""`Omni`: the offline API. Ranks are started by it, or joined where torchrun has started them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from shardit.config import DiffusionParallelConfig
+from shardit.engine.launch import Nursery
+from shardit.engine.messages import (
+    SESSION,
+    Channel,
+    Closed,
+    Done,
+    Generate,
+    Outputs,
+    Progress,
+    Ready,
+    SessionSpec,
+    encode,
+)
+from shardit.engine.watch import Watch
+from shardit.engine.worker import JoinedRanks, with_peaks
+from shardit.errors import InputError, RankError
+
+if TYPE_CHECKING:
+    from shardit.output import Output
+
+OnProgress = Callable[[int, int, int], None]
+CLOSE_GRACE_S = 1.0
+
+
+class Omni:
+    """A diffusers pipeline on as many devices as `parallel_config` says; a context manager.
+
+    model: hub id, folder or "tiny/NAME". dtype: "bfloat16", "float16", "float32", a torch dtype, or None for what
+    diffusers would choose for each component. device: "cuda", "cpu" or None for what there is. max_in_flight: requests
+    that run at the same time. timeout_s: longest time without any progress, in seconds.
+
+    Returns when every rank has loaded its share. Raises InputError for what can be corrected and RankError where a
+    rank fails. Under torchrun no processes are started, and every rank makes its own Omni with the same arguments.
+    """
+
+    _session = SESSION  # tests put a stand-in here
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        parallel_config: DiffusionParallelConfig | None = None,
+        dtype: Any = None,
+        device: Any = None,
+        max_in_flight: int = 1,
+        timeout_s: float = 600,
+    ):
+        self._closed = False
+        spec = _spec(model, parallel_config, dtype, device, max_in_flight, timeout_s, self._session)
+        self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec)
+        self._finalizer = weakref.finalize(self, self._ranks.close)
+        try:
+            self._ranks.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Any = None,
+        params: Any = None,
+        *,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        pil_image: Any = None,
+        **overrides: Any,
+    ) -> list[Output]:
+        """Run one request per prompt and return their outputs in order.
+
+        `prompts` is a string, a dict or a list of them, `params` one OmniDiffusionSamplingParams or one for each.
+        `overrides` replace fields of params in all requests, the keys of a prompt's dict in that request. A request
+        that fails alone has its error in its Output. Under torchrun all ranks call this together; the outputs are on
+        rank 0, the others get []. SHARDIT_PROGRESS=0 turns the progress bars off.
+        """
+        from shardit.requests import build_requests
+
+        if self._closed:
+            raise InputError("this Omni is closed; make a new one")
+        info = self._ranks.info
+        requests = build_requests(
+            prompts,
+            params,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            pil_image=pil_image,
+            overrides=overrides,
+            takes=info["signature"],
+            takes_with_image=info.get("signature_with_image"),
+        )
+        with contextlib.closing(Bars()) as bars:
+            return self._ranks.generate(requests, bars.update)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the ranks had to say about the model and how it was cut."""
+        return list(self._ranks.info.get("notes", ()))
+
+    def close(self) -> None:
+        """End the ranks; may be called twice. Happens by itself at the end of the program."""
+        self._closed = True
+        self._finalizer()
+
+    def __enter__(self) -> Omni:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LocalRanks:
+    """Rank processes on this machine. They are ended when one of them fails, and started anew when needed."""
+
+    def __init__(self, spec: SessionSpec):
+        self.spec = spec
+        self.info: dict[str, Any] = {}
+        self.owner = os.getpid()
+        self._nursery: Nursery | None = None
+        self._channels: list[Channel] = []
+        self._lock = threading.RLock()
+
+    def start(self) -> None:
+        """Start the ranks and wait until they have loaded the model."""
+        with self._lock, self._ending_ranks_on_error():
+            if self._nursery is None or not self._nursery.alive:
+                self._nursery = Nursery(self.spec.timeout_s)
+                self._nursery.check(self.spec)
+            self._channels = self._nursery.start(self.spec, self.spec.config.world_size)
+            ready = Watch(self._nursery, self._channels, self.spec.timeout_s).collect(Ready)
+            self.info = ready[0].info
+
+    def generate(self, requests: list[Any], on_progress: OnProgress) -> list[Output]:
+        """Run the requests on all ranks."""
+        if os.getpid() != self.owner:
+            raise InputError("this Omni was made by another process; make one in the process that uses it")
+        message = _encode(Generate(requests))
+        with self._lock:
+            if not self._channels:
+                self.start()
+            with self._ending_ranks_on_error():
+                result = self._run(message, on_progress)
+        if isinstance(result, InputError):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """End everything."""
+        if self._nursery is None or os.getpid() != self.owner:
+            return  # nothing is there, or this is a fork of the process that made it
+        if not self._lock.acquire(timeout=0.1):
+            self._nursery.stop()  # another thread is in `generate`, which fails by this
+            return
+        try:
+            if self._channels:
+                self._end_ranks(CLOSE_GRACE_S)
+            self._nursery.stop()
+        finally:
+            self._lock.release()
+
+    def _run(self, message: list[Any], on_progress: OnProgress) -> list[Output] | InputError:
+        assert self._nursery is not None
+        outputs: list[Output] = []
+
+        def on_message(message: Any) -> None:
+            if isinstance(message, Progress):
+                on_progress(message.index, message.step, message.total)
+            elif isinstance(message, Outputs):
+                outputs.extend(message.outputs)
+
+        for channel in self._channels:
+            # A rank that is gone or stuck is found, and named, by the watch.
+            with contextlib.suppress(Closed, TimeoutError):
+                channel.send_encoded(message)
+        watch = Watch(self._nursery, self._channels, self.spec.timeout_s)
+        try:
+            done = watch.collect(Done, on_message)
+        except InputError as error:
+            if watch.silent or watch.failures:
+                raise
+            return error  # all ranks refused alike and wait for the next request
+        return with_peaks(outputs, [answer.peak_bytes for answer in done])
+
+    @contextlib.contextmanager
+    def _ending_ranks_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except (Closed, TimeoutError) as error:
+            state = f"did not answer within {self.spec.timeout_s:g} s"
+            if isinstance(error, Closed) and self._nursery is not None:
+                state = self._nursery.how_it_ended()
+            self._end_ranks()
+            raise RankError(-1, f"the process that starts ranks {state}") from None
+        except BaseException:
+            self._end_ranks()
+            raise
+
+    def _end_ranks(self, grace_s: float = 0.0) -> None:
+        channels, self._channels = self._channels, []
+        for channel in channels:
+            channel.close()
+        if self._nursery is not None:
+            self._nursery.kill(grace_s)
+
+
+class Bars:
+    """A progress bar for each request."""
+
+    def __init__(self) -> None:
+        self._bars: dict[int, Any] = {}
+        self._off = os.environ.get("SHARDIT_PROGRESS") == "0"
+
+    def update(self, index: int, step: int, total: int) -> None:
+        """Show that request `index` has finished `step` of `total` steps."""
+        if self._off:
+            return
+        if index not in self._bars:
+            from tqdm import tqdm
+
+            # Seconds per step even where tqdm would turn to steps per second.
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+            self._bars[index] = tqdm(total=total, desc=f"request {index}", unit="step", bar_format=form)
+        bar = self._bars[index]
+        bar.update(step - bar.n)
+        if step >= total:
+            bar.close()
+
+    def close(self) -> None:
+        """Leave the bars as they are and end their lines."""
+        for bar in self._bars.values():
+            bar.close()
+
+
+def started_by_torchrun(environ: Mapping[str, str]) -> bool:
+    """Whether this process is one of several ranks that somebody else has started."""
+    if not all(environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
+        return False
+    return environ["WORLD_SIZE"] != "1" or "TORCHELASTIC_RUN_ID" in environ
+
+
+def _encode(message: Generate) -> list[Any]:
+    try:
+        return encode(message)
+    except Exception as error:
+        raise InputError(f"a request holds an object that cannot be sent to the ranks: {error}") from error
+
+
+def _spec(
+    model: Any, config: Any, dtype: Any, device: Any, max_in_flight: Any, timeout_s: Any, session: str
+) -> SessionSpec:
+    """Check the types of all arguments; what they mean is checked where the model is read."""
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
+    if config is not None and not isinstance(config, DiffusionParallelConfig):
+        raise InputError(f"parallel_config must be a DiffusionParallelConfig, got {type(config).__name__}")
+    for name, value, kind in (("dtype", dtype, "dtype"), ("device", device, "device")):
+        # torch's own types by name: this process need not import torch.
+        known = isinstance(value, str) or (type(value).__module__, type(value).__name__) == ("torch", kind)
+        if value is not None and not (known and str(value)):
+            raise InputError(f"{name} must be a name, a torch.{kind} or None, got {value!r}")
+    if not isinstance(max_in_flight, int) or isinstance(max_in_flight, bool) or max_in_flight < 1:
+        raise InputError(f"max_in_flight must be a whole number of at least 1, got {max_in_flight!r}")
+    number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if not (number and math.isfinite(timeout_s) and timeout_s > 0):
+        raise InputError(f"timeout_s must be a number of seconds greater than 0, got {timeout_s!r}")
+    return SessionSpec(
+        model=os.fspath(model) if isinstance(model, os.PathLike) else model,
+        config=config or DiffusionParallelConfig(),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        device=None if device is None else str(device),
+        max_in_flight=max_in_flight,
+        timeout_s=float(timeout_s),
+        session=session,
+    )

@@ -1,0 +1,247 @@
+"""A rank: it loads its share of the model and runs the requests that it is sent or (under torchrun) makes itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardit.engine.messages import (
+    Channel,
+    Closed,
+    Done,
+    Failed,
+    Generate,
+    Outputs,
+    Progress,
+    Ready,
+    Refused,
+    SessionSpec,
+)
+from shardit.errors import InputError, RankError
+
+if TYPE_CHECKING:
+    from shardit.output import Output
+
+# How gloo, NCCL and their stores speak of another rank's end; they raise plain RuntimeErrors in places.
+_OF_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "timed out waiting",
+    "timeout waiting",
+    "wait timeout",
+    "watchdog caught collective",
+    "nccl communicator was aborted",
+    "remote process exited",
+    "failed to recv",
+    "application timeout caused pair closure",
+)
+
+
+def main(spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads: int, channel: Channel) -> int:
+    """Run one rank until the user's process closes its channel; returns the exit code."""
+    try:
+        set_threads(threads)
+        session = open_session(spec, rank=rank, world_size=world_size, init_method=rendezvous)
+        channel.send(Ready(session.info))
+        serve(session, rank, channel)
+    except InputError as error:
+        channel.send(Refused.from_error(error))
+        return 0
+    except Closed:
+        return 0
+    except BaseException as error:
+        with contextlib.suppress(Closed):
+            channel.send(Failed(describe(error), speaks_of_peer(error)))
+        return 1
+    session.close()
+    return 0
+
+
+def serve(session: Any, rank: int, channel: Channel) -> None:
+    """Run requests until the user's process closes its channel."""
+    while (message := receive(channel)) is not None:
+        try:
+            if isinstance(message, InputError):
+                raise message
+            reset_peak()
+            outputs = session.generate(message.requests, reporter(channel) if rank == 0 else ignore_progress)
+        except InputError as error:
+            channel.send(Refused.from_error(error))
+            continue
+        if rank == 0:
+            channel.send(Outputs(outputs))
+        channel.send(Done(peak_bytes()))
+
+
+def receive(channel: Channel) -> Generate | InputError | None:
+    """The next message; None at the end, an error where a request cannot be unpickled here."""
+    try:
+        return channel.recv()
+    except Closed:
+        return None
+    except Exception as error:
+        return InputError(
+            f"a request holds an object that the rank processes cannot load ({error}); pass plain values, "
+            "or objects whose class or function is in an importable module"
+        )
+
+
+class JoinedRanks:
+    """This process is one of the ranks that torchrun has started."""
+
+    def __init__(self, spec: SessionSpec):
+        self.spec = spec
+        self.info: dict[str, Any] = {}
+        self.rank = int(os.environ["RANK"])
+        self._session: Any = None
+        world_size, wanted = int(os.environ["WORLD_SIZE"]), spec.config.world_size
+        if world_size != wanted:
+            raise InputError(
+                f"torchrun has started {world_size} ranks, but parallel_config needs {wanted}; "
+                f"use --nproc-per-node {wanted} or change the parallel sizes"
+            )
+
+    def start(self) -> None:
+        """Load this rank's share of the model."""
+        with self._naming_this_rank():
+            self._session = open_session(
+                self.spec, rank=self.rank, world_size=self.spec.config.world_size, init_method="env://"
+            )
+        self.info = self._session.info
+
+    def generate(self, requests: list[Any], on_progress: Callable[[int, int, int], None]) -> list[Output]:
+        """Run the requests together with all other ranks."""
+        with self._naming_this_rank():
+            requests = from_rank_0(requests)  # each rank has drawn its own seeds
+            reset_peak()
+            outputs = self._session.generate(requests, on_progress if self.rank == 0 else ignore_progress)
+            return with_peaks(outputs, gather(peak_bytes()))
+
+    def close(self) -> None:
+        """Leave."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    @contextlib.contextmanager
+    def _naming_this_rank(self) -> Iterator[None]:
+        try:
+            yield
+        except (InputError, RankError):
+            raise
+        except Exception as error:
+            raise RankError(self.rank, f"{type(error).__name__}: {error}") from error
+
+
+def open_session(spec: SessionSpec, *, rank: int, world_size: int, init_method: str) -> Any:
+    """Make the session that `spec.session` names."""
+    module, _, name = spec.session.partition(":")
+    session_class = getattr(importlib.import_module(module), name)
+    return session_class(spec, rank=rank, world_size=world_size, init_method=init_method)
+
+
+def reporter(channel: Channel) -> Callable[[int, int, int], None]:
+    """The progress callback of rank 0."""
+    return lambda index, step, total: channel.send(Progress(index, step, total))
+
+
+def ignore_progress(index: int, step: int, total: int) -> None:
+    """The progress callback of all other ranks."""
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in the order of ranks."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():  # one rank needs no group
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(value: Any) -> Any:
+    """The value that rank 0 has."""
+    import torch.distributed as dist
+
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def threads_per_rank(world_size: int) -> int:
+    """What the user set in OMP_NUM_THREADS, else an equal share of the cores."""
+    wish = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if wish.isdecimal() and int(wish) > 0:
+        return int(wish)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world_size)
+
+
+def set_threads(threads: int) -> None:
+    """Undo the nursery's limit of one thread."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def describe(error: BaseException) -> str:
+    """The error in one line, then its traceback."""
+    summary = traceback.format_exception_only(type(error), error)[-1].strip()
+    return summary + "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+
+
+def speaks_of_peer(error: BaseException) -> bool:
+    """Whether another rank's end, not this rank, is the cause."""
+    # The first of a chain of exceptions tells: cleaning up after one's own error may fail on a peer.
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    root = chain[-1]
+    if any(isinstance(one, RankError) and "communication failed" in one.reason for one in chain[-2:]):
+        return True
+    if isinstance(root, RuntimeError) and type(root).__module__.startswith("torch"):
+        return "Dist" in type(root).__name__
+    return any(phrase in str(root).lower() for phrase in _OF_PEER)
+
+
+def reset_peak() -> None:
+    """Start to measure `peak_bytes` anew."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of resident memory
+
+
+def peak_bytes() -> int:
+    """Most memory held since `reset_peak`: of the accelerator where one is used, else resident memory.
+
+    Where the system cannot reset its mark, it counts from the start of the process.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def with_peaks(outputs: list[Output], peaks: list[int]) -> list[Output]:
+    """The outputs with the peak memory of each rank filled in."""
+    return [dataclasses.replace(output, peak_bytes=peaks) for output in outputs]

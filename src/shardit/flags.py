@@ -1,0 +1,159 @@
+"""The flags of `shardit generate`, defined once for the command and the example scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from shardit.config import DiffusionParallelConfig, parse_layer_partition
+from shardit.errors import InputError
+from shardit.images import open_image
+from shardit.output import check_path
+from shardit.params import OmniDiffusionSamplingParams
+
+# What a tiny model is not asked for, it does at its own small size: its class' defaults are meant for real ones.
+_TINY_DEFAULTS = (
+    "width",
+    "height",
+    "num_frames",
+    "num_inference_steps",
+    "max_sequence_length",
+    "layers",
+    "resolution",
+    "enable_prompt_rewrite",
+)
+
+
+class Dtype(str, Enum):
+    """Data types that models compute in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", show_default=False)]
+DtypeFlag = Annotated[
+    Dtype | None, Option(help="Data type, as torch_dtype= in diffusers. [default: as diffusers loads]")
+]
+PipelineSize = Annotated[int, Option(help="Ranks that the transformer's blocks are cut over.")]
+Chunks = Annotated[int | None, Option(help="Chunks of blocks per rank; 1 is contiguous. [default: automatic]")]
+Partition = Annotated[
+    str | None,
+    Option(help='Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]', show_default=False),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags:
+    """What `shardit generate` was asked for. None means the pipeline's own default."""
+
+    model: Model
+    prompt: Annotated[str, Option(help="What to show.", show_default=False)]
+    negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None
+    image: Annotated[
+        list[Path] | None, Option(metavar="<path>", help="Input picture; repeat the flag for several.")
+    ] = None
+    output: Annotated[Path | None, Option(help="File to write. [default: output.png or output.mp4]")] = None
+    width: Annotated[int | None, Option(help="Pixels.")] = None
+    height: Annotated[int | None, Option(help="Pixels.")] = None
+    num_frames: Annotated[int | None, Option(help="Frames of a video.")] = None
+    fps: Annotated[float | None, Option(help="Frames per second of a video. [default: the model's]")] = None
+    num_inference_steps: Annotated[int | None, Option(help="Denoising steps.")] = None
+    guidance_scale: Annotated[float | None, Option(help="Guidance strength.")] = None
+    guidance_scale_2: Annotated[
+        float | None, Option("--guidance-scale-2", help="Guidance strength of a second expert.")
+    ] = None
+    true_cfg_scale: Annotated[float | None, Option(help="Guidance strength against the negative prompt.")] = None
+    seed: Annotated[int | None, Option(help="Seed, from 0. [default: drawn, printed and recorded]")] = None
+    num_outputs_per_prompt: Annotated[int, Option(help="Pictures or videos to make.")] = 1
+    dtype: DtypeFlag = None
+    pipeline_parallel_size: PipelineSize = 1
+    pipeline_chunks: Chunks = None
+    layer_partition: Partition = None
+    timeout: Annotated[float, Option(help="Longest wait for another rank, in seconds.")] = 600.0
+
+    def check(self, writes: bool = True) -> None:
+        """Find, before anything starts, what is wrong whatever the model is. Raises `InputError`.
+
+        `writes` is False on ranks that do not save, for which the output folder need not exist.
+        """
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise InputError(f"--timeout must be more than 0 seconds, got {self.timeout}")
+        if writes:
+            check_path(self.output or "output.png")
+        self.omni_arguments()
+        self.sampling_params()
+        for image in self.image or []:
+            open_image(image)
+
+    def omni_arguments(self) -> dict[str, Any]:
+        """The arguments of `shardit.Omni`."""
+        config = parallel_config(self.pipeline_parallel_size, self.pipeline_chunks, self.layer_partition)
+        dtype = self.dtype.value if self.dtype else None
+        return {"model": self.model, "parallel_config": config, "dtype": dtype, "timeout_s": self.timeout}
+
+    def prompts(self) -> dict[str, Any]:
+        """The first argument of `Omni.generate`."""
+        entry: dict[str, Any] = {"prompt": self.prompt}
+        if self.negative_prompt is not None:
+            entry["negative_prompt"] = self.negative_prompt
+        if self.image:
+            entry["pil_image"] = [str(path) for path in self.image]
+        return entry
+
+    def sampling_params(self) -> OmniDiffusionSamplingParams:
+        """The second argument of `Omni.generate`."""
+        names = {item.name for item in dataclasses.fields(OmniDiffusionSamplingParams)} - {"negative_prompt"}
+        given = {name: value for name, value in vars(self).items() if name in names and value is not None}
+        return OmniDiffusionSamplingParams(**{**self._tiny_defaults(), **given})
+
+    def _tiny_defaults(self) -> Mapping[str, Any]:
+        if not self.model.startswith("tiny/"):
+            return {}
+        from shardit.models import tiny
+
+        defaults = tiny.defaults(self.model.removeprefix("tiny/"))
+        return {name: defaults[name] for name in _TINY_DEFAULTS if name in defaults}
+
+
+def parallel_config(size: int, chunks: int | None, partition: str | None) -> DiffusionParallelConfig:
+    """The configuration that the parallel flags ask for."""
+    blocks = None if partition is None else parse_layer_partition(partition, "--layer-partition")
+    return DiffusionParallelConfig(pipeline_parallel_size=size, pipeline_chunks=chunks, layer_partition=blocks)
+
+
+def as_command(run: Callable[[GenerateFlags], None], output: Path | None = None) -> Callable[..., None]:
+    """Make of `run` a function with one keyword argument per flag, from which typer builds its options.
+
+    `output` is the default of --output.
+    """
+    hints = typing.get_type_hints(GenerateFlags, include_extras=True)
+    defaults = {item.name: item.default for item in dataclasses.fields(GenerateFlags)}
+    defaults["output"] = output
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if defaults[name] is dataclasses.MISSING else defaults[name],
+            annotation=hints[name],
+        )
+        for name in defaults
+    ]
+
+    def command(**values: Any) -> None:
+        run(GenerateFlags(**values))
+
+    command.__doc__ = run.__doc__
+    command.__annotations__ = hints
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return command

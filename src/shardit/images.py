@@ -1,0 +1,96 @@
+"""Input pictures: whatever a user hands over becomes an upright 8-bit picture in the colours it was meant to have."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image, ImageOps
+
+from shardit.errors import InputError
+
+if TYPE_CHECKING:
+    ImageSource = str | os.PathLike[str] | bytes | Image.Image
+
+Mode = Literal["RGB", "RGBA"]
+
+
+def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
+    """Read a file, the bytes of one, or take a PIL picture (which is not changed), as an 8-bit picture.
+
+    - The EXIF orientation is applied.
+    - "RGB" puts transparent pictures on white, which is what they look like on a page; "RGBA" keeps transparency and
+      makes opaque pictures fully opaque.
+    - 16-bit greys are scaled to 8 bits (PIL alone would clip them to white). CMYK, palettes, grey and black-and-white
+      are converted; colour profiles are not applied, as diffusers does not either.
+    - Of an animation the first frame is taken.
+
+    Raises `InputError` naming the file where it is missing or no picture.
+    """
+    name = _name_of(source)
+    try:
+        picture = _to_mode(_to_eight_bits(_load_upright(source)), mode)
+        picture.info = {}  # EXIF data, colour profiles: nothing reads them, and they would travel to every rank
+        return picture
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"image {name} does not exist; correct the path") from None
+    # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...
+    except Exception as error:
+        raise InputError(f"image {name} cannot be read: {_reason(error)}; give a PNG, JPEG or WebP file") from error
+
+
+def _name_of(source: ImageSource) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return str(Path(source)) if str(source) else "''"
+    return "given as bytes" if isinstance(source, bytes) else "given as a picture"
+
+
+def _load_upright(source: ImageSource) -> Image.Image:
+    # exif_transpose always makes a copy, so the caller's picture stays as it is. It must run before the file is closed:
+    # some formats read their EXIF data only when asked.
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source)
+    if isinstance(source, str) and source.split("://")[0] in ("http", "https"):
+        raise InputError(f"image {source} is an address; download it and give the file")
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise InputError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+
+
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise InputError("an image with floating-point values has no defined brightness; save it with 8 bits")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        wide = picture if picture.mode == "I" else picture.convert("I")
+        # 65535 must become 255, so the factor is 1/257, not 1/256.
+        narrow = wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        narrow.info.pop("transparency", None)  # a 16-bit colour key means nothing here any more
+        return narrow
+    return picture
+
+
+def _to_mode(picture: Image.Image, mode: Mode) -> Image.Image:
+    if picture.mode == mode and "transparency" not in picture.info:
+        return picture.copy()
+    transparent = "transparency" in picture.info or picture.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+    if picture.mode in ("RGBa", "La"):  # premultiplied; PIL converts these only to their plain form
+        picture = picture.convert(picture.mode.upper())
+    if mode == "RGBA" or not transparent:
+        return picture.convert(mode)
+    picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is not a picture in a known format"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    return (str(error).splitlines() or [type(error).__name__])[0]

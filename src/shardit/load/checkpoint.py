@@ -1,0 +1,131 @@
+"""The weights of one component: which file holds which tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from shardit.errors import InputError
+from shardit.load.dtypes import file_dtype
+from shardit.load.safetensors_file import Entry, Header, Reads
+from shardit.load.weight_names import choose
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Remote(Protocol):
+    """Where weight files that are not on this disk yet come from."""
+
+    def names(self, folder: str) -> list[str]:
+        """Plain names of the files in a component folder."""
+        ...
+
+    def header(self, file: str) -> Header:
+        """The header of a weight file ("folder/name") without its data; byte ranges count from the data's start."""
+        ...
+
+    def fetch(self, files: list[str]) -> None:
+        """Put the named weight files ("folder/name") into the snapshot folder."""
+        ...
+
+
+@dataclass
+class Checkpoint:
+    """The weights of one component folder; `files` maps tensor name to plain file name.
+
+    `sharded` tells whether an index names the files. With a `remote`, files are fetched when `ensure` asks for them.
+    """
+
+    folder: Path
+    files: dict[str, str]
+    sharded: bool
+    remote: Remote | None = None
+    _headers: dict[str, Header] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike, remote: Remote | None = None) -> Checkpoint:
+        """Find the weights of a component folder, without reading any tensor.
+
+        Raises InputError for missing or damaged files, UnsupportedError for pickles or variants only.
+        """
+        folder = Path(folder)
+        if not folder.is_dir() and remote is None:
+            raise InputError(f"{folder} does not exist: download or copy the model again")
+        here = os.listdir(folder) if folder.is_dir() else []
+        choice = choose({*here, *(remote.names(folder.name) if remote else [])}, str(folder))
+        if choice.sharded:
+            return cls(folder, _weight_map(folder / choice.name), True, remote)
+        opened = cls(folder, {}, False, remote)
+        opened.files = dict.fromkeys(opened.header(choice.name).entries, choice.name)
+        return opened
+
+    @property
+    def names(self) -> list[str]:
+        """The distinct file names, sorted."""
+        return sorted(set(self.files.values()))
+
+    def header(self, file: str) -> Header:
+        """The header of one of the files, fetched from the hub where the file is not here."""
+        if file not in self._headers:
+            path = self.folder / file
+            if not path.exists() and self.remote is not None:
+                return self._headers.setdefault(file, self.remote.header(f"{self.folder.name}/{file}"))
+            if not path.exists():
+                raise InputError(f"{path} is missing: download or copy the model again")
+            self._headers[file] = Header.read(path)
+        return self._headers[file]
+
+    def entry(self, key: str) -> Entry:
+        """Where tensor `key` lies in its file; InputError where the index is wrong about it."""
+        file = self.files[key]
+        found = self.header(file).entries.get(key)
+        if found is None:
+            raise InputError(
+                f"the index of {self.folder} says that {key} is in {file}, but it is not: download the folder again"
+            )
+        return found
+
+    def ensure(self, files: set[str], reads: Reads | None = None) -> None:
+        """Have these files on this disk, and their headers with true byte ranges."""
+        absent = sorted(file for file in files if not (self.folder / file).exists())
+        if absent and self.remote is not None:
+            self.remote.fetch([f"{self.folder.name}/{file}" for file in absent])
+        for file in sorted(files):
+            path = self.folder / file
+            if not path.exists():
+                raise InputError(f"{path} is missing: download or copy the model again")
+            # Read anew: a header that came from the hub does not say where the data starts in the file.
+            self._headers[file] = Header.read(path, reads)
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of the first floating tensor of the first file: what transformers calls "auto"."""
+        for file in self.names[:1]:
+            for entry in self.header(file).entries.values():
+                dtype = file_dtype(entry.dtype)
+                if dtype is not None and dtype.is_floating_point:
+                    return dtype
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.entry(key).nbytes for key in self.files)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        table = json.loads(index.read_text())["weight_map"]
+        files = {str(key): str(file) for key, file in table.items()}
+    except OSError as error:
+        raise InputError(f"cannot read {index} ({error.strerror}): download or copy it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} has no readable weight_map: download or copy it again") from error
+    for file in files.values():
+        # An index is text from elsewhere: it may not point out of its folder.
+        if os.path.basename(file) != file or file in ("", ".", "..") or not file.endswith(".safetensors"):
+            raise InputError(f"{index} names {file!r}, which is not a safetensors file beside it: get another copy")
+    return files

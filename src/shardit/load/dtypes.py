@@ -1,0 +1,74 @@
+"""Names of number formats: as a user writes them and as safetensors files write them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shardit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_USER = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+
+# safetensors code -> (torch attribute, bits per element)
+_FILE = {
+    "F64": ("float64", 64),
+    "F32": ("float32", 32),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "I64": ("int64", 64),
+    "I32": ("int32", 32),
+    "I16": ("int16", 16),
+    "I8": ("int8", 8),
+    "U8": ("uint8", 8),
+    "U16": ("uint16", 16),
+    "U32": ("uint32", 32),
+    "U64": ("uint64", 64),
+    "BOOL": ("bool", 8),
+    "C64": ("complex64", 64),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F4": (None, 4),
+    "F6_E2M3": (None, 6),
+    "F6_E3M2": (None, 6),
+}
+
+
+def as_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch dtype for "float32", "bfloat16", "float16", a dtype, or None ("as diffusers would choose").
+
+    Raises InputError for anything else; float8 is no dtype to compute in.
+    """
+    import torch
+
+    if value is None:
+        return None
+    name = str(value).removeprefix("torch.")
+    if name in _USER:
+        return getattr(torch, _USER[name])
+    if value is torch.float64 or name == "float64":  # for comparisons against exact arithmetic
+        return torch.float64
+    raise InputError(f"dtype {name!r} is not known: use float32, bfloat16 or float16")
+
+
+def file_bits(code: str) -> int | None:
+    """Bits per element of a safetensors code, None where the code is unknown."""
+    known = _FILE.get(code)
+    return known[1] if known else None
+
+
+def file_dtype(code: str) -> torch.dtype | None:
+    """The torch dtype of a safetensors code, None where torch has none."""
+    import torch
+
+    name = _FILE.get(code, (None, 0))[0]
+    return getattr(torch, name, None) if name else None

@@ -1,0 +1,201 @@
+"""The Hugging Face hub: only the files that a pipeline needs, and weight headers without the weights.
+
+Endpoint, token, cache folder and offline mode are huggingface_hub's own settings (HF_ENDPOINT, HF_TOKEN, HF_HOME,
+HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shardit.errors import InputError
+from shardit.load.index import INDEX, components
+from shardit.load.safetensors_file import Entry, Header
+from shardit.load.weight_names import choose, is_weights
+
+_SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".yaml")
+
+
+@dataclass
+class HubRemote:
+    """One commit of a hub repository, and the snapshot folder that holds what was fetched of it."""
+
+    model: str
+    folder: Path
+    _listing: list[str] | None = field(default=None, repr=False)
+
+    @property
+    def commit(self) -> str:
+        return self.folder.name
+
+    def listing(self) -> list[str]:
+        """Every file of the commit; what the cache holds where the hub cannot be asked."""
+        if self._listing is None:
+            from huggingface_hub import HfApi
+
+            try:
+                with _explained(self.model):
+                    self._listing = HfApi().list_repo_files(self.model, revision=self.commit)
+            except Unreachable:
+                self._listing = [p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()]
+        return self._listing
+
+    def names(self, folder: str) -> list[str]:
+        """Plain names of the files in a component folder."""
+        return [PurePosixPath(file).name for file in self.listing() if str(PurePosixPath(file).parent) == folder]
+
+    def fetch(self, files: list[str]) -> None:
+        """Download the named files into the snapshot folder; nothing happens for those that are there."""
+        absent = [file for file in files if not (self.folder / file).exists()]
+        if not absent:
+            return
+        from huggingface_hub import snapshot_download
+
+        with _explained(self.model):
+            # The names are exact; escaping keeps brackets in them from being read as patterns.
+            patterns = [glob.escape(file) for file in absent]
+            snapshot_download(self.model, revision=self.commit, allow_patterns=patterns)
+        missing = [file for file in absent if not (self.folder / file).exists()]
+        if missing:
+            raise InputError(f"{self.model} has no file {missing[0]}: its repository is incomplete, choose another")
+
+    def header(self, file: str) -> Header:
+        """The header of a weight file by an HTTP range request; byte ranges count from the data's start."""
+        from huggingface_hub import HfApi
+
+        with _explained(self.model):
+            found = HfApi().parse_safetensors_file_metadata(self.model, file, revision=self.commit)
+        entries = {
+            name: Entry(str(info.dtype), tuple(info.shape), info.data_offsets[0], info.data_offsets[1])
+            for name, info in found.tensors.items()
+        }
+        return Header(entries, dict(found.metadata or {}))
+
+
+def open_hub(model: str) -> HubRemote:
+    """The newest commit of a model on the hub, with every file that a pipeline needs but its weights.
+
+    Raises InputError where the model is unknown, gated, no diffusers pipeline, or the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _explained(model):
+        path = Path(hf_hub_download(model, INDEX))
+    remote = HubRemote(model, path.parent)
+    remote.fetch(_settings(remote))
+    return remote
+
+
+def _settings(remote: HubRemote) -> list[str]:
+    """Configs, tokenizers and weight indexes of the listed components."""
+    chosen = []
+    folders = _component_folders(remote)
+    for file in remote.listing():
+        path = PurePosixPath(file)
+        if path.parts[0] not in folders or len(path.parts) < 2 or not file.endswith(_SETTINGS):
+            continue
+        if "index" in path.name.split(".") and path.name != _index_name(remote, path.parts[0]):
+            continue  # the index of a variant, or of pickles
+        chosen.append(file)
+    return chosen
+
+
+def _component_folders(remote: HubRemote) -> set[str]:
+    """Folders of the listed components; one that is null in the index is left out."""
+    return {name for name, part in components(remote.folder).items() if not part.absent}
+
+
+def _index_name(remote: HubRemote, folder: str) -> str | None:
+    names = remote.names(folder)
+    if not any(is_weights(name) for name in names):
+        return None
+    try:
+        choice = choose(names, folder)
+    except InputError:
+        return None  # said when the weights are asked for
+    return choice.name if choice.sharded else None
+
+
+def weight_files(remote: HubRemote) -> list[str]:
+    """The weight files ("folder/name") of all listed components that have any."""
+    chosen = []
+    for folder in sorted(_component_folders(remote)):
+        names = remote.names(folder)
+        if not any(is_weights(name) for name in names):
+            continue
+        choice = choose(names, f"{remote.model}/{folder}")
+        shards = [choice.name]
+        if choice.sharded:
+            table: dict[str, Any] = json.loads((remote.folder / folder / choice.name).read_text())
+            shards = sorted(set(table["weight_map"].values()))
+        chosen += [f"{folder}/{name}" for name in shards]
+    return chosen
+
+
+class Unreachable(InputError):
+    """The hub cannot be asked."""
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """huggingface_hub's errors, each in one line that says what to do."""
+    from huggingface_hub import constants, errors
+
+    at = constants.ENDPOINT
+    offline = f"{model} is not (wholly) in the cache and HF_HUB_OFFLINE is set: unset it or download the model first"
+    unreachable = f"cannot reach {at} for {model}: check the network, or give a local folder"
+    try:
+        yield
+    except InputError:
+        raise
+    except errors.GatedRepoError as error:
+        raise InputError(f"{model} is gated: accept its terms at {at}/{model}, then set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"there is no model {model!r} here or at {at}: check the name (or set HF_TOKEN if it is private)"
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise Unreachable(offline) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise Unreachable(offline if constants.HF_HUB_OFFLINE else unreachable) from error
+    except errors.EntryNotFoundError as error:
+        raise InputError(
+            f"{model} is not a diffusers pipeline (no {INDEX}): choose a repository that has one"
+        ) from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{model!r} is neither a folder nor a hub id (owner/name): check the path") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "an error")
+        if isinstance(status, int) and status >= 500:
+            raise Unreachable(f"{at} answered {status} for {model}: try again later") from error
+        raise InputError(f"{at} answered {status} for {model}: check the name and HF_TOKEN") from error
+    except _network_errors() as error:
+        raise Unreachable(unreachable) from error
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    """What huggingface_hub's HTTP client raises; the client differs between its versions."""
+    found: list[type[BaseException]] = [ConnectionError, TimeoutError]
+    for name, attribute in (
+        ("httpx2", "TransportError"),
+        ("httpx", "TransportError"),
+        ("requests", "RequestException"),
+    ):
+        try:
+            found.append(getattr(__import__(name), attribute))
+        except (ImportError, AttributeError):
+            continue
+    return tuple(found)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a text could be a hub id: a name, or owner/name."""
+    parts = model.split("/")
+    return len(parts) in (1, 2) and all(part and part[0] not in ".~" for part in parts) and os.sep not in parts

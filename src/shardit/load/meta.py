@@ -1,0 +1,153 @@
+"""Building a module without memory for its parameters."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from shardit.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# The switches below are global to the process.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def build(
+    cls: type,
+    config_folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    stored_dtype: Callable[[], torch.dtype | None] | None = None,
+) -> nn.Module:
+    """A module of a diffusers ModelMixin or transformers PreTrainedModel class with every parameter on meta.
+
+    Buffers and other tensors made in `__init__` are computed for real, under `dtype` as from_pretrained would.
+    `dtype` None means the class's default: float32 for diffusers, the config's own for transformers
+    (`stored_dtype`, the dtype of the weights, is asked where the config names none).
+    Raises InputError for a missing or unreadable config, UnsupportedError for other classes.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+    from transformers import PreTrainedModel
+
+    if not (Path(config_folder) / "config.json").is_file():
+        raise InputError(f"{config_folder} has no config.json: download or copy the model again")
+    if issubclass(cls, ModelMixin):
+        return _build_diffusers(cls, config_folder, dtype)
+    if issubclass(cls, PreTrainedModel):
+        return _build_transformers(cls, config_folder, dtype, stored_dtype)
+    raise UnsupportedError(f"{cls.__name__} is neither a diffusers nor a transformers model: it cannot be loaded here")
+
+
+def _build_diffusers(cls: Any, folder: str | os.PathLike, dtype: torch.dtype | None) -> nn.Module:
+    with _one_line(folder):
+        config = cls.load_config(str(folder))
+    if config.get("quantization_config"):
+        raise UnsupportedError(f"{folder} holds quantized weights: use a folder with plain weights")
+    with _one_line(folder), _default_dtype(dtype), parameters_on_meta():
+        return cls.from_config(config).eval()
+
+
+def _build_transformers(
+    cls: Any,
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None,
+    stored_dtype: Callable[[], torch.dtype | None] | None,
+) -> nn.Module:
+    import torch
+
+    with _one_line(folder):
+        config = cls.config_class.from_pretrained(str(folder))
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedError(f"{folder} holds quantized weights: use a folder with plain weights")
+    chosen = dtype or _own_dtype(config) or (stored_dtype and stored_dtype()) or torch.float32
+    config.name_or_path = str(folder)
+    with _one_line(folder), parameters_on_meta():
+        module = cls._from_config(config, dtype=chosen)
+    _keep_some_in_float32(module, chosen)
+    return module.eval()
+
+
+def _own_dtype(config: Any) -> torch.dtype | None:
+    import torch
+
+    own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    return getattr(torch, own) if isinstance(own, str) else own
+
+
+def _keep_some_in_float32(module: Any, dtype: torch.dtype) -> None:
+    """transformers keeps some modules in float32: the strict list always, the other one for float16 only."""
+    import torch
+
+    keep = list(getattr(module, "_keep_in_fp32_modules_strict", None) or []) if dtype.itemsize == 2 else []
+    if dtype == torch.float16:
+        keep += list(getattr(module, "_keep_in_fp32_modules", None) or [])
+    if not keep:
+        return
+    pattern = re.compile(rf"(?:^|\.)(?:{'|'.join(keep)})(?:\.|$)")
+    for name, parameter in module.named_parameters():
+        if pattern.search(name):
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """While this lasts, a parameter goes to meta as soon as a module registers it, and initialisation does nothing.
+
+    A parameter that already is on meta stays the same object, so that tied weights stay tied.
+    """
+    from torch import nn
+
+    inits = {name: init for name, init in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+    with _ONE_AT_A_TIME:
+        register = nn.Module.register_parameter
+
+        def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            register(self, name, param)
+            if param is not None and not param.is_meta:
+                self._parameters[name] = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+
+        nn.Module.register_parameter = register_on_meta  # pyright: ignore[reportAttributeAccessIssue]
+        for name in inits:
+            setattr(nn.init, name, _leave_as_is)
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register
+            for name, init in inits.items():
+                setattr(nn.init, name, init)
+
+
+def _leave_as_is(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return tensor
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    import torch
+
+    with _ONE_AT_A_TIME:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype or before)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@contextmanager
+def _one_line(folder: str | os.PathLike) -> Iterator[None]:
+    """What a config can be wrong about, said in one line."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        first = (str(cast(object, error)).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot build the model of {folder} from its config.json: {first}") from error

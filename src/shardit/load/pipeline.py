@@ -1,0 +1,126 @@
+"""Building a real diffusers pipeline of which each rank holds only its part."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shardit.errors import InputError
+from shardit.load import index
+from shardit.load.checkpoint import Checkpoint
+from shardit.load.dtypes import as_dtype
+from shardit.load.index import Component
+from shardit.load.meta import build
+from shardit.load.quiet import quiet
+from shardit.load.safetensors_file import Reads
+from shardit.load.source import Source, locate
+from shardit.load.transformers_model import load_transformers
+from shardit.load.weights import Owned, load_module
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from torch import nn
+
+Place = Callable[[dict[str, "nn.Module"], type], dict[str, Owned]]
+
+
+def load_pipeline(
+    model: str | os.PathLike,
+    *,
+    place: Place,
+    dtype: str | torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    pipeline_class: str | type | None = None,
+    reads: Reads | None = None,
+) -> DiffusionPipeline:
+    """The pipeline of a model folder, hub id or "tiny/NAME", with only the owned weights in memory.
+
+    `place(modules, cls)` is called once with all module components on meta and the pipeline class; for each module
+    it returns a predicate over parameter names (as in named_parameters; also asked about persistent buffers) that
+    says what this rank owns. A module it leaves out is owned whole. Keep names from it, not module objects:
+    transformers models that are owned are built anew. With everything owned the result equals
+    `DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)`.
+
+    `dtype`: "float32", "bfloat16", "float16", a torch dtype or None (diffusers' and the configs' default).
+    `reads` counts the bytes of weights that were read. Raises InputError and UnsupportedError, one line each.
+    """
+    kind = as_dtype(dtype)
+    found = prepare(model, pipeline_class, kind)
+    owners = place(dict(found.modules), found.cls)
+    unknown = sorted(set(owners) - set(found.modules))
+    if unknown:
+        raise InputError(f"{found.cls.__name__} has no module {unknown[0]!r}: it has {', '.join(found.modules)}")
+    loaded: dict[str, Any] = {}
+    for name, module in found.modules.items():
+        load = load_module if is_diffusers(type(module)) else load_transformers
+        owned = owners.get(name, _everything)
+        loaded[name] = load(module, found.checkpoints[name], owned, dtype=kind, device=device, reads=reads)
+    return _construct(found.cls, found.source, {**loaded, **_processors(found.parts)})
+
+
+def _everything(_: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pipeline before its weights: where it lies, its class, the components the class takes, and of the models
+    among them the checkpoint and the module on meta."""
+
+    source: Source
+    cls: type[Any]
+    parts: dict[str, Component]
+    checkpoints: dict[str, Checkpoint]
+    modules: dict[str, nn.Module]
+
+
+def prepare(
+    model: str | os.PathLike, pipeline_class: str | type | None = None, dtype: torch.dtype | None = None
+) -> Prepared:
+    """Everything about a pipeline that can be had without reading weights; errors as in `load_pipeline`."""
+    from transformers import PreTrainedModel
+
+    source = locate(model, weights=False)
+    wanted = pipeline_class
+    cls = wanted if isinstance(wanted, type) else index.pipeline_class(source.folder, wanted)
+    accepted = inspect.signature(cls.__init__).parameters
+    found = index.components(source.folder).items()
+    parts = {name: part for name, part in found if name in accepted and not part.absent}
+    checkpoints, modules = {}, {}
+    for name, part in parts.items():
+        kind = index.component_class(part)
+        if is_diffusers(kind) or issubclass(kind, PreTrainedModel):
+            checkpoints[name] = Checkpoint.open(part.folder, remote=source.remote)
+            modules[name] = build(kind, part.folder, dtype, checkpoints[name].stored_dtype)
+    return Prepared(source, cls, parts, checkpoints, modules)
+
+
+def is_diffusers(cls: type) -> bool:
+    """Whether a class is one of diffusers' models, which can be loaded in part."""
+    from diffusers.models.modeling_utils import ModelMixin
+
+    return issubclass(cls, ModelMixin)
+
+
+def _processors(parts: dict[str, Component]) -> dict[str, Any]:
+    """Processors of Qwen-VL, whose video half needs torchvision, built without it where it is missing."""
+    from shardit.models.processor import build_processor, is_needed
+
+    needed = {name: str(part.class_name) for name, part in parts.items() if is_needed(str(part.class_name))}
+    return {name: build_processor(parts[name].folder, kind) for name, kind in needed.items()}
+
+
+def _construct(cls: type[Any], source: Source, passed: dict[str, Any]) -> DiffusionPipeline:
+    """The pipeline as from_pretrained makes it, with our modules passed in."""
+    try:
+        with quiet():
+            pipe = cls.from_pretrained(str(source.folder), **passed)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{cls.__name__} cannot be made from {source.folder}: {first}") from error
+    pipe.register_to_config(_name_or_path=source.name)
+    return pipe

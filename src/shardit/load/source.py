@@ -1,0 +1,75 @@
+"""From what a user writes to a folder that holds a pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardit.errors import InputError
+from shardit.load.hub import HubRemote, is_hub_id, open_hub, weight_files
+from shardit.load.index import INDEX, read_index
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder; `name` is what diffusers records as _name_or_path, `remote` the hub commit it came from."""
+
+    folder: Path
+    name: str
+    remote: HubRemote | None = None
+
+
+def resolve(model: str | os.PathLike, weights: bool = True) -> Path:
+    """The folder of "tiny/NAME", of a local diffusers folder, or of a hub id, whose needed files are downloaded.
+
+    With `weights=False` a hub id's weight files are left out (see `fetch_weights`).
+    Raises InputError where there is no such model, with one line that says what to change.
+    """
+    return locate(model, weights).folder
+
+
+def fetch_weights(model: str | os.PathLike, folder: str | os.PathLike, files: Iterable[str]) -> None:
+    """Download named weight files ("transformer/model-00001-of-00002.safetensors") into the folder of `resolve`.
+
+    Does nothing for files that are there. Raises InputError where one is missing and cannot be had.
+    """
+    folder, wanted = Path(folder), list(files)
+    absent = [file for file in wanted if not (folder / file).exists()]
+    if not absent:
+        return
+    if Path(model).is_dir() or not is_hub_id(str(model)):
+        raise InputError(f"{folder / absent[0]} is missing: download or copy the model again")
+    HubRemote(str(model), folder).fetch(absent)
+
+
+def locate(model: str | os.PathLike, weights: bool = True) -> Source:
+    """`resolve`, with what it found out about where the files come from."""
+    text = os.fspath(model)
+    if text.startswith("tiny/"):
+        folder = _tiny(text)
+        return Source(folder, str(folder))
+    if not text:
+        raise InputError("no model given: name a folder, a hub id or tiny/NAME")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        read_index(path)  # says what is wrong with it
+        return Source(path, str(path))
+    if path.exists():
+        raise InputError(f"{text} is a single file: give a diffusers folder (one that holds {INDEX})")
+    if isinstance(model, Path) or not is_hub_id(text):
+        raise InputError(f"there is no folder {text}: check the path")
+    remote = open_hub(text)
+    if weights:
+        remote.fetch(weight_files(remote))
+    return Source(remote.folder, text, remote)
+
+
+def _tiny(name: str) -> Path:
+    from shardit.models import tiny
+
+    folder = tiny.resolve(name)
+    if folder is None:
+        raise InputError(f"there is no tiny model {name!r}: there are {', '.join(sorted(tiny.names()))}")
+    return Path(folder)

@@ -1,0 +1,85 @@
+"""transformers models: loaded whole by transformers itself, or not at all."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from shardit.errors import InputError, UnsupportedError
+from shardit.load.checkpoint import Checkpoint
+from shardit.load.meta import build
+from shardit.load.quiet import quiet
+from shardit.load.safetensors_file import Reads
+from shardit.load.weights import Owned
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def load_transformers(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    owned: Owned,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    reads: Reads | None = None,
+) -> nn.Module:
+    """`module` (built on meta) itself where nothing is owned, else the model as from_pretrained gives it.
+
+    Raises UnsupportedError where only a part is owned, InputError for what from_pretrained refuses.
+    """
+    cls: Any = type(module)
+    ours = [owned(name) for name, _ in module.named_parameters()]
+    if not any(ours):
+        return module
+    if not all(ours):
+        raise UnsupportedError(
+            f"{cls.__name__} can only be loaded whole or not at all: give all of it to one rank or to every rank"
+        )
+    checkpoint.ensure(set(checkpoint.names), reads)
+    try:
+        # The arguments of diffusers' own pipeline loader; dtype None means "auto" there too.
+        with quiet():
+            loaded = cls.from_pretrained(str(checkpoint.folder), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"transformers cannot load {checkpoint.folder}: {first}") from error
+    if reads is not None:
+        reads.bytes += checkpoint.nbytes
+    return loaded.to(device)
+
+
+def module_keys(model: type | nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """File key -> module name, through transformers' own renaming of old checkpoints.
+
+    `model` is a transformers class or a module of it. Several file keys may give one name (experts that are merged).
+    Keys that the model does not use keep the name that the renaming gives them.
+    """
+    module = build(model, checkpoint.folder) if isinstance(model, type) else model
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return _module_keys_4(module, checkpoint)
+    rules = get_model_conversion_mapping(module)  # pyright: ignore[reportArgumentType]
+    renamings: Any = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters: Any = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    held = module.state_dict()
+    prefix: Any = getattr(module, "base_model_prefix", None)
+    return {key: rename_source_key(key, renamings, converters, prefix, held)[0] for key in checkpoint.files}
+
+
+def _module_keys_4(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """transformers 4: the class carries the renaming as regular expressions."""
+    rules: dict[str, str] = getattr(module, "_checkpoint_conversion_mapping", None) or {}
+    renamed = {}
+    for key in checkpoint.files:
+        name = key
+        for pattern, replacement in rules.items():
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        renamed[key] = name
+    return renamed

@@ -1,0 +1,187 @@
+"""Filling the owned part of a diffusers module from its checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shardit.errors import InputError
+from shardit.load.checkpoint import Checkpoint
+from shardit.load.dtypes import file_dtype
+from shardit.load.safetensors_file import Entry, Reads, read_into
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Owned = Callable[[str], bool]
+_log = logging.getLogger("shardit")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of a module: all its names (tied weights have several; the first is the one of
+    named_parameters), its key in the files (None: not there), and the tensor the module holds now."""
+
+    names: tuple[str, ...]
+    key: str | None
+    held: torch.Tensor
+
+
+def load_module(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    owned: Owned,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    reads: Reads | None = None,
+) -> nn.Module:
+    """Fill the parameters and persistent buffers for which `owned(name)` holds; the others end up on meta.
+
+    `module` comes from `build` with the same `dtype`. Dtypes are those of diffusers' from_pretrained: floating
+    tensors become `dtype` (float32 in modules the class keeps so), others what the module has; with None all become
+    what the module has. Buffers outside the checkpoint go to `device`. Returns the module in eval mode.
+    Raises InputError, naming tensor and file, for missing tensors and wrong shapes.
+    """
+    import torch
+
+    wanted = []
+    for target in targets(module, checkpoint):
+        if owned(target.names[0]):
+            wanted.append(target)
+        else:
+            _place(module, target, torch.empty_like(target.held, device="meta", dtype=_dtype(module, target, dtype)))
+    present = [target for target in wanted if target.key is not None]
+    checkpoint.ensure({checkpoint.files[str(target.key)] for target in present}, reads)
+    for file, group in _by_file(checkpoint, present):
+        _read_file(module, checkpoint, file, group, dtype, torch.device(device), reads)
+    _move_buffers(module, torch.device(device))
+    _register_path(module, checkpoint)
+    return module.eval()
+
+
+def targets(module: nn.Module, checkpoint: Checkpoint) -> list[Target]:
+    """The module's tensors and their file keys; InputError for a parameter that no file holds."""
+    keys = file_keys(module, checkpoint)
+    groups: dict[int, list[str]] = {}
+    held: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+    for name, tensor in held.items():
+        groups.setdefault(id(tensor), []).append(name)
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    found = []
+    for names in groups.values():
+        key = next((keys[name] for name in names if name in keys), None)
+        if key is None and names[0] in parameters:
+            raise InputError(
+                f"{checkpoint.folder} has no tensor {names[0]} for {type(module).__name__} "
+                f"(looked in {_listed(checkpoint.names)}): weights and config.json do not belong together"
+            )
+        found.append(Target(tuple(names), key, held[names[0]]))
+    _tell_unused(module, checkpoint, [name for name in keys if name not in held])
+    return found
+
+
+def file_keys(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Module name -> file key, with the class's own hook for names of old checkpoints applied.
+
+    diffusers gives the hook single files only. It renames by moving entries of a dict, so it is handed one whose
+    values are the file keys.
+    """
+    keys: OrderedDict[str, str] = OrderedDict((key, key) for key in checkpoint.files)
+    fix = getattr(module, "_fix_state_dict_keys_on_load", None)
+    if fix is not None and not checkpoint.sharded:
+        fix(keys)
+    return keys
+
+
+def _tell_unused(module: nn.Module, checkpoint: Checkpoint, unused: list[str]) -> None:
+    expected: list[str] = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])
+    unused = [name for name in unused if not any(re.search(pattern, name) for pattern in expected)]
+    if unused:
+        _log.warning("%s: %s does not use %s", checkpoint.folder, type(module).__name__, _listed(unused))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _by_file(checkpoint: Checkpoint, wanted: list[Target]) -> Iterator[tuple[str, list[tuple[Target, Entry]]]]:
+    """The wanted tensors per file, in the order of the file's bytes."""
+    groups: dict[str, list[tuple[Target, Entry]]] = {}
+    for target in wanted:
+        key = str(target.key)
+        groups.setdefault(checkpoint.files[key], []).append((target, checkpoint.entry(key)))
+    for file in sorted(groups):
+        yield file, sorted(groups[file], key=lambda pair: pair[1].start)
+
+
+def _read_file(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    file: str,
+    group: list[tuple[Target, Entry]],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    reads: Reads | None,
+) -> None:
+    import torch
+
+    path = checkpoint.folder / file
+    for target, entry in group:
+        if tuple(target.held.shape) != entry.shape:
+            raise InputError(
+                f"{path}: {target.key} has shape {list(entry.shape)}, but {type(module).__name__} needs "
+                f"{list(target.held.shape)}: weights and config.json do not belong together"
+            )
+        stored = file_dtype(entry.dtype)
+        if stored is None:
+            raise InputError(f"{path}: {target.key} has format {entry.dtype}, which torch cannot read: use others")
+        final = _dtype(module, target, dtype, stored)
+        # Read straight into the parameter where nothing has to be converted or moved.
+        tensor = torch.empty(entry.shape, dtype=stored)
+        read_into(path, [(entry.start, tensor)], reads)
+        _place(module, target, tensor.to(device=device, dtype=final))
+
+
+def _dtype(
+    module: nn.Module, target: Target, dtype: torch.dtype | None, stored: torch.dtype | None = None
+) -> torch.dtype:
+    """The dtype from_pretrained gives a tensor that the file holds as `stored` (by default: of the module's kind)."""
+    import torch
+
+    floating = (stored or target.held.dtype).is_floating_point
+    if dtype is None or not floating:
+        return target.held.dtype
+    keep: Any = getattr(module, "_keep_in_fp32_modules", None) or []
+    keep = [keep] if isinstance(keep, str) else keep
+    return torch.float32 if any(part in target.names[0].split(".") for part in keep) else dtype
+
+
+def _place(module: nn.Module, target: Target, tensor: torch.Tensor) -> None:
+    """Put a tensor where the module holds `target`, under every name (one tensor for tied weights)."""
+    from torch import nn
+
+    if isinstance(target.held, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=target.held.requires_grad)
+    for name in target.names:
+        parent, _, leaf = name.rpartition(".")
+        home = module.get_submodule(parent)
+        home_table: dict[str, Any] = home._parameters if isinstance(tensor, nn.Parameter) else home._buffers
+        home_table[leaf] = tensor
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
+
+
+def _register_path(module: Any, checkpoint: Checkpoint) -> None:
+    if hasattr(module, "register_to_config"):
+        module.register_to_config(_name_or_path=str(checkpoint.folder))

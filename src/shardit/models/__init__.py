@@ -1,0 +1,1 @@
+"""What shardit knows about model families and their folders."""

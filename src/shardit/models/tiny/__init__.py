@@ -1,0 +1,74 @@
+"""Built-in tiny checkpoints: real component classes, a few megabytes, a second per run, no download.
+
+>>> folder = tiny.write("qwen-image", "/tmp/qwen")
+>>> pipe = tiny.load_plain(folder)
+>>> picture = pipe(prompt="a red fox", **tiny.defaults("qwen-image")).images[0]
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["defaults", "images", "load_plain", "names", "resolve", "write"]
+
+
+def names() -> tuple[str, ...]:
+    """The names of all tiny checkpoints, sorted."""
+    from .catalog import RECIPES
+
+    return tuple(sorted(RECIPES))
+
+
+def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32") -> Path:
+    """Writes the checkpoint as a diffusers folder and returns its path; the same tensors on every machine."""
+    from .catalog import recipe
+    from .folder import write_folder
+    from .plain import as_dtype
+
+    folder = Path(folder).absolute()
+    chosen = recipe(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder")
+    return write_folder(name, chosen, folder, as_dtype(dtype))
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Call arguments for a quick run, in diffusers' names; prompt, image and generator are the caller's."""
+    from .catalog import recipe
+
+    return copy.deepcopy(recipe(name).call)
+
+
+def images(name: str) -> int:
+    """How many input images the pipeline needs."""
+    from .catalog import recipe
+
+    return recipe(name).images
+
+
+def resolve(model: str) -> Path | None:
+    """The cached folder for "tiny/NAME", written on first use; None for any other string."""
+    from .cache import PREFIX, cached_folder
+    from .catalog import recipe
+
+    if not model.startswith(PREFIX):
+        return None
+    name = model[len(PREFIX) :]
+    recipe(name)
+    return cached_folder(name)
+
+
+def load_plain(
+    folder: str | Path, *, dtype: str | torch.dtype | None = None, pipeline_class: str | None = None, **kw: Any
+) -> Any:
+    """A plain diffusers pipeline on the CPU: the reference. `dtype` None: float32."""
+    from .plain import load_plain as load
+
+    return load(folder, dtype=dtype, pipeline_class=pipeline_class, **kw)

@@ -1,0 +1,45 @@
+"""Written tiny folders, kept per user and per version of everything that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from shardit.errors import InputError
+
+PREFIX = "tiny/"
+
+
+def cache_root() -> Path:
+    """$SHARDIT_CACHE, or ~/.cache/shardit."""
+    return Path(os.environ.get("SHARDIT_CACHE") or Path.home() / ".cache" / "shardit")
+
+
+def cached_folder(name: str) -> Path:
+    """The folder of a tiny model in the cache, written first where it is missing."""
+    from . import write
+
+    folder = cache_root() / "tiny" / f"{name}-{_fingerprint()}"
+    if (folder / "model_index.json").is_file():
+        return folder
+    try:
+        return write(name, folder)
+    except (InputError, OSError):
+        # Another process finished the same folder first: the rename makes it whole.
+        if (folder / "model_index.json").is_file():
+            return folder
+        raise
+
+
+@lru_cache(maxsize=1)
+def _fingerprint() -> str:
+    """Changes with this package's source and with the versions of diffusers and transformers."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for library in ("diffusers", "transformers"):
+        digest.update(importlib.metadata.version(library).encode() + b"\0")
+    return digest.hexdigest()[:12]

@@ -1,0 +1,18 @@
+"""All recipes by name."""
+
+from __future__ import annotations
+
+from shardit.errors import InputError
+
+from . import picture, qwen, wan
+from .recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {**picture.RECIPES, **qwen.RECIPES, **wan.RECIPES}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name, or an InputError that lists the names."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise InputError(f"no tiny model {name!r}; there are: {', '.join(sorted(RECIPES))}") from None

@@ -1,0 +1,53 @@
+"""What a tiny checkpoint consists of: plain data that `folder` turns into files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component: the class that model_index.json names, and what it is built from.
+
+    `kind` picks the builder in `folder`: "model", "text", "tokenizer", "processor" or "scheduler".
+    """
+
+    kind: str
+    library: str
+    cls: str
+    config: dict[str, Any] = field(default_factory=dict)
+    shards: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pipeline: its class, its components (None: listed in model_index.json, but absent) and a quick call."""
+
+    pipeline: str
+    parts: dict[str, Part | None]
+    call: dict[str, Any]
+    images: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def transformer(cls: str, **config: Any) -> Part:
+    """A diffusers transformer, saved as several shards."""
+    return Part("model", "diffusers", cls, config, shards=3)
+
+
+def flow_euler(**config: Any) -> Part:
+    """The flow-matching Euler scheduler of the image families."""
+    return Part("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler", config)
+
+
+def dynamic_shift(max_shift: float, **config: Any) -> Part:
+    """The same with a shift that depends on the number of image tokens."""
+    return flow_euler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=max_shift,
+        base_image_seq_len=256,
+        max_image_seq_len=8192 if max_shift < 1 else 4096,
+        **config,
+    )

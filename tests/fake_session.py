@@ -46,7 +46,6 @@ class Session:
                 "pid": os.getpid(),
                 "main": sorted(vars(sys.modules["__main__"])),
                 "threads": os.environ["OMP_NUM_THREADS"],
-                "torch": "torch" in sys.modules,
             }
             outputs.append(Output(request.prompt, request.seed, pictures(request.prompt), metrics=metrics))
         return outputs if self.rank == 0 else []
@@ -98,6 +97,10 @@ def orphan(_: str) -> None:
     subprocess.Popen(["sleep", "1000"])
 
 
+def hang(_: str) -> None:
+    time.sleep(1000)
+
+
 DEEDS = {
     "kill": kill,
     "stop": stop,
@@ -109,5 +112,5 @@ DEEDS = {
     "abort": lambda _: os.abort(),
     "exit": lambda _: os._exit(3),
     "sleep": lambda seconds: time.sleep(float(seconds)),
-    "hang": lambda _: time.sleep(1000),
+    "hang": hang,
 }

@@ -51,6 +51,8 @@ def generate(flags: GenerateFlags) -> None:
     """Make pictures or a video from a prompt."""
     from shardit import Omni
 
+    if (filled_in := flags.filled_in()) and _is_first_rank():
+        print("note: a tiny model, run with", ", ".join(f"{name}={value}" for name, value in filled_in.items()))
     with Omni(**flags.omni_arguments()) as omni:
         check_kind(omni, flags)
         report(omni.generate(flags.prompts(), flags.sampling_params()), flags.output)
@@ -174,7 +176,8 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    # RANK alone may be left over from something else; torchrun sets both.
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], None]:

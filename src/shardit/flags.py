@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -113,17 +113,21 @@ class GenerateFlags:
 
     def sampling_params(self) -> OmniDiffusionSamplingParams:
         """The second argument of `Omni.generate`."""
-        names = {item.name for item in dataclasses.fields(OmniDiffusionSamplingParams)} - {"negative_prompt"}
-        given = {name: value for name, value in vars(self).items() if name in names and value is not None}
-        return OmniDiffusionSamplingParams(**{**self._tiny_defaults(), **given})
+        return OmniDiffusionSamplingParams(**self._given(), **self.filled_in())
 
-    def _tiny_defaults(self) -> Mapping[str, Any]:
+    def filled_in(self) -> dict[str, Any]:
+        """What a tiny model runs with because no flag says otherwise; nothing for other models."""
         if not self.model.startswith("tiny/"):
             return {}
         from shardit.models import tiny
 
         defaults = tiny.defaults(self.model.removeprefix("tiny/"))
-        return {name: defaults[name] for name in _TINY_DEFAULTS if name in defaults}
+        given = self._given()
+        return {name: defaults[name] for name in _TINY_DEFAULTS if name in defaults and name not in given}
+
+    def _given(self) -> dict[str, Any]:
+        names = {item.name for item in dataclasses.fields(OmniDiffusionSamplingParams)} - {"negative_prompt"}
+        return {name: value for name, value in vars(self).items() if name in names and value is not None}
 
 
 def parallel_config(size: int, chunks: int | None, partition: str | None) -> DiffusionParallelConfig:

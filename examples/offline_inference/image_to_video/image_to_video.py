@@ -19,4 +19,4 @@ def main(flags: GenerateFlags) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, output="cat.mp4"))
+    sys.exit(run_script(main, output="output.mp4"))

@@ -82,7 +82,7 @@ class TracedCall:
         try:
             out = call(*args, **kwargs)
         except Exception as error:
-            self.comm.broadcast_object(_sendable(error), self.comm.rank)
+            self.comm.broadcast_object(sendable(error), self.comm.rank)
             raise
         self._count(index)
         mutated = [q for q, t in enumerate(arguments) if t is not None and _changed(t, before[q])]
@@ -171,7 +171,8 @@ def _changed(tensor: torch.Tensor, mark: Any) -> bool:
     return tensor._version != mark
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
+    """The exception itself if it survives pickling, else a RemoteError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever an exception of unknown class does when it is pickled

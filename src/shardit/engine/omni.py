@@ -187,7 +187,7 @@ class LocalRanks:
         try:
             done = watch.collect(Done, on_message)
         except InputError as error:
-            if watch.silent or watch.failures:
+            if watch.silent or watch.failures or watch.answers:
                 raise
             return error  # all ranks refused alike and wait for the next request
         return with_peaks(outputs, [answer.peak_bytes for answer in done])

@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
@@ -129,23 +130,37 @@ def _read_file(
     device: torch.device,
     reads: Reads | None,
 ) -> None:
+    """Read straight into the parameter where nothing has to be converted or moved, else through one buffer."""
     import torch
 
     path = checkpoint.folder / file
-    for target, entry in group:
-        if tuple(target.held.shape) != entry.shape:
-            raise InputError(
-                f"{path}: {target.key} has shape {list(entry.shape)}, but {type(module).__name__} needs "
-                f"{list(target.held.shape)}: weights and config.json do not belong together"
-            )
-        stored = file_dtype(entry.dtype)
-        if stored is None:
-            raise InputError(f"{path}: {target.key} has format {entry.dtype}, which torch cannot read: use others")
-        final = _dtype(module, target, dtype, stored)
-        # Read straight into the parameter where nothing has to be converted or moved.
-        tensor = torch.empty(entry.shape, dtype=stored)
-        read_into(path, [(entry.start, tensor)], reads)
-        _place(module, target, tensor.to(device=device, dtype=final))
+    kinds = [_checked_dtype(module, path, target, entry) for target, entry in group]
+    plan = [(*pair, kind, _dtype(module, pair[0], dtype, kind)) for pair, kind in zip(group, kinds, strict=True)]
+    staged = [entry.nbytes for _, entry, kind, final in plan if kind != final or device.type != "cpu"]
+    # One buffer for all: buffers that come and go between the parameters would leave holes in the heap.
+    buffer = torch.empty(max(staged, default=0), dtype=torch.uint8)
+    for target, entry, kind, final in plan:
+        tensor = torch.empty(entry.shape, dtype=final, device=device)
+        if kind == final and device.type == "cpu":
+            read_into(path, [(entry.start, tensor)], reads)
+        else:
+            stage = buffer[: entry.nbytes].view(kind).view(entry.shape)
+            read_into(path, [(entry.start, stage)], reads)
+            tensor.copy_(stage)
+        _place(module, target, tensor)
+
+
+def _checked_dtype(module: nn.Module, path: Path, target: Target, entry: Entry) -> torch.dtype:
+    """The dtype that the file holds a tensor in; InputError for a wrong shape or a dtype that torch lacks."""
+    if tuple(target.held.shape) != entry.shape:
+        raise InputError(
+            f"{path}: {target.key} has shape {list(entry.shape)}, but {type(module).__name__} needs "
+            f"{list(target.held.shape)}: weights and config.json do not belong together"
+        )
+    stored = file_dtype(entry.dtype)
+    if stored is None:
+        raise InputError(f"{path}: {target.key} has format {entry.dtype}, which torch cannot read: use other weights")
+    return stored
 
 
 def _dtype(

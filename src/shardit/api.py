@@ -1,0 +1,175 @@
+"""`parallelize` and `load`: a plain module or pipeline becomes a parallel one, in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from .config import DiffusionParallelConfig
+from .core.assign import Assignment, assign, assign_blocks
+from .core.mesh import Mesh, init_mesh
+from .core.pending import settle
+from .core.plan import Plan
+from .core.remote import own
+from .core.sites import swap_class
+from .core.stages import Runtime, stage
+from .errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .load import Reads
+
+T = TypeVar("T")
+
+_REFUSED = (
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
+    "enable_group_offload",
+)
+
+
+def parallelize(
+    module_or_pipeline: T,
+    config: DiffusionParallelConfig,
+    *,
+    plan: Plan | Mapping[str, Plan] | None = None,
+    timeout_s: float = 600,
+) -> T:
+    """Spread a diffusers transformer, or a whole pipeline, over the ranks; works in place and returns the same object.
+
+    Collective: every rank holds the same object and calls this, and later the object, alike; every rank gets the full
+    result. The process group is started from the environment (torchrun) if there is none. `plan` overrides what is
+    found in a transformer (for a pipeline: one for all, or by component name). `timeout_s` bounds every wait.
+
+    Raises InputError where world size, partition or device do not fit, UnsupportedError where it cannot be done right.
+    """
+    target: Any = module_or_pipeline
+    device = _device_of(target)
+    mesh = init_mesh(config, device=device, timeout_s=timeout_s)
+    if mesh.world_size == 1:
+        return module_or_pipeline
+    _refuse_hooks(target)
+    if isinstance(target, nn.Module):
+        if plan is not None and not isinstance(plan, Plan):
+            raise InputError("plan: a single transformer takes one Plan, not one for each component")
+        runtime = Runtime.of(mesh, split_batch=config.split_batch)
+        cut, _ = assign_blocks(target, config, 1, plan, os.environ)
+        stage(target, runtime, cut.placement, plan)
+        return module_or_pipeline
+    modules = {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
+    assignment = assign(modules, type(target), config, plans=plan, environ=os.environ)
+    connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch))
+    return module_or_pipeline
+
+
+def load(
+    model: str | os.PathLike[str],
+    config: DiffusionParallelConfig | None = None,
+    *,
+    dtype: Any = None,
+    device: str | torch.device | None = None,
+    plan: Plan | Mapping[str, Plan] | None = None,
+    pipeline_class: str | type | None = None,
+    timeout_s: float = 600,
+) -> Any:
+    """The parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it owns.
+
+    Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
+    `from_pretrained`. Raises InputError/UnsupportedError with one line.
+    """
+    config = config or DiffusionParallelConfig()
+    mesh = init_mesh(config, device=device, timeout_s=timeout_s)
+    pipe, _, _ = load_parallel(model, config, mesh, dtype=dtype, plan=plan, pipeline_class=pipeline_class)
+    return pipe
+
+
+def load_parallel(
+    model: str | os.PathLike[str],
+    config: DiffusionParallelConfig,
+    mesh: Mesh,
+    *,
+    dtype: Any = None,
+    plan: Plan | Mapping[str, Plan] | None = None,
+    pipeline_class: str | type | None = None,
+    max_in_flight: int = 1,
+    reads: Reads | None = None,
+) -> tuple[Any, Assignment, Runtime | None]:
+    """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
+    from .load import load_pipeline
+
+    found: list[Assignment] = []
+
+    def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Callable[[str], bool]]:
+        found.append(assign(modules, cls, config, max_in_flight=max_in_flight, plans=plan, environ=os.environ))
+        return {name: found[0].owns(name, mesh.pp_rank) for name in modules}
+
+    pipe: Any = load_pipeline(
+        model, dtype=dtype, device=mesh.device, place=place, pipeline_class=pipeline_class, reads=reads
+    )
+    pipe.set_progress_bar_config(disable=mesh.rank != 0)
+    if mesh.world_size == 1:
+        return pipe, found[0], None
+    runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
+    connect(pipe, found[0], runtime)
+    return pipe, found[0], runtime
+
+
+def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
+    """Turn the components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with them."""
+    for name, cut in assignment.cut.items():
+        stage(getattr(pipe, name), runtime, cut.placement, cut.plan)
+    for name, owner in assignment.owned.items():
+        own(getattr(pipe, name), runtime.comm, owner)
+    _swap_pipeline(pipe, runtime.mesh.device)
+
+
+def _swap_pipeline(pipe: Any, device: torch.device) -> None:
+    own_call = type(pipe).__call__
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = own_call(self, *args, **kwargs)
+        settle(out)  # a caller gets plain tensors
+        return out
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for component in self.components.values():
+            if isinstance(component, nn.Module):
+                component.to(*args, **kwargs)
+        return self
+
+    members = {"__call__": __call__, "to": to, "device": property(lambda self: device)}
+    members["_execution_device"] = property(lambda self: device)
+    for name in _REFUSED:
+        members[name] = _refused(name)
+    swap_class(pipe, members)
+
+
+def _refused(name: str) -> Callable[..., None]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(f"{name} cannot be combined with pipeline stages: each rank holds only its own blocks")
+
+    return method
+
+
+def _refuse_hooks(target: Any) -> None:
+    components = {"module": target} if isinstance(target, nn.Module) else target.components
+    for name, component in components.items():
+        if not isinstance(component, nn.Module):
+            continue
+        if getattr(component, "is_cache_enabled", False):
+            raise UnsupportedError(f"{name} has a step cache enabled: call disable_cache() before parallelize")
+        if any(hasattr(module, "_hf_hook") for module in component.modules()):
+            raise UnsupportedError(f"{name} is offloaded: load the pipeline without CPU offload before parallelize")
+
+
+def _device_of(target: Any) -> torch.device:
+    module = target
+    if not isinstance(target, nn.Module):
+        if not hasattr(target, "components"):
+            raise InputError(f"parallelize takes a module or a diffusers pipeline, not {type(target).__name__}")
+        module = next((c for c in target.components.values() if isinstance(c, nn.Module)), None)
+    parameter = next(module.parameters(), None) if module is not None else None
+    return parameter.device if parameter is not None else torch.device("cpu")

@@ -1,0 +1,123 @@
+"""Who owns what of a whole pipeline: cut transformers, and components that one stage owns whole."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
+from ..errors import UnsupportedError
+from .partition import Placement, automatic_chunks, block_cost, place_blocks
+from .plan import Plan
+from .sites import find_blocks, keeps
+
+CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
+"""Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A transformer over the stages: its block names in execution order, their sizes in bytes, and where they go."""
+
+    blocks: tuple[str, ...]
+    placement: Placement
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """cut: by component name. owned: the stage that owns a component whole. notes: what a user may want to know."""
+
+    pp_size: int
+    cut: dict[str, Cut] = field(default_factory=dict)
+    owned: dict[str, int] = field(default_factory=dict)
+    chunks: int = 1
+    notes: tuple[str, ...] = ()
+
+    def owns(self, component: str, stage: int) -> Callable[[str], bool]:
+        """A predicate over parameter names of a component: does this stage hold it?"""
+        if component in self.owned:
+            mine = self.owned[component] == stage
+            return lambda name: mine
+        cut = self.cut.get(component)
+        if cut is None:
+            return lambda name: True
+        others = {f"{b}." for b, owner in zip(cut.blocks, cut.placement.owners(), strict=True) if owner != stage}
+        replicated = cut.plan.replicate if cut.plan else ()
+        return lambda name: keeps(name, replicated) or not any(name.startswith(block) for block in others)
+
+
+def branches(pipeline_class: type) -> int:
+    """Micro-batches that one request of a pipeline can have in flight: 2 where it takes a negative prompt (guidance in
+    two calls, or in one batched call that is split), else 1."""
+    return 2 if "negative_prompt" in inspect.signature(pipeline_class.__call__).parameters else 1
+
+
+def assign_blocks(
+    model: nn.Module, config: DiffusionParallelConfig, in_flight: int, plan: Plan | None, environ: Mapping[str, str]
+) -> tuple[Cut, str | None]:
+    """Place the blocks of one transformer; the note says where fewer chunks were made than asked for.
+
+    Raises InputError/UnsupportedError where partition, stages and blocks do not fit.
+    """
+    blocks = find_blocks(model, plan)
+    pp_size, name = config.pipeline_parallel_size, type(model).__name__
+    if not blocks:
+        raise UnsupportedError(f"{name} has no block lists, so it cannot be cut; use pipeline_parallel_size=1")
+    names = tuple(n for n, _ in blocks)
+    partition, source = resolve_layer_partition(config, environ)
+    if partition is not None:
+        chunks = partition_chunks(config, partition, source)
+        check_layer_partition(partition, source, len(blocks), pp_size, chunks)
+        return Cut(names, Placement(tuple(partition), pp_size), plan), None
+    wanted = config.pipeline_chunks or automatic_chunks(len(blocks), pp_size, in_flight)
+    placement = place_blocks([block_cost(block) for _, block in blocks], pp_size, wanted)
+    note = None
+    if placement.chunks < wanted:
+        note = f"{name}: {placement.chunks} chunks per rank instead of {wanted}, since it has {len(blocks)} blocks"
+    return Cut(names, placement, plan), note
+
+
+def assign(
+    modules: Mapping[str, nn.Module],
+    pipeline_class: type,
+    config: DiffusionParallelConfig,
+    *,
+    max_in_flight: int = 1,
+    plans: Plan | Mapping[str, Plan] | None = None,
+    environ: Mapping[str, str],
+) -> Assignment:
+    """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
+
+    Transformers are cut; of the other components each goes, largest first, to the stage with the fewest bytes so far.
+    """
+    pp_size = config.pipeline_parallel_size
+    in_flight = branches(pipeline_class) * max_in_flight
+    notes, cut, load = [], {}, [0] * pp_size
+    for name, module in modules.items():
+        if not type(module).__module__.startswith(CUT_PACKAGES):
+            continue
+        plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
+        cut[name], note = assign_blocks(module, config, in_flight, plan, environ)
+        notes += [note] if note else []
+        for (_, block), owner in zip(find_blocks(module, plan), cut[name].placement.owners(), strict=True):
+            load[owner] += nbytes(block)
+    if not cut and pp_size > 1:
+        raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
+    owned = {}
+    rest = [name for name in modules if name not in cut]
+    for name in sorted(rest, key=lambda n: (-nbytes(modules[n]), n)):
+        owned[name] = min(range(pp_size), key=lambda stage: (load[stage], stage))
+        load[owned[name]] += nbytes(modules[name])
+    chunks = max((c.placement.chunks for c in cut.values()), default=1)
+    how = "contiguous" if chunks == 1 else "looped"
+    notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
+    return Assignment(pp_size, cut, owned, chunks, tuple(notes))
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and persistent buffers, on meta or not."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,0 +1,155 @@
+"""One rank's session: its share of the model, and the requests that it runs together with all other ranks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ..api import load_parallel
+from ..core.assign import assign
+from ..core.mesh import init_mesh, pick_device
+from ..core.schedule import Schedule
+from ..core.turns import Program, Turns
+from ..errors import InputError, RankError
+from ..load import Reads, describe
+from ..models.variants import image_pipeline
+from ..output import Output
+from ..signature import signature_of
+from .progress import report_progress
+from .result import collect
+
+if TYPE_CHECKING:
+    from ..requests import Request
+    from .messages import SessionSpec
+
+OnProgress = Callable[[int, int, int], None]
+
+
+def check(spec: SessionSpec) -> None:
+    """What can be known to be wrong before ranks start; raises InputError. Reads no weights."""
+    import os
+
+    if spec.device is not None or torch.cuda.is_available():
+        pick_device(spec.device, spec.config.world_size - 1)
+    found = describe(spec.model)
+    assign(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight, environ=os.environ)
+
+
+class Session:
+    """A loaded model on one rank. All methods are collective over the ranks.
+
+    info: what the user's process needs to know of the model, as picklable data.
+    """
+
+    def __init__(self, spec: SessionSpec, *, rank: int, world_size: int, init_method: str):
+        self.spec = spec
+        self._reads = Reads()
+        self._mesh = init_mesh(
+            spec.config, device=spec.device, timeout_s=spec.timeout_s, rank=rank, init_method=init_method
+        )
+        self._pipe, self._assignment, self._runtime = load_parallel(
+            spec.model,
+            spec.config,
+            self._mesh,
+            dtype=spec.dtype,
+            max_in_flight=spec.max_in_flight,
+            reads=self._reads,
+        )
+        self._turns = self._runtime.turns if self._runtime else Turns(Schedule(0))
+        self._variants = {type(self._pipe).__name__: self._pipe}
+        with_image = image_pipeline(self._pipe)
+        if with_image is not None:
+            self._variants[type(with_image).__name__] = with_image
+        index = dict(self._pipe.config)
+        self.info: dict[str, Any] = {
+            "signature": signature_of(type(self._pipe), index),
+            "signature_with_image": signature_of(type(with_image), index) if with_image is not None else None,
+            "notes": list(self._assignment.notes),
+            "bytes_read": self._reads.bytes,
+        }
+
+    def generate(self, requests: list[Request], on_progress: OnProgress) -> list[Output]:
+        """Run the requests, several at once; outputs in order on rank 0, [] elsewhere.
+
+        What a request does wrong ends that request alone. Raises RankError where ranks come to differ.
+        """
+        outputs: dict[int, Output] = {}
+        programs = {}
+
+        def make() -> Iterator[Program]:
+            for position, request in enumerate(requests):
+                program = Program(self._function(request, on_progress), request.seed)
+                programs[id(program)] = position
+                yield program
+
+        for program in self._turns.run(make(), self.spec.max_in_flight):
+            position = programs.pop(id(program))
+            self._agree(position, program.error)
+            if self._mesh.rank == 0:
+                outputs[position] = collect(requests[position], program.value, program.error)
+        if self._runtime is not None:
+            self._runtime.schedule.drain()
+            self._runtime.comm.flush()
+        return [outputs[i] for i in range(len(requests))] if self._mesh.rank == 0 else []
+
+    def _function(self, request: Request, on_progress: OnProgress) -> Callable[[], Any]:
+        def run() -> tuple[Any, float, list[str]]:
+            start = time.perf_counter()
+            pipe = self._own_pipeline(request, on_progress)
+            generator = torch.Generator("cpu").manual_seed(request.seed)
+            with warnings_of("diffusers") as said:
+                out = pipe(**request.call_arguments(), generator=generator)
+            return out, time.perf_counter() - start, said.lines
+
+        return run
+
+    def _own_pipeline(self, request: Request, on_progress: OnProgress) -> Any:
+        """A pipeline object of the request's own, with its own scheduler, over the shared modules: pipelines keep the
+        state of a call on themselves."""
+        if request.pipeline not in self._variants:
+            raise InputError(f"no pipeline {request.pipeline}; this model has {', '.join(self._variants)}")
+        pipe = copy.copy(self._variants[request.pipeline])
+        pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        report_progress(pipe, request.index, on_progress)
+        return pipe
+
+    def _agree(self, position: int, error: Exception | None) -> None:
+        """All ranks end the same request in the same way, or the group is no longer to be trusted."""
+        if self._runtime is None:
+            return
+        ends = self._runtime.comm.gather_objects((position, type(error).__name__))
+        if len(set(ends)) > 1:
+            raise RankError(self._mesh.rank, f"ranks ended a request differently: {ends}; here: {error!r}")
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized() and self._mesh.world_size > 1:
+            dist.destroy_process_group()
+
+
+class warnings_of:
+    """Collects what a library's loggers warn of while a request runs, one line each (sizes that were rounded, say)."""
+
+    def __init__(self, library: str):
+        self._logger = logging.getLogger(library)
+        self._handler = logging.Handler(logging.WARNING)
+        self._handler.emit = self._keep  # type: ignore[method-assign]
+        self.lines: list[str] = []
+
+    def _keep(self, record: logging.LogRecord) -> None:
+        line = record.getMessage().splitlines()[0]
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def __enter__(self) -> warnings_of:
+        self._logger.addHandler(self._handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self._handler)

@@ -1,0 +1,267 @@
+"""Pictures in, pictures and videos out."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from shardit.errors import InputError
+from shardit.images import open_image
+from shardit.output import Output, check_path
+
+SETTINGS = {"pipeline": "FakePipeline", "width": 16, "height": 12, "guidance_scale": 4.0}
+
+
+def noise(width=16, height=12, mode="RGB", seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def pictures(count=1, **options):
+    return Output(prompt="a 猫", seed=5, images=[noise(seed=i, **options) for i in range(count)], settings=SETTINGS)
+
+
+def video(count=1, width=16, height=12, frames=5):
+    ramp = np.linspace(0, 255, width * height, dtype=np.uint8).reshape(height, width)
+    picture = np.stack([ramp, ramp[::-1], np.full_like(ramp, 90)], axis=2)
+    clips = [[Image.fromarray(np.roll(picture, i, axis=1)) for i in range(frames)] for _ in range(count)]
+    return Output(prompt="a 猫", seed=5, frames=clips, fps=12.5, settings=SETTINGS)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_png_holds_pixels_and_settings(tmp_path):
+    output = pictures()
+    assert output.save(tmp_path / "cat.png") == [tmp_path / "cat.png"]
+    with Image.open(tmp_path / "cat.png") as read:
+        assert np.array_equal(np.asarray(read), np.asarray(output.images[0]))
+        assert read.text["seed"] == "5"
+        assert read.text["prompt"] == "a 猫"
+        record = json.loads(read.text["settings"])
+    assert record == {"software": "shardit", "prompt": "a 猫", "seed": 5, **SETTINGS}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])
+def test_other_formats_hold_settings(tmp_path, suffix):
+    output = pictures()
+    (path,) = output.save(tmp_path / f"cat{suffix}")
+    with Image.open(path) as read:
+        assert json.loads(read.getexif()[0x010E])["seed"] == 5
+        assert read.size == (16, 12)
+        if suffix == ".webp":
+            assert np.array_equal(np.asarray(read), np.asarray(output.images[0]))
+
+
+def test_endless_prompt_fits_a_jpeg(tmp_path):
+    output = Output(prompt="x" * 100_000, seed=5, images=[noise()])
+    (path,) = output.save(tmp_path / "cat.jpg")
+    with Image.open(path) as read:
+        assert json.loads(read.getexif()[0x010E])["seed"] == 5
+
+
+def test_transparency(tmp_path):
+    output = pictures(mode="RGBA")
+    for name in ("layer.png", "layer.webp"):
+        (path,) = output.save(tmp_path / name)
+        with Image.open(path) as read:
+            assert np.array_equal(np.asarray(read), np.asarray(output.images[0]))
+    with pytest.raises(InputError, match="lose transparency"):
+        output.save(tmp_path / "layer.jpg")
+
+
+def test_several_are_numbered(tmp_path):
+    written = pictures(3).save(tmp_path / "cat.png")
+    assert [path.name for path in written] == ["cat-0.png", "cat-1.png", "cat-2.png"]
+    assert [path.name for path in video(2).save(str(tmp_path / "cat.mp4"))] == ["cat-0.mp4", "cat-1.mp4"]
+    assert files(tmp_path) == ["cat-0.mp4", "cat-0.png", "cat-1.mp4", "cat-1.png", "cat-2.png"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 12), (17, 13), (16, 13), (1, 1)])
+def test_video(tmp_path, width, height):
+    output = video(width=width, height=height)
+    (path,) = output.save(tmp_path / "cat.mp4")
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert float(stream.average_rate) == 12.5
+        assert json.loads(container.metadata["comment"])["seed"] == 5
+        assert json.loads(container.metadata["comment"])["prompt"] == "a 猫"
+        frames = [frame.reformat(format="rgb24", src_colorspace="ITU709") for frame in container.decode(stream)]
+    assert len(frames) == 5
+    assert (frames[0].width, frames[0].height) == (width + width % 2, height + height % 2)
+    if width > 1:
+        # What is wrong in colour space or range is off by 10 and more; compression and halved chroma by less.
+        for frame, original in zip(frames, output.frames[0], strict=True):
+            pixels = frame.to_ndarray()[:height, :width].astype(int)
+            assert abs(pixels.mean(axis=(0, 1)) - np.asarray(original).mean(axis=(0, 1))).max() < 6
+
+
+def test_existing_file_is_replaced(tmp_path):
+    path = tmp_path / "cat.png"
+    path.write_text("old")
+    pictures().save(path)
+    assert Image.open(path).size == (16, 12)
+    assert files(tmp_path) == ["cat.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("cat.mp4", "image", "does not fit an image; use an extension among .png"),
+        ("cat.png", "video", "does not fit a video; use an extension among .mp4"),
+        ("cat", None, "does not fit"),
+        ("cat.txt", None, "does not fit"),
+        ("none/cat.png", None, "none does not exist; make it or choose another"),
+        ("file/cat.png", None, "is not a folder"),
+        ("folder.png", None, "is a folder; give a file name"),
+        (".", None, "is a folder; give a file name"),
+    ],
+)
+def test_path_is_checked(tmp_path, name, kind, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=message) as error:
+        check_path(tmp_path / name, kind)
+    assert "\n" not in str(error.value)
+
+
+def test_path_that_fits(tmp_path):
+    assert check_path(tmp_path / "cat.MP4", "video") == tmp_path / "cat.MP4"
+    assert check_path(str(tmp_path / "cat.png")) == tmp_path / "cat.png"
+
+
+def test_error_is_not_saved(tmp_path):
+    with pytest.raises(InputError, match="the request failed: height must be divisible by 16"):
+        Output(prompt="a", seed=1, error="height must be\ndivisible by 16").save(tmp_path / "cat.png")
+    with pytest.raises(InputError, match="holds no pictures"):
+        Output(prompt="a", seed=1, latents=object()).save(tmp_path / "cat.png")
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["cat.png", "cat.jpg", "cat.webp", "cat.mp4"])
+@pytest.mark.parametrize("missing", ["half", "one"])
+def test_full_disk_leaves_nothing(tmp_path, name, missing):
+    """A limit on the size of files stands in for the disk: writing fails in the same place, with an error like it."""
+    code = f"""
+import os, resource, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_output import pictures, video
+from pathlib import Path
+output = video(width=64, height=48) if {name!r}.endswith("mp4") else pictures(width=64, height=48)
+path = Path({str(tmp_path)!r}, {name!r})
+size = output.save(path)[0].stat().st_size
+path.unlink()
+resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1 if {missing!r} == "one" else size // 2, resource.RLIM_INFINITY))
+try:
+    output.save(path)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.startswith("InputError output"), ran.stderr
+    assert ran.stdout.strip().endswith("File too large; free space or choose another folder")
+    assert files(tmp_path) == []
+
+
+def test_interruption_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pictures(2).save(tmp_path / "cat.png")
+    assert files(tmp_path) == []
+
+
+def test_notes_tell_what_was_rounded():
+    assert pictures().notes == []
+    rounded = Output(prompt="a", seed=1, images=[noise()], settings={"width": 20, "height": 12})
+    assert rounded.notes == ["width: asked for 20, the pipeline made 16"]
+    clip = Output(prompt="a", seed=1, frames=[[noise()] * 5], settings={"num_frames": 6})
+    assert clip.notes == ["num_frames: asked for 6, the pipeline made 5"]
+
+
+def test_output_travels():
+    again = pickle.loads(pickle.dumps(pictures(mode="RGBA")))
+    assert again.seed == 5
+    assert again.images[0].tobytes() == noise(mode="RGBA").tobytes()
+
+
+def encoded(picture, image_format, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def test_image_sources_agree(tmp_path):
+    picture = noise()
+    path = tmp_path / "in.png"
+    picture.save(path)
+    for source in (path, str(path), path.read_bytes(), picture):
+        assert open_image(source).tobytes() == picture.tobytes()
+    assert open_image(picture) is not picture
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied(image_format):
+    picture = Image.new("RGB", (8, 4), "white")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    upright = open_image(encoded(picture, image_format, exif=exif, **options))
+    assert upright.size == (4, 8)
+    assert upright.info == {}
+
+
+def test_transparency_goes_on_white_or_stays():
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    half = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
+    assert open_image(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(half).getpixel((0, 0)) == pytest.approx((255, 127, 127), abs=1)
+    assert open_image(half, "RGBA").getpixel((0, 0)) == (255, 0, 0, 128)
+    assert open_image(Image.new("RGB", (2, 2), "red"), "RGBA").getpixel((0, 0)) == (255, 0, 0, 255)
+    assert open_image(Image.new("LA", (2, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_palette_with_transparency():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([255, 0, 0, 0, 255, 0])
+    picture.putpixel((1, 0), 1)
+    data = encoded(picture, "PNG", transparency=1)
+    assert [open_image(data).getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+    assert open_image(data, "RGBA").getpixel((1, 0))[3] == 0
+
+
+def test_sixteen_bits_are_scaled():
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    for source in (encoded(Image.fromarray(values), "PNG"), Image.fromarray(values.astype(np.int32))):
+        grey = [open_image(source).getpixel((x, 0)) for x in range(4)]
+        assert grey == [(0, 0, 0), (1, 1, 1), (128, 128, 128), (255, 255, 255)]
+
+
+def test_cmyk_and_black_and_white():
+    # JPEG files hold inverted CMYK; read wrongly, red would come out as cyan.
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert open_image(encoded(red, "JPEG")).getpixel((4, 4)) == pytest.approx((255, 0, 0), abs=3)
+    assert open_image(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_unreadable_images_are_named(tmp_path):
+    whole = encoded(noise(64, 64), "PNG")
+    contents = {"text.png": b"hello", "empty.png": b"", "cut.png": whole[: len(whole) // 2]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for name in [*contents, "none.png", "."]:
+        with pytest.raises(InputError, match=str(tmp_path / name)) as error:
+            open_image(tmp_path / name)
+        assert "\n" not in str(error.value)
+    for source in (b"hello", 5, None, "https://example.com/a.png", Image.new("F", (2, 2))):
+        with pytest.raises(InputError, match="image"):
+            open_image(source)

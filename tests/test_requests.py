@@ -1,0 +1,340 @@
+"""From what a user writes to the calls that the ranks make."""
+
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from shardit.errors import InputError
+from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
+from shardit.requests import build_requests
+from shardit.signature import signature_of
+
+Params = OmniDiffusionSamplingParams
+
+
+class DrawPipeline:
+    def __call__(
+        self,
+        prompt=None,
+        negative_prompt=None,
+        height=None,
+        width=None,
+        num_inference_steps=50,
+        sigmas=None,
+        true_cfg_scale=4.0,
+        num_images_per_prompt=1,
+        generator=None,
+        prompt_embeds=None,
+        attention_kwargs=None,
+        max_sequence_length=512,
+        output_type="pil",
+        return_dict=True,
+        callback_on_step_end=None,
+    ):
+        """As Qwen-Image."""
+
+
+class WanFakePipeline:
+    def __call__(self, prompt=None, negative_prompt=None, num_frames=81, num_videos_per_prompt=1, output_type="np"):
+        """As Wan."""
+
+
+class WanFakeImageToVideoPipeline:
+    def __call__(self, image, prompt=None, num_frames=81, num_videos_per_prompt=1, output_type="np"):
+        """As Wan with an image."""
+
+
+class FakeEditPlusPipeline:
+    def __call__(self, image=None, prompt=None, output_type="pil"):
+        """Needs images, though its signature does not say so."""
+
+
+class FakeLayeredPipeline:
+    def __call__(self, image=None, prompt=None, layers=4):
+        """Works on transparency."""
+
+
+class RatePipeline:
+    def __call__(self, prompt=None, num_frames=161, frame_rate=25, **kwargs):
+        """Tells the model the frame rate; takes anything."""
+
+
+class NoisePipeline:
+    def __call__(self, batch_size, num_inference_steps=1000):
+        """No prompt at all."""
+
+
+DRAW = signature_of(DrawPipeline)
+
+
+def build(prompts=None, params=None, takes=DRAW, second=None, **keywords):
+    named = {name: keywords.pop(name, None) for name in ("prompt", "negative_prompt", "pil_image")}
+    return build_requests(prompts, params, overrides=keywords, takes=takes, takes_with_image=second, **named)
+
+
+def refused(message, *args, **keywords):
+    with pytest.raises(InputError, match=message) as error:
+        build(*args, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_one_string():
+    (request,) = build("a cat")
+    arguments = request.call_arguments()
+    assert arguments == {"prompt": "a cat", "num_images_per_prompt": 1, "output_type": "pil"}
+    assert request.index == 0
+    assert request.pipeline == "DrawPipeline"
+    assert 0 <= request.seed < 2**32
+
+
+def test_dict_before_keyword_before_params():
+    params = Params(height=16, width=16, num_inference_steps=2, seed=1)
+    (request,) = build({"prompt": "a", "height": 64, "seed": 9}, params, width=32, height=32)
+    arguments = request.call_arguments()
+    assert (arguments["height"], arguments["width"], arguments["num_inference_steps"]) == (64, 32, 2)
+    assert request.seed == 9
+    assert params.height == 16
+
+
+def test_keyword_form():
+    (request,) = build(prompt="a", negative_prompt="b", true_cfg_scale=4.0, num_outputs_per_prompt=3)
+    arguments = request.call_arguments()
+    assert arguments["negative_prompt"] == "b"
+    assert arguments["true_cfg_scale"] == 4.0
+    assert arguments["num_images_per_prompt"] == request.num_outputs == 3
+
+
+def test_several_prompts_and_params():
+    requests = build(["a", {"prompt": "b", "seed": 2}], [Params(seed=1, width=16), Params(width=32)])
+    assert [request.index for request in requests] == [0, 1]
+    assert [request.seed for request in requests] == [1, 2]
+    assert [request.kwargs["width"] for request in requests] == [16, 32]
+    assert [request.seed for request in build(["a", "b"], Params(seed=3))] == [3, 3]
+
+
+def test_drawn_seeds_differ():
+    assert len({request.seed for request in build(["a"] * 20)}) == 20
+
+
+def test_empty_prompt_and_embeddings():
+    assert build("")[0].call_arguments()["prompt"] == ""
+    (request,) = build({"prompt_embeds": [1.0]})
+    assert request.prompt is None
+    assert request.call_arguments()["prompt_embeds"] == [1.0]
+    assert "prompt" not in request.call_arguments()
+
+
+def test_extra_args_reach_the_pipeline():
+    (request,) = build({"prompt": "a", "prompt_embeds": 2}, Params(extra_args={"prompt_embeds": 1}))
+    assert request.kwargs["prompt_embeds"] == 2
+    refused("takes no 'nothing'", "a", Params(extra_args={"nothing": 1}))
+
+
+def test_wrong_prompts():
+    refused("prompt is given twice", "a", prompt="b")
+    refused("list of prompts is empty", [])
+    refused("needs a prompt")
+    refused("needs a prompt", {"seed": 1})
+    refused("prompts must be a string", 5)
+    refused(r"prompts\[1\] must be a string or a dict, got int", ["a", 5])
+    refused("prompt must be a string, got list", prompt=["a", "b"])
+    refused(r"prompts\[1\]: height must be a whole number", ["a", {"prompt": "b", "height": -1}])
+
+
+def test_wrong_params():
+    refused("params has 1 entries for 2 prompts", ["a", "b"], [Params()])
+    refused("params has 0 entries", "a", [])
+    refused("params must be OmniDiffusionSamplingParams", "a", {"height": 5})
+    refused(r"params\[0\] must be", "a", [{"height": 5}])
+
+
+def test_unknown_parameters_get_a_suggestion_and_a_list():
+    text = refused(r"takes no 'num_inference_step' \(did you mean 'num_inference_steps'\?\)", "a", num_inference_step=3)
+    assert "it takes: prompt, negative_prompt, height, width" in text
+    assert "generator" not in text
+    assert "num_outputs_per_prompt" in text
+    refused("did you mean 'negative_prompt'", {"prompt": "a", "negativ_prompt": "b"})
+    with pytest.raises(InputError, match="did you mean 'height'"):
+        Params(heigth=5)
+
+
+def test_parameters_of_other_pipelines():
+    assert "it takes: prompt" in refused("DrawPipeline takes no num_frames", "a", Params(num_frames=5))
+    refused("takes no guidance_scale, fps", "a", guidance_scale=2.0, fps=16)
+    refused("DrawPipeline takes no image", "a", pil_image=Image.new("RGB", (2, 2)))
+    refused("takes no num_outputs_per_prompt", "a", takes=signature_of(RatePipelineWithout), num_outputs_per_prompt=2)
+
+
+class RatePipelineWithout:
+    def __call__(self, prompt=None, num_frames=1):
+        """Makes one."""
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("generator", "seed"),
+        ("num_images_per_prompt", "num_outputs_per_prompt"),
+        ("return_dict", "Output"),
+        ("callback_on_step_end", "shardit.parallelize"),
+    ],
+)
+def test_reserved_arguments(name, advice):
+    assert advice in refused(f"{name} cannot be given", "a", **{name: 1})
+
+
+def test_functions_cannot_travel():
+    refused("prompt_embeds is a function", "a", prompt_embeds=print)
+
+
+def test_videos():
+    takes = signature_of(WanFakePipeline)
+    (request,) = build("a", Params(num_frames=9, fps=8, num_outputs_per_prompt=2), takes=takes)
+    assert request.call_arguments() == {
+        "prompt": "a",
+        "num_frames": 9,
+        "num_videos_per_prompt": 2,
+        "output_type": "pil",
+    }
+    assert request.fps == 8.0
+    assert build("a", takes=takes)[0].fps == 16.0
+    assert takes.kind == "video"
+    assert signature_of(WanFakePipeline, {"expand_timesteps": True}).default_fps == 24.0
+
+
+def test_frame_rate_argument():
+    takes = signature_of(RatePipeline)
+    assert build("a", takes=takes)[0].fps == 25.0
+    (request,) = build("a", takes=takes, fps=10, anything=1)
+    assert request.kwargs["frame_rate"] == 10
+    assert request.kwargs["anything"] == 1
+
+
+def test_images(tmp_path):
+    red = Image.new("RGB", (4, 2), "red")
+    red.save(tmp_path / "red.png")
+    takes = signature_of(WanFakeImageToVideoPipeline)
+    for image in (red, str(tmp_path / "red.png"), [red]):
+        (request,) = build("a", takes=takes, pil_image=image)
+        assert request.call_arguments()["image"].tobytes() == red.tobytes()
+    assert build({"prompt": "a", "image": red}, takes=takes, pil_image="none.png")[0].images[0].size == (4, 2)
+    assert request.settings()["input_image_sizes"] == [[4, 2]]
+    refused("needs an image", "a", takes=takes)
+    refused("takes one image, got 2", "a", takes=takes, pil_image=[red, red])
+    refused("image none.png does not exist", "a", takes=takes, pil_image="none.png")
+    refused("list of images is empty", "a", takes=takes, pil_image=[])
+    refused("image is given twice", {"prompt": "a", "image": red, "pil_image": red}, takes=takes)
+
+
+def test_several_images_and_transparency():
+    red, clear = Image.new("RGB", (4, 2), "red"), Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    (request,) = build("a", takes=signature_of(FakeEditPlusPipeline), pil_image=[red, clear])
+    assert [image.mode for image in request.call_arguments()["image"]] == ["RGB", "RGB"]
+    (request,) = build("a", takes=signature_of(FakeLayeredPipeline), pil_image=clear)
+    assert request.images[0].getpixel((0, 0)) == (0, 0, 0, 0)
+    refused("FakeEditPlusPipeline needs an image", "a", takes=signature_of(FakeEditPlusPipeline))
+
+
+def test_second_pipeline_for_requests_with_an_image():
+    both = {"takes": signature_of(WanFakePipeline), "second": signature_of(WanFakeImageToVideoPipeline)}
+    plain, with_image = build(["a", {"prompt": "b", "pil_image": Image.new("RGB", (2, 2))}], **both)
+    assert (plain.pipeline, with_image.pipeline) == ("WanFakePipeline", "WanFakeImageToVideoPipeline")
+    assert "image" in with_image.call_arguments()
+
+
+def test_pipeline_without_prompt():
+    takes = signature_of(NoisePipeline)
+    assert build({"batch_size": 2}, takes=takes)[0].call_arguments() == {"batch_size": 2}
+    refused("NoisePipeline needs batch_size", takes=takes)
+    refused("NoisePipeline takes no prompt", {"prompt": "a", "batch_size": 2}, takes=takes)
+
+
+def test_requests_and_signatures_travel():
+    (request,) = build("a", takes=signature_of(FakeEditPlusPipeline), pil_image=Image.new("RGB", (2, 2), "red"))
+    again = pickle.loads(pickle.dumps(request))
+    assert again.seed == request.seed
+    assert again.images[0].tobytes() == request.images[0].tobytes()
+    assert pickle.loads(pickle.dumps(DRAW)) == DRAW
+
+
+@pytest.mark.parametrize("name", ["height", "width", "num_frames", "num_inference_steps", "num_outputs_per_prompt"])
+@pytest.mark.parametrize("value", [0, -5, True, 1.5, "8", math.nan])
+def test_counts(name, value):
+    with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1"):
+        Params(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "guidance_scale_2", "true_cfg_scale", "cfg_normalization"])
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "4"])
+def test_scales(name, value):
+    with pytest.raises(InputError, match=name):
+        Params(**{name: value})
+
+
+@pytest.mark.parametrize("fields", [
+    {"seed": -1}, {"seed": 2**63}, {"seed": True}, {"seed": 1.0}, {"fps": 0}, {"fps": -1}, {"fps": math.nan},
+    {"sigmas": []}, {"sigmas": "1"}, {"sigmas": [1.0, math.nan]}, {"strength": 1.1}, {"negative_prompt": 5},
+    {"cfg_normalize": 1}, {"output_type": "np"}, {"attention_kwargs": [1]}, {"extra_args": [1]},
+    {"extra_args": {1: 2}}, {"extra_args": {"height": 16}}, {"num_outputs_per_prompt": None},
+])  # fmt: skip
+def test_other_wrong_values(fields):
+    with pytest.raises(InputError, match=next(iter(fields))):
+        Params(**fields)
+
+
+@given(seed=st.integers(0, MAX_SEED), scale=st.floats(0, 1e6), steps=st.integers(1, 10**6))
+def test_good_values_are_kept(seed, scale, steps):
+    params = Params(seed=seed, guidance_scale=scale, num_inference_steps=steps)
+    assert params.given() == {
+        "seed": seed,
+        "guidance_scale": scale,
+        "num_inference_steps": steps,
+        "num_outputs_per_prompt": 1,
+    }
+    assert pickle.loads(pickle.dumps(params)) == params
+
+
+def test_largest_seed_is_one_that_torch_takes():
+    torch = pytest.importorskip("torch")
+    assert torch.Generator("cpu").manual_seed(MAX_SEED).initial_seed() == MAX_SEED
+
+
+def test_params_keep_no_callers_dict():
+    extra = {"latents": 1}
+    params = Params(extra_args=extra)
+    extra["other"] = 2
+    assert params.extra_args == {"latents": 1}
+    assert Params(extra_args=None).extra_args == {}
+
+
+def test_every_field_is_documented():
+    import inspect
+
+    source = inspect.getsource(Params)
+    assert source.count("Error:") >= len(Params.__dataclass_fields__)
+
+
+def test_fields_are_arguments_of_real_pipelines():
+    """Every field but our own is an argument of at least one pipeline that shardit is made for."""
+    diffusers = pytest.importorskip("diffusers")
+    classes = (
+        "WanPipeline WanImageToVideoPipeline QwenImagePipeline QwenImageEditPipeline QwenImageLayeredPipeline "
+        "ZImagePipeline LongCatImagePipeline OvisImagePipeline StableDiffusion3Pipeline FluxPipeline "
+        "FluxImg2ImgPipeline LTXPipeline CogVideoXPipeline"
+    )
+    signatures = [signature_of(getattr(diffusers, name)) for name in classes.split()]
+    known = {name for signature in signatures for name in signature.names}
+    own = {"seed", "fps", "num_outputs_per_prompt", "extra_args"}
+    assert set(Params.__dataclass_fields__) - own <= known
+    needs_image = [signature.class_name for signature in signatures if signature.needs_image]
+    assert needs_image == [
+        "WanImageToVideoPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageLayeredPipeline",
+        "FluxImg2ImgPipeline",
+    ]

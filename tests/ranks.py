@@ -28,7 +28,9 @@ def run_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: flo
         workers = []
         for rank in range(count):
             ours, theirs = _context.Pipe(duplex=False)
-            process = _context.Process(target=_rank_main, args=(theirs, function, rank, count, method, args), daemon=True)
+            process = _context.Process(
+                target=_rank_main, args=(theirs, function, rank, count, method, args), daemon=True
+            )
             process.start()
             theirs.close()
             workers.append((process, ours))
@@ -62,7 +64,9 @@ def _collect(workers: list[tuple[Any, Connection]], deadline: float) -> tuple[li
     return results, errors
 
 
-def _rank_main(connection: Connection, function: Callable[..., Any], rank: int, count: int, method: str, args: Any) -> None:
+def _rank_main(
+    connection: Connection, function: Callable[..., Any], rank: int, count: int, method: str, args: Any
+) -> None:
     import torch
 
     torch.set_num_threads(1)

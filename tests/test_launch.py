@@ -18,6 +18,7 @@ from PIL import Image
 
 from shardit.engine.launch import Nursery
 from shardit.engine.messages import Channel
+from shardit.engine.omni import started_by_torchrun
 from shardit.engine.worker import threads_per_rank
 
 TESTS = pathlib.Path(__file__).parent
@@ -42,9 +43,9 @@ say(prompt=output.prompt, peaks=len(output.peak_bytes), torch="torch" in sys.mod
 """
 
 
-def environment(**extra: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The tests' folder is where the ranks find the stand-in session."""
-    return {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", **extra}
+    return {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
 
 
 def living(session: int) -> list[str]:
@@ -226,7 +227,7 @@ def test_joins_under_torchrun(tmp_path):
     assert "needs 1" in said["error"]
 
 
-def test_ranks_have_a_group_and_agree(monkeypatch):
+def test_ranks_have_a_group_and_agree():
     """With torch: the rendezvous works, threads come back after the fork, and a call leaves no torch here."""
     script = ONE_CALL.replace("two()", "two('torch')").replace("hello", "reduce")
     said, done = run(sys.executable, "-c", PREAMBLE.replace("fake_session", "fake_session_with_torch") + script)
@@ -273,6 +274,15 @@ def test_threads_are_the_users_or_shared(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert [threads_per_rank(size) for size in (1, 2, 3, 16)] == [8, 4, 2, 1]
+
+
+def test_torchrun_is_recognised_by_its_environment():
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    assert not started_by_torchrun({})
+    assert not started_by_torchrun(one)
+    assert started_by_torchrun({**one, "TORCHELASTIC_RUN_ID": "none"})
+    assert started_by_torchrun({**one, "WORLD_SIZE": "2"})
+    assert not started_by_torchrun({"RANK": "0", "WORLD_SIZE": "2"})
 
 
 def test_a_nursery_whose_imports_hang_can_be_stopped():

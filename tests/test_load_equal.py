@@ -125,10 +125,12 @@ def test_absent_component(tmp_path):
 
 
 def test_quick():
-    load_pipeline("tiny/qwen-image", place=own_everything)
-    start = time.perf_counter()
-    load_pipeline("tiny/qwen-image", place=own_everything)
-    assert time.perf_counter() - start < 1.0
+    def seconds() -> float:
+        start = time.perf_counter()
+        load_pipeline("tiny/qwen-image", place=own_everything)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1.0
 
 
 def test_importing_loads_no_torch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -129,6 +130,7 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
 def _swap_pipeline(pipe: Any, device: torch.device) -> None:
     own_call = type(pipe).__call__
 
+    @functools.wraps(own_call)  # pipelines and tools read the signature
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = own_call(self, *args, **kwargs)
         settle(out)  # a caller gets plain tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from .comm import Comm, dump_with_tensors, load_with_tensors, storage_bytes, view_bytes
+from .comm import ALIGN, Comm, dump_with_tensors, load_with_tensors, storage_bytes, view_bytes
 from .pending import Source, settle
 from .plan import span
 from .sites import swap_class
@@ -42,6 +43,7 @@ def own(module: nn.Module, comm: Comm, stage: int) -> None:
     def remote(name: str) -> Callable[..., Any]:
         plain = getattr(type(module), name)
 
+        @functools.wraps(plain)
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if running["inside"]:
                 return plain(self, *args, **kwargs)
@@ -77,7 +79,7 @@ def call_on(comm: Comm, stage: int, function: Callable[[], Any]) -> Any:
         comm.broadcast_object(sendable(error), stage)
         raise
     tensors = [t.detach() for t in tensors]
-    descriptions = [(t.dtype, tuple(t.shape), tuple(t.stride())) for t in tensors]
+    descriptions = [(t.dtype, tuple(t.shape), tuple(t.stride()), _misalignment(t)) for t in tensors]
     comm.broadcast_object((blob, descriptions), stage)
     # The owner takes part in the broadcast when its own program first uses the tensor: there it is pending, too.
     return load_with_tensors(blob, [Source(_sender(comm, stage, t)).wrap(t) for t in tensors])
@@ -90,10 +92,15 @@ def _sender(comm: Comm, stage: int, tensor: torch.Tensor) -> Callable[[], None]:
 
 
 def _receiver(
-    comm: Comm, stage: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]
+    comm: Comm, stage: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], skew: int
 ) -> torch.Tensor:
-    memory = torch.empty(span(size, stride) * dtype.itemsize, dtype=torch.uint8, device=comm.mesh.device)
+    memory = torch.empty(skew + span(size, stride) * dtype.itemsize, dtype=torch.uint8, device=comm.mesh.device)[skew:]
     return Source(lambda: comm.broadcast(memory, stage)).wrap(view_bytes(memory, 0, dtype, size, stride))
+
+
+def _misalignment(tensor: torch.Tensor) -> int:
+    """Bytes past the last aligned address: some CPU kernels give other last bits for memory aligned in another way."""
+    return tensor.storage_offset() * tensor.element_size() % ALIGN
 
 
 def _fixed_place(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -228,6 +229,7 @@ def stage(model: nn.Module, runtime: Runtime, placement: Placement, plan: Plan |
     install(blocks, stages._current)
     own_call = type(model).__call__
 
+    @functools.wraps(own_call)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return stages.call(own_call.__get__(self), args, kwargs)
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
+from .comm import ALIGN, pack_layout
 from .plan import (
     Address,
     CallPlan,
@@ -23,7 +24,6 @@ from .plan import (
     Item,
     Leaf,
     Site,
-    pack_layout,
     result_layout,
     segments_of,
     span,
@@ -233,6 +233,7 @@ def _hops(
         for storage in sorted(storages):
             address = _address(trace, storage, last_site)
             start, stop = trace.extent[storage]
+            start -= start % ALIGN  # some CPU kernels give other last bits for memory aligned in another way
             created = trace.created.get(storage)
             target = owner[k + 1]
             fresh = (

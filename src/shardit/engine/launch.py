@@ -31,12 +31,14 @@ from shardit.engine.worker import threads_per_rank
 from shardit.errors import InputError, RankError
 
 STOP_WAIT_S = 6.0
+IMPORT_WAIT_S = 120.0
+"""The imports may take longer than a short timeout, which is about ranks that hang, allows."""
 
 # "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
 # Only shardit itself is looked for where the user's process found it.
 _BOOT = """
 import sys
-del sys.path[0]
+if not getattr(sys.flags, "safe_path", False): del sys.path[0]
 sys.path.insert(0, sys.argv[1])
 import shardit
 if sys.path.pop(0) not in sys.path: sys.path.append(sys.argv[1])
@@ -75,8 +77,10 @@ class Nursery:
 
     def check(self, spec: SessionSpec) -> None:
         """Import what ranks need; raise InputError for mistakes that show before there are ranks."""
+        self.control.socket.settimeout(max(self.timeout_s, IMPORT_WAIT_S))
         self.control.send(Check(spec))
         answer = self.control.recv()
+        self.control.socket.settimeout(self.timeout_s)
         self._checked = True
         if isinstance(answer, Refused):
             raise answer.error()
@@ -161,8 +165,10 @@ def describe_exit(code: int) -> str:
 
 
 def nursery_environment() -> dict[str, str]:
-    """One thread until the ranks are forked, since a fork copies no threads."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """What keeps the nursery fit to be forked: one thread, and GPUs counted without a CUDA context."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)  # left by a cluster's launcher, they would speak of other ranks than ours
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
     if loopback and any(name == loopback for _, name in socket.if_nameindex()):
         # All ranks are here. gloo would look up the host's name, which fails on many machines and opens ports.

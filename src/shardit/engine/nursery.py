@@ -120,6 +120,7 @@ class Nursery:
         """Fork one process per rank; each keeps only its own channel."""
         self.kill()
         self.directory = Path(tempfile.mkdtemp(prefix="shardit-"))
+        sys.stdout.flush()  # or every rank would write what is buffered
         for rank in range(message.world_size):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": it is not

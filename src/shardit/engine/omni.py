@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 import weakref
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[int, int, int], None]
 CLOSE_GRACE_S = 1.0
+MAX_TIMEOUT_S = 1_000_000
+"""Eleven days; poll() counts milliseconds in 31 bits."""
 
 
 class Omni:
@@ -197,7 +198,7 @@ class LocalRanks:
         try:
             yield
         except (Closed, TimeoutError) as error:
-            state = f"did not answer within {self.spec.timeout_s:g} s"
+            state = "did not answer in time"
             if isinstance(error, Closed) and self._nursery is not None:
                 state = self._nursery.how_it_ended()
             self._end_ranks()
@@ -272,8 +273,10 @@ def _spec(
     if not isinstance(max_in_flight, int) or isinstance(max_in_flight, bool) or max_in_flight < 1:
         raise InputError(f"max_in_flight must be a whole number of at least 1, got {max_in_flight!r}")
     number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
-    if not (number and math.isfinite(timeout_s) and timeout_s > 0):
-        raise InputError(f"timeout_s must be a number of seconds greater than 0, got {timeout_s!r}")
+    if not (number and 0 < timeout_s <= MAX_TIMEOUT_S):
+        raise InputError(
+            f"timeout_s must be a number of seconds, above 0 and at most {MAX_TIMEOUT_S}, got {timeout_s!r}"
+        )
     return SessionSpec(
         model=os.fspath(model) if isinstance(model, os.PathLike) else model,
         config=config or DiffusionParallelConfig(),

@@ -48,4 +48,6 @@ def one_line(error: Exception) -> str:
         return text
     last = traceback.extract_tb(error.__traceback__)
     where = f" ({last[-1].name}, line {last[-1].lineno})" if last else ""
-    return f"{type(error).__name__}: {text}" if isinstance(error, ValueError) else f"{type(error).__name__}: {text}{where}"
+    return (
+        f"{type(error).__name__}: {text}" if isinstance(error, ValueError) else f"{type(error).__name__}: {text}{where}"
+    )

@@ -124,9 +124,9 @@ class Watch:
     def _hang(self, peer: Failure | None) -> RankError:
         stacks = self.nursery.stacks()
         rank = suspect(stacks, self.silent)
-        where = stacks.get(rank) or "it does not react to signals (stopped?)"
-        waited = f"no progress for {self.timeout_s:g} s" if peer is None else "it hangs; its peers gave up"
-        return RankError(rank, f"{waited}; where it was:\n{where.rstrip()}")
+        waited = f"no progress for {self.timeout_s:g} s" if peer is None else "it hangs and its peers gave up"
+        where = f"where it was:\n{stacks[rank].rstrip()}" if stacks.get(rank) else "it does not react (stopped?)"
+        return RankError(rank, f"{waited}; {where}")
 
 
 def readable(channels: list[Channel], timeout_s: float) -> list[Channel]:

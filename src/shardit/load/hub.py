@@ -44,7 +44,7 @@ class HubRemote:
                 with _explained(self.model):
                     self._listing = HfApi().list_repo_files(self.model, revision=self.commit)
             except Unreachable:
-                self._listing = [p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()]
+                self._listing = _held(self.folder)
         return self._listing
 
     def names(self, folder: str) -> list[str]:
@@ -84,13 +84,37 @@ def open_hub(model: str) -> HubRemote:
 
     Raises InputError where the model is unknown, gated, no diffusers pipeline, or the hub cannot be reached.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
-    with _explained(model):
-        path = Path(hf_hub_download(model, INDEX))
-    remote = HubRemote(model, path.parent)
+    listing: list[str] | None = None
+    commit: str | None = None
+    try:
+        # This call does not retry, so that a hub that is away is noticed at once.
+        with _explained(model):
+            info = HfApi().model_info(model)
+        commit, listing = info.sha, [file.rfilename for file in info.siblings or []]
+        with _explained(model):
+            path = Path(hf_hub_download(model, INDEX))
+    except Unreachable:
+        path = _cached(model)
+        if path is None:
+            raise
+        commit, listing = path.parent.name, _held(path.parent)
+    remote = HubRemote(model, path.parent, listing if commit == path.parent.name else None)
     remote.fetch(_settings(remote))
     return remote
+
+
+def _held(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _cached(model: str) -> Path | None:
+    """The index of the newest commit in the cache, None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, INDEX)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _settings(remote: HubRemote) -> list[str]:

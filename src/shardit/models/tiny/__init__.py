@@ -29,8 +29,8 @@ def names() -> tuple[str, ...]:
 def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32") -> Path:
     """Writes the checkpoint as a diffusers folder and returns its path; the same tensors on every machine."""
     from .catalog import recipe
-    from .folder import write_folder
     from .plain import as_dtype
+    from .writer import write_folder
 
     folder = Path(folder).absolute()
     chosen = recipe(name)

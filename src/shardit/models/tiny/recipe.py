@@ -1,4 +1,4 @@
-"""What a tiny checkpoint consists of: plain data that `folder` turns into files."""
+"""What a tiny checkpoint consists of: plain data that `writer` turns into files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 class Part:
     """One component: the class that model_index.json names, and what it is built from.
 
-    `kind` picks the builder in `folder`: "model", "text", "tokenizer", "processor" or "scheduler".
+    `kind` picks the builder in `writer`: "model", "text", "tokenizer", "processor" or "scheduler".
     """
 
     kind: str

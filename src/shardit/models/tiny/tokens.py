@@ -53,16 +53,17 @@ def _clip() -> Any:
 
 
 def _t5() -> Any:
-    from transformers import T5TokenizerFast
+    import transformers
 
+    tokenizer_class: Any = transformers.T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
     characters = [chr(code) for code in range(33, 127)] + sorted(set("äöüßéèàçñ"))
     pieces = [(token, 0.0) for token in T5_SPECIALS]
     pieces += [("▁", -4.0), *((f"▁{word}", -6.0 - len(word) / 16) for word in words())]
     pieces += [(character, -9.0) for character in characters]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    return tokenizer_class(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def _train_bpe(blank: Any, specials: tuple[str, ...], suffix: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _train_bpe(blank: Any, specials: tuple[str, ...], suffix: str) -> tuple[dict[str, int], Any]:
     """Vocabulary and merges: the specials, all bytes, then what BPE learns from the corpus cut by `blank`."""
     from tokenizers import pre_tokenizers, trainers
 

@@ -80,5 +80,5 @@ def qwen(base: int, mult: list[int], res_blocks: int, image_channels: int = 3) -
 
 
 QWEN_VAE = qwen(8, [1, 1, 2, 2], 1)
-QWEN_VAE_DEEP = qwen(4, [1] * 6, 0)
-QWEN_VAE_DEEP_RGBA = qwen(4, [1] * 6, 0, image_channels=4)
+QWEN_VAE_DEEP = qwen(8, [1] * 6, 0)
+QWEN_VAE_DEEP_RGBA = qwen(6, [1] * 6, 0, image_channels=4)

@@ -32,8 +32,7 @@ _RULES: tuple[tuple[str, float, float | str, float], ...] = (
     (r"^encoder\..*bias$", 0.0, 0.02, 1.0),
     (r"^decoder\.conv_out\.weight$", 0.0, "fan", 0.8),
     # Their norms divide by the length of a few channels: keep that away from zero, or rounding errors explode.
-    (r"^decoder\.up_blocks\..*resample\.1\.weight$", 0.0, "fan", 1.0),
-    (r"^decoder\.up_blocks\..*resample\.1\.bias$", 1.0, 0.1, 1.0),
+    (r"^decoder\.up_blocks\..*resample\.1\.bias$", 0.5, 0.1, 1.0),
 )
 
 

@@ -279,7 +279,7 @@ def test_scales(name, value):
 @pytest.mark.parametrize("fields", [
     {"seed": -1}, {"seed": 2**63}, {"seed": True}, {"seed": 1.0}, {"fps": 0}, {"fps": -1}, {"fps": math.nan},
     {"sigmas": []}, {"sigmas": "1"}, {"sigmas": [1.0, math.nan]}, {"strength": 1.1}, {"negative_prompt": 5},
-    {"cfg_normalize": 1}, {"output_type": "np"}, {"attention_kwargs": [1]}, {"extra_args": [1]},
+    {"cfg_normalize": 1}, {"output_type": "jpg"}, {"attention_kwargs": [1]}, {"extra_args": [1]},
     {"extra_args": {1: 2}}, {"extra_args": {"height": 16}}, {"num_outputs_per_prompt": None},
 ])  # fmt: skip
 def test_other_wrong_values(fields):

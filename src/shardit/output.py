@@ -36,7 +36,8 @@ class Output:
     frames: Sequence[Sequence[Image]] | None = None
     """One list of frames for each video, None for pictures."""
     latents: Any = None
-    """The result before the VAE (a tensor), where output_type="latent" was asked for."""
+    """The result as numbers: latents before the VAE where output_type="latent" was asked for, pixels for "np" (array)
+    and "pt" (tensor)."""
     error: str | None = None
     """Why there is no result, in one line; None where there is one."""
     seconds: float = 0.0
@@ -77,7 +78,7 @@ class Output:
             raise InputError(f"nothing to save, the request failed: {_one_line(self.error)}")
         videos, pictures = self.frames or [], self.images or []
         if not videos and not pictures:
-            raise InputError('nothing to save, the output holds no pictures; leave out output_type="latent"')
+            raise InputError("nothing to save, the output holds no pictures; leave out output_type")
         transparent = any(picture.mode == "RGBA" for picture in pictures)
         kind: Kind = "video" if videos else "image"
         target = check_path(path, kind, transparent=transparent)

@@ -85,8 +85,11 @@ def named_values(name: str, value: Any) -> None:
 
 def output_type(name: str, value: Any) -> None:
     """A check for the forms in which an `Output` can hold a result."""
-    if value not in ("pil", "latent"):
-        raise InputError(f"{name} must be 'pil' (pictures) or 'latent' (latents before the VAE), got {value!r}")
+    if value not in ("pil", "latent", "np", "pt"):
+        raise InputError(
+            f"{name} must be 'pil' (pictures), 'np' or 'pt' (pixels as numbers) or 'latent' (latents before the VAE), "
+            f"got {value!r}"
+        )
 
 
 def _checked(check: Check, default: Any = None) -> Any:
@@ -212,7 +215,8 @@ class OmniDiffusionSamplingParams:
     """Shift of schedulers with dynamic shifting. Error: NaN, infinite."""
 
     output_type: str | None = _checked(output_type)
-    """"pil" (default) or "latent". Error: anything else."""
+    """"pil" (default): pictures in `images` or `frames`; "np", "pt" (pixels from 0 to 1) or "latent": numbers in
+    `latents`. Error: anything else."""
 
     attention_kwargs: Mapping[str, Any] | None = _checked(named_values)
     """Passed to the attention processors (LoRA scale). Error: not a dict with string keys."""

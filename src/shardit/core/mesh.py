@@ -110,7 +110,7 @@ def axis_ranks(sizes: dict[str, int], axis: str) -> list[tuple[int, ...]]:
 
 
 def pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
-    """The device of a rank: cuda where there is one, else cpu; `device` overrides. Raises InputError/UnsupportedError."""
+    """The device of a rank: cuda where there is one, else cpu, unless given. Raises InputError, UnsupportedError."""
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in BACKENDS and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(","):
         raise UnsupportedError(

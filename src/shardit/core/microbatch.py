@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[tup
             tuple(_cut(value, batch, low, high) for value in args),
             {name: _cut(value, batch, low, high) for name, value in kwargs.items()},
         )
-        for low, high in zip(bounds, bounds[1:], strict=False)
+        for low, high in itertools.pairwise(bounds)
     ]
 
 

@@ -18,7 +18,7 @@ _CHEAP = re.compile(r"(^|[._])(add|context|txt|text|encoder|mod|modulation|adaln
 
 
 def block_cost(block: torch.nn.Module) -> float:
-    """Estimated time of one block call, in arbitrary units: its matrix parameters, weighted by how many tokens see them.
+    """Estimated time of one block call, in arbitrary units: its matrix parameters, by how many tokens see them.
 
     A two-stream block (Flux double, SD3) has twice the parameters of a one-stream block but not twice the work,
     since each token meets only one of the two sets; modulation sees a single vector.
@@ -106,7 +106,8 @@ def place_blocks(
         return Placement(tuple(partition), pp_size)
     if len(costs) < pp_size:
         raise UnsupportedError(
-            f"pipeline_parallel_size={pp_size} is more than the {len(costs)} blocks of the model; use at most {len(costs)}"
+            f"pipeline_parallel_size={pp_size} is more than the {len(costs)} blocks of the model; "
+            f"use at most {len(costs)}"
         )
     chunks = max(1, min(chunks, len(costs) // pp_size))
     return Placement(tuple(balanced_cuts(costs, chunks * pp_size)), pp_size)

@@ -90,6 +90,9 @@ class Hop:
     layout: Layout
 
 
+NO_MESSAGE = Layout((), 0)
+
+
 @dataclass(frozen=True)
 class CallPlan:
     """Everything that a call of one signature needs besides the data. The same on every rank.
@@ -104,7 +107,7 @@ class CallPlan:
     hops: tuple[Hop, ...]
     result_spec: Any = field(compare=False)
     result: tuple[Leaf, ...] = ()
-    result_layout: Layout = Layout((), 0)
+    result_layout: Layout = NO_MESSAGE
     result_parts: tuple[int, ...] = ()
 
     def digest(self) -> str:

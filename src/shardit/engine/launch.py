@@ -167,6 +167,7 @@ def describe_exit(code: int) -> str:
 def nursery_environment() -> dict[str, str]:
     """What keeps the nursery fit to be forked: one thread, and GPUs counted without a CUDA context."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)  # left by a cluster's launcher, they would speak of other ranks than ours
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)

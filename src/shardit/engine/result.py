@@ -5,6 +5,8 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import Image
+
 from ..errors import InputError
 from ..output import Output
 
@@ -33,12 +35,11 @@ def _pictures(result: Any) -> tuple[list[Any], list[list[Any]] | None, Any]:
     """(pictures, videos, latents) of a pipeline's result; what is not PIL counts as latents."""
     frames = getattr(result, "frames", None)
     made = frames if frames is not None else result.images
-    if not isinstance(made, list):
+    entries = made if isinstance(made, list) else [made]
+    groups = [entry if isinstance(entry, list) else [entry] for entry in entries]
+    if not all(isinstance(picture, Image) for group in groups for picture in group):
         return [], None, made
-    if frames is not None:
-        return [], made, None
-    flat = [picture for entry in made for picture in (entry if isinstance(entry, list) else [entry])]
-    return flat, None, None
+    return ([], groups, None) if frames is not None else ([p for group in groups for p in group], None, None)
 
 
 def one_line(error: Exception) -> str:

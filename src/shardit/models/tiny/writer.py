@@ -55,6 +55,9 @@ def _save_model(part: Part, folder: Path, key: str, dtype: torch.dtype) -> None:
         model = _diffusers_model(part) if part.library == "diffusers" else _transformers_model(part)
     fill(model, key)
     torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it would rather keep in float32
+    if hasattr(model, "should_save_on_this_rank"):
+        # transformers 5 writes on rank 0 alone; here any rank may be the one that writes the folder.
+        model.should_save_on_this_rank = lambda is_main_process=True: True
     total = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     with _no_progress_bar():
         model.eval().save_pretrained(str(folder), max_shard_size=total // part.shards + 1)

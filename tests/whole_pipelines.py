@@ -1,0 +1,136 @@
+"""Running whole tiny pipelines, plain and over stages, for tests that compare the two bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shardit.config import DiffusionParallelConfig
+from shardit.engine.messages import SessionSpec
+from shardit.engine.session import Session
+from shardit.models import tiny
+from shardit.models.variants import image_pipeline
+from shardit.requests import Request, build_requests
+from shardit.signature import signature_of
+
+PROMPTS = ("a cat on a mat", "two dogs and a bird", "snowy mountains", "a red car")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a tiny model, the stages it is cut into, and how it is called."""
+
+    name: str
+    pp: int = 2
+    chunks: int | None = None
+    dtype: str | None = None
+    in_flight: int = 1
+    requests: int = 1
+    split_batch: bool = False
+    with_image: bool = False
+    partition: tuple[int, ...] | None = None
+    call: dict[str, Any] = field(default_factory=dict, hash=False)
+    scheduler: str | None = None
+
+
+def pictures(count: int, mode: str = "RGB") -> list[Image.Image]:
+    """Input pictures with something to see in them, the same every time."""
+    size = (96, 64, len(mode))
+    noise = [np.random.RandomState(i).randint(0, 255, size, dtype=np.uint8) for i in range(count)]
+    return [Image.fromarray(a, mode).resize((128, 128)) for a in noise]
+
+
+def make_requests(case: Case, takes: Any, takes_with_image: Any = None) -> list[Request]:
+    """The requests of a case; every one has a prompt and a seed of its own."""
+    call = {**tiny.defaults(case.name), "output_type": "np", **case.call}
+    count = 1 if case.with_image else tiny.images(case.name)
+    if count:
+        images = pictures(count, "RGBA" if "layered" in case.name else "RGB")
+        call["pil_image"] = images if count > 1 else images[0]
+    prompts = [{"prompt": PROMPTS[i], "seed": i + 1} for i in range(case.requests)]
+    return build_requests(
+        prompts,
+        None,
+        prompt=None,
+        negative_prompt=None,
+        pil_image=None,
+        overrides=call,
+        takes=takes,
+        takes_with_image=takes_with_image,
+    )
+
+
+def plain(case: Case) -> list[np.ndarray]:
+    """What plain diffusers makes of the requests of a case, one after the other."""
+    pipe = tiny.load_plain(tiny.resolve(f"tiny/{case.name}"), dtype=case.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    other = image_pipeline(pipe)
+    pipes = {type(p).__name__: p for p in (pipe, other) if p is not None}
+    for p in pipes.values():
+        p.set_progress_bar_config(disable=True)
+        change_scheduler(p, case.scheduler)
+    signatures = [None if p is None else signature_of(type(p), dict(p.config)) for p in (pipe, other)]
+    outs = []
+    for request in make_requests(case, *signatures):
+        torch.manual_seed(request.seed)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        outs.append(array_of(pipes[request.pipeline](**request.call_arguments(), generator=generator)))
+    return outs
+
+
+def change_scheduler(pipe: Any, name: str | None) -> None:
+    """Give a pipeline another scheduler class, with the options that make it stochastic."""
+    if name is not None:
+        import diffusers
+
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, stochastic_sampling=True)
+
+
+def array_of(result: Any) -> np.ndarray:
+    """The pixels of a pipeline's result."""
+    made = getattr(result, "frames", None)
+    made = result.images if made is None else made
+    if isinstance(made, (list, tuple)):
+        made = np.stack([np.asarray(m) for m in made])
+    return np.asarray(made.float() if isinstance(made, torch.Tensor) else made)
+
+
+def staged(rank: int, count: int, method: str, cases: list[Case]) -> list[dict[str, Any]]:
+    """On every rank: run the cases over the stages; rank 0 returns what they made, each rank what it did."""
+    return [run_case(rank, count, method, case) for case in cases]
+
+
+def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
+    """One case on this rank."""
+    config = DiffusionParallelConfig(
+        pipeline_parallel_size=case.pp,
+        pipeline_chunks=case.chunks,
+        layer_partition=case.partition,
+        split_batch=case.split_batch,
+    )
+    spec = SessionSpec(f"tiny/{case.name}", config, case.dtype, "cpu", case.in_flight, timeout_s=60)
+    session = Session(spec, rank=rank, world_size=count, init_method=method)
+    for pipe in session._variants.values():
+        change_scheduler(pipe, case.scheduler)
+    requests = make_requests(case, session.info["signature"], session.info["signature_with_image"])
+    outputs = session.generate(requests, lambda *_: None)
+    stages = {name: getattr(session._pipe, name).shardit_stages for name in session._assignment.cut}
+    return {
+        "errors": [output.error for output in outputs],
+        "arrays": [np.asarray(output.latents) for output in outputs] if rank == 0 else [],
+        "strangers": [
+            (name, block) for name, s in stages.items() for block in s.ran if s.owners[block] != rank
+        ],
+        "ran": {name: len(s.ran) for name, s in stages.items()},
+        "in_flight": max(s.runtime.schedule.most_in_flight for s in stages.values()),
+        "splits": [dict(s._splits) for s in stages.values()],
+    }
+
+
+def difference(expected: np.ndarray, got: np.ndarray) -> float:
+    """Relative L2 distance."""
+    return float(np.linalg.norm(expected.astype(np.float64) - got) / np.linalg.norm(expected))

@@ -199,13 +199,3 @@ def test_public_names():
     assert shardit.get_pp_indices is get_pp_indices
     with pytest.raises(AttributeError, match="nothing"):
         _ = shardit.nothing
-
-
-def test_folder_of_the_same_name_does_not_hide_load(monkeypatch):
-    import types
-
-    function = object()
-    monkeypatch.setitem(sys.modules, "shardit.api", types.SimpleNamespace(load=function))
-    folder = types.ModuleType("shardit.load")
-    shardit.load = folder  # what the import system does after importing shardit.load.source
-    assert shardit.load is function

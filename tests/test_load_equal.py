@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from shardit.load import Reads, load_pipeline
+from shardit.loading import Reads, load_pipeline
 from shardit.models import tiny
 from shardit.models.processor import build_processor, is_needed
 
@@ -134,5 +134,5 @@ def test_quick():
 
 
 def test_importing_loads_no_torch():
-    code = "import sys, shardit.load; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    code = "import sys, shardit.loading; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

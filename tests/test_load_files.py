@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from shardit.errors import InputError, UnsupportedError
-from shardit.load import Checkpoint, Header, Reads, components, pipeline_class, read_into, read_tensor, resolve
-from shardit.load.dtypes import as_dtype
-from shardit.load.weight_names import choose
+from shardit.loading import Checkpoint, Header, Reads, components, pipeline_class, read_into, read_tensor, resolve
+from shardit.loading.dtypes import as_dtype
+from shardit.loading.weight_names import choose
 
 ALL_DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
@@ -229,7 +229,7 @@ def test_index(tmp_path):
 
 
 def test_component_classes(tmp_path):
-    from shardit.load.index import component_class
+    from shardit.loading.index import component_class
 
     def cls(library, name):
         return component_class(components(write_index(tmp_path, _class_name="X", c=[library, name]))["c"])

@@ -131,7 +131,7 @@ def client(hub: Hub, home: Path, code: str, **env: str) -> list[str]:
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     done = subprocess.run(
-        [sys.executable, "-c", f"import importlib; L = importlib.import_module('shardit.load')\n{code}"],
+        [sys.executable, "-c", f"import importlib; L = importlib.import_module('shardit.loading')\n{code}"],
         env={**kept, **settings, **env},
         capture_output=True,
         text=True,

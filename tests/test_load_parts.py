@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from shardit.errors import InputError, UnsupportedError
-from shardit.load import Checkpoint, Reads, build, describe, load_module, load_pipeline, module_keys
+from shardit.loading import Checkpoint, Reads, build, describe, load_module, load_pipeline, module_keys
 from shardit.models import tiny
 
 
@@ -157,7 +157,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("saved_as", ["a.weight", "b.weight"])
 def test_tied_weights_and_buffers(tmp_path, saved_as):
-    from shardit.load.meta import parameters_on_meta
+    from shardit.loading.meta import parameters_on_meta
 
     weight = torch.rand(4, 4)
     held = {saved_as: weight, "a.bias": torch.rand(4), "b.bias": torch.rand(4)}
@@ -191,7 +191,7 @@ def test_building_is_cheap_and_leaves_nothing_changed():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     folder = tiny.resolve("tiny/flux") / "transformer"
     build(FluxTransformer2DModel, folder, torch.bfloat16)
-    from shardit.load.meta import parameters_on_meta
+    from shardit.loading.meta import parameters_on_meta
 
     with parameters_on_meta():
         nn.Embedding(2**20, 4096), nn.Linear(2**16, 2**16)
@@ -307,7 +307,7 @@ MEMORY = """
 import re, sys, torch
 from pathlib import Path
 from diffusers import FluxTransformer2DModel
-from shardit.load import Checkpoint, build, load_module
+from shardit.loading import Checkpoint, build, load_module
 
 def mib(what):
     return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

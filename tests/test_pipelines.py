@@ -18,7 +18,7 @@ LOOPED, CONTIGUOUS = 2, 1
 
 @functools.lru_cache(maxsize=64)
 def expected(name: str, dtype: str | None, requests: int, with_image: bool, scheduler: str | None, call: tuple) -> list:
-    return plain(Case(name, dtype=dtype, requests=requests, with_image=with_image, scheduler=scheduler, call=dict(call)))
+    return plain(Case(name, 2, None, dtype, 1, requests, False, with_image, None, dict(call), scheduler))
 
 
 def reference(case: Case) -> list[np.ndarray]:

@@ -6,8 +6,6 @@ Names are imported when they are first used: importing this package imports neit
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,15 +61,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
-
-
-class _Package(ModuleType):
-    """This module's class; it keeps `shardit.load` the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing anything below the folder load/ would bind the folder to the name of the function.
-        if not (name == "load" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

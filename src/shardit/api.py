@@ -21,7 +21,7 @@ from .core.stages import Runtime, stage
 from .errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .load import Reads
+    from .loading import Reads
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def load_parallel(
     reads: Reads | None = None,
 ) -> tuple[Any, Assignment, Runtime | None]:
     """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
-    from .load import load_pipeline
+    from .loading import load_pipeline
 
     found: list[Assignment] = []
 

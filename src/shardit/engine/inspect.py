@@ -8,8 +8,8 @@ from typing import Any
 from ..config import DiffusionParallelConfig
 from ..core.assign import Assignment, assign
 from ..core.mesh import axis_sizes, coordinates
-from ..load import Description, describe
-from ..load.dtypes import as_dtype
+from ..loading import Description, describe
+from ..loading.dtypes import as_dtype
 
 
 def inspect_model(

@@ -17,7 +17,7 @@ from ..core.mesh import init_mesh, pick_device
 from ..core.schedule import Schedule
 from ..core.turns import Program, Turns
 from ..errors import InputError, RankError
-from ..load import Reads, describe
+from ..loading import Reads, describe
 from ..models.variants import image_pipeline
 from ..output import Output
 from ..signature import signature_of

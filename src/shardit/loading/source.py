@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardit.errors import InputError
-from shardit.load.hub import HubRemote, is_hub_id, open_hub, weight_files
-from shardit.load.index import INDEX, read_index
+from shardit.loading.hub import HubRemote, is_hub_id, open_hub, weight_files
+from shardit.loading.index import INDEX, read_index
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardit.load.checkpoint import Checkpoint
-from shardit.load.index import Component
-from shardit.load.pipeline import is_diffusers, prepare
-from shardit.load.transformers_model import module_keys
-from shardit.load.weights import file_keys
+from shardit.loading.checkpoint import Checkpoint
+from shardit.loading.index import Component
+from shardit.loading.pipeline import is_diffusers, prepare
+from shardit.loading.transformers_model import module_keys
+from shardit.loading.weights import file_keys
 
 if TYPE_CHECKING:
     from torch import nn

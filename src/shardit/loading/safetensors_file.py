@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
-from shardit.load.dtypes import file_bits, file_dtype
+from shardit.loading.dtypes import file_bits, file_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -6,11 +6,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError, UnsupportedError
-from shardit.load.checkpoint import Checkpoint
-from shardit.load.meta import build
-from shardit.load.quiet import quiet
-from shardit.load.safetensors_file import Reads
-from shardit.load.weights import Owned
+from shardit.loading.checkpoint import Checkpoint
+from shardit.loading.meta import build
+from shardit.loading.quiet import quiet
+from shardit.loading.safetensors_file import Reads
+from shardit.loading.weights import Owned
 
 if TYPE_CHECKING:
     import torch

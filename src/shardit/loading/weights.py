@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
-from shardit.load.checkpoint import Checkpoint
-from shardit.load.dtypes import file_dtype
-from shardit.load.safetensors_file import Entry, Reads, read_into
+from shardit.loading.checkpoint import Checkpoint
+from shardit.loading.dtypes import file_dtype
+from shardit.loading.safetensors_file import Entry, Reads, read_into
 
 if TYPE_CHECKING:
     import torch

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
-from shardit.load import index
-from shardit.load.checkpoint import Checkpoint
-from shardit.load.dtypes import as_dtype
-from shardit.load.index import Component
-from shardit.load.meta import build
-from shardit.load.quiet import quiet
-from shardit.load.safetensors_file import Reads
-from shardit.load.source import Source, locate
-from shardit.load.transformers_model import load_transformers
-from shardit.load.weights import Owned, load_module
+from shardit.loading import index
+from shardit.loading.checkpoint import Checkpoint
+from shardit.loading.dtypes import as_dtype
+from shardit.loading.index import Component
+from shardit.loading.meta import build
+from shardit.loading.quiet import quiet
+from shardit.loading.safetensors_file import Reads
+from shardit.loading.source import Source, locate
+from shardit.loading.transformers_model import load_transformers
+from shardit.loading.weights import Owned, load_module
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from shardit.errors import InputError
-from shardit.load.dtypes import file_dtype
-from shardit.load.safetensors_file import Entry, Header, Reads
-from shardit.load.weight_names import choose
+from shardit.loading.dtypes import file_dtype
+from shardit.loading.safetensors_file import Entry, Header, Reads
+from shardit.loading.weight_names import choose
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shardit.errors import InputError
-from shardit.load.index import INDEX, components
-from shardit.load.safetensors_file import Entry, Header
-from shardit.load.weight_names import choose, is_weights
+from shardit.loading.index import INDEX, components
+from shardit.loading.safetensors_file import Entry, Header
+from shardit.loading.weight_names import choose, is_weights
 
 _SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".yaml")
 

@@ -9,15 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardit.load.checkpoint import Checkpoint
-    from shardit.load.description import Description, describe
-    from shardit.load.index import Component, components, pipeline_class
-    from shardit.load.meta import build
-    from shardit.load.pipeline import load_pipeline
-    from shardit.load.safetensors_file import Header, Reads, read_into, read_tensor
-    from shardit.load.source import fetch_weights, resolve
-    from shardit.load.transformers_model import load_transformers, module_keys
-    from shardit.load.weights import load_module
+    from shardit.loading.checkpoint import Checkpoint
+    from shardit.loading.description import Description, describe
+    from shardit.loading.index import Component, components, pipeline_class
+    from shardit.loading.meta import build
+    from shardit.loading.pipeline import load_pipeline
+    from shardit.loading.safetensors_file import Header, Reads, read_into, read_tensor
+    from shardit.loading.source import fetch_weights, resolve
+    from shardit.loading.transformers_model import load_transformers, module_keys
+    from shardit.loading.weights import load_module
 
 _HOME = {
     "Checkpoint": "checkpoint",

@@ -1,0 +1,38 @@
+# All set-up happens in the targets: `make demo` and `make test` need Python >= 3.10 with venv, and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-full lint bench install clean
+
+demo: install ## two stages make a video; compared with one rank
+	$(BIN)/python examples/demo.py
+
+test: install ## the fast tests
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: install ## all tests, the long matrix too
+	$(BIN)/python -m pytest
+
+lint: install ## style and types
+	$(BIN)/ruff check src tests bench examples
+	$(BIN)/ruff format --check src tests bench examples
+	$(BIN)/pyright
+
+bench: install ## two ranks against plain diffusers on one
+	$(BIN)/python -m bench
+
+install: $(BIN)/.installed
+
+# torch comes first and alone, as one fixed version: a range would fetch several GB of GPU libraries on a machine
+# without a GPU. It stays as it is if a suitable one is there (set VENV to an environment of your own).
+$(BIN)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,text]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

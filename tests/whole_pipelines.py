@@ -122,9 +122,7 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     return {
         "errors": [output.error for output in outputs],
         "arrays": [np.asarray(output.latents) for output in outputs] if rank == 0 else [],
-        "strangers": [
-            (name, block) for name, s in stages.items() for block in s.ran if s.owners[block] != rank
-        ],
+        "strangers": [(name, block) for name, s in stages.items() for block in s.ran if s.owners[block] != rank],
         "ran": {name: len(s.ran) for name, s in stages.items()},
         "in_flight": max(s.runtime.schedule.most_in_flight for s in stages.values()),
         "splits": [dict(s._splits) for s in stages.values()],

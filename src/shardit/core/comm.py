@@ -136,9 +136,7 @@ class Comm:
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a dense tensor as a flat byte tensor that shares it."""
-    return storage_bytes(
-        tensor, tensor.storage_offset() * tensor.element_size(), tensor.numel() * tensor.element_size()
-    )
+    return storage_bytes(tensor, first_byte(tensor), tensor.numel() * tensor.element_size())
 
 
 def storage_bytes(tensor: torch.Tensor, start: int, size: int) -> torch.Tensor:
@@ -154,6 +152,19 @@ def view_bytes(
     out = torch.empty(0, dtype=dtype, device=buffer.device)
     offset = buffer.storage_offset() + start
     return out.set_(buffer.untyped_storage(), offset // out.element_size(), size, stride)
+
+
+def first_byte(tensor: torch.Tensor) -> int:
+    """The byte of its storage at which a tensor begins."""
+    return tensor.storage_offset() * tensor.element_size()
+
+
+def view_near(
+    tensor: torch.Tensor, start: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]
+) -> torch.Tensor:
+    """A tensor over the memory of another, from `start` bytes behind (or before) the first element of that one."""
+    out = torch.empty(0, dtype=dtype, device=tensor.device)
+    return out.set_(tensor.untyped_storage(), (first_byte(tensor) + start) // out.element_size(), size, stride)
 
 
 def dump_with_tensors(value: Any) -> tuple[bytes, list[torch.Tensor]]:

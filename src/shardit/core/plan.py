@@ -31,7 +31,8 @@ class Leaf:
     kind: "tensor" (a tensor with memory of its own, number `storage` among the new ones of this call site),
         "arg" (a view of, or the same object as, the tensor leaf number `arg` of the call's arguments), or
         "value" (anything that is not a tensor, passed as it is).
-    offset is in elements; nbytes is the size of the storage.
+    offset is in elements of the storage, for "arg" in bytes from the first element of the argument (which may lie
+    elsewhere in its storage on another rank); nbytes is the size of the storage.
     """
 
     kind: str
@@ -69,8 +70,9 @@ class Address:
 class Item:
     """One storage that crosses a hop: where to find it, which bytes of it, and whether the sender must copy it.
 
-    start, size: the range of bytes of the storage. fresh: on the receiver this is the first content of a storage that
-    a placeholder stands for, so that the placeholder can lie in the message itself.
+    start, size: the range of bytes, counted from the first element of the tensor at `address`: on a receiver that
+    tensor may lie in the middle of a message. fresh: on the receiver this is the first content of a storage that a
+    placeholder stands for, so that the placeholder can lie in the message itself.
     """
 
     address: Address

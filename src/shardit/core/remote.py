@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
 from .comm import ALIGN, Comm, dump_with_tensors, load_with_tensors, storage_bytes, view_bytes
 from .pending import Source, settle
 from .plan import span
-from .sites import swap_class
+from .sites import fixed_place, swap_class
 from .traced_call import sendable
 
 METHODS = (
@@ -58,7 +57,7 @@ def own(module: nn.Module, comm: Comm, stage: int) -> None:
 
     members: dict[str, Any] = {name: remote(name) for name in METHODS if callable(getattr(type(module), name, None))}
     members["device"] = property(lambda self: device)
-    members["to"] = _fixed_place(type(module).to)
+    members["to"] = fixed_place(type(module).to, device)
     swap_class(module, members)
 
 
@@ -101,17 +100,3 @@ def _receiver(
 def _misalignment(tensor: torch.Tensor) -> int:
     """Bytes past the last aligned address: some CPU kernels give other last bits for memory aligned in another way."""
     return tensor.storage_offset() * tensor.element_size() % ALIGN
-
-
-def _fixed_place(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A `to` for modules of which a part is on meta: changes of dtype are fine, moves are not."""
-
-    def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not any(p.is_meta for p in self.parameters()):
-            return plain(self, *args, **kwargs)
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type != self.device.type:  # pyright: ignore[reportAttributeAccessIssue]
-            raise UnsupportedError("a parallel model cannot be moved: choose the device when it is made parallel")
-        return self if dtype is None else plain(self, dtype=dtype)
-
-    return to

@@ -1,172 +1,20 @@
-"""Replaying what a schedule issues, without tensors: does it hang under in-order communicators, and how long it takes.
+"""Replaying what a schedule issues: can it hang under in-order communicators, how long does it take, what travels.
 
-The real `Schedule` and `Turns` run once per rank over flights that only write down what a `StagedCall` would do there.
+A model of the wire, pure Python: each communicator of a rank runs that rank's operations in the order in which they
+were issued, one at a time, and a send and its receive start and end together. NCCL behaves so; gloo, under which most
+tests run, hides mistakes of order.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
-from .schedule import Flight, Schedule
-from .turns import Program, Turns
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is replayed: requests of `steps` steps, each of `branches` calls that are started together (guidance, or a
-    split batch), on `ranks` stages with `chunks` chunks each. max_outstanding: see `Comm`."""
-
-    ranks: int
-    chunks: int = 1
-    branches: int = 1
-    requests: int = 1
-    steps: int = 1
-    max_in_flight: int = 1
-    max_outstanding: int = 64
-
-    @property
-    def calls(self) -> int:
-        """Transformer calls in all."""
-        return self.requests * self.steps * self.branches
-
-
-@dataclass(frozen=True)
-class Op:
-    """One thing that a rank does. kind: "send" or "recv" (only begins it), "wait" (until the message is through), or
-    "compute" (one chunk). call: number of the call, in the order of starts; segment: of the call, the hop after it for
-    messages. result: the message is the way back to `target`."""
-
-    kind: str
-    call: int
-    segment: int
-    source: int = -1
-    target: int = -1
-    result: bool = False
-
-    @property
-    def message(self) -> tuple[int, int, int, bool]:
-        """What the send, the receive and the waits of one message have in common."""
-        return (self.call, self.segment, self.target, self.result)
-
-
-@dataclass
-class RankLog:
-    """What one rank did: ops in order, and the (call, segment) steps of its schedule."""
-
-    ops: list[Op] = field(default_factory=list)
-    steps: list[tuple[int, int]] = field(default_factory=list)
-
-
-class RecordedFlight:
-    """A call that only writes down what a `StagedCall` does on this rank."""
-
-    def __init__(self, number: int, recorder: _Recorder):
-        load = recorder.load
-        self.number = number
-        self.owners: Sequence[int] = [chunk % load.ranks for chunk in range(load.ranks * load.chunks)]
-        self.finished = False
-        self._recorder = recorder
-
-    def begin(self) -> None:
-        """On the owner of the first segment: run it and send."""
-        if self.owners[0] == self._recorder.rank:
-            self._segment(0)
-
-    def run(self, segment: int) -> None:
-        """Wait for the hop before, run, send."""
-        if self.owners[segment - 1] != self._recorder.rank:
-            self._recorder.wait(self._hop("wait", segment - 1))
-        self._segment(segment)
-
-    def post(self, segment: int) -> None:
-        """Post the receive of the hop after `segment`."""
-        if self.owners[segment] != self._recorder.rank:
-            self._recorder.log.ops.append(self._hop("recv", segment))
-
-    def finish(self) -> None:
-        """Send the result to all others, or post the receive of it."""
-        last = self.owners[-1]
-        targets = [s for s in range(self._recorder.load.ranks) if s != last]
-        for target in targets if self._recorder.rank == last else [self._recorder.rank]:
-            if target != last:
-                kind = "send" if self._recorder.rank == last else "recv"
-                self._recorder.hold(Op(kind, self.number, len(self.owners) - 1, last, target, True))
-
-    def take(self) -> None:
-        """What the first use of the result waits for once the call is virtually done."""
-        me, last = self._recorder.rank, self.owners[-1]
-        if me != last:
-            self._recorder.wait(Op("wait", self.number, len(self.owners) - 1, last, me, True))
-
-    def _segment(self, segment: int) -> None:
-        self._recorder.log.ops.append(Op("compute", self.number, segment))
-        if segment + 1 < len(self.owners) and self.owners[segment + 1] != self._recorder.rank:
-            self._recorder.hold(self._hop("send", segment))
-
-    def _hop(self, kind: str, segment: int) -> Op:
-        return Op(kind, self.number, segment, self.owners[segment], self.owners[segment + 1])
-
-
-class _LoggedSchedule(Schedule):
-    def __init__(self, rank: int, log: RankLog):
-        super().__init__(rank)
-        self._log = log
-
-    def _step(self, flight: Flight) -> None:
-        assert isinstance(flight, RecordedFlight)
-        self._log.steps.append((flight.number, self._next[id(flight)]))
-        super()._step(flight)
-
-
-class _Recorder:
-    """One rank: its log, and which messages are held and waited for, as `Comm` does it."""
-
-    def __init__(self, load: Workload, rank: int):
-        self.load, self.rank, self.log = load, rank, RankLog()
-        self._held: deque[Op] = deque()
-        self._waited: set[tuple[int, int, int, bool]] = set()
-        self._calls = 0
-
-    def run(self) -> RankLog:
-        turns = Turns(_LoggedSchedule(self.rank, self.log))
-        programs = [Program(lambda: self._request(turns), seed=0) for _ in range(self.load.requests)]
-        for program in turns.run(iter(programs), self.load.max_in_flight):
-            if program.error is not None:
-                raise program.error
-        return self.log
-
-    def _request(self, turns: Turns) -> None:
-        for _ in range(self.load.steps):
-            flights = []
-            for _ in range(self.load.branches):
-                flights.append(RecordedFlight(self._calls, self))
-                self._calls += 1
-                turns.schedule.start(flights[-1])
-            for flight in flights:
-                turns.wait_for(flight)
-                flight.take()
-
-    def wait(self, op: Op) -> None:
-        self._waited.add(op.message)
-        self.log.ops.append(op)
-
-    def hold(self, op: Op) -> None:
-        self.log.ops.append(op)
-        self._held.append(op)
-        while len(self._held) > self.load.max_outstanding or (self._held and self._held[0].message in self._waited):
-            old = self._held.popleft()
-            self.wait(Op("wait", old.call, old.segment, old.source, old.target, old.result))
-
-
-def replay(load: Workload) -> list[RankLog]:
-    """What every rank does, from the real schedule and turns."""
-    return [_Recorder(load, rank).run() for rank in range(load.ranks)]
-
+from .recording import Op, Workload, record
 
 Grouping = Callable[[Op, int], Hashable]
-"""The communicator of a message between the stages of a pipeline of the given size."""
+"""The communicator of a message between stages of a pipeline of the given size."""
 
 
 def per_edge(op: Op, ranks: int) -> Hashable:
@@ -188,23 +36,139 @@ def one_for_all(op: Op, ranks: int) -> Hashable:
 GROUPINGS: tuple[Grouping, ...] = (per_edge, per_pair, one_for_all)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Execution:
-    """How a replay went. stuck: per rank that could not go on, what it was at ({} if all ended). finish: time at which
-    each rank ended; busy: time that it computed; hops, results: messages of either kind that got through."""
+    """How the records of all ranks ran against each other.
+
+    stuck: what each rank that did not come to its end was waiting for. unmatched: messages begun on one side that never
+    got through. finish: when each rank ended; busy: how long it computed. hops, results: messages of each kind.
+    """
 
     stuck: dict[int, Op]
+    unmatched: int
     finish: list[float]
     busy: list[float]
-    hops: int = 0
-    results: int = 0
+    hops: int
+    results: int
+
+    @property
+    def hangs(self) -> bool:
+        """Whether some rank or some message did not come to its end."""
+        return bool(self.stuck) or self.unmatched > 0
 
     @property
     def makespan(self) -> float:
-        """Time from the start to the end of the last rank."""
+        """When the last rank ended."""
         return max(self.finish)
 
     @property
     def idle(self) -> list[float]:
         """Share of the makespan in which each rank does not compute."""
-        return [1 - busy / self.makespan for busy in self.busy]
+        return [1 - busy / self.makespan if self.makespan else 0.0 for busy in self.busy]
+
+
+class _Wire:
+    """The ranks while they run. A rank goes on until a wait whose message is not through yet."""
+
+    def __init__(self, ops: Sequence[Sequence[Op]], grouping: Grouping, chunk_cost: float, hop_cost: float):
+        self.ops, self.grouping = ops, grouping
+        self.chunk_cost, self.hop_cost = chunk_cost, hop_cost
+        self.at = [0] * len(ops)
+        self.clock, self.busy = [0.0] * len(ops), [0.0] * len(ops)
+        self.through: dict[Hashable, float] = {}  # message -> when it was
+        self.queues: dict[tuple[int, Hashable], deque[tuple[Op, float]]] = defaultdict(deque)
+        self.free: dict[tuple[int, Hashable], float] = defaultdict(float)
+        self.ready = deque(range(len(ops)))
+
+    def run(self) -> None:
+        while self.ready:
+            rank = self.ready.popleft()
+            while self.at[rank] < len(self.ops[rank]) and self._do(rank, self.ops[rank][self.at[rank]]):
+                self.at[rank] += 1
+
+    def _do(self, rank: int, op: Op) -> bool:
+        if op.kind == "compute":
+            self.clock[rank] += self.chunk_cost
+            self.busy[rank] += self.chunk_cost
+        elif op.kind == "wait":
+            if op.message not in self.through:
+                return False
+            self.clock[rank] = max(self.clock[rank], self.through[op.message])
+        else:
+            group = self.grouping(op, len(self.ops))
+            self.queues[rank, group].append((op, self.clock[rank]))
+            self._match(rank, group)
+        return True
+
+    def _match(self, rank: int, group: Hashable) -> None:
+        """Let through what stands first in the communicator on both of its ends, and whatever that makes first."""
+        look = [rank]
+        while look:
+            here = look.pop()
+            if not self.queues[here, group]:
+                continue
+            op, issued = self.queues[here, group][0]
+            there = op.source if op.target == here else op.target
+            other = self.queues[there, group]
+            if not other or other[0][0].message != op.message:
+                continue
+            start = max(issued, other[0][1], self.free[here, group], self.free[there, group])
+            self.free[here, group] = self.free[there, group] = self.through[op.message] = start + self.hop_cost
+            for end in (here, there):
+                self.queues[end, group].popleft()
+                look.append(end)
+                self.ready.append(end)
+
+
+def execute(
+    ops: Sequence[Sequence[Op]], grouping: Grouping = per_edge, chunk_cost: float = 1.0, hop_cost: float = 0.0
+) -> Execution:
+    """Run the operations of all ranks against each other; costs are in any unit of time."""
+    wire = _Wire(ops, grouping, chunk_cost, hop_cost)
+    wire.run()
+    stuck = {rank: ops[rank][at] for rank, at in enumerate(wire.at) if at < len(ops[rank])}
+    unmatched = len({op.message for queue in wire.queues.values() for op, _ in queue})
+    sent = [op for of_rank in ops for op in of_rank if op.kind == "send" and op.message in wire.through]
+    results = sum(op.result for op in sent)
+    return Execution(stuck, unmatched, wire.clock, wire.busy, len(sent) - results, results)
+
+
+def deadlock_free(ops: Sequence[Sequence[Op]], grouping: Grouping = per_edge) -> bool:
+    """Whether all ranks come to their end and every message gets through."""
+    return not execute(ops, grouping).hangs
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A replayed workload. speedup: over one rank that computes everything. idle: share per rank. The rest is per step
+    of one request, over all ranks."""
+
+    makespan: float
+    speedup: float
+    idle: tuple[float, ...]
+    hops_per_step: float
+    results_per_step: float
+    bytes_per_step: float
+
+
+def timeline(
+    load: Workload,
+    *,
+    chunk_cost: float = 1.0,
+    hop_cost: float = 0.0,
+    hop_bytes: int = 0,
+    result_bytes: int = 0,
+    grouping: Grouping = per_edge,
+) -> Timeline:
+    """How long a workload takes where every chunk and every message costs the same, and what it sends."""
+    run = execute([log.ops for log in record(load)], grouping, chunk_cost, hop_cost)
+    assert not run.hangs, run.stuck
+    steps = load.requests * load.steps
+    work = load.calls * load.ranks * load.chunks * chunk_cost
+    sent = run.hops * hop_bytes + run.results * result_bytes
+    return Timeline(
+        run.makespan, work / run.makespan, tuple(run.idle), run.hops / steps, run.results / steps, sent / steps
+    )
+
+
+__all__ = ["GROUPINGS", "Execution", "Op", "Timeline", "Workload", "deadlock_free", "execute", "record", "timeline"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +69,20 @@ def swap_class(module: nn.Module, members: dict[str, Any]) -> None:
     cls = type(module)
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, **members}
     module.__class__ = type(cls.__name__, (cls,), members)
+
+
+def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A `to` for modules of which a part is on meta: changes of dtype are fine, moves are not."""
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not any(p.is_meta for p in self.parameters()):
+            return plain(self, *args, **kwargs)
+        target, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if target is not None and target.type != device.type:
+            raise UnsupportedError("a parallel model cannot be moved: choose the device when it is made parallel")
+        return self if dtype is None else plain(self, dtype=dtype)
+
+    return to
 
 
 def install(blocks: list[tuple[str, nn.Module]], current: dict[str, Seam | None]) -> None:

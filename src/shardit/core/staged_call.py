@@ -11,10 +11,10 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import RankError
-from .comm import Comm, Transfer, storage_bytes, view_bytes
+from .comm import Comm, Transfer, first_byte, storage_bytes, view_bytes, view_near
 from .coroutine import Coroutine
 from .pending import Source
-from .plan import Address, CallPlan, Hop, Leaf, Site
+from .plan import Address, CallPlan, Hop, Item, Leaf, Site
 
 
 class _Leave(BaseException):
@@ -54,7 +54,7 @@ class LocalPlan:
                 keep.setdefault(where.site, []).append(where.leaf)
                 if hop.target == rank and item.fresh:
                     leaf = plan.sites[where.site].leaves[where.leaf]
-                    local.fresh[(where.site, leaf.storage)] = (k, i, item.start)
+                    local.fresh[(where.site, leaf.storage)] = (k, i, item.start + leaf.offset * _width(leaf))
         for n, site in enumerate(plan.sites):
             if n in local.keep_args or (site.owner != rank and any(leaf.kind == "arg" for leaf in site.leaves)):
                 local.needs_args.add(n)
@@ -233,7 +233,8 @@ class StagedCall:
                 continue
             if leaf.kind == "arg":
                 base = arguments[leaf.arg]
-                leaves.append(base if leaf.same else base.as_strided(leaf.size, leaf.stride, leaf.offset))
+                assert leaf.dtype is not None
+                leaves.append(base if leaf.same else view_near(base, leaf.offset, leaf.dtype, leaf.size, leaf.stride))
             else:
                 assert leaf.dtype is not None
                 if leaf.storage not in storages:
@@ -281,7 +282,7 @@ class StagedCall:
     def _send(self, hop: Hop) -> None:
         if not hop.layout.total:
             return
-        sources = [storage_bytes(self._handles[i.address], i.start, i.size) for i in hop.items]
+        sources = [self._memory(item) for item in hop.items]
         if len(sources) == 1 and not hop.items[0].copy:
             self.comm.send(sources[0], hop.target)
             return
@@ -297,8 +298,16 @@ class StagedCall:
         message = self._messages.pop(k, None)
         for item, (offset, size) in zip(hop.items, hop.layout.parts, strict=True):
             if not item.fresh and message is not None:
-                target = storage_bytes(self._handles[item.address], item.start, size)
-                target.copy_(message[offset : offset + size])
+                self._memory(item).copy_(message[offset : offset + size])
+
+    def _memory(self, item: Item) -> torch.Tensor:
+        handle = self._handles[item.address]
+        return storage_bytes(handle, first_byte(handle) + item.start, item.size)
+
+
+def _width(leaf: Leaf) -> int:
+    assert leaf.dtype is not None
+    return leaf.dtype.itemsize
 
 
 def _versioned(leaf: Any) -> bool:

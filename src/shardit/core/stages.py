@@ -22,7 +22,7 @@ from .pending import settle
 from .plan import CallPlan, Plan
 from .schedule import Schedule
 from .signature import mode_key, signature
-from .sites import drop_blocks, find_blocks, install, swap_class
+from .sites import drop_blocks, find_blocks, fixed_place, install, swap_class
 from .staged_call import LocalPlan, StagedCall
 from .traced_call import TracedCall
 from .turns import Turns
@@ -240,6 +240,7 @@ def stage(model: nn.Module, runtime: Runtime, placement: Placement, plan: Plan |
         "__call__": __call__,
         "enable_cache": enable_cache,
         "device": property(lambda self: runtime.mesh.device),
+        "to": fixed_place(type(model).to, runtime.mesh.device),
         "shardit_stages": property(lambda self: stages),
     }
     swap_class(model, members)

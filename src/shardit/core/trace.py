@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
-from .comm import ALIGN, pack_layout
+from .comm import ALIGN, first_byte, pack_layout
 from .plan import (
     Address,
     CallPlan,
@@ -64,6 +64,7 @@ class Trace:
     extent: dict[int, tuple[int, int]] = field(default_factory=dict)
     created: dict[int, int] = field(default_factory=dict)  # storage -> site whose output made it
     derived: set[int] = field(default_factory=set)
+    places: dict[Address, int] = field(default_factory=dict)  # byte of its storage at which a handle begins
     inputs: set[int] = field(default_factory=set)
     mutated_input: bool = False
     _numbers: dict[int, int] = field(default_factory=dict)
@@ -117,10 +118,11 @@ class Trace:
     def _handle(self, address: Address, tensor: torch.Tensor) -> None:
         number = self.number(tensor)
         self.handles.setdefault(number, []).append(address)
+        self.places[address] = first_byte(tensor)
         if number not in self.created:  # other views of it may show more than this one
             self.extent[number] = (0, tensor.untyped_storage().nbytes())
             return
-        start = tensor.storage_offset() * tensor.element_size()
+        start = first_byte(tensor)
         end = start + span(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
         low, high = self.extent.get(number, (start, end))
         self.extent[number] = (min(low, start), max(high, end))
@@ -245,7 +247,7 @@ def _hops(
             received[(storage, target)] = True
             # The sender's memory may be sent as it lies only if nobody writes to it any more.
             copy = any(segment > k for segment in rewritten.get(storage, ()))
-            items.append(Item(address, start, stop - start, fresh, copy))
+            items.append(Item(address, start - trace.places[address], stop - start, fresh, copy))
         hops.append(Hop(owner[k], owner[k + 1], tuple(items), pack_layout(tuple(i.size for i in items))))
     return tuple(hops)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import UnsupportedError
-from .comm import Comm, dump_with_tensors, load_with_tensors, storage_bytes, view_bytes
+from .comm import Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
 from .plan import CallPlan, Leaf, Site
 from .trace import Recorder, Trace, derive
 
@@ -109,7 +109,7 @@ class TracedCall:
             if leaf.kind == "arg":
                 base = arguments[leaf.arg]
                 assert base is not None
-                tensors.append(base if leaf.same else base.as_strided(leaf.size, leaf.stride, leaf.offset))
+                tensors.append(base if leaf.same else view_near(base, leaf.offset, leaf.dtype, leaf.size, leaf.stride))
             else:
                 start = leaf.offset * leaf.dtype.itemsize
                 tensors.append(view_bytes(memory[leaf.storage], start, leaf.dtype, leaf.size, leaf.stride))
@@ -139,13 +139,15 @@ def _describe(tensors: list[torch.Tensor], arguments: list[torch.Tensor | None])
     leaves = []
     for tensor in tensors:
         key = tensor.untyped_storage()._cdata
-        shape = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        shape = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
         if key in owned_by_argument:
             q = next((q for q, t in enumerate(arguments) if t is tensor), owned_by_argument[key])
-            leaves.append(Leaf("arg", *shape, arg=q, same=arguments[q] is tensor))
+            offset = first_byte(tensor) - first_byte(arguments[q])
+            leaves.append(Leaf("arg", *shape, offset, arg=q, same=arguments[q] is tensor))
         else:
             number = storages.setdefault(key, len(storages))
-            leaves.append(Leaf("tensor", *shape, storage=number, nbytes=tensor.untyped_storage().nbytes()))
+            offset, nbytes = tensor.storage_offset(), tensor.untyped_storage().nbytes()
+            leaves.append(Leaf("tensor", *shape, offset, storage=number, nbytes=nbytes))
     return leaves
 
 

@@ -16,9 +16,16 @@ from .coroutine import Coroutine, Generators
 from .schedule import Flight, Schedule
 
 
+class Interrupted(Exception):
+    """Ends a program at the beginning of a turn, because somebody asked for it."""
+
+
 @dataclass
 class Program:
-    """One request: a function to run, the seed of its global generators, and what became of it."""
+    """One request: a function to run, the seed of its global generators, and what became of it.
+
+    Setting `interrupted`, on every rank between the same two turns, ends it at its next turn with Interrupted.
+    """
 
     run: Callable[[], Any]
     seed: int
@@ -26,6 +33,7 @@ class Program:
     error: Exception | None = None
     turns: int = 0
     first_call: bool = True
+    interrupted: bool = False
     coroutine: Coroutine | None = field(default=None, repr=False)
     generators: Generators | None = field(default=None, repr=False)
     waits_for: Flight | None = field(default=None, repr=False)
@@ -50,6 +58,8 @@ class Turns:
             program.waits_for = flight
             assert program.coroutine is not None
             program.coroutine.pause()
+            if program.interrupted:
+                raise Interrupted("the request was interrupted")
         program.waits_for = None
 
     def run(self, programs: Iterator[Program], max_in_flight: int) -> Iterator[Program]:
@@ -70,7 +80,8 @@ class Turns:
                     else:
                         active.append(program)
                 for program in list(active):
-                    if program.waits_for is not None and not program.waits_for.finished:
+                    waits = program.waits_for is not None and not program.waits_for.finished
+                    if waits and not program.interrupted:
                         continue
                     self._turn(program)
                     if program.coroutine is not None and program.coroutine.done:

@@ -103,7 +103,8 @@ class Session:
             start = time.perf_counter()
             pipe = self._own_pipeline(request, on_progress)
             generator = torch.Generator("cpu").manual_seed(request.seed)
-            with warnings_of("diffusers") as said:
+            mine = self._turns.current
+            with warnings_of("diffusers", lambda: self._turns.current is mine) as said:
                 out = pipe(**request.call_arguments(), generator=generator)
             return out, time.perf_counter() - start, said.lines
 
@@ -134,17 +135,19 @@ class Session:
 
 
 class warnings_of:
-    """Collects what a library's loggers warn of while a request runs, one line each (sizes that were rounded, say)."""
+    """Collects what a library's loggers warn of while a request has its turns, one line each (sizes that were rounded,
+    say). `listening` tells whether it is this request's turn."""
 
-    def __init__(self, library: str):
+    def __init__(self, library: str, listening: Callable[[], bool]):
         self._logger = logging.getLogger(library)
         self._handler = logging.Handler(logging.WARNING)
         self._handler.emit = self._keep  # type: ignore[method-assign]
+        self._listening = listening
         self.lines: list[str] = []
 
     def _keep(self, record: logging.LogRecord) -> None:
         line = record.getMessage().splitlines()[0]
-        if line not in self.lines:
+        if self._listening() and line not in self.lines:
             self.lines.append(line)
 
     def __enter__(self) -> warnings_of:

@@ -1,0 +1,15 @@
+"""Speed, memory and start-up of shardit against plain diffusers: `python -m bench` (see `__main__`).
+
+| file | what it does |
+|---|---|
+| `__main__.py` | options; runs the measurements; table, JSON line and result file |
+| `model.py` | the Wan-like pipeline that is measured, and its requests |
+| `ranks.py`, `worker.py` | rank processes that obey one command at a time, and what they can do |
+| `machine.py` | what is written down of the machine; waiting until nobody else computes |
+| `speed.py` | plain against two ranks, interleaved; ceiling, bound, share, bit equality |
+| `overhead.py` | CPU time that one rank costs over plain diffusers |
+| `memory.py` | peak memory and bytes read per rank |
+| `startup.py` | time until `Omni` is ready |
+| `schedules.py` | idle share and bytes per step from replayed schedules |
+| `report.py` | the table |
+"""

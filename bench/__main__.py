@@ -1,0 +1,97 @@
+"""`python -m bench`: a table, and as the last line one JSON document, also written to `bench/results/`.
+
+Names for --only: speed, overhead, memory, startup, schedules. With --quick everything is small and nothing is waited
+for: it shows that the bench works, not how fast anything is, and writes no result file unless --output names one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import machine, memory, model, overhead, report, schedules, speed, startup
+
+NAMES = ("speed", "overhead", "memory", "startup", "schedules")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str]) -> int:
+    """Run what the options ask for."""
+    options = _parser().parse_args(arguments)
+    # Ranks inherit these. One thread each, nothing from the network.
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes and files are cleaned up
+    document: dict[str, Any] = {"machine": machine.describe(arguments), "quick": options.quick}
+    with tempfile.TemporaryDirectory(prefix="shardit-bench-") as folder:
+        for name in options.only or NAMES:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            if not options.quick and name != "schedules" and not machine.wait_until_quiet(options.patience):
+                print("others use this machine", file=sys.stderr, flush=True)
+            document[name] = _measurements(options, f"{folder}/model")[name]()
+    document["machine"]["load_after"] = list(os.getloadavg())
+    document["machine"]["quiet"] = _quiet(document)
+    line = json.dumps(document)
+    target = _target(options, document["machine"])
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(report.table(document))
+    print(line, flush=True)
+    return 0
+
+
+def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
+    quick = options.quick
+    size = model.SMALL if quick else model.FULL
+
+    def on_disk() -> str:
+        if not Path(folder).exists():
+            from .ranks import Ranks
+
+            with Ranks(1) as ranks:
+                ranks.call("write_model", size, folder)
+        return folder
+
+    rounds = options.rounds or (1 if quick else 5)
+    return {
+        "speed": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.patience),
+        "overhead": lambda: overhead.measure(size, on_disk(), 3 if quick else 30),
+        "memory": lambda: memory.measure(size, on_disk()),
+        "startup": lambda: startup.measure(1 if quick else 3),
+        "schedules": lambda: schedules.measure(size),
+    }
+
+
+def _quiet(document: dict[str, Any]) -> bool:
+    if "speed" in document:
+        return document["speed"]["most_used_by_others"] <= machine.QUIET
+    return document["machine"]["load_before"][0] < 0.5
+
+
+def _target(options: argparse.Namespace, about: dict[str, Any]) -> Path | None:
+    if options.output:
+        return Path(options.output)
+    if options.quick:
+        return None
+    return RESULTS / f"{about['date'][:10]}-{machine.short_name()}-{about['commit']}.json"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a test that the bench works")
+    parser.add_argument("--only", action="append", choices=NAMES, help="one measurement; may be given several times")
+    parser.add_argument("--rounds", type=int, help="rounds of the speed measurement (5)")
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet moment before each run")
+    parser.add_argument("--output", help="where the JSON document goes instead of bench/results/")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

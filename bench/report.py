@@ -1,0 +1,97 @@
+"""The table that people read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MIB = 2**20
+
+
+def table(document: dict[str, Any]) -> str:
+    """Everything that was measured, as text."""
+    parts = {"speed": _speed, "overhead": _overhead, "memory": _memory, "startup": _startup, "schedules": _schedules}
+    machine = document["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [f"{machine['cpu']}, {machine['cores']} cores; {versions}; commit {machine['commit']}; {machine['date']}"]
+    for name, render in parts.items():
+        if name in document:
+            lines += ["", *render(document[name])]
+    if not machine["quiet"]:
+        lines += ["", "The machine was not quiet: others computed meanwhile. Do not cite these numbers."]
+    return "\n".join(lines)
+
+
+def _speed(found: dict[str, Any]) -> list[str]:
+    size = found["size"]
+    lines = [
+        f"Speed: {found['ranks']} ranks x 1 thread against plain diffusers on 1 x 1, medians of {found['rounds']}.",
+        f"WanPipeline, {size['blocks']} blocks of width {size['heads'] * size['head_dim']}, {size['tokens']} tokens, "
+        f"{size['steps']} steps. Two copies without communication (ceiling): {found['ceiling']:.3f}x",
+        _row("requests", "chunks", "plain s", "2 ranks s", "speedup", "bound", "share", "equal"),
+    ]
+    lines += [
+        _row(
+            case["name"],
+            case["chunks"],
+            f"{case['plain_seconds']:.2f}",
+            f"{case['seconds']:.2f}",
+            f"{case['speedup']:.3f}x",
+            f"{case['bound']:.3f}x",
+            f"{case['share']:.3f}",
+            "bitwise" if case["bitwise_equal"] else "NO",
+        )
+        for case in found["cases"]
+    ]
+    return lines
+
+
+def _row(name: Any, *cells: Any) -> str:
+    return f"  {name!s:<30}" + "".join(f"{cell!s:>11}" for cell in cells)
+
+
+def _overhead(found: dict[str, Any]) -> list[str]:
+    low, high = found["quartiles_percent"]
+    return [
+        f"One rank against plain diffusers, CPU time per step ({found['tokens']} tokens, {found['runs']} pairs): "
+        f"{found['extra_percent']:+.2f} % (quartiles {low:+.2f} to {high:+.2f} %)"
+    ]
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Memory: an idle process with its imports {found['idle_process_bytes'] / MIB:.0f} MiB, "
+        f"plain diffusers at its peak {found['plain_peak_bytes'] / MIB:.0f} MiB",
+        _row("", "peak MiB", "owned MiB", "read MiB", "read/owned"),
+    ]
+    for rank in found["ranks"]:
+        sizes = [f"{rank[key] / MIB:.1f}" for key in ("peak_bytes", "owned_bytes", "read_bytes")]
+        lines.append(_row(f"rank {rank['rank']}", *sizes, f"{rank['read_over_owned']:.4f}"))
+    return lines
+
+
+def _startup(found: dict[str, Any]) -> list[str]:
+    return [
+        f"Start-up, medians of {found['runs']}: Omni on two ranks ready after {found['omni_s']:.1f} s, imports of "
+        f"torch and diffusers in two processes at once {found['imports_s']:.1f} s: {found['beyond_imports_s']:+.1f} s"
+    ]
+
+
+def _schedules(found: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Replayed schedules (every chunk takes the same time, messages none):",
+        _row("requests x branches", "ranks", "chunks", "speedup", "formula", "idle", "formula", "MiB/step"),
+    ]
+    lines += [
+        _row(
+            f"{row['requests']} x {row['branches']}",
+            row["ranks"],
+            row["chunks"],
+            f"{row['speedup']:.3f}x",
+            f"{row['formula']:.3f}x",
+            f"{row['idle']:.1%}",
+            f"{row['formula_idle']:.1%}",
+            f"{row['bytes_per_step'] / MIB:.2f}",
+        )
+        for row in found
+    ]
+    return lines

@@ -1,0 +1,186 @@
+"""Two ranks with one thread each against plain diffusers on one rank with one thread, the same work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from . import machine
+from .model import Size
+from .ranks import Ranks
+
+RANKS = 2
+SEEDS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests in flight at once, with or without guidance. chunks: None is automatic (looped), 1 contiguous."""
+
+    requests: int
+    guided: bool
+    chunks: int | None
+
+    @property
+    def name(self) -> str:
+        """As it stands in the table."""
+        guided = "guidance" if self.guided else "no guidance"
+        return f"{self.requests} x {guided}, {'automatic' if self.chunks is None else 'contiguous'}"
+
+    @property
+    def session(self) -> str:
+        """The session that runs it."""
+        return f"chunks={self.chunks} in_flight={self.requests}"
+
+
+CASES = (
+    Case(1, True, 1),
+    Case(1, True, None),
+    Case(2, True, None),
+    Case(4, True, None),
+    Case(1, False, None),
+    Case(2, False, None),
+    Case(4, False, None),
+    Case(4, False, 1),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed run: seconds from the first start to the last end over all ranks, and what it took beside time."""
+
+    seconds: float
+    others: float
+    cpu_s: list[float]
+    faults: list[int]
+    digests: list[str]
+    sent_bytes: list[int]
+
+
+def measure(size: Size, folder: str, rounds: int, patience_s: float) -> dict[str, Any]:
+    """All cases in `rounds` rounds; in each of them plain diffusers runs before the cases it is compared with."""
+    runs: dict[str, list[Run]] = defaultdict(list)
+    digests: dict[tuple[bool, int], str] = {}
+    with Ranks(RANKS) as ranks:
+        ranks.call("open_plain", folder)
+        chunks = {}
+        for case in CASES:
+            opened = ranks.call("open_session", case.session, folder, case.chunks, case.requests)
+            chunks[case.session] = opened[0]["chunks"]
+        for case in CASES:  # the first calls of a signature find the plan and check it
+            ranks.call("run_session", case.session, size, SEEDS[: case.requests], case.guided)
+        ranks.call("run_plain", size, SEEDS[:1], False)
+        for number in range(rounds):
+            seed = SEEDS[number % len(SEEDS)]
+            for guided in (True, False):
+                plain = _plain_name(guided)
+                run = timed(lambda: ranks.call("run_plain", size, (seed,), guided, on=(0,)), patience_s)  # noqa: B023
+                runs[plain].append(run)
+                digests[(guided, seed)] = run.digests[0]
+                if guided:
+                    run = timed(lambda: ranks.call("run_copies", size, (seed,), True), patience_s)  # noqa: B023
+                    runs["two copies"].append(run)
+                for case in CASES:
+                    if case.guided == guided:
+                        seeds = SEEDS[: case.requests]
+                        act = lambda: ranks.call("run_session", case.session, size, seeds, case.guided)  # noqa: B023, E731
+                        runs[case.name].append(timed(act, patience_s))
+            print(f"round {number + 1} of {rounds}", _line(runs), file=sys.stderr, flush=True)
+        for guided in (True, False):  # seeds that no round has reached
+            for seed in SEEDS:
+                if (guided, seed) not in digests:
+                    digests[(guided, seed)] = ranks.call("run_plain", size, (seed,), guided, on=(0,))[0]["digests"][0]
+    return summary(size, runs, chunks, digests)
+
+
+def timed(act: Callable[[], list[dict[str, Any]]], patience_s: float) -> Run:
+    """Run it in a quiet moment; again (twice at most) where others computed meanwhile. The quietest run counts."""
+    best: Run | None = None
+    for _ in range(3 if patience_s else 1):
+        if patience_s:
+            machine.wait_until_quiet(patience_s)
+        busy, before, own = machine.busy_seconds(), time.monotonic(), time.process_time()
+        results = act()
+        wall = time.monotonic() - before
+        own_s = sum(result["cpu_s"] for result in results) + time.process_time() - own
+        run = Run(
+            max(result["end"] for result in results) - min(result["start"] for result in results),
+            machine.share_of_others(wall, machine.busy_seconds() - busy, own_s),
+            [result["cpu_s"] for result in results],
+            [result["faults"] for result in results],
+            results[0]["digests"],
+            [result.get("sent_bytes", 0) for result in results],
+        )
+        if best is None or run.others < best.others:
+            best = run
+        if run.others <= machine.QUIET:
+            break
+    assert best is not None
+    return best
+
+
+def summary(
+    size: Size, runs: dict[str, list[Run]], chunks: dict[str, int], digests: dict[tuple[bool, int], str]
+) -> dict[str, Any]:
+    """Medians, speedups, bounds and shares."""
+    seconds = {name: median(run.seconds for run in of_name) for name, of_name in runs.items()}
+    ceiling = 2 * seconds[_plain_name(True)] / seconds["two copies"]
+    cases = []
+    for case in CASES:
+        plain_s = case.requests * seconds[_plain_name(case.guided)]
+        best = bound(case, chunks[case.session], size.steps)
+        speedup = plain_s / seconds[case.name]
+        expected = [digests[(case.guided, seed)] for seed in SEEDS[: case.requests]]
+        cases.append(
+            {
+                "name": case.name,
+                "requests": case.requests,
+                "guided": case.guided,
+                "chunks": chunks[case.session],
+                "seconds": seconds[case.name],
+                "plain_seconds": plain_s,
+                "speedup": speedup,
+                "bound": best,
+                "share": speedup / (best * ceiling / 2 if best > 1 else 1),
+                "bitwise_equal": all(run.digests == expected for run in runs[case.name]),
+            }
+        )
+    return {
+        "size": {**vars(size), "tokens": size.tokens},
+        "ranks": RANKS,
+        "threads_per_rank": 1,
+        "rounds": len(runs["two copies"]),
+        "ceiling": ceiling,
+        "cases": cases,
+        "most_used_by_others": max(run.others for of_name in runs.values() for run in of_name),
+        "runs": {name: [_as_json(run) for run in of_name] for name, of_name in runs.items()},
+    }
+
+
+def bound(case: Case, chunks: int, steps: int) -> float:
+    """Speedup without any cost of communication.
+
+    One request waits for all of a step before the next one, so its pipeline fills anew in each step. Several requests
+    fill each other's gaps: the pipeline fills once, as if all steps were one long chain of chunks.
+    """
+    from shardit.core.partition import bound as of_partition
+
+    micro_batches = case.requests * (2 if case.guided else 1)
+    return of_partition(micro_batches, RANKS, chunks if case.requests == 1 else chunks * steps)
+
+
+def _plain_name(guided: bool) -> str:
+    return f"plain, 1 x {'guidance' if guided else 'no guidance'}"
+
+
+def _line(runs: dict[str, list[Run]]) -> str:
+    return "; ".join(f"{name} {of_name[-1].seconds:.2f}s" for name, of_name in runs.items())
+
+
+def _as_json(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in vars(run).items() if name != "digests"}

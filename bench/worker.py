@@ -1,0 +1,160 @@
+"""What a rank of the bench can do: hold plain pipelines and sessions, run requests, and say what that took."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardit.config import DiffusionParallelConfig
+from shardit.engine.inspect import inspect_model
+from shardit.engine.messages import SessionSpec
+from shardit.engine.session import Session
+from shardit.models import tiny
+
+from . import model
+
+TIMEOUT_S = 300
+
+
+class Worker:
+    """One rank. Every public method is a command; what it returns travels to the bench."""
+
+    def __init__(self, rank: int, count: int, method: str):
+        torch.set_num_threads(1)
+        os.environ["LOCAL_RANK"] = str(rank)
+        self.rank, self.count, self.method = rank, count, method
+        self._plain: Any = None
+        self._sessions: dict[str, Session] = {}
+
+    def write_model(self, size: model.Size, folder: str) -> None:
+        """Write the folder of the measured model."""
+        model.write_model(size, folder)
+
+    def open_plain(self, folder: str) -> None:
+        """Load the whole pipeline with diffusers alone."""
+        self._plain = tiny.load_plain(folder)
+        self._plain.set_progress_bar_config(disable=True)
+
+    def open_session(self, name: str, folder: str, chunks: int | None, in_flight: int) -> dict[str, Any]:
+        """Load this rank's share; returns what the session says of itself and the chunks per rank."""
+        config = DiffusionParallelConfig(pipeline_parallel_size=self.count, pipeline_chunks=chunks)
+        spec = SessionSpec(folder, config, "float32", "cpu", in_flight, timeout_s=TIMEOUT_S)
+        session = Session(spec, rank=self.rank, world_size=self.count, init_method=self.method)
+        self._sessions[name] = session
+        return {"chunks": session._assignment.chunks, "bytes_read": session.info["bytes_read"]}
+
+    def run_plain(self, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
+        """The requests one after the other, by plain diffusers; ranks that do this at once start together."""
+        requests = model.make_requests(size, seeds, guided)
+
+        def work() -> list[torch.Tensor]:
+            outs = []
+            for request in requests:
+                generator = torch.Generator("cpu").manual_seed(request.seed)
+                outs.append(self._plain(**request.call_arguments(), generator=generator).frames)
+            return outs
+
+        return measured(work)
+
+    def run_copies(self, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
+        """As `run_plain`, on all ranks at once."""
+        dist.barrier()
+        return self.run_plain(size, seeds, guided)
+
+    def run_session(self, name: str, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
+        """The requests over all ranks, as many at once as the session allows."""
+        session = self._sessions[name]
+        requests = model.make_requests(size, seeds, guided)
+
+        def work() -> list[torch.Tensor]:
+            outputs = session.generate(requests, lambda *_: None)
+            errors = [output.error for output in outputs if output.error]
+            if errors:
+                raise RuntimeError(errors[0])
+            return [output.latents for output in outputs]
+
+        comm = session._runtime.comm if session._runtime else None
+        sent = comm.sent_bytes if comm else 0
+        if self.count > 1:
+            dist.barrier()
+        result = measured(work)
+        return {**result, "sent_bytes": comm.sent_bytes - sent if comm else 0}
+
+    def interleave(self, name: str, size: model.Size, runs: int) -> list[tuple[float, float]]:
+        """CPU seconds per step of plain diffusers and of a session on one rank, alternately, `runs` times."""
+        pairs = []
+        for i in range(runs + 1):
+            plain: Callable[[], Any] = lambda: self.run_plain(size, (1,), False)  # noqa: E731
+            ours: Callable[[], Any] = lambda: self.run_session(name, size, (1,), False)  # noqa: E731
+            order = (plain, ours) if i % 2 else (ours, plain)
+            cpu = {act: act()["cpu_s"] / size.steps for act in order}
+            pairs.append((cpu[plain], cpu[ours]))
+        return pairs[1:]  # the first one warms up
+
+    def owned_bytes(self, folder: str) -> list[int]:
+        """Bytes in the files of what each of two ranks owns, found without reading weights."""
+        found = inspect_model(folder, DiffusionParallelConfig(pipeline_parallel_size=2))
+        return [sum(part["bytes"] for part in rank["components"].values()) for rank in found["ranks"]]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this process: now, and the most since the last `reset_peak`."""
+        now = _status("VmRSS")
+        return {"now": now, "peak": max(now, _status("VmHWM"))}
+
+    def reset_peak(self) -> None:
+        """Let the peak of `memory` begin anew."""
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+    def profile(self, name: str, size: model.Size, seeds: tuple[int, ...], guided: bool) -> str:
+        """`run_session` under cProfile: the functions with the most time of their own (for people, see README)."""
+        import cProfile
+        import io
+        import pstats
+
+        profiler = cProfile.Profile()
+        profiler.enable()
+        self.run_session(name, size, seeds, guided)
+        profiler.disable()
+        out = io.StringIO()
+        pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(35)
+        return out.getvalue()
+
+
+def measured(work: Callable[[], list[torch.Tensor]]) -> dict[str, Any]:
+    """Run it; the clock at start and end (one clock for all processes of a machine), CPU time, page faults, digests."""
+    faults, cpu, start = _faults(), time.process_time(), time.monotonic()
+    tensors = work()
+    end = time.monotonic()
+    return {
+        "start": start,
+        "end": end,
+        "cpu_s": time.process_time() - cpu,
+        "faults": _faults() - faults,
+        "digests": [digest(tensor) for tensor in tensors],
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's shape, dtype and bits."""
+    data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode() + data).hexdigest()
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -711,10 +711,10 @@ def _allegro_rope(d: Draw) -> Any:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     side = d.side // 2
-    freqs, grid = get_3d_rotary_pos_embed_allegro(
+    out = get_3d_rotary_pos_embed_allegro(
         embed_dim=24, crops_coords=((0, 0), (side, side)), grid_size=(side, side), temporal_size=2
     )
-    return freqs, grid
+    return tuple(out[:3]), tuple(torch.cartesian_prod(*out[3:]).T.reshape(3, 1, -1).contiguous())
 
 
 REST: list[Entry] = [
@@ -794,7 +794,7 @@ REST: list[Entry] = [
             "hidden_size": 32,
             "num_layers": 5,
             "num_attention_heads": 2,
-            "num_kv_heads": 1,
+            "num_kv_heads": 2,
             "multiple_of": 16,
             "cross_attention_dim": 16,
         },
@@ -823,7 +823,14 @@ REST: list[Entry] = [
             "caption_channels": 16,
             "use_additional_conditions": False,
         },
-        _text_image(4, 16, lambda d: {"encoder_attention_mask": d.mask(), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}),
+        _text_image(
+            4,
+            16,
+            lambda d: {
+                "encoder_attention_mask": d.mask(),
+                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            },
+        ),
     ),
     Entry(
         "PriorTransformer",
@@ -1406,7 +1413,11 @@ REST: list[Entry] = [
             "rotary_dim": 8,
             "fourier_embedding_dim": 8,
         },
-        lambda d: {"hidden_states": d.n(1, 4, d.side**2), "timestep": d.t() / 1000, "encoder_hidden_states": d.tokens(16)},
+        lambda d: {
+            "hidden_states": d.n(1, 4, d.side**2),
+            "timestep": d.t() / 1000,
+            "encoder_hidden_states": d.tokens(16),
+        },
     ),
     Entry(
         "MochiTransformer3DModel",
@@ -1615,15 +1626,18 @@ REST: list[Entry] = [
         "I2VGenXLUNet",
         {
             **_UNET,
+            "block_out_channels": (64, 64),
+            "cross_attention_dim": 64,
             "num_attention_heads": 2,
             "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
             "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
         },
         lambda d: {
             **_unet_video(d),
+            "encoder_hidden_states": d.words(64),
             "fps": torch.tensor([2.0]),
             "image_latents": d.n(1, 4, 2, 2 * d.side, 2 * d.side),
-            "image_embeddings": d.n(1, 16),
+            "image_embeddings": d.n(1, 64),
         },
     ),
     Entry(

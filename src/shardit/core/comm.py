@@ -156,7 +156,7 @@ def view_bytes(
 
 def first_byte(tensor: torch.Tensor) -> int:
     """The byte of its storage at which a tensor begins."""
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 def view_near(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-_T = torch.Tensor
+_T: Any = torch.Tensor
 
 METADATA = {
     _T.shape.__get__,
@@ -115,7 +115,7 @@ class Source:
             tensor = ref()
             if tensor is not None:
                 del tensor._source
-                tensor.__class__ = torch.Tensor
+                tensor.__class__ = torch.Tensor  # pyright: ignore[reportAttributeAccessIssue]
         self._tensors.clear()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .comm import ALIGN, Comm, dump_with_tensors, load_with_tensors, storage_bytes, view_bytes
+from .comm import ALIGN, Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes
 from .pending import Source, settle
 from .plan import span
 from .sites import fixed_place, swap_class
@@ -85,7 +85,7 @@ def call_on(comm: Comm, stage: int, function: Callable[[], Any]) -> Any:
 
 
 def _sender(comm: Comm, stage: int, tensor: torch.Tensor) -> Callable[[], None]:
-    start = tensor.storage_offset() * tensor.element_size()
+    start = first_byte(tensor)
     size = span(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
     return lambda: comm.broadcast(storage_bytes(tensor, start, size), stage)
 
@@ -99,4 +99,4 @@ def _receiver(
 
 def _misalignment(tensor: torch.Tensor) -> int:
     """Bytes past the last aligned address: some CPU kernels give other last bits for memory aligned in another way."""
-    return tensor.storage_offset() * tensor.element_size() % ALIGN
+    return first_byte(tensor) % ALIGN

@@ -12,8 +12,12 @@ from typing import Protocol
 class Flight(Protocol):
     """One call in flight, cut into segments; segment k runs on stage owners[k]."""
 
-    owners: Sequence[int]
     finished: bool
+
+    @property
+    def owners(self) -> Sequence[int]:
+        """The stage of each segment."""
+        ...
 
     def begin(self) -> None:
         """Run what comes before the first segment; on its owner also the first segment, and send."""

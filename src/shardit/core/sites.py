@@ -60,7 +60,7 @@ def _numel(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def swap_class(module: nn.Module, members: dict[str, Any]) -> None:
+def swap_class(module: Any, members: dict[str, Any]) -> None:
     """Give a module a subclass of its own class, with the same name and the given members, in place.
 
     The seam is a class, not a wrapper: names, indices, isinstance, LoRA keys and checkpoints stay as they are. And it
@@ -77,7 +77,7 @@ def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[...
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not any(p.is_meta for p in self.parameters()):
             return plain(self, *args, **kwargs)
-        target, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        target, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if target is not None and target.type != device.type:
             raise UnsupportedError("a parallel model cannot be moved: choose the device when it is made parallel")
         return self if dtype is None else plain(self, dtype=dtype)
@@ -112,11 +112,10 @@ def drop_blocks(blocks: list[tuple[str, nn.Module]], owners: list[int], rank: in
             continue
         for path, parameter in list(block.named_parameters(recurse=True)):
             if not keeps(f"{name}.{path}", keep) and not parameter.is_meta:
-                _replace(block, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+                put(block, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
         for path, buffer in list(block.named_buffers(recurse=True)):
             if not keeps(f"{name}.{path}", keep) and not buffer.is_meta:
-                holder, leaf = _parent(block, path)
-                holder._buffers[leaf] = torch.empty_like(buffer, device="meta")
+                put(block, path, torch.empty_like(buffer, device="meta"))
 
 
 def keeps(name: str, prefixes: tuple[str, ...]) -> bool:
@@ -124,13 +123,25 @@ def keeps(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == p or name.startswith(f"{p}.") for p in prefixes)
 
 
-def _replace(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
-    holder, leaf = _parent(module, path)
-    holder._parameters[leaf] = parameter
-
-
-def _parent(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+def put(module: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Replace a parameter or a buffer of a module, or of one below it, by another of its kind."""
     *parents, leaf = path.split(".")
     for name in parents:
         module = getattr(module, name)
-    return module, leaf
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._buffers[leaf] = tensor
+
+
+def inner_tensors(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict[int, tuple[int, str]]:
+    """Where the parameters and buffers that only blocks have are: id -> (number of the block, path in it)."""
+    inside = tuple(f"{name}." for name, _ in blocks)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    outside = {id(tensor) for name, tensor in named if not name.startswith(inside)}
+    found: dict[int, tuple[int, str]] = {}
+    for number, (_, block) in enumerate(blocks):
+        for path, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            if id(tensor) not in outside:
+                found.setdefault(id(tensor), (number, path))
+    return found

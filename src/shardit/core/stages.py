@@ -148,7 +148,7 @@ class Stages:
     def _first(self, key: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         """The first call of a signature: watched, block by block; then, for a new kind of call, checked."""
         arguments = (args, kwargs)
-        traced = TracedCall(self.model, self.owners, self.runtime.comm, self._count)
+        traced = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, self._count)
         self.traced += 1
         out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
         local = LocalPlan.of(plan, self.runtime.comm.rank)

@@ -6,14 +6,14 @@ one operation. What derives from a block's output, was written before a cut and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import UnsupportedError
 from .comm import ALIGN, first_byte, pack_layout
@@ -129,18 +129,22 @@ class Trace:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes every operation outside blocks into a `Trace`. `paused` while a block runs."""
+    """Writes every operation outside blocks into a `Trace`. `paused` while a block runs.
 
-    def __init__(self, trace: Trace, names: dict[int, str]):
+    `fetch` gives a tensor that an operation may read in place of the one it was given, which may be on meta.
+    """
+
+    def __init__(self, trace: Trace, fetch: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
         self.trace = trace
-        self.names = names  # id of a meta parameter -> its name
+        self.fetch = fetch
         self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, self.fetch, (args, kwargs))
         reads = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         self._check(func, reads)
         out = func(*args, **kwargs)
@@ -157,12 +161,11 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _check(self, func: Any, reads: list[torch.Tensor]) -> None:
-        for tensor in reads:
-            if tensor.is_meta and id(tensor) in self.names:
-                raise UnsupportedError(
-                    f"code outside the blocks reads {self.names[id(tensor)]}, which this rank does not own; "
-                    f"pass plan=Plan(replicate=({self.names[id(tensor)]!r},))"
-                )
+        if any(tensor.is_meta for tensor in reads):
+            raise UnsupportedError(
+                f"code outside the blocks reads data of a block that another rank has ({func}); "
+                "name its parameters in Plan(replicate=...)"
+            )
         for tag, what in _HOST.items():
             if tag in func.tags and any(
                 self.trace.knows(t) and self.trace.number(t) in self.trace.derived for t in reads

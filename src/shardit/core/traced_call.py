@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..errors import UnsupportedError
+from ..errors import RankError, UnsupportedError
 from .comm import Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
 from .plan import CallPlan, Leaf, Site
+from .sites import inner_tensors, put
 from .trace import Recorder, Trace, derive
+
+log = logging.getLogger(__name__)
 
 
 class RemoteError(Exception):
@@ -23,12 +27,21 @@ class RemoteError(Exception):
 class TracedCall:
     """The seam of block calls while a first call runs: the owner runs the block and broadcasts what it gives."""
 
-    def __init__(self, model: nn.Module, owners: list[int], comm: Comm, count: Callable[[int], None]):
-        self.owners, self.comm = owners, comm
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[tuple[str, nn.Module]],
+        owners: list[int],
+        comm: Comm,
+        count: Callable[[int], None],
+    ):
+        self.owners, self.blocks, self.comm = owners, blocks, comm
         self.trace = Trace()
-        names = {id(p): name for name, p in model.named_parameters() if p.is_meta}
-        self.recorder = Recorder(self.trace, names)
+        self.recorder = Recorder(self.trace, self._fetch)
         self._count = count
+        self._inner = inner_tensors(model, blocks)
+        self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shared = False  # every rank has the error that is being raised
 
     def run(self, current: dict[str, Any], forward: Callable[[], Any], arguments: Any) -> tuple[Any, CallPlan]:
         """The forward's result, the same on every rank, and the plan of what later calls carry.
@@ -40,6 +53,11 @@ class TracedCall:
         try:
             with torch.no_grad(), self.recorder:
                 out = forward()
+            self._meet("the end")
+        except Exception as error:
+            if not self._shared and not isinstance(error, RankError):
+                self._meet(error)
+            raise
         finally:
             current["seam"] = None
         if not self.trace.sites:
@@ -56,6 +74,7 @@ class TracedCall:
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The seam: run the block on its owner, share its output and what it changed."""
         self.recorder.paused = True
+        self._meet(f"block {self.blocks[index][0]}")
         arguments = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in tree_flatten((args, kwargs))[0]]
         owner = self.owners[index]
         if owner == self.comm.rank:
@@ -75,6 +94,46 @@ class TracedCall:
         self.recorder.paused = False
         return out
 
+    def _meet(self, what: str | Exception) -> None:
+        """Wait until all ranks are at the same place; raise, on every rank, if one of them is not, or has failed."""
+        self._shared = False
+        reached = self.comm.gather_objects(sendable(what) if isinstance(what, Exception) else what)
+        errors = [value for value in reached if isinstance(value, Exception)]
+        if len(set(map(str, reached))) > 1 or errors:
+            self._shared = True
+        if isinstance(what, Exception):
+            return  # the caller raises it
+        if errors:
+            raise errors[0]
+        if self._shared:
+            raise UnsupportedError(f"the forward does not take the same course on every rank: {reached}")
+
+    def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What code outside the blocks gets for a tensor that it reads. If that belongs to a block, its owner shares
+        it with all ranks, and they keep it from then on."""
+        if id(tensor) in self._fetched:
+            return self._fetched[id(tensor)][1]
+        if id(tensor) not in self._inner:
+            return tensor
+        index, path = self._inner.pop(id(tensor))
+        name, block = self.blocks[index]
+        self.recorder.paused = True
+        self._meet(f"parameter {name}.{path}")
+        dense = torch.empty_like(tensor, device=self.comm.mesh.device, memory_format=torch.contiguous_format)
+        if self.owners[index] == self.comm.rank:
+            dense.copy_(tensor)
+        self.comm.broadcast(dense, self.owners[index])
+        self.recorder.paused = False
+        if tensor.is_meta:
+            held = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=dense.device)
+            held.copy_(dense)
+            kind = nn.Parameter(held, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else held
+            put(block, path, kind)
+            self._fetched[id(tensor)] = (tensor, kind)
+            log.info("%s.%s is read outside its block: every rank keeps it", name, path)
+            return kind
+        return tensor
+
     def _own(
         self, index: int, call: Any, args: Any, kwargs: Any, arguments: list[torch.Tensor | None]
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
@@ -83,6 +142,7 @@ class TracedCall:
             out = call(*args, **kwargs)
         except Exception as error:
             self.comm.broadcast_object(sendable(error), self.comm.rank)
+            self._shared = True
             raise
         self._count(index)
         mutated = [q for q, t in enumerate(arguments) if t is not None and _changed(t, before[q])]
@@ -97,6 +157,7 @@ class TracedCall:
     def _other(self, owner: int, arguments: list[torch.Tensor | None]) -> tuple[Any, dict[int, Leaf], list[int]]:
         message = self.comm.broadcast_object(None, owner)
         if isinstance(message, Exception):
+            self._shared = True
             raise message
         blob, leaves, mutated = message
         memory: dict[int, torch.Tensor] = {}

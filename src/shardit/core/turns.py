@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,20 +64,21 @@ class Turns:
     def run(self, programs: Iterator[Program], max_in_flight: int) -> Iterator[Program]:
         """Run all programs, at most `max_in_flight` at once; yields each when it has ended, with value or error.
 
+        One program enters per round, so that they stand at different segments. Programs in step would all end a step
+        in the same round, and every rank would wait for the last of their results before it goes on with the first.
         An Exception of a program ends that program only; RankError and anything not an Exception ends all.
         """
         outer = Generators.capture()
-        queue: deque[Program] = deque()
         active: list[Program] = []
         more = True
         try:
-            while active or more or queue:
-                while more and len(active) < max_in_flight:
+            while active or more:
+                if more and len(active) < max_in_flight:
                     program = next(programs, None)
                     if program is None:
                         more = False
                     else:
-                        active.append(program)
+                        active.insert(0, program)  # first in its round: it waits for nothing yet
                 for program in list(active):
                     waits = program.waits_for is not None and not program.waits_for.finished
                     if waits and not program.interrupted:
@@ -89,6 +89,9 @@ class Turns:
                         yield program
                 self.schedule.tick()
         finally:
+            for program in active:  # only where something ended all of them
+                if program.coroutine is not None:
+                    program.coroutine.kill()
             self.current = self._installed = None
             outer.install()
 

@@ -12,7 +12,7 @@ def image_pipeline(pipe: Any) -> Any:
     """
     if type(pipe).__name__ != "WanPipeline" or not pipe.config.get("expand_timesteps"):
         return None
-    from diffusers import WanImageToVideoPipeline
+    from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 
     from ..core.sites import swap_class
 

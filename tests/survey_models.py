@@ -94,7 +94,10 @@ class Entry:
         """The model with seeded weights, none of which are trivially zero."""
         cls = find_class(self.name)
         torch.manual_seed(0)
-        model = cls(**self.config).eval()
+        if self.name.startswith("transformers:"):
+            model = cls(cls.config_class(**self.config)).eval()
+        else:
+            model = cls(**self.config).eval()
         return randomise(model)
 
 
@@ -665,6 +668,23 @@ def _sana_wm(d: Draw) -> dict[str, Any]:
     }
 
 
+_WAN_ANIMATE = {
+    **_WAN,
+    "num_layers": 6,
+    "in_channels": 12,
+    "latent_channels": 4,
+    "image_dim": 16,
+    "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 16,
+    "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 2,
+}
+
+
 def _wan_animate(d: Draw) -> dict[str, Any]:
     return {
         **_wan(d),
@@ -714,7 +734,54 @@ def _allegro_rope(d: Draw) -> Any:
     out = get_3d_rotary_pos_embed_allegro(
         embed_dim=24, crops_coords=((0, 0), (side, side)), grid_size=(side, side), temporal_size=2
     )
-    return tuple(out[:3]), tuple(torch.cartesian_prod(*out[3:]).T.reshape(3, 1, -1).contiguous())
+    return tuple(out[:3]), tuple(torch.cartesian_prod(*out[3:]).long().T.reshape(3, 1, -1).contiguous())
+
+
+def _ids(d: Draw) -> dict[str, Any]:
+    return {"input_ids": d.ints(32, 2, d.text), "attention_mask": d.mask(dtype=torch.long).expand(2, -1)}
+
+
+_T5 = {"vocab_size": 32, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 5, "num_heads": 2}
+_DECODER = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "use_cache": False,
+    "pad_token_id": 0,
+}
+_TEXT_MODELS = [
+    Entry("transformers:T5EncoderModel", _T5, _ids, returns=()),
+    Entry("transformers:UMT5EncoderModel", _T5, _ids, returns=()),
+    Entry("transformers:Qwen2Model", _DECODER, _ids, returns=()),
+    Entry("transformers:Qwen3Model", _DECODER, _ids, returns=()),
+    Entry("transformers:Qwen3ForCausalLM", _DECODER, _ids, returns=()),
+    Entry(
+        "transformers:Qwen3Model",
+        _DECODER,
+        lambda d: {**_ids(d), "output_hidden_states": True},
+        returns=(),
+        label="hidden",
+    ),
+    Entry("transformers:LlamaModel", _DECODER, _ids, returns=()),
+    Entry("transformers:Gemma2Model", _DECODER, _ids, returns=()),
+    Entry(
+        "transformers:CLIPTextModel",
+        {
+            "vocab_size": 32,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 2,
+            "eos_token_id": 31,
+        },
+        _ids,
+        returns=(),
+    ),
+]
 
 
 REST: list[Entry] = [
@@ -801,6 +868,7 @@ REST: list[Entry] = [
         lambda d: {
             **_text_image(4, 16)(d),
             "encoder_mask": d.mask(),
+            "cross_attention_kwargs": {},
             "image_rotary_emb": torch.polar(torch.ones(192, 192, 8), d.n(192, 192, 8)),
         },
     ),
@@ -1229,6 +1297,7 @@ REST: list[Entry] = [
         "HunyuanVideo15Transformer3DModel",
         {
             **{k: v for k, v in _HUNYUAN.items() if k != "num_single_layers"},
+            "num_layers": 5,
             "text_embed_2_dim": 8,
             "image_embed_dim": 12,
             "target_size": 16,
@@ -1537,22 +1606,16 @@ REST: list[Entry] = [
     ),
     Entry(
         "WanAnimateTransformer3DModel",
-        {
-            **_WAN,
-            "num_layers": 6,
-            "in_channels": 12,
-            "latent_channels": 4,
-            "image_dim": 16,
-            "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
-            "motion_encoder_size": 16,
-            "motion_style_dim": 8,
-            "motion_dim": 4,
-            "motion_encoder_dim": 16,
-            "face_encoder_hidden_dim": 16,
-            "face_encoder_num_heads": 2,
-            "inject_face_latents_blocks": 2,
-        },
+        _WAN_ANIMATE,
         _wan_animate,
+        order=("blocks", "face_adapter"),
+    ),
+    Entry(
+        "WanAnimateTransformer3DModel",
+        _WAN_ANIMATE,
+        _wan_animate,
+        refused="lists left out are not cut",
+        label="encoder-cut",
     ),
     Entry(
         "diffusers.models.transformers.transformer_wan_animate_2:WanAnimate2Transformer3DModel",
@@ -1699,6 +1762,7 @@ REST: list[Entry] = [
         },
         lambda d: {"sample": d.image(4, 2), "timestep_ratio": d.t() / 1000, "clip_text_pooled": d.n(1, 1, 12)},
     ),
+    *_TEXT_MODELS,
 ]
 """All other classes."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import gc
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -372,25 +371,6 @@ def test_kill_with_an_exception(started: bool) -> None:
     coroutine.kill(error)
     assert coroutine.done
     assert caught == ([error] if started else [])
-
-
-def test_dropped_while_paused() -> None:
-    ended = []
-
-    def run() -> None:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            try:
-                coroutines[0].pause()
-            finally:
-                ended.append(True)
-
-    before = observe()
-    coroutines = [Coroutine(run)]
-    coroutines[0].resume()
-    coroutines.clear()
-    gc.collect()
-    assert ended == [True]
-    assert observe() == before
 
 
 def draw() -> tuple[Any, ...]:

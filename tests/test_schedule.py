@@ -27,7 +27,7 @@ def ops_of(logs: list[RankLog]) -> list[list[Op]]:
     return [log.ops for log in logs]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(WORKLOADS)
 def test_never_hangs_and_every_segment_runs_once(load: Workload) -> None:
     logs = record(load)
@@ -45,7 +45,7 @@ def test_never_hangs_and_every_segment_runs_once(load: Workload) -> None:
             assert of_call == list(range(rank, segments, load.ranks))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(WORKLOADS)
 def test_every_message_is_posted_once_at_each_end_and_taken_before_use(load: Workload) -> None:
     logs = record(load)

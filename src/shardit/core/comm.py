@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,19 +36,18 @@ def pack_layout(sizes: tuple[int, ...]) -> Layout:
 
 @dataclass(eq=False)
 class Transfer:
-    """A message under way: the handle and the memory, which must both live until it is done."""
+    """A message under way: the handle and the memory, which must both live until it is done (then they are None)."""
 
-    work: dist.Work
-    message: torch.Tensor
+    work: dist.Work | None
+    message: torch.Tensor | None
     what: str
-    done: bool = False
 
 
 class Comm:
     """Point-to-point messages and broadcasts of one pipeline, addressed by stage.
 
-    Sends are asynchronous; their buffers are held until the send is known to be done. Every wait is bounded by the
-    mesh's timeout and ends in RankError.
+    Sends are asynchronous; their buffers are held until somebody waits for them, who knows that they were taken, or
+    until there are more than `max_outstanding`. Every wait is bounded by the mesh's timeout and ends in RankError.
     """
 
     def __init__(self, mesh: Mesh, max_outstanding: int = 64):
@@ -59,16 +57,16 @@ class Comm:
         self.rank = mesh.pp_rank
         self.size = mesh.pp_size
         self.sent_bytes = 0
-        self._outstanding: deque[Transfer] = deque()
+        self._outstanding: dict[Transfer, None] = {}  # oldest first
         self._max_outstanding = max_outstanding
 
-    def send(self, message: torch.Tensor, target: int, *, result: bool = False) -> None:
+    def send(self, message: torch.Tensor, target: int, *, result: bool = False) -> Transfer:
         """Start sending a flat byte message to stage `target`. The caller must not write to it any more."""
         group = self.groups.back if result else self.groups.edge(self.rank, target)
         work = self._guard(lambda: dist.isend(message, self.groups.ranks[target], group=group), f"send to {target}")
         self.sent_bytes += message.numel()
         # gloo cancels a send whose handle is dropped, and frees nothing before it is waited for.
-        self._hold(Transfer(work, message, f"send to stage {target}"))
+        return self._hold(Transfer(work, message, f"send to stage {target}"))
 
     def receive(self, message: torch.Tensor, source: int, *, result: bool = False) -> Transfer:
         """Post the receive of a flat byte message from stage `source`; wait for it with `wait`."""
@@ -82,19 +80,22 @@ class Comm:
 
     def wait(self, transfer: Transfer) -> None:
         """Wait for a transfer (on a GPU: make the current stream wait). Raises RankError after the timeout."""
-        if not transfer.done:
-            self._guard(lambda: transfer.work.wait(self.mesh.timeout), transfer.what)
-            transfer.done = True
+        work = transfer.work
+        if work is not None:
+            self._guard(lambda: work.wait(self.mesh.timeout), transfer.what)
+            transfer.work = transfer.message = None
+        self._outstanding.pop(transfer, None)
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
         while self._outstanding:
-            self.wait(self._outstanding.popleft())
+            self.wait(next(iter(self._outstanding)))
 
-    def _hold(self, transfer: Transfer) -> None:
-        self._outstanding.append(transfer)
-        while len(self._outstanding) > self._max_outstanding or (self._outstanding and self._outstanding[0].done):
-            self.wait(self._outstanding.popleft())
+    def _hold(self, transfer: Transfer) -> Transfer:
+        self._outstanding[transfer] = None
+        while len(self._outstanding) > self._max_outstanding:
+            self.wait(next(iter(self._outstanding)))
+        return transfer
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Broadcast a contiguous tensor in place from stage `source` to all stages."""
@@ -112,7 +113,9 @@ class Comm:
         root, group = self.groups.ranks[source], self.groups.control
         length = torch.tensor([len(data)], dtype=torch.int64)
         self._guard(lambda: dist.broadcast(length, root, group=group), "broadcast")
-        blob = torch.frombuffer(bytearray(data or bytes(int(length))), dtype=torch.uint8)
+        if not int(length):
+            return b""
+        blob = torch.frombuffer(bytearray(data if self.rank == source else int(length)), dtype=torch.uint8)
         self._guard(lambda: dist.broadcast(blob, root, group=group), "broadcast")
         return blob.numpy().tobytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import greenlet
 import numpy
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils import _device
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
@@ -18,7 +20,10 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
 @dataclass
 class TorchState:
-    """Grad, inference and autocast modes, function and dispatch modes of one coroutine, while it is not running."""
+    """Grad, inference and autocast modes, function and dispatch modes of one coroutine, while it is not running.
+
+    default_device: what `torch.set_default_device` remembers beside the function mode that does the work.
+    """
 
     grad: bool
     inference: bool
@@ -26,6 +31,7 @@ class TorchState:
     autocast_cache: bool
     function_modes: tuple[Any, ...]
     dispatch_modes: tuple[Any, ...]
+    default_device: tuple[Any, Any]
 
     @staticmethod
     def capture() -> TorchState:
@@ -37,6 +43,7 @@ class TorchState:
             torch.is_autocast_cache_enabled(),
             tuple(_get_current_function_mode_stack()),
             tuple(_get_current_dispatch_mode_stack()),
+            (getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None), _device.CURRENT_DEVICE),
         )
 
     def install(self) -> None:
@@ -50,6 +57,7 @@ class TorchState:
         torch.set_autocast_cache_enabled(self.autocast_cache)
         _replace(_get_current_function_mode_stack(), self.function_modes, _pop_mode, _push_mode)
         _replace(_get_current_dispatch_mode_stack(), self.dispatch_modes, _pop_dispatch_mode, _push_dispatch_mode)
+        torch._GLOBAL_DEVICE_CONTEXT.device_context, _device.CURRENT_DEVICE = self.default_device
 
 
 def _kinds() -> tuple[str, ...]:
@@ -75,6 +83,7 @@ class Coroutine:
     def __init__(self, function: Callable[[], Any]):
         self._function = function
         self._greenlet = greenlet.greenlet(self._run)
+        self._greenlet.gr_context = contextvars.copy_context()  # a new greenlet's would be empty
         self._state = TorchState.capture()
         self.value: Any = None
         self.error: BaseException | None = None
@@ -113,13 +122,17 @@ class Coroutine:
 
     def pause(self) -> None:
         """Called inside the coroutine: give control back to `resume`'s caller."""
+        if greenlet.getcurrent() is not self._greenlet:
+            raise RuntimeError("a coroutine can only pause itself: a forward waits for the result of another call")
         self._state = TorchState.capture()
         parent = self._greenlet.parent
         assert parent is not None
         parent.switch()
 
     def kill(self, error: BaseException | None = None) -> None:
-        """End the coroutine where it is paused, by an exception inside it."""
+        """End the coroutine where it is paused, by an exception inside it, which goes no further."""
+        if not self._greenlet:  # never started: nothing to unwind
+            error = None
         if not self._greenlet.dead:
             self._greenlet.parent = greenlet.getcurrent()
             outer = TorchState.capture()

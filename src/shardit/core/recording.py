@@ -6,9 +6,8 @@ The real `Schedule` and `Turns` run once per rank over flights that only record 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .schedule import Flight, Schedule
 from .turns import Program, Turns
@@ -78,7 +77,7 @@ class RecordedFlight:
     def run(self, segment: int) -> None:
         """Wait for the hop before, run, send."""
         if self.owners[segment - 1] != self._recorder.rank:
-            self._recorder.wait(self._hop("wait", segment - 1))
+            self._recorder.take(self._hop("wait", segment - 1))
         self._segment(segment)
 
     def post(self, segment: int) -> None:
@@ -99,7 +98,7 @@ class RecordedFlight:
         """What the first use of the result waits for once the call is virtually done."""
         me, last = self._recorder.rank, self.owners[-1]
         if me != last:
-            self._recorder.wait(Op("wait", self.number, len(self.owners) - 1, last, me, True))
+            self._recorder.take(Op("wait", self.number, len(self.owners) - 1, last, me, True))
 
     def _segment(self, segment: int) -> None:
         self._recorder.log.ops.append(Op("compute", self.number, segment))
@@ -126,8 +125,7 @@ class _Recorder:
 
     def __init__(self, load: Workload, rank: int):
         self.load, self.rank, self.log = load, rank, RankLog()
-        self._held: deque[Op] = deque()
-        self._waited: set[tuple[int, int, int, bool]] = set()
+        self._held: dict[tuple[int, int, int, bool], Op] = {}
         self._calls = 0
 
     def run(self) -> RankLog:
@@ -150,15 +148,20 @@ class _Recorder:
                 flight.take()
 
     def wait(self, op: Op) -> None:
-        self._waited.add(op.message)
+        self._held.pop(op.message, None)
         self.log.ops.append(op)
 
     def hold(self, op: Op) -> None:
         self.log.ops.append(op)
-        self._held.append(op)
-        while len(self._held) > self.load.max_outstanding or (self._held and self._held[0].message in self._waited):
-            old = self._held.popleft()
-            self.wait(Op("wait", old.call, old.segment, old.source, old.target, old.result))
+        self._held[op.message] = op
+        while len(self._held) > self.load.max_outstanding:
+            self.wait(replace(next(iter(self._held.values())), kind="wait"))
+
+    def take(self, op: Op) -> None:
+        """Wait for a message, and for what this rank sent before it in the same call."""
+        self.wait(op)
+        for held in [h for h in self._held.values() if h.call == op.call and h.kind == "send" and not h.result]:
+            self.wait(replace(held, kind="wait"))
 
 
 def record(load: Workload) -> list[RankLog]:

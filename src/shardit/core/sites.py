@@ -101,20 +101,24 @@ def _seam_call(own_call: Any, index: int, current: dict[str, Seam | None]) -> An
     return __call__
 
 
-def drop_blocks(blocks: list[tuple[str, nn.Module]], owners: list[int], rank: int, plan: Plan | None) -> None:
+def drop_blocks(
+    model: nn.Module, blocks: list[tuple[str, nn.Module]], owners: list[int], rank: int, plan: Plan | None
+) -> None:
     """Move the blocks of other ranks to meta, in place: names and indices stay, the memory goes.
 
-    Parameters that the plan replicates keep their data.
+    Parameters that the plan replicates keep their data, and so do those that are tied to what this rank has.
     """
     keep = plan.replicate if plan is not None else ()
+    others = [block for block, owner in zip(blocks, owners, strict=True) if owner != rank]
+    held = _outside(model, others)
     for (name, block), owner in zip(blocks, owners, strict=True):
         if owner == rank:
             continue
         for path, parameter in list(block.named_parameters(recurse=True)):
-            if not keeps(f"{name}.{path}", keep) and not parameter.is_meta:
+            if not keeps(f"{name}.{path}", keep) and not parameter.is_meta and id(parameter) not in held:
                 put(block, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
         for path, buffer in list(block.named_buffers(recurse=True)):
-            if not keeps(f"{name}.{path}", keep) and not buffer.is_meta:
+            if not keeps(f"{name}.{path}", keep) and not buffer.is_meta and id(buffer) not in held:
                 put(block, path, torch.empty_like(buffer, device="meta"))
 
 
@@ -136,12 +140,17 @@ def put(module: nn.Module, path: str, tensor: torch.Tensor) -> None:
 
 def inner_tensors(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict[int, tuple[int, str]]:
     """Where the parameters and buffers that only blocks have are: id -> (number of the block, path in it)."""
-    inside = tuple(f"{name}." for name, _ in blocks)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    outside = {id(tensor) for name, tensor in named if not name.startswith(inside)}
+    outside = _outside(model, blocks)
     found: dict[int, tuple[int, str]] = {}
     for number, (_, block) in enumerate(blocks):
         for path, tensor in [*block.named_parameters(), *block.named_buffers()]:
             if id(tensor) not in outside:
                 found.setdefault(id(tensor), (number, path))
     return found
+
+
+def _outside(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> set[int]:
+    """The ids of the parameters and buffers that something else than the given blocks has."""
+    inside = tuple(f"{name}." for name, _ in blocks)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {id(tensor) for name, tensor in named if not name.startswith(inside)}

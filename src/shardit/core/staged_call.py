@@ -80,15 +80,19 @@ class StagedCall:
         self.local, self.plan, self.comm = local, local.plan, comm
         self.owners = self.plan.owners
         self.finished = False
+        self.failure: BaseException | None = None  # of a self-check
+        self._sent: set[int] = set()
         self._current, self._forward, self._wait, self._count = current, forward, wait, count
         self._poison = poison
         self._site = 0
         self._handles: dict[Address, torch.Tensor] = {}
         self._messages: dict[int, torch.Tensor] = {}
         self._receives: dict[int, Transfer] = {}
+        self._sends: list[Transfer] = []
         self._inputs = [(t, t._version) for t in tree_leaves(arguments) if _versioned(t)]
         self._device = comm.mesh.device
-        self._result = torch.empty(self.plan.result_layout.total, dtype=torch.uint8, device=self._device)
+        # NaN until it is here: torch.tensor and its like look at a tensor's memory without asking the tensor.
+        self._result = torch.full((self.plan.result_layout.total,), 0xFF, dtype=torch.uint8, device=self._device)
         self._result_receive: Transfer | None = None
         self._coroutine = Coroutine(self._run)
         self.source = Source(self._settle)
@@ -105,7 +109,7 @@ class StagedCall:
     def _settle(self) -> None:
         self._wait(self)
         if self._result_receive is not None:
-            self.comm.wait(self._result_receive)
+            self._take(self._result_receive)
 
     def _result_views(self) -> list[tuple[int, torch.Tensor]]:
         views = []
@@ -121,7 +125,7 @@ class StagedCall:
         """Start the forward: the prologue everywhere, and on the owner of the first block its segment."""
         if self.local.last_own < 0:
             return  # none of this rank's blocks is called
-        self._resume()
+        self._advance(0)
 
     def run(self, segment: int) -> None:
         """Take what came in for `segment` and go on until this rank has to wait again, or is done."""
@@ -129,7 +133,7 @@ class StagedCall:
             if tensor._version != version:
                 raise RankError(self.comm.mesh.rank, "an argument was changed in place while its call was in flight")
         self._unpack(segment - 1)
-        self._resume()
+        self._advance(segment)
 
     def post(self, segment: int) -> None:
         """Post the receive of the hop after `segment`."""
@@ -144,13 +148,28 @@ class StagedCall:
             return
         last = self.owners[-1]
         if self.local.rank == last:
+            message = self._result.clone()  # the caller may write to its result while it is being sent
             for stage in range(self.comm.size):
                 if stage != last:
-                    self.comm.send(self._result, stage, result=True)
+                    self.comm.send(message, stage, result=True)
         else:
             self._result_receive = self.comm.receive(self._result, last, result=True)
 
     # The forward, in its coroutine.
+
+    def _advance(self, segment: int) -> None:
+        """Go on. A self-check goes on after a failure too, so that no rank waits for what never comes."""
+        if not self._poison:
+            self._resume()
+            return
+        try:
+            if self.failure is None:
+                self._resume()
+        except Exception as error:
+            self.failure = error.__cause__ or error
+        hop = self.plan.hops[segment] if segment < len(self.plan.hops) else None
+        if self.failure and hop and hop.source == self.local.rank and segment not in self._sent and hop.layout.total:
+            self.comm.send(torch.zeros(hop.layout.total, dtype=torch.uint8, device=self._device), hop.target)
 
     def _resume(self) -> None:
         self._current["seam"] = self
@@ -265,6 +284,7 @@ class StagedCall:
             hop = self.plan.hops[k]
             if hop.source == self.local.rank:
                 self._send(hop)
+                self._sent.add(k)
             if k >= self.local.last_own:
                 raise _Leave
             if hop.target == self.local.rank:
@@ -284,17 +304,26 @@ class StagedCall:
             return
         sources = [self._memory(item) for item in hop.items]
         if len(sources) == 1 and not hop.items[0].copy:
-            self.comm.send(sources[0], hop.target)
+            self._sends.append(self.comm.send(sources[0], hop.target))
             return
         message = torch.empty(hop.layout.total, dtype=torch.uint8, device=self._device)
         for source, (offset, size) in zip(sources, hop.layout.parts, strict=True):
             message[offset : offset + size].copy_(source)
-        self.comm.send(message, hop.target)
+        self._sends.append(self.comm.send(message, hop.target))
+
+    def _take(self, receive: Transfer) -> None:
+        """Wait for a message. What this rank sent before was taken on its way here, so its memory can go."""
+        self.comm.wait(receive)
+        for send in self._sends:
+            self.comm.wait(send)
+        self._sends.clear()
 
     def _unpack(self, k: int) -> None:
         hop = self.plan.hops[k]
         if k in self._receives:
-            self.comm.wait(self._receives.pop(k))
+            self._take(self._receives.pop(k))
+        if self.failure is not None:
+            return
         message = self._messages.pop(k, None)
         for item, (offset, size) in zip(hop.items, hop.layout.parts, strict=True):
             if not item.fresh and message is not None:

@@ -85,7 +85,7 @@ class Stages:
         # The scale multiplies the adapters' own in place for the length of the forward: nothing else may run in it.
         self.runtime.schedule.drain()
         out = self._micro_batches(forward, args, kwargs, exclusive=True)
-        settle(out)
+        self.runtime.schedule.drain()
         return out
 
     @property
@@ -111,21 +111,20 @@ class Stages:
         """Run a batched call whole and by sample, and keep splitting only if both give the same."""
         whole = self._one(forward, args, kwargs)
         settle(whole)
-        error: Exception | None = None
-        close = False
+        merged, error = None, None
         try:
-            outs = [self._one(forward, *piece) for piece in microbatch.split(args, kwargs, parts)]
-            merged = microbatch.merge(outs)
+            merged = microbatch.merge([self._one(forward, *p) for p in microbatch.split(args, kwargs, parts)])
             settle(merged)
-            close = microbatch.close(whole, merged)
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as failure:  # a model that takes no such batch: it is kept whole
             error = failure
+        close = error is None and microbatch.close(whole, merged)
         self._splits[key] = all(self.runtime.comm.gather_objects(close))
         if not self._splits[key] and self.runtime.mesh.rank == 0:
             log.warning("%s: a batch cannot be split by sample (%s); it stays whole", self._name, error or "it differs")
-        return whole
+        # What is split later is split now, too: the same request gives the same bits however often it is run.
+        return merged if self._splits[key] else whole
 
     def _one(self, forward: Any, args: Any, kwargs: Any) -> Any:
         arguments = (args, kwargs)
@@ -173,11 +172,15 @@ class Stages:
         self.runtime.schedule.drain(call)
         got = call.result()
         call.source.wait()
-        same = all(self.runtime.comm.gather_objects(_same_bits(expected, got)))
-        if not same:
+        what = None if _same_bits(expected, got) else "its result changes"
+        if call.failure is not None:
+            what = f"it fails ({type(call.failure).__name__}: {call.failure})"
+        found = [text for text in self.runtime.comm.gather_objects(what) if text]
+        if found:
             raise UnsupportedError(
-                f"{self._name} cannot be cut at its block calls: with placeholders for the blocks of other stages its "
-                "result changes, so something that crosses a cut is neither an argument nor an output of a block"
+                f"{self._name} cannot be cut at its block calls: with placeholders for the blocks of other stages "
+                f"{max(found, key=len)}, so something that crosses a cut is neither an argument nor an output of a "
+                "block"
             )
 
     def _count(self, index: int) -> None:
@@ -225,7 +228,7 @@ def stage(model: nn.Module, runtime: Runtime, placement: Placement, plan: Plan |
     """Cut a transformer in place: keep the blocks of this rank, put the seam at all of them and at the model's call."""
     blocks = find_blocks(model, plan)
     stages = Stages(model, runtime, blocks, placement.owners())
-    drop_blocks(blocks, stages.owners, runtime.comm.rank, plan)
+    drop_blocks(model, blocks, stages.owners, runtime.comm.rank, plan)
     install(blocks, stages._current)
     own_call = type(model).__call__
 

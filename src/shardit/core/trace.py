@@ -66,6 +66,7 @@ class Trace:
     derived: set[int] = field(default_factory=set)
     places: dict[Address, int] = field(default_factory=dict)  # byte of its storage at which a handle begins
     inputs: set[int] = field(default_factory=set)
+    makers: dict[int, str] = field(default_factory=dict)  # storage that code outside blocks derived -> how
     mutated_input: bool = False
     _numbers: dict[int, int] = field(default_factory=dict)
     # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
@@ -84,13 +85,16 @@ class Trace:
         """Whether the storage under a tensor was seen before."""
         return tensor.untyped_storage()._cdata in self._numbers
 
-    def operation(self, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor]) -> None:
+    def operation(self, name: str, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor]) -> None:
         """Record an operation outside blocks."""
         read = tuple(dict.fromkeys(self.number(t) for t in reads))
-        written = tuple(dict.fromkeys(self.number(t) for t in writes))
+        shapes = {self.number(t): tuple(t.shape) for t in writes}
+        written = tuple(shapes)
         derived = any(s in self.derived for s in read)
         if derived:
             self.derived.update(written)
+            for storage, shape in shapes.items():
+                self.makers.setdefault(storage, f"{name}, shape {shape}, after block call {len(self.sites) - 1}")
         self.mutated_input |= any(s in self.inputs for s in written)
         self.events.append(Event(len(self.sites), read, written, derived))
 
@@ -136,6 +140,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, trace: Trace, fetch: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
+        self.supports_higher_order_operators = True  # flex attention, for one
         self.trace = trace
         self.fetch = fetch
         self.paused = False
@@ -146,33 +151,41 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(torch.Tensor, self.fetch, (args, kwargs))
         reads = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        self._check(func, reads)
+        self._check(func, reads, args)
         out = func(*args, **kwargs)
         seen = {t.untyped_storage()._cdata for t in reads}
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        if func._schema.is_mutable:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             written = [a for a, spec in zip(args, func._schema.arguments, strict=False) if _writes(spec)]
             written += [kwargs[s.name] for s in func._schema.arguments if _writes(s) and s.name in kwargs]
-            self.trace.operation(reads, [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)] + outputs)
+            written = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
+            self.trace.operation(str(func), reads, written + outputs)
         else:
             fresh = [t for t in outputs if t.untyped_storage()._cdata not in seen]
             if fresh or not outputs:  # what is left out are views: they read no data
-                self.trace.operation(reads, fresh)
+                self.trace.operation(str(func), reads, fresh)
         return out
 
-    def _check(self, func: Any, reads: list[torch.Tensor]) -> None:
+    def _check(self, func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> None:
         if any(tensor.is_meta for tensor in reads):
             raise UnsupportedError(
                 f"code outside the blocks reads data of a block that another rank has ({func}); "
                 "name its parameters in Plan(replicate=...)"
             )
         for tag, what in _HOST.items():
-            if tag in func.tags and any(
-                self.trace.knows(t) and self.trace.number(t) in self.trace.derived for t in reads
+            if tag in getattr(func, "tags", ()) and any(
+                self.trace.knows(t) and self.trace.number(t) in self.trace.derived for t in _deciding(func, reads, args)
             ):
                 raise UnsupportedError(
                     f"the forward {what} ({func}) that comes from a block, so its course cannot be known on every rank"
                 )
+
+
+def _deciding(func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors whose values decide how large the result is: of indexing only the masks among the indices."""
+    if func is torch.ops.aten.index.Tensor:
+        return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+    return reads
 
 
 def _writes(argument: Any) -> bool:
@@ -260,8 +273,10 @@ def _address(trace: Trace, storage: int, last_site: int) -> Address:
     handles = [a for a in trace.handles.get(storage, ()) if a.site <= last_site]
     if not handles:
         raise UnsupportedError(
-            "a tensor that the code between blocks computes after a block, and needs after a later one, is never an "
-            "argument or an output of a block, so it cannot be carried to the next stage"
+            f"a tensor that code outside the blocks computes from a block's output ({trace.makers.get(storage)}) is "
+            "needed in a later stage, but is never an argument or an output of a block, so it cannot be carried; "
+            "where another list of blocks makes it, name only the main lists in Plan(order=...): lists left out are "
+            "not cut"
         )
     created = trace.created.get(storage)
     for address in handles:

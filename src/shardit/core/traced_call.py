@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes as _without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import RankError, UnsupportedError
@@ -96,17 +97,20 @@ class TracedCall:
 
     def _meet(self, what: str | Exception) -> None:
         """Wait until all ranks are at the same place; raise, on every rank, if one of them is not, or has failed."""
-        self._shared = False
         reached = self.comm.gather_objects(sendable(what) if isinstance(what, Exception) else what)
-        errors = [value for value in reached if isinstance(value, Exception)]
-        if len(set(map(str, reached))) > 1 or errors:
-            self._shared = True
-        if isinstance(what, Exception):
-            return  # the caller raises it
+        self._shared = True
+        errors = {rank: value for rank, value in enumerate(reached) if isinstance(value, Exception)}
+        if len(errors) == self.comm.size:
+            return  # each raises its own
         if errors:
-            raise errors[0]
-        if self._shared:
+            rank, error = next(iter(errors.items()))
+            raise UnsupportedError(
+                f"the forward does not take the same course on every rank: on rank {rank} it fails outside the blocks "
+                f"({type(error).__name__}: {error}), where data of a block of another rank may be missing"
+            )
+        if len(set(reached)) > 1:
             raise UnsupportedError(f"the forward does not take the same course on every rank: {reached}")
+        self._shared = False
 
     def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         """What code outside the blocks gets for a tensor that it reads. If that belongs to a block, its owner shares
@@ -139,7 +143,8 @@ class TracedCall:
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
         before = [_mark(t) for t in arguments]
         try:
-            out = call(*args, **kwargs)
+            with _without_modes():  # what the block compiles must not see that it is watched
+                out = call(*args, **kwargs)
         except Exception as error:
             self.comm.broadcast_object(sendable(error), self.comm.rank)
             self._shared = True
@@ -180,6 +185,8 @@ class TracedCall:
     def _leaf(self, leaf: Any, described: dict[int, Leaf]) -> Leaf:
         if isinstance(leaf, torch.Tensor):
             return described[id(leaf)]
+        if isinstance(leaf, float):
+            raise UnsupportedError("a block returns a number, which cannot be known before the block has run")
         return Leaf("value", value=leaf)
 
 

@@ -1,0 +1,43 @@
+"""The bench at tiny size: it runs, its last line is the JSON document, and what it compares is bit-equal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CASE_KEYS = {"name", "requests", "guided", "chunks", "seconds", "plain_seconds", "speedup", "bound", "share"}
+
+
+@pytest.mark.timeout(120)
+def test_quick_bench(tmp_path: Path) -> None:
+    only = [word for name in ("speed", "overhead", "memory", "schedules") for word in ("--only", name)]
+    target = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--quick", *only, "--output", str(target)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document == json.loads(target.read_text())
+    assert {"cpu", "cores", "versions", "commit", "date", "command", "load_before", "load_after"} <= set(
+        document["machine"]
+    )
+    speed = document["speed"]
+    assert speed["ceiling"] > 0
+    assert len(speed["cases"]) == 8
+    for case in speed["cases"]:
+        assert set(case) >= CASE_KEYS
+        assert case["bitwise_equal"], case["name"]
+    assert {"plain_cpu_s_per_step", "session_cpu_s_per_step", "extra_percent"} <= set(document["overhead"])
+    assert [rank["read_over_owned"] <= 1.02 for rank in document["memory"]["ranks"]] == [True, True]
+    assert {row["ranks"] for row in document["schedules"]} == set(range(1, 9))
+    for row in document["schedules"]:
+        assert row["speedup"] <= row["formula"] + 1e-9, row

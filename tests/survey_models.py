@@ -764,7 +764,8 @@ _TEXT_MODELS = [
         _DECODER,
         lambda d: {**_ids(d), "output_hidden_states": True},
         returns=(),
-        label="hidden",
+        label="hidden",  # collected by hooks inside the blocks
+        refused="ranks found different plans",
     ),
     Entry("transformers:LlamaModel", _DECODER, _ids, returns=()),
     Entry("transformers:Gemma2Model", _DECODER, _ids, returns=()),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError, RankError, UnsupportedError
+from .memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from ..config import DiffusionParallelConfig
@@ -150,7 +151,9 @@ def init_mesh(
             f"the process group has {dist.get_world_size()} ranks, but the configuration needs {wanted} "
             f"({' x '.join(f'{axis} {size}' for axis, size in sizes.items() if size > 1) or 'all axes 1'})"
         )
-    if place.type != "cpu":
+    if place.type == "cpu":
+        keep_freed_memory()
+    else:
         getattr(torch, place.type).set_device(place)
     mesh = Mesh(sizes, dist.get_rank(), place, timeout, _pipeline_groups(sizes, timeout))
     if place.type not in BACKENDS:

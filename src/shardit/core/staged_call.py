@@ -26,7 +26,7 @@ class LocalPlan:
     """What one rank has to do for a `CallPlan`, looked up by call site.
 
     keep_args, keep_outs: leaves whose tensors are remembered, for a hop. fresh: output storages of unowned sites that
-    lie in the message of a hop. last_of: segment that ends at a site.
+    lie in the message of a hop. last_of: segment that ends at a site. release: what no hop after this one needs.
     """
 
     plan: CallPlan
@@ -36,6 +36,7 @@ class LocalPlan:
     fresh: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
     last_of: dict[int, int] = field(default_factory=dict)
     last_own: int = -1
+    release: dict[int, list[Address]] = field(default_factory=dict)
     needs_args: set[int] = field(default_factory=set)
     checked: set[int] = field(default_factory=set)
 
@@ -45,9 +46,11 @@ class LocalPlan:
         local = LocalPlan(plan, rank)
         local.last_of = {last: k for k, (_, last) in enumerate(plan.segments)}
         local.last_own = max((k for k, owner in enumerate(plan.owners) if owner == rank), default=-1)
+        last_use: dict[Address, int] = {}
         for k, hop in enumerate(plan.hops):
             if rank not in (hop.source, hop.target):
                 continue
+            last_use.update((item.address, k) for item in hop.items)
             for i, item in enumerate(hop.items):
                 where = item.address
                 keep = local.keep_args if where.kind == "arg" else local.keep_outs
@@ -55,6 +58,8 @@ class LocalPlan:
                 if hop.target == rank and item.fresh:
                     leaf = plan.sites[where.site].leaves[where.leaf]
                     local.fresh[(where.site, leaf.storage)] = (k, i, item.start + leaf.offset * _width(leaf))
+        for address, k in last_use.items():
+            local.release.setdefault(k, []).append(address)
         for n, site in enumerate(plan.sites):
             if n in local.keep_args or (site.owner != rank and any(leaf.kind == "arg" for leaf in site.leaves)):
                 local.needs_args.add(n)
@@ -285,6 +290,7 @@ class StagedCall:
             if hop.source == self.local.rank:
                 self._send(hop)
                 self._sent.add(k)
+                self._release(k)
             if k >= self.local.last_own:
                 raise _Leave
             if hop.target == self.local.rank:
@@ -328,6 +334,11 @@ class StagedCall:
         for item, (offset, size) in zip(hop.items, hop.layout.parts, strict=True):
             if not item.fresh and message is not None:
                 self._memory(item).copy_(message[offset : offset + size])
+        self._release(k)
+
+    def _release(self, k: int) -> None:
+        for address in self.local.release.get(k, ()):
+            self._handles.pop(address, None)
 
     def _memory(self, item: Item) -> torch.Tensor:
         handle = self._handles[item.address]

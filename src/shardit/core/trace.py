@@ -252,12 +252,11 @@ def _hops(
             address = _address(trace, storage, last_site)
             start, stop = trace.extent[storage]
             start -= start % ALIGN  # some CPU kernels give other last bits for memory aligned in another way
-            created = trace.created.get(storage)
             target = owner[k + 1]
             fresh = (
                 address.kind == "out"
-                and created == address.site
-                and trace.sites[created].owner != target
+                and trace.created.get(storage) == address.site
+                and trace.sites[address.site].owner != target
                 and (storage, target) not in received
             )
             received[(storage, target)] = True

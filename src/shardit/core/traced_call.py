@@ -210,11 +210,13 @@ def _describe(tensors: list[torch.Tensor], arguments: list[torch.Tensor | None])
         shape = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
         if key in owned_by_argument:
             q = next((q for q, t in enumerate(arguments) if t is tensor), owned_by_argument[key])
-            offset = first_byte(tensor) - first_byte(arguments[q])
-            leaves.append(Leaf("arg", *shape, offset, arg=q, same=arguments[q] is tensor))
+            base = arguments[q]
+            assert base is not None
+            offset = first_byte(tensor) - first_byte(base)
+            leaves.append(Leaf("arg", *shape, offset, arg=q, same=base is tensor))
         else:
             number = storages.setdefault(key, len(storages))
-            offset, nbytes = tensor.storage_offset(), tensor.untyped_storage().nbytes()
+            offset, nbytes = int(tensor.storage_offset()), tensor.untyped_storage().nbytes()
             leaves.append(Leaf("tensor", *shape, offset, storage=number, nbytes=nbytes))
     return leaves
 

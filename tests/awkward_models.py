@@ -312,6 +312,23 @@ class AttributeOrNothing(Plain):
         return x if self.blocks[1].cache is None else x + self.blocks[1].cache
 
 
+class Remembering(Block):
+    def forward(self, x: torch.Tensor, e: torch.Tensor, notes: dict[str, int]) -> Any:  # type: ignore[override]
+        notes["calls"] = notes.get("calls", 0) + 1
+        return self.step(x, e) * notes["calls"]
+
+
+class SharedDict(Plain):
+    refused = "changes a list or dict"
+    block = Remembering
+
+    def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        notes: dict[str, int] = {}
+        for block in self.blocks:
+            x = block(x, e, notes)
+        return x
+
+
 class NumpyOutside(Plain):
     refused = "with placeholders"
 

@@ -35,7 +35,7 @@ class Session:
         self.info = {"signature": SIGNATURE, "notes": [init_method]}
         act(spec.model, "start", rank)
 
-    def generate(self, requests: list[Any], on_progress: Any) -> list[Any]:
+    def generate(self, requests: list[Any], on_progress: Any, on_error: Any = None) -> list[Any]:
         outputs = []
         for request in requests:
             steps = request.kwargs.get("num_inference_steps", 2)

@@ -60,9 +60,8 @@ def generate(flags: GenerateFlags) -> None:
 
 def check_kind(omni: Any, flags: GenerateFlags) -> None:
     """Compare --output with what the loaded pipeline makes, before it starts to."""
-    takes = getattr(omni, "takes", None)
-    if takes is not None and flags.output is not None:
-        check_path(flags.output, takes.kind, transparent=takes.image_mode == "RGBA")
+    if flags.output is not None and _is_first_rank():
+        check_path(flags.output, omni.takes.kind, transparent=omni.takes.image_mode == "RGBA")
 
 
 def report(outputs: Sequence[Output], path: Path | None) -> None:

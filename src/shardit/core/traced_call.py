@@ -142,9 +142,13 @@ class TracedCall:
         self, index: int, call: Any, args: Any, kwargs: Any, arguments: list[torch.Tensor | None]
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
         before = [_mark(t) for t in arguments]
+        given, outline = tree_flatten((args, kwargs))
         try:
             with _without_modes():  # what the block compiles must not see that it is watched
                 out = call(*args, **kwargs)
+            after, outline_after = tree_flatten((args, kwargs))
+            if outline_after != outline or any(a is not b for a, b in zip(given, after, strict=True)):
+                raise UnsupportedError("a block changes a list or dict that it is given, which no other rank would see")
         except Exception as error:
             self.comm.broadcast_object(sendable(error), self.comm.rank)
             self._shared = True

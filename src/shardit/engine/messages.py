@@ -130,6 +130,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """Request `index` has ended with an error on this rank; it has to on all of them."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Outputs:
     """The results, in the order of the requests (rank 0 only)."""
 

@@ -153,7 +153,7 @@ class Nursery:
             if self.parent_fd is not None:
                 os.close(self.parent_fd)
             assert self.directory is not None
-            stack = (self.directory / f"stack-{rank}").open("w")
+            stack = (self.directory / f"stack-{rank}").open("a")
             faulthandler.register(signal.SIGUSR1, file=stack)
 
             from shardit.engine import worker
@@ -181,7 +181,9 @@ class Nursery:
     def stacks(self) -> Stacks:
         """Where every rank is; ranks stuck in C code answer too, stopped ones do not."""
         assert self.directory is not None
-        for pid in self.pids.values():
+        for rank, pid in self.pids.items():
+            with contextlib.suppress(OSError):  # not there yet, or gone
+                os.truncate(self.directory / f"stack-{rank}", 0)
             os.kill(pid, signal.SIGUSR1)
         time.sleep(STACK_WAIT_S)
         return Stacks({rank: (self.directory / f"stack-{rank}").read_text(errors="replace") for rank in self.pids})

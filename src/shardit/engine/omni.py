@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
@@ -29,6 +30,7 @@ from shardit.errors import InputError, RankError
 
 if TYPE_CHECKING:
     from shardit.output import Output
+    from shardit.signature import PipelineSignature
 
 OnProgress = Callable[[int, int, int], None]
 CLOSE_GRACE_S = 1.0
@@ -91,7 +93,8 @@ class Omni:
         if self._closed:
             raise InputError("this Omni is closed; make a new one")
         info = self._ranks.info
-        requests = build_requests(
+        build = functools.partial(
+            build_requests,
             prompts,
             params,
             prompt=prompt,
@@ -102,7 +105,12 @@ class Omni:
             takes_with_image=info.get("signature_with_image"),
         )
         with contextlib.closing(Bars()) as bars:
-            return self._ranks.generate(requests, bars.update)
+            return self._ranks.generate(build, bars.update)
+
+    @property
+    def takes(self) -> PipelineSignature:
+        """What the model's pipeline takes and makes."""
+        return self._ranks.info["signature"]
 
     @property
     def notes(self) -> list[str]:
@@ -142,11 +150,11 @@ class LocalRanks:
             ready = Watch(self._nursery, self._channels, self.spec.timeout_s).collect(Ready)
             self.info = ready[0].info
 
-    def generate(self, requests: list[Any], on_progress: OnProgress) -> list[Output]:
-        """Run the requests on all ranks."""
+    def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
+        """Run the requests that `build` makes on all ranks."""
         if os.getpid() != self.owner:
             raise InputError("this Omni was made by another process; make one in the process that uses it")
-        message = _encode(Generate(requests))
+        message = _encode(Generate(build()))
         with self._lock:
             if not self._channels:
                 self.start()

@@ -18,6 +18,7 @@ from ..core.schedule import Schedule
 from ..core.turns import Program, Turns
 from ..errors import InputError, RankError
 from ..loading import Reads, describe
+from ..loading.dtypes import as_dtype
 from ..models.variants import image_pipeline
 from ..output import Output
 from ..signature import signature_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .messages import SessionSpec
 
 OnProgress = Callable[[int, int, int], None]
+OnError = Callable[[int, Exception], None]
 
 
 def check(spec: SessionSpec) -> None:
@@ -37,6 +39,7 @@ def check(spec: SessionSpec) -> None:
 
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
+    as_dtype(spec.dtype)
     found = describe(spec.model)
     assign(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight, environ=os.environ)
 
@@ -74,8 +77,13 @@ class Session:
             "bytes_read": self._reads.bytes,
         }
 
-    def generate(self, requests: list[Request], on_progress: OnProgress) -> list[Output]:
+    def generate(
+        self, requests: list[Request], on_progress: OnProgress, on_error: OnError | None = None
+    ) -> list[Output]:
         """Run the requests, several at once; outputs in order on rank 0, [] elsewhere.
+
+        `on_error` is told what ends a request on this rank, before the ranks compare notes: if it ends here alone, the
+        others may never come to do so.
 
         What a request does wrong ends that request alone. Raises RankError where ranks come to differ.
         """
@@ -90,6 +98,8 @@ class Session:
 
         for program in self._turns.run(make(), self.spec.max_in_flight):
             position = programs.pop(id(program))
+            if program.error is not None and on_error is not None:
+                on_error(position, program.error)
             self._agree(position, program.error)
             if self._mesh.rank == 0:
                 outputs[position] = collect(requests[position], program.value, program.error)

@@ -11,13 +11,16 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from shardit.engine.launch import Nursery, describe_exit
-from shardit.engine.messages import Channel, Closed, Exited, Failed, Refused
+from shardit.engine.messages import Channel, Closed, Ended, Exited, Failed, Refused
 from shardit.errors import RankError
 
 GRACE_S = 1.0
 """Seconds. After a rank's own failure: time for a failure that came before it to arrive too."""
 PEER_GRACE_S = 4.0
 """Seconds. After a failure that speaks of a peer: time for that peer's own."""
+
+DOUBT_S = 1.0
+"""Seconds. After a request has ended on some ranks and not on others: time for those before their stacks are read."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,18 @@ class Watch:
         self.answers: dict[int, Any] = {}
         self.patience = time.monotonic() + timeout_s
         self.grace = math.inf
+        self.ended: dict[int, dict[int, str]] = {}  # request -> rank -> why, where not all ranks have said so yet
+        self.doubt = math.inf
+        self._stacks: dict[int, str] | None = None
 
     def collect(self, wanted: type, on_message: Callable[[Any], None] | None = None) -> list[Any]:
         """One message of type `wanted` per rank, in the order of ranks; all others go to `on_message`."""
         while self.silent:
-            left = min(self.patience, self.grace) - time.monotonic()
+            left = min(self.patience, self.grace, self.doubt) - time.monotonic()
             ready = readable([self.nursery.control, *self.open.values()], max(0.0, left))
+            if not ready and self.doubt < min(self.patience, self.grace):
+                self._look()
+                continue
             # After a failure others may go on talking; before one, what has arrived counts, however late it is read.
             if not ready or time.monotonic() > self.grace:
                 break
@@ -77,6 +86,8 @@ class Watch:
         elif isinstance(message, Refused):
             self.refused = self.refused or message
             self._put_out(rank, GRACE_S)
+        elif isinstance(message, Ended):
+            self._note_end(rank, message)
         elif isinstance(message, wanted):
             self.answers[rank] = message
             self.silent.discard(rank)
@@ -97,6 +108,24 @@ class Watch:
                 self._read(message.rank, wanted, on_message)
             aborted = message.code == -signal.SIGABRT
             self._fail(Failure(message.rank, describe_exit(message.code), 1 if aborted else 0))
+
+    def _note_end(self, rank: int, message: Ended) -> None:
+        ranks = self.ended.setdefault(message.index, {})
+        ranks[rank] = message.reason
+        if len(ranks) == len(self.silent | self.out | self.answers.keys()):
+            del self.ended[message.index]
+        self._stacks = None
+        self.doubt = time.monotonic() + DOUBT_S if self.ended else math.inf
+
+    def _look(self) -> None:
+        """Whether a request that has ended on some ranks only has left all ranks waiting for each other."""
+        before, self._stacks = self._stacks, self.nursery.stacks()
+        self.doubt = time.monotonic() + DOUBT_S
+        stuck = all(waits_for_peer(self._stacks.get(rank, "")) for rank in self.silent)
+        if stuck and self._stacks == before:
+            self.doubt = math.inf
+            for rank, reason in next(iter(self.ended.values())).items():
+                self._fail(Failure(rank, f"it alone ended a request: {reason}"))
 
     def _fail(self, failure: Failure) -> None:
         # A rank that told its error and then exits has failed once.
@@ -141,8 +170,10 @@ def suspect(stacks: dict[int, str], silent: set[int]) -> int:
     for rank in ranks:
         if not stacks.get(rank):
             return rank
-    for rank in ranks:
-        innermost = stacks[rank].partition("(most recent call first)")[2].splitlines()[:4]
-        if not any("torch/distributed" in line or "shardit/core/comm" in line for line in innermost):
-            return rank
-    return ranks[0]
+    return next((rank for rank in ranks if not waits_for_peer(stacks[rank])), ranks[0])
+
+
+def waits_for_peer(stack: str) -> bool:
+    """Whether a rank with this stack is in the middle of communication."""
+    innermost = stack.partition("(most recent call first)")[2].splitlines()[:4]
+    return any("torch/distributed" in line or "shardit/core/comm" in line for line in innermost)

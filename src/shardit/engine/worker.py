@@ -17,6 +17,7 @@ from shardit.engine.messages import (
     Channel,
     Closed,
     Done,
+    Ended,
     Failed,
     Generate,
     Outputs,
@@ -74,7 +75,8 @@ def serve(session: Any, rank: int, channel: Channel) -> None:
             if isinstance(message, InputError):
                 raise message
             reset_peak()
-            outputs = session.generate(message.requests, reporter(channel) if rank == 0 else ignore_progress)
+            on_progress = reporter(channel) if rank == 0 else ignore_progress
+            outputs = session.generate(message.requests, on_progress, on_error(channel))
         except InputError as error:
             channel.send(Refused.from_error(error))
             continue
@@ -119,10 +121,12 @@ class JoinedRanks:
             )
         self.info = self._session.info
 
-    def generate(self, requests: list[Any], on_progress: Callable[[int, int, int], None]) -> list[Output]:
-        """Run the requests together with all other ranks."""
+    def generate(self, build: Callable[[], list[Any]], on_progress: Callable[[int, int, int], None]) -> list[Output]:
+        """Run the requests that `build` makes on rank 0, which draws seeds and reads pictures, on all ranks."""
         with self._naming_this_rank():
-            requests = from_rank_0(requests)  # each rank has drawn its own seeds
+            requests = from_rank_0(made_or_error(build) if self.rank == 0 else None)
+            if isinstance(requests, InputError):
+                raise requests
             reset_peak()
             outputs = self._session.generate(requests, on_progress if self.rank == 0 else ignore_progress)
             return with_peaks(outputs, gather(peak_bytes()))
@@ -155,6 +159,11 @@ def reporter(channel: Channel) -> Callable[[int, int, int], None]:
     return lambda index, step, total: channel.send(Progress(index, step, total))
 
 
+def on_error(channel: Channel) -> Callable[[int, Exception], None]:
+    """Tells the user's process of a request that has ended with an error here."""
+    return lambda index, error: channel.send(Ended(index, describe(error)))
+
+
 def ignore_progress(index: int, step: int, total: int) -> None:
     """The progress callback of all other ranks."""
 
@@ -168,6 +177,14 @@ def gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError:
+    """The requests, or why there are none, for all ranks to know."""
+    try:
+        return build()
+    except InputError as error:
+        return Refused.from_error(error).error()
 
 
 def from_rank_0(value: Any) -> Any:

@@ -11,7 +11,7 @@ from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.index import Component
 from shardit.loading.pipeline import is_diffusers, prepare
 from shardit.loading.transformers_model import module_keys
-from shardit.loading.weights import file_keys
+from shardit.loading.weights import check_tensors, file_keys
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +49,7 @@ def describe(model: str | os.PathLike, pipeline_class: str | type | None = None)
 
 def _sizes(module: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
     if is_diffusers(type(module)):
+        check_tensors(module, checkpoint)
         pairs = [(key, name) for name, key in file_keys(module, checkpoint).items()]
     else:
         pairs = list(module_keys(module, checkpoint).items())

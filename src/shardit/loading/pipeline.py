@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
@@ -90,6 +92,7 @@ def prepare(
     accepted = inspect.signature(cls.__init__).parameters
     found = index.components(source.folder).items()
     parts = {name: part for name, part in found if name in accepted and not part.absent}
+    _check_complete(source.folder, cls, parts)
     checkpoints, modules = {}, {}
     for name, part in parts.items():
         kind = index.component_class(part)
@@ -97,6 +100,24 @@ def prepare(
             checkpoints[name] = Checkpoint.open(part.folder, remote=source.remote)
             modules[name] = build(kind, part.folder, dtype, checkpoints[name].stored_dtype)
     return Prepared(source, cls, parts, checkpoints, modules)
+
+
+def _check_complete(folder: Path, cls: type[Any], parts: dict[str, Component]) -> None:
+    """InputError where the index lacks a component that the class cannot do without, or where one has no files."""
+    table = index.read_index(folder)
+    named = [name for name, value in table.items() if name in parts or not isinstance(value, list)]
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+        required = parameter.default is parameter.empty and name not in cls._optional_components
+        if required and parameter.kind is not parameter.VAR_KEYWORD and name not in named:
+            raise InputError(f"{folder / index.INDEX} has no {name}, which {cls.__name__} needs: download it again")
+    # Where a component has no folder, its files may lie beside the index.
+    beside = any((folder / file).is_file() for file in _BESIDE)
+    for name, part in parts.items():
+        if part.folder == folder and not beside:
+            raise InputError(f"{folder / name} is missing: download or copy the model again")
+
+
+_BESIDE = ("config.json", "tokenizer_config.json", "scheduler_config.json", "preprocessor_config.json")
 
 
 def is_diffusers(cls: type) -> bool:
@@ -120,7 +141,17 @@ def _construct(cls: type[Any], source: Source, passed: dict[str, Any]) -> Diffus
         with quiet():
             pipe = cls.from_pretrained(str(source.folder), **passed)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{cls.__name__} cannot be made from {source.folder}: {first}") from error
+        reason = _broken_json(source.folder) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{cls.__name__} cannot be made from {source.folder}: {reason}") from error
     pipe.register_to_config(_name_or_path=source.name)
     return pipe
+
+
+def _broken_json(folder: Path) -> str | None:
+    """Which of the components' JSON files cannot be read; libraries do not name it."""
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError):
+            return f"{path} is damaged: download or copy it again"
+    return None

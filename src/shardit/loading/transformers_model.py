@@ -42,13 +42,34 @@ def load_transformers(
     try:
         # The arguments of diffusers' own pipeline loader; dtype None means "auto" there too.
         with quiet():
-            loaded = cls.from_pretrained(str(checkpoint.folder), dtype=dtype, use_safetensors=True)
+            loaded, info = cls.from_pretrained(
+                str(checkpoint.folder), dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"transformers cannot load {checkpoint.folder}: {first}") from error
+        reason = _wrong_shape(module, checkpoint) or f"transformers cannot load {checkpoint.folder}: {first}"
+        raise InputError(reason) from error
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
+        raise InputError(
+            f"{checkpoint.folder} has no tensor {missing[0]} for {cls.__name__}: weights and config.json do not belong "
+            "together"
+        )
     if reads is not None:
         reads.bytes += checkpoint.nbytes
     return loaded.to(device)
+
+
+def _wrong_shape(module: nn.Module, checkpoint: Checkpoint) -> str | None:
+    """The tensor that does not fit the model, which transformers' own error does not name."""
+    held, kind = module.state_dict(), type(module).__name__
+    for key, name in module_keys(module, checkpoint).items():
+        shape = checkpoint.entry(key).shape
+        if name in held and tuple(held[name].shape) != shape:
+            return (
+                f"{checkpoint.folder / checkpoint.files[key]}: {key} has shape {list(shape)}, but {kind} needs "
+                f" {list(held[name].shape)}: weights and config.json do not belong together"
+            )
+    return None
 
 
 def module_keys(model: type | nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

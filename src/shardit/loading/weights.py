@@ -88,6 +88,14 @@ def targets(module: nn.Module, checkpoint: Checkpoint) -> list[Target]:
     return found
 
 
+def check_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """InputError for a parameter that no file holds, and for tensors that do not fit, from headers alone."""
+    for target in targets(module, checkpoint):
+        if target.key is not None:
+            path = checkpoint.folder / checkpoint.files[target.key]
+            _checked_dtype(module, path, target, checkpoint.entry(target.key))
+
+
 def file_keys(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Module name -> file key, with the class's own hook for names of old checkpoints applied.
 

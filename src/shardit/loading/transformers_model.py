@@ -67,7 +67,7 @@ def _wrong_shape(module: nn.Module, checkpoint: Checkpoint) -> str | None:
         if name in held and tuple(held[name].shape) != shape:
             return (
                 f"{checkpoint.folder / checkpoint.files[key]}: {key} has shape {list(shape)}, but {kind} needs "
-                f" {list(held[name].shape)}: weights and config.json do not belong together"
+                f"{list(held[name].shape)}: weights and config.json do not belong together"
             )
     return None
 

@@ -1,0 +1,46 @@
+"""The real session, with faults on demand: words of a prompt such as "raise:1:2" mean: on rank 1, after 2 steps, raise.
+
+"keep:4" in the first prompt: keep 4 plans during that call. The outputs tell how many there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from typing import Any
+
+from shardit.core import stages
+from shardit.engine import session
+from shardit.engine.session import check
+
+__all__ = ["Session", "check"]
+
+MAX_SIGNATURES = stages.MAX_SIGNATURES
+
+
+class Session(session.Session):
+    def generate(self, requests: list[Any], *callbacks: Any) -> list[Any]:
+        words = (requests[0].prompt or "").partition("keep:")[2].split()
+        stages.MAX_SIGNATURES = int(words[0]) if words else MAX_SIGNATURES
+        outputs = super().generate(requests, *callbacks)
+        kept = [len(getattr(self._pipe, name).shardit_stages.plans) for name in self._assignment.cut]
+        return [dataclasses.replace(o, metrics={**o.metrics, "plans": max(kept)}) for o in outputs]
+
+    def _function(self, request: Any, on_progress: Any) -> Any:
+        deeds = [word.split(":") for word in (request.prompt or "").split() if word.count(":") == 2]
+
+        def progress(index: int, step: int, total: int) -> None:
+            on_progress(index, step, total)
+            for deed, rank, at in deeds:
+                if int(rank) == self._mesh.rank and int(at) == step:
+                    DEEDS[deed]()
+
+        return super()._function(request, progress)
+
+
+def fail() -> None:
+    raise KeyError("on one rank only")
+
+
+DEEDS = {"raise": fail, "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}

@@ -196,9 +196,12 @@ class Indices(Plain):
             return y, y.argmax(1)
 
     def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        first = None
         for block in self.blocks:
             x, order = block(x, e)
+            first = order if first is None else first  # carried, and used as an index before it arrives
             x = x + x.gather(1, order[:, None].expand_as(x)) * 0.1
+            x = x - x.gather(1, first[:, None].expand_as(x)) * 0.1
         return x
 
 

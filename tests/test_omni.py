@@ -128,6 +128,7 @@ def test_fault_on_one_rank(flux, prompt):
 
 
 def test_killed_from_outside(flux):
+    flux.generate("a", params())
     ranks = flux._ranks._nursery.pids
     threading.Timer(0.2, os.kill, (ranks[1], signal.SIGKILL)).start()
     with pytest.raises(RankError, match="SIGKILL"):
@@ -235,6 +236,7 @@ def test_interrupted_command_line(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "SHARDIT_PROGRESS": "1"},
     )
     assert process.stderr is not None
     seen = ""

@@ -27,6 +27,7 @@ class LocalPlan:
 
     keep_args, keep_outs: leaves whose tensors are remembered, for a hop. fresh: output storages of unowned sites that
     lie in the message of a hop. last_of: segment that ends at a site. release: what no hop after this one needs.
+    integers: (offset, size) of the parts of a hop's message that code may index with before it arrives.
     """
 
     plan: CallPlan
@@ -37,6 +38,7 @@ class LocalPlan:
     last_of: dict[int, int] = field(default_factory=dict)
     last_own: int = -1
     release: dict[int, list[Address]] = field(default_factory=dict)
+    integers: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     needs_args: set[int] = field(default_factory=set)
     checked: set[int] = field(default_factory=set)
 
@@ -57,6 +59,8 @@ class LocalPlan:
                 keep.setdefault(where.site, []).append(where.leaf)
                 if hop.target == rank and item.fresh:
                     leaf = plan.sites[where.site].leaves[where.leaf]
+                    if not _is_float(leaf):
+                        local.integers.setdefault(k, []).append(hop.layout.parts[i])
                     local.fresh[(where.site, leaf.storage)] = (k, i, item.start + leaf.offset * _width(leaf))
         for address, k in last_use.items():
             local.release.setdefault(k, []).append(address)
@@ -277,8 +281,7 @@ class StagedCall:
             k, item, start = where
             offset, size = self.plan.hops[k].layout.parts[item]
             return self._message(k)[offset : offset + size], start
-        assert leaf.dtype is not None
-        if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
+        if not _is_float(leaf):
             # Arithmetic on what was never written is harmless; indexing with it is not.
             return torch.zeros(leaf.nbytes, dtype=torch.uint8, device=self._device), 0
         memory = torch.empty(leaf.nbytes, dtype=torch.uint8, device=self._device)
@@ -303,6 +306,8 @@ class StagedCall:
             size = self.plan.hops[k].layout.total
             message = torch.empty(size, dtype=torch.uint8, device=self._device)
             self._messages[k] = message.fill_(0xFF) if self._poison else message  # all ones is a NaN in every format
+            for offset, size in self.local.integers.get(k, ()):
+                message[offset : offset + size].zero_()
         return self._messages[k]
 
     def _send(self, hop: Hop) -> None:
@@ -348,6 +353,11 @@ class StagedCall:
 def _width(leaf: Leaf) -> int:
     assert leaf.dtype is not None
     return leaf.dtype.itemsize
+
+
+def _is_float(leaf: Leaf) -> bool:
+    assert leaf.dtype is not None
+    return leaf.dtype.is_floating_point or leaf.dtype.is_complex
 
 
 def _versioned(leaf: Any) -> bool:

@@ -124,8 +124,11 @@ class Watch:
         stuck = all(waits_for_peer(self._stacks.get(rank, "")) for rank in self.silent)
         if stuck and self._stacks == before:
             self.doubt = math.inf
-            for rank, reason in next(iter(self.ended.values())).items():
-                self._fail(Failure(rank, f"it alone ended a request: {reason}"))
+            self._fail(Failure(self._alone().rank, self._alone().reason))
+
+    def _alone(self) -> RankError:
+        rank, reason = next(iter(next(iter(self.ended.values())).items()))
+        return RankError(rank, f"it alone ended a request: {reason}")
 
     def _fail(self, failure: Failure) -> None:
         # A rank that told its error and then exits has failed once.
@@ -145,6 +148,8 @@ class Watch:
         root = min(self.failures, key=lambda failure: failure.weight, default=None)
         if self.refused is not None and (root is None or root.weight > 0):
             raise self.refused.error()
+        if self.ended and (root is None or root.weight == 2):
+            raise self._alone()
         if self.silent and (root is None or root.weight == 2):
             raise self._hang(root)
         if root is not None:

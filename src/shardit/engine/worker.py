@@ -47,6 +47,9 @@ _OF_PEER = (
     "application timeout caused pair closure",
 )
 
+# What `RankError` says where ranks found out together that something is wrong, which tells of no rank in particular.
+_OF_ALL = ("communication failed", "differ between ranks", "ended a request differently")
+
 
 def main(spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads: int, channel: Channel) -> int:
     """Run one rank until the user's process closes its channel; returns the exit code."""
@@ -226,7 +229,7 @@ def speaks_of_peer(error: BaseException) -> bool:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     root = chain[-1]
-    if any(isinstance(one, RankError) and "communication failed" in one.reason for one in chain[-2:]):
+    if any(isinstance(one, RankError) and any(words in one.reason for words in _OF_ALL) for one in chain[-2:]):
         return True
     if isinstance(root, RuntimeError) and type(root).__module__.startswith("torch"):
         return "Dist" in type(root).__name__

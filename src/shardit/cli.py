@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
+
+RANK_0_FIRST_S = 3.0
+"""Under torchrun the first rank that ends with an error has all others ended; it is to be the one that says why."""
 
 _GIB = 1024**3
 
@@ -163,6 +167,8 @@ def _failed(text: str, code: int, every_rank: bool = False) -> int:
     # Under torchrun every rank finds the same mistake; only what can differ is worth printing from each.
     if every_rank or _is_first_rank():
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    else:
+        time.sleep(RANK_0_FIRST_S)
     return code
 
 

@@ -127,7 +127,7 @@ class JoinedRanks:
     def generate(self, build: Callable[[], list[Any]], on_progress: Callable[[int, int, int], None]) -> list[Output]:
         """Run the requests that `build` makes on rank 0, which draws seeds and reads pictures, on all ranks."""
         with self._naming_this_rank():
-            requests = from_rank_0(made_or_error(build) if self.rank == 0 else None)
+            requests = from_rank_0(lambda: made_or_error(build))
             if isinstance(requests, InputError):
                 raise requests
             reset_peak()
@@ -190,13 +190,14 @@ def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError:
         return Refused.from_error(error).error()
 
 
-def from_rank_0(value: Any) -> Any:
-    """The value that rank 0 has."""
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes; where ranks have no group, each makes its own."""
     import torch.distributed as dist
 
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
+    if not dist.is_initialized():
+        return make()
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

@@ -23,6 +23,7 @@ class Interrupted(Exception):
 class Program:
     """One request: a function to run, the seed of its global generators, and what became of it.
 
+    start: a checksum of what its first transformer call is given, the same on every rank that drew the same noise.
     Setting `interrupted`, on every rank between the same two turns, ends it at its next turn with Interrupted.
     """
 
@@ -31,7 +32,7 @@ class Program:
     value: Any = None
     error: Exception | None = None
     turns: int = 0
-    first_call: bool = True
+    start: str | None = None
     interrupted: bool = False
     coroutine: Coroutine | None = field(default=None, repr=False)
     generators: Generators | None = field(default=None, repr=False)

@@ -89,6 +89,7 @@ class Session:
         """
         outputs: dict[int, Output] = {}
         programs = {}
+        starts: list[tuple[int, str | None]] = []
 
         def make() -> Iterator[Program]:
             for position, request in enumerate(requests):
@@ -100,9 +101,12 @@ class Session:
             position = programs.pop(id(program))
             if program.error is not None and on_error is not None:
                 on_error(position, program.error)
-            self._agree(position, program.error)
+            if program.error is not None:
+                self._agree((position, type(program.error).__name__), f"here: {program.error!r}")
+            starts.append((position, program.start))
             if self._mesh.rank == 0:
                 outputs[position] = collect(requests[position], program.value, program.error)
+        self._agree(starts, "the first latents or the order of the requests")
         if self._runtime is not None:
             self._runtime.schedule.drain()
             self._runtime.comm.flush()
@@ -130,13 +134,16 @@ class Session:
         report_progress(pipe, request.index, on_progress)
         return pipe
 
-    def _agree(self, position: int, error: Exception | None) -> None:
-        """All ranks end the same request in the same way, or the group is no longer to be trusted."""
+    def _agree(self, value: Any, what: str) -> None:
+        """Compare something that must be the same on all ranks, or the group is no longer to be trusted.
+
+        A meeting of all ranks drains the pipeline: it is held when a request fails, and once for all that succeed.
+        """
         if self._runtime is None:
             return
-        ends = self._runtime.comm.gather_objects((position, type(error).__name__))
-        if len(set(ends)) > 1:
-            raise RankError(self._mesh.rank, f"ranks ended a request differently: {ends}; here: {error!r}")
+        values = self._runtime.comm.gather_objects(value)
+        if any(other != values[0] for other in values):
+            raise RankError(self._mesh.rank, f"ranks differ in how requests went ({what}): {values}")
 
     def close(self) -> None:
         """Leave the process group."""

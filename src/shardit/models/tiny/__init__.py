@@ -1,6 +1,6 @@
 """Built-in tiny checkpoints: real component classes, a few megabytes, a second per run, no download.
 
->>> folder = tiny.write("qwen-image", "/tmp/qwen")
+>>> folder = tiny.write("qwen-image", "qwen-folder")
 >>> pipe = tiny.load_plain(folder)
 >>> picture = pipe(prompt="a red fox", **tiny.defaults("qwen-image")).images[0]
 """

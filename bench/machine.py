@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ def describe(command: list[str]) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", "bench", *command]),
-        "executable": sys.executable,
         "load_before": list(os.getloadavg()),
     }
 

@@ -23,7 +23,14 @@ _DEGREES = (
 )
 # The patches of one VAE call are dealt to ranks that exist anyway, so this degree adds no ranks.
 _DEGREES_OF_OWN_RANKS = tuple(name for name in _DEGREES if name != "vae_patch_parallel_size")
-_SUPPORTED_DEGREES = ("pipeline_parallel_size",)
+_SUPPORTED_DEGREES = (
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+    "ulysses_degree",
+    "ring_degree",
+    "cfg_parallel_size",
+    "data_parallel_size",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Messages between the stages of one pipeline. The only module besides `mesh` that talks to torch.distributed."""
+"""Messages between ranks that work together. With `mesh` and `collectives` all that talks to torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RankError
-from .mesh import Mesh
+from .mesh import Groups, Mesh
 
 ALIGN = 64
 """Bytes; every tensor of a packed message starts at a multiple of it, so that any dtype can be viewed in place."""
@@ -44,18 +44,17 @@ class Transfer:
 
 
 class Comm:
-    """Point-to-point messages and broadcasts of one pipeline, addressed by stage.
+    """Point-to-point messages and broadcasts among the members of `groups`, addressed by their index (the stage).
 
     Sends are asynchronous; their buffers are held until somebody waits for them, who knows that they were taken, or
     until there are more than `max_outstanding`. Every wait is bounded by the mesh's timeout and ends in RankError.
     """
 
-    def __init__(self, mesh: Mesh, max_outstanding: int = 64):
-        assert mesh.pipeline is not None
+    def __init__(self, mesh: Mesh, groups: Groups | None = None, max_outstanding: int = 64):
         self.mesh = mesh
-        self.groups = mesh.pipeline
-        self.rank = mesh.pp_rank
-        self.size = mesh.pp_size
+        self.groups = groups or mesh.pipeline
+        self.rank = self.groups.ranks.index(mesh.rank)
+        self.size = len(self.groups.ranks)
         self.sent_bytes = 0
         self._outstanding: dict[Transfer, None] = {}  # oldest first
         self._max_outstanding = max_outstanding
@@ -99,7 +98,7 @@ class Comm:
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Broadcast a contiguous tensor in place from stage `source` to all stages."""
-        if tensor.numel():
+        if tensor.numel() and self.size > 1:
             raw = tensor if tensor.dtype is torch.uint8 else flat_bytes(tensor)
             self._guard(lambda: dist.broadcast(raw, self.groups.ranks[source], group=self.groups.back), "broadcast")
 
@@ -110,6 +109,8 @@ class Comm:
 
     def broadcast_blob(self, data: bytes, source: int) -> bytes:
         """Broadcast bytes of a length that only `source` knows."""
+        if self.size == 1:
+            return data
         root, group = self.groups.ranks[source], self.groups.control
         length = torch.tensor([len(data)], dtype=torch.int64)
         self._guard(lambda: dist.broadcast(length, root, group=group), "broadcast")
@@ -121,6 +122,8 @@ class Comm:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every stage's object, in stage order, on every stage."""
+        if self.size == 1:
+            return [value]
         out: list[Any] = [None] * self.size
         self._guard(lambda: dist.all_gather_object(out, value, group=self.groups.control), "gather")
         return out

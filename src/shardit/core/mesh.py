@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,43 +25,59 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @dataclass(frozen=True)
-class PipelineGroups:
-    """Process groups of one pipeline: `ranks[stage]` is the global rank that holds the stage.
+class Groups:
+    """Process groups of ranks that work together; `ranks[i]` is the global rank of member i.
 
-    `forward[(a, b)]` carries what flows from stage a to stage b of the chain, `back` the results, and `control` small
-    host-side objects (always gloo). They are separate so that no message waits behind one of another kind.
+    `forward[(a, b)]` carries what flows from member a to member b of a chain of stages, `back` the results, and
+    `control` small host-side objects (always gloo). They are separate so that no message waits behind one of another
+    kind. A member alone has no groups.
     """
 
     ranks: tuple[int, ...]
-    forward: dict[tuple[int, int], dist.ProcessGroup] = field(repr=False)
-    back: dist.ProcessGroup = field(repr=False)
-    control: dist.ProcessGroup = field(repr=False)
+    forward: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+    back: dist.ProcessGroup | None = field(default=None, repr=False)
+    control: dist.ProcessGroup | None = field(default=None, repr=False)
 
-    def edge(self, source: int, target: int) -> dist.ProcessGroup:
+    def edge(self, source: int, target: int) -> dist.ProcessGroup | None:
         """The group for a hop between two stages; hops off the ring share `back`."""
         return self.forward.get((source, target), self.back)
+
+
+@dataclass(frozen=True)
+class AxisGroup:
+    """The ranks that differ from this one on one axis alone, in the order of that axis; `index` is this rank's place."""
+
+    ranks: tuple[int, ...]
+    index: int
+    group: dist.ProcessGroup = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
 
 
 @dataclass(frozen=True)
 class Mesh:
     """Sizes of all axes, this rank's coordinates on them, its device and its groups.
 
-    `timeout` bounds every wait. With one rank there are no groups.
+    `timeout` bounds every wait. `pipeline`: the stages of this rank's chain. `replica`: all ranks that work on the same
+    requests, that is all with this rank's place on `dp`. `axes`: by name, the axes of more than one rank; "sp" is ring
+    and ulysses together.
     """
 
     sizes: dict[str, int]
     rank: int
     device: torch.device
     timeout: timedelta
-    pipeline: PipelineGroups | None = field(default=None, repr=False)
+    pipeline: Groups = field(default=Groups((0,)), repr=False)
+    replica: Groups = field(default=Groups((0,)), repr=False)
+    axes: dict[str, AxisGroup] = field(default_factory=dict, repr=False)
 
     @property
     def world_size(self) -> int:
         """Number of ranks: the product of all axes."""
-        total = 1
-        for size in self.sizes.values():
-            total *= size
-        return total
+        return math.prod(self.sizes.values())
 
     @property
     def coords(self) -> dict[str, int]:
@@ -98,15 +115,12 @@ def coordinates(sizes: dict[str, int], rank: int) -> dict[str, int]:
     return {axis: coords[axis] for axis in AXES}
 
 
-def axis_ranks(sizes: dict[str, int], axis: str) -> list[tuple[int, ...]]:
-    """All groups of ranks that differ only in their index on `axis`."""
-    total = 1
-    for size in sizes.values():
-        total *= size
+def axis_ranks(sizes: dict[str, int], *axes: str) -> list[tuple[int, ...]]:
+    """All groups of ranks that differ only in their indices on `axes`."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(total):
+    for rank in range(math.prod(sizes.values())):
         coords = coordinates(sizes, rank)
-        groups.setdefault(tuple(coords[a] for a in AXES if a != axis), []).append(rank)
+        groups.setdefault(tuple(coords[a] for a in AXES if a not in axes), []).append(rank)
     return [tuple(ranks) for ranks in groups.values()]
 
 
@@ -155,7 +169,7 @@ def init_mesh(
         keep_freed_memory()
     else:
         getattr(torch, place.type).set_device(place)
-    mesh = Mesh(sizes, dist.get_rank(), place, timeout, _pipeline_groups(sizes, timeout))
+    mesh = Mesh(sizes, dist.get_rank(), place, timeout, *_make_groups(sizes, timeout))
     if place.type not in BACKENDS:
         check_p2p(mesh)
     return mesh
@@ -171,30 +185,52 @@ def _start(place: torch.device, world_size: int, timeout: timedelta, rank: int |
     dist.init_process_group(backend, timeout=timeout, **kwargs)  # pyright: ignore[reportArgumentType]
 
 
-def _pipeline_groups(sizes: dict[str, int], timeout: timedelta) -> PipelineGroups | None:
-    """Groups of every pipeline, made on all ranks in the same order; returns those of the pipeline of this rank."""
-    mine: PipelineGroups | None = None
-    size = sizes["pp"]
-    for ranks in axis_ranks(sizes, "pp"):
+def _make_groups(sizes: dict[str, int], timeout: timedelta) -> tuple[Groups, Groups, dict[str, AxisGroup]]:
+    """All groups of all axes, made on every rank in the same order; returns those that this rank is in."""
+    me = dist.get_rank()
+    axes: dict[str, AxisGroup] = {}
+    for name, members in {**{axis: (axis,) for axis in AXES if axis != "pp"}, "sp": ("ring", "ulysses")}.items():
+        spread = [axis for axis in members if sizes[axis] > 1]
+        if not spread:
+            continue
+        if name == "sp" and len(spread) == 1:  # the other axis is 1: the ranks are the same
+            axes["sp"] = axes[spread[0]]
+            continue
+        for ranks in axis_ranks(sizes, *members):
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if me in ranks:
+                axes[name] = AxisGroup(ranks, ranks.index(me), group)  # pyright: ignore[reportArgumentType]
+    pipeline = _groups_of(sizes, ("pp",), timeout)
+    inside = tuple(axis for axis in AXES if axis != "dp")
+    alike = all(sizes[axis] == 1 for axis in inside if axis != "pp")
+    return pipeline, pipeline if alike else _groups_of(sizes, inside, timeout), axes
+
+
+def _groups_of(sizes: dict[str, int], axes: tuple[str, ...], timeout: timedelta) -> Groups:
+    mine = Groups((dist.get_rank(),))
+    for ranks in axis_ranks(sizes, *axes):
+        size = len(ranks)
+        if size == 1:
+            continue
         # One communicator per directed edge: with two stages, 0 -> 1 and 1 -> 0 never queue behind each other.
-        edges = [(s, (s + 1) % size) for s in range(size)] if size > 1 else []
+        edges = [(s, (s + 1) % size) for s in range(size)] if axes == ("pp",) else []
         forward = {(a, b): dist.new_group([ranks[a], ranks[b]], timeout=timeout) for a, b in edges}
         back = dist.new_group(list(ranks), timeout=timeout)
         control = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
         if dist.get_rank() in ranks:
-            mine = PipelineGroups(ranks, forward, back, control)  # pyright: ignore[reportArgumentType]
+            mine = Groups(ranks, forward, back, control)  # pyright: ignore[reportArgumentType]
     return mine
 
 
 def check_p2p(mesh: Mesh) -> None:
-    """Send a few bytes to the next stage and receive from the previous one, asynchronously and bounded in time.
+    """Send a few bytes to the next rank and receive from the previous one, asynchronously and bounded in time.
 
     Raises RankError where the device's back end cannot do it. Used for device types that were opted in.
     """
-    groups = mesh.pipeline
-    if groups is None or mesh.pp_size == 1:
+    groups = mesh.replica
+    me, size = groups.ranks.index(mesh.rank), len(groups.ranks)
+    if size == 1:
         return
-    me, size = mesh.pp_rank, mesh.pp_size
     bound = min(mesh.timeout, timedelta(seconds=30))
     for step in (1, -1):
         to, source = (me + step) % size, (me - step) % size

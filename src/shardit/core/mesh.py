@@ -45,7 +45,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class AxisGroup:
-    """The ranks that differ from this one on one axis alone, in the order of that axis; `index` is this rank's place."""
+    """The ranks that differ from this one on one axis alone, in the order of that axis; `index`: this rank's place."""
 
     ranks: tuple[int, ...]
     index: int

@@ -87,7 +87,8 @@ class Worker:
         requests = model.make_requests(size, seeds, guided)
 
         def work() -> list[torch.Tensor]:
-            outputs = session.generate(requests, lambda *_: None)
+            found = session.generate(requests, lambda *_: None)
+            outputs = [found[index] for index in sorted(found)]
             errors = [output.error for output in outputs if output.error]
             if errors:
                 raise RuntimeError(errors[0])

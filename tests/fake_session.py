@@ -31,12 +31,13 @@ def check(spec: Any) -> None:
 class Session:
     def __init__(self, spec: Any, *, rank: int, world_size: int, init_method: str):
         self.rank = rank
+        self.leads = rank == 0
         self.world_size = world_size
         self.info = {"signature": SIGNATURE, "notes": [init_method]}
         act(spec.model, "start", rank)
 
-    def generate(self, requests: list[Any], on_progress: Any, on_error: Any = None) -> list[Any]:
-        outputs = []
+    def generate(self, requests: list[Any], on_progress: Any, on_error: Any = None) -> dict[int, Any]:
+        outputs = {}
         for request in requests:
             steps = request.kwargs.get("num_inference_steps", 2)
             for step in range(steps):
@@ -47,8 +48,9 @@ class Session:
                 "main": sorted(vars(sys.modules["__main__"])),
                 "threads": os.environ["OMP_NUM_THREADS"],
             }
-            outputs.append(Output(request.prompt, request.seed, pictures(request.prompt), metrics=metrics))
-        return outputs if self.rank == 0 else []
+            output = Output(request.prompt, request.seed, pictures(request.prompt), metrics=metrics)
+            outputs[request.index] = output
+        return outputs if self.rank == 0 else {}
 
     def close(self) -> None:
         pass

@@ -18,12 +18,15 @@ class Session(fake_session.Session):
         dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
         super().__init__(spec, rank=rank, world_size=world_size, init_method=init_method)
 
-    def generate(self, requests: list[Any], on_progress: Any, on_error: Any = None) -> list[Any]:
+    def generate(self, requests: list[Any], on_progress: Any, on_error: Any = None) -> dict[int, Any]:
         total = torch.tensor([self.rank + 1.0])
         dist.all_reduce(total)
         outputs = super().generate(requests, on_progress)
         found = {"sum": total.item(), "torch_threads": torch.get_num_threads()}
-        return [dataclasses.replace(output, metrics={"pid": output.metrics["pid"], **found}) for output in outputs]
+        return {
+            index: dataclasses.replace(output, metrics={"pid": output.metrics["pid"], **found})
+            for index, output in outputs.items()
+        }
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -20,12 +20,13 @@ MAX_SIGNATURES = stages.MAX_SIGNATURES
 
 
 class Session(session.Session):
-    def generate(self, requests: list[Any], *callbacks: Any) -> list[Any]:
+    def generate(self, requests: list[Any], *callbacks: Any) -> dict[int, Any]:
         words = (requests[0].prompt or "").partition("keep:")[2].split()
         stages.MAX_SIGNATURES = int(words[0]) if words else MAX_SIGNATURES
         outputs = super().generate(requests, *callbacks)
         kept = [len(getattr(self._pipe, name).shardit_stages.plans) for name in self._assignment.cut]
-        return [dataclasses.replace(o, metrics={**o.metrics, "plans": max(kept)}) for o in outputs]
+        more = {"plans": max(kept)}
+        return {i: dataclasses.replace(o, metrics={**o.metrics, **more}) for i, o in outputs.items()}
 
     def _function(self, request: Any, on_progress: Any) -> Any:
         deeds = [word.split(":") for word in (request.prompt or "").split() if word.count(":") == 2]

@@ -50,7 +50,7 @@ def parallelize(
     target: Any = module_or_pipeline
     device = _device_of(target)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
-    if mesh.world_size == 1:
+    if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
     _refuse_hooks(target)
     if isinstance(target, nn.Module):
@@ -105,13 +105,13 @@ def load_parallel(
 
     def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Callable[[str], bool]]:
         found.append(assign(modules, cls, config, max_in_flight=max_in_flight, plans=plan, environ=os.environ))
-        return {name: found[0].owns(name, mesh.pp_rank) for name in modules}
+        return {name: found[0].owns(name, mesh.member()) for name in modules}
 
     pipe: Any = load_pipeline(
         model, dtype=dtype, device=mesh.device, place=place, pipeline_class=pipeline_class, reads=reads
     )
-    pipe.set_progress_bar_config(disable=mesh.rank != 0)
-    if mesh.world_size == 1:
+    pipe.set_progress_bar_config(disable=mesh.member() != 0)
+    if len(mesh.replica.ranks) == 1:
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
     connect(pipe, found[0], runtime)
@@ -123,7 +123,7 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
     for name, cut in assignment.cut.items():
         stage(getattr(pipe, name), runtime, cut.placement, cut.plan)
     for name, owner in assignment.owned.items():
-        own(getattr(pipe, name), runtime.comm, owner)
+        own(getattr(pipe, name), runtime.replica, owner)
     _swap_pipeline(pipe, runtime.mesh.device)
 
 

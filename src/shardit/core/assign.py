@@ -1,8 +1,9 @@
-"""Who owns what of a whole pipeline: cut transformers, and components that one stage owns whole."""
+"""Who owns what of a whole pipeline: cut transformers, and components that one rank owns whole."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
 from ..errors import UnsupportedError
+from .mesh import axis_sizes, coordinates
 from .partition import Placement, automatic_chunks, block_cost, place_blocks
 from .plan import Plan
 from .sites import find_blocks, keeps
@@ -29,20 +31,21 @@ class Cut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """cut: by component name. owned: the stage that owns a component whole. notes: what a user may want to know."""
+    """cut: by component name. owned: the member of a replica that owns a component whole. stages: the stage of each
+    member of a replica (all ranks that work on the same requests). notes: what a user may want to know."""
 
-    pp_size: int
+    stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
     owned: dict[str, int] = field(default_factory=dict)
     chunks: int = 1
     notes: tuple[str, ...] = ()
 
-    def owns(self, component: str, stage: int) -> Callable[[str], bool]:
-        """A predicate over parameter names of a component: does this stage hold it?"""
+    def owns(self, component: str, member: int) -> Callable[[str], bool]:
+        """A predicate over parameter names of a component: does this member of a replica hold it?"""
         if component in self.owned:
-            mine = self.owned[component] == stage
+            mine = self.owned[component] == member
             return lambda name: mine
-        cut = self.cut.get(component)
+        cut, stage = self.cut.get(component), self.stages[member]
         if cut is None:
             return lambda name: True
         others = {f"{b}." for b, owner in zip(cut.blocks, cut.placement.owners(), strict=True) if owner != stage}
@@ -92,11 +95,13 @@ def assign(
 ) -> Assignment:
     """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
 
-    Transformers are cut; of the other components each goes, largest first, to the stage with the fewest bytes so far.
+    Transformers are cut; of the other components each goes, largest first, to the rank with the fewest bytes so far.
     """
     pp_size = config.pipeline_parallel_size
-    in_flight = branches(pipeline_class) * max_in_flight
-    notes, cut, load = [], {}, [0] * pp_size
+    sizes = {**axis_sizes(config), "dp": 1}
+    stages = tuple(coordinates(sizes, member)["pp"] for member in range(math.prod(sizes.values())))
+    in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
+    notes, cut, load = [], {}, [0] * len(stages)
     for name, module in modules.items():
         if not type(module).__module__.startswith(CUT_PACKAGES):
             continue
@@ -104,18 +109,19 @@ def assign(
         cut[name], note = assign_blocks(module, config, in_flight, plan, environ)
         notes += [note] if note else []
         for (_, block), owner in zip(find_blocks(module, plan), cut[name].placement.owners(), strict=True):
-            load[owner] += nbytes(block)
+            for member, stage in enumerate(stages):
+                load[member] += nbytes(block) if stage == owner else 0
     if not cut and pp_size > 1:
         raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
     owned = {}
     rest = [name for name in modules if name not in cut]
     for name in sorted(rest, key=lambda n: (-nbytes(modules[n]), n)):
-        owned[name] = min(range(pp_size), key=lambda stage: (load[stage], stage))
+        owned[name] = min(range(len(load)), key=lambda member: (load[member], member))
         load[owned[name]] += nbytes(modules[name])
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
     how = "contiguous" if chunks == 1 else "looped"
     notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
-    return Assignment(pp_size, cut, owned, chunks, tuple(notes))
+    return Assignment(stages, cut, owned, chunks, tuple(notes))
 
 
 def nbytes(module: nn.Module) -> int:

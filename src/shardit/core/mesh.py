@@ -84,6 +84,13 @@ class Mesh:
         """This rank's index on each axis."""
         return coordinates(self.sizes, self.rank)
 
+    def member(self, **coords: int) -> int:
+        """The number within `replica` of the rank that differs from this one in the given coordinates."""
+        number = 0
+        for axis, index in {**self.coords, **coords, "dp": 0}.items():
+            number = number * self.sizes[axis] + index
+        return number
+
     @property
     def pp_rank(self) -> int:
         """This rank's stage."""

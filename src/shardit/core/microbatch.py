@@ -24,12 +24,6 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 1
 
 
-def parts(args: tuple[Any, ...], kwargs: dict[str, Any], pp_size: int, max_in_flight: int) -> int:
-    """How many micro-batches to make of a call: as many as fill the stages together with the requests in flight."""
-    wanted = -(-pp_size // max_in_flight)
-    return max(1, min(batch_size(args, kwargs), wanted))
-
-
 def split(args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The arguments of `count` micro-batches, of nearly equal size and in order.
 

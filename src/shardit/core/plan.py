@@ -92,7 +92,22 @@ class Hop:
     layout: Layout
 
 
-NO_MESSAGE = Layout((), 0)
+@dataclass(frozen=True)
+class ResultPlan:
+    """What a forward returns: its leaves, and one message with every tensor among them, dense, in leaf order; parts[i]
+    is the number of the leaf that part i of the message holds."""
+
+    spec: Any = field(compare=False)
+    leaves: tuple[Leaf, ...]
+    layout: Layout
+    parts: tuple[int, ...]
+
+    @staticmethod
+    def of(spec: Any, leaves: tuple[Leaf, ...]) -> ResultPlan:
+        """Lay out the message."""
+        numbers = tuple(i for i, leaf in enumerate(leaves) if leaf.kind == "tensor")
+        layout = pack_layout(tuple(span_bytes(leaves[i]) for i in numbers))
+        return ResultPlan(spec, leaves, layout, numbers)
 
 
 @dataclass(frozen=True)
@@ -100,21 +115,18 @@ class CallPlan:
     """Everything that a call of one signature needs besides the data. The same on every rank.
 
     sites: all block calls in order. segments: (first site, last site) of each maximal run of sites with one owner.
-    hops[k]: the message between segments k and k + 1. result: leaves of what forward returns.
+    hops[k]: the message between segments k and k + 1. result: what forward returns.
     """
 
     sites: tuple[Site, ...]
     segments: tuple[tuple[int, int], ...]
     owners: tuple[int, ...]
     hops: tuple[Hop, ...]
-    result_spec: Any = field(compare=False)
-    result: tuple[Leaf, ...] = ()
-    result_layout: Layout = NO_MESSAGE
-    result_parts: tuple[int, ...] = ()
+    result: ResultPlan
 
     def digest(self) -> str:
         """A hash of the plan that ranks compare."""
-        text = repr((self.sites, self.segments, self.owners, self.hops, self.result, self.result_layout))
+        text = repr((self.sites, self.segments, self.owners, self.hops, self.result.leaves, self.result.layout))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -132,13 +144,6 @@ def segments_of(owners: list[int]) -> list[tuple[int, int]]:
         else:
             out.append((n, n))
     return out
-
-
-def result_layout(leaves: tuple[Leaf, ...]) -> tuple[Layout, tuple[int, ...]]:
-    """Message layout of a forward's result: every tensor leaf dense, in leaf order; and the leaf numbers in it."""
-    numbers = tuple(i for i, leaf in enumerate(leaves) if leaf.kind == "tensor")
-    sizes = tuple(span_bytes(leaves[i]) for i in numbers)
-    return pack_layout(sizes), numbers
 
 
 def span_bytes(leaf: Leaf) -> int:

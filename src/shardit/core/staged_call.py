@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..errors import RankError
 from .comm import Comm, Transfer, first_byte, storage_bytes, view_bytes, view_near
 from .coroutine import Coroutine
-from .pending import Source
 from .plan import Address, CallPlan, Hop, Item, Leaf, Site
+from .result import Result, Route
 
 
 class _Leave(BaseException):
@@ -79,6 +79,7 @@ class StagedCall:
         self,
         local: LocalPlan,
         comm: Comm,
+        route: Route,
         current: dict[str, Any],
         forward: Callable[[], Any],
         arguments: Any,
@@ -86,8 +87,9 @@ class StagedCall:
         count: Callable[[int], None],
         poison: bool = False,
     ):
-        self.local, self.plan, self.comm = local, local.plan, comm
+        self.local, self.plan, self.comm, self._route = local, local.plan, comm, route
         self.owners = self.plan.owners
+        self._replica = comm.mesh.coords["cfg"]
         self.finished = False
         self.failure: BaseException | None = None  # of a self-check
         self._sent: set[int] = set()
@@ -100,33 +102,24 @@ class StagedCall:
         self._sends: list[Transfer] = []
         self._inputs = [(t, t._version) for t in tree_leaves(arguments) if _versioned(t)]
         self._device = comm.mesh.device
-        # NaN until it is here: torch.tensor and its like look at a tensor's memory without asking the tensor.
-        self._result = torch.full((self.plan.result_layout.total,), 0xFF, dtype=torch.uint8, device=self._device)
+        self._result = Result(self.plan.result, self._device, self._settle)
         self._result_receive: Transfer | None = None
         self._coroutine = Coroutine(self._run)
-        self.source = Source(self._settle)
 
     # What the caller of the model gets.
 
     def result(self) -> Any:
         """What forward returns, with pending tensors over the memory that the last stage fills."""
-        leaves = [leaf.value for leaf in self.plan.result]
-        for number, tensor in self._result_views():
-            leaves[number] = self.source.wrap(tensor)
-        return tree_unflatten(leaves, self.plan.result_spec)
+        return self._result.tree()
+
+    def settle(self) -> None:
+        """Wait for the result."""
+        self._result.source.wait()
 
     def _settle(self) -> None:
         self._wait(self)
         if self._result_receive is not None:
             self._take(self._result_receive)
-
-    def _result_views(self) -> list[tuple[int, torch.Tensor]]:
-        views = []
-        for number, (start, _) in zip(self.plan.result_parts, self.plan.result_layout.parts, strict=True):
-            leaf = self.plan.result[number]
-            assert leaf.dtype is not None
-            views.append((number, view_bytes(self._result, start, leaf.dtype, leaf.size, leaf.stride)))
-        return views
 
     # What the schedule asks for.
 
@@ -151,18 +144,15 @@ class StagedCall:
             self._receives[segment] = self.comm.receive(self._message(segment), hop.source)
 
     def finish(self) -> None:
-        """Send the result to every other stage, or post the receive of it."""
+        """Send the result to every other rank, or post the receive of it."""
         self._handles.clear()
-        if not self.plan.result_layout.total:
+        if not self.plan.result.layout.total:
             return
         last = self.owners[-1]
         if self.local.rank == last:
-            message = self._result.clone()  # the caller may write to its result while it is being sent
-            for stage in range(self.comm.size):
-                if stage != last:
-                    self.comm.send(message, stage, result=True)
+            self._route.send(self._result.memory.clone())  # the caller may write to its result while it is being sent
         else:
-            self._result_receive = self.comm.receive(self._result, last, result=True)
+            self._result_receive = self._route.receive(self._replica, last, self._result.memory)
 
     # The forward, in its coroutine.
 
@@ -200,8 +190,8 @@ class StagedCall:
         except _Leave:
             return
         leaves, _ = tree_flatten(out)
-        for number, view in self._result_views():
-            self._check(self.plan.result[number], leaves[number], "the result")
+        for number, view in self._result.views():
+            self._check(self.plan.result.leaves[number], leaves[number], "the result")
             view.copy_(leaves[number])
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

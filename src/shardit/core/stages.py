@@ -16,11 +16,13 @@ from torch.utils._pytree import tree_leaves
 from ..errors import RankError, UnsupportedError
 from . import microbatch
 from .comm import Comm
+from .deal import Dealer, RemoteCall
 from .mesh import Mesh
 from .partition import Placement
 from .pending import settle
 from .plan import CallPlan, Plan
-from .schedule import Schedule
+from .result import Route
+from .schedule import Flight, Schedule
 from .signature import mode_key, signature
 from .sites import drop_blocks, find_blocks, fixed_place, install, swap_class
 from .staged_call import LocalPlan, StagedCall
@@ -38,10 +40,16 @@ WARN_SIGNATURES = 16
 
 @dataclass
 class Runtime:
-    """What all staged modules of one pipeline share: the mesh, its messages, the schedule and the turns."""
+    """What all staged modules of one pipeline share: the mesh, its messages, the schedule and the turns.
+
+    comm joins the stages of this rank's chain, `replica` all ranks that work on the same requests.
+    """
 
     mesh: Mesh
     comm: Comm
+    replica: Comm
+    route: Route
+    dealer: Dealer
     schedule: Schedule
     turns: Turns
     max_in_flight: int = 1
@@ -50,8 +58,27 @@ class Runtime:
     @staticmethod
     def of(mesh: Mesh, max_in_flight: int = 1, split_batch: bool = True) -> Runtime:
         """Make the shared state of a pipeline over a mesh."""
-        schedule = Schedule(mesh.pp_rank)
-        return Runtime(mesh, Comm(mesh), schedule, Turns(schedule), max_in_flight, split_batch)
+        schedule, comm = Schedule(mesh.pp_rank), Comm(mesh)
+        replica = comm if mesh.replica is mesh.pipeline else Comm(mesh, mesh.replica)
+        dealer = Dealer(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
+        route, turns = Route.of(mesh, replica), Turns(schedule)
+        return Runtime(mesh, comm, replica, route, dealer, schedule, turns, max_in_flight, split_batch)
+
+    @property
+    def program(self) -> object:
+        """Whose calls these are: the request that has its turn, or whoever uses the model without requests."""
+        return self.turns.current or self.turns
+
+    def wait_for(self, flight: Flight) -> None:
+        """Return when `flight` is virtually done."""
+        self.dealer.waits(self.program)
+        self.turns.wait_for(flight)
+
+    def flush(self) -> None:
+        """Wait until everything sent has been taken."""
+        self.schedule.drain()
+        self.comm.flush()
+        self.replica.flush()
 
 
 @dataclass
@@ -94,9 +121,9 @@ class Stages:
 
     def _micro_batches(self, forward: Any, args: Any, kwargs: Any, exclusive: bool = False) -> Any:
         runtime = self.runtime
-        parts = 1
-        if runtime.split_batch and not exclusive:
-            parts = microbatch.parts(args, kwargs, runtime.mesh.pp_size, runtime.max_in_flight)
+        samples = microbatch.batch_size(args, kwargs) if runtime.split_batch and not exclusive else 1
+        dealt = runtime.dealer.parts(runtime.program, samples)
+        parts = min(samples, dealt * -(-runtime.mesh.pp_size // runtime.max_in_flight))
         if parts == 1:
             return self._one(forward, args, kwargs)
         key = mode_key((args, kwargs), self.model.training), parts
@@ -120,7 +147,7 @@ class Stages:
         except Exception as failure:  # a model that takes no such batch: it is kept whole
             error = failure
         close = error is None and microbatch.close(whole, merged)
-        self._splits[key] = all(self.runtime.comm.gather_objects(close))
+        self._splits[key] = all(self.runtime.replica.gather_objects(close))
         if not self._splits[key] and self.runtime.mesh.rank == 0:
             log.warning("%s: a batch cannot be split by sample (%s); it stays whole", self._name, error or "it differs")
         # What is split later is split now, too: the same request gives the same bits however often it is run.
@@ -133,14 +160,19 @@ class Stages:
         if local is None:
             return self._first(key, forward, args, kwargs)
         self.plans.move_to_end(key)
-        call = self._start(local, lambda: forward(*args, **kwargs), arguments)
+        runtime = self.runtime
+        replica = runtime.dealer.next(runtime.program)
+        if replica == runtime.dealer.index:
+            return self._start(local, lambda: forward(*args, **kwargs), arguments).result()
+        call = RemoteCall(local.plan, runtime.route, replica, runtime.wait_for)
+        runtime.schedule.start(call)
         return call.result()
 
     def _start(self, local: LocalPlan, forward: Any, arguments: Any, poison: bool = False) -> StagedCall:
         runtime = self.runtime
-        call = StagedCall(
-            local, runtime.comm, self._current, forward, arguments, runtime.turns.wait_for, self._count, poison
-        )
+        route = runtime.route.of_one(runtime.dealer.index) if poison else runtime.route
+        wait = runtime.turns.wait_for if poison else runtime.wait_for
+        call = StagedCall(local, runtime.comm, route, self._current, forward, arguments, wait, self._count, poison)
         runtime.schedule.start(call)
         return call
 
@@ -152,7 +184,7 @@ class Stages:
         out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
         local = LocalPlan.of(plan, self.runtime.comm.rank)
         mode = mode_key(arguments, self.model.training)
-        if mode not in self._checked:
+        if mode not in self._checked and self.runtime.comm.size > 1:
             self._self_check(local, forward, args, kwargs, out)
             self._checked.add(mode)
         self.plans[key] = local
@@ -164,14 +196,14 @@ class Stages:
                 self._name,
                 self.traced,
             )
-        return out
+        return self.runtime.dealer.noticed(out, self.runtime.program)
 
     def _self_check(self, local: LocalPlan, forward: Any, args: Any, kwargs: Any, expected: Any) -> None:
         """The same call again, pipelined, with NaN in every placeholder: it must give the same bits on every rank."""
         call = self._start(local, lambda: forward(*args, **kwargs), (args, kwargs), poison=True)
         self.runtime.schedule.drain(call)
         got = call.result()
-        call.source.wait()
+        call.settle()
         what = None if _same_bits(expected, got) else "its result changes"
         if call.failure is not None:
             what = f"it fails ({type(call.failure).__name__}: {call.failure})"

@@ -23,8 +23,8 @@ from .plan import (
     Hop,
     Item,
     Leaf,
+    ResultPlan,
     Site,
-    result_layout,
     segments_of,
     span,
 )
@@ -212,10 +212,8 @@ def derive(trace: Trace, result: list[Any], result_spec: Any, result_leaves: tup
             holders[storage] = {seg_owner[segment]: segment}
             rewritten.setdefault(storage, []).append(segment)
     hops = _hops(trace, segments, seg_owner, carried, rewritten)
-    layout, parts = result_layout(result_leaves)
-    return CallPlan(
-        tuple(trace.sites), tuple(segments), tuple(seg_owner), hops, result_spec, result_leaves, layout, parts
-    )
+    out = ResultPlan.of(result_spec, result_leaves)
+    return CallPlan(tuple(trace.sites), tuple(segments), tuple(seg_owner), hops, out)
 
 
 def _segment(event: Event, segment_of: list[int], last: int) -> int:

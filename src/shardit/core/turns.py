@@ -19,7 +19,7 @@ class Interrupted(Exception):
     """Ends a program at the beginning of a turn, because somebody asked for it."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """One request: a function to run, the seed of its global generators, and what became of it.
 

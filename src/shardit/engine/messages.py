@@ -139,9 +139,9 @@ class Ended:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The results, in the order of the requests (rank 0 only)."""
+    """Results by the number of the request, from the first rank of each replica of the data axis."""
 
-    outputs: list[Any]
+    outputs: dict[int, Any]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from shardit.engine.messages import (
     encode,
 )
 from shardit.engine.watch import Watch
-from shardit.engine.worker import JoinedRanks, with_peaks
+from shardit.engine.worker import JoinedRanks, in_order, with_peaks
 from shardit.errors import InputError, RankError
 
 if TYPE_CHECKING:
@@ -180,26 +180,27 @@ class LocalRanks:
 
     def _run(self, message: list[Any], on_progress: OnProgress) -> list[Output] | InputError:
         assert self._nursery is not None
-        outputs: list[Output] = []
+        outputs: dict[int, Output] = {}
 
         def on_message(message: Any) -> None:
             if isinstance(message, Progress):
                 on_progress(message.index, message.step, message.total)
             elif isinstance(message, Outputs):
-                outputs.extend(message.outputs)
+                outputs.update(message.outputs)
 
         for channel in self._channels:
             # A rank that is gone or stuck is found, and named, by the watch.
             with contextlib.suppress(Closed, TimeoutError):
                 channel.send_encoded(message)
-        watch = Watch(self._nursery, self._channels, self.spec.timeout_s)
+        together = len(self._channels) // self.spec.config.data_parallel_size
+        watch = Watch(self._nursery, self._channels, self.spec.timeout_s, together)
         try:
             done = watch.collect(Done, on_message)
         except InputError as error:
             if watch.silent or watch.failures or watch.answers:
                 raise
             return error  # all ranks refused alike and wait for the next request
-        return with_peaks(outputs, [answer.peak_bytes for answer in done])
+        return with_peaks(in_order(outputs), [answer.peak_bytes for answer in done])
 
     @contextlib.contextmanager
     def _ending_ranks_on_error(self) -> Iterator[None]:

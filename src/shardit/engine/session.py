@@ -79,8 +79,9 @@ class Session:
 
     def generate(
         self, requests: list[Request], on_progress: OnProgress, on_error: OnError | None = None
-    ) -> list[Output]:
-        """Run the requests, several at once; outputs in order on rank 0, [] elsewhere.
+    ) -> dict[int, Output]:
+        """Run the requests, several at once. The outputs of a replica of the data axis, by the number of the request,
+        are on its first rank; the others get {}.
 
         `on_error` is told what ends a request on this rank, before the ranks compare notes: if it ends here alone, the
         others may never come to do so.
@@ -92,7 +93,9 @@ class Session:
         starts: list[tuple[int, str | None]] = []
 
         def make() -> Iterator[Program]:
-            for position, request in enumerate(requests):
+            replicas = self._mesh.sizes["dp"]
+            for position in range(self._mesh.coords["dp"], len(requests), replicas):
+                request = requests[position]
                 program = Program(self._function(request, on_progress), request.seed)
                 programs[id(program)] = position
                 yield program
@@ -104,13 +107,12 @@ class Session:
             if program.error is not None:
                 self._agree((position, type(program.error).__name__), f"here: {program.error!r}")
             starts.append((position, program.start))
-            if self._mesh.rank == 0:
+            if self.leads:
                 outputs[position] = collect(requests[position], program.value, program.error)
         self._agree(starts, "the first latents or the order of the requests")
         if self._runtime is not None:
-            self._runtime.schedule.drain()
-            self._runtime.comm.flush()
-        return [outputs[i] for i in range(len(requests))] if self._mesh.rank == 0 else []
+            self._runtime.flush()
+        return outputs
 
     def _function(self, request: Request, on_progress: OnProgress) -> Callable[[], Any]:
         def run() -> tuple[Any, float, list[str]]:
@@ -141,9 +143,14 @@ class Session:
         """
         if self._runtime is None:
             return
-        values = self._runtime.comm.gather_objects(value)
+        values = self._runtime.replica.gather_objects(value)
         if any(other != values[0] for other in values):
             raise RankError(self._mesh.rank, f"ranks differ in how requests went ({what}): {values}")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the first of its replica, which reports progress and collects outputs."""
+        return self._mesh.member() == 0
 
     def close(self) -> None:
         """Leave the process group."""

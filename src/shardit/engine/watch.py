@@ -33,9 +33,13 @@ class Failure:
 
 
 class Watch:
-    """Waits until every rank has answered; raises RankError or InputError where one cannot."""
+    """Waits until every rank has answered; raises RankError or InputError where one cannot.
 
-    def __init__(self, nursery: Nursery, channels: list[Channel], timeout_s: float):
+    `together`: how many consecutive ranks work on the same requests (default: all).
+    """
+
+    def __init__(self, nursery: Nursery, channels: list[Channel], timeout_s: float, together: int | None = None):
+        self.together = together or len(channels)
         self.nursery = nursery
         self.timeout_s = timeout_s
         self.open = dict(enumerate(channels))
@@ -112,7 +116,8 @@ class Watch:
     def _note_end(self, rank: int, message: Ended) -> None:
         ranks = self.ended.setdefault(message.index, {})
         ranks[rank] = message.reason
-        if len(ranks) == len(self.silent | self.out | self.answers.keys()):
+        known = self.silent | self.out | self.answers.keys()
+        if len(ranks) == sum(other // self.together == rank // self.together for other in known):
             del self.ended[message.index]
         self._stacks = None
         self.doubt = time.monotonic() + DOUBT_S if self.ended else math.inf

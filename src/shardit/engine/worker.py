@@ -57,7 +57,7 @@ def main(spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads
         set_threads(threads)
         session = open_session(spec, rank=rank, world_size=world_size, init_method=rendezvous)
         channel.send(Ready(session.info))
-        serve(session, rank, channel)
+        serve(session, channel)
     except InputError as error:
         channel.send(Refused.from_error(error))
         return 0
@@ -71,19 +71,19 @@ def main(spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads
     return 0
 
 
-def serve(session: Any, rank: int, channel: Channel) -> None:
+def serve(session: Any, channel: Channel) -> None:
     """Run requests until the user's process closes its channel."""
     while (message := receive(channel)) is not None:
         try:
             if isinstance(message, InputError):
                 raise message
             reset_peak()
-            on_progress = reporter(channel) if rank == 0 else ignore_progress
+            on_progress = reporter(channel) if session.leads else ignore_progress
             outputs = session.generate(message.requests, on_progress, on_error(channel))
         except InputError as error:
             channel.send(Refused.from_error(error))
             continue
-        if rank == 0:
+        if session.leads:
             channel.send(Outputs(outputs))
         channel.send(Done(peak_bytes()))
 
@@ -132,7 +132,8 @@ class JoinedRanks:
                 raise requests
             reset_peak()
             outputs = self._session.generate(requests, on_progress if self.rank == 0 else ignore_progress)
-            return with_peaks(outputs, gather(peak_bytes()))
+            peaks = gather(peak_bytes())
+            return with_peaks(in_order(collected(outputs)), peaks) if self.rank == 0 else []
 
     def close(self) -> None:
         """Leave."""
@@ -158,7 +159,7 @@ def open_session(spec: SessionSpec, *, rank: int, world_size: int, init_method: 
 
 
 def reporter(channel: Channel) -> Callable[[int, int, int], None]:
-    """The progress callback of rank 0."""
+    """The progress callback of the first rank of a replica."""
     return lambda index, step, total: channel.send(Progress(index, step, total))
 
 
@@ -180,6 +181,22 @@ def gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def collected(outputs: dict[int, Output]) -> dict[int, Output]:
+    """The outputs of all replicas, on rank 0."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return outputs
+    boxes: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(outputs, boxes if dist.get_rank() == 0 else None)
+    return {index: output for box in boxes if box for index, output in box.items()}
+
+
+def in_order(outputs: dict[int, Output]) -> list[Output]:
+    """The outputs of all requests, in the order of the requests."""
+    return [outputs[index] for index in sorted(outputs)]
 
 
 def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError:

@@ -57,14 +57,7 @@ def test_degree_must_be_a_positive_whole_number(value):
 
 @pytest.mark.parametrize(
     "axis",
-    [
-        "tensor_parallel_size",
-        "ulysses_degree",
-        "ring_degree",
-        "cfg_parallel_size",
-        "data_parallel_size",
-        "vae_patch_parallel_size",
-    ],
+    ["vae_patch_parallel_size"],
 )
 def test_other_axes_are_not_yet_supported(axis):
     with pytest.raises(UnsupportedError, match=f"{axis}=2 is not yet supported"):

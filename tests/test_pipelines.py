@@ -10,7 +10,7 @@ import pytest
 
 from shardit.models import tiny
 from tests.ranks import run_ranks
-from tests.whole_pipelines import Case, difference, plain, staged
+from tests.whole_pipelines import Case, difference, joined, plain, staged
 
 BATCHED = ("sd3.5", "z-image")  # these pipelines put both branches of guidance into one call
 LOOPED, CONTIGUOUS = 2, 1
@@ -31,16 +31,16 @@ def compare(cases: list[Case]) -> list[list[dict]]:
     """Run cases of one rank count in one group; every one must be bit-equal, with no rank running another's blocks."""
     for case in cases:
         tiny.resolve(f"tiny/{case.name}")
-    results = run_ranks(cases[0].pp, staged, cases)
+    results = run_ranks(cases[0].config().world_size, staged, cases)
     for number, case in enumerate(cases):
         of_ranks = [result[number] for result in results]
-        assert of_ranks[0]["errors"] == [None] * case.requests, case
-        for plain_array, array in zip(reference(case), of_ranks[0]["arrays"], strict=True):
+        assert joined(of_ranks, "errors") == [None] * case.requests, case
+        for plain_array, array in zip(reference(case), joined(of_ranks, "arrays"), strict=True):
             assert np.isfinite(plain_array).all()
             assert np.array_equal(plain_array, array), (case, difference(plain_array, array))
         assert all(not r["strangers"] for r in of_ranks), case
         for name in of_ranks[0]["ran"]:
-            assert sum(r["ran"][name] > 0 for r in of_ranks) in (0, case.pp), case
+            assert sum(r["ran"][name] > 0 for r in of_ranks) in (0, len(of_ranks)), case
     return [[result[number] for result in results] for number in range(len(cases))]
 
 
@@ -54,9 +54,9 @@ def test_guided_branches_in_flight_at_once() -> None:
     results = run_ranks(2, staged, cases)
     for number, case in enumerate(cases):
         of_ranks = [result[number] for result in results]
-        assert of_ranks[0]["errors"] == [None], case
+        assert joined(of_ranks, "errors") == [None], case
         assert [r["in_flight"] for r in of_ranks] == [2, 2], case
-        error = difference(reference(case)[0], of_ranks[0]["arrays"][0])
+        error = difference(reference(case)[0], joined(of_ranks, "arrays")[0])
         assert error <= (1e-5 if case.split_batch else 0), (case, error)
 
 
@@ -108,9 +108,9 @@ def test_split_batch_is_close() -> None:
     results = run_ranks(2, staged, cases)
     for number, case in enumerate(cases):
         of_ranks = [result[number] for result in results]
-        assert of_ranks[0]["errors"] == [None]
+        assert joined(of_ranks, "errors") == [None]
         assert all(split for r in of_ranks for splits in r["splits"] for split in splits.values()), case
-        assert difference(reference(case)[0], of_ranks[0]["arrays"][0]) <= 1e-5, case
+        assert difference(reference(case)[0], joined(of_ranks, "arrays")[0]) <= 1e-5, case
 
 
 def test_uneven_partition() -> None:

@@ -35,6 +35,17 @@ class Case:
     partition: tuple[int, ...] | None = None
     call: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduler: str | None = None
+    axes: dict[str, int] = field(default_factory=dict, hash=False)
+
+    def config(self) -> DiffusionParallelConfig:
+        """How it is spread."""
+        return DiffusionParallelConfig(
+            pipeline_parallel_size=self.pp,
+            pipeline_chunks=self.chunks,
+            layer_partition=self.partition,
+            split_batch=self.split_batch,
+            **self.axes,
+        )
 
 
 def pictures(count: int, mode: str = "RGB") -> list[Image.Image]:
@@ -106,27 +117,30 @@ def staged(rank: int, count: int, method: str, cases: list[Case]) -> list[dict[s
 
 def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     """One case on this rank."""
-    config = DiffusionParallelConfig(
-        pipeline_parallel_size=case.pp,
-        pipeline_chunks=case.chunks,
-        layer_partition=case.partition,
-        split_batch=case.split_batch,
-    )
-    spec = SessionSpec(f"tiny/{case.name}", config, case.dtype, "cpu", case.in_flight, timeout_s=60)
+    spec = SessionSpec(f"tiny/{case.name}", case.config(), case.dtype, "cpu", case.in_flight, timeout_s=60)
     session = Session(spec, rank=rank, world_size=count, init_method=method)
     for pipe in session._variants.values():
         change_scheduler(pipe, case.scheduler)
     requests = make_requests(case, session.info["signature"], session.info["signature_with_image"])
     outputs = session.generate(requests, lambda *_: None)
-    stages = {name: getattr(session._pipe, name).shardit_stages for name in session._assignment.cut}
+    parts = {name: getattr(session._pipe, name) for name in session._assignment.cut}
+    stages = {name: part.shardit_stages for name, part in parts.items() if hasattr(part, "shardit_stages")}
+    stage = session._mesh.pp_rank
     return {
-        "errors": [output.error for output in outputs],
-        "arrays": [np.asarray(output.latents) for output in outputs] if rank == 0 else [],
-        "strangers": [(name, block) for name, s in stages.items() for block in s.ran if s.owners[block] != rank],
+        "errors": {index: output.error for index, output in outputs.items()},
+        "arrays": {index: np.asarray(output.latents) for index, output in outputs.items() if output.error is None},
+        "strangers": [(name, block) for name, s in stages.items() for block in s.ran if s.owners[block] != stage],
+        "calls": {name: s.ran.total() for name, s in stages.items()},
         "ran": {name: len(s.ran) for name, s in stages.items()},
-        "in_flight": max(s.runtime.schedule.most_in_flight for s in stages.values()),
+        "in_flight": max((s.runtime.schedule.most_in_flight for s in stages.values()), default=0),
         "splits": [dict(s._splits) for s in stages.values()],
     }
+
+
+def joined(of_ranks: list[dict[str, Any]], what: str) -> list[Any]:
+    """What the ranks returned of the requests, in the order of the requests."""
+    found = {index: value for of_rank in of_ranks for index, value in of_rank[what].items()}
+    return [found[index] for index in sorted(found)]
 
 
 def difference(expected: np.ndarray, got: np.ndarray) -> float:

@@ -15,16 +15,7 @@ import typer
 from typer import Argument, Option
 
 from shardit.errors import InputError
-from shardit.flags import (
-    Chunks,
-    DtypeFlag,
-    GenerateFlags,
-    Model,
-    Partition,
-    PipelineSize,
-    as_command,
-    parallel_config,
-)
+from shardit.flags import GenerateFlags, InspectFlags, as_command
 from shardit.output import check_path
 
 if TYPE_CHECKING:
@@ -47,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_script(run: Callable[[GenerateFlags], None], output: str, arguments: Sequence[str] | None = None) -> int:
     """Run a script that takes the flags of `shardit generate`; `output` is its default for --output."""
     app = _new_app()
-    app.command()(as_command(_checked(run), Path(output)))
+    app.command()(as_command(_checked(run), output=Path(output)))
     return run_app(app, arguments, Path(sys.argv[0]).name)
 
 
@@ -80,21 +71,14 @@ def report(outputs: Sequence[Output], path: Path | None) -> None:
             print(file)
 
 
-def inspect(
-    model: Model,
-    dtype: DtypeFlag = None,
-    pipeline_parallel_size: PipelineSize = 1,
-    pipeline_chunks: Chunks = None,
-    layer_partition: Partition = None,
-    as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False,
-) -> None:
+def inspect(flags: InspectFlags) -> None:
     """Show what each rank would hold; reads no weights."""
-    config = parallel_config(pipeline_parallel_size, pipeline_chunks, layer_partition)
+    config = flags.parallel_config()
     from shardit.engine.inspect import inspect_model
 
-    document = inspect_model(model, config, dtype=dtype.value if dtype else None)
+    document = inspect_model(flags.model, config, dtype=flags.dtype.value if flags.dtype else None)
     if _is_first_rank():
-        print(json.dumps(document) if as_json else table(document))
+        print(json.dumps(document) if flags.as_json else table(document))
 
 
 def table(document: dict[str, Any]) -> str:
@@ -216,7 +200,7 @@ def _app() -> typer.Typer:
             print(context.get_help())
 
     app.command("generate")(as_command(_checked(generate)))
-    app.command("inspect")(inspect)
+    app.command("inspect")(as_command(inspect, InspectFlags))
     app.command("tiny")(tiny)
     return app
 

@@ -45,16 +45,50 @@ Model = Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", sho
 DtypeFlag = Annotated[
     Dtype | None, Option(help="Data type, as torch_dtype= in diffusers. [default: as diffusers loads]")
 ]
-PipelineSize = Annotated[int, Option(help="Ranks that the transformer's blocks are cut over.")]
-Chunks = Annotated[int | None, Option(help="Chunks of blocks per rank; 1 is contiguous. [default: automatic]")]
-Partition = Annotated[
-    str | None,
-    Option(help='Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]', show_default=False),
-]
+_PARALLEL = "How the model is spread; the ranks are the product of all sizes but the last"
+
+
+def _size(text: str, *names: str) -> Any:
+    return Option(*names, help=text, rich_help_panel=_PARALLEL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateFlags:
+class ParallelFlags:
+    """How a model is spread over ranks."""
+
+    pipeline_parallel_size: Annotated[int, _size("Ranks that the transformer's blocks are cut over.")] = 1
+    tensor_parallel_size: Annotated[int, _size("Ranks that each linear layer is cut over.")] = 1
+    ulysses_degree: Annotated[int, _size("Ranks that attention heads are dealt to.", "--ulysses-degree", "--usp")] = 1
+    ring_degree: Annotated[int, _size("Ranks that keys and values travel around.", "--ring-degree", "--ring")] = 1
+    cfg_parallel_size: Annotated[int, _size("Ranks that the branches of guidance are dealt to.")] = 1
+    data_parallel_size: Annotated[int, _size("Copies of the model that share the requests.")] = 1
+    vae_patch_parallel_size: Annotated[int, _size("Ranks that the tiles of the VAE are dealt to.")] = 1
+    pipeline_chunks: Annotated[
+        int | None, _size("Chunks of blocks per rank; 1 is contiguous. [default: automatic]")
+    ] = None
+    layer_partition: Annotated[
+        str | None, _size('Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]')
+    ] = None
+
+    def parallel_config(self) -> DiffusionParallelConfig:
+        """The configuration that the flags ask for."""
+        given = {item.name: getattr(self, item.name) for item in dataclasses.fields(ParallelFlags)}
+        if self.layer_partition is not None:
+            given["layer_partition"] = parse_layer_partition(self.layer_partition, "--layer-partition")
+        return DiffusionParallelConfig(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags(ParallelFlags):
+    """What `shardit inspect` was asked for."""
+
+    model: Model
+    dtype: DtypeFlag = None
+    as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(ParallelFlags):
     """What `shardit generate` was asked for. None means the pipeline's own default."""
 
     model: Model
@@ -77,9 +111,6 @@ class GenerateFlags:
     seed: Annotated[int | None, Option(help="Seed, from 0. [default: drawn, printed and recorded]")] = None
     num_outputs_per_prompt: Annotated[int, Option(help="Pictures or videos to make.")] = 1
     dtype: DtypeFlag = None
-    pipeline_parallel_size: PipelineSize = 1
-    pipeline_chunks: Chunks = None
-    layer_partition: Partition = None
     timeout: Annotated[float, Option(help="Longest wait for another rank, in seconds.")] = 600.0
 
     def check(self, writes: bool = True) -> None:
@@ -98,9 +129,13 @@ class GenerateFlags:
 
     def omni_arguments(self) -> dict[str, Any]:
         """The arguments of `shardit.Omni`."""
-        config = parallel_config(self.pipeline_parallel_size, self.pipeline_chunks, self.layer_partition)
         dtype = self.dtype.value if self.dtype else None
-        return {"model": self.model, "parallel_config": config, "dtype": dtype, "timeout_s": self.timeout}
+        return {
+            "model": self.model,
+            "parallel_config": self.parallel_config(),
+            "dtype": dtype,
+            "timeout_s": self.timeout,
+        }
 
     def prompts(self) -> dict[str, Any]:
         """The first argument of `Omni.generate`."""
@@ -130,20 +165,20 @@ class GenerateFlags:
         return {name: value for name, value in vars(self).items() if name in names and value is not None}
 
 
-def parallel_config(size: int, chunks: int | None, partition: str | None) -> DiffusionParallelConfig:
-    """The configuration that the parallel flags ask for."""
-    blocks = None if partition is None else parse_layer_partition(partition, "--layer-partition")
-    return DiffusionParallelConfig(pipeline_parallel_size=size, pipeline_chunks=chunks, layer_partition=blocks)
-
-
-def as_command(run: Callable[[GenerateFlags], None], output: Path | None = None) -> Callable[..., None]:
-    """Make of `run` a function with one keyword argument per flag, from which typer builds its options.
+def as_command(
+    run: Callable[[Any], None], flags: type = GenerateFlags, *, output: Path | None = None
+) -> Callable[..., None]:
+    """Make of `run`, which takes an object of class `flags`, a function with one keyword argument per flag, from which
+    typer builds its options.
 
     `output` is the default of --output.
     """
-    hints = typing.get_type_hints(GenerateFlags, include_extras=True)
-    defaults = {item.name: item.default for item in dataclasses.fields(GenerateFlags)}
-    defaults["output"] = output
+    hints = typing.get_type_hints(flags, include_extras=True)
+    parallel = {item.name for item in dataclasses.fields(ParallelFlags)}
+    items = sorted(dataclasses.fields(flags), key=lambda item: item.name in parallel)  # what the model does comes first
+    defaults = {item.name: item.default for item in items}
+    if output is not None:
+        defaults["output"] = output
     parameters = [
         inspect.Parameter(
             name,
@@ -155,7 +190,7 @@ def as_command(run: Callable[[GenerateFlags], None], output: Path | None = None)
     ]
 
     def command(**values: Any) -> None:
-        run(GenerateFlags(**values))
+        run(flags(**values))
 
     command.__doc__ = run.__doc__
     command.__annotations__ = hints

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -45,11 +45,13 @@ class Groups:
 
 @dataclass(frozen=True)
 class AxisGroup:
-    """The ranks that differ from this one on one axis alone, in the order of that axis; `index`: this rank's place."""
+    """The ranks that differ from this one on one axis alone, in the order of that axis; `index`: this rank's place.
+    `group` carries tensors on the device, `control` host objects (gloo)."""
 
     ranks: tuple[int, ...]
     index: int
     group: dist.ProcessGroup = field(repr=False)
+    control: dist.ProcessGroup = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -176,7 +178,7 @@ def init_mesh(
         keep_freed_memory()
     else:
         getattr(torch, place.type).set_device(place)
-    mesh = Mesh(sizes, dist.get_rank(), place, timeout, *_make_groups(sizes, timeout))
+    mesh = Mesh(sizes, dist.get_rank(), place, timeout, *_make_groups(sizes, place, timeout))
     if place.type not in BACKENDS:
         check_p2p(mesh)
     return mesh
@@ -192,25 +194,35 @@ def _start(place: torch.device, world_size: int, timeout: timedelta, rank: int |
     dist.init_process_group(backend, timeout=timeout, **kwargs)  # pyright: ignore[reportArgumentType]
 
 
-def _make_groups(sizes: dict[str, int], timeout: timedelta) -> tuple[Groups, Groups, dict[str, AxisGroup]]:
+def _make_groups(
+    sizes: dict[str, int], place: torch.device, timeout: timedelta
+) -> tuple[Groups, Groups, dict[str, AxisGroup]]:
     """All groups of all axes, made on every rank in the same order; returns those that this rank is in."""
-    me = dist.get_rank()
     axes: dict[str, AxisGroup] = {}
     for name, members in {**{axis: (axis,) for axis in AXES if axis != "pp"}, "sp": ("ring", "ulysses")}.items():
         spread = [axis for axis in members if sizes[axis] > 1]
-        if not spread:
-            continue
         if name == "sp" and len(spread) == 1:  # the other axis is 1: the ranks are the same
             axes["sp"] = axes[spread[0]]
-            continue
-        for ranks in axis_ranks(sizes, *members):
-            group = dist.new_group(list(ranks), timeout=timeout)
-            if me in ranks:
-                axes[name] = AxisGroup(ranks, ranks.index(me), group)  # pyright: ignore[reportArgumentType]
+        elif spread:
+            axes[name] = _axis_group(axis_ranks(sizes, *members), place, timeout)
     pipeline = _groups_of(sizes, ("pp",), timeout)
     inside = tuple(axis for axis in AXES if axis != "dp")
     alike = all(sizes[axis] == 1 for axis in inside if axis != "pp")
     return pipeline, pipeline if alike else _groups_of(sizes, inside, timeout), axes
+
+
+def _axis_group(of_axis: list[tuple[int, ...]], place: torch.device, timeout: timedelta) -> AxisGroup:
+    mine: AxisGroup | None = None
+    me = dist.get_rank()
+    for ranks in of_axis:
+        group: Any = dist.new_group(list(ranks), timeout=timeout)
+        control: Any = group
+        if place.type != "cpu":
+            control = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+        if me in ranks:
+            mine = AxisGroup(ranks, ranks.index(me), group, control)
+    assert mine is not None
+    return mine
 
 
 def _groups_of(sizes: dict[str, int], axes: tuple[str, ...], timeout: timedelta) -> Groups:

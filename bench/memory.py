@@ -21,7 +21,7 @@ def measure(size: Size, folder: str) -> dict[str, Any]:
     with Ranks(RANKS) as ranks:
         owned = ranks.call("owned_bytes", folder, on=(0,))[0]
         ranks.call("reset_peak")
-        opened = ranks.call("open_session", "two ranks", folder, None, 1)
+        opened = ranks.call("open_session", "two ranks", folder, {"pipeline_parallel_size": 2}, 1)
         ranks.call("run_session", "two ranks", size, (1,), True)
         peaks = [memory["peak"] for memory in ranks.call("memory")]
     return {

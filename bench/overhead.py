@@ -14,7 +14,7 @@ def measure(size: Size, folder: str, runs: int) -> dict[str, Any]:
     size = fewer_tokens(size)
     with Ranks(1) as ranks:
         ranks.call("open_plain", folder)
-        ranks.call("open_session", "one rank", folder, None, 1)
+        ranks.call("open_session", "one rank", folder, {}, 1)
         pairs = ranks.call("interleave", "one rank", size, runs)[0]
     ratios = sorted(ours / plain for plain, ours in pairs)
     return {

@@ -9,7 +9,14 @@ MIB = 2**20
 
 def table(document: dict[str, Any]) -> str:
     """Everything that was measured, as text."""
-    parts = {"speed": _speed, "overhead": _overhead, "memory": _memory, "startup": _startup, "schedules": _schedules}
+    parts = {
+        "speed": _speed,
+        "axes": _speed,
+        "overhead": _overhead,
+        "memory": _memory,
+        "startup": _startup,
+        "schedules": _schedules,
+    }
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [f"{machine['cpu']}, {machine['cores']} cores; {versions}; commit {machine['commit']}; {machine['date']}"]
@@ -38,7 +45,7 @@ def _speed(found: dict[str, Any]) -> list[str]:
             f"{case['speedup']:.3f}x",
             f"{case['bound']:.3f}x",
             f"{case['share']:.3f}",
-            "bitwise" if case["bitwise_equal"] else "NO",
+            "bitwise" if case["bitwise_equal"] else f"{case['error']:.1e}",
         )
         for case in found["cases"]
     ]

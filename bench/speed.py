@@ -20,25 +20,37 @@ SEEDS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """Requests in flight at once, with or without guidance. chunks: None is automatic (looped), 1 contiguous."""
+    """Requests in flight at once, with or without guidance, on two ranks of one axis of DiffusionParallelConfig.
+
+    chunks: None is automatic (looped), 1 contiguous; for stages.
+    """
 
     requests: int
     guided: bool
-    chunks: int | None
+    chunks: int | None = None
+    axis: str = "pipeline_parallel_size"
 
     @property
     def name(self) -> str:
         """As it stands in the table."""
         guided = "guidance" if self.guided else "no guidance"
-        return f"{self.requests} x {guided}, {'automatic' if self.chunks is None else 'contiguous'}"
+        how = self.axis.partition("_")[0]
+        if how == "pipeline":
+            how = "automatic" if self.chunks is None else "contiguous"
+        return f"{self.requests} x {guided}, {how}"
 
     @property
     def session(self) -> str:
         """The session that runs it."""
-        return f"chunks={self.chunks} in_flight={self.requests}"
+        return f"{self.axis} chunks={self.chunks} in_flight={self.requests}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of DiffusionParallelConfig."""
+        return {self.axis: RANKS, "pipeline_chunks": self.chunks}
 
 
-CASES = (
+STAGES = (
     Case(1, True, 1),
     Case(1, True, None),
     Case(2, True, None),
@@ -47,6 +59,10 @@ CASES = (
     Case(2, False, None),
     Case(4, False, None),
     Case(4, False, 1),
+)
+AXES = (
+    Case(1, True, axis="cfg_parallel_size"),
+    Case(2, True, axis="data_parallel_size"),
 )
 
 
@@ -61,23 +77,34 @@ class Run:
     faults: list[int]
     digests: list[str]
     sent_bytes: list[int]
+    latents: list[Any]
 
 
-def measure(size: Size, folder: str, rounds: int, patience_s: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Made:
+    """What plain diffusers made of a request."""
+
+    digest: str
+    latents: Any
+
+
+def measure(
+    size: Size, folder: str, rounds: int, patience_s: float, cases: tuple[Case, ...] = STAGES
+) -> dict[str, Any]:
     """All cases in `rounds` rounds; in each of them plain diffusers runs before the cases it is compared with.
 
     Plain diffusers has processes of its own: gloo's threads in a rank wake up a hundred times a second.
     """
     runs: dict[str, list[Run]] = defaultdict(list)
-    digests: dict[tuple[bool, int], str] = {}
+    expected: dict[tuple[bool, int], Made] = {}
     with Ranks(RANKS) as ranks, Ranks(RANKS) as copies:
         copies.call("open_plain", folder)
         chunks = {}
-        for case in CASES:
-            opened = ranks.call("open_session", case.session, folder, case.chunks, case.requests)
+        for case in cases:
+            opened = ranks.call("open_session", case.session, folder, case.config, case.requests)
             chunks[case.session] = opened[0]["chunks"]
         one_step = replace(size, steps=1)
-        for case in CASES:  # the first calls of a signature find the plan and check it
+        for case in cases:  # the first calls of a signature find the plan and check it
             ranks.call("run_session", case.session, one_step, SEEDS[: case.requests], case.guided)
         copies.call("run_plain", one_step, SEEDS[:1], True)
         for number in range(rounds):
@@ -86,11 +113,11 @@ def measure(size: Size, folder: str, rounds: int, patience_s: float) -> dict[str
                 plain = _plain_name(guided)
                 run = timed(lambda: copies.call("run_plain", size, (seed,), guided, on=(0,)), patience_s)  # noqa: B023
                 runs[plain].append(run)
-                digests[(guided, seed)] = run.digests[0]
+                expected[(guided, seed)] = Made(run.digests[0], run.latents[0])
                 if guided:
                     run = timed(lambda: copies.call("run_plain", size, (seed,), True), patience_s)  # noqa: B023
                     runs["two copies"].append(run)
-                for case in CASES:
+                for case in cases:
                     if case.guided == guided:
                         seeds = SEEDS[: case.requests]
                         act = lambda: ranks.call("run_session", case.session, size, seeds, case.guided)  # noqa: B023, E731
@@ -98,9 +125,10 @@ def measure(size: Size, folder: str, rounds: int, patience_s: float) -> dict[str
             print(f"round {number + 1} of {rounds}", _line(runs), file=sys.stderr, flush=True)
         for guided in (True, False):  # seeds that no round has reached
             for seed in SEEDS:
-                if (guided, seed) not in digests:
-                    digests[(guided, seed)] = copies.call("run_plain", size, (seed,), guided, on=(0,))[0]["digests"][0]
-    return summary(size, runs, chunks, digests)
+                if (guided, seed) not in expected:
+                    found = copies.call("run_plain", size, (seed,), guided, on=(0,))[0]
+                    expected[(guided, seed)] = Made(*found["outputs"][0][1:])
+    return summary(size, runs, chunks, expected, cases)
 
 
 def timed(act: Callable[[], list[dict[str, Any]]], patience_s: float) -> Run:
@@ -118,8 +146,9 @@ def timed(act: Callable[[], list[dict[str, Any]]], patience_s: float) -> Run:
             [result["cpu_s"] for result in results],
             [result["sys_s"] for result in results],
             [result["faults"] for result in results],
-            results[0]["digests"],
+            [digest for _, digest, _ in sorted_outputs(results)],
             [result.get("sent_bytes", 0) for result in results],
+            [latents for _, _, latents in sorted_outputs(results)],
         )
         if best is None or run.others < best.others:
             best = run
@@ -130,17 +159,21 @@ def timed(act: Callable[[], list[dict[str, Any]]], patience_s: float) -> Run:
 
 
 def summary(
-    size: Size, runs: dict[str, list[Run]], chunks: dict[str, int], digests: dict[tuple[bool, int], str]
+    size: Size,
+    runs: dict[str, list[Run]],
+    chunks: dict[str, int],
+    plain: dict[tuple[bool, int], Made],
+    of: tuple[Case, ...],
 ) -> dict[str, Any]:
     """Medians, speedups, bounds and shares."""
     seconds = {name: median(run.seconds for run in of_name) for name, of_name in runs.items()}
     ceiling = 2 * seconds[_plain_name(True)] / seconds["two copies"]
     cases = []
-    for case in CASES:
+    for case in of:
         plain_s = case.requests * seconds[_plain_name(case.guided)]
         best = bound(case, chunks[case.session], size.steps)
         speedup = plain_s / seconds[case.name]
-        expected = [digests[(case.guided, seed)] for seed in SEEDS[: case.requests]]
+        expected = [plain[(case.guided, seed)] for seed in SEEDS[: case.requests]]
         cases.append(
             {
                 "name": case.name,
@@ -152,7 +185,8 @@ def summary(
                 "speedup": speedup,
                 "bound": best,
                 "share": speedup / (best * ceiling / 2 if best > 1 else 1),
-                "bitwise_equal": all(run.digests == expected for run in runs[case.name]),
+                "bitwise_equal": all(run.digests == [made.digest for made in expected] for run in runs[case.name]),
+                "error": max(distance(expected, run.latents) for run in runs[case.name]),
             }
         )
     return {
@@ -167,6 +201,18 @@ def summary(
     }
 
 
+def sorted_outputs(results: list[dict[str, Any]]) -> list[tuple[int, str, Any]]:
+    """(number of the request, digest, latents) of what all ranks returned; of copies of a run, that of the first."""
+    found = {index: (index, digest, latents) for r in reversed(results) for index, digest, latents in r["outputs"]}
+    return [found[index] for index in sorted(found)]
+
+
+def distance(expected: list[Made], got: list[Any]) -> float:
+    """The largest relative L2 distance of any request's latents."""
+    pairs = [(made.latents.astype("float64"), latents) for made, latents in zip(expected, got, strict=True)]
+    return max(float(((a - b) ** 2).sum() ** 0.5 / (a**2).sum() ** 0.5) for a, b in pairs)
+
+
 def bound(case: Case, chunks: int, steps: int) -> float:
     """Speedup without any cost of communication.
 
@@ -175,6 +221,8 @@ def bound(case: Case, chunks: int, steps: int) -> float:
     """
     from shardit.core.partition import bound as of_partition
 
+    if case.axis != "pipeline_parallel_size":
+        return float(RANKS)
     micro_batches = case.requests * (2 if case.guided else 1)
     return of_partition(micro_batches, RANKS, chunks if case.requests == 1 else chunks * steps)
 
@@ -188,4 +236,4 @@ def _line(runs: dict[str, list[Run]]) -> str:
 
 
 def _as_json(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in vars(run).items() if name != "digests"}
+    return {name: value for name, value in vars(run).items() if name not in ("digests", "latents")}

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shardit.config import DiffusionParallelConfig
+from shardit.core.mesh import axis_sizes
 from shardit.engine import session as session_module
 from shardit.engine.inspect import inspect_model
 from shardit.engine.messages import SessionSpec
@@ -34,7 +35,7 @@ class Worker:
         os.environ["LOCAL_RANK"] = str(rank)
         self.rank, self.count, self.method = rank, count, method
         self._plain: Any = None
-        self._mesh: Any = None
+        self._meshes: dict[Any, Any] = {}
         self._sessions: dict[str, Session] = {}
 
     def write_model(self, size: model.Size, folder: str) -> None:
@@ -46,9 +47,9 @@ class Worker:
         self._plain = tiny.load_plain(folder)
         self._plain.set_progress_bar_config(disable=True)
 
-    def open_session(self, name: str, folder: str, chunks: int | None, in_flight: int) -> dict[str, Any]:
+    def open_session(self, name: str, folder: str, options: dict[str, Any], in_flight: int) -> dict[str, Any]:
         """Load this rank's share; returns what the session says of itself and the chunks per rank."""
-        config = DiffusionParallelConfig(pipeline_parallel_size=self.count, pipeline_chunks=chunks)
+        config = DiffusionParallelConfig(**options)
         spec = SessionSpec(folder, config, "float32", "cpu", in_flight, timeout_s=TIMEOUT_S)
         with self._one_mesh():
             session = Session(spec, rank=self.rank, world_size=self.count, init_method=self.method)
@@ -57,13 +58,14 @@ class Worker:
 
     @contextlib.contextmanager
     def _one_mesh(self) -> Iterator[None]:
-        """Let all sessions share one mesh: each group has a thread of gloo's that takes 0.1 % of a core for ever."""
+        """Let all sessions of one shape share a mesh: each group has a thread of gloo's that takes 0.1 % of a core."""
         own = session_module.init_mesh
 
         def init_mesh(config: DiffusionParallelConfig, **options: Any) -> Any:
-            if self._mesh is None:
-                self._mesh = own(config, **options)
-            return self._mesh
+            shape = tuple(axis_sizes(config).items())
+            if shape not in self._meshes:
+                self._meshes[shape] = own(config, **options)
+            return self._meshes[shape]
 
         with mock.patch.object(session_module, "init_mesh", init_mesh):
             yield
@@ -72,11 +74,11 @@ class Worker:
         """The requests one after the other, by plain diffusers."""
         requests = model.make_requests(size, seeds, guided)
 
-        def work() -> list[torch.Tensor]:
-            outs = []
+        def work() -> dict[int, torch.Tensor]:
+            outs = {}
             for request in requests:
                 generator = torch.Generator("cpu").manual_seed(request.seed)
-                outs.append(self._plain(**request.call_arguments(), generator=generator).frames)
+                outs[request.index] = self._plain(**request.call_arguments(), generator=generator).frames
             return outs
 
         return measured(work)
@@ -86,15 +88,14 @@ class Worker:
         session = self._sessions[name]
         requests = model.make_requests(size, seeds, guided)
 
-        def work() -> list[torch.Tensor]:
-            found = session.generate(requests, lambda *_: None)
-            outputs = [found[index] for index in sorted(found)]
-            errors = [output.error for output in outputs if output.error]
+        def work() -> dict[int, torch.Tensor]:
+            outputs = session.generate(requests, lambda *_: None)
+            errors = [output.error for output in outputs.values() if output.error]
             if errors:
                 raise RuntimeError(errors[0])
-            return [output.latents for output in outputs]
+            return {index: output.latents for index, output in outputs.items()}
 
-        comm = session._runtime.comm if session._runtime else None
+        comm = session._runtime.replica if session._runtime else None
         sent = comm.sent_bytes if comm else 0
         if self.count > 1:
             dist.barrier()
@@ -142,9 +143,9 @@ class Worker:
         return out.getvalue()
 
 
-def measured(work: Callable[[], list[torch.Tensor]]) -> dict[str, Any]:
+def measured(work: Callable[[], dict[int, torch.Tensor]]) -> dict[str, Any]:
     """Run it; the clock at start and end (one clock for all processes of a machine), CPU time (of it
-    in the main thread, of it in the kernel), page faults, digests."""
+    in the main thread, of it in the kernel), page faults, and of each request number, digest and latents."""
     faults, system, cpu, main, start = _faults(), _system_s(), time.process_time(), time.thread_time(), time.monotonic()
     tensors = work()
     end = time.monotonic()
@@ -155,7 +156,7 @@ def measured(work: Callable[[], list[torch.Tensor]]) -> dict[str, Any]:
         "main_s": time.thread_time() - main,
         "sys_s": _system_s() - system,
         "faults": _faults() - faults,
-        "digests": [digest(tensor) for tensor in tensors],
+        "outputs": [(index, digest(tensor), tensor.detach().numpy()) for index, tensor in tensors.items()],
     }
 
 

@@ -15,7 +15,7 @@ CASE_KEYS = {"name", "requests", "guided", "chunks", "seconds", "plain_seconds",
 
 @pytest.mark.timeout(120)
 def test_quick_bench(tmp_path: Path) -> None:
-    only = [word for name in ("speed", "overhead", "memory", "schedules") for word in ("--only", name)]
+    only = [word for name in ("speed", "axes", "overhead", "memory", "schedules") for word in ("--only", name)]
     target = tmp_path / "result.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--quick", *only, "--output", str(target)],

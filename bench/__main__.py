@@ -1,7 +1,8 @@
 """`python -m bench`: a table, and as the last line one JSON document, also written to `bench/results/`.
 
-Names for --only: speed, axes, overhead, memory, startup, schedules. With --quick everything is small and nothing is waited
-for: it shows that the bench works, not how fast anything is, and writes no result file unless --output names one.
+Names for --only: speed, axes, overhead, memory, startup, schedules. With --quick everything is small and nothing is
+waited for: it shows that the bench works, not how fast anything is, and writes no result file unless --output names
+one.
 """
 
 from __future__ import annotations

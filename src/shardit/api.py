@@ -123,7 +123,10 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
     for name, cut in assignment.cut.items():
         stage(getattr(pipe, name), runtime, cut.placement, cut.plan)
     for name, owner in assignment.owned.items():
-        own(getattr(pipe, name), runtime.replica, owner)
+        if name in assignment.sliced:
+            own(getattr(pipe, name), runtime.peers, owner // assignment.tp)
+        else:
+            own(getattr(pipe, name), runtime.replica, owner)
     _swap_pipeline(pipe, runtime.mesh.device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -31,19 +31,22 @@ class Cut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """cut: by component name. owned: the member of a replica that owns a component whole. stages: the stage of each
-    member of a replica (all ranks that work on the same requests). notes: what a user may want to know."""
+    """cut: by component name. owned: the member of a replica that owns a component whole, or for one that is sliced
+    over the tensor axis the first of the `tp` neighbours that own it. stages: the stage of each member of a replica
+    (all ranks that work on the same requests). notes: what a user may want to know."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
     owned: dict[str, int] = field(default_factory=dict)
+    sliced: frozenset[str] = frozenset()
+    tp: int = 1
     chunks: int = 1
     notes: tuple[str, ...] = ()
 
     def owns(self, component: str, member: int) -> Callable[[str], bool]:
         """A predicate over parameter names of a component: does this member of a replica hold it?"""
         if component in self.owned:
-            mine = self.owned[component] == member
+            mine = self.owned[component] == (member - member % self.tp if component in self.sliced else member)
             return lambda name: mine
         cut, stage = self.cut.get(component), self.stages[member]
         if cut is None:
@@ -91,11 +94,13 @@ def assign(
     *,
     max_in_flight: int = 1,
     plans: Plan | Mapping[str, Plan] | None = None,
+    sliced: Iterable[str] = (),
     environ: Mapping[str, str],
 ) -> Assignment:
     """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
 
-    Transformers are cut; of the other components each goes, largest first, to the rank with the fewest bytes so far.
+    Transformers are cut; of the other components each goes, largest first, to the rank with the fewest bytes so far,
+    or where it is among the `sliced` to the tensor neighbours with the fewest.
     """
     pp_size = config.pipeline_parallel_size
     sizes = {**axis_sizes(config), "dp": 1}
@@ -113,15 +118,17 @@ def assign(
                 load[member] += nbytes(block) if stage == owner else 0
     if not cut and pp_size > 1:
         raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
-    owned = {}
+    owned, tp, parts = {}, sizes["tp"], frozenset(sliced)
     rest = [name for name in modules if name not in cut]
     for name in sorted(rest, key=lambda n: (-nbytes(modules[n]), n)):
-        owned[name] = min(range(len(load)), key=lambda member: (load[member], member))
-        load[owned[name]] += nbytes(modules[name])
+        width = tp if name in parts else 1
+        owned[name] = min(range(0, len(load), width), key=lambda m: (max(load[m : m + width]), m))
+        for member in range(owned[name], owned[name] + width):
+            load[member] += nbytes(modules[name]) // width
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
     how = "contiguous" if chunks == 1 else "looped"
     notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
-    return Assignment(stages, cut, owned, chunks, tuple(notes))
+    return Assignment(stages, cut, owned, parts, tp, chunks, tuple(notes))
 
 
 def nbytes(module: nn.Module) -> int:

@@ -64,8 +64,8 @@ class Mesh:
     """Sizes of all axes, this rank's coordinates on them, its device and its groups.
 
     `timeout` bounds every wait. `pipeline`: the stages of this rank's chain. `replica`: all ranks that work on the same
-    requests, that is all with this rank's place on `dp`. `axes`: by name, the axes of more than one rank; "sp" is ring
-    and ulysses together.
+    requests, that is all with this rank's place on `dp`. `peers`: those of them with this rank's place on `tp`, who hold
+    the same slices. `axes`: by name, the axes of more than one rank; "sp" is ring and ulysses together.
     """
 
     sizes: dict[str, int]
@@ -74,6 +74,7 @@ class Mesh:
     timeout: timedelta
     pipeline: Groups = field(default=Groups((0,)), repr=False)
     replica: Groups = field(default=Groups((0,)), repr=False)
+    peers: Groups = field(default=Groups((0,)), repr=False)
     axes: dict[str, AxisGroup] = field(default_factory=dict, repr=False)
 
     @property
@@ -196,7 +197,7 @@ def _start(place: torch.device, world_size: int, timeout: timedelta, rank: int |
 
 def _make_groups(
     sizes: dict[str, int], place: torch.device, timeout: timedelta
-) -> tuple[Groups, Groups, dict[str, AxisGroup]]:
+) -> tuple[Groups, Groups, Groups, dict[str, AxisGroup]]:
     """All groups of all axes, made on every rank in the same order; returns those that this rank is in."""
     axes: dict[str, AxisGroup] = {}
     for name, members in {**{axis: (axis,) for axis in AXES if axis != "pp"}, "sp": ("ring", "ulysses")}.items():
@@ -205,10 +206,15 @@ def _make_groups(
             axes["sp"] = axes[spread[0]]
         elif spread:
             axes[name] = _axis_group(axis_ranks(sizes, *members), place, timeout)
-    pipeline = _groups_of(sizes, ("pp",), timeout)
-    inside = tuple(axis for axis in AXES if axis != "dp")
-    alike = all(sizes[axis] == 1 for axis in inside if axis != "pp")
-    return pipeline, pipeline if alike else _groups_of(sizes, inside, timeout), axes
+    made: dict[tuple[str, ...], Groups] = {}
+    for members in (("pp",), AXES[1:-1], AXES[1:]):
+        spread = tuple(axis for axis in members if sizes[axis] > 1)
+        if spread not in made:
+            made[spread] = _groups_of(sizes, spread, timeout)
+    pipeline, peers, replica = (
+        made[tuple(axis for axis in members if sizes[axis] > 1)] for members in (("pp",), AXES[1:-1], AXES[1:])
+    )
+    return pipeline, replica, peers, axes
 
 
 def _axis_group(of_axis: list[tuple[int, ...]], place: torch.device, timeout: timedelta) -> AxisGroup:

@@ -42,12 +42,14 @@ WARN_SIGNATURES = 16
 class Runtime:
     """What all staged modules of one pipeline share: the mesh, its messages, the schedule and the turns.
 
-    comm joins the stages of this rank's chain, `replica` all ranks that work on the same requests.
+    comm joins the stages of this rank's chain, `replica` all ranks that work on the same requests, `peers` those of
+    them with this rank's slices.
     """
 
     mesh: Mesh
     comm: Comm
     replica: Comm
+    peers: Comm
     route: Route
     dealer: Dealer
     schedule: Schedule
@@ -58,11 +60,12 @@ class Runtime:
     @staticmethod
     def of(mesh: Mesh, max_in_flight: int = 1, split_batch: bool = True) -> Runtime:
         """Make the shared state of a pipeline over a mesh."""
-        schedule, comm = Schedule(mesh.pp_rank), Comm(mesh)
-        replica = comm if mesh.replica is mesh.pipeline else Comm(mesh, mesh.replica)
+        schedule = Schedule(mesh.pp_rank)
+        comms = {id(groups): Comm(mesh, groups) for groups in (mesh.pipeline, mesh.replica, mesh.peers)}
+        comm, replica, peers = (comms[id(groups)] for groups in (mesh.pipeline, mesh.replica, mesh.peers))
         dealer = Dealer(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
         route, turns = Route.of(mesh, replica), Turns(schedule)
-        return Runtime(mesh, comm, replica, route, dealer, schedule, turns, max_in_flight, split_batch)
+        return Runtime(mesh, comm, replica, peers, route, dealer, schedule, turns, max_in_flight, split_batch)
 
     @property
     def program(self) -> object:
@@ -79,6 +82,7 @@ class Runtime:
         self.schedule.drain()
         self.comm.flush()
         self.replica.flush()
+        self.peers.flush()
 
 
 @dataclass

@@ -64,7 +64,7 @@ class Mesh:
     """Sizes of all axes, this rank's coordinates on them, its device and its groups.
 
     `timeout` bounds every wait. `pipeline`: the stages of this rank's chain. `replica`: all ranks that work on the same
-    requests, that is all with this rank's place on `dp`. `peers`: those of them with this rank's place on `tp`, who hold
+    requests, that is all with its place on `dp`. `peers`: those of them with its place on `tp`, who hold
     the same slices. `axes`: by name, the axes of more than one rank; "sp" is ring and ulysses together.
     """
 

@@ -75,10 +75,10 @@ class SequenceAttention:
             q_share, _ = self.ulysses.shares(q.shape[2], k.shape[2])
             mask = _own_heads(mask, q.shape[2], q_share, self.ulysses.comm.index)
             q, k, v = self.ulysses.to_heads(q, k, v, q_lens, k_lens)
-        if q.shape[2] == 0 or q.shape[1] == 0:
-            out = q.new_empty(*q.shape[:3], v.shape[3])
-        elif self.ring is not None:
+        if q.shape[2] and self.ring is not None:  # also without queries: the keys of others pass through here
             out = ring_attention(self.ring, q, k, v, self._per_group(layout.k_lens), mask, scale)
+        elif 0 in q.shape:
+            out = q.new_empty(*q.shape[:3], v.shape[3])
         else:
             out = inner(q, k, v, mask)
         return out if self.ulysses is None else self.ulysses.to_tokens(out, q_lens, q_share)
@@ -108,8 +108,8 @@ class SequenceAttention:
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
         for dim in (0, 1):  # what only repeats need not travel
             mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
-        mask = self.all_columns(mask, layout)
-        assert mask is not None
+        if layout.mask_columns:
+            mask = _gather_mask(self.sp, mask, layout.k_lens, 3)
         if layout.mask_rows and self.ulysses is not None:
             mask = _gather_mask(self.ulysses.comm, mask, q_lens, 2)
         return mask

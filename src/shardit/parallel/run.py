@@ -107,6 +107,8 @@ def _layout_of(told: list[list[int]]) -> Layout:
     own_columns = columns == k_lens and set(columns) != {1}
     if not own_columns and set(columns) not in ({1}, {total}):
         raise UnsupportedError(f"an attention mask with {columns} columns on the ranks, over {k_lens} keys")
+    if own_rows and own_columns:
+        raise UnsupportedError("an attention mask that has neither all rows nor all columns")
     if set(k_lens) == {1} or (set(q_lens) == {1} and set(rows) == {1}):
         raise UnsupportedError("an attention mask over one token per rank: use fewer ranks for so short a sequence")
     return Layout(q_lens, k_lens, own_rows, own_columns)

@@ -71,8 +71,8 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     def inner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        first = (t.transpose(1, 2) for t in (q, k, v))
-        out = _plain_sdpa(*first, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = _plain_sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         return out.transpose(1, 2)
 
     handler = _handler.get()
@@ -116,9 +116,8 @@ def _wrapped(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., 
             return function(**kwargs)
         q, k, v = (kwargs.pop(key) for key in ("query", "key", "value"))
         mask = kwargs.pop("attn_mask", None)
-        with_mask = mask is not None
-        flat = with_mask and mask.ndim == 2 and mask.shape == (q.shape[0], k.shape[1])
-        if flat:  # over keys, for each sample
+        flat = mask is not None and mask.ndim == 2 and mask.shape == (q.shape[0], k.shape[1])
+        if mask is not None and flat:  # over keys, for each sample
             mask = mask[:, None, None]
 
         def inner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -40,8 +40,9 @@ class Ulysses:
         (q,) = self._scatter((q,), (q_share,), q_lens)
         if k.shape[3] == v.shape[3]:
             k, v = self._scatter((k, v), (k_share, k_share), k_lens)
-            return q, k, v
-        return q, *self._scatter((k,), (k_share,), k_lens), *self._scatter((v,), (k_share,), k_lens)
+        else:
+            (k,), (v,) = self._scatter((k,), (k_share,), k_lens), self._scatter((v,), (k_share,), k_lens)
+        return q, k, v
 
     def to_tokens(self, out: torch.Tensor, q_lens: Sequence[int], share: Sequence[int]) -> torch.Tensor:
         """The inverse, for the output: all heads of own tokens, contiguous. share: query heads of each rank."""

@@ -12,6 +12,8 @@ from torch import nn
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.collectives import Collectives
+from shardit.engine.messages import SessionSpec
+from shardit.engine.session import Session
 from shardit.models import tiny
 from shardit.models.variants import image_pipeline
 from shardit.parallel.splits import Split, candidates, cut
@@ -19,6 +21,7 @@ from shardit.signature import signature_of
 from tests.ranks import run_ranks
 from tests.test_parallelize import join, quiet
 from tests.whole_pipelines import Case, make_requests
+from tests.whole_pipelines import plain as plain_pipeline
 
 ULYSSES, RING = {"ulysses_degree": 2}, {"ring_degree": 2}
 FAST = ("flux", "sd3.5", "wan2.2-ti2v", "z-image")
@@ -98,6 +101,29 @@ def test_stages_of_sequence_parallel_ranks() -> None:
 def test_stages_of_other_models(name: str) -> None:
     ways = [{"pipeline_parallel_size": 2, way: 2} for way in ("ulysses_degree", "ring_degree")]
     compare(4, [name], ways, timeout=300)
+
+
+def session(rank: int, count: int, method: str, case: Case, degrees: dict) -> list[np.ndarray]:
+    config = DiffusionParallelConfig(**degrees)
+    spec = SessionSpec(f"tiny/{case.name}", config, None, "cpu", case.in_flight, timeout_s=60)
+    running = Session(spec, rank=rank, world_size=count, init_method=method)
+    requests = make_requests(case, running.info["signature"], running.info["signature_with_image"])
+    outputs = running.generate(requests, lambda *_: None)
+    assert [output.error for output in outputs] == [None] * len(outputs)
+    return [np.asarray(output.latents) for output in outputs]
+
+
+@pytest.mark.parametrize(
+    "degrees", [ULYSSES, {"pipeline_parallel_size": 2, "ring_degree": 2}], ids=["ulysses", "stages-ring"]
+)
+def test_several_requests_in_flight(degrees: dict) -> None:
+    """What `Omni` runs on each rank, with the model loaded from files."""
+    case = Case("wan2.2-t2v", in_flight=2, requests=3)
+    expected = plain_pipeline(case)
+    got = run_ranks(2 * degrees.get("pipeline_parallel_size", 1), session, case, degrees, timeout=200)[0]
+    assert len(got) == 3
+    for e, g in zip(expected, got, strict=True):
+        assert distance(torch.from_numpy(e), torch.from_numpy(g)) <= CLOSE
 
 
 # Transformers alone: sizes that coincide, masks, and what must not pass.
@@ -188,6 +214,28 @@ def ragged(rank: int, count: int, method: str, way: dict) -> None:
 def test_lists_of_tensors(way: dict) -> None:
     tiny.resolve("tiny/z-image")
     run_ranks(2, ragged, way)
+
+
+def other_back_end(rank: int, count: int, method: str, way: dict) -> None:
+    join(rank, count, method)
+    plain, other = alone("wan2.2-t2v", way)
+    for model in (plain, other):
+        model.set_attention_backend("flex")  # type: ignore[operator]
+    torch.manual_seed(0)
+    words = torch.randn(1, 5, plain.config.text_dim)
+    video = torch.randn(1, plain.config.in_channels, 3, 4, 8)
+    arguments = {"hidden_states": video, "timestep": torch.tensor([3]), "encoder_hidden_states": words}
+    if way == ULYSSES:
+        assert both(plain, other, **arguments) <= CLOSE
+        return
+    with pytest.raises(UnsupportedError, match="ring_degree=2 does not work with the attention back end 'flex'"):
+        other(**arguments)
+
+
+@pytest.mark.parametrize("way", [ULYSSES, RING], ids=["ulysses", "ring"])
+def test_other_attention_back_ends(way: dict) -> None:
+    tiny.resolve("tiny/wan2.2-t2v")
+    run_ranks(2, other_back_end, way)
 
 
 class Block(nn.Module):

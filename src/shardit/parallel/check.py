@@ -52,15 +52,17 @@ def find_plan(
     found = candidates(shapes, shapes_of(expected))
     if found and max(found[0].totals(shapes)) < attention.sp.size:
         return None
+    failures: list[Exception] = []
     for candidate in found:
-        attempt = _Attempt(attention, candidate, candidate.totals(shapes), expected, out_spec)
+        attempt = _Attempt(attention, candidate, candidate.totals(shapes), expected, out_spec, failures)
         plan = attempt.run(call, leaves, spec)
         if plan is not None:
             return plan
+    why = f"; {failures[0]}" if failures and isinstance(failures[0], UnsupportedError) else ""
     sizes = ", ".join(str(list(shape)) for shape in shapes if shape is not None)
     raise UnsupportedError(
         f"no way was found to spread the tokens of {name} over {attention.sp.size} ranks (its arguments have the "
-        f"shapes {sizes}; {len(found)} ways were tried): set ulysses_degree=1 and ring_degree=1 for this model"
+        f"shapes {sizes}; {len(found)} ways were tried{why}): set ulysses_degree=1 and ring_degree=1 for this model"
     )
 
 
@@ -71,6 +73,7 @@ class _Attempt:
     totals: tuple[int, ...]
     expected: list[Any]
     out_spec: Any
+    failures: list[Exception]
 
     def run(self, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockPlan | None:
         """The plan, if this candidate is right on every rank."""
@@ -104,8 +107,8 @@ class _Attempt:
             return None
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # a block that cannot take such shards may say so in any way
-            code = FAILED
+        except Exception as error:  # a block that cannot take such shards may say so in any way
+            self.failures.append(error)
         told = agree(self.attention, [code, 0, 0, 0, 0, 0])
         return outs if all(said[0] == DONE for said in told) else None
 

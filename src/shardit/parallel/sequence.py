@@ -174,8 +174,9 @@ class SequenceParallel:
     ) -> BlockPlan | None:
         plan, error = None, None
         self.checked += 1
-        with self._aside():
-            whole = [_peek(leaf) for leaf in leaves]
+        settle([leaf for leaf in leaves if _spread(leaf) is None])
+        with self._aside():  # what is spread stays so here: a gather that nobody watches would be missing later
+            whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_spread(leaf)]]
             if self._owned[index]:
                 try:
                     plan = find_plan(self._title(index), self.attention, call, whole, spec)
@@ -205,19 +206,17 @@ class SequenceParallel:
 
 
 def _shape(leaf: Any) -> Shape | None:
-    if type(leaf) is PendingTensor and isinstance(leaf._source, ShardSource) and leaf._source.is_whole(leaf):
-        return leaf._source.full
+    source = _spread(leaf)
+    if source is not None:
+        return source.full
     return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None
 
 
-def _peek(leaf: Any) -> Any:
-    """The whole of an argument, without a change to what is pending."""
-    if not isinstance(leaf, PendingTensor):
-        return leaf
-    source = leaf._source
-    if isinstance(source, ShardSource) and source.is_whole(leaf):
-        return source.peek()
-    raise UnsupportedError("a block is given a view of another block's output when its kind is first seen")
+def _spread(leaf: Any) -> ShardSource | None:
+    """Where the shards of an argument are, if it is the whole output of a block and not gathered yet."""
+    if type(leaf) is PendingTensor and isinstance(leaf._source, ShardSource) and leaf._source.is_whole(leaf):
+        return leaf._source
+    return None
 
 
 def shard_sequence(

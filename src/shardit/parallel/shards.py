@@ -21,11 +21,16 @@ class ShardSource(Source):
     """
 
     def __init__(self, shard: torch.Tensor, split: Split, totals: tuple[int, ...], full: Shape, comm: Collectives):
-        super().__init__(self._gather)
-        self.shard, self.split, self.full = shard, split, full
-        self.lengths = tuple(totals[p] for p in split.parts)
-        self._comm = comm
-        self._buffer = torch.empty(full, dtype=shard.dtype, device=shard.device)
+        lengths = tuple(totals[p] for p in split.parts)
+        buffer = torch.empty(full, dtype=shard.dtype, device=shard.device)
+
+        def fill() -> None:  # knows nothing of the source: a cycle would keep memory until the garbage collector comes
+            with torch.no_grad():
+                buffer.copy_(gather(shard, split.dim, lengths, comm))
+
+        super().__init__(fill)
+        self.shard, self.split, self.full, self.lengths = shard, split, full, lengths
+        self._buffer, self._comm = buffer, comm
 
     def whole(self) -> torch.Tensor:
         """The whole tensor, pending."""
@@ -43,10 +48,6 @@ class ShardSource(Source):
     def peek(self) -> torch.Tensor:
         """The whole tensor, gathered into memory of its own; what is pending stays so."""
         return gather(self.shard, self.split.dim, self.lengths, self._comm)
-
-    def _gather(self) -> None:
-        with torch.no_grad():
-            self._buffer.copy_(self.peek())
 
 
 def gather(shard: torch.Tensor, dim: int, lengths: Sequence[int], comm: Collectives) -> torch.Tensor:

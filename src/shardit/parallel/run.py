@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from ..errors import UnsupportedError
 from .attention import Inner, Layout, SequenceAttention
@@ -47,15 +48,10 @@ class BlockRun:
     ) -> torch.Tensor:
         """See `seam.Handler`."""
         spread_q, spread_k = self._spread_of(q, k, v)
-        if not spread_k:  # every rank has all keys
-            return inner(q, k, v, mask)
         if self.taint is None:
-            return self._over_ranks(spread_q, q, k, v, mask, inner, scale, not_ring)
-        self.taint.paused = True
-        try:
-            out = self._over_ranks(spread_q, q, k, v, mask, inner, scale, not_ring)
-        finally:
-            self.taint.paused = False
+            return self._compute(spread_q, spread_k, q, k, v, mask, inner, scale, not_ring)
+        with without_modes():  # some attention functions cannot be watched from inside, and need not be
+            out = self._compute(spread_q, spread_k, q, k, v, mask, inner, scale, not_ring)
         if spread_q:
             self.taint.mark(out)
         return out
@@ -69,10 +65,12 @@ class BlockRun:
             raise UnsupportedError("a block calls attention more often than when its kind was first seen")
         return self.spread[n]
 
-    def _over_ranks(
-        self, spread_q: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-        inner: Inner, scale: float | None, not_ring: str | None,
+    def _compute(
+        self, spread_q: bool, spread_k: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        mask: torch.Tensor | None, inner: Inner, scale: float | None, not_ring: str | None,
     ) -> torch.Tensor:  # fmt: skip
+        if not spread_k:  # every rank has all keys
+            return inner(q, k, v, mask)
         layout = self._layout(q, k, mask)
         if spread_q:
             return self.attention.attend(q, k, v, mask, layout, inner, scale, not_ring=not_ring)

@@ -12,12 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Taint(TorchDispatchMode):
-    """Marks the memory of some tensors, and of all that operations compute from it, except while `paused`."""
+    """Marks the memory of some tensors, and of all that operations compute from it."""
 
     def __init__(self, marked: Iterable[torch.Tensor]):
         super().__init__()
         self.supports_higher_order_operators = True
-        self.paused = False
         self._marks: set[int] = set()
         # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
         self._refs: list[StorageWeakRef] = []
@@ -39,7 +38,7 @@ class Taint(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if not self.paused and any(self.marked(t) for t in inputs):
+        if any(self.marked(t) for t in inputs):
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     self.mark(tensor)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .config import DiffusionParallelConfig
-from .core.assign import Assignment, assign, assign_blocks
+from .core.assign import Assignment, Cut, assign, assign_blocks
 from .core.mesh import Mesh, init_mesh
 from .core.pending import settle
 from .core.plan import Plan
@@ -19,6 +19,7 @@ from .core.remote import own
 from .core.sites import swap_class
 from .core.stages import Runtime, stage
 from .errors import InputError, UnsupportedError
+from .parallel.sequence import shard_sequence
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -58,7 +59,7 @@ def parallelize(
             raise InputError("plan: a single transformer takes one Plan, not one for each component")
         runtime = Runtime.of(mesh, split_batch=config.split_batch)
         cut, _ = assign_blocks(target, config, 1, plan, os.environ)
-        stage(target, runtime, cut.placement, plan)
+        _spread(target, runtime, cut)
         return module_or_pipeline
     modules = {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
     assignment = assign(modules, type(target), config, plans=plan, environ=os.environ)
@@ -121,13 +122,25 @@ def load_parallel(
 def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
     """Turn the components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with them."""
     for name, cut in assignment.cut.items():
-        stage(getattr(pipe, name), runtime, cut.placement, cut.plan)
+        _spread(getattr(pipe, name), runtime, cut)
     for name, owner in assignment.owned.items():
         if name in assignment.sliced:
             own(getattr(pipe, name), runtime.peers, owner // assignment.tp)
         else:
             own(getattr(pipe, name), runtime.replica, owner)
     _swap_pipeline(pipe, runtime.mesh.device)
+
+
+def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
+    """Make one transformer parallel, in place."""
+    mesh = runtime.mesh
+    # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
+    pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
+    stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
+    if "sp" in mesh.axes:
+        shard_sequence(model, mesh, stages, cut.plan)
+    elif stages is not None:
+        stages()
 
 
 def _swap_pipeline(pipe: Any, device: torch.device) -> None:

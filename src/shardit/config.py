@@ -47,10 +47,13 @@ class DiffusionParallelConfig:
     """Ranks that each linear layer is cut over. Default 1. Error: anything else, not yet supported."""
 
     ulysses_degree: int = 1
-    """Ranks that attention heads are dealt to. Default 1. Error: anything else, not yet supported."""
+    """Ranks that the tokens are cut over and, within attention, the heads (Ulysses). Default 1. Error: below 1, or a
+    model whose blocks cannot be cut by tokens (at the first call)."""
 
     ring_degree: int = 1
-    """Ranks that keys and values travel around. Default 1. Error: anything else, not yet supported."""
+    """Ranks that the tokens are cut over, with keys and values that travel around (Ring attention). Default 1. Error:
+    below 1, a model whose blocks cannot be cut by tokens, or an attention back end that is not native (at the first
+    call)."""
 
     sequence_parallel_size: int | None = None
     """Ranks that the tokens are cut over. Default None = ulysses_degree x ring_degree. Error: any other product."""

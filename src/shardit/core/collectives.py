@@ -41,17 +41,23 @@ class Collectives:
         return full.movedim(0, dim)
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:
-        """Send sends[i] to rank i and fill receives[i] from it; own parts are copied. All are contiguous."""
-        receives[self.index].copy_(sends[self.index])
+        """Send sends[i] to rank i and fill receives[i] from it. All are contiguous. The own part is copied unless it
+        is the same tensor in both."""
+        if receives[self.index] is not sends[self.index]:
+            receives[self.index].copy_(sends[self.index])
         self._exchange(sends, receives)
 
     def rotate(self, send: torch.Tensor, receive: torch.Tensor) -> Callable[[], None]:
-        """Start sending to the next rank and receiving from the previous one; returns what waits for both."""
+        """Start sending to the next rank and receiving from the previous one; returns what waits for both.
+
+        Empty tensors do not travel: both sides know that they are empty."""
         ranks, group = self.members.ranks, self.members.group
         after, before = ranks[(self.index + 1) % self.size], ranks[(self.index - 1) % self.size]
-        self._count(send.numel() * send.element_size())
-        ops = [dist.P2POp(dist.isend, send, after, group), dist.P2POp(dist.irecv, receive, before, group)]
-        works = self._guard(lambda: dist.batch_isend_irecv(ops), "rotate")
+        ops = [dist.P2POp(dist.irecv, receive, before, group)] if receive.numel() else []
+        if send.numel():
+            self._count(send.numel() * send.element_size())
+            ops.insert(0, dist.P2POp(dist.isend, send, after, group))
+        works = self._guard(lambda: dist.batch_isend_irecv(ops), "rotate") if ops else []
         return lambda: self._wait(works, "rotate", (send, receive))
 
     def _exchange(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:

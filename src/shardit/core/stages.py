@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves
 
 from ..errors import RankError, UnsupportedError
@@ -118,6 +120,16 @@ class Stages:
         out = self._micro_batches(forward, args, kwargs, exclusive=True)
         self.runtime.schedule.drain()
         return out
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Meanwhile a block call runs the block itself, wherever the forward is, and nothing is watched."""
+        seam, self._current["seam"] = self._current["seam"], None
+        try:
+            with without_modes():
+                yield
+        finally:
+            self._current["seam"] = seam
 
     @property
     def _name(self) -> str:

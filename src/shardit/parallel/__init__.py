@@ -1,0 +1,1 @@
+"""Parallelism inside a block: what is cut other than the list of blocks."""

@@ -1,0 +1,45 @@
+"""What makes two block calls of one kind: blocks built alike, arguments of the same structure."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fingerprint(block: nn.Module) -> str:
+    """A digest of everything that tells blocks apart: classes, parameters, and plain attributes of all submodules.
+
+    Blocks that share it run the same code in the same configuration on data of the same shapes. The same on every rank
+    that holds the same model, whether a block's data is there or not.
+    """
+    seen: list[Any] = [(name, tuple(p.shape), str(p.dtype)) for name, p in block.named_parameters()]
+    for name, module in block.named_modules():
+        seen.append((name, *_described(module)))
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            seen.append((name, *_described(processor)))
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+
+def _described(thing: Any) -> tuple[Any, ...]:
+    plain = {k: v for k, v in vars(thing).items() if _is_plain(v)}
+    return type(thing).__module__, type(thing).__qualname__, sorted(plain.items(), key=lambda item: item[0])
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(v) for v in value)
+    return isinstance(value, (bool, int, float, str, type(None), torch.dtype))
+
+
+def value_key(leaf: Any) -> Any:
+    """What of an argument leaf belongs to the kind of a call: dtype and dimensions of tensors, values of what steers
+    code; of anything else (floats change from step to step) the type."""
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.dtype, leaf.ndim)
+    if isinstance(leaf, (bool, int, str, bytes, type(None), torch.dtype, torch.device)):
+        return (type(leaf).__name__, leaf)
+    return type(leaf).__name__

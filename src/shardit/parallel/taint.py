@@ -1,0 +1,51 @@
+"""Which tensors derive from others, seen while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Taint(TorchDispatchMode):
+    """Marks the memory of some tensors, and of all that operations compute from it."""
+
+    def __init__(self, marked: Iterable[torch.Tensor]):
+        super().__init__()
+        self.supports_higher_order_operators = True
+        self._marks: set[int] = set()
+        # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
+        self._refs: list[StorageWeakRef] = []
+        for tensor in marked:
+            self.mark(tensor)
+
+    def mark(self, tensor: torch.Tensor) -> None:
+        """Mark the memory of a tensor."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._marks:
+            self._marks.add(storage._cdata)
+            self._refs.append(StorageWeakRef(storage))
+
+    def marked(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is marked."""
+        return tensor.untyped_storage()._cdata in self._marks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if any(self.marked(t) for t in inputs):
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    self.mark(tensor)
+            if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+                for argument, spec in zip(args, func._schema.arguments, strict=False):
+                    if spec.alias_info is not None and spec.alias_info.is_write:
+                        for tensor in tree_leaves(argument):
+                            if isinstance(tensor, torch.Tensor):
+                                self.mark(tensor)
+        return out

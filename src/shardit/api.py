@@ -17,8 +17,10 @@ from .core.pending import settle
 from .core.plan import Plan
 from .core.remote import own
 from .core.sites import swap_class
+from .core.slices import Owned
 from .core.stages import Runtime, stage
 from .errors import InputError, UnsupportedError
+from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -57,11 +59,15 @@ def parallelize(
         if plan is not None and not isinstance(plan, Plan):
             raise InputError("plan: a single transformer takes one Plan, not one for each component")
         runtime = Runtime.of(mesh, split_batch=config.split_batch)
+        shard_components({ALONE: target}, plan_components({ALONE: target}, mesh.sizes["tp"]), mesh)
+        if mesh.pp_size == 1:
+            return module_or_pipeline
         cut, _ = assign_blocks(target, config, 1, plan, os.environ)
         stage(target, runtime, cut.placement, plan)
         return module_or_pipeline
     modules = {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
     assignment = assign(modules, type(target), config, plans=plan, environ=os.environ)
+    shard_components(modules, plan_components(modules, mesh.sizes["tp"]), mesh)
     connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch))
     return module_or_pipeline
 
@@ -102,10 +108,13 @@ def load_parallel(
     from .loading import load_pipeline
 
     found: list[Assignment] = []
+    cuts: dict[str, TensorPlan] = {}
 
-    def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Callable[[str], bool]]:
+    def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Owned]:
         found.append(assign(modules, cls, config, max_in_flight=max_in_flight, plans=plan, environ=os.environ))
-        return {name: found[0].owns(name, mesh.pp_rank) for name in modules}
+        cuts.update(plan_components(modules, mesh.sizes["tp"]))
+        owns = {name: found[0].owns(name, mesh.pp_rank) for name in modules}
+        return {name: owned_slices(owns[name], cuts.get(name), mesh.coords["tp"]) for name in modules}
 
     pipe: Any = load_pipeline(
         model, dtype=dtype, device=mesh.device, place=place, pipeline_class=pipeline_class, reads=reads
@@ -114,16 +123,18 @@ def load_parallel(
     if mesh.world_size == 1:
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
+    shard_components(pipe.components, cuts, mesh)
     connect(pipe, found[0], runtime)
     return pipe, found[0], runtime
 
 
 def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
     """Turn the components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with them."""
-    for name, cut in assignment.cut.items():
-        stage(getattr(pipe, name), runtime, cut.placement, cut.plan)
-    for name, owner in assignment.owned.items():
-        own(getattr(pipe, name), runtime.comm, owner)
+    if runtime.mesh.pp_size > 1:
+        for name, cut in assignment.cut.items():
+            stage(getattr(pipe, name), runtime, cut.placement, cut.plan)
+        for name, owner in assignment.owned.items():
+            own(getattr(pipe, name), runtime.comm, owner)
     _swap_pipeline(pipe, runtime.mesh.device)
 
 

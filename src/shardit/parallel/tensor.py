@@ -13,8 +13,9 @@ from ..core.collectives import Collectives
 from ..core.mesh import Mesh
 from ..core.sites import put
 from ..core.slices import Owned, Shards, Slice
+from .tensor_cuts import TensorPlan
 from .tensor_modules import install_role
-from .tensor_plan import TensorPlan, plan_tensors
+from .tensor_plan import plan_tensors
 
 ENCODERS = "transformers."
 """Where the classes of text and image encoders live."""
@@ -47,6 +48,16 @@ def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int
         return owns(name) and (cuts[name].of(rank) if name in cuts else True)
 
     return owned
+
+
+def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
+    """What a user may want to know of the plan of a component: how much stays whole, and what was expected not to."""
+    sizes = {key: p.numel() for key, p in module.named_parameters() if key not in plan.cuts}
+    share = sum(sizes.values()) / max(sum(p.numel() for p in module.parameters()), 1)
+    largest = sorted(sizes, key=lambda key: -sizes[key])[:3]
+    lines = [f"{name}: {share:.1%} of its parameters are whole on every tensor rank ({', '.join(largest)}, ...)"]
+    more = f" (and {len(plan.notes) - 1} more like it)" if len(plan.notes) > 1 else ""
+    return lines + [f"{name}: {note}{more}" for note in plan.notes[:1]]
 
 
 def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPlan], mesh: Mesh) -> None:

@@ -28,8 +28,11 @@ class Heads:
         return even(self.queries * self.size, ranks, unit=self.queries // self.keys * self.size)
 
 
-def read_heads(module: nn.Module, names: rules.Attention, out: bool) -> Heads | str:
-    """The heads of an attention module, or why its parts do not add up to attention that can be cut."""
+def read_heads(module: nn.Module, names: rules.Attention, out: bool = True) -> Heads | str:
+    """The heads of an attention module, or why its parts do not add up to attention that can be cut.
+
+    out: whether the linear behind the heads is its own, rather than one of the block around it.
+    """
     known = (*names.query, *names.key_value, *names.out, *names.query_norms, *names.key_norms, *names.per_head)
     stranger = unknown_part(module, (*known, *names.full_input))
     if stranger is not None:

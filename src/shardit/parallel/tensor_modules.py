@@ -12,7 +12,7 @@ from torch import nn
 from ..core.collectives import Collectives
 from ..core.sites import swap_class
 from ..errors import UnsupportedError
-from .tensor_plan import Role
+from .tensor_cuts import Role
 
 
 def install_role(module: nn.Module, role: Role, ranks: Collectives) -> None:

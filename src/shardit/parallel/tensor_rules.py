@@ -45,13 +45,30 @@ ATTENTIONS = (
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """Attention whose queries, keys and values come from one linear, in three parts of equal size."""
+    """Attention whose queries, keys and values come from one linear, in three parts of equal size.
+
+    classes: those known to have the parts in that order; shapes alone do not tell.
+    """
 
     into: str
     out: str
+    classes: tuple[str, ...]
 
 
-FUSED_ATTENTIONS = (FusedAttention("qkv", "proj"),)  # the visual tower of Qwen-VL
+FUSED_ATTENTIONS = (
+    FusedAttention("qkv", "proj", ("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention")),
+)
+
+KEPT_ATTENTION = {
+    "LTXVideoTransformer3DModel": "its rotary tables span all heads",
+    "LTX2VideoTransformer3DModel": "its rotary tables span all heads",
+    "SanaWMLTX2RefinerTransformer3DModel": "its rotary tables span all heads",
+    "MochiTransformer3DModel": "its rotary tables differ by head",
+    "PriorTransformer": "its mask is repeated for all heads",
+    "OmniGenTransformer2DModel": "it reshapes to the width of all heads",
+    "EasyAnimateTransformer3DModel": "one of its outputs passes no linear",
+}
+"""Models whose attention is left whole, and why: other code of theirs counts on all heads."""
 
 HEAD_SIZES = ("head_dim", "key_value_proj_dim")
 """Attributes that give the channels of one head; without them they follow from the number of heads."""
@@ -108,16 +125,37 @@ ELEMENTWISE = ("SiLU", "GELU", "ReLU", "Tanh", "Identity", "Dropout")
 class ParallelBlock:
     """A block that runs attention and feed-forward side by side: out(cat([attention, act(into)])).
 
-    `width` is the attribute with the channels of the feed-forward; `into` has that many or, gated, twice as many.
+    `width` is the attribute with the channels of the feed-forward; `into` has that many (so without the attribute) or,
+    gated, twice as many. classes: those known to have attention first; shapes alone do not tell.
     """
 
     attention: str
     into: str
     out: str
     width: str
+    classes: tuple[str, ...]
 
 
-PARALLEL_BLOCKS = (ParallelBlock("attn", "proj_mlp", "proj_out", "mlp_hidden_dim"),)  # Flux and its relatives
+PARALLEL_BLOCKS = (
+    ParallelBlock(
+        "attn",
+        "proj_mlp",
+        "proj_out",
+        "mlp_hidden_dim",
+        classes=(
+            "FluxSingleTransformerBlock",
+            "LongCatImageSingleTransformerBlock",
+            "OvisImageSingleTransformerBlock",
+            "ChromaSingleTransformerBlock",
+            "BriaSingleTransformerBlock",
+            "BriaFiboSingleTransformerBlock",
+            "HunyuanVideoSingleTransformerBlock",
+            "HunyuanVideoTokenReplaceSingleTransformerBlock",
+            "HunyuanImageSingleTransformerBlock",
+            "MotifVideoSingleTransformerBlock",
+        ),
+    ),
+)
 
 GATHERED = (
     r"(^|\.)norm\w*\.linear$",

@@ -107,7 +107,7 @@ def present(module: nn.Module, parts: Iterable[str]) -> list[str]:
 
 
 def number_of(module: nn.Module, attributes: Iterable[str]) -> int | None:
-    found = (getattr(module, name, None) for name in attributes)
+    found = (vars(module).get(name) for name in attributes)
     return next((value for value in found if isinstance(value, int)), None)
 
 

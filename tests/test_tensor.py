@@ -409,5 +409,8 @@ def test_stages_of_tensor_ranks(requests: int) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(dtype: str) -> None:
-    compare(Case("wan2.2-ti2v", pp=1, dtype=dtype, call=STEPS), 2, limit=0.05)
+def test_half_precision_is_as_near_to_float32_as_one_rank(dtype: str) -> None:
+    case = Case("wan2.2-ti2v", pp=1, dtype=dtype, call=STEPS)
+    exact, alone = plain(Case("wan2.2-ti2v", pp=1, call=STEPS))[0], plain(case)[0]
+    cut = run_ranks(2, session, case, timeout=250)[0]["arrays"][0]
+    assert difference(exact, cut) <= 1.3 * difference(exact, alone)

@@ -295,8 +295,8 @@ def reduced(elements: int, count: int) -> int:
 
 
 def wan_bytes(count: int, rank: int, width: int = 60, tokens: int = 16, text: int = 6, blocks: int = 2) -> int:
-    """Three sums and the squares of four norms per block; two embedders, and the modulation gathered."""
-    block = 3 * reduced(tokens * width, count) + 3 * reduced(tokens, count) + reduced(text, count)
+    """Three sums and the squares of two pairs of norms per block; two embedders, and the modulation gathered."""
+    block = 3 * reduced(tokens * width, count) + reduced(tokens + tokens, count) + reduced(tokens + text, count)
     embedders = reduced(width, count) + reduced(text * width, count)
     gathered = 4 * even_sizes(6 * width, count)[rank] * (count - 1)
     return blocks * block + embedders + gathered

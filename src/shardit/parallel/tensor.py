@@ -15,6 +15,7 @@ from ..core.sites import put
 from ..core.slices import Owned, Shards, Slice
 from .tensor_cuts import TensorPlan
 from .tensor_modules import install_role
+from .tensor_norms import install_pair
 from .tensor_plan import plan_tensors
 
 ENCODERS = "transformers."
@@ -85,6 +86,10 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
             setattr(part, attribute, values[ranks.index])
     for name, role in plan.roles.items():
         install_role(module.get_submodule(name), role, ranks)
+    for pair in plan.pairs:
+        query_norm, key_linear, key_norm = map(module.get_submodule, (pair.query_norm, pair.key_linear, pair.key_norm))
+        roles = plan.roles[pair.query_norm], plan.roles[pair.key_norm]
+        install_pair(query_norm, key_linear, key_norm, roles, ranks)
 
 
 def _own_part(parameter: nn.Parameter, cut: Shards, rank: int) -> nn.Parameter:

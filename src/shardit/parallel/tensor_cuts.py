@@ -28,18 +28,29 @@ class Role:
     shards: Shards
 
 
+@dataclass(frozen=True)
+class NormPair:
+    """Two norms across all heads of one attention, and the linear that feeds the second: their sums of squares are
+    sent together. All are module names."""
+
+    query_norm: str
+    key_linear: str
+    key_norm: str
+
+
 @dataclass
 class TensorPlan:
     """How one model is cut over `size` ranks, for all of them.
 
     cuts: by parameter name (every name of tied weights); what is not there is whole on every rank. roles: by module
-    name. attributes: by module name, numbers to set on it, one for each rank. notes: what was left whole against
-    expectation, and why.
+    name. pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank.
+    notes: what was left whole against expectation, and why.
     """
 
     size: int
     cuts: dict[str, Shards] = field(default_factory=dict)
     roles: dict[str, Role] = field(default_factory=dict)
+    pairs: list[NormPair] = field(default_factory=list)
     attributes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..core.collectives import Collectives
 from ..core.sites import swap_class
-from ..errors import UnsupportedError
 from .tensor_cuts import Role
+from .tensor_forward import together
+from .tensor_norms import across_heads
 
 
 def install_role(module: nn.Module, role: Role, ranks: Collectives) -> None:
@@ -26,7 +27,7 @@ def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         # The bias is part of one summand: that costs no pass of its own.
         partial = F.linear(input, self.weight, self.bias if ranks.index == 0 else None)
-        return _together(ranks.all_reduce, partial)
+        return together(ranks.all_reduce, partial)
 
     return forward
 
@@ -37,7 +38,7 @@ def _gathered(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         part = F.linear(input, self.weight, self.bias)
-        return _together(lambda tensor: ranks.all_gather(tensor, lengths, -1), part)
+        return together(lambda tensor: ranks.all_gather(tensor, lengths, -1), part)
 
     return forward
 
@@ -53,42 +54,9 @@ def _vocabulary(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
         local = input - start
         others = (local < 0) | (local >= length)
         rows = F.embedding(local.masked_fill(others, 0), self.weight)
-        return _together(ranks.all_reduce, rows.masked_fill(others.unsqueeze(-1), 0))
+        return together(ranks.all_reduce, rows.masked_fill(others.unsqueeze(-1), 0))
 
     return forward
 
 
-def _norm(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
-    """An RMSNorm over channels that are cut: the sum of squares is summed over the ranks."""
-    total = role.shards.total
-
-    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide = hidden_states.float()
-        squares = _together(ranks.all_reduce, wide.square().sum(-1, keepdim=True))
-        eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
-        scaled = wide * torch.rsqrt(squares / total + eps)
-        half = self.weight.dtype in (torch.float16, torch.bfloat16)
-        return (scaled.to(self.weight.dtype) if half else scaled) * self.weight
-
-    return forward
-
-
-_FORWARDS = {"rows": _rows, "gathered": _gathered, "vocabulary": _vocabulary, "norm": _norm}
-
-
-class _InferenceOnly(torch.autograd.Function):
-    """What ranks do together, in a graph: the forward is right, a backward through it is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-        return act(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise UnsupportedError("tensor parallelism is for inference: it has no backward")
-
-
-def _together(act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return _InferenceOnly.apply(act, tensor)  # pyright: ignore[reportReturnType]
-    return act(tensor)
+_FORWARDS = {"rows": _rows, "gathered": _gathered, "vocabulary": _vocabulary, "norm": across_heads}

@@ -14,7 +14,7 @@ from torch import nn
 from ..core.slices import Shards, even, even_runs, shards
 from ..errors import UnsupportedError
 from . import tensor_rules as rules
-from .tensor_cuts import Cutter, Role, TensorPlan
+from .tensor_cuts import Cutter, NormPair, Role, TensorPlan
 from .tensor_heads import (
     Heads,
     all_known,
@@ -91,6 +91,9 @@ def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.At
             if norm_size(part_of(module, part)) == cut.total != heads.size:
                 cutter.tensors(join(name, part), part_of(module, part), cut)
                 cutter.plan.roles[join(name, part)] = Role("norm", cut)
+    norms = [join(name, parts[0]) for parts in (names.query_norms, names.key_norms) if parts]
+    if len(norms) == 2 and all(norm in cutter.plan.roles for norm in norms):
+        cutter.plan.pairs.append(NormPair(norms[0], join(name, names.key_value[0]), norms[1]))
     for part in present(module, names.per_head):
         table = part_of(module, part)
         cut = even(heads.queries, cutter.size, dim=1)

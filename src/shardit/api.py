@@ -17,9 +17,11 @@ from .core.pending import settle
 from .core.plan import Plan
 from .core.remote import own
 from .core.sites import swap_class
+from .core.slices import Owned
 from .core.stages import Runtime, stage
 from .errors import InputError, UnsupportedError
 from .parallel.sequence import shard_sequence
+from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -58,11 +60,14 @@ def parallelize(
         if plan is not None and not isinstance(plan, Plan):
             raise InputError("plan: a single transformer takes one Plan, not one for each component")
         runtime = Runtime.of(mesh, split_batch=config.split_batch)
+        shard_components({ALONE: target}, plan_components({ALONE: target}, mesh.sizes["tp"]), mesh)
         cut, _ = assign_blocks(target, config, 1, plan, os.environ)
         _spread(target, runtime, cut)
         return module_or_pipeline
     modules = {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
-    assignment = assign(modules, type(target), config, plans=plan, environ=os.environ)
+    cuts = plan_components(modules, mesh.sizes["tp"])
+    assignment = assign(modules, type(target), config, plans=plan, sliced=cuts.keys(), environ=os.environ)
+    shard_components(modules, cuts, mesh)
     connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch))
     return module_or_pipeline
 
@@ -103,10 +108,17 @@ def load_parallel(
     from .loading import load_pipeline
 
     found: list[Assignment] = []
+    cuts: dict[str, TensorPlan] = {}
 
-    def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Callable[[str], bool]]:
-        found.append(assign(modules, cls, config, max_in_flight=max_in_flight, plans=plan, environ=os.environ))
-        return {name: found[0].owns(name, mesh.member()) for name in modules}
+    def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Owned]:
+        cuts.update(plan_components(modules, mesh.sizes["tp"]))
+        found.append(
+            assign(
+                modules, cls, config, max_in_flight=max_in_flight, plans=plan, sliced=cuts.keys(), environ=os.environ
+            )
+        )
+        owns = {name: found[0].owns(name, mesh.member()) for name in modules}
+        return {name: owned_slices(owns[name], cuts.get(name), mesh.coords["tp"]) for name in modules}
 
     pipe: Any = load_pipeline(
         model, dtype=dtype, device=mesh.device, place=place, pipeline_class=pipeline_class, reads=reads
@@ -115,6 +127,7 @@ def load_parallel(
     if len(mesh.replica.ranks) == 1:
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
+    shard_components(pipe.components, cuts, mesh)
     connect(pipe, found[0], runtime)
     return pipe, found[0], runtime
 

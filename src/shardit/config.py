@@ -44,7 +44,8 @@ class DiffusionParallelConfig:
     """Ranks that the blocks of a transformer are cut over. Default 1. Error: more ranks than blocks (at load)."""
 
     tensor_parallel_size: int = 1
-    """Ranks that each linear layer is cut over. Default 1. Error: anything else, not yet supported."""
+    """Ranks that the linears inside the blocks, and those of text encoders, are cut over. Default 1. Error: more ranks
+    than heads, or a transformer whose parts no rule knows (at load)."""
 
     ulysses_degree: int = 1
     """Ranks that the tokens are cut over and, within attention, the heads (Ulysses). Default 1. Error: below 1, or a

@@ -71,6 +71,8 @@ def assign_blocks(
     """
     blocks = find_blocks(model, plan)
     pp_size, name = config.pipeline_parallel_size, type(model).__name__
+    if not blocks and pp_size == 1:
+        return Cut((), Placement((), 1), plan), None
     if not blocks:
         raise UnsupportedError(f"{name} has no block lists, so it cannot be cut; use pipeline_parallel_size=1")
     names = tuple(n for n, _ in blocks)
@@ -106,7 +108,7 @@ def assign(
     sizes = {**axis_sizes(config), "dp": 1}
     stages = tuple(coordinates(sizes, member)["pp"] for member in range(math.prod(sizes.values())))
     in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
-    notes, cut, load = [], {}, [0] * len(stages)
+    notes, cut, load, parts = [], {}, [0] * len(stages), frozenset(sliced)
     for name, module in modules.items():
         if not type(module).__module__.startswith(CUT_PACKAGES):
             continue
@@ -115,10 +117,10 @@ def assign(
         notes += [note] if note else []
         for (_, block), owner in zip(find_blocks(module, plan), cut[name].placement.owners(), strict=True):
             for member, stage in enumerate(stages):
-                load[member] += nbytes(block) if stage == owner else 0
+                load[member] += nbytes(block) // (sizes["tp"] if name in parts else 1) if stage == owner else 0
     if not cut and pp_size > 1:
         raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
-    owned, tp, parts = {}, sizes["tp"], frozenset(sliced)
+    owned, tp = {}, sizes["tp"]
     rest = [name for name in modules if name not in cut]
     for name in sorted(rest, key=lambda n: (-nbytes(modules[n]), n)):
         width = tp if name in parts else 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
 from ..config import DiffusionParallelConfig
 from ..core.assign import Assignment, assign
 from ..core.mesh import axis_sizes, coordinates
+from ..core.slices import Owned, Slice
 from ..loading import Description, describe
 from ..loading.dtypes import as_dtype
+from ..parallel.tensor import describe_plan, owned_slices, plan_components
 
 if TYPE_CHECKING:
     import torch
@@ -23,32 +26,47 @@ def inspect_model(
     Bytes are those in the files, or with `dtype` those in memory of that dtype. Raises what loading would raise.
     """
     found = describe(model)
-    assignment = assign(found.modules, found.pipeline_class, config, max_in_flight=max_in_flight, environ=os.environ)
+    cuts = plan_components(found.modules, config.tensor_parallel_size)
+    assignment = assign(
+        found.modules,
+        found.pipeline_class,
+        config,
+        max_in_flight=max_in_flight,
+        sliced=cuts.keys(),
+        environ=os.environ,
+    )
     sizes = axis_sizes(config)
     ranks = []
     for rank in range(config.world_size):
         coords = coordinates(sizes, rank)
         member = rank % len(assignment.stages)
-        components = {name: _component(found, assignment, name, member, dtype) for name in found.modules}
+        owns = {
+            name: owned_slices(assignment.owns(name, member), cuts.get(name), coords["tp"]) for name in found.modules
+        }
+        components = {name: _component(found, assignment, name, member, owned, dtype) for name, owned in owns.items()}
         held = {name: part for name, part in components.items() if part["parameters"]}
         ranks.append({"rank": rank, "coords": coords, "components": held})
-    return {"ranks": ranks, "chunks": assignment.chunks, "notes": list(assignment.notes)}
+    notes = [line for name, cut in cuts.items() for line in describe_plan(name, found.modules[name], cut)]
+    return {"ranks": ranks, "chunks": assignment.chunks, "notes": [*assignment.notes, *notes]}
 
 
-def _component(found: Description, assignment: Assignment, name: str, member: int, dtype: str | None) -> dict[str, Any]:
-    owns, stage = assignment.owns(name, member), assignment.stages[member]
+def _component(
+    found: Description, assignment: Assignment, name: str, member: int, owned: Owned, dtype: str | None
+) -> dict[str, Any]:
+    cut, stage = assignment.cut.get(name), assignment.stages[member]
+    blocks = [i for i, owner in enumerate(cut.placement.owners()) if owner == stage] if cut else []
+    stored, kind = found.sizes[name], as_dtype(dtype)
     held: dict[int, tuple[torch.Tensor, list[str]]] = {}  # tied ones count once
     for key, tensor in found.modules[name].state_dict(keep_vars=True).items():
-        if owns(key):
-            held.setdefault(id(tensor), (tensor, []))[1].append(key)
-    cut = assignment.cut.get(name)
-    blocks = [i for i, owner in enumerate(cut.placement.owners()) if owner == stage] if cut else []
-    stored = found.sizes[name]
-    kind = as_dtype(dtype)
-    nbytes = sum(
-        tensor.numel() * kind.itemsize
-        if kind is not None and tensor.is_floating_point()
-        else max(stored.get(key, 0) for key in keys)
-        for tensor, keys in held.values()
-    )
-    return {"blocks": blocks, "parameters": sum(t.numel() for t, _ in held.values()), "bytes": nbytes}
+        held.setdefault(id(tensor), (tensor, []))[1].append(key)
+    parameters = nbytes = 0
+    for tensor, keys in held.values():
+        part, whole = owned(keys[0]), tensor.numel()
+        if part:
+            count = math.prod(part.shape(tensor.shape)) if isinstance(part, Slice) else whole
+            parameters += count
+            if kind is not None and tensor.is_floating_point():
+                nbytes += count * kind.itemsize
+            else:
+                nbytes += max(stored.get(key, 0) for key in keys) * count // max(whole, 1)
+    return {"blocks": blocks, "parameters": parameters, "bytes": nbytes}

@@ -21,6 +21,7 @@ from ..loading import Reads, describe
 from ..loading.dtypes import as_dtype
 from ..models.variants import image_pipeline
 from ..output import Output
+from ..parallel.tensor import plan_components
 from ..signature import signature_of
 from .progress import report_progress
 from .result import collect
@@ -42,6 +43,7 @@ def check(spec: SessionSpec) -> None:
     as_dtype(spec.dtype)
     found = describe(spec.model)
     assign(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight, environ=os.environ)
+    plan_components(found.modules, spec.config.tensor_parallel_size)
 
 
 class Session:

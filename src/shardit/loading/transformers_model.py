@@ -1,16 +1,17 @@
-"""transformers models: loaded whole by transformers itself, or not at all."""
+"""transformers models: loaded whole by transformers itself, by slices like those of diffusers, or not at all."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
 
+from shardit.core.slices import Slice
 from shardit.errors import InputError, UnsupportedError
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
 from shardit.loading.safetensors_file import Reads
-from shardit.loading.weights import Owned
+from shardit.loading.weights import Owned, load_module
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,9 @@ def load_transformers(
 ) -> nn.Module:
     """`module` (built on meta) itself where nothing is owned, else the model as from_pretrained gives it.
 
-    Raises UnsupportedError where only a part is owned, InputError for what from_pretrained refuses.
+    Where `owned` gives slices, only those are read, into `module`; if the file does not hold the tensors one by one as
+    the model has them, the model is loaded whole, and who asked has to cut it. Raises UnsupportedError where only some
+    of the tensors are owned, InputError for what from_pretrained refuses.
     """
     cls: Any = type(module)
     ours = [owned(name) for name, _ in module.named_parameters()]
@@ -38,6 +41,10 @@ def load_transformers(
         raise UnsupportedError(
             f"{cls.__name__} can only be loaded whole or not at all: give all of it to one rank or to every rank"
         )
+    keys = _one_to_one(module, checkpoint) if any(isinstance(part, Slice) for part in ours) else None
+    if keys is not None:
+        _read_generation_config(module, checkpoint)
+        return load_module(module, checkpoint, owned, device=device, reads=reads, keys=keys)
     checkpoint.ensure(set(checkpoint.names), reads)
     try:
         # The arguments of diffusers' own pipeline loader; dtype None means "auto" there too.
@@ -57,6 +64,32 @@ def load_transformers(
     if reads is not None:
         reads.bytes += checkpoint.nbytes
     return loaded.to(device)
+
+
+def _one_to_one(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Module name -> file key, or None where the files hold tensors in another form than the model."""
+    keys = module_keys(module, checkpoint)
+    names = {name: key for key, name in keys.items()}
+    held = module.state_dict()
+    alike = all(tuple(held[name].shape) == checkpoint.entry(key).shape for name, key in names.items() if name in held)
+    return names if alike and len(names) == len(keys) and not _converts(module) else None
+
+
+def _converts(module: Any) -> bool:
+    """Whether transformers would compute tensors from those in the files, rather than rename them."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # transformers 4 only renames
+        return False
+    return any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(module))
+
+
+def _read_generation_config(module: Any, checkpoint: Checkpoint) -> None:
+    from transformers import GenerationConfig
+
+    if module.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
+        module.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder))
 
 
 def _wrong_shape(module: nn.Module, checkpoint: Checkpoint) -> str | None:

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardit.core.slices import Owned, Slice
 from shardit.errors import InputError
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import file_dtype
-from shardit.loading.safetensors_file import Entry, Reads, read_into
+from shardit.loading.safetensors_file import Entry, Reads, read_slice
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 _CACHE_LINE = 64  # bytes; torch's own allocations start at multiples of it
-Owned = Callable[[str], bool]
 _log = logging.getLogger("shardit")
 
 
 @dataclass(frozen=True)
 class Target:
     """One tensor of a module: all its names (tied weights have several; the first is the one of
-    named_parameters), its key in the files (None: not there), and the tensor the module holds now."""
+    named_parameters), its key in the files (None: not there), and the tensor the module holds now.
+
+    `part` is what is wanted of it: None is all."""
 
     names: tuple[str, ...]
     key: str | None
     held: torch.Tensor
+    part: Slice | None = None
 
 
 def load_module(
@@ -42,20 +46,24 @@ def load_module(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     reads: Reads | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> nn.Module:
-    """Fill the parameters and persistent buffers for which `owned(name)` holds; the others end up on meta.
+    """Fill the parameters and persistent buffers for which `owned(name)` holds; the others end up on meta. Where it
+    gives a Slice, the module gets a parameter of that shape, and only those bytes are read.
 
     `module` comes from `build` with the same `dtype`. Dtypes are those of diffusers' from_pretrained: floating
     tensors become `dtype` (float32 in modules the class keeps so), others what the module has; with None all become
-    what the module has. Buffers outside the checkpoint go to `device`. Returns the module in eval mode.
+    what the module has. Buffers outside the checkpoint go to `device`. `keys`: module name -> file key, by default that
+    of diffusers. Returns the module in eval mode.
     Raises InputError, naming tensor and file, for missing tensors and wrong shapes.
     """
     import torch
 
     wanted = []
-    for target in targets(module, checkpoint):
-        if owned(target.names[0]):
-            wanted.append(target)
+    for target in targets(module, checkpoint, keys):
+        held = owned(target.names[0])
+        if held:
+            wanted.append(replace(target, part=held if isinstance(held, Slice) else None))
         else:
             _place(module, target, torch.empty_like(target.held, device="meta", dtype=_dtype(module, target, dtype)))
     present = [target for target in wanted if target.key is not None]
@@ -67,9 +75,9 @@ def load_module(
     return module.eval()
 
 
-def targets(module: nn.Module, checkpoint: Checkpoint) -> list[Target]:
+def targets(module: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str] | None = None) -> list[Target]:
     """The module's tensors and their file keys; InputError for a parameter that no file holds."""
-    keys = file_keys(module, checkpoint)
+    keys = file_keys(module, checkpoint) if keys is None else keys
     groups: dict[int, list[str]] = {}
     held: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
     for name, tensor in held.items():
@@ -145,31 +153,43 @@ def _read_file(
     path = checkpoint.folder / file
     kinds = [_checked_dtype(module, path, target, entry) for target, entry in group]
     plan = [(*pair, kind, _dtype(module, pair[0], dtype, kind)) for pair, kind in zip(group, kinds, strict=True)]
-    staged = [entry.nbytes for _, entry, kind, final in plan if kind != final or device.type != "cpu"]
+    shapes = [_shape(target, entry) for target, entry in group]
+    staged = [
+        math.prod(shape) * kind.itemsize
+        for (_, _, kind, final), shape in zip(plan, shapes, strict=True)
+        if kind != final or device.type != "cpu"
+    ]
     # One buffer for all: buffers that come and go between the parameters would leave holes in the heap.
     buffer = torch.empty(max(staged, default=0), dtype=torch.uint8)
-    for target, entry, kind, final in plan:
+    for (target, entry, kind, final), shape in zip(plan, shapes, strict=True):
+        nbytes = math.prod(shape) * kind.itemsize
         if kind == final and device.type == "cpu":
-            tensor = _as_mapped(entry, final)
-            read_into(path, [(entry.start, tensor)], reads)
+            tensor = _as_mapped(entry.start, nbytes, final).view(shape)
+            read_slice(path, entry, target.part, tensor, reads)
         else:
-            tensor = torch.empty(entry.shape, dtype=final, device=device)
-            stage = buffer[: entry.nbytes].view(kind).view(entry.shape)
-            read_into(path, [(entry.start, stage)], reads)
+            tensor = torch.empty(shape, dtype=final, device=device)
+            stage = buffer[:nbytes].view(kind).view(shape)
+            read_slice(path, entry, target.part, stage, reads)
             tensor.copy_(stage)
         _place(module, target, tensor)
 
 
-def _as_mapped(entry: Entry, dtype: torch.dtype) -> torch.Tensor:
-    """Memory aligned as the file would be if it were mapped, which is what from_pretrained does on the CPU.
+def _shape(target: Target, entry: Entry) -> tuple[int, ...]:
+    """The shape of what is wanted of a tensor."""
+    return entry.shape if target.part is None else target.part.shape(entry.shape)
+
+
+def _as_mapped(start: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Flat memory for bytes that begin at `start` of a file, aligned as the file would be if it were mapped, which is
+    what from_pretrained does on the CPU.
 
     MKL's matrix products give other last bits for operands of other alignment, so this is what makes results equal.
     """
     import torch
 
-    skew = entry.start % _CACHE_LINE
-    memory = torch.empty(skew + entry.nbytes, dtype=torch.uint8)
-    return memory[skew:].view(dtype).view(entry.shape)
+    skew = start % _CACHE_LINE
+    memory = torch.empty(skew + nbytes, dtype=torch.uint8)
+    return memory[skew:].view(dtype)
 
 
 def _checked_dtype(module: nn.Module, path: Path, target: Target, entry: Entry) -> torch.dtype:

@@ -1,1 +1,1 @@
-"""Parallelism inside a block: what is cut other than the list of blocks."""
+"""Axes of parallelism besides pipeline stages: what is cut inside a block, and what the ranks then tell each other."""

@@ -1,0 +1,77 @@
+"""Which part of a tensor a rank holds where the tensor is cut over several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+Segments = tuple[tuple[int, int], ...]
+"""(start, length) pairs along one dimension, in the order in which they lie in the slice."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a tensor that one rank holds: some segments of dimension `dim`, one after the other."""
+
+    dim: int
+    segments: Segments
+
+    @property
+    def length(self) -> int:
+        """How long the slice is along `dim`."""
+        return sum(length for _, length in self.segments)
+
+    def shape(self, full: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the slice of a tensor of shape `full`."""
+        return (*full[: self.dim], self.length, *full[self.dim + 1 :])
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The slice of a whole tensor, in memory of its own."""
+        import torch
+
+        parts = [tensor.narrow(self.dim, start, length) for start, length in self.segments]
+        return torch.cat(parts, self.dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+
+Owned = Callable[[str], "bool | Slice"]
+"""What a rank holds of the tensor of that name: all, nothing, or a slice."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a tensor is cut along `dim`, where it is `total` long: ranks[i] are the segments of rank i."""
+
+    dim: int
+    total: int
+    ranks: tuple[Segments, ...]
+
+    def of(self, rank: int) -> Slice:
+        """The slice of one rank."""
+        return Slice(self.dim, self.ranks[rank])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The length of each rank's slice."""
+        return tuple(self.of(rank).length for rank in range(len(self.ranks)))
+
+
+def even(total: int, parts: int, dim: int = 0, unit: int = 1) -> Shards:
+    """One run of dimension `dim` for each rank; runs begin at multiples of `unit` and differ by one unit at most."""
+    return shards(dim, total, [even_runs(total // unit, parts, unit)])
+
+
+def even_runs(count: int, parts: int, unit: int = 1, offset: int = 0) -> list[tuple[int, int]]:
+    """`count` units of `unit` elements, dealt to `parts` ranks in order: (start, length) for each, from `offset` on."""
+    least, more = divmod(count, parts)
+    lengths = [(least + (i < more)) * unit for i in range(parts)]
+    return list(zip(accumulate(lengths[:-1], initial=offset), lengths, strict=True))
+
+
+def shards(dim: int, total: int, runs: Sequence[Sequence[tuple[int, int]]]) -> Shards:
+    """Shards in which each rank has its own run of each of several parts of a tensor (the halves of a gate, say)."""
+    return Shards(dim, total, tuple(zip(*runs, strict=True)))

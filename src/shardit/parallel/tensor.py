@@ -1,0 +1,99 @@
+"""Tensor parallelism: the linears inside the blocks are cut over the ranks of the axis `tp`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.assign import CUT_PACKAGES
+from ..core.collectives import Collectives
+from ..core.mesh import Mesh
+from ..core.sites import put
+from ..core.slices import Owned, Shards, Slice
+from .tensor_cuts import TensorPlan
+from .tensor_modules import install_role
+from .tensor_norms import install_pair
+from .tensor_plan import plan_tensors
+
+ENCODERS = "transformers."
+"""Where the classes of text and image encoders live."""
+
+
+ALONE = ""
+"""The name of a module that is parallelized by itself."""
+
+
+def plan_components(modules: Mapping[str, nn.Module], size: int) -> dict[str, TensorPlan]:
+    """How the components of a pipeline are cut: what denoises and what encodes; a VAE is left whole.
+
+    Raises UnsupportedError where what denoises has too few heads.
+    """
+    if size == 1:
+        return {}
+    plans = {}
+    for name, module in modules.items():
+        denoises = type(module).__module__.startswith(CUT_PACKAGES) or name == ALONE
+        if denoises or type(module).__module__.startswith(ENCODERS):
+            plans[name] = plan_tensors(module, size, must_cut=denoises)
+    return plans
+
+
+def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int) -> Owned:
+    """What a rank of the tensor axis holds of each parameter that its stage owns."""
+    cuts: dict[str, Shards] = plan.cuts if plan is not None else {}
+
+    def owned(name: str) -> bool | Slice:
+        return owns(name) and (cuts[name].of(rank) if name in cuts else True)
+
+    return owned
+
+
+def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
+    """What a user may want to know of the plan of a component: how much stays whole, and what was expected not to."""
+    sizes = {key: p.numel() for key, p in module.named_parameters() if key not in plan.cuts}
+    share = sum(sizes.values()) / max(sum(p.numel() for p in module.parameters()), 1)
+    largest = sorted(sizes, key=lambda key: -sizes[key])[:3]
+    lines = [f"{name}: {share:.1%} of its parameters are whole on every tensor rank ({', '.join(largest)}, ...)"]
+    more = f" (and {len(plan.notes) - 1} more like it)" if len(plan.notes) > 1 else ""
+    return lines + [f"{name}: {note}{more}" for note in plan.notes[:1]]
+
+
+def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPlan], mesh: Mesh) -> None:
+    """Cut the components of a pipeline that have a plan, in place."""
+    if plans:
+        ranks = Collectives(mesh, "tp")  # one for all, so that what they send is counted together
+        for name, plan in plans.items():
+            shard_tensors(components[name], plan, ranks)
+
+
+def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:
+    """Cut a module in place to what this rank holds of it; names and module tree stay.
+
+    Parameters that are whole are cut, those that were loaded as slices are kept. `ranks` are those of the tensor axis.
+    """
+    cut: dict[int, nn.Parameter] = {}  # tied weights are cut once
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if name in plan.cuts:
+            if id(parameter) not in cut:
+                cut[id(parameter)] = _own_part(parameter, plan.cuts[name], ranks.index)
+            put(module, name, cut[id(parameter)])
+    for name, numbers in plan.attributes.items():
+        part: Any = module.get_submodule(name)
+        for attribute, values in numbers.items():
+            setattr(part, attribute, values[ranks.index])
+    for name, role in plan.roles.items():
+        install_role(module.get_submodule(name), role, ranks)
+    for pair in plan.pairs:
+        query_norm, key_linear, key_norm = map(module.get_submodule, (pair.query_norm, pair.key_linear, pair.key_norm))
+        roles = plan.roles[pair.query_norm], plan.roles[pair.key_norm]
+        install_pair(query_norm, key_linear, key_norm, roles, ranks)
+
+
+def _own_part(parameter: nn.Parameter, cut: Shards, rank: int) -> nn.Parameter:
+    if parameter.shape[cut.dim] != cut.total:
+        return parameter
+    with torch.no_grad():
+        return nn.Parameter(cut.of(rank).take(parameter), parameter.requires_grad)

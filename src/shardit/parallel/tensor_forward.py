@@ -1,0 +1,29 @@
+"""What ranks do together in a forward, so that nobody takes a backward through it for right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedError
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """What ranks do together, in a graph: the forward is right, a backward through it is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+        return act(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedError("tensor parallelism is for inference: it has no backward")
+
+
+def together(act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """act(tensor), which may work in place; in a graph, a backward through it raises UnsupportedError."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return _InferenceOnly.apply(act, tensor)  # pyright: ignore[reportReturnType]
+    return act(tensor)

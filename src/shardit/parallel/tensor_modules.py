@@ -1,0 +1,62 @@
+"""What modules do after their weights were cut: class swaps that sum or gather over the ranks of the tensor axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..core.collectives import Collectives
+from ..core.sites import swap_class
+from .tensor_cuts import Role
+from .tensor_forward import together
+from .tensor_norms import across_heads
+
+
+def install_role(module: nn.Module, role: Role, ranks: Collectives) -> None:
+    """Give a module whose weight is cut the forward that goes with its role, in place."""
+    swap_class(module, {"forward": _FORWARDS[role.kind](role, ranks)})
+
+
+def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """A linear cut by its inputs: each rank's part of the product, then one sum."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        # The bias is part of one summand: that costs no pass of its own.
+        partial = F.linear(input, self.weight, self.bias if ranks.index == 0 else None)
+        return together(ranks.all_reduce, partial)
+
+    return forward
+
+
+def _gathered(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """A linear cut by its outputs, for readers that need all of them."""
+    lengths = role.shards.lengths
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        part = F.linear(input, self.weight, self.bias)
+        return together(lambda tensor: ranks.all_gather(tensor, lengths, -1), part)
+
+    return forward
+
+
+def _vocabulary(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """A table cut by rows: zeros for the rows of others, then one sum, which is exact."""
+    total = role.shards.total
+    ((start, length),) = role.shards.of(ranks.index).segments
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if input.device.type == "cpu" and input.numel() and not 0 <= int(input.min()) <= int(input.max()) < total:
+            raise IndexError(f"a token id is not below {total}")  # as the whole table would; else it became a zero
+        local = input - start
+        others = (local < 0) | (local >= length)
+        rows = F.embedding(local.masked_fill(others, 0), self.weight)
+        return together(ranks.all_reduce, rows.masked_fill(others.unsqueeze(-1), 0))
+
+    return forward
+
+
+_FORWARDS = {"rows": _rows, "gathered": _gathered, "vocabulary": _vocabulary, "norm": across_heads}

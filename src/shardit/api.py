@@ -20,7 +20,7 @@ from .core.sites import swap_class
 from .core.slices import Owned
 from .core.stages import Runtime, stage
 from .errors import InputError, UnsupportedError
-from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
+from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, refuse_adapters, shard_components
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -135,11 +135,11 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
             stage(getattr(pipe, name), runtime, cut.placement, cut.plan)
         for name, owner in assignment.owned.items():
             own(getattr(pipe, name), runtime.comm, owner)
-    _swap_pipeline(pipe, runtime.mesh.device)
+    _swap_pipeline(pipe, runtime.mesh)
 
 
-def _swap_pipeline(pipe: Any, device: torch.device) -> None:
-    own_call = type(pipe).__call__
+def _swap_pipeline(pipe: Any, mesh: Mesh) -> None:
+    own_call, device = type(pipe).__call__, mesh.device
 
     @functools.wraps(own_call)  # pipelines and tools read the signature
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +157,8 @@ def _swap_pipeline(pipe: Any, device: torch.device) -> None:
     members["_execution_device"] = property(lambda self: device)
     for name in _REFUSED:
         members[name] = _refused(name)
+    if "tp" in mesh.axes:
+        members["load_lora_weights"] = refuse_adapters
     swap_class(pipe, members)
 
 

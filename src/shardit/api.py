@@ -21,7 +21,7 @@ from .core.slices import Owned
 from .core.stages import Runtime, stage
 from .errors import InputError, UnsupportedError
 from .parallel.sequence import shard_sequence
-from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
+from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, refuse_adapters, shard_components
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -141,7 +141,7 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
             own(getattr(pipe, name), runtime.peers, owner // assignment.tp)
         else:
             own(getattr(pipe, name), runtime.replica, owner)
-    _swap_pipeline(pipe, runtime.mesh.device)
+    _swap_pipeline(pipe, runtime.mesh)
 
 
 def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
@@ -156,8 +156,8 @@ def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
         stages()
 
 
-def _swap_pipeline(pipe: Any, device: torch.device) -> None:
-    own_call = type(pipe).__call__
+def _swap_pipeline(pipe: Any, mesh: Mesh) -> None:
+    own_call, device = type(pipe).__call__, mesh.device
 
     @functools.wraps(own_call)  # pipelines and tools read the signature
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -175,6 +175,8 @@ def _swap_pipeline(pipe: Any, device: torch.device) -> None:
     members["_execution_device"] = property(lambda self: device)
     for name in _REFUSED:
         members[name] = _refused(name)
+    if "tp" in mesh.axes:
+        members["load_lora_weights"] = refuse_adapters
     swap_class(pipe, members)
 
 

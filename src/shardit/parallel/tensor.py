@@ -11,8 +11,9 @@ from torch import nn
 from ..core.assign import CUT_PACKAGES
 from ..core.collectives import Collectives
 from ..core.mesh import Mesh
-from ..core.sites import put
+from ..core.sites import put, swap_class
 from ..core.slices import Owned, Shards, Slice
+from ..errors import UnsupportedError
 from .tensor_cuts import TensorPlan
 from .tensor_modules import install_role
 from .tensor_norms import install_pair
@@ -61,6 +62,10 @@ def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
     return lines + [f"{name}: {note}{more}" for note in plan.notes[:1]]
 
 
+ADAPTERS = ("load_lora_adapter", "add_adapter")
+"""Methods of a model that add weights for whole linears."""
+
+
 def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPlan], mesh: Mesh) -> None:
     """Cut the components of a pipeline that have a plan, in place."""
     if plans:
@@ -90,6 +95,15 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
         query_norm, key_linear, key_norm = map(module.get_submodule, (pair.query_norm, pair.key_linear, pair.key_norm))
         roles = plan.roles[pair.query_norm], plan.roles[pair.key_norm]
         install_pair(query_norm, key_linear, key_norm, roles, ranks)
+    swap_class(module, {name: refuse_adapters for name in ADAPTERS if hasattr(module, name)})
+
+
+def refuse_adapters(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Stands in for methods that add adapters, which have the sizes of whole linears. Adapters that were there before
+    are fine: their linears stay whole."""
+    raise UnsupportedError(
+        "adapters cannot be added to linears that are cut: load them before parallelize, or use tensor_parallel_size=1"
+    )
 
 
 def _own_part(parameter: nn.Parameter, cut: Shards, rank: int) -> nn.Parameter:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.mesh import init_mesh
-from shardit.parallel.attention import Layout, SequenceAttention
+from shardit.parallel.attention import Call, Layout, SequenceAttention
 from shardit.parallel.partial import _math, merge, partial_attention
 from shardit.parallel.ulysses import ulysses_bytes
 from tests.ranks import run_ranks
@@ -71,7 +71,7 @@ def one_case(attention: SequenceAttention, rank: int, case: Case) -> float:
         mask, layout = mask.split(case.k_lens, 3)[rank], Layout(case.q_lens, case.k_lens, mask_columns=True)
     elif mask is not None:
         mask, layout = mask.split(case.q_lens, 2)[rank], Layout(case.q_lens, case.k_lens, mask_rows=True)
-    out = attention.attend(*local, mask, layout, plain, None)
+    out = attention.attend(Call(*local, mask, plain), layout)
     assert out.shape == expected.shape
     assert out.dtype == case.dtype
     assert torch.isfinite(out).all()
@@ -127,7 +127,7 @@ def counted(rank: int, count: int, method: str, lens: tuple[int, ...], heads: in
     attention = SequenceAttention(init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method))
     q = torch.randn(1, lens[rank], heads, WIDTH)
     k = torch.randn(1, lens[rank], k_heads, WIDTH)
-    attention.attend(q, k, k, None, Layout(lens, lens), plain, None)
+    attention.attend(Call(q, k, k, None, plain), Layout(lens, lens))
     assert attention.ulysses is not None
     q_share, k_share = attention.ulysses.shares(heads, k_heads)
     assert attention.ulysses.comm.messages == 2 * (count - 1)  # one to every other rank, one back
@@ -145,8 +145,9 @@ def test_bytes_of_one_ulysses_attention() -> None:
 def refused(rank: int, count: int, method: str) -> None:
     mesh = init_mesh(DiffusionParallelConfig(ring_degree=2), device="cpu", timeout_s=60, rank=rank, init_method=method)
     q = torch.randn(1, 3, 2, WIDTH)
+    call = Call(q, q, q, None, plain, not_ring="causal attention")
     with pytest.raises(UnsupportedError, match="ring_degree=2 does not work with causal attention"):
-        SequenceAttention(mesh).attend(q, q, q, None, Layout((3, 3), (3, 3)), plain, None, not_ring="causal attention")
+        SequenceAttention(mesh).attend(call, Layout((3, 3), (3, 3)))
 
 
 def test_ring_refuses_what_it_cannot_merge() -> None:

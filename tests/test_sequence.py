@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from shardit.models.variants import image_pipeline
 from shardit.parallel.splits import Split, candidates, cut
 from shardit.signature import signature_of
 from tests.ranks import run_ranks
-from tests.test_parallelize import join, quiet
+from tests.test_parallelize import join, quiet, write_lora
 from tests.whole_pipelines import Case, make_requests
 from tests.whole_pipelines import plain as plain_pipeline
 
@@ -158,6 +159,8 @@ def wan(rank: int, count: int, method: str, way: dict) -> int:
         words = torch.randn(batch, 5, text_dim)
         steps = torch.tensor([3] * batch)
         assert both(plain, other, hidden_states=video, timestep=steps, encoder_hidden_states=words) <= CLOSE
+    with torch.inference_mode():
+        assert both(plain, other, hidden_states=video, timestep=steps, encoder_hidden_states=words) <= CLOSE
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         arguments = {"hidden_states": video, "timestep": steps, "encoder_hidden_states": words, "return_dict": False}
         assert distance(plain(**arguments)[0], other(**arguments)[0]) <= 2e-2
@@ -236,6 +239,25 @@ def other_back_end(rank: int, count: int, method: str, way: dict) -> None:
 def test_other_attention_back_ends(way: dict) -> None:
     tiny.resolve("tiny/wan2.2-t2v")
     run_ranks(2, other_back_end, way)
+
+
+def with_lora(rank: int, count: int, method: str, folder: str, way: dict) -> None:
+    """Adapters that are loaded after the model was made parallel, and their scale."""
+    join(rank, count, method)
+    plain, pipe = (quiet(tiny.load_plain(tiny.resolve("tiny/flux"))) for _ in range(2))
+    without = run(plain, "flux")
+    plain.load_lora_weights(folder)
+    expected = run(plain, "flux")
+    assert distance(without, expected) > 1e-2
+    shardit.parallelize(pipe, DiffusionParallelConfig(**way), timeout_s=60)
+    assert distance(without, run(pipe, "flux")) <= CLOSE
+    pipe.load_lora_weights(folder)
+    assert distance(expected, run(pipe, "flux")) <= CLOSE
+
+
+def test_lora(tmp_path: Path) -> None:
+    write_lora(tmp_path)
+    run_ranks(2, with_lora, str(tmp_path), ULYSSES)
 
 
 class Block(nn.Module):

@@ -18,6 +18,23 @@ Inner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of an attention function. q, k, v: [batch, tokens, heads, width], as on this rank.
+
+    mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]. inner: what was called, and computes it
+    where all keys are at hand. not_ring: why Ring, which has kernels of its own, cannot take its place, if so.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    inner: Inner
+    scale: float | None = None
+    not_ring: str | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
     """How one attention call is spread: tokens of queries and of keys on each rank of "sp", and whether the mask has
     only the rows of own queries or the columns of own keys."""
@@ -44,30 +61,16 @@ class SequenceAttention:
         """Bytes that this rank has sent to others."""
         return self.sp.sent_bytes + sum(c.sent_bytes for c in (self.ring, self.ulysses and self.ulysses.comm) if c)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        layout: Layout,
-        inner: Inner,
-        scale: float | None,
-        *,
-        not_ring: str | None = None,
-    ) -> torch.Tensor:
-        """Attention of own queries [batch, own tokens, heads, width] over the keys of all ranks.
-
-        mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]. inner: what computes it where all keys
-        are at hand; Ring has kernels of its own. Raises UnsupportedError where Ring would be wrong (`not_ring`: why).
-        """
-        if self.ring is not None and not_ring is not None:
+    def attend(self, call: Call, layout: Layout) -> torch.Tensor:
+        """Attention of own queries over the keys of all ranks. Collective; UnsupportedError where Ring cannot do it."""
+        if self.ring is not None and call.not_ring is not None:
             raise UnsupportedError(
-                f"ring_degree={self.ring.size} does not work with {not_ring}: it needs the plain native attention of "
+                f"ring_degree={self.ring.size} does not work with {call.not_ring}: it needs the native attention, of "
                 "which it merges parts; use ulysses_degree"
             )
+        q, k, v = call.q, call.k, call.v
         q_lens, k_lens = self._of_group(layout.q_lens), self._of_group(layout.k_lens)
-        mask = None if mask is None else self._whole_mask(mask, layout, q_lens)
+        mask = None if call.mask is None else self._whole_mask(call.mask, layout, q_lens)
         q_share: list[int] = []
         if self.ulysses is not None:
             if k.shape[2] < self.ulysses.comm.size and k.shape[2] < q.shape[2]:  # too few key heads to deal out
@@ -76,22 +79,20 @@ class SequenceAttention:
             mask = _own_heads(mask, q.shape[2], q_share, self.ulysses.comm.index)
             q, k, v = self.ulysses.to_heads(q, k, v, q_lens, k_lens)
         if q.shape[2] and self.ring is not None:  # also without queries: the keys of others pass through here
-            out = ring_attention(self.ring, q, k, v, self._per_group(layout.k_lens), mask, scale)
+            out = ring_attention(self.ring, q, k, v, self._per_group(layout.k_lens), mask, call.scale)
         elif 0 in q.shape:
             out = q.new_empty(*q.shape[:3], v.shape[3])
         else:
-            out = inner(q, k, v, mask)
+            out = call.inner(q, k, v, mask)
         return out if self.ulysses is None else self.ulysses.to_tokens(out, q_lens, q_share)
 
-    def whole(self, shard: torch.Tensor, lens: tuple[int, ...]) -> torch.Tensor:
-        """The shards of all ranks, in rank order, along dimension 1."""
-        return self.sp.all_gather(shard, lens, 1)
-
-    def all_columns(self, mask: torch.Tensor | None, layout: Layout) -> torch.Tensor | None:
-        """A mask with the columns of the keys of all ranks."""
-        if mask is None or not layout.mask_columns:
-            return mask
-        return _gather_mask(self.sp, mask, layout.k_lens, mask.ndim - 1)
+    def attend_to_all(self, call: Call, layout: Layout) -> torch.Tensor:
+        """Attention of queries that every rank has over the keys of all ranks: keys and values are gathered."""
+        k, v = (self.sp.all_gather(t, layout.k_lens, 1) for t in (call.k, call.v))
+        mask = call.mask
+        if mask is not None and layout.mask_columns:
+            mask = _gather_mask(self.sp, mask, layout.k_lens, mask.ndim - 1)
+        return call.inner(call.q, k, v, mask)
 
     def _of_group(self, lens: tuple[int, ...]) -> tuple[int, ...]:
         """Of lengths per "sp" rank (ulysses varies fastest) those of this rank's ulysses group."""

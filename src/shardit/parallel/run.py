@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from ..errors import UnsupportedError
-from .attention import Inner, Layout, SequenceAttention
+from .attention import Call, Layout, SequenceAttention
 from .taint import Taint
 
 FAILED, ATTENDING, DONE = 0, 1, 2
@@ -36,54 +36,41 @@ class BlockRun:
     _calls: int = 0
     _spread_calls: int = 0
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        inner: Inner,
-        scale: float | None,
-        not_ring: str | None,
-    ) -> torch.Tensor:
+    def attend(self, call: Call) -> torch.Tensor:
         """See `seam.Handler`."""
-        spread_q, spread_k = self._spread_of(q, k, v)
+        spread_q, spread_k = self._spread_of(call)
         if self.taint is None:
-            return self._compute(spread_q, spread_k, q, k, v, mask, inner, scale, not_ring)
+            return self._compute(call, spread_q, spread_k)
         with without_modes():  # some attention functions cannot be watched from inside, and need not be
-            out = self._compute(spread_q, spread_k, q, k, v, mask, inner, scale, not_ring)
+            out = self._compute(call, spread_q, spread_k)
         if spread_q:
             self.taint.mark(out)
         return out
 
-    def _spread_of(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[bool, bool]:
+    def _spread_of(self, call: Call) -> tuple[bool, bool]:
         n = self._calls
         self._calls += 1
         if self.taint is not None:
-            self.spread.append((self.taint.marked(q), self.taint.marked(k) or self.taint.marked(v)))
+            self.spread.append((self.taint.marked(call.q), self.taint.marked(call.k) or self.taint.marked(call.v)))
         if n >= len(self.spread):
             raise UnsupportedError("a block calls attention more often than when its kind was first seen")
         return self.spread[n]
 
-    def _compute(
-        self, spread_q: bool, spread_k: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        mask: torch.Tensor | None, inner: Inner, scale: float | None, not_ring: str | None,
-    ) -> torch.Tensor:  # fmt: skip
+    def _compute(self, call: Call, spread_q: bool, spread_k: bool) -> torch.Tensor:
         if not spread_k:  # every rank has all keys
-            return inner(q, k, v, mask)
-        layout = self._layout(q, k, mask)
-        if spread_q:
-            return self.attention.attend(q, k, v, mask, layout, inner, scale, not_ring=not_ring)
-        k, v = (self.attention.whole(t, layout.k_lens) for t in (k, v))
-        return inner(q, k, v, self.attention.all_columns(mask, layout))
+            return call.inner(call.q, call.k, call.v, call.mask)
+        layout = self._layout(call)
+        return (self.attention.attend if spread_q else self.attention.attend_to_all)(call, layout)
 
-    def _layout(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Layout:
+    def _layout(self, call: Call) -> Layout:
         if self.layouts is not None:
             layout = self.layouts[self._spread_calls]
             self._spread_calls += 1
             return layout
+        mask = call.mask
         rows, columns = (1, 1) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
-        told = agree(self.attention, [ATTENDING, q.shape[1], k.shape[1], int(mask is not None), rows, columns])
+        here = [call.q.shape[1], call.k.shape[1], int(mask is not None), rows, columns]
+        told = agree(self.attention, [ATTENDING, *here])
         if any(code != ATTENDING for code, *_ in told):
             raise OutOfStep
         self.learned.append(_layout_of(told))

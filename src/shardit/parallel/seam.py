@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UnsupportedError
-from .attention import Inner
+from .attention import Call
 
 _plain_sdpa = F.scaled_dot_product_attention
 
@@ -26,18 +26,8 @@ _plain_sdpa = F.scaled_dot_product_attention
 class Handler(Protocol):
     """Whoever runs a block of which each attention call is to be spread."""
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        inner: Inner,
-        scale: float | None,
-        not_ring: str | None,
-    ) -> torch.Tensor:
-        """The attention output. q, k, v, and what is returned: [batch, tokens, heads, width]. inner: the attention
-        function that was called. not_ring: why Ring cannot do it, if so."""
+    def attend(self, call: Call) -> torch.Tensor:
+        """The attention output, [batch, tokens, heads, width]."""
         ...
 
 
@@ -84,13 +74,13 @@ def _sdpa(
         )
     not_ring = "causal attention" if is_causal else "dropout" if dropout_p else None
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return _hand_over(handler, q, k, v, attn_mask, inner, scale, not_ring).transpose(1, 2)
+    return _hand_over(handler, Call(q, k, v, attn_mask, inner, scale, not_ring)).transpose(1, 2)
 
 
-def _hand_over(handler: Handler, q: Any, k: Any, v: Any, mask: Any, inner: Inner, scale: Any, why: Any) -> torch.Tensor:
+def _hand_over(handler: Handler, call: Call) -> torch.Tensor:
     token = _handler.set(None)  # what computes it is no attention call of the block
     try:
-        return handler.attend(q, k, v, mask, inner, scale, why)
+        return handler.attend(call)
     finally:
         _handler.reset(token)
 
@@ -125,6 +115,7 @@ def _wrapped(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., 
                 return function(query=q, key=k, value=v, **kwargs)
             return function(query=q, key=k, value=v, attn_mask=mask[:, 0, 0] if flat else mask, **kwargs)
 
-        return _hand_over(handler, q, k, v, mask, inner, kwargs.get("scale"), f"the attention back end {name!r}")
+        not_ring = f"the attention back end {name!r}"
+        return _hand_over(handler, Call(q, k, v, mask, inner, kwargs.get("scale"), not_ring))
 
     return backend

@@ -37,15 +37,19 @@ class Taint(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if any(self.marked(t) for t in inputs):
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    self.mark(tensor)
-            if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-                for argument, spec in zip(args, func._schema.arguments, strict=False):
-                    if spec.alias_info is not None and spec.alias_info.is_write:
-                        for tensor in tree_leaves(argument):
-                            if isinstance(tensor, torch.Tensor):
-                                self.mark(tensor)
+        if any(self.marked(t) for t in _tensors((args, kwargs))):
+            for tensor in (*_tensors(out), *_written(func, args)):
+                self.mark(tensor)
         return out
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _written(func: Any, args: Any) -> list[torch.Tensor]:
+    """The arguments that an operation writes to."""
+    if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
+        return []
+    pairs = zip(args, func._schema.arguments, strict=False)
+    return _tensors([a for a, spec in pairs if spec.alias_info is not None and spec.alias_info.is_write])

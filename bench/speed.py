@@ -63,6 +63,9 @@ STAGES = (
 AXES = (
     Case(1, True, axis="cfg_parallel_size"),
     Case(2, True, axis="data_parallel_size"),
+    Case(1, True, axis="ulysses_degree"),
+    Case(1, True, axis="ring_degree"),
+    Case(1, True, axis="tensor_parallel_size"),
 )
 
 

@@ -36,6 +36,8 @@ def test_quick_bench(tmp_path: Path) -> None:
     for case in speed["cases"]:
         assert set(case) >= CASE_KEYS
         assert case["bitwise_equal"], case["name"]
+    for case in document["axes"]["cases"]:
+        assert case["error"] <= 1e-5, case["name"]
     assert {"plain_cpu_s_per_step", "session_cpu_s_per_step", "extra_percent"} <= set(document["overhead"])
     assert [rank["read_over_owned"] <= 1.02 for rank in document["memory"]["ranks"]] == [True, True]
     assert {row["ranks"] for row in document["schedules"]} == set(range(1, 9))

@@ -60,10 +60,11 @@ class DiffusionParallelConfig:
     """Ranks that the tokens are cut over. Default None = ulysses_degree x ring_degree. Error: any other product."""
 
     cfg_parallel_size: int = 1
-    """Ranks that the branches of guidance are dealt to. Default 1. Error: anything else, not yet supported."""
+    """Ranks that the branches of guidance, or the samples of a batch, are dealt to. Default 1. Error: more than the
+    branches x samples of a step (in the second step)."""
 
     data_parallel_size: int = 1
-    """Copies of the model that share the requests. Default 1. Error: anything else, not yet supported."""
+    """Copies of the model that share the requests. Default 1. Error: below 1."""
 
     vae_patch_parallel_size: int = 1
     """Ranks that the tiles of the VAE are dealt to; these ranks are not extra ones. Default 1. Error: not yet

@@ -23,14 +23,6 @@ _DEGREES = (
 )
 # The patches of one VAE call are dealt to ranks that exist anyway, so this degree adds no ranks.
 _DEGREES_OF_OWN_RANKS = tuple(name for name in _DEGREES if name != "vae_patch_parallel_size")
-_SUPPORTED_DEGREES = (
-    "pipeline_parallel_size",
-    "tensor_parallel_size",
-    "ulysses_degree",
-    "ring_degree",
-    "cfg_parallel_size",
-    "data_parallel_size",
-)
 
 
 @dataclass(frozen=True)
@@ -113,11 +105,10 @@ class DiffusionParallelConfig:
             )
 
     def _check_supported(self) -> None:
-        for name in _DEGREES:
-            if name not in _SUPPORTED_DEGREES and getattr(self, name) > 1:
-                raise UnsupportedError(
-                    f"{name}={getattr(self, name)} is not yet supported; set it to 1 and use pipeline_parallel_size"
-                )
+        if self.vae_patch_parallel_size > 1:
+            raise UnsupportedError(
+                f"vae_patch_parallel_size={self.vae_patch_parallel_size} is not yet supported; set it to 1"
+            )
 
     @property
     def world_size(self) -> int:

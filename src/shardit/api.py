@@ -20,6 +20,7 @@ from .core.sites import swap_class
 from .core.slices import Owned
 from .core.stages import Runtime, stage
 from .errors import InputError, UnsupportedError
+from .models.back_ends import use_attention_backend
 from .parallel.sequence import shard_sequence
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, refuse_adapters, shard_components
 
@@ -103,6 +104,7 @@ def load_parallel(
     pipeline_class: str | type | None = None,
     max_in_flight: int = 1,
     reads: Reads | None = None,
+    attention_backend: str | None = None,
 ) -> tuple[Any, Assignment, Runtime | None]:
     """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
     from .loading import load_pipeline
@@ -124,6 +126,8 @@ def load_parallel(
         model, dtype=dtype, device=mesh.device, place=place, pipeline_class=pipeline_class, reads=reads
     )
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
+    for name in found[0].cut:
+        use_attention_backend(attention_backend, getattr(pipe, name))
     if len(mesh.replica.ranks) == 1:
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)

@@ -111,6 +111,9 @@ class GenerateFlags(ParallelFlags):
     seed: Annotated[int | None, Option(help="Seed, from 0. [default: drawn, printed and recorded]")] = None
     num_outputs_per_prompt: Annotated[int, Option(help="Pictures or videos to make.")] = 1
     dtype: DtypeFlag = None
+    attention_backend: Annotated[
+        str | None, Option(help="Attention back end, as set_attention_backend in diffusers. [default: native]")
+    ] = None
     timeout: Annotated[float, Option(help="Longest wait for another rank, in seconds.")] = 600.0
 
     def check(self, writes: bool = True) -> None:
@@ -129,12 +132,12 @@ class GenerateFlags(ParallelFlags):
 
     def omni_arguments(self) -> dict[str, Any]:
         """The arguments of `shardit.Omni`."""
-        dtype = self.dtype.value if self.dtype else None
         return {
             "model": self.model,
             "parallel_config": self.parallel_config(),
-            "dtype": dtype,
+            "dtype": self.dtype.value if self.dtype else None,
             "timeout_s": self.timeout,
+            "attention_backend": self.attention_backend,
         }
 
     def prompts(self) -> dict[str, Any]:

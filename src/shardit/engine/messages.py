@@ -31,6 +31,7 @@ class SessionSpec:
     max_in_flight: int = 1
     timeout_s: float = 600.0
     session: str = SESSION
+    attention_backend: str | None = None
 
 
 # From the user's process to the nursery.

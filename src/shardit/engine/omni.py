@@ -43,7 +43,8 @@ class Omni:
 
     model: hub id, folder or "tiny/NAME". dtype: "bfloat16", "float16", "float32", a torch dtype, or None for what
     diffusers would choose for each component. device: "cuda", "cpu" or None for what there is. max_in_flight: requests
-    that run at the same time. timeout_s: longest time without any progress, in seconds.
+    that run at the same time. timeout_s: longest time without any progress, in seconds. attention_backend: a name that
+    diffusers' set_attention_backend takes, None for its default.
 
     Returns when every rank has loaded its share. Raises InputError for what can be corrected and RankError where a
     rank fails. Under torchrun no processes are started, and every rank makes its own Omni with the same arguments.
@@ -60,9 +61,10 @@ class Omni:
         device: Any = None,
         max_in_flight: int = 1,
         timeout_s: float = 600,
+        attention_backend: str | None = None,
     ):
         self._closed = False
-        spec = _spec(model, parallel_config, dtype, device, max_in_flight, timeout_s, self._session)
+        spec = _spec(model, parallel_config, dtype, device, max_in_flight, timeout_s, attention_backend, self._session)
         self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec)
         self._finalizer = weakref.finalize(self, self._ranks.close)
         try:
@@ -267,7 +269,14 @@ def _encode(message: Generate) -> list[Any]:
 
 
 def _spec(
-    model: Any, config: Any, dtype: Any, device: Any, max_in_flight: Any, timeout_s: Any, session: str
+    model: Any,
+    config: Any,
+    dtype: Any,
+    device: Any,
+    max_in_flight: Any,
+    timeout_s: Any,
+    attention_backend: Any,
+    session: str,
 ) -> SessionSpec:
     """Check the types of all arguments; what they mean is checked where the model is read."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
@@ -286,6 +295,8 @@ def _spec(
         raise InputError(
             f"timeout_s must be a number of seconds, above 0 and at most {MAX_TIMEOUT_S}, got {timeout_s!r}"
         )
+    if attention_backend is not None and not isinstance(attention_backend, str):
+        raise InputError(f"attention_backend must be a name or None, got {attention_backend!r}")
     return SessionSpec(
         model=os.fspath(model) if isinstance(model, os.PathLike) else model,
         config=config or DiffusionParallelConfig(),
@@ -294,4 +305,5 @@ def _spec(
         max_in_flight=max_in_flight,
         timeout_s=float(timeout_s),
         session=session,
+        attention_backend=attention_backend,
     )

@@ -19,6 +19,7 @@ from ..core.turns import Program, Turns
 from ..errors import InputError, RankError
 from ..loading import Reads, describe
 from ..loading.dtypes import as_dtype
+from ..models.back_ends import check_attention_backend
 from ..models.variants import image_pipeline
 from ..output import Output
 from ..parallel.tensor import plan_components
@@ -41,6 +42,7 @@ def check(spec: SessionSpec) -> None:
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
     as_dtype(spec.dtype)
+    check_attention_backend(spec.attention_backend)
     found = describe(spec.model)
     assign(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight, environ=os.environ)
     plan_components(found.modules, spec.config.tensor_parallel_size)
@@ -65,6 +67,7 @@ class Session:
             dtype=spec.dtype,
             max_in_flight=spec.max_in_flight,
             reads=self._reads,
+            attention_backend=spec.attention_backend,
         )
         self._turns = self._runtime.turns if self._runtime else Turns(Schedule(0))
         self._variants = {type(self._pipe).__name__: self._pipe}

@@ -84,12 +84,23 @@ def test_every_flag_arrives(omni, tmp_path):
         "--negative-prompt=b --image in.png --image=in.png --output=cat.png --width=64 --height 32 --num-frames=5 "
         "--fps=12 --num-inference-steps=3 --guidance-scale=1.5 --guidance-scale-2=2.5 --true-cfg-scale=3.5 --seed=4 "
         "--num-outputs-per-prompt=2 --dtype=bfloat16 --pipeline-parallel-size=2 --pipeline-chunks=2 "
-        "--layer-partition 1,2,3,4 --timeout=30"
+        "--layer-partition 1,2,3,4 --tensor-parallel-size=2 --usp 3 --ring=2 --cfg-parallel-size=2 "
+        "--data-parallel-size=2 --timeout=30 --attention-backend=native"
     )
     assert generate(*flags.split()) == 0
     made = FakeOmni.last
-    config = DiffusionParallelConfig(pipeline_parallel_size=2, pipeline_chunks=2, layer_partition=(1, 2, 3, 4))
-    assert made.arguments == {"model": "m", "parallel_config": config, "dtype": "bfloat16", "timeout_s": 30.0}
+    config = DiffusionParallelConfig(
+        pipeline_parallel_size=2,
+        tensor_parallel_size=2,
+        ulysses_degree=3,
+        ring_degree=2,
+        cfg_parallel_size=2,
+        data_parallel_size=2,
+        pipeline_chunks=2,
+        layer_partition=(1, 2, 3, 4),
+    )
+    rest = {"dtype": "bfloat16", "timeout_s": 30.0, "attention_backend": "native"}
+    assert made.arguments == {"model": "m", "parallel_config": config, **rest}
     assert made.prompts == {"prompt": "a", "negative_prompt": "b", "pil_image": ["in.png", "in.png"]}
     assert made.params == OmniDiffusionSamplingParams(
         width=64,
@@ -306,7 +317,8 @@ def test_examples_take_the_same_flags(omni, monkeypatch, capsys, tmp_path, name)
 CONTRACT_FLAGS = """
 --model --prompt --negative-prompt --image --output --width --height --num-frames --fps --num-inference-steps
 --guidance-scale --guidance-scale-2 --true-cfg-scale --seed --num-outputs-per-prompt --dtype
---pipeline-parallel-size --pipeline-chunks --layer-partition --timeout
+--pipeline-parallel-size --pipeline-chunks --layer-partition --timeout --tensor-parallel-size --usp --ulysses-degree
+--ring --ring-degree --cfg-parallel-size --data-parallel-size --vae-patch-parallel-size --attention-backend
 """
 
 

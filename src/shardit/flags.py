@@ -45,29 +45,26 @@ Model = Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", sho
 DtypeFlag = Annotated[
     Dtype | None, Option(help="Data type, as torch_dtype= in diffusers. [default: as diffusers loads]")
 ]
-_PARALLEL = "How the model is spread; the ranks are the product of all sizes but the last"
-
-
-def _size(text: str, *names: str) -> Any:
-    return Option(*names, help=text, rich_help_panel=_PARALLEL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelFlags:
     """How a model is spread over ranks."""
 
-    pipeline_parallel_size: Annotated[int, _size("Ranks that the transformer's blocks are cut over.")] = 1
-    tensor_parallel_size: Annotated[int, _size("Ranks that each linear layer is cut over.")] = 1
-    ulysses_degree: Annotated[int, _size("Ranks that attention heads are dealt to.", "--ulysses-degree", "--usp")] = 1
-    ring_degree: Annotated[int, _size("Ranks that keys and values travel around.", "--ring-degree", "--ring")] = 1
-    cfg_parallel_size: Annotated[int, _size("Ranks that the branches of guidance are dealt to.")] = 1
-    data_parallel_size: Annotated[int, _size("Copies of the model that share the requests.")] = 1
-    vae_patch_parallel_size: Annotated[int, _size("Ranks that the tiles of the VAE are dealt to.")] = 1
+    pipeline_parallel_size: Annotated[int, Option(help="Ranks that the transformer's blocks are cut over.")] = 1
+    tensor_parallel_size: Annotated[int, Option(help="Ranks that each linear layer is cut over.")] = 1
+    ulysses_degree: Annotated[
+        int, Option("--ulysses-degree", "--usp", help="Ranks that attention heads are dealt to.")
+    ] = 1
+    ring_degree: Annotated[int, Option("--ring-degree", "--ring", help="Ranks that keys and values travel around.")] = 1
+    cfg_parallel_size: Annotated[int, Option(help="Ranks that the branches of guidance are dealt to.")] = 1
+    data_parallel_size: Annotated[int, Option(help="Copies of the model that share the requests.")] = 1
+    vae_patch_parallel_size: Annotated[int, Option(help="Ranks that the tiles of the VAE are dealt to.")] = 1
     pipeline_chunks: Annotated[
-        int | None, _size("Chunks of blocks per rank; 1 is contiguous. [default: automatic]")
+        int | None, Option(help="Chunks of blocks per rank; 1 is contiguous. [default: automatic]")
     ] = None
     layer_partition: Annotated[
-        str | None, _size('Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]')
+        str | None, Option(help='Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]')
     ] = None
 
     def parallel_config(self) -> DiffusionParallelConfig:

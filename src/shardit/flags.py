@@ -53,9 +53,7 @@ class ParallelFlags:
 
     pipeline_parallel_size: Annotated[int, Option(help="Ranks that the transformer's blocks are cut over.")] = 1
     tensor_parallel_size: Annotated[int, Option(help="Ranks that each linear layer is cut over.")] = 1
-    ulysses_degree: Annotated[
-        int, Option("--ulysses-degree", "--usp", help="Ranks that attention heads are dealt to.")
-    ] = 1
+    ulysses_degree: Annotated[int, Option("--ulysses-degree", "--usp", help="Ranks that heads are dealt to.")] = 1
     ring_degree: Annotated[int, Option("--ring-degree", "--ring", help="Ranks that keys and values travel around.")] = 1
     cfg_parallel_size: Annotated[int, Option(help="Ranks that the branches of guidance are dealt to.")] = 1
     data_parallel_size: Annotated[int, Option(help="Copies of the model that share the requests.")] = 1

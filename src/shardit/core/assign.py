@@ -129,7 +129,8 @@ def assign(
             load[member] += nbytes(modules[name]) // width
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
     how = "contiguous" if chunks == 1 else "looped"
-    notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
+    if pp_size > 1:
+        notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
     return Assignment(stages, cut, owned, parts, tp, chunks, tuple(notes))
 
 

@@ -312,3 +312,23 @@ def test_command_line_under_torchrun(tmp_path):
     done = torchrun(3, "-m", "shardit", "generate", *flags)
     assert done.returncode != 0
     assert done.stderr.count("error: torchrun has started 3 ranks, but parallel_config needs 2") == 1
+
+
+COPIES = """
+import os
+
+from shardit import DiffusionParallelConfig, Omni
+
+config = DiffusionParallelConfig(data_parallel_size=2)
+with Omni("tiny/flux", parallel_config=config) as omni:
+    call = {"height": 128, "width": 128, "num_inference_steps": 2, "max_sequence_length": 32}
+    outputs = omni.generate([{"prompt": text, "seed": 1} for text in ("a", "b", "a")], **call)
+found = [(output.prompt, output.error) for output in outputs]
+assert found == ([("a", None), ("b", None), ("a", None)] if os.environ["RANK"] == "0" else []), found
+"""
+
+
+def test_copies_under_torchrun(tmp_path):
+    (tmp_path / "script.py").write_text(COPIES)
+    done = torchrun(2, str(tmp_path / "script.py"))
+    assert done.returncode == 0, done.stderr

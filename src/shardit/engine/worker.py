@@ -132,8 +132,7 @@ class JoinedRanks:
                 raise requests
             reset_peak()
             outputs = self._session.generate(requests, on_progress if self.rank == 0 else ignore_progress)
-            peaks = gather(peak_bytes())
-            return with_peaks(in_order(collected(outputs)), peaks) if self.rank == 0 else []
+            return with_peaks(in_order(collected(outputs)), gather(peak_bytes()))
 
     def close(self) -> None:
         """Leave."""
@@ -184,7 +183,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def collected(outputs: dict[int, Output]) -> dict[int, Output]:
-    """The outputs of all replicas, on rank 0."""
+    """The outputs of all replicas on rank 0, none on the others. Collective."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

@@ -186,7 +186,7 @@ def _swap_pipeline(pipe: Any, mesh: Mesh) -> None:
 
 def _refused(name: str) -> Callable[..., None]:
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(f"{name} cannot be combined with pipeline stages: each rank holds only its own blocks")
+        raise UnsupportedError(f"{name} cannot be combined with several ranks: each holds only its own part")
 
     return method
 

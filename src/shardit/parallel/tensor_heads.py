@@ -103,15 +103,18 @@ def part_of(module: nn.Module, path: str) -> Any:
 
 
 def present(module: nn.Module, parts: Iterable[str]) -> list[str]:
+    """The paths at which the module has a submodule."""
     return [part for part in parts if part_of(module, part) is not None]
 
 
 def number_of(module: nn.Module, attributes: Iterable[str]) -> int | None:
+    """The first of these attributes that is a whole number, or None."""
     found = (vars(module).get(name) for name in attributes)
     return next((value for value in found if isinstance(value, int)), None)
 
 
 def all_known(module: nn.Module, parts: Iterable[str]) -> bool:
+    """Whether everything below a module belongs to one of the given parts."""
     return unknown_part(module, parts) is None
 
 
@@ -128,10 +131,12 @@ def unknown_part(module: nn.Module, parts: Iterable[str]) -> str | None:
 
 
 def names_in(prefix: str, module: nn.Module) -> list[str]:
+    """The full names of a module and of all below it."""
     return [join(prefix, name) for name, _ in module.named_modules()]
 
 
 def join(*parts: str) -> str:
+    """Parts of a module name put together; empty ones are left out."""
     return ".".join(part for part in parts if part)
 
 

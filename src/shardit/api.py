@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from .components import components_of, device_of, refuse_hooks
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment, Cut, assign, assign_blocks
 from .core.mesh import Mesh, init_mesh
@@ -52,12 +53,13 @@ def parallelize(
     Raises InputError where world size, partition or device do not fit, UnsupportedError where it cannot be done right.
     """
     target: Any = module_or_pipeline
-    device = _device_of(target)
+    modules = components_of(target)
+    device = device_of(modules or {ALONE: target})
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
-    _refuse_hooks(target)
-    if isinstance(target, nn.Module):
+    refuse_hooks(modules or {type(target).__name__: target})
+    if modules is None:
         if plan is not None and not isinstance(plan, Plan):
             raise InputError("plan: a single transformer takes one Plan, not one for each component")
         runtime = Runtime.of(mesh, split_batch=config.split_batch)
@@ -65,7 +67,6 @@ def parallelize(
         cut, _ = assign_blocks(target, config, 1, plan, os.environ)
         _spread(target, runtime, cut)
         return module_or_pipeline
-    modules = {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
     cuts = plan_components(modules, mesh.sizes["tp"])
     assignment = assign(modules, type(target), config, plans=plan, sliced=cuts.keys(), environ=os.environ)
     shard_components(modules, cuts, mesh)
@@ -170,9 +171,8 @@ def _swap_pipeline(pipe: Any, mesh: Mesh) -> None:
         return out
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for component in self.components.values():
-            if isinstance(component, nn.Module):
-                component.to(*args, **kwargs)
+        for component in (components_of(self) or {}).values():
+            component.to(*args, **kwargs)
         return self
 
     members = {"__call__": __call__, "to": to, "device": property(lambda self: device)}
@@ -181,7 +181,7 @@ def _swap_pipeline(pipe: Any, mesh: Mesh) -> None:
         members[name] = _refused(name)
     if "tp" in mesh.axes:
         members["load_lora_weights"] = refuse_adapters
-    swap_class(pipe, members)
+    swap_class(pipe, {name: member for name, member in members.items() if hasattr(type(pipe), name)})
 
 
 def _refused(name: str) -> Callable[..., None]:
@@ -189,24 +189,3 @@ def _refused(name: str) -> Callable[..., None]:
         raise UnsupportedError(f"{name} cannot be combined with several ranks: each holds only its own part")
 
     return method
-
-
-def _refuse_hooks(target: Any) -> None:
-    components = {"module": target} if isinstance(target, nn.Module) else target.components
-    for name, component in components.items():
-        if not isinstance(component, nn.Module):
-            continue
-        if getattr(component, "is_cache_enabled", False):
-            raise UnsupportedError(f"{name} has a step cache enabled: call disable_cache() before parallelize")
-        if any(hasattr(module, "_hf_hook") for module in component.modules()):
-            raise UnsupportedError(f"{name} is offloaded: load the pipeline without CPU offload before parallelize")
-
-
-def _device_of(target: Any) -> torch.device:
-    module = target
-    if not isinstance(target, nn.Module):
-        if not hasattr(target, "components"):
-            raise InputError(f"parallelize takes a module or a diffusers pipeline, not {type(target).__name__}")
-        module = next((c for c in target.components.values() if isinstance(c, nn.Module)), None)
-    parameter = next(module.parameters(), None) if module is not None else None
-    return parameter.device if parameter is not None else torch.device("cpu")

@@ -19,6 +19,16 @@ from .sites import find_blocks, keeps
 CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
 
+CUT_NAMES = ("transformer", "unet", "denoiser", "dit")
+"""How the names of components begin that denoise, where their classes are a user's own."""
+
+
+def denoises(name: str, module: nn.Module) -> bool:
+    """Whether a component of a pipeline is called in every step, and so is cut."""
+    package = type(module).__module__
+    own = not package.startswith(("diffusers.", "transformers."))
+    return package.startswith(CUT_PACKAGES) or (own and name.startswith(CUT_NAMES))
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -59,7 +69,8 @@ class Assignment:
 def branches(pipeline_class: type) -> int:
     """Micro-batches that one request of a pipeline can have in flight: 2 where it takes a negative prompt (guidance in
     two calls, or in one batched call that is split), else 1."""
-    return 2 if "negative_prompt" in inspect.signature(pipeline_class.__call__).parameters else 1
+    call = pipeline_class.forward if issubclass(pipeline_class, nn.Module) else pipeline_class.__call__
+    return 2 if "negative_prompt" in inspect.signature(call).parameters else 1
 
 
 def assign_blocks(
@@ -110,7 +121,7 @@ def assign(
     in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
     notes, cut, load, parts = [], {}, [0] * len(stages), frozenset(sliced)
     for name, module in modules.items():
-        if not type(module).__module__.startswith(CUT_PACKAGES):
+        if not denoises(name, module):
             continue
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
         cut[name], note = assign_blocks(module, config, in_flight, plan, environ)

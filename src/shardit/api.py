@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from .components import components_of, device_of, refuse_hooks
+from .components import OFFLOAD, SAVE, components_of, device_of, guard, refuse_hooks, refused
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment, Cut, assign, assign_blocks
 from .core.mesh import Mesh, init_mesh
-from .core.pending import settle
 from .core.plan import Plan
 from .core.remote import own
 from .core.sites import swap_class
 from .core.slices import Owned
 from .core.stages import Runtime, stage
-from .errors import InputError, UnsupportedError
+from .errors import InputError
 from .models.back_ends import use_attention_backend
 from .parallel.sequence import shard_sequence
-from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, refuse_adapters, shard_components
+from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
+from .parallel.tensor_adapters import pipeline_members
+from .steps import calling, interrupt_members
 
 if TYPE_CHECKING:
     from .loading import Reads
 
 T = TypeVar("T")
-
-_REFUSED = (
-    "enable_model_cpu_offload",
-    "enable_sequential_cpu_offload",
-    "enable_group_offload",
-)
 
 
 def parallelize(
@@ -58,7 +53,8 @@ def parallelize(
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
-    refuse_hooks(modules or {type(target).__name__: target})
+    name = type(target).__name__
+    refuse_hooks(modules or {name: target}, mesh)
     if modules is None:
         if plan is not None and not isinstance(plan, Plan):
             raise InputError("plan: a single transformer takes one Plan, not one for each component")
@@ -66,11 +62,12 @@ def parallelize(
         shard_components({ALONE: target}, plan_components({ALONE: target}, mesh.sizes["tp"]), mesh)
         cut, _ = assign_blocks(target, config, 1, plan, os.environ)
         _spread(target, runtime, cut)
+        guard(target, name, mesh)
         return module_or_pipeline
     cuts = plan_components(modules, mesh.sizes["tp"])
     assignment = assign(modules, type(target), config, plans=plan, sliced=cuts.keys(), environ=os.environ)
     shard_components(modules, cuts, mesh)
-    connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch))
+    connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch), cuts)
     return module_or_pipeline
 
 
@@ -133,11 +130,11 @@ def load_parallel(
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
     shard_components(pipe.components, cuts, mesh)
-    connect(pipe, found[0], runtime)
+    connect(pipe, found[0], runtime, cuts)
     return pipe, found[0], runtime
 
 
-def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
+def connect(pipe: Any, assignment: Assignment, runtime: Runtime, cuts: Mapping[str, TensorPlan]) -> None:
     """Turn the components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with them."""
     for name, cut in assignment.cut.items():
         _spread(getattr(pipe, name), runtime, cut)
@@ -146,7 +143,9 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
             own(getattr(pipe, name), runtime.peers, owner // assignment.tp)
         else:
             own(getattr(pipe, name), runtime.replica, owner)
-    _swap_pipeline(pipe, runtime.mesh)
+    for name in (*assignment.cut, *assignment.owned):
+        guard(getattr(pipe, name), name, runtime.mesh)
+    _swap_pipeline(pipe, runtime, cuts)
 
 
 def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
@@ -161,31 +160,18 @@ def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
         stages()
 
 
-def _swap_pipeline(pipe: Any, mesh: Mesh) -> None:
-    own_call, device = type(pipe).__call__, mesh.device
-
-    @functools.wraps(own_call)  # pipelines and tools read the signature
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = own_call(self, *args, **kwargs)
-        settle(out)  # a caller gets plain tensors
-        return out
+def _swap_pipeline(pipe: Any, runtime: Runtime, cuts: Mapping[str, TensorPlan]) -> None:
+    cls, device = type(pipe), runtime.mesh.device
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         for component in (components_of(self) or {}).values():
             component.to(*args, **kwargs)
         return self
 
-    members = {"__call__": __call__, "to": to, "device": property(lambda self: device)}
+    call = functools.wraps(cls.__call__)(calling(cls.__call__, runtime.replica))  # tools read the signature
+    members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
-    for name in _REFUSED:
-        members[name] = _refused(name)
-    if "tp" in mesh.axes:
-        members["load_lora_weights"] = refuse_adapters
-    swap_class(pipe, {name: member for name, member in members.items() if hasattr(type(pipe), name)})
-
-
-def _refused(name: str) -> Callable[..., None]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(f"{name} cannot be combined with several ranks: each holds only its own part")
-
-    return method
+    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE)})
+    members.update(pipeline_members(cls, {id(getattr(pipe, name)): plan for name, plan in cuts.items()}))
+    members = {name: member for name, member in members.items() if hasattr(cls, name)}
+    swap_class(pipe, {**members, **interrupt_members(cls)})

@@ -1,14 +1,31 @@
-"""What a pipeline is made of, and what of it may not be there when it is made parallel."""
+"""What a pipeline is made of, and what may not be done to it when it is spread."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from .core.collectives import Collectives
+from .core.mesh import Mesh
+from .core.sites import swap_class
 from .errors import InputError, UnsupportedError
 from .mixins import CFGParallelMixin
+
+OFFLOAD = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+SAVE = ("save_pretrained",)
+
+CACHES = (
+    "FirstBlockCacheConfig",
+    "TaylorSeerCacheConfig",
+    "PyramidAttentionBroadcastConfig",
+    "FasterCacheConfig",
+    "MagCacheConfig",
+)
+"""Step caches of diffusers that do the same on every tensor rank: they go by the step, or by what all ranks have."""
 
 
 def components_of(target: Any) -> dict[str, nn.Module] | None:
@@ -34,10 +51,83 @@ def device_of(modules: dict[str, nn.Module]) -> torch.device:
     return parameter.device if parameter is not None else torch.device("cpu")
 
 
-def refuse_hooks(modules: dict[str, nn.Module]) -> None:
+def refuse_hooks(modules: dict[str, nn.Module], mesh: Mesh) -> None:
     """Raise UnsupportedError for what cannot be kept when modules are spread."""
     for name, module in modules.items():
         if getattr(module, "is_cache_enabled", False):
-            raise UnsupportedError(f"{name} has a step cache enabled: call disable_cache() before parallelize")
-        if any(hasattr(part, "_hf_hook") for part in module.modules()):
+            check_cache(mesh, getattr(module, "_cache_config", None), name)
+        elif any(getattr(hook, "_is_stateful", False) for hook in _hooks(module)):
+            raise UnsupportedError(f"{name} has hooks that keep state: use enable_cache() where they are a step cache")
+        if any(hasattr(part, "_hf_hook") for part in module.modules()) or "GroupOffloadingHook" in _kinds(module):
             raise UnsupportedError(f"{name} is offloaded: load the pipeline without CPU offload before parallelize")
+        strange = next((p for p in module.parameters() if type(p) is not nn.Parameter), None)
+        packed = next((p for p in module.modules() if "quantized" in type(p).__module__), None)
+        if strange is not None or packed is not None or getattr(module, "hf_quantizer", None) is not None:
+            what = type(packed if strange is None else strange).__name__
+            raise UnsupportedError(f"{name} has quantized weights ({what}): load it without quantization")
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Hooks of diffusers on a module and on all below it."""
+    registries = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
+    return [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    return {type(hook).__name__ for hook in _hooks(module)}
+
+
+def check_cache(mesh: Mesh, config: Any, name: str) -> None:
+    """Raise UnsupportedError where ranks would come to decide differently: caches decide from data, or keep it, and
+    under stages, guidance ranks and spread tokens a rank has a part of that only."""
+    for size, axis in ((mesh.pp_size, "stages"), (mesh.sizes["cfg"], "guidance ranks")):
+        if size > 1:
+            raise UnsupportedError(f"{name}: a step cache does not work over {axis}: call disable_cache()")
+    if "sp" in mesh.axes:
+        raise UnsupportedError(f"{name}: a step cache does not work over spread tokens: call disable_cache()")
+    if type(config).__name__ not in CACHES:
+        known = ", ".join(kind.removesuffix("Config") for kind in CACHES)
+        raise UnsupportedError(f"{name}: {type(config).__name__} does not work over tensor ranks; {known} do")
+
+
+def guard(module: Any, name: str, mesh: Mesh) -> None:
+    """Let the methods of a component that would do something else than they say raise UnsupportedError, in place."""
+    members: dict[str, Any] = {method: refused(method) for method in (*OFFLOAD, *SAVE) if hasattr(module, method)}
+    if hasattr(module, "enable_cache"):
+        own_enable = type(module).enable_cache
+
+        def enable_cache(self: Any, config: Any) -> None:
+            check_cache(mesh, config, name)
+            own_enable(self, config)
+            _decide_together(self, mesh)
+
+        members["enable_cache"] = enable_cache
+    if getattr(module, "is_cache_enabled", False):
+        _decide_together(module, mesh)
+    swap_class(module, members)
+
+
+def _decide_together(model: nn.Module, mesh: Mesh) -> None:
+    """What a cache decides from data: it computes where any tensor rank would, so that all stay in step."""
+    if "tp" not in mesh.axes:
+        return
+    ranks = Collectives(mesh, "tp")
+    for hook in _hooks(model):
+        own_decision = getattr(hook, "_should_compute_remaining_blocks", None)
+        if own_decision is not None:
+            hook._should_compute_remaining_blocks = functools.partial(_any_rank, ranks, own_decision)
+
+
+def _any_rank(ranks: Collectives, decide: Callable[[torch.Tensor], bool], residual: torch.Tensor) -> bool:
+    return bool(ranks.all_reduce(torch.tensor([float(decide(residual))], device=ranks.mesh.device)).item())
+
+
+def refused(name: str) -> Callable[..., None]:
+    """A method that raises UnsupportedError."""
+    what = "cannot be combined with several ranks: each holds only its own part"
+    advice = "; save it before parallelize" if name in SAVE else ""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(f"{name} {what}{advice}")
+
+    return method

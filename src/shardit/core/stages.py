@@ -110,8 +110,6 @@ class Stages:
         if self._current["seam"] is not None:  # the forward calls the model itself
             return forward(*args, **kwargs)
         settle((args, kwargs))
-        if getattr(self.model, "is_cache_enabled", False):
-            raise UnsupportedError(f"a step cache cannot run over pipeline stages: call disable_cache() ({self._name})")
         self._mark_start((args, kwargs))
         if not _scales_adapters(kwargs):
             return self._micro_batches(forward, args, kwargs)
@@ -281,12 +279,8 @@ def stage(model: nn.Module, runtime: Runtime, placement: Placement, plan: Plan |
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return stages.call(own_call.__get__(self), args, kwargs)
 
-    def enable_cache(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError("a step cache decides from data that one stage alone has: it cannot run over stages")
-
     members = {
         "__call__": __call__,
-        "enable_cache": enable_cache,
         "device": property(lambda self: runtime.mesh.device),
         "to": fixed_place(type(model).to, runtime.mesh.device),
         "shardit_stages": property(lambda self: stages),

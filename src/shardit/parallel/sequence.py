@@ -82,8 +82,6 @@ class SequenceParallel:
         running = _flow.get()
         if running is not None and running.owner is self:  # the forward calls the model itself
             return call(*args, **kwargs)
-        if getattr(self.model, "is_cache_enabled", False):
-            raise UnsupportedError(f"a step cache decides from data of one rank: call disable_cache() ({self._name})")
         settle((args, kwargs))
         token = _flow.set(Flow(self, Cache(self.attention.sp)))
         try:
@@ -242,10 +240,7 @@ def shard_sequence(
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return parallel.forward(own_call.__get__(self), args, kwargs)
 
-    def enable_cache(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError("a step cache decides from data of one rank: it cannot run over spread tokens")
-
-    members: dict[str, Any] = {"__call__": __call__, "enable_cache": enable_cache}
+    members: dict[str, Any] = {"__call__": __call__}
     members["shardit_sequence"] = property(lambda self: parallel)
     swap_class(model, members)
     parallel.stages = cut() if cut is not None else None

@@ -13,7 +13,7 @@ from ..core.collectives import Collectives
 from ..core.mesh import Mesh
 from ..core.sites import put, swap_class
 from ..core.slices import Owned, Shards, Slice
-from ..errors import UnsupportedError
+from .tensor_adapters import adapter_members, adapters_aside, cut_adapters
 from .tensor_cuts import TensorPlan
 from .tensor_modules import install_role
 from .tensor_norms import install_pair
@@ -38,7 +38,8 @@ def plan_components(modules: Mapping[str, nn.Module], size: int) -> dict[str, Te
     for name, module in modules.items():
         every_step = name == ALONE or denoises(name, module)
         if every_step or type(module).__module__.startswith(ENCODERS):
-            plans[name] = plan_tensors(module, size, must_cut=every_step)
+            with adapters_aside(module):
+                plans[name] = plan_tensors(module, size, must_cut=every_step)
     return plans
 
 
@@ -62,16 +63,15 @@ def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
     return lines + [f"{name}: {note}{more}" for note in plan.notes[:1]]
 
 
-ADAPTERS = ("load_lora_adapter", "add_adapter")
-"""Methods of a model that add weights for whole linears."""
-
-
 def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPlan], mesh: Mesh) -> None:
-    """Cut the components of a pipeline that have a plan, in place."""
+    """Cut the components of a pipeline that have a plan, in place, and the adapters that are on them."""
     if plans:
         ranks = Collectives(mesh, "tp")  # one for all, so that what they send is counted together
         for name, plan in plans.items():
-            shard_tensors(components[name], plan, ranks)
+            with adapters_aside(components[name]):
+                shard_tensors(components[name], plan, ranks)
+            cut_adapters(components[name], plan, ranks)
+            swap_class(components[name], adapter_members(components[name], plan, ranks))
 
 
 def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:
@@ -95,15 +95,6 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
         query_norm, key_linear, key_norm = map(module.get_submodule, (pair.query_norm, pair.key_linear, pair.key_norm))
         roles = plan.roles[pair.query_norm], plan.roles[pair.key_norm]
         install_pair(query_norm, key_linear, key_norm, roles, ranks)
-    swap_class(module, {name: refuse_adapters for name in ADAPTERS if hasattr(module, name)})
-
-
-def refuse_adapters(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Stands in for methods that add adapters, which have the sizes of whole linears. Adapters that were there before
-    are fine: their linears stay whole."""
-    raise UnsupportedError(
-        "adapters cannot be added to linears that are cut: load them before parallelize, or use tensor_parallel_size=1"
-    )
 
 
 def _own_part(parameter: nn.Parameter, cut: Shards, rank: int) -> nn.Parameter:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,24 +23,54 @@ def install_role(module: nn.Module, role: Role, ranks: Collectives) -> None:
     swap_class(module, {"forward": _FORWARDS[role.kind](role, ranks)})
 
 
+Finish = Callable[[torch.Tensor], torch.Tensor]
+"""What ranks do together behind a linear: from this rank's part of its output to the whole."""
+
+
+def _sum(role: Role, ranks: Collectives) -> Finish:
+    return lambda part: together(ranks.all_reduce, part)
+
+
+def _gather(role: Role, ranks: Collectives) -> Finish:
+    lengths = role.shards.lengths
+    return lambda part: together(lambda tensor: ranks.all_gather(tensor, lengths, -1), part)
+
+
+FINISH: dict[str, Callable[[Role, Collectives], Finish]] = {"rows": _sum, "gathered": _gather}
+"""By the kind of a role."""
+
+_unfinished: ContextVar[object] = ContextVar("shardit_unfinished", default=None)
+
+
+@contextmanager
+def unfinished(linear: nn.Module) -> Iterator[None]:
+    """Meanwhile a linear returns its part: whoever calls it adds to that and finishes it."""
+    token = _unfinished.set(linear)
+    try:
+        yield
+    finally:
+        _unfinished.reset(token)
+
+
 def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     """A linear cut by its inputs: each rank's part of the product, then one sum."""
+    finish = _sum(role, ranks)
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         # The bias is part of one summand: that costs no pass of its own.
-        partial = F.linear(input, self.weight, self.bias if ranks.index == 0 else None)
-        return together(ranks.all_reduce, partial)
+        part = F.linear(input, self.weight, self.bias if ranks.index == 0 else None)
+        return part if _unfinished.get() is self else finish(part)
 
     return forward
 
 
 def _gathered(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     """A linear cut by its outputs, for readers that need all of them."""
-    lengths = role.shards.lengths
+    finish = _gather(role, ranks)
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         part = F.linear(input, self.weight, self.bias)
-        return together(lambda tensor: ranks.all_gather(tensor, lengths, -1), part)
+        return part if _unfinished.get() is self else finish(part)
 
     return forward
 

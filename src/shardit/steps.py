@@ -1,0 +1,96 @@
+"""What happens between the steps of a pipeline's loop, and must happen on every rank alike: callbacks, interrupts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .core.comm import Comm
+from .core.pending import settle
+from .core.remote import call_on
+from .core.traced_call import sendable
+from .errors import UnsupportedError
+
+CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
+
+
+def shared_callback(kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
+    """The arguments of a pipeline's call with a callback whose outcome is the same on all of `ranks`.
+
+    Each rank runs its own. What rank 0's makes of the tensors counts, an interrupt of any rank stops all at this step,
+    and an error of any rank is raised on all.
+    """
+    callback = kwargs.get(CALLBACK)
+    if callback is None:
+        return kwargs
+    asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
+
+    def shared(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        settle(given)
+        before = {name: (value, _version(value)) for name, value in given.items()}
+        made, error = {}, None
+        try:
+            made = callback(pipe, step, timestep, given)
+        except Exception as failure:
+            error = sendable(failure)
+        changed = [name for name in {**before, **made} if _changed(name, before, made)]
+        said = ranks.gather_objects((error, getattr(pipe, "_interrupt", False), changed, list(made)))
+        for failure, *_ in said:
+            if failure is not None:
+                raise failure
+        if any(interrupt for _, interrupt, *_ in said):
+            pipe._interrupt = True
+        known, kept = {name for *_, names, _ in said for name in names}, said[0][-1]
+        news = call_on(ranks, 0, lambda: {name: made[name] for name in kept if name in known}) if known else {}
+        return {name: news[name] if name in known else made[name] for name in kept}
+
+    return {**kwargs, **asked, CALLBACK: shared}
+
+
+def _changed(name: str, before: dict[str, tuple[Any, Any]], made: dict[str, Any]) -> bool:
+    if name not in before or name not in made:
+        return True
+    value, version = before[name]
+    return made[name] is not value or _version(value) != version or version is None
+
+
+def _version(value: Any) -> int | None:
+    """None where nobody counts the versions."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+
+
+def interrupt_members(cls: type) -> dict[str, Any]:
+    """`_interrupt` of a pipeline: it may be set where the ranks hear of it, which is in a callback."""
+    if not hasattr(cls, "interrupt"):
+        return {}
+
+    def get(self: Any) -> bool:
+        return self.__dict__.get("_interrupt", False)
+
+    def put(self: Any, value: bool) -> None:
+        if value and self.__dict__.get("_unheard", False):
+            raise UnsupportedError(
+                "an interrupt is heard by the other ranks at a callback only: pass callback_on_step_end (one that "
+                "returns what it is given will do) and set _interrupt in it, or at any time"
+            )
+        self.__dict__["_interrupt"] = value
+
+    return {"_interrupt": property(get, put)}
+
+
+def calling(own_call: Callable[..., Any], ranks: Comm) -> Callable[..., Any]:
+    """A pipeline's `__call__` whose callbacks are shared and whose results are plain tensors."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = shared_callback(kwargs, ranks)
+        self.__dict__["_unheard"] = kwargs.get(CALLBACK) is None
+        try:
+            out = own_call(self, *args, **kwargs)
+        finally:
+            self.__dict__["_unheard"] = False
+        settle(out)
+        return out
+
+    return __call__

@@ -45,7 +45,7 @@ def run(pipe: Any, name: str, **more: Any) -> torch.Tensor:
     return torch.as_tensor(np.asarray(made))
 
 
-GUIDED = {"flux": {"negative_prompt": "blurry", "true_cfg_scale": 3.0}}
+GUIDED = {"flux": {"negative_prompt": "blurry", "true_cfg_scale": 3.0}, "z-image": {"guidance_scale": 2.0}}
 
 
 def guided(pipe: Any, name: str, **more: Any) -> torch.Tensor:
@@ -72,7 +72,7 @@ def write_lora(name: str, folder: Path, seed: int, encoder: bool = False) -> Non
         model.add_adapter(LoraConfig(r=4, lora_alpha=3, target_modules=names))
         for key, parameter in model.named_parameters():
             if "lora" in key:
-                parameter.data = torch.randn_like(parameter) * 0.2
+                parameter.data = torch.randn_like(parameter) * 0.1
         layers[f"{part}_lora_layers"] = get_peft_model_state_dict(model)
     type(pipe).save_lora_weights(str(folder), **layers)
 
@@ -245,8 +245,15 @@ def bfloat16(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Te
 # Callbacks.
 
 
-def rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+def ranks() -> tuple[int, int]:
+    """This rank and their number, among those that work on one request."""
+    if torch.distributed.is_initialized() and together:
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+together = True
+"""Whether all ranks work on the same request (copies do not)."""
 
 
 def callback(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
@@ -256,7 +263,7 @@ def callback(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Te
     def change(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
         seen.append(step)
         assert type(given["latents"]) is torch.Tensor
-        given["latents"] = given["latents"] * 0.9 + 0.01 * step + 100 * rank()
+        given["latents"] = given["latents"] * 0.9 + 0.01 * step + 100 * ranks()[0]
         if step == 1:
             given["prompt_embeds"] = given["prompt_embeds"] * 1.1
         return given
@@ -271,14 +278,13 @@ def callback(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Te
 def interrupt(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
     """Any rank stops all at the same step: here the last one alone, then the first one alone."""
     spread(pipe)
-    last = torch.distributed.get_world_size() - 1 if torch.distributed.is_initialized() else 0
     outs = []
-    for who in (last, 0):
+    for who in (ranks()[1] - 1, 0):
         steps = []
 
         def stop(pipe: Any, step: int, time: Any, given: dict[str, Any], who: int = who, to: Any = steps) -> Any:
             to.append(step)
-            if step == 1 and rank() == who:
+            if step == 1 and ranks()[0] == who:
                 pipe._interrupt = True
             return given
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +58,8 @@ CACHED: dict[tuple[str, ...], str] = {
     SPREAD: "a step cache does not work over spread tokens",
 }
 SPLIT = (*STAGED, "slices", *SPREAD)
+CACHE_BOUND = {"TaylorSeerCacheConfig": 1e-3}
+"""It extrapolates from the difference of two steps, which makes rounding larger."""
 OFFLOADED = {SPLIT: "offload"}
 QUANTIZED = {SPLIT: "has quantized weights"}
 ONE_BACK_END = {("ring",): "ring_degree"}
@@ -92,12 +93,12 @@ TABLE = [
     Row("fuse_qkv_projections after", brought.fused_projections_after),
     Row("VAE tiling and slicing", brought.tiling),
     *(
-        Row("step caches", brought.cache(kind, before), refused=CACHED)
+        Row("step caches", brought.cache(kind, before), refused=CACHED, bound=CACHE_BOUND.get(kind, CLOSE))
         for kind in brought.CACHES
         for before in (True, False)
     ),
-    Row("layerwise casting", brought.layerwise_casting),
-    Row("layerwise casting", brought.layerwise_casting_after),
+    Row("layerwise casting before", brought.layerwise_casting, refused={("slices",): "enable it after parallelize"}),
+    Row("layerwise casting after", brought.layerwise_casting_after),
     Row("quantized weights", brought.dynamic_quantisation, refused=QUANTIZED),
     Row("CPU offload, group offload", brought.offload("enable_group_offload", True), refused=OFFLOADED),
     Row("CPU offload, group offload", brought.offload("enable_group_offload", False), refused=OFFLOADED),
@@ -115,6 +116,7 @@ def on_ranks(rank: int, count: int, method: str, column: str, rows: list[int], p
     """The outcome of each row: differences from plain diffusers, or the error."""
     join(rank, count, method)
     config = DiffusionParallelConfig(**COLUMNS[column], split_batch=False)
+    brought.together = column != "copies"
     outcomes = []
     for number, outs in zip(rows, plain, strict=True):
         row = TABLE[number]
@@ -151,6 +153,7 @@ def holds(row: Row, column: str, outcome: Any) -> bool:
 
 def check(column: str, rows: list[Row], folder: str) -> None:
     """All rows in one group of ranks."""
+    write_adapters(rows, folder)
     plain = [expected(row, folder) if row.refusal(column) is None else [] for row in rows]
     numbers = [TABLE.index(row) for row in rows]
     results = run_ranks(2, on_ranks, column, numbers, plain, folder, timeout=280)
@@ -162,22 +165,23 @@ def check(column: str, rows: list[Row], folder: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@functools.cache
-def adapters(folder: Path) -> str:
-    """Adapters of every model that the table names, written once."""
-    for name in brought.TARGETS:
-        for seed in (5, 6):
-            brought.write_lora(name, folder / f"{name}-{seed}", seed)
-    brought.write_lora("flux", folder / "flux-encoder", 5, encoder=True)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return adapters(tmp_path_factory.mktemp("adapters"))
+    return str(tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.mark.parametrize("column", ["looped", "guidance", "slices", "ulysses"])
+def write_adapters(rows: list[Row], folder: str) -> None:
+    """The adapters of the models of some rows, once."""
+    for name in {row.model for row in rows if "LoRA" in row.title}:
+        files = {f"{name}-5": (5, False), f"{name}-6": (6, False)}
+        if name == "flux":
+            files["flux-encoder"] = (5, True)
+        for file, (seed, encoder) in files.items():
+            if not Path(folder, file).exists():
+                brought.write_lora(name, Path(folder, file), seed, encoder)
+
+
+@pytest.mark.parametrize("column", ["looped", "slices"])
 def test_a_few_rows(column: str, folder: str) -> None:
     check(column, [row for row in TABLE if row.fast], folder)
 

@@ -13,6 +13,7 @@ from ..core.collectives import Collectives
 from ..core.mesh import Mesh
 from ..core.sites import put, swap_class
 from ..core.slices import Owned, Shards, Slice
+from ..errors import UnsupportedError
 from .tensor_adapters import adapter_members, adapters_aside, cut_adapters
 from .tensor_cuts import TensorPlan
 from .tensor_modules import install_role
@@ -69,9 +70,21 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
         ranks = Collectives(mesh, "tp")  # one for all, so that what they send is counted together
         for name, plan in plans.items():
             with adapters_aside(components[name]):
+                refuse_own_forwards(name, components[name], plan)
                 shard_tensors(components[name], plan, ranks)
             cut_adapters(components[name], plan, ranks)
             swap_class(components[name], adapter_members(components[name], plan, ranks))
+
+
+def refuse_own_forwards(component: str, module: nn.Module, plan: TensorPlan) -> None:
+    """Raise UnsupportedError where a hook has replaced the forward of a module that is to get one that sums: it would
+    go on to call the old one."""
+    for name in (*plan.roles, *(pair.key_linear for pair in plan.pairs)):
+        if "forward" in vars(module.get_submodule(name)):
+            raise UnsupportedError(
+                f"{component}.{name} has a hook in place of its forward (layerwise casting, say): enable it after "
+                "parallelize, or use tensor_parallel_size=1"
+            )
 
 
 def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:

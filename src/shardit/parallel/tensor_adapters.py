@@ -26,7 +26,7 @@ ONE_RANK = "or use tensor_parallel_size=1"
 @contextmanager
 def adapters_aside(model: nn.Module) -> Iterator[None]:
     """Meanwhile the module tree has the linears themselves where they have adapters around them."""
-    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_layer(module)}
     for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
     try:
@@ -41,7 +41,8 @@ def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None
 
     Raises UnsupportedError for adapters of other kinds on what is cut.
     """
-    for name, module in list(model.named_modules()):
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in modules:
         cut = plan.cuts.get(f"{name}.weight")
         if cut is None or not hasattr(module, "base_layer"):
             continue
@@ -117,7 +118,7 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
         try:
             cut_adapters(self, plan, ranks)
         except UnsupportedError:
-            from diffusers.utils import recurse_remove_peft_layers
+            from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
             recurse_remove_peft_layers(self)  # it would compute something else than it says
             raise

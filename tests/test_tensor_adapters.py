@@ -1,0 +1,124 @@
+"""Adapters and callbacks under tensor ranks: what is refused, what a broken sum would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import shardit
+from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.parallel import tensor_adapters
+from tests import brought
+from tests.ranks import run_ranks
+from tests.test_parallelize import join
+
+TWO = DiffusionParallelConfig(tensor_parallel_size=2)
+
+
+def refusals(rank: int, count: int, method: str, folder: str) -> None:
+    join(rank, count, method)
+    pipe = brought.pipeline("flux")
+    expected = brought.run(pipe, "flux")
+    shardit.parallelize(pipe, TWO)
+    for act, why in (
+        (lambda: pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"])), "other ones on each rank"),
+        (lambda: pipe.transformer.load_lora_adapter(folder, hotswap=True), "hotswap"),
+        (lambda: pipe.transformer.save_lora_adapter(folder), "save it before"),
+        (lambda: pipe.save_pretrained(folder), "save_pretrained cannot be combined .* before parallelize"),
+        (lambda: pipe.transformer.save_pretrained(folder), "save_pretrained cannot be combined"),
+        (pipe.enable_model_cpu_offload, "enable_model_cpu_offload cannot be combined"),
+        (pipe.enable_sequential_cpu_offload, "enable_sequential_cpu_offload cannot be combined"),
+        (lambda: pipe.load_lora_weights(dora(folder)), "adapter is not plain LoRA: merge it"),
+    ):
+        with pytest.raises(UnsupportedError, match=why):
+            act()
+    # What was refused half-way has left nothing behind.
+    assert float((brought.run(pipe, "flux") - expected).norm() / expected.norm()) <= 1e-5
+
+
+def dora(folder: str) -> dict[str, torch.Tensor]:
+    """A state dict of an adapter that also scales whole rows of the weight."""
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    sizes = {"lora_A.weight": (4, 64), "lora_B.weight": (64, 4), "lora_magnitude_vector": (64,)}
+    return {f"{name}.{part}": torch.ones(size) for part, size in sizes.items()}
+
+
+def test_refusals(tmp_path: Path) -> None:
+    run_ranks(2, refusals, str(tmp_path))
+
+
+def broken(rank: int, count: int, method: str, folder: str) -> float:
+    """Each rank keeps its own part of the adapters."""
+    join(rank, count, method)
+    pipe = brought.pipeline("flux")
+    pipe.load_lora_weights(folder)
+    expected = brought.run(pipe, "flux")
+    own = tensor_adapters._finish_once
+    gathered = lambda layer: layer.base_layer.in_features == 64  # noqa: E731  (it would fail aloud)
+    tensor_adapters._finish_once = lambda layer, finish: own(layer, finish) if gathered(layer) else None
+    shardit.parallelize(pipe, TWO)
+    return float((brought.run(pipe, "flux") - expected).norm() / expected.norm())
+
+
+@pytest.mark.full
+def test_a_missing_sum_is_seen(tmp_path: Path) -> None:
+    brought.write_lora("flux", tmp_path, 5)
+    assert min(run_ranks(2, broken, str(tmp_path))) > 1e-3
+
+
+def uneven(rank: int, count: int, method: str, folder: str) -> list[float]:
+    """Four heads over three ranks, stages below: adapters loaded before, and after."""
+    join(rank, count, method)
+    errors = []
+    for before in (True, False):
+        plain, pipe = brought.pipeline("flux"), brought.pipeline("flux")
+        plain.load_lora_weights(folder)
+        if before:
+            pipe.load_lora_weights(folder)
+        shardit.parallelize(pipe, DiffusionParallelConfig(tensor_parallel_size=3, pipeline_parallel_size=count // 3))
+        if not before:
+            pipe.load_lora_weights(folder)
+        expected, got = brought.guided(plain, "flux"), brought.guided(pipe, "flux")
+        held = {n: p.shape for n, p in pipe.transformer.named_parameters() if "lora" in n and "norm" not in n}
+        assert held["transformer_blocks.0.attn.to_q.lora_B.default_0.weight"][0] == (32, 16, 16)[rank % 3]
+        assert held["single_transformer_blocks.0.proj_out.lora_A.default_0.weight"][1] < 0.5 * (64 + 256)
+        errors.append(float((expected - got).norm() / expected.norm()))
+    return errors
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [3, 6])
+def test_uneven_heads(ranks: int, tmp_path: Path) -> None:
+    brought.write_lora("flux", tmp_path, 5)
+    assert max(max(errors) for errors in run_ranks(ranks, uneven, str(tmp_path))) <= 1e-5
+
+
+def callbacks(rank: int, count: int, method: str) -> None:
+    join(rank, count, method)
+    pipe = brought.pipeline("flux")
+    shardit.parallelize(pipe, DiffusionParallelConfig(pipeline_parallel_size=2), timeout_s=20)
+
+    def fails(pipe: Any, step: int, time: Any, given: Any) -> Any:
+        if rank == 1 and step == 1:
+            raise KeyError("preview")
+        return given
+
+    with pytest.raises(KeyError, match="preview"):
+        brought.run(pipe, "flux", callback_on_step_end=fails)
+
+    def unheard(*_: Any) -> None:
+        pipe._interrupt = True
+
+    hook = pipe.transformer.register_forward_pre_hook(unheard)
+    with pytest.raises(UnsupportedError, match="pass callback_on_step_end"):
+        brought.run(pipe, "flux")
+    hook.remove()
+    brought.run(pipe, "flux")
+
+
+def test_a_callback_that_fails_on_one_rank_fails_on_all() -> None:
+    run_ranks(2, callbacks)

@@ -93,11 +93,13 @@ def check_cache(mesh: Mesh, config: Any, name: str) -> None:
 def guard(module: Any, name: str, mesh: Mesh) -> None:
     """Let the methods of a component that would do something else than they say raise UnsupportedError, in place."""
     members: dict[str, Any] = {method: refused(method) for method in (*OFFLOAD, *SAVE) if hasattr(module, method)}
-    if hasattr(module, "enable_cache"):
-        own_enable = type(module).enable_cache
+    own_enable = getattr(type(module), "enable_cache", None)
+    if own_enable is not None or hasattr(module, "shardit_stages"):
 
         def enable_cache(self: Any, config: Any) -> None:
             check_cache(mesh, config, name)
+            if own_enable is None:
+                raise UnsupportedError(f"diffusers has no step caches for {name}")
             own_enable(self, config)
             _decide_together(self, mesh)
 

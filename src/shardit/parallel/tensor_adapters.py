@@ -113,15 +113,19 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("hotswap") is True:
             raise UnsupportedError(f"hotswap does not work on cut linears: unload the adapter first, {ONE_RANK}")
-        with whole_sizes(self, plan):
-            out = own_method(self, *args, **kwargs)
         try:
+            with whole_sizes(self, plan):
+                out = own_method(self, *args, **kwargs)
             cut_adapters(self, plan, ranks)
-        except UnsupportedError:
+        except (RuntimeError, UnsupportedError) as error:
             from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-            recurse_remove_peft_layers(self)  # it would compute something else than it says
-            raise
+            recurse_remove_peft_layers(self)  # half loaded it would compute something else than it says
+            if isinstance(error, UnsupportedError):
+                raise
+            raise UnsupportedError(
+                f"an adapter that is not plain LoRA for cut linears ({error}), {ONE_RANK}"
+            ) from error
         return out
 
     return load

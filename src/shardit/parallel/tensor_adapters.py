@@ -123,9 +123,7 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
             recurse_remove_peft_layers(self)  # half loaded it would compute something else than it says
             if isinstance(error, UnsupportedError):
                 raise
-            raise UnsupportedError(
-                f"an adapter that is not plain LoRA for cut linears ({error}), {ONE_RANK}"
-            ) from error
+            raise UnsupportedError(f"not plain LoRA, and its linears are cut ({error}), {ONE_RANK}") from error
         return out
 
     return load

@@ -62,7 +62,6 @@ CACHE_BOUND = {"TaylorSeerCacheConfig": 1e-3}
 """It extrapolates from the difference of two steps, which makes rounding larger."""
 OFFLOADED = {SPLIT: "offload"}
 QUANTIZED = {SPLIT: "has quantized weights"}
-ONE_BACK_END = {("ring",): "ring_degree"}
 
 TABLE = [
     Row("LoRA loaded after", brought.lora_after, fast=True),

@@ -13,6 +13,7 @@ from torch import nn
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment, Cut, assign, assign_blocks
 from .core.mesh import Mesh, init_mesh
+from .core.overlap import overlap
 from .core.pending import settle
 from .core.plan import Plan
 from .core.remote import own
@@ -158,6 +159,8 @@ def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
         shard_sequence(model, mesh, stages, cut.plan)
     elif stages is not None:
         stages()
+    if not pieces and mesh.axes.keys() & {"sp", "tp"}:
+        overlap(model, runtime)
 
 
 def _swap_pipeline(pipe: Any, mesh: Mesh) -> None:

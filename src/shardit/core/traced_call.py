@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import RankError, UnsupportedError
 from .comm import Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
-from .plan import CallPlan, Leaf, Site
+from .plan import CallPlan, Leaf, Site, describe_result
 from .sites import inner_tensors, put
 from .trace import Recorder, Trace, derive
 
@@ -192,13 +192,6 @@ class TracedCall:
         if isinstance(leaf, float):
             raise UnsupportedError("a block returns a number, which cannot be known before the block has run")
         return Leaf("value", value=leaf)
-
-
-def describe_result(leaf: Any) -> Leaf:
-    """The description of one leaf of what a forward returns."""
-    if not isinstance(leaf, torch.Tensor):
-        return Leaf("value", value=leaf)
-    return Leaf("tensor", leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()))
 
 
 def _describe(tensors: list[torch.Tensor], arguments: list[torch.Tensor | None]) -> list[Leaf]:

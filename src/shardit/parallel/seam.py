@@ -21,6 +21,7 @@ from ..errors import UnsupportedError
 from .attention import Call
 
 _plain_sdpa = F.scaled_dot_product_attention
+_entered = 0
 
 
 class Handler(Protocol):
@@ -37,8 +38,9 @@ _handler: ContextVar[Handler | None] = ContextVar("shardit_attention", default=N
 @contextmanager
 def attention_goes_to(handler: Handler) -> Iterator[None]:
     """While this is entered, attention calls in this context go to `handler`."""
-    global _plain_sdpa
+    global _plain_sdpa, _entered
     _wrap_back_ends()
+    _entered += 1  # blocks of several calls may be under way, each waiting for messages at times
     if F.scaled_dot_product_attention is not _sdpa:
         _plain_sdpa = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = _sdpa
@@ -47,7 +49,9 @@ def attention_goes_to(handler: Handler) -> Iterator[None]:
         yield
     finally:
         _handler.reset(token)
-        F.scaled_dot_product_attention = _plain_sdpa
+        _entered -= 1
+        if not _entered:
+            F.scaled_dot_product_attention = _plain_sdpa
 
 
 def _sdpa(

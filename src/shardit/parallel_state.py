@@ -1,6 +1,7 @@
 """The parallel axes for people who write their own models and pipelines: groups, ranks and sizes by name.
 
-State of the process, set by `initialize_model_parallel`. Everything in shardit itself gets its mesh passed in.
+State of the process, set by `initialize_model_parallel`, and by `parallelize`, `load` and `Omni`'s ranks for the model
+that was made parallel last. Everything in shardit itself gets its mesh passed in.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from .core.mesh import Mesh, init_mesh
 from .errors import InputError
 
 _GROUPS: dict[str, GroupCoordinator] = {}
+_MESH: list[Mesh] = []
 
 
 def initialize_model_parallel(
@@ -40,12 +42,19 @@ def initialize_model_parallel(
 
 def set_mesh(mesh: Mesh) -> None:
     """Use the groups of a mesh that exists."""
+    _MESH[:] = [mesh]
     _GROUPS.update(GroupCoordinator.of_mesh(mesh))
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh that the groups are of; None before there are any."""
+    return _MESH[0] if _MESH else None
 
 
 def destroy_model_parallel() -> None:
     """Forget the groups. The process group itself stays."""
     _GROUPS.clear()
+    _MESH.clear()
 
 
 def model_parallel_is_initialized() -> bool:

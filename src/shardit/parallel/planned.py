@@ -1,8 +1,8 @@
 """A transformer under a declared sequence plan: split and gathered where the plan says, checked against the whole.
 
 Each new signature of a call is learned first: the model runs whole on every rank, then over the ranks, where lengths
-are compared to find out what is split at each attention call (`steps.py`). Both results must agree, also for arguments
-disturbed by noise; else the call is refused. Later calls follow the steps, without another word.
+are compared to find out what is split at each attention call (`steps.py`). Both results must agree; else the call is
+refused. Later calls follow the steps, without another word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from ..core.microbatch import CLOSE
 from ..core.pending import settle
-from ..core.signature import mode_key, signature
+from ..core.signature import signature
 from ..core.sites import swap_class
 from ..core.stages import Stages
 from ..errors import InputError, RankError, UnsupportedError
@@ -34,8 +34,9 @@ from .run import DONE, FAILED, agree
 from .seam import attention_goes_to
 from .steps import WIDTH, Seen, Step
 
-MAX_SIGNATURES = 64
-"""Signatures whose steps are remembered per transformer; the least recently used one goes first."""
+MAX_SIGNATURES = 1024
+"""Signatures whose steps are remembered per transformer, more than stages remember; the least recently used one goes
+first."""
 
 SLACK = 2.0
 """The bound on differences, in units of `CLOSE`: a random input is harder than a picture."""
@@ -74,7 +75,6 @@ class PlannedSequence:
     stages: Stages | None = None
     checked: int = 0
     _steps: OrderedDict[Any, list[Step]] = field(default_factory=OrderedDict)
-    _kinds: set[Any] = field(default_factory=set)
 
     @property
     def padded(self) -> bool:
@@ -91,7 +91,7 @@ class PlannedSequence:
         settle((args, kwargs))
         key = signature((args, kwargs), self.model.training)
         if key not in self._steps:
-            self._learn(key, call, args, kwargs)
+            self._learn(key, call, args, kwargs, noise=True)
         self._steps.move_to_end(key)
         try:
             return self._run(SpreadPass(self.attention, self._steps[key]), call, args, kwargs)
@@ -101,7 +101,7 @@ class PlannedSequence:
                     f"{self._name} does something else than in its first call of this shape ({error}), which stages "
                     "cannot follow: set pipeline_parallel_size=1 and cfg_parallel_size=1"
                 ) from error
-            self._learn(key, call, args, kwargs)
+            self._learn(key, call, args, kwargs, noise=False)
             return self._run(SpreadPass(self.attention, self._steps[key]), call, args, kwargs)
 
     def _run(self, how: Pass, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,22 +118,24 @@ class PlannedSequence:
 
     # Learning.
 
-    def _learn(self, key: Any, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _learn(self, key: Any, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], noise: bool) -> None:
+        """Learn the steps of a call, from its arguments with noise if the model takes those: in what a user gives, a
+        mask may hide nothing and tokens may be alike."""
         leaves, spec = tree_flatten((args, kwargs))
-        kind = mode_key((args, kwargs), self.model.training)
         with self._aside() as run:
-            if kind not in self._kinds:
-                noisy = disturbed(leaves)
+            expected = None
+            if noise:
+                given = disturbed(leaves)
                 try:
-                    expected = self._whole(run, call, noisy, spec)
+                    expected = self._whole(run, call, given, spec)
                 except (RankError, MemoryError, torch.OutOfMemoryError):
                     raise
-                except Exception:  # a model that takes no such values: the real ones must do
+                except Exception:  # then the real ones must do
                     expected = None
-                if expected is not None:
-                    self._compare(run, call, noisy, spec, *expected)
-            self._steps[key] = self._compare(run, call, leaves, spec, *self._whole(run, call, leaves, spec))
-        self._kinds.add(kind)
+            if expected is None:
+                given = leaves
+                expected = self._whole(run, call, given, spec)
+            self._steps[key] = self._compare(run, call, given, spec, *expected)
         if len(self._steps) > MAX_SIGNATURES:
             self._steps.popitem(last=False)
 
@@ -151,7 +153,10 @@ class PlannedSequence:
         given = tree_map_only(torch.Tensor, torch.clone, leaves)
         args, kwargs = tree_unflatten(given, spec)
         with torch.random.fork_rng(self._devices):
-            return run(lambda: self._run(whole, call, args, kwargs), given), whole.events
+            out = run(lambda: self._run(whole, call, args, kwargs), given)
+        if not all(same(a, b) for a, b in zip(leaves, given, strict=True) if isinstance(a, torch.Tensor)):
+            self._refuse("it writes to its arguments", None)
+        return out, whole.events
 
     def _compare(
         self, run: Any, call: Forward, leaves: list[Any], spec: Any, expected: Any, events: list[Seen]
@@ -173,8 +178,6 @@ class PlannedSequence:
         self._agree(error is None, "it fails" if error is not None else "another rank fails", error)
         what = _difference(expected, got, self._bound())
         self._agree(what is None, what or "another rank gets a wrong result", None)
-        changed = [not same(a, b) for a, b in zip(leaves, given, strict=True) if isinstance(a, torch.Tensor)]
-        self._agree(not any(changed), "it writes to its arguments", None)
         return spread.steps
 
     def _agree(self, good: bool, what: str, error: Exception | None) -> None:

@@ -123,18 +123,16 @@ class PlannedSequence:
         mask may hide nothing and tokens may be alike."""
         leaves, spec = tree_flatten((args, kwargs))
         with self._aside() as run:
-            expected = None
-            if noise:
-                given = disturbed(leaves)
-                try:
-                    expected = self._whole(run, call, given, spec)
-                except (RankError, MemoryError, torch.OutOfMemoryError):
-                    raise
-                except Exception:  # then the real ones must do
-                    expected = None
-            if expected is None:
-                given = leaves
+            given, expected = disturbed(leaves) if noise else leaves, None
+            try:
                 expected = self._whole(run, call, given, spec)
+            except (RankError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                if not noise:
+                    raise
+            if expected is None:  # a model that takes no such values: the real ones must do
+                given, expected = leaves, self._whole(run, call, leaves, spec)
             self._steps[key] = self._compare(run, call, given, spec, *expected)
         if len(self._steps) > MAX_SIGNATURES:
             self._steps.popitem(last=False)

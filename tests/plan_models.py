@@ -157,7 +157,7 @@ class ByHand(nn.Module):
         hidden = self.blocks[0](sp_shard(kept, 1), text)
         middle = sp_gather(hidden, 1)
         hidden = sp_shard(middle - middle.mean(1, keepdim=True), 1)
-        return sp_gather(self.blocks[2](self.blocks[1](hidden, text), text), dim=1).sum(1)
+        return sp_gather(self.blocks[2](self.blocks[1](hidden, text), text), dim=1)
 
 
 class Pipeline:

@@ -249,7 +249,7 @@ WRONG = (
     ("", {"blocks.*": {"hidden": split()}, "outputs.main": GATHER}, "hidden of blocks.1 has . tokens .* split already"),
     ("", {"outputs.main": GATHER}, r"cannot be gathered: the ranks have \[7, 7\] of 7 tokens; it is not split here"),
     ("", {"": {"text": [split(), split()]}}, r"text\[0\] of Faulty: its plan is for a list of 2 tensors"),
-    ("drops", ONLY_HIDDEN, "attention over 6 tokens cannot be put together from .3, 2. tokens on the ranks"),
+    ("drops", ONLY_HIDDEN, "attention over 6 tokens cannot be put together from .3, 2. on the ranks"),
     ("mean", ONLY_HIDDEN, "as _sp_plan says: output 0 differs from that of the whole model by"),
     ("one rank", ONLY_HIDDEN, "as _sp_plan says: (it fails .ValueError: three tokens are too few|another rank fails)"),
     ("writes", ONLY_HIDDEN, "as _sp_plan says: it writes to its arguments"),
@@ -265,7 +265,7 @@ def refused(rank: int, count: int, method: str) -> None:
                 model(tokens(7), words(4))
     with pytest.raises(InputError, match=r"Model\._sp_plan: .* there is no 'rope' in Model"):
         over(Model({"rope": {0: split(output=True)}}), ULYSSES)
-    with pytest.raises(UnsupportedError, match="padding, or what comes from it, reaches output 0"):
+    with pytest.raises(UnsupportedError, match="the other tokens have met padding"):
         over(Faulty("mean", {"blocks.0": {"hidden": split(pad=True)}, "outputs.main": GATHER}), ULYSSES)(
             tokens(7), words(4)
         )
@@ -366,22 +366,22 @@ def test_by_hand_on_one_device() -> None:
     shardit.parallelize(model, DiffusionParallelConfig())
     assert model.parallel_config == DiffusionParallelConfig()
     assert parallel_state.get_sp_world_size() == 1
-    assert model(tokens(9, WIDTH), words(3)).shape == (2, WIDTH)
+    kept = int((tokens(9, WIDTH)[0, :, 0] > 0).sum())
+    assert model(tokens(9, WIDTH), words(3)).shape == (2, kept, WIDTH)
     parallel_state.destroy_model_parallel()
 
 
 # Pipelines of one's own, and other axes.
 
 
-def own_pipeline(rank: int, count: int, method: str, way: dict[str, int], exact: bool) -> Any:
+def own_pipeline(rank: int, count: int, method: str, way: dict[str, int]) -> Any:
     join(rank, count, method)
     arguments = tokens(11), words(4), words(3)
     plain, pipe = Pipeline(Model()), Pipeline(Model())
     expected = plain(*arguments)
     assert shardit.parallelize(pipe, DiffusionParallelConfig(**way), timeout_s=30) is pipe
     for _ in range(2):
-        got = pipe(*arguments)
-        assert torch.equal(got, expected) if exact else distance(expected, got) <= CLOSE
+        assert distance(expected, pipe(*arguments)) <= CLOSE
     assert pipe.transformer.parallel_config == DiffusionParallelConfig(**way)
     assert parallel_state.get_sp_world_size() == way.get("ulysses_degree", 1) * way.get("ring_degree", 1)
     return [p.is_meta for p in pipe.transformer.blocks.parameters()]
@@ -400,7 +400,7 @@ def own_pipeline(rank: int, count: int, method: str, way: dict[str, int], exact:
     ids=lambda way: " ".join(f"{name[:4]}{size}" for name, size in way.items()),
 )
 def test_own_pipeline(way: dict[str, int]) -> None:
-    meta = run_ranks(size_of(way), own_pipeline, way, "ulysses_degree" not in way and "ring_degree" not in way)
+    meta = run_ranks(size_of(way), own_pipeline, way)
     assert any(meta[0]) == (way.get("pipeline_parallel_size", 1) > 1)
 
 

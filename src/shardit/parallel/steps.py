@@ -162,8 +162,9 @@ def _rows(
         return Rows(here, whole, own=((0, here),), everywhere=True)
     shared, rest = divmod(sum(counts) - whole, size - 1)
     if rest or not 0 <= shared <= min(counts):
+        why = f" (of {list(lens)}; the other tokens have met padding)" if counts != lens else ""
         raise UnsupportedError(
-            f"attention over {whole} tokens cannot be put together from {list(counts)} tokens on the ranks: split each "
+            f"attention over {whole} tokens cannot be put together from {list(counts)}{why} on the ranks: split each "
             "tensor that is joined to a split one, or leave it whole on all ranks"
         )
     places = _shared_places(tensors, real, shared, attention) if shared else (0, 0)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shardit import parallel_state as ps
+from shardit.core.collectives import even_sizes
 from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from shardit.sp_sharding import sp_gather, sp_shard
 
@@ -151,10 +153,13 @@ class ByHand(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList([Block() for _ in range(3)])
+        self.asks = True
 
     def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         kept = x[:, x[0, :, 0] > 0]  # as many as there happen to be
-        hidden = self.blocks[0](sp_shard(kept, 1), text)
+        mine = sp_shard(kept, 1)
+        assert not self.asks or mine.shape[1] == even_sizes(kept.shape[1], ps.get_sp_world_size())[ps.get_sp_rank()]
+        hidden = self.blocks[0](mine, text)
         middle = sp_gather(hidden, 1)
         hidden = sp_shard(middle - middle.mean(1, keepdim=True), 1)
         return sp_gather(self.blocks[2](self.blocks[1](hidden, text), text), dim=1)

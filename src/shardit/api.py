@@ -23,7 +23,7 @@ from .errors import InputError, UnsupportedError
 from .models.back_ends import use_attention_backend
 from .parallel.spread import spread_tokens
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, refuse_adapters, shard_components
-from .parallel_state import set_mesh
+from .parallel_state import set_mesh_of_model
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -154,7 +154,7 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
 
 def _tell(models: Iterable[Any], config: DiffusionParallelConfig, mesh: Mesh) -> None:
     """Let authors of models get at degrees and groups: `parallel_config` on the models, and `parallel_state`."""
-    set_mesh(mesh)
+    set_mesh_of_model(mesh)
     for model in models:
         model.parallel_config = config
 

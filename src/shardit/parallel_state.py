@@ -10,6 +10,7 @@ from .config import DiffusionParallelConfig
 from .core.group import GroupCoordinator
 from .core.mesh import Mesh, init_mesh
 from .errors import InputError
+from .parallel.planned import runs_whole
 
 _GROUPS: dict[str, GroupCoordinator] = {}
 _MESH: list[Mesh] = []
@@ -46,8 +47,15 @@ def set_mesh(mesh: Mesh) -> None:
     _GROUPS.update(GroupCoordinator.of_mesh(mesh))
 
 
-def current_mesh() -> Mesh | None:
-    """The mesh that the groups are of; None before there are any."""
+def set_mesh_of_model(mesh: Mesh) -> None:
+    """Use the groups of the mesh of a model that was made parallel. Unlike after `set_mesh`, code outside of that model
+    still runs whole (`own_mesh`)."""
+    _MESH.clear()
+    _GROUPS.update(GroupCoordinator.of_mesh(mesh))
+
+
+def own_mesh() -> Mesh | None:
+    """The mesh of groups that the program itself has asked for."""
     return _MESH[0] if _MESH else None
 
 
@@ -67,6 +75,9 @@ def _group(name: str) -> GroupCoordinator:
         raise InputError(
             "the parallel state is not initialised: call initialize_model_parallel() or parallelize() first"
         )
+    if name in ("sp", "ulysses", "ring") and runs_whole():
+        world = _GROUPS["world"]
+        return GroupCoordinator(world.rank, (world.rank,), world.device, world.timeout)
     return _GROUPS[name]
 
 

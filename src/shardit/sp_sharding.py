@@ -3,6 +3,10 @@
 A model whose forward calls them declares `_sp_plan = {}` (or a plan with something in it), which says that its author
 splits it; then attention between a shard and its gather runs over the ranks, and the whole model is checked. See
 docs/sequence-plans.md.
+
+Outside of a model that was made parallel both return what they get, so that such a model beside it stays whole, unless
+the program has made groups itself (`parallel_state.initialize_model_parallel`): then they cut and gather, and
+attention is the program's own business.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from shardit.parallel.passes import Pass
 from shardit.parallel.plan_rules import Rule
 from shardit.parallel.planned import running_pass
 from shardit.parallel.sequence import automatic
-from shardit.parallel_state import current_mesh
+from shardit.parallel_state import own_mesh
 
 _alone: list[Collectives] = []
 
@@ -72,7 +76,7 @@ def _pass(name: str, x: torch.Tensor, dim: int) -> Pass | None:
 
 def _comm() -> Collectives | None:
     """The sequence ranks, if there are several."""
-    mesh = current_mesh()
+    mesh = own_mesh()
     if mesh is None or "sp" not in mesh.axes:
         return None
     if not _alone or _alone[0].mesh is not mesh:

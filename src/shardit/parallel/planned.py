@@ -61,6 +61,11 @@ def running_pass() -> Pass | None:
     return None if running is None else running.current
 
 
+def runs_whole() -> bool:
+    """Whether a forward is running whole, on one rank by itself, to see what it does."""
+    return isinstance(running_pass(), WholePass)
+
+
 @dataclass
 class PlannedSequence:
     """One transformer whose plan is declared.

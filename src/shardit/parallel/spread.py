@@ -19,7 +19,7 @@ from torch import nn
 from ..core.mesh import Mesh
 from ..core.sites import find_blocks, swap_class
 from ..core.stages import Stages
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from .attention import SequenceAttention
 from .check import REMEDY, Refused
 from .plan_rules import DECLARED, OF_DIFFUSERS
@@ -48,7 +48,10 @@ class Spread:
             log.warning("%s is spread as its %s says, since %s", name, OF_DIFFUSERS, refused)
             self.way, self.other = self.other(), None
             self.way.install()
-            return self.way.forward(call, args, kwargs)
+            try:
+                return self.way.forward(call, args, kwargs)
+            except InputError as also:  # the first refusal says more
+                raise refused from also
 
 
 def spread_tokens(

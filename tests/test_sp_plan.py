@@ -402,7 +402,7 @@ def staged_refusals(rank: int, count: int, method: str) -> None:
         with pytest.raises(InputError, match=said):
             over(Faulty(fault, ONLY_HIDDEN), way)(tokens(7), words(4))
     agrees(Joint(True, False, pad=True), over(Joint(True, False, pad=True), way), tokens(13, WIDTH), words(5))
-    with pytest.raises(UnsupportedError, match="which stages cannot follow|makes a shape from values"):
+    with pytest.raises(UnsupportedError, match=r"which stages cannot follow|makes a shape from values"):
         over(ByHand(), way)(tokens(20, WIDTH), words(4))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from .config import DiffusionParallelConfig
-from .core.assign import Assignment, Cut, assign, assign_blocks
+from .core.assign import Assignment, Cut, assign, assign_blocks, denoises
 from .core.mesh import Mesh, init_mesh
 from .core.overlap import overlap
 from .core.pending import settle
@@ -22,8 +22,9 @@ from .core.slices import Owned
 from .core.stages import Runtime, stage
 from .errors import InputError, UnsupportedError
 from .models.back_ends import use_attention_backend
-from .parallel.sequence import shard_sequence
+from .parallel.spread import spread_tokens
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, refuse_adapters, shard_components
+from .parallel_state import set_mesh_of_model
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -55,10 +56,12 @@ def parallelize(
     target: Any = module_or_pipeline
     device = _device_of(target)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
+    alone = isinstance(target, nn.Module)
+    _tell([target] if alone else filter(_denoises, target.components.values()), config, mesh)
     if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
     _refuse_hooks(target)
-    if isinstance(target, nn.Module):
+    if alone:
         if plan is not None and not isinstance(plan, Plan):
             raise InputError("plan: a single transformer takes one Plan, not one for each component")
         runtime = Runtime.of(mesh, split_batch=config.split_batch)
@@ -129,6 +132,7 @@ def load_parallel(
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
     for name in found[0].cut:
         use_attention_backend(attention_backend, getattr(pipe, name))
+    _tell([getattr(pipe, name) for name in found[0].cut], config, mesh)
     if len(mesh.replica.ranks) == 1:
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
@@ -149,6 +153,17 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
     _swap_pipeline(pipe, runtime.mesh)
 
 
+def _tell(models: Iterable[Any], config: DiffusionParallelConfig, mesh: Mesh) -> None:
+    """Let authors of models get at degrees and groups: `parallel_config` on the models, and `parallel_state`."""
+    set_mesh_of_model(mesh)
+    for model in models:
+        model.parallel_config = config
+
+
+def _denoises(component: Any) -> bool:
+    return isinstance(component, nn.Module) and denoises(component)
+
+
 def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
     """Make one transformer parallel, in place."""
     mesh = runtime.mesh
@@ -156,7 +171,7 @@ def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
     stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
     if "sp" in mesh.axes:
-        shard_sequence(model, mesh, stages, cut.plan)
+        spread_tokens(model, mesh, stages, cut.plan)
     elif stages is not None:
         stages()
     if not pieces and mesh.axes.keys() & {"sp", "tp"}:

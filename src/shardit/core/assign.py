@@ -20,6 +20,13 @@ CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
 
 
+def denoises(module: nn.Module) -> bool:
+    """Whether a component is cut: one of diffusers' classes that denoise, or derived from one, or a class of anybody
+    that says in `_sp_plan` how its tokens are split."""
+    theirs = any(base.__module__.startswith(CUT_PACKAGES) for base in type(module).__mro__)
+    return theirs or getattr(module, "_sp_plan", None) is not None
+
+
 @dataclass(frozen=True)
 class Cut:
     """A transformer over the stages: its block names in execution order, their sizes in bytes, and where they go."""
@@ -110,7 +117,7 @@ def assign(
     in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
     notes, cut, load, parts = [], {}, [0] * len(stages), frozenset(sliced)
     for name, module in modules.items():
-        if not type(module).__module__.startswith(CUT_PACKAGES):
+        if not denoises(module):
             continue
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
         cut[name], note = assign_blocks(module, config, in_flight, plan, environ)

@@ -131,6 +131,12 @@ class Stages:
         finally:
             self._current["seam"] = seam
 
+    def watched(self, forward: Callable[[], Any], arguments: Any) -> Any:
+        """The result of a forward that runs block by block on all stages at once, of which nothing is remembered. Only
+        inside `aside`; collective over the stages."""
+        call = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, lambda index: None)
+        return call.run(self._current, forward, arguments)[0]
+
     @property
     def _name(self) -> str:
         return type(self.model).__name__

@@ -21,7 +21,8 @@ from ..errors import UnsupportedError
 from .attention import Call
 
 _plain_sdpa = F.scaled_dot_product_attention
-_entered = 0
+_users = 0
+"""How often `attention_goes_to` is entered: forwards in flight enter and leave it in any order."""
 
 
 class Handler(Protocol):
@@ -38,19 +39,19 @@ _handler: ContextVar[Handler | None] = ContextVar("shardit_attention", default=N
 @contextmanager
 def attention_goes_to(handler: Handler) -> Iterator[None]:
     """While this is entered, attention calls in this context go to `handler`."""
-    global _plain_sdpa, _entered
+    global _plain_sdpa, _users
     _wrap_back_ends()
-    _entered += 1  # blocks of several calls may be under way, each waiting for messages at times
     if F.scaled_dot_product_attention is not _sdpa:
         _plain_sdpa = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = _sdpa
     token = _handler.set(handler)
+    _users += 1
     try:
         yield
     finally:
         _handler.reset(token)
-        _entered -= 1
-        if not _entered:
+        _users -= 1
+        if not _users:
             F.scaled_dot_product_attention = _plain_sdpa
 
 

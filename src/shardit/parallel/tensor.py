@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.assign import CUT_PACKAGES
+from ..core.assign import denoises
 from ..core.collectives import Collectives
 from ..core.mesh import Mesh
 from ..core.sites import put, swap_class
@@ -36,9 +36,9 @@ def plan_components(modules: Mapping[str, nn.Module], size: int) -> dict[str, Te
         return {}
     plans = {}
     for name, module in modules.items():
-        denoises = type(module).__module__.startswith(CUT_PACKAGES) or name == ALONE
-        if denoises or type(module).__module__.startswith(ENCODERS):
-            plans[name] = plan_tensors(module, size, must_cut=denoises)
+        must_cut = denoises(module) or name == ALONE
+        if must_cut or type(module).__module__.startswith(ENCODERS):
+            plans[name] = plan_tensors(module, size, must_cut=must_cut)
     return plans
 
 

@@ -12,9 +12,11 @@ from torch import nn
 
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment, Cut, assign, assign_blocks
+from .core.comm import Comm
 from .core.mesh import Mesh, init_mesh
 from .core.pending import settle
 from .core.plan import Plan
+from .core.relay import relay
 from .core.remote import own
 from .core.sites import swap_class
 from .core.slices import Owned
@@ -141,11 +143,17 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
     for name, cut in assignment.cut.items():
         _spread(getattr(pipe, name), runtime, cut)
     for name, owner in assignment.owned.items():
-        if name in assignment.sliced:
-            own(getattr(pipe, name), runtime.peers, owner // assignment.tp)
-        else:
-            own(getattr(pipe, name), runtime.replica, owner)
+        comm, width = _among(name, assignment, runtime)
+        own(getattr(pipe, name), comm, owner // width)
+    for name, found in assignment.relayed.items():
+        comm, width = _among(name, assignment, runtime)
+        relay(getattr(pipe, name), comm, found.units, [owner // width for owner in found.owners])
     _swap_pipeline(pipe, runtime.mesh)
+
+
+def _among(name: str, assignment: Assignment, runtime: Runtime) -> tuple[Comm, int]:
+    """The ranks among which a component has owners, and how many neighbours own it together."""
+    return (runtime.peers, assignment.tp) if name in assignment.sliced else (runtime.replica, 1)
 
 
 def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.assign import CUT_PACKAGES
+from ..core.assign import CUT_PACKAGES, ENCODERS
 from ..core.collectives import Collectives
 from ..core.mesh import Mesh
 from ..core.sites import put, swap_class
@@ -18,10 +18,6 @@ from .tensor_cuts import TensorPlan
 from .tensor_modules import install_role
 from .tensor_norms import install_pair
 from .tensor_plan import plan_tensors
-
-ENCODERS = "transformers."
-"""Where the classes of text and image encoders live."""
-
 
 ALONE = ""
 """The name of a module that is parallelized by itself."""

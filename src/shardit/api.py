@@ -68,7 +68,7 @@ def parallelize(
         _spread(target, runtime, cut)
         return module_or_pipeline
     modules = {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
-    cuts = plan_components(modules, mesh.sizes["tp"])
+    cuts = plan_components(modules, mesh.sizes["tp"], len(mesh.replica.ranks))
     assignment = assign(modules, type(target), config, plans=plan, sliced=cuts.keys(), environ=os.environ)
     shard_components(modules, cuts, mesh)
     connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch))
@@ -115,7 +115,7 @@ def load_parallel(
     cuts: dict[str, TensorPlan] = {}
 
     def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Owned]:
-        cuts.update(plan_components(modules, mesh.sizes["tp"]))
+        cuts.update(plan_components(modules, mesh.sizes["tp"], len(mesh.replica.ranks)))
         found.append(
             assign(
                 modules, cls, config, max_in_flight=max_in_flight, plans=plan, sliced=cuts.keys(), environ=os.environ

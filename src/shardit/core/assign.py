@@ -66,6 +66,16 @@ class Assignment:
         replicated = cut.plan.replicate if cut.plan else ()
         return lambda name: keeps(name, replicated) or not any(name.startswith(block) for block in others)
 
+    def blocks(self, component: str, member: int) -> list[int]:
+        """The numbers of the blocks of a component, or of the units of an encoder, that a member of a replica has."""
+        owners, me = [], self.stages[member]
+        if component in self.cut:
+            owners = self.cut[component].placement.owners()
+        elif component in self.relayed:
+            owners = self.relayed[component].owners
+            me = member - member % self.tp if component in self.sliced else member
+        return [number for number, owner in enumerate(owners) if owner == me]
+
 
 def branches(pipeline_class: type) -> int:
     """Micro-batches that one request of a pipeline can have in flight: 2 where it takes a negative prompt (guidance in

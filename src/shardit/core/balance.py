@@ -67,6 +67,16 @@ def distribute(
     return {name: owners[name, -1] for name in wholes}, relayed
 
 
+def beside(wholes: Sequence[float], sliced: float, ranks: int) -> tuple[float, ...]:
+    """The shares of what is `sliced` that even out what the ranks own whole, where `distribute` puts that."""
+    loads = Loads([0.0] * ranks, 1)
+    for size in sorted(wholes, reverse=True):
+        loads.put(size, loads.emptiest(1), 1)
+    level = (sum(wholes) + sliced) / ranks
+    room = [max(level - load, 0.0) for load in loads.bytes]
+    return tuple(one / sum(room) for one in room)
+
+
 def in_runs(sizes: Sequence[float], owners: Sequence[int]) -> list[int]:
     """The same numbers of units of a size for each owner, but neighbours together; tiny units go with the one before."""
     out, start, total = list(owners), 0, sum(sizes)

@@ -36,9 +36,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """cut: by component name. relayed: encoders whose units are owned by several. owned: the member of a replica that owns a component whole, or for one that is sliced
-    over the tensor axis the first of the `tp` neighbours that own it. stages: the stage of each member of a replica
-    (all ranks that work on the same requests). notes: what a user may want to know."""
+    """cut: transformers, by component name. relayed: encoders whose units several members own. owned: the member of a
+    replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
+    that own it. stages: the stage of each member of a replica (all ranks that work on the same requests). notes: what a
+    user may want to know."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Where everything goes that is not a block of a transformer, so that the fullest rank holds little more than its share.
+"""Where everything goes that is no block of a transformer: the fullest rank shall hold little more than its share.
 
 The blocks of transformers are placed before, by what they cost to run. What is left runs once or twice for a request,
 so bytes decide: encoders are cut into units, and units fill up whatever else is uneven.
@@ -14,6 +14,9 @@ from .units import Unit
 
 WHOLE_SHARE = 0.05
 """An encoder with a smaller share of what one rank holds is not cut."""
+
+WORTH_A_SPLIT = 0.01
+"""Two ranks whose bytes differ by a smaller share are even enough not to divide a layer between them."""
 
 SAME_SIZE = 0.05
 """Neighbouring units whose sizes differ by no more are dealt out as runs."""
@@ -42,7 +45,15 @@ class Loads:
 
     def emptiest(self, width: int) -> int:
         """The first of the `width` neighbours that hold least."""
-        return min(range(0, len(self.bytes), width), key=lambda m: (max(self.bytes[m : m + width]), m))
+        return min(range(0, len(self.bytes), width), key=lambda m: (self.of(m, width), m))
+
+    def fullest(self, width: int) -> int:
+        """The first of the `width` neighbours that hold most."""
+        return max(range(0, len(self.bytes), width), key=lambda m: (self.of(m, width), -m))
+
+    def of(self, member: int, width: int) -> float:
+        """What the fullest of some neighbours holds."""
+        return max(self.bytes[member : member + width])
 
 
 def distribute(
@@ -61,10 +72,43 @@ def distribute(
         loads.put(size, owners[name, number], width)
     relayed = {}
     for name, units in encoders.items():
+        width = loads.tp if name in sliced else 1
         of_units = in_runs([unit.nbytes for unit in units], [owners[name, i] for i in range(len(units))])
-        named = [(part, owner) for unit, owner in zip(units, of_units, strict=True) for part in unit.names]
+        for i, unit in enumerate(units):
+            loads.put(-unit.nbytes, owners[name, i], width)
+            loads.put(unit.nbytes, of_units[i], width)
+        named = _split_some(loads, units, of_units, width)
         relayed[name] = Relayed(tuple(part for part, _ in named), tuple(owner for _, owner in named))
     return {name: owners[name, -1] for name in wholes}, relayed
+
+
+def _split_some(loads: Loads, units: Sequence[Unit], owners: Sequence[int], width: int) -> list[tuple[str, int]]:
+    """The modules of all units with their owners, after parts of some were moved from the fullest to the emptiest."""
+    moved: dict[str, int] = {}
+    while True:
+        empty, full = loads.emptiest(width), loads.fullest(width)
+        gap = loads.of(full, width) - loads.of(empty, width)
+        parts = [
+            (abs(nbytes / width - gap / 2), -i, part, nbytes)
+            for i, unit in enumerate(units)
+            for part, nbytes in unit.parts
+            if owners[i] == full and part not in moved and not any(other in moved for other, _ in unit.parts)
+        ]
+        if gap < WORTH_A_SPLIT * loads.of(full, width) or not parts:
+            break
+        off, _, part, nbytes = min(parts)
+        if off >= gap / 2:  # the other one would become as full
+            break
+        moved[part] = empty
+        loads.put(-nbytes, full, width)
+        loads.put(nbytes, empty, width)
+    named: list[tuple[str, int]] = []
+    for unit, owner in zip(units, owners, strict=True):
+        if any(part in moved for part, _ in unit.parts):
+            named += [(part, moved.get(part, owner)) for part, _ in unit.parts]
+        else:
+            named += [(name, owner) for name in unit.names]
+    return named
 
 
 def beside(wholes: Sequence[float], sliced: float, ranks: int) -> tuple[float, ...]:
@@ -78,7 +122,7 @@ def beside(wholes: Sequence[float], sliced: float, ranks: int) -> tuple[float, .
 
 
 def in_runs(sizes: Sequence[float], owners: Sequence[int]) -> list[int]:
-    """The same numbers of units of a size for each owner, but neighbours together; tiny units go with the one before."""
+    """As many units of a size for each owner, but neighbours together; tiny units go with the one before."""
     out, start, total = list(owners), 0, sum(sizes)
     while start < len(sizes):
         end = start + 1

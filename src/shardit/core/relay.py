@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import RankError, UnsupportedError
 from .caches import find_caches, replace_layers, state_of, taken_since
 from .comm import Comm
 from .pending import PendingTensor, settle
@@ -53,6 +53,8 @@ class Relay:
         try:
             out = function(*args, **kwargs)
             self._meet("the end")
+        except RankError:
+            raise
         except Exception as error:
             self._meet(error)
             raise
@@ -125,17 +127,19 @@ def relay(model: nn.Module, comm: Comm, units: Sequence[str], owners: Sequence[i
     states by hooks on the layers, which have to see what the layers of other ranks give, too.
     """
     made = Relay(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
-    keep = {id(p) for (_, unit), owner in zip(made.units, owners, strict=True) if owner == comm.rank for p in unit.parameters()}
     for index, (_, unit) in enumerate(made.units):
-        for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
-            if made.owners[index] != comm.rank and id(parameter) not in keep and not parameter.is_meta:
-                put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+        if made.owners[index] != comm.rank:
+            for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
+                if not parameter.is_meta:
+                    put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
         swap_class(unit, {"forward": _seam(made, index, type(unit).forward)})
     device = comm.mesh.device
     for module in model.modules():
         if isinstance(getattr(type(module), "device", None), property):
             swap_class(module, {"device": property(lambda self: device)})
-    members: dict[str, Any] = {name: _entry(made, name) for name in METHODS if callable(getattr(type(model), name, None))}
+    members: dict[str, Any] = {
+        name: _entry(made, name) for name in METHODS if callable(getattr(type(model), name, None))
+    }
     members["to"] = fixed_place(type(model).to, device)
     members["shardit_relay"] = property(lambda self: made)
     swap_class(model, members)

@@ -12,10 +12,14 @@ from .sites import is_block_list
 
 @dataclass(frozen=True)
 class Unit:
-    """One or more modules (several where they share weights) that go to one owner, by name."""
+    """One or more modules (several where they share weights) that go to one owner, by name.
+
+    parts: where the module is nothing but a list of smaller ones that are called, their names and bytes.
+    """
 
     names: tuple[str, ...]
     nbytes: int
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 def find_units(model: nn.Module) -> list[Unit]:
@@ -37,7 +41,7 @@ def find_units(model: nn.Module) -> list[Unit]:
             groups.remove(tied)
             ids, members = ids | tied[0], tied[1] + members
         groups.append((ids, members))
-    return [Unit(tuple(name for name, _ in members), _nbytes(members)) for ids, members in groups if not ids & everywhere]
+    return [_unit(members) for ids, members in groups if not ids & everywhere]
 
 
 def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -48,6 +52,18 @@ def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _outermost(child, f"{path}{name}.")
         elif next(child.parameters(), None) is not None:
             yield f"{path}{name}", child
+
+
+def _unit(members: list[tuple[str, nn.Module]]) -> Unit:
+    parts: list[tuple[str, int]] = []
+    if len(members) == 1:
+        name, module = members[0]
+        parts = [(path, _nbytes([(path, part)])) for path, part in _outermost(module, f"{name}.")]
+        lists = {f"{name}.{child}." for child, part in module.named_children() if is_block_list(part)}
+        if not all(path.rpartition(".")[0] + "." in lists for path, _ in parts):
+            parts = []
+    nbytes = _nbytes(members)
+    return Unit(tuple(name for name, _ in members), nbytes, tuple(parts) if sum(n for _, n in parts) == nbytes else ())
 
 
 def _nbytes(group: list[tuple[str, nn.Module]]) -> int:

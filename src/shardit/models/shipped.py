@@ -1,4 +1,4 @@
-"""Configurations of real models that come with shardit: no weights, so that `shardit inspect` can lay them out anywhere.
+"""Configurations of real models that come with shardit, without weights: for `shardit inspect`.
 
 Each folder in `configs/` is laid out like a diffusers repository: model_index.json and a config.json for each model.
 """

@@ -41,8 +41,8 @@ def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False) -> T
     if must_cut and cutter.too_few and not cutter.attentions:
         most = max(cutter.too_few)
         raise UnsupportedError(
-            f"tensor_parallel_size={cutter.size} does not fit {type(model).__name__}: its attention has {most} heads to deal "
-            f"out; use 1{f' to {most}' if most > 1 else ''}"
+            f"tensor_parallel_size={cutter.size} does not fit {type(model).__name__}: its attention has {most} heads "
+            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
         )
     cutter.agree_on_tied()
     if must_cut and not cutter.plan.cuts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +25,7 @@ from shardit.loading import Reads
 from shardit.models import tiny
 from tests.ranks import run_ranks
 
-NAMES = ("wan2.2-t2v", "flux", "sd3.5", "z-image", "qwen-image-edit")
+NAMES = ("wan2.2-t2v", "flux", "z-image", "qwen-image-edit")
 
 
 def join(rank: int, count: int, method: str, **axes: int) -> DiffusionParallelConfig:
@@ -67,9 +69,9 @@ def compare(encoder: Any, plain: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, expected.hidden_states, strict=True))
 
 
-def encoders(rank: int, count: int, method: str, dtype: Any) -> None:
+def encoders(rank: int, count: int, method: str, names: tuple[str, ...], dtype: Any) -> None:
     config = join(rank, count, method)
-    for name in NAMES:
+    for name in names:
         plain = tiny.load_plain(tiny.resolve(f"tiny/{name}"), dtype=dtype)
         pipe, assignment, _ = load_parallel(f"tiny/{name}", config, init_mesh(config), dtype=dtype)
         assert assignment.relayed, name
@@ -82,11 +84,21 @@ def encoders(rank: int, count: int, method: str, dtype: Any) -> None:
             assert encoder.device == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(2, None), pytest.param(3, "bfloat16", marks=pytest.mark.full)])
-def test_every_hidden_state_is_the_same(count: int, dtype: str | None) -> None:
-    for name in NAMES:
+def compare_on(count: int, names: tuple[str, ...], dtype: str | None) -> None:
+    for name in names:
         tiny.resolve(f"tiny/{name}")
-    run_ranks(count, encoders, dtype)
+    run_ranks(count, encoders, names, dtype)
+
+
+def test_every_hidden_state_is_the_same() -> None:
+    compare_on(2, NAMES, None)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_more_ranks_and_types(count: int, dtype: str) -> None:
+    compare_on(count, (*NAMES, "sd3.5", "ovis-image", "longcat-image"), dtype)
 
 
 def text_is_written(rank: int, count: int, method: str) -> None:
@@ -207,6 +219,12 @@ def odd(rank: int, count: int, method: str) -> None:
         with pytest.raises(RuntimeError, match="shapes"):  # what the owner raises, all raise
             model(torch.zeros(2, 3))
         assert sum(made.ran.values()) == (3, 1)[rank]
+        with torch.no_grad():
+            out = model(x)
+        memory = weakref.ref(out[0]._source.memory)
+        gc.disable()
+        del out
+        assert memory() is None  # what nobody has used does not wait for the garbage collector
 
 
 def test_awkward_layers_and_refusals() -> None:

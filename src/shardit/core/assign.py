@@ -130,7 +130,7 @@ def assign(
     sizes = {**axis_sizes(config), "dp": 1}
     stages = tuple(coordinates(sizes, member)["pp"] for member in range(math.prod(sizes.values())))
     in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
-    notes, cut, load, parts = [], {}, [0] * len(stages), frozenset(sliced)
+    notes, cut, load, parts = [], {}, [0.0] * len(stages), frozenset(sliced)
     for name, module in modules.items():
         if not type(module).__module__.startswith(CUT_PACKAGES):
             continue

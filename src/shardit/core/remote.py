@@ -70,8 +70,9 @@ class Held(Source):
     """
 
     def __init__(self, comm: Comm, owner: int, memory: torch.Tensor):
-        super().__init__(lambda: comm.broadcast(memory, self.holders[0]))
-        self.comm, self.holders, self.memory = comm, [owner], memory
+        holders = [owner]  # not self.holders below: what nobody uses is to go at once, not with the next collection
+        super().__init__(lambda: comm.broadcast(memory, holders[0]))
+        self.comm, self.holders, self.memory = comm, holders, memory
 
     def bring(self, rank: int) -> None:
         """Let one more rank have the data. Every rank calls this, two take part."""
@@ -88,7 +89,7 @@ class Held(Source):
     def written(comm: Comm, owner: int, tensor: torch.Tensor) -> None:
         """The owner has written to a tensor that others may have."""
         if isinstance(tensor, PendingTensor) and isinstance(tensor._source, Held):
-            tensor._source.holders = [owner]
+            tensor._source.holders[:] = [owner]
         else:
             comm.broadcast(_memory_of(tensor), owner)
 
@@ -96,14 +97,15 @@ class Held(Source):
 @contextmanager
 def held_here(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Meanwhile pending tensors whose data this rank has are plain ones, and using them moves nothing."""
-    lent = [t for t in tensors if isinstance(t, PendingTensor)]
-    for tensor in lent:
+    lent = [(t, t._source) for t in tensors if isinstance(t, PendingTensor)]
+    for tensor, _ in lent:
         tensor.__class__ = torch.Tensor  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        for tensor in lent:
-            tensor.__class__ = PendingTensor
+        for tensor, source in lent:
+            if not source.settled:
+                tensor.__class__ = PendingTensor
 
 
 def call_on(comm: Comm, stage: int, function: Callable[[], Any], arguments: Sequence[torch.Tensor] = ()) -> Any:

@@ -289,7 +289,7 @@ def silent(rank: int, count: int, method: str) -> None:
     exchange = Collectives.all_to_all
     Collectives.all_to_all = lambda self, sends, receives: [r.zero_() for r in receives]  # type: ignore[assignment]
     with torch.no_grad():
-        assert distance(plain(*arguments), other(*arguments)) > 1e-3
+        assert distance(plain(*arguments), other(*arguments) * 1) > 1e-3
     with pytest.raises(UnsupportedError, match="differs from that of the whole model"):
         over(Model(), ULYSSES)(*arguments)
     Collectives.all_to_all = exchange

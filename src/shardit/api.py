@@ -12,10 +12,12 @@ from torch import nn
 
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment, Cut, assign, assign_blocks, denoises
+from .core.comm import Comm
 from .core.mesh import Mesh, init_mesh
 from .core.overlap import overlap
 from .core.pending import settle
 from .core.plan import Plan
+from .core.relay import relay
 from .core.remote import own
 from .core.sites import swap_class
 from .core.slices import Owned
@@ -70,7 +72,7 @@ def parallelize(
         _spread(target, runtime, cut)
         return module_or_pipeline
     modules = {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
-    cuts = plan_components(modules, mesh.sizes["tp"])
+    cuts = plan_components(modules, mesh.sizes["tp"], len(mesh.replica.ranks))
     assignment = assign(modules, type(target), config, plans=plan, sliced=cuts.keys(), environ=os.environ)
     shard_components(modules, cuts, mesh)
     connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch))
@@ -117,7 +119,7 @@ def load_parallel(
     cuts: dict[str, TensorPlan] = {}
 
     def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Owned]:
-        cuts.update(plan_components(modules, mesh.sizes["tp"]))
+        cuts.update(plan_components(modules, mesh.sizes["tp"], len(mesh.replica.ranks)))
         found.append(
             assign(
                 modules, cls, config, max_in_flight=max_in_flight, plans=plan, sliced=cuts.keys(), environ=os.environ
@@ -146,10 +148,11 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
     for name, cut in assignment.cut.items():
         _spread(getattr(pipe, name), runtime, cut)
     for name, owner in assignment.owned.items():
-        if name in assignment.sliced:
-            own(getattr(pipe, name), runtime.peers, owner // assignment.tp)
-        else:
-            own(getattr(pipe, name), runtime.replica, owner)
+        comm, width = _among(name, assignment, runtime)
+        own(getattr(pipe, name), comm, owner // width)
+    for name, found in assignment.relayed.items():
+        comm, width = _among(name, assignment, runtime)
+        relay(getattr(pipe, name), comm, found.units, [owner // width for owner in found.owners])
     _swap_pipeline(pipe, runtime.mesh)
 
 
@@ -164,17 +167,24 @@ def _denoises(component: Any) -> bool:
     return isinstance(component, nn.Module) and denoises(component)
 
 
+def _among(name: str, assignment: Assignment, runtime: Runtime) -> tuple[Comm, int]:
+    """The ranks among which a component has owners, and how many neighbours own it together."""
+    return (runtime.peers, assignment.tp) if name in assignment.sliced else (runtime.replica, 1)
+
+
 def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
     """Make one transformer parallel, in place."""
     mesh = runtime.mesh
     # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
     stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
+    alone = pieces or not mesh.axes.keys() & {"sp", "tp"}
     if "sp" in mesh.axes:
-        spread_tokens(model, mesh, stages, cut.plan)
+        way = spread_tokens(model, mesh, stages, cut.plan)
+        alone = alone or way.by_hand  # a result may then have another shape in each call
     elif stages is not None:
         stages()
-    if not pieces and mesh.axes.keys() & {"sp", "tp"}:
+    if not alone:
         overlap(model, runtime)
 
 

@@ -11,13 +11,18 @@ from torch import nn
 
 from ..config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
 from ..errors import UnsupportedError
+from .balance import WHOLE_SHARE, Loads, Relayed, distribute
 from .mesh import axis_sizes, coordinates
 from .partition import Placement, automatic_chunks, block_cost, place_blocks
 from .plan import Plan
 from .sites import find_blocks, keeps
+from .units import Unit, find_units
 
 CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
+
+ENCODERS = "transformers."
+"""Where the classes of text and image encoders live."""
 
 
 def denoises(module: nn.Module) -> bool:
@@ -38,12 +43,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """cut: by component name. owned: the member of a replica that owns a component whole, or for one that is sliced
-    over the tensor axis the first of the `tp` neighbours that own it. stages: the stage of each member of a replica
-    (all ranks that work on the same requests). notes: what a user may want to know."""
+    """cut: transformers, by component name. relayed: encoders whose units several members own. owned: the member of a
+    replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
+    that own it. stages: the stage of each member of a replica (all ranks that work on the same requests). notes: what a
+    user may want to know."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
+    relayed: dict[str, Relayed] = field(default_factory=dict)
     owned: dict[str, int] = field(default_factory=dict)
     sliced: frozenset[str] = frozenset()
     tp: int = 1
@@ -52,15 +59,30 @@ class Assignment:
 
     def owns(self, component: str, member: int) -> Callable[[str], bool]:
         """A predicate over parameter names of a component: does this member of a replica hold it?"""
+        first = member - member % self.tp if component in self.sliced else member
         if component in self.owned:
-            mine = self.owned[component] == (member - member % self.tp if component in self.sliced else member)
+            mine = self.owned[component] == first
             return lambda name: mine
+        if component in self.relayed:
+            found = self.relayed[component]
+            foreign = tuple(f"{u}." for u, owner in zip(found.units, found.owners, strict=True) if owner != first)
+            return lambda name: not name.startswith(foreign)
         cut, stage = self.cut.get(component), self.stages[member]
         if cut is None:
             return lambda name: True
         others = {f"{b}." for b, owner in zip(cut.blocks, cut.placement.owners(), strict=True) if owner != stage}
         replicated = cut.plan.replicate if cut.plan else ()
         return lambda name: keeps(name, replicated) or not any(name.startswith(block) for block in others)
+
+    def blocks(self, component: str, member: int) -> list[int]:
+        """The numbers of the blocks of a component, or of the units of an encoder, that a member of a replica has."""
+        owners, me = [], self.stages[member]
+        if component in self.cut:
+            owners = self.cut[component].placement.owners()
+        elif component in self.relayed:
+            owners = self.relayed[component].owners
+            me = member - member % self.tp if component in self.sliced else member
+        return [number for number, owner in enumerate(owners) if owner == me]
 
 
 def branches(pipeline_class: type) -> int:
@@ -108,14 +130,14 @@ def assign(
 ) -> Assignment:
     """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
 
-    Transformers are cut; of the other components each goes, largest first, to the rank with the fewest bytes so far,
-    or where it is among the `sliced` to the tensor neighbours with the fewest.
+    Transformers are cut into blocks, large encoders into units; units and other components go where the fewest bytes
+    are so far, or where they are among the `sliced` to the tensor neighbours with the fewest.
     """
     pp_size = config.pipeline_parallel_size
     sizes = {**axis_sizes(config), "dp": 1}
     stages = tuple(coordinates(sizes, member)["pp"] for member in range(math.prod(sizes.values())))
     in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
-    notes, cut, load, parts = [], {}, [0] * len(stages), frozenset(sliced)
+    notes, cut, load, parts = [], {}, [0.0] * len(stages), frozenset(sliced)
     for name, module in modules.items():
         if not denoises(module):
             continue
@@ -127,18 +149,32 @@ def assign(
                 load[member] += nbytes(block) // (sizes["tp"] if name in parts else 1) if stage == owner else 0
     if not cut and pp_size > 1:
         raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
-    owned, tp = {}, sizes["tp"]
-    rest = [name for name in modules if name not in cut]
-    for name in sorted(rest, key=lambda n: (-nbytes(modules[n]), n)):
-        width = tp if name in parts else 1
-        owned[name] = min(range(0, len(load), width), key=lambda m: (max(load[m : m + width]), m))
-        for member in range(owned[name], owned[name] + width):
-            load[member] += nbytes(modules[name]) // width
+    loads = Loads(load, sizes["tp"])
+    wholes, encoders = _outside_transformers({n: m for n, m in modules.items() if n not in cut}, modules, loads, parts)
+    owned, relayed = distribute(loads, wholes, encoders, parts)
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
     how = "contiguous" if chunks == 1 else "looped"
     if pp_size > 1:
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
-    return Assignment(stages, cut, owned, parts, tp, chunks, tuple(notes))
+    return Assignment(stages, cut, relayed, owned, parts, sizes["tp"], chunks, tuple(notes))
+
+
+def _outside_transformers(
+    rest: Mapping[str, nn.Module], modules: Mapping[str, nn.Module], loads: Loads, sliced: frozenset[str]
+) -> tuple[dict[str, float], dict[str, list[Unit]]]:
+    """Bytes of the components that one rank is to own whole, and the units of those that are to be cut."""
+    share = sum(nbytes(module) for module in modules.values()) / len(loads.bytes)
+    wholes: dict[str, float] = {}
+    encoders: dict[str, list[Unit]] = {}
+    for name, module in rest.items():
+        size, places = nbytes(module), len(loads.bytes) // (loads.tp if name in sliced else 1)
+        if type(module).__module__.startswith(ENCODERS) and places > 1 and size > WHOLE_SHARE * share:
+            units = find_units(module)
+            if len(units) > 1:
+                encoders[name] = units
+                continue
+        wholes[name] = size
+    return wholes, encoders
 
 
 def nbytes(module: nn.Module) -> int:

@@ -175,28 +175,37 @@ def view_near(
 
 def dump_with_tensors(value: Any) -> tuple[bytes, list[torch.Tensor]]:
     """Pickle any object with its tensors taken out; the tensors come back in the order of their numbers."""
-    tensors: list[torch.Tensor] = []
-    numbers: dict[int, int] = {}
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> int | None:
-            if not isinstance(obj, torch.Tensor):
-                return None
-            if id(obj) not in numbers:
-                numbers[id(obj)] = len(tensors)
-                tensors.append(obj)
-            return numbers[id(obj)]
-
     out = io.BytesIO()
-    Pickler(out, protocol=5).dump(value)
-    return out.getvalue(), tensors
+    pickler = _Pickler(out)
+    pickler.dump(value)
+    return out.getvalue(), pickler.tensors
 
 
 def load_with_tensors(data: bytes, tensors: list[torch.Tensor]) -> Any:
     """The inverse of `dump_with_tensors`."""
+    return _Unpickler(io.BytesIO(data), tensors).load()
 
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, pid: Any) -> torch.Tensor:
-            return tensors[pid]
 
-    return Unpickler(io.BytesIO(data)).load()
+# Not local classes: a class is part of a reference cycle, which would keep the tensors until it is collected.
+class _Pickler(pickle.Pickler):
+    def __init__(self, out: io.BytesIO):
+        super().__init__(out, protocol=5)
+        self.tensors: list[torch.Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        if id(obj) not in self._numbers:
+            self._numbers[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self._numbers[id(obj)]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: io.BytesIO, tensors: list[torch.Tensor]):
+        super().__init__(data)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        return self._tensors[pid]

@@ -141,7 +141,7 @@ class TracedCall:
     def _own(
         self, index: int, call: Any, args: Any, kwargs: Any, arguments: list[torch.Tensor | None]
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
-        before = [_mark(t) for t in arguments]
+        before = [mark(t) for t in arguments]
         given, outline = tree_flatten((args, kwargs))
         try:
             with _without_modes():  # what the block compiles must not see that it is watched
@@ -154,7 +154,7 @@ class TracedCall:
             self._shared = True
             raise
         self._count(index)
-        mutated = [q for q, t in enumerate(arguments) if t is not None and _changed(t, before[q])]
+        mutated = [q for q, t in enumerate(arguments) if t is not None and changed(t, before[q])]
         blob, tensors = dump_with_tensors(out)
         leaves = _describe(tensors, arguments)
         self.comm.broadcast_object((blob, leaves, mutated), self.comm.rank)
@@ -227,14 +227,14 @@ def _first_of_storage(leaves: list[Leaf]) -> list[int]:
     return list(first.values())
 
 
-def _mark(tensor: torch.Tensor | None) -> Any:
+def mark(tensor: torch.Tensor | None) -> Any:
     """What tells later whether a block wrote to a tensor: its version, or a copy where versions are not counted."""
     if tensor is None:
         return None
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 
-def _changed(tensor: torch.Tensor, mark: Any) -> bool:
+def changed(tensor: torch.Tensor, mark: Any) -> bool:
     if isinstance(mark, torch.Tensor):
         return not torch.equal(tensor.contiguous().view(torch.uint8), mark.contiguous().view(torch.uint8))
     return tensor._version != mark

@@ -82,6 +82,11 @@ class PlannedSequence:
     _steps: OrderedDict[Any, list[Step]] = field(default_factory=OrderedDict)
 
     @property
+    def by_hand(self) -> bool:
+        """Whether the model's own code splits and gathers, for which the plan says nothing."""
+        return not self.rules
+
+    @property
     def padded(self) -> bool:
         """Whether the plan pads anything."""
         return any(rule.pad for rules in self.rules for rule in rules.splits())

@@ -68,6 +68,7 @@ class SequenceParallel:
     blocks: list[tuple[str, nn.Module]]
     stages: Stages | None = None
     checked: int = 0
+    by_hand = False
     _fingerprints: list[Any] = field(default_factory=list)
     _owned: list[bool] = field(default_factory=list)
     _plans: dict[Any, list[tuple[BlockPlan, Any]]] = field(default_factory=dict)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.assign import denoises
+from ..core.assign import ENCODERS, denoises, nbytes
+from ..core.balance import WHOLE_SHARE, beside
 from ..core.collectives import Collectives
 from ..core.mesh import Mesh
 from ..core.sites import put, swap_class
@@ -19,27 +20,30 @@ from .tensor_modules import install_role
 from .tensor_norms import install_pair
 from .tensor_plan import plan_tensors
 
-ENCODERS = "transformers."
-"""Where the classes of text and image encoders live."""
-
-
 ALONE = ""
 """The name of a module that is parallelized by itself."""
 
 
-def plan_components(modules: Mapping[str, nn.Module], size: int) -> dict[str, TensorPlan]:
+def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 0) -> dict[str, TensorPlan]:
     """How the components of a pipeline are cut: what denoises and what encodes; a VAE is left whole.
 
-    Raises UnsupportedError where what denoises has too few heads.
+    Where the `members` of a replica are the ranks of this axis alone, one that owns a large VAE gets less of the
+    encoders. Raises UnsupportedError where what denoises has too few heads.
     """
     if size == 1:
         return {}
-    plans = {}
-    for name, module in modules.items():
-        must_cut = denoises(module) or name == ALONE
-        if must_cut or type(module).__module__.startswith(ENCODERS):
-            plans[name] = plan_tensors(module, size, must_cut=must_cut)
-    return plans
+    denoisers = {n for n, m in modules.items() if denoises(m) or n == ALONE}
+    encoders = {n for n, m in modules.items() if type(m).__module__.startswith(ENCODERS)} - denoisers
+    wholes = [nbytes(m) for n, m in modules.items() if n not in denoisers | encoders]
+    sliced = sum(nbytes(modules[n]) for n in encoders)
+    share = sum(nbytes(module) for module in modules.values()) / size
+    uneven = members == size and encoders and max(wholes, default=0) > WHOLE_SHARE * share
+    parts = beside(wholes, sliced, size) if uneven else size
+    return {
+        name: plan_tensors(module, size if name in denoisers else parts, must_cut=name in denoisers)
+        for name, module in modules.items()
+        if name in denoisers | encoders
+    }
 
 
 def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int) -> Owned:

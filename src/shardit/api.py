@@ -23,6 +23,7 @@ from .errors import InputError, UnsupportedError
 from .models.back_ends import use_attention_backend
 from .parallel.sequence import shard_sequence
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, refuse_adapters, shard_components
+from .parallel.tiles import spread_tiles
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -58,6 +59,8 @@ def parallelize(
         return module_or_pipeline
     _refuse_hooks(target)
     if isinstance(target, nn.Module):
+        if config.vae_patch_parallel_size > 1:
+            raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
         if plan is not None and not isinstance(plan, Plan):
             raise InputError("plan: a single transformer takes one Plan, not one for each component")
         runtime = Runtime.of(mesh, split_batch=config.split_batch)
@@ -141,7 +144,9 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
     for name, cut in assignment.cut.items():
         _spread(getattr(pipe, name), runtime, cut)
     for name, owner in assignment.owned.items():
-        if name in assignment.sliced:
+        if name in assignment.tiles:
+            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name])
+        elif name in assignment.sliced:
             own(getattr(pipe, name), runtime.peers, owner // assignment.tp)
         else:
             own(getattr(pipe, name), runtime.replica, owner)

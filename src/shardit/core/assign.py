@@ -19,6 +19,9 @@ from .sites import find_blocks, keeps
 CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
 
+VAE_PACKAGE = "diffusers.models.autoencoders"
+"""Where the classes of VAEs live."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -32,12 +35,14 @@ class Cut:
 @dataclass(frozen=True)
 class Assignment:
     """cut: by component name. owned: the member of a replica that owns a component whole, or for one that is sliced
-    over the tensor axis the first of the `tp` neighbours that own it. stages: the stage of each member of a replica
+    over the tensor axis the first of the `tp` neighbours that own it. tiles: the members that hold a VAE and share its
+    tiles, its owner first. stages: the stage of each member of a replica
     (all ranks that work on the same requests). notes: what a user may want to know."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
     owned: dict[str, int] = field(default_factory=dict)
+    tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sliced: frozenset[str] = frozenset()
     tp: int = 1
     chunks: int = 1
@@ -45,6 +50,9 @@ class Assignment:
 
     def owns(self, component: str, member: int) -> Callable[[str], bool]:
         """A predicate over parameter names of a component: does this member of a replica hold it?"""
+        if component in self.tiles:
+            shares = member in self.tiles[component]
+            return lambda name: shares
         if component in self.owned:
             mine = self.owned[component] == (member - member % self.tp if component in self.sliced else member)
             return lambda name: mine
@@ -102,7 +110,7 @@ def assign(
     """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
 
     Transformers are cut; of the other components each goes, largest first, to the rank with the fewest bytes so far,
-    or where it is among the `sliced` to the tensor neighbours with the fewest.
+    where it is among the `sliced` to the tensor neighbours with the fewest, and a VAE whose tiles are shared to several.
     """
     pp_size = config.pipeline_parallel_size
     sizes = {**axis_sizes(config), "dp": 1}
@@ -120,9 +128,18 @@ def assign(
                 load[member] += nbytes(block) // (sizes["tp"] if name in parts else 1) if stage == owner else 0
     if not cut and pp_size > 1:
         raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
-    owned, tp = {}, sizes["tp"]
+    owned, tiles, tp = {}, {}, sizes["tp"]
+    shares = config.vae_patch_parallel_size
+    tiled = tiled_components(modules, pipeline_class.__name__) if shares > 1 else ()
     rest = [name for name in modules if name not in cut]
     for name in sorted(rest, key=lambda n: (-nbytes(modules[n]), n)):
+        if name in tiled:
+            tiles[name] = tuple(sorted(range(len(load)), key=lambda m: (load[m], m))[:shares])
+            owned[name] = tiles[name][0]
+            for member in tiles[name]:
+                load[member] += nbytes(modules[name])
+            notes.append(f"{name}: its tiles are shared by {shares} ranks")
+            continue
         width = tp if name in parts else 1
         owned[name] = min(range(0, len(load), width), key=lambda m: (max(load[m : m + width]), m))
         for member in range(owned[name], owned[name] + width):
@@ -131,7 +148,18 @@ def assign(
     how = "contiguous" if chunks == 1 else "looped"
     if pp_size > 1:
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
-    return Assignment(stages, cut, owned, parts, tp, chunks, tuple(notes))
+    return Assignment(stages, cut, owned, tiles, parts, tp, chunks, tuple(notes))
+
+
+def tiled_components(modules: Mapping[str, nn.Module], pipeline: str) -> tuple[str, ...]:
+    """The VAEs of a pipeline that can work tile by tile. Raises UnsupportedError where none can."""
+    kinds = {name: type(m) for name, m in modules.items() if type(m).__module__.startswith(VAE_PACKAGE)}
+    tiled = tuple(name for name, kind in kinds.items() if any("tiled_decode" in method for method in dir(kind)))
+    if not tiled:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds.values()))
+        reason = f"{names} of {pipeline} cannot decode in tiles" if names else f"{pipeline} has no VAE"
+        raise UnsupportedError(f"{reason}; use vae_patch_parallel_size=1")
+    return tiled
 
 
 def nbytes(module: nn.Module) -> int:

@@ -1,0 +1,259 @@
+"""The tiles of a VAE over ranks: its unmodified code runs, and each rank computes the tiles that are its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..core.comm import Comm, view_bytes
+from ..core.remote import at_calls, call_on
+from ..core.signature import signature
+from ..core.sites import install
+from ..core.traced_call import sendable
+from ..errors import RankError
+from .tile_plan import TilePlan, find_tiles, placeholder
+from .tile_watch import Untileable
+
+log = logging.getLogger(__name__)
+
+PARTS = ("encoder", "decoder")
+"""What does the work of a VAE, one call or several for each tile. All else is glue, which costs little."""
+
+
+class _Leave(BaseException):
+    """Leaves a VAE call when this rank has computed its last tile. Not an Exception: models may catch those."""
+
+
+class Tiles:
+    """One VAE whose tiles are dealt to the members `ranks` of `comm`; the first of them puts the result together.
+
+    ran[t]: how often this rank computed tile t of a call (never, if it is another's).
+    """
+
+    def __init__(self, module: nn.Module, comm: Comm, ranks: tuple[int, ...]):
+        self.module, self.comm, self.ranks = module, comm, ranks
+        self.place = ranks.index(comm.rank) if comm.rank in ranks else None
+        self.ran: Counter[int] = Counter()
+        self._current: dict[str, Any] = {"seam": None}
+        self._plans: dict[Any, TilePlan] = {}
+        self._said: set[str] = set()
+        parts = [(name, getattr(module, name, None)) for name in PARTS]
+        install([(name, part) for name, part in parts if isinstance(part, nn.Module)], self._current)
+
+    def call(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the VAE, `plain(*args, **kwargs)`, on all ranks; each gets its result, with pending tensors."""
+        first = self.ranks[0]
+        plan = self._agree(name, plain, args, kwargs)
+        if self.place is None or plan is None or not plan.spread:
+            return call_on(self.comm, first, lambda: plain(*args, **kwargs))
+        own = self._compute(plan, lambda: plain(*args, **kwargs))
+        if self.place > 0 and own.numel():
+            self.comm.wait(self.comm.send(own, first))
+        return call_on(self.comm, first, lambda: self._replay(plan, own, lambda: plain(*args, **kwargs)))
+
+    def _agree(self, name: str, plain: Any, args: Any, kwargs: Any) -> TilePlan | None:
+        """The plan of a call, where it can be dealt. Every rank that has tiles finds it; they compare a hash."""
+        found: TilePlan | None = None
+        if self.place is not None:
+            found = self._plan(name, plain, args, kwargs)
+        digest = found.digest if found else ""
+        told = self.comm.broadcast_object(digest, self.ranks[0])
+        if self.place is not None and told != digest:
+            reason = f"{self._name}.{name} falls into other tiles than on rank {self.comm.groups.ranks[self.ranks[0]]}"
+            raise RankError(self.comm.mesh.rank, f"{reason}: call enable_tiling alike on all ranks")
+        return found
+
+    def _plan(self, name: str, plain: Any, args: Any, kwargs: Any) -> TilePlan | None:
+        key = (name, signature((args, kwargs), self.module.training), _settings(self.module))
+        if key not in self._plans:
+            try:
+                with _Kept(self.module):
+                    _skip_blending(self.module)
+                    run = lambda shapes: plain(*shapes[0], **shapes[1])  # noqa: E731
+                    self._plans[key] = find_tiles(run, (args, kwargs), self._current, len(self.ranks))
+            except Exception as error:  # wrong arguments too: the VAE says so itself when it is called
+                self._say(f"{self._name}.{name} runs on one rank: {error}")
+                return None
+        plan = self._plans[key]
+        tiles, ranks = len(plan.owners), len(self.ranks)
+        if tiles < ranks and not getattr(self.module, "use_tiling", True):
+            self._say(f"{self._name}: tiling is off, so {name} runs on one of {ranks} ranks")
+        elif tiles < ranks:
+            self._say(f"{self._name}.{name}: {tiles} tiles for {ranks} ranks; smaller tiles would use all of them")
+        return plan
+
+    def _compute(self, plan: TilePlan, run: Callable[[], Any]) -> torch.Tensor:
+        """Run the call up to this rank's last tile; returns the message with what it computed."""
+        assert self.place is not None
+        seam = _Compute(plan, self.place, self.comm.mesh.device, self.ran)
+        if seam.last < 0:
+            return seam.message
+        self._current["seam"] = seam
+        try:
+            with _Kept(self.module):
+                run()
+        except _Leave:
+            return seam.message
+        except RankError:
+            raise
+        except Exception as error:  # the others wait for these tiles
+            raise RankError(self.comm.mesh.rank, traceback.format_exc()) from error
+        finally:
+            self._current["seam"] = None
+        raise RankError(self.comm.mesh.rank, f"{self._name} made {seam.number} part calls of {len(plan.calls)}")
+
+    def _replay(self, plan: TilePlan, own: torch.Tensor, run: Callable[[], Any]) -> Any:
+        """On the first rank: take what the others computed, and run the call with it in place of the parts."""
+        messages = [own]
+        for place, layout in enumerate(plan.messages[1:], 1):
+            messages.append(torch.empty(layout.total, dtype=torch.uint8, device=own.device))
+            if layout.total:
+                self.comm.wait(self.comm.receive(messages[place], self.ranks[place]))
+        self._current["seam"] = _Replay(plan, messages)
+        try:
+            return run()
+        finally:
+            self._current["seam"] = None
+
+    @property
+    def _name(self) -> str:
+        return type(self.module).__name__
+
+    def _say(self, text: str) -> None:
+        if self.place == 0 and text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
+
+
+class _Compute:
+    """The seam of part calls that computes the tiles of one rank; the others' are placeholders."""
+
+    def __init__(self, plan: TilePlan, place: int, device: torch.device, ran: Counter[int]):
+        self.plan, self.place, self.device, self.ran = plan, place, device, ran
+        self.message = torch.empty(plan.messages[place].total, dtype=torch.uint8, device=device)
+        self.number = 0
+        self.last = max((n for n, call in enumerate(plan.calls) if plan.owners[call.tile] == place), default=-1)
+
+    def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called instead of a part."""
+        number, self.number = self.number, self.number + 1
+        known = self.plan.calls[number]
+        if self.plan.owners[known.tile] != self.place:
+            leaves = [
+                placeholder(leaf, self.device, n in known.sent) if leaf.kind == "tensor" else leaf.value
+                for n, leaf in enumerate(known.leaves)
+            ]
+            return tree_unflatten(leaves, known.spec)
+        out = call(*args, **kwargs)
+        self.ran[known.tile] += 1
+        leaves, _ = tree_flatten(out)
+        for n in known.sent:
+            # A copy, since glue may write to a tile (blending does), here on top of placeholders.
+            _part(self.plan, self.place, self.message, number, n).copy_(_checked(leaves[n], known.leaves[n]))
+        if number == self.last:
+            raise _Leave
+        return out
+
+
+class _Replay:
+    """The seam of part calls that hands out what all ranks have computed."""
+
+    def __init__(self, plan: TilePlan, messages: list[torch.Tensor]):
+        self.plan, self.messages = plan, messages
+        self.number = 0
+
+    def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called instead of a part."""
+        number, self.number = self.number, self.number + 1
+        known = self.plan.calls[number]
+        place = self.plan.owners[known.tile]
+        leaves: list[Any] = []
+        for n, leaf in enumerate(known.leaves):
+            if n in known.sent:
+                leaves.append(_part(self.plan, place, self.messages[place], number, n))
+            else:
+                is_tensor = leaf.kind == "tensor"
+                leaves.append(placeholder(leaf, self.messages[0].device, False) if is_tensor else leaf.value)
+        return tree_unflatten(leaves, known.spec)
+
+
+def _part(plan: TilePlan, place: int, message: torch.Tensor, call: int, leaf: int) -> torch.Tensor:
+    """The place in a rank's message for one leaf of one part call."""
+    start, _ = plan.messages[place].parts[plan.at[call, leaf]]
+    found = plan.calls[call].leaves[leaf]
+    assert found.dtype is not None
+    return view_bytes(message, start, found.dtype, found.size, found.stride)
+
+
+def _checked(tensor: torch.Tensor, leaf: Any) -> torch.Tensor:
+    if tuple(tensor.shape) != leaf.size or tensor.dtype != leaf.dtype:
+        raise Untileable(f"a tile is {tuple(tensor.shape)} {tensor.dtype}, not {leaf.size} {leaf.dtype}")
+    return tensor
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """The plain attributes of a VAE: whether it tiles, tile sizes and strides."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return tuple(sorted((name, repr(v)) for name, v in vars(module).items() if isinstance(v, plain)))
+
+
+class _Kept:
+    """Puts the attributes of a module and of all below it back: feature caches, say, of a call that was left early.
+
+    Raises Untileable at the end where a module below has other ones than before."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._before: list[list[tuple[Any, Any]]] = []
+
+    def __enter__(self) -> None:
+        self._before = [_boxes(vars(module)) for module in self._module.modules()]
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        _, *below = self._before
+        changed = any(_differ(box, content) for boxes in below for box, content in boxes)
+        for box, content in (pair for boxes in self._before for pair in boxes):
+            box.clear()
+            box.extend(content) if isinstance(box, list) else box.update(content)
+        if changed and kind is None:
+            raise Untileable("a part of it keeps something from one call to the next")
+
+
+def _boxes(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The attributes of a module, and the lists and dicts among them, each with what it holds now."""
+    inner = [value for value in attributes.values() if isinstance(value, (list, dict))]
+    return [(box, copy.copy(box)) for box in (attributes, *inner)]
+
+
+def _differ(now: Any, before: Any) -> bool:
+    if isinstance(now, dict):
+        if now.keys() != before.keys():
+            return True
+        now, before = list(now.values()), [before[name] for name in now]
+    return len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
+
+
+def _skip_blending(module: nn.Module) -> None:
+    """Where only shapes matter, blending two tiles (a loop over rows of pixels) gives the second of them."""
+    for name in dir(type(module)):
+        if name.startswith("blend_"):
+            setattr(module, name, lambda first, second, *_: (first.detach(), second.detach())[1])
+
+
+def spread_tiles(module: nn.Module, comm: Comm, ranks: tuple[int, ...]) -> Tiles:
+    """Let the members `ranks` of `comm` share the tiles of a VAE, in place, and switch its tiling on; the others keep
+    its shape on meta and get its outputs."""
+    if comm.rank not in ranks:
+        module.to("meta")
+    module.enable_tiling()  # pyright: ignore[reportCallIssue]
+    tiles = Tiles(module, comm, ranks)
+    at_calls(module, comm.mesh.device, tiles.call)
+    return tiles

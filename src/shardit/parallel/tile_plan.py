@@ -6,18 +6,21 @@ leaves in a cache another one is given. Everything else (slicing, blending, smal
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..core.comm import Layout, dump_with_tensors, pack_layout
 from ..core.plan import Leaf, span_bytes
 from ..core.signature import signature
+from ..core.sites import swap_class
 from .tile_watch import Untileable, Watch
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
@@ -114,13 +117,12 @@ class Planner:
             out = call(*args, **kwargs)
             self._known[key] = _describe(out), [_describe(box) for box in boxes]
             return out
-        device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), None)
         described, after = self._known[key]
         for box, content in zip(boxes, after, strict=True):
-            new = _build(content, device)
+            new = _build(content)
             box.clear()
             box.extend(new) if isinstance(box, list) else box.update(new)
-        return _build(described, device)
+        return _build(described)
 
     def _root(self, number: int) -> int:
         while self._joined[number] != number:
@@ -141,26 +143,46 @@ class Planner:
         return TilePlan.of(calls, costs, ranks)
 
 
-def find_tiles(run: Callable[[Any], Any], arguments: Any, current: dict[str, Any], ranks: int) -> TilePlan:
-    """The plan of `run(arguments)`, which calls parts whose seam is `current`. Moves no data.
+def find_tiles(method: Callable[..., Any], module: nn.Module, arguments: Any, current: Any, ranks: int) -> TilePlan:
+    """The plan of `method(module, *args, **kwargs)`, whose parts' seam is `current`. Computes nothing.
 
-    Raises Untileable where tiles could not be told apart, and whatever `run` raises on such arguments.
+    Raises Untileable where tiles could not be told apart, and whatever the method raises on such arguments.
     """
-    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
-        planner = Planner(watch)
-        with watch.paused():
-            shapes = tree_map_only(torch.Tensor, _same_shape, arguments)
-        current["seam"] = planner
-        try:
-            out = run(shapes)
-        finally:
-            current["seam"] = None
-        watch.result(dump_with_tensors(out)[1])
+    with torch.inference_mode(False), torch.no_grad():
+        shapes = shape_of(module)
+        args, kwargs = tree_map_only(torch.Tensor, _on_meta, arguments)
+        before = [_held(part) for part in shapes.modules()][1:]
+        with Watch() as watch:
+            current["seam"] = planner = Planner(watch)
+            try:
+                watch.result(dump_with_tensors(method(shapes, *args, **kwargs))[1])
+            finally:
+                current["seam"] = None
+    after = [_held(part) for part in shapes.modules()][1:]
+    if not all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(before, after, strict=True)):
+        raise Untileable("a part of it keeps something from one call to the next")
     return planner.plan(ranks)
 
 
-def _same_shape(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+def shape_of(module: nn.Module) -> nn.Module:
+    """A copy of a VAE that has shapes and no data. Blending two tiles, a loop over rows of pixels, gives the second."""
+    tensors = [leaf for part in module.modules() for leaf in _held(part) if isinstance(leaf, torch.Tensor)]
+    copied = copy.deepcopy(module, {id(tensor): _on_meta(tensor) for tensor in tensors})
+    swap_class(copied, {"device": torch.device("meta")})
+    for name in dir(type(module)):
+        if name.startswith("blend_"):
+            setattr(copied, name, lambda first, second, *_: (first.detach(), second.detach())[1])
+    return copied
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """Everything that the attributes of a module hold."""
+    return tree_leaves(vars(module))
 
 
 def _containers(tree: Any) -> list[Any]:
@@ -185,13 +207,15 @@ def _leaf(value: Any) -> Leaf:
     return Leaf("tensor", value.dtype, tuple(value.shape), tuple(dense))
 
 
-def _build(described: tuple[Any, tuple[Leaf, ...]], device: torch.device | None) -> Any:
+def _build(described: tuple[Any, tuple[Leaf, ...]]) -> Any:
     spec, leaves = described
-    return tree_unflatten([placeholder(leaf, device) if leaf.kind == "tensor" else leaf.value for leaf in leaves], spec)
+    return tree_unflatten([placeholder(leaf, "meta") for leaf in leaves], spec)
 
 
-def placeholder(leaf: Leaf, device: torch.device | None, read: bool = True) -> torch.Tensor:
-    """Memory of the right shape; one element of it where nobody reads it."""
+def placeholder(leaf: Leaf, device: torch.device | str, read: bool = True) -> Any:
+    """Memory of the right shape, one element of it where nobody reads it; or the value that is no tensor."""
+    if leaf.kind != "tensor":
+        return leaf.value
     if read:
         return torch.empty_strided(leaf.size, leaf.stride, dtype=leaf.dtype, device=device)
     return torch.empty((), dtype=leaf.dtype, device=device).expand(leaf.size)

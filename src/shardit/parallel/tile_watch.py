@@ -23,7 +23,6 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._inside: int | None = None
-        self._paused = False
         self._made: set[int] = set()  # storages of the call that runs
         self._from: dict[int, frozenset[int]] = {}  # storage -> the calls that it derives from
         self._outputs: dict[int, set[tuple[int, int]]] = {}  # storage -> (call, leaf) that lie in it
@@ -31,15 +30,6 @@ class Watch(TorchDispatchMode):
         self._read: set[tuple[int, int]] = set()
         # A weak reference keeps the address of a dead storage from being used again.
         self._refs: dict[int, StorageWeakRef] = {}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Meanwhile nothing is noted."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     @contextmanager
     def call(self, number: int) -> Iterator[None]:
@@ -79,8 +69,6 @@ class Watch(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
             raise Untileable("it draws random numbers")
         out = func(*args, **kwargs)
-        if self._paused:
-            return out
         read, wrote = tensors_of((args, kwargs)), written(func, args)
         if self._inside is None:
             self._glue(read, [*tensors_of(out), *wrote])

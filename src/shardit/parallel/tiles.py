@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..core.comm import Comm, view_bytes
 from ..core.remote import at_calls, call_on
 from ..core.signature import signature
-from ..core.sites import install
+from ..core.sites import install, swap_class
 from ..core.traced_call import sendable
 from ..errors import RankError
 from .tile_plan import TilePlan, find_tiles, placeholder
@@ -75,13 +75,11 @@ class Tiles:
         key = (name, signature((args, kwargs), self.module.training), _settings(self.module))
         if key not in self._plans:
             try:
-                with _Kept(self.module):
-                    _skip_blending(self.module)
-                    run = lambda shapes: plain(*shapes[0], **shapes[1])  # noqa: E731
-                    self._plans[key] = find_tiles(run, (args, kwargs), self._current, len(self.ranks))
+                found = find_tiles(plain.__func__, self.module, (args, kwargs), self._current, len(self.ranks))
             except Exception as error:  # wrong arguments too: the VAE says so itself when it is called
                 self._say(f"{self._name}.{name} runs on one rank: {error}")
                 return None
+            self._plans[key] = found
         plan = self._plans[key]
         tiles, ranks = len(plan.owners), len(self.ranks)
         if tiles < ranks and not getattr(self.module, "use_tiling", True):
@@ -98,7 +96,7 @@ class Tiles:
             return seam.message
         self._current["seam"] = seam
         try:
-            with _Kept(self.module):
+            with _kept(self.module):
                 run()
         except _Leave:
             return seam.message
@@ -147,10 +145,7 @@ class _Compute:
         number, self.number = self.number, self.number + 1
         known = self.plan.calls[number]
         if self.plan.owners[known.tile] != self.place:
-            leaves = [
-                placeholder(leaf, self.device, n in known.sent) if leaf.kind == "tensor" else leaf.value
-                for n, leaf in enumerate(known.leaves)
-            ]
+            leaves = [placeholder(leaf, self.device, n in known.sent) for n, leaf in enumerate(known.leaves)]
             return tree_unflatten(leaves, known.spec)
         out = call(*args, **kwargs)
         self.ran[known.tile] += 1
@@ -180,8 +175,7 @@ class _Replay:
             if n in known.sent:
                 leaves.append(_part(self.plan, place, self.messages[place], number, n))
             else:
-                is_tensor = leaf.kind == "tensor"
-                leaves.append(placeholder(leaf, self.messages[0].device, False) if is_tensor else leaf.value)
+                leaves.append(placeholder(leaf, self.messages[0].device, False))
         return tree_unflatten(leaves, known.spec)
 
 
@@ -205,47 +199,15 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return tuple(sorted((name, repr(v)) for name, v in vars(module).items() if isinstance(v, plain)))
 
 
-class _Kept:
-    """Puts the attributes of a module and of all below it back: feature caches, say, of a call that was left early.
-
-    Raises Untileable at the end where a module below has other ones than before."""
-
-    def __init__(self, module: nn.Module):
-        self._module = module
-        self._before: list[list[tuple[Any, Any]]] = []
-
-    def __enter__(self) -> None:
-        self._before = [_boxes(vars(module)) for module in self._module.modules()]
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        _, *below = self._before
-        changed = any(_differ(box, content) for boxes in below for box, content in boxes)
-        for box, content in (pair for boxes in self._before for pair in boxes):
-            box.clear()
-            box.extend(content) if isinstance(box, list) else box.update(content)
-        if changed and kind is None:
-            raise Untileable("a part of it keeps something from one call to the next")
-
-
-def _boxes(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """The attributes of a module, and the lists and dicts among them, each with what it holds now."""
-    inner = [value for value in attributes.values() if isinstance(value, (list, dict))]
-    return [(box, copy.copy(box)) for box in (attributes, *inner)]
-
-
-def _differ(now: Any, before: Any) -> bool:
-    if isinstance(now, dict):
-        if now.keys() != before.keys():
-            return True
-        now, before = list(now.values()), [before[name] for name in now]
-    return len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
-
-
-def _skip_blending(module: nn.Module) -> None:
-    """Where only shapes matter, blending two tiles (a loop over rows of pixels) gives the second of them."""
-    for name in dir(type(module)):
-        if name.startswith("blend_"):
-            setattr(module, name, lambda first, second, *_: (first.detach(), second.detach())[1])
+@contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Puts the attributes of a VAE back: a call that is left early leaves its caches as they are."""
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        vars(module).clear()
+        vars(module).update(before)
 
 
 def spread_tiles(module: nn.Module, comm: Comm, ranks: tuple[int, ...]) -> Tiles:
@@ -256,4 +218,5 @@ def spread_tiles(module: nn.Module, comm: Comm, ranks: tuple[int, ...]) -> Tiles
     module.enable_tiling()  # pyright: ignore[reportCallIssue]
     tiles = Tiles(module, comm, ranks)
     at_calls(module, comm.mesh.device, tiles.call)
+    swap_class(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

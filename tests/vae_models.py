@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +46,16 @@ class Entry:
                 p.copy_(torch.randn(p.shape) * (0.5 if p.ndim < 2 else p[0].numel() ** -0.5))
         return vae
 
+    def calls(self, vae: Any) -> dict[str, Callable[[], torch.Tensor]]:
+        """The methods that there is an input for, to be called."""
+        more = {"decode": self.decode, "encode": {}}
+
+        def call(name: str, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return tensor_of(getattr(vae, name)(x, **more[name]))
+
+        return {name: functools.partial(call, name, x) for name, x in inputs(self).items()}
+
     def switch_on(self, vae: Any) -> None:
         """Tiles small enough for several of them."""
         vae.enable_tiling(**self.tiling)
@@ -71,17 +83,24 @@ ENTRIES = {
         (1, 3, 5, 64, 80),
     ),
     "qwen": Entry(
-        "AutoencoderKLQwenImage", {**WAN, "temperal_downsample": [False, True, True]}, (1, 4, 1, 8, 10), (1, 3, 1, 64, 80)
+        "AutoencoderKLQwenImage",
+        {**WAN, "temperal_downsample": [False, True, True]},
+        (1, 4, 1, 8, 10),
+        (1, 3, 1, 64, 80),
     ),
     "kl": Entry("AutoencoderKL", KL, (1, 4, 20, 14), (1, 3, 80, 56), {}),
     "kl without quant": Entry(
-        "AutoencoderKL", {**KL, "use_quant_conv": False, "use_post_quant_conv": False}, (2, 4, 20, 14), (2, 3, 80, 56), {}
+        "AutoencoderKL",
+        {**KL, "use_quant_conv": False, "use_post_quant_conv": False},
+        (2, 4, 20, 14),
+        (2, 3, 80, 56),
+        {},
     ),
     "flux2": Entry("AutoencoderKLFlux2", {**KL, "patch_size": [2, 2]}, (1, 4, 20, 14), (1, 3, 80, 56), {}),
 }
 
 
-def tensors_of(result: Any) -> torch.Tensor:
+def tensor_of(result: Any) -> torch.Tensor:
     """The tensor in what decode or encode returns."""
     for name in ("sample", "latent"):
         if getattr(result, name, None) is not None:
@@ -92,16 +111,10 @@ def tensors_of(result: Any) -> torch.Tensor:
 def inputs(entry: Entry) -> dict[str, torch.Tensor]:
     """What each method is given."""
     generator = torch.Generator().manual_seed(1)
-    found = {"decode": torch.randn(entry.latent, generator=generator)}
-    if entry.sample:
-        found["encode"] = torch.randn(entry.sample, generator=generator)
-    return found
+    shapes = {"decode": entry.latent, "encode": entry.sample}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if shape}
 
 
 def outputs(entry: Entry, vae: nn.Module) -> dict[str, torch.Tensor]:
     """What each method returns."""
-    with torch.no_grad():
-        return {
-            name: tensors_of(getattr(vae, name)(x, **(entry.decode if name == "decode" else {})))
-            for name, x in inputs(entry).items()
-        }
+    return {name: call() for name, call in entry.calls(vae).items()}

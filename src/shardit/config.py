@@ -110,8 +110,8 @@ class DiffusionParallelConfig:
         if self.vae_patch_parallel_size > most:
             valid = f"from 1 to {most}" if most > 1 else "1"
             raise InputError(
-                f"vae_patch_parallel_size={self.vae_patch_parallel_size} deals tiles to ranks that are there anyway, and "
-                f"{most} {'work' if most > 1 else 'works'} on one request: it must be {valid}, or raise another degree"
+                f"vae_patch_parallel_size={self.vae_patch_parallel_size} adds no ranks, and {most} "
+                f"{'work' if most > 1 else 'works'} on one request: it must be {valid}, or raise another degree"
             )
 
     @property

@@ -109,8 +109,8 @@ def assign(
 ) -> Assignment:
     """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
 
-    Transformers are cut; of the other components each goes, largest first, to the rank with the fewest bytes so far,
-    where it is among the `sliced` to the tensor neighbours with the fewest, and a VAE whose tiles are shared to several.
+    Transformers are cut; of the other components each goes, largest first, to the rank with the fewest bytes so far:
+    where it is among the `sliced` to the tensor neighbours with the fewest, a VAE whose tiles are shared to several.
     """
     pp_size = config.pipeline_parallel_size
     sizes = {**axis_sizes(config), "dp": 1}

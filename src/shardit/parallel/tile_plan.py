@@ -72,7 +72,10 @@ class TilePlan:
 
 
 def deal(costs: Sequence[int], ranks: int) -> tuple[int, ...]:
-    """The rank of each tile: the largest first, to whoever has least; among equals the last, since the first blends."""
+    """The rank of each tile: the largest first, to whoever has least; among equals the last, since the first blends.
+    One tile alone is the first's, who then needs no message."""
+    if len(costs) == 1:
+        return (0,)
     load, owners = [0] * ranks, [0] * len(costs)
     for tile in sorted(range(len(costs)), key=lambda t: (-costs[t], t)):
         rank = min(range(ranks), key=lambda r: (load[r], -r))
@@ -187,12 +190,8 @@ def _held(module: nn.Module) -> list[Any]:
 
 def _containers(tree: Any) -> list[Any]:
     """The outermost lists and dicts among arguments, which a part may write to."""
-    found: list[Any] = []
     args, kwargs = tree
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, dict)):
-            found.append(value)
-    return found
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict))]
 
 
 def _describe(value: Any) -> tuple[Any, tuple[Leaf, ...]]:

@@ -105,5 +105,3 @@ def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     place = names.index("dropout_p")
     value = kwargs.get("dropout_p", args[place] if place < len(args) else func._schema.arguments[place].default_value)
     return value == 0.0
-
-

@@ -17,7 +17,6 @@ from ..core.comm import Comm, view_bytes
 from ..core.remote import at_calls, call_on
 from ..core.signature import signature
 from ..core.sites import install, swap_class
-from ..core.traced_call import sendable
 from ..errors import RankError
 from .tile_plan import TilePlan, find_tiles, placeholder
 from .tile_watch import Untileable
@@ -43,50 +42,64 @@ class Tiles:
         self.place = ranks.index(comm.rank) if comm.rank in ranks else None
         self.ran: Counter[int] = Counter()
         self._current: dict[str, Any] = {"seam": None}
-        self._plans: dict[Any, TilePlan] = {}
+        self._plans: dict[Any, TilePlan | str] = {}
         self._said: set[str] = set()
         parts = [(name, getattr(module, name, None)) for name in PARTS]
         install([(name, part) for name, part in parts if isinstance(part, nn.Module)], self._current)
 
     def call(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the VAE, `plain(*args, **kwargs)`, on all ranks; each gets its result, with pending tensors."""
+
+        def run() -> Any:
+            return plain(*args, **kwargs)
+
         first = self.ranks[0]
         plan = self._agree(name, plain, args, kwargs)
-        if self.place is None or plan is None or not plan.spread:
-            return call_on(self.comm, first, lambda: plain(*args, **kwargs))
-        own = self._compute(plan, lambda: plain(*args, **kwargs))
-        if self.place > 0 and own.numel():
-            self.comm.wait(self.comm.send(own, first))
-        return call_on(self.comm, first, lambda: self._replay(plan, own, lambda: plain(*args, **kwargs)))
+        if not isinstance(plan, TilePlan) or not plan.spread:
+            out = call_on(self.comm, first, run)
+        else:
+            own = self._compute(plan, run)
+            if self.place and own.numel():
+                self.comm.wait(self.comm.send(own, first))
+            out = call_on(self.comm, first, lambda: self._replay(plan, own, run))
+        self._explain(name, plan)
+        return out
 
-    def _agree(self, name: str, plain: Any, args: Any, kwargs: Any) -> TilePlan | None:
-        """The plan of a call, where it can be dealt. Every rank that has tiles finds it; they compare a hash."""
-        found: TilePlan | None = None
-        if self.place is not None:
-            found = self._plan(name, plain, args, kwargs)
-        digest = found.digest if found else ""
+    def _agree(self, name: str, plain: Any, args: Any, kwargs: Any) -> TilePlan | str | None:
+        """The plan of a call, or why there is none. Every rank that has tiles finds it; they compare a hash."""
+        plan = None if self.place is None else self._plan(name, plain, args, kwargs)
+        digest = plan.digest if isinstance(plan, TilePlan) else plan
         told = self.comm.broadcast_object(digest, self.ranks[0])
         if self.place is not None and told != digest:
-            reason = f"{self._name}.{name} falls into other tiles than on rank {self.comm.groups.ranks[self.ranks[0]]}"
-            raise RankError(self.comm.mesh.rank, f"{reason}: call enable_tiling alike on all ranks")
-        return found
+            reason = f"{name} of {self._name} falls into other tiles on other ranks: call enable_tiling alike on all"
+            raise RankError(self.comm.mesh.rank, reason)
+        return plan
 
-    def _plan(self, name: str, plain: Any, args: Any, kwargs: Any) -> TilePlan | None:
+    def _plan(self, name: str, plain: Any, args: Any, kwargs: Any) -> TilePlan | str:
         key = (name, signature((args, kwargs), self.module.training), _settings(self.module))
         if key not in self._plans:
             try:
                 found = find_tiles(plain.__func__, self.module, (args, kwargs), self._current, len(self.ranks))
-            except Exception as error:  # wrong arguments too: the VAE says so itself when it is called
-                self._say(f"{self._name}.{name} runs on one rank: {error}")
-                return None
+            except Exception as error:  # wrong arguments too: the VAE itself says so when it runs
+                found = (str(error).splitlines() or [type(error).__name__])[0]
             self._plans[key] = found
-        plan = self._plans[key]
-        tiles, ranks = len(plan.owners), len(self.ranks)
-        if tiles < ranks and not getattr(self.module, "use_tiling", True):
-            self._say(f"{self._name}: tiling is off, so {name} runs on one of {ranks} ranks")
-        elif tiles < ranks:
-            self._say(f"{self._name}.{name}: {tiles} tiles for {ranks} ranks; smaller tiles would use all of them")
-        return plan
+        return self._plans[key]
+
+    def _explain(self, name: str, plan: TilePlan | str | None) -> None:
+        """Say once where ranks idle."""
+        if self.place != 0 or plan is None:
+            return
+        ranks = len(self.ranks)
+        tiles = len(plan.owners) if isinstance(plan, TilePlan) else 1
+        if isinstance(plan, str):
+            text = f"{self._name}.{name} runs on 1 of {ranks} ranks: {plan}"
+        elif tiles < 2 and not getattr(self.module, "use_tiling", True):
+            text = f"{self._name}.{name} runs on 1 of {ranks} ranks: its tiling is off"
+        else:
+            text = f"{self._name}.{name}: {tiles} tiles for {ranks} ranks, the others idle; smaller tiles make more"
+        if tiles < ranks and text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
 
     def _compute(self, plan: TilePlan, run: Callable[[], Any]) -> torch.Tensor:
         """Run the call up to this rank's last tile; returns the message with what it computed."""
@@ -124,11 +137,6 @@ class Tiles:
     @property
     def _name(self) -> str:
         return type(self.module).__name__
-
-    def _say(self, text: str) -> None:
-        if self.place == 0 and text not in self._said:
-            self._said.add(text)
-            log.warning("%s", text)
 
 
 class _Compute:

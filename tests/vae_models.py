@@ -79,8 +79,9 @@ ENTRIES = {
             "patch_size": 2,
             "scale_factor_spatial": 16,
         },
-        (1, 4, 2, 4, 5),
-        (1, 3, 5, 64, 80),
+        (1, 4, 2, 6, 7),
+        (1, 3, 5, 96, 144),
+        {name: 2 * value for name, value in {**TILE, **STRIDE}.items()},
     ),
     "qwen": Entry(
         "AutoencoderKLQwenImage",
@@ -100,9 +101,108 @@ ENTRIES = {
 }
 
 
+# Other classes of diffusers that the same mechanism covers.
+EIGHTS = (8, 8, 8, 8)
+VIDEO = ((1, 4, 3, 8, 10), (1, 3, 9, 64, 80))
+HUNYUAN = {
+    "latent_channels": 4,
+    "down_block_types": ("HunyuanVideoDownBlock3D",) * 4,
+    "up_block_types": ("HunyuanVideoUpBlock3D",) * 4,
+    "block_out_channels": EIGHTS,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+LTX = {
+    "latent_channels": 8,
+    "block_out_channels": EIGHTS,
+    "decoder_block_out_channels": EIGHTS,
+    "layers_per_block": (1,) * 5,
+    "decoder_layers_per_block": (1,) * 5,
+    "spatio_temporal_scaling": (True, True, False, False),
+    "decoder_spatio_temporal_scaling": (True, True, False, False),
+    "patch_size": 1,
+}
+QUARTERS = {"tile_overlap_factor_height": 0.25, "tile_overlap_factor_width": 0.25}
+ENTRIES |= {
+    "hunyuan video": Entry("AutoencoderKLHunyuanVideo", HUNYUAN, *VIDEO),
+    "hunyuan video, tiles in time": Entry(
+        "AutoencoderKLHunyuanVideo",
+        HUNYUAN,
+        *VIDEO,
+        {**TILE, **STRIDE, "tile_sample_min_num_frames": 8, "tile_sample_stride_num_frames": 4},
+    ),
+    "ltx": Entry("AutoencoderKLLTXVideo", LTX, (1, 8, 3, 12, 16), (1, 3, 9, 48, 64)),
+    "cogvideox": Entry(
+        "AutoencoderKLCogVideoX",
+        {
+            "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+            "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+            "block_out_channels": EIGHTS,
+            "latent_channels": 4,
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+        },
+        *VIDEO,
+        {**TILE, **QUARTERS},
+    ),
+    "mochi": Entry(
+        "AutoencoderKLMochi",
+        {
+            "latent_channels": 4,
+            "encoder_block_out_channels": (32,) * 4,
+            "decoder_block_out_channels": (32,) * 4,
+            "layers_per_block": (1,) * 5,
+        },
+        (1, 4, 3, 8, 10),
+        None,
+    ),
+    "allegro": Entry(
+        "AutoencoderKLAllegro",
+        {"block_out_channels": EIGHTS, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2},
+        (1, 4, 2, 7, 10),
+        (1, 3, 8, 56, 80),
+        {},
+        {"kernel": (8, 32, 32), "stride": (8, 24, 24)},
+    ),
+    "dc": Entry(
+        "AutoencoderDC",
+        {
+            "latent_channels": 4,
+            "attention_head_dim": 2,
+            "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "encoder_qkv_multiscales": ((), (5,)),
+            "decoder_qkv_multiscales": ((), (5,)),
+            "encoder_layers_per_block": (1, 1),
+            "decoder_layers_per_block": (1, 1),
+            "downsample_block_type": "conv",
+            "upsample_block_type": "interpolate",
+        },
+        (1, 4, 24, 20),
+        (1, 3, 48, 40),
+    ),
+    "kvae": Entry(
+        "AutoencoderKLKVAE",
+        {
+            "channels": 32,
+            "num_enc_blocks": 1,
+            "num_dec_blocks": 1,
+            "z_channels": 4,
+            "ch_mult": (1, 2),
+            "sample_size": 32,
+        },
+        (1, 4, 40, 28),
+        (1, 3, 80, 56),
+        {},
+    ),
+}
+
+
 def tensor_of(result: Any) -> torch.Tensor:
     """The tensor in what decode or encode returns."""
-    for name in ("sample", "latent"):
+    for name in ("sample", "latent", "latents"):
         if getattr(result, name, None) is not None:
             return getattr(result, name)
     return result.latent_dist.parameters

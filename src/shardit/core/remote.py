@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def own(module: nn.Module, comm: Comm, stage: int) -> None:
     )
 
 
-Run = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Run = Callable[[str, MethodType, tuple[Any, ...], dict[str, Any]], Any]
 """What to do at a call of a component: the method's name, the method itself, arguments without pending tensors."""
 
 
@@ -61,7 +62,7 @@ def at_calls(module: nn.Module, device: torch.device, run: Run) -> None:
             settle((args, kwargs))
             running["inside"] = True
             try:
-                return run(name, plain.__get__(self), args, kwargs)
+                return run(name, MethodType(plain, self), args, kwargs)
             finally:
                 running["inside"] = False
 

@@ -99,7 +99,7 @@ class Planner:
         number, given = len(self._outputs), tree_leaves((args, kwargs))
         for leaf in given:
             if not isinstance(leaf, (torch.Tensor, *PLAIN)):
-                raise Untileable(f"its {('encoder', 'decoder')[index]} is given a {type(leaf).__name__}")
+                raise Untileable(f"a part of it is given a {type(leaf).__name__}")
         tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
         self._joined.append(number)
         for earlier in sorted(self.watch.origins(tensors)):

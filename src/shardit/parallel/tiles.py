@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..core.comm import Comm, view_bytes
 from ..core.remote import at_calls, call_on
 from ..core.signature import signature
 from ..core.sites import install, swap_class
-from ..errors import RankError
+from ..errors import InputError, RankError
 from .tile_plan import TilePlan, find_tiles, placeholder
 from .tile_watch import Untileable
 
@@ -47,7 +48,7 @@ class Tiles:
         parts = [(name, getattr(module, name, None)) for name in PARTS]
         install([(name, part) for name, part in parts if isinstance(part, nn.Module)], self._current)
 
-    def call(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, name: str, plain: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the VAE, `plain(*args, **kwargs)`, on all ranks; each gets its result, with pending tensors."""
 
         def run() -> Any:
@@ -65,17 +66,16 @@ class Tiles:
         self._explain(name, plan)
         return out
 
-    def _agree(self, name: str, plain: Any, args: Any, kwargs: Any) -> TilePlan | str | None:
-        """The plan of a call, or why there is none. Every rank that has tiles finds it; they compare a hash."""
+    def _agree(self, name: str, plain: MethodType, args: Any, kwargs: Any) -> TilePlan | str | None:
+        """The plan of a call, or why there is none. Every rank that has tiles finds it; all compare hashes of it."""
         plan = None if self.place is None else self._plan(name, plain, args, kwargs)
-        digest = plan.digest if isinstance(plan, TilePlan) else plan
-        told = self.comm.broadcast_object(digest, self.ranks[0])
-        if self.place is not None and told != digest:
-            reason = f"{name} of {self._name} falls into other tiles on other ranks: call enable_tiling alike on all"
-            raise RankError(self.comm.mesh.rank, reason)
+        told = self.comm.gather_objects(plan.digest if isinstance(plan, TilePlan) else plan)
+        if len({told[rank] for rank in self.ranks}) > 1:
+            reason = f"{self._name}.{name} falls into different tiles on different ranks"
+            raise InputError(f"{reason}: call enable_tiling and disable_tiling alike on all of them")
         return plan
 
-    def _plan(self, name: str, plain: Any, args: Any, kwargs: Any) -> TilePlan | str:
+    def _plan(self, name: str, plain: MethodType, args: Any, kwargs: Any) -> TilePlan | str:
         key = (name, signature((args, kwargs), self.module.training), _settings(self.module))
         if key not in self._plans:
             try:

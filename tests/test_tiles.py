@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from shardit.api import parallelize
 from shardit.config import DiffusionParallelConfig
 from shardit.core.assign import tiled_components
 from shardit.core.comm import ALIGN, Comm
@@ -226,6 +227,8 @@ def test_refusals() -> None:
     with pytest.raises(InputError, match="it must be 1, or raise another degree"):
         DiffusionParallelConfig(vae_patch_parallel_size=2, data_parallel_size=2)
     assert DiffusionParallelConfig(vae_patch_parallel_size=4, cfg_parallel_size=2, ring_degree=2).world_size == 4
+    with pytest.raises(InputError, match="a transformer alone has no VAE"):
+        parallelize(torch.nn.Linear(1, 1), DiffusionParallelConfig(vae_patch_parallel_size=2, ring_degree=2))
     with torch.device("meta"):
         without, tiled = AsymmetricAutoencoderKL(), AutoencoderKL()
     with pytest.raises(UnsupportedError, match="AsymmetricAutoencoderKL of SomePipeline cannot decode in tiles"):

@@ -54,15 +54,13 @@ def parallelize(
     """
     target: Any = module_or_pipeline
     device = _device_of(target)
+    if isinstance(target, nn.Module) and config.vae_patch_parallel_size > 1:
+        raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
     _refuse_hooks(target)
     if isinstance(target, nn.Module):
-        if config.vae_patch_parallel_size > 1:
-            raise InputError(
-                "vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1"
-            )
         if plan is not None and not isinstance(plan, Plan):
             raise InputError("plan: a single transformer takes one Plan, not one for each component")
         runtime = Runtime.of(mesh, split_batch=config.split_batch)

@@ -196,7 +196,7 @@ def test_tiling_can_be_changed_and_idle_ranks_are_told() -> None:
         assert "falls into different tiles on different ranks: call enable_tiling" in result["differ"][1]
     assert len(first["warned"]) == 2
     assert "AutoencoderKLQwenImage.decode runs on 1 of 2 ranks: its tiling is off" in first["warned"][0]
-    assert "AutoencoderKLQwenImage.decode: 1 tiles for 2 ranks" in first["warned"][1]
+    assert "AutoencoderKLQwenImage.decode: number of tiles 1, ranks 2: some idle" in first["warned"][1]
     assert second["warned"] == []
 
 
@@ -251,12 +251,17 @@ SMALL = {"tile_sample_min_height": 64, "tile_sample_min_width": 64}
 SMALL |= {"tile_sample_stride_height": 48, "tile_sample_stride_width": 48}
 
 
-def whole(name: str, pp: int = 1, shares: int = 2, requests: int = 1, with_image: bool = False, **axes: int) -> Case:
+def whole(name: str, pp: int = 1, shares: int = 2, requests: int = 1, with_image: bool = False, **axes: Any) -> Case:
     """A tiny pipeline whose VAE is shared."""
     call = {"num_inference_steps": 2}
     axes["vae_patch_parallel_size"] = shares
     tiling = {} if name in ("flux", "sd3.5", "z-image") else SMALL
-    more: Any = {"in_flight": requests, "requests": requests, "with_image": with_image}
+    more: Any = {
+        "dtype": axes.pop("dtype", None),
+        "in_flight": requests,
+        "requests": requests,
+        "with_image": with_image,
+    }
     return Case(name, pp, call=call, axes=axes, tiling=tiling, **more)
 
 
@@ -289,6 +294,7 @@ LONG = [
     (whole("flux", pp=2, requests=2, data_parallel_size=2), 0.0),
     (whole("z-image", ring_degree=2), 1e-5),
     (whole("sd3.5", pp=2), 0.0),
+    (whole("wan2.2-ti2v", pp=2, with_image=True, dtype="bfloat16"), 0.0),
     (whole("qwen-image-edit", pp=2, with_image=True), 0.0),
 ]
 

@@ -155,7 +155,7 @@ def find_tiles(method: Callable[..., Any], module: nn.Module, arguments: Any, cu
         shapes = shape_of(module)
         args, kwargs = tree_map_only(torch.Tensor, _on_meta, arguments)
         before = [_held(part) for part in shapes.modules()][1:]
-        with Watch() as watch:
+        with Watch(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)) as watch:
             current["seam"] = planner = Planner(watch)
             try:
                 watch.result(dump_with_tensors(method(shapes, *args, **kwargs))[1])

@@ -20,7 +20,7 @@ class Untileable(Exception):
 class Watch(TorchDispatchMode):
     """Sees every operation, inside part calls and in the glue between them. Everything is known by storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self._inside: int | None = None
         self._made: set[int] = set()  # storages of the call that runs
@@ -30,6 +30,7 @@ class Watch(TorchDispatchMode):
         self._read: set[tuple[int, int]] = set()
         # A weak reference keeps the address of a dead storage from being used again.
         self._refs: dict[int, StorageWeakRef] = {}
+        self._arguments = {self._key(tensor) for tensor in arguments}
 
     @contextmanager
     def call(self, number: int) -> Iterator[None]:
@@ -70,6 +71,8 @@ class Watch(TorchDispatchMode):
             raise Untileable("it draws random numbers")
         out = func(*args, **kwargs)
         read, wrote = tensors_of((args, kwargs)), written(func, args)
+        if any(self._key(t) in self._arguments for t in wrote):
+            raise Untileable("it writes to its arguments")  # and would do so again when it runs again
         if self._inside is None:
             self._glue(read, [*tensors_of(out), *wrote])
             return out

@@ -96,7 +96,9 @@ class Tiles:
         elif tiles < 2 and not getattr(self.module, "use_tiling", True):
             text = f"{self._name}.{name} runs on 1 of {ranks} ranks: its tiling is off"
         else:
-            text = f"{self._name}.{name}: {tiles} tiles for {ranks} ranks, the others idle; smaller tiles make more"
+            text = (
+                f"{self._name}.{name}: number of tiles {tiles}, ranks {ranks}: some idle; smaller tiles would be more"
+            )
         if tiles < ranks and text not in self._said:
             self._said.add(text)
             log.warning("%s", text)
@@ -109,7 +111,7 @@ class Tiles:
             return seam.message
         self._current["seam"] = seam
         try:
-            with _kept(self.module):
+            with _kept(self.module), torch.no_grad():
                 run()
         except _Leave:
             return seam.message
@@ -123,14 +125,14 @@ class Tiles:
 
     def _replay(self, plan: TilePlan, own: torch.Tensor, run: Callable[[], Any]) -> Any:
         """On the first rank: take what the others computed, and run the call with it in place of the parts."""
-        messages = [own]
-        for place, layout in enumerate(plan.messages[1:], 1):
-            messages.append(torch.empty(layout.total, dtype=torch.uint8, device=own.device))
-            if layout.total:
-                self.comm.wait(self.comm.receive(messages[place], self.ranks[place]))
-        self._current["seam"] = _Replay(plan, messages)
+        others = [torch.empty(m.total, dtype=torch.uint8, device=own.device) for m in plan.messages[1:]]
+        pairs = zip(others, self.ranks[1:], strict=True)
+        for transfer in [self.comm.receive(message, rank) for message, rank in pairs if message.numel()]:
+            self.comm.wait(transfer)
+        self._current["seam"] = _Replay(plan, [own, *others])
         try:
-            return run()
+            with torch.no_grad():
+                return run()
         finally:
             self._current["seam"] = None
 

@@ -259,7 +259,7 @@ def whole(name: str, pp: int = 1, shares: int = 2, requests: int = 1, with_image
     """A tiny pipeline whose VAE is shared."""
     call = {"num_inference_steps": 2}
     axes["vae_patch_parallel_size"] = shares
-    tiling = {} if name in ("flux", "sd3.5", "z-image") else SMALL
+    tiling = {} if name in ("flux", "sd3.5", "z-image", "qwen-image-edit") else SMALL
     more: Any = {
         "dtype": axes.pop("dtype", None),
         "in_flight": requests,

@@ -138,7 +138,6 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     tiles = getattr(session._pipe.vae, "shardit_tiles", None)
     return {
         "tiles": {} if tiles is None else dict(tiles.ran),
-        "tile_owners": [] if tiles is None else [plan.owners for plan in tiles._plans.values()],
         "errors": {index: output.error for index, output in outputs.items()},
         "arrays": {index: np.asarray(output.latents) for index, output in outputs.items() if output.error is None},
         "strangers": [(name, block) for name, s in stages.items() for block in s.ran if s.owners[block] != stage],

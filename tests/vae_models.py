@@ -183,20 +183,6 @@ ENTRIES |= {
         (1, 4, 24, 20),
         (1, 3, 48, 40),
     ),
-    "kvae": Entry(
-        "AutoencoderKLKVAE",
-        {
-            "channels": 32,
-            "num_enc_blocks": 1,
-            "num_dec_blocks": 1,
-            "z_channels": 4,
-            "ch_mult": (1, 2),
-            "sample_size": 32,
-        },
-        (1, 4, 40, 28),
-        (1, 3, 80, 56),
-        {},
-    ),
 }
 
 

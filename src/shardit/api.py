@@ -26,6 +26,7 @@ from .errors import InputError, UnsupportedError
 from .models.back_ends import use_attention_backend
 from .parallel.spread import spread_tokens
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, refuse_adapters, shard_components
+from .parallel.tiles import spread_tiles
 from .parallel_state import set_mesh_of_model
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def parallelize(
     """
     target: Any = module_or_pipeline
     device = _device_of(target)
+    if isinstance(target, nn.Module) and config.vae_patch_parallel_size > 1:
+        raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     alone = isinstance(target, nn.Module)
     _tell([target] if alone else filter(_denoises, target.components.values()), config, mesh)
@@ -149,7 +152,10 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime) -> None:
         _spread(getattr(pipe, name), runtime, cut)
     for name, owner in assignment.owned.items():
         comm, width = _among(name, assignment, runtime)
-        own(getattr(pipe, name), comm, owner // width)
+        if name in assignment.tiles:
+            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name])
+        else:
+            own(getattr(pipe, name), comm, owner // width)
     for name, found in assignment.relayed.items():
         comm, width = _among(name, assignment, runtime)
         relay(getattr(pipe, name), comm, found.units, [owner // width for owner in found.owners])

@@ -21,6 +21,9 @@ from .units import Unit, find_units
 CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
 
+VAE_PACKAGE = "diffusers.models.autoencoders"
+"""Where the classes of VAEs live."""
+
 ENCODERS = "transformers."
 """Where the classes of text and image encoders live."""
 
@@ -45,13 +48,14 @@ class Cut:
 class Assignment:
     """cut: transformers, by component name. relayed: encoders whose units several members own. owned: the member of a
     replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
-    that own it. stages: the stage of each member of a replica (all ranks that work on the same requests). notes: what a
-    user may want to know."""
+    that own it. tiles: the members that hold a VAE and share its tiles, its owner first. stages: the stage of each
+    member of a replica (all ranks that work on the same requests). notes: what a user may want to know."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
     relayed: dict[str, Relayed] = field(default_factory=dict)
     owned: dict[str, int] = field(default_factory=dict)
+    tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sliced: frozenset[str] = frozenset()
     tp: int = 1
     chunks: int = 1
@@ -59,6 +63,9 @@ class Assignment:
 
     def owns(self, component: str, member: int) -> Callable[[str], bool]:
         """A predicate over parameter names of a component: does this member of a replica hold it?"""
+        if component in self.tiles:
+            shares = member in self.tiles[component]
+            return lambda name: shares
         first = member - member % self.tp if component in self.sliced else member
         if component in self.owned:
             mine = self.owned[component] == first
@@ -131,7 +138,8 @@ def assign(
     """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
 
     Transformers are cut into blocks, large encoders into units; units and other components go where the fewest bytes
-    are so far, or where they are among the `sliced` to the tensor neighbours with the fewest.
+    are so far, or where they are among the `sliced` to the tensor neighbours with the fewest. A VAE whose tiles are
+    shared goes to several ranks.
     """
     pp_size = config.pipeline_parallel_size
     sizes = {**axis_sizes(config), "dp": 1}
@@ -150,13 +158,17 @@ def assign(
     if not cut and pp_size > 1:
         raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
     loads = Loads(load, sizes["tp"])
-    wholes, encoders = _outside_transformers({n: m for n, m in modules.items() if n not in cut}, modules, loads, parts)
+    tiles = _shared_tiles(modules, pipeline_class.__name__, config.vae_patch_parallel_size, loads)
+    notes += [f"{name}: its tiles are shared by {len(members)} ranks" for name, members in tiles.items()]
+    rest = {name: module for name, module in modules.items() if name not in cut and name not in tiles}
+    wholes, encoders = _outside_transformers(rest, modules, loads, parts)
     owned, relayed = distribute(loads, wholes, encoders, parts)
+    owned.update((name, members[0]) for name, members in tiles.items())
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
     how = "contiguous" if chunks == 1 else "looped"
     if pp_size > 1:
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
-    return Assignment(stages, cut, relayed, owned, parts, sizes["tp"], chunks, tuple(notes))
+    return Assignment(stages, cut, relayed, owned, tiles, parts, sizes["tp"], chunks, tuple(notes))
 
 
 def _outside_transformers(
@@ -175,6 +187,29 @@ def _outside_transformers(
                 continue
         wholes[name] = size
     return wholes, encoders
+
+
+def _shared_tiles(
+    modules: Mapping[str, nn.Module], pipeline: str, shares: int, loads: Loads
+) -> dict[str, tuple[int, ...]]:
+    """The members that hold each VAE whose tiles are to be shared: those with the fewest bytes."""
+    tiles = {}
+    for name in tiled_components(modules, pipeline) if shares > 1 else ():
+        tiles[name] = tuple(sorted(range(len(loads.bytes)), key=lambda m: (loads.bytes[m], m))[:shares])
+        for member in tiles[name]:
+            loads.put(nbytes(modules[name]), member, 1)
+    return tiles
+
+
+def tiled_components(modules: Mapping[str, nn.Module], pipeline: str) -> tuple[str, ...]:
+    """The VAEs of a pipeline that can work tile by tile. Raises UnsupportedError where none can."""
+    kinds = {name: type(m) for name, m in modules.items() if type(m).__module__.startswith(VAE_PACKAGE)}
+    tiled = tuple(name for name, kind in kinds.items() if any("tiled_decode" in method for method in dir(kind)))
+    if not tiled:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds.values()))
+        reason = f"{names} of {pipeline} cannot decode in tiles" if names else f"{pipeline} has no VAE"
+        raise UnsupportedError(f"{reason}; use vae_patch_parallel_size=1")
+    return tiled
 
 
 def nbytes(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,10 +38,22 @@ def own(module: nn.Module, comm: Comm, stage: int) -> None:
     """
     if comm.rank != stage:
         module.to("meta")
-    device = comm.mesh.device
+    at_calls(
+        module,
+        comm.mesh.device,
+        lambda name, plain, args, kwargs: call_on(comm, stage, lambda: plain(*args, **kwargs)),
+    )
+
+
+Run = Callable[[str, MethodType, tuple[Any, ...], dict[str, Any]], Any]
+"""What to do at a call of a component: the method's name, the method itself, arguments without pending tensors."""
+
+
+def at_calls(module: nn.Module, device: torch.device, run: Run) -> None:
+    """Have `run` decide, in place, what a component does where a pipeline calls it."""
     running = {"inside": False}  # a component's methods call each other
 
-    def remote(name: str) -> Callable[..., Any]:
+    def seam(name: str) -> Callable[..., Any]:
         plain = getattr(type(module), name)
 
         @functools.wraps(plain)
@@ -50,13 +63,13 @@ def own(module: nn.Module, comm: Comm, stage: int) -> None:
             settle((args, kwargs))
             running["inside"] = True
             try:
-                return call_on(comm, stage, lambda: plain(self, *args, **kwargs))
+                return run(name, MethodType(plain, self), args, kwargs)
             finally:
                 running["inside"] = False
 
         return method
 
-    members: dict[str, Any] = {name: remote(name) for name in METHODS if callable(getattr(type(module), name, None))}
+    members: dict[str, Any] = {name: seam(name) for name in METHODS if callable(getattr(type(module), name, None))}
     members["device"] = property(lambda self: device)
     members["to"] = fixed_place(type(module).to, device)
     swap_class(module, members)

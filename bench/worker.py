@@ -22,7 +22,7 @@ from shardit.engine.messages import SessionSpec
 from shardit.engine.session import Session
 from shardit.models import tiny
 
-from . import model, peers
+from . import model, numerics, peers
 
 TIMEOUT_S = 300
 
@@ -89,11 +89,18 @@ class Worker:
 
     def open_peer(self, name: str, folder: str) -> None:
         """Load the whole pipeline with diffusers, its transformer spread over the ranks by other means than ours."""
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", init_method=self.method, rank=self.rank, world_size=self.count)
+        self._join()
         self._peers[name] = pipeline = tiny.load_plain(folder)
         pipeline.set_progress_bar_config(disable=True)
         peers.PEERS[name](pipeline.transformer)
+
+    def _join(self) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", init_method=self.method, rank=self.rank, world_size=self.count)
+
+    def distance(self, folder: str, size: model.Size, dtype: str, options: dict[str, Any]) -> float:
+        """How far one way of running the transformer is from float64."""
+        return numerics.distance(folder, size, dtype, options, self._join)
 
     def run_peer(self, name: str, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
         """The requests one after the other, by such a pipeline. Every rank makes all of them."""

@@ -56,6 +56,7 @@ class Comm:
         self.rank = self.groups.ranks.index(mesh.rank)
         self.size = len(self.groups.ranks)
         self.sent_bytes = 0
+        self.messages = 0
         self._outstanding: dict[Transfer, None] = {}  # oldest first
         self._max_outstanding = max_outstanding
 
@@ -64,6 +65,7 @@ class Comm:
         group = self.groups.back if result else self.groups.edge(self.rank, target)
         work = self._guard(lambda: dist.isend(message, self.groups.ranks[target], group=group), f"send to {target}")
         self.sent_bytes += message.numel()
+        self.messages += 1
         # gloo cancels a send whose handle is dropped, and frees nothing before it is waited for.
         return self._hold(Transfer(work, message, f"send to stage {target}"))
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full lint bench install clean
+.PHONY: demo test test-full matrix lint bench install clean
 
 demo: install ## two stages make a video; compared with one rank
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,10 @@ test: install ## the fast tests
 
 test-full: install ## all tests, the long matrix too
 	$(BIN)/python -m pytest
+
+matrix: install ## every model on every axis; writes docs/supported-models.md
+	$(BIN)/python -m pytest tests/test_matrix.py
+	$(BIN)/python -m tests.matrix_page
 
 lint: install ## style and types
 	$(BIN)/ruff check src tests bench examples

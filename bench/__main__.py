@@ -1,8 +1,8 @@
 """`python -m bench`: a table, and as the last line one JSON document, also written to `bench/results/`.
 
-Names for --only: speed, axes, overhead, memory, startup, schedules. With --quick everything is small and nothing is
-waited for: it shows that the bench works, not how fast anything is, and writes no result file unless --output names
-one.
+Names for --only: speed, axes, overhead, memory, startup, numerics, schedules. With --quick everything is small and
+nothing is waited for: it shows that the bench works, not how fast anything is, and writes no result file unless
+--output names one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import machine, memory, model, overhead, report, schedules, speed, startup
+from . import machine, memory, model, numerics, overhead, report, schedules, speed, startup
 
-NAMES = ("speed", "axes", "overhead", "memory", "startup", "schedules")
+NAMES = ("speed", "axes", "overhead", "memory", "startup", "numerics", "schedules")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -33,7 +33,11 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="shardit-bench-") as folder:
         for name in options.only or NAMES:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            if not options.quick and name != "schedules" and not machine.wait_until_quiet(options.patience):
+            if (
+                not options.quick
+                and name not in ("schedules", "numerics")
+                and not machine.wait_until_quiet(options.patience)
+            ):
                 print("others use this machine", file=sys.stderr, flush=True)
             document[name] = _measurements(options, f"{folder}/model")[name]()
     document["machine"]["load_after"] = list(os.getloadavg())
@@ -67,6 +71,7 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
         "overhead": lambda: overhead.measure(size, on_disk(), 3 if quick else 30),
         "memory": lambda: memory.measure(size, on_disk()),
         "startup": lambda: startup.measure(1 if quick else 3),
+        "numerics": lambda: numerics.measure(size),
         "schedules": lambda: schedules.measure(size),
     }
 

@@ -15,6 +15,7 @@ def table(document: dict[str, Any]) -> str:
         "overhead": _overhead,
         "memory": _memory,
         "startup": _startup,
+        "numerics": _numerics,
         "schedules": _schedules,
     }
     machine = document["machine"]
@@ -81,6 +82,12 @@ def _startup(found: dict[str, Any]) -> list[str]:
         f"Start-up, medians of {found['runs']}: Omni on two ranks ready after {found['omni_s']:.1f} s, imports of "
         f"torch and diffusers in two processes at once {found['imports_s']:.1f} s: {found['beyond_imports_s']:+.1f} s"
     ]
+
+
+def _numerics(found: dict[str, dict[str, float]]) -> list[str]:
+    lines = ["Relative L2 distance of one forward from float64:", _row("", *found["float32"])]
+    lines += [_row(dtype, *(f"{error:.2e}" for error in of_way.values())) for dtype, of_way in found.items()]
+    return lines
 
 
 def _schedules(found: list[dict[str, Any]]) -> list[str]:

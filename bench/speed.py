@@ -12,6 +12,7 @@ from typing import Any
 
 from . import machine
 from .model import Size
+from .peers import PEERS
 from .ranks import Ranks
 
 RANKS = 2
@@ -22,17 +23,20 @@ SEEDS = (1, 2, 3, 4)
 class Case:
     """Requests in flight at once, with or without guidance, on two ranks of one axis of DiffusionParallelConfig.
 
-    chunks: None is automatic (looped), 1 contiguous; for stages.
+    chunks: None is automatic (looped), 1 contiguous; for stages. peer: it is run by this one of `peers.PEERS` instead.
     """
 
     requests: int
     guided: bool
     chunks: int | None = None
     axis: str = "pipeline_parallel_size"
+    peer: str | None = None
 
     @property
     def name(self) -> str:
         """As it stands in the table."""
+        if self.peer is not None:
+            return self.peer
         guided = "guidance" if self.guided else "no guidance"
         how = self.axis.partition("_")[0]
         if how == "pipeline":
@@ -41,8 +45,15 @@ class Case:
 
     @property
     def session(self) -> str:
-        """The session that runs it."""
+        """The session, or the peer, that runs it."""
+        if self.peer is not None:
+            return self.peer
         return f"{self.axis} chunks={self.chunks} in_flight={self.requests}"
+
+    @property
+    def command(self) -> str:
+        """What a rank is told to run it."""
+        return "run_session" if self.peer is None else "run_peer"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -66,6 +77,7 @@ AXES = (
     Case(1, True, axis="ulysses_degree"),
     Case(1, True, axis="ring_degree"),
     Case(1, True, axis="tensor_parallel_size"),
+    *(Case(1, True, axis="none", peer=name) for name in PEERS),
 )
 
 
@@ -104,11 +116,10 @@ def measure(
         copies.call("open_plain", folder)
         chunks = {}
         for case in cases:
-            opened = ranks.call("open_session", case.session, folder, case.config, case.requests)
-            chunks[case.session] = opened[0]["chunks"]
+            chunks[case.session] = _open(ranks, case, folder)
         one_step = replace(size, steps=1)
         for case in cases:  # the first calls of a signature find the plan and check it
-            ranks.call("run_session", case.session, one_step, SEEDS[: case.requests], case.guided)
+            ranks.call(case.command, case.session, one_step, SEEDS[: case.requests], case.guided)
         copies.call("run_plain", one_step, SEEDS[:1], True)
         for number in range(rounds):
             seed = SEEDS[number % len(SEEDS)]
@@ -123,7 +134,7 @@ def measure(
                 for case in cases:
                     if case.guided == guided:
                         seeds = SEEDS[: case.requests]
-                        act = lambda: ranks.call("run_session", case.session, size, seeds, case.guided)  # noqa: B023, E731
+                        act = lambda: ranks.call(case.command, case.session, size, seeds, case.guided)  # noqa: B023, E731
                         runs[case.name].append(timed(act, patience_s))
             print(f"round {number + 1} of {rounds}", _line(runs), file=sys.stderr, flush=True)
         for guided in (True, False):  # seeds that no round has reached
@@ -132,6 +143,14 @@ def measure(
                     found = copies.call("run_plain", size, (seed,), guided, on=(0,))[0]
                     expected[(guided, seed)] = Made(*found["outputs"][0][1:])
     return summary(size, runs, chunks, expected, cases)
+
+
+def _open(ranks: Ranks, case: Case, folder: str) -> int:
+    """Load what runs a case on all ranks; chunks for each of them."""
+    if case.peer is not None:
+        ranks.call("open_peer", case.peer, folder)
+        return 1
+    return ranks.call("open_session", case.session, folder, case.config, case.requests)[0]["chunks"]
 
 
 def timed(act: Callable[[], list[dict[str, Any]]], patience_s: float) -> Run:

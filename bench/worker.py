@@ -22,7 +22,7 @@ from shardit.engine.messages import SessionSpec
 from shardit.engine.session import Session
 from shardit.models import tiny
 
-from . import model
+from . import model, numerics, peers
 
 TIMEOUT_S = 300
 
@@ -35,6 +35,7 @@ class Worker:
         os.environ["LOCAL_RANK"] = str(rank)
         self.rank, self.count, self.method = rank, count, method
         self._plain: Any = None
+        self._peers: dict[str, Any] = {}
         self._meshes: dict[Any, Any] = {}
         self._sessions: dict[str, Session] = {}
 
@@ -72,16 +73,39 @@ class Worker:
 
     def run_plain(self, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
         """The requests one after the other, by plain diffusers."""
+        return self._one_by_one(self._plain, size, seeds, guided)
+
+    def _one_by_one(self, pipeline: Any, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
         requests = model.make_requests(size, seeds, guided)
 
         def work() -> dict[int, torch.Tensor]:
             outs = {}
             for request in requests:
                 generator = torch.Generator("cpu").manual_seed(request.seed)
-                outs[request.index] = self._plain(**request.call_arguments(), generator=generator).frames
+                outs[request.index] = pipeline(**request.call_arguments(), generator=generator).frames
             return outs
 
         return measured(work)
+
+    def open_peer(self, name: str, folder: str) -> None:
+        """Load the whole pipeline with diffusers, its transformer spread over the ranks by other means than ours."""
+        self._join()
+        self._peers[name] = pipeline = tiny.load_plain(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        peers.PEERS[name](pipeline.transformer)
+
+    def _join(self) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", init_method=self.method, rank=self.rank, world_size=self.count)
+
+    def distance(self, folder: str, size: model.Size, dtype: str, options: dict[str, Any]) -> float:
+        """How far one way of running the transformer is from float64."""
+        return numerics.distance(folder, size, dtype, options, self._join)
+
+    def run_peer(self, name: str, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
+        """The requests one after the other, by such a pipeline. Every rank makes all of them."""
+        dist.barrier()
+        return self._one_by_one(self._peers[name], size, seeds, guided)
 
     def run_session(self, name: str, size: model.Size, seeds: tuple[int, ...], guided: bool) -> dict[str, Any]:
         """The requests over all ranks, as many at once as the session allows."""

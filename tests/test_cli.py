@@ -263,6 +263,7 @@ DOCUMENT = {
         for rank in range(2)
     ],
     "chunks": 2,
+    "bytes": 2**22,
     "notes": ["looped"],
 }
 

@@ -18,7 +18,7 @@ from shardit.config import (
     partition_chunks,
     resolve_layer_partition,
 )
-from shardit.errors import InputError, UnsupportedError
+from shardit.errors import InputError
 
 OURS, THEIRS = "SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION"
 
@@ -53,15 +53,6 @@ def test_degree_must_be_a_positive_whole_number(value):
     with pytest.raises(InputError, match="pipeline_parallel_size must be a whole number of at least 1") as error:
         DiffusionParallelConfig(pipeline_parallel_size=value)
     one_line(error)
-
-
-@pytest.mark.parametrize(
-    "axis",
-    ["vae_patch_parallel_size"],
-)
-def test_other_axes_are_not_yet_supported(axis):
-    with pytest.raises(UnsupportedError, match=f"{axis}=2 is not yet supported"):
-        DiffusionParallelConfig(**{axis: 2})
 
 
 def test_sequence_parallel_size_is_the_product():

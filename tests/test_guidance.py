@@ -11,6 +11,7 @@ import torch
 
 from shardit import DiffusionParallelConfig, InputError, Omni
 from shardit.core.deal import Dealer
+from shardit.core.mesh import Mesh
 from shardit.core.result import Route
 from shardit.models import tiny
 from tests.ranks import run_ranks
@@ -127,6 +128,17 @@ def test_requests_are_dealt_to_copies() -> None:
     axes = {"data_parallel_size": 2}
     (of_ranks,) = compare([Case("wan2.2-ti2v", 1, requests=3, axes=axes)])
     assert [sorted(r["arrays"]) for r in of_ranks] == [[0, 2], [1]]
+
+
+def undealt(rank: int, count: int, method: str, case: Case) -> Any:
+    own = Mesh.coords.fget
+    Mesh.coords = property(lambda self: {**own(self), "dp": 0})  # type: ignore[method-assign, misc]
+    return staged(rank, count, method, [case])[0]
+
+
+def test_copies_that_all_take_the_same_requests_are_seen() -> None:
+    of_ranks = run_ranks(2, undealt, Case("wan2.2-ti2v", 1, requests=2, axes={"data_parallel_size": 2}))
+    assert [sorted(r["arrays"]) for r in of_ranks] != [[0], [1]]
 
 
 def test_copies_of_pipelines_with_guidance() -> None:

@@ -191,7 +191,7 @@ def test_tiny_and_inspect(tmp_path, capsys):
     assert main(["inspect", f"--model={tmp_path / 'flux'}", "--pipeline-parallel-size", "4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [rank["rank"] for rank in document["ranks"]] == [0, 1, 2, 3]
-    assert {*document} == {"ranks", "chunks", "notes"}
+    assert {*document} == {"ranks", "chunks", "bytes", "notes"}
     held = [rank["components"]["transformer"]["blocks"] for rank in document["ranks"]]
     assert sorted(block for blocks in held for block in blocks) == list(range(12))
     total = sum(part["parameters"] for rank in document["ranks"] for part in rank["components"].values())

@@ -13,6 +13,7 @@ from torch import nn
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.collectives import Collectives
+from shardit.core.pending import settle
 from shardit.engine.messages import SessionSpec
 from shardit.engine.session import Session
 from shardit.models import tiny
@@ -350,7 +351,7 @@ def gathers(rank: int, count: int, method: str) -> list[int]:
     with torch.no_grad():
         other(*arguments)
         before = sequence.attention.sp.messages, sequence.attention.ulysses.comm.messages
-        other(*arguments)
+        settle(other(*arguments))
     after = sequence.attention.sp.messages, sequence.attention.ulysses.comm.messages
     return [after[0] - before[0], after[1] - before[1], len(sequence.blocks)]
 

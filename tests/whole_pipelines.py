@@ -36,6 +36,7 @@ class Case:
     call: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduler: str | None = None
     axes: dict[str, int] = field(default_factory=dict, hash=False)
+    tiling: dict[str, int] | None = field(default=None, hash=False)  # arguments of `enable_tiling`
 
     def config(self) -> DiffusionParallelConfig:
         """How it is spread."""
@@ -79,6 +80,7 @@ def plain(case: Case) -> list[np.ndarray]:
     """What plain diffusers makes of the requests of a case, one after the other."""
     pipe = tiny.load_plain(tiny.resolve(f"tiny/{case.name}"), dtype=case.dtype)
     pipe.set_progress_bar_config(disable=True)
+    switch_tiling(pipe, case)
     other = image_pipeline(pipe)
     pipes = {type(p).__name__: p for p in (pipe, other) if p is not None}
     for p in pipes.values():
@@ -91,6 +93,12 @@ def plain(case: Case) -> list[np.ndarray]:
         generator = torch.Generator("cpu").manual_seed(request.seed)
         outs.append(array_of(pipes[request.pipeline](**request.call_arguments(), generator=generator)))
     return outs
+
+
+def switch_tiling(pipe: Any, case: Case) -> None:
+    """Have the VAE of a pipeline work in tiles, where a case asks for it."""
+    if case.tiling is not None:
+        pipe.vae.enable_tiling(**case.tiling)
 
 
 def change_scheduler(pipe: Any, name: str | None) -> None:
@@ -121,12 +129,15 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     session = Session(spec, rank=rank, world_size=count, init_method=method)
     for pipe in session._variants.values():
         change_scheduler(pipe, case.scheduler)
+    switch_tiling(session._pipe, case)
     requests = make_requests(case, session.info["signature"], session.info["signature_with_image"])
     outputs = session.generate(requests, lambda *_: None)
     parts = {name: getattr(session._pipe, name) for name in session._assignment.cut}
     stages = {name: part.shardit_stages for name, part in parts.items() if hasattr(part, "shardit_stages")}
     stage = session._mesh.pp_rank
+    tiles = getattr(session._pipe.vae, "shardit_tiles", None)
     return {
+        "tiles": {} if tiles is None else dict(tiles.ran),
         "errors": {index: output.error for index, output in outputs.items()},
         "arrays": {index: np.asarray(output.latents) for index, output in outputs.items() if output.error is None},
         "strangers": [(name, block) for name, s in stages.items() for block in s.ran if s.owners[block] != stage],

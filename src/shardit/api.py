@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,18 +12,23 @@ from torch import nn
 
 from .components import OFFLOAD, SAVE, components_of, device_of, guard, refuse_hooks, refused
 from .config import DiffusionParallelConfig
-from .core.assign import Assignment, Cut, assign, assign_blocks
+from .core.assign import Assignment, Cut, assign, assign_blocks, denoises
+from .core.comm import Comm
 from .core.mesh import Mesh, init_mesh
+from .core.overlap import overlap
 from .core.plan import Plan
+from .core.relay import relay
 from .core.remote import own
 from .core.sites import swap_class
 from .core.slices import Owned
 from .core.stages import Runtime, stage
 from .errors import InputError
 from .models.back_ends import use_attention_backend
-from .parallel.sequence import shard_sequence
+from .parallel.spread import spread_tokens
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
 from .parallel.tensor_adapters import pipeline_members
+from .parallel.tiles import spread_tiles
+from .parallel_state import set_mesh_of_model
 from .steps import calling, interrupt_members
 
 if TYPE_CHECKING:
@@ -49,8 +54,12 @@ def parallelize(
     """
     target: Any = module_or_pipeline
     modules = components_of(target)
+    if modules is None and config.vae_patch_parallel_size > 1:
+        raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
     device = device_of(modules or {ALONE: target})
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
+    denoisers = [target] if modules is None else [m for n, m in modules.items() if denoises(n, m)]
+    _tell(denoisers, config, mesh)
     if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
     name = type(target).__name__
@@ -64,7 +73,7 @@ def parallelize(
         _spread(target, runtime, cut)
         guard(target, name, mesh)
         return module_or_pipeline
-    cuts = plan_components(modules, mesh.sizes["tp"])
+    cuts = plan_components(modules, mesh.sizes["tp"], len(mesh.replica.ranks))
     assignment = assign(modules, type(target), config, plans=plan, sliced=cuts.keys(), environ=os.environ)
     shard_components(modules, cuts, mesh)
     connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch), cuts)
@@ -111,7 +120,7 @@ def load_parallel(
     cuts: dict[str, TensorPlan] = {}
 
     def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Owned]:
-        cuts.update(plan_components(modules, mesh.sizes["tp"]))
+        cuts.update(plan_components(modules, mesh.sizes["tp"], len(mesh.replica.ranks)))
         found.append(
             assign(
                 modules, cls, config, max_in_flight=max_in_flight, plans=plan, sliced=cuts.keys(), environ=os.environ
@@ -126,6 +135,7 @@ def load_parallel(
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
     for name in found[0].cut:
         use_attention_backend(attention_backend, getattr(pipe, name))
+    _tell([getattr(pipe, name) for name in found[0].cut], config, mesh)
     if len(mesh.replica.ranks) == 1:
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
@@ -139,13 +149,29 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime, cuts: Mapping[s
     for name, cut in assignment.cut.items():
         _spread(getattr(pipe, name), runtime, cut)
     for name, owner in assignment.owned.items():
-        if name in assignment.sliced:
-            own(getattr(pipe, name), runtime.peers, owner // assignment.tp)
+        comm, width = _among(name, assignment, runtime)
+        if name in assignment.tiles:
+            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name])
         else:
-            own(getattr(pipe, name), runtime.replica, owner)
-    for name in (*assignment.cut, *assignment.owned):
+            own(getattr(pipe, name), comm, owner // width)
+    for name, found in assignment.relayed.items():
+        comm, width = _among(name, assignment, runtime)
+        relay(getattr(pipe, name), comm, found.units, [owner // width for owner in found.owners])
+    for name in (*assignment.cut, *assignment.owned, *assignment.relayed):
         guard(getattr(pipe, name), name, runtime.mesh)
     _swap_pipeline(pipe, runtime, cuts)
+
+
+def _tell(models: Iterable[Any], config: DiffusionParallelConfig, mesh: Mesh) -> None:
+    """Let authors of models get at degrees and groups: `parallel_config` on the models, and `parallel_state`."""
+    set_mesh_of_model(mesh)
+    for model in models:
+        model.parallel_config = config
+
+
+def _among(name: str, assignment: Assignment, runtime: Runtime) -> tuple[Comm, int]:
+    """The ranks among which a component has owners, and how many neighbours own it together."""
+    return (runtime.peers, assignment.tp) if name in assignment.sliced else (runtime.replica, 1)
 
 
 def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
@@ -154,10 +180,14 @@ def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
     # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
     stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
+    alone = pieces or not mesh.axes.keys() & {"sp", "tp"}
     if "sp" in mesh.axes:
-        shard_sequence(model, mesh, stages, cut.plan)
+        way = spread_tokens(model, mesh, stages, cut.plan)
+        alone = alone or way.by_hand  # a result may then have another shape in each call
     elif stages is not None:
         stages()
+    if not alone:
+        overlap(model, runtime)
 
 
 def _swap_pipeline(pipe: Any, runtime: Runtime, cuts: Mapping[str, TensorPlan]) -> None:

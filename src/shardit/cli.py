@@ -76,7 +76,7 @@ def inspect(flags: InspectFlags) -> None:
     config = flags.parallel_config()
     from shardit.engine.inspect import inspect_model
 
-    document = inspect_model(flags.model, config, dtype=flags.dtype.value if flags.dtype else None)
+    document = inspect_model(flags.what(), config, dtype=flags.dtype.value if flags.dtype else None)
     if _is_first_rank():
         print(json.dumps(document) if flags.as_json else table(document))
 
@@ -96,7 +96,10 @@ def table(document: dict[str, Any]) -> str:
         )
         for row in rows
     ]
-    return "\n".join([*lines, "", f"chunks per rank: {document['chunks']}", *map(str, document["notes"])])
+    totals = [sum(part["bytes"] for part in rank["components"].values()) / 1024**2 for rank in document["ranks"]]
+    whole = document["bytes"] / 1024**2
+    fullest = f"fullest rank: {max(totals):,.1f} MiB, {max(totals) / whole:.1%} of the {whole:,.1f} MiB of the model"
+    return "\n".join([*lines, "", fullest, f"chunks per rank: {document['chunks']}", *map(str, document["notes"])])
 
 
 def _spans(blocks: Any) -> str:

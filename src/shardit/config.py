@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shardit.errors import InputError, UnsupportedError
+from shardit.errors import InputError
 
 PARTITION_VARIABLES = ("SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
 """Environment variables that give a layer partition, the first that is set wins."""
@@ -29,7 +29,7 @@ _DEGREES_OF_OWN_RANKS = tuple(name for name in _DEGREES if name != "vae_patch_pa
 class DiffusionParallelConfig:
     """Degrees of parallelism. Every degree is a number of ranks, at least 1; 1 switches the axis off.
 
-    Wrong values raise `InputError`; axes that are named here but not built yet raise `UnsupportedError`.
+    Wrong values raise `InputError`.
     """
 
     pipeline_parallel_size: int = 1
@@ -59,8 +59,9 @@ class DiffusionParallelConfig:
     """Copies of the model that share the requests. Default 1. Error: below 1."""
 
     vae_patch_parallel_size: int = 1
-    """Ranks that the tiles of the VAE are dealt to; these ranks are not extra ones. Default 1. Error: not yet
-    supported."""
+    """Ranks that the tiles of the VAE are dealt to; these ranks are not extra ones. More than 1 switches the VAE's
+    tiling on. Default 1. Error: more than the ranks that work on one request (all axes but data_parallel_size), or (at
+    load) a VAE that cannot work in tiles."""
 
     pipeline_chunks: int | None = None
     """Chunks of blocks per pipeline rank. Default None = chosen at load from what can be in flight; 1 = contiguous
@@ -89,7 +90,7 @@ class DiffusionParallelConfig:
         if not isinstance(self.split_batch, bool):
             raise InputError(f"split_batch must be True or False, got {self.split_batch!r}")
         self._check_sequence_parallel_size()
-        self._check_supported()
+        self._check_vae_patch_parallel_size()
         if self.layer_partition is not None:
             partition = _as_partition(self.layer_partition, "layer_partition")
             # A tuple, whatever was given: a frozen object must not change through its caller's list.
@@ -104,10 +105,13 @@ class DiffusionParallelConfig:
                 f"= {self.ulysses_degree} x {self.ring_degree} = {product}; leave it out or correct one of them"
             )
 
-    def _check_supported(self) -> None:
-        if self.vae_patch_parallel_size > 1:
-            raise UnsupportedError(
-                f"vae_patch_parallel_size={self.vae_patch_parallel_size} is not yet supported; set it to 1"
+    def _check_vae_patch_parallel_size(self) -> None:
+        most = self.world_size // self.data_parallel_size
+        if self.vae_patch_parallel_size > most:
+            valid = f"from 1 to {most}" if most > 1 else "1"
+            raise InputError(
+                f"vae_patch_parallel_size={self.vae_patch_parallel_size} adds no ranks, and {most} "
+                f"{'work' if most > 1 else 'works'} on one request: it must be {valid}, or raise another degree"
             )
 
     @property

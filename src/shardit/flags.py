@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from shardit.config import DiffusionParallelConfig, parse_layer_partition
 from shardit.errors import InputError
@@ -77,9 +77,22 @@ class ParallelFlags:
 class InspectFlags(ParallelFlags):
     """What `shardit inspect` was asked for."""
 
-    model: Model
+    name: Annotated[
+        str | None,
+        Argument(
+            metavar="[MODEL]", help="What --model takes, or a configuration that comes along: Wan2.2-T2V-A14B ..."
+        ),
+    ] = None
+    model: Annotated[str | None, Option(help="Hub id, diffusers folder or tiny/NAME.")] = None
     dtype: DtypeFlag = None
     as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False
+
+    def what(self) -> str:
+        """The model to look at. Raises InputError where none is given, or two are."""
+        given = [value for value in (self.name, self.model) if value is not None]
+        if len(given) != 1:
+            raise InputError("name one model, as in: shardit inspect Wan2.2-T2V-A14B")
+        return given[0]
 
 
 @dataclass(frozen=True, kw_only=True)

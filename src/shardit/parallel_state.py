@@ -1,6 +1,7 @@
 """The parallel axes for people who write their own models and pipelines: groups, ranks and sizes by name.
 
-State of the process, set by `initialize_model_parallel`. Everything in shardit itself gets its mesh passed in.
+State of the process, set by `initialize_model_parallel`, and by `parallelize`, `load` and `Omni`'s ranks for the model
+that was made parallel last. Everything in shardit itself gets its mesh passed in.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from .config import DiffusionParallelConfig
 from .core.group import GroupCoordinator
 from .core.mesh import Mesh, init_mesh
 from .errors import InputError
+from .parallel.planned import runs_whole
 
 _GROUPS: dict[str, GroupCoordinator] = {}
+_MESH: list[Mesh] = []
 
 
 def initialize_model_parallel(
@@ -40,12 +43,26 @@ def initialize_model_parallel(
 
 def set_mesh(mesh: Mesh) -> None:
     """Use the groups of a mesh that exists."""
+    _MESH[:] = [mesh]
     _GROUPS.update(GroupCoordinator.of_mesh(mesh))
+
+
+def set_mesh_of_model(mesh: Mesh) -> None:
+    """Use the groups of the mesh of a model that was made parallel. Unlike after `set_mesh`, code outside of that model
+    still runs whole (`own_mesh`)."""
+    _MESH.clear()
+    _GROUPS.update(GroupCoordinator.of_mesh(mesh))
+
+
+def own_mesh() -> Mesh | None:
+    """The mesh of groups that the program itself has asked for."""
+    return _MESH[0] if _MESH else None
 
 
 def destroy_model_parallel() -> None:
     """Forget the groups. The process group itself stays."""
     _GROUPS.clear()
+    _MESH.clear()
 
 
 def model_parallel_is_initialized() -> bool:
@@ -58,6 +75,9 @@ def _group(name: str) -> GroupCoordinator:
         raise InputError(
             "the parallel state is not initialised: call initialize_model_parallel() or parallelize() first"
         )
+    if name in ("sp", "ulysses", "ring") and runs_whole():
+        world = _GROUPS["world"]
+        return GroupCoordinator(world.rank, (world.rank,), world.device, world.timeout)
     return _GROUPS[name]
 
 

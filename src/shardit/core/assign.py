@@ -11,10 +11,12 @@ from torch import nn
 
 from ..config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
 from ..errors import UnsupportedError
+from .balance import WHOLE_SHARE, Loads, Relayed, distribute
 from .mesh import axis_sizes, coordinates
 from .partition import Placement, automatic_chunks, block_cost, place_blocks
 from .plan import Plan
 from .sites import find_blocks, keeps
+from .units import Unit, find_units
 
 CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
@@ -22,12 +24,19 @@ CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 CUT_NAMES = ("transformer", "unet", "denoiser", "dit")
 """How the names of components begin that denoise, where their classes are a user's own."""
 
+VAE_PACKAGE = "diffusers.models.autoencoders"
+"""Where the classes of VAEs live."""
+
+ENCODERS = "transformers."
+"""Where the classes of text and image encoders live."""
+
 
 def denoises(name: str, module: nn.Module) -> bool:
-    """Whether a component of a pipeline is called in every step, and so is cut."""
-    package = type(module).__module__
-    own = not package.startswith(("diffusers.", "transformers."))
-    return package.startswith(CUT_PACKAGES) or (own and name.startswith(CUT_NAMES))
+    """Whether a component is called in every step, and so is cut: one of diffusers' classes that denoise, or derived
+    from one; or a user's own class, by its name in the pipeline or because `_sp_plan` says how its tokens are split."""
+    theirs = any(base.__module__.startswith(CUT_PACKAGES) for base in type(module).__mro__)
+    own = not type(module).__module__.startswith(("diffusers.", ENCODERS))
+    return theirs or getattr(module, "_sp_plan", None) is not None or (own and name.startswith(CUT_NAMES))
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """cut: by component name. owned: the member of a replica that owns a component whole, or for one that is sliced
-    over the tensor axis the first of the `tp` neighbours that own it. stages: the stage of each member of a replica
-    (all ranks that work on the same requests). notes: what a user may want to know."""
+    """cut: transformers, by component name. relayed: encoders whose units several members own. owned: the member of a
+    replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
+    that own it. tiles: the members that hold a VAE and share its tiles, its owner first. stages: the stage of each
+    member of a replica (all ranks that work on the same requests). notes: what a user may want to know."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
+    relayed: dict[str, Relayed] = field(default_factory=dict)
     owned: dict[str, int] = field(default_factory=dict)
+    tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sliced: frozenset[str] = frozenset()
     tp: int = 1
     chunks: int = 1
@@ -55,15 +67,33 @@ class Assignment:
 
     def owns(self, component: str, member: int) -> Callable[[str], bool]:
         """A predicate over parameter names of a component: does this member of a replica hold it?"""
+        if component in self.tiles:
+            shares = member in self.tiles[component]
+            return lambda name: shares
+        first = member - member % self.tp if component in self.sliced else member
         if component in self.owned:
-            mine = self.owned[component] == (member - member % self.tp if component in self.sliced else member)
+            mine = self.owned[component] == first
             return lambda name: mine
+        if component in self.relayed:
+            found = self.relayed[component]
+            foreign = tuple(f"{u}." for u, owner in zip(found.units, found.owners, strict=True) if owner != first)
+            return lambda name: not name.startswith(foreign)
         cut, stage = self.cut.get(component), self.stages[member]
         if cut is None:
             return lambda name: True
         others = {f"{b}." for b, owner in zip(cut.blocks, cut.placement.owners(), strict=True) if owner != stage}
         replicated = cut.plan.replicate if cut.plan else ()
         return lambda name: keeps(name, replicated) or not any(name.startswith(block) for block in others)
+
+    def blocks(self, component: str, member: int) -> list[int]:
+        """The numbers of the blocks of a component, or of the units of an encoder, that a member of a replica has."""
+        owners, me = [], self.stages[member]
+        if component in self.cut:
+            owners = self.cut[component].placement.owners()
+        elif component in self.relayed:
+            owners = self.relayed[component].owners
+            me = member - member % self.tp if component in self.sliced else member
+        return [number for number, owner in enumerate(owners) if owner == me]
 
 
 def branches(pipeline_class: type) -> int:
@@ -112,14 +142,15 @@ def assign(
 ) -> Assignment:
     """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
 
-    Transformers are cut; of the other components each goes, largest first, to the rank with the fewest bytes so far,
-    or where it is among the `sliced` to the tensor neighbours with the fewest.
+    Transformers are cut into blocks, large encoders into units; units and other components go where the fewest bytes
+    are so far, or where they are among the `sliced` to the tensor neighbours with the fewest. A VAE whose tiles are
+    shared goes to several ranks.
     """
     pp_size = config.pipeline_parallel_size
     sizes = {**axis_sizes(config), "dp": 1}
     stages = tuple(coordinates(sizes, member)["pp"] for member in range(math.prod(sizes.values())))
     in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
-    notes, cut, load, parts = [], {}, [0] * len(stages), frozenset(sliced)
+    notes, cut, load, parts = [], {}, [0.0] * len(stages), frozenset(sliced)
     for name, module in modules.items():
         if not denoises(name, module):
             continue
@@ -131,18 +162,59 @@ def assign(
                 load[member] += nbytes(block) // (sizes["tp"] if name in parts else 1) if stage == owner else 0
     if not cut and pp_size > 1:
         raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
-    owned, tp = {}, sizes["tp"]
-    rest = [name for name in modules if name not in cut]
-    for name in sorted(rest, key=lambda n: (-nbytes(modules[n]), n)):
-        width = tp if name in parts else 1
-        owned[name] = min(range(0, len(load), width), key=lambda m: (max(load[m : m + width]), m))
-        for member in range(owned[name], owned[name] + width):
-            load[member] += nbytes(modules[name]) // width
+    loads = Loads(load, sizes["tp"])
+    tiles = _shared_tiles(modules, pipeline_class.__name__, config.vae_patch_parallel_size, loads)
+    notes += [f"{name}: its tiles are shared by {len(members)} ranks" for name, members in tiles.items()]
+    rest = {name: module for name, module in modules.items() if name not in cut and name not in tiles}
+    wholes, encoders = _outside_transformers(rest, modules, loads, parts)
+    owned, relayed = distribute(loads, wholes, encoders, parts)
+    owned.update((name, members[0]) for name, members in tiles.items())
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
     how = "contiguous" if chunks == 1 else "looped"
     if pp_size > 1:
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
-    return Assignment(stages, cut, owned, parts, tp, chunks, tuple(notes))
+    return Assignment(stages, cut, relayed, owned, tiles, parts, sizes["tp"], chunks, tuple(notes))
+
+
+def _outside_transformers(
+    rest: Mapping[str, nn.Module], modules: Mapping[str, nn.Module], loads: Loads, sliced: frozenset[str]
+) -> tuple[dict[str, float], dict[str, list[Unit]]]:
+    """Bytes of the components that one rank is to own whole, and the units of those that are to be cut."""
+    share = sum(nbytes(module) for module in modules.values()) / len(loads.bytes)
+    wholes: dict[str, float] = {}
+    encoders: dict[str, list[Unit]] = {}
+    for name, module in rest.items():
+        size, places = nbytes(module), len(loads.bytes) // (loads.tp if name in sliced else 1)
+        if type(module).__module__.startswith(ENCODERS) and places > 1 and size > WHOLE_SHARE * share:
+            units = find_units(module)
+            if len(units) > 1:
+                encoders[name] = units
+                continue
+        wholes[name] = size
+    return wholes, encoders
+
+
+def _shared_tiles(
+    modules: Mapping[str, nn.Module], pipeline: str, shares: int, loads: Loads
+) -> dict[str, tuple[int, ...]]:
+    """The members that hold each VAE whose tiles are to be shared: those with the fewest bytes."""
+    tiles = {}
+    for name in tiled_components(modules, pipeline) if shares > 1 else ():
+        tiles[name] = tuple(sorted(range(len(loads.bytes)), key=lambda m: (loads.bytes[m], m))[:shares])
+        for member in tiles[name]:
+            loads.put(nbytes(modules[name]), member, 1)
+    return tiles
+
+
+def tiled_components(modules: Mapping[str, nn.Module], pipeline: str) -> tuple[str, ...]:
+    """The VAEs of a pipeline that can work tile by tile. Raises UnsupportedError where none can."""
+    kinds = {name: type(m) for name, m in modules.items() if type(m).__module__.startswith(VAE_PACKAGE)}
+    tiled = tuple(name for name, kind in kinds.items() if any("tiled_decode" in method for method in dir(kind)))
+    if not tiled:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds.values()))
+        reason = f"{names} of {pipeline} cannot decode in tiles" if names else f"{pipeline} has no VAE"
+        raise UnsupportedError(f"{reason}; use vae_patch_parallel_size=1")
+    return tiled
 
 
 def nbytes(module: nn.Module) -> int:

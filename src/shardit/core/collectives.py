@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RankError
+from .coroutine import give_way
 from .mesh import AxisGroup, Mesh
 
 
@@ -28,7 +29,9 @@ class Collectives:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; the same bits on every rank."""
         self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size)
-        self._guard(lambda: dist.all_reduce(tensor, group=self.members.group), "all-reduce")
+        work = self._guard(lambda: dist.all_reduce(tensor, group=self.members.group, async_op=True), "all-reduce")
+        give_way()
+        self._wait([work], "all-reduce", tensor)
         return tensor
 
     def all_gather(self, shard: torch.Tensor, sizes: Sequence[int], dim: int) -> torch.Tensor:
@@ -58,7 +61,13 @@ class Collectives:
             self._count(send.numel() * send.element_size())
             ops.insert(0, dist.P2POp(dist.isend, send, after, group))
         works = self._guard(lambda: dist.batch_isend_irecv(ops), "rotate") if ops else []
-        return lambda: self._wait(works, "rotate", (send, receive))
+
+        def wait() -> None:
+            if works:
+                give_way()
+                self._wait(works, "rotate", (send, receive))
+
+        return wait
 
     def _exchange(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:
         """P2P between all pairs, empty messages left out. gloo has no gather or all-to-all of unequal lists."""
@@ -71,7 +80,9 @@ class Collectives:
             if receives[source].numel():
                 ops.append(dist.P2POp(dist.irecv, receives[source], self.members.ranks[source], self.members.group))
         if ops:
-            self._wait(self._guard(lambda: dist.batch_isend_irecv(ops), "exchange"), "exchange", ops)
+            works = self._guard(lambda: dist.batch_isend_irecv(ops), "exchange")
+            give_way()
+            self._wait(works, "exchange", ops)
 
     def _wait(self, works: Sequence[Any], what: str, alive: Any) -> None:
         """Wait; `alive` holds the memory of the messages until then."""

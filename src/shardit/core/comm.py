@@ -56,6 +56,7 @@ class Comm:
         self.rank = self.groups.ranks.index(mesh.rank)
         self.size = len(self.groups.ranks)
         self.sent_bytes = 0
+        self.messages = 0
         self._outstanding: dict[Transfer, None] = {}  # oldest first
         self._max_outstanding = max_outstanding
 
@@ -64,6 +65,7 @@ class Comm:
         group = self.groups.back if result else self.groups.edge(self.rank, target)
         work = self._guard(lambda: dist.isend(message, self.groups.ranks[target], group=group), f"send to {target}")
         self.sent_bytes += message.numel()
+        self.messages += 1
         # gloo cancels a send whose handle is dropped, and frees nothing before it is waited for.
         return self._hold(Transfer(work, message, f"send to stage {target}"))
 
@@ -175,28 +177,37 @@ def view_near(
 
 def dump_with_tensors(value: Any) -> tuple[bytes, list[torch.Tensor]]:
     """Pickle any object with its tensors taken out; the tensors come back in the order of their numbers."""
-    tensors: list[torch.Tensor] = []
-    numbers: dict[int, int] = {}
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> int | None:
-            if not isinstance(obj, torch.Tensor):
-                return None
-            if id(obj) not in numbers:
-                numbers[id(obj)] = len(tensors)
-                tensors.append(obj)
-            return numbers[id(obj)]
-
     out = io.BytesIO()
-    Pickler(out, protocol=5).dump(value)
-    return out.getvalue(), tensors
+    pickler = _Pickler(out)
+    pickler.dump(value)
+    return out.getvalue(), pickler.tensors
 
 
 def load_with_tensors(data: bytes, tensors: list[torch.Tensor]) -> Any:
     """The inverse of `dump_with_tensors`."""
+    return _Unpickler(io.BytesIO(data), tensors).load()
 
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, pid: Any) -> torch.Tensor:
-            return tensors[pid]
 
-    return Unpickler(io.BytesIO(data)).load()
+# Not local classes: a class is part of a reference cycle, which would keep the tensors until it is collected.
+class _Pickler(pickle.Pickler):
+    def __init__(self, out: io.BytesIO):
+        super().__init__(out, protocol=5)
+        self.tensors: list[torch.Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        if id(obj) not in self._numbers:
+            self._numbers[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self._numbers[id(obj)]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: io.BytesIO, tensors: list[torch.Tensor]):
+        super().__init__(data)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        return self._tensors[pid]

@@ -145,6 +145,17 @@ class Coroutine:
             outer.install()
 
 
+willing: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("shardit_willing", default=None)
+"""The coroutine that runs, if it lets others compute while it would only wait."""
+
+
+def give_way() -> None:
+    """Called between the start of something slow and the wait for it: let others compute meanwhile, if any may."""
+    coroutine = willing.get()
+    if coroutine is not None:
+        coroutine.pause()
+
+
 @dataclass
 class Generators:
     """States of the global random generators that belong to one request."""

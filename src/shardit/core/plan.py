@@ -47,6 +47,13 @@ class Leaf:
     nbytes: int = 0
 
 
+def describe_result(leaf: Any) -> Leaf:
+    """The description of one leaf of what a forward returns."""
+    if not isinstance(leaf, torch.Tensor):
+        return Leaf("value", value=leaf)
+    return Leaf("tensor", leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()))
+
+
 @dataclass(frozen=True)
 class Site:
     """The n-th block call of a forward: which block, and what its output looks like."""

@@ -45,10 +45,15 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
 def _outermost_lists(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.ModuleList]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList) and len(child) and all(_callable(block) for block in child):
+        if isinstance(child, nn.ModuleList) and is_block_list(child):
             yield path, child
         else:
             yield from _outermost_lists(child, f"{path}.")
+
+
+def is_block_list(module: nn.Module) -> bool:
+    """Whether a module is a ModuleList of modules that can be called."""
+    return isinstance(module, nn.ModuleList) and len(module) > 0 and all(_callable(block) for block in module)
 
 
 def _callable(block: nn.Module) -> bool:

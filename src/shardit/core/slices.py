@@ -60,16 +60,37 @@ class Shards:
         return tuple(self.of(rank).length for rank in range(len(self.ranks)))
 
 
-def even(total: int, parts: int, dim: int = 0, unit: int = 1) -> Shards:
-    """One run of dimension `dim` for each rank; runs begin at multiples of `unit` and differ by one unit at most."""
+Parts = int | tuple[float, ...]
+"""Into how many parts something is cut, of equal size; or the sizes of the parts, in relation to each other."""
+
+
+def even(total: int, parts: Parts, dim: int = 0, unit: int = 1) -> Shards:
+    """One run of dimension `dim` for each rank; runs begin at multiples of `unit`, and differ by one unit at most
+    (from what they were to be, where `parts` are sizes)."""
     return shards(dim, total, [even_runs(total // unit, parts, unit)])
 
 
-def even_runs(count: int, parts: int, unit: int = 1, offset: int = 0) -> list[tuple[int, int]]:
-    """`count` units of `unit` elements, dealt to `parts` ranks in order: (start, length) for each, from `offset` on."""
-    least, more = divmod(count, parts)
-    lengths = [(least + (i < more)) * unit for i in range(parts)]
+def even_runs(count: int, parts: Parts, unit: int = 1, offset: int = 0) -> list[tuple[int, int]]:
+    """`count` units of `unit` elements, dealt to `parts` in order: (start, length) for each, from `offset` on."""
+    lengths = [n * unit for n in (_equal(count, parts) if isinstance(parts, int) else _in_proportion(count, parts))]
     return list(zip(accumulate(lengths[:-1], initial=offset), lengths, strict=True))
+
+
+def _equal(count: int, parts: int) -> list[int]:
+    least, more = divmod(count, parts)
+    return [least + (i < more) for i in range(parts)]
+
+
+def _in_proportion(count: int, shares: tuple[float, ...]) -> list[int]:
+    """Whole numbers in proportion to the shares, at least one each as long as there are enough."""
+    least = 1 if count >= len(shares) else 0
+    wanted = [share / sum(shares) * count for share in shares]
+    numbers = [max(least, int(number)) for number in wanted]
+    while (left := count - sum(numbers)) != 0:
+        step = 1 if left > 0 else -1
+        able = [i for i, number in enumerate(numbers) if number + step >= least]
+        numbers[max(able, key=lambda i: step * (wanted[i] - numbers[i]))] += step
+    return numbers
 
 
 def shards(dim: int, total: int, runs: Sequence[Sequence[tuple[int, int]]]) -> Shards:

@@ -110,8 +110,8 @@ class Stages:
         if self._current["seam"] is not None:  # the forward calls the model itself
             return forward(*args, **kwargs)
         settle((args, kwargs))
-        self._mark_start((args, kwargs))
-        if not _scales_adapters(kwargs):
+        self.runtime.turns.mark_start((args, kwargs))
+        if not scales_adapters(kwargs):
             return self._micro_batches(forward, args, kwargs)
         # The scale multiplies the adapters' own in place for the length of the forward: nothing else may run in it.
         self.runtime.schedule.drain()
@@ -128,6 +128,12 @@ class Stages:
                 yield
         finally:
             self._current["seam"] = seam
+
+    def watched(self, forward: Callable[[], Any], arguments: Any) -> Any:
+        """The result of a forward that runs block by block on all stages at once, of which nothing is remembered. Only
+        inside `aside`; collective over the stages."""
+        call = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, lambda index: None)
+        return call.run(self._current, forward, arguments)[0]
 
     @property
     def _name(self) -> str:
@@ -232,19 +238,6 @@ class Stages:
     def _count(self, index: int) -> None:
         self.ran[index] += 1
 
-    def _mark_start(self, arguments: Any) -> None:
-        """Once per request: note what its first call is given. Whoever runs the requests compares the marks of all
-        ranks; doing it here would make every rank wait for the others and drain the pipeline."""
-        program = self.runtime.turns.current
-        if program is None or program.start is not None:
-            return
-        first = next((t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)), None)
-        if first is None:
-            program.start = "no tensor"
-        else:
-            wide = first.double()
-            program.start = repr((tuple(first.shape), float(wide.sum()), float(wide.abs().sum())))
-
 
 def _same_bits(expected: Any, got: Any) -> bool:
     a, b = tree_leaves(expected), tree_leaves(got)
@@ -259,7 +252,8 @@ def _equal(x: Any, y: Any) -> bool:
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) if x.ndim else x.equal(y)
 
 
-def _scales_adapters(kwargs: dict[str, Any]) -> bool:
+def scales_adapters(kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for another strength of its adapters than they were given."""
     return any(
         isinstance(value, dict) and value.get("scale", 1.0) != 1.0
         for name, value in kwargs.items()

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import RankError, UnsupportedError
 from .comm import Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
-from .plan import CallPlan, Leaf, Site
+from .plan import CallPlan, Leaf, Site, describe_result
 from .sites import inner_tensors, put
 from .trace import Recorder, Trace, derive
 
@@ -141,7 +141,7 @@ class TracedCall:
     def _own(
         self, index: int, call: Any, args: Any, kwargs: Any, arguments: list[torch.Tensor | None]
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
-        before = [_mark(t) for t in arguments]
+        before = [mark(t) for t in arguments]
         given, outline = tree_flatten((args, kwargs))
         try:
             with _without_modes():  # what the block compiles must not see that it is watched
@@ -154,7 +154,7 @@ class TracedCall:
             self._shared = True
             raise
         self._count(index)
-        mutated = [q for q, t in enumerate(arguments) if t is not None and _changed(t, before[q])]
+        mutated = [q for q, t in enumerate(arguments) if t is not None and changed(t, before[q])]
         blob, tensors = dump_with_tensors(out)
         leaves = _describe(tensors, arguments)
         self.comm.broadcast_object((blob, leaves, mutated), self.comm.rank)
@@ -194,13 +194,6 @@ class TracedCall:
         return Leaf("value", value=leaf)
 
 
-def describe_result(leaf: Any) -> Leaf:
-    """The description of one leaf of what a forward returns."""
-    if not isinstance(leaf, torch.Tensor):
-        return Leaf("value", value=leaf)
-    return Leaf("tensor", leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()))
-
-
 def _describe(tensors: list[torch.Tensor], arguments: list[torch.Tensor | None]) -> list[Leaf]:
     """Describe the tensors of a block's output: those that look at an argument's memory, and new ones."""
     owned_by_argument: dict[int, int] = {}
@@ -234,14 +227,14 @@ def _first_of_storage(leaves: list[Leaf]) -> list[int]:
     return list(first.values())
 
 
-def _mark(tensor: torch.Tensor | None) -> Any:
+def mark(tensor: torch.Tensor | None) -> Any:
     """What tells later whether a block wrote to a tensor: its version, or a copy where versions are not counted."""
     if tensor is None:
         return None
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 
-def _changed(tensor: torch.Tensor, mark: Any) -> bool:
+def changed(tensor: torch.Tensor, mark: Any) -> bool:
     if isinstance(mark, torch.Tensor):
         return not torch.equal(tensor.contiguous().view(torch.uint8), mark.contiguous().view(torch.uint8))
     return tensor._version != mark

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..errors import RankError
 from .coroutine import Coroutine, Generators
@@ -61,6 +62,19 @@ class Turns:
             if program.interrupted:
                 raise Interrupted("the request was interrupted")
         program.waits_for = None
+
+    def mark_start(self, arguments: Any) -> None:
+        """Once per request: note what its first call is given. Whoever runs the requests compares the marks of all
+        ranks; doing it here would make every rank wait for the others and drain the pipeline."""
+        program = self.current
+        if program is None or program.start is not None:
+            return
+        first = next((t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)), None)
+        if first is None:
+            program.start = "no tensor"
+        else:
+            wide = first.double()
+            program.start = repr((tuple(first.shape), float(wide.sum()), float(wide.abs().sum())))
 
     def run(self, programs: Iterator[Program], max_in_flight: int) -> Iterator[Program]:
         """Run all programs, at most `max_in_flight` at once; yields each when it has ended, with value or error.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DiffusionParallelConfig
 from ..core.assign import Assignment, assign
 from ..core.mesh import axis_sizes, coordinates
 from ..core.slices import Owned, Slice
-from ..loading import Description, describe
+from ..loading import Description, describe, describe_configs
 from ..loading.dtypes import as_dtype
+from ..loading.hub import cached
+from ..models.shipped import shipped
 from ..parallel.tensor import describe_plan, owned_slices, plan_components
 
 if TYPE_CHECKING:
@@ -21,12 +24,16 @@ if TYPE_CHECKING:
 def inspect_model(
     model: str | os.PathLike[str], config: DiffusionParallelConfig, dtype: str | None = None, max_in_flight: int = 1
 ) -> dict[str, Any]:
-    """One document: per rank and component the blocks (numbers in execution order), parameters and bytes.
+    """One document: per rank and component the blocks (numbers in execution order; of encoders: the units), parameters
+    and bytes; and the bytes of the whole model.
 
-    Bytes are those in the files, or with `dtype` those in memory of that dtype. Raises what loading would raise.
+    `model` may also be the name or hub id of a configuration that comes with shardit. Bytes are those in the files
+    (of such a configuration: in bfloat16), or with `dtype` those in memory of that dtype.
+    Raises what loading would raise.
     """
-    found = describe(model)
-    cuts = plan_components(found.modules, config.tensor_parallel_size)
+    configs = _configs(model)
+    found = describe(model) if configs is None else describe_configs(configs)
+    cuts = plan_components(found.modules, config.tensor_parallel_size, config.world_size // config.data_parallel_size)
     assignment = assign(
         found.modules,
         found.pipeline_class,
@@ -46,15 +53,22 @@ def inspect_model(
         components = {name: _component(found, assignment, name, member, owned, dtype) for name, owned in owns.items()}
         held = {name: part for name, part in components.items() if part["parameters"]}
         ranks.append({"rank": rank, "coords": coords, "components": held})
+    everything = sum(_component(found, assignment, name, 0, lambda _: True, dtype)["bytes"] for name in found.modules)
     notes = [line for name, cut in cuts.items() for line in describe_plan(name, found.modules[name], cut)]
-    return {"ranks": ranks, "chunks": assignment.chunks, "notes": [*assignment.notes, *notes]}
+    return {"ranks": ranks, "chunks": assignment.chunks, "bytes": everything, "notes": [*assignment.notes, *notes]}
+
+
+def _configs(model: str | os.PathLike[str]) -> Path | None:
+    """The folder of a configuration that comes with shardit, unless the model itself is on this disk."""
+    name = os.fspath(model)
+    folder = shipped(name)
+    return None if folder is None or Path(name).expanduser().exists() or cached(name) else folder
 
 
 def _component(
     found: Description, assignment: Assignment, name: str, member: int, owned: Owned, dtype: str | None
 ) -> dict[str, Any]:
-    cut, stage = assignment.cut.get(name), assignment.stages[member]
-    blocks = [i for i, owner in enumerate(cut.placement.owners()) if owner == stage] if cut else []
+    blocks = assignment.blocks(name, member)
     stored, kind = found.sizes[name], as_dtype(dtype)
     held: dict[int, tuple[torch.Tensor, list[str]]] = {}  # tied ones count once
     for key, tensor in found.modules[name].state_dict(keep_vars=True).items():

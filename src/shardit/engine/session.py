@@ -23,6 +23,7 @@ from ..models.back_ends import check_attention_backend
 from ..models.variants import image_pipeline
 from ..output import Output
 from ..parallel.tensor import plan_components
+from ..parallel_state import destroy_model_parallel
 from ..signature import signature_of
 from .progress import report_progress
 from .result import collect
@@ -159,6 +160,7 @@ class Session:
 
     def close(self) -> None:
         """Leave the process group."""
+        destroy_model_parallel()
         if dist.is_initialized() and self._mesh.world_size > 1:
             dist.destroy_process_group()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardit.loading.checkpoint import Checkpoint
-    from shardit.loading.description import Description, describe
+    from shardit.loading.description import Description, describe, describe_configs
     from shardit.loading.index import Component, components, pipeline_class
     from shardit.loading.meta import build
     from shardit.loading.pipeline import load_pipeline
@@ -28,6 +28,7 @@ _HOME = {
     "build": "meta",
     "components": "index",
     "describe": "description",
+    "describe_configs": "description",
     "fetch_weights": "source",
     "load_module": "weights",
     "load_pipeline": "pipeline",
@@ -48,6 +49,7 @@ __all__ = [
     "build",
     "components",
     "describe",
+    "describe_configs",
     "fetch_weights",
     "load_module",
     "load_pipeline",

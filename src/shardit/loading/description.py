@@ -47,6 +47,18 @@ def describe(model: str | os.PathLike, pipeline_class: str | type | None = None)
     return Description(found.source.folder, found.cls, found.parts, found.modules, sizes)
 
 
+def describe_configs(folder: Path) -> Description:
+    """Describe a folder that holds configurations alone; `sizes` are those of weights in bfloat16."""
+    import torch
+
+    found = prepare(folder, dtype=torch.bfloat16, configs_only=True)
+    sizes = {
+        name: {key: tensor.numel() * tensor.element_size() for key, tensor in module.state_dict().items()}
+        for name, module in found.modules.items()
+    }
+    return Description(found.source.folder, found.cls, found.parts, found.modules, sizes)
+
+
 def _sizes(module: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
     if is_diffusers(type(module)):
         check_tensors(module, checkpoint)

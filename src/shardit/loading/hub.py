@@ -96,7 +96,7 @@ def open_hub(model: str) -> HubRemote:
         with _explained(model):
             path = Path(hf_hub_download(model, INDEX))
     except Unreachable:
-        path = _cached(model)
+        path = cached(model)
         if path is None:
             raise
         commit, listing = path.parent.name, _held(path.parent)
@@ -109,7 +109,7 @@ def _held(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _cached(model: str) -> Path | None:
+def cached(model: str) -> Path | None:
     """The index of the newest commit in the cache, None where there is none."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -81,9 +81,16 @@ class Prepared:
 
 
 def prepare(
-    model: str | os.PathLike, pipeline_class: str | type | None = None, dtype: torch.dtype | None = None
+    model: str | os.PathLike,
+    pipeline_class: str | type | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    configs_only: bool = False,
 ) -> Prepared:
-    """Everything about a pipeline that can be had without reading weights; errors as in `load_pipeline`."""
+    """Everything about a pipeline that can be had without reading weights; errors as in `load_pipeline`.
+
+    configs_only: the folder holds nothing but configurations, so there are no checkpoints.
+    """
     from transformers import PreTrainedModel
 
     source = locate(model, weights=False)
@@ -92,13 +99,17 @@ def prepare(
     accepted = inspect.signature(cls.__init__).parameters
     found = index.components(source.folder).items()
     parts = {name: part for name, part in found if name in accepted and not part.absent}
-    _check_complete(source.folder, cls, parts)
-    checkpoints, modules = {}, {}
+    if not configs_only:
+        _check_complete(source.folder, cls, parts)
+    checkpoints: dict[str, Checkpoint] = {}
+    modules: dict[str, nn.Module] = {}
     for name, part in parts.items():
         kind = index.component_class(part)
         if is_diffusers(kind) or issubclass(kind, PreTrainedModel):
-            checkpoints[name] = Checkpoint.open(part.folder, remote=source.remote)
-            modules[name] = build(kind, part.folder, dtype, checkpoints[name].stored_dtype)
+            if not configs_only:
+                checkpoints[name] = Checkpoint.open(part.folder, remote=source.remote)
+            stored = checkpoints[name].stored_dtype if name in checkpoints else None
+            modules[name] = build(kind, part.folder, dtype, stored)
     return Prepared(source, cls, parts, checkpoints, modules)
 
 

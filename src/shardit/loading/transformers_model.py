@@ -1,12 +1,11 @@
-"""transformers models: loaded whole by transformers itself, by slices like those of diffusers, or not at all."""
+"""transformers models: loaded whole by transformers itself, in part like those of diffusers, or not at all."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
 
-from shardit.core.slices import Slice
-from shardit.errors import InputError, UnsupportedError
+from shardit.errors import InputError
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
@@ -29,19 +28,16 @@ def load_transformers(
 ) -> nn.Module:
     """`module` (built on meta) itself where nothing is owned, else the model as from_pretrained gives it.
 
-    Where `owned` gives slices, only those are read, into `module`; if the file does not hold the tensors one by one as
-    the model has them, the model is loaded whole, and who asked has to cut it. Raises UnsupportedError where only some
-    of the tensors are owned, InputError for what from_pretrained refuses.
+    Where `owned` gives slices or leaves tensors out, only what is owned is read, into `module`; if the file does not
+    hold the tensors one by one as the model has them, the model is loaded whole, and who asked has to cut it.
+    Raises InputError for what from_pretrained refuses.
     """
     cls: Any = type(module)
     ours = [owned(name) for name, _ in module.named_parameters()]
     if not any(ours):
         return module
-    if not all(ours):
-        raise UnsupportedError(
-            f"{cls.__name__} can only be loaded whole or not at all: give all of it to one rank or to every rank"
-        )
-    keys = _one_to_one(module, checkpoint) if any(isinstance(part, Slice) for part in ours) else None
+    whole = all(part is True for part in ours)
+    keys = None if whole else _one_to_one(module, checkpoint)
     if keys is not None:
         _read_generation_config(module, checkpoint)
         return load_module(module, checkpoint, owned, device=device, reads=reads, keys=keys)

@@ -26,6 +26,17 @@ SLACK = {torch.float32: 2.0}
 """One block in float32 may differ a little more than a whole model may (`CLOSE`), whose sums average it out."""
 
 
+REMEDY = (
+    "set ulysses_degree=1 and ring_degree=1, or say in the model's _sp_plan where its tensors are split "
+    "(docs/sequence-plans.md)"
+)
+"""What to do about a model whose tokens cannot be spread by what is found."""
+
+
+class Refused(UnsupportedError):
+    """No way was found to spread a model."""
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     """How a kind of block call is spread. outs: how each output leaf is cut. spread: see `BlockRun`."""
@@ -47,8 +58,8 @@ def find_plan(
     shapes = shapes_of(leaves)
     kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
     expected, out_spec = tree_flatten(_call(call, leaves, spec))
-    if any(k is not None and not _same(k, leaf) for k, leaf in zip(kept, leaves, strict=True)):
-        raise UnsupportedError(f"{name} writes to its arguments: set ulysses_degree=1 and ring_degree=1")
+    if any(k is not None and not same(k, leaf) for k, leaf in zip(kept, leaves, strict=True)):
+        raise Refused(f"{name} writes to its arguments: {REMEDY}")
     found = candidates(shapes, shapes_of(expected))
     if found and max(found[0].totals(shapes)) < attention.sp.size:
         return None
@@ -60,9 +71,9 @@ def find_plan(
             return plan
     why = f"; {failures[0]}" if failures and isinstance(failures[0], UnsupportedError) else ""
     sizes = ", ".join(str(list(shape)) for shape in shapes if shape is not None)
-    raise UnsupportedError(
+    raise Refused(
         f"no way was found to spread the tokens of {name} over {attention.sp.size} ranks (its arguments have the "
-        f"shapes {sizes}; {len(found)} ways were tried{why}): set ulysses_degree=1 and ring_degree=1 for this model"
+        f"shapes {sizes}; {len(found)} ways were tried{why}): {REMEDY}"
     )
 
 
@@ -172,7 +183,8 @@ def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (tensor + 0.3 * (scale or 1.0) * noise).to(tensor.dtype)
 
 
-def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+def same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors have the same values, all NaN counting alike."""
     return torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
 
 

@@ -21,6 +21,8 @@ from ..errors import UnsupportedError
 from .attention import Call
 
 _plain_sdpa = F.scaled_dot_product_attention
+_users = 0
+"""How often `attention_goes_to` is entered: forwards in flight enter and leave it in any order."""
 
 
 class Handler(Protocol):
@@ -37,17 +39,20 @@ _handler: ContextVar[Handler | None] = ContextVar("shardit_attention", default=N
 @contextmanager
 def attention_goes_to(handler: Handler) -> Iterator[None]:
     """While this is entered, attention calls in this context go to `handler`."""
-    global _plain_sdpa
+    global _plain_sdpa, _users
     _wrap_back_ends()
     if F.scaled_dot_product_attention is not _sdpa:
         _plain_sdpa = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = _sdpa
     token = _handler.set(handler)
+    _users += 1
     try:
         yield
     finally:
         _handler.reset(token)
-        F.scaled_dot_product_attention = _plain_sdpa
+        _users -= 1
+        if not _users:
+            F.scaled_dot_product_attention = _plain_sdpa
 
 
 def _sdpa(

@@ -7,7 +7,6 @@ Which dimensions are tokens is found, and checked, at the first call of each kin
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -18,10 +17,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.mesh import Mesh
 from ..core.pending import PendingTensor, settle
 from ..core.signature import modes
-from ..core.sites import find_blocks, swap_class
+from ..core.sites import swap_class
 from ..core.stages import Stages
 from ..core.traced_call import sendable
 from ..errors import RankError, UnsupportedError
@@ -70,6 +68,7 @@ class SequenceParallel:
     blocks: list[tuple[str, nn.Module]]
     stages: Stages | None = None
     checked: int = 0
+    by_hand = False
     _fingerprints: list[Any] = field(default_factory=list)
     _owned: list[bool] = field(default_factory=list)
     _plans: dict[Any, list[tuple[BlockPlan, Any]]] = field(default_factory=dict)
@@ -202,6 +201,13 @@ class SequenceParallel:
     def _name(self) -> str:
         return type(self.model).__name__
 
+    def install(self) -> None:
+        """Put the seam at the blocks, outside all others; those of other stages are on meta by now."""
+        self._fingerprints = [fingerprint(block) for _, block in self.blocks]
+        self._owned = [not any(p.is_meta for p in block.parameters()) for _, block in self.blocks]
+        for index, (_, block) in enumerate(self.blocks):
+            swap_class(block, {"__call__": _block_call(type(block).__call__, index, self)})
+
 
 def _shape(leaf: Any) -> Shape | None:
     source = _spread(leaf)
@@ -217,37 +223,9 @@ def _spread(leaf: Any) -> ShardSource | None:
     return None
 
 
-def shard_sequence(
-    model: nn.Module, mesh: Mesh, cut: Callable[[], Stages] | None = None, plan: Any = None
-) -> SequenceParallel:
-    """Spread the tokens of a transformer over the "sp" axis of the mesh, in place.
-
-    cut: what also cuts it into pipeline stages; it is called in the middle. The seam at the model's call must lie
-    inside that of the stages, which may run a forward in pieces, and the seam at the blocks outside theirs, so that
-    stages see and send shards only. Raises UnsupportedError where the model has no block lists.
-    """
-    blocks = find_blocks(model, plan)
-    if not blocks:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no block lists, so its tokens cannot be spread: set ulysses_degree=1 and "
-            "ring_degree=1"
-        )
-    parallel = SequenceParallel(model, SequenceAttention(mesh), blocks)
-    parallel._fingerprints = [fingerprint(block) for _, block in blocks]
-    own_call = type(model).__call__
-
-    @functools.wraps(own_call)
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return parallel.forward(own_call.__get__(self), args, kwargs)
-
-    members: dict[str, Any] = {"__call__": __call__}
-    members["shardit_sequence"] = property(lambda self: parallel)
-    swap_class(model, members)
-    parallel.stages = cut() if cut is not None else None
-    parallel._owned = [not any(p.is_meta for p in block.parameters()) for _, block in blocks]
-    for index, (_, block) in enumerate(blocks):
-        swap_class(block, {"__call__": _block_call(type(block).__call__, index, parallel)})
-    return parallel
+def automatic() -> bool:
+    """Whether a forward is running whose tokens are spread as was found."""
+    return _flow.get() is not None
 
 
 def _block_call(own_call: Any, index: int, parallel: SequenceParallel) -> Any:

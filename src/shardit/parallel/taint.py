@@ -37,19 +37,19 @@ class Taint(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if any(self.marked(t) for t in _tensors((args, kwargs))):
-            for tensor in (*_tensors(out), *_written(func, args)):
+        if any(self.marked(t) for t in tensors_of((args, kwargs))):
+            for tensor in (*tensors_of(out), *written(func, args)):
                 self.mark(tensor)
         return out
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensors_of(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _written(func: Any, args: Any) -> list[torch.Tensor]:
+def written(func: Any, args: Any) -> list[torch.Tensor]:
     """The arguments that an operation writes to."""
     if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
         return []
     pairs = zip(args, func._schema.arguments, strict=False)
-    return _tensors([a for a, spec in pairs if spec.alias_info is not None and spec.alias_info.is_write])
+    return tensors_of([a for a, spec in pairs if spec.alias_info is not None and spec.alias_info.is_write])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.assign import denoises
+from ..core.assign import ENCODERS, denoises, nbytes
+from ..core.balance import WHOLE_SHARE, beside
 from ..core.collectives import Collectives
 from ..core.mesh import Mesh
 from ..core.sites import put, swap_class
@@ -20,27 +21,30 @@ from .tensor_modules import install_role
 from .tensor_norms import install_pair
 from .tensor_plan import plan_tensors
 
-ENCODERS = "transformers."
-"""Where the classes of text and image encoders live."""
-
-
 ALONE = ""
 """The name of a module that is parallelized by itself."""
 
 
-def plan_components(modules: Mapping[str, nn.Module], size: int) -> dict[str, TensorPlan]:
+def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 0) -> dict[str, TensorPlan]:
     """How the components of a pipeline are cut: what denoises and what encodes; a VAE is left whole.
 
-    Raises UnsupportedError where what denoises has too few heads.
+    Where the `members` of a replica are the ranks of this axis alone, one that owns a large VAE gets less of the
+    encoders. Raises UnsupportedError where what denoises has too few heads.
     """
     if size == 1:
         return {}
+    denoisers = {n for n, m in modules.items() if denoises(n, m) or n == ALONE}
+    encoders = {n for n, m in modules.items() if type(m).__module__.startswith(ENCODERS)} - denoisers
+    wholes = [nbytes(m) for n, m in modules.items() if n not in denoisers | encoders]
+    sliced = sum(nbytes(modules[n]) for n in encoders)
+    share = sum(nbytes(module) for module in modules.values()) / size
+    uneven = members == size and encoders and max(wholes, default=0) > WHOLE_SHARE * share
+    parts = beside(wholes, sliced, size) if uneven else size
     plans = {}
-    for name, module in modules.items():
-        every_step = name == ALONE or denoises(name, module)
-        if every_step or type(module).__module__.startswith(ENCODERS):
-            with adapters_aside(module):
-                plans[name] = plan_tensors(module, size, must_cut=every_step)
+    for name in (n for n in modules if n in denoisers | encoders):
+        with adapters_aside(modules[name]):
+            every_step = name in denoisers
+            plans[name] = plan_tensors(modules[name], size if every_step else parts, must_cut=every_step)
     return plans
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..core.slices import Shards, even
+from ..core.slices import Parts, Shards, even
 from ..errors import UnsupportedError
 from . import tensor_rules as rules
 from .tensor_heads import join, owner_of
@@ -58,13 +58,15 @@ class TensorPlan:
 class Cutter:
     """Writes a plan for one model, rule by rule; the methods are what rules are made of.
 
+    parts: how many slices, or their sizes in relation to each other; size: how many.
     done: names of modules that a rule for one above them has dealt with. attentions: how many were cut. too_few: the
     numbers of heads of those that have fewer than there are ranks.
     """
 
-    def __init__(self, model: nn.Module, size: int):
-        self.model, self.size = model, size
-        self.plan = TensorPlan(size)
+    def __init__(self, model: nn.Module, parts: Parts):
+        self.model, self.parts = model, parts
+        self.size = parts if isinstance(parts, int) else len(parts)
+        self.plan = TensorPlan(self.size)
         self.done: set[str] = set()
         self.attentions = 0
         self.too_few: list[int] = []
@@ -85,7 +87,7 @@ class Cutter:
     def gathered(self, name: str, linear: Any) -> None:
         """Cut a linear by its outputs, which are gathered."""
         if linear.out_features >= self.size:
-            cut = even(linear.out_features, self.size)
+            cut = even(linear.out_features, self.parts)
             self.tensors(name, linear, cut)
             self.plan.roles[name] = Role("gathered", cut)
 
@@ -114,7 +116,7 @@ class Cutter:
     def vocabulary(self, name: str, table: Any) -> None:
         """A large table: by rows, so that what a rank reads of the file is one run."""
         if table.num_embeddings >= max(rules.VOCABULARY, self.size) and table.max_norm is None and not table.sparse:
-            cut = even(table.num_embeddings, self.size)
+            cut = even(table.num_embeddings, self.parts)
             self.tensors(name, table, cut)
             self.plan.roles[name] = Role("vocabulary", cut)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.slices import Shards, even
+from ..core.slices import Parts, Shards, even
 from . import tensor_rules as rules
 
 
@@ -20,12 +20,12 @@ class Heads:
     keys: int
     size: int
 
-    def key_shards(self, ranks: int) -> Shards:
-        return even(self.keys * self.size, ranks, unit=self.size)
+    def key_shards(self, parts: Parts) -> Shards:
+        return even(self.keys * self.size, parts, unit=self.size)
 
-    def query_shards(self, ranks: int) -> Shards:
+    def query_shards(self, parts: Parts) -> Shards:
         """A rank has the query heads that go with its key heads."""
-        return even(self.queries * self.size, ranks, unit=self.queries // self.keys * self.size)
+        return even(self.queries * self.size, parts, unit=self.queries // self.keys * self.size)
 
 
 def read_heads(module: nn.Module, names: rules.Attention, out: bool = True) -> Heads | str:

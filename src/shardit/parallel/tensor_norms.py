@@ -29,7 +29,10 @@ def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
 @dataclass
 class _Ahead:
-    """What one norm knows of the keys before the other is called: the keys, and then their summed squares."""
+    """What one norm knows of the keys before the other is called: the keys, and then their summed squares.
+
+    Calls in flight share it: between two messages each sets both again, and asks whether the keys are its own.
+    """
 
     keys: torch.Tensor | None = None
     squares: torch.Tensor | None = None
@@ -54,11 +57,13 @@ def install_pair(
 
     def first(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         squares = _squares(hidden_states)
-        if ahead.keys is None:
+        keys = ahead.keys
+        if keys is None:
             return _scaled(self, hidden_states, together(ranks.all_reduce, squares), query_total)
-        own = _squares(ahead.keys)
+        own = _squares(keys)
         both = together(ranks.all_reduce, torch.cat([squares.flatten(), own.flatten()]))
-        squares, ahead.squares = both[: squares.numel()].view_as(squares), both[squares.numel() :].view_as(own)
+        ahead.keys, ahead.squares = keys, both[squares.numel() :].view_as(own)
+        squares = both[: squares.numel()].view_as(squares)
         return _scaled(self, hidden_states, squares, query_total)
 
     def second(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:

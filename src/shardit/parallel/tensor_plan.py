@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..core.slices import Shards, even, even_runs, shards
+from ..core.slices import Parts, Shards, even, even_runs, shards
 from ..errors import UnsupportedError
 from . import tensor_rules as rules
 from .tensor_cuts import Cutter, NormPair, Role, TensorPlan
@@ -29,20 +29,20 @@ from .tensor_heads import (
 )
 
 
-def plan_tensors(model: nn.Module, size: int, *, must_cut: bool = False) -> TensorPlan:
-    """Plan the cut of a whole model (on meta or not) over `size` ranks; the same on every rank.
+def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False) -> TensorPlan:
+    """Plan the cut of a whole model (on meta or not) into `parts`, one for each rank; the same on every rank.
 
     `must_cut`: raise UnsupportedError where nothing can be cut, or where no attention has a head for every rank.
     """
-    cutter = Cutter(model, size)
+    cutter = Cutter(model, parts)
     for name, module in model.named_modules():
         if name not in cutter.done:
             _visit(cutter, name, module)
     if must_cut and cutter.too_few and not cutter.attentions:
         most = max(cutter.too_few)
         raise UnsupportedError(
-            f"tensor_parallel_size={size} does not fit {type(model).__name__}: its attention has {most} heads to deal "
-            f"out; use 1{f' to {most}' if most > 1 else ''}"
+            f"tensor_parallel_size={cutter.size} does not fit {type(model).__name__}: its attention has {most} heads "
+            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
         )
     cutter.agree_on_tied()
     if must_cut and not cutter.plan.cuts:
@@ -78,7 +78,7 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 
 def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.Attention, heads: Heads) -> None:
-    query, keys = heads.query_shards(cutter.size), heads.key_shards(cutter.size)
+    query, keys = heads.query_shards(cutter.parts), heads.key_shards(cutter.parts)
     for part in present(module, names.query):
         cutter.columns(join(name, part), part_of(module, part), query)
     for part in present(module, names.key_value):
@@ -96,7 +96,7 @@ def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.At
         cutter.plan.pairs.append(NormPair(norms[0], join(name, names.key_value[0]), norms[1]))
     for part in present(module, names.per_head):
         table = part_of(module, part)
-        cut = even(heads.queries, cutter.size, dim=1)
+        cut = even(heads.queries, cutter.parts, dim=1)
         cutter.plan.cuts[join(name, f"{part}.weight")] = cut
         cutter.set_numbers(join(name, part), table, {"embedding_dim": heads.queries}, cut.lengths)
         cutter.done.add(join(name, part))
@@ -126,8 +126,8 @@ def _fused_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
             continue
         if count < cutter.size:
             return cutter.has_too_few(name, count)
-        cut = even(width, cutter.size, unit=width // count)
-        runs = [even_runs(count, cutter.size, width // count, third * width) for third in range(3)]
+        cut = even(width, cutter.parts, unit=width // count)
+        runs = [even_runs(count, cutter.parts, width // count, third * width) for third in range(3)]
         cutter.columns(join(name, names.into), into, shards(0, 3 * width, runs))
         cutter.rows(join(name, names.out), out, cut)
         heads = [n // (width // count) for n in cut.lengths]
@@ -158,12 +158,12 @@ def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
         if heads.keys < cutter.size:
             return cutter.has_too_few(name, heads.keys)
         _cut_attention(cutter, join(name, names.attention), attention, rules.ATTENTIONS[0], heads)
-        runs = [even_runs(width, cutter.size, offset=gate * width) for gate in range(gates)]
+        runs = [even_runs(width, cutter.parts, offset=gate * width) for gate in range(gates)]
         cutter.columns(join(name, names.into), into, shards(0, gates * width, runs))
-        heads_first = [run for (run,) in heads.query_shards(cutter.size).ranks]
-        rows = shards(1, inner + width, [heads_first, even_runs(width, cutter.size, offset=inner)])
+        heads_first = [run for (run,) in heads.query_shards(cutter.parts).ranks]
+        rows = shards(1, inner + width, [heads_first, even_runs(width, cutter.parts, offset=inner)])
         cutter.rows(join(name, names.out), out, rows)
-        cutter.set_numbers(name, module, {names.width: width}, even(width, cutter.size).lengths)
+        cutter.set_numbers(name, module, {names.width: width}, even(width, cutter.parts).lengths)
         return True
     return False
 
@@ -185,10 +185,10 @@ def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
         if not known or width < cutter.size or any(linear.out_features != gates * width for linear in into):
             cutter.left_whole(name, "it is no plain feed-forward")
             return False
-        cut = shards(0, gates * width, [even_runs(width, cutter.size, offset=g * width) for g in range(gates)])
+        cut = shards(0, gates * width, [even_runs(width, cutter.parts, offset=g * width) for g in range(gates)])
         for part, linear in zip(names.into, into, strict=True):
             cutter.columns(join(name, part), linear, cut)
-        cutter.rows(join(name, names.out), out, even(width, cutter.size))
+        cutter.rows(join(name, names.out), out, even(width, cutter.parts))
         return True
     return False
 
@@ -204,7 +204,7 @@ def _sequence(cutter: Cutter, name: str, module: nn.Module) -> bool:
     (first, into), (second, out) = cast(list[tuple[str, nn.Linear]], linears)
     if into.out_features != out.in_features or out.in_features < cutter.size:
         return False
-    cut = even(out.in_features, cutter.size)
+    cut = even(out.in_features, cutter.parts)
     cutter.columns(join(name, first), into, cut)
     cutter.rows(join(name, second), out, cut)
     return True

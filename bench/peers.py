@@ -1,0 +1,74 @@
+"""What others offer for the same model and ranks: context parallelism of diffusers, tensor parallelism of torch.
+
+Each function changes a WanTransformer3DModel in place, on every rank of the default process group. torch is imported by
+the ranks alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+
+def context_parallel(**degrees: int) -> Callable[[Any], None]:
+    """`enable_parallelism` of diffusers with these degrees."""
+
+    def apply(transformer: Any) -> None:
+        from diffusers import ContextParallelConfig
+        from diffusers.models import attention_dispatch
+
+        attention_dispatch._native_attention_forward_op = _attention_with_lse  # theirs has no log-sum-exp for Ring
+        with mock.patch("torch.accelerator.device_count", return_value=1):  # it divides by the number, none on a CPU
+            transformer.enable_parallelism(config=ContextParallelConfig(**degrees))
+
+    return apply
+
+
+def _attention_with_lse(
+    _ctx: Any, query: Any, key: Any, value: Any, mask: Any, dropout: float, causal: bool, *rest: Any, **options: Any
+) -> Any:
+    """The native attention of diffusers for a CPU, with torch's kernel that returns the log-sum-exp too."""
+    import torch
+
+    q, k, v = (t.permute(0, 2, 1, 3) for t in (query, key, value))
+    if not (options.get("return_lse") or rest[-1:] == (True,)):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, causal).permute(0, 2, 1, 3)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, attn_mask=mask)
+    return out.permute(0, 2, 1, 3), lse.transpose(1, 2)
+
+
+def dtensor(transformer: Any) -> None:
+    """DTensor slices as in torch's tutorial: columns in, rows out. The norms across all heads run on shards of tokens,
+    which moves fewer bytes than gathering queries and keys."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    columns = {"to_q": ColwiseParallel(use_local_output=False), "to_k": ColwiseParallel(use_local_output=False)}
+    norms = {"norm_q": SequenceParallel(use_local_output=False), "norm_k": SequenceParallel(use_local_output=False)}
+    attention = {**columns, **norms, "to_v": ColwiseParallel(), "to_out.0": RowwiseParallel()}
+    for block in transformer.blocks:
+        for attn in (block.attn1, block.attn2):
+            parallelize_module(attn, mesh, attention)
+            attn.heads //= mesh.size()
+            for norm in (attn.norm_q, attn.norm_k):
+                norm.register_forward_hook(_own_heads(mesh))
+        parallelize_module(block.ffn, mesh, {"net.0.proj": ColwiseParallel(), "net.2": RowwiseParallel()})
+
+
+def _own_heads(mesh: Any) -> Callable[..., Any]:
+    from torch.distributed.tensor import Shard
+
+    def hook(_module: Any, _args: Any, out: Any) -> Any:
+        return out.redistribute(mesh, [Shard(2)]).to_local()
+
+    return hook
+
+
+PEERS: dict[str, Callable[[Any], None]] = {
+    "diffusers, Ulysses": context_parallel(ulysses_degree=2),
+    "diffusers, Ring": context_parallel(ring_degree=2),
+    "torch DTensor, slices": dtensor,
+}

@@ -1,0 +1,161 @@
+"""Calls that wait for messages inside their blocks (slices, spread tokens): while one waits, another computes.
+
+The two branches of guidance, or several requests, are in flight together. A forward runs until it has started to send
+something, then the next one goes on; so messages travel, and ranks that are behind catch up, while everybody computes.
+The order is that of the calls, the same on every rank, whether or not a message has come.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from ..errors import RankError, UnsupportedError
+from .coroutine import Coroutine, willing
+from .pending import settle
+from .plan import ResultPlan, describe_result
+from .result import Result
+from .signature import signature
+from .sites import swap_class
+from .stages import MAX_SIGNATURES, Runtime, scales_adapters
+
+_inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)
+"""The model whose forward runs, in this context."""
+
+
+class OverlappedCall:
+    """A forward in flight (a `schedule.Flight`). It has a segment for each time it waited, known as it goes."""
+
+    def __init__(
+        self, model: nn.Module, plan: ResultPlan, runtime: Runtime, forward: Callable[[], Any], arguments: Any
+    ):
+        self.finished = False
+        self.owners = [runtime.mesh.pp_rank]
+        self.failure: Exception | None = None
+        self._model, self._forward, self._runtime = model, forward, runtime
+        self._inputs = [(t, t._version) for t in tree_leaves(arguments) if _versioned(t)]
+        self._result = Result(plan, runtime.mesh.device, self._settle)
+        self._coroutine = Coroutine(self._run)
+
+    def result(self) -> Any:
+        """What forward returns, with pending tensors."""
+        return self._result.tree()
+
+    def begin(self) -> None:
+        """Run to the first message."""
+        self._resume()
+
+    def run(self, segment: int) -> None:
+        """Go on to the next message. What is wrong is told to whoever uses the result: this is somebody else's turn."""
+        try:
+            if any(tensor._version != version for tensor, version in self._inputs):
+                raise UnsupportedError("an argument was changed in place while its call was in flight")
+            self._resume()
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            self.failure = error
+            self._coroutine.kill()
+
+    def post(self, segment: int) -> None:
+        """Nothing arrives here from another stage."""
+
+    def finish(self) -> None:
+        """The result is here on every rank."""
+
+    def _resume(self) -> None:
+        self._coroutine.resume()
+        if not self._coroutine.done:
+            self.owners.append(self.owners[0])
+
+    def _settle(self) -> None:
+        self._runtime.wait_for(self)
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self) -> None:
+        _inside.set(self._model)
+        willing.set(self._coroutine)
+        with torch.no_grad():
+            leaves, _ = tree_flatten(self._forward())
+            settle(leaves)
+            expected = self._result.plan.leaves
+            if len(leaves) != len(expected) or not all(map(_fits, expected, leaves)):
+                raise UnsupportedError("the result has another shape than in the first call of this signature")
+            for number, view in self._result.views():
+                view.copy_(leaves[number])
+
+
+@dataclass
+class Overlap:
+    """One model whose calls may be in flight together. overlapped: how many have been."""
+
+    model: nn.Module
+    runtime: Runtime
+    overlapped: int = 0
+    _plans: OrderedDict[Any, ResultPlan] = field(default_factory=OrderedDict)
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model: returns at once with pending tensors, except the first of each signature."""
+        if _inside.get() is self.model:  # the forward calls the model itself
+            return forward(*args, **kwargs)
+        settle((args, kwargs))
+        self.runtime.turns.mark_start((args, kwargs))
+        # A cache keeps a call's state on the model, and a scale multiplies weights for the length of the forward.
+        alone = getattr(self.model, "is_cache_enabled", False) or scales_adapters(kwargs) or torch.is_grad_enabled()
+        if alone:
+            self.runtime.schedule.drain()
+        key = None if alone else signature((args, kwargs), self.model.training)
+        plan = self._plans.get(key)
+        if plan is None:
+            return self._first(key, forward, args, kwargs)
+        self._plans.move_to_end(key)
+        self.overlapped += 1
+        call = OverlappedCall(self.model, plan, self.runtime, lambda: forward(*args, **kwargs), (args, kwargs))
+        self.runtime.schedule.start(call)
+        return call.result()
+
+    def _first(self, key: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        token = _inside.set(self.model)
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            _inside.reset(token)
+        if key is not None:
+            settle(out)
+            leaves, spec = tree_flatten(out)
+            self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))
+            if len(self._plans) > MAX_SIGNATURES:
+                self._plans.popitem(last=False)
+        return out
+
+
+def overlap(model: nn.Module, runtime: Runtime) -> Overlap:
+    """Let calls of a model be in flight together, in place. Its messages must give way (`coroutine.give_way`)."""
+    calls = Overlap(model, runtime)
+    own_call = type(model).__call__
+
+    @functools.wraps(own_call)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return calls.call(own_call.__get__(self), args, kwargs)
+
+    swap_class(model, {"__call__": __call__, "shardit_overlap": property(lambda self: calls)})
+    return calls
+
+
+def _fits(expected: Any, leaf: Any) -> bool:
+    if not isinstance(leaf, torch.Tensor):
+        return expected.kind == "value"
+    return expected.kind == "tensor" and (expected.dtype, expected.size) == (leaf.dtype, tuple(leaf.shape))
+
+
+def _versioned(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not leaf.is_inference()

@@ -1,0 +1,176 @@
+"""An encoder over ranks: all run the same forward, and each unit of it runs on the rank that owns the unit.
+
+Unlike a transformer's, its calls are rare, each with a new length, and their results are needed at once. So nothing is
+planned: what a unit gives is pending on all ranks, and travels when the program uses it (see `remote`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RankError, UnsupportedError
+from .caches import find_caches, replace_layers, state_of, taken_since
+from .comm import Comm
+from .pending import PendingTensor, settle
+from .remote import METHODS, Held, call_on, held_here
+from .signature import mode_key
+from .sites import fixed_place, put, swap_class
+from .traced_call import changed, mark, sendable
+
+
+@dataclass
+class Relay:
+    """One encoder cut into units.
+
+    owners[i]: the rank of `comm` that runs unit i. ran[i]: how often this rank ran it (never, if it is another's).
+    """
+
+    model: nn.Module
+    comm: Comm
+    units: list[tuple[str, nn.Module]]
+    owners: list[int]
+    ran: Counter[int] = field(default_factory=Counter)
+    _inside: bool = False
+    _meeting: bool = False
+    _known: set[Any] = field(default_factory=set)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the encoder: the first of its kind makes sure that all ranks take the same way through it."""
+        if self._inside:
+            return function(*args, **kwargs)
+        settle((args, kwargs))
+        if kwargs.get("output_attentions"):
+            raise UnsupportedError(f"output_attentions: the layers of {self._name} lie on several ranks")
+        kind = (getattr(function, "__name__", ""), mode_key((args, kwargs), self.model.training))
+        self._inside, self._meeting = True, kind not in self._known
+        try:
+            out = function(*args, **kwargs)
+            self._meet("the end")
+        except RankError:
+            raise
+        except Exception as error:
+            self._meet(error)
+            raise
+        finally:
+            self._inside = self._meeting = False
+        self._known.add(kind)
+        return out
+
+    def unit_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The seam: the owner runs the unit, all get its outputs, with pending tensors."""
+        self._meet(self.units[index][0])
+        owner, arguments, caches = self.owners[index], list(_tensors((args, kwargs))), find_caches(args, kwargs)
+        for tensor in arguments:
+            if isinstance(tensor, PendingTensor):
+                self._bring(tensor._source, owner)
+
+        def run() -> tuple[Any, list[int], list[Any]]:
+            with held_here(arguments):
+                before, states = [mark(t) for t in arguments], [state_of(cache) for cache in caches]
+                out = call(*args, **kwargs)
+                if [id(t) for t in _tensors((args, kwargs))] != [id(t) for t in arguments]:
+                    raise UnsupportedError(f"{self.units[index][0]} changes a list or dict that it is given")
+                written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
+            self.ran[index] += 1
+            return out, written, [taken_since(state, cache) for state, cache in zip(states, caches, strict=True)]
+
+        out, written, layers = call_on(self.comm, owner, run, arguments)
+        for q in written:
+            Held.written(self.comm, owner, arguments[q])
+        if owner != self.comm.rank:
+            for cache, new in zip(caches, layers, strict=True):
+                replace_layers(cache, new)
+        return out
+
+    def _bring(self, source: Any, owner: int) -> None:
+        """Let the owner of the next unit have what a pending argument waits for."""
+        if isinstance(source, Held) and source.comm is self.comm:
+            source.bring(owner)
+        else:
+            source.wait()
+
+    def _meet(self, what: str | Exception) -> None:
+        """In the first call of a kind: wait until all ranks are at the same place, or raise on all of them."""
+        if not self._meeting:
+            return
+        reached = self.comm.gather_objects(sendable(what) if isinstance(what, Exception) else what)
+        errors = {rank: value for rank, value in enumerate(reached) if isinstance(value, Exception)}
+        if len(errors) == self.comm.size:
+            return  # each raises its own
+        self._meeting = False
+        if errors:
+            rank, error = next(iter(errors.items()))
+            raise UnsupportedError(
+                f"{self._name} cannot be cut at its layers: outside of them rank {rank} fails where others do not "
+                f"({type(error).__name__}: {error})"
+            )
+        if len(set(reached)) > 1:
+            raise UnsupportedError(f"{self._name} does not take the same course on every rank: {reached}")
+        self._meeting = True
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+
+def relay(model: nn.Module, comm: Comm, units: Sequence[str], owners: Sequence[int]) -> Relay:
+    """Cut an encoder in place: keep the units of this rank, and put the seam at all of them.
+
+    The seam is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
+    states by hooks on the layers, which have to see what the layers of other ranks give, too.
+    """
+    made = Relay(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
+    for index, (_, unit) in enumerate(made.units):
+        if made.owners[index] != comm.rank:
+            for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
+                if not parameter.is_meta:
+                    put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+        swap_class(unit, {"forward": _seam(made, index, type(unit).forward)})
+    device = comm.mesh.device
+    for module in model.modules():
+        if isinstance(getattr(type(module), "device", None), property):
+            swap_class(module, {"device": property(lambda self: device)})
+    members: dict[str, Any] = {
+        name: _entry(made, name) for name in METHODS if callable(getattr(type(model), name, None))
+    }
+    members["to"] = fixed_place(type(model).to, device)
+    members["shardit_relay"] = property(lambda self: made)
+    swap_class(model, members)
+    return made
+
+
+def _seam(made: Relay, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return made.unit_call(index, plain.__get__(self), args, kwargs)
+
+    return forward
+
+
+def _entry(made: Relay, name: str) -> Callable[..., Any]:
+    plain = getattr(type(made.model), name)
+
+    @functools.wraps(plain)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return made.call(plain.__get__(self), args, kwargs)
+
+    return method
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts; other containers (caches) hold what is a rank's own."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)

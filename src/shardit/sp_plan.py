@@ -1,0 +1,77 @@
+"""Declared sequence plans: a model says itself where its tensors are split over ranks, and where they are gathered.
+
+A model class has an attribute `_sp_plan`, a dict. Its keys name modules: "" is the model, "blocks.0" one of its
+modules, "blocks.*" every element of a ModuleList, "outputs.main" an entry of a ModuleDict. Its values are a dict
+of parameter names (inputs, split before the module's forward) and output numbers (split after it), or what becomes of
+the outputs, which are gathered after it:
+
+    _sp_plan = {
+        "rope": {0: SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True)},
+        "blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+"Sequence parallel" here is what diffusers calls context parallel. See docs/sequence-plans.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from shardit.errors import InputError
+
+
+@dataclass(frozen=True)
+class SequenceParallelInput:
+    """Split one tensor over the sequence ranks.
+
+    split_dim: the dimension of the tokens (negative: from the end). expected_dims: how many dimensions the tensor must
+    have; checked when it is split. split_output: False splits a parameter of the module's forward (the key is its
+    name), True one of its outputs (the key is its number, 0 for a module that returns one tensor). auto_pad: pad with
+    zeros until every rank has as many tokens, and keep the padding out of attention and gathered results (Ulysses
+    only); False gives some ranks one token less. A value of None is left alone. Raises InputError for wrong values.
+    """
+
+    split_dim: int
+    expected_dims: int | None = None
+    split_output: bool = False
+    auto_pad: bool = False
+
+    def __post_init__(self) -> None:
+        _check(type(self).__name__, "split_dim", self.split_dim, self.expected_dims)
+
+
+@dataclass(frozen=True)
+class SequenceParallelOutput:
+    """Gather an output of a module: `gather_dim` is the dimension of the tokens, `expected_dims` as for
+    `SequenceParallelInput`. For a module with several outputs: a list, with None for each that is left alone. Raises
+    InputError for wrong values."""
+
+    gather_dim: int
+    expected_dims: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(type(self).__name__, "gather_dim", self.gather_dim, self.expected_dims)
+
+
+def _check(kind: str, name: str, dim: object, expected: object) -> None:
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise InputError(f"{kind}: {name} must be a whole number, got {dim!r}")
+    if expected is None:
+        return
+    if not isinstance(expected, int) or isinstance(expected, bool) or expected < 1:
+        raise InputError(f"{kind}: expected_dims must be a whole number of at least 1 or None, got {expected!r}")
+    if not -expected <= dim < expected:
+        raise InputError(f"{kind}: {name}={dim} does not exist in a tensor of {expected} dimensions")
+
+
+ModulePlan = (
+    Mapping[str | int, SequenceParallelInput | Sequence[SequenceParallelInput]]
+    | SequenceParallelOutput
+    | Sequence[SequenceParallelOutput | None]
+)
+"""What happens at one module. A parameter that is a list of tensors takes a list."""
+
+SequencePlan = Mapping[str, ModulePlan]
+"""What `_sp_plan` is: what happens at which module."""

@@ -1,0 +1,77 @@
+"""Real models laid out over four ranks, without a weight: what the fullest rank holds."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import pytest
+
+import shardit.engine.inspect
+from shardit.cli import main
+from shardit.config import DiffusionParallelConfig
+from shardit.engine.inspect import inspect_model
+from shardit.loading import describe_configs
+from shardit.models.shipped import FOLDER, HUB_IDS, names, shipped
+
+WHOLE = {
+    "Wan2.2-T2V-A14B": {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68, "vae": 0.127},
+    "Wan2.2-I2V-A14B": {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68, "vae": 0.127},
+    "Wan2.2-TI2V-5B": {"transformer": 5.00, "text_encoder": 5.68, "vae": 0.705},
+    "Qwen-Image": {"transformer": 20.43, "text_encoder": 8.29, "vae": 0.127},
+}
+"""Parameters in billions, as published."""
+
+
+@pytest.fixture(autouse=True)
+def each_is_built_once(monkeypatch):
+    monkeypatch.setattr(shardit.engine.inspect, "describe_configs", described)
+
+
+@functools.cache
+def described(folder: Any) -> Any:
+    return describe_configs(folder)
+
+
+def totals(document: dict) -> list[int]:
+    return [sum(part["bytes"] for part in rank["components"].values()) for rank in document["ranks"]]
+
+
+@pytest.mark.parametrize("axis", ["pipeline_parallel_size", "tensor_parallel_size"])
+@pytest.mark.parametrize("name", names())
+def test_the_fullest_rank_holds_little_more_than_its_share(name, axis):
+    document = inspect_model(name, DiffusionParallelConfig(**{axis: 4}))
+    assert max(totals(document)) <= 1.05 * document["bytes"] / 4
+    assert sum(totals(document)) >= document["bytes"]  # nothing was lost
+
+
+@pytest.mark.parametrize("name", names())
+def test_sizes_are_those_published(name):
+    whole = inspect_model(name, DiffusionParallelConfig())["ranks"][0]["components"]
+    assert {n: pytest.approx(part["parameters"] / 1e9, rel=0.01) for n, part in whole.items()} == WHOLE[name]
+
+
+def test_stages_stay_balanced_by_compute():
+    for rank in inspect_model("Wan2.2-T2V-A14B", DiffusionParallelConfig(pipeline_parallel_size=4))["ranks"]:
+        assert len(rank["components"]["transformer"]["blocks"]) == 10
+        assert len(rank["components"]["transformer_2"]["blocks"]) == 10
+
+
+def test_command_line(capsys, tmp_path, monkeypatch):
+    assert main(["inspect", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "--pipeline-parallel-size", "4", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ranks"]) == 4
+    assert main(["inspect", "Wan2.2-TI2V-5B", "--pipeline-parallel-size=4", "--dtype=float32"]) == 0
+    assert "fullest rank: " in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen-Image").mkdir()  # a folder of that name is meant first
+    assert main(["inspect", "Qwen-Image"]) == 2
+    assert "model_index.json" in capsys.readouterr().err
+    assert main(["inspect"]) == 2
+    assert "name one model" in capsys.readouterr().err
+
+
+def test_every_configuration_is_complete():
+    assert sorted(path.name for path in FOLDER.iterdir()) == names() == sorted(WHOLE)
+    assert all(shipped(hub_id) == FOLDER / name for hub_id, name in HUB_IDS.items())
+    assert shipped("Wan2.2") is None

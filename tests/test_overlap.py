@@ -1,0 +1,120 @@
+"""Calls of one model in flight together over slices or spread tokens: the same bits as one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import shardit
+from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.core.collectives import Collectives
+from shardit.core.pending import PendingTensor, settle
+from shardit.models import tiny
+from tests.ranks import run_ranks
+from tests.test_parallelize import join
+
+WAYS = {"ulysses": {"ulysses_degree": 2}, "ring": {"ring_degree": 2}, "slices": {"tensor_parallel_size": 2}}
+
+
+def open_model(rank: int, count: int, method: str, way: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Tiny Wan (its norms run across heads), and the arguments of three calls, the last of another length."""
+    join(rank, count, method)
+    model = tiny.load_plain(tiny.resolve("tiny/wan2.2-t2v")).transformer
+    torch.manual_seed(0)
+    calls = [
+        {
+            "hidden_states": torch.randn(1, model.config.in_channels, 3, 4, width),
+            "timestep": torch.tensor([3]),
+            "encoder_hidden_states": torch.randn(1, 5, model.config.text_dim),
+            "return_dict": False,
+        }
+        for width in (8, 8, 12)
+    ]
+    shardit.parallelize(model, DiffusionParallelConfig(**WAYS[way]), timeout_s=60)
+    with torch.no_grad():
+        for call in calls:  # the first of each signature
+            settle(model(**call))
+    return model, calls
+
+
+def alone(model: Any, calls: list[dict[str, Any]]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        outs = []
+        for call in calls:
+            (out,) = model(**call)
+            settle(out)
+            outs.append(out)
+    return outs
+
+
+def together(model: Any, calls: list[dict[str, Any]]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        outs = [model(**call)[0] for call in calls]
+        assert all(type(out) is PendingTensor for out in outs)
+        settle(outs)
+    return outs
+
+
+def in_flight(rank: int, count: int, method: str, way: str) -> None:
+    model, calls = open_model(rank, count, method, way)
+    expected = alone(model, calls)
+    before = model.shardit_overlap.overlapped
+    got = together(model, calls)
+    schedule = model.shardit_overlap.runtime.schedule
+    assert schedule.most_in_flight == 3
+    assert not schedule.active
+    assert model.shardit_overlap.overlapped == before + 3
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_bits(way: str) -> None:
+    tiny.resolve("tiny/wan2.2-t2v")
+    run_ranks(2, in_flight, way)
+
+
+def messages_first(rank: int, count: int, method: str) -> None:
+    """A call starts to send before the one before it has waited: that is what hides the messages."""
+    model, calls = open_model(rank, count, method, "ulysses")
+    said: list[str] = []
+    exchange, wait = Collectives._exchange, Collectives._wait
+
+    def exchanged(self: Any, sends: Any, receives: Any) -> None:
+        said.append("exchange")
+        exchange(self, sends, receives)
+
+    def waited(self: Any, works: Any, what: str, alive: Any) -> None:
+        said.append("wait")
+        wait(self, works, what, alive)
+
+    Collectives._exchange, Collectives._wait = exchanged, waited  # type: ignore[method-assign]
+    together(model, calls[:2])
+    assert said[:2] == ["exchange", "exchange"]
+    said.clear()
+    alone(model, calls[:2])
+    assert said == ["exchange", "wait"] * (len(said) // 2)
+
+
+def test_messages_travel_while_others_compute() -> None:
+    tiny.resolve("tiny/wan2.2-t2v")
+    run_ranks(2, messages_first)
+
+
+def own_errors(rank: int, count: int, method: str) -> None:
+    """What is wrong with one call is told to whoever uses its result; the others go on."""
+    model, calls = open_model(rank, count, method, "slices")
+    first, _ = alone(model, calls[:2])
+    with torch.no_grad():
+        outs = [model(**call)[0] for call in calls[:2]]
+        calls[1]["hidden_states"].zero_()
+        assert torch.equal(outs[0] * 1, first)
+        with pytest.raises(UnsupportedError, match="changed in place"):
+            outs[1].sum()
+    assert torch.equal(together(model, calls[:1])[0], first)
+
+
+def test_an_argument_changed_in_place() -> None:
+    tiny.resolve("tiny/wan2.2-t2v")
+    run_ranks(2, own_errors)

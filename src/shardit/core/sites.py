@@ -76,6 +76,19 @@ def swap_class(module: Any, members: dict[str, Any]) -> None:
     module.__class__ = type(cls.__name__, (cls,), members)
 
 
+Made = dict[tuple[Any, ...], type]
+"""Classes made by `share_class`, by what they were made of."""
+
+
+def share_class(module: Any, made: Made, key: tuple[Any, ...], members: Callable[[], dict[str, Any]]) -> None:
+    """As `swap_class`, with one class for all modules of a class and key: what torch compiles for one fits all."""
+    key = (type(module), *key)
+    if key not in made:
+        swap_class(module, members())
+        made[key] = type(module)
+    module.__class__ = made[key]
+
+
 def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """A `to` for modules of which a part is on meta: changes of dtype are fine, moves are not."""
 

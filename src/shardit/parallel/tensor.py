@@ -12,7 +12,7 @@ from ..core.assign import ENCODERS, denoises, nbytes
 from ..core.balance import WHOLE_SHARE, beside
 from ..core.collectives import Collectives
 from ..core.mesh import Mesh
-from ..core.sites import put, swap_class
+from ..core.sites import Made, put, swap_class
 from ..core.slices import Owned, Shards, Slice
 from ..errors import UnsupportedError
 from .tensor_adapters import adapter_members, adapters_aside, cut_adapters
@@ -106,12 +106,13 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
         part: Any = module.get_submodule(name)
         for attribute, values in numbers.items():
             setattr(part, attribute, values[ranks.index])
+    made: Made = {}
     for name, role in plan.roles.items():
-        install_role(module.get_submodule(name), role, ranks)
+        install_role(module.get_submodule(name), role, ranks, made)
     for pair in plan.pairs:
         query_norm, key_linear, key_norm = map(module.get_submodule, (pair.query_norm, pair.key_linear, pair.key_norm))
         roles = plan.roles[pair.query_norm], plan.roles[pair.key_norm]
-        install_pair(query_norm, key_linear, key_norm, roles, ranks)
+        install_pair(query_norm, key_linear, key_norm, roles, ranks, made)
 
 
 def _own_part(parameter: nn.Parameter, cut: Shards, rank: int) -> nn.Parameter:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..core.collectives import Collectives
-from ..core.sites import swap_class
+from ..core.sites import Made, share_class
 from .tensor_cuts import Role
 from .tensor_forward import together
 
@@ -39,24 +39,28 @@ class _Ahead:
 
 
 def install_pair(
-    query_norm: nn.Module, key_linear: nn.Module, key_norm: nn.Module, roles: tuple[Role, Role], ranks: Collectives
+    query_norm: nn.Module,
+    key_linear: nn.Module,
+    key_norm: nn.Module,
+    roles: tuple[Role, Role],
+    ranks: Collectives,
+    made: Made,
 ) -> None:
     """Let two norms that have their `roles` send their sums together, in place.
 
     The keys are those that `key_linear` made last. Where they are not what `key_norm` is given then (another processor,
     fused projections), it sends its own sums: all ranks run the same program, so all decide alike.
     """
-    ahead = _Ahead()
     query_total, key_total = (role.shards.total for role in roles)
     plain_linear, plain_norm = type(key_linear).forward, type(key_norm).forward
 
     def linear(self: Any, input: torch.Tensor) -> torch.Tensor:
         keys = plain_linear(self, input)
-        ahead.keys, ahead.squares = keys, None
+        self.shardit_ahead.keys, self.shardit_ahead.squares = keys, None
         return keys
 
     def first(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        squares = _squares(hidden_states)
+        squares, ahead = _squares(hidden_states), self.shardit_ahead
         keys = ahead.keys
         if keys is None:
             return _scaled(self, hidden_states, together(ranks.all_reduce, squares), query_total)
@@ -67,15 +71,17 @@ def install_pair(
         return _scaled(self, hidden_states, squares, query_total)
 
     def second(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        ahead = self.shardit_ahead
         squares = ahead.squares if hidden_states is ahead.keys else None
         ahead.keys = ahead.squares = None
         if squares is None:
             return plain_norm(self, hidden_states)
         return _scaled(self, hidden_states, squares, key_total)
 
-    swap_class(key_linear, {"forward": linear})
-    swap_class(query_norm, {"forward": first})
-    swap_class(key_norm, {"forward": second})
+    ahead = _Ahead()
+    for module, forward in ((key_linear, linear), (query_norm, first), (key_norm, second)):
+        module.shardit_ahead = ahead  # pyright: ignore[reportArgumentType]
+        share_class(module, made, (forward.__name__, roles), lambda: {"forward": forward})  # noqa: B023
 
 
 def _squares(hidden_states: torch.Tensor) -> torch.Tensor:

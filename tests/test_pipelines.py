@@ -48,9 +48,14 @@ def test_every_model_two_stages_automatic() -> None:
     compare([Case(name) for name in tiny.names()])
 
 
-def test_guided_branches_in_flight_at_once() -> None:
+FEW = ("wan2.2-t2v", "qwen-image", "z-image", "flux")
+MORE = pytest.param(tuple(name for name in tiny.names() if name not in FEW), marks=pytest.mark.full, id="more")
+
+
+@pytest.mark.parametrize("names", [pytest.param(FEW, id="few"), MORE])
+def test_guided_branches_in_flight_at_once(names: tuple[str, ...]) -> None:
     """Counted by the schedule: both branches of a step were in flight, in every model that has guidance."""
-    cases = [Case(name, split_batch=name in BATCHED, call=guidance(name)) for name in tiny.names()]
+    cases = [Case(name, split_batch=name in BATCHED, call=guidance(name)) for name in names]
     results = run_ranks(2, staged, cases)
     for number, case in enumerate(cases):
         of_ranks = [result[number] for result in results]
@@ -71,14 +76,20 @@ def test_more_stages(pp: int) -> None:
     compare([Case(name, pp, LOOPED if i % 2 else CONTIGUOUS) for i, name in enumerate(names)])
 
 
-def test_bfloat16() -> None:
-    names = ("wan2.2-t2v", "qwen-image", "z-image", "longcat-image", "sd3.5", "flux")
+@pytest.mark.parametrize("names", [pytest.param(FEW[:2], id="few"), MORE])
+def test_bfloat16(names: tuple[str, ...]) -> None:
     compare([Case(name, 2, LOOPED, "bfloat16") for name in names])
 
 
-def test_several_requests_in_flight() -> None:
-    names = ("wan2.2-t2v", "qwen-image-edit-2509", "ovis-image", "z-image")
-    cases = [Case(name, in_flight=n, requests=4) for name in names for n in (2, 4)]
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("wan2.2-t2v", "z-image"), id="few"),
+        pytest.param(("qwen-image-edit-2509", "ovis-image"), marks=pytest.mark.full, id="more"),
+    ],
+)
+def test_several_requests_in_flight(names: tuple[str, ...]) -> None:
+    cases = [Case(name, in_flight=n, requests=4) for name, n in zip(names, (2, 4), strict=True)]
     results = compare(cases)
     for case, of_ranks in zip(cases, results, strict=True):
         assert of_ranks[0]["in_flight"] >= case.in_flight

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import shardit
-from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit import DiffusionParallelConfig, Plan, RankError, UnsupportedError
 from shardit.core.collectives import Collectives
 from shardit.core.pending import PendingTensor, settle
 from shardit.models import tiny
@@ -103,16 +105,77 @@ def test_messages_travel_while_others_compute() -> None:
 
 
 def own_errors(rank: int, count: int, method: str) -> None:
-    """What is wrong with one call is told to whoever uses its result; the others go on."""
+    """An argument that changes while its call is in flight ends everything, as with stages."""
     model, calls = open_model(rank, count, method, "slices")
-    first, _ = alone(model, calls[:2])
     with torch.no_grad():
         outs = [model(**call)[0] for call in calls[:2]]
         calls[1]["hidden_states"].zero_()
-        assert torch.equal(outs[0] * 1, first)
-        with pytest.raises(UnsupportedError, match="changed in place"):
+        with pytest.raises(RankError, match="changed in place"):
+            outs[0].sum()
+
+
+class Keeper(nn.Module):
+    """Its forward keeps something on itself, which a block reads; and what it returns depends on its call."""
+
+    def __init__(self, keeps: bool, varies: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(KeeperBlock() for _ in range(2))
+        self.keeps, self.varies, self.shift = keeps, varies, None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if self.keeps:
+            self.blocks[0].shift = self.blocks[1].shift = x.mean() * torch.ones(16)
+        out = x
+        for block in self.blocks:
+            out = block(out)
+        return out, int(x[0, 0, 0] > 0) if self.varies else 1
+
+
+class KeeperBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers.models.attention import FeedForward
+        from diffusers.models.attention_processor import Attention
+
+        self.attn = Attention(16, heads=4, dim_head=4)
+        self.ff = FeedForward(16, mult=2)
+        self.shift = torch.zeros(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(x)
+        return x + self.ff(x) + self.shift
+
+
+def keeper(rank: int, count: int, method: str) -> None:
+    """Models whose calls cannot be in flight together run one after the other, or say what to do."""
+    join(rank, count, method)
+
+    def made(keeps: bool, varies: bool, plan: Plan | None = None) -> tuple[Any, Any]:
+        torch.manual_seed(3)
+        plain = Keeper(keeps, varies)
+        other = copy.deepcopy(plain)
+        config = DiffusionParallelConfig(tensor_parallel_size=2)
+        return plain, shardit.parallelize(other, config, plan=plan, timeout_s=30)
+
+    torch.manual_seed(rank - rank)
+    xs = [torch.randn(1, 6, 16) for _ in range(3)]
+    xs[1][0, 0, 0], xs[2][0, 0, 0] = 1.0, -1.0
+    with torch.no_grad():
+        plain, other = made(True, False)
+        for _ in range(2):
+            outs = [other(x)[0] for x in xs]
+            assert other.shardit_overlap.overlapped == 0
+            assert all((plain(x)[0] - out).norm() <= 1e-5 * out.norm() for x, out in zip(xs, outs, strict=True))
+        plain, other = made(False, True)
+        outs = [other(x)[0] for x in xs[1:]]
+        with pytest.raises(UnsupportedError, match=r"Keeper returns other shapes or values .* Plan\(overlap=False\)"):
             outs[1].sum()
-    assert torch.equal(together(model, calls[:1])[0], first)
+        plain, other = made(False, True, Plan(overlap=False))
+        assert [other(x)[1] for x in xs[1:]] == [1, 0]
+
+
+def test_models_that_do_not_overlap() -> None:
+    run_ranks(2, keeper)
 
 
 def test_an_argument_changed_in_place() -> None:

@@ -25,7 +25,7 @@ from .core.stages import Runtime, stage
 from .errors import InputError
 from .models.back_ends import use_attention_backend
 from .parallel.spread import spread_tokens
-from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
+from .parallel.tensor import ALONE, TensorPlan, owned_slices, owners_of_wholes, plan_components, shard_components
 from .parallel.tensor_adapters import pipeline_members
 from .parallel.tiles import spread_tiles
 from .parallel_state import set_mesh_of_model
@@ -73,7 +73,7 @@ def parallelize(
         _spread(target, runtime, cut)
         guard(target, name, mesh)
         return module_or_pipeline
-    cuts = plan_components(modules, mesh.sizes["tp"], len(mesh.replica.ranks))
+    cuts = plan_components(modules, mesh.sizes["tp"], owners_of_wholes(config))
     assignment = assign(modules, type(target), config, plans=plan, sliced=cuts.keys(), environ=os.environ)
     shard_components(modules, cuts, mesh)
     connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch), cuts)
@@ -120,7 +120,7 @@ def load_parallel(
     cuts: dict[str, TensorPlan] = {}
 
     def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Owned]:
-        cuts.update(plan_components(modules, mesh.sizes["tp"], len(mesh.replica.ranks)))
+        cuts.update(plan_components(modules, mesh.sizes["tp"], owners_of_wholes(config)))
         found.append(
             assign(
                 modules, cls, config, max_in_flight=max_in_flight, plans=plan, sliced=cuts.keys(), environ=os.environ
@@ -180,7 +180,7 @@ def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
     # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
     stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
-    alone = pieces or not mesh.axes.keys() & {"sp", "tp"}
+    alone = pieces or not mesh.axes.keys() & {"sp", "tp"} or not (cut.plan is None or cut.plan.overlap)
     if "sp" in mesh.axes:
         way = spread_tokens(model, mesh, stages, cut.plan)
         alone = alone or way.by_hand  # a result may then have another shape in each call

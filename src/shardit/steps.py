@@ -11,7 +11,7 @@ from .core.comm import Comm
 from .core.pending import settle
 from .core.remote import call_on
 from .core.traced_call import sendable
-from .errors import UnsupportedError
+from .errors import InputError, UnsupportedError
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 
@@ -33,15 +33,18 @@ def shared_callback(kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
         made, error = {}, None
         try:
             made = callback(pipe, step, timestep, given)
+            if not isinstance(made, dict):
+                raise InputError(f"{CALLBACK} must return a dict of tensors, as it is given one, not {made!r}")
         except Exception as failure:
-            error = sendable(failure)
+            made, error = {}, sendable(failure)
         changed = [name for name in {**before, **made} if _changed(name, before, made)]
-        said = ranks.gather_objects((error, getattr(pipe, "_interrupt", False), changed, list(made)))
+        interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_asked", False)
+        said = ranks.gather_objects((error, interrupt, changed, list(made)))
         for failure, *_ in said:
             if failure is not None:
                 raise failure
         if any(interrupt for _, interrupt, *_ in said):
-            pipe._interrupt = True
+            pipe.__dict__["_interrupt"] = True
         known, kept = {name for *_, names, _ in said for name in names}, said[0][-1]
         news = call_on(ranks, 0, lambda: {name: made[name] for name in kept if name in known}) if known else {}
         return {name: news[name] if name in known else made[name] for name in kept}
@@ -62,7 +65,8 @@ def _version(value: Any) -> int | None:
 
 
 def interrupt_members(cls: type) -> dict[str, Any]:
-    """`_interrupt` of a pipeline: it may be set where the ranks hear of it, which is in a callback."""
+    """`_interrupt` of a pipeline. What is set during a call counts from the next callback on, where all ranks hear of
+    it: a rank that stopped by itself would leave the others waiting."""
     if not hasattr(cls, "interrupt"):
         return {}
 
@@ -70,12 +74,13 @@ def interrupt_members(cls: type) -> dict[str, Any]:
         return self.__dict__.get("_interrupt", False)
 
     def put(self: Any, value: bool) -> None:
-        if value and self.__dict__.get("_unheard", False):
+        heard = self.__dict__.get("_heard")
+        if value and heard is False:
             raise UnsupportedError(
                 "an interrupt is heard by the other ranks at a callback only: pass callback_on_step_end (one that "
                 "returns what it is given will do) and set _interrupt in it, or at any time"
             )
-        self.__dict__["_interrupt"] = value
+        self.__dict__["_asked" if value and heard else "_interrupt"] = value
 
     return {"_interrupt": property(get, put)}
 
@@ -85,11 +90,11 @@ def calling(own_call: Callable[..., Any], ranks: Comm) -> Callable[..., Any]:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = shared_callback(kwargs, ranks)
-        self.__dict__["_unheard"] = kwargs.get(CALLBACK) is None
+        self.__dict__.update(_heard=kwargs.get(CALLBACK) is not None, _asked=False)
         try:
             out = own_call(self, *args, **kwargs)
         finally:
-            self.__dict__["_unheard"] = False
+            self.__dict__["_heard"] = None
         settle(out)
         return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,15 @@ def _replace(current: Any, wanted: tuple[Any, ...], pop: Callable[[], Any], push
         push(mode)
 
 
+def _compile_frames(callback: Any) -> Any:
+    """Set what torch.compile does to frames of Python code that begin from now on; returns what was set before."""
+    if "torch._dynamo" not in sys.modules:
+        return None
+    from torch._C._dynamo.eval_frame import set_eval_frame
+
+    return set_eval_frame(callback)
+
+
 class Coroutine:
     """A function that runs in pieces: `resume` runs it until it calls `pause`, returns or raises.
 
@@ -94,8 +104,10 @@ class Coroutine:
         return self._greenlet.dead
 
     def _run(self) -> None:
+        function = self._function
+        del self._function  # it may know of this coroutine: a cycle would keep memory until the garbage collector comes
         try:
-            self.value = self._function()
+            self.value = function()
         except greenlet.GreenletExit:
             raise
         except BaseException as error:  # handed to whoever resumes
@@ -106,7 +118,7 @@ class Coroutine:
     def resume(self) -> None:
         """Run until the next pause or the end, under the coroutine's own state. Raises what the function raised."""
         self._greenlet.parent = greenlet.getcurrent()
-        outer = TorchState.capture()
+        outer, compiling = TorchState.capture(), _compile_frames(None)
         # The guard restores absolute values when it goes, so guards of several coroutines need not nest, and whatever
         # mode the coroutine is in when it pauses is gone from the thread.
         with torch.inference_mode(self._state.inference):
@@ -115,6 +127,7 @@ class Coroutine:
                 self._greenlet.switch()
             finally:
                 outer.install()
+                _compile_frames(compiling)
         outer.install()
         if self.error is not None:
             error, self.error = self.error, None
@@ -127,7 +140,9 @@ class Coroutine:
         self._state = TorchState.capture()
         parent = self._greenlet.parent
         assert parent is not None
+        compiling = _compile_frames(None)  # between the pieces that torch has compiled of this coroutine's code
         parent.switch()
+        _compile_frames(compiling)
 
     def kill(self, error: BaseException | None = None) -> None:
         """End the coroutine where it is paused, by an exception inside it, which goes no further."""

@@ -25,6 +25,7 @@ from .plan import ResultPlan, describe_result
 from .result import Result
 from .signature import signature
 from .sites import swap_class
+from .staged_call import check_unchanged, inputs_of
 from .stages import MAX_SIGNATURES, Runtime, scales_adapters
 
 _inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)
@@ -41,7 +42,7 @@ class OverlappedCall:
         self.owners = [runtime.mesh.pp_rank]
         self.failure: Exception | None = None
         self._model, self._forward, self._runtime = model, forward, runtime
-        self._inputs = [(t, t._version) for t in tree_leaves(arguments) if _versioned(t)]
+        self._inputs = inputs_of(arguments)
         self._result = Result(plan, runtime.mesh.device, self._settle)
         self._coroutine = Coroutine(self._run)
 
@@ -55,21 +56,20 @@ class OverlappedCall:
 
     def run(self, segment: int) -> None:
         """Go on to the next message. What is wrong is told to whoever uses the result: this is somebody else's turn."""
+        check_unchanged(self._inputs, self._runtime.mesh.rank)
         try:
-            if any(tensor._version != version for tensor, version in self._inputs):
-                raise UnsupportedError("an argument was changed in place while its call was in flight")
             self._resume()
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             self.failure = error
-            self._coroutine.kill()
 
     def post(self, segment: int) -> None:
         """Nothing arrives here from another stage."""
 
     def finish(self) -> None:
         """The result is here on every rank."""
+        self._inputs.clear()
 
     def _resume(self) -> None:
         self._coroutine.resume()
@@ -85,11 +85,16 @@ class OverlappedCall:
         _inside.set(self._model)
         willing.set(self._coroutine)
         with torch.no_grad():
-            leaves, _ = tree_flatten(self._forward())
+            forward = self._forward
+            del self._forward
+            leaves, _ = tree_flatten(forward())
             settle(leaves)
             expected = self._result.plan.leaves
             if len(leaves) != len(expected) or not all(map(_fits, expected, leaves)):
-                raise UnsupportedError("the result has another shape than in the first call of this signature")
+                raise UnsupportedError(
+                    f"{type(self._model).__name__} returns other shapes or values than in the first call of this "
+                    "signature: use Plan(overlap=False)"
+                )
             for number, view in self._result.views():
                 view.copy_(leaves[number])
 
@@ -111,11 +116,11 @@ class Overlap:
         self.runtime.turns.mark_start((args, kwargs))
         # A cache keeps a call's state on the model, and a scale multiplies weights for the length of the forward.
         alone = getattr(self.model, "is_cache_enabled", False) or scales_adapters(kwargs) or torch.is_grad_enabled()
-        if alone:
-            self.runtime.schedule.drain()
+        alone = alone or not all(map(_plain, tree_leaves((args, kwargs))))
         key = None if alone else signature((args, kwargs), self.model.training)
         plan = self._plans.get(key)
         if plan is None:
+            self.runtime.schedule.drain()
             return self._first(key, forward, args, kwargs)
         self._plans.move_to_end(key)
         self.overlapped += 1
@@ -124,13 +129,14 @@ class Overlap:
         return call.result()
 
     def _first(self, key: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token = _inside.set(self.model)
+        token, before = _inside.set(self.model), _attributes(self.model) if key is not None else None
         try:
             out = forward(*args, **kwargs)
         finally:
             _inside.reset(token)
-        if key is not None:
-            settle(out)
+        settle(out)
+        # A forward that writes to attributes of its modules may read them later: it is not overlapped until it stops.
+        if before is not None and before == _attributes(self.model):
             leaves, spec = tree_flatten(out)
             self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))
             if len(self._plans) > MAX_SIGNATURES:
@@ -151,11 +157,19 @@ def overlap(model: nn.Module, runtime: Runtime) -> Overlap:
     return calls
 
 
+def _attributes(model: nn.Module) -> list[tuple[str, int]]:
+    """What the attributes of a model and its modules refer to, by name and identity."""
+    places = [(name, vars(module)) for name, module in model.named_modules()]
+    own = [(f"{name}.{key}", id(value)) for name, found in places for key, value in found.items()]
+    return own + [(name, id(buffer)) for name, buffer in model.named_buffers()]
+
+
+def _plain(leaf: Any) -> bool:
+    """Whether an argument cannot be something that a forward writes to, such as a cache of keys."""
+    return isinstance(leaf, (torch.Tensor, bool, int, float, str, bytes, type(None), torch.dtype, torch.device))
+
+
 def _fits(expected: Any, leaf: Any) -> bool:
     if not isinstance(leaf, torch.Tensor):
-        return expected.kind == "value"
+        return expected.kind == "value" and (expected.value is leaf or expected.value == leaf)
     return expected.kind == "tensor" and (expected.dtype, expected.size) == (leaf.dtype, tuple(leaf.shape))
-
-
-def _versioned(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and not leaf.is_inference()

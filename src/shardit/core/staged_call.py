@@ -100,7 +100,7 @@ class StagedCall:
         self._messages: dict[int, torch.Tensor] = {}
         self._receives: dict[int, Transfer] = {}
         self._sends: list[Transfer] = []
-        self._inputs = [(t, t._version) for t in tree_leaves(arguments) if _versioned(t)]
+        self._inputs = inputs_of(arguments)
         self._device = comm.mesh.device
         self._result = Result(self.plan.result, self._device, self._settle)
         self._result_receive: Transfer | None = None
@@ -131,9 +131,7 @@ class StagedCall:
 
     def run(self, segment: int) -> None:
         """Take what came in for `segment` and go on until this rank has to wait again, or is done."""
-        for tensor, version in self._inputs:
-            if tensor._version != version:
-                raise RankError(self.comm.mesh.rank, "an argument was changed in place while its call was in flight")
+        check_unchanged(self._inputs, self.comm.mesh.rank)
         self._unpack(segment - 1)
         self._advance(segment)
 
@@ -350,5 +348,15 @@ def _is_float(leaf: Leaf) -> bool:
     return leaf.dtype.is_floating_point or leaf.dtype.is_complex
 
 
-def _versioned(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and not leaf.is_inference()
+Inputs = list[tuple[torch.Tensor, int]]
+
+
+def inputs_of(arguments: Any) -> Inputs:
+    """The tensors that a call in flight was given, with their versions, where somebody counts them."""
+    return [(t, t._version) for t in tree_leaves(arguments) if isinstance(t, torch.Tensor) and not t.is_inference()]
+
+
+def check_unchanged(inputs: Inputs, rank: int) -> None:
+    """Raise RankError if one was written to since: ranks may have used it before or after that."""
+    if any(tensor._version != version for tensor, version in inputs):
+        raise RankError(rank, "an argument was changed in place while its call was in flight")

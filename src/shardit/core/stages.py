@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -283,9 +283,4 @@ def stage(model: nn.Module, runtime: Runtime, placement: Placement, plan: Plan |
     return stages
 
 
-def owned_bytes(blocks: Sequence[tuple[str, nn.Module]]) -> int:
-    """Bytes of the parameters that are on this rank."""
-    return sum(p.numel() * p.element_size() for _, b in blocks for p in b.parameters() if not p.is_meta)
-
-
-__all__ = ["CallPlan", "Runtime", "Stages", "owned_bytes", "stage"]
+__all__ = ["CallPlan", "Runtime", "Stages", "stage"]

@@ -33,7 +33,7 @@ def inspect_model(
     """
     configs = _configs(model)
     found = describe(model) if configs is None else describe_configs(configs)
-    cuts = plan_components(found.modules, config.tensor_parallel_size, config.world_size // config.data_parallel_size)
+    cuts = plan_components(found.modules, config.tensor_parallel_size, owners_of_wholes(config))
     assignment = assign(
         found.modules,
         found.pipeline_class,

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from ..core.coroutine import willing
 from ..core.microbatch import CLOSE
 from ..core.pending import settle
 from ..core.signature import signature
@@ -130,6 +131,13 @@ class PlannedSequence:
         """Learn the steps of a call, from its arguments with noise if the model takes those: in what a user gives, a
         mask may hide nothing and tokens may be alike."""
         leaves, spec = tree_flatten((args, kwargs))
+        token = willing.set(None)  # what is restored afterwards (random states) must not reach into another's turn
+        try:
+            self._learn_from(key, call, leaves, spec, noise)
+        finally:
+            willing.reset(token)
+
+    def _learn_from(self, key: Any, call: Forward, leaves: list[Any], spec: Any, noise: bool) -> None:
         with self._aside() as run:
             given, expected = disturbed(leaves) if noise else leaves, None
             try:

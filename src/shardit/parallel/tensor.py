@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import DiffusionParallelConfig
 from ..core.assign import ENCODERS, denoises, nbytes
 from ..core.balance import WHOLE_SHARE, beside
 from ..core.collectives import Collectives
@@ -46,6 +47,11 @@ def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 
             every_step = name in denoisers
             plans[name] = plan_tensors(modules[name], size if every_step else parts, must_cut=every_step)
     return plans
+
+
+def owners_of_wholes(config: DiffusionParallelConfig) -> int:
+    """The `members` for `plan_components`: the ranks of a replica, or 0 where several hold the VAE to share its tiles."""
+    return 0 if config.vae_patch_parallel_size > 1 else config.world_size // config.data_parallel_size
 
 
 def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int) -> Owned:

@@ -117,13 +117,19 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
             with whole_sizes(self, plan):
                 out = own_method(self, *args, **kwargs)
             cut_adapters(self, plan, ranks)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, UnsupportedError) as error:
             from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
             recurse_remove_peft_layers(self)  # half loaded it would compute something else than it says
+            others = list(getattr(self, "peft_config", {}))
+            vars(self).pop("peft_config", None)
+            self._hf_peft_config_loaded = False
+            lost = f"; with it {', '.join(others)} of this model were unloaded" if others else ""
             if isinstance(error, UnsupportedError):
-                raise
-            raise UnsupportedError(f"not plain LoRA, and its linears are cut ({error}), {ONE_RANK}") from error
+                raise UnsupportedError(f"{error}{lost}") from error
+            raise UnsupportedError(f"not plain LoRA, and its linears are cut ({error}), {ONE_RANK}{lost}") from error
         return out
 
     return load

@@ -15,7 +15,7 @@ from ..loading import Description, describe, describe_configs
 from ..loading.dtypes import as_dtype
 from ..loading.hub import cached
 from ..models.shipped import shipped
-from ..parallel.tensor import describe_plan, owned_slices, plan_components
+from ..parallel.tensor import describe_plan, owned_slices, owners_of_wholes, plan_components
 
 if TYPE_CHECKING:
     import torch

@@ -50,7 +50,7 @@ def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 
 
 
 def owners_of_wholes(config: DiffusionParallelConfig) -> int:
-    """The `members` for `plan_components`: the ranks of a replica, or 0 where several hold the VAE to share its tiles."""
+    """The `members` for `plan_components`: the ranks of a replica, or 0 where several hold the VAE."""
     return 0 if config.vae_patch_parallel_size > 1 else config.world_size // config.data_parallel_size
 
 

@@ -500,7 +500,7 @@ def taken_over(rank: int, count: int, method: str) -> None:
     agrees(plain, other, tokens(7), words(4))
     assert isinstance(other.shardit_sequence, PlannedSequence)
     own = OwnFlux(**FLUX).eval()  # declared on a class derived from one of diffusers
-    assert denoises(own)
+    assert denoises("own", own)
     ids = torch.zeros(13, 3), torch.arange(39.0).view(13, 3)
     arguments = (tokens(13, 4), tokens(13, 12, 2), tokens(1, 8, 4)[:, 0], torch.tensor([0.5, 0.5]), *reversed(ids))
     names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")

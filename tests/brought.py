@@ -375,15 +375,6 @@ def cache_config(kind: str, pipe: Any) -> Any:
     return getattr(diffusers, kind)(**more)
 
 
-CACHES = (
-    "FirstBlockCacheConfig",
-    "TaylorSeerCacheConfig",
-    "PyramidAttentionBroadcastConfig",
-    "FasterCacheConfig",
-    "MagCacheConfig",
-)
-
-
 def cache(kind: str, before: bool) -> Callable[..., list[torch.Tensor]]:
     def row(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
         if not before:

@@ -31,6 +31,7 @@ def axes(rank: int, count: int, method: str) -> dict[str, Any]:
         "sp": (ps.get_sequence_parallel_rank(), ps.get_sp_world_size(), ps.get_sp_group().ranks),
         "dp": (ps.get_dp_rank(), ps.get_dp_world_size(), ps.get_dp_group().ranks),
         "cfg": (ps.get_classifier_free_guidance_rank(), ps.get_classifier_free_guidance_world_size()),
+        "ring x ulysses": (ps.get_ring_group().ranks, ps.get_ulysses_group().ranks),
         "world": ps.get_world_group().ranks,
         "ends": (ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage()),
     }
@@ -47,6 +48,7 @@ def test_groups_of_every_axis() -> None:
         assert found["sp"] == (0, 1, (rank,))
         assert found["dp"] == (0, 1, (rank,))
         assert found["cfg"] == (0, 1)
+        assert found["ring x ulysses"] == ((rank,), (rank,))
         assert found["world"] == (0, 1, 2, 3)
         assert found["ends"] == (stage == 0, stage == 1)
 

@@ -16,6 +16,7 @@ import torch
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.components import CACHES
 from tests import brought
 from tests.ranks import run_ranks
 from tests.test_parallelize import join
@@ -93,7 +94,7 @@ TABLE = [
     Row("VAE tiling and slicing", brought.tiling),
     *(
         Row("step caches", brought.cache(kind, before), refused=CACHED, bound=CACHE_BOUND.get(kind, CLOSE))
-        for kind in brought.CACHES
+        for kind in CACHES
         for before in (True, False)
     ),
     Row("layerwise casting before", brought.layerwise_casting, refused={("slices",): "enable it after parallelize"}),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from .callbacks import calling, interrupt_members
 from .components import OFFLOAD, SAVE, components_of, device_of, guard, refuse_hooks, refused
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment, Cut, assign, assign_blocks, denoises
@@ -29,7 +30,6 @@ from .parallel.tensor import ALONE, TensorPlan, owned_slices, owners_of_wholes, 
 from .parallel.tensor_adapters import pipeline_members
 from .parallel.tiles import spread_tiles
 from .parallel_state import set_mesh_of_model
-from .steps import calling, interrupt_members
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -180,17 +180,19 @@ def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
     # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
     stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
-    alone = pieces or not mesh.axes.keys() & {"sp", "tp"} or not (cut.plan is None or cut.plan.overlap)
+    overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
     if "sp" in mesh.axes:
         way = spread_tokens(model, mesh, stages, cut.plan)
-        alone = alone or way.by_hand  # a result may then have another shape in each call
+        overlaps = overlaps and not way.by_hand  # a result may then have another shape in each call
     elif stages is not None:
         stages()
-    if not alone:
+    if overlaps and mesh.axes.keys() & {"sp", "tp"}:
         overlap(model, runtime)
 
 
 def _swap_pipeline(pipe: Any, runtime: Runtime, cuts: Mapping[str, TensorPlan]) -> None:
+    """Give a pipeline whose components are spread the methods that go with it; its `shardit_alike` does so to another
+    pipeline over the same components."""
     cls, device = type(pipe), runtime.mesh.device
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,4 +206,5 @@ def _swap_pipeline(pipe: Any, runtime: Runtime, cuts: Mapping[str, TensorPlan]) 
     members.update({name: refused(name) for name in (*OFFLOAD, *SAVE)})
     members.update(pipeline_members(cls, {id(getattr(pipe, name)): plan for name, plan in cuts.items()}))
     members = {name: member for name, member in members.items() if hasattr(cls, name)}
+    members["shardit_alike"] = staticmethod(lambda other: _swap_pipeline(other, runtime, cuts))
     swap_class(pipe, {**members, **interrupt_members(cls)})

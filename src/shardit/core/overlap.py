@@ -25,8 +25,8 @@ from .plan import ResultPlan, describe_result
 from .result import Result
 from .signature import signature
 from .sites import swap_class
-from .staged_call import check_unchanged, inputs_of
 from .stages import MAX_SIGNATURES, Runtime, scales_adapters
+from .writes import check_unchanged, inputs_of
 
 _inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)
 """The model whose forward runs, in this context."""

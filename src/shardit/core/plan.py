@@ -139,11 +139,6 @@ class CallPlan:
         text = repr((self.sites, self.segments, self.owners, self.hops, self.result.leaves, self.result.layout))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes on the wire per call: all hops, and the result to every other rank."""
-        return sum(hop.layout.total for hop in self.hops)
-
 
 def segments_of(owners: list[int]) -> list[tuple[int, int]]:
     """Maximal runs of equal owners as (first, last) site numbers."""

@@ -18,11 +18,12 @@ from torch import nn
 from ..errors import RankError, UnsupportedError
 from .caches import find_caches, replace_layers, state_of, taken_since
 from .comm import Comm
+from .meeting import meet
 from .pending import PendingTensor, settle
 from .remote import METHODS, Held, call_on, held_here
 from .signature import mode_key
 from .sites import fixed_place, put, swap_class
-from .traced_call import changed, mark, sendable
+from .writes import changed, mark
 
 
 @dataclass
@@ -100,20 +101,10 @@ class Relay:
         """In the first call of a kind: wait until all ranks are at the same place, or raise on all of them."""
         if not self._meeting:
             return
-        reached = self.comm.gather_objects(sendable(what) if isinstance(what, Exception) else what)
-        errors = {rank: value for rank, value in enumerate(reached) if isinstance(value, Exception)}
-        if len(errors) == self.comm.size:
-            return  # each raises its own
-        self._meeting = False
-        if errors:
-            rank, error = next(iter(errors.items()))
-            raise UnsupportedError(
-                f"{self._name} cannot be cut at its layers: outside of them rank {rank} fails where others do not "
-                f"({type(error).__name__}: {error})"
-            )
-        if len(set(reached)) > 1:
-            raise UnsupportedError(f"{self._name} does not take the same course on every rank: {reached}")
-        self._meeting = True
+        differ = meet(self.comm, what)
+        if differ is not None:
+            self._meeting = False
+            raise UnsupportedError(f"{self._name} cannot be cut at its layers: outside of them {differ}")
 
     @property
     def _name(self) -> str:

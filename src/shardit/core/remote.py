@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from .comm import ALIGN, Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes
+from .meeting import sendable
 from .pending import PendingTensor, Source, settle
 from .plan import span
 from .sites import fixed_place, swap_class
-from .traced_call import sendable
 
 METHODS = (
     "__call__",

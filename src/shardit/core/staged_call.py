@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import RankError
 from .comm import Comm, Transfer, first_byte, storage_bytes, view_bytes, view_near
 from .coroutine import Coroutine
 from .plan import Address, CallPlan, Hop, Item, Leaf, Site
 from .result import Result, Route
+from .writes import check_unchanged, inputs_of
 
 
 class _Leave(BaseException):
@@ -346,17 +347,3 @@ def _width(leaf: Leaf) -> int:
 def _is_float(leaf: Leaf) -> bool:
     assert leaf.dtype is not None
     return leaf.dtype.is_floating_point or leaf.dtype.is_complex
-
-
-Inputs = list[tuple[torch.Tensor, int]]
-
-
-def inputs_of(arguments: Any) -> Inputs:
-    """The tensors that a call in flight was given, with their versions, where somebody counts them."""
-    return [(t, t._version) for t in tree_leaves(arguments) if isinstance(t, torch.Tensor) and not t.is_inference()]
-
-
-def check_unchanged(inputs: Inputs, rank: int) -> None:
-    """Raise RankError if one was written to since: ranks may have used it before or after that."""
-    if any(tensor._version != version for tensor, version in inputs):
-        raise RankError(rank, "an argument was changed in place while its call was in flight")

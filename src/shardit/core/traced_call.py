@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +13,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import RankError, UnsupportedError
 from .comm import Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
+from .meeting import meet, sendable
 from .plan import CallPlan, Leaf, Site, describe_result
 from .sites import inner_tensors, put
 from .trace import Recorder, Trace, derive
+from .writes import changed, mark
 
 log = logging.getLogger(__name__)
-
-
-class RemoteError(Exception):
-    """An exception that a block raised on its owner, where it cannot be sent as it is."""
 
 
 class TracedCall:
@@ -97,20 +94,14 @@ class TracedCall:
 
     def _meet(self, what: str | Exception) -> None:
         """Wait until all ranks are at the same place; raise, on every rank, if one of them is not, or has failed."""
-        reached = self.comm.gather_objects(sendable(what) if isinstance(what, Exception) else what)
         self._shared = True
-        errors = {rank: value for rank, value in enumerate(reached) if isinstance(value, Exception)}
-        if len(errors) == self.comm.size:
-            return  # each raises its own
-        if errors:
-            rank, error = next(iter(errors.items()))
+        differ = meet(self.comm, what)
+        if differ is not None:
             raise UnsupportedError(
-                f"the forward does not take the same course on every rank: on rank {rank} it fails outside the blocks "
-                f"({type(error).__name__}: {error}), where data of a block of another rank may be missing"
+                f"the forward does not take the same course on every rank: {differ}, outside the blocks, where data of "
+                "a block of another rank may be missing"
             )
-        if len(set(reached)) > 1:
-            raise UnsupportedError(f"the forward does not take the same course on every rank: {reached}")
-        self._shared = False
+        self._shared = isinstance(what, Exception)  # then all have failed, each with its own error
 
     def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         """What code outside the blocks gets for a tensor that it reads. If that belongs to a block, its owner shares
@@ -225,25 +216,3 @@ def _first_of_storage(leaves: list[Leaf]) -> list[int]:
         if leaf.kind == "tensor":
             first.setdefault(leaf.storage, number)
     return list(first.values())
-
-
-def mark(tensor: torch.Tensor | None) -> Any:
-    """What tells later whether a block wrote to a tensor: its version, or a copy where versions are not counted."""
-    if tensor is None:
-        return None
-    return tensor.clone() if tensor.is_inference() else tensor._version
-
-
-def changed(tensor: torch.Tensor, mark: Any) -> bool:
-    if isinstance(mark, torch.Tensor):
-        return not torch.equal(tensor.contiguous().view(torch.uint8), mark.contiguous().view(torch.uint8))
-    return tensor._version != mark
-
-
-def sendable(error: Exception) -> Exception:
-    """The exception itself if it survives pickling, else a RemoteError with its text."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever an exception of unknown class does when it is pickled
-        return RemoteError(f"{type(error).__name__}: {error}")
-    return error

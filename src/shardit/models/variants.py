@@ -14,13 +14,7 @@ def image_pipeline(pipe: Any) -> Any:
         return None
     from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 
-    from ..core.sites import swap_class
-
     made = WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
-    members = {name: value for name, value in vars(type(pipe)).items() if name in _PLACED}
-    if members:
-        swap_class(made, members)
+    if hasattr(type(pipe), "shardit_alike"):  # its components are spread
+        pipe.shardit_alike(made)
     return made
-
-
-_PLACED = ("to", "device", "_execution_device")

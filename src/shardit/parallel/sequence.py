@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..core.meeting import sendable
 from ..core.pending import PendingTensor, settle
 from ..core.signature import modes
 from ..core.sites import swap_class
 from ..core.stages import Stages
-from ..core.traced_call import sendable
 from ..errors import RankError, UnsupportedError
 from .attention import Layout, SequenceAttention
 from .check import BlockPlan, find_plan

@@ -44,6 +44,7 @@ class Taint(TorchDispatchMode):
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 

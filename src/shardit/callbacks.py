@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from .core.comm import Comm
+from .core.meeting import sendable
 from .core.pending import settle
 from .core.remote import call_on
-from .core.traced_call import sendable
 from .errors import InputError, UnsupportedError
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"

@@ -1,0 +1,39 @@
+"""Who has written to a tensor since somebody looked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..errors import RankError
+
+Inputs = list[tuple[torch.Tensor, int]]
+"""Tensors and the versions that they had."""
+
+
+def inputs_of(arguments: Any) -> Inputs:
+    """The tensors that a call in flight was given, with their versions, where torch counts them."""
+    return [(t, t._version) for t in tree_leaves(arguments) if isinstance(t, torch.Tensor) and not t.is_inference()]
+
+
+def check_unchanged(inputs: Inputs, rank: int) -> None:
+    """Raise RankError if one was written to since: ranks may have used it before or after that."""
+    if any(tensor._version != version for tensor, version in inputs):
+        raise RankError(rank, "an argument was changed in place while its call was in flight")
+
+
+def mark(tensor: torch.Tensor | None) -> Any:
+    """What tells `changed` later whether a tensor was written to: its version, or a copy where versions are not
+    counted."""
+    if tensor is None:
+        return None
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def changed(tensor: torch.Tensor, mark: Any) -> bool:
+    """Whether a tensor was written to since it was marked."""
+    if isinstance(mark, torch.Tensor):
+        return not torch.equal(tensor.contiguous().view(torch.uint8), mark.contiguous().view(torch.uint8))
+    return tensor._version != mark

@@ -1,0 +1,67 @@
+"""What the API process and the supervisor say to each other, over the channel of `engine/messages.py`.
+
+Jobs themselves are in the store, which both open: a message says that there is something to look at, or what is not
+worth storing (progress). A lost message loses no job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+RanksState = Literal["loading", "ready", "restarting", "failed", "stopping"]
+
+# From the API process to the supervisor.
+
+
+@dataclass(frozen=True)
+class Wake:
+    """The store has a new job, or one that is to be cancelled."""
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """Asks for `Measured`."""
+
+
+# From the supervisor to the API process.
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """State of the ranks, sent at every change and when an API process starts.
+
+    info: what sessions tell of the model (`signature`, `signature_with_image`, `notes`), once known. ranks: per rank
+    {"rank", "state", "pid", "peak_bytes"}. restarts: how often they were started anew since the server started.
+    """
+
+    state: RanksState
+    reason: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[dict[str, Any], ...] = ()
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class Changed:
+    """The stored state of a job has changed."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job in progress has finished `step` of `total` denoising steps; phase: encode, denoise or decode."""
+
+    job_id: str
+    step: int
+    total: int
+    phase: Literal["encode", "denoise", "decode"]
+    seconds_per_step: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The supervisor's metrics, as prometheus' text format."""
+
+    text: bytes

@@ -1,0 +1,377 @@
+"""The store of jobs: SQLite for what they are, a folder for each with its input and result files.
+
+Both the API process and the supervisor open it. Every change is one transaction, so that a process may be killed
+between any two lines; a job's one end is an UPDATE that only an open job can match.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .jobs import ENDED, Job, Kind, NewJob, State, due_time, new_id
+from .migrations import migrate
+
+BUSY_S = 10.0
+"""Longest wait for the other process's transaction; each takes milliseconds."""
+
+
+class QueueFull(Exception):
+    """No more jobs are taken for now; `retry_after_s` is when the next place is expected."""
+
+    def __init__(self, text: str, retry_after_s: float):
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
+class Conflict(Exception):
+    """The idempotency key was used for another request."""
+
+
+class Store:
+    """Jobs in `folder`. Safe to use from several threads and processes.
+
+    Raises InputError where the folder cannot be used. `clock` gives seconds since 1970.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
+        self.folder = folder
+        self._clock = clock
+        self._lock = threading.RLock()
+        try:
+            (folder / "jobs").mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(
+                folder / "jobs.sqlite", timeout=BUSY_S, isolation_level=None, check_same_thread=False
+            )
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode=WAL")
+            # An answer to a client is a promise: it is on the disk before it is given.
+            self._db.execute("PRAGMA synchronous=FULL")
+            migrate(self._db)
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(
+                f"the data folder {folder} cannot be used ({error}); choose another with --data-dir"
+            ) from error
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._db.close()
+
+    def files_of(self, job_id: str) -> Path:
+        """The folder of a job's files; `job_id` must be one that the store has given."""
+        return self.folder / "jobs" / job_id
+
+    # The life of a job.
+
+    def accept(self, new: NewJob, *, queue_size: int, of_owner: int | None = None) -> tuple[Job, bool]:
+        """Store a job as queued, its input files first; returns it, and whether it is new.
+
+        A repeated idempotency key with the same fingerprint gives the job that it made; with another one, Conflict.
+        Raises QueueFull where `queue_size` jobs are queued, or the owner has `of_owner` open ones.
+        """
+        with self._writing():
+            if (known := self._by_key(new)) is not None:
+                return known, False
+            self._check_room(new, queue_size, of_owner)
+            job_id = new_id(new.kind)
+            self._write_inputs(job_id, new)
+            try:
+                last = self._db.execute("SELECT MAX(created_at) FROM jobs").fetchone()[0]
+                now = max(self._clock(), last or 0.0)  # the clock may have been set back
+                self._db.execute(
+                    "INSERT INTO jobs (id, kind, state, request, seed, view, created_at, due, owner, waits, inputs,"
+                    " idempotency_key, fingerprint, bytes) VALUES (?,?,'queued',?,?,?,?,?,?,?,?,?,?,?)",
+                    (
+                        job_id,
+                        new.kind,
+                        json.dumps(new.request),
+                        new.seed,
+                        json.dumps(new.view),
+                        now,
+                        due_time(now, new.cost, new.priority),
+                        new.owner,
+                        int(new.waits),
+                        json.dumps(list(new.inputs)),
+                        new.idempotency_key,
+                        new.fingerprint,
+                        sum(map(len, new.inputs.values())),
+                    ),
+                )
+            except BaseException:
+                shutil.rmtree(self.files_of(job_id), ignore_errors=True)
+                raise
+            job = self.get(job_id)
+            assert job is not None
+            return job, True
+
+    def start(self, job_id: str) -> bool:
+        """queued -> in_progress. False where somebody else was first, or it is cancelled."""
+        return self._update(
+            "UPDATE jobs SET state='in_progress', started_at=?, attempts=attempts+1 WHERE id=? AND state='queued'",
+            (self._clock(), job_id),
+        )
+
+    def put_back(self, job_id: str) -> bool:
+        """in_progress -> queued, at its old place: its ranks are gone, or it has to make way."""
+        return self._update(
+            "UPDATE jobs SET state='queued', started_at=NULL WHERE id=? AND state='in_progress'", (job_id,)
+        )
+
+    def finish(
+        self,
+        job_id: str,
+        state: State,
+        *,
+        error: dict[str, Any] | None = None,
+        files: Sequence[str] = (),
+        facts: dict[str, Any] | None = None,
+    ) -> bool:
+        """The one end of a job; False where it has ended already. Its files must be in their folder by now."""
+        assert state in ENDED, state
+        size = sum((self.files_of(job_id) / name).stat().st_size for name in files)
+        with self._writing():
+            done = self._db.execute(
+                "UPDATE jobs SET state=?, finished_at=?, error=?, files=?, facts=?, bytes=bytes+?"
+                " WHERE id=? AND state IN ('queued', 'in_progress')",
+                (
+                    state,
+                    self._clock(),
+                    None if error is None else json.dumps(error),
+                    json.dumps(list(files)),
+                    json.dumps(facts or {}),
+                    size,
+                    job_id,
+                ),
+            ).rowcount
+            doomed = self._db.execute("SELECT 1 FROM jobs WHERE id=? AND doomed=1", (job_id,)).fetchone()
+        if doomed:
+            self._remove([job_id])
+        return bool(done)
+
+    def request_cancel(self, job_id: str) -> Job | None:
+        """A queued job is cancelled at once, one in progress when the ranks come to know of it; others stay as they
+        are. Returns the job as it is now, None where there is none."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE jobs SET state='cancelled', cancel_requested=1, finished_at=? WHERE id=? AND state='queued'",
+                (self._clock(), job_id),
+            )
+            self._db.execute("UPDATE jobs SET cancel_requested=1 WHERE id=? AND state='in_progress'", (job_id,))
+            return self.get(job_id)
+
+    def delete(self, job_id: str) -> bool:
+        """Forget a job and its files; one that is open is cancelled first. False where there is none."""
+        if (job := self.request_cancel(job_id)) is None:
+            return False
+        if job.ended:
+            self._remove([job_id])
+        else:
+            self._update("UPDATE jobs SET doomed=1 WHERE id=?", (job_id,))
+            job = self._get(job_id)
+            if job is not None and job.ended:  # it has ended in between
+                self._remove([job_id])
+        return True
+
+    def drop_waiting(self) -> list[str]:
+        """Cancel the jobs whose clients waited on a connection that is gone, as this API process has just begun."""
+        rows = self._all("SELECT id FROM jobs WHERE waits=1 AND state IN ('queued', 'in_progress')", ())
+        return [row["id"] for row in rows if self.request_cancel(row["id"])]
+
+    def recover(self) -> list[Job]:
+        """After a start: what was in progress is queued again, or cancelled if that was asked for. Returns the former.
+
+        Removes folders that no job owns.
+        """
+        with self._writing():
+            self._db.execute(
+                "UPDATE jobs SET state='cancelled', finished_at=? WHERE state='in_progress' AND cancel_requested=1",
+                (self._clock(),),
+            )
+            again = self._all("SELECT * FROM jobs WHERE state='in_progress'", ())
+            self._db.execute("UPDATE jobs SET state='queued', started_at=NULL WHERE state='in_progress'")
+            known = {
+                row["id"] for row in self._all("SELECT id FROM jobs WHERE NOT (doomed=1 AND state='cancelled')", ())
+            }
+            doomed = [row["id"] for row in self._all("SELECT id FROM jobs WHERE doomed=1 AND state='cancelled'", ())]
+        self._remove(doomed)
+        for path in (self.folder / "jobs").iterdir():
+            if path.name not in known:
+                shutil.rmtree(path, ignore_errors=True)
+        return [_job(row) for row in again]
+
+    # Looking.
+
+    def get(self, job_id: str) -> Job | None:
+        """The job as it is now; None where there is none, or it is to be deleted."""
+        row = self._one("SELECT * FROM jobs WHERE id=? AND doomed=0", (job_id,))
+        return None if row is None else _job(row)
+
+    def queued(self, limit: int = 100) -> list[Job]:
+        """The next jobs, in the order in which they are to begin."""
+        rows = self._all("SELECT * FROM jobs WHERE state='queued' ORDER BY due, number LIMIT ?", (limit,))
+        return [_job(row) for row in rows]
+
+    def to_cancel(self) -> list[str]:
+        """Jobs in progress that somebody wants to be cancelled."""
+        rows = self._all("SELECT id FROM jobs WHERE state='in_progress' AND cancel_requested=1", ())
+        return [row["id"] for row in rows]
+
+    def position(self, job: Job) -> int:
+        """How many queued jobs go before this one."""
+        row = self._one(
+            "SELECT COUNT(*) FROM jobs WHERE state='queued' AND (due, number) < (?, ?)", (job.due, job.number)
+        )
+        assert row is not None
+        return row[0]
+
+    def page(
+        self, kind: Kind, *, owner: str | None, after: str | None = None, limit: int = 20, order: str = "desc"
+    ) -> tuple[list[Job], bool]:
+        """Jobs of one kind and owner by the order of acceptance, from the one behind `after`; and whether there are
+        more. Raises InputError where `after` is none of them."""
+        newest = order == "desc"
+        where, values = "kind=? AND doomed=0 AND owner IS ?", [kind, owner]
+        if after is not None:
+            row = self._one(f"SELECT number FROM jobs WHERE id=? AND {where}", (after, *values))
+            if row is None:
+                raise InputError(f"after: there is no job {after!r}")
+            where, values = f"{where} AND number {'<' if newest else '>'} ?", [*values, row["number"]]
+        sql = f"SELECT * FROM jobs WHERE {where} ORDER BY number {'DESC' if newest else 'ASC'} LIMIT ?"
+        rows = self._all(sql, (*values, limit + 1))
+        return [_job(row) for row in rows[:limit]], len(rows) > limit
+
+    def counts(self) -> dict[str, int]:
+        """Number of jobs by state."""
+        return {row["state"]: row["n"] for row in self._all("SELECT state, COUNT(*) AS n FROM jobs GROUP BY state", ())}
+
+    # Facts that outlive a process, such as how long a step takes.
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a JSON value under a name."""
+        self._update("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, json.dumps(value)))
+
+    def recall(self, name: str, default: Any = None) -> Any:
+        """The value kept under a name."""
+        row = self._one("SELECT value FROM facts WHERE name=?", (name,))
+        return default if row is None else json.loads(row["value"])
+
+    def retain(self, max_age_s: float, max_bytes: int) -> list[str]:
+        """Forget ended jobs that are older than `max_age_s`, and the oldest until all files fit `max_bytes`."""
+        ended = self._all(
+            "SELECT id, finished_at, bytes FROM jobs WHERE state NOT IN ('queued', 'in_progress') ORDER BY number",
+            (),
+        )
+        row = self._one("SELECT COALESCE(SUM(bytes), 0) FROM jobs", ())
+        assert row is not None
+        total, gone, now = row[0], [], self._clock()
+        for job in ended:
+            if now - (job["finished_at"] or now) > max_age_s or total > max_bytes:
+                gone.append(job["id"])
+                total -= job["bytes"]
+        self._remove(gone)
+        return gone
+
+    # How.
+
+    def _by_key(self, new: NewJob) -> Job | None:
+        if new.idempotency_key is None:
+            return None
+        row = self._one("SELECT * FROM jobs WHERE idempotency_key=? AND owner IS ?", (new.idempotency_key, new.owner))
+        if row is not None and row["fingerprint"] != new.fingerprint:
+            raise Conflict(f"the idempotency key {new.idempotency_key!r} was used for another request; use a new one")
+        return None if row is None else _job(row)
+
+    def _check_room(self, new: NewJob, queue_size: int, of_owner: int | None) -> None:
+        row = self._one("SELECT COUNT(*), MIN(due) FROM jobs WHERE state='queued'", ())
+        assert row is not None
+        if row[0] >= queue_size:
+            raise QueueFull(
+                f"the queue is full ({queue_size} jobs wait); try again later", max(1.0, min(new.cost, 60.0))
+            )
+        if of_owner is not None:
+            mine = self._one(
+                "SELECT COUNT(*) FROM jobs WHERE owner IS ? AND state IN ('queued', 'in_progress')", (new.owner,)
+            )
+            assert mine is not None
+            if mine[0] >= of_owner:
+                text = f"this key has {of_owner} jobs open, which is its limit; wait for one to end"
+                raise QueueFull(text, max(1.0, min(new.cost, 60.0)))
+
+    def _write_inputs(self, job_id: str, new: NewJob) -> None:
+        folder = self.files_of(job_id)
+        folder.mkdir()
+        for name, data in new.inputs.items():
+            with open(folder / name, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _remove(self, job_ids: list[str]) -> None:
+        for job_id in job_ids:
+            self._update("DELETE FROM jobs WHERE id=?", (job_id,))
+            shutil.rmtree(self.files_of(job_id), ignore_errors=True)
+
+    def _get(self, job_id: str) -> Job | None:
+        row = self._one("SELECT * FROM jobs WHERE id=?", (job_id,))
+        return None if row is None else _job(row)
+
+    def _one(self, sql: str, values: tuple[Any, ...]) -> sqlite3.Row | None:
+        with self._lock:
+            return self._db.execute(sql, values).fetchone()
+
+    def _all(self, sql: str, values: tuple[Any, ...]) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    def _update(self, sql: str, values: tuple[Any, ...]) -> bool:
+        with self._writing():
+            return self._db.execute(sql, values).rowcount > 0
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            if self._db.in_transaction:  # part of a larger change
+                yield
+                return
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+
+def _job(row: sqlite3.Row) -> Job:
+    return Job(
+        number=row["number"],
+        id=row["id"],
+        kind=row["kind"],
+        state=row["state"],
+        request=json.loads(row["request"]),
+        seed=row["seed"],
+        view=json.loads(row["view"]),
+        created_at=row["created_at"],
+        due=row["due"],
+        owner=row["owner"],
+        waits=bool(row["waits"]),
+        inputs=tuple(json.loads(row["inputs"])),
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        attempts=row["attempts"],
+        cancel_requested=bool(row["cancel_requested"]),
+        error=None if row["error"] is None else json.loads(row["error"]),
+        files=tuple(json.loads(row["files"])),
+        facts=json.loads(row["facts"]),
+        bytes=row["bytes"],
+    )

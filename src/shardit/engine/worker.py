@@ -57,7 +57,12 @@ def main(spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads
         set_threads(threads)
         session = open_session(spec, rank=rank, world_size=world_size, init_method=rendezvous)
         channel.send(Ready(session.info))
-        serve(session, channel)
+        if spec.live:
+            from shardit.engine.live import serve_live
+
+            serve_live(session, channel)
+        else:
+            serve(session, channel)
     except InputError as error:
         channel.send(Refused.from_error(error))
         return 0

@@ -1,0 +1,24 @@
+"""Structured logs: one JSON object per line on standard error, or readable lines on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import structlog
+
+
+def logger(process: str) -> Any:
+    """The log of one process of the server; `process` is "supervisor", "api" or "rank". Fields go in as keywords:
+    request_id for a job, rank for a rank."""
+    pretty = sys.stderr.isatty()
+    renderer: Any = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
+    return structlog.wrap_logger(
+        structlog.PrintLogger(sys.stderr),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        process=process,
+    )

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ..core.turns import Interrupted, Program
+from .memory import peak_bytes, reset_peak
 from .messages import Begin, Cancel, Channel, Closed, Left, OutOfMemory, Progress
 from .result import collect, one_line
-from .worker import peak_bytes, reset_peak
 
 
 def serve_live(session: Any, channel: Channel) -> None:

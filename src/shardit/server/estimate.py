@@ -21,6 +21,8 @@ _SECONDS_PER_WORK = 2e-7
 _SIDE, _STEPS, _FRAMES = 1024, 50, 81
 _LEARNING_RATE = 0.2
 _POINTS = 16
+_FAR = 8
+"""How many times the largest size that was seen a growth is believed."""
 _BYTES_PER_PIXEL = 3 * 4  # three colours in float32, as every VAE decodes them
 
 
@@ -121,22 +123,21 @@ def learn_memory(known: Mapping[str, Any] | None, seen: Seen) -> dict[str, Any]:
 def expected_peak(size: int, known: Mapping[str, Any] | None) -> int:
     """Bytes that the fullest rank is expected to hold at this size, at least those of the decoded pixels.
 
-    Between sizes that were seen the larger one's; beyond the largest in proportion to it, above what the smallest
-    needed.
+    Up to the largest size that was seen: what the next larger one took. Beyond: what the largest took, and more in
+    proportion to the growth between sizes, where two that differ enough tell it. Better too little than too much:
+    a request that is refused here cannot show that it fits.
     """
     points = [(int(seen), int(peak)) for seen, peak in (known or {}).get("points", ())]
-    least = size * _BYTES_PER_PIXEL
-    larger = [peak for seen, peak in points if seen >= size]
-    if larger:
+    resting = points[0][1] if points and points[0][0] == 0 else 0
+    least = resting + size * _BYTES_PER_PIXEL
+    seen = [point for point in points if point[0] > 0]
+    if larger := [peak for pixels, peak in seen if pixels >= size]:
         return max(least, min(larger))
-    base = points[0][1] if points else 0
-    largest, peak = points[-1] if points else (0, 0)
-    slope = (peak - base) / (largest - points[0][0]) if len(points) > 1 else 0.0
-    return (
-        max(least + base if not slope else least, round(base + max(0.0, slope) * (size - points[0][0])))
-        if points
-        else least
-    )
+    if not seen:
+        return least
+    (small, low), (large, high) = seen[0], seen[-1]
+    growth = (high - low) / (large - small) if large >= 2 * small else 0.0
+    return max(least, round(high + max(0.0, growth) * (min(size, _FAR * large) - large)))
 
 
 def refuse_if_too_large(work: Work, known: Mapping[str, Any] | None, limit_bytes: int | None) -> None:

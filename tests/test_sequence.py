@@ -314,11 +314,11 @@ def test_what_cannot_be_right_is_refused() -> None:
     run_ranks(2, wrong)
 
 
-def silent(rank: int, count: int, method: str) -> None:
+def silent(rank: int, count: int, method: str, way: dict) -> None:
     """Without communication the result must differ, or the other tests would show nothing; and the check sees it."""
     join(rank, count, method)
     name = "wan2.2-t2v"
-    plain, other = alone(name, ULYSSES)
+    plain, other = alone(name, way)
     torch.manual_seed(0)
     arguments = {
         "hidden_states": torch.randn(1, plain.config.in_channels, 3, 4, 8),
@@ -326,19 +326,21 @@ def silent(rank: int, count: int, method: str) -> None:
         "encoder_hidden_states": torch.randn(1, 5, plain.config.text_dim),
     }
     assert both(plain, other, **arguments) <= CLOSE
-    exchange = Collectives.all_to_all
+    exchange, rotate = Collectives.all_to_all, Collectives.rotate
     Collectives.all_to_all = lambda self, sends, receives: [r.zero_() for r in receives]  # type: ignore[assignment]
+    Collectives.rotate = lambda self, send, receive: lambda: receive.zero_()  # type: ignore[assignment]
     assert both(plain, other, **arguments) > 1e-3
-    fresh = alone(name, ULYSSES)[1]
+    fresh = alone(name, way)[1]
     with pytest.raises(UnsupportedError, match="no way was found"), torch.no_grad():
         fresh(**arguments)
-    Collectives.all_to_all = exchange
+    Collectives.all_to_all, Collectives.rotate = exchange, rotate
     assert both(plain, other, **arguments) <= CLOSE
 
 
-def test_without_communication_it_differs() -> None:
+@pytest.mark.parametrize("way", [ULYSSES, RING], ids=["ulysses", "ring"])
+def test_without_communication_it_differs(way: dict) -> None:
     tiny.resolve("tiny/wan2.2-t2v")
-    run_ranks(2, silent)
+    run_ranks(2, silent, way)
 
 
 def gathers(rank: int, count: int, method: str) -> list[int]:

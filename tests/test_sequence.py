@@ -365,6 +365,39 @@ def test_only_attention_and_one_gather_communicate() -> None:
         assert exchanged == 2 * blocks
 
 
+def watched(rank: int, count: int, method: str, way: dict) -> tuple[set[int], set[tuple[int, ...]]]:
+    """Tokens that this rank's linears saw, and (heads, queries, keys) of its attention."""
+    join(rank, count, method)
+    _, other = alone("wan2.2-t2v", way)
+    video = torch.randn(1, other.config.in_channels, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    arguments = (video, torch.tensor([3]), torch.ones(1, 5, other.config.text_dim))
+    rows, attended, plain = set(), set(), torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        attended.add((query.shape[1], query.shape[2], key.shape[2]))
+        return plain(query, key, *args, **kwargs)
+
+    with torch.no_grad():
+        settle(other(*arguments))  # looked at and checked
+        for block in other.blocks:
+            block.ffn.register_forward_pre_hook(lambda module, args: rows.add(args[0].shape[1]))
+        torch.nn.functional.scaled_dot_product_attention = noted
+        settle(other(*arguments))
+    return rows, attended
+
+
+@pytest.mark.parametrize("way", [ULYSSES, RING, {"tensor_parallel_size": 2}], ids=["ulysses", "ring", "slices"])
+def test_no_rank_runs_heads_or_tokens_of_another(way: dict) -> None:
+    """24 tokens of video, 5 of text; Ring attends without the function that is watched."""
+    config = tiny.load_plain(tiny.resolve("tiny/wan2.2-t2v")).transformer.config
+    found, heads = run_ranks(2, watched, way), config.num_attention_heads
+    whole, spread = heads - heads // 2, "tensor_parallel_size" not in way
+    for (rows, attended), own in zip(found, (whole, heads - whole), strict=True):
+        assert rows == ({12} if spread else {24})
+        over_text = (heads, 12, 5) if spread else (own, 24, 5)
+        assert attended == ({over_text} if way == RING else {(own, 24, 24), over_text})
+
+
 # Candidates and cuts: functions of shapes.
 
 

@@ -59,6 +59,8 @@ class Dispatcher:
         self.writing: dict[str, Future[Any]] = {}
         self.patience = Patience(options.step_timeout_s)
         self._writers = writers
+        self.peaks: dict[int, int] = {}
+        """Peak memory of each rank during its newest job, in bytes."""
         self._keys = itertools.count(1)
         self._unwritten: list[Callable[[], None]] = []
         self._said_at = -SAY_AGAIN_S
@@ -221,6 +223,7 @@ class Dispatcher:
 
     def _left(self, key: int, running: Running, rank: int, message: Left) -> None:
         running.left[rank] = message
+        self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
         self.gauges.rank(rank, message)
         if len(running.left) < self._together:
             return

@@ -128,6 +128,12 @@ class Fleet:
         self.last_ends: dict[int, str] = {}
 
     @property
+    def states(self) -> list[str]:
+        """Of each rank: "starting", "loading" or "ready"."""
+        there = "loading" if self._pipes else "starting"
+        return ["ready" if rank in self._infos else there for rank in range(self.size)]
+
+    @property
     def size(self) -> int:
         """Number of ranks."""
         return self.spec.config.world_size

@@ -25,7 +25,7 @@ class Learned:
                 store.remember(name, None)
             store.remember(_OF, of)
         self._speed: float | None = store.recall(estimate.SPEED)
-        self._memory: dict[str, Any] | None = store.recall(estimate.MEMORY)
+        self._memory: dict[str, Any] | None = estimate.forgive(store.recall(estimate.MEMORY))
         self._saved = (self._speed, self._memory)
 
     def at_rest(self, memories: list[dict[str, Any]]) -> None:

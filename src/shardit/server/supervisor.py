@@ -115,6 +115,8 @@ class Supervisor:
                 f"rank {rank}: {_innermost(stack)}" for rank, stack in self.fleet.placement.stacks().items()
             )
             self.fleet.fail(f"{reason}; {where}" if where else reason)
+        if self._of_ranks() != self.state.ranks:
+            self._set(self.state.state, reason=self.state.reason)
         now = time.monotonic()
         loads = self.state.state in ("loading", "restarting") and self._start_ranks_at is None
         if loads and now - self._started > LOAD_TIMEOUT_S:
@@ -188,8 +190,15 @@ class Supervisor:
         self.api.stop()
         self.store.close()
 
+    def _of_ranks(self) -> tuple[dict[str, Any], ...]:
+        peaks = self.jobs.peaks
+        return tuple(
+            {"rank": rank, "state": state, "peak_bytes": peaks.get(rank)}
+            for rank, state in enumerate(self.fleet.states)
+        )
+
     def _set(self, state: RanksState, **more: Any) -> None:
-        kept = {"info": self.state.info, "restarts": self.state.restarts}
+        kept = {"info": self.state.info, "restarts": self.state.restarts, "ranks": self._of_ranks()}
         self.state = Ranks(state, **{**kept, **more})
         self.api.tell(self.state)
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from ..engine.messages import SessionSpec
 from ..errors import InputError
+from ..logs import logger
 from .api_process import ApiProcess
 from .dispatch import Dispatcher
 from .fleet import Down, Fleet, LocalPlacement, Placement
 from .gauges import Gauges
-from .logs import logger
 from .loop import Loop
 from .messages import Measured, Ranks, RanksState, Scrape, Wake
 from .options import ServeOptions
@@ -28,7 +28,7 @@ from .store import Store
 
 LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
-WRITERS_STOP_S = 4.0
+STOP_S = 7.0
 RETAIN_EVERY_S = 60.0
 
 
@@ -170,10 +170,11 @@ class Supervisor:
         self.loop.stop()
 
     def end(self) -> None:
-        """End all processes. Results that are being written are waited for, for some seconds."""
+        """End all processes, within ten seconds. Results that are being written are waited for, for some of these."""
+        deadline = time.monotonic() + STOP_S
+        self.api.leave()
         self.fleet.stop()
         self.jobs.put_all_back()
-        deadline = time.monotonic() + WRITERS_STOP_S
         while self.jobs.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
         self.writers.shutdown(wait=False, cancel_futures=True)

@@ -101,7 +101,11 @@ class ApiProcess:
             if self._pipe is not None:
                 self._pipe.close()
         if self._process is None and now >= self._again:
-            self.start()
+            try:
+                self.start()
+            except OSError as error:  # no memory, no process numbers
+                self._again = now + MAX_PAUSE_S
+                self._log.error("api_process_not_started", reason=str(error), again_in_s=MAX_PAUSE_S)
 
     def leave(self) -> None:
         """Have it finish its answers and end."""

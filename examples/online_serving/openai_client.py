@@ -1,10 +1,10 @@
 """A picture and a video from a running server, with OpenAI's own package (`pip install openai`).
 
-    shardit serve tiny/qwen-image --port 8091
-    python openai_client.py --prompt "a cat" --output cat.png
+shardit serve tiny/qwen-image --port 8091
+python openai_client.py --prompt "a cat" --output cat.png
 
-    shardit serve tiny/wan2.2-t2v --port 8092
-    python openai_client.py --base-url http://localhost:8092/v1 --prompt "a cat runs" --output cat.mp4
+shardit serve tiny/wan2.2-t2v --port 8092
+python openai_client.py --base-url http://localhost:8092/v1 --prompt "a cat runs" --output cat.mp4
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from ... import __version__
-from ..logs import logger
+from ...logs import logger
 from ..options import ServeOptions
 from ..store import Store
 from .about import about_routes

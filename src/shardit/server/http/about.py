@@ -143,6 +143,7 @@ def _defaults(context: Context) -> dict[str, Any]:
     takes, options = context.board.info.get("signature"), context.options
     if takes is None:
         return {}
-    shown = {name: value for name, value in takes.defaults.items() if name in takes.choices and value is not None}
+    names = set(pipeline_names(context.board.info))
+    shown = {name: value for name, value in takes.defaults.items() if name in names and value is not None}
     filled = tiny.filled_in(options.model.removeprefix("tiny/"), ()) if options.model.startswith("tiny/") else {}
     return {**shown, **filled}

@@ -20,6 +20,7 @@ export function showServer(server) {
   const restarts = server.restarts === 1 ? "1 restart" : `${server.restarts} restarts`;
   $("queue").textContent = `${server.in_progress} running, ${server.queued} of ${server.queue_size} places taken, ${restarts}`;
   $("ranks").replaceChildren(...server.ranks.map(rowOf));
+  $("ranks").closest("table").hidden = server.ranks.length === 0;
   $("forget").hidden = !hasKey();
 }
 

@@ -1,0 +1,365 @@
+"""The page at / in a real browser: make, watch, cancel, see, keep, delete; keys, errors, keyboard and phones."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, expect
+
+from shardit.server.keys import digest
+from shardit.signature import PipelineSignature
+
+from .browser import Visit, chromium, visiting
+from .http_fake import IMAGE, VIDEO, Served, picture, serving
+
+PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("images"), IMAGE) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("videos"), VIDEO) as served:
+        yield served
+
+
+@pytest.fixture
+def visit(browser: Browser, images: Served) -> Iterator[Visit]:
+    with visiting(browser, images) as visit:
+        yield visit
+
+
+def test_make_see_download_reload_delete(visit: Visit) -> None:
+    visit.generate("a quiet harbour", width=48, height=32, num_inference_steps=2, seed=2**62 + 1)
+    assert visit.loaded("a quiet harbour") == [{"width": 48, "height": 32}]
+    card = visit.card("a quiet harbour")
+    # A seed of more digits than JavaScript's numbers hold is sent and shown as it is.
+    expect(card).to_contain_text(f"48 × 32 · 2 steps · seed {2**62 + 1}")
+    with visit.page.expect_download() as download:
+        card.get_by_role("link", name="Download").click()
+    with Image.open(download.value.path()) as made:
+        assert (made.format, made.size) == ("PNG", (48, 32))
+    visit.page.reload()
+    assert visit.loaded("a quiet harbour") == [{"width": 48, "height": 32}]
+    job_id = card.get_attribute("data-job")
+    card.get_by_role("button", name="Delete").click()
+    expect(card).to_be_visible()
+    card.get_by_role("button", name="Delete?").click()
+    expect(card).to_have_count(0)
+    assert visit.served.call("GET", f"/v1/images/{job_id}")[0] == 404
+
+
+def test_watch_and_cancel(visit: Visit) -> None:
+    visit.generate("slow first")
+    visit.generate("slow second")
+    first, second = visit.card("slow first"), visit.card("slow second")
+    expect(first).to_contain_text(re.compile(r"Step \d+ of 200 · 0.05 s per step · about .* left"))
+    expect(second).to_contain_text("In the queue, next")
+    expect(visit.page.locator("#state")).to_have_text("Ready · 1 running · 1 waiting")
+    share = first.locator("progress").evaluate("bar => bar.value")
+    assert 0 < share < 1
+    visit.page.reload()  # jobs go on without the page, and it finds them again
+    expect(first).to_contain_text(re.compile(r"Step \d+ of 200"))
+    assert first.locator("progress").evaluate("bar => bar.value") > share
+    second.get_by_role("button", name="Cancel").click()
+    expect(second).to_have_attribute("data-status", "cancelled")
+    expect(first).to_contain_text(re.compile(r"Step \d+ of 200"))
+    first.get_by_role("button", name="Cancel").click()
+    expect(first).to_have_attribute("data-status", "cancelled")
+    expect(visit.page.locator("#announce")).to_have_text("Cancelled: slow first")
+    expect(visit.running).to_have_count(0)
+    for card in (first, second):
+        assert visit.served.store.get(card.get_attribute("data-job") or "").state == "cancelled"  # type: ignore[union-attr]
+
+
+def test_more_jobs_than_a_browser_has_connections(visit: Visit) -> None:
+    visit.served.supervisor.held = True
+    try:
+        for index in range(9):
+            visit.generate(f"one of many {index}")
+            expect(visit.card(f"one of many {index}")).to_be_visible()
+        expect(visit.card("one of many 8")).to_contain_text("In the queue, 8 before it")
+    finally:
+        visit.served.supervisor.held = False
+    expect(visit.running).to_have_count(0)
+    shown = visit.gallery.locator(".prompt").all_inner_texts()
+    assert [text for text in shown if "one of many" in text] == [f"one of many {index}" for index in range(8, -1, -1)]
+
+
+def test_what_others_do_is_shown(visit: Visit) -> None:
+    body = {"prompt": "sent by curl", "size": "40x40", "n": 2}
+    status, job, _ = visit.served.call("POST", "/v1/images/generations", body, {"Prefer": "respond-async"})
+    assert status == 202
+    assert visit.loaded("sent by curl", 2) == [{"width": 40, "height": 40}] * 2
+    assert visit.served.call("DELETE", f"/v1/images/{job['id']}")[0] == 200
+    expect(visit.card("sent by curl")).to_have_count(0)
+
+
+def test_use_settings_again(visit: Visit) -> None:
+    settings = {"width": "32", "height": "64", "num_inference_steps": "3", "seed": "5", "true_cfg_scale": "2.5"}
+    visit.page.locator("#more summary").click()
+    visit.generate("again and again", negative_prompt="fog", n="2", **settings)
+    visit.loaded("again and again", 2)
+    visit.page.reload()
+    visit.card("again and again").get_by_role("button", name="Reuse").click()
+    for name, value in {"prompt": "again and again", "negative_prompt": "fog", "n": "2", **settings}.items():
+        expect(visit.page.locator(f"#{name}")).to_have_value(value)
+    expect(visit.page.locator("#negative_prompt")).to_be_visible()
+    expect(visit.page.locator("#prompt")).to_be_focused()
+
+
+def test_enlarge(visit: Visit) -> None:
+    visit.generate("a large one")
+    visit.loaded("a large one")
+    visit.card("a large one").get_by_role("button", name="Enlarge").click()
+    viewer = visit.page.get_by_role("dialog", name="a large one")
+    expect(viewer.locator("img")).to_be_visible()
+    with visit.page.expect_download() as download:
+        viewer.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename.endswith(".png")
+    visit.page.keyboard.press("Escape")
+    expect(viewer).to_be_hidden()
+    expect(visit.card("a large one").get_by_role("button", name="Enlarge")).to_be_focused()
+
+
+def test_errors_stand_beside_what_they_concern(visit: Visit) -> None:
+    visit.generate("too many steps", num_inference_steps=9999)
+    steps = visit.page.get_by_label("Steps")
+    expect(steps).to_have_attribute("aria-invalid", "true")
+    expect(steps).to_have_accessible_description(re.compile("num_inference_steps .* 200"))
+    expect(steps).to_be_focused()
+    visit.generate("half a pixel", num_inference_steps=2, width="1.5")
+    expect(visit.page.get_by_label("Width")).to_have_accessible_description(re.compile("valid value"))
+    expect(steps).not_to_have_attribute("aria-invalid", "true")
+    visit.generate("", width="")
+    expect(visit.page.locator("[data-field=prompt] .error")).not_to_be_empty()
+    visit.generate("please fail")
+    expect(visit.card("please fail")).to_contain_text("Failed: a rank died")
+    expect(visit.page.locator(".compose .error:not(:empty)")).to_have_count(0)
+    expect(visit.running).to_have_count(0)
+
+
+def test_a_server_that_is_away_for_a_while(visit: Visit) -> None:
+    expect(visit.page.locator("#state")).to_have_text("Ready")
+    visit.context.set_offline(True)
+    expect(visit.page.locator("#state")).to_have_text("No connection")
+    visit.generate("sent into the dark")
+    expect(visit.page.locator("#form-error")).to_have_text("The server cannot be reached.")
+    visit.context.set_offline(False)
+    expect(visit.page.locator("#state")).to_have_text("Ready")
+
+
+def test_only_the_fields_of_the_model(browser: Browser, videos: Served, visit: Visit) -> None:
+    shown = "[data-field]:not([hidden])"
+    names = visit.page.locator(shown).evaluate_all("fields => fields.map((field) => field.dataset.field)")
+    expect(visit.page.get_by_label("Steps")).to_have_attribute("placeholder", "50")
+    assert not {"seconds", "num_frames", "fps"} & set(names)
+    assert {"prompt", "image", "true_cfg_scale", "n", "seed", "width"} <= set(names)
+    with visiting(browser, videos) as video:
+        expect(video.page.locator("#seconds")).to_have_attribute("placeholder", re.compile(r"\d"))
+        names = video.page.locator(shown).evaluate_all("fields => fields.map((field) => field.dataset.field)")
+        assert {"seconds", "num_frames", "fps", "image"} <= set(names)
+        assert "true_cfg_scale" not in names
+
+
+def test_a_video_from_a_picture(browser: Browser, videos: Served, tmp_path: Path) -> None:
+    (tmp_path / "start.png").write_bytes(picture((48, 32)))
+    with visiting(browser, videos) as visit:
+        visit.page.get_by_label("Image").set_input_files(tmp_path / "start.png")
+        expect(visit.page.locator("#preview")).to_be_visible()
+        visit.generate("it begins to move", width=48, height=32, num_frames=9, fps=8)
+        assert visit.loaded("it begins to move") == [{"width": 48, "height": 32}]
+        card = visit.card("it begins to move")
+        assert card.locator("video").evaluate("video => video.muted && !video.autoplay")
+        job = videos.store.get(card.get_attribute("data-job") or "")
+        assert job is not None
+        assert job.inputs == ("input-0.png",)
+        assert (job.request["num_frames"], job.request["fps"]) == (9, 8)
+        with visit.page.expect_download() as download:
+            card.get_by_role("link", name="Download").click()
+        assert b"ftyp" in download.value.path().read_bytes()[:16]
+        # What is typed last counts: seconds instead of frames.
+        visit.generate("by seconds", seconds=2)
+        visit.loaded("by seconds")
+        job = videos.store.get(visit.card("by seconds").get_attribute("data-job") or "")
+        assert job is not None
+        assert job.request["num_frames"] == 17
+        # The tab still has the picture of a job that was sent from it, another one has not.
+        visit.page.get_by_role("button", name="Clear settings").click()
+        card.get_by_role("button", name="Reuse").click()
+        expect(visit.page.locator("#preview")).to_be_visible()
+        visit.page.reload()
+        card.get_by_role("button", name="Reuse").click()
+        expect(visit.page.get_by_label("Image")).to_have_accessible_description(re.compile("Choose the image again"))
+
+
+def test_a_model_that_needs_a_picture(browser: Browser, tmp_path: Path) -> None:
+    names = ("image", "prompt", "num_inference_steps")
+    info = {"signature": PipelineSignature("QwenImageEditPipeline", names), "notes": []}
+    with serving(tmp_path / "data", info) as served, visiting(browser, served) as visit:
+        expect(visit.page.get_by_label("Steps")).to_be_visible()
+        expect(visit.page.get_by_label("Width")).to_be_hidden()
+        visit.generate("brighter")
+        expect(visit.page.get_by_label("Image")).to_have_attribute("aria-invalid", "true")
+        files = {"name": "in.png", "mimeType": "image/png", "buffer": picture((24, 24))}
+        visit.page.get_by_label("Image").set_input_files(files)  # type: ignore[arg-type]
+        visit.generate("brighter")
+        visit.loaded("brighter")
+
+
+def test_with_an_api_key(browser: Browser, tmp_path: Path) -> None:
+    with serving(tmp_path, IMAGE, api_key_hashes=(digest("right"),)) as served, visiting(browser, served) as visit:
+        key = visit.page.get_by_label("API key")
+        expect(key).to_be_focused()
+        expect(visit.page.locator("#main")).to_be_hidden()
+        key.fill("wrong")
+        key.press("Enter")
+        expect(visit.page.locator("#key-error")).to_contain_text("a valid API key is needed")
+        key.fill("right")
+        key.press("Enter")
+        visit.generate("slow and secret")
+        card = visit.card("slow and secret")
+        expect(card).to_contain_text(re.compile(r"Step \d+ of 200"))
+        card.get_by_role("button", name="Cancel").click()
+        expect(card).to_have_attribute("data-status", "cancelled")
+        visit.generate("secret")
+        picked = visit.page.locator("#gallery > li").filter(has_text=re.compile("^secret"))
+        expect(picked.locator("img")).to_have_attribute("src", re.compile("^blob:"))
+        visit.page.reload()  # the tab keeps the key
+        expect(picked.locator("img")).to_have_attribute("src", re.compile("^blob:"))
+        assert picked.locator("img").evaluate("async (image) => { await image.decode(); return image.naturalWidth; }")
+        with visit.page.expect_download() as download:
+            picked.get_by_role("link", name="Download").click()
+        assert Image.open(io.BytesIO(download.value.path().read_bytes())).format == "PNG"
+        assert "right" not in " ".join(visit.requests)
+        visit.page.locator("#server summary").click()
+        visit.page.get_by_role("button", name="Forget the API key").click()
+        expect(key).to_be_visible()
+        assert visit.page.evaluate("sessionStorage.length + localStorage.length") == 0
+
+
+def test_states_of_the_ranks(browser: Browser, tmp_path: Path) -> None:
+    from shardit.server.messages import Ranks
+
+    with serving(tmp_path, IMAGE, state="loading") as served, visiting(browser, served) as visit:
+        state = visit.page.locator("#state")
+        expect(state).to_have_text("Loading the model")
+        expect(visit.page.get_by_role("button", name="Generate")).to_be_disabled()  # nobody knows yet what it takes
+        ranks = tuple({"rank": rank, "state": "ready", "pid": 1, "peak_bytes": 3 * 10**8} for rank in range(2))
+        served.supervisor.tell(Ranks("ready", info=IMAGE, ranks=ranks))
+        expect(state).to_have_text("Ready")
+        expect(visit.page.get_by_role("button", name="Generate")).to_be_enabled()
+        visit.page.locator("#server summary").click()
+        expect(visit.page.get_by_role("row", name="1 ready 300 MB")).to_be_visible()
+        served.supervisor.tell(Ranks("restarting", reason="rank 1 ended with signal 9", restarts=1))
+        expect(state).to_have_text("Restarting")
+        expect(visit.page.locator("#server")).to_contain_text("rank 1 ended with signal 9")
+        expect(visit.page.locator("#server")).to_contain_text("1 restart")
+        visit.page.keyboard.press("Escape")
+        expect(visit.page.locator("#server .panel")).to_be_hidden()
+
+
+def test_by_keyboard_alone(visit: Visit) -> None:
+    page = visit.page
+    expect(page.locator("#state")).to_have_text("Ready")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the prompt")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Shift+Tab")
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.type("slow by keyboard")
+    names = []
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        name = page.evaluate("document.activeElement.id || document.activeElement.tagName")
+        names.append(name)
+        if name == "send":
+            break
+    assert names == ["image", "width", "height", "num_inference_steps", "seed", "SUMMARY", "send"]
+    page.keyboard.press("Enter")
+    expect(visit.card("slow by keyboard")).to_contain_text(re.compile(r"Step \d+ of 200"))
+    expect(page.locator("#send")).to_be_focused()
+    page.keyboard.press("Tab")  # Clear settings
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Cancel: slow by keyboard")).to_be_focused()
+    page.keyboard.press("Enter")
+    card = visit.card("slow by keyboard")
+    expect(card).to_have_attribute("data-status", "cancelled")
+    expect(card).to_be_focused()  # not lost with the button
+    page.keyboard.press("Tab")
+    expect(card.get_by_role("button", name="Reuse")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    expect(card).to_have_count(0)
+    assert page.evaluate("document.activeElement !== document.body")
+
+
+def test_on_a_phone(browser: Browser, images: Served) -> None:
+    with visiting(browser, images, **PHONE) as visit:
+        visit.generate("slow on a phone with averyveryveryverylongwordthatcannotbebrokenanywhereelse")
+        card = visit.card("slow on a phone")
+        expect(card).to_contain_text(re.compile(r"Step \d+ of 200"))
+        expect(card.get_by_role("button", name="Cancel")).to_be_in_viewport()
+        card.get_by_role("button", name="Cancel").tap()
+        expect(card).to_have_attribute("data-status", "cancelled")
+        visit.generate("made on a phone", num_inference_steps=2)
+        visit.loaded("made on a phone")
+        visit.page.locator("#server summary").tap()
+        assert visit.page.evaluate("document.documentElement.scrollWidth") == 360
+        small = visit.page.locator("button:visible, a.plain:visible").evaluate_all(
+            "all => all.filter((one) => one.getBoundingClientRect().height < 44 || one.getBoundingClientRect().width < 44)"
+            ".map((one) => one.outerHTML)"
+        )
+        assert small == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(browser: Browser, images: Served, scheme: str) -> None:
+    with visiting(browser, images, color_scheme=scheme) as visit:
+        visit.generate("please fail in colour")
+        expect(visit.card("please fail in colour").first).to_contain_text("Failed")
+        ground = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
+        assert visit.page.evaluate(_FAINT) == []
+
+
+# Texts whose contrast to what is behind them is below 4.5.
+_FAINT = """() => {
+    const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+    const light = (colour) => {
+        const [r, g, b] = parts(colour).map((c) => ((c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+    };
+    const behind = (element) => {
+        for (; element; element = element.parentElement) {
+            const colour = getComputedStyle(element).backgroundColor;
+            if (parts(colour)[3] !== 0) return colour;
+        }
+    };
+    const faint = [];
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const element = texts.currentNode.parentElement;
+        if (!texts.currentNode.data.trim() || !element.checkVisibility()) continue;
+        const [a, b] = [light(getComputedStyle(element).color), light(behind(element))].sort((x, y) => y - x);
+        if (a / b < 4.5) faint.push(`${texts.currentNode.data.trim()}: ${(a / b).toFixed(2)}`);
+    }
+    return faint;
+}"""

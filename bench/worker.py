@@ -119,7 +119,7 @@ class Worker:
                 raise RuntimeError(errors[0])
             return {index: output.latents for index, output in outputs.items()}
 
-        comm = session._runtime.replica if session._runtime else None
+        comm = session.runtime.replica if session.runtime else None
         sent = comm.sent_bytes if comm else 0
         if self.count > 1:
             dist.barrier()

@@ -34,7 +34,7 @@ class Session(session.Session):
         def progress(index: int, step: int, total: int) -> None:
             on_progress(index, step, total)
             for deed, rank, at in deeds:
-                if int(rank) == self._mesh.rank and int(at) == step:
+                if int(rank) == self.mesh.rank and int(at) == step:
                     DEEDS[deed]()
 
         return super()._function(request, progress)

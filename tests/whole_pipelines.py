@@ -134,7 +134,7 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     outputs = session.generate(requests, lambda *_: None)
     parts = {name: getattr(session._pipe, name) for name in session._assignment.cut}
     stages = {name: part.shardit_stages for name, part in parts.items() if hasattr(part, "shardit_stages")}
-    stage = session._mesh.pp_rank
+    stage = session.mesh.pp_rank
     tiles = getattr(session._pipe.vae, "shardit_tiles", None)
     return {
         "tiles": {} if tiles is None else dict(tiles.ran),

@@ -1,4 +1,4 @@
-"""The `shardit` command: generate, inspect, tiny."""
+"""The `shardit` command: generate, serve, inspect, tiny."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from shardit.output import check_path
 
 if TYPE_CHECKING:
     from shardit.output import Output
+    from shardit.server.flags import ServeFlags
 
 OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
@@ -69,6 +70,13 @@ def report(outputs: Sequence[Output], path: Path | None) -> None:
         print(f"seed {output.seed}; {output.seconds:.1f} s" + (f"; peak memory: {peaks}" if peaks else ""))
         for file in written:
             print(file)
+
+
+def serve(flags: ServeFlags) -> int:
+    """Serve a model over HTTP: OpenAI's interface, jobs that survive crashes, and a page."""
+    from shardit.server.supervisor import serve as run
+
+    return run(flags.options())
 
 
 def inspect(flags: InspectFlags) -> None:
@@ -203,6 +211,9 @@ def _app() -> typer.Typer:
             print(context.get_help())
 
     app.command("generate")(as_command(_checked(generate)))
+    from shardit.server.flags import ServeFlags
+
+    app.command("serve")(as_command(serve, ServeFlags))
     app.command("inspect")(as_command(inspect, InspectFlags))
     app.command("tiny")(tiny)
     return app

@@ -163,8 +163,8 @@ class GenerateFlags(ParallelFlags):
 
 
 def as_command(
-    run: Callable[[Any], None], flags: type = GenerateFlags, *, output: Path | None = None
-) -> Callable[..., None]:
+    run: Callable[[Any], int | None], flags: type = GenerateFlags, *, output: Path | None = None
+) -> Callable[..., int | None]:
     """Make of `run`, which takes an object of class `flags`, a function with one keyword argument per flag, from which
     typer builds its options.
 
@@ -186,8 +186,8 @@ def as_command(
         for name in defaults
     ]
 
-    def command(**values: Any) -> None:
-        run(flags(**values))
+    def command(**values: Any) -> int | None:
+        return run(flags(**values))
 
     command.__doc__ = run.__doc__
     command.__annotations__ = hints

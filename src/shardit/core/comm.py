@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,10 @@ from .mesh import Groups, Mesh
 
 ALIGN = 64
 """Bytes; every tensor of a packed message starts at a multiple of it, so that any dtype can be viewed in place."""
+
+
+COUNTS = 1
+"""Tag of the numbers of `send_count`, which share a group with other messages."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Comm:
         self.size = len(self.groups.ranks)
         self.sent_bytes = 0
         self.messages = 0
+        self.waited_s = 0.0
         self._outstanding: dict[Transfer, None] = {}  # oldest first
         self._max_outstanding = max_outstanding
 
@@ -83,7 +90,9 @@ class Comm:
         """Wait for a transfer (on a GPU: make the current stream wait). Raises RankError after the timeout."""
         work = transfer.work
         if work is not None:
+            since = time.perf_counter()
             self._guard(lambda: work.wait(self.mesh.timeout), transfer.what)
+            self.waited_s += time.perf_counter() - since
             transfer.work = transfer.message = None
         self._outstanding.pop(transfer, None)
 
@@ -121,6 +130,21 @@ class Comm:
         blob = torch.frombuffer(bytearray(data if self.rank == source else int(length)), dtype=torch.uint8)
         self._guard(lambda: dist.broadcast(blob, root, group=group), "broadcast")
         return blob.numpy().tobytes()
+
+    def send_count(self, count: int) -> None:
+        """From the first stage: send a number to all others, who take it with `receive_count`; does not wait."""
+        number = torch.tensor([count], dtype=torch.int64)
+        group = self.groups.control
+        for rank in self.groups.ranks[1:]:
+            work = self._guard(functools.partial(dist.isend, number, rank, group=group, tag=COUNTS), f"send to {rank}")
+            self._hold(Transfer(work, number, f"send to rank {rank}"))
+
+    def receive_count(self) -> int:
+        """The next number that the first stage has sent."""
+        number = torch.empty(1, dtype=torch.int64)
+        root, group = self.groups.ranks[0], self.groups.control
+        self._guard(lambda: dist.recv(number, root, group=group, tag=COUNTS), "receive from 0")
+        return int(number)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every stage's object, in stage order, on every stage."""

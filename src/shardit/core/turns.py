@@ -33,6 +33,7 @@ class Program:
     value: Any = None
     error: Exception | None = None
     turns: int = 0
+    breathed: int = 0
     start: str | None = None
     interrupted: bool = False
     coroutine: Coroutine | None = field(default=None, repr=False)
@@ -47,6 +48,7 @@ class Turns:
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
         self.current: Program | None = None
+        self.last: Program | None = None
         self._installed: Program | None = None
 
     def wait_for(self, flight: Flight) -> None:
@@ -83,17 +85,30 @@ class Turns:
         in the same round, and every rank would wait for the last of their results before it goes on with the first.
         An Exception of a program ends that program only; RankError and anything not an Exception ends all.
         """
+
+        def enter(active: int) -> Program | None:
+            nonlocal more
+            program = next(programs, None) if more and active < max_in_flight else None
+            more = more and (program is not None or active >= max_in_flight)
+            return program
+
+        more = True
+        yield from self.rounds(enter, lambda active: active > 0 or more)
+
+    def rounds(
+        self, enter: Callable[[int], Program | None], goes_on: Callable[[int], bool] = lambda active: True
+    ) -> Iterator[Program]:
+        """Rounds in which every program has a turn. `enter` is called before each round with the number of programs
+        in flight, and gives the one that is to join them, if any; `goes_on`, at the end of each round, whether there
+        is to be another. Both must answer alike on every rank. Yields programs as `run` does."""
         outer = Generators.capture()
         active: list[Program] = []
-        more = True
+        going = True
         try:
-            while active or more:
-                if more and len(active) < max_in_flight:
-                    program = next(programs, None)
-                    if program is None:
-                        more = False
-                    else:
-                        active.insert(0, program)  # first in its round: it waits for nothing yet
+            while going:
+                program = enter(len(active))
+                if program is not None:
+                    active.insert(0, program)  # first in its round: it waits for nothing yet
                 for program in list(active):
                     waits = program.waits_for is not None and not program.waits_for.finished
                     if waits and not program.interrupted:
@@ -103,6 +118,7 @@ class Turns:
                         active.remove(program)
                         yield program
                 self.schedule.tick()
+                going = goes_on(len(active))
         finally:
             for program in active:  # only where something ended all of them
                 if program.coroutine is not None:
@@ -110,12 +126,25 @@ class Turns:
             self.current = self._installed = None
             outer.install()
 
+    def breathe(self) -> None:
+        """Give the others a turn, if the program that runs has had no pause since it was here last. Programs that
+        never wait for a result do so once per step, so that others can run beside them, and they can be ended."""
+        program = self.current
+        if program is None:
+            return
+        if program.turns == program.breathed:
+            assert program.coroutine is not None
+            program.coroutine.pause()
+            if program.interrupted:
+                raise Interrupted("the request was interrupted")
+        program.breathed = program.turns
+
     def _turn(self, program: Program) -> None:
         if program.coroutine is None:
             program.coroutine = Coroutine(program.run)
         self._switch_generators(program)
         program.turns += 1
-        self.current = program
+        self.current = self.last = program
         try:
             program.coroutine.resume()
         except (RankError, MemoryError, torch.OutOfMemoryError):

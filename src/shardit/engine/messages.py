@@ -32,6 +32,8 @@ class SessionSpec:
     timeout_s: float = 600.0
     session: str = SESSION
     attention_backend: str | None = None
+    live: bool = False
+    """Whether requests come and go one by one (`Begin`, `Cancel`) rather than in batches (`Generate`)."""
 
 
 # From the user's process to the nursery.
@@ -111,6 +113,22 @@ class Generate:
     requests: list[Any]
 
 
+@dataclass(frozen=True)
+class Begin:
+    """Take up a request beside those in flight; answered by `Left`. All ranks of a replica get the same `Begin` and
+    `Cancel` messages in the same order, and act on them in the same round."""
+
+    key: int
+    request: Any
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """End a request at its next turn, if it still runs."""
+
+    key: int
+
+
 # From a rank to the user's process.
 
 
@@ -135,6 +153,33 @@ class Ended:
     """Request `index` has ended with an error on this rank; it has to on all of them."""
 
     index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A request has ended on this rank: with `output` (first rank of a replica; None on the others), or by `error`.
+
+    start: a checksum of what its first transformer call was given, to be the same on all ranks of the replica.
+    busy_s, waited_s: seconds since the rank's start in which requests were in flight, and of these the ones that it
+    waited for messages.
+    """
+
+    key: int
+    start: str | None
+    cancelled: bool = False
+    error: str | None = None
+    output: Any = None
+    peak_bytes: int = 0
+    busy_s: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """The rank's memory did not suffice for a request; the rank ends."""
+
+    key: int
     reason: str
 
 

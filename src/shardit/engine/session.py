@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from ..api import load_parallel
 from ..core.assign import assign
+from ..core.comm import Comm
 from ..core.mesh import init_mesh, pick_device
 from ..core.schedule import Schedule
 from ..core.turns import Program, Turns
@@ -25,6 +27,7 @@ from ..output import Output
 from ..parallel.tensor import plan_components
 from ..parallel_state import destroy_model_parallel
 from ..signature import signature_of
+from .memory import held_bytes, limit_bytes
 from .progress import report_progress
 from .result import collect
 
@@ -38,8 +41,6 @@ OnError = Callable[[int, Exception], None]
 
 def check(spec: SessionSpec) -> None:
     """What can be known to be wrong before ranks start; raises InputError. Reads no weights."""
-    import os
-
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
     as_dtype(spec.dtype)
@@ -58,19 +59,19 @@ class Session:
     def __init__(self, spec: SessionSpec, *, rank: int, world_size: int, init_method: str):
         self.spec = spec
         self._reads = Reads()
-        self._mesh = init_mesh(
+        self.mesh = init_mesh(
             spec.config, device=spec.device, timeout_s=spec.timeout_s, rank=rank, init_method=init_method
         )
-        self._pipe, self._assignment, self._runtime = load_parallel(
+        self._pipe, self._assignment, self.runtime = load_parallel(
             spec.model,
             spec.config,
-            self._mesh,
+            self.mesh,
             dtype=spec.dtype,
             max_in_flight=spec.max_in_flight,
             reads=self._reads,
             attention_backend=spec.attention_backend,
         )
-        self._turns = self._runtime.turns if self._runtime else Turns(Schedule(0))
+        self.turns = self.runtime.turns if self.runtime else Turns(Schedule(0))
         self._variants = {type(self._pipe).__name__: self._pipe}
         with_image = image_pipeline(self._pipe)
         if with_image is not None:
@@ -81,6 +82,7 @@ class Session:
             "signature_with_image": signature_of(type(with_image), index) if with_image is not None else None,
             "notes": list(self._assignment.notes),
             "bytes_read": self._reads.bytes,
+            "memory": {"held": held_bytes(), "limit": limit_bytes(ranks_here(self.mesh.world_size))},
         }
 
     def generate(
@@ -99,34 +101,37 @@ class Session:
         starts: list[tuple[int, str | None]] = []
 
         def make() -> Iterator[Program]:
-            replicas = self._mesh.sizes["dp"]
-            for position in range(self._mesh.coords["dp"], len(requests), replicas):
-                request = requests[position]
-                program = Program(self._function(request, on_progress), request.seed)
+            replicas = self.mesh.sizes["dp"]
+            for position in range(self.mesh.coords["dp"], len(requests), replicas):
+                program = self.program(requests[position], on_progress)
                 programs[id(program)] = position
                 yield program
 
-        for program in self._turns.run(make(), self.spec.max_in_flight):
+        for program in self.turns.run(make(), self.spec.max_in_flight):
             position = programs.pop(id(program))
             if program.error is not None and on_error is not None:
                 on_error(position, program.error)
             if program.error is not None:
-                self._agree((position, type(program.error).__name__), f"here: {program.error!r}")
+                self.agree((position, type(program.error).__name__), f"here: {program.error!r}")
             starts.append((position, program.start))
             if self.leads:
                 outputs[position] = collect(requests[position], program.value, program.error)
-        self._agree(starts, "the first latents or the order of the requests")
-        if self._runtime is not None:
-            self._runtime.flush()
+        self.agree(starts, "the first latents or the order of the requests")
+        if self.runtime is not None:
+            self.runtime.flush()
         return outputs
+
+    def program(self, request: Request, on_progress: OnProgress) -> Program:
+        """A request as one of the programs that take turns."""
+        return Program(self._function(request, on_progress), request.seed)
 
     def _function(self, request: Request, on_progress: OnProgress) -> Callable[[], Any]:
         def run() -> tuple[Any, float, list[str]]:
             start = time.perf_counter()
             pipe = self._own_pipeline(request, on_progress)
             generator = torch.Generator("cpu").manual_seed(request.seed)
-            mine = self._turns.current
-            with warnings_of("diffusers", lambda: self._turns.current is mine) as said:
+            mine = self.turns.current
+            with warnings_of("diffusers", lambda: self.turns.current is mine) as said:
                 out = pipe(**request.call_arguments(), generator=generator)
             return out, time.perf_counter() - start, said.lines
 
@@ -142,27 +147,45 @@ class Session:
         report_progress(pipe, request.index, on_progress)
         return pipe
 
-    def _agree(self, value: Any, what: str) -> None:
+    def agree(self, value: Any, what: str) -> None:
         """Compare something that must be the same on all ranks, or the group is no longer to be trusted.
 
         A meeting of all ranks drains the pipeline: it is held when a request fails, and once for all that succeed.
         """
-        if self._runtime is None:
+        if self.runtime is None:
             return
-        values = self._runtime.replica.gather_objects(value)
+        values = self.runtime.replica.gather_objects(value)
         if any(other != values[0] for other in values):
-            raise RankError(self._mesh.rank, f"ranks differ in how requests went ({what}): {values}")
+            raise RankError(self.mesh.rank, f"ranks differ in how requests went ({what}): {values}")
+
+    @property
+    def replica(self) -> Comm | None:
+        """All ranks that work on the same requests; None where this rank is alone."""
+        return self.runtime.replica if self.runtime is not None else None
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this rank has waited for messages of its replica."""
+        if self.runtime is None:
+            return 0.0
+        comms = {id(comm): comm for comm in (self.runtime.comm, self.runtime.peers, self.runtime.replica)}
+        return sum(comm.waited_s for comm in comms.values())
 
     @property
     def leads(self) -> bool:
         """Whether this rank is the first of its replica, which reports progress and collects outputs."""
-        return self._mesh.member() == 0
+        return self.mesh.member() == 0
 
     def close(self) -> None:
         """Leave the process group."""
         destroy_model_parallel()
-        if dist.is_initialized() and self._mesh.world_size > 1:
+        if dist.is_initialized() and self.mesh.world_size > 1:
             dist.destroy_process_group()
+
+
+def ranks_here(world_size: int) -> int:
+    """How many ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 class warnings_of:

@@ -83,31 +83,29 @@ def learn_speed(learned: float | None, work: Work, seconds: float) -> float | No
 
 @dataclass(frozen=True)
 class Seen:
-    """One observation of the fullest rank's memory.
-
-    size: `Work.size` of all that was in flight, 0 for a loaded model at rest. peak_bytes: the most that was held.
-    """
+    """One observation of the memory of the rank that is nearest to its limit."""
 
     size: int
+    """`Work.size` of all that was in flight; 0: a loaded model at rest."""
     peak_bytes: int
+    """The most that was held. Means nothing where it did not fit."""
     limit_bytes: int | None = None
-    """What the device has, where known."""
+    """What there is, where known."""
     out_of_memory: bool = False
-    """Whether it did not fit; `peak_bytes` then means nothing."""
+    """Whether it did not fit."""
 
 
 def learn_memory(known: Mapping[str, Any] | None, seen: Seen) -> dict[str, Any]:
     """The new value for `MEMORY`: {"limit": bytes or None, "points": [[size, peak bytes], ...] by size, "failed":
-    smallest size that did not fit or None}."""
+    the smallest size that did not fit, or None}."""
     known = known or {}
-    points = {int(size): int(peak) for size, peak in known.get("points", ())}
-    failed = known.get("failed")
+    points, failed = dict(_points(known)), known.get("failed")
     if seen.out_of_memory:
-        failed = min(seen.size, failed) if failed else seen.size
+        failed = min(seen.size, failed or seen.size)
     else:
         points[seen.size] = max(seen.peak_bytes, points.get(seen.size, 0))
         if failed and seen.size >= failed:
-            failed = None  # it does fit, after all: something else was in the way
+            failed = None  # it does fit: something else was in the way
     kept = sorted(points.items())
     if len(kept) > _POINTS:  # the smallest and the largest say the most
         kept = kept[:2] + kept[-(_POINTS - 2) :]
@@ -118,25 +116,28 @@ def learn_memory(known: Mapping[str, Any] | None, seen: Seen) -> dict[str, Any]:
     }
 
 
-def expected_peak(size: int, known: Mapping[str, Any] | None) -> int:
-    """Bytes that the fullest rank is expected to hold at this size, at least those of the decoded pixels.
+def forgive(known: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The value for `MEMORY` in a server that starts: sizes that did not fit get another chance."""
+    return None if known is None else {**known, "failed": None}
 
-    Between sizes that were seen the larger one's; beyond the largest in proportion to it, above what the smallest
-    needed.
+
+def expected_peak(size: int, known: Mapping[str, Any] | None) -> int:
+    """Bytes that the fullest rank is expected to hold at this size.
+
+    Up to the largest size that was seen: what was held then. Beyond it in proportion, at the slope that was seen
+    between sizes, and at least as much as the decoded pixels need.
     """
-    points = [(int(seen), int(peak)) for seen, peak in (known or {}).get("points", ())]
-    least = size * _BYTES_PER_PIXEL
+    points = _points(known or {})
     larger = [peak for seen, peak in points if seen >= size]
     if larger:
-        return max(least, min(larger))
-    base = points[0][1] if points else 0
-    largest, peak = points[-1] if points else (0, 0)
-    slope = (peak - base) / (largest - points[0][0]) if len(points) > 1 else 0.0
-    return (
-        max(least + base if not slope else least, round(base + max(0.0, slope) * (size - points[0][0])))
-        if points
-        else least
-    )
+        return min(larger)
+    if not points:
+        return size * _BYTES_PER_PIXEL
+    largest, peak = points[-1]
+    # Rest says nothing of the slope: what a first request costs once would be taken for what each pixel costs.
+    smallest, least = next((point for point in points if point[0] > 0), points[-1])
+    slope = (peak - least) / (largest - smallest) if largest >= 2 * smallest > 0 else 0.0
+    return peak + round((size - largest) * max(slope, _BYTES_PER_PIXEL))
 
 
 def refuse_if_too_large(work: Work, known: Mapping[str, Any] | None, limit_bytes: int | None) -> None:
@@ -145,19 +146,24 @@ def refuse_if_too_large(work: Work, known: Mapping[str, Any] | None, limit_bytes
     A size up to one that has fitted is never refused.
     """
     known = known or {}
-    fitted = max((int(size) for size, _ in known.get("points", ())), default=0)
-    if work.size <= fitted:
+    if work.size <= max((size for size, _ in _points(known)), default=0):
         return
     failed = known.get("failed")
     if failed and work.size >= failed:
-        raise InputError(f"size: {_shown(work)} do not fit the memory: fewer ran out of it; ask for a smaller size")
+        raise InputError(
+            f"size: {_shown(work)} will not fit, as the memory did not suffice for {failed} pixels; ask for less"
+        )
     limit = known.get("limit") or limit_bytes
     needed = expected_peak(work.size, known)
     if limit and needed > limit:
         raise InputError(
             f"size: {_shown(work)} would need about {needed / 2**30:.1f} GiB of memory on one device, which has "
-            f"{limit / 2**30:.1f} GiB; ask for a smaller size"
+            f"{limit / 2**30:.1f} GiB; ask for less"
         )
+
+
+def _points(known: Mapping[str, Any]) -> list[tuple[int, int]]:
+    return sorted((int(size), int(peak)) for size, peak in known.get("points", ()))
 
 
 def _is_guided(given: Mapping[str, Any], takes: PipelineSignature) -> bool:

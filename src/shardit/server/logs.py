@@ -1,20 +1,24 @@
-"""Structured logs: one JSON object per line on stderr."""
+"""Structured logs: one JSON object per line on standard error, or readable lines on a terminal."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from typing import Any
 
+import structlog
 
-def log(event: str, **fields: Any) -> None:
-    """Write one line. It is one write, so that lines of several processes do not mix."""
-    now = time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-    line = json.dumps({"time": stamp, "event": event, **fields}, default=str)
-    try:
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-    except (OSError, ValueError):  # nobody reads the log any more; the work goes on
-        pass
+
+def logger(process: str) -> Any:
+    """The log of one process of the server; `process` is "supervisor", "api" or "rank". Fields go in as keywords:
+    request_id for a job, rank for a rank."""
+    pretty = sys.stderr.isatty()
+    renderer: Any = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
+    return structlog.wrap_logger(
+        structlog.PrintLogger(sys.stderr),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        process=process,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import sqlite3
@@ -17,6 +16,7 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from ...engine.memory import limit_bytes
 from ...errors import InputError
 from ...requests import DRAWN_SEEDS
 from ...signature import PipelineSignature
@@ -120,7 +120,7 @@ def _new_job(
         built = build_request(request, seed, stand_ins, info)
         work = estimate.work_of(request, takes)
         known = context.store.recall(estimate.MEMORY)
-        estimate.refuse_if_too_large(work, known, _memory_of_machine())
+        estimate.refuse_if_too_large(work, known, limit_bytes(1))
     except InputError as error:
         raise from_input_error(error, {*type_names(values), *takes.choices, "size"}) from error
     return NewJob(
@@ -161,10 +161,6 @@ def _fingerprint(kind: Kind, values: Mapping[str, Any], pictures: Mapping[str, b
     asked = {name: value for name, value in values.items() if name not in ("image", "input_reference")}
     text = json.dumps([kind, asked, digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _memory_of_machine() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _store(context: Context, new: NewJob) -> tuple[Job, bool]:

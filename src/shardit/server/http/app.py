@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from ... import __version__
-from ..logs import log
+from ..logs import logger
 from ..options import ServeOptions
 from ..store import Store
 from .about import about_routes
@@ -29,6 +29,7 @@ from .page import page_files, page_routes
 from .videos import video_routes
 from .waiting import ClientGone
 
+_LOG = logger("api")
 _OPEN = ("/health", "/ready", "/favicon.ico")
 
 
@@ -72,7 +73,7 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _storage(request: Request, error: Any) -> Response:
-    log("storage", error=str(error), request_id=request.scope["state"]["request_id"])
+    _LOG.error("storage", error=str(error), http_id=request.scope["state"]["http_id"])
     return busy(f"the store of jobs cannot be used: {error}", 10, "storage").response()
 
 
@@ -81,7 +82,7 @@ async def _gone(request: Request, error: Any) -> Response:
 
 
 async def _fault(request: Request, error: Any) -> Response:
-    log("fault", error="".join(traceback.format_exception(error)), request_id=request.scope["state"]["request_id"])
+    _LOG.error("fault", error="".join(traceback.format_exception(error)), http_id=request.scope["state"]["http_id"])
     return ApiError(500, "the server has a fault; its log says more", code="internal_error").response()
 
 

@@ -15,26 +15,27 @@ from ...params import MAX_SEED, OmniDiffusionSamplingParams
 from ..options import Limits
 from .errors import ApiError
 
-Auto = Literal["auto"] | None
-
 NO_MEANING: dict[str, Any] = {
-    "user": Auto,
-    "safety_identifier": Auto,
-    "quality": Auto,
-    "style": Auto,
-    "moderation": Auto,
-    "background": Auto,
-    "output_compression": Auto,
-    "input_fidelity": Auto,
-    "mask": Auto,
-    "output_format": Literal["png", "auto"] | None,
-    "stream": Literal[False, "auto"] | None,
-    "partial_images": Literal[0, "auto"] | None,
+    "user": Literal["auto"],
+    "safety_identifier": Literal["auto"],
+    "quality": Literal["auto"],
+    "style": Literal["auto"],
+    "moderation": Literal["auto"],
+    "background": Literal["auto"],
+    "output_compression": Literal["auto"],
+    "input_fidelity": Literal["auto"],
+    "mask": Literal["auto"],
+    "output_format": Literal["png", "auto"],
+    "stream": Literal[False, "auto"],
+    "partial_images": Literal[0, "auto"],
 }
-"""OpenAI's fields that change nothing here, and the values at which that is what the client wants."""
+"""OpenAI's fields that change nothing here, and the values besides null at which that is what the client wants."""
 
 ROUTING = ("model", "response_format", "priority", *NO_MEANING)
 """Fields that say nothing about the result itself."""
+
+PICTURES: tuple[str, ...] = ("image", "input_reference")
+"""Fields that hold pictures: uploads in multipart requests, data: URLs in JSON."""
 
 
 class ImageUrl(BaseModel):
@@ -42,11 +43,6 @@ class ImageUrl(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     image_url: str = Field(description="data:image/png;base64,... (or JPEG, WebP).")
-
-
-ImageSource = str | ImageUrl
-PICTURES: tuple[str, ...] = ("image", "input_reference")
-"""Fields that hold pictures: uploads in multipart requests, data: URLs in JSON."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +56,17 @@ class FieldModels:
 
 def field_models(limits: Limits) -> FieldModels:
     """Models with these limits."""
-    shared = {**_diffusers_fields(limits), **_openai_fields(limits), **_without_meaning()}
-    source = (ImageSource | list[ImageSource] | None, Field(None, description="Input pictures as data: URLs."))
-    only_images = {
-        "response_format": (
-            Literal["b64_json", "url", "auto"] | None,
-            Field(None, description="b64_json (default), or url: an address on this server."),
-        )
-    }
-    only_videos = {
-        "seconds": (
-            Annotated[str, Field(pattern=r"^([0-9]{1,4}(\.[0-9]{1,4})?|auto)$")] | float | None,
-            Field(None, description="Length; num_frames = round(seconds x fps) + 1 where that is not given."),
-        ),
-        "input_reference": source,
-    }
+    shared = {**_diffusers_fields(limits), **_openai_fields(limits)}
+    shared |= {name: _optional(kind, "Changes nothing.") for name, kind in NO_MEANING.items()}
+    source: Any = str | ImageUrl
+    pictures = _optional(source | list[source], "Input pictures as data: URLs.")
+    formats = _optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
+    length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,4}(\.[0-9]{1,4})?|auto)$")]
+    seconds = _optional(length | float, "Length; num_frames = round(seconds x fps) + 1 where that is not given.")
     return FieldModels(
-        image=_model("ImageRequest", {**shared, **only_images, "image": source}),
-        edit=_model("ImageEditRequest", {**shared, **only_images, "image": source}),
-        video=_model("VideoRequest", {**shared, **only_videos, "image": source}),
+        image=_model("ImageRequest", {**shared, "response_format": formats, "image": pictures}),
+        edit=_model("ImageEditRequest", {**shared, "response_format": formats, "image": pictures}),
+        video=_model("VideoRequest", {**shared, "seconds": seconds, "image": pictures, "input_reference": pictures}),
     )
 
 
@@ -104,21 +92,25 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+_Whole: Any = Annotated[int, BeforeValidator(_whole)]
 
 
-def _between(minimum: int, maximum: int, description: str = "") -> Any:
-    return (Annotated[Whole, Field(ge=minimum, le=maximum)] | None, Field(None, description=description))
+def _optional(kind: Any, description: str) -> tuple[Any, Any]:
+    return kind | None, Field(None, description=description)
+
+
+def _between(minimum: int, maximum: int, description: str) -> tuple[Any, Any]:
+    return _optional(Annotated[_Whole, Field(ge=minimum, le=maximum)], description)
 
 
 def _diffusers_fields(limits: Limits) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(OmniDiffusionSamplingParams).items():
-        hint = Whole | None if hint in (int, int | None) else hint | None
-        fields[name] = (hint, Field(None, description="As in diffusers."))
-    texts = [name for name, hint in typing.get_type_hints(OmniDiffusionSamplingParams).items() if hint == str | None]
-    for name in texts:
-        fields[name] = (Annotated[str, Field(max_length=limits.prompt_chars)] | None, None)
+        if hint == str | None:
+            hint = Annotated[str, Field(max_length=limits.prompt_chars)]
+        elif hint in (int, int | None):
+            hint = _Whole
+        fields[name] = _optional(hint, "As in diffusers.")
     return {
         **fields,
         "width": _between(1, limits.pixels, "Pixels."),
@@ -126,38 +118,26 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         "num_frames": _between(1, limits.frames, "Frames of a video."),
         "num_inference_steps": _between(1, limits.steps, "Denoising steps."),
         "num_outputs_per_prompt": _between(1, limits.outputs, "The same as n."),
-        "seed": _between(0, MAX_SEED, "Drawn and told where it is not given."),
+        "seed": _between(0, MAX_SEED, "Drawn, and told, where it is not given."),
         "max_sequence_length": _between(1, limits.prompt_tokens, "Longest prompt in tokens."),
         "layers": _between(1, limits.outputs, "Layers that a layered pipeline cuts a picture into."),
-        "fps": (Annotated[float, Field(ge=0.1, le=240)] | None, Field(None, description="Frames per second.")),
-        "output_type": (Literal["pil"] | None, Field(None, description="Results are always pictures.")),
-        "extra_args": (
-            dict[str, Any] | None,
-            Field(
-                None, description="Further arguments of the model's pipeline by name. At the top level they do, too."
-            ),
+        "fps": _optional(Annotated[float, Field(ge=0.1, le=240)], "Frames per second of the file."),
+        "output_type": _optional(Literal["pil"], "Results are always pictures."),
+        "extra_args": _optional(
+            dict[str, Any], "Further arguments of the model's pipeline by name; they may also stand beside the fields."
         ),
     }
 
 
 def _openai_fields(limits: Limits) -> dict[str, Any]:
+    size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,5}x[0-9]{1,5}|auto)$")]
     return {
-        "prompt": (
-            Annotated[str, Field(max_length=limits.prompt_chars)],
-            Field(description="What to show."),
-        ),
-        "model": (str | None, Field(None, description="The served model, which is also the default.")),
+        "prompt": (Annotated[str, Field(max_length=limits.prompt_chars)], Field(description="What to show.")),
+        "model": _optional(str, "The served model, which is also the default."),
         "n": _between(1, limits.outputs, "Results of one request."),
-        "size": (
-            Annotated[str, Field(pattern=r"^([0-9]{1,5}x[0-9]{1,5}|auto)$")] | None,
-            Field(None, description="WIDTHxHEIGHT in pixels."),
-        ),
+        "size": _optional(size, "WIDTHxHEIGHT in pixels."),
         "priority": _between(-10, 10, "Each step is worth ten minutes of waiting."),
     }
-
-
-def _without_meaning() -> dict[str, Any]:
-    return {name: (kind, Field(None, description="Changes nothing.")) for name, kind in NO_MEANING.items()}
 
 
 def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:

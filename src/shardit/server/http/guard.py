@@ -14,11 +14,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..keys import owner_of
-from ..logs import log
+from ..logs import logger
 from ..options import ServeOptions
 from .errors import ApiError
 from .metrics import HttpMetrics
 
+_LOG = logger("api")
 _BODY_PAUSE_S = 30.0
 """Longest wait for the next piece of a body."""
 _DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
@@ -46,7 +47,7 @@ class Guard:
             return
         began, seen = time.monotonic(), {"status": 0}
         request_id = secrets.token_hex(8)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {})["http_id"] = request_id
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -105,15 +106,15 @@ class Guard:
         path = getattr(route, "path", "other")  # the pattern, of which there are few
         self._metrics.requests.labels(scope["method"], path, str(status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
-        log(
+        _LOG.info(
             "request",
-            request_id=request_id,
+            http_id=request_id,
             method=scope["method"],
             path=scope["path"],
             status=status,
             seconds=round(seconds, 4),
             owner=scope["state"].get("owner"),
-            job=scope["state"].get("job"),
+            request_id=scope["state"].get("job"),
         )
 
 

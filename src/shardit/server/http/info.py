@@ -37,5 +37,7 @@ def recall(store: Store, model: str) -> dict[str, Any]:
 def _signature(kept: Mapping[str, Any]) -> PipelineSignature:
     # JSON has lists only. What other versions of this program knew and this one does not is left out.
     names = {item.name for item in dataclasses.fields(PipelineSignature)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items() if name in names}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in kept.items() if name in names
+    }
     return PipelineSignature(**values)

@@ -69,4 +69,4 @@ def delete_job(request: Request, context: Context, kind: Kind, job_id: str) -> D
     """Forget a job; one that has not ended is cancelled first."""
     job = find_job(request, context, kind, job_id)
     context.store.delete(job.id)
-    return Deleted(id=job.id, object=f"{kind}.deleted")
+    return Deleted(id=job.id, object="image.deleted" if kind == "image" else "video.deleted")

@@ -9,7 +9,7 @@ import socket
 import uvicorn
 
 from ...engine.messages import Channel
-from ..logs import log
+from ..logs import logger
 from ..options import ServeOptions
 from ..store import Store
 from . import info
@@ -17,7 +17,8 @@ from .app import create_app
 from .board import Board
 from .link import Link
 
-_GRACE_S = 3
+_LOG = logger("api")
+_GRACE_S = 2
 """How long answers may still take once the process is asked to end, in seconds."""
 
 
@@ -42,10 +43,10 @@ async def _serve(options: ServeOptions, store: Store, link: Link, listener: sock
     link.start(loop, board.deliver)
     dropped = await loop.run_in_executor(None, store.drop_waiting)
     if dropped:
-        log("dropped", jobs=dropped, reason="their clients waited on a connection that is gone")
+        _LOG.info("dropped", jobs=dropped, reason="their clients waited on a connection that is gone")
         board.wake()
     server = _Server(_config(options, store, board), board)
-    log("listening", host=options.host, port=listener.getsockname()[1])
+    _LOG.info("listening", host=options.host, port=listener.getsockname()[1])
     await server.serve(sockets=[listener])
 
 
@@ -76,5 +77,5 @@ class _Server(uvicorn.Server):
 
 def _supervisor_gone() -> None:
     # Without it nothing works, and another one may be waiting for the address.
-    log("supervisor gone")
+    _LOG.error("supervisor_gone")
     os._exit(1)

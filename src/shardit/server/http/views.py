@@ -52,6 +52,8 @@ class JobView(BaseModel):
     cancel_requested: bool
     seconds_taken: float | None
     notes: list[str] = Field(description="What differs from what was asked.")
+    parameters: dict[str, Any] = Field(description="The arguments of the pipeline, as they were checked.")
+    input_images: int
 
 
 class ImageJob(JobView):
@@ -113,7 +115,7 @@ def view(
         "completed_at": None if job.finished_at is None else int(job.finished_at),
         "expires_at": None if job.finished_at is None else int(job.finished_at + keep_days * SECONDS_A_DAY),
         "prompt": job.request.get("prompt"),
-        "size": shown.get("size") or "auto",
+        "size": _size(job) or shown.get("size") or "auto",
         "error": _error(job),
         "n": shown.get("n", 1),
         "parameters": {name: value for name, value in job.request.items() if name != "prompt"},
@@ -125,6 +127,8 @@ def view(
         "cancel_requested": job.cancel_requested,
         "seconds_taken": None if not (job.finished_at and job.started_at) else job.finished_at - job.started_at,
         "notes": [str(note) for note in job.facts.get("notes", ())],
+        "parameters": {name: value for name, value in job.request.items() if name != "prompt"},
+        "input_images": len(job.inputs),
     }
     if job.kind == "image":
         links = [ImageLink(url=f"{base_url}/v1/images/{job.id}/content/{index}") for index in range(len(job.files))]
@@ -133,7 +137,7 @@ def view(
         **common,
         seconds=shown.get("seconds") or "auto",
         fps=shown.get("fps"),
-        num_frames=job.request.get("num_frames"),
+        num_frames=job.facts.get("num_frames") or job.request.get("num_frames"),
     )
 
 
@@ -160,6 +164,11 @@ def _progress(job: Job, step: Step | None) -> int:
     if job.state == "completed":
         return 100
     return percent(step) if job.state == "in_progress" else 0
+
+
+def _size(job: Job) -> str | None:
+    made = [job.facts.get(name) for name in ("width", "height")]  # pipelines round sizes
+    return f"{made[0]}x{made[1]}" if all(made) else None
 
 
 def _error(job: Job) -> JobError | None:

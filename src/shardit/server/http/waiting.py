@@ -65,5 +65,5 @@ def check_completed(job: Job) -> None:
         raise ApiError(status, f"the job {job.id} failed: {error.get('message', 'no reason is known')}", code=code)
 
 
-CLIENTS_FAULT = ("invalid_request", "out_of_memory")
+CLIENTS_FAULT = ("invalid_request", "generation_failed", "out_of_memory")
 """Codes of jobs' errors that another request would avoid."""

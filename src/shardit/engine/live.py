@@ -1,0 +1,149 @@
+"""A rank of a server: requests come and go one by one, at the boundaries of rounds.
+
+Every rank of a replica reads the same commands in the same order from a channel of its own. What must be agreed on is
+only when: before each round the first rank of the replica says how many commands count from now on, in eight bytes,
+which it sends a round ahead so that nobody waits for it. While nothing runs, ranks wait at their channels.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from ..core.turns import Interrupted, Program
+from .memory import peak_bytes, reset_peak
+from .messages import Begin, Cancel, Channel, Closed, Left, OutOfMemory, Progress
+from .result import collect, one_line
+
+
+def serve_live(session: Any, channel: Channel) -> None:
+    """Run requests until the channel is closed."""
+    live = Live(session, channel)
+    try:
+        for program in session.turns.rounds(live.enter, live.rest):
+            live.leave(program)
+    except Closed:
+        pass
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        program = session.turns.last
+        if program is not None and program in live.running:
+            channel.send(OutOfMemory(live.running[program].key, one_line(error)))
+        raise
+
+
+class Live:
+    """The commands that have come, the programs that run, and the count of each round."""
+
+    def __init__(self, session: Any, channel: Channel):
+        self.session = session
+        self.channel = channel
+        self.counts = Counts(session)
+        self.commands: deque[Any] = deque()
+        self.waiting: deque[Begin] = deque()
+        self.running: dict[Program, Begin] = {}
+        self.busy_s = 0.0
+        self._since = time.perf_counter()
+
+    def enter(self, active: int) -> Program | None:
+        """At the beginning of a round: act on the commands that count from now on; a program that is to join."""
+        for _ in range(self.counts.take()):
+            self._act(self._next_command())
+        begin = self.waiting.popleft() if self.waiting else None
+        if begin is None and active == 0:
+            self.busy_s += time.perf_counter() - self._since
+            readable(self.channel, None)
+            self._since = time.perf_counter()
+        if self.session.leads:
+            while readable(self.channel, 0.0):
+                self.commands.append(self.channel.recv())
+            self.counts.give(len(self.commands))
+        if begin is None:
+            return None
+        if active == 0:
+            reset_peak()
+        program = self.session.program(begin.request, self._progress(begin.key))
+        self.running[program] = begin
+        return program
+
+    def rest(self, active: int) -> bool:
+        """At the end of a round: go on, for ever."""
+        return True
+
+    def leave(self, program: Program) -> None:
+        """Tell how a program has ended. One that failed has to have failed on all ranks: they meet, or stay here."""
+        begin = self.running.pop(program)
+        cancelled = isinstance(program.error, Interrupted)
+        error = None
+        if program.error is not None and not cancelled:
+            kind, error = type(program.error).__name__, one_line(program.error)
+            self.session.agree((begin.key, kind), f"here: {program.error!r}")
+        output = None
+        if self.session.leads and program.error is None:
+            output = collect(begin.request, program.value, None)
+        self.channel.send(
+            Left(
+                key=begin.key,
+                start=program.start,
+                cancelled=cancelled,
+                error=error,
+                output=output,
+                peak_bytes=peak_bytes(),
+                busy_s=self.busy_s + time.perf_counter() - self._since,
+                waited_s=self.session.waited_s,
+            )
+        )
+
+    def _next_command(self) -> Any:
+        if self.commands:
+            return self.commands.popleft()
+        return self.channel.recv()
+
+    def _act(self, command: Any) -> None:
+        if isinstance(command, Begin):
+            self.waiting.append(command)
+            return
+        assert isinstance(command, Cancel)
+        for begin in list(self.waiting):
+            if begin.key == command.key:
+                self.waiting.remove(begin)
+                self.channel.send(Left(key=begin.key, start=None, cancelled=True))
+        for program, begin in self.running.items():
+            if begin.key == command.key:
+                program.interrupted = True
+
+    def _progress(self, key: int) -> Any:
+        def report(_: int, step: int, total: int) -> None:
+            if self.session.leads:
+                self.channel.send(Progress(key, step, total))
+            self.session.turns.breathe()
+
+        return report
+
+
+class Counts:
+    """How many commands count from each round on, as the first rank of a replica has decided."""
+
+    def __init__(self, session: Any):
+        self.comm = session.replica
+        self._ahead: deque[int] = deque([0])  # of the first round: nothing
+
+    def take(self) -> int:
+        """The number for the round that begins. Raises RankError after the timeout."""
+        if self._ahead:
+            return self._ahead.popleft()
+        return self.comm.receive_count()
+
+    def give(self, count: int) -> None:
+        """On the first rank: the number for the round after this one."""
+        self._ahead.append(count)
+        if self.comm is not None:
+            self.comm.send_count(count)
+
+
+def readable(channel: Channel, timeout_s: float | None) -> bool:
+    """Whether a message (or the end) can be read, after waiting for `timeout_s` at most, or for ever."""
+    return bool(select.select([channel], [], [], timeout_s)[0])

@@ -1,0 +1,117 @@
+"""The supervisor's side of the API process: started at once, started anew when it ends, with the socket kept."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import shardit
+
+from ..engine.launch import describe_exit
+from ..engine.messages import Channel
+from .loop import Loop, Pipe
+from .messages import Step
+from .options import ServeOptions
+
+MAX_BACKLOG = 1000
+"""Messages that an API process which does not read may let pile up before it is told no more steps."""
+CALM_S = 5.0
+"""An API process that lives for so long is started anew at once when it ends."""
+MAX_PAUSE_S = 10.0
+STOP_S = 3.0
+
+# "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
+_BOOT = """
+import sys
+if not getattr(sys.flags, "safe_path", False): del sys.path[0]
+sys.path.insert(0, sys.argv[1])
+import shardit
+if sys.path.pop(0) not in sys.path: sys.path.append(sys.argv[1])
+from shardit.server.http.main import main
+main(int(sys.argv[2]), int(sys.argv[3]))
+"""
+
+
+class ApiProcess:
+    """A running API process, or one that is to be started again.
+
+    on_message(message) is called in the loop for what it says, on_start() when a new one has been started.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        listener: socket.socket,
+        loop: Loop,
+        *,
+        on_message: Callable[[Any], None],
+        on_start: Callable[[], None],
+        log: Any,
+    ):
+        self._options, self._listener, self._loop, self._log = options, listener, loop, log
+        self._on_message, self._on_start = on_message, on_start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Pipe | None = None
+        self._begun = 0.0
+        self._pause_s = 0.0
+        self._again = 0.0
+
+    def start(self) -> None:
+        """Start the process; returns at once."""
+        ours, theirs = socket.socketpair()
+        fds = [theirs.fileno(), self._listener.fileno()]
+        root = str(Path(shardit.__file__).resolve().parents[1])
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, root, *map(str, fds)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                start_new_session=True,  # Ctrl-C is for the supervisor, which then decides
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        channel = Channel(ours)
+        self._pipe = Pipe(channel, lambda message: self._loop.call(self._on_message, message), lambda: None)
+        self._pipe.send(self._options)
+        self._begun = time.monotonic()
+        self._on_start()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs."""
+        return self._process.pid if self._process is not None else None
+
+    def tell(self, message: Any) -> None:
+        """Send it a message; steps are left out while it does not read."""
+        if self._pipe is not None and not (isinstance(message, Step) and self._pipe.backlog > MAX_BACKLOG):
+            self._pipe.send(message)
+
+    def look_after(self) -> None:
+        """Start it anew if it has ended; one that ends again and again after a growing pause."""
+        now = time.monotonic()
+        if self._process is not None and (code := self._process.poll()) is not None:
+            self._pause_s = 0.0 if now - self._begun > CALM_S else min(MAX_PAUSE_S, 2 * self._pause_s + 0.25)
+            self._log.warning("api_process_ended", reason=describe_exit(code), again_in_s=self._pause_s)
+            self._process, self._again = None, now + self._pause_s
+            if self._pipe is not None:
+                self._pipe.close()
+        if self._process is None and now >= self._again:
+            self.start()
+
+    def stop(self) -> None:
+        """Have it finish its answers and end; by force after some seconds."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._pipe is not None:
+            self._pipe.close()

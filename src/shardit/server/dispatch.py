@@ -1,0 +1,257 @@
+"""Jobs to ranks, and what becomes of them: the decisions of the supervisor, all in its one loop."""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from typing import Any
+
+from ..engine.messages import Begin, Cancel, Left, OutOfMemory, Progress
+from ..errors import InputError
+from ..output import Output
+from .fleet import Down, Fleet
+from .jobs import Job, State
+from .loop import Loop
+from .messages import Changed, Step
+from .options import ServeOptions
+from .results import write_results
+from .running import Patience, Running
+from .spec import build_request
+from .store import Store
+
+MAX_ATTEMPTS = 5
+"""How often ranks may die during a job before it is taken to be the cause."""
+
+
+class Dispatcher:
+    """Takes jobs from the store, keeps the replicas busy with them, and writes down how each ends.
+
+    tell(message) reaches the API process. `slots` is how many jobs one replica runs at the same time.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        store: Store,
+        fleet: Fleet,
+        loop: Loop,
+        writers: Executor,
+        tell: Callable[[Any], None],
+        log: Any,
+        gauges: Any,
+    ):
+        self.options, self.store, self.fleet, self.loop = options, store, fleet, loop
+        self.tell, self.log, self.gauges = tell, log, gauges
+        self.slots = 1
+        self.info: dict[str, Any] | None = None
+        self.running: dict[int, Running] = {}
+        self.writing: dict[str, Future[Any]] = {}
+        self.patience = Patience(options.step_timeout_s)
+        self._writers = writers
+        self._keys = itertools.count(1)
+        self._unwritten: list[Callable[[], None]] = []
+        self._last_sign: dict[int, float] = {}
+        self._replicas = options.config.data_parallel_size
+        self._together = fleet.size // self._replicas
+
+    # What happens.
+
+    def ready(self, info: dict[str, Any]) -> None:
+        """The ranks are up."""
+        self.info = info
+        self.fill()
+
+    def fill(self) -> None:
+        """Begin jobs while there are free slots."""
+        while self.info is not None and (replica := self._free_replica()) is not None:
+            job = next(iter(self.store.queued(1)), None)
+            if job is None:
+                return
+            if self.store.start(job.id):
+                self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
+
+    def wake(self) -> None:
+        """Something in the store has changed: a new job, or one that is to be cancelled."""
+        wanted = set(self.store.to_cancel())
+        for key, running in self.running.items():
+            if running.job.id in wanted and not running.cancelling:
+                running.cancelling = True
+                for rank in self._ranks_of(running.replica):
+                    self.fleet.send(rank, Cancel(key))
+        self.fill()
+
+    def heard(self, rank: int, message: Any) -> None:
+        """A rank has said something about a job."""
+        key = message.key if isinstance(message, (Left, OutOfMemory)) else message.index
+        running = self.running.get(key)
+        if running is None:
+            return
+        self._note_sign(running)
+        if isinstance(message, Progress):
+            self._progress(running, message)
+        elif isinstance(message, OutOfMemory):
+            self.running.pop(key)
+            self._end(running.job, "failed", error=_error("out_of_memory", self._too_large(running, message.reason)))
+        else:
+            self._left(key, running, rank, message)
+
+    def down(self, why: Down) -> None:
+        """The ranks are gone: what they worked on is queued again."""
+        self.info = None
+        for running in self.running.values():
+            if running.job.attempts >= MAX_ATTEMPTS:
+                last = why.reason.splitlines()[0]
+                text = f"the ranks died {MAX_ATTEMPTS} times while this job ran; the last time: {last}"
+                self._end(running.job, "failed", error=_error("ranks_died", text))
+            else:
+                self._put_back(running.job)
+        self.running.clear()
+
+    def overdue(self) -> str | None:
+        """Why the ranks are to be started anew, if they have been silent for too long."""
+        now = time.monotonic()
+        for replica in range(self._replicas):
+            sizes = [running.size for running in self.running.values() if running.replica == replica]
+            silence = now - self._last_sign.get(replica, now)
+            if sizes and silence > self.patience.bound(sizes):
+                return f"no sign of life for {silence:.0f} s"
+        return None
+
+    def retry_writes(self) -> None:
+        """Write down what could not be written before, as the disk was full, say."""
+        tasks, self._unwritten = self._unwritten, []
+        for task in tasks:
+            self._safely(task)
+
+    def put_all_back(self) -> None:
+        """The server stops: what runs is queued again."""
+        for running in self.running.values():
+            self._put_back(running.job)
+        self.running.clear()
+
+    # How.
+
+    def _ranks_of(self, replica: int) -> range:
+        return range(replica * self._together, (replica + 1) * self._together)
+
+    def _free_replica(self) -> int | None:
+        loads = [0] * self._replicas
+        for running in self.running.values():
+            loads[running.replica] += 1
+        least = min(range(self._replicas), key=loads.__getitem__)
+        return least if loads[least] < self.slots else None
+
+    def _begin(self, job: Job, replica: int) -> None:
+        assert self.info is not None
+        images = [self.store.files_of(job.id) / name for name in job.inputs]
+        try:
+            request = build_request(job.request, job.seed, images, self.info)
+        except InputError as error:  # accepted for another model, or its files are gone
+            self._end(job, "failed", error=_error("invalid_request", str(error)))
+            return
+        key = next(self._keys)
+        beside = 1 + sum(running.replica == replica for running in self.running.values())
+        self.running[key] = Running(job, request, replica, beside)
+        if beside == 1:
+            self._last_sign[replica] = time.monotonic()
+        for rank in self._ranks_of(replica):
+            self.fleet.send(rank, Begin(key, request))
+        self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
+        self.tell(Changed(job.id))
+
+    def _note_sign(self, running: Running) -> None:
+        now = time.monotonic()
+        silence = now - self._last_sign.get(running.replica, now)
+        self._last_sign[running.replica] = now
+        for other in self.running.values():
+            if other.replica == running.replica:
+                self.patience.saw(other.size, silence)
+
+    def _progress(self, running: Running, message: Progress) -> None:
+        took = running.progress(message.step, message.total)
+        if took is not None:
+            self.gauges.step(took)
+        phase = "denoise" if message.step < message.total else "decode"
+        self.tell(Step(running.job.id, message.step, message.total, phase, running.seconds_per_step))
+
+    def _left(self, key: int, running: Running, rank: int, message: Left) -> None:
+        running.left[rank] = message
+        self.gauges.rank(rank, message)
+        if len(running.left) < self._together:
+            return
+        ends = list(running.left.values())
+        if len({(end.start, end.cancelled, end.error is None) for end in ends}) > 1:
+            self.fleet.fail(
+                f"ranks differ in how {running.job.id} went: {[(e.start, e.cancelled, e.error) for e in ends]}"
+            )
+            return
+        del self.running[key]
+        self.fill()  # the ranks go on while the result is written
+        first = running.left[self._ranks_of(running.replica)[0]]
+        if first.cancelled:
+            self._end(running.job, "cancelled")
+        elif first.error is not None:
+            self._end(running.job, "failed", error=_error("generation_failed", first.error))
+        else:
+            self.patience.completed(running.size)
+            self.gauges.phases(running)
+            self._write(running, first.output, {rank: end.peak_bytes for rank, end in running.left.items()})
+
+    def _write(self, running: Running, output: Output, peaks: dict[int, int]) -> None:
+        job = running.job
+        future = self._writers.submit(write_results, output, self.store.files_of(job.id))
+        self.writing[job.id] = future
+        future.add_done_callback(lambda done: self.loop.call(self._written, job, peaks, done))
+
+    def _written(self, job: Job, peaks: dict[int, int], done: Future[Any]) -> None:
+        self.writing.pop(job.id, None)
+        error = done.exception()
+        if isinstance(error, InputError):
+            self._end(job, "failed", error=_error("storage", str(error)))
+        elif error is not None:
+            self._end(job, "failed", error=_error("storage", f"{type(error).__name__}: {error}"))
+        else:
+            files, facts = done.result()
+            self._end(job, "completed", files=files, facts={**facts, "peak_bytes": peaks})
+
+    def _end(self, job: Job, state: State, **more: Any) -> None:
+        def end() -> None:
+            now = self.store.get(job.id)
+            wanted = now is not None and now.cancel_requested
+            if self.store.finish(job.id, "cancelled" if wanted else state, **({} if wanted else more)):
+                self.gauges.ended(job, "cancelled" if wanted else state)
+                error = more.get("error")
+                self.log.info("job_ended", request_id=job.id, state=state, **({"error": error} if error else {}))
+            self.tell(Changed(job.id))
+
+        self._safely(end)
+
+    def _put_back(self, job: Job) -> None:
+        def back() -> None:
+            if (now := self.store.get(job.id)) is None or now.cancel_requested:
+                self.store.finish(job.id, "cancelled")
+            else:
+                self.store.put_back(job.id)
+            self.tell(Changed(job.id))
+
+        self._safely(back)
+
+    def _safely(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except (sqlite3.OperationalError, OSError) as error:
+            self.log.error("store_failed", error=str(error))
+            self._unwritten.append(write)
+
+    def _too_large(self, running: Running, reason: str) -> str:
+        asked = {name: running.request.kwargs.get(name) for name in ("width", "height", "num_frames")}
+        size = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+        return f"out of memory ({size or 'default size'}): {reason}; ask for a smaller size or fewer outputs"
+
+
+def _error(code: str, message: str) -> dict[str, str]:
+    return {"code": code, "message": " ".join(message.split())}

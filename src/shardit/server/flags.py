@@ -1,0 +1,108 @@
+"""The flags of `shardit serve`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from ..errors import InputError
+from ..flags import DtypeFlag, ParallelFlags
+from .keys import digest
+from .options import Limits, ServeOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeFlags(ParallelFlags):
+    """What `shardit serve` was asked for."""
+
+    model: Annotated[str, Argument(metavar="MODEL", help="Hub id, diffusers folder or tiny/NAME.")]
+    omni: Annotated[bool, Option("--omni", help="Accepted and without effect, as other servers ask for it.")] = False
+    host: Annotated[
+        str, Option(help="Address to listen on; 0.0.0.0 for all of this machine.", envvar="SHARDIT_HOST")
+    ] = "127.0.0.1"
+    port: Annotated[int, Option(help="TCP port; 0 takes a free one.", envvar="SHARDIT_PORT")] = 8091
+    api_key: Annotated[
+        list[str] | None,
+        Option(help="Key that clients must send; repeat the flag for several. [default: SHARDIT_API_KEY, else none]"),
+    ] = None
+    served_model_name: Annotated[str | None, Option(help="The model's name for clients. [default: MODEL]")] = None
+    max_in_flight: Annotated[
+        int | None, Option(help="Requests at the same time per copy of the model. [default: what helps and fits]")
+    ] = None
+    queue_size: Annotated[int, Option(help="Jobs that may wait; more are answered with 429.")] = 128
+    jobs_per_key: Annotated[int | None, Option(help="Open jobs of one API key. [default: no limit]")] = None
+    data_dir: Annotated[
+        Path | None,
+        Option(
+            help="Folder of jobs and results. [default: one per model in ~/.local/share]", envvar="SHARDIT_DATA_DIR"
+        ),
+    ] = None
+    keep_days: Annotated[float, Option(help="Age in days at which ended jobs are forgotten.")] = 30.0
+    keep_gib: Annotated[float, Option(help="Size of all files at which the oldest are forgotten.")] = 50.0
+    max_pixels: Annotated[int, Option(help="Width x height of a result or input picture at most.")] = Limits.pixels
+    max_frames: Annotated[int, Option(help="Frames of a video at most.")] = Limits.frames
+    max_steps: Annotated[int, Option(help="Denoising steps at most.")] = Limits.steps
+    cors_origin: Annotated[
+        list[str] | None, Option(help="Origin whose pages may use the server; repeat the flag for several.")
+    ] = None
+    fetch_host: Annotated[
+        list[str] | None, Option(help="Host that input pictures may be fetched from by URL; repeat for several.")
+    ] = None
+    dtype: DtypeFlag = None
+    attention_backend: Annotated[
+        str | None, Option(help="Attention back end, as set_attention_backend in diffusers. [default: native]")
+    ] = None
+    step_timeout: Annotated[
+        float, Option(help="Longest time without a step at a size that has not run before, in seconds.")
+    ] = 600.0
+
+    def options(self) -> ServeOptions:
+        """All of it, checked. Raises InputError."""
+        for name in ("queue_size", "max_pixels", "max_frames", "max_steps", "max_in_flight", "jobs_per_key"):
+            _at_least(1, name, getattr(self, name))
+        for name in ("step_timeout", "keep_days", "keep_gib"):
+            value = getattr(self, name)
+            if not 0 < value < 1e6:
+                raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"--port must be from 0 to 65535, got {self.port}")
+        keys = self.api_key or [key for key in os.environ.get("SHARDIT_API_KEY", "").split(",") if key]
+        if any(not key.strip() for key in keys):
+            raise InputError("--api-key must not be empty; leave it out to serve everybody")
+        return ServeOptions(
+            model=self.model,
+            data_dir=self.data_dir or default_data_dir(self.served_model_name or self.model),
+            config=self.parallel_config(),
+            dtype=self.dtype.value if self.dtype else None,
+            attention_backend=self.attention_backend,
+            host=self.host,
+            port=self.port,
+            served_model_name=self.served_model_name,
+            api_key_hashes=tuple(digest(key) for key in keys),
+            max_in_flight=self.max_in_flight,
+            queue_size=self.queue_size,
+            step_timeout_s=self.step_timeout,
+            limits=Limits(
+                pixels=self.max_pixels, frames=self.max_frames, steps=self.max_steps, jobs_per_key=self.jobs_per_key
+            ),
+            keep_days=self.keep_days,
+            keep_bytes=int(self.keep_gib * 1024**3),
+            cors_origins=tuple(self.cors_origin or ()),
+            fetch_hosts=tuple(self.fetch_host or ()),
+        )
+
+
+def default_data_dir(name: str) -> Path:
+    """A folder of its own for each model name, in the user's data folder."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "shardit" / re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
+
+
+def _at_least(minimum: int, name: str, value: int | None) -> None:
+    if value is not None and value < minimum:
+        raise InputError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")

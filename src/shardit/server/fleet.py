@@ -1,0 +1,190 @@
+"""All ranks of a server as one thing that is up or not: started, watched, ended and started anew."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..engine.launch import Nursery, describe_exit
+from ..engine.messages import Channel, Exited, Failed, Gone, Kill, OutOfMemory, Ready, Refused, SessionSpec
+from ..errors import InputError, RankError
+from .loop import Loop, Pipe
+
+
+class Placement(Protocol):
+    """Where ranks live."""
+
+    def start(self, spec: SessionSpec) -> list[Channel]:
+        """Start all ranks, after the end of earlier ones; a channel to each. Raises InputError, RankError."""
+        ...
+
+    def kill(self) -> dict[int, str]:
+        """End all ranks; how those ended that were gone already."""
+        ...
+
+    def stop(self) -> None:
+        """End everything, for good."""
+        ...
+
+    def stacks(self) -> dict[int, str]:
+        """Where each rank is; {} where that cannot be told."""
+        ...
+
+
+class LocalPlacement:
+    """Ranks on this machine, forked by a nursery."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._nursery: Nursery | None = None
+        self._stopped = False
+
+    def start(self, spec: SessionSpec) -> list[Channel]:
+        """See `Placement`."""
+        if self._nursery is None or not self._nursery.alive:
+            self._nursery = Nursery(self._timeout_s)
+            if self._stopped:
+                self._nursery.stop()
+            self._nursery.check(spec)
+        return self._nursery.start(spec, spec.config.world_size)
+
+    def kill(self) -> dict[int, str]:
+        """See `Placement`."""
+        if self._nursery is None or not self._nursery.alive:
+            return {}
+        ends: dict[int, str] = {}
+        try:
+            self._nursery.control.send(Kill())
+            while not isinstance(message := self._nursery.control.recv(), Gone):
+                if isinstance(message, Exited):
+                    ends[message.rank] = describe_exit(message.code)
+        except (OSError, EOFError):
+            self._nursery.stop()
+        return ends
+
+    def stop(self) -> None:
+        """See `Placement`."""
+        self._stopped = True
+        if self._nursery is not None:
+            self._nursery.stop()
+
+    def stacks(self) -> dict[int, str]:
+        """See `Placement`."""
+        return self._nursery.stacks() if self._nursery is not None and self._nursery.alive else {}
+
+
+@dataclass(frozen=True)
+class Down:
+    """Why the ranks are not up. users: the model or the options are at fault, and trying again is of no use."""
+
+    reason: str
+    users: bool = False
+
+
+class Fleet:
+    """The ranks of one server.
+
+    on_up(infos) when all have loaded; on_down(Down) when one has failed or could not start, once per start; then
+    `bring_up` starts all anew. on_message(rank, message) for all else. All three are called in the loop.
+    """
+
+    def __init__(
+        self,
+        spec: SessionSpec,
+        placement: Placement,
+        loop: Loop,
+        *,
+        on_up: Callable[[list[dict[str, Any]]], None],
+        on_down: Callable[[Down], None],
+        on_message: Callable[[int, Any], None],
+    ):
+        self.spec, self.placement, self._loop = spec, placement, loop
+        self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
+        self._generation = 0
+        self._pipes: list[Pipe] = []
+        self._infos: dict[int, dict[str, Any]] = {}
+        self._starting: threading.Thread | None = None
+        self.last_ends: dict[int, str] = {}
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.spec.config.world_size
+
+    def bring_up(self) -> None:
+        """End what is left of the ranks and start them; returns at once."""
+        self._leave()
+        generation = self._generation
+        self._starting = threading.Thread(target=self._start, args=(generation, self._starting), daemon=True)
+        self._starting.start()
+
+    def send(self, rank: int, message: Any) -> None:
+        """Send to one rank, if the ranks are up."""
+        if self._pipes:
+            self._pipes[rank].send(message)
+
+    def fail(self, reason: str) -> None:
+        """Take the ranks for failed, whatever they say themselves."""
+        self._failed(self._generation, Down(reason))
+
+    def stop(self) -> None:
+        """End all ranks, for good."""
+        self._leave()
+        self.placement.stop()
+
+    def _leave(self) -> None:
+        self._generation += 1
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes, self._infos = [], {}
+
+    def _start(self, generation: int, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        try:
+            self.last_ends = self.placement.kill()
+            channels = self.placement.start(self.spec)
+        except InputError as error:
+            self._loop.call(self._failed, generation, Down(str(error), users=True))
+        except (RankError, OSError, EOFError) as error:
+            self._loop.call(self._failed, generation, Down(f"the ranks could not be started: {error}"))
+        else:
+            self._loop.call(self._started, generation, channels)
+
+    def _started(self, generation: int, channels: list[Channel]) -> None:
+        if generation != self._generation:
+            for channel in channels:
+                channel.close()
+            return
+
+        def pipe(rank: int, channel: Channel) -> Pipe:
+            return Pipe(
+                channel,
+                lambda message: self._loop.call(self._take, generation, rank, message),
+                lambda: self._loop.call(self._failed, generation, Down(f"rank {rank} has ended")),
+            )
+
+        self._pipes = [pipe(rank, channel) for rank, channel in enumerate(channels)]
+
+    def _take(self, generation: int, rank: int, message: Any) -> None:
+        if generation != self._generation:
+            return
+        if isinstance(message, Ready):
+            self._infos[rank] = message.info
+            if len(self._infos) == self.size:
+                self._on_up([self._infos[number] for number in range(self.size)])
+        elif isinstance(message, Refused):
+            self._failed(generation, Down(message.text, users=True))
+        elif isinstance(message, Failed):
+            self._failed(generation, Down(f"rank {rank} failed: {message.reason}"))
+        else:
+            self._on_message(rank, message)
+            if isinstance(message, OutOfMemory):
+                self._failed(generation, Down(f"rank {rank} ran out of memory: {message.reason}"))
+
+    def _failed(self, generation: int, down: Down) -> None:
+        if generation == self._generation:
+            self._leave()
+            self._on_down(down)

@@ -1,0 +1,93 @@
+"""What the supervisor knows of a job while the ranks work on it, and how long it lets them be silent."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine.messages import Left
+from ..requests import Request
+from .jobs import Job
+
+MIN_PATIENCE_S = 10.0
+TIMES_SLOWEST = 5.0
+"""Ranks are taken to hang when they are silent for the larger of 10 s and five times the longest silence so far."""
+
+Size = tuple[Any, ...]
+
+
+def size_of(request: Request) -> Size:
+    """What decides how long a step takes: requests of equal size are expected to behave alike."""
+    names = ("height", "width", "num_frames", "resolution", "layers", "num_inference_steps")
+    pictures = tuple(picture.size for picture in request.images)
+    return (request.pipeline, *(request.kwargs.get(name) for name in names), request.num_outputs, pictures)
+
+
+@dataclass
+class Running:
+    """A job in flight on one replica. Times are those of the monotonic clock, in seconds."""
+
+    job: Job
+    request: Request
+    replica: int
+    beside: int
+    """Jobs in flight on the replica when it began, itself included."""
+    begun: float = field(default_factory=time.monotonic)
+    step: int = 0
+    total: int = 0
+    first_step: float | None = None
+    """When denoising began."""
+    last_step: float | None = None
+    """When the newest step was done."""
+    denoised: float | None = None
+    """When the last step was done."""
+    cancelling: bool = False
+    left: dict[int, Left] = field(default_factory=dict)
+    """By rank, what those have said that are through with it."""
+
+    @property
+    def size(self) -> Size:
+        """See `size_of`."""
+        return size_of(self.request)
+
+    def progress(self, step: int, total: int) -> float | None:
+        """Note a step; returns the seconds since the one before, None for the first."""
+        now = time.monotonic()
+        before, self.last_step = self.last_step, now
+        self.step, self.total = step, total
+        if self.first_step is None:
+            self.first_step = now
+        if step >= total:
+            self.denoised = now
+        return now - before if before is not None and step > 0 else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the steps so far."""
+        if self.first_step is None or self.last_step is None or not self.step:
+            return None
+        return (self.last_step - self.first_step) / self.step
+
+
+class Patience:
+    """How long ranks may be silent, learned from how long they were."""
+
+    def __init__(self, first_s: float):
+        self._first_s = first_s
+        self._slowest: dict[Size, float] = {}
+        self._known: set[Size] = set()
+
+    def saw(self, size: Size, silence_s: float) -> None:
+        """Jobs of this size have been silent for so long, and then were not."""
+        self._slowest[size] = max(self._slowest.get(size, 0.0), silence_s)
+
+    def completed(self, size: Size) -> None:
+        """A job of this size has run from beginning to end."""
+        self._known.add(size)
+
+    def bound(self, sizes: list[Size]) -> float:
+        """The longest silence, in seconds, that is not a hang while jobs of these sizes run together."""
+        if any(size not in self._known for size in sizes):
+            return self._first_s
+        return max(MIN_PATIENCE_S, TIMES_SLOWEST * sum(self._slowest[size] for size in sizes))

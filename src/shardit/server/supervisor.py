@@ -1,0 +1,236 @@
+"""The supervisor: the process of `shardit serve`. It holds the socket and the data folder, and keeps the API process
+and the ranks running until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..engine.messages import SessionSpec
+from ..errors import InputError
+from .api_process import ApiProcess
+from .dispatch import Dispatcher
+from .fleet import Down, Fleet, LocalPlacement, Placement
+from .gauges import Gauges
+from .logs import logger
+from .loop import Loop
+from .messages import Measured, Ranks, RanksState, Scrape, Wake
+from .options import ServeOptions
+from .store import Store
+
+LOAD_TIMEOUT_S = 3600.0
+MAX_PAUSE_S = 30.0
+WRITERS_STOP_S = 4.0
+RETAIN_EVERY_S = 60.0
+
+
+def serve(options: ServeOptions, placement: Placement | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct."""
+    with listening(options.host, options.port) as listener, locked(options.data_dir):
+        return Supervisor(options, listener, placement or LocalPlacement(options.step_timeout_s)).run()
+
+
+class Supervisor:
+    """Everything that the process owns, and what it does about events."""
+
+    def __init__(self, options: ServeOptions, listener: socket.socket, placement: Placement):
+        self.options = options
+        self.log = logger("supervisor")
+        self.gauges = Gauges()
+        self.loop = Loop(self.tick)
+        self.store = Store(options.data_dir)
+        self.listener = listener
+        self.slots = options.max_in_flight or useful_slots(options)
+        spec = SessionSpec(
+            model=options.model,
+            config=options.config,
+            dtype=options.dtype,
+            device=options.device,
+            max_in_flight=self.slots,
+            timeout_s=options.step_timeout_s,
+            attention_backend=options.attention_backend,
+            live=True,
+        )
+        self.fleet = Fleet(
+            spec, placement, self.loop, on_up=self.on_up, on_down=self.on_down, on_message=self.on_rank_message
+        )
+        self.api = ApiProcess(
+            options, listener, self.loop, on_message=self.on_api_message, on_start=self.on_api_start, log=self.log
+        )
+        self.writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="writer")
+        self.jobs = Dispatcher(
+            options, self.store, self.fleet, self.loop, self.writers, self.api.tell, self.log, self.gauges
+        )
+        self.jobs.slots = self.slots
+        self.state = Ranks("loading")
+        self.error: InputError | None = None
+        self.code = 0
+        self._started = time.monotonic()
+        self._was_up = False
+        self._pause_s = 0.0
+        self._start_ranks_at: float | None = None
+        self._retain_at = 0.0
+
+    def run(self) -> int:
+        """Until told to stop; returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: self.loop.call(self.stop, number))
+        again = self.store.recover()
+        host, port = self.listener.getsockname()[:2]
+        self.log.info("serving", url=f"http://{host}:{port}", model=self.options.model, jobs_to_repeat=len(again))
+        try:
+            self.api.start()
+            self.fleet.bring_up()
+            self.loop.run()
+        finally:
+            self.end()
+        if self.error is not None:
+            raise self.error
+        return self.code
+
+    # Events.
+
+    def tick(self) -> None:
+        """Look after what nobody reports."""
+        self.api.look_after()
+        self.jobs.retry_writes()
+        self.jobs.wake()  # no job depends on a message
+        if (reason := self.jobs.overdue()) is not None:
+            where = "; ".join(
+                f"rank {rank}: {_innermost(stack)}" for rank, stack in self.fleet.placement.stacks().items()
+            )
+            self.fleet.fail(f"{reason}; {where}" if where else reason)
+        now = time.monotonic()
+        if self._start_ranks_at is not None and now >= self._start_ranks_at:
+            self._start_ranks_at = None
+            self.fleet.bring_up()
+        if now >= self._retain_at:
+            self._retain_at = now + RETAIN_EVERY_S
+            self.store.retain(self.options.keep_days * 86400, self.options.keep_bytes)
+
+    def on_up(self, infos: list[dict[str, Any]]) -> None:
+        """All ranks have loaded."""
+        self._was_up, self._pause_s = True, 0.0
+        self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))
+        self._set("ready", info=infos[0])
+        self.jobs.ready(infos[0])
+
+    def on_down(self, down: Down) -> None:
+        """Ranks have failed: start all anew, after a growing pause where they never come up."""
+        if down.users and not self._was_up:
+            self.error = InputError(down.reason)
+            self.loop.stop()
+            return
+        came_up = self.state.state == "ready"
+        self.log.error("ranks_down", reason=down.reason)
+        self.gauges.restarts.inc()
+        self._started = time.monotonic()
+        self.jobs.down(down)
+        self._set("restarting", reason=down.reason.splitlines()[0], restarts=self.state.restarts + 1)
+        self._pause_s = 0.0 if came_up else min(MAX_PAUSE_S, 2 * self._pause_s + 1.0)
+        self._start_ranks_at = time.monotonic() + self._pause_s
+        if not self._pause_s:
+            self.tick()
+
+    def on_rank_message(self, rank: int, message: Any) -> None:
+        """A rank has said something about a job."""
+        self.jobs.heard(rank, message)
+
+    def on_api_start(self) -> None:
+        """A new API process knows nothing yet."""
+        self.api.tell(self.state)
+
+    def on_api_message(self, message: Any) -> None:
+        """The API process has something."""
+        if isinstance(message, Wake):
+            self.jobs.wake()
+        elif isinstance(message, Scrape):
+            self.gauges.queue.set(self.store.counts().get("queued", 0))
+            self.gauges.in_flight.set(len(self.jobs.running))
+            self.gauges.slots.set(self.jobs.slots * self.options.config.data_parallel_size)
+            self.api.tell(Measured(self.gauges.text()))
+
+    # The end.
+
+    def stop(self, number: int) -> None:
+        """Take no more jobs, put back those that run, and leave."""
+        self.code = 130 if number == signal.SIGINT else 0
+        self.log.info("stopping", signal=signal.Signals(number).name)
+        self._set("stopping", reason="the server stops")
+        self.loop.stop()
+
+    def end(self) -> None:
+        """End all processes. Results that are being written are waited for, for some seconds."""
+        self.fleet.stop()
+        self.jobs.put_all_back()
+        deadline = time.monotonic() + WRITERS_STOP_S
+        while self.jobs.writing and time.monotonic() < deadline:
+            self.loop.step(0.1)
+        self.writers.shutdown(wait=False, cancel_futures=True)
+        self.api.stop()
+        self.store.close()
+
+    def _set(self, state: RanksState, **more: Any) -> None:
+        kept = {"info": self.state.info, "restarts": self.state.restarts}
+        self.state = Ranks(state, **{**kept, **more})
+        self.api.tell(self.state)
+
+
+def useful_slots(options: ServeOptions) -> int:
+    """Requests at a time beyond which a replica gets no faster: one per stage, or two where messages of one can
+    travel while another computes."""
+    config = options.config
+    if config.pipeline_parallel_size > 1:
+        return max(2, config.pipeline_parallel_size)
+    return 2 if config.world_size > config.data_parallel_size * config.cfg_parallel_size else 1
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A listening TCP socket. Raises InputError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(512)
+        except OverflowError:
+            raise InputError(f"--port must be from 0 to 65535, got {port}") from None
+        except OSError as error:
+            raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+        yield listener
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The data folder, for this server alone. Raises InputError where another one has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InputError(
+            f"the data folder {folder} cannot be used ({error.strerror}); choose another with --data-dir"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(
+            f"the data folder {folder} is used by another server; choose another with --data-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _innermost(stack: str) -> str:
+    lines = stack.partition("(most recent call first)")[2].strip().splitlines()
+    return lines[0].strip() if lines else "it does not react"

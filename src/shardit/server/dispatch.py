@@ -13,8 +13,10 @@ from typing import Any
 from ..engine.messages import Begin, Cancel, Left, OutOfMemory, Progress
 from ..errors import InputError
 from ..output import Output
+from .estimate import Work, work_of
 from .fleet import Down, Fleet
 from .jobs import Job, State
+from .learned import Learned
 from .loop import Loop
 from .messages import Changed, Step
 from .options import ServeOptions
@@ -47,6 +49,7 @@ class Dispatcher:
         self.options, self.store, self.fleet, self.loop = options, store, fleet, loop
         self.tell, self.log, self.gauges = tell, log, gauges
         self.slots = 1
+        self.learned = Learned(store, options)
         self.info: dict[str, Any] | None = None
         self.running: dict[int, Running] = {}
         self.writing: dict[str, Future[Any]] = {}
@@ -55,21 +58,23 @@ class Dispatcher:
         self._keys = itertools.count(1)
         self._unwritten: list[Callable[[], None]] = []
         self._last_sign: dict[int, float] = {}
+        self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
         self._replicas = options.config.data_parallel_size
         self._together = fleet.size // self._replicas
 
     # What happens.
 
-    def ready(self, info: dict[str, Any]) -> None:
-        """The ranks are up."""
-        self.info = info
+    def ready(self, infos: list[dict[str, Any]]) -> None:
+        """The ranks are up, and have told this of themselves."""
+        self.info = infos[0]
+        self.learned.at_rest([info["memory"] for info in infos])
         self.fill()
 
     def fill(self) -> None:
         """Begin jobs while there are free slots."""
         while self.info is not None and (replica := self._free_replica()) is not None:
             job = next(iter(self.store.queued(1)), None)
-            if job is None:
+            if job is None or not self._fits(job, replica):
                 return
             if self.store.start(job.id):
                 self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
@@ -94,8 +99,11 @@ class Dispatcher:
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, OutOfMemory):
-            self.running.pop(key)
-            self._end(running.job, "failed", error=_error("out_of_memory", self._too_large(running, message.reason)))
+            self.learned.out_of_memory(self._together_now(running.replica))
+            if running.beside == 1 and sum(other.replica == running.replica for other in self.running.values()) == 1:
+                self.running.pop(key)
+                text = self._too_large(running, message.reason)
+                self._end(running.job, "failed", error=_error("out_of_memory", text))
         else:
             self._left(key, running, rank, message)
 
@@ -121,8 +129,9 @@ class Dispatcher:
                 return f"no sign of life for {silence:.0f} s"
         return None
 
-    def retry_writes(self) -> None:
-        """Write down what could not be written before, as the disk was full, say."""
+    def write_again(self) -> None:
+        """Write down what could not be written before, as the disk was full, say, and what was learned."""
+        self._safely(self.learned.save)
         tasks, self._unwritten = self._unwritten, []
         for task in tasks:
             self._safely(task)
@@ -145,6 +154,18 @@ class Dispatcher:
         least = min(range(self._replicas), key=loads.__getitem__)
         return least if loads[least] < self.slots else None
 
+    def _fits(self, job: Job, replica: int) -> bool:
+        """Whether the memory suffices for a job beside those of the replica. One alone is tried in any case."""
+        beside = self._together_now(replica)
+        return beside == 0 or self.learned.fits(beside + self._work(job).size)
+
+    def _together_now(self, replica: int) -> int:
+        return sum(running.work.size for running in self.running.values() if running.replica == replica)
+
+    def _work(self, job: Job) -> Work:
+        assert self.info is not None
+        return work_of(job.request, self.info["signature"])
+
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None
         images = [self.store.files_of(job.id) / name for name in job.inputs]
@@ -155,7 +176,8 @@ class Dispatcher:
             return
         key = next(self._keys)
         beside = 1 + sum(running.replica == replica for running in self.running.values())
-        self.running[key] = Running(job, request, replica, beside)
+        self.running[key] = Running(job, request, replica, beside, self._work(job))
+        self._most[replica] = max(self._together_now(replica), self._most[replica] if beside > 1 else 0)
         if beside == 1:
             self._last_sign[replica] = time.monotonic()
         for rank in self._ranks_of(replica):
@@ -189,6 +211,7 @@ class Dispatcher:
                 f"ranks differ in how {running.job.id} went: {[(e.start, e.cancelled, e.error) for e in ends]}"
             )
             return
+        together = self._most[running.replica]
         del self.running[key]
         self.fill()  # the ranks go on while the result is written
         first = running.left[self._ranks_of(running.replica)[0]]
@@ -199,7 +222,9 @@ class Dispatcher:
         else:
             self.patience.completed(running.size)
             self.gauges.phases(running)
-            self._write(running, first.output, {rank: end.peak_bytes for rank, end in running.left.items()})
+            peaks = {rank: end.peak_bytes for rank, end in running.left.items()}
+            self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
+            self._write(running, first.output, peaks)
 
     def _write(self, running: Running, output: Output, peaks: dict[int, int]) -> None:
         job = running.job

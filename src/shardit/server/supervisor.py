@@ -101,7 +101,7 @@ class Supervisor:
     def tick(self) -> None:
         """Look after what nobody reports."""
         self.api.look_after()
-        self.jobs.retry_writes()
+        self.jobs.write_again()
         self.jobs.wake()  # no job depends on a message
         if (reason := self.jobs.overdue()) is not None:
             where = "; ".join(
@@ -121,7 +121,7 @@ class Supervisor:
         self._was_up, self._pause_s = True, 0.0
         self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))
         self._set("ready", info=infos[0])
-        self.jobs.ready(infos[0])
+        self.jobs.ready(infos)
 
     def on_down(self, down: Down) -> None:
         """Ranks have failed: start all anew, after a growing pause where they never come up."""

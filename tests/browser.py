@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, expect, sync_playwright
 
 from .http_fake import WAIT_S, Served
-
 
 WAIT_MS = WAIT_S * 1000
 expect.set_options(timeout=WAIT_MS)
@@ -67,17 +66,17 @@ class Visit:
         """Fill in the form by the names of its fields, and send it."""
         self.page.get_by_label("Prompt", exact=True).fill(prompt)
         for name, value in fields.items():
-            self.page.locator(f"#{name}").fill(str(value))
+            field = self.page.locator(f"#{name}")
+            if not field.is_visible():
+                self.page.locator("#more summary").click()
+            field.fill(str(value))
         self.page.get_by_role("button", name="Generate").click()
 
     def loaded(self, prompt: str, count: int = 1) -> list[dict[str, Any]]:
         """Width and height of the pictures and videos of a finished job, which the browser has really decoded."""
         media = self.card(prompt).locator("img, video")
         expect(media).to_have_count(count)
-        found = []
-        for index in range(count):
-            found.append(media.nth(index).evaluate(_SIZE))
-        return found
+        return [media.nth(index).evaluate(_SIZE) for index in range(count)]
 
 
 @contextmanager
@@ -106,9 +105,3 @@ _SIZE = """async (media) => {
     }
     return { width: media.naturalWidth ?? media.videoWidth, height: media.naturalHeight ?? media.videoHeight };
 }"""
-
-
-def opened(page: Page) -> Page:
-    """The page once it has heard of the server."""
-    expect(page.locator("#dot")).to_have_attribute("data-state", "ready")
-    return page

@@ -29,7 +29,7 @@ from shardit.server.spec import build_request
 from shardit.server.store import Store
 from shardit.signature import PipelineSignature
 
-WAIT_S = 60.0
+WAIT_S = 12.0
 
 _SHARED = [
     "generator",
@@ -237,13 +237,13 @@ class Served:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        self.supervisor.stop()
         if self.process.poll() is None:
             self.process.terminate()
         try:
             self.process.wait(WAIT_S)
         finally:
             self.process.kill()
+            self.supervisor.stop()  # its threads end with the process at the other end
             self.supervisor.channel.close()
             self.listener.close()
             self.store.close()

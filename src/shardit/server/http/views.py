@@ -39,8 +39,6 @@ class JobView(BaseModel):
     size: str = Field(description='WIDTHxHEIGHT, or "auto" where the pipeline decides.')
     error: JobError | None
     n: int = Field(description="Results that were asked for.")
-    parameters: dict[str, Any] = Field(description="What it runs with beside prompt and seed, under diffusers' names.")
-    input_images: int
     seed: int
     position: int | None = Field(description="Jobs that go before this one; null when it has begun.")
     phase: Literal["encode", "denoise", "decode"] | None
@@ -118,8 +116,6 @@ def view(
         "size": _size(job) or shown.get("size") or "auto",
         "error": _error(job),
         "n": shown.get("n", 1),
-        "parameters": {name: value for name, value in job.request.items() if name != "prompt"},
-        "input_images": len(job.inputs),
         "seed": job.seed,
         "position": position if job.state == "queued" else None,
         **progress_of(step if job.state == "in_progress" else None),

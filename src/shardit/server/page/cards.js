@@ -58,15 +58,16 @@ function cardOf(template, job) {
 
 // Runs what a button stands for, once at a time; an error is shown in the card.
 async function attempt(element, button, act) {
+  if (button.ariaBusy === "true") return;
   const line = element.querySelector(".error");
   line.textContent = "";
-  button.disabled = true;
+  button.ariaBusy = "true"; // a disabled button would lose the focus
   try {
     await act();
   } catch (error) {
     line.textContent = error.message;
   }
-  button.disabled = false;
+  button.ariaBusy = null;
 }
 
 // What is deleted is gone, so that the button has to be pressed twice.
@@ -86,14 +87,14 @@ function showMedia(job, media, downloads, urls) {
   const files = filesOf(job);
   media.classList.toggle("several", files.length > 1);
   const views = files.map((file, index) => {
-    const which = files.length > 1 ? `${index + 1}` : "";
+    const which = files.length > 1 ? ` ${index + 1}` : "";
     const button = make("button", { type: "button" });
-    button.setAttribute("aria-label", `Enlarge ${which}: ${job.prompt}`);
+    button.setAttribute("aria-label", `Enlarge${which}: ${job.prompt}`);
     media.append(button);
     const link = fresh("download-link");
     link.download = file.name;
-    link.setAttribute("aria-label", `Download ${which}: ${job.prompt}`);
-    if (which) link.querySelector("span").textContent = which;
+    link.setAttribute("aria-label", `Download${which}: ${job.prompt}`);
+    if (which) link.querySelector("span").textContent = which.trim();
     downloads.append(link);
     return { file, button, link };
   });

@@ -161,9 +161,9 @@ async function follow(entry) {
 $("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   const button = $("send");
-  if (button.getAttribute("aria-busy") === "true") return; // stays in the order of focus, other than disabled
-  button.setAttribute("aria-busy", "true");
-  const job = await send().finally(() => button.removeAttribute("aria-busy"));
+  if (button.ariaBusy === "true") return;
+  button.ariaBusy = "true"; // a disabled button would lose the focus
+  const job = await send().finally(() => (button.ariaBusy = null));
   if (!job) return;
   put(job);
   $("announce").textContent = `Accepted: ${job.prompt}`;

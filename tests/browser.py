@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, expect, sync_playwright
 
-from .http_fake import WAIT_S, Served
+from .http_fake import WAIT_S
 
 WAIT_MS = WAIT_S * 1000
 expect.set_options(timeout=WAIT_MS)
@@ -34,10 +39,9 @@ def chromium() -> Iterator[Browser]:
 
 
 class Visit:
-    """The page of `served` in a tab of its own, and what it asked for and complained about."""
+    """The page of a server in a tab of its own, and what it asked for and complained about."""
 
-    def __init__(self, browser: Browser, served: Served, **options: Any):
-        self.served = served
+    def __init__(self, browser: Browser, url: str, **options: Any):
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.context = browser.new_context(**options)
@@ -46,7 +50,7 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.goto(served.url)
+        self.page.goto(url)
 
     @property
     def running(self) -> Locator:
@@ -80,18 +84,38 @@ class Visit:
 
 
 @contextmanager
-def visiting(browser: Browser, served: Served, **options: Any) -> Iterator[Visit]:
-    """Open the page; at the end, whatever else was tested: nothing came from elsewhere, no script failed, and nothing
+def visiting(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
+    """Open the page at `url`; at the end, whatever else was tested: nothing came from elsewhere, no script failed, and nothing
     was against the page's policy."""
-    visit = Visit(browser, served, **options)
+    visit = Visit(browser, url, **options)
     try:
         yield visit
-        outside = [url for url in visit.requests if not url.startswith((served.url, "blob:", "data:"))]
+        outside = [url for url in visit.requests if not url.startswith((url, "blob:", "data:"))]
         assert outside == []
         # What the server refuses is told to the console by the browser itself.
         assert [text for text in visit.complaints if not text.startswith("Failed to load resource")] == []
     finally:
         visit.context.close()
+
+
+@contextmanager
+def real_server(model: str, folder: Path) -> Iterator[str]:
+    """The address of `shardit serve` with its data in `folder`, as a user starts it."""
+    command = [sys.executable, "-m", "shardit", "serve", model, "--port", "0", "--data-dir", str(folder / "data")]
+    with open(folder / "server.log", "wb") as log:
+        process = subprocess.Popen(command, stderr=log, start_new_session=True)
+    try:
+        until = time.monotonic() + 2 * WAIT_S
+        while (found := re.search(r"http://127.0.0.1:[0-9]+", (folder / "server.log").read_text())) is None:
+            assert process.poll() is None and time.monotonic() < until, (folder / "server.log").read_text()
+            time.sleep(0.05)
+        yield found[0]
+    finally:
+        process.terminate()
+        try:
+            assert process.wait(WAIT_S) == 0, (folder / "server.log").read_text()
+        finally:
+            process.kill()
 
 
 _SIZE = """async (media) => {

@@ -29,7 +29,7 @@ from shardit.server.spec import build_request
 from shardit.server.store import Store
 from shardit.signature import PipelineSignature
 
-WAIT_S = 12.0
+WAIT_S = 60.0
 
 _SHARED = [
     "generator",

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, expect
 from shardit.server.keys import digest
 from shardit.signature import PipelineSignature
 
-from .browser import Visit, chromium, visiting
+from .browser import Visit, chromium, real_server, visiting
 from .http_fake import IMAGE, VIDEO, Served, picture, serving
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
@@ -40,11 +40,11 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture
 def visit(browser: Browser, images: Served) -> Iterator[Visit]:
-    with visiting(browser, images) as visit:
+    with visiting(browser, images.url) as visit:
         yield visit
 
 
-def test_make_see_download_reload_delete(visit: Visit) -> None:
+def test_make_see_download_reload_delete(visit: Visit, images: Served) -> None:
     visit.generate("a quiet harbour", width=48, height=32, num_inference_steps=2, seed=2**62 + 1)
     assert visit.loaded("a quiet harbour") == [{"width": 48, "height": 32}]
     card = visit.card("a quiet harbour")
@@ -61,10 +61,10 @@ def test_make_see_download_reload_delete(visit: Visit) -> None:
     expect(card).to_be_visible()
     card.get_by_role("button", name="Delete?").click()
     expect(card).to_have_count(0)
-    assert visit.served.call("GET", f"/v1/images/{job_id}")[0] == 404
+    assert images.call("GET", f"/v1/images/{job_id}")[0] == 404
 
 
-def test_watch_and_cancel(visit: Visit) -> None:
+def test_watch_and_cancel(visit: Visit, images: Served) -> None:
     visit.generate("slow first")
     visit.generate("slow second")
     first, second = visit.card("slow first"), visit.card("slow second")
@@ -84,29 +84,29 @@ def test_watch_and_cancel(visit: Visit) -> None:
     expect(visit.page.locator("#announce")).to_have_text("Cancelled: slow first")
     expect(visit.running).to_have_count(0)
     for card in (first, second):
-        assert visit.served.store.get(card.get_attribute("data-job") or "").state == "cancelled"  # type: ignore[union-attr]
+        assert images.store.get(card.get_attribute("data-job") or "").state == "cancelled"  # type: ignore[union-attr]
 
 
-def test_more_jobs_than_a_browser_has_connections(visit: Visit) -> None:
-    visit.served.supervisor.held = True
+def test_more_jobs_than_a_browser_has_connections(visit: Visit, images: Served) -> None:
+    images.supervisor.held = True
     try:
         for index in range(9):
             visit.generate(f"one of many {index}")
             expect(visit.card(f"one of many {index}")).to_be_visible()
         expect(visit.card("one of many 8")).to_contain_text("In the queue, 8 before it")
     finally:
-        visit.served.supervisor.held = False
+        images.supervisor.held = False
     expect(visit.running).to_have_count(0)
     shown = visit.gallery.locator(".prompt").all_inner_texts()
     assert [text for text in shown if "one of many" in text] == [f"one of many {index}" for index in range(8, -1, -1)]
 
 
-def test_what_others_do_is_shown(visit: Visit) -> None:
+def test_what_others_do_is_shown(visit: Visit, images: Served) -> None:
     body = {"prompt": "sent by curl", "size": "40x40", "n": 2}
-    status, job, _ = visit.served.call("POST", "/v1/images/generations", body, {"Prefer": "respond-async"})
+    status, job, _ = images.call("POST", "/v1/images/generations", body, {"Prefer": "respond-async"})
     assert status == 202
     assert visit.loaded("sent by curl", 2) == [{"width": 40, "height": 40}] * 2
-    assert visit.served.call("DELETE", f"/v1/images/{job['id']}")[0] == 200
+    assert images.call("DELETE", f"/v1/images/{job['id']}")[0] == 200
     expect(visit.card("sent by curl")).to_have_count(0)
 
 
@@ -169,7 +169,7 @@ def test_only_the_fields_of_the_model(browser: Browser, videos: Served, visit: V
     expect(visit.page.get_by_label("Steps")).to_have_attribute("placeholder", "3")
     assert not {"seconds", "num_frames", "fps"} & set(names)
     assert {"prompt", "image", "true_cfg_scale", "n", "seed", "width"} <= set(names)
-    with visiting(browser, videos) as video:
+    with visiting(browser, videos.url) as video:
         expect(video.page.locator("#seconds")).to_have_attribute("placeholder", re.compile(r"\d"))
         names = video.page.locator(shown).evaluate_all("fields => fields.map((field) => field.dataset.field)")
         assert {"seconds", "num_frames", "fps", "image"} <= set(names)
@@ -178,7 +178,7 @@ def test_only_the_fields_of_the_model(browser: Browser, videos: Served, visit: V
 
 def test_a_video_from_a_picture(browser: Browser, videos: Served, tmp_path: Path) -> None:
     (tmp_path / "start.png").write_bytes(picture((48, 32)))
-    with visiting(browser, videos) as visit:
+    with visiting(browser, videos.url) as visit:
         visit.page.get_by_label("Image").set_input_files(tmp_path / "start.png")
         expect(visit.page.locator("#preview")).to_be_visible()
         visit.generate("it begins to move", width=48, height=32, num_frames=9, fps=8)
@@ -210,7 +210,7 @@ def test_a_video_from_a_picture(browser: Browser, videos: Served, tmp_path: Path
 def test_a_model_that_needs_a_picture(browser: Browser, tmp_path: Path) -> None:
     names = ("image", "prompt", "num_inference_steps")
     info = {"signature": PipelineSignature("QwenImageEditPipeline", names), "notes": []}
-    with serving(tmp_path, info, model="a/model") as served, visiting(browser, served) as visit:
+    with serving(tmp_path, info, model="a/model") as served, visiting(browser, served.url) as visit:
         expect(visit.page.get_by_label("Steps")).to_be_visible()
         expect(visit.page.get_by_label("Width")).to_be_hidden()
         visit.generate("brighter")
@@ -222,7 +222,7 @@ def test_a_model_that_needs_a_picture(browser: Browser, tmp_path: Path) -> None:
 
 
 def test_with_an_api_key(browser: Browser, tmp_path: Path) -> None:
-    with serving(tmp_path, IMAGE, api_key_hashes=(digest("right"),)) as served, visiting(browser, served) as visit:
+    with serving(tmp_path, IMAGE, api_key_hashes=(digest("right"),)) as served, visiting(browser, served.url) as visit:
         key = visit.page.get_by_role("textbox", name="API key")
         expect(key).to_be_focused()
         expect(visit.page.locator("#main")).to_be_hidden()
@@ -254,7 +254,7 @@ def test_with_an_api_key(browser: Browser, tmp_path: Path) -> None:
 def test_states_of_the_ranks(browser: Browser, tmp_path: Path) -> None:
     from shardit.server.messages import Ranks
 
-    with serving(tmp_path, IMAGE, state="loading") as served, visiting(browser, served) as visit:
+    with serving(tmp_path, IMAGE, state="loading") as served, visiting(browser, served.url) as visit:
         state = visit.page.locator("#state")
         expect(state).to_have_text("Loading the model")
         expect(visit.page.get_by_role("button", name="Generate")).to_be_disabled()  # nobody knows yet what it takes
@@ -310,7 +310,7 @@ def test_by_keyboard_alone(visit: Visit) -> None:
 
 
 def test_on_a_phone(browser: Browser, images: Served) -> None:
-    with visiting(browser, images, **PHONE) as visit:
+    with visiting(browser, images.url, **PHONE) as visit:
         visit.generate("slow on a phone with averyveryveryverylongwordthatcannotbebrokenanywhereelse")
         card = visit.card("slow on a phone")
         expect(card).to_contain_text(re.compile(r"Step \d+ of 200"))
@@ -329,12 +329,45 @@ def test_on_a_phone(browser: Browser, images: Served) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(browser: Browser, images: Served, scheme: str) -> None:
-    with visiting(browser, images, color_scheme=scheme) as visit:
+    with visiting(browser, images.url, color_scheme=scheme) as visit:
         visit.generate("please fail in colour")
         expect(visit.card("please fail in colour").first).to_contain_text("Failed")
         ground = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
         assert visit.page.evaluate(_FAINT) == []
+
+
+def test_a_real_server(browser: Browser, tmp_path: Path) -> None:
+    """From the command of the README to a picture, a cancelled job, and the picture again from a server started anew."""
+    with real_server("tiny/qwen-image", tmp_path) as url, visiting(browser, url) as visit:
+        expect(visit.page.locator("#state")).to_have_text("Ready")
+        visit.generate("a real one", width=64, height=64, num_inference_steps=4, seed=7)
+        assert visit.loaded("a real one") == [{"width": 64, "height": 64}]
+        visit.generate("a long one", num_inference_steps=200)
+        card = visit.card("a long one")
+        expect(card).to_contain_text(re.compile(r"Step \d+ of 200 · .* s per step · about .* left"))
+        card.get_by_role("button", name="Cancel").click()
+        expect(card).to_have_attribute("data-status", "cancelled")
+        with visit.page.expect_download() as download:
+            visit.card("a real one").get_by_role("link", name="Download").click()
+        before = download.value.path().read_bytes()
+        assert Image.open(io.BytesIO(before)).getextrema() != ((0, 0), (0, 0), (0, 0))
+    with real_server("tiny/qwen-image", tmp_path) as url, visiting(browser, url) as visit:
+        assert visit.loaded("a real one") == [{"width": 64, "height": 64}]
+        visit.card("a real one").get_by_role("button", name="Reuse").click()
+        visit.card("a real one").get_by_role("button", name="Delete").click()
+        visit.card("a real one").get_by_role("button", name="Delete?").click()
+        expect(visit.card("a real one")).to_have_count(0)
+        visit.page.get_by_role("button", name="Generate").click()
+        assert visit.loaded("a real one") == [{"width": 64, "height": 64}]
+        with visit.page.expect_download() as download:
+            visit.card("a real one").get_by_role("link", name="Download").click()
+        assert _pixels(download.value.path().read_bytes()) == _pixels(before)
+
+
+def _pixels(data: bytes) -> bytes:
+    with Image.open(io.BytesIO(data)) as made:
+        return made.tobytes()
 
 
 # Texts whose contrast to what is behind them is below 4.5.

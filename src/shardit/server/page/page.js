@@ -7,7 +7,7 @@ import { fit, reuse, send } from "./form.js";
 import { isOpen, progressOf } from "./jobs.js";
 import { showServer, showUnreachable } from "./status.js";
 
-const BUSY_MS = 1500; // between two looks while jobs are open
+const BUSY_MS = 1500; // between two looks while something is going on
 const IDLE_MS = 5000;
 const LISTENED = 3; // jobs whose events are followed at the same time
 const PAGE = 50; // jobs of one answer
@@ -42,8 +42,8 @@ async function look() {
     if (error.status !== 401) showUnreachable(error.message);
   }
   looking = false;
-  const busy = [...entries.values()].some((entry) => isOpen(entry.job));
-  timer = setTimeout(look, busy ? BUSY_MS : IDLE_MS);
+  const quiet = $("dot").dataset.state === "ready" && ![...entries.values()].some((entry) => isOpen(entry.job));
+  timer = setTimeout(look, quiet ? IDLE_MS : BUSY_MS);
 }
 
 async function readJobs() {

@@ -85,8 +85,8 @@ class Visit:
 
 @contextmanager
 def visiting(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
-    """Open the page at `url`; at the end, whatever else was tested: nothing came from elsewhere, no script failed, and nothing
-    was against the page's policy."""
+    """Open the page at `url`; at the end, whatever else was tested: nothing came from elsewhere, no script failed, and
+    nothing was against the page's policy."""
     visit = Visit(browser, url, **options)
     try:
         yield visit
@@ -107,7 +107,8 @@ def real_server(model: str, folder: Path) -> Iterator[str]:
     try:
         until = time.monotonic() + 2 * WAIT_S
         while (found := re.search(r"http://127.0.0.1:[0-9]+", (folder / "server.log").read_text())) is None:
-            assert process.poll() is None and time.monotonic() < until, (folder / "server.log").read_text()
+            assert process.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < until, (folder / "server.log").read_text()
             time.sleep(0.05)
         yield found[0]
     finally:

@@ -338,7 +338,7 @@ def test_text_can_be_read(browser: Browser, images: Served, scheme: str) -> None
 
 
 def test_a_real_server(browser: Browser, tmp_path: Path) -> None:
-    """From the command of the README to a picture, a cancelled job, and the picture again from a server started anew."""
+    """A picture, a cancelled job, and the same picture again from a server that was started anew."""
     with real_server("tiny/qwen-image", tmp_path) as url, visiting(browser, url) as visit:
         expect(visit.page.locator("#state")).to_have_text("Ready")
         visit.generate("a real one", width=64, height=64, num_inference_steps=4, seed=7)

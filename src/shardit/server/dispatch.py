@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import Any
@@ -25,8 +26,11 @@ from .running import Patience, Running
 from .spec import build_request
 from .store import Store
 
-MAX_ATTEMPTS = 5
-"""How often ranks may die during a job before it is taken to be the cause."""
+SUSPECT_AFTER = 2
+"""How often ranks may die during a job before it runs alone, so that one can see whether it is the cause."""
+MAX_DEATHS_ALONE = 3
+"""How often they may die while it runs alone."""
+SAY_AGAIN_S = 10.0
 
 
 class Dispatcher:
@@ -55,8 +59,11 @@ class Dispatcher:
         self.writing: dict[str, Future[Any]] = {}
         self.patience = Patience(options.step_timeout_s)
         self._writers = writers
+        self.peaks: dict[int, int] = {}
+        """Peak memory of each rank during its newest job, in bytes."""
         self._keys = itertools.count(1)
         self._unwritten: list[Callable[[], None]] = []
+        self._said_at = -SAY_AGAIN_S
         self._last_sign: dict[int, float] = {}
         self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
         self._replicas = options.config.data_parallel_size
@@ -72,21 +79,19 @@ class Dispatcher:
 
     def fill(self) -> None:
         """Begin jobs while there are free slots."""
-        while self.info is not None and (replica := self._free_replica()) is not None:
-            job = next(iter(self.store.queued(1)), None)
-            if job is None or not self._fits(job, replica):
-                return
-            if self.store.start(job.id):
-                self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
+        with self._tolerant():
+            while self._begin_next():
+                pass
 
     def wake(self) -> None:
         """Something in the store has changed: a new job, or one that is to be cancelled."""
-        wanted = set(self.store.to_cancel())
-        for key, running in self.running.items():
-            if running.job.id in wanted and not running.cancelling:
-                running.cancelling = True
-                for rank in self._ranks_of(running.replica):
-                    self.fleet.send(rank, Cancel(key))
+        with self._tolerant():
+            wanted = set(self.store.to_cancel())
+            for key, running in self.running.items():
+                if running.job.id in wanted and not running.cancelling:
+                    running.cancelling = True
+                    for rank in self._ranks_of(running.replica):
+                        self.fleet.send(rank, Cancel(key))
         self.fill()
 
     def heard(self, rank: int, message: Any) -> None:
@@ -110,13 +115,14 @@ class Dispatcher:
     def down(self, why: Down) -> None:
         """The ranks are gone: what they worked on is queued again."""
         self.info = None
+        died, alone = not why.memory, len(self.running) == 1
         for running in self.running.values():
-            if running.job.attempts >= MAX_ATTEMPTS:
+            if died and alone and running.job.deaths_alone + 1 >= MAX_DEATHS_ALONE:
                 last = why.reason.splitlines()[0]
-                text = f"the ranks died {MAX_ATTEMPTS} times while this job ran; the last time: {last}"
+                text = f"the ranks died {MAX_DEATHS_ALONE} times while this job ran alone; the last time: {last}"
                 self._end(running.job, "failed", error=_error("ranks_died", text))
             else:
-                self._put_back(running.job)
+                self._put_back(running.job, died=died, alone=alone)
         self.running.clear()
 
     def overdue(self) -> str | None:
@@ -146,6 +152,21 @@ class Dispatcher:
 
     def _ranks_of(self, replica: int) -> range:
         return range(replica * self._together, (replica + 1) * self._together)
+
+    def _begin_next(self) -> bool:
+        if self.info is None or self.fleet.failing or (replica := self._free_replica()) is None:
+            return False
+        job = next(iter(self.store.queued(1)), None)
+        if job is None or self._must_be_alone(job) or not self._fits(job, replica):
+            return False
+        if self.store.start(job.id):
+            self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
+        return True
+
+    def _must_be_alone(self, job: Job) -> bool:
+        """Whether a job has to wait as it, or one that runs, may be what ranks die of: all die of it."""
+        beside = [running.job for running in self.running.values()]
+        return bool(beside) and any(one.deaths >= SUSPECT_AFTER for one in (job, *beside))
 
     def _free_replica(self) -> int | None:
         loads = [0] * self._replicas
@@ -181,7 +202,7 @@ class Dispatcher:
         if beside == 1:
             self._last_sign[replica] = time.monotonic()
         for rank in self._ranks_of(replica):
-            self.fleet.send(rank, Begin(key, request))
+            self.fleet.send(rank, Begin(key, request, job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
         self.tell(Changed(job.id))
 
@@ -202,6 +223,7 @@ class Dispatcher:
 
     def _left(self, key: int, running: Running, rank: int, message: Left) -> None:
         running.left[rank] = message
+        self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
         self.gauges.rank(rank, message)
         if len(running.left) < self._together:
             return
@@ -244,33 +266,52 @@ class Dispatcher:
             self._end(job, "completed", files=files, facts={**facts, "peak_bytes": peaks})
 
     def _end(self, job: Job, state: State, **more: Any) -> None:
-        def end() -> None:
+        def write() -> None:
             now = self.store.get(job.id)
-            wanted = now is not None and now.cancel_requested
-            if self.store.finish(job.id, "cancelled" if wanted else state, **({} if wanted else more)):
-                self.gauges.ended(job, "cancelled" if wanted else state)
-                error = more.get("error")
-                self.log.info("job_ended", request_id=job.id, state=state, **({"error": error} if error else {}))
+            cancelled = now is None or now.cancel_requested
+            end, facts = ("cancelled", {}) if cancelled else (state, more)
+            try:
+                ended = self.store.finish(job.id, end, **facts)
+            except FileNotFoundError as error:  # somebody has removed the results
+                end, facts = "failed", {"error": _error("storage", str(error))}
+                ended = self.store.finish(job.id, end, **facts)
+            if end != "completed":
+                for name in more.get("files", ()):
+                    (self.store.files_of(job.id) / name).unlink(missing_ok=True)
+            if ended:
+                self.gauges.ended(job, end)
+                error = {name: value for name, value in facts.items() if name == "error"}
+                self.log.info("job_ended", request_id=job.id, state=end, **error)
             self.tell(Changed(job.id))
 
-        self._safely(end)
+        self._safely(write)
 
-    def _put_back(self, job: Job) -> None:
+    def _put_back(self, job: Job, *, died: bool = False, alone: bool = False) -> None:
         def back() -> None:
-            if (now := self.store.get(job.id)) is None or now.cancel_requested:
-                self.store.finish(job.id, "cancelled")
+            if self.store.put_back(job.id, died=died, alone=alone):
+                self.tell(Changed(job.id))
             else:
-                self.store.put_back(job.id)
-            self.tell(Changed(job.id))
+                self._end(job, "cancelled")
 
         self._safely(back)
 
     def _safely(self, write: Callable[[], None]) -> None:
-        try:
+        done = False
+        with self._tolerant():
             write()
-        except (sqlite3.OperationalError, OSError) as error:
-            self.log.error("store_failed", error=str(error))
+            done = True
+        if not done:
             self._unwritten.append(write)
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """The store may refuse something for a while (disk full): all is tried again at the next tick."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            if time.monotonic() - self._said_at >= SAY_AGAIN_S:
+                self._said_at = time.monotonic()
+                self.log.error("store_failed", error=str(error))
 
     def _too_large(self, running: Running, reason: str) -> str:
         asked = {name: running.request.kwargs.get(name) for name in ("width", "height", "num_frames")}

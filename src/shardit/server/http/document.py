@@ -17,8 +17,8 @@ PREFER: dict[str, Any] = {
             "name": "Prefer",
             "in": "header",
             "required": False,
-            "schema": {"type": "string", "enum": ["respond-async"]},
-            "description": "Answer 202 with a job at once.",
+            "schema": {"type": "string"},
+            "description": "respond-async: answer 202 with a job at once.",
         }
     ]
 }

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...logs import logger
 from ..keys import owner_of
-from ..logs import logger
 from ..options import ServeOptions
 from .errors import ApiError
 from .metrics import HttpMetrics

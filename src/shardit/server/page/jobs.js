@@ -25,13 +25,15 @@ export function lineOf(job) {
   if (job.parameters.num_inference_steps) parts.push(`${job.parameters.num_inference_steps} steps`);
   parts.push(`seed ${job.seed}`);
   if (job.status === "completed" && job.seconds_taken) parts.push(`took ${duration(job.seconds_taken)}`);
-  return [...parts, ...job.notes].join(" · ");
+  const whole = parts.map((part) => part.replaceAll(" ", "\u00a0")); // no line ends inside of them
+  return [...whole, ...job.notes].join(" · ");
 }
 
 /** One line on an open job, and the share of it that is done (null: not known). */
 export function progressOf(job) {
   if (job.status === "queued") {
     const words = job.attempts > 0 ? "Put back into the queue" : "In the queue";
+    if (job.position === null) return [words, 0];
     return [job.position > 0 ? `${words}, ${job.position} before it` : `${words}, next`, 0];
   }
   const share = job.steps ? job.step / job.steps : null;

@@ -30,12 +30,36 @@ LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
 WRITERS_STOP_S = 4.0
 RETAIN_EVERY_S = 60.0
+LOOK_AGAIN_S = 0.2
 
 
-def serve(options: ServeOptions, placement: Placement | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct."""
-    with listening(options.host, options.port) as listener, locked(options.data_dir):
-        return Supervisor(options, listener, placement or LocalPlacement(options.step_timeout_s)).run()
+def serve(options: ServeOptions, placement: Placement | None = None, patience_s: float = 0.0) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct.
+
+    patience_s: how long to wait for the port and the data folder, where a server that has just ended may hold them.
+    """
+    placement = placement or placement_for(options)
+    deadline = time.monotonic() + patience_s
+    while True:
+        with contextlib.ExitStack() as held:
+            try:
+                listener = held.enter_context(listening(options.host, options.port))
+                held.enter_context(locked(options.data_dir))
+            except InputError:
+                if time.monotonic() >= deadline:
+                    raise
+            else:
+                return Supervisor(options, listener, placement).run()
+        time.sleep(LOOK_AGAIN_S)
+
+
+def placement_for(options: ServeOptions) -> Placement:
+    """Where the ranks are to be. Raises InputError where that cannot be had."""
+    if options.executor == "ray":
+        from .ray_placement import RayPlacement
+
+        return RayPlacement(options)
+    return LocalPlacement(options.step_timeout_s)
 
 
 class Supervisor:
@@ -73,6 +97,7 @@ class Supervisor:
         self.state = Ranks("loading")
         self.error: InputError | None = None
         self.code = 0
+        self.asked_to_stop = False
         self._started = time.monotonic()
         self._was_up = False
         self._pause_s = 0.0
@@ -163,13 +188,14 @@ class Supervisor:
     def stop(self, number: int) -> None:
         """Take no more jobs, put back those that run, and leave."""
         self.code = 130 if number == signal.SIGINT else 0
+        self.asked_to_stop = True
         self.log.info("stopping", signal=signal.Signals(number).name)
         self._set("stopping", reason="the server stops")
         self.loop.stop()
 
     def end(self) -> None:
         """End all processes. Results that are being written are waited for, for some seconds."""
-        self.fleet.stop()
+        self.fleet.stop(0 if self.asked_to_stop else 1 if self.error is None else 2)
         self.jobs.put_all_back()
         deadline = time.monotonic() + WRITERS_STOP_S
         while self.jobs.writing and time.monotonic() < deadline:

@@ -142,6 +142,25 @@ def test_bytes_of_one_ulysses_attention() -> None:
         assert sent == formula == 4 * 12 * 4 * WIDTH * 4 * (2 - 1) // 2**2
 
 
+def around(rank: int, count: int, method: str, lens: tuple[int, ...]) -> tuple[int, int]:
+    config = DiffusionParallelConfig(ring_degree=count)
+    attention = SequenceAttention(init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method))
+    q, k = torch.randn(1, lens[rank], 4, WIDTH), torch.randn(1, lens[rank], 2, WIDTH)
+    attention.attend(Call(q, k, k, None, plain), Layout(lens, lens))
+    assert attention.ring is not None
+    return attention.sent_bytes, attention.ring.messages
+
+
+@pytest.mark.parametrize("lens", [(6, 6), (4, 4, 4), (5, 3, 4)], ids=str)
+def test_bytes_of_one_ring_attention(lens: tuple[int, ...]) -> None:
+    """Keys and values of each rank's tokens travel to the next rank, P - 1 times; nothing else does."""
+    count = len(lens)
+    for rank, (sent, messages) in enumerate(run_ranks(count, around, lens)):
+        held = [lens[(rank - step) % count] for step in range(count - 1)]
+        assert sent == 2 * sum(held) * 2 * WIDTH * 4
+        assert messages == count - 1
+
+
 def refused(rank: int, count: int, method: str) -> None:
     mesh = init_mesh(DiffusionParallelConfig(ring_degree=2), device="cpu", timeout_s=60, rank=rank, init_method=method)
     q = torch.randn(1, 3, 2, WIDTH)

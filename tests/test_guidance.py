@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from shardit import DiffusionParallelConfig, InputError, Omni
+from shardit import DiffusionParallelConfig, InputError, Omni, parallelize
 from shardit.core.deal import Dealer
 from shardit.core.mesh import Mesh
 from shardit.core.result import Route
 from shardit.models import tiny
+from tests import brought
 from tests.ranks import run_ranks
+from tests.test_parallelize import join
 from tests.test_pipelines import BATCHED, compare, guidance, reference
+from tests.test_tiles import Heard
 from tests.whole_pipelines import Case, difference, joined, staged
 
 TWO = {"cfg_parallel_size": 2}
@@ -46,11 +49,17 @@ def test_a_batch_is_cut_once_the_branches_of_a_step_are_known() -> None:
 
 def test_more_replicas_than_work_is_an_error() -> None:
     dealer, program = Dealer(3, 0, 0), Request()
+    said = r"cfg_parallel_size=3 is more than the 2 branches x 1 samples .* at most 2"
     for _ in range(2):
         dealer.parts(program, 1)
-    dealer.waits(program)
-    with pytest.raises(InputError, match=r"cfg_parallel_size=3 is more than the 2 branches x 1 samples .* at most 2"):
+    with pytest.raises(InputError, match=said):  # also where there is one step only
+        dealer.waits(program)
+    with pytest.raises(InputError, match=said):
         dealer.parts(program, 1)
+    dealer.begin(program)  # another call of the pipeline may have more
+    assert [dealer.parts(program, 2), dealer.parts(program, 2)] == [1, 1]
+    dealer.waits(program)
+    assert [dealer.parts(program, 2), dealer.parts(program, 2)] == [2, 2]
 
 
 def test_an_idle_axis_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -107,6 +116,29 @@ def close(cases: list[Case], bound: float = 1e-5) -> None:
         of_ranks = [result[number] for result in results]
         assert joined(of_ranks, "errors") == [None]
         assert 0 < difference(reference(case)[0], joined(of_ranks, "arrays")[0]) <= bound, case
+
+
+def called_again(rank: int, count: int, method: str) -> list[str]:
+    """Calls of one pipeline have nothing to do with each other: same bits, and each is told that the axis idles."""
+    join(rank, count, method)
+    said = Heard().lines
+    config = DiffusionParallelConfig(**TWO)
+    pipe = parallelize(brought.pipeline("sd3.5"), config, timeout_s=60)
+    first, second = (brought.run(pipe, "sd3.5") for _ in range(2))
+    assert torch.equal(first, second)
+    pipe = parallelize(brought.pipeline("wan2.2-ti2v"), config, timeout_s=60)
+    brought.run(pipe, "wan2.2-ti2v", num_inference_steps=2)
+    assert not said
+    brought.run(pipe, "wan2.2-ti2v", num_inference_steps=1, guidance_scale=1.0)
+    return said
+
+
+def test_calls_of_one_pipeline_are_dealt_alike() -> None:
+    for name in ("sd3.5", "wan2.2-ti2v"):
+        tiny.resolve(f"tiny/{name}")
+    first, second = run_ranks(2, called_again)
+    assert (len(first), len(second)) == (1, 0)
+    assert "guidance_scale > 1" in first[0]
 
 
 def broken(rank: int, count: int, method: str, case: Case) -> Any:

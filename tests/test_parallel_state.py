@@ -25,6 +25,7 @@ def axes(rank: int, count: int, method: str) -> dict[str, Any]:
     assert ps.model_parallel_is_initialized()
     with pytest.raises(InputError, match="already"):
         ps.initialize_model_parallel()
+    named = [("pp", ps.get_pp_group()), ("tp", ps.get_tp_group())]
     found = {
         "pp": (ps.get_pipeline_parallel_rank(), ps.get_pp_world_size(), ps.get_pp_group().ranks),
         "tp": (ps.get_tensor_model_parallel_rank(), ps.get_tp_world_size(), ps.get_tp_group().ranks),
@@ -33,6 +34,8 @@ def axes(rank: int, count: int, method: str) -> dict[str, Any]:
         "cfg": (ps.get_classifier_free_guidance_rank(), ps.get_classifier_free_guidance_world_size()),
         "ring x ulysses": (ps.get_ring_group().ranks, ps.get_ulysses_group().ranks),
         "world": ps.get_world_group().ranks,
+        "mesh": (ps.get_device_mesh().mesh_dim_names, *map(ps.get_device_mesh().get_local_rank, ("pp", "tp"))),
+        "mesh groups": [ps.get_device_mesh().get_group(axis) is group.device_group for axis, group in named],
         "ends": (ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage()),
     }
     ps.destroy_model_parallel()
@@ -50,6 +53,8 @@ def test_groups_of_every_axis() -> None:
         assert found["cfg"] == (0, 1)
         assert found["ring x ulysses"] == ((rank,), (rank,))
         assert found["world"] == (0, 1, 2, 3)
+        assert found["mesh"] == (("pp", "tp"), stage, slice_)
+        assert found["mesh groups"] == [True, True]
         assert found["ends"] == (stage == 0, stage == 1)
 
 
@@ -76,9 +81,8 @@ def operations(rank: int, count: int, method: str) -> None:
     assert values["b"] == "text"
     assert torch.equal(values["a"], everything[1])
     before = (rank - 1) % count
-    taken = group.isend_tensor_dict({"x": own, "n": rank}) if rank % 2 == 0 else None
+    taken = group.isend_tensor_dict({"x": own, "n": rank})  # all ranks at once: it does not wait
     received, arrived = group.irecv_tensor_dict()
-    taken = taken or group.isend_tensor_dict({"x": own, "n": rank})
     arrived()
     taken()
     assert received["n"] == before

@@ -314,11 +314,11 @@ def test_what_cannot_be_right_is_refused() -> None:
     run_ranks(2, wrong)
 
 
-def silent(rank: int, count: int, method: str) -> None:
+def silent(rank: int, count: int, method: str, way: dict) -> None:
     """Without communication the result must differ, or the other tests would show nothing; and the check sees it."""
     join(rank, count, method)
     name = "wan2.2-t2v"
-    plain, other = alone(name, ULYSSES)
+    plain, other = alone(name, way)
     torch.manual_seed(0)
     arguments = {
         "hidden_states": torch.randn(1, plain.config.in_channels, 3, 4, 8),
@@ -326,19 +326,21 @@ def silent(rank: int, count: int, method: str) -> None:
         "encoder_hidden_states": torch.randn(1, 5, plain.config.text_dim),
     }
     assert both(plain, other, **arguments) <= CLOSE
-    exchange = Collectives.all_to_all
+    exchange, rotate = Collectives.all_to_all, Collectives.rotate
     Collectives.all_to_all = lambda self, sends, receives: [r.zero_() for r in receives]  # type: ignore[assignment]
+    Collectives.rotate = lambda self, send, receive: lambda: receive.zero_()  # type: ignore[assignment]
     assert both(plain, other, **arguments) > 1e-3
-    fresh = alone(name, ULYSSES)[1]
+    fresh = alone(name, way)[1]
     with pytest.raises(UnsupportedError, match="no way was found"), torch.no_grad():
         fresh(**arguments)
-    Collectives.all_to_all = exchange
+    Collectives.all_to_all, Collectives.rotate = exchange, rotate
     assert both(plain, other, **arguments) <= CLOSE
 
 
-def test_without_communication_it_differs() -> None:
+@pytest.mark.parametrize("way", [ULYSSES, RING], ids=["ulysses", "ring"])
+def test_without_communication_it_differs(way: dict) -> None:
     tiny.resolve("tiny/wan2.2-t2v")
-    run_ranks(2, silent)
+    run_ranks(2, silent, way)
 
 
 def gathers(rank: int, count: int, method: str) -> list[int]:
@@ -361,6 +363,39 @@ def test_only_attention_and_one_gather_communicate() -> None:
     for gathered, exchanged, blocks in run_ranks(2, gathers):
         assert gathered == 1
         assert exchanged == 2 * blocks
+
+
+def watched(rank: int, count: int, method: str, way: dict) -> tuple[set[int], set[tuple[int, ...]]]:
+    """Tokens that this rank's linears saw, and (heads, queries, keys) of its attention."""
+    join(rank, count, method)
+    _, other = alone("wan2.2-t2v", way)
+    video = torch.randn(1, other.config.in_channels, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    arguments = (video, torch.tensor([3]), torch.ones(1, 5, other.config.text_dim))
+    rows, attended, plain = set(), set(), torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        attended.add((query.shape[1], query.shape[2], key.shape[2]))
+        return plain(query, key, *args, **kwargs)
+
+    with torch.no_grad():
+        settle(other(*arguments))  # looked at and checked
+        for block in other.blocks:
+            block.ffn.register_forward_pre_hook(lambda module, args: rows.add(args[0].shape[1]))
+        torch.nn.functional.scaled_dot_product_attention = noted
+        settle(other(*arguments))
+    return rows, attended
+
+
+@pytest.mark.parametrize("way", [ULYSSES, RING, {"tensor_parallel_size": 2}], ids=["ulysses", "ring", "slices"])
+def test_no_rank_runs_heads_or_tokens_of_another(way: dict) -> None:
+    """24 tokens of video, 5 of text; Ring attends without the function that is watched."""
+    config = tiny.load_plain(tiny.resolve("tiny/wan2.2-t2v")).transformer.config
+    found, heads = run_ranks(2, watched, way), config.num_attention_heads
+    whole, spread = heads - heads // 2, "tensor_parallel_size" not in way
+    for (rows, attended), own in zip(found, (whole, heads - whole), strict=True):
+        assert rows == ({12} if spread else {24})
+        over_text = (heads, 12, 5) if spread else (own, 24, 5)
+        assert attended == ({over_text} if way == RING else {(own, 24, 24), over_text})
 
 
 # Candidates and cuts: functions of shapes.

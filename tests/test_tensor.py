@@ -426,10 +426,10 @@ def test_surveyed_classes() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_every_class() -> None:
-    refused = [
-        name for name, outcome in check_survey([e.id for e in all_entries()]).items() if isinstance(outcome, str)
-    ]
-    assert len(refused) < 12, refused
+    outcomes = check_survey([e.id for e in all_entries()])
+    refused = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
+    too_few_heads = [name for name, outcome in refused.items() if "has 1 heads to deal out" in outcome]
+    assert len(refused) - len(too_few_heads) <= 4, refused
 
 
 # Whole pipelines.

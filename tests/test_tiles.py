@@ -88,7 +88,7 @@ def compare(names: tuple[str, ...], size: int, ranks: tuple[int, ...]) -> None:
             assert all(torch.equal(expected, r["out"]) for r in of_ranks), where
             tile_of, owners = first["dealt"][method]
             assert len(tile_of) == len(sizes[method]), where
-            assert set(owners) == set(range(len(ranks))), where
+            assert len(set(owners)) == min(len(ranks), len(owners)), where  # fewer tiles than ranks: the rest idle
             for place, rank in enumerate(ranks):
                 assert set(of_ranks[rank]["ran"]) == {t for t, owner in enumerate(owners) if owner == place}, where
                 mine = [nbytes for tile, nbytes in zip(tile_of, sizes[method], strict=True) if owners[tile] == place]

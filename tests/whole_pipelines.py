@@ -37,6 +37,7 @@ class Case:
     scheduler: str | None = None
     axes: dict[str, int] = field(default_factory=dict, hash=False)
     tiling: dict[str, int] | None = field(default=None, hash=False)  # arguments of `enable_tiling`
+    prompts: tuple[str, ...] = PROMPTS
 
     def config(self) -> DiffusionParallelConfig:
         """How it is spread."""
@@ -63,7 +64,7 @@ def make_requests(case: Case, takes: Any, takes_with_image: Any = None) -> list[
     if count:
         images = pictures(count, "RGBA" if "layered" in case.name else "RGB")
         call["pil_image"] = images if count > 1 else images[0]
-    prompts = [{"prompt": PROMPTS[i], "seed": i + 1} for i in range(case.requests)]
+    prompts = [{"prompt": case.prompts[i], "seed": i + 1} for i in range(case.requests)]
     return build_requests(
         prompts,
         None,

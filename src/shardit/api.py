@@ -200,7 +200,7 @@ def _swap_pipeline(pipe: Any, runtime: Runtime, cuts: Mapping[str, TensorPlan]) 
             component.to(*args, **kwargs)
         return self
 
-    call = functools.wraps(cls.__call__)(calling(cls.__call__, runtime.replica))  # tools read the signature
+    call = functools.wraps(cls.__call__)(calling(cls.__call__, runtime))  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
     members.update({name: refused(name) for name in (*OFFLOAD, *SAVE)})

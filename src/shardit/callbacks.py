@@ -11,6 +11,7 @@ from .core.comm import Comm
 from .core.meeting import sendable
 from .core.pending import settle
 from .core.remote import call_on
+from .core.stages import Runtime
 from .errors import InputError, UnsupportedError
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
@@ -85,11 +86,12 @@ def interrupt_members(cls: type) -> dict[str, Any]:
     return {"_interrupt": property(get, put)}
 
 
-def calling(own_call: Callable[..., Any], ranks: Comm) -> Callable[..., Any]:
+def calling(own_call: Callable[..., Any], runtime: Runtime) -> Callable[..., Any]:
     """A pipeline's `__call__` whose callbacks are shared and whose results are plain tensors."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs = shared_callback(kwargs, ranks)
+        runtime.begin()
+        kwargs = shared_callback(kwargs, runtime.replica)
         self.__dict__.update(_heard=kwargs.get(CALLBACK) is not None, _asked=False)
         try:
             out = own_call(self, *args, **kwargs)

@@ -53,7 +53,7 @@ class DiffusionParallelConfig:
 
     cfg_parallel_size: int = 1
     """Ranks that the branches of guidance, or the samples of a batch, are dealt to. Default 1. Error: more than the
-    branches x samples of a step (in the second step)."""
+    branches x samples of a step (in the first step)."""
 
     data_parallel_size: int = 1
     """Copies of the model that share the requests. Default 1. Error: below 1."""

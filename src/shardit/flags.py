@@ -20,18 +20,6 @@ from shardit.images import open_image
 from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams
 
-# What a tiny model is not asked for, it does at its own small size: its class' defaults are meant for real ones.
-_TINY_DEFAULTS = (
-    "width",
-    "height",
-    "num_frames",
-    "num_inference_steps",
-    "max_sequence_length",
-    "layers",
-    "resolution",
-    "enable_prompt_rewrite",
-)
-
 
 class Dtype(str, Enum):
     """Data types that models compute in."""
@@ -167,9 +155,7 @@ class GenerateFlags(ParallelFlags):
             return {}
         from shardit.models import tiny
 
-        defaults = tiny.defaults(self.model.removeprefix("tiny/"))
-        given = self._given()
-        return {name: defaults[name] for name in _TINY_DEFAULTS if name in defaults and name not in given}
+        return tiny.filled_in(self.model.removeprefix("tiny/"), self._given())
 
     def _given(self) -> dict[str, Any]:
         names = {item.name for item in dataclasses.fields(OmniDiffusionSamplingParams)} - {"negative_prompt"}

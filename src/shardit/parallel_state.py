@@ -6,6 +6,8 @@ that was made parallel last. Everything in shardit itself gets its mesh passed i
 
 from __future__ import annotations
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from .config import DiffusionParallelConfig
 from .core.group import GroupCoordinator
 from .core.mesh import Mesh, init_mesh
@@ -13,7 +15,8 @@ from .errors import InputError
 from .parallel.planned import runs_whole
 
 _GROUPS: dict[str, GroupCoordinator] = {}
-_MESH: list[Mesh] = []
+_MESH: list[Mesh] = []  # that the program itself has asked for
+_IN_USE: list[Mesh] = []
 
 
 def initialize_model_parallel(
@@ -43,7 +46,7 @@ def initialize_model_parallel(
 
 def set_mesh(mesh: Mesh) -> None:
     """Use the groups of a mesh that exists."""
-    _MESH[:] = [mesh]
+    _MESH[:] = _IN_USE[:] = [mesh]
     _GROUPS.update(GroupCoordinator.of_mesh(mesh))
 
 
@@ -51,6 +54,7 @@ def set_mesh_of_model(mesh: Mesh) -> None:
     """Use the groups of the mesh of a model that was made parallel. Unlike after `set_mesh`, code outside of that model
     still runs whole (`own_mesh`)."""
     _MESH.clear()
+    _IN_USE[:] = [mesh]
     _GROUPS.update(GroupCoordinator.of_mesh(mesh))
 
 
@@ -63,6 +67,7 @@ def destroy_model_parallel() -> None:
     """Forget the groups. The process group itself stays."""
     _GROUPS.clear()
     _MESH.clear()
+    _IN_USE.clear()
 
 
 def model_parallel_is_initialized() -> bool:
@@ -79,6 +84,13 @@ def _group(name: str) -> GroupCoordinator:
         world = _GROUPS["world"]
         return GroupCoordinator(world.rank, (world.rank,), world.device, world.timeout)
     return _GROUPS[name]
+
+
+def get_device_mesh() -> DeviceMesh:
+    """The axes of more than one rank as torch's DeviceMesh, over the same groups, for code that takes one (DTensor,
+    say). Raises InputError where there is one rank."""
+    _group("world")
+    return _IN_USE[0].device_mesh()
 
 
 def get_world_group() -> GroupCoordinator:

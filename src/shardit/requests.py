@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from shardit.images import ImageSource
 
-__all__ = ["PipelineSignature", "Request", "build_requests", "signature_of"]
+__all__ = ["DRAWN_SEEDS", "PipelineSignature", "Request", "build_requests", "signature_of"]
 
 # Names with a meaning of their own in a prompt's dict; every other key is a parameter.
 _IMAGE_KEYS = ("pil_image", "image")
@@ -36,7 +36,8 @@ _RESERVED = {
     "callback_on_step_end_tensor_inputs": "functions cannot be sent to the ranks; use shardit.parallelize",
 }
 # Small enough to type again and to survive any JSON reader.
-_DRAWN_SEEDS = 2**32
+DRAWN_SEEDS = 2**32
+"""Seeds are drawn below this."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _build(
         kwargs=kwargs,
         images=tuple(open_image(image, takes.image_mode) for image in images),
         image_name=takes.image_name,
-        seed=secrets.randbelow(_DRAWN_SEEDS) if params.seed is None else int(params.seed),
+        seed=secrets.randbelow(DRAWN_SEEDS) if params.seed is None else int(params.seed),
         num_outputs=int(params.num_outputs_per_prompt),
         count_name=takes.count_name,
         fps=float(params.fps if params.fps is not None else takes.default_fps),

@@ -58,12 +58,13 @@ class RemoteCall:
 class Step:
     """The calls of the present step of one request, and what the step before it had.
 
-    dealt: pieces that were given to a replica. calls: since a result was last waited for. branches: calls of a step,
-    once known.
+    dealt: pieces that were given to a replica. calls: since a result was last waited for. samples: of the last one.
+    branches: calls of a step, once known.
     """
 
     dealt: int = 0
     calls: int = 0
+    samples: int = 1
     branches: int | None = None
 
 
@@ -80,6 +81,10 @@ class Dealer:
     steps: WeakKeyDictionary[Any, Step] = field(default_factory=WeakKeyDictionary)
     told: bool = False
 
+    def begin(self, program: object) -> None:
+        """A pipeline is called anew: how many branches its steps have is not known yet."""
+        self.steps.pop(program, None)
+
     def parts(self, program: object, samples: int) -> int:
         """Into how many pieces a call of `samples` samples is cut so that every replica has work (1 in the first step).
 
@@ -87,18 +92,22 @@ class Dealer:
         """
         step = self._step(program)
         step.calls += 1
+        step.samples = samples
         if self.size == 1 or step.branches is None:
             return 1
-        work = step.branches * samples
+        return -(-self.size // step.branches) if self._check(step.branches, samples) else 1
+
+    def _check(self, branches: int, samples: int) -> bool:
+        """Whether there is something to share."""
+        work = branches * samples
         if work == 1:
             self._tell()
-            return 1
-        if work < self.size:
+        elif work < self.size:
             raise InputError(
-                f"cfg_parallel_size={self.size} is more than the {step.branches} branches x {samples} samples of a "
-                f"step; use at most {work}"
+                f"cfg_parallel_size={self.size} is more than the {branches} branches x {samples} samples of a step; "
+                f"use at most {work}"
             )
-        return -(-self.size // step.branches)
+        return work > 1
 
     def next(self, program: object) -> int:
         """The replica that runs the next piece."""
@@ -114,11 +123,13 @@ class Dealer:
         return tree_map_only(torch.Tensor, source.wrap, out)
 
     def waits(self, program: object) -> None:
-        """The program waits for a result."""
+        """The program waits for a result. Raises InputError as `parts` does, where this ends the first step."""
         step = self._step(program)
-        if step.calls and step.branches is None:
-            step.branches = step.calls
-        step.calls = 0
+        calls, step.calls = step.calls, 0
+        if calls and step.branches is None:
+            step.branches = calls
+            if self.size > 1:
+                self._check(calls, step.samples)
 
     def _step(self, program: object) -> Step:
         return self.steps.setdefault(program, Step())
@@ -127,7 +138,8 @@ class Dealer:
         if not self.told and self.rank == 0:
             log.warning(
                 "cfg_parallel_size=%d idles: a step has one branch of one sample. Guidance needs guidance_scale > 1, "
-                "or where the pipeline has it true_cfg_scale > 1 and a negative prompt",
+                "or where the pipeline has it true_cfg_scale > 1 and a negative prompt; with split_batch=False a batch "
+                "counts as one sample",
                 self.size,
             )
         self.told = True

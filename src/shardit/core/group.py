@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -140,24 +141,27 @@ class GroupCoordinator:
         return tensor
 
     def isend_tensor_dict(self, values: dict[str, Any], dst: int | None = None) -> Callable[[], None]:
-        """Start sending a dict of tensors and picklable values; returns what waits until all is taken.
-
-        What the dict looks like travels first, and is waited for.
-        """
+        """Start sending a dict of tensors and picklable values; returns what waits until all is taken."""
         target = self.next_rank if dst is None else self.ranks[dst]
-        described = [_describe(values)]
-        self._bounded(lambda: dist.send_object_list(described, target, group=self.cpu_group), "send")
-        tensors = [values[name].contiguous() for name in described[0][1]]
-        works = [self._bounded(lambda: dist.isend(t, target, group=self.device_group), "send") for t in tensors]  # noqa: B023
-        return lambda: self._wait(works, tensors)
+        described = _describe(values)
+        said = torch.frombuffer(bytearray(pickle.dumps(described)), dtype=torch.uint8)
+        head = [torch.tensor([len(said)]), said]
+        tensors = [values[name].contiguous() for name in described[1]]
+        parts = [(part, self.cpu_group) for part in head] + [(tensor, self.device_group) for tensor in tensors]
+        works = [self._bounded(lambda: dist.isend(part, target, group=group), "send") for part, group in parts]  # noqa: B023
+        return lambda: self._wait(works, head + tensors)
 
     def irecv_tensor_dict(self, src: int | None = None) -> tuple[dict[str, Any], Callable[[], None]]:
-        """The dict that the other rank sends, and what waits until its tensors are filled."""
+        """The dict that the other rank sends, and what waits until its tensors are filled. What the dict looks like is
+        waited for at once."""
         source = self.prev_rank if src is None else self.ranks[src]
-        described: list[Any] = [None]
-        self._bounded(lambda: dist.recv_object_list(described, source, group=self.cpu_group), "receive")
-        values = _empty(described[0], self.device)
-        tensors = [values[name] for name in described[0][1]]
+        length = torch.zeros(1, dtype=torch.int64)
+        self._bounded(lambda: dist.recv(length, source, group=self.cpu_group), "receive")
+        said = torch.empty(int(length), dtype=torch.uint8)
+        self._bounded(lambda: dist.recv(said, source, group=self.cpu_group), "receive")
+        described = pickle.loads(said.numpy().tobytes())
+        values = _empty(described, self.device)
+        tensors = [values[name] for name in described[1]]
         works = [self._bounded(lambda: dist.irecv(t, source, group=self.device_group), "receive") for t in tensors]  # noqa: B023
         return values, lambda: self._wait(works, tensors)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError, RankError, UnsupportedError
 from .memory import keep_freed_memory
@@ -93,6 +94,15 @@ class Mesh:
         for axis, index in {**self.coords, **coords, "dp": 0}.items():
             number = number * self.sizes[axis] + index
         return number
+
+    def device_mesh(self) -> DeviceMesh:
+        """The axes of more than one rank as torch's DeviceMesh, over the groups that are there."""
+        names = tuple(axis for axis in AXES if self.sizes[axis] > 1)
+        if not names:
+            raise InputError("there is one rank, which has no DeviceMesh")
+        groups: list[Any] = [self.pipeline.back if axis == "pp" else self.axes[axis].group for axis in names]
+        ranks = torch.arange(self.world_size).view([self.sizes[axis] for axis in names])
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
 
     @property
     def pp_rank(self) -> int:

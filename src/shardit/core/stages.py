@@ -74,6 +74,10 @@ class Runtime:
         """Whose calls these are: the request that has its turn, or whoever uses the model without requests."""
         return self.turns.current or self.turns
 
+    def begin(self) -> None:
+        """A pipeline is called."""
+        self.dealer.begin(self.program)
+
     def wait_for(self, flight: Flight) -> None:
         """Return when `flight` is virtually done."""
         self.dealer.waits(self.program)

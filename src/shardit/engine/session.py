@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from ..output import Output
 from ..parallel.tensor import plan_components
 from ..parallel_state import destroy_model_parallel
 from ..signature import signature_of
+from .memory import held_bytes, limit_bytes
 from .progress import report_progress
 from .result import collect
 
@@ -39,8 +41,6 @@ OnError = Callable[[int, Exception], None]
 
 def check(spec: SessionSpec) -> None:
     """What can be known to be wrong before ranks start; raises InputError. Reads no weights."""
-    import os
-
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
     as_dtype(spec.dtype)
@@ -82,6 +82,7 @@ class Session:
             "signature_with_image": signature_of(type(with_image), index) if with_image is not None else None,
             "notes": list(self._assignment.notes),
             "bytes_read": self._reads.bytes,
+            "memory": {"held": held_bytes(), "limit": limit_bytes(ranks_here(self.mesh.world_size))},
         }
 
     def generate(
@@ -180,6 +181,11 @@ class Session:
         destroy_model_parallel()
         if dist.is_initialized() and self.mesh.world_size > 1:
             dist.destroy_process_group()
+
+
+def ranks_here(world_size: int) -> int:
+    """How many ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 class warnings_of:

@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import importlib
 import os
-import resource
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardit.engine.memory import peak_bytes, reset_peak
 from shardit.engine.messages import (
     Channel,
     Closed,
@@ -260,32 +259,6 @@ def speaks_of_peer(error: BaseException) -> bool:
     if isinstance(root, RuntimeError) and type(root).__module__.startswith("torch"):
         return "Dist" in type(root).__name__
     return any(phrase in str(root).lower() for phrase in _OF_PEER)
-
-
-def reset_peak() -> None:
-    """Start to measure `peak_bytes` anew."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of resident memory
-
-
-def peak_bytes() -> int:
-    """Most memory held since `reset_peak`: of the accelerator where one is used, else resident memory.
-
-    Where the system cannot reset its mark, it counts from the start of the process.
-    """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 
 
 def with_peaks(outputs: list[Output], peaks: list[int]) -> list[Output]:

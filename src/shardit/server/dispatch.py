@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 from ..engine.messages import Begin, Cancel, Left, OutOfMemory, Progress
 from ..errors import InputError
 from ..output import Output
+from .estimate import Work, work_of
 from .fleet import Down, Fleet
 from .jobs import Job, State
+from .learned import Learned
 from .loop import Loop
 from .messages import Changed, Step
 from .options import ServeOptions
@@ -23,8 +26,11 @@ from .running import Patience, Running
 from .spec import build_request
 from .store import Store
 
-MAX_ATTEMPTS = 5
-"""How often ranks may die during a job before it is taken to be the cause."""
+SUSPECT_AFTER = 2
+"""How often ranks may die during a job before it runs alone, so that one can see whether it is the cause."""
+MAX_DEATHS_ALONE = 3
+"""How often they may die while it runs alone."""
+SAY_AGAIN_S = 10.0
 
 
 class Dispatcher:
@@ -47,41 +53,45 @@ class Dispatcher:
         self.options, self.store, self.fleet, self.loop = options, store, fleet, loop
         self.tell, self.log, self.gauges = tell, log, gauges
         self.slots = 1
+        self.learned = Learned(store, options)
         self.info: dict[str, Any] | None = None
         self.running: dict[int, Running] = {}
         self.writing: dict[str, Future[Any]] = {}
         self.patience = Patience(options.step_timeout_s)
         self._writers = writers
+        self.peaks: dict[int, int] = {}
+        """Peak memory of each rank during its newest job, in bytes."""
         self._keys = itertools.count(1)
         self._unwritten: list[Callable[[], None]] = []
+        self._said_at = -SAY_AGAIN_S
         self._last_sign: dict[int, float] = {}
+        self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
         self._replicas = options.config.data_parallel_size
         self._together = fleet.size // self._replicas
 
     # What happens.
 
-    def ready(self, info: dict[str, Any]) -> None:
-        """The ranks are up."""
-        self.info = info
+    def ready(self, infos: list[dict[str, Any]]) -> None:
+        """The ranks are up, and have told this of themselves."""
+        self.info = infos[0]
+        self.learned.at_rest([info["memory"] for info in infos])
         self.fill()
 
     def fill(self) -> None:
         """Begin jobs while there are free slots."""
-        while self.info is not None and (replica := self._free_replica()) is not None:
-            job = next(iter(self.store.queued(1)), None)
-            if job is None:
-                return
-            if self.store.start(job.id):
-                self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
+        with self._tolerant():
+            while self._begin_next():
+                pass
 
     def wake(self) -> None:
         """Something in the store has changed: a new job, or one that is to be cancelled."""
-        wanted = set(self.store.to_cancel())
-        for key, running in self.running.items():
-            if running.job.id in wanted and not running.cancelling:
-                running.cancelling = True
-                for rank in self._ranks_of(running.replica):
-                    self.fleet.send(rank, Cancel(key))
+        with self._tolerant():
+            wanted = set(self.store.to_cancel())
+            for key, running in self.running.items():
+                if running.job.id in wanted and not running.cancelling:
+                    running.cancelling = True
+                    for rank in self._ranks_of(running.replica):
+                        self.fleet.send(rank, Cancel(key))
         self.fill()
 
     def heard(self, rank: int, message: Any) -> None:
@@ -94,21 +104,25 @@ class Dispatcher:
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, OutOfMemory):
-            self.running.pop(key)
-            self._end(running.job, "failed", error=_error("out_of_memory", self._too_large(running, message.reason)))
+            self.learned.out_of_memory(self._together_now(running.replica))
+            if running.beside == 1 and sum(other.replica == running.replica for other in self.running.values()) == 1:
+                self.running.pop(key)
+                text = self._too_large(running, message.reason)
+                self._end(running.job, "failed", error=_error("out_of_memory", text))
         else:
             self._left(key, running, rank, message)
 
     def down(self, why: Down) -> None:
         """The ranks are gone: what they worked on is queued again."""
         self.info = None
+        died, alone = not why.memory, len(self.running) == 1
         for running in self.running.values():
-            if running.job.attempts >= MAX_ATTEMPTS:
+            if died and alone and running.job.deaths_alone + 1 >= MAX_DEATHS_ALONE:
                 last = why.reason.splitlines()[0]
-                text = f"the ranks died {MAX_ATTEMPTS} times while this job ran; the last time: {last}"
+                text = f"the ranks died {MAX_DEATHS_ALONE} times while this job ran alone; the last time: {last}"
                 self._end(running.job, "failed", error=_error("ranks_died", text))
             else:
-                self._put_back(running.job)
+                self._put_back(running.job, died=died, alone=alone)
         self.running.clear()
 
     def overdue(self) -> str | None:
@@ -121,8 +135,9 @@ class Dispatcher:
                 return f"no sign of life for {silence:.0f} s"
         return None
 
-    def retry_writes(self) -> None:
-        """Write down what could not be written before, as the disk was full, say."""
+    def write_again(self) -> None:
+        """Write down what could not be written before, as the disk was full, say, and what was learned."""
+        self._safely(self.learned.save)
         tasks, self._unwritten = self._unwritten, []
         for task in tasks:
             self._safely(task)
@@ -138,12 +153,39 @@ class Dispatcher:
     def _ranks_of(self, replica: int) -> range:
         return range(replica * self._together, (replica + 1) * self._together)
 
+    def _begin_next(self) -> bool:
+        if self.info is None or self.fleet.failing or (replica := self._free_replica()) is None:
+            return False
+        job = next(iter(self.store.queued(1)), None)
+        if job is None or self._must_be_alone(job) or not self._fits(job, replica):
+            return False
+        if self.store.start(job.id):
+            self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
+        return True
+
+    def _must_be_alone(self, job: Job) -> bool:
+        """Whether a job has to wait as it, or one that runs, may be what ranks die of: all die of it."""
+        beside = [running.job for running in self.running.values()]
+        return bool(beside) and any(one.deaths >= SUSPECT_AFTER for one in (job, *beside))
+
     def _free_replica(self) -> int | None:
         loads = [0] * self._replicas
         for running in self.running.values():
             loads[running.replica] += 1
         least = min(range(self._replicas), key=loads.__getitem__)
         return least if loads[least] < self.slots else None
+
+    def _fits(self, job: Job, replica: int) -> bool:
+        """Whether the memory suffices for a job beside those of the replica. One alone is tried in any case."""
+        beside = self._together_now(replica)
+        return beside == 0 or self.learned.fits(beside + self._work(job).size)
+
+    def _together_now(self, replica: int) -> int:
+        return sum(running.work.size for running in self.running.values() if running.replica == replica)
+
+    def _work(self, job: Job) -> Work:
+        assert self.info is not None
+        return work_of(job.request, self.info["signature"])
 
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None
@@ -155,11 +197,12 @@ class Dispatcher:
             return
         key = next(self._keys)
         beside = 1 + sum(running.replica == replica for running in self.running.values())
-        self.running[key] = Running(job, request, replica, beside)
+        self.running[key] = Running(job, request, replica, beside, self._work(job))
+        self._most[replica] = max(self._together_now(replica), self._most[replica] if beside > 1 else 0)
         if beside == 1:
             self._last_sign[replica] = time.monotonic()
         for rank in self._ranks_of(replica):
-            self.fleet.send(rank, Begin(key, request))
+            self.fleet.send(rank, Begin(key, request, job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
         self.tell(Changed(job.id))
 
@@ -180,6 +223,7 @@ class Dispatcher:
 
     def _left(self, key: int, running: Running, rank: int, message: Left) -> None:
         running.left[rank] = message
+        self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
         self.gauges.rank(rank, message)
         if len(running.left) < self._together:
             return
@@ -189,6 +233,7 @@ class Dispatcher:
                 f"ranks differ in how {running.job.id} went: {[(e.start, e.cancelled, e.error) for e in ends]}"
             )
             return
+        together = self._most[running.replica]
         del self.running[key]
         self.fill()  # the ranks go on while the result is written
         first = running.left[self._ranks_of(running.replica)[0]]
@@ -199,7 +244,9 @@ class Dispatcher:
         else:
             self.patience.completed(running.size)
             self.gauges.phases(running)
-            self._write(running, first.output, {rank: end.peak_bytes for rank, end in running.left.items()})
+            peaks = {rank: end.peak_bytes for rank, end in running.left.items()}
+            self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
+            self._write(running, first.output, peaks)
 
     def _write(self, running: Running, output: Output, peaks: dict[int, int]) -> None:
         job = running.job
@@ -219,33 +266,53 @@ class Dispatcher:
             self._end(job, "completed", files=files, facts={**facts, "peak_bytes": peaks})
 
     def _end(self, job: Job, state: State, **more: Any) -> None:
-        def end() -> None:
+        def write() -> None:
             now = self.store.get(job.id)
-            wanted = now is not None and now.cancel_requested
-            if self.store.finish(job.id, "cancelled" if wanted else state, **({} if wanted else more)):
-                self.gauges.ended(job, "cancelled" if wanted else state)
-                error = more.get("error")
-                self.log.info("job_ended", request_id=job.id, state=state, **({"error": error} if error else {}))
+            cancelled = now is None or now.cancel_requested
+            end: State = "cancelled" if cancelled else state
+            facts: dict[str, Any] = {} if cancelled else more
+            try:
+                ended = self.store.finish(job.id, end, **facts)
+            except FileNotFoundError as error:  # somebody has removed the results
+                end, facts = "failed", {"error": _error("storage", str(error))}
+                ended = self.store.finish(job.id, end, **facts)
+            if end != "completed":
+                for name in more.get("files", ()):
+                    (self.store.files_of(job.id) / name).unlink(missing_ok=True)
+            if ended:
+                self.gauges.ended(job, end)
+                error = {name: value for name, value in facts.items() if name == "error"}
+                self.log.info("job_ended", request_id=job.id, state=end, **error)
             self.tell(Changed(job.id))
 
-        self._safely(end)
+        self._safely(write)
 
-    def _put_back(self, job: Job) -> None:
+    def _put_back(self, job: Job, *, died: bool = False, alone: bool = False) -> None:
         def back() -> None:
-            if (now := self.store.get(job.id)) is None or now.cancel_requested:
-                self.store.finish(job.id, "cancelled")
+            if self.store.put_back(job.id, died=died, alone=alone):
+                self.tell(Changed(job.id))
             else:
-                self.store.put_back(job.id)
-            self.tell(Changed(job.id))
+                self._end(job, "cancelled")
 
         self._safely(back)
 
     def _safely(self, write: Callable[[], None]) -> None:
-        try:
+        done = False
+        with self._tolerant():
             write()
-        except (sqlite3.OperationalError, OSError) as error:
-            self.log.error("store_failed", error=str(error))
+            done = True
+        if not done:
             self._unwritten.append(write)
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """The store may refuse something for a while (disk full): all is tried again at the next tick."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            if time.monotonic() - self._said_at >= SAY_AGAIN_S:
+                self._said_at = time.monotonic()
+                self.log.error("store_failed", error=str(error))
 
     def _too_large(self, running: Running, reason: str) -> str:
         asked = {name: running.request.kwargs.get(name) for name in ("width", "height", "num_frames")}

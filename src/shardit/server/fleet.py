@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..engine.launch import Nursery, describe_exit
+from ..engine.launch import STOP_WAIT_S, Nursery, describe_exit
 from ..engine.messages import Channel, Exited, Failed, Gone, Kill, OutOfMemory, Ready, Refused, SessionSpec
-from ..errors import InputError, RankError
+from ..errors import InputError
 from .loop import Loop, Pipe
 
 
@@ -44,6 +45,8 @@ class LocalPlacement:
     def start(self, spec: SessionSpec) -> list[Channel]:
         """See `Placement`."""
         if self._nursery is None or not self._nursery.alive:
+            if self._nursery is not None:
+                self._nursery.stop()  # what it has left behind
             self._nursery = Nursery(self._timeout_s)
             if self._stopped:
                 self._nursery.stop()
@@ -55,11 +58,14 @@ class LocalPlacement:
         if self._nursery is None or not self._nursery.alive:
             return {}
         ends: dict[int, str] = {}
+        control = self._nursery.control
         try:
-            self._nursery.control.send(Kill())
-            while not isinstance(message := self._nursery.control.recv(), Gone):
+            control.socket.settimeout(STOP_WAIT_S)
+            control.send(Kill())
+            while not isinstance(message := control.recv(), Gone):
                 if isinstance(message, Exited):
                     ends[message.rank] = describe_exit(message.code)
+            control.socket.settimeout(self._timeout_s)
         except (OSError, EOFError):
             self._nursery.stop()
         return ends
@@ -72,15 +78,27 @@ class LocalPlacement:
 
     def stacks(self) -> dict[int, str]:
         """See `Placement`."""
-        return self._nursery.stacks() if self._nursery is not None and self._nursery.alive else {}
+        if self._nursery is None or not self._nursery.alive:
+            return {}
+        with contextlib.suppress(OSError, EOFError):
+            self._nursery.control.socket.settimeout(STOP_WAIT_S)
+            return self._nursery.stacks()
+        return {}
+
+
+SETTLE_S = 0.2
+"""After a first sign that ranks have failed: time for others, which may tell more of the cause."""
 
 
 @dataclass(frozen=True)
 class Down:
-    """Why the ranks are not up. users: the model or the options are at fault, and trying again is of no use."""
+    """Why the ranks are not up. users: the model or the options are at fault, and trying again is of no use. memory:
+    it did not suffice, of which `OutOfMemory` has told. weight: the lowest is the likely root of several."""
 
     reason: str
     users: bool = False
+    memory: bool = False
+    weight: int = 0
 
 
 class Fleet:
@@ -105,13 +123,25 @@ class Fleet:
         self._generation = 0
         self._pipes: list[Pipe] = []
         self._infos: dict[int, dict[str, Any]] = {}
+        self._downs: list[Down] = []
         self._starting: threading.Thread | None = None
         self.last_ends: dict[int, str] = {}
+
+    @property
+    def states(self) -> list[str]:
+        """Of each rank: "starting", "loading" or "ready"."""
+        there = "loading" if self._pipes else "starting"
+        return ["ready" if rank in self._infos else there for rank in range(self.size)]
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return self.spec.config.world_size
+
+    @property
+    def failing(self) -> bool:
+        """Whether ranks have failed, of which `on_down` will tell."""
+        return bool(self._downs)
 
     def bring_up(self) -> None:
         """End what is left of the ranks and start them; returns at once."""
@@ -127,7 +157,8 @@ class Fleet:
 
     def fail(self, reason: str) -> None:
         """Take the ranks for failed, whatever they say themselves."""
-        self._failed(self._generation, Down(reason))
+        self._downs.append(Down(reason))
+        self._settle(self._generation)
 
     def stop(self, code: int = 0) -> None:
         """End all ranks, for good; see `Placement.stop`."""
@@ -138,7 +169,7 @@ class Fleet:
         self._generation += 1
         for pipe in self._pipes:
             pipe.close()
-        self._pipes, self._infos = [], {}
+        self._pipes, self._infos, self._downs = [], {}, []
 
     def _start(self, generation: int, before: threading.Thread | None) -> None:
         if before is not None:
@@ -148,7 +179,7 @@ class Fleet:
             channels = self.placement.start(self.spec)
         except InputError as error:
             self._loop.call(self._failed, generation, Down(str(error), users=True))
-        except (RankError, OSError, EOFError) as error:
+        except Exception as error:  # nobody else would hear of it
             self._loop.call(self._failed, generation, Down(f"the ranks could not be started: {error}"))
         else:
             self._loop.call(self._started, generation, channels)
@@ -163,7 +194,7 @@ class Fleet:
             return Pipe(
                 channel,
                 lambda message: self._loop.call(self._take, generation, rank, message),
-                lambda: self._loop.call(self._failed, generation, Down(f"rank {rank} has ended")),
+                lambda: self._loop.call(self._failed, generation, Down(f"rank {rank} has ended", weight=2)),
             )
 
         self._pipes = [pipe(rank, channel) for rank, channel in enumerate(channels)]
@@ -178,13 +209,23 @@ class Fleet:
         elif isinstance(message, Refused):
             self._failed(generation, Down(message.text, users=True))
         elif isinstance(message, Failed):
-            self._failed(generation, Down(f"rank {rank} failed: {message.reason}"))
+            self._failed(generation, Down(f"rank {rank} failed: {message.reason}", weight=3 if message.of_peer else 1))
         else:
             self._on_message(rank, message)
             if isinstance(message, OutOfMemory):
-                self._failed(generation, Down(f"rank {rank} ran out of memory: {message.reason}"))
+                self._failed(generation, Down(f"rank {rank} ran out of memory: {message.reason}", memory=True))
 
     def _failed(self, generation: int, down: Down) -> None:
+        if generation != self._generation:
+            return
+        if not self._downs:
+            timer = threading.Timer(SETTLE_S, self._loop.call, (self._settle, generation))
+            timer.daemon = True
+            timer.start()
+        self._downs.append(down)
+
+    def _settle(self, generation: int) -> None:
         if generation == self._generation:
+            root = min(self._downs, key=lambda down: down.weight)
             self._leave()
-            self._on_down(down)
+            self._on_down(root)

@@ -61,6 +61,10 @@ class Job:
     finished_at: float | None = None
     attempts: int = 0
     """How often ranks have begun it."""
+    deaths: int = 0
+    """How often ranks have died while it ran."""
+    deaths_alone: int = 0
+    """How often nothing else ran at that time, so that only this job can be the cause, if a job is."""
     cancel_requested: bool = False
     error: dict[str, Any] | None = None
     """{"code": ..., "message": ...} of a failed job."""

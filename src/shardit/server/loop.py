@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -13,10 +14,15 @@ from ..engine.messages import Channel, Closed
 
 
 class Loop:
-    """Runs what other threads hand over, one after the other, and `tick` about every `every_s` seconds."""
+    """Runs what other threads hand over, one after the other, and `tick` about every `every_s` seconds.
 
-    def __init__(self, tick: Callable[[], None], every_s: float = 0.25):
-        self._tick, self._every_s = tick, every_s
+    on_trouble(error) is told where the system or the disk refuses something; the loop goes on.
+    """
+
+    def __init__(
+        self, tick: Callable[[], None], every_s: float = 0.25, on_trouble: Callable[[Exception], None] | None = None
+    ):
+        self._tick, self._every_s, self._on_trouble = tick, every_s, on_trouble
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopped = False
 
@@ -34,7 +40,7 @@ class Loop:
         while not self._stopped:
             self.step(max(0.0, due - time.monotonic()))
             if time.monotonic() >= due:
-                self._tick()
+                self._try(self._tick)
                 due = time.monotonic() + self._every_s
 
     def step(self, timeout_s: float) -> None:
@@ -43,7 +49,15 @@ class Loop:
             function = self._queue.get(timeout=timeout_s)
         except queue.Empty:
             return
-        function()
+        self._try(function)
+
+    def _try(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except (OSError, sqlite3.Error) as error:
+            if self._on_trouble is None:
+                raise
+            self._on_trouble(error)
 
 
 class Pipe:

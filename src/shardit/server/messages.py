@@ -32,7 +32,7 @@ class Ranks:
     """State of the ranks, sent at every change and when an API process starts.
 
     info: what sessions tell of the model (`signature`, `signature_with_image`, `notes`), once known. ranks: per rank
-    {"rank", "state", "pid", "peak_bytes"}. restarts: how often they were started anew since the server started.
+    {"rank", "state", "peak_bytes"}. restarts: how often they were started anew since the server started.
     """
 
     state: RanksState

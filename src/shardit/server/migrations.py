@@ -35,24 +35,34 @@ STEPS: tuple[str, ...] = (
     CREATE UNIQUE INDEX jobs_by_key ON jobs (ifnull(owner, ''), idempotency_key) WHERE idempotency_key IS NOT NULL;
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN deaths_alone INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 """`STEPS[n]` leads from version n to n + 1. A step that was released is never changed."""
 
 
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the tables up to date, in one transaction. Raises sqlite3.DatabaseError where a newer program made them."""
+    if _version(db) == len(STEPS):
+        return  # without a write, which a full disk would refuse
     db.execute("BEGIN IMMEDIATE")
     try:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(STEPS):
-            raise sqlite3.DatabaseError(
-                f"it was made by a newer shardit (version {version}, this one knows {len(STEPS)})"
-            )
+        version = _version(db)
         for step in STEPS[version:]:
             for statement in filter(str.strip, step.split(";")):
                 db.execute(statement)
         db.execute(f"PRAGMA user_version = {len(STEPS)}")
         db.execute("COMMIT")
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:
+            db.execute("ROLLBACK")
         raise
+
+
+def _version(db: sqlite3.Connection) -> int:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(STEPS):
+        raise sqlite3.DatabaseError(f"it was made by a newer shardit (version {version}, this one knows {len(STEPS)})")
+    return version

@@ -25,6 +25,8 @@ class Limits:
     """Results of one request."""
     input_images: int = 16
     """Input pictures of one request."""
+    prompt_tokens: int = 4096
+    """Tokens to which a prompt may be padded (`max_sequence_length`)."""
     prompt_chars: int = 32_000
     """Characters of a prompt."""
     jobs_per_key: int | None = None

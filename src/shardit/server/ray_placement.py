@@ -104,6 +104,7 @@ class RayPlacement:
 
     def _connect(self) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server tells nobody that it was started
+        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # SIGTERM is no failure
         import ray
 
         if not ray.is_initialized():

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..engine.messages import Left
 from ..requests import Request
+from .estimate import Work
 from .jobs import Job
 
 MIN_PATIENCE_S = 10.0
@@ -33,6 +34,7 @@ class Running:
     replica: int
     beside: int
     """Jobs in flight on the replica when it began, itself included."""
+    work: Work
     begun: float = field(default_factory=time.monotonic)
     step: int = 0
     total: int = 0

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..requests import Request, build_requests
 
+if TYPE_CHECKING:
+    from ..images import ImageSource
 
-def build_request(request: Mapping[str, Any], seed: int, images: Sequence[Path], info: Mapping[str, Any]) -> Request:
+
+def build_request(
+    request: Mapping[str, Any], seed: int, images: Sequence[ImageSource], info: Mapping[str, Any]
+) -> Request:
     """The one request of a job. `request` holds the prompt and parameters under the names of `Omni.generate`, `info`
     what the ranks have told of the model. Raises InputError where they do not fit each other.
     """
     entry: dict[str, Any] = {**request, "seed": seed}
     if images:
-        entry["pil_image"] = [str(path) for path in images]
+        entry["pil_image"] = list(images)
     built = build_requests(
         entry,
         None,

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .jobs import ENDED, Job, Kind, NewJob, State, due_time, new_id
+from .jobs import ENDED, Job, Kind, NewJob, State, new_id
 from .migrations import migrate
+from .rows import job_of, row_of
 
 BUSY_S = 10.0
 """Longest wait for the other process's transaction; each takes milliseconds."""
@@ -79,40 +80,22 @@ class Store:
         A repeated idempotency key with the same fingerprint gives the job that it made; with another one, Conflict.
         Raises QueueFull where `queue_size` jobs are queued, or the owner has `of_owner` open ones.
         """
-        with self._writing():
-            if (known := self._by_key(new)) is not None:
-                return known, False
-            self._check_room(new, queue_size, of_owner)
-            job_id = new_id(new.kind)
-            self._write_inputs(job_id, new)
-            try:
-                last = self._db.execute("SELECT MAX(created_at) FROM jobs").fetchone()[0]
-                now = max(self._clock(), last or 0.0)  # the clock may have been set back
-                self._db.execute(
-                    "INSERT INTO jobs (id, kind, state, request, seed, view, created_at, due, owner, waits, inputs,"
-                    " idempotency_key, fingerprint, bytes) VALUES (?,?,'queued',?,?,?,?,?,?,?,?,?,?,?)",
-                    (
-                        job_id,
-                        new.kind,
-                        json.dumps(new.request),
-                        new.seed,
-                        json.dumps(new.view),
-                        now,
-                        due_time(now, new.cost, new.priority),
-                        new.owner,
-                        int(new.waits),
-                        json.dumps(list(new.inputs)),
-                        new.idempotency_key,
-                        new.fingerprint,
-                        sum(map(len, new.inputs.values())),
-                    ),
-                )
-            except BaseException:
-                shutil.rmtree(self.files_of(job_id), ignore_errors=True)
-                raise
-            job = self.get(job_id)
-            assert job is not None
-            return job, True
+        if (known := self._known_or_room(new, queue_size, of_owner)) is not None:
+            return known, False
+        job_id = new_id(new.kind)
+        try:
+            self._write_inputs(job_id, new)  # which may take a while, in which others can write
+            with self._writing():
+                if (known := self._known_or_room(new, queue_size, of_owner)) is None:
+                    self._insert(job_id, new)
+                job = known or self.get(job_id)
+        except BaseException:
+            shutil.rmtree(self.files_of(job_id), ignore_errors=True)
+            raise
+        if known is not None:
+            shutil.rmtree(self.files_of(job_id), ignore_errors=True)
+        assert job is not None
+        return job, known is None
 
     def start(self, job_id: str) -> bool:
         """queued -> in_progress. False where somebody else was first, or it is cancelled."""
@@ -121,10 +104,13 @@ class Store:
             (self._clock(), job_id),
         )
 
-    def put_back(self, job_id: str) -> bool:
-        """in_progress -> queued, at its old place: its ranks are gone, or it has to make way."""
+    def put_back(self, job_id: str, *, died: bool = False, alone: bool = False) -> bool:
+        """in_progress -> queued, at its old place: its ranks are gone, or it has to make way. `died` counts that ranks
+        died while it ran, `alone` that nothing else ran at that time. False where it is to be cancelled."""
         return self._update(
-            "UPDATE jobs SET state='queued', started_at=NULL WHERE id=? AND state='in_progress'", (job_id,)
+            "UPDATE jobs SET state='queued', started_at=NULL, deaths=deaths+?, deaths_alone=deaths_alone+?"
+            " WHERE id=? AND state='in_progress' AND cancel_requested=0",
+            (int(died), int(died and alone), job_id),
         )
 
     def finish(
@@ -141,7 +127,7 @@ class Store:
         size = sum((self.files_of(job_id) / name).stat().st_size for name in files)
         with self._writing():
             done = self._db.execute(
-                "UPDATE jobs SET state=?, finished_at=?, error=?, files=?, facts=?, bytes=bytes+?"
+                "UPDATE jobs SET state=?, finished_at=MAX(?, created_at), error=?, files=?, facts=?, bytes=bytes+?"
                 " WHERE id=? AND state IN ('queued', 'in_progress')",
                 (
                     state,
@@ -171,15 +157,12 @@ class Store:
 
     def delete(self, job_id: str) -> bool:
         """Forget a job and its files; one that is open is cancelled first. False where there is none."""
-        if (job := self.request_cancel(job_id)) is None:
-            return False
+        with self._writing():
+            if (job := self.request_cancel(job_id)) is None:
+                return False
+            self._db.execute("UPDATE jobs SET doomed=1, idempotency_key=NULL WHERE id=?", (job_id,))
         if job.ended:
             self._remove([job_id])
-        else:
-            self._update("UPDATE jobs SET doomed=1 WHERE id=?", (job_id,))
-            job = self._get(job_id)
-            if job is not None and job.ended:  # it has ended in between
-                self._remove([job_id])
         return True
 
     def drop_waiting(self) -> list[str]:
@@ -199,27 +182,25 @@ class Store:
             )
             again = self._all("SELECT * FROM jobs WHERE state='in_progress'", ())
             self._db.execute("UPDATE jobs SET state='queued', started_at=NULL WHERE state='in_progress'")
-            known = {
-                row["id"] for row in self._all("SELECT id FROM jobs WHERE NOT (doomed=1 AND state='cancelled')", ())
-            }
-            doomed = [row["id"] for row in self._all("SELECT id FROM jobs WHERE doomed=1 AND state='cancelled'", ())]
-        self._remove(doomed)
+        # None of these is open any more: doomed jobs are those that were to be cancelled.
+        self._remove([row["id"] for row in self._all("SELECT id FROM jobs WHERE doomed=1", ())])
+        known = {row["id"] for row in self._all("SELECT id FROM jobs", ())}
         for path in (self.folder / "jobs").iterdir():
             if path.name not in known:
                 shutil.rmtree(path, ignore_errors=True)
-        return [_job(row) for row in again]
+        return [job_of(row) for row in again]
 
     # Looking.
 
     def get(self, job_id: str) -> Job | None:
         """The job as it is now; None where there is none, or it is to be deleted."""
         row = self._one("SELECT * FROM jobs WHERE id=? AND doomed=0", (job_id,))
-        return None if row is None else _job(row)
+        return None if row is None else job_of(row)
 
     def queued(self, limit: int = 100) -> list[Job]:
         """The next jobs, in the order in which they are to begin."""
         rows = self._all("SELECT * FROM jobs WHERE state='queued' ORDER BY due, number LIMIT ?", (limit,))
-        return [_job(row) for row in rows]
+        return [job_of(row) for row in rows]
 
     def to_cancel(self) -> list[str]:
         """Jobs in progress that somebody wants to be cancelled."""
@@ -248,7 +229,7 @@ class Store:
             where, values = f"{where} AND number {'<' if newest else '>'} ?", [*values, row["number"]]
         sql = f"SELECT * FROM jobs WHERE {where} ORDER BY number {'DESC' if newest else 'ASC'} LIMIT ?"
         rows = self._all(sql, (*values, limit + 1))
-        return [_job(row) for row in rows[:limit]], len(rows) > limit
+        return [job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by state."""
@@ -283,13 +264,35 @@ class Store:
 
     # How.
 
+    def _known_or_room(self, new: NewJob, queue_size: int, of_owner: int | None) -> Job | None:
+        if (known := self._by_key(new)) is None:
+            self._check_room(new, queue_size, of_owner)
+        return known
+
+    def _insert(self, job_id: str, new: NewJob) -> None:
+        now = self._now_for_queue()
+        values = row_of(job_id, new, now)
+        names = ", ".join(values)
+        marks = ", ".join("?" * len(values))
+        self._db.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", tuple(values.values()))
+
+    def _now_for_queue(self) -> float:
+        """The time. Where the clock was set back, open jobs move along: they keep their order, and go on to age."""
+        now = self._clock()
+        is_open = "state IN ('queued', 'in_progress')"
+        last = self._db.execute(f"SELECT MAX(created_at) FROM jobs WHERE {is_open}").fetchone()[0]
+        if last is not None and last > now:
+            back = last - now
+            self._db.execute(f"UPDATE jobs SET created_at=created_at-?, due=due-? WHERE {is_open}", (back, back))
+        return now
+
     def _by_key(self, new: NewJob) -> Job | None:
         if new.idempotency_key is None:
             return None
         row = self._one("SELECT * FROM jobs WHERE idempotency_key=? AND owner IS ?", (new.idempotency_key, new.owner))
         if row is not None and row["fingerprint"] != new.fingerprint:
             raise Conflict(f"the idempotency key {new.idempotency_key!r} was used for another request; use a new one")
-        return None if row is None else _job(row)
+        return None if row is None else job_of(row)
 
     def _check_room(self, new: NewJob, queue_size: int, of_owner: int | None) -> None:
         row = self._one("SELECT COUNT(*), MIN(due) FROM jobs WHERE state='queued'", ())
@@ -321,10 +324,6 @@ class Store:
             self._update("DELETE FROM jobs WHERE id=?", (job_id,))
             shutil.rmtree(self.files_of(job_id), ignore_errors=True)
 
-    def _get(self, job_id: str) -> Job | None:
-        row = self._one("SELECT * FROM jobs WHERE id=?", (job_id,))
-        return None if row is None else _job(row)
-
     def _one(self, sql: str, values: tuple[Any, ...]) -> sqlite3.Row | None:
         with self._lock:
             return self._db.execute(sql, values).fetchone()
@@ -346,32 +345,8 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk may have ended it already
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
-
-
-def _job(row: sqlite3.Row) -> Job:
-    return Job(
-        number=row["number"],
-        id=row["id"],
-        kind=row["kind"],
-        state=row["state"],
-        request=json.loads(row["request"]),
-        seed=row["seed"],
-        view=json.loads(row["view"]),
-        created_at=row["created_at"],
-        due=row["due"],
-        owner=row["owner"],
-        waits=bool(row["waits"]),
-        inputs=tuple(json.loads(row["inputs"])),
-        started_at=row["started_at"],
-        finished_at=row["finished_at"],
-        attempts=row["attempts"],
-        cancel_requested=bool(row["cancel_requested"]),
-        error=None if row["error"] is None else json.loads(row["error"]),
-        files=tuple(json.loads(row["files"])),
-        facts=json.loads(row["facts"]),
-        bytes=row["bytes"],
-    )

@@ -4,6 +4,7 @@ and the ranks running until it is told to stop."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -14,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..engine.messages import SessionSpec
+from ..engine.messages import SESSION, SessionSpec
 from ..errors import InputError
+from ..logs import logger
 from .api_process import ApiProcess
 from .dispatch import Dispatcher
 from .fleet import Down, Fleet, LocalPlacement, Placement
 from .gauges import Gauges
-from .logs import logger
 from .loop import Loop
 from .messages import Measured, Ranks, RanksState, Scrape, Wake
 from .options import ServeOptions
@@ -28,29 +29,21 @@ from .store import Store
 
 LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
-WRITERS_STOP_S = 4.0
+STOP_S = 7.0
 RETAIN_EVERY_S = 60.0
-LOOK_AGAIN_S = 0.2
+LEFT_BEHIND_S = 6.0
+"""After a server was killed: time for its processes to let go of the port."""
 
 
 def serve(options: ServeOptions, placement: Placement | None = None, patience_s: float = 0.0) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct.
 
-    patience_s: how long to wait for the port and the data folder, where a server that has just ended may hold them.
+    patience_s: how long to wait for the data folder, where a server that is about to end may hold it.
     """
     placement = placement or placement_for(options)
-    deadline = time.monotonic() + patience_s
-    while True:
-        with contextlib.ExitStack() as held:
-            try:
-                listener = held.enter_context(listening(options.host, options.port))
-                held.enter_context(locked(options.data_dir))
-            except InputError:
-                if time.monotonic() >= deadline:
-                    raise
-            else:
-                return Supervisor(options, listener, placement).run()
-        time.sleep(LOOK_AGAIN_S)
+    with locked(options.data_dir, patience_s) as was_killed:
+        with listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener:
+            return Supervisor(options, listener, placement).run()
 
 
 def placement_for(options: ServeOptions) -> Placement:
@@ -65,11 +58,13 @@ def placement_for(options: ServeOptions) -> Placement:
 class Supervisor:
     """Everything that the process owns, and what it does about events."""
 
+    _session = SESSION
+
     def __init__(self, options: ServeOptions, listener: socket.socket, placement: Placement):
         self.options = options
         self.log = logger("supervisor")
         self.gauges = Gauges()
-        self.loop = Loop(self.tick)
+        self.loop = Loop(self.tick, on_trouble=lambda error: self.log.error("trouble", error=str(error)))
         self.store = Store(options.data_dir)
         self.listener = listener
         self.slots = options.max_in_flight or useful_slots(options)
@@ -80,6 +75,7 @@ class Supervisor:
             device=options.device,
             max_in_flight=self.slots,
             timeout_s=options.step_timeout_s,
+            session=self._session,
             attention_backend=options.attention_backend,
             live=True,
         )
@@ -126,14 +122,19 @@ class Supervisor:
     def tick(self) -> None:
         """Look after what nobody reports."""
         self.api.look_after()
-        self.jobs.retry_writes()
+        self.jobs.write_again()
         self.jobs.wake()  # no job depends on a message
         if (reason := self.jobs.overdue()) is not None:
             where = "; ".join(
                 f"rank {rank}: {_innermost(stack)}" for rank, stack in self.fleet.placement.stacks().items()
             )
             self.fleet.fail(f"{reason}; {where}" if where else reason)
+        if self._of_ranks() != self.state.ranks:
+            self._set(self.state.state, reason=self.state.reason)
         now = time.monotonic()
+        loads = self.state.state in ("loading", "restarting") and self._start_ranks_at is None
+        if loads and now - self._started > LOAD_TIMEOUT_S:
+            self.fleet.fail(f"not loaded after {LOAD_TIMEOUT_S:.0f} s")
         if self._start_ranks_at is not None and now >= self._start_ranks_at:
             self._start_ranks_at = None
             self.fleet.bring_up()
@@ -146,7 +147,7 @@ class Supervisor:
         self._was_up, self._pause_s = True, 0.0
         self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))
         self._set("ready", info=infos[0])
-        self.jobs.ready(infos[0])
+        self.jobs.ready(infos)
 
     def on_down(self, down: Down) -> None:
         """Ranks have failed: start all anew, after a growing pause where they never come up."""
@@ -194,18 +195,26 @@ class Supervisor:
         self.loop.stop()
 
     def end(self) -> None:
-        """End all processes. Results that are being written are waited for, for some seconds."""
+        """End all processes, within ten seconds. Results that are being written are waited for, for some of these."""
+        deadline = time.monotonic() + STOP_S
+        self.api.leave()
         self.fleet.stop(0 if self.asked_to_stop else 1 if self.error is None else 2)
         self.jobs.put_all_back()
-        deadline = time.monotonic() + WRITERS_STOP_S
         while self.jobs.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
         self.writers.shutdown(wait=False, cancel_futures=True)
         self.api.stop()
         self.store.close()
 
+    def _of_ranks(self) -> tuple[dict[str, Any], ...]:
+        peaks = self.jobs.peaks
+        return tuple(
+            {"rank": rank, "state": state, "peak_bytes": peaks.get(rank)}
+            for rank, state in enumerate(self.fleet.states)
+        )
+
     def _set(self, state: RanksState, **more: Any) -> None:
-        kept = {"info": self.state.info, "restarts": self.state.restarts}
+        kept = {"info": self.state.info, "restarts": self.state.restarts, "ranks": self._of_ranks()}
         self.state = Ranks(state, **{**kept, **more})
         self.api.tell(self.state)
 
@@ -220,24 +229,32 @@ def useful_slots(options: ServeOptions) -> int:
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A listening TCP socket. Raises InputError where the address cannot be had."""
+def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.socket]:
+    """A listening TCP socket. Raises InputError where the address cannot be had, or not within `patience_s`."""
+    deadline = time.monotonic() + patience_s
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(512)
-        except OverflowError:
-            raise InputError(f"--port must be from 0 to 65535, got {port}") from None
-        except OSError as error:
-            raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+        while True:
+            try:
+                listener.bind((host, port))
+                listener.listen(512)
+                break
+            except OverflowError:
+                raise InputError(f"--port must be from 0 to 65535, got {port}") from None
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                    text = f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port"
+                    raise InputError(text) from None
+                time.sleep(0.1)
         yield listener
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The data folder, for this server alone. Raises InputError where another one has it."""
+def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
+    """The data folder, for this server alone; whether the one before was killed, so that its processes may not all be
+    gone yet. Raises InputError where another one has it, for `patience_s` at least."""
+    deadline = time.monotonic() + patience_s
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -245,14 +262,22 @@ def locked(folder: Path) -> Iterator[None]:
         raise InputError(
             f"the data folder {folder} cannot be used ({error.strerror}); choose another with --data-dir"
         ) from None
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() >= deadline:
+                os.close(handle)
+                text = f"the data folder {folder} is used by another server; choose another with --data-dir"
+                raise InputError(text) from None
+            time.sleep(0.1)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(
-            f"the data folder {folder} is used by another server; choose another with --data-dir"
-        ) from None
-    try:
-        yield
+        was_killed = bool(os.read(handle, 1))
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(handle, b"in use")
+        yield was_killed
+        os.truncate(handle, 0)
     finally:
         os.close(handle)
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,19 @@ from shardit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["defaults", "images", "load_plain", "names", "resolve", "write"]
+__all__ = ["defaults", "filled_in", "images", "load_plain", "names", "resolve", "write"]
+
+# What a tiny model is not asked for, it does at its own small size: its class' defaults are meant for real ones.
+_OWN_SIZE = (
+    "width",
+    "height",
+    "num_frames",
+    "num_inference_steps",
+    "max_sequence_length",
+    "layers",
+    "resolution",
+    "enable_prompt_rewrite",
+)
 
 
 def names() -> tuple[str, ...]:
@@ -44,6 +57,12 @@ def defaults(name: str) -> dict[str, Any]:
     from .catalog import recipe
 
     return copy.deepcopy(recipe(name).call)
+
+
+def filled_in(name: str, given: Collection[str]) -> dict[str, Any]:
+    """What a tiny model runs with because it is not among the names in `given`."""
+    call = defaults(name)
+    return {argument: call[argument] for argument in _OWN_SIZE if argument in call and argument not in given}
 
 
 def images(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ def logger(process: str) -> Any:
     pretty = sys.stderr.isatty()
     renderer: Any = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
     return structlog.wrap_logger(
-        structlog.PrintLogger(sys.stderr),
+        _Lines(),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -22,3 +23,15 @@ def logger(process: str) -> Any:
         ],
         process=process,
     )
+
+
+class _Lines:
+    """Writes each line in one piece, so that lines of several processes do not mix. Where nobody reads any more, or
+    the disk is full, the work goes on."""
+
+    def msg(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    debug = info = warning = error = critical = msg

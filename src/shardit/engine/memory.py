@@ -1,0 +1,65 @@
+"""The memory of a rank: what it holds, the most that it held, and what there is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from pathlib import Path
+
+
+def reset_peak() -> None:
+    """Start to measure `peak_bytes` anew."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of resident memory
+
+
+def peak_bytes() -> int:
+    """Most memory held since `reset_peak`: of the accelerator where one is used, else resident memory.
+
+    Where the system cannot reset its mark, it counts from the start of the process.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if (peak := _of_status("VmHWM")) is not None:
+        return peak
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def held_bytes() -> int:
+    """Memory held now, counted as `peak_bytes` counts it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
+    held = _of_status("VmRSS")
+    return peak_bytes() if held is None else held
+
+
+def limit_bytes(ranks_here: int) -> int | None:
+    """The most that this rank can hold, None where that cannot be told: its accelerator's memory, or an equal share of
+    this machine's (or container's) for each of `ranks_here` ranks."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.mem_get_info()[1]
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        whole = min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return whole // ranks_here
+
+
+def _of_status(name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,174 @@
+"""From a body to a stored job: everything is checked before, by really building the request that the ranks will run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from PIL import Image
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from ...engine.memory import limit_bytes
+from ...errors import InputError
+from ...requests import DRAWN_SEEDS
+from ...signature import PipelineSignature
+from .. import estimate
+from ..jobs import Job, Kind, NewJob
+from ..spec import build_request
+from ..store import Conflict, QueueFull
+from .body import Body, read_body
+from .context import Context
+from .errors import ApiError, busy, from_input_error
+from .fields import check_fields
+from .pictures import check_picture
+from .resolve import arguments, check_model, pipeline_names
+from .sources import input_pictures
+
+_LOADING_RETRY_S = 5.0
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A stored job, and how its answer is to look."""
+
+    job: Job
+    response_format: str
+
+
+async def accept(
+    request: Request, context: Context, kind: Kind, model: type[BaseModel], *, waits: bool, needs_picture: bool = False
+) -> Accepted:
+    """Read, check and store a request. Raises ApiError."""
+    if context.board.stopping:
+        raise busy("the server is about to end; try again later", _LOADING_RETRY_S, "stopping")
+    key = _idempotency_key(request)
+    body = await read_body(request, model, context.options.limits)
+    info = context.board.info
+    if not info:
+        raise busy("the model is being loaded for the first time; try again soon", _LOADING_RETRY_S, "loading")
+    _check_kind(info["signature"], kind)
+    values = check_fields(model, body.values, pipeline_names(info))
+    check_model(values, context.options)
+    pictures = await _pictures(values, body, context)
+    if needs_picture and not pictures:
+        raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
+    # A client that sends a key can ask again for the result, so that its job goes on without it.
+    waits = waits and key is None
+
+    def store() -> tuple[Job, bool]:
+        new = _new_job(values, pictures, info, context, kind, waits=waits, key=key, owner=owner(request))
+        return _store(context, new)
+
+    job, is_new = await run_in_threadpool(store)
+    if is_new:
+        context.board.wake()
+    return Accepted(job, values.get("response_format", "auto"))
+
+
+def owner(request: Request) -> str | None:
+    """Whose request it is; see `guard.py`."""
+    return request.scope.get("state", {}).get("owner")
+
+
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not _KEY.fullmatch(key):
+        text = "the header Idempotency-Key must be 1 to 255 visible ASCII characters"
+        raise ApiError(400, text, code="invalid_value", param="Idempotency-Key")
+    return key
+
+
+def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
+    if takes.kind != kind:
+        right = {"image": "POST /v1/images/generations", "video": "POST /v1/videos"}[takes.kind]
+        raise ApiError(400, f"this server makes {takes.kind}s; use {right}", code="wrong_kind", param="model")
+
+
+async def _pictures(values: Mapping[str, Any], body: Body, context: Context) -> dict[str, bytes]:
+    """Checked input pictures by file name."""
+    found = await run_in_threadpool(input_pictures, values, body, context.options)
+    pictures: dict[str, bytes] = {}
+    for index, (param, data) in enumerate(found):
+        async with context.decoding:
+            suffix = await run_in_threadpool(check_picture, data, context.options.limits, param)
+        pictures[f"input-{index}.{suffix}"] = data
+    return pictures
+
+
+def _new_job(
+    values: Mapping[str, Any],
+    pictures: dict[str, bytes],
+    info: Mapping[str, Any],
+    context: Context,
+    kind: Kind,
+    *,
+    waits: bool,
+    key: str | None,
+    owner: str | None,
+) -> NewJob:
+    takes = (info.get("signature_with_image") if pictures else None) or info["signature"]
+    request = arguments(values, takes, context.options)
+    seed = values.get("seed")
+    seed = secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
+    stand_ins = [Image.new("RGB", (8, 8)) for _ in pictures]  # the real ones were decoded once, which is enough
+    try:
+        built = build_request(request, seed, stand_ins, info)
+        work = estimate.work_of(request, takes)
+        known = context.store.recall(estimate.MEMORY)
+        estimate.refuse_if_too_large(work, known, limit_bytes(1))
+    except InputError as error:
+        raise from_input_error(error, {*values, *takes.choices, "prompt", "size"}) from error
+    return NewJob(
+        kind=kind,
+        request=request,
+        seed=seed,
+        cost=estimate.seconds(work, context.store.recall(estimate.SPEED)),
+        inputs=pictures,
+        view=_view(request, takes, built.fps),
+        owner=owner,
+        priority=values.get("priority", 0),
+        waits=waits,
+        idempotency_key=key,
+        fingerprint=_fingerprint(kind, values, pictures),
+    )
+
+
+def _view(request: Mapping[str, Any], takes: PipelineSignature, fps: float) -> dict[str, Any]:
+    width, height = (request.get(name) or takes.defaults.get(name) for name in ("width", "height"))
+    shown: dict[str, Any] = {
+        "size": f"{width}x{height}" if width and height else None,
+        "n": request.get("num_outputs_per_prompt", 1),
+    }
+    if takes.kind == "video":
+        frames = request.get("num_frames") or takes.defaults.get("num_frames")
+        # OpenAI's client knows seconds as a string.
+        shown |= {"fps": fps, "seconds": None if not frames else f"{round((frames - 1) / fps, 3):g}"}
+    return shown
+
+
+def _fingerprint(kind: Kind, values: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    digests = [hashlib.sha256(data).hexdigest() for data in pictures.values()]
+    asked = {name: value for name, value in values.items() if name not in ("image", "input_reference")}
+    text = json.dumps([kind, asked, digests], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _store(context: Context, new: NewJob) -> tuple[Job, bool]:
+    options = context.options
+    try:
+        return context.store.accept(new, queue_size=options.queue_size, of_owner=options.limits.jobs_per_key)
+    except QueueFull as error:
+        raise busy(str(error), error.retry_after_s, "queue_full", 429) from error
+    except Conflict as error:
+        raise ApiError(409, str(error), code="idempotency_conflict", param="Idempotency-Key") from error
+    except (OSError, sqlite3.Error) as error:
+        raise busy(f"the job cannot be stored: {error}", 10, "storage") from error

@@ -1,0 +1,96 @@
+"""The HTTP interface: routes, errors in one shape, and the guard in front."""
+
+from __future__ import annotations
+
+import sqlite3
+import traceback
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from ... import __version__
+from ...logs import logger
+from ..options import ServeOptions
+from ..store import Store
+from .about import about_routes
+from .board import Board
+from .context import Context
+from .document import describe
+from .errors import ApiError, busy
+from .fields import ImageUrl, field_models
+from .guard import Guard
+from .images import image_routes
+from .metrics import HttpMetrics
+from .page import page_files, page_routes
+from .videos import video_routes
+from .waiting import ClientGone
+
+_LOG = logger("api")
+_OPEN = ("/health", "/ready", "/favicon.ico")
+
+
+def create_app(options: ServeOptions, store: Store, board: Board) -> FastAPI:
+    """The application; `board` must be fed in the event loop in which it runs."""
+    context = Context(options, store, board, field_models(options.limits), HttpMetrics())
+    app = FastAPI(title="shardit", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    files = page_files()
+    for router in (image_routes(context), video_routes(context), about_routes(context), page_routes(files)):
+        app.include_router(router)
+    for kind, handler in _HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+    describe(app, (ImageUrl,))
+    app.add_middleware(
+        Guard, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files
+    )
+    if options.cors_origins:  # outermost, as a browser asks first whether it may, without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer"],
+        )
+    return app
+
+
+async def _api_error(request: Request, error: Any) -> Response:
+    return error.response()
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    texts = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not possible here"}
+    text = texts.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, text, code="not_found", headers=error.headers).response()
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return ApiError(400, f"{name} is wrong: {first['msg']}", code="invalid_value", param=name).response()
+
+
+async def _storage(request: Request, error: Any) -> Response:
+    _LOG.error("storage", error=str(error), http_id=request.scope["state"]["http_id"])
+    return busy(f"the store of jobs cannot be used: {error}", 10, "storage").response()
+
+
+async def _gone(request: Request, error: Any) -> Response:
+    return Response(status_code=499)  # nobody reads it; the number is for the log
+
+
+async def _fault(request: Request, error: Any) -> Response:
+    _LOG.error("fault", error="".join(traceback.format_exception(error)), http_id=request.scope["state"]["http_id"])
+    return ApiError(500, "the server has a fault; its log says more", code="internal_error").response()
+
+
+_HANDLERS: dict[Any, Any] = {
+    ApiError: _api_error,
+    HTTPException: _http_error,
+    RequestValidationError: _invalid,
+    sqlite3.Error: _storage,
+    ClientGone: _gone,
+    Exception: _fault,
+}

@@ -1,0 +1,126 @@
+"""What is going on now, as this process was told: the state of the ranks, the last step of each job, and who waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from ..messages import Changed, Measured, Ranks, Scrape, Step, Wake
+
+
+class Watch:
+    """Wakes who waits for news of one job."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    async def news(self, timeout_s: float) -> None:
+        """Return at the next news, at once where there were some since the last call, or after `timeout_s`."""
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._event.wait(), timeout_s)
+        self._event.clear()
+
+    def ring(self) -> None:
+        """There are news."""
+        self._event.set()
+
+
+class Board:
+    """Belongs to one event loop: all methods are called there.
+
+    `send` hands a message to the supervisor. `on_info` is given what the ranks tell of the model, when they do.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[object], None],
+        *,
+        info: dict[str, Any] | None = None,
+        on_info: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.ranks = Ranks("loading")
+        self.info: dict[str, Any] = info or {}
+        """What is known of the model, from these ranks or from earlier ones; empty before the first have loaded."""
+        self._send = send
+        self._on_info = on_info
+        self._steps: dict[str, Step] = {}
+        self._watches: dict[str, set[Watch]] = {}
+        self._scrapes: set[asyncio.Future[bytes]] = set()
+
+    def deliver(self, message: object) -> None:
+        """A message from the supervisor."""
+        if isinstance(message, Step):
+            self._steps[message.job_id] = message
+            self._ring(message.job_id)
+        elif isinstance(message, Changed):
+            self._steps.pop(message.job_id, None)  # it has begun, ended or been put back: its steps are past
+            self._ring(message.job_id)
+        elif isinstance(message, Ranks):
+            self._take(message)
+        elif isinstance(message, Measured):
+            for waiting in self._scrapes:
+                if not waiting.done():
+                    waiting.set_result(message.text)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server is about to end."""
+        return self.ranks.state == "stopping"
+
+    def step(self, job_id: str) -> Step | None:
+        """The last step of a job in progress."""
+        return self._steps.get(job_id)
+
+    def wake(self) -> None:
+        """Tell the supervisor to look into the store."""
+        self._send(Wake())
+
+    @contextmanager
+    def watching(self, job_id: str) -> Iterator[Watch]:
+        """News of a job, from now on."""
+        watch = Watch()
+        self._watches.setdefault(job_id, set()).add(watch)
+        try:
+            yield watch
+        finally:
+            watches = self._watches[job_id]
+            watches.discard(watch)
+            if not watches:
+                del self._watches[job_id]
+
+    def changed_here(self, job_id: str) -> None:
+        """This process itself has changed the job in the store."""
+        self._ring(job_id)
+        self.wake()
+
+    async def measured(self, timeout_s: float = 1.0) -> bytes | None:
+        """The supervisor's metrics; None where it does not answer in time."""
+        waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._scrapes.add(waiting)
+        self._send(Scrape())
+        try:
+            return await asyncio.wait_for(waiting, timeout_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            return None
+        finally:
+            self._scrapes.discard(waiting)
+
+    def stop(self) -> None:
+        """The process is about to end: whoever waits shall know."""
+        if not self.stopping:
+            self._take(Ranks("stopping", ranks=self.ranks.ranks, restarts=self.ranks.restarts))
+
+    def _take(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        if ranks.info.get("signature") is not None:
+            self.info = ranks.info
+            if self._on_info is not None:
+                self._on_info(ranks.info)
+        for job_id in list(self._watches):
+            self._ring(job_id)
+
+    def _ring(self, job_id: str) -> None:
+        for watch in self._watches.get(job_id, ()):
+            watch.ring()

@@ -1,0 +1,27 @@
+"""What the routes share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from ..options import ServeOptions
+from ..store import Store
+from .board import Board
+from .fields import FieldModels
+from .metrics import HttpMetrics
+
+
+@dataclass(frozen=True)
+class Context:
+    """One app's parts. The store may wait for the disk and for the supervisor, so it is used in threads only."""
+
+    options: ServeOptions
+    store: Store
+    board: Board
+    fields: FieldModels
+    metrics: HttpMetrics
+    started_at: float = field(default_factory=time.time)
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    """Uploads are decoded one after the other: a picture takes a hundred times the memory of its file."""

@@ -1,0 +1,75 @@
+"""Fetching an input picture from a host that the server was told to trust, and from nowhere else."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from .errors import ApiError
+
+_SECONDS = 20.0
+_PIECE = 64 * 1024
+
+
+def fetch(url: str, hosts: Sequence[str], most_bytes: int, param: str) -> bytes:
+    """The bytes at `url`. Blocks for at most about 20 s; follows no redirect, and reaches no private address.
+
+    Raises ApiError (400) where that is not possible or not allowed.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or 443
+    except ValueError:
+        raise _refused(param, "is no valid address") from None
+    if parts.scheme != "https" or host not in hosts or parts.username or parts.password:
+        raise _refused(param, f"must be an https address on one of: {', '.join(hosts)}")
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if any(ord(char) <= 32 or ord(char) > 126 for char in target):
+        raise _refused(param, "is no valid address; encode its special characters")
+    deadline = time.monotonic() + _SECONDS
+    try:
+        return _get(host, port, target, most_bytes, deadline, param)
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error) or type(error).__name__
+        raise _refused(param, f"cannot be fetched from {host}: {reason}") from error
+
+
+def public_address(host: str, port: int) -> str:
+    """The address of a host, looked up once so that it cannot change between check and use. Raises OSError."""
+    found = [str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for address in found:
+        if not ipaddress.ip_address(address.split("%")[0]).is_global:
+            raise OSError("its address is a private one")
+    return found[0]
+
+
+def _get(host: str, port: int, target: str, most_bytes: int, deadline: float, param: str) -> bytes:
+    connection = http.client.HTTPSConnection(host, port, timeout=_SECONDS, context=ssl.create_default_context())
+    raw = socket.create_connection((public_address(host, port), port), timeout=_SECONDS)
+    try:
+        connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+        connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise _refused(param, f"cannot be fetched from {host}: it answered {answer.status}")
+        pieces, total = [], 0
+        while piece := answer.read1(_PIECE):
+            pieces.append(piece)
+            total += len(piece)
+            if total > most_bytes:
+                raise _refused(param, f"is larger than {most_bytes} bytes")
+            if time.monotonic() > deadline:
+                raise _refused(param, f"did not arrive within {_SECONDS:g} s")
+        return b"".join(pieces)
+    finally:
+        connection.close()
+        raw.close()
+
+
+def _refused(param: str, text: str) -> ApiError:
+    return ApiError(400, f"{param} {text}", code="invalid_image", param=param)

@@ -1,0 +1,159 @@
+"""The fields of requests: OpenAI's, and those of diffusers under their own names, as pydantic models whose limits are
+the server's."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+from ...config import did_you_mean
+from ...params import MAX_SEED, OmniDiffusionSamplingParams
+from ..options import Limits
+from .errors import ApiError
+
+NO_MEANING: dict[str, Any] = {
+    "user": Literal["auto"],
+    "safety_identifier": Literal["auto"],
+    "quality": Literal["auto"],
+    "style": Literal["auto"],
+    "moderation": Literal["auto"],
+    "background": Literal["auto"],
+    "output_compression": Literal["auto"],
+    "input_fidelity": Literal["auto"],
+    "mask": Literal["auto"],
+    "output_format": Literal["png", "auto"],
+    "stream": Literal[False, "auto"],
+    "partial_images": Literal[0, "auto"],
+}
+"""OpenAI's fields that change nothing here, and the values besides null at which that is what the client wants."""
+
+ROUTING = ("model", "response_format", "priority", *NO_MEANING)
+"""Fields that say nothing about the result itself."""
+
+PICTURES: tuple[str, ...] = ("image", "input_reference")
+"""Fields that hold pictures: uploads in multipart requests, data: URLs in JSON."""
+
+
+class ImageUrl(BaseModel):
+    """A picture by its address."""
+
+    model_config = ConfigDict(extra="forbid")
+    image_url: str = Field(description="data:image/png;base64,... (or JPEG, WebP).")
+
+
+@dataclass(frozen=True)
+class FieldModels:
+    """The bodies of requests under the limits of one server."""
+
+    image: type[BaseModel]
+    edit: type[BaseModel]
+    video: type[BaseModel]
+
+
+def field_models(limits: Limits) -> FieldModels:
+    """Models with these limits."""
+    shared = {**_diffusers_fields(limits), **_openai_fields(limits)}
+    shared |= {name: _optional(kind, "Changes nothing.") for name, kind in NO_MEANING.items()}
+    source: Any = str | ImageUrl
+    pictures = _optional(source | list[source], "Input pictures as data: URLs.")
+    formats = _optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
+    length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,4}(\.[0-9]{1,4})?|auto)$")]
+    seconds = _optional(length | float, "Length; num_frames = round(seconds x fps) + 1 where that is not given.")
+    return FieldModels(
+        image=_model("ImageRequest", {**shared, "response_format": formats, "image": pictures}),
+        edit=_model("ImageEditRequest", {**shared, "response_format": formats, "image": pictures}),
+        video=_model("VideoRequest", {**shared, "seconds": seconds, "image": pictures, "input_reference": pictures}),
+    )
+
+
+def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_names: Iterable[str]) -> dict[str, Any]:
+    """The given fields that are not null, checked. `pipeline_names` are arguments of the model's pipeline, which are
+    taken under their names even where they are no field. Raises ApiError naming the field."""
+    known = list(model.model_fields)
+    further = [name for name in pipeline_names if name not in known]
+    for name in values:
+        if name not in known and name not in further:
+            nearest = did_you_mean(name, [*known, *further])
+            raise ApiError(400, f"there is no field {name!r}{nearest}", code="unknown_field", param=name)
+    try:
+        checked = model.model_validate({name: values[name] for name in values if name in known}, strict=True)
+    except ValidationError as error:
+        raise _first_of(error) from None
+    given = checked.model_dump(exclude_none=True)
+    return {**given, **{name: values[name] for name in further if values.get(name) is not None}}
+
+
+def _whole(value: Any) -> Any:
+    # To JSON 4.0 is a whole number.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole: Any = Annotated[int, BeforeValidator(_whole)]
+
+
+def _optional(kind: Any, description: str) -> tuple[Any, Any]:
+    return kind | None, Field(None, description=description)
+
+
+def _between(minimum: int, maximum: int, description: str) -> tuple[Any, Any]:
+    return _optional(Annotated[_Whole, Field(ge=minimum, le=maximum)], description)
+
+
+def _diffusers_fields(limits: Limits) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(OmniDiffusionSamplingParams).items():
+        if hint == str | None:
+            hint = Annotated[str, Field(max_length=limits.prompt_chars)]
+        elif hint in (int, int | None):
+            hint = _Whole
+        fields[name] = _optional(hint, "As in diffusers.")
+    return {
+        **fields,
+        "width": _between(1, limits.pixels, "Pixels."),
+        "height": _between(1, limits.pixels, "Pixels."),
+        "num_frames": _between(1, limits.frames, "Frames of a video."),
+        "num_inference_steps": _between(1, limits.steps, "Denoising steps."),
+        "num_outputs_per_prompt": _between(1, limits.outputs, "The same as n."),
+        "seed": _between(0, MAX_SEED, "Drawn, and told, where it is not given."),
+        "max_sequence_length": _between(1, limits.prompt_tokens, "Longest prompt in tokens."),
+        "layers": _between(1, limits.outputs, "Layers that a layered pipeline cuts a picture into."),
+        "fps": _optional(Annotated[float, Field(ge=0.1, le=240)], "Frames per second of the file."),
+        "output_type": _optional(Literal["pil"], "Results are always pictures."),
+        "extra_args": _optional(
+            dict[str, Any], "Further arguments of the model's pipeline by name; they may also stand beside the fields."
+        ),
+    }
+
+
+def _openai_fields(limits: Limits) -> dict[str, Any]:
+    size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,5}x[0-9]{1,5}|auto)$")]
+    return {
+        "prompt": (Annotated[str, Field(max_length=limits.prompt_chars)], Field(description="What to show.")),
+        "model": _optional(str, "The served model, which is also the default."),
+        "n": _between(1, limits.outputs, "Results of one request."),
+        "size": _optional(size, "WIDTHxHEIGHT in pixels."),
+        "priority": _between(-10, 10, "Each step is worth ten minutes of waiting."),
+    }
+
+
+def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    return create_model(name, __config__=config, **fields)
+
+
+def _first_of(error: ValidationError) -> ApiError:
+    problems = error.errors(include_url=False, include_context=False)
+    name = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
+    if name in NO_MEANING:
+        text = f'{name} has no meaning here; leave it out, or give null or "auto"'
+        return ApiError(400, text, code="unsupported_value", param=name)
+    if problems[0]["type"] == "missing":
+        return ApiError(400, f"{name} is missing; give it", code="missing_field", param=name)
+    reasons = list(dict.fromkeys(item["msg"].removeprefix("Input ") for item in problems if item["loc"][:1] == (name,)))
+    shown = repr(problems[0]["input"])
+    shown = shown if len(shown) <= 100 else shown[:100] + " ..."
+    return ApiError(400, f"{name} {' or '.join(reasons)}, got {shown}", code="invalid_value", param=name)

@@ -1,0 +1,174 @@
+"""What every request passes first: a key where one is needed, the limit of its size and time, and the headers, metrics
+and log line of its answer. Plain ASGI, because answers are streams."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...logs import logger
+from ..keys import owner_of
+from ..options import ServeOptions
+from .errors import ApiError
+from .metrics import HttpMetrics
+
+_LOG = logger("api")
+_BODY_PAUSE_S = 30.0
+"""Longest wait for the next piece of a body."""
+_DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
+_SAFE = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Guard:
+    """`is_open` says which paths need no key."""
+
+    def __init__(self, app: ASGIApp, options: ServeOptions, metrics: HttpMetrics, is_open: Callable[[str], bool]):
+        self._app = app
+        self._options = options
+        self._metrics = metrics
+        self._is_open = is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, seen = time.monotonic(), {"status": 0}
+        request_id = secrets.token_hex(8)
+        scope.setdefault("state", {})["http_id"] = request_id
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+                _mark(MutableHeaders(scope=message), request_id, self._options.cors_origins)
+            await send(message)
+
+        self._metrics.open.inc()
+        try:
+            await self._answer(scope, receive, send_marked)
+        finally:
+            self._metrics.open.dec()
+            self._account(scope, seen["status"], time.monotonic() - began, request_id)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = _Body(receive, self._options.limits.body_bytes)
+        try:
+            self._check(scope)
+        except ApiError as error:
+            if error.status == 413:
+                await body.drain()
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, body.receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        if not self._is_open(scope["path"]):
+            scope["state"]["owner"] = self._owner(headers)
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            self._check_origin(headers)
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._options.limits.body_bytes:
+            raise too_large(self._options.limits.body_bytes)
+
+    def _owner(self, headers: Headers) -> str | None:
+        if not self._options.api_key_hashes:
+            return None
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        found = owner_of(key.strip(), self._options.api_key_hashes) if scheme.lower() == "bearer" else None
+        if found is None:
+            text = "a valid API key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return found
+
+    def _check_origin(self, headers: Headers) -> None:
+        # A page of another site could otherwise have a visitor's browser start jobs on their own machine's server.
+        origin = headers.get("origin")
+        if origin is None or origin in self._options.cors_origins:
+            return
+        if urlsplit(origin).netloc != headers.get("host"):
+            raise ApiError(403, f"requests from pages of {origin!r} are not allowed here", code="wrong_origin")
+
+    def _account(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        route: Any = scope.get("route")
+        path = getattr(route, "path", "other")  # the pattern, of which there are few
+        self._metrics.requests.labels(scope["method"], path, str(status)).inc()
+        self._metrics.seconds.labels(path).observe(seconds)
+        _LOG.info(
+            "request",
+            http_id=request_id,
+            method=scope["method"],
+            path=scope["path"],
+            status=status,
+            seconds=round(seconds, 4),
+            owner=scope["state"].get("owner"),
+            request_id=scope["state"].get("job"),
+        )
+
+
+def too_large(limit: int) -> ApiError:
+    """The body is longer than the server takes."""
+    text = f"the request is larger than {limit} bytes; send less"
+    return ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
+
+
+def _mark(headers: MutableHeaders, request_id: str, cors: tuple[str, ...]) -> None:
+    headers["X-Request-Id"] = request_id
+    for name, value in _SAFE.items():
+        if not (cors and name == "Cross-Origin-Resource-Policy"):
+            headers.setdefault(name, value)
+    headers.setdefault("Cache-Control", "private, no-store")
+    headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'; sandbox")
+
+
+class _Body:
+    """The pieces of a body, counted and in time."""
+
+    def __init__(self, receive: Receive, limit: int):
+        self._receive = receive
+        self._limit = limit
+        self._total = 0
+        self._complete = False
+
+    async def receive(self) -> Message:
+        """As ASGI's `receive`. Raises ApiError for too much or too slow a body."""
+        if self._complete:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), _BODY_PAUSE_S)
+        except (TimeoutError, asyncio.TimeoutError):
+            self._complete = True
+            text = f"nothing of the body came for {_BODY_PAUSE_S:g} s; send it again"
+            raise ApiError(408, text, code="timeout", headers={"Connection": "close"}) from None
+        if message["type"] == "http.request":
+            self._total += len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._total > self._limit:
+                await self.drain()
+                raise too_large(self._limit)
+        else:
+            self._complete = True
+        return message
+
+    async def drain(self) -> None:
+        """Read a little more of a body that is refused: a client that is not heard out misses the answer."""
+        left, until = _DRAIN_BYTES, time.monotonic() + _DRAIN_S
+        while left > 0 and not self._complete:
+            try:
+                message = await asyncio.wait_for(self._receive(), max(0.01, until - time.monotonic()))
+            except (TimeoutError, asyncio.TimeoutError):
+                break
+            left -= len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)

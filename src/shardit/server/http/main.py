@@ -1,0 +1,81 @@
+"""The API process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import uvicorn
+
+from ...engine.messages import Channel
+from ...logs import logger
+from ..options import ServeOptions
+from ..store import Store
+from . import info
+from .app import create_app
+from .board import Board
+from .link import Link
+
+_LOG = logger("api")
+_GRACE_S = 2
+"""How long answers may still take once the process is asked to end, in seconds."""
+
+
+def main(control_fd: int, listen_fd: int) -> None:
+    """Serve on the listening socket `listen_fd` until SIGTERM, or until the supervisor at the other end of the socket
+    `control_fd` is gone. The first message from there is the `ServeOptions`."""
+    channel = Channel(socket.socket(fileno=control_fd))
+    listener = socket.socket(fileno=listen_fd)
+    options = channel.recv()
+    assert isinstance(options, ServeOptions), options
+    store = Store(options.data_dir)
+    asyncio.run(_serve(options, store, Link(channel, _supervisor_gone), listener))
+
+
+async def _serve(options: ServeOptions, store: Store, link: Link, listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    board = Board(
+        link.send,
+        info=info.recall(store, options.model),
+        on_info=lambda told: loop.run_in_executor(None, info.remember, store, options.model, told) and None,
+    )
+    link.start(loop, board.deliver)
+    dropped = await loop.run_in_executor(None, store.drop_waiting)
+    if dropped:
+        _LOG.info("dropped", jobs=dropped, reason="their clients waited on a connection that is gone")
+        board.wake()
+    server = _Server(_config(options, store, board), board)
+    _LOG.info("listening", host=options.host, port=listener.getsockname()[1])
+    await server.serve(sockets=[listener])
+
+
+def _config(options: ServeOptions, store: Store, board: Board) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(options, store, board),
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+        timeout_keep_alive=30,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Tells who waits for jobs that the end has come, which would otherwise take the whole grace."""
+
+    def __init__(self, config: uvicorn.Config, board: Board):
+        super().__init__(config)
+        self._board = board
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what can still be answered, then end."""
+        self._board.stop()
+        await super().shutdown(sockets)
+
+
+def _supervisor_gone() -> None:
+    # Without it nothing works, and another one may be waiting for the address.
+    _LOG.error("supervisor_gone")
+    os._exit(1)

@@ -1,0 +1,95 @@
+"""From a client's fields to the arguments of the pipeline: sizes, lengths, counts, and what tiny models fill in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...models import tiny
+from ...signature import PipelineSignature
+from ..options import Limits, ServeOptions
+from .errors import ApiError
+from .fields import PICTURES, ROUTING
+
+# Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be.
+_NOT_SENDABLE = re.compile(r"embeds|latents|mask|image|video|callback|generator|guess|processor")
+
+
+def pipeline_names(info: Mapping[str, Any]) -> list[str]:
+    """Arguments of the model's pipelines that a client can give by name."""
+    names: dict[str, None] = {}
+    for signature in (info.get("signature"), info.get("signature_with_image")):
+        if signature is not None:
+            names.update(dict.fromkeys(signature.choices))
+    return [name for name in names if not _NOT_SENDABLE.search(name)]
+
+
+def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
+    """Raise ApiError where another model than the served one is asked for."""
+    asked = values.get("model")
+    if asked is not None and asked != options.name:
+        text = f"there is no model {asked!r} here; this server serves {options.name!r}"
+        raise ApiError(404, text, code="model_not_found", param="model")
+
+
+def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:
+    """The prompt and parameters under the names of `Omni.generate`, without pictures and seed. Raises ApiError."""
+    given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
+    _check_extra(given.get("extra_args", {}))
+    _put(given, "num_outputs_per_prompt", given.pop("n", None), "n")
+    size = given.pop("size", "auto")
+    if size != "auto":
+        width, height = (int(side) for side in size.split("x"))
+        _put(given, "width", width, "size")
+        _put(given, "height", height, "size")
+    seconds = given.pop("seconds", "auto")
+    if seconds != "auto" and "num_frames" not in given:
+        given["num_frames"] = _frames(float(seconds), float(given.get("fps") or takes.default_fps), options.limits)
+    if options.model.startswith("tiny/"):
+        given = {**tiny.filled_in(options.model.removeprefix("tiny/"), given), **given}
+    check_limits(given, options.limits)
+    return given
+
+
+def check_limits(given: Mapping[str, Any], limits: Limits) -> None:
+    """Raise ApiError for what is more than the server allows and its fields alone do not show."""
+    for name in ("width", "height"):
+        if given.get(name, 1) < 1:
+            raise ApiError(
+                400, f"size must be at least 1x1, got {name} {given[name]}", code="invalid_value", param="size"
+            )
+    pixels = given.get("width", 1) * given.get("height", 1)
+    resolution = given.get("resolution", 1)
+    if pixels > limits.pixels or resolution * resolution > limits.pixels:
+        param = "size" if pixels > limits.pixels else "resolution"
+        text = f"{param} is {max(pixels, resolution * resolution)} pixels, the limit is {limits.pixels}; ask for less"
+        raise ApiError(400, text, code="too_large", param=param)
+    for name in ("sigmas", "timesteps"):
+        if len(given.get(name, ())) > limits.steps:
+            text = f"{name} has {len(given[name])} entries, the limit is {limits.steps} steps; give fewer"
+            raise ApiError(400, text, code="too_large", param=name)
+
+
+def _put(given: dict[str, Any], name: str, value: Any, said_as: str) -> None:
+    if value is None:
+        return
+    if given.get(name, value) != value:
+        text = f"{said_as} and {name} disagree ({value} and {given[name]}); give one of them"
+        raise ApiError(400, text, code="invalid_value", param=said_as)
+    given[name] = value
+
+
+def _frames(seconds: float, fps: float, limits: Limits) -> int:
+    frames = round(seconds * fps) + 1
+    if seconds <= 0 or frames > limits.frames:
+        text = f"seconds must be more than 0 and at most {(limits.frames - 1) / fps:g} at {fps:g} fps, got {seconds:g}"
+        raise ApiError(400, text, code="invalid_value", param="seconds")
+    return frames
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    for name in extra:
+        if _NOT_SENDABLE.search(name):
+            text = f"extra_args.{name} cannot be given over HTTP; leave it out"
+            raise ApiError(400, text, code="invalid_value", param="extra_args")

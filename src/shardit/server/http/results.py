@@ -1,0 +1,89 @@
+"""Results of jobs as answers: files with safe headers, and the JSON of synchronous image requests."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Literal
+
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from ..jobs import Job
+from .context import Context
+from .errors import ApiError
+
+_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
+_PIECE = 3 * 256 * 1024  # a multiple of 3, so that pieces of base64 can be joined
+
+
+class ImageData(BaseModel):
+    """One picture."""
+
+    b64_json: str | None = Field(None, description="The PNG file.")
+    url: str | None = Field(None, description="Where to get the PNG file on this server, with the same key.")
+
+
+class ImagesAnswer(BaseModel):
+    """The pictures of a synchronous request, in OpenAI's shape; id and seed are ours."""
+
+    created: int
+    data: list[ImageData]
+    output_format: Literal["png"]
+    size: str | None
+    id: str
+    seed: int
+
+
+def file_answer(context: Context, job: Job, index: int) -> FileResponse:
+    """One result file of a job. Raises ApiError (404) where there is none yet, or none of that number."""
+    if job.state != "completed":
+        text = f"the job {job.id} is {job.state}; it has no result{'' if job.ended else ' yet'}"
+        raise ApiError(404, text, code="no_result")
+    if not 0 <= index < len(job.files):
+        text = f"the job {job.id} has {len(job.files)} results, from 0; there is no {index}"
+        raise ApiError(404, text, code="no_result")
+    path = context.store.files_of(job.id) / job.files[index]
+    if not path.is_file():
+        raise ApiError(404, f"the files of {job.id} are gone", code="no_result")
+    name = f"{job.id}-{index}{path.suffix}"
+    headers = {"Cache-Control": "private, no-store", "X-Shardit-Seed": str(job.seed), "X-Shardit-Job": job.id}
+    kind = _TYPES.get(path.suffix, "application/octet-stream")
+    return FileResponse(path, media_type=kind, filename=name, content_disposition_type="inline", headers=headers)
+
+
+def images_answer(context: Context, job: Job, response_format: str, base_url: str) -> StreamingResponse:
+    """The answer to a synchronous image request: pictures may be large, so they are encoded piece by piece."""
+    folder = context.store.files_of(job.id)
+    paths = [folder / name for name in job.files]
+    head = {
+        "created": int(job.created_at),
+        "output_format": "png",
+        "size": job.view.get("size"),
+        "id": job.id,
+        "seed": job.seed,
+    }
+    if response_format == "url":
+        links = [{"url": f"{base_url}/v1/images/{job.id}/content/{index}"} for index in range(len(paths))]
+        return StreamingResponse(_text(json.dumps({**head, "data": links})), media_type="application/json")
+    if not all(path.is_file() for path in paths):
+        raise ApiError(404, f"the files of {job.id} are gone", code="no_result")
+    return StreamingResponse(_encoded(json.dumps(head), paths), media_type="application/json")
+
+
+async def _text(text: str) -> AsyncIterator[bytes]:
+    yield text.encode()
+
+
+async def _encoded(head: str, paths: list[Path]) -> AsyncIterator[bytes]:
+    yield head[:-1].encode() + b', "data": ['
+    for index, path in enumerate(paths):
+        yield b'%s{"b64_json": "' % (b", " if index else b"")
+        with await run_in_threadpool(open, path, "rb") as file:
+            while piece := await run_in_threadpool(file.read, _PIECE):
+                yield base64.b64encode(piece)
+        yield b'"}'
+    yield b"]}"

@@ -1,0 +1,110 @@
+"""Ranks of a server without the server: a `Fleet` whose messages a test can wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from shardit.config import DiffusionParallelConfig
+from shardit.engine.messages import SESSION, Begin, Cancel, Left, Progress, SessionSpec
+from shardit.models import tiny
+from shardit.server.fleet import Down, Fleet, LocalPlacement
+from shardit.server.loop import Loop
+from shardit.server.spec import build_request
+
+WAIT_S = 240.0
+
+
+class LiveRanks:
+    """All that the ranks have said so far, in order: (rank, message)."""
+
+    def __init__(self, model: str, session: str = SESSION, max_in_flight: int = 3, **sizes: int):
+        self.model = model
+        self.said: list[tuple[int, Any]] = []
+        self.ups: list[list[dict[str, Any]]] = []
+        self.downs: list[Down] = []
+        self._changed = threading.Condition()
+        self.loop = Loop(lambda: None)
+        config = DiffusionParallelConfig(**sizes)
+        spec = SessionSpec(
+            f"tiny/{model}", config, max_in_flight=max_in_flight, session=session, live=True, timeout_s=60
+        )
+        self.fleet = Fleet(
+            spec,
+            LocalPlacement(60),
+            self.loop,
+            on_up=self._note(self.ups.append),
+            on_down=self._note(self.downs.append),
+            on_message=self._note(lambda rank, message: self.said.append((rank, message))),
+        )
+        self._thread = threading.Thread(target=self.loop.run, daemon=True)
+        self._thread.start()
+
+    def start(self) -> None:
+        """Start the ranks, or start them anew, and wait until they are up."""
+        before = len(self.ups)
+        self.loop.call(self.fleet.bring_up)
+        self.wait(lambda: len(self.ups) > before or bool(self.downs))
+        assert len(self.ups) > before, self.downs
+
+    def begin(self, key: int, seed: int, **chosen: Any) -> None:
+        """Send a request to all ranks of the first replica."""
+        call = {**tiny.defaults(self.model), "prompt": "a cat", **chosen}
+        request = build_request(call, seed, [], self.ups[-1][0])
+        for rank in range(self.fleet.size):
+            self.loop.call(self.fleet.send, rank, Begin(key, request))
+
+    def cancel(self, key: int) -> None:
+        """Cancel it on all ranks."""
+        for rank in range(self.fleet.size):
+            self.loop.call(self.fleet.send, rank, Cancel(key))
+
+    def ends(self, key: int) -> list[Left]:
+        """Wait until all ranks are through with a request; what they said, the first rank's first."""
+
+        def found() -> list[tuple[int, Left]]:
+            return [(rank, m) for rank, m in list(self.said) if isinstance(m, Left) and m.key == key]
+
+        self.wait(lambda: len(found()) == self.fleet.size or bool(self.downs))
+        assert not self.downs, self.downs
+        return [message for _, message in sorted(found(), key=lambda entry: entry[0])]
+
+    def steps(self, key: int) -> list[int]:
+        """The steps that were reported so far."""
+        return [m.step for _, m in list(self.said) if isinstance(m, Progress) and m.index == key]
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until something holds."""
+        deadline = time.monotonic() + WAIT_S
+        with self._changed:
+            while not condition():
+                assert time.monotonic() < deadline, "nothing happens"
+                self._changed.wait(1.0)
+
+    def stop(self) -> None:
+        """End everything."""
+        self.loop.call(self.fleet.stop)
+        self.loop.call(self.loop.stop)
+        self._thread.join(30)
+
+    def _note(self, act: Callable[..., None]) -> Callable[..., None]:
+        def noted(*values: Any) -> None:
+            with self._changed:
+                act(*values)
+                self._changed.notify_all()
+
+        return noted
+
+
+@contextlib.contextmanager
+def live_ranks(model: str, **options: Any) -> Iterator[LiveRanks]:
+    """Ranks that are up."""
+    ranks = LiveRanks(model, **options)
+    try:
+        ranks.start()
+        yield ranks
+    finally:
+        ranks.stop()

@@ -1,0 +1,86 @@
+"""Ranks that take requests one by one: the bits of plain diffusers whoever comes and goes beside a request, cancelling
+within a step, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shardit.engine.messages import Left
+from tests.live_ranks import LiveRanks, live_ranks
+from tests.real_omni import by_diffusers, same
+
+SIZES: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "stages": {"pipeline_parallel_size": 2},
+    "guidance": {"cfg_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module", params=list(SIZES))
+def ranks(request: Any) -> Iterator[LiveRanks]:
+    with live_ranks("wan2.2-t2v", **SIZES[request.param]) as started:
+        yield started
+
+
+def frames(left: list[Left]) -> Any:
+    assert [one.error for one in left] == [None] * len(left)
+    assert len({one.start for one in left}) == 1
+    assert all(one.output is None for one in left[1:])
+    return left[0].output.frames[0]
+
+
+def test_requests_come_and_go(ranks: LiveRanks) -> None:
+    ranks.begin(1, seed=1)
+    ranks.wait(lambda: 1 in ranks.steps(1))
+    ranks.begin(2, seed=2, prompt="a dog", height=64, width=64)
+    ranks.begin(3, seed=3, num_inference_steps=60)
+    ranks.wait(lambda: 2 in ranks.steps(3))
+    ranks.cancel(3)
+    (gone, *others) = ranks.ends(3)
+    assert all(one.cancelled for one in (gone, *others))
+    reached = max(ranks.steps(3))
+    ranks.begin(4, seed=4)
+    for key, prompt, size in ((1, "a cat", {}), (2, "a dog", {"height": 64, "width": 64}), (4, "a cat", {})):
+        expected = by_diffusers("wan2.2-t2v", key, prompt=prompt, **size)
+        assert same(expected, frames(ranks.ends(key))), key
+    assert max(ranks.steps(3)) == reached < 50
+
+
+def test_a_request_that_fails_ends_alone(ranks: LiveRanks) -> None:
+    ranks.begin(11, seed=1)
+    ranks.begin(12, seed=2, height=65, width=64)
+    errors = [left.error for left in ranks.ends(12)]
+    assert all("divisible" in str(error) for error in errors)
+    assert same(by_diffusers("wan2.2-t2v", 1, prompt="a cat"), frames(ranks.ends(11)))
+
+
+def test_cancelled_before_it_begins_and_after_it_ended(ranks: LiveRanks) -> None:
+    ranks.cancel(99)  # never existed
+    ranks.begin(21, seed=1)
+    ranks.cancel(21)
+    assert all(left.cancelled for left in ranks.ends(21))
+    ranks.cancel(21)
+    ranks.begin(22, seed=5)
+    assert same(by_diffusers("wan2.2-t2v", 5, prompt="a cat"), frames(ranks.ends(22)))
+
+
+def test_a_killed_rank_and_a_new_start() -> None:
+    with live_ranks("flux", pipeline_parallel_size=2) as ranks:
+        ranks.begin(1, seed=1, num_inference_steps=200)
+        ranks.wait(lambda: 2 in ranks.steps(1))
+        nursery = ranks.fleet.placement._nursery  # pyright: ignore
+        assert nursery is not None
+        os.kill(nursery.pids[1], signal.SIGKILL)
+        ranks.wait(lambda: bool(ranks.downs))
+        assert "rank" in ranks.downs[0].reason
+        ranks.downs.clear()
+        ranks.said.clear()
+        ranks.start()
+        ranks.begin(1, seed=1)
+        (expected,) = by_diffusers("flux", 1, prompt="a cat")
+        assert same([expected], ranks.ends(1)[0].output.images)

@@ -88,7 +88,8 @@ IMAGE = {
 
 
 class FakeSupervisor:
-    """Runs the store's jobs one after the other. A prompt with "fail" fails, one with "slow" takes 200 steps of 50 ms.
+    """Runs the store's jobs one after the other. A prompt with "fail" fails, one with "slow" takes 200 steps of
+    50 ms, one with "steady" 30.
 
     `held` leaves jobs in the queue; `lossy` sends no news.
     """
@@ -110,6 +111,7 @@ class FakeSupervisor:
             self.channel.send(message)
 
     def stop(self) -> None:
+        """After the API process has ended."""
         self._end.set()
         for thread in self._threads:
             thread.join(WAIT_S)
@@ -140,16 +142,16 @@ class FakeSupervisor:
                     return
 
     def _run(self, job: Job) -> None:
-        slow = "slow" in (job.request.get("prompt") or "")
-        steps = 200 if slow else 2
+        prompt = job.request.get("prompt") or ""
+        steps = 200 if "slow" in prompt else 30 if "steady" in prompt else 2
         for step in range(1, steps + 1):
-            self._end.wait(0.05 if slow else 0)
+            self._end.wait(0.05 if steps > 2 else 0)
             self.tell(Step(job.id, step, steps, "denoise", 0.05))
             if job.id in self.store.to_cancel() or self._end.is_set():
                 self.store.finish(job.id, "cancelled")
                 return
-        if "fail" in (job.request.get("prompt") or ""):
-            self.store.finish(job.id, "failed", error={"code": "rank_failed", "message": "a rank died"})
+        if "fail" in prompt:
+            self.store.finish(job.id, "failed", error={"code": "ranks_died", "message": "a rank died"})
             return
         inputs = [self.store.files_of(job.id) / name for name in job.inputs]
         request = build_request(job.request, job.seed, inputs, self.info)
@@ -173,7 +175,7 @@ class FakeSupervisor:
 class Served:
     """A running API process and its fake supervisor."""
 
-    def __init__(self, options: ServeOptions, info: dict[str, Any], state: str = "ready"):
+    def __init__(self, options: ServeOptions, info: dict[str, Any], state: str, held: bool):
         self.options = options
         self.store = Store(options.data_dir)
         self.log = options.data_dir / "api.log"
@@ -190,6 +192,7 @@ class Served:
         theirs.close()
         channel.send(options)
         self.supervisor = FakeSupervisor(channel, self.store, info)
+        self.supervisor.held = held
         told = info if state == "ready" else {}
         ranks = ({"rank": 0, "state": state, "pid": 1, "peak_bytes": 0},)
         channel.send(Ranks(state, info=told, ranks=ranks))  # pyright: ignore[reportArgumentType]
@@ -237,13 +240,13 @@ class Served:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        self.supervisor.stop()
         if self.process.poll() is None:
             self.process.terminate()
         try:
             self.process.wait(WAIT_S)
         finally:
             self.process.kill()
+            self.supervisor.stop()
             self.supervisor.channel.close()
             self.listener.close()
             self.store.close()
@@ -256,7 +259,12 @@ def _read(status: int, headers: Any, data: bytes) -> tuple[int, Any, dict[str, s
 
 @contextmanager
 def serving(
-    folder: Path, info: dict[str, Any] | None = None, state: str = "ready", memory: Any = None, **options: Any
+    folder: Path,
+    info: dict[str, Any] | None = None,
+    state: str = "ready",
+    memory: Any = None,
+    held: bool = False,
+    **options: Any,
 ) -> Iterator[Served]:
     """A server with its data in `folder`; `memory` is what it has learned of memory."""
     info = IMAGE if info is None else info
@@ -266,7 +274,7 @@ def serving(
         store = Store(folder)
         store.remember(estimate.MEMORY, memory)
         store.close()
-    served = Served(ServeOptions(**{"model": model, "data_dir": folder, **options}), info, state)
+    served = Served(ServeOptions(**{"model": model, "data_dir": folder, **options}), info, state, held)
     try:
         yield served
     finally:
@@ -278,3 +286,15 @@ def picture(size: tuple[int, int] = (32, 24), kind: str = "PNG") -> bytes:
     into = io.BytesIO()
     Image.new("RGB", size, (200, 30, 30)).save(into, kind)
     return into.getvalue()
+
+
+def form(fields: dict[str, Any]) -> tuple[bytes, str]:
+    """A multipart body and its content type; files are (name, content)."""
+    parts = []
+    for name, value in fields.items():
+        for item in value if isinstance(value, list) else [value]:
+            file = f'; filename="{item[0]}"' if isinstance(item, tuple) else ""
+            content = item[1] if isinstance(item, tuple) else str(item).encode()
+            head = f'--limit\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
+            parts.append(head.encode() + content + b"\r\n")
+    return b"".join(parts) + b"--limit--\r\n", "multipart/form-data; boundary=limit"

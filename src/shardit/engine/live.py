@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..core.turns import Interrupted, Program
+from ..logs import logger
 from .memory import peak_bytes, reset_peak
 from .messages import Begin, Cancel, Channel, Closed, Left, OutOfMemory, Progress
 from .result import collect, one_line
@@ -45,7 +46,9 @@ class Live:
         self.commands: deque[Any] = deque()
         self.waiting: deque[Begin] = deque()
         self.running: dict[Program, Begin] = {}
+        self.begun: dict[int, float] = {}
         self.busy_s = 0.0
+        self.log = logger("rank").bind(rank=session.mesh.rank)
         self._since = time.perf_counter()
 
     def enter(self, active: int) -> Program | None:
@@ -67,6 +70,7 @@ class Live:
             reset_peak()
         program = self.session.program(begin.request, self._progress(begin.key))
         self.running[program] = begin
+        self.begun[begin.key] = time.perf_counter()
         return program
 
     def rest(self, active: int) -> bool:
@@ -81,6 +85,13 @@ class Live:
         if program.error is not None and not cancelled:
             kind, error = type(program.error).__name__, one_line(program.error)
             self.session.agree((begin.key, kind), f"here: {program.error!r}")
+        self.log.info(
+            "request_left",
+            request_id=begin.request_id,
+            how="cancelled" if cancelled else error or "completed",
+            seconds=round(time.perf_counter() - self.begun.pop(begin.key), 3),
+            peak_bytes=peak_bytes(),
+        )
         output = None
         if self.session.leads and program.error is None:
             output = collect(begin.request, program.value, None)

@@ -120,6 +120,8 @@ class Begin:
 
     key: int
     request: Any
+    request_id: str = ""
+    """For logs."""
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,11 @@ _OF_PEER = (
 _OF_ALL = ("communication failed", "differ between ranks", "ended a request differently")
 
 
-def main(spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads: int, channel: Channel) -> int:
-    """Run one rank until the user's process closes its channel; returns the exit code."""
+def main(
+    spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads: int, channel: Channel, where: str = ""
+) -> int:
+    """Run one rank until the user's process closes its channel; returns the exit code. `where` goes before the text
+    of a refusal, which may be true on one machine only."""
     try:
         set_threads(threads)
         session = open_session(spec, rank=rank, world_size=world_size, init_method=rendezvous)
@@ -63,7 +66,8 @@ def main(spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads
         else:
             serve(session, channel)
     except InputError as error:
-        channel.send(Refused.from_error(error))
+        refused = Refused.from_error(error)
+        channel.send(dataclasses.replace(refused, text=where + refused.text))
         return 0
     except Closed:
         return 0

@@ -24,7 +24,7 @@ MAX_BACKLOG = 1000
 CALM_S = 5.0
 """An API process that lives for so long is started anew at once when it ends."""
 MAX_PAUSE_S = 10.0
-STOP_S = 3.0
+STOP_S = 2.0
 
 # "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
 _BOOT = """
@@ -107,11 +107,15 @@ class ApiProcess:
                 self._again = now + MAX_PAUSE_S
                 self._log.error("api_process_not_started", reason=str(error), again_in_s=MAX_PAUSE_S)
 
+    def leave(self) -> None:
+        """Have it finish its answers and end."""
+        if self._process is not None:
+            self._process.terminate()
+
     def stop(self) -> None:
-        """Have it finish its answers and end; by force after some seconds."""
+        """Wait until it has ended, after `leave`; end it by force after some seconds."""
         if self._process is None:
             return
-        self._process.terminate()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:

@@ -202,7 +202,7 @@ class Dispatcher:
         if beside == 1:
             self._last_sign[replica] = time.monotonic()
         for rank in self._ranks_of(replica):
-            self.fleet.send(rank, Begin(key, request))
+            self.fleet.send(rank, Begin(key, request, job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
         self.tell(Changed(job.id))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,13 @@ from ..errors import InputError
 from ..flags import DtypeFlag, ParallelFlags
 from .keys import digest
 from .options import Limits, ServeOptions
+
+
+class Executor(Enum):
+    """Values of --executor."""
+
+    local = "local"
+    ray = "ray"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +69,12 @@ class ServeFlags(ParallelFlags):
         float, Option(help="Longest time without a step at a size that has not run before, in seconds.")
     ] = 600.0
 
+    executor: Annotated[Executor, Option(help="Who places the ranks; under torchrun, torchrun does.")] = Executor.local
+    num_nodes: Annotated[int, Option(help="Machines to spread the ranks over, with --executor ray.")] = 1
+
     def options(self) -> ServeOptions:
         """All of it, checked. Raises InputError."""
+        self._check_executor()
         for name in ("queue_size", "max_pixels", "max_frames", "max_steps", "max_in_flight", "jobs_per_key"):
             _at_least(1, name, getattr(self, name))
         for name in ("step_timeout", "keep_days", "keep_gib"):
@@ -94,7 +106,20 @@ class ServeFlags(ParallelFlags):
             keep_bytes=int(self.keep_gib * 1024**3),
             cors_origins=tuple(self.cors_origin or ()),
             fetch_hosts=tuple(self.fetch_host or ()),
+            executor=self.executor.value,
+            num_nodes=self.num_nodes,
         )
+
+    def _check_executor(self) -> None:
+        _at_least(1, "num_nodes", self.num_nodes)
+        if self.num_nodes > 1 and self.executor is not Executor.ray:
+            raise InputError("--num-nodes needs --executor ray; under torchrun give it --nnodes instead")
+        ranks = self.parallel_config().world_size
+        if ranks % self.num_nodes:
+            raise InputError(
+                f"{ranks} ranks cannot be spread evenly over --num-nodes {self.num_nodes}; "
+                "change the parallel sizes or the number of nodes"
+            )
 
 
 def default_data_dir(name: str) -> Path:

@@ -25,8 +25,8 @@ class Placement(Protocol):
         """End all ranks; how those ended that were gone already."""
         ...
 
-    def stop(self) -> None:
-        """End everything, for good."""
+    def stop(self, code: int = 0) -> None:
+        """End everything, for good. code: 0 where that was asked for, 2 after a mistake of the user, else 1."""
         ...
 
     def stacks(self) -> dict[int, str]:
@@ -70,7 +70,7 @@ class LocalPlacement:
             self._nursery.stop()
         return ends
 
-    def stop(self) -> None:
+    def stop(self, code: int = 0) -> None:
         """See `Placement`."""
         self._stopped = True
         if self._nursery is not None:
@@ -160,10 +160,10 @@ class Fleet:
         self._downs.append(Down(reason))
         self._settle(self._generation)
 
-    def stop(self) -> None:
-        """End all ranks, for good."""
+    def stop(self, code: int = 0) -> None:
+        """End all ranks, for good; see `Placement.stop`."""
         self._leave()
-        self.placement.stop()
+        self.placement.stop(code)
 
     def _leave(self) -> None:
         self._generation += 1

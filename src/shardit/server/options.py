@@ -64,7 +64,9 @@ class ServeOptions:
     fetch_hosts: tuple[str, ...] = ()
     """Hosts from which input pictures may be fetched by URL; none by default."""
     executor: Literal["local", "ray"] = "local"
+    """Who places the ranks; under torchrun it is torchrun."""
     num_nodes: int = 1
+    """Machines that Ray spreads the ranks over."""
 
     @property
     def name(self) -> str:

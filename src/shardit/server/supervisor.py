@@ -17,11 +17,11 @@ from typing import Any
 
 from ..engine.messages import SESSION, SessionSpec
 from ..errors import InputError
+from ..logs import logger
 from .api_process import ApiProcess
 from .dispatch import Dispatcher
 from .fleet import Down, Fleet, LocalPlacement, Placement
 from .gauges import Gauges
-from .logs import logger
 from .loop import Loop
 from .messages import Measured, Ranks, RanksState, Scrape, Wake
 from .options import ServeOptions
@@ -29,17 +29,30 @@ from .store import Store
 
 LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
-WRITERS_STOP_S = 4.0
+STOP_S = 7.0
 RETAIN_EVERY_S = 60.0
 LEFT_BEHIND_S = 6.0
 """After a server was killed: time for its processes to let go of the port."""
 
 
-def serve(options: ServeOptions, placement: Placement | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct."""
-    with locked(options.data_dir) as was_killed:
+def serve(options: ServeOptions, placement: Placement | None = None, patience_s: float = 0.0) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct.
+
+    patience_s: how long to wait for the data folder, where a server that is about to end may hold it.
+    """
+    placement = placement or placement_for(options)
+    with locked(options.data_dir, patience_s) as was_killed:
         with listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener:
-            return Supervisor(options, listener, placement or LocalPlacement(options.step_timeout_s)).run()
+            return Supervisor(options, listener, placement).run()
+
+
+def placement_for(options: ServeOptions) -> Placement:
+    """Where the ranks are to be. Raises InputError where that cannot be had."""
+    if options.executor == "ray":
+        from .ray_placement import RayPlacement
+
+        return RayPlacement(options)
+    return LocalPlacement(options.step_timeout_s)
 
 
 class Supervisor:
@@ -80,6 +93,7 @@ class Supervisor:
         self.state = Ranks("loading")
         self.error: InputError | None = None
         self.code = 0
+        self.asked_to_stop = False
         self._started = time.monotonic()
         self._was_up = False
         self._pause_s = 0.0
@@ -175,15 +189,17 @@ class Supervisor:
     def stop(self, number: int) -> None:
         """Take no more jobs, put back those that run, and leave."""
         self.code = 130 if number == signal.SIGINT else 0
+        self.asked_to_stop = True
         self.log.info("stopping", signal=signal.Signals(number).name)
         self._set("stopping", reason="the server stops")
         self.loop.stop()
 
     def end(self) -> None:
-        """End all processes. Results that are being written are waited for, for some seconds."""
-        self.fleet.stop()
+        """End all processes, within ten seconds. Results that are being written are waited for, for some of these."""
+        deadline = time.monotonic() + STOP_S
+        self.api.leave()
+        self.fleet.stop(0 if self.asked_to_stop else 1 if self.error is None else 2)
         self.jobs.put_all_back()
-        deadline = time.monotonic() + WRITERS_STOP_S
         while self.jobs.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
         self.writers.shutdown(wait=False, cancel_futures=True)
@@ -235,9 +251,10 @@ def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
     """The data folder, for this server alone; whether the one before was killed, so that its processes may not all be
-    gone yet. Raises InputError where another one has it."""
+    gone yet. Raises InputError where another one has it, for `patience_s` at least."""
+    deadline = time.monotonic() + patience_s
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -245,12 +262,16 @@ def locked(folder: Path) -> Iterator[bool]:
         raise InputError(
             f"the data folder {folder} cannot be used ({error.strerror}); choose another with --data-dir"
         ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(
-            f"the data folder {folder} is used by another server; choose another with --data-dir"
-        ) from None
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() >= deadline:
+                os.close(handle)
+                text = f"the data folder {folder} is used by another server; choose another with --data-dir"
+                raise InputError(text) from None
+            time.sleep(0.1)
     try:
         was_killed = bool(os.read(handle, 1))
         with contextlib.suppress(OSError):  # a full disk

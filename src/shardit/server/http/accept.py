@@ -42,7 +42,6 @@ class Accepted:
 
     job: Job
     response_format: str
-    new: bool
 
 
 async def accept(
@@ -63,11 +62,16 @@ async def accept(
     if needs_picture and not pictures:
         raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
     # A client that sends a key can ask again for the result, so that its job goes on without it.
-    new = _new_job(values, pictures, info, context, kind, waits=waits and key is None, key=key, owner=owner(request))
-    job, is_new = await run_in_threadpool(_store, context, new)
+    waits = waits and key is None
+
+    def store() -> tuple[Job, bool]:
+        new = _new_job(values, pictures, info, context, kind, waits=waits, key=key, owner=owner(request))
+        return _store(context, new)
+
+    job, is_new = await run_in_threadpool(store)
     if is_new:
         context.board.wake()
-    return Accepted(job, values.get("response_format", "auto"), is_new)
+    return Accepted(job, values.get("response_format", "auto"))
 
 
 def owner(request: Request) -> str | None:
@@ -122,7 +126,7 @@ def _new_job(
         known = context.store.recall(estimate.MEMORY)
         estimate.refuse_if_too_large(work, known, limit_bytes(1))
     except InputError as error:
-        raise from_input_error(error, {*type_names(values), *takes.choices, "size"}) from error
+        raise from_input_error(error, {*values, *takes.choices, "prompt", "size"}) from error
     return NewJob(
         kind=kind,
         request=request,
@@ -136,11 +140,6 @@ def _new_job(
         idempotency_key=key,
         fingerprint=_fingerprint(kind, values, pictures),
     )
-
-
-def type_names(values: Mapping[str, Any]) -> list[str]:
-    """Names of the given fields, and of what is always one."""
-    return ["prompt", *values]
 
 
 def _view(request: Mapping[str, Any], takes: PipelineSignature, fps: float) -> dict[str, Any]:

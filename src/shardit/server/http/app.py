@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from ... import __version__
-from ..logs import logger
+from ...logs import logger
 from ..options import ServeOptions
 from ..store import Store
 from .about import about_routes
@@ -43,16 +43,16 @@ def create_app(options: ServeOptions, store: Store, board: Board) -> FastAPI:
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     describe(app, (ImageUrl,))
-    if options.cors_origins:
+    app.add_middleware(
+        Guard, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files
+    )
+    if options.cors_origins:  # outermost, as a browser asks first whether it may, without a key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer"],
         )
-    app.add_middleware(
-        Guard, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files
-    )
     return app
 
 
@@ -61,9 +61,12 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 
 async def _http_error(request: Request, error: Any) -> Response:
-    texts = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not possible here"}
-    text = texts.get(error.status_code, str(error.detail))
-    return ApiError(error.status_code, text, code="not_found", headers=error.headers).response()
+    known = {
+        404: ("not_found", f"there is nothing at {request.url.path}"),
+        405: ("method_not_allowed", f"{request.method} is not possible here; see the header Allow"),
+    }
+    code, text = known.get(error.status_code, ("http_error", str(error.detail)))
+    return ApiError(error.status_code, text, code=code, headers=error.headers).response()
 
 
 async def _invalid(request: Request, error: Any) -> Response:

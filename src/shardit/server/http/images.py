@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -92,7 +93,7 @@ def image_routes(context: Context) -> APIRouter:
 
 
 async def _make(request: Request, context: Context, model: type[BaseModel], *, needs_picture: bool) -> Response:
-    later = "respond-async" in request.headers.get("prefer", "").lower()
+    later = "respond-async" in re.split(r"[\s,;]+", request.headers.get("prefer", "").lower())
     accepted = await accept(request, context, "image", model, waits=not later, needs_picture=needs_picture)
     job = accepted.job
     request.scope["state"]["job"] = job.id

@@ -9,7 +9,7 @@ import socket
 import uvicorn
 
 from ...engine.messages import Channel
-from ..logs import logger
+from ...logs import logger
 from ..options import ServeOptions
 from ..store import Store
 from . import info

@@ -24,8 +24,9 @@ def input_pictures(values: Mapping[str, Any], body: Body, options: ServeOptions)
             url = source["image_url"] if isinstance(source, dict) else source
             found.append((name, _read(url, name, options)))
     if len(found) > options.limits.input_images:
-        text = f"there are {len(found)} input pictures, the limit is {options.limits.input_images}; give fewer"
-        raise ApiError(400, text, code="too_many_images", param=found[-1][0])
+        name, most = found[-1][0], options.limits.input_images
+        text = f"{name}: there are {len(found)} input pictures, the limit is {most}; give fewer"
+        raise ApiError(400, text, code="too_many_images", param=name)
     return found
 
 

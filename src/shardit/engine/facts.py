@@ -1,0 +1,69 @@
+"""What must be the same on every node for ranks to work together, as plain data that a rank tells when it arrives."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("shardit", "torch", "diffusers", "transformers")
+SMALL = 1 << 20
+"""Bytes up to which a file of a model is compared by its content; larger ones by their size."""
+
+OF_ONE_PROCESS = {
+    *("SHARDIT_HOST", "SHARDIT_PORT", "SHARDIT_API_KEY", "SHARDIT_DATA_DIR", "SHARDIT_RAY_WAIT"),
+    *("SHARDIT_PROGRESS", "SHARDIT_DEBUG", "SHARDIT_CACHE"),
+}
+
+
+def facts(rank: int, model: str = "", flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Of this process: who it is, its packages, what it has of the model, and the flags that it was started with."""
+    return {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "versions": versions(),
+        "model": fingerprint(model),
+        "flags": {name: str(value) for name, value in {**(flags or {}), **settings()}.items()},
+    }
+
+
+def settings() -> dict[str, str]:
+    """The SHARDIT_* variables of this process that change what ranks do."""
+    own = (name for name in os.environ if name.startswith("SHARDIT_") and name not in OF_ONE_PROCESS)
+    return {name: os.environ[name] for name in sorted(own)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on; imports none of them."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            if name != "shardit":  # it may be run from its source folder
+                found[name] = "none"
+    return found
+
+
+def fingerprint(model: str) -> str | None:
+    """A digest of a model folder's file names, their sizes and the content of small ones; None where there is no such
+    folder on this machine."""
+    folder = Path(model).expanduser()
+    if not model or model.startswith("tiny/") or not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue  # left by downloads
+        size = path.stat().st_size
+        digest.update(f"{name.as_posix()}\0{size}\0".encode())
+        if size <= SMALL:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

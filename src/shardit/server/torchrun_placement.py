@@ -1,0 +1,128 @@
+"""Ranks that torchrun has started: the supervisor as the child of rank 0's keeper, and what it says to all keepers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+
+from ..engine.connect import Reach
+from ..engine.messages import Channel, Closed, SessionSpec
+from ..engine.nursery import die_with_parent
+from ..errors import InputError, RankError
+from .options import ServeOptions
+from .remote_ranks import RankPort, join_all
+
+RESTART = 75
+"""Exit code of keepers when all ranks are to be started anew; torchrun does so for any code but 0."""
+ARRIVE_S = 900.0
+"""Longest wait for all ranks to arrive, in seconds. They do before they load the model."""
+AGAIN_S = 60.0
+"""How long a supervisor lives on that waits to be ended because ranks are started anew, in seconds."""
+PATIENCE_S = 20.0
+"""How long a supervisor waits for the data folder and the port of the one before it, in seconds."""
+
+
+@dataclass(frozen=True)
+class Supervise:
+    """From the keeper of rank 0 to the supervisor, first of all. restarts: how often torchrun has started all anew."""
+
+    options: ServeOptions
+    reach: Reach
+    world_size: int
+    restarts: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """From the supervisor to keepers: end with this code; from the keeper of rank 0: have all keepers do so."""
+
+    code: int
+
+
+class TorchrunPlacement:
+    """See `Placement`. Ranks are started once: to start them anew, all processes end and torchrun starts others."""
+
+    def __init__(self, port: RankPort, world_size: int):
+        self._port, self._size = port, world_size
+        self._leashes: list[Channel] = []
+        self._left = threading.Lock()
+        self._started = False
+        self._over = threading.Event()
+
+    def start(self, spec: SessionSpec) -> list[Channel]:
+        """See `Placement`."""
+        if self._started:
+            self._over.wait(AGAIN_S)
+            raise RankError(-1, "torchrun has not started the ranks anew")
+        self._started = True
+        arrived = self._port.collect(ARRIVE_S)
+        self._leashes = [arrived[rank, "keeper"].channel for rank in range(self._size)]
+        return join_all([arrived[rank, "rank"] for rank in range(self._size)], spec)
+
+    def kill(self) -> dict[int, str]:
+        """See `Placement`. This ends the supervisor too: another one goes on with its jobs."""
+        if self._started:
+            self.leave(RESTART)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    def stop(self, code: int = 0) -> None:
+        """See `Placement`."""
+        self._over.set()
+        self.leave(code)
+        self._port.close()
+
+    def stacks(self) -> dict[int, str]:
+        """See `Placement`."""
+        return {}
+
+    def leave(self, code: int) -> None:
+        """Have all keepers end with `code`; the first call counts. 0 becomes RESTART where a keeper is gone already:
+        torchrun, which noticed, is about to start all anew and has therefore told us to end."""
+        if not self._left.acquire(blocking=False):
+            return
+        if code == 0 and self._leashes and wait(self._leashes, 0):
+            code = RESTART
+        for leash in self._leashes:
+            with contextlib.suppress(Closed, OSError):
+                leash.socket.settimeout(1.0)
+                leash.send(Leave(code))
+
+
+def main(control_fd: int, listener_fd: int, keeper: int) -> int:
+    """The supervisor's process under torchrun; returns its exit code."""
+    from .supervisor import serve
+
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != keeper:
+        return 1
+    control = Channel(socket.socket(fileno=control_fd))
+    try:
+        start: Supervise = control.recv()
+    except Closed:
+        return 1
+    places = [(rank, role) for rank in range(start.world_size) for role in ("rank", "keeper")]
+    port = RankPort(socket.socket(fileno=listener_fd), places, start.reach.token)
+    placement = TorchrunPlacement(port, start.world_size)
+    threading.Thread(target=_obey, args=(control, placement), daemon=True).start()
+    try:
+        return serve(start.options, placement, PATIENCE_S if start.restarts else 0.0)
+    except InputError as error:
+        placement.stop(2)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _obey(control: Channel, placement: TorchrunPlacement) -> None:
+    """Stop when the keeper says so; where it is gone, at once: what is left undone is done again."""
+    with contextlib.suppress(Closed, OSError):
+        while True:
+            placement.leave(control.recv().code)
+            os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -90,13 +91,14 @@ class RealServer:
 
     # HTTP.
 
-    def call(self, method: str, path: str, body: Any = None, timeout_s: float = 30.0) -> tuple[int, Any]:
+    def call(self, method: str, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
         """Status and body (JSON where it is that). Raises OSError where nobody answers."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Prefer": "respond-async"}
+        headers.update({} if key is None else {"Idempotency-Key": key})
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            with urllib.request.urlopen(request, timeout=30.0) as answer:
                 status, kind, content = answer.status, answer.headers.get("Content-Type", ""), answer.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -105,12 +107,12 @@ class RealServer:
             raise OSError(str(error)) from error
         return status, json.loads(content) if kind.startswith("application/json") else content
 
-    def patiently(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    def patiently(self, method: str, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
         """As `call`, again and again while nobody answers or the answer is "later"."""
         deadline = time.monotonic() + WAIT_S
         while True:
             with contextlib.suppress(OSError, EOFError):
-                status, answer = self.call(method, path, body)
+                status, answer = self.call(method, path, body, key)
                 if status != 503:
                     return status, answer
             assert time.monotonic() < deadline, "nobody answers"
@@ -122,11 +124,11 @@ class RealServer:
         takes_frames = "num_frames" in tiny.defaults(self.model.removeprefix("tiny/"))
         return "/v1/videos" if takes_frames else "/v1/images"
 
-    def submit(self, seed: int, prompt: str = "a cat", **call: Any) -> str:
-        """Send a request; the id of its job."""
+    def submit(self, seed: int, prompt: str = "a cat", key: str | None = None, **call: Any) -> str:
+        """Send a request, with an idempotency key if there is one; the id of its job."""
         body = {**tiny.defaults(self.model.removeprefix("tiny/")), "prompt": prompt, "seed": seed, **call}
         to = self.path if self.path == "/v1/videos" else f"{self.path}/generations"
-        status, answer = self.patiently("POST", to, body)
+        status, answer = self.patiently("POST", to, body, key)
         assert status in (200, 202), answer
         return answer["id"]
 
@@ -175,13 +177,8 @@ class RealServer:
         """The job has completed, with the bits of plain diffusers."""
         shown = self.ended(job_id)
         assert shown["status"] == "completed", shown
-        frames = by_diffusers(self.model.removeprefix("tiny/"), seed, prompt=prompt, **call)
-        suffix = ".mp4" if self.path == "/v1/videos" else ".png"
-        with tempfile.TemporaryDirectory() as folder:
-            wanted = Path(folder) / f"wanted{suffix}"
-            made = Output(prompt, seed, frames=[frames]) if suffix == ".mp4" else Output(prompt, seed, frames)
-            made.save(wanted)
-            assert same(pictures(wanted.read_bytes()), pictures(self.result(job_id))), job_id
+        wanted = expected(self.model.removeprefix("tiny/"), seed, prompt, tuple(sorted(call.items())))
+        assert same(wanted, pictures(self.result(job_id))), job_id
 
     # Processes.
 
@@ -234,6 +231,17 @@ def real_server(model: str, folder: Path, *flags: str, faulty: bool = False) -> 
         yield server
     finally:
         server.end()
+
+
+@functools.lru_cache(maxsize=50)
+def expected(name: str, seed: int, prompt: str, call: tuple[tuple[str, Any], ...]) -> list[Image.Image]:
+    """What plain diffusers makes, as it is read from a file."""
+    made = by_diffusers(name, seed, prompt=prompt, **dict(call))
+    is_video = "num_frames" in tiny.defaults(name)
+    output = Output(prompt, seed, frames=[made]) if is_video else Output(prompt, seed, made)
+    with tempfile.TemporaryDirectory() as folder:
+        (path,) = output.save(Path(folder) / ("wanted.mp4" if is_video else "wanted.png"))
+        return pictures(path.read_bytes())
 
 
 def at(line: dict[str, Any]) -> float:

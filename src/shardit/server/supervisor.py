@@ -9,6 +9,7 @@ import fcntl
 import os
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,11 @@ def serve(options: ServeOptions, placement: Placement | None = None, patience_s:
     placement = placement or placement_for(options)
     with locked(options.data_dir, patience_s) as was_killed:
         with listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener:
-            return Supervisor(options, listener, placement).run()
+            try:
+                return Supervisor(options, listener, placement).run()
+            except sqlite3.Error as error:
+                text = f"the data folder {options.data_dir} cannot be written ({error}); make room there"
+                raise InputError(text) from error
 
 
 def placement_for(options: ServeOptions) -> Placement:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full matrix lint bench install clean
+.PHONY: demo test test-full matrix lint bench bench-serve install clean
 
 demo: install ## two stages make a video; compared with one rank
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,9 @@ lint: install ## style and types
 	$(BIN)/ruff check src tests bench examples
 	$(BIN)/ruff format --check src tests bench examples
 	$(BIN)/pyright
+
+bench-serve: install ## the server against the offline engine
+	$(BIN)/python -m bench --only serve
 
 bench: install ## two ranks against plain diffusers on one
 	$(BIN)/python -m bench

@@ -1,7 +1,7 @@
 """`python -m bench`: a table, and as the last line one JSON document, also written to `bench/results/`.
 
-Names for --only: speed, axes, overhead, memory, startup, numerics, schedules. With --quick everything is small and
-nothing is waited for: it shows that the bench works, not how fast anything is, and writes no result file unless
+Names for --only: speed, axes, overhead, memory, startup, numerics, schedules, serve. With --quick everything is small
+and nothing is waited for: it shows that the bench works, not how fast anything is, and writes no result file unless
 --output names one.
 """
 
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import machine, memory, model, numerics, overhead, report, schedules, speed, startup
+from . import machine, memory, model, numerics, overhead, report, schedules, serve, speed, startup
 
-NAMES = ("speed", "axes", "overhead", "memory", "startup", "numerics", "schedules")
+NAMES = ("speed", "axes", "overhead", "memory", "startup", "numerics", "schedules", "serve")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -73,6 +73,7 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
         "startup": lambda: startup.measure(1 if quick else 3),
         "numerics": lambda: numerics.measure(size),
         "schedules": lambda: schedules.measure(size),
+        "serve": lambda: serve.measure(1, 4) if quick else serve.measure(options.rounds or 3),
     }
 
 

@@ -17,6 +17,7 @@ def table(document: dict[str, Any]) -> str:
         "startup": _startup,
         "numerics": _numerics,
         "schedules": _schedules,
+        "serve": _serve,
     }
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -109,3 +110,24 @@ def _schedules(found: list[dict[str, Any]]) -> list[str]:
         for row in found
     ]
     return lines
+
+
+def _serve(found: dict[str, Any]) -> list[str]:
+    rows = (
+        ("throughput, share of the offline engine", f"{found['throughput_share']:.3f}", ">= 0.95"),
+        ("the same, where that writes its files too", f"{found['throughput_share_with_files']:.3f}", ""),
+        ("request beyond compute and encoding, ms", f"{found['overhead_ms']:.1f}", "<= 20"),
+        ("cancel to freed slot, steps", f"{found['cancel_steps']:g}", "<= 1"),
+        ("cancel to the next job's first step, ms", f"{found['cancel_ms']:.0f}", ""),
+        ("killed rank to /ready beyond start-up, s", f"{found['restart_beyond_start_s']:.2f}", "<= 3"),
+        ("start to /ready, s", f"{found['start_s']:.2f}", ""),
+        ("start to /health, s", f"{found['api_up_s']:.2f}", "< 1"),
+        ("API process, MiB", f"{found['api_rss_mib']:.0f}", "< 150"),
+        ("/health while ranks compute, p95 ms", f"{found['health_p95_ms']:.1f}", "<= 20"),
+    )
+    return [
+        f"Server: {found['clients']} clients, tiny video model on {found['in_flight']} stages, {found['requests']} "
+        f"requests, medians (of {found['rounds']} rounds for throughput and restart).",
+        f"  {'':<44}{'measured':>11}{'wanted':>11}",
+        *(f"  {name:<44}{value:>11}{wanted:>11}" for name, value, wanted in rows),
+    ]

@@ -44,4 +44,8 @@ def fail() -> None:
     raise KeyError("on one rank only")
 
 
-DEEDS = {"raise": fail, "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+def too_much() -> None:
+    raise MemoryError("as if the memory did not suffice")
+
+
+DEEDS = {"raise": fail, "kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "oom": too_much}

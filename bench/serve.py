@@ -1,0 +1,216 @@
+"""`shardit serve` against the offline engine: throughput with many clients, what a request costs beyond its work, how
+fast it cancels and comes back, and what the API process takes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .served import Connection, Served
+
+MODEL = "wan2.2-t2v"
+STAGES = 2
+CLIENTS = 8
+REQUESTS = 50
+HEALTH_EVERY_S = 0.02
+CANCEL_AT, LONG = 3, 200
+"""A job of `LONG` steps is cancelled after step `CANCEL_AT`."""
+
+
+def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
+    """`requests` of a tiny video model on two stages for each number, in `rounds` turns with the offline engine."""
+    from shardit import DiffusionParallelConfig, Omni
+
+    os.environ["SHARDIT_PROGRESS"] = "0"
+    flags = ("--pipeline-parallel-size", str(STAGES), "--max-in-flight", str(STAGES), "--queue-size", "1000")
+    with Served(f"tiny/{MODEL}", *flags) as first:  # writes the checkpoint, warms the disk
+        first.wait(lambda: first.answers("/ready"))
+    config = DiffusionParallelConfig(pipeline_parallel_size=STAGES)
+    with Served(f"tiny/{MODEL}", *flags) as server:
+        server.wait(lambda: server.answers("/health"))
+        api_up_s = time.monotonic() - server.begun
+        server.wait(lambda: server.answers("/ready"))
+        start_s = time.monotonic() - server.begun
+        with Omni(f"tiny/{MODEL}", parallel_config=config, max_in_flight=STAGES, device="cpu") as omni:
+            health = Health(server)
+            throughput = _throughput(server, omni, rounds, requests, health)
+            overhead = _overhead(server, omni, requests)
+        cancel = _cancel(server, requests)
+        rss_mib = server.rss_mib("server.http")
+        restarts = [_restart_s(server) for _ in range(rounds)]
+    return {
+        "requests": requests,
+        "rounds": rounds,
+        "clients": CLIENTS,
+        "in_flight": STAGES,
+        **throughput,
+        **overhead,
+        **cancel,
+        "api_up_s": api_up_s,
+        "start_s": start_s,
+        "restart_s": median(restarts),
+        "restart_beyond_start_s": median(restarts) - start_s,
+        "api_rss_mib": rss_mib,
+        "health_p95_ms": health.p95_ms(),
+        "health_requests": len(health.seconds),
+    }
+
+
+def call_of(seed: int, **more: Any) -> dict[str, Any]:
+    """The same request for both."""
+    from shardit.models import tiny
+
+    return {**tiny.defaults(MODEL), "prompt": f"a cat, number {seed}", "seed": seed, **more}
+
+
+class Health:
+    """Asks for /health again and again while something else goes on."""
+
+    def __init__(self, server: Served):
+        self._server = server
+        self.seconds: list[float] = []
+
+    def during(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._ask, args=(over,))
+        thread.start()
+        try:
+            return work()
+        finally:
+            over.set()
+            thread.join()
+
+    def p95_ms(self) -> float:
+        """Of all answers so far."""
+        return sorted(self.seconds)[int(0.95 * (len(self.seconds) - 1))] * 1000
+
+    def _ask(self, over: threading.Event) -> None:
+        connection = self._server.connect()
+        while not over.wait(HEALTH_EVERY_S):
+            begin = time.monotonic()
+            connection.good("GET", "/health")
+            self.seconds.append(time.monotonic() - begin)
+
+
+def _throughput(server: Served, omni: Any, rounds: int, requests: int, health: Health) -> dict[str, Any]:
+    """Seconds for all requests: over HTTP, by `generate`, and by `generate` with the files that the server writes."""
+    served, offline, saved = [], [], []
+    for number in range(-1, rounds):  # the first round warms up both
+        count = requests if number >= 0 else CLIENTS
+        served_s = health.during(lambda count=count: _serve_all(server, count))
+        offline_s, saved_s = _generate_all(omni, count)
+        if number >= 0:
+            served.append(served_s)
+            offline.append(offline_s)
+            saved.append(saved_s)
+    return {
+        "served_s": median(served),
+        "offline_s": median(offline),
+        "offline_with_files_s": median(saved),
+        "throughput_share": median(a / b for a, b in zip(offline, served, strict=True)),
+        "throughput_share_with_files": median(a / b for a, b in zip(saved, served, strict=True)),
+    }
+
+
+def _serve_all(server: Served, count: int) -> float:
+    connections = threading.local()
+
+    def one(seed: int) -> None:
+        if not hasattr(connections, "own"):
+            connections.own = server.connect()
+        connections.own.good("POST", "/v1/videos/sync", call_of(seed))
+
+    begin = time.monotonic()
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        list(clients.map(one, range(count)))
+    return time.monotonic() - begin
+
+
+def _generate_all(omni: Any, count: int) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.monotonic()
+        outputs = omni.generate([call_of(seed) for seed in range(count)])
+        computed = time.monotonic() - begin
+        for number, output in enumerate(outputs):
+            output.save(Path(folder) / f"{number}.mp4")
+        return computed, time.monotonic() - begin
+
+
+def _overhead(server: Served, omni: Any, requests: int) -> dict[str, Any]:
+    """One client, one request after the other: its time beyond what the ranks needed and the writing of the file."""
+    from shardit.server.store import Store
+
+    store, connection = Store(server.folder), server.connect()
+    beyond, saving = [], []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for seed in range(requests):
+                (output,) = omni.generate(call_of(seed))
+                begin = time.monotonic()
+                output.save(Path(folder) / "one.mp4")
+                saving.append(time.monotonic() - begin)
+                begin = time.monotonic()
+                _, headers = connection.good("POST", "/v1/videos/sync", call_of(seed))
+                took = time.monotonic() - begin
+                job = store.get(headers["x-shardit-job"])
+                assert job is not None
+                beyond.append(took - job.facts["seconds"] - saving[-1])
+    finally:
+        store.close()
+    return {"overhead_ms": median(beyond) * 1000, "encoding_ms": median(saving) * 1000}
+
+
+def _cancel(server: Served, requests: int) -> dict[str, Any]:
+    """Steps that a job still takes after the answer to its cancelling, and the time until the next has begun."""
+    steps, seconds = [], []
+    for seed in range(requests):
+        done, freed = _cancel_one(server, seed)
+        steps.append(done)
+        seconds.append(freed)
+    return {"cancel_steps": median(steps), "cancel_most_steps": max(steps), "cancel_ms": median(seconds) * 1000}
+
+
+def _cancel_one(server: Served, seed: int) -> tuple[int, float]:
+    from json import loads
+
+    connection = server.connect()
+    running, other, waiting = (
+        loads(connection.good("POST", "/v1/videos", call_of(seed + number, num_inference_steps=LONG))[0])["id"]
+        for number in range(STAGES + 1)
+    )
+    following = threading.Thread(target=_first_step, args=(server.connect(), waiting, began := []))
+    following.start()
+    cancelled, after = 0.0, 0
+    for name, data, now in server.connect().events(f"/v1/videos/{running}/events"):
+        if name == "step" and data["step"] >= CANCEL_AT and not cancelled:
+            connection.good("POST", f"/v1/videos/{running}/cancel")
+            cancelled = time.monotonic()
+        elif name == "step" and cancelled and now > cancelled:
+            after += 1
+    following.join()
+    for job_id in (other, waiting):
+        connection.good("DELETE", f"/v1/videos/{job_id}")
+    return after, began[0] - cancelled
+
+
+def _first_step(connection: Connection, job_id: str, began: list[float]) -> None:
+    for name, _, now in connection.events(f"/v1/videos/{job_id}/events"):
+        if name == "step":
+            began.append(now)
+            return
+
+
+def _restart_s(server: Served) -> float:
+    """From the SIGKILL of a rank to the next yes of /ready."""
+    killed = server.kill_a_rank()
+    server.wait(lambda: not server.answers("/ready"))
+    server.wait(lambda: server.answers("/ready"))
+    return time.monotonic() - killed

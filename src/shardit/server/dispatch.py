@@ -269,7 +269,8 @@ class Dispatcher:
         def write() -> None:
             now = self.store.get(job.id)
             cancelled = now is None or now.cancel_requested
-            end, facts = ("cancelled", {}) if cancelled else (state, more)
+            end: State = "cancelled" if cancelled else state
+            facts: dict[str, Any] = {} if cancelled else more
             try:
                 ended = self.store.finish(job.id, end, **facts)
             except FileNotFoundError as error:  # somebody has removed the results

@@ -29,9 +29,10 @@ from shardit.engine.messages import Closed, SessionSpec
 from shardit.errors import InputError, RankError
 from shardit.server.flags import Executor, ServeFlags
 from shardit.server.jobs import NewJob
-from shardit.server.keeper import LOOPBACK, Seat, hosts_of, serve_as_rank
+from shardit.server.keeper import serve_as_rank
 from shardit.server.ray_placement import RayPlacement
 from shardit.server.remote_ranks import Arrival, RankPort, check_alike, join_all, listen_for_ranks
+from shardit.server.seat import LOOPBACK, Seat, hosts_of
 from shardit.server.store import Store
 
 HERE = pathlib.Path(__file__).parent

@@ -171,19 +171,23 @@ class Keeper:
     def _watch(self) -> int:
         while True:
             left = self._deadline - time.monotonic()
+            sockets = {"signal": self._wakeup}
             from_rank = None if self._heard else self.from_rank
-            sources = [source for source in (self._wakeup, self.leash, from_rank, self.control) if source]
-            ready = wait(sources, None if left == math.inf else max(0.0, left))
-            if self.leash in ready:
+            for name, channel in (("leash", self.leash), ("rank", from_rank), ("control", self.control)):
+                if channel is not None:
+                    sockets[name] = channel.socket
+            found = wait(list(sockets.values()), None if left == math.inf else max(0.0, left))
+            ready = {name for name, sock in sockets.items() if sock in found}
+            if "leash" in ready:
                 return _code_from(self.leash)
-            if from_rank in ready:
+            if "rank" in ready:
                 self._hear_rank()
-            if self._wakeup in ready:
+            if "signal" in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._wakeup.recv(4096)
                 self._on_signal()
                 self._bury_rank()
-            elif self.control in ready:  # the supervisor says nothing here: it is gone
+            elif "control" in ready:  # the supervisor says nothing here: it is gone
                 return self._code_of_supervisor()
             if time.monotonic() >= self._deadline:
                 return self._code_then

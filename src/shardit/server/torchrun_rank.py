@@ -81,7 +81,7 @@ def found(rank: RemoteRank) -> Reach:
 
 
 def _store() -> Any:
-    from torch.distributed import rendezvous
+    from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_WAIT_S)))
     _kept.append(store)

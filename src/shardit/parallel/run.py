@@ -95,5 +95,7 @@ def _layout_of(told: list[list[int]]) -> Layout:
     if own_rows and own_columns:
         raise UnsupportedError("an attention mask that has neither all rows nor all columns")
     if set(k_lens) == {1} or (set(q_lens) == {1} and set(rows) == {1}):
-        raise UnsupportedError("an attention mask over one token per rank: use fewer ranks for so short a sequence")
+        raise UnsupportedError(
+            "an attention mask over one token per rank; lower ulysses_degree or ring_degree for so short a sequence"
+        )
     return Layout(q_lens, k_lens, own_rows, own_columns)

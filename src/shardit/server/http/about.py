@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
 from ..messages import Ranks, RanksState
@@ -82,7 +82,7 @@ def about_routes(context: Context) -> APIRouter:
             return shown
         return JSONResponse(shown, 503, {"Retry-After": "5"})
 
-    @router.get("/metrics", responses=answers(401), response_class=Response)
+    @router.get("/metrics", responses=answers(401), response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Metrics in prometheus' text format."""
         ours = context.metrics.text()
@@ -143,6 +143,7 @@ def _defaults(context: Context) -> dict[str, Any]:
     takes, options = context.board.info.get("signature"), context.options
     if takes is None:
         return {}
-    shown = {name: value for name, value in takes.defaults.items() if name in takes.choices and value is not None}
+    names = set(pipeline_names(context.board.info))
+    shown = {name: value for name, value in takes.defaults.items() if name in names and value is not None}
     filled = tiny.filled_in(options.model.removeprefix("tiny/"), ()) if options.model.startswith("tiny/") else {}
     return {**shown, **filled}

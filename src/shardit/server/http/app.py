@@ -61,9 +61,12 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 
 async def _http_error(request: Request, error: Any) -> Response:
-    texts = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not possible here"}
-    text = texts.get(error.status_code, str(error.detail))
-    return ApiError(error.status_code, text, code="not_found", headers=error.headers).response()
+    known = {
+        404: ("not_found", f"there is nothing at {request.url.path}"),
+        405: ("method_not_allowed", f"{request.method} is not possible here; see the header Allow"),
+    }
+    code, text = known.get(error.status_code, ("http_error", str(error.detail)))
+    return ApiError(error.status_code, text, code=code, headers=error.headers).response()
 
 
 async def _invalid(request: Request, error: Any) -> Response:

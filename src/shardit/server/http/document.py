@@ -74,6 +74,11 @@ def _corrected(document: dict[str, Any], models: tuple[type[BaseModel], ...]) ->
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)  # every mistake is answered with 400 here
+            for status, answer in operation["responses"].items():
+                if "text/event-stream" in answer.get("content", {}):
+                    answer["content"]["text/event-stream"] = {}  # not one text, but one after the other
+                if int(status) >= 400:  # errors are JSON where results are files, too
+                    answer["content"] = {"application/json": next(iter(answer["content"].values()))}
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)

@@ -23,6 +23,8 @@ _LOG = logger("api")
 _BODY_PAUSE_S = 30.0
 """Longest wait for the next piece of a body."""
 _DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
+_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
+_PROBES = ("/health", "/ready", "/metrics")
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -103,9 +105,12 @@ class Guard:
 
     def _account(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         route: Any = scope.get("route")
-        path = getattr(route, "path", "other")  # the pattern, of which there are few
-        self._metrics.requests.labels(scope["method"], path, str(status)).inc()
+        path = getattr(route, "path", "other")  # the pattern: there are few of them, as of methods
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.requests.labels(method, path, str(status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
+        if path in _PROBES and status < 400:
+            return  # asked for all the time
         _LOG.info(
             "request",
             http_id=request_id,

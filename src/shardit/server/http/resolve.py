@@ -13,7 +13,7 @@ from .errors import ApiError
 from .fields import PICTURES, ROUTING
 
 # Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be.
-_NOT_SENDABLE = re.compile(r"embeds|latents|mask|image|video|callback|generator|guess|processor")
+_NOT_SENDABLE = re.compile(r"^output_type$|embeds|latents|mask|image|video|callback|generator|guess|processor")
 
 
 def pipeline_names(info: Mapping[str, Any]) -> list[str]:
@@ -47,7 +47,9 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
     if seconds != "auto" and "num_frames" not in given:
         given["num_frames"] = _frames(float(seconds), float(given.get("fps") or takes.default_fps), options.limits)
     if options.model.startswith("tiny/"):
-        given = {**tiny.filled_in(options.model.removeprefix("tiny/"), given), **given}
+        named = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & set(given) else [])}
+        filled = tiny.filled_in(options.model.removeprefix("tiny/"), named)
+        given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
     check_limits(given, options.limits)
     return given
 

@@ -1,0 +1,98 @@
+// Everything that goes over the network. Addresses are relative, so that the page also works behind a proxy's prefix.
+
+const STORED = "shardit-api-key";
+const PATIENCE_MS = 20_000; // for answers that need no upload and no work
+
+let key = sessionStorage.getItem(STORED);
+let tellLocked = () => {};
+
+/** What went wrong, in one line. `field` is the parameter that it concerns, `status` 0 where no answer came. */
+export class ServerError extends Error {
+  constructor(message, status, field = null) {
+    super(message);
+    this.status = status;
+    this.field = field;
+  }
+}
+
+/** `listener(message)` is called whenever the server wants an API key, or another one. */
+export function whenLocked(listener) {
+  tellLocked = listener;
+}
+
+export const hasKey = () => key !== null;
+
+/** Use this key from now on, in this tab; null forgets it. */
+export function useKey(given) {
+  key = given;
+  if (key === null) sessionStorage.removeItem(STORED);
+  else sessionStorage.setItem(STORED, key);
+}
+
+async function request(path, options = {}) {
+  const headers = new Headers(options.headers);
+  if (key !== null) headers.set("Authorization", `Bearer ${key}`);
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers, cache: "no-store" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("The server cannot be reached.", 0);
+  }
+  if (answer.ok) return answer;
+  const failure = await failureOf(answer);
+  if (answer.status === 401) tellLocked(failure.message);
+  throw failure;
+}
+
+async function failureOf(answer) {
+  try {
+    const { error } = await answer.json();
+    return new ServerError(error.message, answer.status, error.param ?? null);
+  } catch {
+    return new ServerError(`The server answered ${answer.status} ${answer.statusText}.`, answer.status);
+  }
+}
+
+/** The JSON that `path` answers with. */
+export async function json(path, { method = "GET", signal = AbortSignal.timeout(PATIENCE_MS), ...options } = {}) {
+  const answer = await request(path, { method, signal, ...options });
+  try {
+    // Seeds may have more digits than a number of JavaScript holds; those stay text.
+    return JSON.parse((await answer.text()).replace(/"seed":\s*(\d{16,})/g, '"seed":"$1"'));
+  } catch (error) {
+    throw new ServerError(`The server's answer cannot be read (${error.message}).`, answer.status);
+  }
+}
+
+/** An address for `src` and `href`: the path itself, or a blob where only fetch can send the key. Release it. */
+export async function address(path) {
+  if (key === null) return path;
+  const answer = await request(path);
+  return URL.createObjectURL(await answer.blob());
+}
+
+export function release(url) {
+  if (url.startsWith("blob:")) URL.revokeObjectURL(url);
+}
+
+/** Server-sent events of `path`: {name, data}. EventSource cannot send a key, fetch can. */
+export async function* events(path, signal) {
+  const answer = await request(path, { signal, headers: { Accept: "text/event-stream" } });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split(/\r?\n\r?\n/);
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const event = { name: "message", data: "" };
+      for (const line of block.split(/\r?\n/)) {
+        if (line.startsWith("event:")) event.name = line.slice(6).trim();
+        if (line.startsWith("data:")) event.data += line.slice(5);
+      }
+      if (event.data) yield { name: event.name, data: JSON.parse(event.data) };
+    }
+  }
+}

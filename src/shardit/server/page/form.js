@@ -1,0 +1,199 @@
+// The form: which fields the model takes, what is typed into them, and errors next to what they concern.
+
+import { ServerError, json } from "./api.js";
+import { settingsOf } from "./jobs.js";
+
+const form = document.getElementById("form");
+const fields = new Map([...form.querySelectorAll("[data-field]")].map((field) => [field.dataset.field, field]));
+const image = form.elements.image;
+// Two ways to say one thing: typing one empties the other.
+const EITHER = [["seconds", "num_frames"]];
+// Names of the server's errors that are other than those of the fields.
+const CONCERNS = { size: "width", input_reference: "image", num_outputs_per_prompt: "n" };
+// Pictures sent from here by the job that they belong to: the server does not give them back.
+const sent = new Map();
+
+let model = null; // the last answer of /v1/server
+let known = ""; // the part of it that matters here
+
+const input = (name) => fields.get(name).querySelector("input, textarea");
+const shown = (name) => !fields.get(name).hidden;
+
+/** Show the fields that the model takes; `server` is the answer of /v1/server. */
+export function fit(server) {
+  const news = JSON.stringify([server.model, server.kind, server.parameters, server.defaults, server.needs_image]);
+  if (known === news) return;
+  [model, known] = [server, news];
+  const takes = new Set(["prompt", ...server.parameters]);
+  if (takes.has("num_frames")) takes.add("seconds");
+  if (takes.has("num_outputs_per_prompt")) takes.add("n");
+  if (server.takes_image) takes.add("image");
+  const presets = { ...presetsOf(server), ...server.defaults };
+  for (const [name, field] of fields) {
+    field.hidden = !takes.has(name);
+    if (name in presets && input(name).type === "number") input(name).placeholder = String(presets[name]);
+  }
+  document.getElementById("image-note").textContent = server.needs_image ? "" : "(optional)";
+  image.required = server.needs_image;
+  document.getElementById("more").hidden = !inMore().some(shown);
+}
+
+const inMore = () => [...form.querySelectorAll("#more [data-field]")].map((field) => field.dataset.field);
+
+function presetsOf(server) {
+  const { default_fps: fps, defaults } = server;
+  if (!fps) return {};
+  const seconds = defaults.num_frames ? { seconds: Number(((defaults.num_frames - 1) / fps).toFixed(2)) } : {};
+  return { fps, ...seconds };
+}
+
+/** Send what is typed; the accepted job. Errors are shown here, and null is returned. */
+export async function send() {
+  clearErrors();
+  if (!check()) return null;
+  const values = typed();
+  const file = shown("image") ? image.files[0] : undefined;
+  const { path, options } = model.kind === "video" ? video(values, file) : picture(values, file);
+  try {
+    const job = await json(path, { method: "POST", signal: undefined, ...options });
+    if (file) sent.set(job.id, file);
+    return job;
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    if (error.status !== 401) showError(error.message, error.field);
+    return null;
+  }
+}
+
+function video(values, file) {
+  return { path: "v1/videos", options: { body: multipart(values, file && ["input_reference", file]) } };
+}
+
+function picture(values, file) {
+  const headers = { Prefer: "respond-async" };
+  if (file) return { path: "v1/images/edits", options: { headers, body: multipart(values, ["image", file]) } };
+  headers["Content-Type"] = "application/json";
+  return { path: "v1/images/generations", options: { headers, body: written(values) } };
+}
+
+/** The visible fields that are not empty, as [name, text, whether it is a number]. */
+function typed() {
+  const values = [["model", model.model, false]];
+  for (const name of fields.keys()) {
+    const element = input(name);
+    const keep = name === "prompt" || element.value !== "";
+    if (shown(name) && keep && element.type !== "file") values.push([name, element.value, element.type === "number"]);
+  }
+  return values;
+}
+
+function multipart(values, file) {
+  const body = new FormData();
+  for (const [name, text] of values) body.append(name, text);
+  if (file) body.append(...file);
+  return body;
+}
+
+// By hand, because a seed may have more digits than a number of JavaScript holds.
+function written(values) {
+  const literal = (text) => (/^(0|[1-9]\d*)$/.test(text) ? text : String(Number(text)));
+  const entries = values.map(([name, text, isNumber]) => {
+    return `${JSON.stringify(name)}:${isNumber ? literal(text) : JSON.stringify(text)}`;
+  });
+  return `{${entries.join(",")}}`;
+}
+
+// What the browser itself can tell, in its own words.
+function check() {
+  form.elements.prompt.required = image.files.length === 0; // a picture alone may say enough
+  for (const name of fields.keys()) {
+    const element = input(name);
+    if (shown(name) && !element.checkValidity()) {
+      showError(element.validationMessage, name);
+      return false;
+    }
+  }
+  return true;
+}
+
+function showError(message, concerned) {
+  const name = CONCERNS[concerned] ?? concerned;
+  if (!fields.has(name) || !shown(name)) {
+    document.getElementById("form-error").textContent = message;
+    return;
+  }
+  const element = input(name);
+  const line = fields.get(name).appendChild(document.createElement("p"));
+  Object.assign(line, { className: "error", id: `${name}-error`, textContent: message });
+  line.setAttribute("role", "alert");
+  element.setAttribute("aria-invalid", "true");
+  element.setAttribute("aria-describedby", line.id);
+  element.closest("details")?.setAttribute("open", "");
+  element.focus();
+}
+
+function clearErrors() {
+  document.getElementById("form-error").textContent = "";
+  for (const element of form.querySelectorAll("[aria-invalid]")) {
+    element.removeAttribute("aria-invalid");
+    element.removeAttribute("aria-describedby");
+  }
+  for (const line of form.querySelectorAll(".field .error")) line.remove();
+}
+
+/** Put the settings of a job into the form. */
+export function reuse(job) {
+  refill(settingsOf(job));
+  choose(sent.get(job.id));
+  if (job.input_images > 0 && !sent.has(job.id)) showError("Choose the image again: the page does not have it any more.", "image");
+}
+
+function refill(settings) {
+  clearErrors();
+  for (const name of fields.keys()) {
+    if (name !== "image") input(name).value = settings[name] ?? "";
+  }
+  document.getElementById("more").open = inMore().some((name) => shown(name) && input(name).value !== "");
+  form.elements.prompt.focus();
+}
+
+// `file` as if it had been chosen; nothing without one.
+function choose(file) {
+  const chosen = new DataTransfer();
+  if (file) chosen.items.add(file);
+  image.files = chosen.files;
+  showPreview();
+}
+
+function showPreview() {
+  const preview = document.getElementById("preview");
+  if (preview.src) URL.revokeObjectURL(preview.src);
+  const file = image.files[0];
+  preview.hidden = document.getElementById("no-image").hidden = !file;
+  if (file) preview.src = URL.createObjectURL(file);
+  else preview.removeAttribute("src");
+}
+
+for (const pair of EITHER) {
+  pair.forEach((name, index) => input(name).addEventListener("input", () => (input(pair[1 - index]).value = "")));
+}
+image.addEventListener("change", showPreview);
+document.getElementById("no-image").addEventListener("click", () => {
+  choose();
+  image.focus();
+});
+const drop = form.querySelector(".drop");
+for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
+  drop.addEventListener(name, (event) => {
+    event.preventDefault();
+    drop.classList.toggle("over", name.startsWith("drage") || name === "dragover");
+    if (name === "drop") choose(event.dataTransfer.files[0]);
+  });
+}
+document.getElementById("reset").addEventListener("click", () => {
+  refill({ prompt: form.elements.prompt.value });
+  choose();
+});
+form.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});

@@ -76,6 +76,7 @@ def error_of(served: Served, path: str, body: Any, status: int, headers: dict[st
         ({"background": "transparent"}, "background"),
         ({"output_compression": 50}, "output_compression"),
         ({"stream": True}, "stream"),
+        ({"stream": 0}, "stream"),
         ({"response_format": "path"}, "response_format"),
         ({"promt": "x"}, "promt"),
         ({"num_frames": 9}, None),

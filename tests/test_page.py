@@ -120,7 +120,9 @@ def test_use_settings_again(visit: Visit) -> None:
 
 
 def test_enlarge(visit: Visit) -> None:
-    visit.generate("a large one")
+    visit.page.locator("#prompt").fill("a large one")
+    expect(visit.page.get_by_role("button", name="Generate")).to_be_enabled()
+    visit.page.locator("#prompt").press("Control+Enter")
     visit.loaded("a large one")
     visit.card("a large one").get_by_role("button", name="Enlarge").click()
     viewer = visit.page.get_by_role("dialog", name="a large one")

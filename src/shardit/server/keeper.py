@@ -8,7 +8,6 @@ all ranks anew. Supervisor and keepers never outlive each other.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import math
 import os
@@ -19,30 +18,28 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import shardit
 
-from ..engine.connect import Reach, address_towards, connect
+from ..engine.connect import Reach, connect
 from ..engine.facts import facts
 from ..engine.messages import Channel, Closed
 from ..engine.nursery import die_with_parent, join_group
 from ..errors import InputError, RankError
 from .options import ServeOptions
 from .remote_ranks import listen_for_ranks
+from .seat import LOOPBACK, Seat, hosts_of
 from .torchrun_placement import RESTART, Leave, Supervise
+from .torchrun_rank import be_rank, end_with
 
 WORD_WAIT_S = 5.0
 """After the end of a rank, or a signal: time for the supervisor to say with which code to end."""
 SUPERVISOR_STOP_S = 9.0
-REACH_S = 60.0
 LEASH_S = 6.0
 KILL_S = 5.0
-
-LOOPBACK = ("127.0.0.1",)
 
 # "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
 _BOOT = """
@@ -54,29 +51,6 @@ if sys.path.pop(0) not in sys.path: sys.path.append(sys.argv[1])
 from shardit.server.torchrun_placement import main
 sys.exit(main(*map(int, sys.argv[2:])))
 """
-
-
-@dataclass(frozen=True)
-class Seat:
-    """This rank's place among those that torchrun has started."""
-
-    rank: int
-    world_size: int
-    local_size: int
-    master: str
-    restarts: int
-
-    @classmethod
-    def of_environment(cls) -> Seat:
-        """As torchrun tells it."""
-        size = int(os.environ["WORLD_SIZE"])
-        return cls(
-            rank=int(os.environ["RANK"]),
-            world_size=size,
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
-            master=os.environ["MASTER_ADDR"],
-            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        )
 
 
 def serve_as_rank(options: ServeOptions) -> int:
@@ -91,12 +65,6 @@ def serve_as_rank(options: ServeOptions) -> int:
     if options.executor != "local":
         raise InputError(f"torchrun and --executor {options.executor} both place ranks; use one of them")
     return Keeper(options, seat).run()
-
-
-def flags_of(options: ServeOptions) -> dict[str, Any]:
-    """What must be the same on every node, by the names of flags."""
-    shared = {name: getattr(options, name) for name in ("model", "dtype", "device", "attention_backend")}
-    return {**shared, **dataclasses.asdict(options.config)}
 
 
 class Keeper:
@@ -196,26 +164,30 @@ class Keeper:
             self.control.close()
         for end in (self._wakeup, self._woken):
             end.close()
-        threading.Thread(target=_end_with, args=(to_keeper.socket,), daemon=True).start()
+        threading.Thread(target=end_with, args=(to_keeper.socket,), daemon=True).start()
 
     # Waiting.
 
     def _watch(self) -> int:
         while True:
             left = self._deadline - time.monotonic()
+            sockets = {"signal": self._wakeup}
             from_rank = None if self._heard else self.from_rank
-            sources = [source for source in (self._wakeup, self.leash, from_rank, self.control) if source]
-            ready = wait(sources, None if left == math.inf else max(0.0, left))
-            if self.leash in ready:
+            for name, channel in (("leash", self.leash), ("rank", from_rank), ("control", self.control)):
+                if channel is not None:
+                    sockets[name] = channel.socket
+            found = wait(list(sockets.values()), None if left == math.inf else max(0.0, left))
+            ready = {name for name, sock in sockets.items() if sock in found}
+            if "leash" in ready:
                 return _code_from(self.leash)
-            if from_rank in ready:
+            if "rank" in ready:
                 self._hear_rank()
-            if self._wakeup in ready:
+            if "signal" in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._wakeup.recv(4096)
                 self._on_signal()
                 self._bury_rank()
-            elif self.control in ready:  # the supervisor says nothing here: it is gone
+            elif "control" in ready:  # the supervisor says nothing here: it is gone
                 return self._code_of_supervisor()
             if time.monotonic() >= self._deadline:
                 return self._code_then
@@ -281,40 +253,6 @@ class Keeper:
                 self.supervisor.kill()
                 self.supervisor.wait()
         return code
-
-
-def hosts_of(seat: Seat) -> tuple[str, ...]:
-    """On rank 0: by which names ranks may reach this machine; LOOPBACK where all ranks are on it."""
-    if seat.local_size == seat.world_size or seat.master in ("localhost", "::1") or seat.master.startswith("127."):
-        return LOOPBACK
-    # torchrun may name another machine than this one, and a machine's own name may lead to 127.0.1.1 on itself.
-    towards = address_towards(seat.master, 1)
-    own = [towards] if towards and not towards.startswith("127.") else []
-    return tuple(dict.fromkeys([*own, seat.master, socket.gethostname()]))
-
-
-def be_rank(options: ServeOptions, seat: Seat, reach: Reach | None, keeper: Channel) -> int:
-    """In the forked process: find the supervisor, tell the keeper how, and work. `reach`: known on rank 0."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
-    from ..engine.remote_rank import RemoteRank
-    from ..engine.worker import threads_per_rank
-    from .torchrun_store import found, tell
-
-    rank = RemoteRank(seat.rank, options.model, flags_of(options))
-    if reach is not None:
-        tell(reach)
-        rank.arrive(reach, REACH_S)
-    else:
-        reach = found(rank)
-    keeper.send(reach)
-    return rank.work(seat.world_size, threads_per_rank(seat.local_size))
-
-
-def _end_with(sock: socket.socket) -> None:
-    """In the rank, where the kernel does not do it: end when the keeper is gone."""
-    with contextlib.suppress(OSError):
-        sock.recv(1)
-    os._exit(1)
 
 
 def _code_from(leash: Channel | None) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ RESOURCES_S = 60.0
 ARRIVE_S = 300.0
 """Longest wait for the actors to start and their ranks to arrive, in seconds. They do before they load the model."""
 SHUTDOWN_S = 3.0
+ANSWER_S = 10.0
 
 
 class RayPlacement:
@@ -116,8 +118,9 @@ class RayPlacement:
                 )
             logging.getLogger("ray").setLevel(logging.ERROR)
             try:
+                _check_answers(address)
                 ray.init(namespace="shardit", include_dashboard=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 place = f"at RAY_ADDRESS={address}" if address else "here"
                 raise InputError(f"there is no Ray cluster {place} that can be used ({_one_line(error)})") from None
         self._connected = True
@@ -168,6 +171,13 @@ class RayPlacement:
             raise RankError(rank, f"its actor has failed: {_one_line(error)}") from None
         if self._port is not None and not self._port.has_arrived(rank):
             raise RankError(rank, f"it has ended before it had arrived, with code {code}")
+
+
+def _check_answers(address: str | None) -> None:
+    """Raise OSError where nobody answers at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
 
 
 def _resources_wait() -> float:

@@ -87,7 +87,7 @@ class TorchrunPlacement:
         torchrun, which noticed, is about to start all anew and has therefore told us to end."""
         if not self._left.acquire(blocking=False):
             return
-        if code == 0 and self._leashes and wait(self._leashes, 0):
+        if code == 0 and self._leashes and wait([leash.socket for leash in self._leashes], 0):
             code = RESTART
         for leash in self._leashes:
             with contextlib.suppress(Closed, OSError):

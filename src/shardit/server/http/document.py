@@ -43,7 +43,10 @@ def body_of(model: type[BaseModel], uploads: tuple[str, ...] = ("image", "image[
     """The request body that `model` checks, as JSON and as a multipart form with files."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
-    form = {**schema, "title": f"{model.__name__}Form", "properties": {**schema["properties"]}}
+    form = {**schema, "title": f"{model.__name__}Form", "properties": dict(schema["properties"])}
+    for name, field in form["properties"].items():
+        if "anyOf" in field:  # a form says null by an empty part
+            form["properties"][name] = {**field, "anyOf": [*field["anyOf"], {"const": ""}]}
     for name in ("image", "input_reference", *uploads):
         form["properties"].pop(name, None)
     for name in uploads:

@@ -8,12 +8,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
 from ...config import did_you_mean
 from ...params import MAX_SEED, OmniDiffusionSamplingParams
 from ..options import Limits
 from .errors import ApiError
+
+
+def _is_false(value: Any) -> Any:
+    # Literal[False] would also take 0.
+    if value is not False:
+        raise ValueError("must be false")
+    return value
+
+
+_False: Any = Annotated[bool, BeforeValidator(_is_false), WithJsonSchema({"const": False})]
+_Zero: Any = Annotated[int, Field(ge=0, le=0)]
 
 NO_MEANING: dict[str, Any] = {
     "user": Literal["auto"],
@@ -26,8 +37,8 @@ NO_MEANING: dict[str, Any] = {
     "input_fidelity": Literal["auto"],
     "mask": Literal["auto"],
     "output_format": Literal["png", "auto"],
-    "stream": Literal[False, "auto"],
-    "partial_images": Literal[0, "auto"],
+    "stream": _False | Literal["auto"],
+    "partial_images": _Zero | Literal["auto"],
 }
 """OpenAI's fields that change nothing here, and the values besides null at which that is what the client wants."""
 

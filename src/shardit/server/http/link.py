@@ -31,14 +31,14 @@ class Link:
             try:
                 while True:
                     loop.call_soon_threadsafe(deliver, self._channel.recv())
-            except (EOFError, OSError, RuntimeError):  # RuntimeError: the loop is closed
+            except Exception:  # whatever it is, nothing more would be heard
                 self._on_end()
 
         def write() -> None:
             try:
                 while True:
                     self._channel.send(self._outgoing.get())
-            except (EOFError, OSError):
+            except Exception:
                 self._on_end()
 
         for name, work in (("from supervisor", read), ("to supervisor", write)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from typing import Any
 
 import uvicorn
 
@@ -35,11 +36,11 @@ def main(control_fd: int, listen_fd: int) -> None:
 
 async def _serve(options: ServeOptions, store: Store, link: Link, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    board = Board(
-        link.send,
-        info=info.recall(store, options.model),
-        on_info=lambda told: loop.run_in_executor(None, info.remember, store, options.model, told) and None,
-    )
+
+    def keep(told: dict[str, Any]) -> None:
+        loop.run_in_executor(None, info.remember, store, options.model, told)
+
+    board = Board(link.send, info=info.recall(store, options.model), on_info=keep)
     link.start(loop, board.deliver)
     dropped = await loop.run_in_executor(None, store.drop_waiting)
     if dropped:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -408,7 +410,7 @@ def test_stops_and_restarts_do_not_count(server: Server) -> None:
     for _ in range(20):
         server.jobs.put_all_back()
         assert server.state(job_id) == "queued"
-        server.jobs.fill()
+        server.jobs.ready([INFO] * server.fleet.size)
     server.die()
     assert server.state(job_id) == "in_progress"
     assert (server.job(job_id).attempts, server.job(job_id).deaths_alone) == (22, 1)
@@ -463,6 +465,20 @@ def test_patience_is_learned() -> None:
     assert patience.bound([small]) == 35
     assert patience.bound([small, small]) == 70
     assert patience.bound([small, large]) == 600
+
+
+def test_ranks_that_have_just_started_have_more_time() -> None:
+    patience = Patience(600)
+    first, quick = ("first",), ("quick",)
+    patience.saw(first, 40.0)  # it loaded kernels and connected
+    patience.completed(first)
+    patience.saw(quick, 0.1)
+    patience.completed(quick)
+    assert patience.bound([quick]) == MIN_PATIENCE_S
+    patience.cold = True
+    assert patience.bound([quick]) == pytest.approx(5 * 40.1)
+    patience.completed(quick)
+    assert patience.bound([quick]) == MIN_PATIENCE_S
 
 
 def test_a_hang_is_found(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,6 +590,62 @@ def test_put_back_at_the_stop(server: Server) -> None:
     server.write()
     assert [server.state(one) for one in ids] == ["completed", "cancelled", "queued", "queued"]
     assert server.store.recover() == []
+
+
+def test_nothing_begins_at_the_stop(server: Server) -> None:
+    job_id = server.put()
+    server.jobs.put_all_back()
+    server.jobs.wake()  # the API process has something, while results are being written
+    assert server.state(job_id) == "queued"
+    assert server.running() == []
+
+
+# Faults of our own.
+
+
+def test_jobs_that_a_fault_lost_run_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [server.put() for _ in range(3)]
+    real = server.jobs._write
+    monkeypatch.setattr(server.jobs, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        server.leave(ids[0])
+    assert server.state(ids[0]) == "in_progress"
+    assert server.running() == ids[1:]
+    server.jobs.find_lost()
+    assert server.state(ids[0]) == "queued"
+    monkeypatch.setattr(server.jobs, "_write", real)
+    server.leave(ids[1])
+    server.jobs.find_lost()  # its result is being written
+    server.write()
+    server.finish_all()
+    assert {server.state(one) for one in ids} == {"completed"}
+
+
+def test_a_fault_at_every_run_is_not_repeated_for_ever(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.jobs, "_write", lambda *_: 1 / 0)
+    job_id = server.put()
+    for _ in range(10):
+        with contextlib.suppress(ZeroDivisionError, StopIteration):
+            server.leave(job_id)
+        server.jobs.find_lost()
+        server.jobs.wake()
+    assert server.state(job_id) == "failed"
+
+
+def test_a_job_that_cannot_be_built_holds_up_nobody(server: Server) -> None:
+    ids = [server.put(), server.put(width="x"), server.put()]
+    assert server.state(ids[1]) == "failed"
+    assert server.running() == [ids[0], ids[2]]
+
+
+def test_the_loop_outlives_faults() -> None:
+    told: list[Exception] = []
+    loop = Loop(lambda: 1 / 0, every_s=0.01, on_trouble=told.append)  # type: ignore[arg-type, return-value]
+    loop.call(lambda: {}["x"])  # type: ignore[arg-type]
+    timer = threading.Timer(0.2, loop.call, (loop.stop,))
+    timer.start()
+    loop.run()
+    assert {type(error) for error in told} == {KeyError, ZeroDivisionError}
 
 
 def broken(*_: Any, **__: Any) -> Any:

@@ -115,6 +115,26 @@ def test_bodies_without_a_length_are_limited(images: Served) -> None:
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "x", "image": [' + b"1," * 20_000 + b"1]}",
+        b'{"prompt": "x", "sigmas": [' + b'"a",' * 40_000 + b'"a"]}',
+        b'{"prompt": "x", "extra_args": {"a": [' + b"{}," * 20_000 + b"{}]}}",
+        b'{"prompt": "x", "' + b"abcdefgh" * 20_000 + b'": 1}',
+    ],
+    ids=["list", "values", "deep", "name"],
+)
+def test_errors_cost_little_memory(images: Served, body: bytes) -> None:
+    def resident() -> int:
+        fields = Path(f"/proc/{images.process.pid}/status").read_text().split()
+        return int(fields[fields.index("VmHWM:") + 1]) * 1024
+
+    before = resident()
+    assert images.call("POST", NOW, body, {"Content-Type": "application/json"})[0] == 400
+    assert resident() - before < 16 * len(body) + 32 * 1024**2
+
+
 def test_forms_have_few_parts(images: Served) -> None:
     many = {f"field{number}": "x" for number in range(101)}
     data, kind = form(many)
@@ -290,6 +310,8 @@ def test_pages_of_other_origins_start_nothing(images: Served) -> None:
     status, answer, headers = images.call("POST", NOW, {"prompt": "x"}, {"Origin": "https://evil.example"})
     assert (status, answer["error"]["code"]) == (403, "wrong_origin")
     assert "access-control-allow-origin" not in headers
+    for odd in ("null", "http://[", "x", ""):
+        assert images.call("POST", NOW, {"prompt": "x"}, {"Origin": odd})[0] == 403
     assert images.call("POST", NOW, {"prompt": "x"}, {"Origin": images.url})[0] == 200
 
 

@@ -74,6 +74,7 @@ class Dispatcher:
     def ready(self, infos: list[dict[str, Any]]) -> None:
         """The ranks are up, and have told this of themselves."""
         self.info = infos[0]
+        self.patience.cold = True
         self.learned.at_rest([info["memory"] for info in infos])
         self.fill()
 
@@ -117,12 +118,7 @@ class Dispatcher:
         self.info = None
         died, alone = not why.memory, len(self.running) == 1
         for running in self.running.values():
-            if died and alone and running.job.deaths_alone + 1 >= MAX_DEATHS_ALONE:
-                last = why.reason.splitlines()[0]
-                text = f"the ranks died {MAX_DEATHS_ALONE} times while this job ran alone; the last time: {last}"
-                self._end(running.job, "failed", error=_error("ranks_died", text))
-            else:
-                self._put_back(running.job, died=died, alone=alone)
+            self._again_or_never(running.job, why.reason, died=died, alone=alone)
         self.running.clear()
 
     def overdue(self) -> str | None:
@@ -142,8 +138,21 @@ class Dispatcher:
         for task in tasks:
             self._safely(task)
 
+    def find_lost(self) -> None:
+        """Queue jobs again that are in progress although nobody works on them: a fault of ours must have lost them."""
+        if self._unwritten:
+            return  # their ends are known
+        with self._tolerant():
+            known = {running.job.id for running in self.running.values()} | self.writing.keys()
+            for job in self.store.in_progress():
+                if job.id not in known:
+                    self.log.error("job_lost", request_id=job.id)
+                    reason = "the supervisor has a fault; its log says more"
+                    self._again_or_never(job, reason, died=True, alone=not self.running)
+
     def put_all_back(self) -> None:
-        """The server stops: what runs is queued again."""
+        """The server stops: what runs is queued again, and nothing begins any more."""
+        self.info = None
         for running in self.running.values():
             self._put_back(running.job)
         self.running.clear()
@@ -178,7 +187,10 @@ class Dispatcher:
     def _fits(self, job: Job, replica: int) -> bool:
         """Whether the memory suffices for a job beside those of the replica. One alone is tried in any case."""
         beside = self._together_now(replica)
-        return beside == 0 or self.learned.fits(beside + self._work(job).size)
+        try:
+            return beside == 0 or self.learned.fits(beside + self._work(job).size)
+        except (ValueError, TypeError):
+            return True  # `_begin` will say what is wrong with it
 
     def _together_now(self, replica: int) -> int:
         return sum(running.work.size for running in self.running.values() if running.replica == replica)
@@ -191,13 +203,14 @@ class Dispatcher:
         assert self.info is not None
         images = [self.store.files_of(job.id) / name for name in job.inputs]
         try:
-            request = build_request(job.request, job.seed, images, self.info)
-        except InputError as error:  # accepted for another model, or its files are gone
-            self._end(job, "failed", error=_error("invalid_request", str(error)))
+            request, work = build_request(job.request, job.seed, images, self.info), self._work(job)
+        except Exception as error:  # accepted for another model, or its files are gone
+            text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            self._end(job, "failed", error=_error("invalid_request", text))
             return
         key = next(self._keys)
         beside = 1 + sum(running.replica == replica for running in self.running.values())
-        self.running[key] = Running(job, request, replica, beside, self._work(job))
+        self.running[key] = Running(job, request, replica, beside, work)
         self._most[replica] = max(self._together_now(replica), self._most[replica] if beside > 1 else 0)
         if beside == 1:
             self._last_sign[replica] = time.monotonic()
@@ -295,6 +308,14 @@ class Dispatcher:
                 self._end(job, "cancelled")
 
         self._safely(back)
+
+    def _again_or_never(self, job: Job, reason: str, *, died: bool, alone: bool) -> None:
+        if died and alone and job.deaths_alone + 1 >= MAX_DEATHS_ALONE:
+            last = reason.splitlines()[0]
+            text = f"the ranks died {MAX_DEATHS_ALONE} times while this job ran alone; the last time: {last}"
+            self._end(job, "failed", error=_error("ranks_died", text))
+        else:
+            self._put_back(job, died=died, alone=alone)
 
     def _safely(self, write: Callable[[], None]) -> None:
         done = False

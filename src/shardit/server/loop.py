@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from ..engine.messages import Channel, Closed
 class Loop:
     """Runs what other threads hand over, one after the other, and `tick` about every `every_s` seconds.
 
-    on_trouble(error) is told where the system or the disk refuses something; the loop goes on.
+    on_trouble(error) is told what goes wrong: the system or the disk refuses something, or there is a fault of ours.
+    The loop goes on.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Loop:
     def _try(self, function: Callable[[], None]) -> None:
         try:
             function()
-        except (OSError, sqlite3.Error) as error:
+        except Exception as error:
             if self._on_trouble is None:
                 raise
             self._on_trouble(error)
@@ -89,16 +89,20 @@ class Pipe:
             self._channel.socket.shutdown(2)
 
     def _read(self) -> None:
-        with contextlib.suppress(Closed, OSError):
-            while True:
-                self._on_message(self._channel.recv())
-        self._on_closed()
+        try:
+            with contextlib.suppress(Closed, OSError):
+                while True:
+                    self._on_message(self._channel.recv())
+        finally:  # whatever came: who is no longer heard is gone
+            self._on_closed()
 
     def _write(self) -> None:
-        with contextlib.suppress(Closed, OSError):
-            while (message := self._out.get()) is not _END:
-                self._channel.send(message)
-        self._channel.close()
+        try:
+            with contextlib.suppress(Closed, OSError):
+                while (message := self._out.get()) is not _END:
+                    self._channel.send(message)
+        finally:
+            self._channel.close()
 
 
 _END = object()

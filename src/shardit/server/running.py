@@ -79,6 +79,8 @@ class Patience:
         self._first_s = first_s
         self._slowest: dict[Size, float] = {}
         self._known: set[Size] = set()
+        self.cold = True
+        """Whether nothing has completed since the ranks started: their first steps load kernels and connect."""
 
     def saw(self, size: Size, silence_s: float) -> None:
         """Jobs of this size have been silent for so long, and then were not."""
@@ -87,9 +89,11 @@ class Patience:
     def completed(self, size: Size) -> None:
         """A job of this size has run from beginning to end."""
         self._known.add(size)
+        self.cold = False
 
     def bound(self, sizes: list[Size]) -> float:
         """The longest silence, in seconds, that is not a hang while jobs of these sizes run together."""
         if any(size not in self._known for size in sizes):
             return self._first_s
-        return max(MIN_PATIENCE_S, TIMES_SLOWEST * sum(self._slowest[size] for size in sizes))
+        start = max(self._slowest.values()) if self.cold else 0.0  # the slowest so far holds an earlier start
+        return max(MIN_PATIENCE_S, TIMES_SLOWEST * (start + sum(self._slowest[size] for size in sizes)))

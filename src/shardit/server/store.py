@@ -202,6 +202,10 @@ class Store:
         rows = self._all("SELECT * FROM jobs WHERE state='queued' ORDER BY due, number LIMIT ?", (limit,))
         return [job_of(row) for row in rows]
 
+    def in_progress(self) -> list[Job]:
+        """Jobs that have begun and not ended."""
+        return [job_of(row) for row in self._all("SELECT * FROM jobs WHERE state='in_progress'", ())]
+
     def to_cancel(self) -> list[str]:
         """Jobs in progress that somebody wants to be cancelled."""
         rows = self._all("SELECT id FROM jobs WHERE state='in_progress' AND cancel_requested=1", ())

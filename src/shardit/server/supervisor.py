@@ -11,6 +11,7 @@ import signal
 import socket
 import sqlite3
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,7 +70,7 @@ class Supervisor:
         self.options = options
         self.log = logger("supervisor")
         self.gauges = Gauges()
-        self.loop = Loop(self.tick, on_trouble=lambda error: self.log.error("trouble", error=str(error)))
+        self.loop = Loop(self.tick, on_trouble=self.on_trouble)
         self.store = Store(options.data_dir)
         self.listener = listener
         self.slots = options.max_in_flight or useful_slots(options)
@@ -104,6 +105,7 @@ class Supervisor:
         self._pause_s = 0.0
         self._start_ranks_at: float | None = None
         self._retain_at = 0.0
+        self._api_starts = 0
 
     def run(self) -> int:
         """Until told to stop; returns the exit code."""
@@ -128,6 +130,7 @@ class Supervisor:
         """Look after what nobody reports."""
         self.api.look_after()
         self.jobs.write_again()
+        self.jobs.find_lost()
         self.jobs.wake()  # no job depends on a message
         if (reason := self.jobs.overdue()) is not None:
             where = "; ".join(
@@ -177,7 +180,16 @@ class Supervisor:
 
     def on_api_start(self) -> None:
         """A new API process knows nothing yet."""
+        self._api_starts += 1
+        if self._api_starts > 1:
+            self.gauges.api_restarts.inc()
         self.api.tell(self.state)
+
+    def on_trouble(self, error: Exception) -> None:
+        """Something went wrong in the loop, which goes on."""
+        foreseen = isinstance(error, (OSError, sqlite3.Error))
+        text = str(error) if foreseen else "".join(traceback.format_exception(error))
+        self.log.error("trouble" if foreseen else "fault", error=text)
 
     def on_api_message(self, message: Any) -> None:
         """The API process has something."""
@@ -210,6 +222,9 @@ class Supervisor:
         self.writers.shutdown(wait=False, cancel_futures=True)
         self.api.stop()
         self.store.close()
+        if self.jobs.writing:  # Python would wait for these threads; their jobs run again at the next start
+            self.log.warning("results_not_written", jobs=list(self.jobs.writing))
+            os._exit(self.code)
 
     def _of_ranks(self) -> tuple[dict[str, Any], ...]:
         peaks = self.jobs.peaks

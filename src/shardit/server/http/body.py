@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -19,6 +20,11 @@ from .fields import NO_MEANING, PICTURES
 
 _MOST_FIELDS = 100
 _DEEPEST = 32
+_MOST_ENTRIES = 10_000
+"""Of one list or object. Each wrong entry would cost kilobytes for its error."""
+_MOST_MARKS = 300_000
+"""Commas and opening brackets: a body is large because of its texts and pictures, not of countless values."""
+_LONGEST_NAME = 256
 _BRACKETS = re.compile(r"([a-z0-9_]+)\[([a-z0-9_]*)\]")
 _TEXTS = re.compile(r"(negative_)?prompt(_[0-9])?|model|size|seconds|response_format|image|input_reference")
 
@@ -37,7 +43,7 @@ async def read_body(request: Request, model: type[BaseModel], limits: Limits) ->
     """Read and parse the body. Raises ApiError."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/json":
-        return Body(_parse_json(await request.body()))
+        return Body(await run_in_threadpool(_parse_json, await request.body()))  # may take a while: others go on
     if kind == "multipart/form-data":
         return await _read_form(request, limits)
     text = f"the content type {kind!r} is not taken here; use application/json or multipart/form-data"
@@ -45,26 +51,39 @@ async def read_body(request: Request, model: type[BaseModel], limits: Limits) ->
 
 
 def check_text(value: Any, depth: int = 0) -> None:
-    """Raise ApiError for what is no text (lone halves of UTF-16 pairs) or too deep, anywhere in a JSON value."""
+    """Raise ApiError for what is no text (lone halves of UTF-16 pairs), too deep or too long, anywhere in a JSON
+    value."""
     if depth > _DEEPEST:
         raise ApiError(400, f"the body is nested more than {_DEEPEST} deep; send it flat", code="invalid_json")
     if isinstance(value, str):
-        if any("\ud800" <= char <= "\udfff" for char in value):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
             raise ApiError(
                 400, "the body holds half a character (a lone surrogate); send valid text", code="invalid_json"
-            )
-    elif isinstance(value, list):
-        for entry in value:
+            ) from None
+    elif isinstance(value, (list, dict)):
+        if len(value) > _MOST_ENTRIES:
+            text = f"the body holds a list or object of {len(value)} entries, the limit is {_MOST_ENTRIES}; send fewer"
+            raise ApiError(400, text, code="invalid_json")
+        if isinstance(value, dict):
+            for name in value:
+                check_text(name)
+                if len(name) > _LONGEST_NAME:
+                    raise ApiError(400, f"there is no field {name[:40]!r}...", code="unknown_field")
+        for entry in value.values() if isinstance(value, dict) else value:
             check_text(entry, depth + 1)
-    elif isinstance(value, dict):
-        for name, entry in value.items():
-            check_text(name)
-            check_text(entry, depth + 1)
+
+
+def _load(text: str) -> Any:
+    if sum(text.count(mark) for mark in ",[{") > _MOST_MARKS:
+        raise ValueError("it holds too many values")
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        values = _load(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is nested too deep"
         raise ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from error
@@ -143,6 +162,6 @@ def _value(name: str, text: str) -> Any:
     if not text:
         return None  # what form libraries make of null
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        return _load(text)
     except (ValueError, RecursionError):
         return text  # the check of the field says what is wrong with it

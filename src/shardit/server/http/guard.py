@@ -100,7 +100,11 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in self._options.cors_origins:
             return
-        if urlsplit(origin).netloc != headers.get("host"):
+        try:
+            host = urlsplit(origin).netloc
+        except ValueError:
+            host = ""
+        if not host or host != headers.get("host"):
             raise ApiError(403, f"requests from pages of {origin!r} are not allowed here", code="wrong_origin")
 
     def _account(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:

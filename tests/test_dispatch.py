@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from shardit.config import DiffusionParallelConfig
-from shardit.engine.messages import Begin, Cancel, Left, OutOfMemory, Progress
+from shardit.engine.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
 from shardit.output import Output
 from shardit.server import dispatch, running
 from shardit.server.dispatch import MAX_DEATHS_ALONE, SUSPECT_AFTER, Dispatcher
@@ -506,6 +506,15 @@ def test_a_hang_is_found(server: Server, monkeypatch: pytest.MonkeyPatch) -> Non
     server.die()
     assert server.running() == [second]
     assert server.jobs.overdue() is None
+
+
+def test_a_rank_that_fails_alone_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: now[0])
+    job_id = server.put()
+    server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
+    now[0] += 601
+    assert server.jobs.overdue() == "no sign of life for 601 s; rank 1 alone failed: KeyError: 'x'"
 
 
 @pytest.mark.parametrize("server", [{"data_parallel_size": 2}], indirect=True)

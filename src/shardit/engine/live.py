@@ -17,7 +17,7 @@ import torch
 from ..core.turns import Interrupted, Program
 from ..logs import logger
 from .memory import peak_bytes, reset_peak
-from .messages import Begin, Cancel, Channel, Closed, Left, OutOfMemory, Progress
+from .messages import Begin, Cancel, Channel, Closed, Ended, Left, OutOfMemory, Progress
 from .result import collect, one_line
 
 
@@ -84,6 +84,7 @@ class Live:
         error = None
         if program.error is not None and not cancelled:
             kind, error = type(program.error).__name__, one_line(program.error)
+            self.channel.send(Ended(begin.key, error))  # if it is the only rank, nobody may ever come to meet it
             self.session.agree((begin.key, kind), f"here: {program.error!r}")
         self.log.info(
             "request_left",

@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import Any
 
-from ..engine.messages import Begin, Cancel, Left, OutOfMemory, Progress
+from ..engine.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
 from ..errors import InputError
 from ..output import Output
 from .estimate import Work, work_of
@@ -104,6 +104,8 @@ class Dispatcher:
         self._note_sign(running)
         if isinstance(message, Progress):
             self._progress(running, message)
+        elif isinstance(message, Ended):
+            running.errors[rank] = message.reason
         elif isinstance(message, OutOfMemory):
             self.learned.out_of_memory(self._together_now(running.replica))
             if running.beside == 1 and sum(other.replica == running.replica for other in self.running.values()) == 1:
@@ -125,10 +127,13 @@ class Dispatcher:
         """Why the ranks are to be started anew, if they have been silent for too long."""
         now = time.monotonic()
         for replica in range(self._replicas):
-            sizes = [running.size for running in self.running.values() if running.replica == replica]
+            here = [running for running in self.running.values() if running.replica == replica]
+            sizes = [running.size for running in here]
             silence = now - self._last_sign.get(replica, now)
             if sizes and silence > self.patience.bound(sizes):
-                return f"no sign of life for {silence:.0f} s"
+                alone = [item for one in here if len(one.errors) < self._together for item in one.errors.items()]
+                told = "".join(f"; rank {rank} alone failed: {why}" for rank, why in alone[:1])
+                return f"no sign of life for {silence:.0f} s{told}"
         return None
 
     def write_again(self) -> None:

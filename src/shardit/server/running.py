@@ -47,6 +47,8 @@ class Running:
     cancelling: bool = False
     left: dict[int, Left] = field(default_factory=dict)
     """By rank, what those have said that are through with it."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """By rank, why it failed there; it has to on all ranks."""
 
     @property
     def size(self) -> Size:

@@ -315,6 +315,14 @@ def test_pages_of_other_origins_start_nothing(images: Served) -> None:
     assert images.call("POST", NOW, {"prompt": "x"}, {"Origin": images.url})[0] == 200
 
 
+def test_names_of_others_that_point_here(images: Served) -> None:
+    for host in ("evil.example:8091", "evil.example", "localhost.evil.example"):
+        status, answer, _ = images.call("GET", "/v1/images", headers={"Host": host})
+        assert (status, answer["error"]["code"]) == (403, "wrong_host")
+    for host in ("localhost:8091", "127.0.0.1", "[::1]:8091"):
+        assert images.call("GET", "/v1/images", headers={"Host": host})[0] == 200
+
+
 def test_origins_can_be_allowed(tmp_path: Path) -> None:
     with serving(tmp_path, cors_origins=("https://good.example",), api_key_hashes=(digest("alpha"),)) as served:
         good = {"Origin": "https://good.example"}

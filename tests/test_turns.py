@@ -270,3 +270,14 @@ def test_outside_of_programs_a_wait_runs_the_schedule() -> None:
     one, two = machine.call(1), machine.call(2, 9)
     assert float(two[0] + one[0]) == 3
     assert machine.turns.schedule.active == []
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    def allocate() -> None:
+        torch.empty(2**60)
+
+    machine = Machine()
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        machine.run([Program(allocate, 0)], 1)
+    (program,) = machine.run([Program(lambda: (_ for _ in ()).throw(RuntimeError("another")), 0)], 1)
+    assert isinstance(program.error, RuntimeError)

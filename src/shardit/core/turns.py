@@ -20,6 +20,13 @@ class Interrupted(Exception):
     """Ends a program at the beginning of a turn, because somebody asked for it."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice. On CPUs torch says so in the text of a plain RuntimeError only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 @dataclass(eq=False)
 class Program:
     """One request: a function to run, the seed of its global generators, and what became of it.
@@ -147,9 +154,11 @@ class Turns:
         self.current = self.last = program
         try:
             program.coroutine.resume()
-        except (RankError, MemoryError, torch.OutOfMemoryError):
+        except RankError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             program.error = error
         finally:
             self.current = None

@@ -12,9 +12,7 @@ import time
 from collections import deque
 from typing import Any
 
-import torch
-
-from ..core.turns import Interrupted, Program
+from ..core.turns import Interrupted, Program, is_out_of_memory
 from ..logs import logger
 from .memory import peak_bytes, reset_peak
 from .messages import Begin, Cancel, Channel, Closed, Ended, Left, OutOfMemory, Progress
@@ -29,9 +27,9 @@ def serve_live(session: Any, channel: Channel) -> None:
             live.leave(program)
     except Closed:
         pass
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except Exception as error:
         program = session.turns.last
-        if program is not None and program in live.running:
+        if is_out_of_memory(error) and program is not None and program in live.running:
             channel.send(OutOfMemory(live.running[program].key, one_line(error)))
         raise
 

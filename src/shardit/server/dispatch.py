@@ -31,6 +31,8 @@ SUSPECT_AFTER = 2
 MAX_DEATHS_ALONE = 3
 """How often they may die while it runs alone."""
 SAY_AGAIN_S = 10.0
+MAX_WRITING = 8
+"""Results that may wait to be written before no more jobs begin: they are held in memory."""
 
 
 class Dispatcher:
@@ -168,7 +170,9 @@ class Dispatcher:
         return range(replica * self._together, (replica + 1) * self._together)
 
     def _begin_next(self) -> bool:
-        if self.info is None or self.fleet.failing or (replica := self._free_replica()) is None:
+        if self.info is None or self.fleet.failing or len(self.writing) >= MAX_WRITING:
+            return False
+        if (replica := self._free_replica()) is None:
             return False
         job = next(iter(self.store.queued(1)), None)
         if job is None or self._must_be_alone(job) or not self._fits(job, replica):
@@ -282,6 +286,7 @@ class Dispatcher:
         else:
             files, facts = done.result()
             self._end(job, "completed", files=files, facts={**facts, "peak_bytes": peaks})
+        self.fill()
 
     def _end(self, job: Job, state: State, **more: Any) -> None:
         def write() -> None:

@@ -181,7 +181,10 @@ class Store:
                 (self._clock(),),
             )
             again = self._all("SELECT * FROM jobs WHERE state='in_progress'", ())
-            self._db.execute("UPDATE jobs SET state='queued', started_at=NULL WHERE state='in_progress'")
+            # One of them may be why the whole server died: after another death each of them runs alone.
+            self._db.execute(
+                "UPDATE jobs SET state='queued', started_at=NULL, deaths=deaths+1 WHERE state='in_progress'"
+            )
         # None of these is open any more: doomed jobs are those that were to be cancelled.
         self._remove([row["id"] for row in self._all("SELECT id FROM jobs WHERE doomed=1", ())])
         known = {row["id"] for row in self._all("SELECT id FROM jobs", ())}

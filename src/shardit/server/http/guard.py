@@ -4,6 +4,7 @@ and log line of its answer. Plain ASGI, because answers are streams."""
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import secrets
 import time
 from collections.abc import Callable
@@ -77,6 +78,7 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        self._check_host(headers)
         if not self._is_open(scope["path"]):
             scope["state"]["owner"] = self._owner(headers)
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
@@ -94,6 +96,17 @@ class Guard:
             text = "a valid API key is needed: Authorization: Bearer KEY"
             raise ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return found
+
+    def _check_host(self, headers: Headers) -> None:
+        # Without keys, who can reach this machine's loopback may use the server. A page of another site could, under a
+        # name of its own that it lets point here: so only names are heard that nobody else can give.
+        if self._options.api_key_hashes or not _is_loopback(self._options.host):
+            return
+        name = _name_of(headers.get("host", ""))
+        known = {_name_of(urlsplit(origin).netloc) for origin in self._options.cors_origins}
+        if name != "localhost" and not _is_address(name) and name not in known:
+            text = f"the name {name!r} is not known here; use 127.0.0.1, an API key, or --cors-origin with that name"
+            raise ApiError(403, text, code="wrong_host")
 
     def _check_origin(self, headers: Headers) -> None:
         # A page of another site could otherwise have a visitor's browser start jobs on their own machine's server.
@@ -125,6 +138,25 @@ class Guard:
             owner=scope["state"].get("owner"),
             request_id=scope["state"].get("job"),
         )
+
+
+def _name_of(netloc: str) -> str:
+    """The host of "host:port" or "[v6]:port", in lower case."""
+    if netloc.startswith("["):
+        return netloc[1:].partition("]")[0]
+    return netloc.partition(":")[0].lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def too_large(limit: int) -> ApiError:

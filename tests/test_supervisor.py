@@ -151,9 +151,9 @@ def assert_one_end(server: RealServer) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["tiny/nothing-of-this-name"], "tiny/nothing-of-this-name"),
+        (["tiny/nothing-of-this-name"], "no tiny model 'nothing-of-this-name'"),
         (["/no/such/folder"], "/no/such/folder"),
-        (["tiny/flux", "--pipeline-parallel-size", "50"], "stages"),
+        (["tiny/flux", "--pipeline-parallel-size", "50"], "more than the 12 blocks"),
         (["tiny/flux", "--port", "99999"], "--port must be from 0 to 65535"),
     ],
 )

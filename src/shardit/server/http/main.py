@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from typing import Any
 
 import uvicorn
 
 from ...engine.messages import Channel
+from ...engine.nursery import die_with_parent
 from ...logs import logger
 from ..options import ServeOptions
 from ..store import Store
@@ -26,6 +28,7 @@ _GRACE_S = 2
 def main(control_fd: int, listen_fd: int) -> None:
     """Serve on the listening socket `listen_fd` until SIGTERM, or until the supervisor at the other end of the socket
     `control_fd` is gone. The first message from there is the `ServeOptions`."""
+    die_with_parent(signal.SIGKILL)  # also while it is stopped, or hangs
     channel = Channel(socket.socket(fileno=control_fd))
     listener = socket.socket(fileno=listen_fd)
     options = channel.recv()

@@ -19,6 +19,7 @@ def test_back_end_that_this_machine_lacks() -> None:
         Omni("tiny/wan2.2-ti2v", attention_backend="sage")
 
 
+@pytest.mark.full
 def test_native_math_over_ulysses() -> None:
     call = {**tiny.defaults("wan2.2-ti2v"), "output_type": "latent", "seed": 1}
     with Omni("tiny/wan2.2-ti2v") as one:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 CASE_KEYS = {"name", "requests", "guided", "chunks", "seconds", "plain_seconds", "speedup", "bound", "share"}
 
 
+@pytest.mark.full
 @pytest.mark.timeout(120)
 def test_quick_bench(tmp_path: Path) -> None:
     only = [word for name in ("speed", "axes", "overhead", "memory", "schedules") for word in ("--only", name)]

@@ -87,6 +87,7 @@ def test_a_batch_is_dealt_by_sample() -> None:
     close(cases)
 
 
+@pytest.mark.full
 def test_guidance_over_stages_and_requests_in_flight() -> None:
     axes = {"cfg_parallel_size": 2}
     call = guidance("wan2.2-ti2v")
@@ -173,6 +174,7 @@ def test_copies_that_all_take_the_same_requests_are_seen() -> None:
     assert [sorted(r["arrays"]) for r in of_ranks] != [[0], [1]]
 
 
+@pytest.mark.full
 def test_copies_of_pipelines_with_guidance() -> None:
     axes = {"data_parallel_size": 2, "cfg_parallel_size": 2}
     compare([Case("wan2.2-ti2v", 2, requests=2, call=guidance("wan2.2-ti2v"), axes=axes)])

@@ -32,6 +32,8 @@ from .http_fake import IMAGE, VIDEO, WAIT_S, Served, form, picture, serving
 NOW = "/v1/images/generations"
 LIMIT = 200_000
 
+LOCAL = "Host: localhost\r\n"
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -106,7 +108,7 @@ def test_bodies_are_limited(images: Served) -> None:
 
 def test_bodies_without_a_length_are_limited(images: Served) -> None:
     with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:
-        head = f"POST {NOW} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = f"POST {NOW} HTTP/1.1\r\n{LOCAL}Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         sock.sendall(head.encode())
         piece = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
         for _ in range(LIMIT // 0x10000 + 1):
@@ -347,7 +349,7 @@ def test_names_of_uploads_reach_no_file(images: Served) -> None:
 )
 def test_paths_lead_nowhere(images: Served, path: str) -> None:
     with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:
-        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        sock.sendall(f"GET {path} HTTP/1.1\r\n{LOCAL}Connection: close\r\n\r\n".encode())
         assert sock.recv(100).startswith(b"HTTP/1.1 404 ")
 
 
@@ -363,7 +365,7 @@ def test_others_are_answered_while_clients_are_slow(images: Served) -> None:
     for number in range(60):
         sock = socket.create_connection(("127.0.0.1", images.port), WAIT_S)
         if number % 2:
-            sock.sendall(f"POST {NOW} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx".encode())
+            sock.sendall(f"POST {NOW} HTTP/1.1\r\n{LOCAL}Content-Length: 1000\r\n\r\nx".encode())
         else:
             sock.sendall(b"GET /health HTTP/1.1\r\nHo")
         slow.append(sock)
@@ -378,14 +380,14 @@ def test_others_are_answered_while_clients_are_slow(images: Served) -> None:
 @pytest.mark.full
 def test_a_body_that_stops_is_given_up(images: Served) -> None:
     with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:
-        head = f"POST {NOW} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\nx"
+        head = f"POST {NOW} HTTP/1.1\r\n{LOCAL}Content-Type: application/json\r\nContent-Length: 1000\r\n\r\nx"
         sock.sendall(head.encode())
         assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_clients_that_go_at_any_moment_leave_nothing(images: Served) -> None:
     body = json.dumps({"prompt": "slow", "size": "16x16"}).encode()
-    head = f"POST {NOW} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {NOW} HTTP/1.1\r\n{LOCAL}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     whole = head.encode() + body
     for end in (5, len(head), len(whole) - 1, len(whole)):
         with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:

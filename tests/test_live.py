@@ -69,6 +69,7 @@ def test_cancelled_before_it_begins_and_after_it_ended(ranks: LiveRanks) -> None
     assert same(by_diffusers("wan2.2-t2v", 5, prompt="a cat"), frames(ranks.ends(22)))
 
 
+@pytest.mark.full
 def test_a_killed_rank_and_a_new_start() -> None:
     with live_ranks("flux", pipeline_parallel_size=2) as ranks:
         ranks.begin(1, seed=1, num_inference_steps=200)

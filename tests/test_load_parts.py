@@ -322,6 +322,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_not_doubled(tmp_path):
     model = FluxTransformer2DModel(num_layers=2, num_single_layers=8, num_attention_heads=6, attention_head_dim=64)

@@ -98,6 +98,7 @@ def test_several_params(flux):
     assert same(by_diffusers("flux", 2, prompt="b", guidance_scale=1.0), outputs[1].images)
 
 
+@pytest.mark.full
 def test_bfloat16_four_in_flight():
     calls = [
         {"prompt": "a", "seed": 1},
@@ -328,6 +329,7 @@ assert found == ([("a", None), ("b", None), ("a", None)] if os.environ["RANK"] =
 """
 
 
+@pytest.mark.full
 def test_copies_under_torchrun(tmp_path):
     (tmp_path / "script.py").write_text(COPIES)
     done = torchrun(2, str(tmp_path / "script.py"))

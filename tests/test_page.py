@@ -193,6 +193,7 @@ def test_a_model_that_needs_a_picture(browser: Browser, tmp_path: Path) -> None:
         visit.loaded("brighter")
 
 
+@pytest.mark.full
 def test_a_real_server(browser: Browser, tmp_path: Path) -> None:
     """A picture, a cancelled job, and the same picture again from a server that was started anew."""
     with real_server("tiny/qwen-image", tmp_path) as url, visiting(browser, url) as visit:

@@ -70,12 +70,13 @@ def guidance(name: str) -> dict:
     return {"negative_prompt": "blurry", "true_cfg_scale": 3.0} if name == "flux" else {}
 
 
-@pytest.mark.parametrize("pp", [3, 4])
+@pytest.mark.parametrize("pp", [3, pytest.param(4, marks=pytest.mark.full)])
 def test_more_stages(pp: int) -> None:
     names = ("wan2.2-t2v", "qwen-image-edit", "z-image", "flux")
     compare([Case(name, pp, LOOPED if i % 2 else CONTIGUOUS) for i, name in enumerate(names)])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("names", [pytest.param(FEW[:2], id="few"), MORE])
 def test_bfloat16(names: tuple[str, ...]) -> None:
     compare([Case(name, 2, LOOPED, "bfloat16") for name in names])

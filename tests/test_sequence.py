@@ -116,7 +116,11 @@ def session(rank: int, count: int, method: str, case: Case, degrees: dict) -> li
 
 
 @pytest.mark.parametrize(
-    "degrees", [ULYSSES, {"pipeline_parallel_size": 2, "ring_degree": 2}], ids=["ulysses", "stages-ring"]
+    "degrees",
+    [
+        pytest.param(ULYSSES, id="ulysses"),
+        pytest.param({"pipeline_parallel_size": 2, "ring_degree": 2}, id="stages-ring", marks=pytest.mark.full),
+    ],
 )
 def test_several_requests_in_flight(degrees: dict) -> None:
     """What `Omni` runs on each rank, with the model loaded from files."""

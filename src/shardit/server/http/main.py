@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -50,6 +51,8 @@ async def _serve(options: ServeOptions, store: Store, link: Link, listener: sock
         _LOG.info("dropped", jobs=dropped, reason="their clients waited on a connection that is gone")
         board.wake()
     server = _Server(_config(options, store, board), board)
+    gc.freeze()
+    gc.enable()  # it was off during the imports
     _LOG.info("listening", host=options.host, port=listener.getsockname()[1])
     await server.serve(sockets=[listener])
 

@@ -27,7 +27,7 @@ MAX_PAUSE_S = 10.0
 STOP_S = 2.0
 
 # "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
-# The imports make many objects and no garbage: the collector would look at them again and again, for a tenth of the time.
+# The imports make many objects and no garbage, which the collector would look for again and again.
 _BOOT = """
 import gc, sys
 gc.disable()

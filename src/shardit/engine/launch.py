@@ -9,10 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-import shardit
+from shardit.engine.boot import command
 from shardit.engine.messages import (
     Channel,
     Check,
@@ -34,18 +33,6 @@ STOP_WAIT_S = 6.0
 IMPORT_WAIT_S = 120.0
 """The imports may take longer than a short timeout, which is about ranks that hang, allows."""
 
-# "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
-# Only shardit itself is looked for where the user's process found it.
-_BOOT = """
-import sys
-if not getattr(sys.flags, "safe_path", False): del sys.path[0]
-sys.path.insert(0, sys.argv[1])
-import shardit
-if sys.path.pop(0) not in sys.path: sys.path.append(sys.argv[1])
-from shardit.engine.nursery import main
-main(int(sys.argv[2]), int(sys.argv[3]))
-"""
-
 
 class Nursery:
     """A running nursery process. Nothing of it is left after `stop`, nor after the end of this process."""
@@ -59,11 +46,9 @@ class Nursery:
         self._checked = False
         ours, theirs = socket.socketpair()
         self.control = Channel(ours, timeout_s)
-        root = str(Path(shardit.__file__).resolve().parents[1])
-        arguments = [root, str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, *arguments],
+                command("shardit.engine.nursery", theirs.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,  # a script may be read from standard input
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C in the terminal is for the user's process, which then decides

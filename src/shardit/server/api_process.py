@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import shardit
-
+from ..engine.boot import command
 from ..engine.launch import describe_exit
 from ..engine.messages import Channel
 from .loop import Loop, Pipe
@@ -25,19 +22,6 @@ CALM_S = 5.0
 """An API process that lives for so long is started anew at once when it ends."""
 MAX_PAUSE_S = 10.0
 STOP_S = 2.0
-
-# "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
-# The imports make many objects and no garbage, which the collector would look for again and again.
-_BOOT = """
-import gc, sys
-gc.disable()
-if not getattr(sys.flags, "safe_path", False): del sys.path[0]
-sys.path.insert(0, sys.argv[1])
-import shardit
-if sys.path.pop(0) not in sys.path: sys.path.append(sys.argv[1])
-from shardit.server.http.main import main
-main(int(sys.argv[2]), int(sys.argv[3]))
-"""
 
 
 class ApiProcess:
@@ -68,10 +52,9 @@ class ApiProcess:
         """Start the process; returns at once."""
         ours, theirs = socket.socketpair()
         fds = [theirs.fileno(), self._listener.fileno()]
-        root = str(Path(shardit.__file__).resolve().parents[1])
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, root, *map(str, fds)],
+                command("shardit.server.http.main", *fds, quick=True),
                 stdin=subprocess.DEVNULL,
                 pass_fds=fds,
                 start_new_session=True,  # Ctrl-C is for the supervisor, which then decides

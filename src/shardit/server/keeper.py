@@ -19,11 +19,9 @@ import sys
 import threading
 import time
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
-import shardit
-
+from ..engine.boot import command
 from ..engine.connect import Reach, connect
 from ..engine.facts import facts
 from ..engine.messages import Channel, Closed
@@ -40,17 +38,6 @@ WORD_WAIT_S = 5.0
 SUPERVISOR_STOP_S = 9.0
 LEASH_S = 6.0
 KILL_S = 5.0
-
-# "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
-_BOOT = """
-import sys
-if not getattr(sys.flags, "safe_path", False): del sys.path[0]
-sys.path.insert(0, sys.argv[1])
-import shardit
-if sys.path.pop(0) not in sys.path: sys.path.append(sys.argv[1])
-from shardit.server.torchrun_placement import main
-sys.exit(main(*map(int, sys.argv[2:])))
-"""
 
 
 def serve_as_rank(options: ServeOptions) -> int:
@@ -113,10 +100,9 @@ class Keeper:
         reach = Reach(hosts, listener.getsockname()[1], secrets.token_hex(32))
         ours, theirs = socket.socketpair()
         fds = (theirs.fileno(), listener.fileno())
-        root = str(Path(shardit.__file__).resolve().parents[1])
         with theirs, listener:
             self.supervisor = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, root, *map(str, (*fds, os.getpid()))],
+                command("shardit.server.torchrun_placement", *fds, os.getpid()),
                 stdin=subprocess.DEVNULL,
                 pass_fds=fds,
                 start_new_session=True,  # torchrun's signals are for the keeper, which passes them on

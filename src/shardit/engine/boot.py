@@ -1,0 +1,30 @@
+"""Starting a Python process that runs one function of shardit, of this very copy of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import shardit
+
+# "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
+# Only shardit itself is looked for where this process found it.
+_BOOT = """
+import gc, sys
+if sys.argv[3] == "quick": gc.disable()
+if not getattr(sys.flags, "safe_path", False): del sys.path[0]
+sys.path.insert(0, sys.argv[1])
+import importlib, shardit
+if sys.path.pop(0) not in sys.path: sys.path.append(sys.argv[1])
+sys.exit(importlib.import_module(sys.argv[2]).main(*map(int, sys.argv[4:])))
+"""
+
+
+def command(module: str, *numbers: int, quick: bool = False) -> list[str]:
+    """The command line that runs `main(*numbers)` of a module, and exits with what it returns.
+
+    quick: without the garbage collector, which would look at what imports make again and again; `main` is to switch it
+    on when they are done.
+    """
+    root = str(Path(shardit.__file__).resolve().parents[1])
+    return [sys.executable, "-c", _BOOT, root, module, "quick" if quick else "", *map(str, numbers)]

@@ -72,9 +72,9 @@ class Served:
 
     def child(self, words: str) -> int:
         """The process of the server, or of its nursery, whose command line has these words; a rank for "rank"."""
-        ours = _children(self._process.pid)
+        ours = children(self._process.pid)
         if words == "rank":
-            return max(_children(self.child("engine.nursery")))
+            return max(children(self.child("engine.nursery")))
         return next(pid for pid in ours if words in Path(f"/proc/{pid}/cmdline").read_text())
 
     def kill_a_rank(self) -> float:
@@ -129,7 +129,8 @@ class Connection:
                 yield name, json.loads(value), time.monotonic()
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Living children of a process, whichever of its threads has started them."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

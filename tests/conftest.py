@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -24,3 +25,43 @@ def _no_groups_left() -> Iterator[None]:
     yield
     if "shardit.parallel_state" in sys.modules:
         sys.modules["shardit.parallel_state"].destroy_model_parallel()
+
+
+# Servers and a browser for the tests of HTTP and of the page. They are imported where they are used: other tests need
+# neither.
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of an image model (`http_fake.Served`)."""
+    from .http_fake import IMAGE, serving
+
+    with serving(tmp_path_factory.mktemp("images"), IMAGE) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of a video model (`http_fake.Served`)."""
+    from .http_fake import VIDEO, serving
+
+    with serving(tmp_path_factory.mktemp("videos"), VIDEO) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium (`playwright.sync_api.Browser`)."""
+    from .browser import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser: Any, images: Any) -> Iterator[Any]:
+    """The page of the image server in a browser (`browser.Visit`)."""
+    from .browser import visiting
+
+    with visiting(browser, images.url) as visit:
+        yield visit

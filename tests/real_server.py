@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from bench.served import children
 from PIL import Image
 
 from shardit.models import tiny
@@ -247,18 +248,6 @@ def expected(name: str, seed: int, prompt: str, call: tuple[tuple[str, Any], ...
 def at(line: dict[str, Any]) -> float:
     """When a line was logged, in seconds since 1970."""
     return datetime.fromisoformat(line["timestamp"].replace("Z", "+00:00")).timestamp()
-
-
-def children(pid: int) -> list[int]:
-    """Living children of a process, whichever of its threads has started them."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError, IndexError):
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                if int(parent) == pid and state != "Z":
-                    found.append(int(entry.name))
-    return found
 
 
 def command(pid: int) -> str:

@@ -10,7 +10,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,9 @@ import pytest
 
 from shardit.server.messages import Ranks
 
-from .http_fake import IMAGE, VIDEO, WAIT_S, Served, form, picture, serving
+from .http_fake import VIDEO, WAIT_S, Served, form, picture, serving
 
 NOW, LATER = "/v1/images/generations", {"Prefer": "respond-async"}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("images"), IMAGE) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("videos"), VIDEO) as served:
-        yield served
 
 
 def error_of(served: Served, path: str, body: Any, status: int, headers: dict[str, str] | None = None) -> Any:

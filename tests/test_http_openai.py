@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 
 import av
 import openai
 import pytest
 from PIL import Image
 
-from .http_fake import IMAGE, VIDEO, WAIT_S, Served, picture, serving
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("images"), IMAGE) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("videos"), VIDEO) as served:
-        yield served
+from .http_fake import WAIT_S, Served, picture
 
 
 def client_of(served: Served) -> openai.OpenAI:

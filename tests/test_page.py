@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,32 +12,8 @@ from playwright.sync_api import Browser, expect
 
 from shardit.signature import PipelineSignature
 
-from .browser import Visit, chromium, real_server, visiting
-from .http_fake import IMAGE, VIDEO, Served, picture, serving
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("images"), IMAGE) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("videos"), VIDEO) as served:
-        yield served
-
-
-@pytest.fixture
-def visit(browser: Browser, images: Served) -> Iterator[Visit]:
-    with visiting(browser, images.url) as visit:
-        yield visit
+from .browser import Visit, real_server, visiting
+from .http_fake import Served, picture, serving
 
 
 def test_make_see_download_reload_delete(visit: Visit, images: Served) -> None:

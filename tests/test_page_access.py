@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,10 @@ from playwright.sync_api import Browser, expect
 
 from shardit.server.keys import digest
 
-from .browser import Visit, chromium, visiting
+from .browser import Visit, visiting
 from .http_fake import IMAGE, Served, serving
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("images"), IMAGE) as served:
-        yield served
-
-
-@pytest.fixture
-def visit(browser: Browser, images: Served) -> Iterator[Visit]:
-    with visiting(browser, images.url) as visit:
-        yield visit
 
 
 def test_errors_stand_beside_what_they_concern(visit: Visit) -> None:

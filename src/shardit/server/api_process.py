@@ -49,6 +49,7 @@ class ApiProcess:
         self._begun = 0.0
         self._pause_s = 0.0
         self._again = 0.0
+        self._leave_by = 0.0
 
     def start(self) -> None:
         """Start the process; returns at once."""
@@ -109,14 +110,15 @@ class ApiProcess:
     def leave(self) -> None:
         """Have it finish its answers and end."""
         if self._process is not None:
+            self._leave_by = time.monotonic() + STOP_S
             self._process.terminate()
 
     def stop(self) -> None:
-        """Wait until it has ended, after `leave`; end it by force after some seconds."""
+        """Wait until it has ended, after `leave`; end it by force some seconds after that."""
         if self._process is None:
             return
         try:
-            self._process.wait(STOP_S)
+            self._process.wait(max(0.0, self._leave_by - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

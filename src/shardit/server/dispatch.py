@@ -127,6 +127,8 @@ class Dispatcher:
 
     def overdue(self) -> str | None:
         """Why the ranks are to be started anew, if they have been silent for too long."""
+        if self.fleet.failing:
+            return None
         now = time.monotonic()
         for replica in range(self._replicas):
             here = [running for running in self.running.values() if running.replica == replica]

@@ -24,6 +24,7 @@ from .api_process import ApiProcess
 from .dispatch import Dispatcher
 from .fleet import Down, Fleet, LocalPlacement, Placement
 from .gauges import Gauges
+from .last_resort import LastResort, exit_code
 from .loop import Loop
 from .messages import Measured, Ranks, RanksState, Scrape, Wake
 from .options import ServeOptions
@@ -111,6 +112,7 @@ class Supervisor:
         """Until told to stop; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.loop.call(self.stop, number))
+        last_resort = LastResort(self.log)
         again = self.store.recover()
         host, port = self.listener.getsockname()[:2]
         self.log.info("serving", url=f"http://{host}:{port}", model=self.options.model, jobs_to_repeat=len(again))
@@ -120,6 +122,7 @@ class Supervisor:
             self.loop.run()
         finally:
             self.end()
+            last_resort.disarm()
         if self.error is not None:
             raise self.error
         return self.code
@@ -133,10 +136,7 @@ class Supervisor:
         self.jobs.find_lost()
         self.jobs.wake()  # no job depends on a message
         if (reason := self.jobs.overdue()) is not None:
-            where = "; ".join(
-                f"rank {rank}: {_innermost(stack)}" for rank, stack in self.fleet.placement.stacks().items()
-            )
-            self.fleet.fail(f"{reason}; {where}" if where else reason)
+            self.fleet.hang(reason)
         if self._of_ranks() != self.state.ranks:
             self._set(self.state.state, reason=self.state.reason)
         now = time.monotonic()
@@ -205,7 +205,7 @@ class Supervisor:
 
     def stop(self, number: int) -> None:
         """Take no more jobs, put back those that run, and leave."""
-        self.code = 130 if number == signal.SIGINT else 0
+        self.code = exit_code(number)
         self.asked_to_stop = True
         self.log.info("stopping", signal=signal.Signals(number).name)
         self._set("stopping", reason="the server stops")
@@ -216,11 +216,11 @@ class Supervisor:
         deadline = time.monotonic() + STOP_S
         self.api.leave()
         self.fleet.stop(0 if self.asked_to_stop else 1 if self.error is None else 2)
+        self.api.stop()  # before the store is written to, which a process that is stopped may have locked
         self.jobs.put_all_back()
         while self.jobs.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
         self.writers.shutdown(wait=False, cancel_futures=True)
-        self.api.stop()
         self.store.close()
         if self.jobs.writing:  # Python would wait for these threads; their jobs run again at the next start
             self.log.warning("results_not_written", jobs=list(self.jobs.writing))
@@ -300,8 +300,3 @@ def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
         os.truncate(handle, 0)
     finally:
         os.close(handle)
-
-
-def _innermost(stack: str) -> str:
-    lines = stack.partition("(most recent call first)")[2].strip().splitlines()
-    return lines[0].strip() if lines else "it does not react"

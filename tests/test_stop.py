@@ -37,7 +37,7 @@ Supervisor.run = patched
 
 STUCK_WRITER = """
 def prepare(self):
-    self.jobs.writing["image_x"] = self.writers.submit(time.sleep, 100)
+    self.jobs.ends.writing["image_x"] = self.writers.submit(time.sleep, 100)
 """
 
 STUCK_LOOP = """

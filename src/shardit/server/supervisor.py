@@ -132,11 +132,7 @@ class Supervisor:
     def tick(self) -> None:
         """Look after what nobody reports."""
         self.api.look_after()
-        self.jobs.write_again()
-        self.jobs.find_lost()
-        self.jobs.wake()  # no job depends on a message
-        if (reason := self.jobs.overdue()) is not None:
-            self.fleet.hang(reason)
+        self.jobs.look_after()
         if self._of_ranks() != self.state.ranks:
             self._set(self.state.state, reason=self.state.reason)
         now = time.monotonic()
@@ -218,12 +214,12 @@ class Supervisor:
         self.fleet.stop(0 if self.asked_to_stop else 1 if self.error is None else 2)
         self.api.stop()  # before the store is written to, which a process that is stopped may have locked
         self.jobs.put_all_back()
-        while self.jobs.writing and time.monotonic() < deadline:
+        while self.jobs.ends.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
         self.writers.shutdown(wait=False, cancel_futures=True)
         self.store.close()
-        if self.jobs.writing:  # Python would wait for these threads; their jobs run again at the next start
-            self.log.warning("results_not_written", jobs=list(self.jobs.writing))
+        if writing := self.jobs.ends.writing:  # Python would wait for these threads; their jobs run again
+            self.log.warning("results_not_written", jobs=list(writing))
             os._exit(self.code)
 
     def _of_ranks(self) -> tuple[dict[str, Any], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from shardit.server.options import ServeOptions
 from shardit.server.store import Store
 from shardit.signature import PipelineSignature
 
-SIGNATURE = PipelineSignature("FakePipeline", ("prompt", "height", "width", "num_inference_steps"))
+SIGNATURE = PipelineSignature("FakePipeline", ("prompt", "image", "height", "width", "num_inference_steps"))
 INFO = {"signature": SIGNATURE, "memory": {"held": 1, "limit": None}}
 
 
@@ -103,8 +104,8 @@ class Server:
     count: int = 0
     all: list[str] = field(default_factory=list)
 
-    def put(self, cost: float = 1.0, **request: Any) -> str:
-        new = NewJob("image", {"prompt": "a cat", "height": 8, "width": 8, **request}, 1, cost)
+    def put(self, cost: float = 1.0, inputs: dict[str, bytes] | None = None, **request: Any) -> str:
+        new = NewJob("image", {"prompt": "a cat", "height": 8, "width": 8, **request}, 1, cost, inputs or {})
         job_id = self.store.accept(new, queue_size=1000)[0].id
         self.all.append(job_id)
         self.jobs.wake()
@@ -147,6 +148,13 @@ class Server:
         self.writer.write()
         while self.loop._queue.qsize():
             self.loop.step(0.0)
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Run the loop until something holds, which other threads bring about."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, "nothing happens"
+            self.loop.step(0.05)
 
     def die(self, reason: str = "rank 1 has ended") -> None:
         """The ranks die and come back."""

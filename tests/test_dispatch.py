@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from shardit.engine.messages import Begin, Cancel, Left, Progress
+from shardit.server import builder
 from shardit.server.fleet import Down
 from shardit.server.loop import Loop
 from shardit.server.messages import Changed, Step
 
+from .http_fake import picture
 from .played import INFO, Server, broken, played_server
 
 
@@ -97,6 +99,80 @@ def test_a_request_that_fails_on_all_ranks(server: Server) -> None:
     assert server.job(bad).error == {"code": "generation_failed", "message": "ValueError: height must be divisible"}
     server.complete(good)
     assert server.state(good) == "completed"
+
+
+# Input pictures.
+
+
+def test_pictures_are_decoded_beside_the_loop(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    real = builder.build_request
+
+    def slow(*given: Any) -> Any:
+        assert go_on.wait(60)
+        return real(*given)
+
+    monkeypatch.setattr(builder, "build_request", slow)
+    job_id = server.put(inputs={"input-0.png": picture()})  # returns
+    assert server.state(job_id) == "queued"
+    for _ in range(5):
+        server.jobs.wake()
+    go_on.set()
+    server.until(lambda: server.running() == [job_id])
+    (sent,) = [message for rank, message in server.fleet.sent if isinstance(message, Begin) and rank == 1]
+    assert [image.size for image in sent.request.images] == [(32, 24)]
+    server.complete(job_id)
+    assert server.state(job_id) == "completed"
+
+
+def test_pictures_are_there_when_a_slot_is_free(server: Server) -> None:
+    ids = [server.put(), server.put(), server.put(inputs={"input-0.png": picture()})]
+    server.until(lambda: server.jobs.builder._built)
+    server.complete(ids[0])
+    assert server.running() == ids[1:]
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_pictures_that_cannot_be_read(server: Server, how: str) -> None:
+    busy = [server.put(), server.put()]
+    bad = server.put(inputs={"input-0.png": b"no picture"})
+    if how == "gone":
+        (server.store.files_of(bad) / "input-0.png").unlink()
+    good = server.put(inputs={"input-0.png": picture()})
+    for job_id in busy:
+        server.complete(job_id)
+    server.until(lambda: server.running() == [good])
+    assert server.job(bad).error["code"] == "invalid_request"  # type: ignore[index]
+    assert "input-0.png" in server.job(bad).error["message"]  # type: ignore[index]
+
+
+def test_a_job_that_overtakes_one_whose_pictures_are_decoded(server: Server) -> None:
+    server.put(), server.put()
+    slow = server.put(cost=100.0, inputs={"input-0.png": picture()})
+    server.until(lambda: server.jobs.builder._built)
+    quick = server.put(inputs={"input-0.png": picture(), "input-1.png": picture()})
+    for _ in range(2):
+        server.complete(server.running()[0])
+    server.until(lambda: server.running() == [quick, slow])
+    counts = {one.job.id: len(one.request.images) for one in server.jobs.running.values()}
+    assert counts == {quick: 2, slow: 1}
+
+
+def test_pictures_of_cancelled_jobs_are_let_go(server: Server) -> None:
+    first, second = server.put(), server.put()
+    job_id = server.put(inputs={"input-0.png": picture()})
+    server.until(lambda: server.jobs.builder._built)
+    server.store.request_cancel(job_id)
+    server.jobs.wake()
+    assert server.jobs.builder._built is None
+    assert server.running() == [first, second]
+
+
+def test_ranks_that_die_while_pictures_are_decoded(server: Server) -> None:
+    job_id = server.put(inputs={"input-0.png": picture()})
+    server.die()
+    server.until(lambda: server.running() == [job_id])
+    assert server.job(job_id).deaths == 0
 
 
 # Cancelling.

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..engine.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
 from ..errors import InputError
+from .builder import Builder
 from .ends import Ends, failure
 from .estimate import Work, work_of
 from .fleet import Down, Fleet
@@ -20,7 +21,6 @@ from .loop import Loop
 from .messages import Changed, Step
 from .options import ServeOptions
 from .running import Running
-from .spec import build_request
 from .store import Store
 from .vigil import Vigil
 
@@ -54,6 +54,7 @@ class Dispatcher:
         self.info: dict[str, Any] | None = None
         self.running: dict[int, Running] = {}
         self.ends = Ends(store, loop, writers, tell, log, gauges)
+        self.builder = Builder(store, loop, then=self.fill)
         self.peaks: dict[int, int] = {}
         """Peak memory of each rank during its newest job, in bytes."""
         self._keys = itertools.count(1)
@@ -154,10 +155,14 @@ class Dispatcher:
     def _begin_next(self) -> bool:
         if self.info is None or self.fleet.failing or len(self.ends.writing) >= MAX_WRITING:
             return False
+        job = next(iter(self.store.queued(1)), None)
+        if job is None:
+            self.builder.forget()
+            return False
+        is_ready = self.builder.ready(job, self.info)  # while it waits for a slot, too
         if (replica := self._free_replica()) is None:
             return False
-        job = next(iter(self.store.queued(1)), None)
-        if job is None or self._must_be_alone(job) or not self._fits(job, replica):
+        if not is_ready or self._must_be_alone(job) or not self._fits(job, replica):
             return False
         if self.store.start(job.id):
             self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
@@ -192,9 +197,8 @@ class Dispatcher:
 
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None
-        images = [self.store.files_of(job.id) / name for name in job.inputs]
         try:
-            request, work = build_request(job.request, job.seed, images, self.info), self._work(job)
+            request, work = self.builder.take(job, self.info), self._work(job)
         except Exception as error:  # accepted for another model, or its files are gone
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             self.ends.end(job, "failed", error=failure("invalid_request", text))

@@ -87,6 +87,7 @@ class Store:
             self._write_inputs(job_id, new)  # which may take a while, in which others can write
             with self._writing():
                 if (known := self._known_or_room(new, queue_size, of_owner)) is None:
+                    self._check_inputs(job_id, new)
                     self._insert(job_id, new)
                 job = known or self.get(job_id)
         except BaseException:
@@ -187,10 +188,11 @@ class Store:
             )
         # None of these is open any more: doomed jobs are those that were to be cancelled.
         self._remove([row["id"] for row in self._all("SELECT id FROM jobs WHERE doomed=1", ())])
-        known = {row["id"] for row in self._all("SELECT id FROM jobs", ())}
-        for path in (self.folder / "jobs").iterdir():
-            if path.name not in known:
-                shutil.rmtree(path, ignore_errors=True)
+        with self._writing():  # a process that the killed server has left behind may be accepting a job: see `accept`
+            known = {row["id"] for row in self._all("SELECT id FROM jobs", ())}
+            for path in (self.folder / "jobs").iterdir():
+                if path.name not in known:
+                    shutil.rmtree(path, ignore_errors=True)
         return [job_of(row) for row in again]
 
     # Looking.
@@ -325,6 +327,12 @@ class Store:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+
+    def _check_inputs(self, job_id: str, new: NewJob) -> None:
+        """A server that has just started may have taken the folder for one that nobody owns, before there was a job."""
+        folder = self.files_of(job_id)
+        if not folder.is_dir() or not all((folder / name).is_file() for name in new.inputs):
+            raise FileNotFoundError(f"{folder} was removed while the job was accepted; send it again")
 
     def _remove(self, job_ids: list[str]) -> None:
         for job_id in job_ids:

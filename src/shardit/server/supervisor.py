@@ -28,7 +28,7 @@ from .last_resort import LastResort, exit_code
 from .loop import Loop
 from .messages import Measured, Ranks, RanksState, Scrape, Wake
 from .options import ServeOptions
-from .store import Store
+from .store import CANCELLED_WAITING, Store
 
 LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
@@ -107,6 +107,7 @@ class Supervisor:
         self._start_ranks_at: float | None = None
         self._retain_at = 0.0
         self._api_starts = 0
+        self._cancelled = self.store.recall(CANCELLED_WAITING, 0)
 
     def run(self) -> int:
         """Until told to stop; returns the exit code."""
@@ -192,6 +193,8 @@ class Supervisor:
         if isinstance(message, Wake):
             self.jobs.wake()
         elif isinstance(message, Scrape):
+            cancelled, self._cancelled = self._cancelled, self.store.recall(CANCELLED_WAITING, 0)
+            self.gauges.cancelled_waiting(self._cancelled - cancelled)
             self.gauges.queue.set(self.store.counts().get("queued", 0))
             self.gauges.in_flight.set(len(self.jobs.running))
             self.gauges.slots.set(self.jobs.slots * self.options.config.data_parallel_size)

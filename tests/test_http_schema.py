@@ -71,9 +71,8 @@ def _try_operation(
     def check(case: Any) -> None:
         nonlocal count
         count += 1
-        name = next((name for name in case.path_parameters if name in ("image_id", "video_id")), None)
-        if name and ids and count % 3 and mode is GenerationMode.POSITIVE:
-            case.path_parameters[name] = ids[count % len(ids)]  # one that exists
+        if "job_id" in case.path_parameters and ids and count % 3 and mode is GenerationMode.POSITIVE:
+            case.path_parameters["job_id"] = ids[count % len(ids)]  # one that exists
         response = case.call(session=session)
         try:
             case.validate_response(response, excluded_checks=_NOT_CHECKED)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from shardit.server.api_process import started
 from shardit.server.jobs import NewJob
 from shardit.server.messages import Measured, Scrape
 from shardit.server.options import ServeOptions
+from shardit.server.serve import listening
 from shardit.server.store import Store
-from shardit.server.supervisor import Supervisor, listening
+from shardit.server.supervisor import Supervisor
 
 
 class Nowhere:
@@ -38,8 +40,8 @@ def put(store: Store) -> str:
 def test_jobs_cancelled_while_they_wait_are_counted(store: Store, tmp_path: Path) -> None:
     """By the API process, which tells nobody; also where they are deleted with it, but not those of earlier runs."""
     store.request_cancel(put(store))
-    with listening("127.0.0.1", 0) as listener:
-        supervisor = Supervisor(ServeOptions("tiny/flux", tmp_path, port=0), listener, Nowhere())
+    with listening("127.0.0.1", 0) as listener, started(listener) as api:
+        supervisor = Supervisor(ServeOptions("tiny/flux", tmp_path, port=0), api, listener, Nowhere())
         told: list[Any] = []
         supervisor.api.tell = told.append  # type: ignore[method-assign]
 

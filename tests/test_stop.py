@@ -17,7 +17,8 @@ import os, signal, sqlite3, sys, threading, time
 from pathlib import Path
 from shardit.server import last_resort, supervisor
 from shardit.server.options import ServeOptions
-from shardit.server.supervisor import Supervisor, serve
+from shardit.server.serve import serve
+from shardit.server.supervisor import Supervisor
 
 class Nowhere:
     def start(self, spec): time.sleep(100); return []

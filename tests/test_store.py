@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from shardit.errors import InputError
-from shardit.server import migrations
+from shardit.server import intake, migrations
+from shardit.server import store as stores
+from shardit.server.intake import Conflict, QueueFull
 from shardit.server.jobs import ENDED, OPEN, PRIORITY_S, Job, NewJob
-from shardit.server.store import Conflict, QueueFull, Store
+from shardit.server.store import Store
 
 FORK = multiprocessing.get_context("fork")
 
@@ -522,8 +524,8 @@ def test_recover_while_a_job_is_accepted(
 ) -> None:
     """By a process of a server that was killed: the job has its files, or its client is told that it was not taken."""
     other = Store(store.folder)
-    write = store._write_inputs
-    monkeypatch.setattr(store, "_write_inputs", lambda *given: (write(*given), other.recover()))
+    write = intake.write_inputs
+    monkeypatch.setattr(stores, "write_inputs", lambda *given: (write(*given), other.recover()))
     with pytest.raises(FileNotFoundError, match="send it again"):
         store.accept(new(inputs=inputs), queue_size=9)
     assert (order(store), folders(store)) == ([], set())
@@ -639,7 +641,7 @@ def test_a_further_step_reaches_a_store_with_jobs(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, step))
     store = Store(tmp_path)
     assert job(store, before.id) == before
-    assert store._all("SELECT note FROM jobs", ())[0][0] == "none"
+    assert store._db.all("SELECT note FROM jobs")[0][0] == "none"
     store.close()
     assert version(tmp_path) == len(migrations.STEPS)
 
@@ -690,9 +692,9 @@ def test_many_processes_make_one_store(tmp_path: Path) -> None:
 
 def full(store: Store) -> Callable[[], None]:
     """Let the database not grow; returns what ends that."""
-    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-    store._db.execute(f"PRAGMA max_page_count={pages}")
-    return lambda: store._db.execute("PRAGMA max_page_count=1000000") and None
+    pages = store._db.connection.execute("PRAGMA page_count").fetchone()[0]
+    store._db.connection.execute(f"PRAGMA max_page_count={pages}")
+    return lambda: store._db.connection.execute("PRAGMA max_page_count=1000000") and None
 
 
 def test_a_full_disk_loses_nothing(store: Store) -> None:
@@ -715,11 +717,11 @@ def test_a_full_disk_loses_nothing(store: Store) -> None:
 def test_a_commit_that_fails_is_no_commit(store: Store) -> None:
     """After a failed COMMIT the next change stands on its own."""
     job_id = put(store)
-    store._db.execute("CREATE TABLE parents (x PRIMARY KEY)")
-    store._db.execute("CREATE TABLE children (x REFERENCES parents DEFERRABLE INITIALLY DEFERRED)")
-    store._db.execute("PRAGMA foreign_keys=ON")
+    store._db.connection.execute("CREATE TABLE parents (x PRIMARY KEY)")
+    store._db.connection.execute("CREATE TABLE children (x REFERENCES parents DEFERRABLE INITIALLY DEFERRED)")
+    store._db.connection.execute("PRAGMA foreign_keys=ON")
     with pytest.raises(sqlite3.IntegrityError):
-        store._update("INSERT INTO children VALUES (?)", (1,))
+        store._db.change("INSERT INTO children VALUES (?)", 1)
     assert store.start(job_id)
     other = Store(store.folder)
     assert job(other, job_id).state == "in_progress"

@@ -50,6 +50,7 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         named = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & set(given) else [])}
         filled = tiny.filled_in(options.model.removeprefix("tiny/"), named)
         given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
+    _check_taken(given, values, takes)
     check_limits(given, options.limits)
     return given
 
@@ -71,6 +72,18 @@ def check_limits(given: Mapping[str, Any], limits: Limits) -> None:
         if len(given.get(name, ())) > limits.steps:
             text = f"{name} has {len(given[name])} entries, the limit is {limits.steps} steps; give fewer"
             raise ApiError(400, text, code="too_large", param=name)
+
+
+def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:
+    for name, value in given.items():
+        needless = name == "num_outputs_per_prompt" and value == 1  # one is what every pipeline makes
+        if name in takes.choices or name in ("prompt", "extra_args") or takes.takes_any or needless:
+            continue
+        said = name if name in values else _SAID_AS[name]
+        raise ApiError(400, f"{takes.class_name} takes no {said}; leave it out", code="invalid_value", param=said)
+
+
+_SAID_AS = {"num_outputs_per_prompt": "n", "width": "size", "height": "size", "num_frames": "seconds"}
 
 
 def _put(given: dict[str, Any], name: str, value: Any, said_as: str) -> None:

@@ -8,6 +8,7 @@ import re
 import secrets
 import sqlite3
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,8 @@ async def _pictures(
     values: Mapping[str, Any], body: Body, info: Mapping[str, Any], context: Context
 ) -> dict[str, bytes]:
     """Checked input pictures by file name."""
-    found = await run_in_threadpool(input_pictures, values, body, context.options)
+    async with context.fetching if context.options.fetch_hosts else nullcontext():
+        found = await run_in_threadpool(input_pictures, values, body, context.options)
     takes = info.get("signature_with_image") or info["signature"]
     if found and takes.image_name is None:
         text = f"{found[0][0]}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"

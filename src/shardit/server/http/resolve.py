@@ -36,7 +36,7 @@ def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
 def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:
     """The prompt and parameters under the names of `Omni.generate`, without pictures and seed. Raises ApiError."""
     given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
-    _check_extra(given.get("extra_args", {}))
+    _check_extra(given.get("extra_args", {}), takes)
     _put(given, "num_outputs_per_prompt", given.pop("n", None), "n")
     size = given.pop("size", "auto")
     if size != "auto":
@@ -103,8 +103,11 @@ def _frames(seconds: float, fps: float, limits: Limits) -> int:
     return frames
 
 
-def _check_extra(extra: Mapping[str, Any]) -> None:
+def _check_extra(extra: Mapping[str, Any], takes: PipelineSignature) -> None:
     for name in extra:
+        if name not in takes.names and not takes.takes_any:
+            text = f"{takes.class_name} takes no {name!r}; leave extra_args.{name} out"
+            raise ApiError(400, text, code="invalid_value", param="extra_args")
         if _NOT_SENDABLE.search(name):
             text = f"extra_args.{name} cannot be given over HTTP; leave it out"
             raise ApiError(400, text, code="invalid_value", param="extra_args")

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from shardit.engine.messages import Channel, Closed
+from shardit.engine.channel import Channel, Closed
 from shardit.output import Output
 from shardit.server import estimate
 from shardit.server.jobs import Job

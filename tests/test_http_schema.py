@@ -50,7 +50,7 @@ def _try_out(kind: str, folder: Path, examples: int) -> int:
 
 def _can_be_wrong(operation: Any) -> bool:
     # Any text is an id, if not one of a job.
-    return bool(operation.body) or any(not item.name.endswith("_id") for item in operation.iter_parameters())
+    return bool(operation.body) or any(item.name != "job_id" for item in operation.iter_parameters())
 
 
 def _try_operation(
@@ -71,9 +71,8 @@ def _try_operation(
     def check(case: Any) -> None:
         nonlocal count
         count += 1
-        name = next((name for name in case.path_parameters if name in ("image_id", "video_id")), None)
-        if name and ids and count % 3 and mode is GenerationMode.POSITIVE:
-            case.path_parameters[name] = ids[count % len(ids)]  # one that exists
+        if "job_id" in case.path_parameters and ids and count % 3 and mode is GenerationMode.POSITIVE:
+            case.path_parameters["job_id"] = ids[count % len(ids)]  # one that exists
         response = case.call(session=session)
         try:
             case.validate_response(response, excluded_checks=_NOT_CHECKED)

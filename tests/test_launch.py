@@ -16,8 +16,8 @@ import numpy
 import pytest
 from PIL import Image
 
+from shardit.engine.channel import Channel
 from shardit.engine.launch import Nursery
-from shardit.engine.messages import Channel
 from shardit.engine.omni import started_by_torchrun
 from shardit.engine.worker import threads_per_rank
 

@@ -23,9 +23,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from shardit.engine.channel import Closed
 from shardit.engine.connect import GREETING, NONCE, Join, Reach, connect
 from shardit.engine.facts import facts, fingerprint
-from shardit.engine.messages import Closed, SessionSpec
+from shardit.engine.messages import SessionSpec
 from shardit.errors import InputError, RankError
 from shardit.server.flags import Executor, ServeFlags
 from shardit.server.jobs import NewJob

@@ -11,7 +11,8 @@ STUCK_WRITER = """
 import sys, threading, time
 from pathlib import Path
 from shardit.server.options import ServeOptions
-from shardit.server.supervisor import Supervisor, serve
+from shardit.server.serve import serve
+from shardit.server.supervisor import Supervisor
 
 class Nowhere:
     def start(self, spec): time.sleep(100); return []

@@ -81,7 +81,7 @@ def serve(flags: ServeFlags) -> int:
         from shardit.server.keeper import serve_as_rank
 
         return serve_as_rank(options)
-    from shardit.server.supervisor import serve as run
+    from shardit.server.serve import serve as run
 
     return run(options)
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from typing import Any
 
-import structlog
 
-
-def logger(process: str) -> Any:
+class logger:
     """The log of one process of the server; `process` is "supervisor", "api" or "rank". Fields go in as keywords:
     request_id for a job, rank for a rank."""
+
+    def __init__(self, process: str):
+        self._process = process
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_log(self._process), name)
+
+
+@functools.cache
+def _log(process: str) -> Any:
+    import structlog  # takes a tenth of a second, which a starting server has not
+
     pretty = sys.stderr.isatty()
     renderer: Any = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
     return structlog.wrap_logger(

@@ -1,11 +1,16 @@
-"""Starting a Python process that runs one function of shardit, of this very copy of it."""
+"""Processes of shardit: how one is started, ends with its parent, and how its end is told."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import signal
 import sys
 from pathlib import Path
 
 import shardit
+
+PR_SET_PDEATHSIG = 1
 
 # "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
 # Only shardit itself is looked for where this process found it.
@@ -28,3 +33,19 @@ def command(module: str, *numbers: int, quick: bool = False) -> list[str]:
     """
     root = str(Path(shardit.__file__).resolve().parents[1])
     return [sys.executable, "-c", _BOOT, root, module, "quick" if quick else "", *map(str, numbers)]
+
+
+def die_with_parent(number: int) -> None:
+    """Have the kernel send signal `number` to this process when its parent ends (0: no longer). Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, from its return code as `subprocess` counts it."""
+    if code >= 0:
+        return f"exited with code {code}"
+    name = str(-code)
+    with contextlib.suppress(ValueError):
+        name = f"{-code} ({signal.Signals(-code).name})"
+    return f"killed by signal {name}" + ("; out of memory?" if -code == signal.SIGKILL else "")

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RankError
-from .messages import Channel, SessionSpec
+from .channel import Channel
+from .messages import SessionSpec
 
 GREETING = b"shardit ranks 1\n"
 WELCOME = b"+"

@@ -5,27 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from typing import Any
 
-from shardit.engine.boot import command
-from shardit.engine.messages import (
-    Channel,
-    Check,
-    Closed,
-    Dump,
-    Failed,
-    Gone,
-    Kill,
-    Refused,
-    SessionSpec,
-    Stacks,
-    Start,
-    Started,
-)
+from shardit.engine.boot import command, describe_exit
+from shardit.engine.channel import Channel, Closed
+from shardit.engine.messages import Check, Dump, Failed, Gone, Kill, Refused, SessionSpec, Stacks, Start, Started
 from shardit.engine.worker import threads_per_rank
 from shardit.errors import InputError, RankError
 
@@ -137,16 +124,6 @@ class Nursery:
         while not isinstance(message := self.control.recv(), wanted):
             pass
         return message
-
-
-def describe_exit(code: int) -> str:
-    """How a process ended, from its return code as `subprocess` counts it."""
-    if code >= 0:
-        return f"exited with code {code}"
-    name = str(-code)
-    with contextlib.suppress(ValueError):
-        name = f"{-code} ({signal.Signals(-code).name})"
-    return f"killed by signal {name}" + ("; out of memory?" if -code == signal.SIGKILL else "")
 
 
 def nursery_environment() -> dict[str, str]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from ..core.turns import Interrupted, Program, is_out_of_memory
 from ..logs import logger
+from .channel import Channel, Closed
 from .memory import peak_bytes, reset_peak
-from .messages import Begin, Cancel, Channel, Closed, Ended, Left, OutOfMemory, Progress
+from .messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
 from .result import collect, one_line
 
 

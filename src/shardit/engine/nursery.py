@@ -7,7 +7,6 @@ ends, and its ranks with it, when the user's process is gone.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -24,11 +23,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from shardit.engine.boot import die_with_parent
+from shardit.engine.channel import Channel, Closed
 from shardit.engine.messages import (
-    Channel,
     Check,
     Checked,
-    Closed,
     Dump,
     Exited,
     Failed,
@@ -46,7 +45,6 @@ PRELOAD = ("torch.distributed", "diffusers.pipelines.pipeline_utils", "transform
 """What every rank imports anyway. The session's module may have its own PRELOAD, and its check imports more."""
 KILL_WAIT_S = 5.0
 STACK_WAIT_S = 0.5
-PR_SET_PDEATHSIG = 1
 
 
 def main(control_fd: int, parent: int) -> None:
@@ -238,9 +236,3 @@ def join_group(pid: int, group: int) -> None:
     """Put a process into a process group (0: its own). Both sides of a fork do it, as neither knows who is first."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.setpgid(pid, group)
-
-
-def die_with_parent(number: int) -> None:
-    """Have the kernel send signal `number` to this process when its parent ends (0: no longer). Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -11,19 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
+from shardit.engine.channel import Channel, Closed, encode
 from shardit.engine.launch import Nursery
-from shardit.engine.messages import (
-    SESSION,
-    Channel,
-    Closed,
-    Done,
-    Generate,
-    Outputs,
-    Progress,
-    Ready,
-    SessionSpec,
-    encode,
-)
+from shardit.engine.messages import SESSION, Done, Generate, Outputs, Progress, Ready, SessionSpec
 from shardit.engine.watch import Watch
 from shardit.engine.worker import JoinedRanks, in_order, with_peaks
 from shardit.errors import InputError, RankError

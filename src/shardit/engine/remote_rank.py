@@ -7,9 +7,9 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+from .channel import Channel, Closed
 from .connect import Join, Reach, connect
 from .facts import facts
-from .messages import Channel, Closed
 from .worker import main
 
 JOIN_WAIT_S = 1800.0

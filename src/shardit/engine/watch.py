@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
-from shardit.engine.launch import Nursery, describe_exit
-from shardit.engine.messages import Channel, Closed, Ended, Exited, Failed, Refused
+from shardit.engine.boot import describe_exit
+from shardit.engine.channel import Channel, Closed
+from shardit.engine.launch import Nursery
+from shardit.engine.messages import Ended, Exited, Failed, Refused
 from shardit.errors import RankError
 
 GRACE_S = 1.0

@@ -11,20 +11,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from shardit.engine.channel import Channel, Closed
 from shardit.engine.memory import peak_bytes, reset_peak
-from shardit.engine.messages import (
-    Channel,
-    Closed,
-    Done,
-    Ended,
-    Failed,
-    Generate,
-    Outputs,
-    Progress,
-    Ready,
-    Refused,
-    SessionSpec,
-)
+from shardit.engine.messages import Done, Ended, Failed, Generate, Outputs, Progress, Ready, Refused, SessionSpec
 from shardit.errors import InputError, RankError
 
 if TYPE_CHECKING:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ..engine.boot import command
-from ..engine.launch import describe_exit
-from ..engine.messages import Channel
+from ..engine.boot import command, describe_exit
+from ..engine.channel import Channel
 from .loop import Loop, Pipe
 from .messages import Step
 from .options import ServeOptions
@@ -24,6 +25,40 @@ MAX_PAUSE_S = 10.0
 STOP_S = 2.0
 
 
+@dataclass(frozen=True)
+class Started:
+    """An API process that imports what it needs, and then waits for its options."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+
+
+def start(listener: socket.socket) -> Started:
+    """Start an API process; returns at once."""
+    ours, theirs = socket.socketpair()
+    fds = [theirs.fileno(), listener.fileno()]
+    with theirs:
+        process = subprocess.Popen(
+            command("shardit.server.http.main", *fds, quick=True),
+            stdin=subprocess.DEVNULL,
+            pass_fds=fds,
+            start_new_session=True,  # Ctrl-C is for the supervisor, which then decides
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    return Started(process, Channel(ours))
+
+
+@contextlib.contextmanager
+def started(listener: socket.socket) -> Iterator[Started]:
+    """An API process, which is gone at the end."""
+    api = start(listener)
+    try:
+        yield api
+    finally:
+        api.process.kill()
+        api.process.wait()
+
+
 class ApiProcess:
     """A running API process, or one that is to be started again.
 
@@ -33,6 +68,7 @@ class ApiProcess:
     def __init__(
         self,
         options: ServeOptions,
+        first: Started,
         listener: socket.socket,
         loop: Loop,
         *,
@@ -40,7 +76,8 @@ class ApiProcess:
         on_start: Callable[[], None],
         log: Any,
     ):
-        self._options, self._listener, self._loop, self._log = options, listener, loop, log
+        self._options, self._first, self._listener = options, first, listener
+        self._loop, self._log = loop, log
         self._on_message, self._on_start = on_message, on_start
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Pipe | None = None
@@ -49,19 +86,12 @@ class ApiProcess:
         self._again = 0.0
 
     def start(self) -> None:
-        """Start the process; returns at once."""
-        ours, theirs = socket.socketpair()
-        fds = [theirs.fileno(), self._listener.fileno()]
-        with theirs:
-            self._process = subprocess.Popen(
-                command("shardit.server.http.main", *fds, quick=True),
-                stdin=subprocess.DEVNULL,
-                pass_fds=fds,
-                start_new_session=True,  # Ctrl-C is for the supervisor, which then decides
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        channel = Channel(ours)
-        self._pipe = Pipe(channel, lambda message: self._loop.call(self._on_message, message), lambda: None)
+        """Give the process its options; returns at once."""
+        self._begin(self._first)
+
+    def _begin(self, api: Started) -> None:
+        self._process = api.process
+        self._pipe = Pipe(api.channel, lambda message: self._loop.call(self._on_message, message), lambda: None)
         self._pipe.send(self._options)
         self._begun = time.monotonic()
         self._on_start()
@@ -87,7 +117,7 @@ class ApiProcess:
                 self._pipe.close()
         if self._process is None and now >= self._again:
             try:
-                self.start()
+                self._begin(start(self._listener))
             except OSError as error:  # no memory, no process numbers
                 self._again = now + MAX_PAUSE_S
                 self._log.error("api_process_not_started", reason=str(error), again_in_s=MAX_PAUSE_S)

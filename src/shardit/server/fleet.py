@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..engine.launch import STOP_WAIT_S, Nursery, describe_exit
-from ..engine.messages import Channel, Exited, Failed, Gone, Kill, OutOfMemory, Ready, Refused, SessionSpec
+from ..engine.boot import describe_exit
+from ..engine.channel import Channel
+from ..engine.launch import STOP_WAIT_S, Nursery
+from ..engine.messages import Exited, Failed, Gone, Kill, OutOfMemory, Ready, Refused, SessionSpec
 from ..errors import InputError
 from .loop import Loop, Pipe
 

@@ -21,11 +21,11 @@ import time
 from multiprocessing.connection import wait
 from typing import Any
 
-from ..engine.boot import command
+from ..engine.boot import command, die_with_parent
+from ..engine.channel import Channel, Closed
 from ..engine.connect import Reach, connect
 from ..engine.facts import facts
-from ..engine.messages import Channel, Closed
-from ..engine.nursery import die_with_parent, join_group
+from ..engine.nursery import join_group
 from ..errors import InputError, RankError
 from .options import ServeOptions
 from .remote_ranks import listen_for_ranks

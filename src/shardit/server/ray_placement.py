@@ -11,9 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ..engine.channel import Channel
 from ..engine.connect import Reach
 from ..engine.facts import settings
-from ..engine.messages import Channel, SessionSpec
+from ..engine.messages import SessionSpec
 from ..engine.ray_rank import RayRank
 from ..errors import InputError, RankError
 from .options import ServeOptions

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine.channel import Channel, Closed
 from ..engine.connect import Join, Reach, admit, welcome
-from ..engine.messages import Channel, Closed, SessionSpec
+from ..engine.messages import SessionSpec
 from ..errors import InputError, RankError
 
 LOOK_S = 0.2

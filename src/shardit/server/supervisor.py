@@ -1,28 +1,23 @@
-"""The supervisor: the process of `shardit serve`. It holds the socket and the data folder, and keeps the API process
-and the ranks running until it is told to stop."""
+"""The supervisor: the process of `shardit serve`, which keeps the API process and the ranks running until it is told to
+stop."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import os
 import signal
 import socket
 import sqlite3
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from ..engine.messages import SESSION, SessionSpec
 from ..errors import InputError
 from ..logs import logger
-from .api_process import ApiProcess
+from .api_process import ApiProcess, Started
 from .dispatch import Dispatcher
-from .fleet import Down, Fleet, LocalPlacement, Placement
+from .fleet import Down, Fleet, Placement
 from .gauges import Gauges
 from .loop import Loop
 from .messages import Measured, Ranks, RanksState, Scrape, Wake
@@ -33,32 +28,6 @@ LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
 STOP_S = 7.0
 RETAIN_EVERY_S = 60.0
-LEFT_BEHIND_S = 6.0
-"""After a server was killed: time for its processes to let go of the port."""
-
-
-def serve(options: ServeOptions, placement: Placement | None = None, patience_s: float = 0.0) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct.
-
-    patience_s: how long to wait for the data folder, where a server that is about to end may hold it.
-    """
-    placement = placement or placement_for(options)
-    with locked(options.data_dir, patience_s) as was_killed:
-        with listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener:
-            try:
-                return Supervisor(options, listener, placement).run()
-            except sqlite3.Error as error:
-                text = f"the data folder {options.data_dir} cannot be written ({error}); make room there"
-                raise InputError(text) from error
-
-
-def placement_for(options: ServeOptions) -> Placement:
-    """Where the ranks are to be. Raises InputError where that cannot be had."""
-    if options.executor == "ray":
-        from .ray_placement import RayPlacement
-
-        return RayPlacement(options)
-    return LocalPlacement(options.step_timeout_s)
 
 
 class Supervisor:
@@ -66,7 +35,7 @@ class Supervisor:
 
     _session = SESSION
 
-    def __init__(self, options: ServeOptions, listener: socket.socket, placement: Placement):
+    def __init__(self, options: ServeOptions, api: Started, listener: socket.socket, placement: Placement):
         self.options = options
         self.log = logger("supervisor")
         self.gauges = Gauges()
@@ -89,7 +58,7 @@ class Supervisor:
             spec, placement, self.loop, on_up=self.on_up, on_down=self.on_down, on_message=self.on_rank_message
         )
         self.api = ApiProcess(
-            options, listener, self.loop, on_message=self.on_api_message, on_start=self.on_api_start, log=self.log
+            options, api, listener, self.loop, on_message=self.on_api_message, on_start=self.on_api_start, log=self.log
         )
         self.writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="writer")
         self.jobs = Dispatcher(
@@ -246,60 +215,6 @@ def useful_slots(options: ServeOptions) -> int:
     if config.pipeline_parallel_size > 1:
         return max(2, config.pipeline_parallel_size)
     return 2 if config.world_size > config.data_parallel_size * config.cfg_parallel_size else 1
-
-
-@contextlib.contextmanager
-def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.socket]:
-    """A listening TCP socket. Raises InputError where the address cannot be had, or not within `patience_s`."""
-    deadline = time.monotonic() + patience_s
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        while True:
-            try:
-                listener.bind((host, port))
-                listener.listen(512)
-                break
-            except OverflowError:
-                raise InputError(f"--port must be from 0 to 65535, got {port}") from None
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
-                    text = f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port"
-                    raise InputError(text) from None
-                time.sleep(0.1)
-        yield listener
-
-
-@contextlib.contextmanager
-def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
-    """The data folder, for this server alone; whether the one before was killed, so that its processes may not all be
-    gone yet. Raises InputError where another one has it, for `patience_s` at least."""
-    deadline = time.monotonic() + patience_s
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise InputError(
-            f"the data folder {folder} cannot be used ({error.strerror}); choose another with --data-dir"
-        ) from None
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if time.monotonic() >= deadline:
-                os.close(handle)
-                text = f"the data folder {folder} is used by another server; choose another with --data-dir"
-                raise InputError(text) from None
-            time.sleep(0.1)
-    try:
-        was_killed = bool(os.read(handle, 1))
-        with contextlib.suppress(OSError):  # a full disk
-            os.write(handle, b"in use")
-        yield was_killed
-        os.truncate(handle, 0)
-    finally:
-        os.close(handle)
 
 
 def _innermost(stack: str) -> str:

@@ -11,9 +11,10 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
+from ..engine.boot import die_with_parent
+from ..engine.channel import Channel, Closed
 from ..engine.connect import Reach
-from ..engine.messages import Channel, Closed, SessionSpec
-from ..engine.nursery import die_with_parent
+from ..engine.messages import SessionSpec
 from ..errors import InputError, RankError
 from .options import ServeOptions
 from .remote_ranks import RankPort, join_all
@@ -97,7 +98,7 @@ class TorchrunPlacement:
 
 def main(control_fd: int, listener_fd: int, keeper: int) -> int:
     """The supervisor's process under torchrun; returns its exit code."""
-    from .supervisor import serve
+    from .serve import serve
 
     die_with_parent(signal.SIGKILL)
     if os.getppid() != keeper:

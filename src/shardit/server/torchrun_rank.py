@@ -16,8 +16,8 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from ..engine.channel import Channel
 from ..engine.connect import Reach
-from ..engine.messages import Channel
 from ..errors import RankError
 from .options import ServeOptions
 from .seat import Seat, flags_of

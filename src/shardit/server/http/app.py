@@ -20,7 +20,7 @@ from .about import about_routes
 from .board import Board
 from .context import Context
 from .document import describe
-from .errors import ApiError, busy
+from .errors import ApiError, ErrorBody, busy
 from .fields import ImageUrl, field_models
 from .guard import Guard
 from .images import image_routes
@@ -42,7 +42,9 @@ def create_app(options: ServeOptions, store: Store, board: Board) -> FastAPI:
         app.include_router(router)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    describe(app, (ImageUrl,))
+    fields, uploads = context.fields, ("image", "image[]")
+    bodies = {"image": (fields.image, uploads), "edit": (fields.edit, uploads)}
+    describe(app, (ImageUrl, ErrorBody), {**bodies, "video": (fields.video, ("input_reference", *uploads))})
     app.add_middleware(
         Guard, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+_REFERENCE = "#/components/schemas/{model}"
 _FILE = {"type": "string", "format": "binary"}
 
 PREFER: dict[str, Any] = {
@@ -30,18 +32,20 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
 
-EVENTS: dict[str, Any] = {"response_class": EventStream}
-
-
 def binary(media_type: str) -> dict[str, Any]:
     """Arguments of a route whose answer is a file."""
     file = type("File", (Response,), {"media_type": media_type})
     return {"response_class": file}
 
 
-def body_of(model: type[BaseModel], uploads: tuple[str, ...] = ("image", "image[]")) -> dict[str, Any]:
+def body(name: str) -> dict[str, Any]:
+    """Arguments of a route that takes one of the bodies that `describe` is told of."""
+    return {"requestBody": {"$ref": f"#/components/requestBodies/{name}"}}
+
+
+def _body_of(model: type[BaseModel], uploads: tuple[str, ...]) -> dict[str, Any]:
     """The request body that `model` checks, as JSON and as a multipart form with files."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = model.model_json_schema(ref_template=_REFERENCE)
     schema.pop("$defs", None)
     form = {**schema, "title": f"{model.__name__}Form", "properties": dict(schema["properties"])}
     for name, field in form["properties"].items():
@@ -53,21 +57,24 @@ def body_of(model: type[BaseModel], uploads: tuple[str, ...] = ("image", "image[
         many = name.endswith("[]")
         form["properties"][name] = {"type": "array", "items": _FILE} if many else _FILE
     return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}},
-        }
+        "required": True,
+        "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}},
     }
 
 
-def describe(app: FastAPI, models: tuple[type[BaseModel], ...]) -> None:
-    """Make `app` give a corrected document; `models` are added to its components."""
+def describe(
+    app: FastAPI, models: tuple[type[BaseModel], ...], bodies: Mapping[str, tuple[type[BaseModel], tuple[str, ...]]]
+) -> None:
+    """Make `app` give a corrected document, made when it is first asked for, as that takes a while.
+
+    models: what to add to the schemas. bodies: by their names, what checks them and the names of their uploads.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _corrected(
-                get_openapi(title=app.title, version=app.version, routes=app.routes), models
-            )
+            document = _corrected(get_openapi(title=app.title, version=app.version, routes=app.routes), models)
+            document["components"]["requestBodies"] = {name: _body_of(*parts) for name, parts in bodies.items()}
+            app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # pyright: ignore[reportAttributeAccessIssue]
@@ -86,6 +93,8 @@ def _corrected(document: dict[str, Any], models: tuple[type[BaseModel], ...]) ->
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     for model in models:
-        schemas[model.__name__] = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema = model.model_json_schema(ref_template=_REFERENCE)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[model.__name__] = schema
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return document

@@ -21,7 +21,7 @@ DESCRIPTION = """Server-sent events until the job has ended: `queued` {"position
 and at last `finished` {"status", "error"}. A comment line comes every ten seconds."""
 
 
-async def job_events(context: Context, job: Job) -> AsyncIterator[bytes]:
+async def events(context: Context, job: Job) -> AsyncIterator[bytes]:
     """The events of a job from now on."""
     told: tuple[str, Any] | None = None
     spoke = time.monotonic()

@@ -1,16 +1,22 @@
-"""What can be done with a job of either kind: look at it, cancel it, forget it, follow it, fetch its files."""
+"""What can be done with a job of either kind: look at it, list, follow, cancel and forget it."""
 
 from __future__ import annotations
 
 import re
+from typing import Annotated, Any, Literal
 
-from fastapi import Request
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
 from ...errors import InputError
 from ..jobs import Job, Kind
 from .accept import owner
 from .context import Context
-from .errors import ApiError
+from .document import EventStream
+from .errors import ApiError, answers
+from .events import DESCRIPTION, events
 from .views import Deleted, ImageJob, VideoJob, view
 
 _ID = re.compile(r"(image|video)_[0-9a-f]{32}")
@@ -42,31 +48,53 @@ def show(request: Request, context: Context, job: Job) -> ImageJob | VideoJob:
     )
 
 
-def list_jobs(
-    request: Request, context: Context, kind: Kind, after: str | None, limit: int, order: str
-) -> dict[str, object]:
-    """A page of the client's own jobs."""
-    try:
-        jobs, more = context.store.page(kind, owner=owner(request), after=after, limit=limit, order=order)
-    except InputError as error:
-        raise ApiError(400, str(error), code="invalid_value", param="after") from error
-    shown = [show(request, context, job) for job in jobs]
-    return {
-        "data": shown,
-        "first_id": shown[0].id if shown else None,
-        "last_id": shown[-1].id if shown else None,
-        "has_more": more,
-    }
+def job_routes(context: Context, kind: Kind, one: type[BaseModel], page: type[BaseModel]) -> APIRouter:
+    """The routes under /v1/images or /v1/videos that both have; `one` and `page` are the shapes of their answers."""
+    router = APIRouter(prefix=f"/v1/{kind}s", tags=[f"{kind}s"])
 
+    @router.get("", response_model=page, responses=answers(400, 401))
+    def list_jobs(
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Any:
+        """A page of jobs, the newest first unless told otherwise."""
+        try:
+            jobs, more = context.store.page(kind, owner=owner(request), after=after, limit=limit, order=order)
+        except InputError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="after") from error
+        shown = [show(request, context, job) for job in jobs]
+        ids = [job.id for job in shown] or [None]
+        return {"data": shown, "first_id": ids[0], "last_id": ids[-1], "has_more": more}
 
-def cancel_job(request: Request, context: Context, kind: Kind, job_id: str) -> Job:
-    """Ask for the end of a job; one that has ended stays as it is."""
-    job = find_job(request, context, kind, job_id)
-    return context.store.request_cancel(job.id) or job
+    @router.get("/{job_id}", response_model=one, responses=answers(401, 404))
+    def retrieve_job(request: Request, response: Response, job_id: str) -> Any:
+        """A job as it is now."""
+        job = find_job(request, context, kind, job_id)
+        if not job.ended:
+            response.headers["openai-poll-after-ms"] = "500"
+        return show(request, context, job)
 
+    @router.delete("/{job_id}", response_model=Deleted, responses=answers(401, 403, 404, 503))
+    async def delete_job(request: Request, job_id: str) -> Any:
+        """Forget a job and its files; if it has not ended, it is cancelled first."""
+        job = await run_in_threadpool(find_job, request, context, kind, job_id)
+        await run_in_threadpool(context.store.delete, job.id)
+        context.board.changed_here(job.id)
+        return Deleted(id=job.id, object="image.deleted" if kind == "image" else "video.deleted")
 
-def delete_job(request: Request, context: Context, kind: Kind, job_id: str) -> Deleted:
-    """Forget a job; one that has not ended is cancelled first."""
-    job = find_job(request, context, kind, job_id)
-    context.store.delete(job.id)
-    return Deleted(id=job.id, object="image.deleted" if kind == "image" else "video.deleted")
+    @router.post("/{job_id}/cancel", response_model=one, responses=answers(401, 403, 404, 503))
+    async def cancel_job(request: Request, job_id: str) -> Any:
+        """Cancel a job, within a step if it runs; one that has ended stays as it is."""
+        job = await run_in_threadpool(find_job, request, context, kind, job_id)
+        job = await run_in_threadpool(context.store.request_cancel, job.id) or job
+        context.board.changed_here(job.id)
+        return await run_in_threadpool(show, request, context, job)
+
+    @router.get("/{job_id}/events", response_class=EventStream, description=DESCRIPTION, responses=answers(401, 404))
+    async def job_events(request: Request, job_id: str) -> StreamingResponse:
+        job = await run_in_threadpool(find_job, request, context, kind, job_id)
+        return StreamingResponse(events(context, job), media_type="text/event-stream")
+
+    return router

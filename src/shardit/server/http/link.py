@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from ...engine.messages import Channel
+from ...engine.channel import Channel
 
 
 class Link:

@@ -11,8 +11,8 @@ from typing import Any
 
 import uvicorn
 
-from ...engine.messages import Channel
-from ...engine.nursery import die_with_parent
+from ...engine.boot import die_with_parent
+from ...engine.channel import Channel, Closed
 from ...logs import logger
 from ..options import ServeOptions
 from ..store import Store
@@ -32,7 +32,10 @@ def main(control_fd: int, listen_fd: int) -> None:
     die_with_parent(signal.SIGKILL)  # also while it is stopped, or hangs
     channel = Channel(socket.socket(fileno=control_fd))
     listener = socket.socket(fileno=listen_fd)
-    options = channel.recv()
+    try:
+        options = channel.recv()
+    except Closed:  # the command was wrong
+        return
     assert isinstance(options, ServeOptions), options
     store = Store(options.data_dir)
     asyncio.run(_serve(options, store, Link(channel, _supervisor_gone), listener))
@@ -53,7 +56,6 @@ async def _serve(options: ServeOptions, store: Store, link: Link, listener: sock
     server = _Server(_config(options, store, board), board)
     gc.freeze()
     gc.enable()  # it was off during the imports
-    _LOG.info("listening", host=options.host, port=listener.getsockname()[1])
     await server.serve(sockets=[listener])
 
 
@@ -75,6 +77,12 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, board: Board):
         super().__init__(config)
         self._board = board
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve, then say so."""
+        await super().startup(sockets)
+        for host, port, *_ in (listener.getsockname() for listener in sockets or ()):
+            _LOG.info("listening", host=host, port=port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what can still be answered, then end."""

@@ -229,7 +229,7 @@ def test_silent_streams_show_that_they_live(tmp_path: Path, monkeypatch: pytest.
     async def follow() -> list[bytes]:
         context: Any = SimpleNamespace(store=store, board=Board(lambda message: None))
         got = []
-        async for piece in http_events.job_events(context, job):
+        async for piece in http_events.events(context, job):
             got.append(piece)
             if len(got) == 4:
                 store.request_cancel(job.id)

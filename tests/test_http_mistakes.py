@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from shardit.signature import PipelineSignature
+
 from .http_calls import NOW, error_of
 from .http_fake import VIDEO, Served, form, picture, serving
 
@@ -105,6 +107,10 @@ def test_pictures_that_the_model_does_not_take(tmp_path: Path) -> None:
     with serving(tmp_path / "none", text_only, model="a/model") as served:
         error = error_of(served, "/v1/videos", data, 400, {"Content-Type": kind})
         assert (error["param"], "takes no picture" in error["message"]) == ("input_reference", True)
+    needs = {"signature": PipelineSignature("QwenImageEditPipeline", ("image", "prompt")), "notes": []}
+    with serving(tmp_path / "needs", needs, model="a/model") as served:
+        error = error_of(served, NOW, {"prompt": "a cat"}, 400)
+        assert (error["param"], "give one in image (POST /v1/images/edits)" in error["message"]) == ("image", True)
     data, kind = form({"prompt": "a cat", "image[]": [("a.png", picture())] * 2})
     with serving(tmp_path / "one", VIDEO) as served:
         error = error_of(served, "/v1/videos", data, 400, {"Content-Type": kind})

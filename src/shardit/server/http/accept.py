@@ -101,7 +101,13 @@ async def _pictures(
     """Checked input pictures by file name."""
     async with context.fetching if context.options.fetch_hosts else nullcontext():
         found = await run_in_threadpool(input_pictures, values, body, context.options)
-    takes = info.get("signature_with_image") or info["signature"]
+    plain, takes = info["signature"], info.get("signature_with_image") or info["signature"]
+    if not found and plain.needs_image:
+        where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
+        name = where.split()[0]
+        raise ApiError(
+            400, f"{plain.class_name} needs a picture; give one in {where}", code="missing_field", param=name
+        )
     if found and takes.image_name is None:
         text = f"{found[0][0]}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
         raise ApiError(400, text, code="invalid_value", param=found[0][0])

@@ -131,14 +131,11 @@ async def _from_form(form: FormData) -> Body:
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             plain = name.removesuffix("[]")
+            if plain in NO_MEANING:
+                raise ApiError(400, f"{plain} has no meaning here; leave it out", code="unsupported_value", param=plain)
             if plain not in PICTURES:
-                param = plain if plain in NO_MEANING else None
-                raise ApiError(
-                    400,
-                    f"there is no file field {name!r}; there are: {', '.join(PICTURES)}",
-                    code="unknown_field",
-                    param=param,
-                )
+                text = f"there is no file field {name!r}; there are: {', '.join(PICTURES)}"
+                raise ApiError(400, text, code="unknown_field", param=plain)
             body.uploads.setdefault(plain, []).append(await value.read())
         else:
             _put(body.values, name, value)

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.messages import Channel
+from shardit.engine.channel import Channel
 from shardit.logs import logger
 from shardit.server import pulse
-from shardit.server.api_process import ApiProcess
+from shardit.server.api_process import ApiProcess, start
 from shardit.server.http.link import Link
 from shardit.server.loop import Loop
 from shardit.server.messages import Ping, Pong
 from shardit.server.options import ServeOptions
 from shardit.server.pulse import ASK_EVERY_S, MAX_STEP_S, PATIENCE_S, START_S, Pulse
-from shardit.server.supervisor import listening
+from shardit.server.serve import listening
 
 WAIT_S = 120.0
 
@@ -100,6 +100,7 @@ class Kept:
         self.loop = Loop(lambda: None)
         self.api = ApiProcess(
             ServeOptions("tiny/flux", folder),
+            start(listener),
             listener,
             self.loop,
             on_message=lambda message: None,

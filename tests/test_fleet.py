@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from shardit.config import DiffusionParallelConfig
-from shardit.engine.messages import Channel, Ready, SessionSpec
+from shardit.engine.channel import Channel
+from shardit.engine.messages import Ready, SessionSpec
 from shardit.server.fleet import Down, Fleet
 from shardit.server.loop import Loop
 

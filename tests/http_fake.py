@@ -153,8 +153,8 @@ class FakeSupervisor:
         if "fail" in prompt:
             self.store.finish(job.id, "failed", error={"code": "ranks_died", "message": "a rank died"})
             return
-        inputs = [self.store.files_of(job.id) / name for name in job.inputs]
-        request = build_request(job.request, job.seed, inputs, self.info)
+        files = [self.store.files_of(job.id) / name for name in job.inputs]
+        request = build_request(job.request, job.seed, files, self.info)
         size = (min(64, request.kwargs.get("width", 64)), min(64, request.kwargs.get("height", 64)))
         pictures = [
             Image.new("RGB", size, (job.seed % 256, 80, 80 + count % 100)) for count in range(request.num_outputs)
@@ -168,7 +168,8 @@ class FakeSupervisor:
             fps=request.fps,
         )
         paths = output.save(self.store.files_of(job.id) / ("out.mp4" if video else "out.png"))
-        facts = {"seconds": 0.1, "input_sizes": [list(picture.size) for picture in request.images]}
+        inputs = [list(picture.size) for picture in request.images]
+        facts = {"seconds": 0.1, "width": size[0], "height": size[1], "input_sizes": inputs}
         self.store.finish(job.id, "completed", files=[path.name for path in paths], facts=facts)
 
 
@@ -253,7 +254,7 @@ class Served:
 
 
 def _read(status: int, headers: Any, data: bytes) -> tuple[int, Any, dict[str, str]]:
-    is_json = headers.get("Content-Type", "").startswith("application/json")
+    is_json = data and headers.get("Content-Type", "").startswith("application/json")
     return status, json.loads(data) if is_json else data, {name.lower(): value for name, value in headers.items()}
 
 

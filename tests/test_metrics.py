@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from shardit.server.api_process import started
 from shardit.server.jobs import NewJob
 from shardit.server.messages import Measured, Scrape
 from shardit.server.options import ServeOptions
@@ -40,8 +39,8 @@ def put(store: Store) -> str:
 def test_jobs_cancelled_while_they_wait_are_counted(store: Store, tmp_path: Path) -> None:
     """By the API process, which tells nobody; also where they are deleted with it, but not those of earlier runs."""
     store.request_cancel(put(store))
-    with listening("127.0.0.1", 0) as listener, started(listener) as api:
-        supervisor = Supervisor(ServeOptions("tiny/flux", tmp_path, port=0), api, listener, Nowhere())
+    with listening("127.0.0.1", 0) as listener:
+        supervisor = Supervisor(ServeOptions("tiny/flux", tmp_path, port=0), cast(Any, None), listener, Nowhere())
         told: list[Any] = []
         supervisor.api.tell = told.append  # type: ignore[method-assign]
 

@@ -14,7 +14,7 @@ import base64
 import os
 from pathlib import Path
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
 
 def main() -> None:
@@ -27,7 +27,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--output", type=Path, required=True, help=".png or .mp4")
     args = parser.parse_args()
+    try:
+        make(args)
+    except OpenAIError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(args.output)
 
+
+def make(args: argparse.Namespace) -> None:
+    """Ask the server and write the file."""
     client = OpenAI(base_url=args.base_url, api_key=os.environ.get("SHARDIT_API_KEY", "none"))
     model = client.models.list().data[0].id
     given = {name: getattr(args, name) for name in ("size", "seconds") if getattr(args, name)}
@@ -41,7 +49,6 @@ def main() -> None:
     else:
         made = client.images.generate(model=model, prompt=args.prompt, extra_body=own, **given)
         args.output.write_bytes(base64.b64decode(made.data[0].b64_json))
-    print(args.output)
 
 
 if __name__ == "__main__":

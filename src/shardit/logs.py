@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-class logger:
+def logger(process: str) -> Any:
     """The log of one process of the server; `process` is "supervisor", "api" or "rank". Fields go in as keywords:
     request_id for a job, rank for a rank."""
+    return _Later(process)
+
+
+class _Later:
+    """A log that is made when it is first used."""
 
     def __init__(self, process: str):
         self._process = process
@@ -34,6 +41,23 @@ def _log(process: str) -> Any:
         ],
         process=process,
     )
+
+
+def take_over(log: Any, fields: Callable[[], Mapping[str, Any]] = dict) -> None:
+    """From now on, what libraries log and warn of are lines of `log`, with `fields` of that moment. Libraries that set
+    up their loggers when they are imported must have been."""
+    handler = logging.Handler()
+
+    def emit(record: logging.LogRecord) -> None:
+        say = getattr(log, record.levelname.lower(), log.warning)
+        say("library", logger=record.name, text=record.getMessage(), **fields())
+
+    handler.emit = emit  # type: ignore[method-assign]
+    logging.captureWarnings(True)
+    logging.getLogger().handlers = [handler]
+    for name in ("diffusers", "transformers"):  # which have handlers of their own
+        library = logging.getLogger(name)
+        library.handlers, library.propagate = [], True
 
 
 class _Lines:

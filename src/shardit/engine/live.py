@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 from ..core.turns import Interrupted, Program, is_out_of_memory
-from ..logs import logger
+from ..logs import logger, take_over
 from .channel import Channel, Closed
 from .memory import peak_bytes, reset_peak
 from .messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
@@ -23,6 +23,7 @@ from .result import collect, one_line
 def serve_live(session: Any, channel: Channel) -> None:
     """Run requests until the channel is closed."""
     live = Live(session, channel)
+    take_over(live.log, live.now)
     try:
         for program in session.turns.rounds(live.enter, live.rest):
             live.leave(program)
@@ -107,6 +108,11 @@ class Live:
                 waited_s=self.session.waited_s,
             )
         )
+
+    def now(self) -> dict[str, str]:
+        """Whose turn it is, for the log."""
+        begin = self.running.get(self.session.turns.current)
+        return {"request_id": begin.request_id} if begin is not None else {}
 
     def _next_command(self) -> Any:
         if self.commands:

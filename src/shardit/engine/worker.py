@@ -46,6 +46,8 @@ def main(
     of a refusal, which may be true on one machine only."""
     try:
         set_threads(threads)
+        if spec.live:
+            log_as_server(rank)
         session = open_session(spec, rank=rank, world_size=world_size, init_method=rendezvous)
         channel.send(Ready(session.info))
         if spec.live:
@@ -66,6 +68,15 @@ def main(
         return 1
     session.close()
     return 0
+
+
+def log_as_server(rank: int) -> None:
+    """What libraries say while the model is loaded belongs into the log of the server."""
+    import transformers.utils.logging  # noqa: F401  both set up their loggers now
+
+    from shardit.logs import logger, take_over
+
+    take_over(logger("rank").bind(rank=rank))
 
 
 def serve(session: Any, channel: Channel) -> None:

@@ -83,9 +83,6 @@ class ServeFlags(ParallelFlags):
                 raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port must be from 0 to 65535, got {self.port}")
-        keys = self.api_key or [key for key in os.environ.get("SHARDIT_API_KEY", "").split(",") if key]
-        if any(not key.strip() for key in keys):
-            raise InputError("--api-key must not be empty; leave it out to serve everybody")
         return ServeOptions(
             model=self.model,
             data_dir=self.data_dir or default_data_dir(self.served_model_name or self.model),
@@ -95,7 +92,7 @@ class ServeFlags(ParallelFlags):
             host=self.host,
             port=self.port,
             served_model_name=self.served_model_name,
-            api_key_hashes=tuple(digest(key) for key in keys),
+            api_key_hashes=tuple(digest(key) for key in self._keys()),
             max_in_flight=self.max_in_flight,
             queue_size=self.queue_size,
             step_timeout_s=self.step_timeout,
@@ -104,11 +101,21 @@ class ServeFlags(ParallelFlags):
             ),
             keep_days=self.keep_days,
             keep_bytes=int(self.keep_gib * 1024**3),
-            cors_origins=tuple(self.cors_origin or ()),
-            fetch_hosts=tuple(self.fetch_host or ()),
+            cors_origins=tuple(map(_origin, self.cors_origin or ())),
+            fetch_hosts=tuple(map(_host, self.fetch_host or ())),
             executor=self.executor.value,
             num_nodes=self.num_nodes,
         )
+
+    def _keys(self) -> list[str]:
+        told = os.environ.get("SHARDIT_API_KEY", "")
+        keys = self.api_key or ([key for key in told.split(",") if key.strip()] or [told] if told else [])
+        for key in keys:
+            if not re.fullmatch(r"[\x21-\x7e]+", key.strip()):
+                raise InputError(
+                    "an API key must be ASCII text without spaces, and not empty; leave it out to serve everybody"
+                )
+        return [key.strip() for key in keys]
 
     def _check_executor(self) -> None:
         _at_least(1, "num_nodes", self.num_nodes)
@@ -126,6 +133,20 @@ def default_data_dir(name: str) -> Path:
     """A folder of its own for each model name, in the user's data folder."""
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(base) / "shardit" / re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
+
+
+def _origin(text: str) -> str:
+    """As browsers write an origin."""
+    found = re.fullmatch(r"(https?://[^/?#@\s*]+)/?", text.lower())
+    if found is None:
+        raise InputError(f"--cors-origin must be as in https://example.org:8443, got {text!r}")
+    return found[1]
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9.-]+", text.lower()):
+        raise InputError(f"--fetch-host must be a name as in images.example.org, got {text!r}")
+    return text.lower()
 
 
 def _at_least(minimum: int, name: str, value: int | None) -> None:

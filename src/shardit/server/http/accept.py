@@ -8,6 +8,7 @@ import re
 import secrets
 import sqlite3
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from .fields import check_fields
 from .pictures import check_picture
 from .resolve import arguments, check_model, pipeline_names
 from .sources import input_pictures
+from .views import length
 
 _LOADING_RETRY_S = 5.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -58,7 +60,7 @@ async def accept(
     _check_kind(info["signature"], kind)
     values = check_fields(model, body.values, pipeline_names(info))
     check_model(values, context.options)
-    pictures = await _pictures(values, body, context)
+    pictures = await _pictures(values, body, info, context)
     if needs_picture and not pictures:
         raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
     # A client that sends a key can ask again for the result, so that its job goes on without it.
@@ -93,9 +95,25 @@ def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
         raise ApiError(400, f"this server makes {takes.kind}s; use {right}", code="wrong_kind", param="model")
 
 
-async def _pictures(values: Mapping[str, Any], body: Body, context: Context) -> dict[str, bytes]:
+async def _pictures(
+    values: Mapping[str, Any], body: Body, info: Mapping[str, Any], context: Context
+) -> dict[str, bytes]:
     """Checked input pictures by file name."""
-    found = await run_in_threadpool(input_pictures, values, body, context.options)
+    async with context.fetching if context.options.fetch_hosts else nullcontext():
+        found = await run_in_threadpool(input_pictures, values, body, context.options)
+    plain, takes = info["signature"], info.get("signature_with_image") or info["signature"]
+    if not found and plain.needs_image:
+        where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
+        name = where.split()[0]
+        raise ApiError(
+            400, f"{plain.class_name} needs a picture; give one in {where}", code="missing_field", param=name
+        )
+    if found and takes.image_name is None:
+        text = f"{found[0][0]}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
+        raise ApiError(400, text, code="invalid_value", param=found[0][0])
+    if len(found) > 1 and takes.one_image:
+        text = f"{found[-1][0]}: {takes.class_name} takes one picture, there are {len(found)}; give one"
+        raise ApiError(400, text, code="too_many_images", param=found[-1][0])
     pictures: dict[str, bytes] = {}
     for index, (param, data) in enumerate(found):
         async with context.decoding:
@@ -150,8 +168,7 @@ def _view(request: Mapping[str, Any], takes: PipelineSignature, fps: float) -> d
     }
     if takes.kind == "video":
         frames = request.get("num_frames") or takes.defaults.get("num_frames")
-        # OpenAI's client knows seconds as a string.
-        shown |= {"fps": fps, "seconds": None if not frames else f"{round((frames - 1) / fps, 3):g}"}
+        shown |= {"fps": fps, "seconds": length(frames, fps) if frames else None}
     return shown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 
 from ..options import Limits
 from .errors import ApiError
 from .fields import NO_MEANING, PICTURES
+from .forms import WholeForm
 
 _MOST_FIELDS = 100
 _DEEPEST = 32
@@ -106,11 +108,17 @@ def _finite(text: str) -> float:
 async def _read_form(request: Request, limits: Limits) -> Body:
     most_text = 4 * limits.prompt_chars + 4096
     try:
-        form = await request.form(
-            max_files=limits.input_images, max_fields=_MOST_FIELDS, max_part_size=max(most_text, limits.body_bytes)
-        )
-    except (HTTPException, UnicodeDecodeError, ValueError, KeyError) as error:
-        reason = error.detail if isinstance(error, HTTPException) else str(error)
+        async with aclosing(request.stream()) as stream:
+            parser = WholeForm(
+                request.headers,
+                stream,  # pyright: ignore[reportArgumentType]
+                max_files=limits.input_images,
+                max_fields=_MOST_FIELDS,
+                max_part_size=max(most_text, limits.body_bytes),
+            )
+            form = await parser.parse()
+    except (MultiPartException, UnicodeDecodeError, ValueError, KeyError) as error:
+        reason = error.message if isinstance(error, MultiPartException) else str(error)
         raise ApiError(400, f"the multipart body cannot be read: {reason}", code="invalid_form") from error
     try:
         return await _from_form(form)
@@ -123,14 +131,11 @@ async def _from_form(form: FormData) -> Body:
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             plain = name.removesuffix("[]")
+            if plain in NO_MEANING:
+                raise ApiError(400, f"{plain} has no meaning here; leave it out", code="unsupported_value", param=plain)
             if plain not in PICTURES:
-                param = plain if plain in NO_MEANING else None
-                raise ApiError(
-                    400,
-                    f"there is no file field {name!r}; there are: {', '.join(PICTURES)}",
-                    code="unknown_field",
-                    param=param,
-                )
+                text = f"there is no file field {name!r}; there are: {', '.join(PICTURES)}"
+                raise ApiError(400, text, code="unknown_field", param=plain)
             body.uploads.setdefault(plain, []).append(await value.read())
         else:
             _put(body.values, name, value)

@@ -25,3 +25,5 @@ class Context:
     started_at: float = field(default_factory=time.time)
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """Uploads are decoded one after the other: a picture takes a hundred times the memory of its file."""
+    fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
+    """Pictures from other hosts: whoever waits for these leaves threads to others."""

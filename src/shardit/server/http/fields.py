@@ -156,6 +156,14 @@ def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
     return create_model(name, __config__=config, **fields)
 
 
+_SHAPES = {
+    "size": 'must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto"',
+    "seconds": 'must be a number, as in "4"',
+    **dict.fromkeys(PICTURES, 'must be an upload, a data: URL, {"image_url": ...} with one, or a list of these'),
+}
+"""What pydantic can only say as a pattern or a union."""
+
+
 def _first_of(error: ValidationError) -> ApiError:
     problems = error.errors(include_url=False, include_context=False)
     name = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
@@ -167,4 +175,5 @@ def _first_of(error: ValidationError) -> ApiError:
     reasons = list(dict.fromkeys(item["msg"].removeprefix("Input ") for item in problems if item["loc"][:1] == (name,)))
     shown = repr(problems[0]["input"])
     shown = shown if len(shown) <= 100 else shown[:100] + " ..."
-    return ApiError(400, f"{name} {' or '.join(reasons)}, got {shown}", code="invalid_value", param=name)
+    text = _SHAPES.get(name or "") or " or ".join(reasons)
+    return ApiError(400, f"{name} {text}, got {shown}", code="invalid_value", param=name)

@@ -23,6 +23,8 @@ from .metrics import HttpMetrics
 _LOG = logger("api")
 _BODY_PAUSE_S = 30.0
 """Longest wait for the next piece of a body."""
+_BODY_S = 600.0
+"""Longest time for a whole body."""
 _DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 _PROBES = ("/health", "/ready", "/metrics")
@@ -48,7 +50,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, seen = time.monotonic(), {"status": 0}
+        began, seen, method = time.monotonic(), {"status": 0}, scope["method"]
+        if method == "HEAD" and not scope["path"].endswith("/events"):
+            scope = {**scope, "method": "GET"}  # the server below sends no body; streams of events would not end
         request_id = secrets.token_hex(8)
         scope.setdefault("state", {})["http_id"] = request_id
 
@@ -63,7 +67,7 @@ class Guard:
             await self._answer(scope, receive, send_marked)
         finally:
             self._metrics.open.dec()
-            self._account(scope, seen["status"], time.monotonic() - began, request_id)
+            self._account(scope, method, seen["status"], time.monotonic() - began, request_id)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = _Body(receive, self._options.limits.body_bytes)
@@ -120,18 +124,18 @@ class Guard:
         if not host or host != headers.get("host"):
             raise ApiError(403, f"requests from pages of {origin!r} are not allowed here", code="wrong_origin")
 
-    def _account(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _account(self, scope: Scope, method: str, status: int, seconds: float, request_id: str) -> None:
         route: Any = scope.get("route")
         path = getattr(route, "path", "other")  # the pattern: there are few of them, as of methods
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._metrics.requests.labels(method, path, str(status)).inc()
+        counted = method if method in _METHODS else "other"
+        self._metrics.requests.labels(counted, path, str(status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
         if path in _PROBES and status < 400:
             return  # asked for all the time
         _LOG.info(
             "request",
             http_id=request_id,
-            method=scope["method"],
+            method=method,
             path=scope["path"],
             status=status,
             seconds=round(seconds, 4),
@@ -182,16 +186,17 @@ class _Body:
         self._limit = limit
         self._total = 0
         self._complete = False
+        self._until = time.monotonic() + _BODY_S
 
     async def receive(self) -> Message:
         """As ASGI's `receive`. Raises ApiError for too much or too slow a body."""
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), _BODY_PAUSE_S)
+            message = await asyncio.wait_for(self._receive(), min(_BODY_PAUSE_S, self._until - time.monotonic()))
         except (TimeoutError, asyncio.TimeoutError):
             self._complete = True
-            text = f"nothing of the body came for {_BODY_PAUSE_S:g} s; send it again"
+            text = f"the body came too slowly (a pause of {_BODY_PAUSE_S:g} s, or {_BODY_S:g} s in all); send it again"
             raise ApiError(408, text, code="timeout", headers={"Connection": "close"}) from None
         if message["type"] == "http.request":
             self._total += len(message.get("body", b""))

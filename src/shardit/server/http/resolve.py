@@ -36,7 +36,7 @@ def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
 def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:
     """The prompt and parameters under the names of `Omni.generate`, without pictures and seed. Raises ApiError."""
     given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
-    _check_extra(given.get("extra_args", {}))
+    _check_extra(given.get("extra_args", {}), takes)
     _put(given, "num_outputs_per_prompt", given.pop("n", None), "n")
     size = given.pop("size", "auto")
     if size != "auto":
@@ -50,6 +50,7 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         named = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & set(given) else [])}
         filled = tiny.filled_in(options.model.removeprefix("tiny/"), named)
         given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
+    _check_taken(given, values, takes)
     check_limits(given, options.limits)
     return given
 
@@ -73,6 +74,18 @@ def check_limits(given: Mapping[str, Any], limits: Limits) -> None:
             raise ApiError(400, text, code="too_large", param=name)
 
 
+def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:
+    for name, value in given.items():
+        needless = name == "num_outputs_per_prompt" and value == 1  # one is what every pipeline makes
+        if name in takes.choices or name in ("prompt", "extra_args") or takes.takes_any or needless:
+            continue
+        said = name if name in values else _SAID_AS[name]
+        raise ApiError(400, f"{takes.class_name} takes no {said}; leave it out", code="invalid_value", param=said)
+
+
+_SAID_AS = {"num_outputs_per_prompt": "n", "width": "size", "height": "size", "num_frames": "seconds"}
+
+
 def _put(given: dict[str, Any], name: str, value: Any, said_as: str) -> None:
     if value is None:
         return
@@ -90,8 +103,11 @@ def _frames(seconds: float, fps: float, limits: Limits) -> int:
     return frames
 
 
-def _check_extra(extra: Mapping[str, Any]) -> None:
+def _check_extra(extra: Mapping[str, Any], takes: PipelineSignature) -> None:
     for name in extra:
+        if name not in takes.names and not takes.takes_any:
+            text = f"{takes.class_name} takes no {name!r}; leave extra_args.{name} out"
+            raise ApiError(400, text, code="invalid_value", param="extra_args")
         if _NOT_SENDABLE.search(name):
             text = f"extra_args.{name} cannot be given over HTTP; leave it out"
             raise ApiError(400, text, code="invalid_value", param="extra_args")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Literal
@@ -11,13 +12,43 @@ from typing import Literal
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
 
 from ..jobs import Job
 from .context import Context
 from .errors import ApiError
+from .views import size_of
 
 _TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PIECE = 3 * 256 * 1024  # a multiple of 3, so that pieces of base64 can be joined
+
+
+class ResultFile(FileResponse):
+    """A file, or one range of it. Any other Range header counts as none, as HTTP allows; starlette would answer some
+    with errors in a shape of its own."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        headers = Headers(scope=scope)
+        first, last = _range_of(headers.get("range", ""))
+        if not first and not last:
+            scope = {**scope, "headers": [item for item in scope["headers"] if item[0] != b"range"]}
+        size = int(self.headers["content-length"])
+        if (int(first) >= size if first else last and int(last) == 0) and "if-range" not in headers:
+            text = f"the range lies outside the file, which has {size} bytes; ask for less"
+            error = ApiError(416, text, code="no_such_range", headers={"Content-Range": f"bytes */{size}"})
+            await error.response()(scope, receive, send)
+            return
+        await super().__call__(scope, receive, send)
+
+
+def _range_of(header: str) -> tuple[str, str]:
+    """First and last byte; empty where open or not usable."""
+    found = _RANGE.fullmatch(header.replace(" ", ""))
+    first, last = found.groups() if found else ("", "")
+    return ("", "") if first and last and int(first) > int(last) else (first, last)
 
 
 class ImageData(BaseModel):
@@ -38,7 +69,7 @@ class ImagesAnswer(BaseModel):
     seed: int
 
 
-def file_answer(context: Context, job: Job, index: int) -> FileResponse:
+def file_answer(context: Context, job: Job, index: int) -> ResultFile:
     """One result file of a job. Raises ApiError (404) where there is none yet, or none of that number."""
     if job.state != "completed":
         text = f"the job {job.id} is {job.state}; it has no result{'' if job.ended else ' yet'}"
@@ -47,12 +78,16 @@ def file_answer(context: Context, job: Job, index: int) -> FileResponse:
         text = f"the job {job.id} has {len(job.files)} results, from 0; there is no {index}"
         raise ApiError(404, text, code="no_result")
     path = context.store.files_of(job.id) / job.files[index]
-    if not path.is_file():
-        raise ApiError(404, f"the files of {job.id} are gone", code="no_result")
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise ApiError(404, f"the files of {job.id} are gone", code="no_result") from None
     name = f"{job.id}-{index}{path.suffix}"
     headers = {"Cache-Control": "private, no-store", "X-Shardit-Seed": str(job.seed), "X-Shardit-Job": job.id}
     kind = _TYPES.get(path.suffix, "application/octet-stream")
-    return FileResponse(path, media_type=kind, filename=name, content_disposition_type="inline", headers=headers)
+    return ResultFile(
+        path, media_type=kind, filename=name, content_disposition_type="inline", headers=headers, stat_result=found
+    )
 
 
 def images_answer(context: Context, job: Job, response_format: str, base_url: str) -> StreamingResponse:
@@ -62,7 +97,7 @@ def images_answer(context: Context, job: Job, response_format: str, base_url: st
     head = {
         "created": int(job.created_at),
         "output_format": "png",
-        "size": job.view.get("size"),
+        "size": size_of(job),
         "id": job.id,
         "seed": job.seed,
     }

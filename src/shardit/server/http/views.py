@@ -113,7 +113,7 @@ def view(
         "completed_at": None if job.finished_at is None else int(job.finished_at),
         "expires_at": None if job.finished_at is None else int(job.finished_at + keep_days * SECONDS_A_DAY),
         "prompt": job.request.get("prompt"),
-        "size": _size(job) or shown.get("size") or "auto",
+        "size": size_of(job) or "auto",
         "error": _error(job),
         "n": shown.get("n", 1),
         "seed": job.seed,
@@ -131,7 +131,7 @@ def view(
         return ImageJob(**common, data=links or None)
     return VideoJob(
         **common,
-        seconds=shown.get("seconds") or "auto",
+        seconds=_seconds_of(job) or "auto",
         fps=shown.get("fps"),
         num_frames=job.facts.get("num_frames") or job.request.get("num_frames"),
     )
@@ -162,9 +162,20 @@ def _progress(job: Job, step: Step | None) -> int:
     return percent(step) if job.state == "in_progress" else 0
 
 
-def _size(job: Job) -> str | None:
+def size_of(job: Job) -> str | None:
+    """The size of its results, or what was asked for while there are none; None where the pipeline decides."""
     made = [job.facts.get(name) for name in ("width", "height")]  # pipelines round sizes
-    return f"{made[0]}x{made[1]}" if all(made) else None
+    return f"{made[0]}x{made[1]}" if all(made) else job.view.get("size")
+
+
+def _seconds_of(job: Job) -> str | None:
+    frames, fps = (job.facts.get(name) for name in ("num_frames", "fps"))  # they round lengths, too
+    return length(frames, fps) if frames and fps else job.view.get("seconds")
+
+
+def length(frames: int, fps: float) -> str:
+    """Seconds of a video, as the text that OpenAI's client knows."""
+    return f"{round((frames - 1) / fps, 3):g}"
 
 
 def _error(job: Job) -> JobError | None:

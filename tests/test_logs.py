@@ -1,0 +1,45 @@
+"""Lines of the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shardit import logs
+
+
+@pytest.fixture
+def _loggers_as_before() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in (None, "diffusers", "transformers")]
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)  # other tests may have changed it
+    yield
+    logging.captureWarnings(False)
+    for logger, handlers, propagate, level in before:
+        logger.handlers, logger.propagate, logger.level = handlers, propagate, level
+
+
+@pytest.mark.usefixtures("_loggers_as_before")
+def test_what_libraries_say_is_a_line_with_rank_and_request(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("diffusers").addHandler(logging.StreamHandler())  # as diffusers does
+    turn = {"request_id": "image_1"}
+    logs.take_over(logs.logger("rank").bind(rank=3), lambda: turn)
+    logging.getLogger("diffusers.pipelines.some").warning("%s is rounded\nto 16", "height")
+    turn = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old", FutureWarning, stacklevel=1)
+    logging.getLogger("any").error("broken")
+    logging.getLogger("any").info("not worth a line")
+    said: list[dict[str, Any]] = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["process"], line["rank"], line["event"]) for line in said] == [("rank", 3, "library")] * 3
+    assert said[0]["text"] == "height is rounded\nto 16"
+    assert [line.get("request_id") for line in said] == ["image_1", None, None]
+    assert "FutureWarning: old" in said[1]["text"]
+    assert [line["level"] for line in said] == ["warning", "warning", "error"]

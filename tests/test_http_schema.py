@@ -50,7 +50,7 @@ def _try_out(kind: str, folder: Path, examples: int) -> int:
 
 def _can_be_wrong(operation: Any) -> bool:
     # Any text is an id, if not one of a job.
-    return bool(operation.body) or any(item.name != "job_id" for item in operation.iter_parameters())
+    return bool(operation.body) or any(not item.name.endswith("_id") for item in operation.iter_parameters())
 
 
 def _try_operation(

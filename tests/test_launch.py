@@ -16,9 +16,9 @@ import numpy
 import pytest
 from PIL import Image
 
+from shardit.engine.boot import started_by_torchrun
 from shardit.engine.channel import Channel
 from shardit.engine.launch import Nursery
-from shardit.engine.omni import started_by_torchrun
 from shardit.engine.worker import threads_per_rank
 
 TESTS = pathlib.Path(__file__).parent

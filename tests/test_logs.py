@@ -16,11 +16,13 @@ from shardit import logs
 @pytest.fixture
 def _loggers_as_before() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in (None, "diffusers", "transformers")]
-    before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)  # other tests may have changed it
     yield
     logging.captureWarnings(False)
-    for logger, handlers, propagate in before:
-        logger.handlers, logger.propagate = handlers, propagate
+    for logger, handlers, propagate, level in before:
+        logger.handlers, logger.propagate, logger.level = handlers, propagate, level
 
 
 @pytest.mark.usefixtures("_loggers_as_before")

@@ -7,9 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-STUCK_WRITER = """
-import sys, threading, time
+import pytest
+
+from shardit.server.jobs import NewJob
+from shardit.server.store import Store
+
+SERVE = """
+import os, signal, sqlite3, sys, threading, time
 from pathlib import Path
+from shardit.server import last_resort, supervisor
 from shardit.server.options import ServeOptions
 from shardit.server.serve import serve
 from shardit.server.supervisor import Supervisor
@@ -20,23 +26,72 @@ class Nowhere:
     def stop(self, *_): pass
     def stacks(self): return {}
 
-run = Supervisor.run
+run, placement, folder = Supervisor.run, Nowhere(), Path(sys.argv[1])
 
 def patched(self):
-    self.jobs.writing["image_x"] = self.writers.submit(time.sleep, 100)
-    threading.Timer(0.5, lambda: self.loop.call(self.stop, 15)).start()
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    prepare(self)
     return run(self)
 
 Supervisor.run = patched
-sys.exit(serve(ServeOptions("tiny/flux", Path(sys.argv[1]), port=0), Nowhere()))
+"""
+
+STUCK_WRITER = """
+def prepare(self):
+    self.jobs.ends.writing["image_x"] = self.writers.submit(time.sleep, 100)
+"""
+
+STUCK_LOOP = """
+last_resort.END_S = 2.0
+def prepare(self):
+    self.loop.call(time.sleep, 100)
+"""
+
+STUCK_RANKS = """
+last_resort.END_S = 2.0
+def prepare(self):
+    placement.stop = lambda *_: time.sleep(100)
+"""
+
+# As by an API process that was stopped in the middle of a transaction.
+STUCK_STORE = """
+last_resort.END_S = 2.0
+def prepare(self):
+    db = sqlite3.connect(folder / "jobs.sqlite", isolation_level=None, check_same_thread=False)
+    threading.Timer(0.5, lambda: db.execute("BEGIN IMMEDIATE")).start()
+    threading.Timer(1.0, lambda: self.loop.call(self.store.remember, "x", 1)).start()
+"""
+
+STUCK_LOG = """
+last_resort.END_S = 2.0
+def prepare(self):
+    reads, writes = os.pipe()
+    os.dup2(writes, 2)
+    self.loop.call(os.write, 2, b"x" * 10**6)
 """
 
 
-def test_a_result_that_is_written_for_ever_does_not_hold_up_the_end(tmp_path: Path) -> None:
+def end_of(prepare: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    script = f"{SERVE}{prepare}\nsys.exit(serve(ServeOptions('tiny/flux', folder, port=0), placement))"
     since = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", STUCK_WRITER, str(tmp_path)], capture_output=True, text=True, timeout=90
-    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
-    assert "results_not_written" in done.stderr
     assert time.monotonic() - since < 60
+    return done
+
+
+def test_a_result_that_is_written_for_ever_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    assert "results_not_written" in end_of(STUCK_WRITER, tmp_path).stderr
+
+
+@pytest.mark.parametrize("stuck", [STUCK_LOOP, STUCK_RANKS, STUCK_STORE])
+def test_whatever_is_stuck_the_end_comes_by_force(tmp_path: Path, stuck: str) -> None:
+    store = Store(tmp_path)
+    job = store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0), queue_size=1)[0]
+    assert "ended_by_force" in end_of(stuck, tmp_path).stderr
+    assert store.queued() == [job]
+    store.close()
+
+
+def test_a_log_that_nobody_reads_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    end_of(STUCK_LOG, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -513,6 +514,45 @@ def test_recover(store: Store) -> None:
     assert job(store, cancelled).state == "cancelled"
     assert store.get(deleted) is None
     assert folders(store) == {queued, running, cancelled, done}
+
+
+@pytest.mark.parametrize("inputs", [{}, {"0.png": b"x" * 100}])
+def test_recover_while_a_job_is_accepted(
+    store: Store, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, bytes]
+) -> None:
+    """By a process of a server that was killed: the job has its files, or its client is told that it was not taken."""
+    other = Store(store.folder)
+    write = store._write_inputs
+    monkeypatch.setattr(store, "_write_inputs", lambda *given: (write(*given), other.recover()))
+    with pytest.raises(FileNotFoundError, match="send it again"):
+        store.accept(new(inputs=inputs), queue_size=9)
+    assert (order(store), folders(store)) == ([], set())
+    other.close()
+
+
+def test_recover_beside_processes_that_accept(tmp_path: Path) -> None:
+    """As it happens, many times: an accepted job always has its files."""
+
+    def accept(count: int = 60) -> None:
+        store = Store(tmp_path)
+        for _ in range(count):
+            with contextlib.suppress(FileNotFoundError):
+                put(store, inputs={"0.png": b"x" * 100})
+        store.close()
+
+    processes = [FORK.Process(target=accept) for _ in range(2)]
+    store = Store(tmp_path)
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        store.recover()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    accepted = store.queued(1000)
+    assert all((store.files_of(one.id) / "0.png").is_file() for one in accepted)
+    assert folders(store) == {one.id for one in accepted}
+    store.close()
 
 
 def test_jobs_whose_client_has_gone(store: Store) -> None:

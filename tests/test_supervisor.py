@@ -217,6 +217,17 @@ def test_a_job_that_kills_its_rank_fails_and_the_others_complete(tmp_path: Path)
 
 
 @pytest.mark.full
+def test_a_rank_that_fails_alone_is_noticed_long_before_the_timeout(tmp_path: Path) -> None:
+    with real_server("flux", tmp_path / "data", *STAGES, "--step-timeout", "500", faulty=True) as server:
+        bad, good = server.submit(1, "a cat raise:1:2"), server.submit(2)
+        shown = server.ended(bad)
+        assert shown["error"]["code"] == "ranks_died"
+        assert "alone failed: KeyError: 'on one rank only'" in shown["error"]["message"]
+        server.check(good, 2)
+        assert_one_end(server)
+
+
+@pytest.mark.full
 def test_out_of_memory_fails_that_job_only(tmp_path: Path) -> None:
     with real_server("flux", tmp_path / "data", *STAGES, faulty=True) as server:
         large = server.submit(1, "a cat oom:1:2")

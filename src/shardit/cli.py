@@ -74,7 +74,7 @@ def report(outputs: Sequence[Output], path: Path | None) -> None:
 
 def serve(flags: ServeFlags) -> int:
     """Serve a model over HTTP: OpenAI's interface, jobs that survive crashes, and a page."""
-    from shardit.engine.omni import started_by_torchrun
+    from shardit.engine.boot import started_by_torchrun
 
     options = flags.options()
     if started_by_torchrun(os.environ):

@@ -10,9 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-class logger:
+def logger(process: str) -> Any:
     """The log of one process of the server; `process` is "supervisor", "api" or "rank". Fields go in as keywords:
     request_id for a job, rank for a rank."""
+    return _Later(process)
+
+
+class _Later:
+    """A log that is made when it is first used."""
 
     def __init__(self, process: str):
         self._process = process

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import shardit
@@ -49,3 +50,10 @@ def describe_exit(code: int) -> str:
     with contextlib.suppress(ValueError):
         name = f"{-code} ({signal.Signals(-code).name})"
     return f"killed by signal {name}" + ("; out of memory?" if -code == signal.SIGKILL else "")
+
+
+def started_by_torchrun(environ: Mapping[str, str]) -> bool:
+    """Whether this process is one of several ranks that somebody else has started."""
+    if not all(environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
+        return False
+    return environ["WORLD_SIZE"] != "1" or "TORCHELASTIC_RUN_ID" in environ

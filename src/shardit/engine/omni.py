@@ -7,10 +7,11 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
+from shardit.engine.boot import started_by_torchrun
 from shardit.engine.channel import Channel, Closed, encode
 from shardit.engine.launch import Nursery
 from shardit.engine.messages import SESSION, Done, Generate, Outputs, Progress, Ready, SessionSpec
@@ -242,13 +243,6 @@ class Bars:
         """Leave the bars as they are and end their lines."""
         for bar in self._bars.values():
             bar.close()
-
-
-def started_by_torchrun(environ: Mapping[str, str]) -> bool:
-    """Whether this process is one of several ranks that somebody else has started."""
-    if not all(environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
-        return False
-    return environ["WORLD_SIZE"] != "1" or "TORCHELASTIC_RUN_ID" in environ
 
 
 def _encode(message: Generate) -> list[Any]:

@@ -187,5 +187,10 @@ def suspect(stacks: dict[int, str], silent: set[int]) -> int:
 
 def waits_for_peer(stack: str) -> bool:
     """Whether a rank with this stack is in the middle of communication."""
-    innermost = stack.partition("(most recent call first)")[2].splitlines()[:4]
-    return any("torch/distributed" in line or "shardit/core/comm" in line for line in innermost)
+    return any("torch/distributed" in line or "shardit/core/comm" in line for line in frames(stack)[:3])
+
+
+def frames(stack: str) -> list[str]:
+    """The frames of a rank's main thread, the innermost first; [] for a rank that did not react."""
+    of_main = stack.rpartition("(most recent call first)")[2]  # the oldest thread comes last
+    return [line.strip() for line in of_main.splitlines() if line.strip().startswith("File ")]

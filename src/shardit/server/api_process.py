@@ -1,4 +1,4 @@
-"""The supervisor's side of the API process: started at once, started anew when it ends, with the socket kept."""
+"""The supervisor's side of the API process: started at once, and anew when it ends or hangs, with the socket kept."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 from ..engine.boot import command, describe_exit
 from ..engine.channel import Channel
 from .loop import Loop, Pipe
-from .messages import Step
+from .messages import Ping, Pong, Step
 from .options import ServeOptions
+from .pulse import Pulse
 
 MAX_BACKLOG = 1000
 """Messages that an API process which does not read may let pile up before it is told no more steps."""
@@ -81,9 +82,11 @@ class ApiProcess:
         self._on_message, self._on_start = on_message, on_start
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Pipe | None = None
+        self._pulse: Pulse | None = None
         self._begun = 0.0
         self._pause_s = 0.0
         self._again = 0.0
+        self._leave_by = 0.0
 
     def start(self) -> None:
         """Give the process its options; returns at once."""
@@ -91,8 +94,9 @@ class ApiProcess:
 
     def _begin(self, api: Started) -> None:
         self._process = api.process
-        self._pipe = Pipe(api.channel, lambda message: self._loop.call(self._on_message, message), lambda: None)
-        self._pipe.send(self._options)
+        pulse = self._pulse = Pulse(lambda: pipe.send(Ping()))
+        pipe = self._pipe = Pipe(api.channel, lambda message: self._heard(pulse, message), lambda: None)
+        pipe.send(self._options)
         self._begun = time.monotonic()
         self._on_start()
 
@@ -107,8 +111,13 @@ class ApiProcess:
             self._pipe.send(message)
 
     def look_after(self) -> None:
-        """Start it anew if it has ended; one that ends again and again after a growing pause."""
+        """Start it anew if it has ended, end it if it hangs. One that ends again and again is started after a growing
+        pause."""
         now = time.monotonic()
+        if self._process is not None and self._pulse is not None and self._pulse.hangs():
+            self._log.error("api_process_hangs", pid=self._process.pid)
+            self._pulse = None
+            self._process.kill()
         if self._process is not None and (code := self._process.poll()) is not None:
             self._pause_s = 0.0 if now - self._begun > CALM_S else min(MAX_PAUSE_S, 2 * self._pause_s + 0.25)
             self._log.warning("api_process_ended", reason=describe_exit(code), again_in_s=self._pause_s)
@@ -122,17 +131,25 @@ class ApiProcess:
                 self._again = now + MAX_PAUSE_S
                 self._log.error("api_process_not_started", reason=str(error), again_in_s=MAX_PAUSE_S)
 
+    def _heard(self, pulse: Pulse, message: Any) -> None:
+        # In the thread that reads: an answer counts although the loop has other things to do.
+        if isinstance(message, Pong):
+            pulse.answered()
+        else:
+            self._loop.call(self._on_message, message)
+
     def leave(self) -> None:
         """Have it finish its answers and end."""
         if self._process is not None:
+            self._leave_by = time.monotonic() + STOP_S
             self._process.terminate()
 
     def stop(self) -> None:
-        """Wait until it has ended, after `leave`; end it by force after some seconds."""
+        """Wait until it has ended, after `leave`; end it by force some seconds after that."""
         if self._process is None:
             return
         try:
-            self._process.wait(STOP_S)
+            self._process.wait(max(0.0, self._leave_by - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
 from ..engine.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
 from ..errors import InputError
-from ..output import Output
+from .builder import Builder
+from .ends import Ends, failure
 from .estimate import Work, work_of
 from .fleet import Down, Fleet
-from .jobs import Job, State
+from .jobs import Job
 from .learned import Learned
 from .loop import Loop
 from .messages import Changed, Step
 from .options import ServeOptions
-from .results import write_results
-from .running import Patience, Running
-from .spec import build_request
+from .running import Running
 from .store import Store
+from .vigil import Vigil
 
 SUSPECT_AFTER = 2
 """How often ranks may die during a job before it runs alone, so that one can see whether it is the cause."""
-MAX_DEATHS_ALONE = 3
-"""How often they may die while it runs alone."""
-SAY_AGAIN_S = 10.0
 MAX_WRITING = 8
 """Results that may wait to be written before no more jobs begin: they are held in memory."""
 
 
 class Dispatcher:
-    """Takes jobs from the store, keeps the replicas busy with them, and writes down how each ends.
+    """Takes jobs from the store, keeps the replicas busy with them, and says how each ends.
 
     tell(message) reaches the API process. `slots` is how many jobs one replica runs at the same time.
     """
@@ -58,37 +53,34 @@ class Dispatcher:
         self.learned = Learned(store, options)
         self.info: dict[str, Any] | None = None
         self.running: dict[int, Running] = {}
-        self.writing: dict[str, Future[Any]] = {}
-        self.patience = Patience(options.step_timeout_s)
-        self._writers = writers
+        self.ends = Ends(store, loop, writers, tell, log, gauges)
+        self.builder = Builder(store, loop, then=self.fill)
         self.peaks: dict[int, int] = {}
         """Peak memory of each rank during its newest job, in bytes."""
         self._keys = itertools.count(1)
-        self._unwritten: list[Callable[[], None]] = []
-        self._said_at = -SAY_AGAIN_S
-        self._last_sign: dict[int, float] = {}
         self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
         self._replicas = options.config.data_parallel_size
         self._together = fleet.size // self._replicas
+        self.vigil = Vigil(fleet, self.running, self._together, options.step_timeout_s)
 
     # What happens.
 
     def ready(self, infos: list[dict[str, Any]]) -> None:
         """The ranks are up, and have told this of themselves."""
         self.info = infos[0]
-        self.patience.cold = True
+        self.vigil.ready()
         self.learned.at_rest([info["memory"] for info in infos])
         self.fill()
 
     def fill(self) -> None:
         """Begin jobs while there are free slots."""
-        with self._tolerant():
+        with self.ends.tolerant():
             while self._begin_next():
                 pass
 
     def wake(self) -> None:
         """Something in the store has changed: a new job, or one that is to be cancelled."""
-        with self._tolerant():
+        with self.ends.tolerant():
             wanted = set(self.store.to_cancel())
             for key, running in self.running.items():
                 if running.job.id in wanted and not running.cancelling:
@@ -103,17 +95,18 @@ class Dispatcher:
         running = self.running.get(key)
         if running is None:
             return
-        self._note_sign(running)
+        self.vigil.heard(running.replica)
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, Ended):
             running.errors[rank] = message.reason
+            self._differ(running)
         elif isinstance(message, OutOfMemory):
             self.learned.out_of_memory(self._together_now(running.replica))
             if running.beside == 1 and sum(other.replica == running.replica for other in self.running.values()) == 1:
                 self.running.pop(key)
                 text = self._too_large(running, message.reason)
-                self._end(running.job, "failed", error=_error("out_of_memory", text))
+                self.ends.end(running.job, "failed", error=failure("out_of_memory", text))
         else:
             self._left(key, running, rank, message)
 
@@ -122,46 +115,36 @@ class Dispatcher:
         self.info = None
         died, alone = not why.memory, len(self.running) == 1
         for running in self.running.values():
-            self._again_or_never(running.job, why.reason, died=died, alone=alone)
+            self.ends.again_or_never(running.job, why.reason, died=died, alone=alone)
         self.running.clear()
 
-    def overdue(self) -> str | None:
-        """Why the ranks are to be started anew, if they have been silent for too long."""
-        now = time.monotonic()
-        for replica in range(self._replicas):
-            here = [running for running in self.running.values() if running.replica == replica]
-            sizes = [running.size for running in here]
-            silence = now - self._last_sign.get(replica, now)
-            if sizes and silence > self.patience.bound(sizes):
-                alone = [item for one in here if len(one.errors) < self._together for item in one.errors.items()]
-                told = "".join(f"; rank {rank} alone failed: {why}" for rank, why in alone[:1])
-                return f"no sign of life for {silence:.0f} s{told}"
-        return None
-
-    def write_again(self) -> None:
-        """Write down what could not be written before, as the disk was full, say, and what was learned."""
-        self._safely(self.learned.save)
-        tasks, self._unwritten = self._unwritten, []
-        for task in tasks:
-            self._safely(task)
+    def look_after(self) -> None:
+        """What nobody reports: ranks that do not go on, messages that were lost, a disk that has room again. To be
+        called a few times per second."""
+        with self.ends.tolerant():
+            self.learned.save()
+        self.ends.write_again()
+        self.find_lost()
+        self.wake()
+        self.vigil.look()
 
     def find_lost(self) -> None:
         """Queue jobs again that are in progress although nobody works on them: a fault of ours must have lost them."""
-        if self._unwritten:
+        if not self.ends.all_written:
             return  # their ends are known
-        with self._tolerant():
-            known = {running.job.id for running in self.running.values()} | self.writing.keys()
+        with self.ends.tolerant():
+            known = {running.job.id for running in self.running.values()} | self.ends.writing.keys()
             for job in self.store.in_progress():
                 if job.id not in known:
                     self.log.error("job_lost", request_id=job.id)
                     reason = "the supervisor has a fault; its log says more"
-                    self._again_or_never(job, reason, died=True, alone=not self.running)
+                    self.ends.again_or_never(job, reason, died=True, alone=not self.running)
 
     def put_all_back(self) -> None:
         """The server stops: what runs is queued again, and nothing begins any more."""
         self.info = None
         for running in self.running.values():
-            self._put_back(running.job)
+            self.ends.put_back(running.job)
         self.running.clear()
 
     # How.
@@ -170,12 +153,16 @@ class Dispatcher:
         return range(replica * self._together, (replica + 1) * self._together)
 
     def _begin_next(self) -> bool:
-        if self.info is None or self.fleet.failing or len(self.writing) >= MAX_WRITING:
-            return False
-        if (replica := self._free_replica()) is None:
+        if self.info is None or self.fleet.failing or len(self.ends.writing) >= MAX_WRITING:
             return False
         job = next(iter(self.store.queued(1)), None)
-        if job is None or self._must_be_alone(job) or not self._fits(job, replica):
+        if job is None:
+            self.builder.forget()
+            return False
+        is_ready = self.builder.ready(job, self.info)  # while it waits for a slot, too
+        if (replica := self._free_replica()) is None:
+            return False
+        if not is_ready or self._must_be_alone(job) or not self._fits(job, replica):
             return False
         if self.store.start(job.id):
             self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
@@ -210,31 +197,22 @@ class Dispatcher:
 
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None
-        images = [self.store.files_of(job.id) / name for name in job.inputs]
         try:
-            request, work = build_request(job.request, job.seed, images, self.info), self._work(job)
+            request, work = self.builder.take(job, self.info), self._work(job)
         except Exception as error:  # accepted for another model, or its files are gone
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            self._end(job, "failed", error=_error("invalid_request", text))
+            self.ends.end(job, "failed", error=failure("invalid_request", text))
             return
         key = next(self._keys)
         beside = 1 + sum(running.replica == replica for running in self.running.values())
         self.running[key] = Running(job, request, replica, beside, work)
         self._most[replica] = max(self._together_now(replica), self._most[replica] if beside > 1 else 0)
         if beside == 1:
-            self._last_sign[replica] = time.monotonic()
+            self.vigil.begins(replica)
         for rank in self._ranks_of(replica):
             self.fleet.send(rank, Begin(key, request, job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
         self.tell(Changed(job.id))
-
-    def _note_sign(self, running: Running) -> None:
-        now = time.monotonic()
-        silence = now - self._last_sign.get(running.replica, now)
-        self._last_sign[running.replica] = now
-        for other in self.running.values():
-            if other.replica == running.replica:
-                self.patience.saw(other.size, silence)
 
     def _progress(self, running: Running, message: Progress) -> None:
         took = running.progress(message.step, message.total)
@@ -247,109 +225,35 @@ class Dispatcher:
         running.left[rank] = message
         self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
         self.gauges.rank(rank, message)
-        if len(running.left) < self._together:
-            return
-        ends = list(running.left.values())
-        if len({(end.start, end.cancelled, end.error is None) for end in ends}) > 1:
-            self.fleet.fail(
-                f"ranks differ in how {running.job.id} went: {[(e.start, e.cancelled, e.error) for e in ends]}"
-            )
+        if self._differ(running) or len(running.left) < self._together:
             return
         together = self._most[running.replica]
         del self.running[key]
         self.fill()  # the ranks go on while the result is written
         first = running.left[self._ranks_of(running.replica)[0]]
         if first.cancelled:
-            self._end(running.job, "cancelled")
+            self.ends.end(running.job, "cancelled")
         elif first.error is not None:
-            self._end(running.job, "failed", error=_error("generation_failed", first.error))
+            self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
         else:
-            self.patience.completed(running.size)
+            self.vigil.patience.completed(running.size)
             self.gauges.phases(running)
             peaks = {rank: end.peak_bytes for rank, end in running.left.items()}
             self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
-            self._write(running, first.output, peaks)
+            self.ends.write(running.job, first.output, peaks, then=self.fill)
 
-    def _write(self, running: Running, output: Output, peaks: dict[int, int]) -> None:
-        job = running.job
-        future = self._writers.submit(write_results, output, self.store.files_of(job.id))
-        self.writing[job.id] = future
-        future.add_done_callback(lambda done: self.loop.call(self._written, job, peaks, done))
-
-    def _written(self, job: Job, peaks: dict[int, int], done: Future[Any]) -> None:
-        self.writing.pop(job.id, None)
-        error = done.exception()
-        if isinstance(error, InputError):
-            self._end(job, "failed", error=_error("storage", str(error)))
-        elif error is not None:
-            self._end(job, "failed", error=_error("storage", f"{type(error).__name__}: {error}"))
-        else:
-            files, facts = done.result()
-            self._end(job, "completed", files=files, facts={**facts, "peak_bytes": peaks})
-        self.fill()
-
-    def _end(self, job: Job, state: State, **more: Any) -> None:
-        def write() -> None:
-            now = self.store.get(job.id)
-            cancelled = now is None or now.cancel_requested
-            end: State = "cancelled" if cancelled else state
-            facts: dict[str, Any] = {} if cancelled else more
-            try:
-                ended = self.store.finish(job.id, end, **facts)
-            except FileNotFoundError as error:  # somebody has removed the results
-                end, facts = "failed", {"error": _error("storage", str(error))}
-                ended = self.store.finish(job.id, end, **facts)
-            if end != "completed":
-                for name in more.get("files", ()):
-                    (self.store.files_of(job.id) / name).unlink(missing_ok=True)
-            if ended:
-                self.gauges.ended(job, end)
-                error = {name: value for name, value in facts.items() if name == "error"}
-                self.log.info("job_ended", request_id=job.id, state=end, **error)
-            self.tell(Changed(job.id))
-
-        self._safely(write)
-
-    def _put_back(self, job: Job, *, died: bool = False, alone: bool = False) -> None:
-        def back() -> None:
-            if self.store.put_back(job.id, died=died, alone=alone):
-                self.tell(Changed(job.id))
-            else:
-                self._end(job, "cancelled")
-
-        self._safely(back)
-
-    def _again_or_never(self, job: Job, reason: str, *, died: bool, alone: bool) -> None:
-        if died and alone and job.deaths_alone + 1 >= MAX_DEATHS_ALONE:
-            last = reason.splitlines()[0]
-            text = f"the ranks died {MAX_DEATHS_ALONE} times while this job ran alone; the last time: {last}"
-            self._end(job, "failed", error=_error("ranks_died", text))
-        else:
-            self._put_back(job, died=died, alone=alone)
-
-    def _safely(self, write: Callable[[], None]) -> None:
-        done = False
-        with self._tolerant():
-            write()
-            done = True
-        if not done:
-            self._unwritten.append(write)
-
-    @contextlib.contextmanager
-    def _tolerant(self) -> Iterator[None]:
-        """The store may refuse something for a while (disk full): all is tried again at the next tick."""
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            if time.monotonic() - self._said_at >= SAY_AGAIN_S:
-                self._said_at = time.monotonic()
-                self.log.error("store_failed", error=str(error))
+    def _differ(self, running: Running) -> bool:
+        """Whether a job has not gone the same way on its ranks, so far; they are then started anew."""
+        left, failed = running.left, running.errors.keys() - running.left.keys()
+        went = {(end.start, end.cancelled, end.error is None) for end in left.values()}
+        if len(went) < 2 and not (failed and any(good for *_, good in went)):
+            return False
+        ways = {rank: (end.start, end.cancelled, end.error) for rank, end in left.items()}
+        ways |= {rank: running.errors[rank] for rank in failed}
+        self.fleet.fail(f"ranks differ in how {running.job.id} went: {ways}")
+        return True
 
     def _too_large(self, running: Running, reason: str) -> str:
         asked = {name: running.request.kwargs.get(name) for name in ("width", "height", "num_frames")}
         size = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
         return f"out of memory ({size or 'default size'}): {reason}; ask for a smaller size or fewer outputs"
-
-
-def _error(code: str, message: str) -> dict[str, str]:
-    return {"code": code, "message": " ".join(message.split())}

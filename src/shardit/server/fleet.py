@@ -12,6 +12,7 @@ from ..engine.boot import describe_exit
 from ..engine.channel import Channel
 from ..engine.launch import STOP_WAIT_S, Nursery
 from ..engine.messages import Exited, Failed, Gone, Kill, OutOfMemory, Ready, Refused, SessionSpec
+from ..engine.watch import frames
 from ..errors import InputError
 from .loop import Loop, Pipe
 
@@ -43,9 +44,14 @@ class LocalPlacement:
         self._timeout_s = timeout_s
         self._nursery: Nursery | None = None
         self._stopped = False
+        self._talking = threading.Lock()  # one question to the nursery at a time
 
     def start(self, spec: SessionSpec) -> list[Channel]:
         """See `Placement`."""
+        with self._talking:
+            return self._start(spec)
+
+    def _start(self, spec: SessionSpec) -> list[Channel]:
         if self._nursery is None or not self._nursery.alive:
             if self._nursery is not None:
                 self._nursery.stop()  # what it has left behind
@@ -57,6 +63,10 @@ class LocalPlacement:
 
     def kill(self) -> dict[int, str]:
         """See `Placement`."""
+        with self._talking:
+            return self._kill()
+
+    def _kill(self) -> dict[int, str]:
         if self._nursery is None or not self._nursery.alive:
             return {}
         ends: dict[int, str] = {}
@@ -80,11 +90,10 @@ class LocalPlacement:
 
     def stacks(self) -> dict[int, str]:
         """See `Placement`."""
-        if self._nursery is None or not self._nursery.alive:
-            return {}
-        with contextlib.suppress(OSError, EOFError):
-            self._nursery.control.socket.settimeout(STOP_WAIT_S)
-            return self._nursery.stacks()
+        with self._talking, contextlib.suppress(OSError, EOFError):
+            if self._nursery is not None and self._nursery.alive:
+                self._nursery.control.socket.settimeout(STOP_WAIT_S)
+                return self._nursery.stacks()
         return {}
 
 
@@ -161,6 +170,35 @@ class Fleet:
         """Take the ranks for failed, whatever they say themselves."""
         self._downs.append(Down(reason))
         self._settle(self._generation)
+
+    def hang(self, reason: str) -> None:
+        """The same for ranks that are silent; the reason will tell where each is."""
+        self._downs.append(Down(reason))
+
+        def seen(stacks: dict[int, str]) -> None:
+            found = {rank: frames(stack) for rank, stack in stacks.items()}
+            where = "; ".join(f"rank {rank}: {(lines or ['it does not react'])[0]}" for rank, lines in found.items())
+            self._downs.append(Down(f"{reason}; {where}" if where else reason, weight=-1))
+            self._settle(self._generation)
+
+        self.look(seen)
+
+    def look(self, seen: Callable[[dict[int, str]], None]) -> None:
+        """Find out where each rank is, which takes up to some seconds; then `seen(stacks)` is called in the loop, with
+        {} where that cannot be told. It is not called if the ranks have failed meanwhile."""
+        generation = self._generation
+
+        def told(stacks: dict[int, str]) -> None:
+            if generation == self._generation:
+                seen(stacks)
+
+        def work() -> None:
+            stacks: dict[int, str] = {}
+            with contextlib.suppress(Exception):  # whatever it is: who asked waits for an answer
+                stacks = self.placement.stacks()
+            self._loop.call(told, stacks)
+
+        threading.Thread(target=work, daemon=True).start()
 
     def stop(self, code: int = 0) -> None:
         """End all ranks, for good; see `Placement.stop`."""

@@ -67,6 +67,10 @@ class Gauges:
         self._jobs.labels(state).inc()
         self._latency.labels(state).observe(max(0.0, time.time() - job.created_at))
 
+    def cancelled_waiting(self, count: int) -> None:
+        """So many jobs more were cancelled that waited."""
+        self._jobs.labels("cancelled").inc(count)
+
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self._registry)

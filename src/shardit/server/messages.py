@@ -24,7 +24,17 @@ class Scrape:
     """Asks for `Measured`."""
 
 
+@dataclass(frozen=True)
+class Pong:
+    """The event loop goes round."""
+
+
 # From the supervisor to the API process.
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Asks for `Pong`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the supervisor knows of a job while the ranks work on it, and how long it lets them be silent."""
+"""What the supervisor knows of a job while the ranks work on it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from ..engine.messages import Left
 from ..requests import Request
 from .estimate import Work
 from .jobs import Job
-
-MIN_PATIENCE_S = 10.0
-TIMES_SLOWEST = 5.0
-"""Ranks are taken to hang when they are silent for the larger of 10 s and five times the longest silence so far."""
 
 Size = tuple[Any, ...]
 
@@ -72,30 +68,3 @@ class Running:
         if self.first_step is None or self.last_step is None or not self.step:
             return None
         return (self.last_step - self.first_step) / self.step
-
-
-class Patience:
-    """How long ranks may be silent, learned from how long they were."""
-
-    def __init__(self, first_s: float):
-        self._first_s = first_s
-        self._slowest: dict[Size, float] = {}
-        self._known: set[Size] = set()
-        self.cold = True
-        """Whether nothing has completed since the ranks started: their first steps load kernels and connect."""
-
-    def saw(self, size: Size, silence_s: float) -> None:
-        """Jobs of this size have been silent for so long, and then were not."""
-        self._slowest[size] = max(self._slowest.get(size, 0.0), silence_s)
-
-    def completed(self, size: Size) -> None:
-        """A job of this size has run from beginning to end."""
-        self._known.add(size)
-        self.cold = False
-
-    def bound(self, sizes: list[Size]) -> float:
-        """The longest silence, in seconds, that is not a hang while jobs of these sizes run together."""
-        if any(size not in self._known for size in sizes):
-            return self._first_s
-        start = max(self._slowest.values()) if self.cold else 0.0  # the slowest so far holds an earlier start
-        return max(MIN_PATIENCE_S, TIMES_SLOWEST * (start + sum(self._slowest[size] for size in sizes)))

@@ -24,6 +24,8 @@ from .rows import job_of, row_of
 
 BUSY_S = 10.0
 """Longest wait for the other process's transaction; each takes milliseconds."""
+CANCELLED_WAITING = "cancelled_waiting"
+"""Name under which `recall` gives how many jobs have ever been cancelled while no rank had them."""
 
 
 class QueueFull(Exception):
@@ -87,6 +89,7 @@ class Store:
             self._write_inputs(job_id, new)  # which may take a while, in which others can write
             with self._writing():
                 if (known := self._known_or_room(new, queue_size, of_owner)) is None:
+                    self._check_inputs(job_id, new)
                     self._insert(job_id, new)
                 job = known or self.get(job_id)
         except BaseException:
@@ -148,10 +151,11 @@ class Store:
         """A queued job is cancelled at once, one in progress when the ranks come to know of it; others stay as they
         are. Returns the job as it is now, None where there is none."""
         with self._writing():
-            self._db.execute(
+            ended = self._db.execute(
                 "UPDATE jobs SET state='cancelled', cancel_requested=1, finished_at=? WHERE id=? AND state='queued'",
                 (self._clock(), job_id),
-            )
+            ).rowcount
+            self._count(CANCELLED_WAITING, ended)
             self._db.execute("UPDATE jobs SET cancel_requested=1 WHERE id=? AND state='in_progress'", (job_id,))
             return self.get(job_id)
 
@@ -176,10 +180,11 @@ class Store:
         Removes folders that no job owns.
         """
         with self._writing():
-            self._db.execute(
+            ended = self._db.execute(
                 "UPDATE jobs SET state='cancelled', finished_at=? WHERE state='in_progress' AND cancel_requested=1",
                 (self._clock(),),
-            )
+            ).rowcount
+            self._count(CANCELLED_WAITING, ended)
             again = self._all("SELECT * FROM jobs WHERE state='in_progress'", ())
             # One of them may be why the whole server died: after another death each of them runs alone.
             self._db.execute(
@@ -187,10 +192,11 @@ class Store:
             )
         # None of these is open any more: doomed jobs are those that were to be cancelled.
         self._remove([row["id"] for row in self._all("SELECT id FROM jobs WHERE doomed=1", ())])
-        known = {row["id"] for row in self._all("SELECT id FROM jobs", ())}
-        for path in (self.folder / "jobs").iterdir():
-            if path.name not in known:
-                shutil.rmtree(path, ignore_errors=True)
+        with self._writing():  # a process that the killed server has left behind may be accepting a job: see `accept`
+            known = {row["id"] for row in self._all("SELECT id FROM jobs", ())}
+            for path in (self.folder / "jobs").iterdir():
+                if path.name not in known:
+                    shutil.rmtree(path, ignore_errors=True)
         return [job_of(row) for row in again]
 
     # Looking.
@@ -252,6 +258,14 @@ class Store:
         """The value kept under a name."""
         row = self._one("SELECT value FROM facts WHERE name=?", (name,))
         return default if row is None else json.loads(row["value"])
+
+    def _count(self, name: str, more: int) -> None:
+        if more:
+            self._db.execute(
+                "INSERT INTO facts (name, value) VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET value=CAST(value AS INTEGER)+excluded.value",
+                (name, more),
+            )
 
     def retain(self, max_age_s: float, max_bytes: int) -> list[str]:
         """Forget ended jobs that are older than `max_age_s`, and the oldest until all files fit `max_bytes`."""
@@ -325,6 +339,12 @@ class Store:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+
+    def _check_inputs(self, job_id: str, new: NewJob) -> None:
+        """A server that has just started may have taken the folder for one that nobody owns, before there was a job."""
+        folder = self.files_of(job_id)
+        if not folder.is_dir() or not all((folder / name).is_file() for name in new.inputs):
+            raise FileNotFoundError(f"{folder} was removed while the job was accepted; send it again")
 
     def _remove(self, job_ids: list[str]) -> None:
         for job_id in job_ids:

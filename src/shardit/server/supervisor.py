@@ -19,10 +19,11 @@ from .api_process import ApiProcess, Started
 from .dispatch import Dispatcher
 from .fleet import Down, Fleet, Placement
 from .gauges import Gauges
+from .last_resort import LastResort, exit_code
 from .loop import Loop
 from .messages import Measured, Ranks, RanksState, Scrape, Wake
 from .options import ServeOptions
-from .store import Store
+from .store import CANCELLED_WAITING, Store
 
 LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
@@ -75,11 +76,13 @@ class Supervisor:
         self._start_ranks_at: float | None = None
         self._retain_at = 0.0
         self._api_starts = 0
+        self._cancelled = self.store.recall(CANCELLED_WAITING, 0)
 
     def run(self) -> int:
         """Until told to stop; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.loop.call(self.stop, number))
+        last_resort = LastResort(self.log)
         again = self.store.recover()
         host, port = self.listener.getsockname()[:2]
         self.log.info("serving", url=f"http://{host}:{port}", model=self.options.model, jobs_to_repeat=len(again))
@@ -89,6 +92,7 @@ class Supervisor:
             self.loop.run()
         finally:
             self.end()
+            last_resort.disarm()
         if self.error is not None:
             raise self.error
         return self.code
@@ -98,14 +102,7 @@ class Supervisor:
     def tick(self) -> None:
         """Look after what nobody reports."""
         self.api.look_after()
-        self.jobs.write_again()
-        self.jobs.find_lost()
-        self.jobs.wake()  # no job depends on a message
-        if (reason := self.jobs.overdue()) is not None:
-            where = "; ".join(
-                f"rank {rank}: {_innermost(stack)}" for rank, stack in self.fleet.placement.stacks().items()
-            )
-            self.fleet.fail(f"{reason}; {where}" if where else reason)
+        self.jobs.look_after()
         if self._of_ranks() != self.state.ranks:
             self._set(self.state.state, reason=self.state.reason)
         now = time.monotonic()
@@ -165,6 +162,8 @@ class Supervisor:
         if isinstance(message, Wake):
             self.jobs.wake()
         elif isinstance(message, Scrape):
+            cancelled, self._cancelled = self._cancelled, self.store.recall(CANCELLED_WAITING, 0)
+            self.gauges.cancelled_waiting(self._cancelled - cancelled)
             self.gauges.queue.set(self.store.counts().get("queued", 0))
             self.gauges.in_flight.set(len(self.jobs.running))
             self.gauges.slots.set(self.jobs.slots * self.options.config.data_parallel_size)
@@ -174,7 +173,7 @@ class Supervisor:
 
     def stop(self, number: int) -> None:
         """Take no more jobs, put back those that run, and leave."""
-        self.code = 130 if number == signal.SIGINT else 0
+        self.code = exit_code(number)
         self.asked_to_stop = True
         self.log.info("stopping", signal=signal.Signals(number).name)
         self._set("stopping", reason="the server stops")
@@ -185,14 +184,14 @@ class Supervisor:
         deadline = time.monotonic() + STOP_S
         self.api.leave()
         self.fleet.stop(0 if self.asked_to_stop else 1 if self.error is None else 2)
+        self.api.stop()  # before the store is written to, which a process that is stopped may have locked
         self.jobs.put_all_back()
-        while self.jobs.writing and time.monotonic() < deadline:
+        while self.jobs.ends.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
         self.writers.shutdown(wait=False, cancel_futures=True)
-        self.api.stop()
         self.store.close()
-        if self.jobs.writing:  # Python would wait for these threads; their jobs run again at the next start
-            self.log.warning("results_not_written", jobs=list(self.jobs.writing))
+        if writing := self.jobs.ends.writing:  # Python would wait for these threads; their jobs run again
+            self.log.warning("results_not_written", jobs=list(writing))
             os._exit(self.code)
 
     def _of_ranks(self) -> tuple[dict[str, Any], ...]:
@@ -215,8 +214,3 @@ def useful_slots(options: ServeOptions) -> int:
     if config.pipeline_parallel_size > 1:
         return max(2, config.pipeline_parallel_size)
     return 2 if config.world_size > config.data_parallel_size * config.cfg_parallel_size else 1
-
-
-def _innermost(stack: str) -> str:
-    lines = stack.partition("(most recent call first)")[2].strip().splitlines()
-    return lines[0].strip() if lines else "it does not react"

@@ -14,7 +14,7 @@ from .accept import accept
 from .context import Context
 from .document import PREFER, binary, body
 from .errors import answers
-from .jobs import base_url, find_job, job_routes, show
+from .jobs import add_job_routes, base_url, find_job, show
 from .results import ImagesAnswer, file_answer, images_answer
 from .views import ImageJob, ImageJobs
 from .waiting import check_completed, until_ended
@@ -24,7 +24,7 @@ _POST = answers(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503)
 
 def image_routes(context: Context) -> APIRouter:
     """The routes under /v1/images."""
-    router = job_routes(context, "image", ImageJob, ImageJobs)
+    router = APIRouter(prefix="/v1/images", tags=["images"])
     accepted: dict[int | str, dict[str, Any]] = {
         202: {"model": ImageJob, "description": "A job, with the header Prefer."}
     }
@@ -54,6 +54,7 @@ def image_routes(context: Context) -> APIRouter:
         """One picture, as a PNG file."""
         return file_answer(context, find_job(request, context, "image", job_id), index)
 
+    add_job_routes(router, context, "image", ImageJob, ImageJobs)
     return router
 
 

@@ -48,9 +48,11 @@ def show(request: Request, context: Context, job: Job) -> ImageJob | VideoJob:
     )
 
 
-def job_routes(context: Context, kind: Kind, one: type[BaseModel], page: type[BaseModel]) -> APIRouter:
-    """The routes under /v1/images or /v1/videos that both have; `one` and `page` are the shapes of their answers."""
-    router = APIRouter(prefix=f"/v1/{kind}s", tags=[f"{kind}s"])
+def add_job_routes(
+    router: APIRouter, context: Context, kind: Kind, one: type[BaseModel], page: type[BaseModel]
+) -> None:
+    """Add the routes that /v1/images and /v1/videos both have, after those of their own, which an id would hide;
+    `one` and `page` are the shapes of the answers."""
 
     @router.get("", response_model=page, responses=answers(400, 401))
     def list_jobs(
@@ -96,5 +98,3 @@ def job_routes(context: Context, kind: Kind, one: type[BaseModel], page: type[Ba
     async def job_events(request: Request, job_id: str) -> StreamingResponse:
         job = await run_in_threadpool(find_job, request, context, kind, job_id)
         return StreamingResponse(events(context, job), media_type="text/event-stream")
-
-    return router

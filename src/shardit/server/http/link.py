@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable
 
 from ...engine.channel import Channel
+from ..messages import Ping, Pong
 
 
 class Link:
     """Hands what comes over `channel` to `deliver`, in `loop`; `on_end` is called, in a thread, when the supervisor is
-    gone."""
+    gone. `Ping` is answered in `loop`, so that the supervisor knows of a loop that hangs."""
 
     def __init__(self, channel: Channel, on_end: Callable[[], None]):
         self._channel = channel
@@ -30,7 +31,11 @@ class Link:
         def read() -> None:
             try:
                 while True:
-                    loop.call_soon_threadsafe(deliver, self._channel.recv())
+                    message = self._channel.recv()
+                    if isinstance(message, Ping):
+                        loop.call_soon_threadsafe(self.send, Pong())
+                    else:
+                        loop.call_soon_threadsafe(deliver, message)
             except Exception:  # whatever it is, nothing more would be heard
                 self._on_end()
 

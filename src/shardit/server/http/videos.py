@@ -12,7 +12,7 @@ from .accept import accept
 from .context import Context
 from .document import binary, body
 from .errors import answers
-from .jobs import find_job, job_routes, show
+from .jobs import add_job_routes, find_job, show
 from .results import file_answer
 from .views import VideoJob, VideoJobs
 from .waiting import check_completed, until_ended
@@ -22,7 +22,7 @@ _POST = (400, 401, 403, 404, 408, 409, 413, 415, 429, 503)
 
 def video_routes(context: Context) -> APIRouter:
     """The routes under /v1/videos."""
-    router = job_routes(context, "video", VideoJob, VideoJobs)
+    router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     @router.post(
         "",
@@ -59,4 +59,5 @@ def video_routes(context: Context) -> APIRouter:
         """The video, as an MP4 file; `index` chooses one where n was above 1."""
         return file_answer(context, find_job(request, context, "video", job_id), index)
 
+    add_job_routes(router, context, "video", VideoJob, VideoJobs)
     return router

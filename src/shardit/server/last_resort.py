@@ -1,0 +1,55 @@
+"""The end by force, where the supervisor itself does not get to its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+END_S = 9.0
+"""From the signal to the end by force: less than the ten seconds that are promised."""
+SAY_S = 0.2
+
+
+class LastResort:
+    """A thread that ends this process `END_S` after SIGTERM or Ctrl-C, whatever the main thread is stuck in (a disk, a
+    lock of the store, a log that nobody reads). The API process and the ranks end with it, and the next start queues
+    their jobs again.
+
+    To be made in the main thread, which is to have handlers for these signals: Python tells of no others.
+    """
+
+    def __init__(self, log: Any):
+        self._log = log
+        self._over = threading.Event()
+        self._reads, self._writes = socket.socketpair()
+        self._writes.setblocking(False)
+        # Not the handlers: they run between two steps of the main thread, which may not come.
+        signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def disarm(self) -> None:
+        """The end has come as it should."""
+        self._over.set()
+        signal.set_wakeup_fd(-1)
+        self._writes.close()
+
+    def _watch(self) -> None:
+        heard = self._reads.recv(1)
+        self._reads.close()
+        if not heard or self._over.wait(END_S):
+            return
+        number = heard[0]
+        say = threading.Thread(
+            target=self._log.error, args=("ended_by_force",), daemon=True
+        )  # the log may be stuck, too
+        say.start()
+        say.join(SAY_S)
+        os._exit(exit_code(number))
+
+
+def exit_code(number: int) -> int:
+    """With which the command ends after a signal."""
+    return 130 if number == signal.SIGINT else 0

@@ -1,0 +1,41 @@
+"""Whether the API process still answers: one that hangs or is stopped does not end, so nothing else would tell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+ASK_EVERY_S = 1.0
+PATIENCE_S = 10.0
+"""Longest silence of an event loop that is not taken to hang."""
+START_S = 60.0
+"""The same before the first answer: the process starts and imports."""
+MAX_STEP_S = 5.0
+"""What one look counts at most. Where the supervisor itself has stood still (a machine that was suspended, a disk that
+did not answer), the process has to get a chance to answer first."""
+
+
+class Pulse:
+    """Asks again and again, with `ask()`; `answered` is to be called, from any thread, when an answer comes."""
+
+    def __init__(self, ask: Callable[[], None]):
+        self._ask = ask
+        self._waits = False
+        self._asked_at = -ASK_EVERY_S
+        self._looked_at = time.monotonic()
+        self._silence_s, self._patience_s = 0.0, START_S
+
+    def answered(self) -> None:
+        """An answer has come."""
+        self._waits, self._patience_s = False, PATIENCE_S
+
+    def hangs(self) -> bool:
+        """Whether it has been silent for too long. To be called a few times per second."""
+        now = time.monotonic()
+        passed, self._looked_at = min(now - self._looked_at, MAX_STEP_S), now
+        if self._waits:
+            self._silence_s += passed
+        elif now - self._asked_at >= ASK_EVERY_S:
+            self._waits, self._asked_at, self._silence_s = True, now, 0.0
+            self._ask()
+        return self._waits and self._silence_s > self._patience_s

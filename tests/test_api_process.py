@@ -1,0 +1,152 @@
+"""The API process under its supervisor: one that hangs is noticed and started anew, with the socket kept."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardit.engine.channel import Channel
+from shardit.logs import logger
+from shardit.server import pulse
+from shardit.server.api_process import ApiProcess, start
+from shardit.server.http.link import Link
+from shardit.server.loop import Loop
+from shardit.server.messages import Ping, Pong
+from shardit.server.options import ServeOptions
+from shardit.server.pulse import ASK_EVERY_S, MAX_STEP_S, PATIENCE_S, START_S, Pulse
+from shardit.server.serve import listening
+
+WAIT_S = 120.0
+
+
+class Asked:
+    """A pulse on a clock of the test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now, self.asked = 1000.0, 0
+        monkeypatch.setattr(pulse.time, "monotonic", lambda: self.now)
+        self.pulse = Pulse(self.ask)
+
+    def ask(self) -> None:
+        self.asked += 1
+
+    def hangs_after(self, seconds: float, every_s: float = 0.25) -> bool:
+        until, hangs = self.now + seconds, False
+        while self.now < until:
+            self.now += every_s
+            hangs = self.pulse.hangs()
+        return hangs
+
+
+def test_a_silent_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch)
+    assert not asked.hangs_after(START_S)  # it starts
+    asked.pulse.answered()
+    for _ in range(5):
+        before = asked.asked
+        assert not asked.hangs_after(ASK_EVERY_S + 0.25)
+        assert asked.asked == before + 1
+        assert not asked.hangs_after(PATIENCE_S - 1.5)
+        asked.pulse.answered()
+    assert not asked.hangs_after(PATIENCE_S)
+    assert asked.hangs_after(1.0)
+
+
+def test_a_process_that_never_answers_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Asked(monkeypatch).hangs_after(START_S + 1.0)
+
+
+def test_a_supervisor_that_stood_still_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch)
+    asked.hangs_after(1.0)
+    asked.pulse.answered()
+    asked.hangs_after(ASK_EVERY_S)
+    assert not asked.hangs_after(3600.0, every_s=3600.0)
+    assert not asked.hangs_after(PATIENCE_S - MAX_STEP_S - 1.0)  # time to answer
+    assert asked.hangs_after(2.0)
+
+
+def test_the_event_loop_answers_not_a_thread() -> None:
+    ours, theirs = (Channel(end, 10.0) for end in socket.socketpair())
+    loop = asyncio.new_event_loop()
+    delivered: list[Any] = []
+    Link(theirs, lambda: None).start(loop, delivered.append)
+    ours.send(Ping())
+    ours.send("news")
+    assert not wait([ours], 0.3)  # the loop does not run
+    loop.run_until_complete(asyncio.sleep(0.1))
+    assert isinstance(ours.recv(), Pong)
+    assert delivered == ["news"]
+    ours.close()
+    loop.close()
+
+
+class Kept:
+    """An API process that is looked after, and what it says."""
+
+    def __init__(self, folder: Path, listener: Any):
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.starts = 0
+        self.loop = Loop(lambda: None)
+        self.api = ApiProcess(
+            ServeOptions("tiny/flux", folder),
+            start(listener),
+            listener,
+            self.loop,
+            on_message=lambda message: None,
+            on_start=self.note_start,
+            log=logger("supervisor"),
+        )
+
+    def note_start(self) -> None:
+        self.starts += 1
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            assert time.monotonic() < deadline, "nothing happens"
+            self.api.look_after()
+            self.loop.step(0.05)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=0.5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    with listening("127.0.0.1", 0) as listener:
+        one = Kept(tmp_path, listener)
+        one.api.start()
+        yield one
+        one.api.leave()
+        one.api.stop()
+
+
+def test_a_hung_api_process_is_started_anew(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "PATIENCE_S", 3.0)
+    kept.until(kept.answers)
+    first = kept.api.pid
+    assert first is not None
+    for _ in range(10):
+        kept.api.look_after()
+        kept.loop.step(0.25)
+    assert kept.starts == 1  # it answers
+    os.kill(first, signal.SIGSTOP)
+    kept.until(lambda: kept.starts > 1)
+    kept.until(kept.answers)  # at the same address
+    assert kept.api.pid not in (first, None)
+    assert not Path(f"/proc/{first}").exists()

@@ -1,0 +1,117 @@
+"""Ranks as one thing, played by sockets: what is told of ranks that hang, and that nobody waits for it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from shardit.config import DiffusionParallelConfig
+from shardit.engine.channel import Channel
+from shardit.engine.messages import Ready, SessionSpec
+from shardit.server.fleet import Down, Fleet
+from shardit.server.loop import Loop
+
+STACK = 'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in wait\n  File "y.py", line 2 in run\n'
+
+
+class Played:
+    """Two ranks, and what the fleet says of them. `stacks` is what the placement answers, once `answer` is set."""
+
+    def __init__(self) -> None:
+        self.stacks_now: Any = {0: STACK, 1: ""}
+        self.answer = threading.Event()
+        self.ends: list[Channel] = []
+        self.ups: list[Any] = []
+        self.downs: list[Down] = []
+        self.loop = Loop(lambda: None)
+        spec = SessionSpec("x", DiffusionParallelConfig(pipeline_parallel_size=2), live=True)
+        self.fleet = Fleet(
+            spec, self, self.loop, on_up=self.ups.append, on_down=self.downs.append, on_message=lambda *_: None
+        )
+
+    def start(self, spec: SessionSpec) -> list[Channel]:
+        pairs = [socket.socketpair() for _ in range(2)]
+        self.ends = [Channel(theirs) for _, theirs in pairs]
+        return [Channel(ours) for ours, _ in pairs]
+
+    def kill(self) -> dict[int, str]:
+        return {}
+
+    def stop(self, code: int = 0) -> None:
+        pass
+
+    def stacks(self) -> dict[int, str]:
+        assert self.answer.wait(60)
+        if isinstance(self.stacks_now, Exception):
+            raise self.stacks_now
+        return self.stacks_now
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, "nothing happens"
+            self.loop.step(0.05)
+
+    def settled(self) -> None:
+        """Time for what must not happen any more."""
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            self.loop.step(0.05)
+
+
+@pytest.fixture
+def played() -> Any:
+    one = Played()
+    one.fleet.bring_up()
+    one.until(lambda: one.fleet._pipes)
+    for end in one.ends:
+        end.send(Ready({}))
+    one.until(lambda: one.ups)
+    yield one
+    one.answer.set()
+    one.fleet.stop()
+
+
+def test_a_hang_tells_where_ranks_are_and_holds_up_nobody(played: Played) -> None:
+    played.fleet.hang("no sign of life for 12 s")
+    assert played.fleet.failing
+    assert played.downs == []  # the answer takes its time, the loop goes on
+    played.answer.set()
+    played.until(lambda: played.downs)
+    (down,) = played.downs
+    assert down.reason == 'no sign of life for 12 s; rank 0: File "x.py", line 1 in wait; rank 1: it does not react'
+
+
+@pytest.mark.parametrize("stacks", [{}, OSError("the nursery is gone"), ValueError("half a message")])
+def test_a_hang_of_ranks_that_cannot_be_looked_at(played: Played, stacks: Any) -> None:
+    played.stacks_now = stacks
+    played.answer.set()
+    played.fleet.hang("no sign of life for 12 s")
+    played.until(lambda: played.downs)
+    assert [down.reason for down in played.downs] == ["no sign of life for 12 s"]
+
+
+def test_a_rank_that_ends_meanwhile_is_told_once(played: Played) -> None:
+    played.fleet.hang("no sign of life for 12 s")
+    played.ends[1].close()
+    played.settled()
+    played.answer.set()
+    played.until(lambda: played.downs)
+    played.settled()
+    assert [down.reason[:24] for down in played.downs] == ["no sign of life for 12 s"]
+
+
+def test_what_was_seen_of_ranks_that_are_gone_is_not_told(played: Played) -> None:
+    seen: list[Any] = []
+    played.fleet.look(seen.append)
+    played.ends[1].close()
+    played.until(lambda: played.downs)
+    assert played.downs[0].reason == "rank 1 has ended"
+    played.answer.set()
+    played.settled()
+    assert seen == []

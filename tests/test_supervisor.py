@@ -203,6 +203,7 @@ def test_a_stopped_rank_is_a_hang(tmp_path: Path, rank: int) -> None:
         server.kill(f"rank {rank}", signal.SIGSTOP)
         line = server.wait(lambda: downs(server), "ranks_down", 90)[0]
         assert "no sign of life" in line["reason"]
+        assert f"rank {rank}: it does not react" in line["reason"]
         server.check(job_id, 2, **LONG)
         assert not alive(stopped)
         begin = time.monotonic()

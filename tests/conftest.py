@@ -65,3 +65,15 @@ def visit(browser: Any, images: Any) -> Iterator[Any]:
 
     with visiting(browser, images.url) as visit:
         yield visit
+
+
+@pytest.fixture
+def servers(tmp_path: Any) -> Iterator[Any]:
+    """The processes of a server on several nodes (`nodes.Servers`)."""
+    from .nodes import Servers
+
+    made = Servers(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()

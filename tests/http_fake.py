@@ -89,7 +89,7 @@ IMAGE = {
 
 class FakeSupervisor:
     """Runs the store's jobs one after the other. A prompt with "fail" fails, one with "slow" takes 200 steps of
-    50 ms, one with "steady" 30.
+    50 ms, one with "steady" 30; one with "note" gets a note.
 
     `held` leaves jobs in the queue; `lossy` sends no news.
     """
@@ -153,8 +153,8 @@ class FakeSupervisor:
         if "fail" in prompt:
             self.store.finish(job.id, "failed", error={"code": "ranks_died", "message": "a rank died"})
             return
-        files = [self.store.files_of(job.id) / name for name in job.inputs]
-        request = build_request(job.request, job.seed, files, self.info)
+        inputs = [self.store.files_of(job.id) / name for name in job.inputs]
+        request = build_request(job.request, job.seed, inputs, self.info)
         size = (min(64, request.kwargs.get("width", 64)), min(64, request.kwargs.get("height", 64)))
         pictures = [
             Image.new("RGB", size, (job.seed % 256, 80, 80 + count % 100)) for count in range(request.num_outputs)
@@ -168,8 +168,8 @@ class FakeSupervisor:
             fps=request.fps,
         )
         paths = output.save(self.store.files_of(job.id) / ("out.mp4" if video else "out.png"))
-        inputs = [list(picture.size) for picture in request.images]
-        facts = {"seconds": 0.1, "width": size[0], "height": size[1], "input_sizes": inputs}
+        facts = {"seconds": 0.1, "notes": ["it was rounded"] if "note" in prompt else []}
+        facts |= {"width": size[0], "height": size[1], "input_sizes": [list(item.size) for item in request.images]}
         self.store.finish(job.id, "completed", files=[path.name for path in paths], facts=facts)
 
 

@@ -117,6 +117,16 @@ def test_bodies_without_a_length_are_limited(images: Served) -> None:
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_body_has_one_end(images: Served) -> None:
+    with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:
+        head = f"POST {NOW} HTTP/1.1\r\n{LOCAL}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sock.sendall(head.encode() + b"0\r\n\r\nGET /health HTTP/1.1\r\n\r\n")
+        answer = b""
+        while piece := sock.recv(65536):
+            answer += piece
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 400 ") == 1
+
+
 @pytest.mark.parametrize(
     "body",
     [

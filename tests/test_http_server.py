@@ -22,6 +22,8 @@ def test_about_the_server(images: Served, videos: Served) -> None:
     _, server, _ = videos.call("GET", "/v1/server")
     assert (server["model"], server["kind"], server["state"]) == ("tiny/wan2.2-ti2v", "video", "ready")
     assert (server["takes_image"], server["needs_image"], server["default_fps"]) == (True, False, 24.0)
+    assert server["most_images"] == 1
+    assert images.call("GET", "/v1/server")[1]["most_images"] == 16
     assert {"prompt", "num_frames", "guidance_scale", "seed", "fps"} <= set(server["parameters"])
     assert not {"latents", "generator", "prompt_embeds"} & set(server["parameters"])
     assert server["defaults"]["guidance_scale"] == 5.0

@@ -151,7 +151,36 @@ def test_a_video_from_a_picture(browser: Browser, videos: Served, tmp_path: Path
         expect(visit.page.locator("#preview")).to_be_visible()
         visit.page.reload()
         card.get_by_role("button", name="Reuse").click()
-        expect(visit.page.get_by_label("Image")).to_have_accessible_description(re.compile("Choose the image again"))
+        expect(visit.page.get_by_label("Image")).to_have_accessible_description(re.compile("Choose it again"))
+
+
+def test_several_pictures(visit: Visit, images: Served) -> None:
+    expect(visit.page.get_by_label("Images")).to_have_attribute("multiple", "")
+    files = [
+        {"name": f"{index}.png", "mimeType": "image/png", "buffer": picture((24 + index, 24))} for index in range(2)
+    ]
+    visit.page.get_by_label("Images").set_input_files(files)  # type: ignore[arg-type]
+    expect(visit.page.locator("#preview img")).to_have_count(2)
+    visit.generate("both of them")
+    visit.loaded("both of them")
+    job = images.store.get(visit.card("both of them").get_attribute("data-job") or "")
+    assert job is not None
+    assert job.facts["input_sizes"] == [[24, 24], [25, 24]]
+    visit.page.get_by_role("button", name="Remove").click()
+    expect(visit.page.locator("#preview")).to_be_hidden()
+    visit.card("both of them").get_by_role("button", name="Reuse").click()
+    expect(visit.page.locator("#preview img")).to_have_count(2)
+
+
+def test_notes_are_there_for_who_wants_them(visit: Visit) -> None:
+    visit.generate("a note please")
+    visit.loaded("a note please")
+    card = visit.card("a note please")
+    expect(card.get_by_text("it was rounded")).to_be_hidden()
+    card.get_by_text("1 note", exact=True).click()
+    expect(card.get_by_text("it was rounded")).to_be_visible()
+    card.get_by_role("button", name="Enlarge").click()
+    expect(visit.page.get_by_role("dialog").get_by_text("it was rounded")).to_be_visible()
 
 
 def test_a_model_that_needs_a_picture(browser: Browser, tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ import av
 import pytest
 from PIL import Image
 
+from shardit.server.gauges import Gauges
+from shardit.server.http.metrics import HttpMetrics
+
 from .http_fake import WAIT_S, Served, picture
 
 ROOT = Path(__file__).parents[1]
@@ -79,3 +82,10 @@ def test_the_program_with_openai(
     av.open(str(tmp_path / "cat.mp4")).close()
     with pytest.raises(SystemExit, match="this server makes videos"):
         main(videos, "--output", tmp_path / "cat.png")
+
+
+def test_the_list_of_metrics() -> None:
+    text = (Gauges().text() + HttpMetrics().text()).decode()
+    families = re.findall(r"^# TYPE (\w+)", text, re.MULTILINE)
+    section = (ROOT / "docs/serving.md").read_text().split("## Observe")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"`(shardit_\w+)", section)) == sorted(families)

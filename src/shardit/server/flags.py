@@ -109,7 +109,7 @@ class ServeFlags(ParallelFlags):
 
     def _keys(self) -> list[str]:
         told = os.environ.get("SHARDIT_API_KEY", "")
-        keys = self.api_key or ([key for key in told.split(",") if key.strip()] or [told] if told else [])
+        keys = self.api_key or ([key for key in told.split(",") if key.strip()] or [""] if told else [])
         for key in keys:
             if not re.fullmatch(r"[\x21-\x7e]+", key.strip()):
                 raise InputError(

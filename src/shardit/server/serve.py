@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LEFT_BEHIND_S = 6.0
 """After a server was killed: time for its processes to let go of the port."""
 
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
 
 def serve(options: ServeOptions, placement: Placement | None = None, patience_s: float = 0.0) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct.
@@ -70,7 +72,8 @@ def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.
                 raise InputError(f"--port must be from 0 to 65535, got {port}") from None
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
-                    text = f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port"
+                    flag = "--host" if isinstance(error, socket.gaierror) or error.errno in _NOT_HERE else "--port"
+                    text = f"cannot listen on {host}:{port} ({error.strerror}); choose another with {flag}"
                     raise InputError(text) from None
                 time.sleep(0.1)
         yield listener

@@ -8,7 +8,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
+from ...signature import PipelineSignature
 from ..messages import Ranks, RanksState
+from ..options import Limits
 from .context import Context
 from .errors import ApiError, answers
 from .metrics import CONTENT_TYPE
@@ -53,6 +55,7 @@ class ServerInfo(Readiness):
     kind: Literal["image", "video"] | None = Field(description="What it makes; null while that is not known yet.")
     takes_image: bool
     needs_image: bool
+    most_images: int = Field(description="Input pictures of one request.")
     parameters: list[str] = Field(description="Arguments of the model's pipeline that a request may hold.")
     defaults: dict[str, Any] = Field(description="What the pipeline uses where a request gives nothing.")
     default_fps: float | None
@@ -126,6 +129,7 @@ def _server(context: Context) -> dict[str, Any]:
         "kind": takes.kind if takes else None,
         "takes_image": bool((takes and takes.image_name) or with_image),
         "needs_image": bool(takes and takes.needs_image),
+        "most_images": _most_images(with_image or takes, options.limits),
         "parameters": pipeline_names(info),
         "defaults": _defaults(context),
         "default_fps": takes.default_fps if takes and takes.kind == "video" else None,
@@ -135,6 +139,12 @@ def _server(context: Context) -> dict[str, Any]:
         "limits": vars(options.limits),
         "notes": [str(note) for note in info.get("notes", ())],
     }
+
+
+def _most_images(takes: PipelineSignature | None, limits: Limits) -> int:
+    if takes is None or takes.image_name is None:
+        return 0
+    return 1 if takes.one_image else limits.input_images
 
 
 def _defaults(context: Context) -> dict[str, Any]:

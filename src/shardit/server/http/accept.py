@@ -28,7 +28,7 @@ from ..spec import build_request
 from .body import Body, read_body
 from .context import Context
 from .errors import ApiError, busy, from_input_error
-from .fields import check_fields
+from .fields import PICTURES, check_fields
 from .pictures import check_picture
 from .resolve import arguments, check_model, pipeline_names
 from .sources import input_pictures
@@ -99,21 +99,20 @@ async def _pictures(
     values: Mapping[str, Any], body: Body, info: Mapping[str, Any], context: Context
 ) -> dict[str, bytes]:
     """Checked input pictures by file name."""
+    plain, takes = info["signature"], info.get("signature_with_image") or info["signature"]
+    given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name)), None)
+    if given is None and plain.needs_image:
+        where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
+        text, name = f"{plain.class_name} needs a picture; give one in {where}", where.split()[0]
+        raise ApiError(400, text, code="missing_field", param=name)
+    if given is not None and takes.image_name is None:
+        text = f"{given}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
+        raise ApiError(400, text, code="invalid_value", param=given)
     async with context.fetching if context.options.fetch_hosts else nullcontext():
         found = await run_in_threadpool(input_pictures, values, body, context.options)
-    plain, takes = info["signature"], info.get("signature_with_image") or info["signature"]
-    if not found and plain.needs_image:
-        where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
-        name = where.split()[0]
-        raise ApiError(
-            400, f"{plain.class_name} needs a picture; give one in {where}", code="missing_field", param=name
-        )
-    if found and takes.image_name is None:
-        text = f"{found[0][0]}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
-        raise ApiError(400, text, code="invalid_value", param=found[0][0])
     if len(found) > 1 and takes.one_image:
-        text = f"{found[-1][0]}: {takes.class_name} takes one picture, there are {len(found)}; give one"
-        raise ApiError(400, text, code="too_many_images", param=found[-1][0])
+        text = f"{given}: {takes.class_name} takes one picture, there are {len(found)}; give one"
+        raise ApiError(400, text, code="too_many_images", param=given)
     pictures: dict[str, bytes] = {}
     for index, (param, data) in enumerate(found):
         async with context.decoding:

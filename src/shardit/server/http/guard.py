@@ -87,6 +87,9 @@ class Guard:
             scope["state"]["owner"] = self._owner(headers)
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             self._check_origin(headers)
+        if "content-length" in headers and "transfer-encoding" in headers:  # proxies may see another end than we do
+            text = "a body has either Content-Length or Transfer-Encoding; send one of them"
+            raise ApiError(400, text, code="invalid_request", headers={"Connection": "close"})
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._options.limits.body_bytes:
             raise too_large(self._options.limits.body_bytes)

@@ -31,6 +31,7 @@ export function finishedCard(job, acts) {
   const element = cardOf("finished-card", job);
   const urls = [];
   element.querySelector(".line").textContent = lineOf(job);
+  showNotes(job, element.querySelector(".notes"));
   const media = element.querySelector(".media");
   if (job.status === "completed") showMedia(job, media, element.querySelector(".downloads"), urls);
   else if (job.status === "cancelled") media.append(make("p", { textContent: "Cancelled" }));
@@ -80,6 +81,13 @@ function whenSure(button, job, act) {
   ask(false);
   button.addEventListener("click", () => (button.classList.contains("sure") ? act(button) : ask(true)));
   button.addEventListener("blur", () => ask(false));
+}
+
+// What differs from what was asked, which the libraries tell at length.
+function showNotes(job, notes) {
+  notes.hidden = job.notes.length === 0;
+  notes.querySelector("summary").textContent = job.notes.length === 1 ? "1 note" : `${job.notes.length} notes`;
+  notes.querySelector("ul").append(...job.notes.map((text) => make("li", { textContent: text })));
 }
 
 // Pictures and videos are fetched when they come into sight.

@@ -21,7 +21,9 @@ const shown = (name) => !fields.get(name).hidden;
 
 /** Show the fields that the model takes; `server` is the answer of /v1/server. */
 export function fit(server) {
-  const news = JSON.stringify([server.model, server.kind, server.parameters, server.defaults, server.needs_image]);
+  const news = JSON.stringify([
+    server.model, server.kind, server.parameters, server.defaults, server.needs_image, server.most_images,
+  ]);
   if (known === news) return;
   [model, known] = [server, news];
   const takes = new Set(["prompt", ...server.parameters]);
@@ -33,6 +35,8 @@ export function fit(server) {
     field.hidden = !takes.has(name);
     if (name in presets && input(name).type === "number") input(name).placeholder = String(presets[name]);
   }
+  image.multiple = server.most_images > 1;
+  document.getElementById("image-name").textContent = image.multiple ? "Images" : "Image";
   document.getElementById("image-note").textContent = server.needs_image ? "" : "(optional)";
   image.required = server.needs_image;
   document.getElementById("more").hidden = !inMore().some(shown);
@@ -52,11 +56,11 @@ export async function send() {
   clearErrors();
   if (!check()) return null;
   const values = typed();
-  const file = shown("image") ? image.files[0] : undefined;
-  const { path, options } = model.kind === "video" ? video(values, file) : picture(values, file);
+  const files = shown("image") ? [...image.files] : [];
+  const { path, options } = model.kind === "video" ? video(values, files) : picture(values, files);
   try {
     const job = await json(path, { method: "POST", signal: undefined, ...options });
-    if (file) sent.set(job.id, file);
+    if (files.length > 0) sent.set(job.id, files);
     return job;
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
@@ -65,13 +69,15 @@ export async function send() {
   }
 }
 
-function video(values, file) {
-  return { path: "v1/videos", options: { body: multipart(values, file && ["input_reference", file]) } };
+function video(values, files) {
+  return { path: "v1/videos", options: { body: multipart(values, "input_reference", files) } };
 }
 
-function picture(values, file) {
+function picture(values, files) {
   const headers = { Prefer: "respond-async" };
-  if (file) return { path: "v1/images/edits", options: { headers, body: multipart(values, ["image", file]) } };
+  if (files.length > 0) {
+    return { path: "v1/images/edits", options: { headers, body: multipart(values, "image[]", files) } };
+  }
   headers["Content-Type"] = "application/json";
   return { path: "v1/images/generations", options: { headers, body: written(values) } };
 }
@@ -87,10 +93,10 @@ function typed() {
   return values;
 }
 
-function multipart(values, file) {
+function multipart(values, field, files) {
   const body = new FormData();
   for (const [name, text] of values) body.append(name, text);
-  if (file) body.append(...file);
+  for (const file of files) body.append(field, file);
   return body;
 }
 
@@ -124,7 +130,10 @@ function showError(message, concerned) {
   }
   const element = input(name);
   const line = fields.get(name).appendChild(document.createElement("p"));
-  Object.assign(line, { className: "error", id: `${name}-error`, textContent: message });
+  // It stands below its field, so that it need not begin with the name.
+  const text = message.startsWith(`${concerned} `) ? message.slice(concerned.length + 1) : message;
+  const whole = text[0].toUpperCase() + text.slice(1);
+  Object.assign(line, { className: "error", id: `${name}-error`, textContent: whole });
   line.setAttribute("role", "alert");
   element.setAttribute("aria-invalid", "true");
   element.setAttribute("aria-describedby", line.id);
@@ -144,8 +153,8 @@ function clearErrors() {
 /** Put the settings of a job into the form. */
 export function reuse(job) {
   refill(settingsOf(job));
-  choose(sent.get(job.id));
-  if (job.input_images > 0 && !sent.has(job.id)) showError("Choose the image again: the page does not have it any more.", "image");
+  choose(...(sent.get(job.id) ?? []));
+  if (job.input_images > 0 && !sent.has(job.id)) showError("Choose it again: the page does not have it any more.", "image");
 }
 
 function refill(settings) {
@@ -157,21 +166,21 @@ function refill(settings) {
   form.elements.prompt.focus();
 }
 
-// `file` as if it had been chosen; nothing without one.
-function choose(file) {
+// `files` as if they had been chosen; nothing without any.
+function choose(...files) {
   const chosen = new DataTransfer();
-  if (file) chosen.items.add(file);
+  for (const file of image.multiple ? files : files.slice(0, 1)) chosen.items.add(file);
   image.files = chosen.files;
   showPreview();
 }
 
 function showPreview() {
   const preview = document.getElementById("preview");
-  if (preview.src) URL.revokeObjectURL(preview.src);
-  const file = image.files[0];
-  preview.hidden = document.getElementById("no-image").hidden = !file;
-  if (file) preview.src = URL.createObjectURL(file);
-  else preview.removeAttribute("src");
+  for (const old of preview.children) URL.revokeObjectURL(old.src);
+  preview.replaceChildren(...[...image.files].map((file) => {
+    return Object.assign(document.createElement("img"), { src: URL.createObjectURL(file), alt: "" });
+  }));
+  preview.hidden = document.getElementById("no-image").hidden = image.files.length === 0;
 }
 
 for (const pair of EITHER) {
@@ -187,7 +196,7 @@ for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   drop.addEventListener(name, (event) => {
     event.preventDefault();
     drop.classList.toggle("over", name.startsWith("drage") || name === "dragover");
-    if (name === "drop") choose(event.dataTransfer.files[0]);
+    if (name === "drop") choose(...event.dataTransfer.files);
   });
 }
 document.getElementById("reset").addEventListener("click", () => {

@@ -22,11 +22,11 @@ export function lineOf(job) {
   const parts = [];
   if (job.size !== "auto") parts.push(job.size.replace("x", " × "));
   if (job.object === "video" && job.seconds !== "auto") parts.push(duration(Number(job.seconds)));
-  if (job.parameters.num_inference_steps) parts.push(`${job.parameters.num_inference_steps} steps`);
+  const steps = job.parameters.num_inference_steps;
+  if (steps) parts.push(steps === 1 ? "1 step" : `${steps} steps`);
   parts.push(`seed ${job.seed}`);
   if (job.status === "completed" && job.seconds_taken) parts.push(`took ${duration(job.seconds_taken)}`);
-  const whole = parts.map((part) => part.replaceAll(" ", "\u00a0")); // no line ends inside of them
-  return [...whole, ...job.notes].join(" · ");
+  return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · "); // no line ends inside of them
 }
 
 /** One line on an open job, and the share of it that is done (null: not known). */

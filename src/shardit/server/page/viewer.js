@@ -14,6 +14,8 @@ export function enlarge(job, file, url) {
   $("viewer-media").replaceChildren(media);
   $("viewer-text").textContent = job.prompt;
   $("viewer-line").textContent = lineOf(job);
+  $("viewer-notes").textContent = job.notes.join(" ");
+  $("viewer-notes").hidden = job.notes.length === 0;
   Object.assign($("viewer-download"), { href: url, download: file.name });
   viewer.showModal();
 }

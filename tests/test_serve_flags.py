@@ -1,0 +1,97 @@
+"""Flags of `shardit serve` and the options that follow from them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from shardit.errors import InputError
+from shardit.server.flags import ServeFlags
+from shardit.server.keys import digest, owner_of
+from shardit.server.serve import listening
+
+
+def options(**flags: Any) -> Any:
+    return ServeFlags(model="tiny/flux", **flags).options()
+
+
+@pytest.fixture(autouse=True)
+def _no_key_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHARDIT_API_KEY", raising=False)
+
+
+def test_keys_from_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options().api_key_hashes == ()
+    assert options(api_key=["alpha ", "beta"]).api_key_hashes == (digest("alpha"), digest("beta"))
+    monkeypatch.setenv("SHARDIT_API_KEY", "gamma, delta,\n")
+    assert options().api_key_hashes == (digest("gamma"), digest("delta"))
+    assert options(api_key=["alpha"]).api_key_hashes == (digest("alpha"),)
+    assert "gamma" not in repr(options())  # digests only
+    assert owner_of("delta", options().api_key_hashes) == digest("delta")[:16]
+    assert owner_of("alpha", options().api_key_hashes) is None
+
+
+@pytest.mark.parametrize("told", [",", " ", " , "])
+def test_keys_that_are_none_do_not_open_the_server(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDIT_API_KEY", told)
+    with pytest.raises(InputError, match="an API key must be"):
+        options()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"api_key": [""]}, "an API key must be"),
+        ({"api_key": ["two words"]}, "an API key must be"),
+        ({"api_key": ["sch\xf6n"]}, "an API key must be"),
+        ({"cors_origin": ["example.org"]}, "--cors-origin must be as in https://"),
+        ({"cors_origin": ["*"]}, "--cors-origin must be as in https://"),
+        ({"cors_origin": ["https://example.org/page"]}, "--cors-origin must be as in https://"),
+        ({"fetch_host": ["https://example.org"]}, "--fetch-host must be a name"),
+        ({"fetch_host": ["example.org:443"]}, "--fetch-host must be a name"),
+        ({"queue_size": 0}, "--queue-size must be at least 1"),
+        ({"jobs_per_key": 0}, "--jobs-per-key must be at least 1"),
+        ({"max_in_flight": 0}, "--max-in-flight must be at least 1"),
+        ({"max_pixels": 0}, "--max-pixels must be at least 1"),
+        ({"max_frames": 0}, "--max-frames must be at least 1"),
+        ({"max_steps": 0}, "--max-steps must be at least 1"),
+        ({"step_timeout": 0}, "--step-timeout must be above 0"),
+        ({"keep_days": float("nan")}, "--keep-days must be above 0"),
+        ({"keep_gib": -1}, "--keep-gib must be above 0"),
+        ({"port": 65536}, "--port must be from 0 to 65535"),
+    ],
+)
+def test_mistakes_name_the_flag(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        options(**flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_origins_and_hosts_are_as_browsers_write_them() -> None:
+    made = options(cors_origin=["https://Good.Example/", "http://localhost:3000"], fetch_host=["Good.Example"])
+    assert made.cors_origins == ("https://good.example", "http://localhost:3000")
+    assert made.fetch_hosts == ("good.example",)
+
+
+def test_every_flag_arrives() -> None:
+    made = options(
+        omni=True, host="0.0.0.0", port=0, served_model_name="a/name", max_in_flight=3, queue_size=4, jobs_per_key=5,
+        keep_days=6, keep_gib=7, max_pixels=8, max_frames=9, max_steps=10, step_timeout=11, attention_backend="native",
+        pipeline_parallel_size=2, layer_partition="4,8",
+    )  # fmt: skip
+    assert (made.host, made.port, made.name, made.max_in_flight, made.queue_size) == ("0.0.0.0", 0, "a/name", 3, 4)
+    assert (made.keep_days, made.keep_bytes, made.step_timeout_s) == (6, 7 * 1024**3, 11)
+    limits = made.limits
+    assert (limits.jobs_per_key, limits.pixels, limits.frames, limits.steps) == (5, 8, 9, 10)
+    assert (made.config.world_size, made.attention_backend) == (2, "native")
+    assert options().host == "127.0.0.1"
+    assert options().data_dir != options(served_model_name="a/name").data_dir
+    assert options(omni=True) == options()
+
+
+def test_addresses_that_are_not_here() -> None:
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        with pytest.raises(InputError, match="choose another with --host"), listening(host, 0):
+            pass

@@ -139,8 +139,8 @@ class Supervisor:
         self.log.error("ranks_down", reason=down.reason)
         self.gauges.restarts.inc()
         self._started = time.monotonic()
-        self.jobs.down(down)
         self._set("restarting", reason=down.reason.splitlines()[0], restarts=self.state.restarts + 1)
+        self.jobs.down(down)
         self._pause_s = 0.0 if came_up else min(MAX_PAUSE_S, 2 * self._pause_s + 1.0)
         self._start_ranks_at = time.monotonic() + self._pause_s
         if not self._pause_s:

@@ -11,11 +11,12 @@ import pytest
 
 from shardit.engine.messages import Begin, Cancel, Left, Progress
 from shardit.server import builder
+from shardit.server.estimate import work_of
 from shardit.server.fleet import Down
 from shardit.server.messages import Changed, Step
 
 from .http_fake import picture
-from .played import INFO, Server, played_server
+from .played import INFO, SIGNATURE, Server, played_server
 
 
 @pytest.fixture
@@ -69,6 +70,24 @@ def test_nothing_begins_before_the_ranks_are_up_or_while_they_fail(server: Serve
     assert server.state(first) == "queued"
     server.jobs.ready([INFO, INFO])
     assert server.running() == [first]
+
+
+def test_measured_memory_decides_how_many_run(server: Server) -> None:
+    learned, work = server.jobs.learned, work_of({"height": 8, "width": 8}, SIGNATURE)
+    learned.at_rest([{"held": 100, "limit": 10_000}, {"held": 50, "limit": 10_000}])
+    learned.completed(work, 1.0, 64, 8_500)  # pixels of one job; two have not been seen
+    ids = [server.put() for _ in range(4)]
+    assert server.running() == ids[:1]
+    server.complete(ids[0])
+    assert server.running() == ids[1:2]
+    learned.completed(work, 1.0, 128, 8_900)
+    server.jobs.wake()
+    assert server.running() == ids[1:3]
+    learned.at_rest([{"held": 100, "limit": 9_000}])
+    server.complete(ids[1])
+    assert server.running() == ids[2:3]
+    server.complete(ids[2])
+    assert server.running() == ids[3:]  # alone it is tried in any case
 
 
 def test_progress_is_told(server: Server) -> None:

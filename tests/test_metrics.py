@@ -1,4 +1,4 @@
-"""What the supervisor measures."""
+"""What the supervisor counts, and what it forgets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardit.server.messages import Measured, Scrape
 from shardit.server.options import ServeOptions
 from shardit.server.serve import listening
 from shardit.server.store import Store
-from shardit.server.supervisor import Supervisor
+from shardit.server.supervisor import RETAIN_AT_MOST, Supervisor
 
 
 class Nowhere:
@@ -34,6 +34,25 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def put(store: Store) -> str:
     return store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0), queue_size=100)[0].id
+
+
+def test_old_jobs_are_forgotten_by_and_by(store: Store, tmp_path: Path) -> None:
+    jobs = [put(store) for _ in range(RETAIN_AT_MOST + 5)]
+    waiting = put(store)
+    for job_id in jobs:
+        store.finish(job_id, "failed")
+    with listening("127.0.0.1", 0) as listener:
+        options = ServeOptions("tiny/flux", tmp_path, port=0, keep_days=-1.0)
+        supervisor = Supervisor(options, cast(Any, None), listener, Nowhere())
+        supervisor.api.look_after = lambda: None  # type: ignore[method-assign]
+        supervisor.tick()
+        assert store.counts() == {"failed": 5, "queued": 1}
+        supervisor.tick()
+        supervisor.tick()
+        assert store.counts() == {"queued": 1}
+        assert [path.name for path in (tmp_path / "jobs").iterdir()] == [waiting]
+        supervisor.writers.shutdown()
+        supervisor.store.close()
 
 
 def test_jobs_cancelled_while_they_wait_are_counted(store: Store, tmp_path: Path) -> None:

@@ -51,8 +51,7 @@ def test_a_killed_rank_or_nursery(server: RealServer, what: str) -> None:
     assert at(line) - killed < 1.0
     if what != "nursery":
         assert what in line["reason"]
-    status, said = server.call("GET", "/ready")
-    assert status == 503 or said["restarts"] > 0
+    server.wait(lambda: server.call("GET", "/ready")[1]["restarts"] > before, "/ready tells of it", 10)
     for seed, job_id in jobs.items():
         server.check(job_id, seed, **LONG)
     assert server.begun(jobs[1]) == 2
@@ -74,6 +73,26 @@ def test_a_killed_api_process(server: RealServer) -> None:
         name: pid for name, pid in before.items() if name != "api"
     }
     assert server.begun(job_id) == 1
+
+
+@pytest.mark.full
+def test_a_stopped_api_process(server: RealServer) -> None:
+    before = server.pids()
+    job_id = server.submit(5, **LONG)
+    server.stepping(job_id)
+    server.kill("api", signal.SIGSTOP)
+    server.wait(lambda: server.events("api_process_hangs"), "api_process_hangs", 90)
+    server.check(job_id, 5, **LONG)  # at the same address
+    assert server.pids()["api"] != before["api"]
+    assert not alive(before["api"])
+    assert server.begun(job_id) == 1
+
+
+def test_neither_supervisor_nor_api_process_has_torch(server: RealServer) -> None:
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("this system has no /proc")
+    for what in ("supervisor", "api"):
+        assert "torch" not in Path(f"/proc/{server.pids()[what]}/maps").read_text(), what
 
 
 @pytest.mark.full
@@ -183,6 +202,7 @@ def test_a_stopped_rank_is_a_hang(tmp_path: Path, rank: int) -> None:
         server.kill(f"rank {rank}", signal.SIGSTOP)
         line = server.wait(lambda: downs(server), "ranks_down", 90)[0]
         assert "no sign of life" in line["reason"]
+        assert f"rank {rank}: it does not react" in line["reason"]
         server.check(job_id, 2, **LONG)
         assert not alive(stopped)
         begin = time.monotonic()
@@ -201,6 +221,32 @@ def test_a_stopped_rank_dies_with_the_supervisor(tmp_path: Path) -> None:
         while any(map(alive, pids.values())):
             assert time.monotonic() < deadline, {name: pid for name, pid in pids.items() if alive(pid)}
             time.sleep(0.05)
+
+
+@pytest.mark.full
+def test_the_end_beside_stopped_processes_and_the_end_of_all_at_once(tmp_path: Path) -> None:
+    with real_server("flux", tmp_path / "data", *STAGES) as server:
+        jobs = {seed: server.submit(seed, **LONG) for seed in (1, 2, 5)}
+        server.stepping(jobs[1])
+        pids = server.pids()
+        for what in ("api", "rank 1", "nursery"):
+            server.kill(what, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begin < 10
+        assert not any(map(alive, pids.values()))
+        server.start()
+        assert server.events("serving")[0]["jobs_to_repeat"] == 0
+        server.stepping(jobs[1], 2)
+        pids = server.pids()
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        assert server.process is not None
+        server.process.wait(10)
+        server.start()
+        for seed, job_id in jobs.items():
+            server.check(job_id, seed, **LONG)
+        assert_one_end(server)
 
 
 @pytest.mark.full

@@ -115,7 +115,7 @@ class ApiProcess:
         pause."""
         now = time.monotonic()
         if self._process is not None and self._pulse is not None and self._pulse.hangs():
-            self._log.error("api_process_hangs", pid=self._process.pid)
+            self._log.error("api_process_hangs", reason="it has not answered for some time; it is ended")
             self._pulse = None
             self._process.kill()
         if self._process is not None and (code := self._process.poll()) is not None:

@@ -28,6 +28,8 @@ from .store import CANCELLED_WAITING, Store
 LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
 STOP_S = 7.0
+LATER_S = 15.0
+"""How much later ranks give up on each other than the supervisor does on them, which can tell more of the cause."""
 RETAIN_EVERY_S = 60.0
 RETAIN_AT_MOST = 20
 """Jobs that are forgotten at a time: files are removed in the loop, which has other things to do."""
@@ -52,7 +54,7 @@ class Supervisor:
             dtype=options.dtype,
             device=options.device,
             max_in_flight=self.slots,
-            timeout_s=options.step_timeout_s,
+            timeout_s=options.step_timeout_s + LATER_S,
             session=self._session,
             attention_backend=options.attention_backend,
             live=True,
@@ -115,8 +117,10 @@ class Supervisor:
             self._start_ranks_at = None
             self.fleet.bring_up()
         if now >= self._retain_at:
+            self._retain_at = now + RETAIN_EVERY_S
             gone = self.store.retain(self.options.keep_days * 86400, self.options.keep_bytes, RETAIN_AT_MOST)
-            self._retain_at = now if len(gone) == RETAIN_AT_MOST else now + RETAIN_EVERY_S
+            if len(gone) == RETAIN_AT_MOST:
+                self._retain_at = now
 
     def on_up(self, infos: list[dict[str, Any]]) -> None:
         """All ranks have loaded."""
@@ -135,8 +139,8 @@ class Supervisor:
         self.log.error("ranks_down", reason=down.reason)
         self.gauges.restarts.inc()
         self._started = time.monotonic()
-        self.jobs.down(down)
         self._set("restarting", reason=down.reason.splitlines()[0], restarts=self.state.restarts + 1)
+        self.jobs.down(down)
         self._pause_s = 0.0 if came_up else min(MAX_PAUSE_S, 2 * self._pause_s + 1.0)
         self._start_ranks_at = time.monotonic() + self._pause_s
         if not self._pause_s:

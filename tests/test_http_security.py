@@ -97,6 +97,15 @@ def test_jobs_of_others_are_not_there(keyed: Served) -> None:
     keyed.supervisor.held = False
 
 
+def test_keys_are_kept_nowhere(keyed: Served) -> None:
+    assert keyed.call("POST", "/v1/videos", {"prompt": "x"}, bearer("alpha"))[0] in (200, 429)
+    folder = keyed.options.data_dir
+    kept = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert digest("alpha")[:16].encode() in kept  # whose job it is
+    assert b"alpha" not in kept
+    assert digest("alpha").encode() not in kept
+
+
 # Sizes.
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from typing import Any
 
 from shardit.core import stages
@@ -48,4 +49,9 @@ def too_much() -> None:
     raise MemoryError("as if the memory did not suffice")
 
 
-DEEDS = {"raise": fail, "kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "oom": too_much}
+DEEDS = {
+    "raise": fail,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "oom": too_much,
+    "nap": lambda: time.sleep(1.0),
+}

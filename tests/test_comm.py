@@ -248,6 +248,25 @@ def many(comm: Comm) -> bool:
     return all(bool((inbox == i).all()) for i, (_, inbox) in enumerate(transfers))
 
 
+def counts_ahead(rank: int, count: int, method: str) -> list[int]:
+    """Numbers are sent ahead of a message that their receivers look at first."""
+    comm = Comm(join(rank, count, method, timeout_s=10), max_outstanding=1)
+    numbers, box = [3, 0, 5], torch.zeros(1, dtype=torch.uint8)
+    if rank == 0:
+        for number in numbers:
+            comm.send_count(number)
+        for target in range(1, count):
+            comm.send(box, target)
+        comm.flush()
+        return numbers
+    comm.wait(comm.receive(box, 0))
+    return [comm.receive_count() for _ in numbers]
+
+
+def test_counts_wait_for_nobody_however_many_ranks_there_are() -> None:
+    assert run_ranks(3, counts_ahead) == [[3, 0, 5]] * 3
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_messages(count: int) -> None:
     for seen in run_ranks(count, exchange):

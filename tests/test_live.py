@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=list(SIZES))
 def ranks(request: Any) -> Iterator[LiveRanks]:
-    with live_ranks("wan2.2-t2v", **SIZES[request.param]) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        with live_ranks("wan2.2-t2v", session="real_session:Session", **SIZES[request.param]) as started:
+            yield started
 
 
 def frames(left: list[Left]) -> Any:
@@ -49,6 +52,20 @@ def test_requests_come_and_go(ranks: LiveRanks) -> None:
         expected = by_diffusers("wan2.2-t2v", key, prompt=prompt, **size)
         assert same(expected, frames(ranks.ends(key))), key
     assert max(ranks.steps(3)) == reached < 50
+
+
+def test_a_cancelled_request_ends_with_the_step_that_it_is_in(ranks: LiveRanks) -> None:
+    naps = " ".join(f"nap:0:{step}" for step in range(3, 8))  # rank 0 sleeps before it goes on with the next step
+    for key, beside in ((31, False), (32, True)):
+        if beside:
+            ranks.begin(33, seed=1, num_inference_steps=30)
+        ranks.begin(key, seed=3, prompt=f"a cat {naps}", num_inference_steps=60)
+        ranks.wait(lambda key=key: 3 in ranks.steps(key))
+        ranks.cancel(key)
+        assert all(one.cancelled for one in ranks.ends(key))
+        assert max(ranks.steps(key)) <= 4
+    ranks.cancel(33)
+    ranks.ends(33)
 
 
 def test_a_request_that_fails_ends_alone(ranks: LiveRanks) -> None:

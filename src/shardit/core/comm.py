@@ -6,6 +6,7 @@ import functools
 import io
 import pickle
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ ALIGN = 64
 
 COUNTS = 1
 """Tag of the numbers of `send_count`, which share a group with other messages."""
+COUNTS_AHEAD = 64
+"""How many of these numbers a rank may have been sent and not taken."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Comm:
         self.waited_s = 0.0
         self._outstanding: dict[Transfer, None] = {}  # oldest first
         self._max_outstanding = max_outstanding
+        self._counts: deque[Transfer] = deque()
 
     def send(self, message: torch.Tensor, target: int, *, result: bool = False) -> Transfer:
         """Start sending a flat byte message to stage `target`. The caller must not write to it any more."""
@@ -100,6 +104,8 @@ class Comm:
         """Wait until everything sent has been taken."""
         while self._outstanding:
             self.wait(next(iter(self._outstanding)))
+        while self._counts:
+            self.wait(self._counts.popleft())
 
     def _hold(self, transfer: Transfer) -> Transfer:
         self._outstanding[transfer] = None
@@ -137,7 +143,11 @@ class Comm:
         group = self.groups.control
         for rank in self.groups.ranks[1:]:
             work = self._guard(functools.partial(dist.isend, number, rank, group=group, tag=COUNTS), f"send to {rank}")
-            self._hold(Transfer(work, number, f"send to rank {rank}"))
+            # Not held with the others: in a large group one round of counts would fill that, and then wait for ranks
+            # that wait for this one.
+            self._counts.append(Transfer(work, number, f"send to rank {rank}"))
+        while len(self._counts) > COUNTS_AHEAD * (self.size - 1):
+            self.wait(self._counts.popleft())
 
     def receive_count(self) -> int:
         """The next number that the first stage has sent."""

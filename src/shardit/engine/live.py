@@ -1,8 +1,10 @@
 """A rank of a server: requests come and go one by one, at the boundaries of rounds.
 
 Every rank of a replica reads the same commands in the same order from a channel of its own. What must be agreed on is
-only when: before each round the first rank of the replica says how many commands count from now on, in eight bytes,
-which it sends a round ahead so that nobody waits for it. While nothing runs, ranks wait at their channels.
+only when: for each round the first rank of the replica says how many commands count from now on, in eight bytes. Stages
+go through a step in several rounds, and not in step: there it says so a round ahead, so that nobody waits for it. Other
+ranks take a step per round, all at once: there it says so when the round begins, so that a request that is cancelled
+ends with the step that it is in. While nothing runs, ranks wait at their channels.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ class Live:
 
     def enter(self, active: int) -> Program | None:
         """At the beginning of a round: act on the commands that count from now on; a program that is to join."""
+        if not self.counts.ahead:
+            self._read()
         for _ in range(self.counts.take()):
             self._act(self._next_command())
         begin = self.waiting.popleft() if self.waiting else None
@@ -60,10 +64,8 @@ class Live:
             self.busy_s += time.perf_counter() - self._since
             readable(self.channel, None)
             self._since = time.perf_counter()
-        if self.session.leads:
-            while readable(self.channel, 0.0):
-                self.commands.append(self.channel.recv())
-            self.counts.give(len(self.commands))
+        if self.counts.ahead:
+            self._read()
         if begin is None:
             return None
         if active == 0:
@@ -114,6 +116,13 @@ class Live:
         begin = self.running.get(self.session.turns.current)
         return {"request_id": begin.request_id} if begin is not None else {}
 
+    def _read(self) -> None:
+        """On the first rank: what has come counts from the next `take` on."""
+        if self.session.leads:
+            while readable(self.channel, 0.0):
+                self.commands.append(self.channel.recv())
+            self.counts.give(len(self.commands))
+
     def _next_command(self) -> Any:
         if self.commands:
             return self.commands.popleft()
@@ -142,21 +151,23 @@ class Live:
 
 
 class Counts:
-    """How many commands count from each round on, as the first rank of a replica has decided."""
+    """How many commands count from each round on, as the first rank of a replica has decided, a round `ahead` or when
+    the round begins."""
 
     def __init__(self, session: Any):
         self.comm = session.replica
-        self._ahead: deque[int] = deque([0])  # of the first round: nothing
+        self.ahead = session.mesh.sizes["pp"] > 1
+        self._given: deque[int] = deque([0] if self.ahead else [])  # of the first round: nothing
 
     def take(self) -> int:
         """The number for the round that begins. Raises RankError after the timeout."""
-        if self._ahead:
-            return self._ahead.popleft()
+        if self._given:
+            return self._given.popleft()
         return self.comm.receive_count()
 
     def give(self, count: int) -> None:
-        """On the first rank: the number for the round after this one."""
-        self._ahead.append(count)
+        """On the first rank: the next number."""
+        self._given.append(count)
         if self.comm is not None:
             self.comm.send_count(count)
 

@@ -7,37 +7,21 @@ between any two lines; a job's one end is an UPDATE that only an open job can ma
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .database import Database
+from .intake import check_inputs, insert, known_or_room, write_inputs
 from .jobs import ENDED, Job, Kind, NewJob, State, new_id
-from .migrations import migrate
-from .rows import job_of, row_of
+from .rows import job_of
 
-BUSY_S = 10.0
-"""Longest wait for the other process's transaction; each takes milliseconds."""
 CANCELLED_WAITING = "cancelled_waiting"
 """Name under which `recall` gives how many jobs have ever been cancelled while no rank had them."""
-
-
-class QueueFull(Exception):
-    """No more jobs are taken for now; `retry_after_s` is when the next place is expected."""
-
-    def __init__(self, text: str, retry_after_s: float):
-        super().__init__(text)
-        self.retry_after_s = retry_after_s
-
-
-class Conflict(Exception):
-    """The idempotency key was used for another request."""
 
 
 class Store:
@@ -49,17 +33,9 @@ class Store:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
         self.folder = folder
         self._clock = clock
-        self._lock = threading.RLock()
         try:
             (folder / "jobs").mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(
-                folder / "jobs.sqlite", timeout=BUSY_S, isolation_level=None, check_same_thread=False
-            )
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode=WAL")
-            # An answer to a client is a promise: it is on the disk before it is given.
-            self._db.execute("PRAGMA synchronous=FULL")
-            migrate(self._db)
+            self._db = Database(folder / "jobs.sqlite")
         except (OSError, sqlite3.Error) as error:
             raise InputError(
                 f"the data folder {folder} cannot be used ({error}); choose another with --data-dir"
@@ -67,8 +43,7 @@ class Store:
 
     def close(self) -> None:
         """Close the database."""
-        with self._lock:
-            self._db.close()
+        self._db.close()
 
     def files_of(self, job_id: str) -> Path:
         """The folder of a job's files; `job_id` must be one that the store has given."""
@@ -82,15 +57,15 @@ class Store:
         A repeated idempotency key with the same fingerprint gives the job that it made; with another one, Conflict.
         Raises QueueFull where `queue_size` jobs are queued, or the owner has `of_owner` open ones.
         """
-        if (known := self._known_or_room(new, queue_size, of_owner)) is not None:
+        if (known := known_or_room(self._db, new, queue_size, of_owner)) is not None:
             return known, False
         job_id = new_id(new.kind)
         try:
-            self._write_inputs(job_id, new)  # which may take a while, in which others can write
-            with self._writing():
-                if (known := self._known_or_room(new, queue_size, of_owner)) is None:
-                    self._check_inputs(job_id, new)
-                    self._insert(job_id, new)
+            write_inputs(self.files_of(job_id), new)  # which may take a while, in which others can write
+            with self._db.transaction():
+                if (known := known_or_room(self._db, new, queue_size, of_owner)) is None:
+                    check_inputs(self.files_of(job_id), new)
+                    insert(self._db, job_id, new, self._clock())
                 job = known or self.get(job_id)
         except BaseException:
             shutil.rmtree(self.files_of(job_id), ignore_errors=True)
@@ -102,19 +77,17 @@ class Store:
 
     def start(self, job_id: str) -> bool:
         """queued -> in_progress. False where somebody else was first, or it is cancelled."""
-        return self._update(
-            "UPDATE jobs SET state='in_progress', started_at=?, attempts=attempts+1 WHERE id=? AND state='queued'",
-            (self._clock(), job_id),
-        )
+        sql = "UPDATE jobs SET state='in_progress', started_at=?, attempts=attempts+1 WHERE id=? AND state='queued'"
+        return bool(self._db.change(sql, self._clock(), job_id))
 
     def put_back(self, job_id: str, *, died: bool = False, alone: bool = False) -> bool:
         """in_progress -> queued, at its old place: its ranks are gone, or it has to make way. `died` counts that ranks
         died while it ran, `alone` that nothing else ran at that time. False where it is to be cancelled."""
-        return self._update(
+        sql = (
             "UPDATE jobs SET state='queued', started_at=NULL, deaths=deaths+?, deaths_alone=deaths_alone+?"
-            " WHERE id=? AND state='in_progress' AND cancel_requested=0",
-            (int(died), int(died and alone), job_id),
+            " WHERE id=? AND state='in_progress' AND cancel_requested=0"
         )
+        return bool(self._db.change(sql, int(died), int(died and alone), job_id))
 
     def finish(
         self,
@@ -128,21 +101,19 @@ class Store:
         """The one end of a job; False where it has ended already. Its files must be in their folder by now."""
         assert state in ENDED, state
         size = sum((self.files_of(job_id) / name).stat().st_size for name in files)
-        with self._writing():
-            done = self._db.execute(
+        with self._db.transaction():
+            done = self._db.change(
                 "UPDATE jobs SET state=?, finished_at=MAX(?, created_at), error=?, files=?, facts=?, bytes=bytes+?"
                 " WHERE id=? AND state IN ('queued', 'in_progress')",
-                (
-                    state,
-                    self._clock(),
-                    None if error is None else json.dumps(error),
-                    json.dumps(list(files)),
-                    json.dumps(facts or {}),
-                    size,
-                    job_id,
-                ),
-            ).rowcount
-            doomed = self._db.execute("SELECT 1 FROM jobs WHERE id=? AND doomed=1", (job_id,)).fetchone()
+                state,
+                self._clock(),
+                None if error is None else json.dumps(error),
+                json.dumps(list(files)),
+                json.dumps(facts or {}),
+                size,
+                job_id,
+            )
+            doomed = self._db.one("SELECT 1 FROM jobs WHERE id=? AND doomed=1", job_id)
         if doomed:
             self._remove([job_id])
         return bool(done)
@@ -150,28 +121,29 @@ class Store:
     def request_cancel(self, job_id: str) -> Job | None:
         """A queued job is cancelled at once, one in progress when the ranks come to know of it; others stay as they
         are. Returns the job as it is now, None where there is none."""
-        with self._writing():
-            ended = self._db.execute(
+        with self._db.transaction():
+            ended = self._db.change(
                 "UPDATE jobs SET state='cancelled', cancel_requested=1, finished_at=? WHERE id=? AND state='queued'",
-                (self._clock(), job_id),
-            ).rowcount
+                self._clock(),
+                job_id,
+            )
             self._count(CANCELLED_WAITING, ended)
-            self._db.execute("UPDATE jobs SET cancel_requested=1 WHERE id=? AND state='in_progress'", (job_id,))
+            self._db.change("UPDATE jobs SET cancel_requested=1 WHERE id=? AND state='in_progress'", job_id)
             return self.get(job_id)
 
     def delete(self, job_id: str) -> bool:
         """Forget a job and its files; one that is open is cancelled first. False where there is none."""
-        with self._writing():
+        with self._db.transaction():
             if (job := self.request_cancel(job_id)) is None:
                 return False
-            self._db.execute("UPDATE jobs SET doomed=1, idempotency_key=NULL WHERE id=?", (job_id,))
+            self._db.change("UPDATE jobs SET doomed=1, idempotency_key=NULL WHERE id=?", job_id)
         if job.ended:
             self._remove([job_id])
         return True
 
     def drop_waiting(self) -> list[str]:
         """Cancel the jobs whose clients waited on a connection that is gone, as this API process has just begun."""
-        rows = self._all("SELECT id FROM jobs WHERE waits=1 AND state IN ('queued', 'in_progress')", ())
+        rows = self._db.all("SELECT id FROM jobs WHERE waits=1 AND state IN ('queued', 'in_progress')")
         return [row["id"] for row in rows if self.request_cancel(row["id"])]
 
     def recover(self) -> list[Job]:
@@ -179,51 +151,67 @@ class Store:
 
         Removes folders that no job owns.
         """
-        with self._writing():
-            ended = self._db.execute(
+        with self._db.transaction():
+            ended = self._db.change(
                 "UPDATE jobs SET state='cancelled', finished_at=? WHERE state='in_progress' AND cancel_requested=1",
-                (self._clock(),),
-            ).rowcount
+                self._clock(),
+            )
             self._count(CANCELLED_WAITING, ended)
-            again = self._all("SELECT * FROM jobs WHERE state='in_progress'", ())
+            again = self._db.all("SELECT * FROM jobs WHERE state='in_progress'")
             # One of them may be why the whole server died: after another death each of them runs alone.
-            self._db.execute(
+            self._db.change(
                 "UPDATE jobs SET state='queued', started_at=NULL, deaths=deaths+1 WHERE state='in_progress'"
             )
         # None of these is open any more: doomed jobs are those that were to be cancelled.
-        self._remove([row["id"] for row in self._all("SELECT id FROM jobs WHERE doomed=1", ())])
-        with self._writing():  # a process that the killed server has left behind may be accepting a job: see `accept`
-            known = {row["id"] for row in self._all("SELECT id FROM jobs", ())}
+        self._remove([row["id"] for row in self._db.all("SELECT id FROM jobs WHERE doomed=1")])
+        with self._db.transaction():  # a process that is left of a killed server may be in the middle of `accept`
+            known = {row["id"] for row in self._db.all("SELECT id FROM jobs")}
             for path in (self.folder / "jobs").iterdir():
                 if path.name not in known:
                     shutil.rmtree(path, ignore_errors=True)
         return [job_of(row) for row in again]
 
+    def retain(self, max_age_s: float, max_bytes: int, at_most: int | None = None) -> list[str]:
+        """Forget ended jobs that are older than `max_age_s`, and the oldest until all files fit `max_bytes`; no more
+        than `at_most` of them now. Returns which."""
+        ended = self._db.all(
+            "SELECT id, finished_at, bytes FROM jobs WHERE state NOT IN ('queued', 'in_progress') ORDER BY number"
+        )
+        row = self._db.one("SELECT COALESCE(SUM(bytes), 0) FROM jobs")
+        assert row is not None
+        total, gone, now = row[0], [], self._clock()
+        for job in ended:
+            if now - (job["finished_at"] or now) > max_age_s or total > max_bytes:
+                gone.append(job["id"])
+                total -= job["bytes"]
+        self._remove(gone[:at_most])
+        return gone[:at_most]
+
     # Looking.
 
     def get(self, job_id: str) -> Job | None:
         """The job as it is now; None where there is none, or it is to be deleted."""
-        row = self._one("SELECT * FROM jobs WHERE id=? AND doomed=0", (job_id,))
+        row = self._db.one("SELECT * FROM jobs WHERE id=? AND doomed=0", job_id)
         return None if row is None else job_of(row)
 
     def queued(self, limit: int = 100) -> list[Job]:
         """The next jobs, in the order in which they are to begin."""
-        rows = self._all("SELECT * FROM jobs WHERE state='queued' ORDER BY due, number LIMIT ?", (limit,))
+        rows = self._db.all("SELECT * FROM jobs WHERE state='queued' ORDER BY due, number LIMIT ?", limit)
         return [job_of(row) for row in rows]
 
     def in_progress(self) -> list[Job]:
         """Jobs that have begun and not ended."""
-        return [job_of(row) for row in self._all("SELECT * FROM jobs WHERE state='in_progress'", ())]
+        return [job_of(row) for row in self._db.all("SELECT * FROM jobs WHERE state='in_progress'")]
 
     def to_cancel(self) -> list[str]:
         """Jobs in progress that somebody wants to be cancelled."""
-        rows = self._all("SELECT id FROM jobs WHERE state='in_progress' AND cancel_requested=1", ())
+        rows = self._db.all("SELECT id FROM jobs WHERE state='in_progress' AND cancel_requested=1")
         return [row["id"] for row in rows]
 
     def position(self, job: Job) -> int:
         """How many queued jobs go before this one."""
-        row = self._one(
-            "SELECT COUNT(*) FROM jobs WHERE state='queued' AND (due, number) < (?, ?)", (job.due, job.number)
+        row = self._db.one(
+            "SELECT COUNT(*) FROM jobs WHERE state='queued' AND (due, number) < (?, ?)", job.due, job.number
         )
         assert row is not None
         return row[0]
@@ -236,144 +224,41 @@ class Store:
         newest = order == "desc"
         where, values = "kind=? AND doomed=0 AND owner IS ?", [kind, owner]
         if after is not None:
-            row = self._one(f"SELECT number FROM jobs WHERE id=? AND {where}", (after, *values))
+            row = self._db.one(f"SELECT number FROM jobs WHERE id=? AND {where}", after, *values)
             if row is None:
                 raise InputError(f"after: there is no job {after!r}")
             where, values = f"{where} AND number {'<' if newest else '>'} ?", [*values, row["number"]]
         sql = f"SELECT * FROM jobs WHERE {where} ORDER BY number {'DESC' if newest else 'ASC'} LIMIT ?"
-        rows = self._all(sql, (*values, limit + 1))
+        rows = self._db.all(sql, *values, limit + 1)
         return [job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by state."""
-        return {row["state"]: row["n"] for row in self._all("SELECT state, COUNT(*) AS n FROM jobs GROUP BY state", ())}
+        return {row["state"]: row["n"] for row in self._db.all("SELECT state, COUNT(*) AS n FROM jobs GROUP BY state")}
 
     # Facts that outlive a process, such as how long a step takes.
 
     def remember(self, name: str, value: Any) -> None:
         """Keep a JSON value under a name."""
-        self._update("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, json.dumps(value)))
+        self._db.change("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", name, json.dumps(value))
 
     def recall(self, name: str, default: Any = None) -> Any:
         """The value kept under a name."""
-        row = self._one("SELECT value FROM facts WHERE name=?", (name,))
+        row = self._db.one("SELECT value FROM facts WHERE name=?", name)
         return default if row is None else json.loads(row["value"])
-
-    def _count(self, name: str, more: int) -> None:
-        if more:
-            self._db.execute(
-                "INSERT INTO facts (name, value) VALUES (?, ?)"
-                " ON CONFLICT (name) DO UPDATE SET value=CAST(value AS INTEGER)+excluded.value",
-                (name, more),
-            )
-
-    def retain(self, max_age_s: float, max_bytes: int) -> list[str]:
-        """Forget ended jobs that are older than `max_age_s`, and the oldest until all files fit `max_bytes`."""
-        ended = self._all(
-            "SELECT id, finished_at, bytes FROM jobs WHERE state NOT IN ('queued', 'in_progress') ORDER BY number",
-            (),
-        )
-        row = self._one("SELECT COALESCE(SUM(bytes), 0) FROM jobs", ())
-        assert row is not None
-        total, gone, now = row[0], [], self._clock()
-        for job in ended:
-            if now - (job["finished_at"] or now) > max_age_s or total > max_bytes:
-                gone.append(job["id"])
-                total -= job["bytes"]
-        self._remove(gone)
-        return gone
 
     # How.
 
-    def _known_or_room(self, new: NewJob, queue_size: int, of_owner: int | None) -> Job | None:
-        if (known := self._by_key(new)) is None:
-            self._check_room(new, queue_size, of_owner)
-        return known
-
-    def _insert(self, job_id: str, new: NewJob) -> None:
-        now = self._now_for_queue()
-        values = row_of(job_id, new, now)
-        names = ", ".join(values)
-        marks = ", ".join("?" * len(values))
-        self._db.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", tuple(values.values()))
-
-    def _now_for_queue(self) -> float:
-        """The time. Where the clock was set back, open jobs move along: they keep their order, and go on to age."""
-        now = self._clock()
-        is_open = "state IN ('queued', 'in_progress')"
-        last = self._db.execute(f"SELECT MAX(created_at) FROM jobs WHERE {is_open}").fetchone()[0]
-        if last is not None and last > now:
-            back = last - now
-            self._db.execute(f"UPDATE jobs SET created_at=created_at-?, due=due-? WHERE {is_open}", (back, back))
-        return now
-
-    def _by_key(self, new: NewJob) -> Job | None:
-        if new.idempotency_key is None:
-            return None
-        row = self._one("SELECT * FROM jobs WHERE idempotency_key=? AND owner IS ?", (new.idempotency_key, new.owner))
-        if row is not None and row["fingerprint"] != new.fingerprint:
-            raise Conflict(f"the idempotency key {new.idempotency_key!r} was used for another request; use a new one")
-        return None if row is None else job_of(row)
-
-    def _check_room(self, new: NewJob, queue_size: int, of_owner: int | None) -> None:
-        row = self._one("SELECT COUNT(*), MIN(due) FROM jobs WHERE state='queued'", ())
-        assert row is not None
-        if row[0] >= queue_size:
-            raise QueueFull(
-                f"the queue is full ({queue_size} jobs wait); try again later", max(1.0, min(new.cost, 60.0))
+    def _count(self, name: str, more: int) -> None:
+        if more:
+            self._db.change(
+                "INSERT INTO facts (name, value) VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET value=CAST(value AS INTEGER)+excluded.value",
+                name,
+                more,
             )
-        if of_owner is not None:
-            mine = self._one(
-                "SELECT COUNT(*) FROM jobs WHERE owner IS ? AND state IN ('queued', 'in_progress')", (new.owner,)
-            )
-            assert mine is not None
-            if mine[0] >= of_owner:
-                text = f"this key has {of_owner} jobs open, which is its limit; wait for one to end"
-                raise QueueFull(text, max(1.0, min(new.cost, 60.0)))
-
-    def _write_inputs(self, job_id: str, new: NewJob) -> None:
-        folder = self.files_of(job_id)
-        folder.mkdir()
-        for name, data in new.inputs.items():
-            with open(folder / name, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-
-    def _check_inputs(self, job_id: str, new: NewJob) -> None:
-        """A server that has just started may have taken the folder for one that nobody owns, before there was a job."""
-        folder = self.files_of(job_id)
-        if not folder.is_dir() or not all((folder / name).is_file() for name in new.inputs):
-            raise FileNotFoundError(f"{folder} was removed while the job was accepted; send it again")
 
     def _remove(self, job_ids: list[str]) -> None:
         for job_id in job_ids:
-            self._update("DELETE FROM jobs WHERE id=?", (job_id,))
+            self._db.change("DELETE FROM jobs WHERE id=?", job_id)
             shutil.rmtree(self.files_of(job_id), ignore_errors=True)
-
-    def _one(self, sql: str, values: tuple[Any, ...]) -> sqlite3.Row | None:
-        with self._lock:
-            return self._db.execute(sql, values).fetchone()
-
-    def _all(self, sql: str, values: tuple[Any, ...]) -> list[sqlite3.Row]:
-        with self._lock:
-            return self._db.execute(sql, values).fetchall()
-
-    def _update(self, sql: str, values: tuple[Any, ...]) -> bool:
-        with self._writing():
-            return self._db.execute(sql, values).rowcount > 0
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._lock:
-            if self._db.in_transaction:  # part of a larger change
-                yield
-                return
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # a full disk may have ended it already
-                    self._db.execute("ROLLBACK")
-                raise

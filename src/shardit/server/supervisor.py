@@ -29,6 +29,8 @@ LOAD_TIMEOUT_S = 3600.0
 MAX_PAUSE_S = 30.0
 STOP_S = 7.0
 RETAIN_EVERY_S = 60.0
+RETAIN_AT_MOST = 20
+"""Jobs that are forgotten at a time: files are removed in the loop, which has other things to do."""
 
 
 class Supervisor:
@@ -113,8 +115,8 @@ class Supervisor:
             self._start_ranks_at = None
             self.fleet.bring_up()
         if now >= self._retain_at:
-            self._retain_at = now + RETAIN_EVERY_S
-            self.store.retain(self.options.keep_days * 86400, self.options.keep_bytes)
+            gone = self.store.retain(self.options.keep_days * 86400, self.options.keep_bytes, RETAIN_AT_MOST)
+            self._retain_at = now if len(gone) == RETAIN_AT_MOST else now + RETAIN_EVERY_S
 
     def on_up(self, infos: list[dict[str, Any]]) -> None:
         """All ranks have loaded."""

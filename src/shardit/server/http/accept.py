@@ -22,9 +22,9 @@ from ...errors import InputError
 from ...requests import DRAWN_SEEDS
 from ...signature import PipelineSignature
 from .. import estimate
+from ..intake import Conflict, QueueFull
 from ..jobs import Job, Kind, NewJob
 from ..spec import build_request
-from ..store import Conflict, QueueFull
 from .body import Body, read_body
 from .context import Context
 from .errors import ApiError, busy, from_input_error

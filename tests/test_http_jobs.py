@@ -40,6 +40,8 @@ def test_a_job_of_an_image(images: Served) -> None:
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "private, no-store"
         assert headers["content-disposition"].startswith("inline; filename=")
+        assert "sandbox" in headers["content-security-policy"]
+        assert "access-control-allow-origin" not in headers
     assert images.call("GET", f"/v1/images/{job['id']}/content/2")[0] == 404
     assert images.call("GET", f"/v1/images/{job['id']}/content/x")[0] == 400
     status, gone, _ = images.call("DELETE", f"/v1/images/{job['id']}")

@@ -1,4 +1,4 @@
-"""The commands and programs of docs/serving.md and examples/online_serving, as they are written."""
+"""The commands and programs of README.md, docs/serving.md and examples/online_serving, as they are written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from .http_fake import WAIT_S, Served, picture
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "docs/serving.md").read_text().split("## The HTTP interface")[1].split("\n### ")[0]
 BLOCKS = re.findall(r"```(?:python)?\n(.*?)```", SECTION, re.DOTALL)
+README = re.findall(
+    r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text().split("## Serve it")[1].split("\n## ")[0], re.DOTALL
+)
 CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on the PATH")
 
 
@@ -32,7 +35,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 @CURL
-@pytest.mark.parametrize("line", BLOCKS[1].splitlines())
+@pytest.mark.parametrize("line", [*BLOCKS[1].splitlines(), *README[2].splitlines()])
 def test_commands_of_the_docs(line: str, images: Served, videos: Served, tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(picture())
     served = images if "/v1/images" in line else videos
@@ -56,6 +59,9 @@ def test_the_program_of_the_docs(
     for served, rest in ((images, of_images), (videos, of_videos)):
         exec(head.replace("localhost:8091", f"localhost:{served.port}") + rest, {})
     Image.open("cat.png").close()
+    av.open("cat.mp4").close()
+    Path("cat.mp4").unlink()
+    exec(README[1].replace("localhost:8091", f"localhost:{videos.port}"), {})
     av.open("cat.mp4").close()
 
 

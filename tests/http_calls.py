@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from .http_fake import WAIT_S, Served
+from .http_fake import WAIT_S, Served, form
 
 NOW, LATER = "/v1/images/generations", {"Prefer": "respond-async"}
 
@@ -45,3 +45,9 @@ def ignoring_errors(work: Any) -> Any:
             work()
 
     return run
+
+
+def edit(served: Served, *files: bytes, **fields: Any) -> tuple[int, Any]:
+    """Status and answer of a request to change these pictures."""
+    data, kind = form({"prompt": "brighter", **fields, "image[]": [("../../x.png", file) for file in files]})
+    return served.call("POST", "/v1/images/edits", data, {"Content-Type": kind})[:2]

@@ -128,3 +128,31 @@ def test_hosts_that_do_not_come_to_an_end(port: int, monkeypatch: pytest.MonkeyP
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ApiError, match="did not come within"):
         get(silent.getsockname()[1], "/cat.png")
     assert time.monotonic() - began < 15  # /slow alone would take 20
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://good.example/x.png",
+        "https://other.example/x.png",
+        "https://good.example.evil.example/x.png",
+        "https://user:word@good.example/x.png",
+        "https://good.example@evil.example/x.png",
+        "https://good.example/x y",
+        "https://good.example:999999/x.png",
+        "https://[bad/x.png",
+    ],
+)
+def test_only_listed_hosts_are_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("it looked for the host"))
+    with pytest.raises(ApiError) as caught:
+        fetch.fetch(url, ("good.example",), 1000, "image")
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fe80::1%eth0", "0.0.0.0"])
+def test_private_addresses_are_not_reached(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 443))])
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("it connected"))
+    with pytest.raises(ApiError, match="private"):
+        fetch.fetch("https://good.example/x.png", ("good.example",), 1000, "image")

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import io
 import json
 import os
-import random
 import socket
 import struct
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
-from shardit.server.http import fetch
-from shardit.server.http.errors import ApiError
-from shardit.server.http.pictures import check_picture
 from shardit.server.keys import digest
 from shardit.server.options import Limits
 
+from .http_calls import NOW, edit
 from .http_fake import IMAGE, VIDEO, WAIT_S, Served, form, picture, serving
 
-NOW = "/v1/images/generations"
 LIMIT = 200_000
 
 LOCAL = "Host: localhost\r\n"
@@ -53,11 +41,6 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-def edit(served: Served, *files: bytes, **fields: Any) -> tuple[int, Any]:
-    data, kind = form({"prompt": "brighter", **fields, "image[]": [("../../x.png", file) for file in files]})
-    return served.call("POST", "/v1/images/edits", data, {"Content-Type": kind})[:2]
 
 
 # Keys.
@@ -162,166 +145,6 @@ def test_forms_have_few_parts(images: Served) -> None:
     status, answer, _ = images.call("POST", NOW, data, {"Content-Type": kind})
     assert (status, answer["error"]["code"]) == (400, "invalid_form")
     assert edit(images, *[picture()] * 17)[0] == 400
-
-
-# Pictures.
-
-
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
-def webp_header(width: int, height: int) -> bytes:
-    body = (
-        b"VP8X"
-        + struct.pack("<I", 10)
-        + bytes(4)
-        + struct.pack("<I", width - 1)[:3]
-        + struct.pack("<I", height - 1)[:3]
-    )
-    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_good_pictures(images: Served, kind: str) -> None:
-    status, answer = edit(images, picture((40, 30), kind))
-    assert status == 200, answer
-    job = images.store.get(answer["id"])
-    assert job is not None
-    assert job.facts["input_sizes"] == [[40, 30]]
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"GIF89a" + bytes(100),
-        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"\x89PNG\r\n\x1a\n",
-        b"\xff\xd8\xff\xe0" + bytes(50),
-        b"RIFF\x00\x00\x00\x00WEBPVP8 " + bytes(4),
-        picture()[:-30],
-        picture(kind="JPEG")[:-100],
-        picture((90, 90), "WEBP")[:-20],
-        png_header(205, 100),
-        png_header(60_000, 60_000),
-        webp_header(16_384, 16_384),
-        picture((205, 100)),
-        picture((205, 100), "WEBP"),
-        picture((205, 100), "JPEG"),
-    ],
-    ids=range(15),
-)
-def test_bad_pictures(images: Served, data: bytes) -> None:
-    began = time.monotonic()
-    status, answer = edit(images, data)
-    assert (status, answer["error"]["param"]) == (400, "image")
-    assert answer["error"]["code"] in ("invalid_image", "too_large")
-    assert time.monotonic() - began < WAIT_S
-
-
-def test_other_formats_of_pillow_are_never_tried() -> None:
-    for kind in ("BMP", "TIFF", "GIF", "ICO", "PPM"):
-        with pytest.raises(ApiError, match="PNG, JPEG or WebP"):
-            check_picture(picture(kind=kind), Limits(), "image")
-
-
-@pytest.mark.parametrize("lossless", [False, True])
-def test_sizes_of_webp_are_read_without_decoding(lossless: bool) -> None:
-    into = io.BytesIO()
-    Image.new("RGB", (123, 45), "red").save(into, "WEBP", lossless=lossless)
-    assert check_picture(into.getvalue(), Limits(pixels=123 * 45), "image") == "webp"
-    with pytest.raises(ApiError, match="123x45"):
-        check_picture(into.getvalue(), Limits(pixels=123 * 45 - 1), "image")
-
-
-@settings(max_examples=150, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
-@given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.integers(0, 2**32), st.integers(1, 8))
-def test_damaged_pictures_are_refused_or_good(kind: str, seed: int, count: int) -> None:
-    draw, data = random.Random(seed), bytearray(picture((20, 20), kind))
-    for _ in range(count):
-        data[draw.randrange(len(data))] = draw.randrange(256)
-    # Nothing but an ApiError may come.
-    with contextlib.suppress(ApiError):
-        check_picture(bytes(data[: draw.randrange(1, len(data) + 1)]), Limits(pixels=10_000), "image")
-
-
-@settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(seed=st.integers(0, 2**32), count=st.integers(1, 6))
-def test_damaged_forms_are_refused_or_good(images: Served, seed: int, count: int) -> None:
-    draw = random.Random(seed)
-    body, kind = form({"prompt": "x", "size": "16x16", "sigmas[]": ["1", "0.5"], "image": ("a.png", picture((8, 8)))})
-    data = bytearray(body)
-    for _ in range(count):
-        start = draw.randrange(len(data))
-        match draw.randrange(3):
-            case 0:
-                data[start] = draw.randrange(256)
-            case 1:
-                del data[start : start + draw.randrange(20)]
-            case _:
-                data[start:start] = draw.choice([b"\r\n--limit", b'name="', b"\x00", b"\xff\xfe", b"[]", b"--"])
-    status, _, _ = images.call("POST", "/v1/images/edits", bytes(data), {"Content-Type": kind})
-    assert status in (200, 400), data
-    assert images.process.poll() is None
-
-
-# Addresses.
-
-
-def test_data_urls(images: Served) -> None:
-    url = "data:image/png;base64," + base64.b64encode(picture()).decode()
-    for given_as in (url, [url, url], {"image_url": url}):
-        status, answer, _ = images.call("POST", "/v1/images/edits", {"prompt": "x", "image": given_as})
-        assert status == 200, answer
-
-
-def test_no_address_is_fetched(images: Served) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as trap:
-        trap.settimeout(0.2)
-        url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
-        assert images.call("POST", "/v1/images/edits", {"prompt": "x", "image": url})[0] == 400
-        with pytest.raises(TimeoutError):
-            trap.accept()
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://good.example/x.png",
-        "https://other.example/x.png",
-        "https://good.example.evil.example/x.png",
-        "https://user:word@good.example/x.png",
-        "https://good.example@evil.example/x.png",
-        "https://good.example/x y",
-        "https://good.example:999999/x.png",
-        "https://[bad/x.png",
-    ],
-)
-def test_only_listed_hosts_are_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("it looked for the host"))
-    with pytest.raises(ApiError) as caught:
-        fetch.fetch(url, ("good.example",), 1000, "image")
-    assert caught.value.status == 400
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fe80::1%eth0", "0.0.0.0"])
-def test_private_addresses_are_not_reached(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 443))])
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("it connected"))
-    with pytest.raises(ApiError, match="private"):
-        fetch.fetch("https://good.example/x.png", ("good.example",), 1000, "image")
 
 
 # Pages of others, paths, and clients that are slow or go.

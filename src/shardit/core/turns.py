@@ -171,7 +171,9 @@ class Turns:
         if self._installed is not None:
             self._installed.generators = Generators.capture()
         if program.generators is None:
-            torch.manual_seed(program.seed)
+            torch.default_generator.manual_seed(program.seed)
+            if torch.cuda.is_initialized():  # asking every kind of device, as torch.manual_seed does, takes a while
+                torch.cuda.manual_seed_all(program.seed)
             random.seed(program.seed)
             numpy.random.seed(program.seed % 2**32)
         else:

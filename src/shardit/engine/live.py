@@ -88,13 +88,6 @@ class Live:
             kind, error = type(program.error).__name__, one_line(program.error)
             self.channel.send(Ended(begin.key, error))  # if it is the only rank, nobody may ever come to meet it
             self.session.agree((begin.key, kind), f"here: {program.error!r}")
-        self.log.info(
-            "request_left",
-            request_id=begin.request_id,
-            how="cancelled" if cancelled else error or "completed",
-            seconds=round(time.perf_counter() - self.begun.pop(begin.key), 3),
-            peak_bytes=peak_bytes(),
-        )
         output = None
         if self.session.leads and program.error is None:
             output = collect(begin.request, program.value, None)
@@ -109,6 +102,13 @@ class Live:
                 busy_s=self.busy_s + time.perf_counter() - self._since,
                 waited_s=self.session.waited_s,
             )
+        )
+        self.log.info(
+            "request_left",
+            request_id=begin.request_id,
+            how="cancelled" if cancelled else error or "completed",
+            seconds=round(time.perf_counter() - self.begun.pop(begin.key), 3),
+            peak_bytes=peak_bytes(),
         )
 
     def now(self) -> dict[str, str]:

@@ -23,8 +23,6 @@ class Database:
         self.connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         self.connection.row_factory = sqlite3.Row
         self.connection.execute("PRAGMA journal_mode=WAL")
-        # An answer to a client is a promise: it is on the disk before it is given.
-        self.connection.execute("PRAGMA synchronous=FULL")
         migrate(self.connection)
 
     def close(self) -> None:
@@ -42,18 +40,23 @@ class Database:
         with self._lock:
             return self.connection.execute(sql, values).fetchall()
 
-    def change(self, sql: str, *values: Any) -> int:
+    def change(self, sql: str, *values: Any, durable: bool = True) -> int:
         """Write, in the transaction that is open or in one of its own; returns how many rows were changed."""
-        with self.transaction():
+        with self.transaction(durable):
             return self.connection.execute(sql, values).rowcount
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Everything inside happens at once or not at all. The first to begin has the file for itself."""
+    def transaction(self, durable: bool = True) -> Iterator[None]:
+        """Everything inside happens at once or not at all. The first to begin has the file for itself.
+
+        durable: on the disk at the end, as an answer to a client is a promise. If not, a machine that loses power may
+        forget it; a process that is killed may not.
+        """
         with self._lock:
             if self.connection.in_transaction:  # part of a larger change
                 yield
                 return
+            self.connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield

@@ -236,11 +236,11 @@ class Dispatcher:
         elif first.error is not None:
             self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
         else:
+            peaks = {rank: end.peak_bytes for rank, end in running.left.items()}
+            self.ends.write(running.job, first.output, peaks, then=self.fill)
             self.vigil.patience.completed(running.size)
             self.gauges.phases(running)
-            peaks = {rank: end.peak_bytes for rank, end in running.left.items()}
             self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
-            self.ends.write(running.job, first.output, peaks, then=self.fill)
 
     def _differ(self, running: Running) -> bool:
         """Whether a job has not gone the same way on its ranks, so far; they are then started anew."""

@@ -69,6 +69,7 @@ class Ends:
             except FileNotFoundError as error:  # somebody has removed the results
                 end, facts = "failed", {"error": failure("storage", str(error))}
                 ended = self._store.finish(job.id, end, **facts)
+            self._tell(Changed(job.id))
             if end != "completed":
                 for name in more.get("files", ()):
                     (self._store.files_of(job.id) / name).unlink(missing_ok=True)
@@ -76,7 +77,6 @@ class Ends:
                 self._gauges.ended(job, end)
                 error = {name: value for name, value in facts.items() if name == "error"}
                 self._log.info("job_ended", request_id=job.id, state=end, **error)
-            self._tell(Changed(job.id))
 
         self.safely(write)
 

@@ -76,9 +76,10 @@ class Store:
         return job, known is None
 
     def start(self, job_id: str) -> bool:
-        """queued -> in_progress. False where somebody else was first, or it is cancelled."""
+        """queued -> in_progress, which a machine may forget that loses power: the job is queued then, as it would be
+        anyway. False where somebody else was first, or it is cancelled."""
         sql = "UPDATE jobs SET state='in_progress', started_at=?, attempts=attempts+1 WHERE id=? AND state='queued'"
-        return bool(self._db.change(sql, self._clock(), job_id))
+        return bool(self._db.change(sql, self._clock(), job_id, durable=False))
 
     def put_back(self, job_id: str, *, died: bool = False, alone: bool = False) -> bool:
         """in_progress -> queued, at its old place: its ranks are gone, or it has to make way. `died` counts that ranks

@@ -108,6 +108,8 @@ async def _pictures(
     if given is not None and takes.image_name is None:
         text = f"{given}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
         raise ApiError(400, text, code="invalid_value", param=given)
+    if given is None:
+        return {}
     async with context.fetching if context.options.fetch_hosts else nullcontext():
         found = await run_in_threadpool(input_pictures, values, body, context.options)
     if len(found) > 1 and takes.one_image:

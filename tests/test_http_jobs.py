@@ -128,6 +128,18 @@ def test_who_prefers_not_to_wait(images: Served, prefer: str, status: int) -> No
     assert headers.get("preference-applied") == ("respond-async" if status == 202 else None)
 
 
+def test_a_preference_in_a_line_of_its_own(images: Served) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", images.port, timeout=WAIT_S)
+    connection.putrequest("POST", NOW)
+    for name, value in (("Content-Type", "application/json"), ("Prefer", "wait=5"), ("Prefer", "respond-async")):
+        connection.putheader(name, value)
+    body = b'{"prompt": "a cat"}'
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(body)
+    assert connection.getresponse().status == 202
+    connection.close()
+
+
 def test_the_size_that_is_told_is_that_of_the_picture(images: Served) -> None:
     answer = images.call("POST", NOW, {"prompt": "a cat", "size": "100x100"})[1]
     job = images.call("GET", f"/v1/images/{answer['id']}")[1]

@@ -175,6 +175,7 @@ def test_origins_can_be_allowed(tmp_path: Path) -> None:
         assert (status, headers["access-control-allow-origin"]) == (200, "https://good.example")
         status, _, headers = served.call("POST", NOW, {"prompt": "x"}, {**good, **bearer("alpha")})
         assert (status, headers["access-control-allow-origin"]) == (200, "https://good.example")
+        assert "Retry-After" in headers["access-control-expose-headers"]
         headers = served.call("GET", "/health", headers={"Origin": "https://evil.example"})[2]
         assert "access-control-allow-origin" not in headers
 
@@ -225,6 +226,21 @@ def test_a_body_that_stops_is_given_up(images: Served) -> None:
         head = f"POST {NOW} HTTP/1.1\r\n{LOCAL}Content-Type: application/json\r\nContent-Length: 1000\r\n\r\nx"
         sock.sendall(head.encode())
         assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.full
+def test_a_head_that_stops_is_given_up(images: Served) -> None:
+    with socket.create_connection(("127.0.0.1", images.port), 2 * WAIT_S) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHo")
+        assert sock.recv(100) == b""
+
+
+def test_what_is_no_http_is_a_line_of_the_log(images: Served) -> None:
+    with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:
+        sock.sendall(b"nonsense\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 400 ")
+    lines = [json.loads(line) for line in images.log.read_text().splitlines()]
+    assert any(line.get("text") == "Invalid HTTP request received." for line in lines)
 
 
 def test_clients_that_go_at_any_moment_leave_nothing(images: Served) -> None:

@@ -54,6 +54,7 @@ def create_app(options: ServeOptions, store: Store, board: Board) -> FastAPI:
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer"],
+            expose_headers=["Location", "Retry-After", "X-Request-Id", "X-Shardit-Job", "X-Shardit-Seed"],
         )
     return app
 
@@ -74,7 +75,7 @@ async def _http_error(request: Request, error: Any) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
     name = str(first["loc"][-1])
-    return ApiError(400, f"{name} is wrong: {first['msg']}", code="invalid_value", param=name).response()
+    return ApiError(400, f"{name} {first['msg'].removeprefix('Input ')}", code="invalid_value", param=name).response()
 
 
 async def _storage(request: Request, error: Any) -> Response:

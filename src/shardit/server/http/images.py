@@ -59,7 +59,7 @@ def image_routes(context: Context) -> APIRouter:
 
 
 async def _make(request: Request, context: Context, model: type[BaseModel], *, needs_picture: bool) -> Response:
-    later = "respond-async" in re.split(r"[\s,;]+", request.headers.get("prefer", "").lower())
+    later = "respond-async" in re.split(r"[\s,;]+", ",".join(request.headers.getlist("prefer")).lower())
     accepted = await accept(request, context, "image", model, waits=not later, needs_picture=needs_picture)
     job = accepted.job
     request.scope["state"]["job"] = job.id

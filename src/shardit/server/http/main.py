@@ -13,13 +13,14 @@ import uvicorn
 
 from ...engine.boot import die_with_parent
 from ...engine.channel import Channel, Closed
-from ...logs import logger
+from ...logs import logger, take_over
 from ..options import ServeOptions
 from ..store import Store
 from . import info
 from .app import create_app
 from .board import Board
 from .link import Link
+from .patience import PatientProtocol
 
 _LOG = logger("api")
 _GRACE_S = 2
@@ -53,6 +54,7 @@ async def _serve(options: ServeOptions, store: Store, link: Link, listener: sock
     if dropped:
         _LOG.info("dropped", jobs=dropped, reason="their clients waited on a connection that is gone")
         board.wake()
+    take_over(_LOG)
     server = _Server(_config(options, store, board), board)
     gc.freeze()
     gc.enable()  # it was off during the imports
@@ -62,6 +64,8 @@ async def _serve(options: ServeOptions, store: Store, link: Link, listener: sock
 def _config(options: ServeOptions, store: Store, board: Board) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(options, store, board),
+        http=PatientProtocol,
+        log_config=None,
         access_log=False,
         log_level="warning",
         lifespan="off",

@@ -3,6 +3,7 @@ stop."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
@@ -89,7 +90,10 @@ class Supervisor:
         last_resort = LastResort(self.log)
         again = self.store.recover()
         host, port = self.listener.getsockname()[:2]
-        self.log.info("serving", url=f"http://{host}:{port}", model=self.options.model, jobs_to_repeat=len(again))
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.log.info("serving", url=url, model=self.options.model, jobs_to_repeat=len(again))
+        if not self.options.api_key_hashes and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            self.log.warning("open_to_all", reason="other machines can use it without a key; --api-key sets one")
         try:
             self.api.start()
             self.fleet.bring_up()

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,7 @@ def serve(options: ServeOptions, placement: Placement | None = None, patience_s:
 
     patience_s: how long to wait for the data folder, where a server that is about to end may hold it.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the supervisor has a better answer
     with (
         locked(options.data_dir, patience_s) as was_killed,
         listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener,

@@ -32,10 +32,9 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
     flags = ("--pipeline-parallel-size", str(STAGES), "--max-in-flight", str(STAGES), "--queue-size", "1000")
     with Served(f"tiny/{MODEL}", *flags) as first:  # writes the checkpoint, warms the disk
         first.wait(lambda: first.answers("/ready"))
+    ups = [_up_s(*flags) for _ in range(2 * rounds + 1)]
     config = DiffusionParallelConfig(pipeline_parallel_size=STAGES)
     with Served(f"tiny/{MODEL}", *flags) as server:
-        server.wait(lambda: server.answers("/health"))
-        api_up_s = time.monotonic() - server.begun
         server.wait(lambda: server.answers("/ready"))
         start_s = time.monotonic() - server.begun
         with Omni(f"tiny/{MODEL}", parallel_config=config, max_in_flight=STAGES, device="cpu") as omni:
@@ -53,7 +52,8 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
         **throughput,
         **overhead,
         **cancel,
-        "api_up_s": api_up_s,
+        "health_s": median(begun for begun, _ in ups),
+        "api_up_s": median(age for _, age in ups),
         "start_s": start_s,
         "restart_s": median(restarts),
         "restart_beyond_start_s": median(restarts) - start_s,
@@ -61,6 +61,13 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
         "health_p95_ms": health.p95_ms(),
         "health_requests": len(health.seconds),
     }
+
+
+def _up_s(*flags: str) -> tuple[float, float]:
+    """Seconds until /health is answered: from the command, and from the start of the process that answers."""
+    with Served(f"tiny/{MODEL}", *flags) as server:
+        server.wait(lambda: server.answers("/health"))
+        return time.monotonic() - server.begun, server.age_s("server.http")
 
 
 def call_of(seed: int, **more: Any) -> dict[str, Any]:

@@ -88,6 +88,11 @@ class Served:
         (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
         return int(line.split()[1]) / 1024
 
+    def age_s(self, words: str) -> float:
+        """Seconds since one of its processes was started."""
+        ticks = int(Path(f"/proc/{self.child(words)}/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
     def _find_port(self) -> int | None:
         for line in self._log.read_text().splitlines():
             with contextlib.suppress(ValueError, AttributeError):

@@ -62,7 +62,7 @@ class Store:
         job_id = new_id(new.kind)
         try:
             write_inputs(self.files_of(job_id), new)  # which may take a while, in which others can write
-            with self._db.transaction():
+            with self._db.transaction(durable=not new.waits):  # of a client that waits the connection is lost, too
                 if (known := known_or_room(self._db, new, queue_size, of_owner)) is None:
                     check_inputs(self.files_of(job_id), new)
                     insert(self._db, job_id, new, self._clock())

@@ -66,13 +66,14 @@ async def accept(
     # A client that sends a key can ask again for the result, so that its job goes on without it.
     waits = waits and key is None
 
-    def store() -> tuple[Job, bool]:
+    def store() -> Job:
         new = _new_job(values, pictures, info, context, kind, waits=waits, key=key, owner=owner(request))
-        return _store(context, new)
+        job, is_new = _store(context, new)
+        if is_new:
+            context.board.wake()
+        return job
 
-    job, is_new = await run_in_threadpool(store)
-    if is_new:
-        context.board.wake()
+    job = await run_in_threadpool(store)
     return Accepted(job, values.get("response_format", "auto"))
 
 

@@ -11,9 +11,10 @@ from ..messages import Changed, Measured, Ranks, Scrape, Step, Wake
 
 
 class Watch:
-    """Wakes who waits for news of one job."""
+    """Wakes who waits for news of one job; of its `steps` only where told so."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: bool) -> None:
+        self.steps = steps
         self._event = asyncio.Event()
 
     async def news(self, timeout_s: float) -> None:
@@ -28,7 +29,7 @@ class Watch:
 
 
 class Board:
-    """Belongs to one event loop: all methods are called there.
+    """Belongs to one event loop: all methods but `wake` are called there.
 
     `send` hands a message to the supervisor. `on_info` is given what the ranks tell of the model, when they do.
     """
@@ -53,7 +54,7 @@ class Board:
         """A message from the supervisor."""
         if isinstance(message, Step):
             self._steps[message.job_id] = message
-            self._ring(message.job_id)
+            self._ring(message.job_id, step=True)
         elif isinstance(message, Changed):
             self._steps.pop(message.job_id, None)  # it has begun, ended or been put back: its steps are past
             self._ring(message.job_id)
@@ -74,13 +75,13 @@ class Board:
         return self._steps.get(job_id)
 
     def wake(self) -> None:
-        """Tell the supervisor to look into the store."""
+        """Tell the supervisor to look into the store; from any thread."""
         self._send(Wake())
 
     @contextmanager
-    def watching(self, job_id: str) -> Iterator[Watch]:
-        """News of a job, from now on."""
-        watch = Watch()
+    def watching(self, job_id: str, *, steps: bool) -> Iterator[Watch]:
+        """News of a job, from now on; of its steps, too, where asked for."""
+        watch = Watch(steps)
         self._watches.setdefault(job_id, set()).add(watch)
         try:
             yield watch
@@ -121,6 +122,7 @@ class Board:
         for job_id in list(self._watches):
             self._ring(job_id)
 
-    def _ring(self, job_id: str) -> None:
+    def _ring(self, job_id: str, *, step: bool = False) -> None:
         for watch in self._watches.get(job_id, ()):
-            watch.ring()
+            if watch.steps or not step:
+                watch.ring()

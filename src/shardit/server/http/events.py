@@ -25,7 +25,7 @@ async def events(context: Context, job: Job) -> AsyncIterator[bytes]:
     """The events of a job from now on."""
     told: tuple[str, Any] | None = None
     spoke = time.monotonic()
-    with context.board.watching(job.id) as watch:
+    with context.board.watching(job.id, steps=True) as watch:
         while True:
             found = await run_in_threadpool(context.store.get, job.id)
             event = await _event(context, found)

@@ -22,7 +22,7 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
     """
     gone = asyncio.ensure_future(_gone(request))
     try:
-        with context.board.watching(job.id) as watch:
+        with context.board.watching(job.id, steps=False) as watch:
             while not job.ended:
                 if context.board.stopping:
                     raise busy("the server is about to end; send the request again later", 5, "stopping")

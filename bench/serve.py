@@ -18,6 +18,7 @@ from .served import Connection, Served
 MODEL = "wan2.2-t2v"
 STAGES = 2
 CLIENTS = 8
+BLOCK = 16
 REQUESTS = 50
 HEALTH_EVERY_S = 0.02
 CANCEL_AT, LONG = 3, 200
@@ -25,7 +26,8 @@ CANCEL_AT, LONG = 3, 200
 
 
 def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
-    """`requests` of a tiny video model on two stages for each number, in `rounds` turns with the offline engine."""
+    """`requests` of a tiny video model on two stages for each number; throughput in `2 * rounds + 1` turns with the
+    offline engine."""
     from shardit import DiffusionParallelConfig, Omni
 
     os.environ["SHARDIT_PROGRESS"] = "0"
@@ -38,8 +40,9 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
         server.wait(lambda: server.answers("/ready"))
         start_s = time.monotonic() - server.begun
         with Omni(f"tiny/{MODEL}", parallel_config=config, max_in_flight=STAGES, device="cpu") as omni:
+            throughput = _throughput(server, omni, 2 * rounds + 1)
             health = Health(server)
-            throughput = _throughput(server, omni, rounds, requests, health)
+            health.during(lambda: _serve_all(server, BLOCK))
             overhead = _overhead(server, omni, requests)
         cancel = _cancel(server, requests)
         rss_mib = server.rss_mib("server.http")
@@ -48,6 +51,7 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
         "requests": requests,
         "rounds": rounds,
         "clients": CLIENTS,
+        "requests_per_turn": BLOCK,
         "in_flight": STAGES,
         **throughput,
         **overhead,
@@ -107,13 +111,13 @@ class Health:
             self.seconds.append(time.monotonic() - begin)
 
 
-def _throughput(server: Served, omni: Any, rounds: int, requests: int, health: Health) -> dict[str, Any]:
-    """Seconds for all requests: over HTTP, by `generate`, and by `generate` with the files that the server writes."""
+def _throughput(server: Served, omni: Any, rounds: int) -> dict[str, Any]:
+    """Seconds for `BLOCK` requests: over HTTP, by `generate`, and by `generate` with the files that the server writes;
+    in short turns, as the speed of a machine that others share drifts."""
     served, offline, saved = [], [], []
     for number in range(-1, rounds):  # the first round warms up both
-        count = requests if number >= 0 else CLIENTS
-        served_s = health.during(lambda count=count: _serve_all(server, count))
-        offline_s, saved_s = _generate_all(omni, count)
+        served_s = _serve_all(server, BLOCK)
+        offline_s, saved_s = _generate_all(omni, BLOCK)
         if number >= 0:
             served.append(served_s)
             offline.append(offline_s)

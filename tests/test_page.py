@@ -112,8 +112,8 @@ def test_enlarge(visit: Visit) -> None:
 
 def test_only_the_fields_of_the_model(browser: Browser, videos: Served, visit: Visit) -> None:
     shown = "[data-field]:not([hidden])"
-    names = visit.page.locator(shown).evaluate_all("fields => fields.map((field) => field.dataset.field)")
     expect(visit.page.get_by_label("Steps")).to_have_attribute("placeholder", "3")
+    names = visit.page.locator(shown).evaluate_all("fields => fields.map((field) => field.dataset.field)")
     assert not {"seconds", "num_frames", "fps"} & set(names)
     assert {"prompt", "image", "true_cfg_scale", "n", "seed", "width"} <= set(names)
     with visiting(browser, videos.url) as video:

@@ -73,6 +73,7 @@ def _rank_main(
     os.environ["LOCAL_RANK"] = str(rank)
     try:
         connection.send((True, _dump(function(rank, count, method, *args))))
+        time.sleep(2.0)  # a peer may still have to read its last message; when all are done, this process is killed
     except BaseException:
         connection.send((False, traceback.format_exc()))
     connection.close()

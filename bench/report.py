@@ -128,7 +128,7 @@ def _serve(found: dict[str, Any]) -> list[str]:
     )
     return [
         f"Server: {found['clients']} clients, tiny video model on {found['in_flight']} stages, {found['requests']} "
-        f"requests, medians; throughput in {2 * found['rounds'] + 1} turns of {found['requests_per_turn']} requests.",
+        f"requests, medians; throughput in {found['turns']} turns of {found['requests_per_turn']} requests.",
         f"  {'':<44}{'measured':>11}{'wanted':>11}",
         *(f"  {name:<44}{value:>11}{wanted:>11}" for name, value, wanted in rows),
     ]

@@ -19,6 +19,7 @@ MODEL = "wan2.2-t2v"
 STAGES = 2
 CLIENTS = 8
 BLOCK = 16
+"""Requests of a turn, short enough that the machine's speed hardly drifts meanwhile."""
 REQUESTS = 50
 HEALTH_EVERY_S = 0.02
 CANCEL_AT, LONG = 3, 200
@@ -35,14 +36,15 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
     with Served(f"tiny/{MODEL}", *flags) as first:  # writes the checkpoint, warms the disk
         first.wait(lambda: first.answers("/ready"))
     ups = [_up_s(*flags) for _ in range(2 * rounds + 1)]
+    turns, block = 2 * rounds + 1, min(BLOCK, requests)
     config = DiffusionParallelConfig(pipeline_parallel_size=STAGES)
     with Served(f"tiny/{MODEL}", *flags) as server:
         server.wait(lambda: server.answers("/ready"))
         start_s = time.monotonic() - server.begun
         with Omni(f"tiny/{MODEL}", parallel_config=config, max_in_flight=STAGES, device="cpu") as omni:
-            throughput = _throughput(server, omni, 2 * rounds + 1)
+            throughput = _throughput(server, omni, turns, block)
             health = Health(server)
-            health.during(lambda: _serve_all(server, BLOCK))
+            health.during(lambda: _serve_all(server, block))
             overhead = _overhead(server, omni, requests)
         cancel = _cancel(server, requests)
         rss_mib = server.rss_mib("server.http")
@@ -51,7 +53,8 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
         "requests": requests,
         "rounds": rounds,
         "clients": CLIENTS,
-        "requests_per_turn": BLOCK,
+        "turns": turns,
+        "requests_per_turn": block,
         "in_flight": STAGES,
         **throughput,
         **overhead,
@@ -111,13 +114,13 @@ class Health:
             self.seconds.append(time.monotonic() - begin)
 
 
-def _throughput(server: Served, omni: Any, rounds: int) -> dict[str, Any]:
-    """Seconds for `BLOCK` requests: over HTTP, by `generate`, and by `generate` with the files that the server writes;
+def _throughput(server: Served, omni: Any, turns: int, block: int) -> dict[str, Any]:
+    """Seconds for `block` requests: over HTTP, by `generate`, and by `generate` with the files that the server writes;
     in short turns, as the speed of a machine that others share drifts."""
     served, offline, saved = [], [], []
-    for number in range(-1, rounds):  # the first round warms up both
-        served_s = _serve_all(server, BLOCK)
-        offline_s, saved_s = _generate_all(omni, BLOCK)
+    for number in range(-1, turns):  # the first one warms up both
+        served_s = _serve_all(server, block)
+        offline_s, saved_s = _generate_all(omni, block)
         if number >= 0:
             served.append(served_s)
             offline.append(offline_s)

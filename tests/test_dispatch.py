@@ -45,6 +45,61 @@ def test_slots_are_filled_in_order(server: Server) -> None:
     assert sorted(server.log.ends()) == sorted((one, "completed") for one in ids)
 
 
+def test_the_next_job_is_sent_while_one_leaves(server: Server) -> None:
+    ids = [server.put() for _ in range(5)]
+    server.step(ids[0], 3, 4)
+    assert server.running() == ids[:2]
+    server.step(ids[0], 4, 4)  # it is decoded now
+    assert server.running() == ids[:3]
+    assert server.jobs.in_flight == 2
+    sent = server.jobs.running[server.key(ids[2])]
+    assert sent.ahead
+    before = sent.begun
+    server.complete(ids[0])
+    assert server.running() == ids[1:3]
+    assert server.jobs.in_flight == 2
+    assert not sent.ahead
+    assert sent.begun > before
+    server.step(ids[1], 4, 4)
+    server.step(ids[2], 4, 4)
+    assert server.running() == ids[1:5]
+    server.finish_all()
+    assert {server.state(one) for one in ids} == {"completed"}
+
+
+def test_a_job_that_was_sent_ahead_has_not_run(server: Server) -> None:
+    ids = [server.put() for _ in range(3)]
+    server.step(ids[0], 4, 4)
+    assert server.running() == ids
+    server.die()
+    assert [server.job(one).deaths for one in ids] == [1, 1, 0]
+    server.step(ids[1], 4, 4)
+    server.store.request_cancel(ids[2])
+    server.jobs.wake()
+    assert server.cancels() == {server.key(ids[2])}
+    server.leave(ids[2], cancelled=True)
+    assert server.state(ids[2]) == "cancelled"
+    assert server.jobs.in_flight == 2
+    server.finish_all()
+
+
+def test_memory_for_a_job_that_is_sent_ahead(server: Server) -> None:
+    """What leaves makes room."""
+    sizes = {name: {"height": side, "width": side} for name, side in (("small", 64), ("large", 256))}
+    server.jobs.learned.out_of_memory(64 * 64 + 256 * 256 + 1)
+    small, large = server.put(**sizes["small"]), server.put(**sizes["large"])
+    next_large, next_small = server.put(cost=2.0, **sizes["large"]), server.put(cost=3.0, **sizes["small"])
+    assert server.running() == [small, large]
+    server.step(small, 4, 4)
+    assert server.running() == [small, large]  # two large ones do not fit
+    server.step(large, 4, 4)
+    assert server.running() == [small, large]  # which of them leaves first is not known
+    server.leave(large)
+    assert server.running() == [small, next_large, next_small]  # the other small one leaves, too
+    assert server.jobs.in_flight == 2
+    server.finish_all()
+
+
 @pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
 def test_replicas_share_one_queue(server: Server) -> None:
     ids = [server.put() for _ in range(6)]

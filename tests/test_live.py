@@ -54,6 +54,26 @@ def test_requests_come_and_go(ranks: LiveRanks) -> None:
     assert max(ranks.steps(3)) == reached < 50
 
 
+def test_a_request_that_comes_while_all_slots_are_taken(ranks: LiveRanks) -> None:
+    for key in (41, 42, 43):
+        ranks.begin(key, seed=key, num_inference_steps=30)
+    for key in (44, 45, 46):
+        ranks.begin(key, seed=key)
+    ranks.cancel(45)  # it waits
+    ranks.wait(lambda: all(5 in ranks.steps(key) for key in (41, 42, 43)))
+    assert ranks.steps(44) == []
+    assert all(one.cancelled and one.start is None for one in ranks.ends(45))
+    ranks.cancel(42)
+    ranks.ends(42)
+    for key in (44, 46):
+        assert same(by_diffusers("wan2.2-t2v", key, prompt="a cat"), frames(ranks.ends(key))), key
+    ends = [m.key for rank, m in ranks.said if isinstance(m, Left) and rank == 0 and m.key > 40]
+    assert ends[:3] == [45, 42, 44]
+    for key in (41, 43):
+        expected = by_diffusers("wan2.2-t2v", key, prompt="a cat", num_inference_steps=30)
+        assert same(expected, frames(ranks.ends(key))), key
+
+
 def test_a_cancelled_request_ends_with_the_step_that_it_is_in(ranks: LiveRanks) -> None:
     naps = " ".join(f"nap:0:{step}" for step in range(3, 8))  # rank 0 sleeps before it goes on with the next step
     for key, beside in ((31, False), (32, True)):

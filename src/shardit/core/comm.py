@@ -70,6 +70,7 @@ class Comm:
         self._outstanding: dict[Transfer, None] = {}  # oldest first
         self._max_outstanding = max_outstanding
         self._counts: deque[Transfer] = deque()
+        self._expected: deque[tuple[torch.Tensor, Transfer]] = deque()
 
     def send(self, message: torch.Tensor, target: int, *, result: bool = False) -> Transfer:
         """Start sending a flat byte message to stage `target`. The caller must not write to it any more."""
@@ -150,10 +151,15 @@ class Comm:
             self.wait(self._counts.popleft())
 
     def receive_count(self) -> int:
-        """The next number that the first stage has sent."""
-        number = torch.empty(1, dtype=torch.int64)
-        root, group = self.groups.ranks[0], self.groups.control
-        self._guard(lambda: dist.recv(number, root, group=group, tag=COUNTS), "receive from 0")
+        """The next number that the first stage has sent. Always one more is expected already: gloo sends nothing before
+        the other side has said that it expects it, which takes milliseconds where all processors are busy."""
+        while len(self._expected) < 2:
+            number = torch.empty(1, dtype=torch.int64)
+            root, group, what = self.groups.ranks[0], self.groups.control, "receive from 0"
+            work = self._guard(functools.partial(dist.irecv, number, root, group=group, tag=COUNTS), what)
+            self._expected.append((number, Transfer(work, number, what)))
+        number, transfer = self._expected.popleft()
+        self.wait(transfer)
         return int(number)
 
     def gather_objects(self, value: Any) -> list[Any]:

@@ -4,7 +4,8 @@ Every rank of a replica reads the same commands in the same order from a channel
 only when: for each round the first rank of the replica says how many commands count from now on, in eight bytes. Stages
 go through a step in several rounds, and not in step: there it says so a round ahead, so that nobody waits for it. Other
 ranks take a step per round, all at once: there it says so when the round begins, so that a request that is cancelled
-ends with the step that it is in. While nothing runs, ranks wait at their channels.
+ends with the step that it is in. While nothing runs, ranks wait at their channels. A request that comes while all slots
+are taken enters in the round after one has ended.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Live:
             self._read()
         for _ in range(self.counts.take()):
             self._act(self._next_command())
-        begin = self.waiting.popleft() if self.waiting else None
+        has_room = active < self.session.spec.max_in_flight
+        begin = self.waiting.popleft() if self.waiting and has_room else None
         if begin is None and active == 0:
             self.busy_s += time.perf_counter() - self._since
             readable(self.channel, None)

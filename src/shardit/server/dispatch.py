@@ -103,7 +103,7 @@ class Dispatcher:
             self._differ(running)
         elif isinstance(message, OutOfMemory):
             self.learned.out_of_memory(self._together_now(running.replica))
-            if running.beside == 1 and sum(other.replica == running.replica for other in self.running.values()) == 1:
+            if running.beside == len(self._in_flight(running.replica)) == 1:
                 self.running.pop(key)
                 text = self._too_large(running, message.reason)
                 self.ends.end(running.job, "failed", error=failure("out_of_memory", text))
@@ -113,9 +113,9 @@ class Dispatcher:
     def down(self, why: Down) -> None:
         """The ranks are gone: what they worked on is queued again."""
         self.info = None
-        died, alone = not why.memory, len(self.running) == 1
+        died, alone = not why.memory, self.in_flight == 1
         for running in self.running.values():
-            self.ends.again_or_never(running.job, why.reason, died=died, alone=alone)
+            self.ends.again_or_never(running.job, why.reason, died=died and not running.ahead, alone=alone)
         self.running.clear()
 
     def look_after(self) -> None:
@@ -147,7 +147,15 @@ class Dispatcher:
             self.ends.put_back(running.job)
         self.running.clear()
 
+    @property
+    def in_flight(self) -> int:
+        """Jobs that have a slot."""
+        return sum(not running.ahead for running in self.running.values())
+
     # How.
+
+    def _in_flight(self, replica: int) -> list[Running]:
+        return [running for running in self.running.values() if running.replica == replica and not running.ahead]
 
     def _ranks_of(self, replica: int) -> range:
         return range(replica * self._together, (replica + 1) * self._together)
@@ -174,22 +182,27 @@ class Dispatcher:
         return bool(beside) and any(one.deaths >= SUSPECT_AFTER for one in (job, *beside))
 
     def _free_replica(self) -> int | None:
+        """One with a slot that is free, or will be soon: the ranks then have the next job when it is."""
         loads = [0] * self._replicas
         for running in self.running.values():
-            loads[running.replica] += 1
+            loads[running.replica] += not running.leaving
         least = min(range(self._replicas), key=loads.__getitem__)
         return least if loads[least] < self.slots else None
 
     def _fits(self, job: Job, replica: int) -> bool:
-        """Whether the memory suffices for a job beside those of the replica. One alone is tried in any case."""
-        beside = self._together_now(replica)
+        """Whether the memory suffices for a job beside those that it will meet on the replica, whichever leave first.
+        One alone is tried in any case."""
+        here = [running for running in self.running.values() if running.replica == replica]
+        ends = max(0, len(here) + 1 - self.slots)
+        gone = sorted(running.work.size for running in here if running.leaving)[:ends]
+        beside = sum(running.work.size for running in here) - sum(gone)
         try:
             return beside == 0 or self.learned.fits(beside + self._work(job).size)
         except (ValueError, TypeError):
             return True  # `_begin` will say what is wrong with it
 
     def _together_now(self, replica: int) -> int:
-        return sum(running.work.size for running in self.running.values() if running.replica == replica)
+        return sum(running.work.size for running in self._in_flight(replica))
 
     def _work(self, job: Job) -> Work:
         assert self.info is not None
@@ -204,15 +217,29 @@ class Dispatcher:
             self.ends.end(job, "failed", error=failure("invalid_request", text))
             return
         key = next(self._keys)
-        beside = 1 + sum(running.replica == replica for running in self.running.values())
-        self.running[key] = Running(job, request, replica, beside, work)
-        self._most[replica] = max(self._together_now(replica), self._most[replica] if beside > 1 else 0)
-        if beside == 1:
-            self.vigil.begins(replica)
+        beside = len(self._in_flight(replica))
+        ahead = beside >= self.slots
+        self.running[key] = Running(job, request, replica, beside + (not ahead), work, ahead=ahead)
+        if not ahead:
+            self._enters(replica)
         for rank in self._ranks_of(replica):
             self.fleet.send(rank, Begin(key, request, job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
         self.tell(Changed(job.id))
+
+    def _enters(self, replica: int) -> None:
+        """A job has got a slot."""
+        first = len(self._in_flight(replica)) == 1
+        self._most[replica] = max(self._together_now(replica), 0 if first else self._most[replica])
+        if first:
+            self.vigil.begins(replica)
+
+    def _enters_next(self, replica: int) -> None:
+        """A slot is free: the ranks give it to the job that came first of those sent ahead."""
+        sent = (running for running in self.running.values() if running.replica == replica and running.ahead)
+        if (running := next(sent, None)) is not None and len(self._in_flight(replica)) < self.slots:
+            running.enters()
+            self._enters(replica)
 
     def _progress(self, running: Running, message: Progress) -> None:
         took = running.progress(message.step, message.total)
@@ -220,6 +247,8 @@ class Dispatcher:
             self.gauges.step(took)
         phase = "denoise" if message.step < message.total else "decode"
         self.tell(Step(running.job.id, message.step, message.total, phase, running.seconds_per_step))
+        if running.leaving:
+            self.fill()
 
     def _left(self, key: int, running: Running, rank: int, message: Left) -> None:
         running.left[rank] = message
@@ -229,6 +258,7 @@ class Dispatcher:
             return
         together = self._most[running.replica]
         del self.running[key]
+        self._enters_next(running.replica)
         self.fill()  # the ranks go on while the result is written
         first = running.left[self._ranks_of(running.replica)[0]]
         if first.cancelled:

@@ -41,6 +41,8 @@ class Running:
     denoised: float | None = None
     """When the last step was done."""
     cancelling: bool = False
+    ahead: bool = False
+    """Whether the ranks have it, but not yet a free slot for it."""
     left: dict[int, Left] = field(default_factory=dict)
     """By rank, what those have said that are through with it."""
     errors: dict[int, str] = field(default_factory=dict)
@@ -61,6 +63,17 @@ class Running:
         if step >= total:
             self.denoised = now
         return now - before if before is not None and step > 0 else None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its last step is done, so that its slot will be free soon."""
+        return self.denoised is not None
+
+    def enters(self) -> None:
+        """It has a slot now."""
+        self.ahead = False
+        if self.first_step is None:  # a rank that is ahead of the others may have said so before
+            self.begun = time.monotonic()
 
     @property
     def seconds_per_step(self) -> float | None:

@@ -175,7 +175,7 @@ class Supervisor:
             cancelled, self._cancelled = self._cancelled, self.store.recall(CANCELLED_WAITING, 0)
             self.gauges.cancelled_waiting(self._cancelled - cancelled)
             self.gauges.queue.set(self.store.counts().get("queued", 0))
-            self.gauges.in_flight.set(len(self.jobs.running))
+            self.gauges.in_flight.set(self.jobs.in_flight)
             self.gauges.slots.set(self.jobs.slots * self.options.config.data_parallel_size)
             self.api.tell(Measured(self.gauges.text()))
 

@@ -76,9 +76,8 @@ class Vigil:
         now = time.monotonic()
         silence = now - self._last_sign.get(replica, now)
         self._last_sign[replica] = now
-        for other in self._running.values():
-            if other.replica == replica:
-                self.patience.saw(other.size, silence)
+        for running in self._in_flight(replica):
+            self.patience.saw(running.size, silence)
 
     def look(self) -> None:
         """Notice ranks that do not go on. To be called a few times per second."""
@@ -96,12 +95,14 @@ class Vigil:
         """Why ranks are taken to hang, if they have been silent for too long."""
         now = time.monotonic()
         for replica in {running.replica for running in self._running.values()}:
-            here = [running for running in self._running.values() if running.replica == replica]
             silence = now - self._last_sign.get(replica, now)
-            if silence > self.patience.bound([running.size for running in here]):
+            if silence > self.patience.bound([running.size for running in self._in_flight(replica)]):
                 told = "".join(f"; {self._alone(running)}" for running in self._failed_alone()[:1])
                 return f"no sign of life for {silence:.0f} s{told}"
         return None
+
+    def _in_flight(self, replica: int) -> list[Running]:
+        return [running for running in self._running.values() if running.replica == replica and not running.ahead]
 
     def _failed_alone(self) -> list[Running]:
         """Jobs that have failed on some of their ranks. Their peers may come to it, or wait for ever."""

@@ -13,6 +13,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ..engine.boot import give_way
 from ..engine.messages import SESSION, SessionSpec
 from ..errors import InputError
 from ..logs import logger
@@ -66,7 +67,7 @@ class Supervisor:
         self.api = ApiProcess(
             options, api, listener, self.loop, on_message=self.on_api_message, on_start=self.on_api_start, log=self.log
         )
-        self.writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="writer")
+        self.writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="writer", initializer=give_way)
         self.jobs = Dispatcher(
             options, self.store, self.fleet, self.loop, self.writers, self.api.tell, self.log, self.gauges
         )

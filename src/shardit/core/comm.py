@@ -24,8 +24,6 @@ COUNTS = 1
 """Tag of the numbers of `send_count`, which share a group with other messages."""
 COUNTS_AHEAD = 64
 """How many of these numbers a rank may have been sent and not taken."""
-COUNTS_EXPECTED = 2
-"""How many of them a rank expects beyond the one that it takes."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +151,9 @@ class Comm:
             self.wait(self._counts.popleft())
 
     def receive_count(self) -> int:
-        """The next number that the first stage has sent. The ones after it are expected already: gloo sends nothing
-        before the other side has said that it expects it, which takes milliseconds where all processors are busy."""
-        while len(self._expected) <= COUNTS_EXPECTED:
+        """The next number that the first stage has sent. Always one more is expected already: gloo sends nothing before
+        the other side has said that it expects it, which takes milliseconds where all processors are busy."""
+        while len(self._expected) < 2:
             number = torch.empty(1, dtype=torch.int64)
             root, group, what = self.groups.ranks[0], self.groups.control, "receive from 0"
             work = self._guard(functools.partial(dist.irecv, number, root, group=group, tag=COUNTS), what)

@@ -2,10 +2,10 @@
 
 Every rank of a replica reads the same commands in the same order from a channel of its own. What must be agreed on is
 only when: for each round the first rank of the replica says how many commands count from now on, in eight bytes. Stages
-go through a step in several rounds, and not in step: there it says so two rounds ahead, so that nobody waits for it.
-Other ranks take a step per round, all at once: there it says so when the round begins, so that a request that is
-cancelled ends with the step that it is in. While nothing runs, ranks wait at their channels. A request that comes while
-all slots are taken enters in the round after one has ended.
+go through a step in several rounds, and not in step: there it says so a round ahead, so that nobody waits for it. Other
+ranks take a step per round, all at once: there it says so when the round begins, so that a request that is cancelled
+ends with the step that it is in. While nothing runs, ranks wait at their channels. A request that comes while all slots
+are taken enters in the round after one has ended.
 """
 
 from __future__ import annotations
@@ -39,10 +39,6 @@ def serve_live(session: Any, channel: Channel) -> None:
         raise
 
 
-AHEAD = 2
-"""Rounds from the first rank's word on commands to the one in which they count, where there are stages."""
-
-
 class Live:
     """The commands that have come, the programs that run, and the count of each round."""
 
@@ -66,7 +62,7 @@ class Live:
             self._act(self._next_command())
         has_room = active < self.session.spec.max_in_flight
         begin = self.waiting.popleft() if self.waiting and has_room else None
-        if begin is None and active == 0 and not self.commands:
+        if begin is None and active == 0:
             self.busy_s += time.perf_counter() - self._since
             readable(self.channel, None)
             self._since = time.perf_counter()
@@ -123,12 +119,11 @@ class Live:
         return {"request_id": begin.request_id} if begin is not None else {}
 
     def _read(self) -> None:
-        """On the first rank: what has come since it was here last counts from the next round on that has no number."""
+        """On the first rank: what has come counts from the next `take` on."""
         if self.session.leads:
-            before = len(self.commands)
             while readable(self.channel, 0.0):
                 self.commands.append(self.channel.recv())
-            self.counts.give(len(self.commands) - before)
+            self.counts.give(len(self.commands))
 
     def _next_command(self) -> Any:
         if self.commands:
@@ -158,13 +153,13 @@ class Live:
 
 
 class Counts:
-    """How many commands count from each round on, as the first rank of a replica has decided: where there are stages
-    `AHEAD` rounds before, else when the round begins."""
+    """How many commands count from each round on, as the first rank of a replica has decided, a round `ahead` or when
+    the round begins."""
 
     def __init__(self, session: Any):
         self.comm = session.replica
         self.ahead = session.mesh.sizes["pp"] > 1
-        self._given: deque[int] = deque([0] * AHEAD if self.ahead else [])  # of the first rounds: nothing
+        self._given: deque[int] = deque([0] if self.ahead else [])  # of the first round: nothing
 
     def take(self) -> int:
         """The number for the round that begins. Raises RankError after the timeout."""

@@ -115,6 +115,17 @@ def test_replicas_share_one_queue(server: Server) -> None:
     assert {server.state(one) for one in ids} == {"completed"}
 
 
+@pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
+def test_a_free_slot_comes_before_one_that_will_be_free(server: Server) -> None:
+    ids = [server.put() for _ in range(3)]  # two on the first replica, one on the second
+    server.step(ids[0], 4, 4)
+    server.step(ids[2], 4, 4)
+    beside = [server.put() for _ in range(2)]
+    found = {one.job.id: (one.replica, one.ahead) for one in server.jobs.running.values()}
+    assert [found[one] for one in beside] == [(1, False), (0, True)]
+    server.finish_all()
+
+
 def test_nothing_begins_before_the_ranks_are_up_or_while_they_fail(server: Server) -> None:
     server.fleet.failing = True
     first = server.put()

@@ -7,7 +7,7 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 _KEPT = 1 << 30
-_KEPT_BY_OLD = 32 << 20  # glibc before 2.35 takes no more
+_KEPT_BY_OLD = 32 << 20  # older glibc takes no more
 
 
 def keep_freed_memory() -> None:

@@ -20,7 +20,7 @@ from .learned import Learned
 from .loop import Loop
 from .messages import Changed, Step
 from .options import ServeOptions
-from .running import Running
+from .running import Running, in_flight
 from .store import Store
 from .vigil import Vigil
 
@@ -155,7 +155,7 @@ class Dispatcher:
     # How.
 
     def _in_flight(self, replica: int) -> list[Running]:
-        return [running for running in self.running.values() if running.replica == replica and not running.ahead]
+        return in_flight(self.running, replica)
 
     def _ranks_of(self, replica: int) -> range:
         return range(replica * self._together, (replica + 1) * self._together)
@@ -182,12 +182,13 @@ class Dispatcher:
         return bool(beside) and any(one.deaths >= SUSPECT_AFTER for one in (job, *beside))
 
     def _free_replica(self) -> int | None:
-        """One with a slot that is free, or will be soon: the ranks then have the next job when it is."""
-        loads = [0] * self._replicas
+        """One with a slot that is free or, where none is, will be soon: the ranks then have the next job when it is."""
+        taken, staying = [0] * self._replicas, [0] * self._replicas
         for running in self.running.values():
-            loads[running.replica] += not running.leaving
-        least = min(range(self._replicas), key=loads.__getitem__)
-        return least if loads[least] < self.slots else None
+            taken[running.replica] += not running.ahead
+            staying[running.replica] += not running.leaving
+        best = min(range(self._replicas), key=lambda replica: (taken[replica], staying[replica]))
+        return best if staying[best] < self.slots else None
 
     def _fits(self, job: Job, replica: int) -> bool:
         """Whether the memory suffices for a job beside those that it will meet on the replica, whichever leave first.

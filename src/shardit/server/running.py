@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,11 @@ def size_of(request: Request) -> Size:
     names = ("height", "width", "num_frames", "resolution", "layers", "num_inference_steps")
     pictures = tuple(picture.size for picture in request.images)
     return (request.pipeline, *(request.kwargs.get(name) for name in names), request.num_outputs, pictures)
+
+
+def in_flight(running: Mapping[int, Running], replica: int) -> list[Running]:
+    """The jobs that have a slot of a replica."""
+    return [one for one in running.values() if one.replica == replica and not one.ahead]
 
 
 @dataclass

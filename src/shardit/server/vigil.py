@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..engine.watch import waits_for_peer
 from .fleet import Fleet
-from .running import Running, Size
+from .running import Running, Size, in_flight
 
 MIN_PATIENCE_S = 10.0
 TIMES_SLOWEST = 5.0
@@ -76,7 +76,7 @@ class Vigil:
         now = time.monotonic()
         silence = now - self._last_sign.get(replica, now)
         self._last_sign[replica] = now
-        for running in self._in_flight(replica):
+        for running in in_flight(self._running, replica):
             self.patience.saw(running.size, silence)
 
     def look(self) -> None:
@@ -96,13 +96,10 @@ class Vigil:
         now = time.monotonic()
         for replica in {running.replica for running in self._running.values()}:
             silence = now - self._last_sign.get(replica, now)
-            if silence > self.patience.bound([running.size for running in self._in_flight(replica)]):
+            if silence > self.patience.bound([running.size for running in in_flight(self._running, replica)]):
                 told = "".join(f"; {self._alone(running)}" for running in self._failed_alone()[:1])
                 return f"no sign of life for {silence:.0f} s{told}"
         return None
-
-    def _in_flight(self, replica: int) -> list[Running]:
-        return [running for running in self._running.values() if running.replica == replica and not running.ahead]
 
     def _failed_alone(self) -> list[Running]:
         """Jobs that have failed on some of their ranks. Their peers may come to it, or wait for ever."""

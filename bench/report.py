@@ -125,6 +125,7 @@ def _serve(found: dict[str, Any]) -> list[str]:
         ("the command to /health, s", f"{found['health_s']:.2f}", ""),
         ("API process, MiB", f"{found['api_rss_mib']:.0f}", "< 150"),
         ("/health while ranks compute, p95 ms", f"{found['health_p95_ms']:.1f}", "<= 20"),
+        ("ranks' time while HTTP is flooded, share", f"{found['flooded_share']:.2f}", ""),
     )
     return [
         f"Server: {found['clients']} clients, tiny video model on {found['in_flight']} stages, {found['requests']} "

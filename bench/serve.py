@@ -1,5 +1,5 @@
 """`shardit serve` against the offline engine: throughput with many clients, what a request costs beyond its work, how
-fast it cancels and comes back, and what the API process takes."""
+fast it cancels and comes back, what the API process takes, and what ranks lose to HTTP."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .flood import flood
 from .served import Connection, Served
 
 MODEL = "wan2.2-t2v"
@@ -24,6 +25,8 @@ REQUESTS = 50
 HEALTH_EVERY_S = 0.02
 CANCEL_AT, LONG = 3, 200
 """A job of `LONG` steps is cancelled after step `CANCEL_AT`."""
+FLOODED = 60
+"""Steps of the videos that are made while clients flood the API process."""
 
 
 def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
             health.during(lambda: _serve_all(server, block))
             overhead = _overhead(server, omni, requests)
         cancel = _cancel(server, requests)
+        flooded = median(_flooded_share(server) for _ in range(turns))
         rss_mib = server.rss_mib("server.http")
         restarts = [_restart_s(server) for _ in range(rounds)]
     return {
@@ -67,6 +71,7 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
         "api_rss_mib": rss_mib,
         "health_p95_ms": health.p95_ms(),
         "health_requests": len(health.seconds),
+        "flooded_share": flooded,
     }
 
 
@@ -220,6 +225,28 @@ def _first_step(connection: Connection, job_id: str, began: list[float]) -> None
         if name == "step":
             began.append(now)
             return
+
+
+def _flooded_share(server: Served) -> float:
+    """Seconds that ranks need for videos while the HTTP interface is flooded, over those that they need otherwise."""
+    with flood(server.port):
+        flooded = _compute_s(server)
+    return flooded / _compute_s(server)
+
+
+def _compute_s(server: Served) -> float:
+    """Seconds in the ranks for as many videos as are in flight."""
+    from shardit.server.store import Store
+
+    store = Store(server.folder)
+    try:
+        call = call_of(0, num_inference_steps=FLOODED)
+        with ThreadPoolExecutor(STAGES) as clients:
+            answers = clients.map(lambda _: server.connect().good("POST", "/v1/videos/sync", call), range(STAGES))
+            jobs = [store.get(headers["x-shardit-job"]) for _, headers in answers]
+        return median(job.facts["seconds"] for job in jobs if job is not None)
+    finally:
+        store.close()
 
 
 def _restart_s(server: Served) -> float:

@@ -245,7 +245,7 @@ def test_interrupted_command_line(tmp_path):
         seen += process.stderr.read(1)
         assert process.poll() is None
     nursery = next(pid for pid in map(int, children(process.pid)) if living(pid))
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "error: interrupted"

@@ -39,6 +39,16 @@ def downs(server: RealServer) -> list[dict[str, Any]]:
     return server.events("ranks_down")
 
 
+def test_ranks_come_before_http(server: RealServer) -> None:
+    pids = server.pids()
+    niceness = {name: os.getpriority(os.PRIO_PROCESS, pid) for name, pid in pids.items()}
+    assert niceness.pop("api") == 10
+    assert set(niceness.values()) == {0}
+    if Path("/proc/self/autogroup").exists():  # Linux looks at niceness only within a session
+        assert Path(f"/proc/{pids['api']}/autogroup").read_text().endswith(" nice 10\n")
+        assert os.getsid(pids["api"]) == pids["api"]
+
+
 @pytest.mark.parametrize(
     "what", ["rank 1", pytest.param("rank 0", marks=pytest.mark.full), pytest.param("nursery", marks=pytest.mark.full)]
 )

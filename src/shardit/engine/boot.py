@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import shardit
 PR_SET_PDEATHSIG = 1
 _NICENESS = 10
 """A tenth of the usual share of a processor that is wanted by others too."""
+
+_TRIES = 10
 
 # "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
 # Only shardit itself is looked for where this process found it.
@@ -69,3 +72,19 @@ def give_way() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def session_gives_way() -> None:
+    """`give_way` for a process that leads a session of its own. Where Linux has autogroups, niceness of a thread counts
+    only within its session: sessions share processors equally unless they have a niceness themselves (man 7 sched)."""
+    give_way()
+    group = Path("/proc/self/autogroup")
+    for _ in range(_TRIES if os.getsid(0) == os.getpid() and group.exists() else 0):
+        try:
+            group.write_text(str(_NICENESS))
+        except BlockingIOError:  # users may do it ten times a second, all of them together
+            time.sleep(0.1)
+        except OSError:
+            return
+        else:
+            return

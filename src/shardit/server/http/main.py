@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from ...engine.boot import die_with_parent, give_way
+from ...engine.boot import die_with_parent, session_gives_way
 from ...engine.channel import Channel, Closed
 from ...logs import logger, take_over
 from ..options import ServeOptions
@@ -38,7 +38,7 @@ def main(control_fd: int, listen_fd: int) -> None:
     except Closed:  # the command was wrong
         return
     assert isinstance(options, ServeOptions), options
-    give_way()
+    session_gives_way()
     store = Store(options.data_dir)
     asyncio.run(_serve(options, store, Link(channel, _supervisor_gone), listener))
 

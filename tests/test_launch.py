@@ -14,6 +14,7 @@ import time
 
 import numpy
 import pytest
+from bench.served import children
 from PIL import Image
 
 from shardit.engine.boot import started_by_torchrun
@@ -32,12 +33,14 @@ Omni._session = "fake_session:Session"
 MARK = "only the user's main module has this"
 def say(**values):
     print(json.dumps(values), flush=True)
+def family(omni):
+    return [omni._ranks._nursery.process.pid, *omni._ranks._nursery.pids]
 def two(model="x", **options):
     return Omni(model, parallel_config=DiffusionParallelConfig(pipeline_parallel_size=2), **options)
 """
 ONE_CALL = """
 omni = two()
-say(session=omni._ranks._nursery.process.pid)
+say(family=family(omni))
 output = omni.generate("hello")[0]
 say(prompt=output.prompt, peaks=len(output.peak_bytes), torch="torch" in sys.modules, **output.metrics)
 """
@@ -48,22 +51,27 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
 
 
-def living(session: int) -> list[str]:
-    """Command lines of the processes of a session (a nursery and all that came from it), zombies left out."""
+def family(nursery: int) -> list[int]:
+    """A nursery, and the ranks that it has now."""
+    return [nursery, *children(nursery)]
+
+
+def living(family: list[int]) -> list[str]:
+    """Command lines of a nursery, its ranks, and what is in their groups; zombies left out."""
     found = []
     for entry in pathlib.Path("/proc").iterdir():
         try:
-            state, _, _, of = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            pid, (state, _, group) = int(entry.name), (entry / "stat").read_text().rpartition(")")[2].split()[:3]
         except (OSError, ValueError):
             continue
-        if int(of) == session and state != "Z":
+        if {pid, int(group)} & set(family) and state != "Z":
             found.append(f"{entry.name}: {(entry / 'cmdline').read_bytes()!r}")
     return found
 
 
-def assert_gone(session: int) -> None:
+def assert_gone(family: list[int]) -> None:
     deadline = time.monotonic() + 5
-    while left := living(session):
+    while left := living(family):
         assert time.monotonic() < deadline, left
         time.sleep(0.02)
 
@@ -111,21 +119,21 @@ def test_runs_from_any_program_and_leaves_nothing(kind, tmp_path):
     assert said["torch"] is False
     assert "MARK" not in said["main"]
     assert "2/2" in done.stderr, "the progress bar"
-    assert_gone(said["session"])
+    assert_gone(said["family"])
 
 
 def test_exception_leaves_nothing():
     said, done = run(sys.executable, "-c", PREAMBLE + ONE_CALL + "1 / 0")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
-    assert_gone(said["session"])
+    assert_gone(said["family"])
 
 
 @pytest.mark.parametrize("how", ["os._exit(7)", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 15)"])
 def test_sudden_end_leaves_nothing(how):
     said, done = run(sys.executable, "-c", PREAMBLE + ONE_CALL + how)
     assert done.returncode != 0
-    assert_gone(said["session"])
+    assert_gone(said["family"])
 
 
 def test_sudden_end_with_a_fork_that_holds_the_socket():
@@ -134,7 +142,7 @@ def test_sudden_end_with_a_fork_that_holds_the_socket():
     assert process.stdout is not None
     rest = [json.loads(process.stdout.readline()) for _ in range(2)]
     try:
-        assert_gone(said["session"])
+        assert_gone(said["family"])
     finally:
         os.kill(rest[-1]["fork"], signal.SIGKILL)
         process.communicate(timeout=10)
@@ -142,14 +150,14 @@ def test_sudden_end_with_a_fork_that_holds_the_socket():
 
 @pytest.mark.parametrize("moment", ["imports", "start", "generate", "stubborn"])
 def test_killed_user_process_leaves_nothing(moment):
-    generate = "omni = two()\nsay(session=omni._ranks._nursery.process.pid)\nomni.generate({!r})"
+    generate = "omni = two()\nsay(family=family(omni))\nomni.generate({!r})"
     start = """
 import threading, time
 def tell():
     while not (found := Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()):
         time.sleep(0.01)
     time.sleep(0.3)
-    say(session=int(found[0]))
+    say(nursery=int(found[0]))
 from pathlib import Path
 threading.Thread(target=tell).start()
 """
@@ -161,15 +169,16 @@ threading.Thread(target=tell).start()
     }[moment]
     process, said = began(script)
     time.sleep(0.2)
-    assert living(said["session"])
+    members = said["family"] if "family" in said else family(said["nursery"])
+    assert len(living(members)) >= (1 if moment == "imports" else 3)
     process.kill()
     process.communicate(timeout=10)
-    assert_gone(said["session"])
+    assert_gone(members)
 
 
 def test_interrupt_ends_ranks_and_the_next_generate_works():
     process, said = began(
-        "omni = two()\nsay(session=omni._ranks._nursery.process.pid)\n"
+        "omni = two()\nsay(family=family(omni))\n"
         "try:\n    omni.generate('sleep:30')\n"
         "except KeyboardInterrupt:\n    say(interrupted=True)\n"
         "say(again=omni.generate('hello')[0].prompt)\n"
@@ -180,7 +189,7 @@ def test_interrupt_ends_ranks_and_the_next_generate_works():
     out, err = process.communicate(timeout=10)
     assert time.monotonic() - begin < 5
     assert [json.loads(line) for line in out.splitlines()] == [{"interrupted": True}, {"again": "hello"}], err
-    assert_gone(said["session"])
+    assert_gone(said["family"])
 
 
 def test_interrupt_during_the_start():
@@ -193,12 +202,12 @@ def test_interrupt_during_the_start():
     assert process.stdout is not None
     process.stdout.readline()
     time.sleep(0.6)
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (nursery,) = children(process.pid)
+    members = family(nursery)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert b"KeyboardInterrupt" in err
-    assert len(children) == 1
-    assert_gone(int(children[0]))
+    assert_gone(members)
 
 
 def test_progress_can_be_turned_off():
@@ -234,7 +243,7 @@ def test_ranks_have_a_group_and_agree():
     assert done.returncode == 0, done.stderr
     assert said["sum"] == 3.0
     assert said["torch_threads"] == 1
-    assert_gone(said["session"])
+    assert_gone(said["family"])
 
 
 def test_large_messages_are_quick():
@@ -290,4 +299,4 @@ def test_a_nursery_whose_imports_hang_can_be_stopped():
     begin = time.monotonic()
     nursery.stop()
     assert time.monotonic() - begin < 2
-    assert_gone(nursery.process.pid)
+    assert_gone([nursery.process.pid])

@@ -15,13 +15,14 @@ import time
 import av
 import numpy as np
 import pytest
+from bench.served import children
 from PIL import Image
 
 from shardit import OmniDiffusionSamplingParams, RankError
 from shardit.cli import main
 from shardit.models import tiny
 from tests.real_omni import by_diffusers, plain, same, started
-from tests.test_launch import assert_gone, living
+from tests.test_launch import assert_gone, family
 
 FLUX = tiny.defaults("flux")
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples" / "offline_inference"
@@ -244,18 +245,15 @@ def test_interrupted_command_line(tmp_path):
     while "1/5000" not in seen:  # it runs
         seen += process.stderr.read(1)
         assert process.poll() is None
-    nursery = next(pid for pid in map(int, children(process.pid)) if living(pid))
+    members = [member for nursery in children(process.pid) for member in family(nursery)]
+    assert len(members) >= 3  # a nursery and two ranks
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in err
-    assert_gone(nursery)
+    assert_gone(members)
     assert list(tmp_path.iterdir()) == []
-
-
-def children(pid: int) -> list[str]:
-    return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 UNDER_TORCHRUN = """

@@ -36,15 +36,15 @@ def omni():
     with make() as omni:
         yield omni
         assert_works(omni)
-    assert_gone(session_of(omni))
+    assert_gone(family_of(omni))
 
 
 def nursery_of(omni: Omni):
     return omni._ranks._nursery  # type: ignore[union-attr]
 
 
-def session_of(omni: Omni) -> int:
-    return nursery_of(omni).process.pid
+def family_of(omni: Omni) -> list[int]:
+    return [nursery_of(omni).process.pid, *nursery_of(omni).pids]
 
 
 def assert_works(omni: Omni) -> None:
@@ -117,7 +117,7 @@ def test_nursery_killed(omni):
     error = failure(omni, "sleep:30")
     assert error.rank == -1
     assert "SIGKILL" in error.reason
-    assert_gone(nursery.process.pid)
+    assert_gone([nursery.process.pid, *nursery.pids])
 
 
 def test_exception_on_one_rank_while_another_waits(omni):
@@ -241,7 +241,7 @@ def test_two_at_once():
         assert time.monotonic() - begin < 0.95
         assert failure(one, "kill:0").rank == 0
         assert_works(other)
-    assert not living(session_of(one))
+    assert not living(family_of(one))
 
 
 def test_calls_from_several_threads_take_turns(omni):
@@ -266,15 +266,15 @@ def test_close():
     omni.close()
     with pytest.raises(InputError, match="closed"):
         omni.generate("hello")
-    assert_gone(session_of(omni))
+    assert_gone(family_of(omni))
 
 
 def test_forgotten_omni_ends():
     omni = make()
-    session, folder = session_of(omni), nursery_of(omni).directory
+    family, folder = family_of(omni), nursery_of(omni).directory
     assert os.path.isdir(folder)
     del omni
-    assert_gone(session)
+    assert_gone(family)
     assert not os.path.exists(folder)
 
 

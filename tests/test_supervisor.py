@@ -47,6 +47,9 @@ def test_ranks_come_before_http(server: RealServer) -> None:
     if Path("/proc/self/autogroup").exists():  # Linux looks at niceness only within a session
         assert Path(f"/proc/{pids['api']}/autogroup").read_text().endswith(" nice 10\n")
         assert os.getsid(pids["api"]) == pids["api"]
+    if sys.version_info >= (3, 11):  # threads that write results give way to ranks
+        assert {os.getsid(pids[f"rank {rank}"]) for rank in (0, 1)} == {os.getsid(pids["supervisor"])}
+    assert os.getpgid(pids["nursery"]) == pids["nursery"]
 
 
 @pytest.mark.parametrize(

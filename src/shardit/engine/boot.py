@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import shardit
 
@@ -19,6 +20,9 @@ _NICENESS = 10
 """A tenth of the usual share of a processor that is wanted by others too."""
 
 _TRIES = 10
+OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+"""For `Popen`: signals of the terminal are for the parent alone, which then decides. A session of its own would keep
+them away, too, but Linux shares processors equally between sessions: threads give way only within theirs."""
 
 # "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
 # Only shardit itself is looked for where this process found it.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from shardit.engine.boot import command, describe_exit
+from shardit.engine.boot import OWN_GROUP, command, describe_exit
 from shardit.engine.channel import Channel, Closed
 from shardit.engine.messages import Check, Dump, Failed, Gone, Kill, Refused, SessionSpec, Stacks, Start, Started
 from shardit.engine.worker import threads_per_rank
@@ -38,8 +38,8 @@ class Nursery:
                 command("shardit.engine.nursery", theirs.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,  # a script may be read from standard input
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C in the terminal is for the user's process, which then decides
                 env=nursery_environment(),
+                **OWN_GROUP,
             )
 
     @property

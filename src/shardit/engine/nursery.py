@@ -72,6 +72,7 @@ class Nursery:
         self.group = 0
         self.directory: Path | None = None
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # write to the terminal, also where `stty tostop` was said
         self.wakeup, woken = socket.socketpair()
         for end in (self.wakeup, woken):
             end.setblocking(False)

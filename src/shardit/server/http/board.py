@@ -114,12 +114,12 @@ class Board:
             self._take(Ranks("stopping", ranks=self.ranks.ranks, restarts=self.ranks.restarts))
 
     def _take(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        if ranks.info.get("signature") is not None:
+        another, self.ranks = ranks.state != self.ranks.state, ranks
+        if ranks.info.get("signature") is not None and ranks.info != self.info:
             self.info = ranks.info
             if self._on_info is not None:
                 self._on_info(ranks.info)
-        for job_id in list(self._watches):
+        for job_id in list(self._watches) if another else ():  # new peaks of memory are no news of jobs
             self._ring(job_id)
 
     def _ring(self, job_id: str, *, step: bool = False) -> None:

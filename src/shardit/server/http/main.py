@@ -38,7 +38,6 @@ def main(control_fd: int, listen_fd: int) -> None:
     except Closed:  # the command was wrong
         return
     assert isinstance(options, ServeOptions), options
-    session_gives_way()
     store = Store(options.data_dir)
     asyncio.run(_serve(options, store, Link(channel, _supervisor_gone), listener))
 
@@ -59,6 +58,7 @@ async def _serve(options: ServeOptions, store: Store, link: Link, listener: sock
     server = _Server(_config(options, store, board), board)
     gc.freeze()
     gc.enable()  # it was off during the imports
+    session_gives_way()  # only now: the start shall be quick
     await server.serve(sockets=[listener])
 
 

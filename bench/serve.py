@@ -30,7 +30,7 @@ FLOODED = 60
 
 
 def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
-    """`requests` of a tiny video model on two stages for each number; throughput in `2 * rounds + 1` turns with the
+    """`requests` of a tiny video model on two stages for each number; throughput in `4 * rounds + 1` turns with the
     offline engine."""
     from shardit import DiffusionParallelConfig, Omni
 
@@ -39,7 +39,7 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
     with Served(f"tiny/{MODEL}", *flags) as first:  # writes the checkpoint, warms the disk
         first.wait(lambda: first.answers("/ready"))
     ups = [_up_s(*flags) for _ in range(2 * rounds + 1)]
-    turns, block = 2 * rounds + 1, min(BLOCK, requests)
+    turns, block = 4 * rounds + 1, min(BLOCK, requests)
     config = DiffusionParallelConfig(pipeline_parallel_size=STAGES)
     with Served(f"tiny/{MODEL}", *flags) as server:
         server.wait(lambda: server.answers("/ready"))
@@ -50,7 +50,7 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
             health.during(lambda: _serve_all(server, block))
             overhead = _overhead(server, omni, requests)
         cancel = _cancel(server, requests)
-        flooded = median(_flooded_share(server) for _ in range(turns))
+        flooded = median(_flooded_share(server) for _ in range(2 * rounds + 1))
         rss_mib = server.rss_mib("server.http")
         restarts = [_restart_s(server) for _ in range(rounds)]
     return {
@@ -121,11 +121,15 @@ class Health:
 
 def _throughput(server: Served, omni: Any, turns: int, block: int) -> dict[str, Any]:
     """Seconds for `block` requests: over HTTP, by `generate`, and by `generate` with the files that the server writes;
-    in short turns, as the speed of a machine that others share drifts."""
+    in short turns, in either order, as the speed of a machine that others share drifts."""
     served, offline, saved = [], [], []
     for number in range(-1, turns):  # the first one warms up both
-        served_s = _serve_all(server, block)
-        offline_s, saved_s = _generate_all(omni, block)
+        if number % 2:
+            served_s = _serve_all(server, block)
+            offline_s, saved_s = _generate_all(omni, block)
+        else:
+            offline_s, saved_s = _generate_all(omni, block)
+            served_s = _serve_all(server, block)
         if number >= 0:
             served.append(served_s)
             offline.append(offline_s)

@@ -1,4 +1,4 @@
-"""What ranks lose where clients ask for all that the HTTP interface can give: a program of its own per client."""
+"""Clients that ask for /health as fast as they can: a program of its own for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import http.client
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +14,10 @@ CLIENTS = 4
 
 
 @contextlib.contextmanager
-def flood(port: int, path: str = "/health") -> Iterator[None]:
-    """Clients that ask again and again meanwhile. They take only what processors have left (Linux: the idle class), as
-    clients on other machines would take nothing."""
-    command = [sys.executable, "-m", "bench.flood", str(port), path]
+def flood(port: int) -> Iterator[None]:
+    """Clients that ask meanwhile. They take only what processors have left (Linux: the idle class, in sessions of their
+    own), as clients on other machines would take nothing."""
+    command = [sys.executable, "-m", "bench.flood", str(port)]
     clients = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) for _ in range(CLIENTS)
     ]
@@ -34,23 +33,25 @@ def flood(port: int, path: str = "/health") -> Iterator[None]:
             client.communicate()
 
 
-def ask(port: int, path: str, over: float) -> None:
-    """Ask until the monotonic time `over`."""
+def main(port: int, parent: int) -> None:
+    """Ask until the process `parent` is gone, or this one is killed."""
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or without autogroups
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         Path("/proc/self/autogroup").write_text("19")
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    first = True
-    while time.monotonic() < over:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        answer.read()
-        if answer.status != 200:
-            raise RuntimeError(f"{path}: {answer.status}")
-        if first:
-            print("asks", flush=True)
-            first = False
+    _ask(connection)
+    print("asks", flush=True)
+    while os.getppid() == parent:
+        _ask(connection)
+
+
+def _ask(connection: http.client.HTTPConnection) -> None:
+    connection.request("GET", "/health")
+    answer = connection.getresponse()
+    answer.read()
+    if answer.status != 200:
+        raise RuntimeError(f"/health: {answer.status}")
 
 
 if __name__ == "__main__":
-    ask(int(sys.argv[1]), sys.argv[2], time.monotonic() + 600)
+    main(int(sys.argv[1]), os.getppid())

@@ -18,8 +18,6 @@ import shardit
 PR_SET_PDEATHSIG = 1
 _NICENESS = 10
 """A tenth of the usual share of a processor that is wanted by others too."""
-
-_TRIES = 10
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 """For `Popen`: signals of the terminal are for the parent alone, which then decides. A session of its own would keep
 them away, too, but Linux shares processors equally between sessions: threads give way only within theirs."""
@@ -82,13 +80,12 @@ def session_gives_way() -> None:
     """`give_way` for a process that leads a session of its own. Where Linux has autogroups, niceness of a thread counts
     only within its session: sessions share processors equally unless they have a niceness themselves (man 7 sched)."""
     give_way()
-    group = Path("/proc/self/autogroup")
-    for _ in range(_TRIES if os.getsid(0) == os.getpid() and group.exists() else 0):
+    for _ in range(10):
         try:
-            group.write_text(str(_NICENESS))
+            Path("/proc/self/autogroup").write_text(str(_NICENESS))
         except BlockingIOError:  # users may do it ten times a second, all of them together
             time.sleep(0.1)
-        except OSError:
+        except OSError:  # no Linux, or none with autogroups
             return
         else:
             return

@@ -61,12 +61,21 @@ def _cpu_model() -> str:
 
 def busy_seconds() -> float:
     """CPU seconds that all processes of the machine have used so far, and those a hypervisor took away."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = _processor_seconds()
+    return user + nice + system + irq + softirq + steal
+
+
+def stolen_seconds() -> float:
+    """CPU seconds that a hypervisor has given to other guests so far, while ours wanted them."""
+    return _processor_seconds()[-1]
+
+
+def _processor_seconds() -> list[float]:
     try:
-        fields = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        words = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        return [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
     except (OSError, ValueError):
-        return 0.0
-    user, nice, system, _idle, _iowait, irq, softirq, steal = fields
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return [0.0] * 8
 
 
 def share_of_others(wall_s: float, busy_s: float, own_s: float) -> float:

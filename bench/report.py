@@ -115,7 +115,8 @@ def _schedules(found: list[dict[str, Any]]) -> list[str]:
 def _serve(found: dict[str, Any]) -> list[str]:
     rows = (
         ("throughput, share of the offline engine", f"{found['throughput_share']:.3f}", ">= 0.95"),
-        ("the same, where that writes its files too", f"{found['throughput_share_with_files']:.3f}", ""),
+        ("the same over all turns, quiet or not", f"{found['throughput_share_of_all_turns']:.3f}", ""),
+        ("share of one that writes its files, too", f"{found['throughput_share_with_files']:.3f}", ""),
         ("request beyond compute and encoding, ms", f"{found['overhead_ms']:.1f}", "<= 20"),
         ("cancel to freed slot, steps", f"{found['cancel_steps']:g}", "<= 1"),
         ("cancel to the next job's first step, ms", f"{found['cancel_ms']:.0f}", ""),
@@ -129,7 +130,8 @@ def _serve(found: dict[str, Any]) -> list[str]:
     )
     return [
         f"Server: {found['clients']} clients, tiny video model on {found['in_flight']} stages, {found['requests']} "
-        f"requests, medians; throughput in {found['turns']} turns of {found['requests_per_turn']} requests.",
+        f"requests, medians; throughput in the quieter half of {found['turns']} turns of {found['requests_per_turn']} "
+        "requests.",
         f"  {'':<44}{'measured':>11}{'wanted':>11}",
         *(f"  {name:<44}{value:>11}{wanted:>11}" for name, value, wanted in rows),
     ]

@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import machine
 from .flood import flood
 from .served import Connection, Served
 
@@ -30,7 +32,7 @@ FLOODED = 60
 
 
 def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
-    """`requests` of a tiny video model on two stages for each number; throughput in `4 * rounds + 1` turns with the
+    """`requests` of a tiny video model on two stages for each number; throughput in `6 * rounds + 1` turns with the
     offline engine."""
     from shardit import DiffusionParallelConfig, Omni
 
@@ -39,7 +41,7 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
     with Served(f"tiny/{MODEL}", *flags) as first:  # writes the checkpoint, warms the disk
         first.wait(lambda: first.answers("/ready"))
     ups = [_up_s(*flags) for _ in range(2 * rounds + 1)]
-    turns, block = 4 * rounds + 1, min(BLOCK, requests)
+    turns, block = 6 * rounds + 1, min(BLOCK, requests)
     config = DiffusionParallelConfig(pipeline_parallel_size=STAGES)
     with Served(f"tiny/{MODEL}", *flags) as server:
         server.wait(lambda: server.answers("/ready"))
@@ -119,28 +121,41 @@ class Health:
             self.seconds.append(time.monotonic() - begin)
 
 
+@dataclass
+class Turn:
+    """Seconds for the same requests over HTTP, by `generate`, and by `generate` with the files that the server writes;
+    and those that other guests of the machine took meanwhile."""
+
+    served_s: float
+    offline_s: float
+    saved_s: float
+    stolen_s: float
+
+
 def _throughput(server: Served, omni: Any, turns: int, block: int) -> dict[str, Any]:
-    """Seconds for `block` requests: over HTTP, by `generate`, and by `generate` with the files that the server writes;
-    in short turns, in either order, as the speed of a machine that others share drifts."""
-    served, offline, saved = [], [], []
-    for number in range(-1, turns):  # the first one warms up both
-        if number % 2:
-            served_s = _serve_all(server, block)
-            offline_s, saved_s = _generate_all(omni, block)
-        else:
-            offline_s, saved_s = _generate_all(omni, block)
-            served_s = _serve_all(server, block)
-        if number >= 0:
-            served.append(served_s)
-            offline.append(offline_s)
-            saved.append(saved_s)
+    """The server against the offline engine in short turns, in either order, as the speed of a machine that others
+    share drifts. Of the turns, the half counts from which others took the least."""
+    _turn(server, omni, block, served_first=True)  # warms up both
+    all_turns = [_turn(server, omni, block, served_first=number % 2 == 0) for number in range(turns)]
+    quiet = sorted(all_turns, key=lambda turn: turn.stolen_s)[: (turns + 1) // 2]
     return {
-        "served_s": median(served),
-        "offline_s": median(offline),
-        "offline_with_files_s": median(saved),
-        "throughput_share": median(a / b for a, b in zip(offline, served, strict=True)),
-        "throughput_share_with_files": median(a / b for a, b in zip(saved, served, strict=True)),
+        "served_s": median(turn.served_s for turn in quiet),
+        "offline_s": median(turn.offline_s for turn in quiet),
+        "offline_with_files_s": median(turn.saved_s for turn in quiet),
+        "throughput_share": median(turn.offline_s / turn.served_s for turn in quiet),
+        "throughput_share_with_files": median(turn.saved_s / turn.served_s for turn in quiet),
+        "throughput_share_of_all_turns": median(turn.offline_s / turn.served_s for turn in all_turns),
+        "throughput_turns": [asdict(turn) for turn in all_turns],
     }
+
+
+def _turn(server: Served, omni: Any, block: int, served_first: bool) -> Turn:
+    stolen = machine.stolen_seconds()
+    served = _serve_all(server, block) if served_first else 0.0
+    offline, saved = _generate_all(omni, block)
+    if not served_first:
+        served = _serve_all(server, block)
+    return Turn(served, offline, saved, machine.stolen_seconds() - stolen)
 
 
 def _serve_all(server: Served, count: int) -> float:

@@ -42,10 +42,10 @@ def downs(server: RealServer) -> list[dict[str, Any]]:
 def test_ranks_come_before_http(server: RealServer) -> None:
     pids = server.pids()
     niceness = {name: os.getpriority(os.PRIO_PROCESS, pid) for name, pid in pids.items()}
-    assert niceness.pop("api") == 10
+    assert niceness.pop("api") == 5
     assert set(niceness.values()) == {0}
     if Path("/proc/self/autogroup").exists():  # Linux looks at niceness only within a session
-        assert Path(f"/proc/{pids['api']}/autogroup").read_text().endswith(" nice 10\n")
+        assert Path(f"/proc/{pids['api']}/autogroup").read_text().endswith(" nice 5\n")
         assert os.getsid(pids["api"]) == pids["api"]
     if sys.version_info >= (3, 11):  # threads that write results give way to ranks
         assert {os.getsid(pids[f"rank {rank}"]) for rank in (0, 1)} == {os.getsid(pids["supervisor"])}

@@ -18,6 +18,8 @@ import shardit
 PR_SET_PDEATHSIG = 1
 _NICENESS = 10
 """A tenth of the usual share of a processor that is wanted by others too."""
+_SESSION_NICENESS = 5
+"""A quarter of a processor: at a tenth, answers to HTTP take longer than clients like."""
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 """For `Popen`: signals of the terminal are for the parent alone, which then decides. A session of its own would keep
 them away, too, but Linux shares processors equally between sessions: threads give way only within theirs."""
@@ -68,21 +70,21 @@ def started_by_torchrun(environ: Mapping[str, str]) -> bool:
     return environ["WORLD_SIZE"] != "1" or "TORCHELASTIC_RUN_ID" in environ
 
 
-def give_way() -> None:
+def give_way(niceness: int = _NICENESS) -> None:
     """Let ranks come before this thread, and those that it starts, where processors are short. Linux only: elsewhere
     priority belongs to processes."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def session_gives_way() -> None:
     """`give_way` for a process that leads a session of its own. Where Linux has autogroups, niceness of a thread counts
     only within its session: sessions share processors equally unless they have a niceness themselves (man 7 sched)."""
-    give_way()
+    give_way(_SESSION_NICENESS)
     for _ in range(10):
         try:
-            Path("/proc/self/autogroup").write_text(str(_NICENESS))
+            Path("/proc/self/autogroup").write_text(str(_SESSION_NICENESS))
         except BlockingIOError:  # users may do it ten times a second, all of them together
             time.sleep(0.1)
         except OSError:  # no Linux, or none with autogroups

@@ -78,7 +78,7 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
 
 
 def _quiet(document: dict[str, Any]) -> bool:
-    timed = [document[name]["most_used_by_others"] for name in ("speed", "axes") if name in document]
+    timed = [document[name]["most_used_by_others"] for name in ("speed", "axes", "serve") if name in document]
     if timed:
         return max(timed) <= machine.QUIET
     return document["machine"]["load_before"][0] < 0.5

@@ -131,6 +131,11 @@ class Turn:
     saved_s: float
     stolen_s: float
 
+    @property
+    def others(self) -> float:
+        """Share of all cores that other guests took."""
+        return machine.share_of_others(self.served_s + self.saved_s, self.stolen_s, 0.0)
+
 
 def _throughput(server: Served, omni: Any, turns: int, block: int) -> dict[str, Any]:
     """The server against the offline engine in short turns, in either order, as the speed of a machine that others
@@ -146,6 +151,7 @@ def _throughput(server: Served, omni: Any, turns: int, block: int) -> dict[str, 
         "throughput_share_with_files": median(turn.saved_s / turn.served_s for turn in quiet),
         "throughput_share_of_all_turns": median(turn.offline_s / turn.served_s for turn in all_turns),
         "throughput_turns": [asdict(turn) for turn in all_turns],
+        "most_used_by_others": max(turn.others for turn in quiet),
     }
 
 

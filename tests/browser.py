@@ -90,7 +90,7 @@ def visiting(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
     visit = Visit(browser, url, **options)
     try:
         yield visit
-        outside = [url for url in visit.requests if not url.startswith((url, "blob:", "data:"))]
+        outside = [asked for asked in visit.requests if not asked.startswith((url, "blob:", "data:"))]
         assert outside == []
         # What the server refuses is told to the console by the browser itself.
         assert [text for text in visit.complaints if not text.startswith("Failed to load resource")] == []

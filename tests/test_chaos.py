@@ -3,7 +3,6 @@ has the bits of plain diffusers."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
 from pathlib import Path
@@ -34,7 +33,8 @@ def test_kills_at_random(tmp_path: Path) -> None:
             what = chance.choice(("supervisor", "api", "nursery", "rank 0", "rank 1"))
             server.wait(lambda what=what: what in server.pids(), what)
             time.sleep(chance.choice((0.1, 1.0, 6.0)) * chance.random())
-            kill(server, what)
+            while not kill(server, what):
+                pass
             hit[what] = hit.get(what, 0) + 1
             if number % (KILLS // LATE) == 0 and len(ids) < JOBS:
                 ids.append(submit(server, len(ids), asked))
@@ -62,15 +62,18 @@ def submit(server: RealServer, number: int, asked: list[tuple[int, dict[str, Any
     return server.submit(seed, key=f"job-{number}", **call)
 
 
-def kill(server: RealServer, what: str) -> None:
-    """SIGKILL; the command is given again where that was the supervisor."""
+def kill(server: RealServer, what: str) -> bool:
+    """SIGKILL; the command is given again where that was the supervisor. False where the process has just gone."""
     server.wait(lambda: what in server.pids(), what)  # it may have gone with another one meanwhile
-    with contextlib.suppress(KeyError, ProcessLookupError):
+    try:
         server.kill(what)
+    except (KeyError, ProcessLookupError):
+        return False
     if what == "supervisor":
         assert server.process is not None
         server.process.wait(10)
         server.start()
+    return True
 
 
 def check_the_store(server: RealServer, ids: list[str]) -> None:

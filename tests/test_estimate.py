@@ -86,12 +86,17 @@ def test_what_did_not_fit_is_refused_until_it_fits() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**12), st.booleans()), max_size=40), st.integers(1))
-def test_what_has_fitted_is_never_refused(observations: list[tuple[int, int, bool]], limit: int) -> None:
-    known = None
+def test_what_has_fitted_is_not_refused_until_it_does_not(
+    observations: list[tuple[int, int, bool]], limit: int
+) -> None:
+    known, fitted = None, set()
     for size, peak, failed in observations:
         known = estimate.learn_memory(known, Seen(size, peak, limit_bytes=limit, out_of_memory=failed))
         assert len(known["points"]) <= 16
-    largest = max((size for size, _, failed in observations if not failed), default=0)
-    if largest:
+        fitted = {one for one in fitted if one < known["failed"]} if failed else {*fitted, size}
+        if failed and size > 0:
+            with pytest.raises(InputError, match=r"pixels|GiB"):
+                estimate.refuse_if_too_large(work(size), known, limit)
+    if (largest := max(fitted, default=0)) > 0:
         estimate.refuse_if_too_large(work(largest), known, limit)
         assert estimate.expected_peak(largest + 1, known) >= estimate.expected_peak(largest, known)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shardit.server.http.errors import ApiError
-from shardit.server.http.pictures import check_picture
+from shardit.server.http.pictures import check_header, check_whole
 from shardit.server.options import Limits
 
 from .http_calls import edit
@@ -92,16 +92,16 @@ def test_bad_pictures(images: Served, data: bytes) -> None:
 def test_other_formats_of_pillow_are_never_tried() -> None:
     for kind in ("BMP", "TIFF", "GIF", "ICO", "PPM"):
         with pytest.raises(ApiError, match="PNG, JPEG or WebP"):
-            check_picture(picture(kind=kind), Limits(), "image")
+            check_header(picture(kind=kind), Limits(), "image")
 
 
 @pytest.mark.parametrize("lossless", [False, True])
 def test_sizes_of_webp_are_read_without_decoding(lossless: bool) -> None:
     into = io.BytesIO()
     Image.new("RGB", (123, 45), "red").save(into, "WEBP", lossless=lossless)
-    assert check_picture(into.getvalue(), Limits(pixels=123 * 45), "image") == "webp"
+    assert check_header(into.getvalue(), Limits(pixels=123 * 45), "image") == "webp"
     with pytest.raises(ApiError, match="123x45"):
-        check_picture(into.getvalue(), Limits(pixels=123 * 45 - 1), "image")
+        check_header(into.getvalue(), Limits(pixels=123 * 45 - 1), "image")
 
 
 @settings(max_examples=150, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
@@ -112,7 +112,9 @@ def test_damaged_pictures_are_refused_or_good(kind: str, seed: int, count: int) 
         data[draw.randrange(len(data))] = draw.randrange(256)
     # Nothing but an ApiError may come.
     with contextlib.suppress(ApiError):
-        check_picture(bytes(data[: draw.randrange(1, len(data) + 1)]), Limits(pixels=10_000), "image")
+        damaged = bytes(data[: draw.randrange(1, len(data) + 1)])
+        check_header(damaged, Limits(pixels=10_000), "image")
+        check_whole(damaged, "image")
 
 
 @settings(

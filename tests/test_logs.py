@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -43,3 +45,24 @@ def test_what_libraries_say_is_a_line_with_rank_and_request(capsys: pytest.Captu
     assert [line.get("request_id") for line in said] == ["image_1", None, None]
     assert "FutureWarning: old" in said[1]["text"]
     assert [line["level"] for line in said] == ["warning", "warning", "error"]
+
+
+def test_nothing_that_a_client_sends_reaches_the_terminal_raw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", Terminal())
+    logs._log.cache_clear()
+    try:
+        logs.logger("api").info("answered", path="/\x1b]0;evil\x07", status=404)
+        logs.logger("api").error("fault", error="one\ntwo\x9b31m")
+        said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    finally:
+        logs._log.cache_clear()
+    assert r"/\x1b]0;evil\x07" in said
+    assert r"one\ntwo\x9b31m" in said
+    assert len(said.splitlines()) == 2
+
+
+class Terminal(io.StringIO):
+    """A terminal, as far as it can be asked."""
+
+    def isatty(self) -> bool:
+        return True

@@ -110,13 +110,15 @@ def test_recover(store: Store) -> None:
         store.start(job_id)
     store.request_cancel(cancelled)
     store.delete(deleted)
-    (store.folder / "jobs" / "image_of_nobody").mkdir()
-    (store.folder / "jobs" / "image_of_nobody" / "0.png").write_bytes(b"1")
+    lost = f"image_{'0' * 32}"
+    for name in (lost, "image_of_mine"):
+        (store.folder / "jobs" / name).mkdir()
+        (store.folder / "jobs" / name / "0.png").write_bytes(b"1")
     assert [one.id for one in store.recover()] == [running]
     assert order(store) == [queued, running]
     assert job(store, cancelled).state == "cancelled"
     assert store.get(deleted) is None
-    assert folders(store) == {queued, running, cancelled, done}
+    assert folders(store) == {queued, running, cancelled, done, "image_of_mine"}
 
 
 @pytest.mark.parametrize("inputs", [{}, {"0.png": b"x" * 100}])

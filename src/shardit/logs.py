@@ -31,7 +31,9 @@ def _log(process: str) -> Any:
     import structlog  # takes a tenth of a second, which a starting server has not
 
     pretty = sys.stderr.isatty()
-    renderer: Any = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
+    # What clients send (paths, say) must not reach the terminal as escape sequences.
+    readable = structlog.dev.ConsoleRenderer(repr_native_str=True) if pretty else None
+    renderer: Any = readable or structlog.processors.JSONRenderer()
     return structlog.wrap_logger(
         _Lines(),
         processors=[

@@ -30,6 +30,7 @@ class RayRank:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
         # Ray shows an actor only its own GPU, whose number is then 0.
         os.environ["LOCAL_RANK"] = "0" if has_gpu else str(rank % per_node)
+        os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
         from .remote_rank import RemoteRank
         from .worker import threads_per_rank
 

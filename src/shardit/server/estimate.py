@@ -102,6 +102,8 @@ def learn_memory(known: Mapping[str, Any] | None, seen: Seen) -> dict[str, Any]:
     points, failed = dict(_points(known)), known.get("failed")
     if seen.out_of_memory:
         failed = min(seen.size, failed or seen.size)
+        # Smaller requests may have fitted together, or less was left: what was seen from here on says nothing now.
+        points = {size: peak for size, peak in points.items() if size < failed}
     else:
         points[seen.size] = max(seen.peak_bytes, points.get(seen.size, 0))
         if failed and seen.size >= failed:
@@ -143,12 +145,12 @@ def expected_peak(size: int, known: Mapping[str, Any] | None) -> int:
 def refuse_if_too_large(work: Work, known: Mapping[str, Any] | None, limit_bytes: int | None) -> None:
     """Raise InputError for a size that will not fit. `limit_bytes` bounds it where the store knows no limit.
 
-    A size up to one that has fitted is never refused.
+    A size up to one that has fitted, and none that did not since, is never refused.
     """
     known = known or {}
+    failed = known.get("failed")
     if work.size <= max((size for size, _ in _points(known)), default=0):
         return
-    failed = known.get("failed")
     if failed and work.size >= failed:
         raise InputError(
             f"size: {_shown(work)} will not fit, as the memory did not suffice for {failed} pixels; ask for less"

@@ -130,7 +130,9 @@ class ServeFlags(ParallelFlags):
 
 
 def default_data_dir(name: str) -> Path:
-    """A folder of its own for each model name, in the user's data folder."""
+    """A folder of its own for each model name, or folder with a model, in the user's data folder."""
+    folder = Path(name).expanduser()
+    name = str(folder.resolve()) if folder.is_dir() else name
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(base) / "shardit" / re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
 

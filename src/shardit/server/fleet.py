@@ -14,7 +14,10 @@ from ..engine.launch import STOP_WAIT_S, Nursery
 from ..engine.messages import Exited, Failed, Gone, Kill, OutOfMemory, Ready, Refused, SessionSpec
 from ..engine.watch import frames
 from ..errors import InputError
+from ..logs import logger
 from .loop import Loop, Pipe
+
+_LOG = logger("supervisor")
 
 
 class Placement(Protocol):
@@ -136,7 +139,6 @@ class Fleet:
         self._infos: dict[int, dict[str, Any]] = {}
         self._downs: list[Down] = []
         self._starting: threading.Thread | None = None
-        self.last_ends: dict[int, str] = {}
 
     @property
     def states(self) -> list[str]:
@@ -215,7 +217,8 @@ class Fleet:
         if before is not None:
             before.join()
         try:
-            self.last_ends = self.placement.kill()
+            for rank, end in self.placement.kill().items():
+                _LOG.info("rank_ended", rank=rank, how=end)  # by what signal, say
             channels = self.placement.start(self.spec)
         except InputError as error:
             self._loop.call(self._failed, generation, Down(str(error), users=True))

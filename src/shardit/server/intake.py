@@ -22,12 +22,21 @@ class Conflict(Exception):
     """The idempotency key was used for another request."""
 
 
+def known(db: Database, new: NewJob) -> Job | None:
+    """The job that the idempotency key has made. Raises Conflict."""
+    if new.idempotency_key is None:
+        return None
+    row = db.one("SELECT * FROM jobs WHERE idempotency_key=? AND owner IS ?", new.idempotency_key, new.owner)
+    if row is not None and row["fingerprint"] != new.fingerprint:
+        raise Conflict(f"the idempotency key {new.idempotency_key!r} was used for another request; use a new one")
+    return None if row is None else job_of(row)
+
+
 def known_or_room(db: Database, new: NewJob, queue_size: int, of_owner: int | None) -> Job | None:
-    """The job that the idempotency key has made. None where it is a new one, for which there is room: see
-    `Store.accept`, also for what is raised."""
-    if (known := _by_key(db, new)) is None:
+    """As `known`. None where it is a new one, for which there is room: see `Store.accept`, also for what is raised."""
+    if (job := known(db, new)) is None:
         _check_room(db, new, queue_size, of_owner)
-    return known
+    return job
 
 
 def insert(db: Database, job_id: str, new: NewJob, now: float) -> None:
@@ -54,15 +63,6 @@ def check_inputs(folder: Path, new: NewJob) -> None:
     there was no job yet."""
     if not folder.is_dir() or not all((folder / name).is_file() for name in new.inputs):
         raise FileNotFoundError(f"{folder} was removed while the job was accepted; send it again")
-
-
-def _by_key(db: Database, new: NewJob) -> Job | None:
-    if new.idempotency_key is None:
-        return None
-    row = db.one("SELECT * FROM jobs WHERE idempotency_key=? AND owner IS ?", new.idempotency_key, new.owner)
-    if row is not None and row["fingerprint"] != new.fingerprint:
-        raise Conflict(f"the idempotency key {new.idempotency_key!r} was used for another request; use a new one")
-    return None if row is None else job_of(row)
 
 
 def _check_room(db: Database, new: NewJob, queue_size: int, of_owner: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,6 +89,11 @@ PRIORITY_S = 600.0
 def new_id(kind: Kind) -> str:
     """A name that cannot be guessed."""
     return f"{kind}_{secrets.token_hex(16)}"
+
+
+def is_id(name: str) -> bool:
+    """Whether `new_id` may have made this name."""
+    return re.fullmatch(r"(image|video)_[0-9a-f]{32}", name) is not None
 
 
 def due_time(accepted_at: float, cost: float, priority: int) -> float:

@@ -25,8 +25,9 @@ class Learned:
                 store.remember(name, None)
             store.remember(_OF, of)
         self._speed: float | None = store.recall(estimate.SPEED)
-        self._memory: dict[str, Any] | None = estimate.forgive(store.recall(estimate.MEMORY))
-        self._saved = (self._speed, self._memory)
+        memory = store.recall(estimate.MEMORY)
+        self._memory: dict[str, Any] | None = estimate.forgive(memory)
+        self._saved = (self._speed, memory)
 
     def at_rest(self, memories: list[dict[str, Any]]) -> None:
         """The ranks have loaded; per rank {"held": bytes, "limit": bytes or None}. The fullest counts."""

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ class RayPlacement:
         self._port = RankPort(listen_for_ranks(_own_address(ray)), [(rank, "rank") for rank in range(size)])
         if self._stopped:
             raise RankError(-1, "the server stops")
+        spec = replace(spec, model=_wherever(spec.model))
         self._run_actors(ray, spec.model, size, per_node, gpus)
         arrived = self._port.collect(ARRIVE_S, lambda: self._look(ray))
         return join_all([arrived[rank, "rank"] for rank in range(size)], spec)
@@ -146,8 +148,6 @@ class RayPlacement:
 
         assert self._port is not None
         reach: Reach = self._port.reach(ray.util.get_node_ip_address())
-        # The working folder of actors is not this one.
-        model = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model
         actor_class = ray.remote(RayRank)
         for rank in range(size):
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank // per_node)
@@ -172,6 +172,12 @@ class RayPlacement:
             raise RankError(rank, f"its actor has failed: {_one_line(error)}") from None
         if self._port is not None and not self._port.has_arrived(rank):
             raise RankError(rank, f"it has ended before it had arrived, with code {code}")
+
+
+def _wherever(model: str) -> str:
+    """The model under a name that holds in any folder: the working folder of actors is not this one."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _check_answers(address: str | None) -> None:

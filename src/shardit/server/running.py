@@ -17,9 +17,11 @@ Size = tuple[Any, ...]
 
 def size_of(request: Request) -> Size:
     """What decides how long a step takes: requests of equal size are expected to behave alike."""
-    names = ("height", "width", "num_frames", "resolution", "layers", "num_inference_steps")
-    pictures = tuple(picture.size for picture in request.images)
-    return (request.pipeline, *(request.kwargs.get(name) for name in names), request.num_outputs, pictures)
+    names = ("height", "width", "num_frames", "resolution", "layers")
+    sides = [request.kwargs.get(name) for name in names]
+    # Without a size of its own the result takes that of the picture.
+    pictures = len(request.images) if sides[0] and sides[1] else tuple(picture.size for picture in request.images)
+    return (request.pipeline, *sides, request.num_outputs, pictures)
 
 
 def in_flight(running: Mapping[int, Running], replica: int) -> list[Running]:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from . import intake
 from .database import Database
 from .intake import check_inputs, insert, known_or_room, write_inputs
-from .jobs import ENDED, Job, Kind, NewJob, State, new_id
+from .jobs import ENDED, Job, Kind, NewJob, State, is_id, new_id
 from .rows import job_of
 
 CANCELLED_WAITING = "cancelled_waiting"
@@ -74,6 +75,10 @@ class Store:
             shutil.rmtree(self.files_of(job_id), ignore_errors=True)
         assert job is not None
         return job, known is None
+
+    def knows(self, new: NewJob) -> bool:
+        """Whether `accept` would give a job that is there already. Raises Conflict."""
+        return intake.known(self._db, new) is not None
 
     def start(self, job_id: str) -> bool:
         """queued -> in_progress, which a machine may forget that loses power: the job is queued then, as it would be
@@ -150,7 +155,7 @@ class Store:
     def recover(self) -> list[Job]:
         """After a start: what was in progress is queued again, or cancelled if that was asked for. Returns the former.
 
-        Removes folders that no job owns.
+        Removes folders of jobs that are not known any more. What else lies there is not ours.
         """
         with self._db.transaction():
             ended = self._db.change(
@@ -168,7 +173,7 @@ class Store:
         with self._db.transaction():  # a process that is left of a killed server may be in the middle of `accept`
             known = {row["id"] for row in self._db.all("SELECT id FROM jobs")}
             for path in (self.folder / "jobs").iterdir():
-                if path.name not in known:
+                if is_id(path.name) and path.name not in known:
                     shutil.rmtree(path, ignore_errors=True)
         return [job_of(row) for row in again]
 

@@ -11,6 +11,7 @@ import sqlite3
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from ..engine.boot import give_way
@@ -26,8 +27,11 @@ from .loop import Loop
 from .messages import Measured, Ranks, RanksState, Scrape, Wake
 from .options import ServeOptions
 from .store import CANCELLED_WAITING, Store
+from .vigil import TIMES_SLOWEST
 
 LOAD_TIMEOUT_S = 3600.0
+_MODEL = "model"
+"""Name under which the store holds whose jobs it has."""
 MAX_PAUSE_S = 30.0
 STOP_S = 7.0
 LATER_S = 15.0
@@ -56,7 +60,7 @@ class Supervisor:
             dtype=options.dtype,
             device=options.device,
             max_in_flight=self.slots,
-            timeout_s=options.step_timeout_s + LATER_S,
+            timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # what `Vigil` decides comes first
             session=self._session,
             attention_backend=options.attention_backend,
             live=True,
@@ -88,6 +92,7 @@ class Supervisor:
         """Until told to stop; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.loop.call(self.stop, number))
+        self._check_model()
         last_resort = LastResort(self.log)
         again = self.store.recover()
         host, port = self.listener.getsockname()[:2]
@@ -105,6 +110,20 @@ class Supervisor:
         if self.error is not None:
             raise self.error
         return self.code
+
+    def _check_model(self) -> None:
+        """Raise InputError where jobs wait for another model: they would get its pictures."""
+        folder, before = Path(self.options.model).expanduser(), self.store.recall(_MODEL)
+        model = str(folder.resolve()) if folder.is_dir() else self.options.model
+        counts = self.store.counts()
+        waiting = counts.get("queued", 0) + counts.get("in_progress", 0)
+        if waiting and before not in (None, model):
+            raise InputError(
+                f"the data folder {self.options.data_dir} holds {waiting} unfinished job{'s' * (waiting > 1)} of "
+                f"{before}; serve that, or choose another folder with --data-dir"
+            )
+        if before != model:
+            self.store.remember(_MODEL, model)
 
     # Events.
 

@@ -29,7 +29,7 @@ from .body import Body, read_body
 from .context import Context
 from .errors import ApiError, busy, from_input_error
 from .fields import PICTURES, check_fields
-from .pictures import check_picture
+from .pictures import check_header, check_whole
 from .resolve import arguments, check_model, pipeline_names
 from .sources import input_pictures
 from .views import length
@@ -60,15 +60,18 @@ async def accept(
     _check_kind(info["signature"], kind)
     values = check_fields(model, body.values, pipeline_names(info))
     check_model(values, context.options)
-    pictures = await _pictures(values, body, info, context)
-    if needs_picture and not pictures:
+    field, takes = _picture_field(values, body, info)
+    if needs_picture and field is None:
         raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
+    asked = arguments(values, takes, context.options)
+    pictures = {} if field is None else await _pictures(field, values, body, takes, context)
     # A client that sends a key can ask again for the result, so that its job goes on without it.
     waits = waits and key is None
 
     def store() -> Job:
-        new = _new_job(values, pictures, info, context, kind, waits=waits, key=key, owner=owner(request))
-        job, is_new = _store(context, new)
+        whose = owner(request)
+        new, work = _new_job(asked, values, pictures, takes, info, context, kind, waits=waits, key=key, owner=whose)
+        job, is_new = _store(context, new, work)
         if is_new:
             context.board.wake()
         return job
@@ -96,10 +99,10 @@ def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
         raise ApiError(400, f"this server makes {takes.kind}s; use {right}", code="wrong_kind", param="model")
 
 
-async def _pictures(
-    values: Mapping[str, Any], body: Body, info: Mapping[str, Any], context: Context
-) -> dict[str, bytes]:
-    """Checked input pictures by file name."""
+def _picture_field(
+    values: Mapping[str, Any], body: Body, info: Mapping[str, Any]
+) -> tuple[str | None, PipelineSignature]:
+    """The field in which input pictures came, if any, and the pipeline that will run then."""
     plain, takes = info["signature"], info.get("signature_with_image") or info["signature"]
     given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name)), None)
     if given is None and plain.needs_image:
@@ -109,24 +112,31 @@ async def _pictures(
     if given is not None and takes.image_name is None:
         text = f"{given}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
         raise ApiError(400, text, code="invalid_value", param=given)
-    if given is None:
-        return {}
+    return given, plain if given is None else takes
+
+
+async def _pictures(
+    field: str, values: Mapping[str, Any], body: Body, takes: PipelineSignature, context: Context
+) -> dict[str, bytes]:
+    """Checked input pictures by file name."""
+    limits = context.options.limits
     async with context.fetching if context.options.fetch_hosts else nullcontext():
         found = await run_in_threadpool(input_pictures, values, body, context.options)
     if len(found) > 1 and takes.one_image:
-        text = f"{given}: {takes.class_name} takes one picture, there are {len(found)}; give one"
-        raise ApiError(400, text, code="too_many_images", param=given)
-    pictures: dict[str, bytes] = {}
-    for index, (param, data) in enumerate(found):
+        text = f"{field}: {takes.class_name} takes one picture, there are {len(found)}; give one"
+        raise ApiError(400, text, code="too_many_images", param=field)
+    suffixes = [check_header(data, limits, param) for param, data in found]
+    for param, data in found:
         async with context.decoding:
-            suffix = await run_in_threadpool(check_picture, data, context.options.limits, param)
-        pictures[f"input-{index}.{suffix}"] = data
-    return pictures
+            await run_in_threadpool(check_whole, data, param)
+    return {f"input-{index}.{suffixes[index]}": data for index, (_, data) in enumerate(found)}
 
 
 def _new_job(
+    request: dict[str, Any],
     values: Mapping[str, Any],
     pictures: dict[str, bytes],
+    takes: PipelineSignature,
     info: Mapping[str, Any],
     context: Context,
     kind: Kind,
@@ -134,20 +144,16 @@ def _new_job(
     waits: bool,
     key: str | None,
     owner: str | None,
-) -> NewJob:
-    takes = (info.get("signature_with_image") if pictures else None) or info["signature"]
-    request = arguments(values, takes, context.options)
+) -> tuple[NewJob, estimate.Work]:
     seed = values.get("seed")
     seed = secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
     stand_ins = [Image.new("RGB", (8, 8)) for _ in pictures]  # the real ones were decoded once, which is enough
     try:
         built = build_request(request, seed, stand_ins, info)
         work = estimate.work_of(request, takes)
-        known = context.store.recall(estimate.MEMORY)
-        estimate.refuse_if_too_large(work, known, limit_bytes(1))
     except InputError as error:
         raise from_input_error(error, {*values, *takes.choices, "prompt", "size"}) from error
-    return NewJob(
+    new = NewJob(
         kind=kind,
         request=request,
         seed=seed,
@@ -160,6 +166,7 @@ def _new_job(
         idempotency_key=key,
         fingerprint=_fingerprint(kind, values, pictures),
     )
+    return new, work
 
 
 def _view(request: Mapping[str, Any], takes: PipelineSignature, fps: float) -> dict[str, Any]:
@@ -181,12 +188,16 @@ def _fingerprint(kind: Kind, values: Mapping[str, Any], pictures: Mapping[str, b
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _store(context: Context, new: NewJob) -> tuple[Job, bool]:
+def _store(context: Context, new: NewJob, work: estimate.Work) -> tuple[Job, bool]:
     options = context.options
     try:
+        if not context.store.knows(new):
+            estimate.refuse_if_too_large(work, context.store.recall(estimate.MEMORY), limit_bytes(1))
         return context.store.accept(new, queue_size=options.queue_size, of_owner=options.limits.jobs_per_key)
     except QueueFull as error:
         raise busy(str(error), error.retry_after_s, "queue_full", 429) from error
+    except InputError as error:
+        raise from_input_error(error, {"size"}) from error
     except Conflict as error:
         raise ApiError(409, str(error), code="idempotency_conflict", param="Idempotency-Key") from error
     except (OSError, sqlite3.Error) as error:

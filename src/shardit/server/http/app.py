@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ... import __version__
 from ...logs import logger
@@ -87,16 +87,11 @@ async def _gone(request: Request, error: Any) -> Response:
     return Response(status_code=499)  # nobody reads it; the number is for the log
 
 
-async def _fault(request: Request, error: Any) -> Response:
-    _LOG.error("fault", error="".join(traceback.format_exception(error)), http_id=request.scope["state"]["http_id"])
-    return ApiError(500, "the server has a fault; its log says more", code="internal_error").response()
-
-
 _HANDLERS: dict[Any, Any] = {
     ApiError: _api_error,
     HTTPException: _http_error,
     RequestValidationError: _invalid,
     sqlite3.Error: _storage,
     ClientGone: _gone,
-    Exception: _fault,
+    ClientDisconnect: _gone,
 }

@@ -7,6 +7,7 @@ import asyncio
 import ipaddress
 import secrets
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -65,6 +66,12 @@ class Guard:
         self._metrics.open.inc()
         try:
             await self._answer(scope, receive, send_marked)
+        except Exception as error:
+            _LOG.error("fault", error="".join(traceback.format_exception(error)), http_id=request_id)
+            if seen["status"]:  # the answer has begun: all that is left is to cut it off
+                raise
+            fault = ApiError(500, "the server has a fault; its log says more", code="internal_error")
+            await fault.response()(scope, receive, send_marked)
         finally:
             self._metrics.open.dec()
             self._account(scope, method, seen["status"], time.monotonic() - began, request_id)

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import socket
+import sqlite3
 from typing import Any
 
 import uvicorn
@@ -50,7 +51,11 @@ async def _serve(options: ServeOptions, store: Store, link: Link, listener: sock
 
     board = Board(link.send, info=info.recall(store, options.model), on_info=keep)
     link.start(loop, board.deliver)
-    dropped = await loop.run_in_executor(None, store.drop_waiting)
+    try:
+        dropped = await loop.run_in_executor(None, store.drop_waiting)
+    except sqlite3.Error as error:  # a full disk, say: requests are told
+        _LOG.error("storage", error=str(error))
+        dropped = 0
     if dropped:
         _LOG.info("dropped", jobs=dropped, reason="their clients waited on a connection that is gone")
         board.wake()

@@ -15,10 +15,10 @@ from .errors import ApiError
 _FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
-def check_picture(data: bytes, limits: Limits, param: str) -> str:
-    """The file extension of a picture that can be used. Takes time and memory: call it in a thread, one at a time.
+def check_header(data: bytes, limits: Limits, param: str) -> str:
+    """The file extension of a picture, of which nothing is decoded.
 
-    Raises ApiError (400) for anything but a whole PNG, JPEG or WebP of at most `limits.pixels`.
+    Raises ApiError (400) for anything but a PNG, JPEG or WebP of at most `limits.pixels`.
     """
     kind = _format_of(data)
     if kind is None:
@@ -30,13 +30,20 @@ def check_picture(data: bytes, limits: Limits, param: str) -> str:
     if width < 1 or height < 1 or width * height > limits.pixels:
         text = f"has {width}x{height} pixels; give a picture of 1 to {limits.pixels} pixels"
         raise _refused(param, text, "too_large")
+    return _FORMATS[kind]
+
+
+def check_whole(data: bytes, param: str) -> None:
+    """Decode a picture once, after `check_header`. Takes time and memory: call it in a thread, one at a time.
+
+    Raises ApiError (400) where it is damaged.
+    """
     try:
         open_image(data)
     except InputError as error:
         raise _refused(param, f"cannot be used: {error}") from error
     except MemoryError as error:
         raise _refused(param, "does not fit the memory; give a smaller picture", "too_large") from error
-    return _FORMATS[kind]
 
 
 def _format_of(data: bytes) -> str | None:

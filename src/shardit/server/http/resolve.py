@@ -51,27 +51,52 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         filled = tiny.filled_in(options.model.removeprefix("tiny/"), named)
         given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
     _check_taken(given, values, takes)
-    check_limits(given, options.limits)
+    check_limits(given, takes, options.limits)
     return given
 
 
-def check_limits(given: Mapping[str, Any], limits: Limits) -> None:
-    """Raise ApiError for what is more than the server allows and its fields alone do not show."""
+def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Limits) -> None:
+    """Raise ApiError for what is more than the server allows and its fields alone do not show: products, lists, what
+    the pipeline does by default, and its own arguments that are steps, frames or tokens by their names."""
     for name in ("width", "height"):
         if given.get(name, 1) < 1:
             raise ApiError(
                 400, f"size must be at least 1x1, got {name} {given[name]}", code="invalid_value", param="size"
             )
-    pixels = given.get("width", 1) * given.get("height", 1)
-    resolution = given.get("resolution", 1)
-    if pixels > limits.pixels or resolution * resolution > limits.pixels:
-        param = "size" if pixels > limits.pixels else "resolution"
-        text = f"{param} is {max(pixels, resolution * resolution)} pixels, the limit is {limits.pixels}; ask for less"
-        raise ApiError(400, text, code="too_large", param=param)
-    for name in ("sigmas", "timesteps"):
-        if len(given.get(name, ())) > limits.steps:
-            text = f"{name} has {len(given[name])} entries, the limit is {limits.steps} steps; give fewer"
-            raise ApiError(400, text, code="too_large", param=name)
+    extra = given.get("extra_args", {})
+    asked = {name: value for name, value in {**takes.defaults, **extra, **given}.items() if value is not None}
+    if "num_inference_steps" not in {**extra, **given} and ("sigmas" in asked or "timesteps" in asked):
+        asked.pop("num_inference_steps", None)  # which the pipeline then does not look at
+    sides = {name: asked[name] for name in ("width", "height", "resolution") if _is_number(asked.get(name))}
+    if "width" in sides or "height" in sides:
+        _at_most("size", sides.get("width", _SIDE) * sides.get("height", _SIDE), limits.pixels, "pixels")
+    _at_most("resolution", sides.get("resolution", 0) ** 2, limits.pixels, "pixels")
+    bounds = {"steps": limits.steps, "frames": limits.frames, "tokens": limits.prompt_tokens}
+    for name, value in asked.items():
+        if name.endswith(("sigmas", "timesteps")):
+            _at_most(name, len(value) if isinstance(value, list) else 0, limits.steps, "steps")
+        elif (found := _COUNTED.search(name)) is not None:
+            unit = "tokens" if found[0] == "length" else found[0]
+            _at_most(name, max((one for one in _flat(value) if _is_number(one)), default=0), bounds[unit], unit)
+
+
+_SIDE = 1024
+"""Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
+_COUNTED = re.compile("steps|frames|tokens|length")
+
+
+def _at_most(name: str, value: float, limit: int, unit: str) -> None:
+    if value > limit:
+        text = f"{name} is {value:g} {unit}, the limit is {limit}; ask for less"
+        raise ApiError(400, text, code="too_large", param=name)
+
+
+def _flat(value: Any) -> list[Any]:
+    return [one for entry in value for one in _flat(entry)] if isinstance(value, list) else [value]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:

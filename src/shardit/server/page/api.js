@@ -31,6 +31,7 @@ export function useKey(given) {
 
 async function request(path, options = {}) {
   const headers = new Headers(options.headers);
+  if (key !== null && !/^[\x21-\x7e]+$/.test(key)) throw locked("An API key has only letters, digits and signs of ASCII.");
   if (key !== null) headers.set("Authorization", `Bearer ${key}`);
   let answer;
   try {
@@ -41,8 +42,12 @@ async function request(path, options = {}) {
   }
   if (answer.ok) return answer;
   const failure = await failureOf(answer);
-  if (answer.status === 401) tellLocked(failure.message);
-  throw failure;
+  throw answer.status === 401 ? locked(failure.message) : failure;
+}
+
+function locked(message) {
+  tellLocked(message);
+  return new ServerError(message, 401);
 }
 
 async function failureOf(answer) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from shardit.errors import InputError
 from shardit.server import estimate
 from shardit.server.estimate import Seen, Work, work_of
+from shardit.server.learned import Learned
+from shardit.server.options import ServeOptions
+from shardit.server.store import Store
 
 from .http_fake import IMAGE, VIDEO
 
@@ -100,3 +104,15 @@ def test_what_has_fitted_is_not_refused_until_it_does_not(
     if (largest := max(fitted, default=0)) > 0:
         estimate.refuse_if_too_large(work(largest), known, limit)
         assert estimate.expected_peak(largest + 1, known) >= estimate.expected_peak(largest, known)
+
+
+def test_a_new_start_is_another_chance_which_all_processes_see(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    options = ServeOptions("tiny/flux", tmp_path)
+    first = Learned(store, options)
+    first.out_of_memory(1000)
+    first.save()
+    assert store.recall(estimate.MEMORY)["failed"] == 1000
+    Learned(store, options).save()
+    assert store.recall(estimate.MEMORY)["failed"] is None
+    store.close()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shardit.engine.messages import Left
@@ -122,3 +123,33 @@ def test_a_killed_rank_and_a_new_start() -> None:
         ranks.begin(1, seed=1)
         (expected,) = by_diffusers("flux", 1, prompt="a cat")
         assert same([expected], ranks.ends(1)[0].output.images)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tensor_parallel_size": 2},
+        {"ulysses_degree": 2},
+        pytest.param({"ring_degree": 2}, marks=pytest.mark.full),
+        pytest.param({"vae_patch_parallel_size": 2, "pipeline_parallel_size": 2}, marks=pytest.mark.full),
+        pytest.param({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, marks=pytest.mark.full),
+        pytest.param({"ulysses_degree": 2, "cfg_parallel_size": 2}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_requests_come_and_go_on_other_axes(sizes: dict[str, int]) -> None:
+    with live_ranks("wan2.2-t2v", **sizes) as ranks:
+        ranks.begin(1, seed=1, num_inference_steps=20)
+        ranks.wait(lambda: 1 in ranks.steps(1))
+        ranks.begin(2, seed=2, prompt="a dog", height=64, width=64)
+        ranks.begin(3, seed=3, num_inference_steps=200)
+        ranks.wait(lambda: 2 in ranks.steps(3))
+        ranks.cancel(3)
+        assert all(one.cancelled for one in ranks.ends(3))
+        expected = {
+            1: by_diffusers("wan2.2-t2v", 1, prompt="a cat", num_inference_steps=20),
+            2: by_diffusers("wan2.2-t2v", 2, prompt="a dog", height=64, width=64),
+        }
+        for key, wanted in expected.items():
+            for ours, theirs in zip(frames(ranks.ends(key)), wanted, strict=True):
+                assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1, key

@@ -53,6 +53,10 @@ def test_with_an_api_key(browser: Browser, tmp_path: Path) -> None:
         key.fill("wrong")
         key.press("Enter")
         expect(visit.page.locator("#key-error")).to_contain_text("a valid API key is needed")
+        key.fill("\u043a\u043b\u044e\u0447")  # which no header can hold
+        key.press("Enter")
+        expect(visit.page.locator("#key-error")).to_contain_text("ASCII")
+        visit.page.reload()
         key.fill("right")
         key.press("Enter")
         visit.generate("slow whisper")

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from shardit.models import tiny
+from shardit.server.jobs import NewJob
+from shardit.server.store import Store
 
 from .real_server import RealServer, alive, at, real_server
 
@@ -193,6 +195,25 @@ def assert_one_end(server: RealServer) -> None:
 def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
     (line,) = refusal(*arguments, "--data-dir", str(tmp_path), *(["--port", "0"] if len(arguments) < 3 else []))
     assert words in line
+
+
+def test_jobs_that_wait_for_another_model(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0), queue_size=1)
+    store.remember("model", "tiny/qwen-image")
+    store.close()
+    (line,) = refusal("tiny/flux", "--data-dir", str(tmp_path), "--port", "0")
+    assert "holds 1 unfinished job of tiny/qwen-image; serve that, or choose another folder with --data-dir" in line
+
+
+@pytest.mark.full
+def test_replicas_share_a_queue(tmp_path: Path) -> None:
+    with real_server("flux", tmp_path / "data", "--data-parallel-size", "2", "--max-in-flight", "1") as server:
+        jobs = {seed: server.submit(seed, **LONG) for seed in range(4)}
+        server.wait(lambda: len(server.events("job_started")) >= 2, "two at a time")
+        assert not server.events("job_ended")
+        for seed, job_id in jobs.items():
+            server.check(job_id, seed, **LONG)
 
 
 @pytest.mark.full

@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--output", type=Path, required=True, help=".png or .mp4")
     args = parser.parse_args()
+    if not args.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {args.output.parent}")
     try:
         make(args)
     except OpenAIError as error:

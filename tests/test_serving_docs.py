@@ -65,6 +65,13 @@ def test_the_program_of_the_docs(
     av.open("cat.mp4").close()
 
 
+@pytest.mark.full
+def test_the_offline_program_of_the_docs(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(BLOCKS[-1])
+    run([sys.executable, "program.py"], tmp_path)
+    Image.open(tmp_path / "cat.png").close()
+
+
 @CURL
 def test_the_script_with_curl(images: Served, tmp_path: Path) -> None:
     said = run(["sh", str(ROOT / "examples/online_serving/curl.sh"), images.url], tmp_path)

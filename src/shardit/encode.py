@@ -113,7 +113,7 @@ def _codec_name() -> str:
     for name in ("libx264", "libopenh264", "mpeg4"):
         if name in av.codecs_available:
             return name
-    raise InputError("this build of PyAV has no encoder for MP4; install PyAV from PyPI (pip install av)")
+    raise InputError("this build of PyAV has no encoder for MP4; install one that has: pip install av")
 
 
 def _even_frames(frames: Sequence[Image.Image]) -> Iterator[VideoFrame]:

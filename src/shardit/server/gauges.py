@@ -35,7 +35,7 @@ class Gauges:
         self._phases = histogram("shardit_phase_seconds", "Time of a job in a phase", ("phase",))
         self._latency = histogram("shardit_job_seconds", "Time from acceptance to the end of a job", ("state",))
         self._memory = Gauge(
-            "shardit_rank_peak_bytes", "Peak memory during the newest job", ("rank",), registry=registry
+            "shardit_rank_peak_bytes", "Peak memory since the rank last had nothing to do", ("rank",), registry=registry
         )
         self._idle = Gauge(
             "shardit_rank_idle_share",

@@ -44,3 +44,20 @@ def test_quick_bench(tmp_path: Path) -> None:
     assert {row["ranks"] for row in document["schedules"]} == set(range(1, 9))
     for row in document["schedules"]:
         assert row["speedup"] <= row["formula"] + 1e-9, row
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_quick_bench_of_the_server(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench", "--quick", "--only", "serve", "--output", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())["serve"]
+    assert len(found["throughput_turns"]) == found["turns"] == 7
+    assert 0 < found["throughput_share"] < 2
+    assert found["cancel_most_steps"] <= 1
+    assert found["restart_beyond_start_s"] < 3
+    assert found["api_rss_mib"] < 150
+    assert found["health_requests"] > 10
+    assert "ranks' time while HTTP is flooded" in done.stdout

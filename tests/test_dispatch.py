@@ -126,6 +126,15 @@ def test_a_free_slot_comes_before_one_that_will_be_free(server: Server) -> None:
     server.finish_all()
 
 
+@pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
+def test_a_replica_with_memory_comes_before_one_with_none(server: Server) -> None:
+    server.jobs.learned.out_of_memory(1000 * 1000)
+    large, *small = [server.put(cost=cost, height=side, width=side) for cost, side in ((1, 995), (2, 140), (3, 140))]
+    where = {one.job.id: one.replica for one in server.jobs.running.values()}
+    assert where == {large: 0, small[0]: 1, small[1]: 1}
+    server.finish_all()
+
+
 def test_nothing_begins_before_the_ranks_are_up_or_while_they_fail(server: Server) -> None:
     server.fleet.failing = True
     first = server.put()

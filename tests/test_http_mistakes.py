@@ -84,6 +84,7 @@ def test_mistakes_are_named(images: Served, fields: dict[str, Any], param: str |
         {"num_frames": 1001},
         {"fps": 0},
         {"fps": 1000},
+        {"seconds": "1", "num_frames": 26},
         {"response_format": "url"},
         {"input_reference": {"file_id": "file-1"}},
     ],

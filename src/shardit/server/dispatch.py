@@ -168,9 +168,7 @@ class Dispatcher:
             self.builder.forget()
             return False
         is_ready = self.builder.ready(job, self.info)  # while it waits for a slot, too
-        if (replica := self._free_replica()) is None:
-            return False
-        if not is_ready or self._must_be_alone(job) or not self._fits(job, replica):
+        if not is_ready or self._must_be_alone(job) or (replica := self._free_replica(job)) is None:
             return False
         if self.store.start(job.id):
             self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
@@ -181,14 +179,16 @@ class Dispatcher:
         beside = [running.job for running in self.running.values()]
         return bool(beside) and any(one.deaths >= SUSPECT_AFTER for one in (job, *beside))
 
-    def _free_replica(self) -> int | None:
-        """One with a slot that is free or, where none is, will be soon: the ranks then have the next job when it is."""
+    def _free_replica(self, job: Job) -> int | None:
+        """One with memory for the job and a slot that is free or, where none is, will be soon: the ranks then have the
+        next job when it is."""
         taken, staying = [0] * self._replicas, [0] * self._replicas
         for running in self.running.values():
             taken[running.replica] += not running.ahead
             staying[running.replica] += not running.leaving
-        best = min(range(self._replicas), key=lambda replica: (taken[replica], staying[replica]))
-        return best if staying[best] < self.slots else None
+        best_first = sorted(range(self._replicas), key=lambda replica: (taken[replica], staying[replica]))
+        free = (replica for replica in best_first if staying[replica] < self.slots and self._fits(job, replica))
+        return next(free, None)
 
     def _fits(self, job: Job, replica: int) -> bool:
         """Whether the memory suffices for a job beside those that it will meet on the replica, whichever leave first.

@@ -73,7 +73,7 @@ def field_models(limits: Limits) -> FieldModels:
     pictures = _optional(source | list[source], "Input pictures as data: URLs.")
     formats = _optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
     length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,4}(\.[0-9]{1,4})?|auto)$")]
-    seconds = _optional(length | float, "Length; num_frames = round(seconds x fps) + 1 where that is not given.")
+    seconds = _optional(length | float, "Length: num_frames = round(seconds x fps) + 1.")
     return FieldModels(
         image=_model("ImageRequest", {**shared, "response_format": formats, "image": pictures}),
         edit=_model("ImageEditRequest", {**shared, "response_format": formats, "image": pictures}),

@@ -44,8 +44,9 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         _put(given, "width", width, "size")
         _put(given, "height", height, "size")
     seconds = given.pop("seconds", "auto")
-    if seconds != "auto" and "num_frames" not in given:
-        given["num_frames"] = _frames(float(seconds), float(given.get("fps") or takes.default_fps), options.limits)
+    if seconds != "auto":
+        frames = _frames(float(seconds), float(given.get("fps") or takes.default_fps), options.limits)
+        _put(given, "num_frames", frames, "seconds")
     if options.model.startswith("tiny/"):
         named = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & set(given) else [])}
         filled = tiny.filled_in(options.model.removeprefix("tiny/"), named)

@@ -12,6 +12,9 @@ from ..options import Limits, ServeOptions
 from .errors import ApiError
 from .fields import PICTURES, ROUTING
 
+_SIDE = 1024
+"""Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
+_COUNTED = re.compile("steps|frames|tokens|length")
 # Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be.
 _NOT_SENDABLE = re.compile(r"^output_type$|embeds|latents|mask|image|video|callback|generator|guess|processor")
 
@@ -81,14 +84,9 @@ def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Lim
             _at_most(name, max((one for one in _flat(value) if _is_number(one)), default=0), bounds[unit], unit)
 
 
-_SIDE = 1024
-"""Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
-_COUNTED = re.compile("steps|frames|tokens|length")
-
-
 def _at_most(name: str, value: float, limit: int, unit: str) -> None:
     if value > limit:
-        text = f"{name} is {value:g} {unit}, the limit is {limit}; ask for less"
+        text = f"{name} is {value} {unit}, the limit is {limit}; ask for less"
         raise ApiError(400, text, code="too_large", param=name)
 
 

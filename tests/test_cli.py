@@ -328,3 +328,27 @@ def test_flags_of_the_contract(capsys):
     text = capsys.readouterr().out
     shown = text.replace(",", " ").split()
     assert [flag for flag in CONTRACT_FLAGS.split() if flag not in shown] == []
+
+
+def test_further_arguments_of_the_pipeline(omni):
+    flags = ("use_resolution_binning=false", "strength=0.4", "caption=a b", "sizes=[1, 2]", "empty=")
+    assert generate(*(word for flag in flags for word in ("--extra", flag))) == 0
+    params = FakeOmni.last.params
+    assert params.strength == 0.4  # a field, though it has no flag
+    assert params.extra_args == {"use_resolution_binning": False, "caption": "a b", "sizes": [1, 2], "empty": ""}
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--extra", "x"], "--extra must be name=value"),
+        (["--extra", "x=False"], "write x=false"),
+        (["--extra", "x=1", "--extra", "x=2"], "x is given twice"),
+        (["--extra", "width=64", "--width", "32"], "width is given twice"),
+        (["--extra", "strength=2"], "strength must be at most 1"),
+    ],
+)
+def test_wrong_further_arguments(omni, capsys, flags, text):
+    assert generate(*flags) == 2
+    assert text in capsys.readouterr().err
+    assert FakeOmni.last is None

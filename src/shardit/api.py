@@ -12,7 +12,7 @@ from torch import nn
 
 from .callbacks import calling, interrupt_members
 from .components import OFFLOAD, SAVE, components_of, device_of, guard, refuse_hooks, refused
-from .config import DiffusionParallelConfig
+from .config import DiffusionParallelConfig, config_of
 from .core.assign import Assignment, Cut, assign, assign_blocks, denoises
 from .core.comm import Comm
 from .core.mesh import Mesh, init_mesh
@@ -39,19 +39,22 @@ T = TypeVar("T")
 
 def parallelize(
     module_or_pipeline: T,
-    config: DiffusionParallelConfig,
+    config: DiffusionParallelConfig | None = None,
     *,
     plan: Plan | Mapping[str, Plan] | None = None,
     timeout_s: float = 600,
+    **parallel: Any,
 ) -> T:
     """Spread a diffusers transformer, or a whole pipeline, over the ranks; works in place and returns the same object.
 
     Collective: every rank holds the same object and calls this, and later the object, alike; every rank gets the full
     result. The process group is started from the environment (torchrun) if there is none. `plan` overrides what is
     found in a transformer (for a pipeline: one for all, or by component name). `timeout_s` bounds every wait.
+    `parallel`: fields of the configuration as keywords, in its place: parallelize(pipe, tensor_parallel_size=2).
 
     Raises InputError where world size, partition or device do not fit, UnsupportedError where it cannot be done right.
     """
+    config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline
     modules = components_of(target)
     if modules is None and config.vae_patch_parallel_size > 1:
@@ -89,13 +92,15 @@ def load(
     plan: Plan | Mapping[str, Plan] | None = None,
     pipeline_class: str | type | None = None,
     timeout_s: float = 600,
+    **parallel: Any,
 ) -> Any:
     """The parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it owns.
 
     Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
-    `from_pretrained`. Raises InputError/UnsupportedError with one line.
+    `from_pretrained`. parallel: fields of the configuration as keywords, in its place. Raises
+    InputError/UnsupportedError with one line.
     """
-    config = config or DiffusionParallelConfig()
+    config = config_of(config, parallel, "load", ("config", "dtype", "device", "plan", "pipeline_class", "timeout_s"))
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     pipe, _, _ = load_parallel(model, config, mesh, dtype=dtype, plan=plan, pipeline_class=pipeline_class)
     return pipe

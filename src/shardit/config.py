@@ -123,6 +123,26 @@ class DiffusionParallelConfig:
         return product
 
 
+def config_of(
+    config: Any, fields_given: Mapping[str, Any], callee: str, others: Sequence[str] = ()
+) -> DiffusionParallelConfig:
+    """The configuration that a call of `callee` asks for, given whole or by its fields as keywords.
+
+    `others` are the keywords that `callee` takes itself. Raises InputError where both are given, where `config` is
+    something else, or where a keyword is neither a field nor one of `others`.
+    """
+    names = [item.name for item in fields(DiffusionParallelConfig)]
+    reject_unknown_names(callee, fields_given, [*others, *names])
+    if config is not None and not isinstance(config, DiffusionParallelConfig):
+        raise InputError(f"{callee}: the parallel configuration must be a DiffusionParallelConfig, got {config!r:.80}")
+    if config is not None and fields_given:
+        raise InputError(
+            f"{callee}: {next(iter(fields_given))} is a field of the parallel configuration, which is given too; "
+            "set it there, or leave the configuration out"
+        )
+    return config if config is not None else DiffusionParallelConfig(**fields_given)
+
+
 def parse_layer_partition(text: str, source: str) -> tuple[int, ...]:
     """Turn "8,12,12,8" into (8, 12, 12, 8); `source` is what an error calls the text."""
     entries = [entry.strip() for entry in text.split(",")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import typing
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from shardit.config import DiffusionParallelConfig, parse_layer_partition
 from shardit.errors import InputError
 from shardit.images import open_image
 from shardit.output import check_path
-from shardit.params import OmniDiffusionSamplingParams
+from shardit.params import OmniDiffusionSamplingParams, field_names
 
 
 class Dtype(str, Enum):
@@ -106,6 +107,13 @@ class GenerateFlags(ParallelFlags):
     true_cfg_scale: Annotated[float | None, Option(help="Guidance strength against the negative prompt.")] = None
     seed: Annotated[int | None, Option(help="Seed, from 0. [default: drawn, printed and recorded]")] = None
     num_outputs_per_prompt: Annotated[int, Option(help="Pictures or videos to make.")] = 1
+    extra: Annotated[
+        list[str] | None,
+        Option(
+            metavar="<name=value>",
+            help="Any further argument of the pipeline, its value as JSON or plain text; repeat the flag for several.",
+        ),
+    ] = None
     dtype: DtypeFlag = None
     attention_backend: Annotated[
         str | None, Option(help="Attention back end, as set_attention_backend in diffusers. [default: native]")
@@ -147,7 +155,23 @@ class GenerateFlags(ParallelFlags):
 
     def sampling_params(self) -> OmniDiffusionSamplingParams:
         """The second argument of `Omni.generate`."""
-        return OmniDiffusionSamplingParams(**self._given(), **self.filled_in())
+        given, extra = self._given(), self.extra_arguments()
+        if repeated := sorted(given.keys() & extra.keys()):
+            raise InputError(f"{repeated[0]} is given twice, by its own flag and by --extra; give one of them")
+        fields = {name: extra.pop(name) for name in list(extra) if name in field_names() and name != "extra_args"}
+        return OmniDiffusionSamplingParams(**given, **fields, **self.filled_in(), extra_args=extra)
+
+    def extra_arguments(self) -> dict[str, Any]:
+        """The values of --extra by name. Raises InputError for what is not NAME=VALUE, or given twice."""
+        found: dict[str, Any] = {}
+        for entry in self.extra or ():
+            name, sign, text = entry.partition("=")
+            if not (sign and name.isidentifier()):
+                raise InputError(f"--extra must be name=value, as in use_resolution_binning=false, got {entry!r}")
+            if name in found:
+                raise InputError(f"--extra {name} is given twice; give it once")
+            found[name] = _as_value(name, text)
+        return found
 
     def filled_in(self) -> dict[str, Any]:
         """What a tiny model runs with because no flag says otherwise; nothing for other models."""
@@ -155,11 +179,22 @@ class GenerateFlags(ParallelFlags):
             return {}
         from shardit.models import tiny
 
-        return tiny.filled_in(self.model.removeprefix("tiny/"), self._given())
+        return tiny.filled_in(self.model.removeprefix("tiny/"), {**self._given(), **self.extra_arguments()})
 
     def _given(self) -> dict[str, Any]:
         names = {item.name for item in dataclasses.fields(OmniDiffusionSamplingParams)} - {"negative_prompt"}
         return {name: value for name, value in vars(self).items() if name in names and value is not None}
+
+
+def _as_value(name: str, text: str) -> Any:
+    """The value of `--extra name=text`: JSON, or the text itself where it is none."""
+    python = {"True": "true", "False": "false", "None": "null"}
+    if text in python:
+        raise InputError(f"--extra {name}={text}: values are JSON; write {name}={python[text]}")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def as_command(

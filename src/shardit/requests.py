@@ -232,14 +232,14 @@ def _extra_args_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_name(name: str, takes: PipelineSignature) -> None:
     if name in _RESERVED:
         raise InputError(f"{name} cannot be given; {_RESERVED[name]}")
-    if name not in takes.names and not takes.takes_any and name not in field_names():
+    if name not in takes.names and name not in field_names():
         known = takes.choices
         nearest = did_you_mean(str(name), known)
         raise InputError(f"{takes.class_name} takes no {name!r}{nearest}; it takes: {', '.join(known)}")
 
 
 def _check_taken(params: OmniDiffusionSamplingParams, takes: PipelineSignature) -> None:
-    refused = [name for name in params.given() if name not in takes.choices and not takes.takes_any]
+    refused = [name for name in params.given() if name not in takes.choices]
     if params.num_outputs_per_prompt == 1 and "num_outputs_per_prompt" in refused:
         refused.remove("num_outputs_per_prompt")  # one is what every pipeline makes
     if refused:
@@ -254,7 +254,7 @@ def _prompt(values: Mapping[str, Any], kwargs: Mapping[str, Any], takes: Pipelin
         return None
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be a string, got {type(prompt).__name__}; give a list of prompts for several")
-    if "prompt" not in takes.names and not takes.takes_any:
+    if "prompt" not in takes.names:
         raise InputError(f"{takes.class_name} takes no prompt; it takes: {', '.join(takes.choices)}")
     return prompt
 

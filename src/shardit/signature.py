@@ -39,8 +39,6 @@ class PipelineSignature:
     """Defaults that are plain values (None, bool, number, string)."""
     required: tuple[str, ...] = ()
     """Arguments without a default."""
-    takes_any: bool = False
-    """Whether `__call__` also has **kwargs."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, where its configuration tells."""
 
@@ -102,14 +100,33 @@ def signature_of(pipeline_class: type, model_index: Mapping[str, Any] | None = N
     `model_index` is the content of the checkpoint's model_index.json; with it Wan2.2-TI2V (24 frames per second) is
     told from the other Wans (16), which have the same pipeline class.
     """
-    parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
-    named = [item for item in parameters if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
+    named = _named_parameters(pipeline_class)
     simple = (type(None), bool, int, float, str)
     return PipelineSignature(
         class_name=pipeline_class.__name__,
         names=tuple(item.name for item in named),
         defaults={item.name: item.default for item in named if isinstance(item.default, simple)},
         required=tuple(item.name for item in named if item.default is item.empty),
-        takes_any=any(item.kind is item.VAR_KEYWORD for item in parameters),
         native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
     )
+
+
+def _named_parameters(pipeline_class: type) -> list[inspect.Parameter]:
+    """The named parameters of `__call__`, without self.
+
+    Where it also has **kwargs, those of the `__call__` that it overrides belong to them: it may pass names on. Any
+    other name in **kwargs is dropped without a word by most pipelines, so it does not count.
+    """
+    is_module = any(base.__module__ == "torch.nn.modules.module" for base in pipeline_class.__mro__)
+    method = "forward" if is_module else "__call__"
+    found: dict[str, inspect.Parameter] = {}
+    for base in pipeline_class.__mro__:
+        if method not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)[method]).parameters.values())[1:]
+        for item in parameters:
+            if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
+                found.setdefault(item.name, item)
+        if all(item.kind is not item.VAR_KEYWORD for item in parameters):
+            break
+    return list(found.values())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from shardit.config import DiffusionParallelConfig
+from shardit.config import DiffusionParallelConfig, config_of
 from shardit.engine.boot import started_by_torchrun
 from shardit.engine.channel import Channel, Closed, encode
 from shardit.engine.launch import Nursery
@@ -35,7 +36,8 @@ class Omni:
     model: hub id, folder or "tiny/NAME". dtype: "bfloat16", "float16", "float32", a torch dtype, or None for what
     diffusers would choose for each component. device: "cuda", "cpu" or None for what there is. max_in_flight: requests
     that run at the same time. timeout_s: longest time without any progress, in seconds. attention_backend: a name that
-    diffusers' set_attention_backend takes, None for its default.
+    diffusers' set_attention_backend takes, None for its default. parallel: fields of `parallel_config` as keywords, in
+    its place: Omni(model, pipeline_parallel_size=2).
 
     Returns when every rank has loaded its share. Raises InputError for what can be corrected and RankError where a
     rank fails. Under torchrun no processes are started, and every rank makes its own Omni with the same arguments.
@@ -53,9 +55,12 @@ class Omni:
         max_in_flight: int = 1,
         timeout_s: float = 600,
         attention_backend: str | None = None,
+        **parallel: Any,
     ):
         self._closed = False
-        spec = _spec(model, parallel_config, dtype, device, max_in_flight, timeout_s, attention_backend, self._session)
+        own = [name for name in inspect.signature(Omni).parameters if name not in ("model", "parallel")]
+        config = config_of(parallel_config, parallel, "Omni", own)
+        spec = _spec(model, config, dtype, device, max_in_flight, timeout_s, attention_backend, self._session)
         self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec)
         self._finalizer = weakref.finalize(self, self._ranks.close)
         try:
@@ -254,7 +259,7 @@ def _encode(message: Generate) -> list[Any]:
 
 def _spec(
     model: Any,
-    config: Any,
+    config: DiffusionParallelConfig,
     dtype: Any,
     device: Any,
     max_in_flight: Any,
@@ -265,8 +270,6 @@ def _spec(
     """Check the types of all arguments; what they mean is checked where the model is read."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
-    if config is not None and not isinstance(config, DiffusionParallelConfig):
-        raise InputError(f"parallel_config must be a DiffusionParallelConfig, got {type(config).__name__}")
     for name, value, kind in (("dtype", dtype, "dtype"), ("device", device, "device")):
         # torch's own types by name: this process need not import torch.
         known = isinstance(value, str) or (type(value).__module__, type(value).__name__) == ("torch", kind)
@@ -283,7 +286,7 @@ def _spec(
         raise InputError(f"attention_backend must be a name or None, got {attention_backend!r}")
     return SessionSpec(
         model=os.fspath(model) if isinstance(model, os.PathLike) else model,
-        config=config or DiffusionParallelConfig(),
+        config=config,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         device=None if device is None else str(device),
         max_in_flight=max_in_flight,

@@ -101,7 +101,7 @@ def _is_number(value: Any) -> bool:
 def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:
     for name, value in given.items():
         needless = name == "num_outputs_per_prompt" and value == 1  # one is what every pipeline makes
-        if name in takes.choices or name in ("prompt", "extra_args") or takes.takes_any or needless:
+        if name in takes.choices or name in ("prompt", "extra_args") or needless:
             continue
         said = name if name in values else _SAID_AS[name]
         raise ApiError(400, f"{takes.class_name} takes no {said}; leave it out", code="invalid_value", param=said)
@@ -129,7 +129,7 @@ def _frames(seconds: float, fps: float, limits: Limits) -> int:
 
 def _check_extra(extra: Mapping[str, Any], takes: PipelineSignature) -> None:
     for name in extra:
-        if name not in takes.names and not takes.takes_any:
+        if name not in takes.names:
             text = f"{takes.class_name} takes no {name!r}; leave extra_args.{name} out"
             raise ApiError(400, text, code="invalid_value", param="extra_args")
         if _NOT_SENDABLE.search(name):

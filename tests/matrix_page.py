@@ -9,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "supported-models.md"
 RESULTS = ROOT / "build" / "matrix"
+SURVEY = "## Every pipeline class"
+"""Where the part of the page begins that tests/pipelines/table.py writes."""
 
 WAYS: dict[str, dict[str, int]] = {
     "pp 2": {"pipeline_parallel_size": 2, "pipeline_chunks": 1},
@@ -59,4 +61,5 @@ def render(results: Path, names: tuple[str, ...]) -> str:
 if __name__ == "__main__":
     from shardit.models import tiny
 
-    PAGE.write_text(render(RESULTS, tiny.names()), encoding="utf-8")
+    _, heading, survey = PAGE.read_text(encoding="utf-8").partition(f"\n{SURVEY}")
+    PAGE.write_text(render(RESULTS, tiny.names()) + heading + survey, encoding="utf-8")

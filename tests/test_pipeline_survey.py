@@ -1,0 +1,68 @@
+"""Whole calls of pipeline classes of diffusers over two ranks: the same result as plain, or refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from tests.pipelines.entry import entries, not_built, pipeline_classes
+from tests.pipelines.measure import measure, merged, note
+from tests.pipelines.runs import AXES, NotSame, Outcome, distance
+
+
+def check(outcomes: Sequence[Outcome]) -> None:
+    """Every outcome must be what its entry says."""
+    bad = []
+    for outcome in outcomes:
+        expected = entries()[outcome.name].refused.get(outcome.axis)
+        if outcome.kind == "plain" or (expected is None and outcome.kind == "right"):
+            continue
+        if outcome.kind != "refused" or expected is None or expected not in outcome.message:
+            bad.append(f"{outcome.name}, {outcome.axis}: {outcome.kind}, {outcome.message}")
+    assert not bad, "\n".join(bad)
+
+
+def test_a_few_pipelines() -> None:
+    names = [name for name, entry in entries().items() if entry.fast]
+    outcomes = measure([(name, axis) for name in names for axis in AXES], timeout=200)
+    check(outcomes)
+    assert len(outcomes) == len(names) * len(AXES) >= 6
+    assert all(outcome.kind != "plain" for outcome in outcomes)
+    assert all(outcome.held < 1 for outcome in outcomes), outcomes  # what a rank did not hold it cannot have computed
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("letter", sorted({name[0] for name in entries()}))
+def test_every_pipeline(letter: str) -> None:
+    tasks = [(name, axis) for name in entries() if name[0] == letter for axis in AXES]
+    outcomes = measure(tasks, timeout=850)
+    note(outcomes)
+    check(outcomes)
+
+
+@pytest.mark.full
+def test_every_class_has_an_entry_or_a_reason() -> None:
+    classes = pipeline_classes()
+    assert len(classes) > 200
+    without = [name for name, rule in classes.items() if not rule and name not in {**entries(), **not_built()}]
+    assert not without
+    assert not {name for name in {**entries(), **not_built()} if name not in classes}
+    assert not entries().keys() & not_built().keys()
+
+
+def test_the_comparison_can_fail() -> None:
+    one = np.ones((2, 3), np.float32)
+    assert distance([one], [one.copy()]) == 0
+    assert distance([one], [one + np.float32(1e-6)]) > 0
+    assert distance([one * np.nan], [one]) != 0
+    with pytest.raises(NotSame):
+        distance([one], [one[:1]])
+    with pytest.raises(NotSame):
+        distance([one], [one, one])
+    with pytest.raises(NotSame):
+        distance([np.asarray("a")], [np.asarray("b")])
+    right, refused = (Outcome("P", "pp 2", kind) for kind in ("right", "refused"))
+    assert merged([right, refused]).kind == "failed"  # one rank would have waited for the other

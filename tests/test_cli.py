@@ -123,6 +123,8 @@ def test_defaults_are_the_pipelines(omni, tmp_path):
     assert made.params == OmniDiffusionSamplingParams()
     assert made.prompts == {"prompt": "a"}
     assert made.arguments["dtype"] is None
+    assert generate("--dtype=transformer=bfloat16,vae=fp32") == 0
+    assert FakeOmni.last.arguments["dtype"] == {"transformer": "bfloat16", "vae": "float32"}
     assert (tmp_path / "output.png").exists()
 
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from shardit.loading import Reads, load_pipeline
+from shardit.loading.dtypes import as_dtype
 from shardit.models import tiny
 from shardit.models.processor import build_processor, is_needed
 
@@ -91,6 +92,22 @@ def test_float16_keeps_what_the_class_keeps_in_float32():
     ours = load_pipeline(folder, place=own_everything, dtype="float16")
     assert_same_pipeline(ours, reference(folder, torch.float16))
     assert {p.dtype for p in ours.transformer.parameters()} == {torch.float16, torch.float32}
+
+
+BY_COMPONENT = [
+    {"transformer": "bfloat16", "transformer_2": torch.float16, "vae": "fp32"},
+    {"vae": torch.float32, "default": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("dtype", BY_COMPONENT, ids=["named", "default"])
+def test_a_dtype_for_each_component(dtype):
+    """The rest is float32, as in diffusers, unless there is a default."""
+    ours = load_pipeline("tiny/wan2.2-t2v", place=own_everything, dtype=dtype)
+    assert_same_pipeline(
+        ours,
+        reference(tiny.resolve("tiny/wan2.2-t2v"), {name: as_dtype(value) for name, value in dtype.items()}),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from shardit.errors import InputError, UnsupportedError
 from shardit.loading import Checkpoint, Header, Reads, components, pipeline_class, read_into, read_tensor, resolve
-from shardit.loading.dtypes import as_dtype
+from shardit.loading.dtypes import as_dtype, check_components, dtype_of, setting
 from shardit.loading.weight_names import choose
 
 ALL_DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -276,3 +276,35 @@ def test_dtypes():
     for wrong in ("int8", "float8_e4m3fn", torch.int32, "auto"):
         with pytest.raises(InputError, match="use float32"):
             as_dtype(wrong)
+
+
+def test_dtypes_by_component():
+    chosen = setting("transformer=bf16, vae=float32")
+    assert (
+        chosen
+        == {"transformer": "bfloat16", "vae": "float32"}
+        == setting({"transformer": torch.bfloat16, "vae": "fp32"})
+    )
+    assert [dtype_of(chosen, name) for name in ("transformer", "vae", "text_encoder")] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,  # as in diffusers
+    ]
+    assert dtype_of(setting("default=bf16,vae=fp32"), "text_encoder") == torch.bfloat16
+    assert (setting(None), setting("fp16"), setting(torch.float64)) == (None, "float16", "float64")
+    assert dtype_of(None, "vae") is None
+    check_components(chosen, ["transformer", "vae"])
+    with pytest.raises(InputError, match="no component 'vae' with weights; it has unet, text_encoder, default"):
+        check_components({"vae": "float32"}, ["unet", "text_encoder"])
+    for wrong, says in [
+        ("transformer=int8", "--dtype['transformer'] 'int8' is not known"),
+        ("transformer=", "--dtype must be as in bfloat16 or transformer=bfloat16,vae=float32"),
+        ("vae=fp32,vae=fp16", "each component once"),
+        ({}, "must name components"),
+        ({1: "fp32"}, "must name components"),
+        ({"vae": None}, "'None' is not known"),
+        (torch.int8, "use float32, bfloat16 or float16"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(says)) as error:
+            setting(wrong, "--dtype")
+        one_line(error)

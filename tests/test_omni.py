@@ -15,10 +15,12 @@ import time
 import av
 import numpy as np
 import pytest
+import torch
 from bench.served import children
+from diffusers import WanPipeline
 from PIL import Image
 
-from shardit import OmniDiffusionSamplingParams, RankError
+from shardit import InputError, Omni, OmniDiffusionSamplingParams, RankError
 from shardit.cli import main
 from shardit.models import tiny
 from tests.real_omni import by_diffusers, plain, same, started
@@ -97,6 +99,23 @@ def test_several_params(flux):
     outputs = flux.generate(["a", "b"], [params(seed=1), params(seed=2, guidance_scale=1.0)])
     assert same(by_diffusers("flux", 1, prompt="a"), outputs[0].images)
     assert same(by_diffusers("flux", 2, prompt="b", guidance_scale=1.0), outputs[1].images)
+
+
+def test_a_dtype_for_each_component():
+    chosen = {"transformer": torch.bfloat16, "transformer_2": torch.bfloat16, "default": torch.float32}
+    plain = WanPipeline.from_pretrained(str(tiny.resolve("tiny/wan2.2-t2v")), torch_dtype=chosen)
+    call = {**tiny.defaults("wan2.2-t2v"), "prompt": "a", "num_inference_steps": 2, "output_type": "pil"}
+    with started("wan2.2-t2v", dtype=chosen) as omni:
+        (output,) = omni.generate({**call, "seed": 1})
+    frames = plain(**call, generator=torch.Generator("cpu").manual_seed(1)).frames[0]
+    assert output.frames is not None
+    assert same(frames, output.frames[0])
+
+
+def test_a_dtype_of_no_component():
+    text = "no component 'unet' with weights; it has text_encoder, "
+    with pytest.raises(InputError, match=text):
+        Omni("tiny/flux", dtype={"unet": "bfloat16"})
 
 
 @pytest.mark.full

@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, as_command
+from shardit.loading.dtypes import setting
 from shardit.output import check_path
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ def serve(flags: ServeFlags) -> int:
 
 def inspect(flags: InspectFlags) -> None:
     """Show what each rank would hold; reads no weights."""
-    config = flags.parallel_config()
+    config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
     from shardit.engine.inspect import inspect_model
 
-    document = inspect_model(flags.what(), config, dtype=flags.dtype.value if flags.dtype else None)
+    document = inspect_model(flags.what(), config, dtype=dtype)
     if _is_first_rank():
         print(json.dumps(document) if flags.as_json else table(document))
 

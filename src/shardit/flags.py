@@ -9,7 +9,6 @@ import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,21 +17,18 @@ from typer import Argument, Option
 from shardit.config import DiffusionParallelConfig, parse_layer_partition
 from shardit.errors import InputError
 from shardit.images import open_image
+from shardit.loading.dtypes import setting
 from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams, field_names
 
-
-class Dtype(str, Enum):
-    """Data types that models compute in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 Model = Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", show_default=False)]
 DtypeFlag = Annotated[
-    Dtype | None, Option(help="Data type, as torch_dtype= in diffusers. [default: as diffusers loads]")
+    str | None,
+    Option(
+        metavar="<dtype>",
+        help="Data type, as torch_dtype= in diffusers, or one for each component: transformer=bfloat16,vae=float32. "
+        "[default: as diffusers loads]",
+    ),
 ]
 
 
@@ -139,7 +135,7 @@ class GenerateFlags(ParallelFlags):
         return {
             "model": self.model,
             "parallel_config": self.parallel_config(),
-            "dtype": self.dtype.value if self.dtype else None,
+            "dtype": setting(self.dtype, "--dtype"),
             "timeout_s": self.timeout,
             "attention_backend": self.attention_backend,
         }

@@ -12,7 +12,7 @@ from ..core.assign import Assignment, assign
 from ..core.mesh import axis_sizes, coordinates
 from ..core.slices import Owned, Slice
 from ..loading import Description, describe, describe_configs
-from ..loading.dtypes import as_dtype
+from ..loading.dtypes import Setting, check_components, dtype_of
 from ..loading.hub import cached
 from ..models.shipped import shipped
 from ..parallel.tensor import describe_plan, owned_slices, owners_of_wholes, plan_components
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 
 def inspect_model(
-    model: str | os.PathLike[str], config: DiffusionParallelConfig, dtype: str | None = None, max_in_flight: int = 1
+    model: str | os.PathLike[str], config: DiffusionParallelConfig, dtype: Setting = None, max_in_flight: int = 1
 ) -> dict[str, Any]:
     """One document: per rank and component the blocks (numbers in execution order; of encoders: the units), parameters
     and bytes; and the bytes of the whole model.
 
     `model` may also be the name or hub id of a configuration that comes with shardit. Bytes are those in the files
-    (of such a configuration: in bfloat16), or with `dtype` those in memory of that dtype.
+    (of such a configuration: in bfloat16), or with `dtype` (one, or one for each component) those in memory of it.
     Raises what loading would raise.
     """
     configs = _configs(model)
     found = describe(model) if configs is None else describe_configs(configs)
+    check_components(dtype, found.modules)
     cuts = plan_components(found.modules, config.tensor_parallel_size, owners_of_wholes(config))
     assignment = assign(
         found.modules,
@@ -66,10 +67,10 @@ def _configs(model: str | os.PathLike[str]) -> Path | None:
 
 
 def _component(
-    found: Description, assignment: Assignment, name: str, member: int, owned: Owned, dtype: str | None
+    found: Description, assignment: Assignment, name: str, member: int, owned: Owned, dtype: Setting
 ) -> dict[str, Any]:
     blocks = assignment.blocks(name, member)
-    stored, kind = found.sizes[name], as_dtype(dtype)
+    stored, kind = found.sizes[name], dtype_of(dtype, name)
     held: dict[int, tuple[torch.Tensor, list[str]]] = {}  # tied ones count once
     for key, tensor in found.modules[name].state_dict(keep_vars=True).items():
         held.setdefault(id(tensor), (tensor, []))[1].append(key)

@@ -9,6 +9,7 @@ from shardit.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from shardit.config import DiffusionParallelConfig
+    from shardit.loading.dtypes import Setting
 
 SESSION = "shardit.engine.session:Session"
 """What a rank runs, as "module:class"."""
@@ -20,7 +21,7 @@ class SessionSpec:
 
     model: str
     config: DiffusionParallelConfig
-    dtype: str | None = None
+    dtype: Setting = None
     device: str | None = None
     max_in_flight: int = 1
     timeout_s: float = 600.0

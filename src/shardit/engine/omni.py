@@ -19,6 +19,7 @@ from shardit.engine.messages import SESSION, Done, Generate, Outputs, Progress, 
 from shardit.engine.watch import Watch
 from shardit.engine.worker import JoinedRanks, in_order, with_peaks
 from shardit.errors import InputError, RankError
+from shardit.loading.dtypes import setting
 
 if TYPE_CHECKING:
     from shardit.output import Output
@@ -33,11 +34,11 @@ MAX_TIMEOUT_S = 1_000_000
 class Omni:
     """A diffusers pipeline on as many devices as `parallel_config` says; a context manager.
 
-    model: hub id, folder or "tiny/NAME". dtype: "bfloat16", "float16", "float32", a torch dtype, or None for what
-    diffusers would choose for each component. device: "cuda", "cpu" or None for what there is. max_in_flight: requests
-    that run at the same time. timeout_s: longest time without any progress, in seconds. attention_backend: a name that
-    diffusers' set_attention_backend takes, None for its default. parallel: fields of `parallel_config` as keywords, in
-    its place: Omni(model, pipeline_parallel_size=2).
+    model: hub id, folder or "tiny/NAME". dtype: "bfloat16", "float16", "float32", a torch dtype, None for what
+    diffusers would choose for each component, or a dict of dtypes by component, as in diffusers. device: "cuda", "cpu"
+    or None for what there is. max_in_flight: requests that run at the same time. timeout_s: longest time without any
+    progress, in seconds. attention_backend: a name that diffusers' set_attention_backend takes, None for its default.
+    parallel: fields of `parallel_config` as keywords, in its place: Omni(model, pipeline_parallel_size=2).
 
     Returns when every rank has loaded its share. Raises InputError for what can be corrected and RankError where a
     rank fails. Under torchrun no processes are started, and every rank makes its own Omni with the same arguments.
@@ -270,11 +271,10 @@ def _spec(
     """Check the types of all arguments; what they mean is checked where the model is read."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
-    for name, value, kind in (("dtype", dtype, "dtype"), ("device", device, "device")):
-        # torch's own types by name: this process need not import torch.
-        known = isinstance(value, str) or (type(value).__module__, type(value).__name__) == ("torch", kind)
-        if value is not None and not (known and str(value)):
-            raise InputError(f"{name} must be a name, a torch.{kind} or None, got {value!r}")
+    # torch's own type by name: this process need not import torch.
+    known = isinstance(device, str) or (type(device).__module__, type(device).__name__) == ("torch", "device")
+    if device is not None and not (known and str(device)):
+        raise InputError(f"device must be a name, a torch.device or None, got {device!r}")
     if not isinstance(max_in_flight, int) or isinstance(max_in_flight, bool) or max_in_flight < 1:
         raise InputError(f"max_in_flight must be a whole number of at least 1, got {max_in_flight!r}")
     number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
@@ -287,7 +287,7 @@ def _spec(
     return SessionSpec(
         model=os.fspath(model) if isinstance(model, os.PathLike) else model,
         config=config,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        dtype=setting(dtype),
         device=None if device is None else str(device),
         max_in_flight=max_in_flight,
         timeout_s=float(timeout_s),

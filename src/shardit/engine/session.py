@@ -20,7 +20,7 @@ from ..core.schedule import Schedule
 from ..core.turns import Program, Turns
 from ..errors import InputError, RankError
 from ..loading import Reads, describe
-from ..loading.dtypes import as_dtype
+from ..loading.dtypes import check_components
 from ..models.back_ends import check_attention_backend
 from ..models.variants import image_pipeline
 from ..output import Output
@@ -43,9 +43,9 @@ def check(spec: SessionSpec) -> None:
     """What can be known to be wrong before ranks start; raises InputError. Reads no weights."""
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
-    as_dtype(spec.dtype)
     check_attention_backend(spec.attention_backend)
     found = describe(spec.model)
+    check_components(spec.dtype, found.modules)
     assign(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight, environ=os.environ)
     plan_components(found.modules, spec.config.tensor_parallel_size)
 

@@ -49,9 +49,7 @@ def describe(model: str | os.PathLike, pipeline_class: str | type | None = None)
 
 def describe_configs(folder: Path) -> Description:
     """Describe a folder that holds configurations alone; `sizes` are those of weights in bfloat16."""
-    import torch
-
-    found = prepare(folder, dtype=torch.bfloat16, configs_only=True)
+    found = prepare(folder, dtype="bfloat16", configs_only=True)
     sizes = {
         name: {key: tensor.numel() * tensor.element_size() for key, tensor in module.state_dict().items()}
         for name, module in found.modules.items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
 
@@ -17,6 +18,12 @@ _USER = {
     "float16": "float16",
     "fp16": "float16",
 }
+
+Setting = str | dict[str, str] | None
+"""One dtype for all components, or one for each by its name, as plain text that can be sent: `setting`."""
+
+OTHERS = "default"
+"""The key of components that are not named, as in diffusers, which takes float32 for them without it."""
 
 # safetensors code -> (torch attribute, bits per element)
 _FILE = {
@@ -58,6 +65,54 @@ def as_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
     if value is torch.float64 or name == "float64":  # for comparisons against exact arithmetic
         return torch.float64
     raise InputError(f"dtype {name!r} is not known: use float32, bfloat16 or float16")
+
+
+def setting(value: Any, name: str = "dtype") -> Setting:
+    """What a user gives as dtype, checked without torch: a name, a torch dtype, a dict of these by component, or text
+    such as "transformer=bfloat16,vae=float32". None stays None. Raises InputError that names `name`."""
+    if value is None:
+        return None
+    if isinstance(value, str) and "=" in value:
+        value = _by_component(value, name)
+    if not isinstance(value, Mapping):
+        return _known(value, name)
+    if not value or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{name} must name components, as in {{'transformer': 'bfloat16', 'vae': 'float32'}}")
+    return {key: _known(one, f"{name}[{key!r}]") for key, one in value.items()}
+
+
+def check_components(chosen: Setting, known: Collection[str]) -> None:
+    """Raise InputError where a dtype is given for a component that the pipeline does not have; `known` are those that
+    have weights."""
+    for name in chosen if isinstance(chosen, dict) else ():
+        if name not in known and name != OTHERS:
+            listed = ", ".join([*known, OTHERS])
+            raise InputError(f"dtype: this pipeline has no component {name!r} with weights; it has {listed}")
+
+
+def dtype_of(chosen: Setting, component: str) -> torch.dtype | None:
+    """The dtype of one component, as from_pretrained reads `torch_dtype`."""
+    if isinstance(chosen, dict):
+        return as_dtype(chosen.get(component, chosen.get(OTHERS, "float32")))
+    return as_dtype(chosen)
+
+
+def _by_component(text: str, name: str) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for part in text.split(","):
+        component, _, kind = part.strip().partition("=")
+        if not component or not kind or component in chosen:
+            example = "transformer=bfloat16,vae=float32"
+            raise InputError(f"{name} must be as in bfloat16 or {example}, each component once, got {text!r}")
+        chosen[component] = kind
+    return chosen
+
+
+def _known(value: Any, name: str) -> str:
+    written = str(value).removeprefix("torch.")
+    if written not in _USER and written != "float64":
+        raise InputError(f"{name} {written!r} is not known: use float32, bfloat16 or float16")
+    return _USER.get(written, written)
 
 
 def file_bits(code: str) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.errors import InputError
 from shardit.loading import index
 from shardit.loading.checkpoint import Checkpoint
-from shardit.loading.dtypes import as_dtype
+from shardit.loading.dtypes import Setting, check_components, dtype_of, setting
 from shardit.loading.index import Component
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
@@ -34,7 +34,7 @@ def load_pipeline(
     model: str | os.PathLike,
     *,
     place: Place,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype | Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     pipeline_class: str | type | None = None,
     reads: Reads | None = None,
@@ -47,11 +47,12 @@ def load_pipeline(
     transformers models that are owned are built anew. With everything owned the result equals
     `DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)`.
 
-    `dtype`: "float32", "bfloat16", "float16", a torch dtype or None (diffusers' and the configs' default).
+    `dtype`: "float32", "bfloat16", "float16", a torch dtype, None (diffusers' and the configs' default), or a dict of
+    these by component, with "default" for the others (without it: float32).
     `reads` counts the bytes of weights that were read. Raises InputError and UnsupportedError, one line each.
     """
-    kind = as_dtype(dtype)
-    found = prepare(model, pipeline_class, kind)
+    chosen = setting(dtype)
+    found = prepare(model, pipeline_class, chosen)
     owners = place(dict(found.modules), found.cls)
     unknown = sorted(set(owners) - set(found.modules))
     if unknown:
@@ -60,6 +61,7 @@ def load_pipeline(
     for name, module in found.modules.items():
         load = load_module if is_diffusers(type(module)) else load_transformers
         owned = owners.get(name, _everything)
+        kind = dtype_of(chosen, name)
         loaded[name] = load(module, found.checkpoints[name], owned, dtype=kind, device=device, reads=reads)
     return _construct(found.cls, found.source, {**loaded, **_processors(found.parts)})
 
@@ -83,7 +85,7 @@ class Prepared:
 def prepare(
     model: str | os.PathLike,
     pipeline_class: str | type | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Setting = None,
     *,
     configs_only: bool = False,
 ) -> Prepared:
@@ -109,7 +111,8 @@ def prepare(
             if not configs_only:
                 checkpoints[name] = Checkpoint.open(part.folder, remote=source.remote)
             stored = checkpoints[name].stored_dtype if name in checkpoints else None
-            modules[name] = build(kind, part.folder, dtype, stored)
+            modules[name] = build(kind, part.folder, dtype_of(dtype, name), stored)
+    check_components(dtype, modules)
     return Prepared(source, cls, parts, checkpoints, modules)
 
 

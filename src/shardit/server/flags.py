@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from ..errors import InputError
 from ..flags import DtypeFlag, ParallelFlags
+from ..loading.dtypes import setting
 from .keys import digest
 from .options import Limits, ServeOptions
 
@@ -87,7 +88,7 @@ class ServeFlags(ParallelFlags):
             model=self.model,
             data_dir=self.data_dir or default_data_dir(self.served_model_name or self.model),
             config=self.parallel_config(),
-            dtype=self.dtype.value if self.dtype else None,
+            dtype=setting(self.dtype, "--dtype"),
             attention_backend=self.attention_backend,
             host=self.host,
             port=self.port,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import DiffusionParallelConfig
+from ..loading.dtypes import Setting
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ServeOptions:
     model: str
     data_dir: Path
     config: DiffusionParallelConfig = field(default_factory=DiffusionParallelConfig)
-    dtype: str | None = None
+    dtype: Setting = None
     device: str | None = None
     attention_backend: str | None = None
     host: str = "127.0.0.1"

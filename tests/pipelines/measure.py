@@ -76,7 +76,7 @@ def try_plain(names: Sequence[str]) -> None:
             shapes = ", ".join(str(leaf.shape) for leaf in leaves[:4])
             print(f"ok    {name}: {shapes}, {size} parameters, {time.monotonic() - start:.1f} s", flush=True)
         except Exception:
-            print(f"FAILS {name}: {traceback.format_exc()}", flush=True)
+            print(f"FAILS {name}: {traceback.format_exc(limit=-3)}", flush=True)
 
 
 def _is_asked(name: str, asked: Sequence[str]) -> bool:

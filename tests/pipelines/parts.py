@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from shardit.models.tiny.tokens import build_tokenizer
 from shardit.models.tiny.weights import fill
 from shardit.models.tiny.words import VOCAB
 from tests import survey_models
+from tests.pipelines.entry import PipelineEntry
 
 WIDTH = 32
 """Width of every text embedding."""
@@ -70,6 +72,17 @@ def pipeline(name: str, **parts: Any) -> Any:
     pipe = getattr(diffusers, name)(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def fresh(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call: those that are functions are called, for new pictures in each call."""
+    return {name: value() if callable(value) else value for name, value in arguments.items()}
+
+
+def entry(name: str, components: Callable[[], dict[str, Any]], call: Callable[..., dict[str, Any]], **more: Any) -> Any:
+    """An entry whose call has these arguments more; `generator`, `refused` and `fast` go to the entry."""
+    of_entry = {key: more.pop(key) for key in ("generator", "refused", "fast") if key in more}
+    return PipelineEntry(name, lambda: pipeline(name, **components()), lambda: call(**fresh(more)), **of_entry)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------

@@ -70,4 +70,4 @@ def _fan(shape: tuple[int, ...], gain: float) -> float:
     inputs = 1
     for size in shape[1:]:
         inputs *= size
-    return gain / inputs**0.5
+    return gain / max(inputs, 1) ** 0.5  # a table may have no columns

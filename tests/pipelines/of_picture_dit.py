@@ -1,4 +1,4 @@
-"""Pictures by transformers with an `AutoencoderKL` and known text encoders: SD3, PixArt, Z-Image, LongCat, Ovis, Lumina."""
+"""Pictures by transformers with an `AutoencoderKL`: SD3, PixArt, Z-Image, LongCat-Image, Ovis-Image, Lumina."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def picture_call(**changes: Any) -> dict[str, Any]:
     return text_call(**{"image": parts.picture(32, 32), "num_inference_steps": 3, "strength": 0.7, **changes})
 
 
-def _without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in arguments.items() if key not in names}
+def _mask() -> Any:
+    return parts.mask(32, 32)
 
 
 def _entry(
@@ -61,13 +61,16 @@ def _sd3(channels: int = 4) -> dict[str, Any]:
 
 
 _SHORT = {"max_sequence_length": 32}
+_WORDS = {"max_sequence_length": 16}
 _LAYERS = {"pag_applied_layers": ["blocks.3"]}
 
 _SD3_ENTRIES = (
     _entry("StableDiffusion3Pipeline", _sd3, lambda: text_call(**_SHORT)),
     _entry("StableDiffusion3Img2ImgPipeline", _sd3, lambda: picture_call(**_SHORT)),
     _entry(
-        "StableDiffusion3InpaintPipeline", lambda: _sd3(16), lambda: picture_call(mask_image=parts.mask(32, 32), **_SHORT)
+        "StableDiffusion3InpaintPipeline",
+        lambda: _sd3(16),
+        lambda: picture_call(mask_image=_mask(), **_SHORT),
     ),
     _entry("StableDiffusion3PAGPipeline", _sd3, lambda: text_call(pag_scale=2.0, **_SHORT), **_LAYERS),
     _entry("StableDiffusion3PAGImg2ImgPipeline", _sd3, lambda: picture_call(pag_scale=2.0, **_SHORT), **_LAYERS),
@@ -105,7 +108,7 @@ def _pixart() -> dict[str, Any]:
 
 
 def _plain_words(**more: Any) -> dict[str, Any]:
-    return text_call(use_resolution_binning=False, clean_caption=False, max_sequence_length=16, **more)
+    return text_call(use_resolution_binning=False, clean_caption=False, **_WORDS, **more)
 
 
 _PIXART_ENTRIES = (
@@ -125,7 +128,7 @@ def qwen3() -> dict[str, Any]:
 
 
 def _z_image(**changes: Any) -> dict[str, Any]:
-    sizes = {"in_channels": 4, "cap_feat_dim": parts.WIDTH, "axes_lens": [512, 64, 64]}
+    sizes = {"in_channels": 4, "cap_feat_dim": parts.WIDTH, "axes_lens": [512, 64, 64], "n_layers": 4}
     return {
         "scheduler": parts.flow(shift=3.0),
         "vae": parts.vae(shift_factor=0.1),
@@ -167,11 +170,12 @@ def _z_control(channels: int) -> dict[str, Any]:
 
 
 _Z_SHORT = {"max_sequence_length": 32}
+_WORDS = {"max_sequence_length": 16}
 
 _Z_ENTRIES = (
     _entry("ZImagePipeline", _z_image, lambda: text_call(**_Z_SHORT)),
     _entry("ZImageImg2ImgPipeline", _z_image, lambda: picture_call(**_Z_SHORT)),
-    _entry("ZImageInpaintPipeline", _z_image, lambda: picture_call(mask_image=parts.mask(32, 32), **_Z_SHORT)),
+    _entry("ZImageInpaintPipeline", _z_image, lambda: picture_call(mask_image=_mask(), **_Z_SHORT)),
     _entry("ZImageOmniPipeline", _z_omni, lambda: text_call(image=[parts.picture(64, 64)], **_Z_SHORT)),
     _entry(
         "ZImageControlNetPipeline",
@@ -182,7 +186,7 @@ _Z_ENTRIES = (
         "ZImageControlNetInpaintPipeline",
         lambda: _z_control(9),
         lambda: text_call(
-            image=parts.picture(32, 32), mask_image=parts.mask(32, 32), control_image=parts.picture(32, 32), **_Z_SHORT
+            image=parts.picture(32, 32), mask_image=_mask(), control_image=parts.picture(32, 32), **_Z_SHORT
         ),
     ),
 )
@@ -253,6 +257,6 @@ ENTRIES: tuple[PipelineEntry, ...] = (
     *_Z_ENTRIES,
     _entry("LongCatImagePipeline", _longcat, lambda: text_call(enable_prompt_rewrite=False)),
     _entry("OvisImagePipeline", _ovis, lambda: text_call(max_sequence_length=64)),
-    _entry("LuminaPipeline", _lumina, lambda: text_call(clean_caption=False, max_sequence_length=16, height=64, width=64)),
-    _entry("Lumina2Pipeline", _lumina2, lambda: text_call(max_sequence_length=16)),
+    _entry("LuminaPipeline", _lumina, lambda: text_call(clean_caption=False, height=64, width=64, **_WORDS)),
+    _entry("Lumina2Pipeline", _lumina2, lambda: text_call(**_WORDS)),
 )

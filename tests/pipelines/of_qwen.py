@@ -1,4 +1,4 @@
-"""Qwen-Image in all its forms, LongCat-Image-Edit and Nucleus-Image: pictures with a vision-language model as encoder."""
+"""Qwen-Image in all its forms, LongCat-Image-Edit and Nucleus-Image: a vision-language model is the encoder."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def _qwen21() -> dict[str, Any]:
 
 
 def _nucleus() -> dict[str, Any]:
-    net = parts.like("NucleusMoEImageTransformer2DModel", in_channels=64, out_channels=16, joint_attention_dim=parts.WIDTH)
+    net = parts.like(
+        "NucleusMoEImageTransformer2DModel", in_channels=64, out_channels=16, joint_attention_dim=parts.WIDTH
+    )
     return {
         "transformer": net,
         "scheduler": parts.flow(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
 
 from tests.pipelines import parts
@@ -49,7 +48,9 @@ def adapter(kind: str, downscale: int, **changes: Any) -> Any:
 
 def inverted(pipe: Any) -> Any:
     """An LEdits++ pipeline that has inverted a picture."""
-    pipe.invert(image=parts.picture(32, 32), num_inversion_steps=4, skip=0.1, generator=torch.Generator().manual_seed(0))
+    pipe.invert(
+        image=parts.picture(32, 32), num_inversion_steps=4, skip=0.1, generator=torch.Generator().manual_seed(0)
+    )
     return pipe
 
 
@@ -219,7 +220,10 @@ ENTRIES: tuple[PipelineEntry, ...] = (
     ),
     _entry("StableUnCLIPPipeline", lambda: call(prior_num_inference_steps=2), _unclip_text, MORE),
     _entry(
-        "StableUnCLIPImg2ImgPipeline", lambda: call(image=parts.picture()), lambda: _unclip(**_variation()), MORE - {"feature_extractor", "image_encoder"}
+        "StableUnCLIPImg2ImgPipeline",
+        lambda: call(image=parts.picture()),
+        lambda: _unclip(**_variation()),
+        {"safety_checker"},
     ),
     PipelineEntry("LEditsPPPipelineStableDiffusion", _ledits, edits),
     _marigold("MarigoldDepthPipeline", prediction_type="depth", scale_invariant=True, shift_invariant=True),

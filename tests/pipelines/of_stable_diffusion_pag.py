@@ -7,21 +7,11 @@ from typing import Any
 
 from tests.pipelines import parts
 from tests.pipelines.entry import PipelineEntry
+from tests.pipelines.of_animatediff import animated
+from tests.pipelines.of_controlnet import controlnet
 from tests.pipelines.of_stable_diffusion import picture_call
-from tests.pipelines.of_stable_diffusion_base import UNET, call, components, unet
+from tests.pipelines.of_stable_diffusion_base import call, components, unet
 from tests.pipelines.of_stable_diffusion_xl import added, xl
-
-CONTROL: dict[str, Any] = {
-    **{k: UNET[k] for k in ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim")},
-    "attention_head_dim": UNET["attention_head_dim"],
-    "down_block_types": UNET["down_block_types"],
-    "conditioning_embedding_out_channels": (8, 16),
-}
-
-
-def controlnet(**changes: Any) -> Any:
-    """A ControlNet for the UNet of the first entries."""
-    return parts.model("ControlNetModel", **{**CONTROL, **changes})
 
 
 def _xl_controlnet() -> Any:
@@ -45,23 +35,9 @@ def _inpaint(**more: Any) -> dict[str, Any]:
     return picture_call(mask_image=parts.mask(), height=16, width=16, **more)
 
 
-def motion_components(**changes: Any) -> dict[str, Any]:
-    """What AnimateDiff is made of: the UNet and its motion modules become one UNet when the pipeline is built."""
-    motion = parts.model(
-        "MotionAdapter",
-        block_out_channels=UNET["block_out_channels"],
-        motion_layers_per_block=UNET["layers_per_block"],
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=4,
-        motion_max_seq_length=8,
-    )
-    made = components(motion_adapter=motion, unet=unet(), **changes)
-    del made["safety_checker"]
-    return made
-
-
 def _animate() -> Any:
-    return parts.pipeline("AnimateDiffPAGPipeline", **motion_components(), pag_applied_layers=["mid.*attn1", "up.*attn1"])
+    layers = ["mid.*attn1", "up.*attn1"]
+    return parts.pipeline("AnimateDiffPAGPipeline", **animated(), pag_applied_layers=layers)
 
 
 def _xl_pag(name: str, arguments: Callable[..., dict[str, Any]]) -> PipelineEntry:
@@ -83,7 +59,5 @@ ENTRIES: tuple[PipelineEntry, ...] = (
     _pag("StableDiffusionControlNetPAGInpaintPipeline", _control(_inpaint), lambda: {"controlnet": controlnet()}),
     _xl_pag("StableDiffusionXLControlNetPAGPipeline", _control(_text, "image")),
     _xl_pag("StableDiffusionXLControlNetPAGImg2ImgPipeline", _control(picture_call)),
-    PipelineEntry(
-        "AnimateDiffPAGPipeline", _animate, lambda: _text(num_frames=4, pag_scale=3.0, decode_chunk_size=2)
-    ),
+    PipelineEntry("AnimateDiffPAGPipeline", _animate, lambda: _text(num_frames=4, pag_scale=3.0, decode_chunk_size=2)),
 )

@@ -25,6 +25,7 @@ from shardit.server import estimate
 from shardit.server.jobs import Job
 from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Wake
 from shardit.server.options import ServeOptions
+from shardit.server.results import write_results
 from shardit.server.spec import build_request
 from shardit.server.store import Store
 from shardit.signature import PipelineSignature
@@ -167,10 +168,10 @@ class FakeSupervisor:
             frames=[[picture] * 3 for picture in pictures] if video else None,
             fps=request.fps,
         )
-        paths = output.save(self.store.files_of(job.id) / ("out.mp4" if video else "out.png"))
+        names, _ = write_results(output, self.store.files_of(job.id), job.view)
         facts = {"seconds": 0.1, "notes": ["it was rounded"] if "note" in prompt else []}
         facts |= {"width": size[0], "height": size[1], "input_sizes": [list(item.size) for item in request.images]}
-        self.store.finish(job.id, "completed", files=[path.name for path in paths], facts=facts)
+        self.store.finish(job.id, "completed", files=names, facts=facts)
 
 
 class Served:

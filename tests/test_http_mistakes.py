@@ -31,7 +31,7 @@ from .http_fake import VIDEO, Served, form, picture, serving
         ({"sigmas": [-1.0]}, "sigmas"),
         ({"sigmas": ["x"]}, "sigmas"),
         ({"guidance_scale": -1}, "guidance_scale"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"prompt": None}, "prompt"),
         ({"prompt": 5}, "prompt"),
@@ -40,8 +40,14 @@ from .http_fake import VIDEO, Served, form, picture, serving
         ({"max_sequence_length": 10**6}, "max_sequence_length"),
         ({"width": 10**9, "height": 1}, "width"),
         ({"quality": "hd"}, "quality"),
-        ({"user": "me"}, "user"),
+        ({"quality": "high"}, "quality"),
+        ({"user": 5}, "user"),
+        ({"user": "x" * 513}, "user"),
         ({"style": "vivid"}, "style"),
+        ({"moderation": "none"}, "moderation"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 101, "output_format": "jpeg"}, "output_compression"),
+        ({"output_compression": 51, "output_format": "png"}, "output_compression"),
         ({"background": "transparent"}, "background"),
         ({"output_compression": 50}, "output_compression"),
         ({"stream": True}, "stream"),
@@ -149,7 +155,7 @@ def test_forms_are_checked_like_json(videos: Served) -> None:
         data, kind = form({"prompt": "a cat", **fields})
         return videos.call("POST", "/v1/videos", data, {"Content-Type": kind})[:2]
 
-    status, job = ask(num_frames="9", guidance_scale="2", size="64x32", quality="auto", user="")
+    status, job = ask(num_frames="9", guidance_scale="2", size="64x32", quality="auto", user="7")
     assert status == 200
     assert job["parameters"]["num_frames"] == 9
     assert ask(num_frames="nine")[1]["error"]["param"] == "num_frames"

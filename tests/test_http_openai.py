@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import av
 import openai
@@ -38,6 +39,41 @@ def test_images_by_url(images: Served) -> None:
     assert status == 200
     assert headers["content-type"] == "image/png"
     assert Image.open(io.BytesIO(content)).size == (64, 48)
+
+
+def test_fields_without_meaning_are_taken(images: Served) -> None:
+    for quality in ("standard", "auto"):
+        answer = client_of(images).images.generate(
+            prompt="a cat", size="64x48", user="me", quality=quality, moderation="low", background="opaque"
+        )
+        assert answer.data is not None
+        job = images.store.get(answer.model_dump()["id"])
+        assert job is not None
+        assert job.request.keys() == {"prompt", "width", "height", "num_inference_steps"}
+    with pytest.raises(openai.BadRequestError, match=r"quality 'hd' has no meaning here.*'auto' or 'standard'"):
+        client_of(images).images.generate(prompt="a cat", quality="hd")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_pictures_in_the_format_that_was_asked_for(images: Served, name: Any, kind: str) -> None:
+    client = client_of(images)
+    answer = client.images.generate(prompt="a cat", size="64x48", output_format=name, output_compression=100)
+    assert (answer.output_format, answer.data is not None) == (name, True)
+    assert answer.data is not None
+    with Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json or ""))) as made:
+        assert (made.format, made.size) == (kind, (64, 48))
+    job = answer.model_dump()["id"]
+    status, content, headers = images.call("GET", f"/v1/images/{job}/content/0")
+    assert (status, headers["content-type"]) == (200, f"image/{name}")
+    assert content == base64.b64decode(answer.data[0].b64_json or "")
+    assert images.call("GET", f"/v1/images/{job}")[1]["output_format"] == name
+
+
+def test_edits_take_format_and_user_as_form_fields(images: Served) -> None:
+    answer = client_of(images).images.edit(
+        image=("a.png", picture((40, 30))), prompt="x", user="7", output_format="webp", output_compression=40
+    )
+    assert answer.output_format == "webp"
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -44,7 +44,8 @@ def test_one_dict_and_params(tmp_path):
     call = tiny.defaults("wan2.2-t2v")
     with started("wan2.2-t2v") as omni:
         outputs = omni.generate(
-            {"prompt": "A cinematic drone shot over snowy mountains"}, OmniDiffusionSamplingParams(**call)
+            {"prompt": "A cinematic drone shot over snowy mountains", "seed": -1},
+            sampling_params_list=[OmniDiffusionSamplingParams(**call)],
         )
     (output,) = outputs
     assert output.error is None

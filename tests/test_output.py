@@ -61,6 +61,13 @@ def test_other_formats_hold_settings(tmp_path, suffix):
             assert np.array_equal(np.asarray(read), np.asarray(output.images[0]))
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_quality_makes_files_smaller(tmp_path, suffix):
+    output = pictures(width=64, height=64)
+    sizes = [output.save(tmp_path / f"{q}{suffix}", quality=q)[0].stat().st_size for q in (0, 50, 100, None)]
+    assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
+
+
 def test_endless_prompt_fits_a_jpeg(tmp_path):
     output = Output(prompt="x" * 100_000, seed=5, images=[noise()])
     (path,) = output.save(tmp_path / "cat.jpg")

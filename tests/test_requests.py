@@ -10,7 +10,7 @@ from PIL import Image
 
 from shardit.errors import InputError
 from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
-from shardit.requests import build_requests
+from shardit.requests import build_requests, params_of
 from shardit.signature import signature_of
 
 Params = OmniDiffusionSamplingParams
@@ -122,8 +122,27 @@ def test_several_prompts_and_params():
     assert [request.seed for request in build(["a", "b"], Params(seed=3))] == [3, 3]
 
 
+def test_the_name_of_vllm_omni_for_params():
+    one, two = Params(width=16), Params(width=32)
+    assert params_of(None, [one]) is one
+    assert params_of(None, one) is one
+    assert params_of(None, [one, two]) == [one, two]
+    assert params_of(two, None) is two
+    assert [request.kwargs["width"] for request in build(["a", "b"], params_of(None, [one]))] == [16, 16]
+    with pytest.raises(InputError, match="params are given twice"):
+        params_of(one, [two])
+
+
 def test_drawn_seeds_differ():
     assert len({request.seed for request in build(["a"] * 20)}) == 20
+
+
+def test_seed_of_minus_one_is_a_drawn_one():
+    seeds = [request.seed for request in build(["a", {"prompt": "b", "seed": -1}, {"prompt": "c", "seed": 4}], seed=-1)]
+    assert seeds[2] == 4
+    assert len(set(seeds)) == 3
+    assert min(seeds) >= 0
+    assert build("a", Params(seed=-1))[0].seed >= 0
 
 
 def test_empty_prompt_and_embeddings():
@@ -299,7 +318,7 @@ def test_scales(name, value):
 
 
 @pytest.mark.parametrize("fields", [
-    {"seed": -1}, {"seed": 2**63}, {"seed": True}, {"seed": 1.0}, {"fps": 0}, {"fps": -1}, {"fps": math.nan},
+    {"seed": -2}, {"seed": 2**63}, {"seed": True}, {"seed": 1.0}, {"fps": 0}, {"fps": -1}, {"fps": math.nan},
     {"sigmas": []}, {"sigmas": "1"}, {"sigmas": [1.0, math.nan]}, {"strength": 1.1}, {"negative_prompt": 5},
     {"cfg_normalize": 1}, {"output_type": "jpg"}, {"attention_kwargs": [1]}, {"extra_args": [1]},
     {"extra_args": {1: 2}}, {"extra_args": {"height": 16}}, {"num_outputs_per_prompt": None},

@@ -29,19 +29,21 @@ _BT709 = 1  # the code of this colour space in H.264, and of its primaries and t
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG, what players assume
 
 
-def write_image(picture: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
-    """Write one picture; the suffix says the format.
+def write_image(picture: Image.Image, path: Path, record: Mapping[str, Any], quality: int | None = None) -> None:
+    """Write one picture; the suffix says the format. quality: of JPEG and WebP, 0 to 100; None and 100 for the best.
 
     PNG gets one text chunk for each of prompt and seed and one, "settings", with the whole record as JSON; JPEG and
-    WebP get that JSON as the EXIF image description. PNG and WebP are lossless.
+    WebP get that JSON as the EXIF image description. PNG, and WebP at its best, are lossless.
     """
     # Encoded in memory first: PIL's encoders do not notice when the disk takes only part of a file.
     encoded = io.BytesIO()
-    _encode(picture, encoded, path.suffix.lower(), record)
+    _encode(picture, encoded, path.suffix.lower(), record, None if quality == 100 else quality)
     path.write_bytes(encoded.getvalue())
 
 
-def _encode(picture: Image.Image, into: io.BytesIO, suffix: str, record: Mapping[str, Any]) -> None:
+def _encode(
+    picture: Image.Image, into: io.BytesIO, suffix: str, record: Mapping[str, Any], quality: int | None
+) -> None:
     if suffix == ".png":
         info = PngInfo()
         for name in ("prompt", "seed"):
@@ -53,9 +55,11 @@ def _encode(picture: Image.Image, into: io.BytesIO, suffix: str, record: Mapping
     exif = Image.Exif()
     exif[_EXIF_DESCRIPTION] = record_text(record) if suffix == ".webp" else _shortened(record)
     if suffix == ".webp":
-        picture.save(into, format="WEBP", lossless=True, exact=True, exif=exif)
+        chosen = {"lossless": True, "exact": True} if quality is None else {"quality": quality}
+        picture.save(into, format="WEBP", exif=exif, **chosen)
     else:
-        picture.save(into, format="JPEG", quality=95, subsampling=0, exif=exif)
+        chosen = {"quality": 95, "subsampling": 0} if quality is None else {"quality": quality}
+        picture.save(into, format="JPEG", exif=exif, **chosen)
 
 
 def write_video(frames: Sequence[Image.Image], path: Path, fps: float, record: Mapping[str, Any]) -> None:

@@ -101,7 +101,9 @@ class GenerateFlags(ParallelFlags):
         float | None, Option("--guidance-scale-2", help="Guidance strength of a second expert.")
     ] = None
     true_cfg_scale: Annotated[float | None, Option(help="Guidance strength against the negative prompt.")] = None
-    seed: Annotated[int | None, Option(help="Seed, from 0. [default: drawn, printed and recorded]")] = None
+    seed: Annotated[
+        int | None, Option(help="Seed, from 0; -1 for a random one. [default: drawn, printed and recorded]")
+    ] = None
     num_outputs_per_prompt: Annotated[int, Option(help="Pictures or videos to make.")] = 1
     extra: Annotated[
         list[str] | None,

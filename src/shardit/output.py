@@ -67,9 +67,11 @@ class Output:
             if asked[name] is not None and asked[name] != got[name]
         ]
 
-    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+    def save(self, path: str | os.PathLike[str], *, quality: int | None = None) -> list[Path]:
         """Write the pictures (.png, .jpg, .webp) or videos (.mp4); several become name-0.png, name-1.png, ...
 
+        quality: of JPEG and WebP, 0 to 100; None, and 100, for the best there is (95 without colour subsampling, and
+        lossless).
         Seed and settings are recorded in the file. Files appear complete or not at all, and existing ones are
         replaced. Returns the paths. Raises `InputError` where this output is an error or holds nothing to save, the
         folder is missing, the extension does not fit or the disk is full.
@@ -86,7 +88,7 @@ class Output:
         if videos:
             writers = [_video_writer(frames, self.fps, record) for frames in videos]
         else:
-            writers = [_image_writer(picture, record) for picture in pictures]
+            writers = [_image_writer(picture, record, quality) for picture in pictures]
         targets = [check_path(name, kind) for name in _numbered(target, len(writers))]
         return _write_all(dict(zip(targets, writers, strict=True)))
 
@@ -123,8 +125,8 @@ def check_path(path: str | os.PathLike[str], kind: Kind | None = None, *, transp
 Writer = Callable[[Path], None]
 
 
-def _image_writer(picture: Image, record: Mapping[str, Any]) -> Writer:
-    return lambda path: write_image(picture, path, record)
+def _image_writer(picture: Image, record: Mapping[str, Any], quality: int | None) -> Writer:
+    return lambda path: write_image(picture, path, record, quality)
 
 
 def _video_writer(frames: Sequence[Image], fps: float, record: Mapping[str, Any]) -> Writer:

@@ -15,6 +15,9 @@ MAX_SEED = 2**63 - 1
 """Largest seed. torch would also take 64-bit seeds and negative ones (as another name for a positive one), but then
 one picture would have two seeds, and files and databases that store signed 64-bit numbers could not hold them."""
 
+RANDOM_SEED = -1
+"""As a seed: one is drawn, as where none is given."""
+
 Check = Callable[[str, Any], None]
 
 
@@ -45,6 +48,15 @@ def number(minimum: float | None = None, maximum: float | None = None, *, above:
             raise InputError(f"{name} must be at most {maximum:g}, got {value!r}")
 
     return check
+
+
+def seed_number(name: str, value: Any) -> None:
+    """A check for seeds: whole numbers from 0 to MAX_SEED, or -1 for a random one."""
+    fits = isinstance(value, Integral) and not isinstance(value, bool)
+    if not fits or not RANDOM_SEED <= int(value) <= MAX_SEED:
+        raise InputError(
+            f"{name} must be a whole number from 0 to {MAX_SEED}, or {RANDOM_SEED} for a random one, got {value!r}"
+        )
 
 
 def numbers(each: Check) -> Check:
@@ -145,8 +157,9 @@ class OmniDiffusionSamplingParams:
     num_outputs_per_prompt: int = _checked(whole(1), default=1)
     """Pictures or videos per prompt, all from one generator. Default 1. Error: below 1."""
 
-    seed: int | None = _checked(whole(0, MAX_SEED))
-    """Seed of a torch CPU generator. None = one is drawn and recorded in the output. Error: outside 0..2**63-1."""
+    seed: int | None = _checked(seed_number)
+    """Seed of a torch CPU generator. None or -1 = one is drawn and recorded in the output. Error: outside
+    -1..2**63-1."""
 
     fps: float | None = _checked(number(above=0))
     """Frames per second of a saved video. None = the model's own rate. Error: 0, negative, NaN, infinite."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.images import open_image
-from shardit.params import OmniDiffusionSamplingParams, field_names
+from shardit.params import RANDOM_SEED, OmniDiffusionSamplingParams, field_names
 from shardit.signature import PipelineSignature, signature_of
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from shardit.images import ImageSource
 
-__all__ = ["DRAWN_SEEDS", "PipelineSignature", "Request", "build_requests", "signature_of"]
+__all__ = ["PipelineSignature", "Request", "build_requests", "seed_or_drawn", "signature_of"]
 
 # Names with a meaning of their own in a prompt's dict; every other key is a parameter.
 _IMAGE_KEYS = ("pil_image", "image")
@@ -122,6 +122,17 @@ def build_requests(
     return requests
 
 
+def params_of(params: object, sampling_params_list: object) -> object:
+    """`params`, also where they came under vLLM-Omni's name: there a list has one entry for each stage of a model, so
+    a list of one is for all prompts. Raises InputError where both are given."""
+    if sampling_params_list is None:
+        return params
+    if params is not None:
+        raise InputError("params are given twice; give either params or sampling_params_list, not both")
+    alone = isinstance(sampling_params_list, (list, tuple)) and len(sampling_params_list) == 1
+    return sampling_params_list[0] if alone else sampling_params_list  # pyright: ignore[reportIndexIssue]
+
+
 def _as_dicts(prompts: object, prompt: object) -> list[dict[str, Any]]:
     if prompts is not None and prompt is not None:
         raise InputError("the prompt is given twice; give either the first argument or prompt=, not both")
@@ -186,11 +197,16 @@ def _build(
         kwargs=kwargs,
         images=tuple(open_image(image, takes.image_mode) for image in images),
         image_name=takes.image_name,
-        seed=secrets.randbelow(DRAWN_SEEDS) if params.seed is None else int(params.seed),
+        seed=seed_or_drawn(params.seed),
         num_outputs=int(params.num_outputs_per_prompt),
         count_name=takes.count_name,
         fps=float(params.fps if params.fps is not None else takes.default_fps),
     )
+
+
+def seed_or_drawn(seed: int | None) -> int:
+    """The given seed; a drawn one for None and -1."""
+    return secrets.randbelow(DRAWN_SEEDS) if seed is None or seed == RANDOM_SEED else int(seed)
 
 
 def _images(values: Mapping[str, Any]) -> list[ImageSource]:

@@ -78,16 +78,18 @@ class Omni:
         prompt: str | None = None,
         negative_prompt: str | None = None,
         pil_image: Any = None,
+        sampling_params_list: Any = None,
         **overrides: Any,
     ) -> list[Output]:
         """Run one request per prompt and return their outputs in order.
 
         `prompts` is a string, a dict or a list of them, `params` one OmniDiffusionSamplingParams or one for each.
+        `sampling_params_list` is vLLM-Omni's name for them; a list of one is for all prompts there.
         `overrides` replace fields of params in all requests, the keys of a prompt's dict in that request. A request
         that fails alone has its error in its Output. Under torchrun all ranks call this together; the outputs are on
         rank 0, the others get []. SHARDIT_PROGRESS=0 turns the progress bars off.
         """
-        from shardit.requests import build_requests
+        from shardit.requests import build_requests, params_of
 
         if self._closed:
             raise InputError("this Omni is closed; make a new one")
@@ -95,7 +97,7 @@ class Omni:
         build = functools.partial(
             build_requests,
             prompts,
-            params,
+            params_of(params, sampling_params_list),
             prompt=prompt,
             negative_prompt=negative_prompt,
             pil_image=pil_image,

@@ -40,7 +40,7 @@ class Ends:
 
     def write(self, job: Job, output: Output, peaks: dict[int, int], then: Callable[[], None]) -> None:
         """Write the results of a job that the ranks have completed, beside the loop; `then` it has ended."""
-        future = self._writers.submit(write_results, output, self._store.files_of(job.id))
+        future = self._writers.submit(write_results, output, self._store.files_of(job.id), job.view)
         self.writing[job.id] = future
         future.add_done_callback(lambda done: self._loop.call(self._written, job, peaks, then, done))
 

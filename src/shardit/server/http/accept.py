@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
 import sqlite3
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ...engine.memory import limit_bytes
 from ...errors import InputError
-from ...requests import DRAWN_SEEDS
+from ...requests import seed_or_drawn
 from ...signature import PipelineSignature
 from .. import estimate
 from ..intake import Conflict, QueueFull
@@ -30,7 +29,7 @@ from .context import Context
 from .errors import ApiError, busy, from_input_error
 from .fields import PICTURES, check_fields
 from .pictures import check_header, check_whole
-from .resolve import arguments, check_model, pipeline_names
+from .resolve import arguments, check_look, check_model, look_of, pipeline_names
 from .sources import input_pictures
 from .views import length
 
@@ -64,6 +63,7 @@ async def accept(
     if needs_picture and field is None:
         raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
     asked = arguments(values, takes, context.options)
+    check_look(values, takes)
     pictures = {} if field is None else await _pictures(field, values, body, takes, context)
     # A client that sends a key can ask again for the result, so that its job goes on without it.
     waits = waits and key is None
@@ -145,8 +145,7 @@ def _new_job(
     key: str | None,
     owner: str | None,
 ) -> tuple[NewJob, estimate.Work]:
-    seed = values.get("seed")
-    seed = secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
+    seed = seed_or_drawn(values.get("seed"))
     stand_ins = [Image.new("RGB", (8, 8)) for _ in pictures]  # the real ones were decoded once, which is enough
     try:
         built = build_request(request, seed, stand_ins, info)
@@ -159,7 +158,7 @@ def _new_job(
         seed=seed,
         cost=estimate.seconds(work, context.store.recall(estimate.SPEED)),
         inputs=pictures,
-        view=_view(request, takes, built.fps),
+        view={**_view(request, takes, built.fps), **look_of(values)},
         owner=owner,
         priority=values.get("priority", 0),
         waits=waits,

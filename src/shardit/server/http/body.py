@@ -28,7 +28,9 @@ _MOST_MARKS = 300_000
 """Commas and opening brackets: a body is large because of its texts and pictures, not of countless values."""
 _LONGEST_NAME = 256
 _BRACKETS = re.compile(r"([a-z0-9_]+)\[([a-z0-9_]*)\]")
-_TEXTS = re.compile(r"(negative_)?prompt(_[0-9])?|model|size|seconds|response_format|image|input_reference")
+_TEXTS = re.compile(
+    r"(negative_)?prompt(_[0-9])?|model|size|seconds|response_format|image|input_reference|user|safety_identifier"
+)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 _REFERENCE = "#/components/schemas/{model}"
-_FILE = {"type": "string", "format": "binary"}
+FILE = {"type": "string", "format": "binary"}
+"""The schema of a file."""
 
 PREFER: dict[str, Any] = {
     "parameters": [
@@ -55,7 +56,7 @@ def _body_of(model: type[BaseModel], uploads: tuple[str, ...]) -> dict[str, Any]
         form["properties"].pop(name, None)
     for name in uploads:
         many = name.endswith("[]")
-        form["properties"][name] = {"type": "array", "items": _FILE} if many else _FILE
+        form["properties"][name] = {"type": "array", "items": FILE} if many else FILE
     return {
         "required": True,
         "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}},

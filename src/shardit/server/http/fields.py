@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
 from ...config import did_you_mean
-from ...params import MAX_SEED, OmniDiffusionSamplingParams
+from ...params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams
 from ..options import Limits
 from .errors import ApiError
 
@@ -26,23 +26,26 @@ def _is_false(value: Any) -> Any:
 _False: Any = Annotated[bool, BeforeValidator(_is_false), WithJsonSchema({"const": False})]
 _Zero: Any = Annotated[int, Field(ge=0, le=0)]
 
+_Label: Any = Annotated[str, Field(max_length=512)]
+
 NO_MEANING: dict[str, Any] = {
-    "user": Literal["auto"],
-    "safety_identifier": Literal["auto"],
-    "quality": Literal["auto"],
+    "user": _Label,
+    "safety_identifier": _Label,
+    "quality": Literal["auto", "standard"],
     "style": Literal["auto"],
-    "moderation": Literal["auto"],
-    "background": Literal["auto"],
-    "output_compression": Literal["auto"],
+    "moderation": Literal["auto", "low"],
+    "background": Literal["auto", "opaque"],
     "input_fidelity": Literal["auto"],
     "mask": Literal["auto"],
-    "output_format": Literal["png", "auto"],
     "stream": _False | Literal["auto"],
     "partial_images": _Zero | Literal["auto"],
 }
 """OpenAI's fields that change nothing here, and the values besides null at which that is what the client wants."""
 
-ROUTING = ("model", "response_format", "priority", *NO_MEANING)
+LOOK = ("output_format", "output_compression")
+"""How the files of pictures are encoded."""
+
+ROUTING = ("model", "response_format", "priority", *LOOK, *NO_MEANING)
 """Fields that say nothing about the result itself."""
 
 PICTURES: tuple[str, ...] = ("image", "input_reference")
@@ -72,12 +75,25 @@ def field_models(limits: Limits) -> FieldModels:
     source: Any = str | ImageUrl
     pictures = _optional(source | list[source], "Input pictures as data: URLs.")
     formats = _optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
+    encoded = {
+        "output_format": _optional(Literal["png", "jpeg", "webp", "auto"], "Format of the files; png by default."),
+        "output_compression": _optional(
+            Annotated[_Whole, Field(ge=0, le=100)] | Literal["auto"], "Quality of jpeg and webp; 100 by default."
+        ),
+    }
+    as_mp4 = {
+        "output_format": _optional(Literal["mp4", "auto"], "Videos are MP4 files."),
+        "output_compression": _optional(Literal["auto"], "Changes nothing."),
+    }
+    image = {**shared, **encoded, "response_format": formats, "image": pictures}
     length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,4}(\.[0-9]{1,4})?|auto)$")]
     seconds = _optional(length | float, "Length: num_frames = round(seconds x fps) + 1.")
     return FieldModels(
-        image=_model("ImageRequest", {**shared, "response_format": formats, "image": pictures}),
-        edit=_model("ImageEditRequest", {**shared, "response_format": formats, "image": pictures}),
-        video=_model("VideoRequest", {**shared, "seconds": seconds, "image": pictures, "input_reference": pictures}),
+        image=_model("ImageRequest", image),
+        edit=_model("ImageEditRequest", image),
+        video=_model(
+            "VideoRequest", {**shared, **as_mp4, "seconds": seconds, "image": pictures, "input_reference": pictures}
+        ),
     )
 
 
@@ -129,7 +145,7 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         "num_frames": _between(1, limits.frames, "Frames of a video."),
         "num_inference_steps": _between(1, limits.steps, "Denoising steps."),
         "num_outputs_per_prompt": _between(1, limits.outputs, "The same as n."),
-        "seed": _between(0, MAX_SEED, "Drawn, and told, where it is not given."),
+        "seed": _between(RANDOM_SEED, MAX_SEED, "Drawn, and told, where it is -1 or not given."),
         "max_sequence_length": _between(1, limits.prompt_tokens, "Longest prompt in tokens."),
         "layers": _between(1, limits.outputs, "Layers that a layered pipeline cuts a picture into."),
         "fps": _optional(Annotated[float, Field(ge=0.1, le=240)], "Frames per second of the file."),
@@ -164,11 +180,17 @@ _SHAPES = {
 """What pydantic can only say as a pattern or a union."""
 
 
+def _meant(kind: Any) -> str:
+    """The texts that a field without meaning may hold, and null."""
+    texts = [one for one in typing.get_args(kind) if isinstance(one, str)] or ["auto"]
+    return " or ".join(["null", *map(repr, texts)])
+
+
 def _first_of(error: ValidationError) -> ApiError:
     problems = error.errors(include_url=False, include_context=False)
     name = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
-    if name in NO_MEANING:
-        text = f'{name} has no meaning here; leave it out, or give null or "auto"'
+    if name in NO_MEANING and NO_MEANING[name] is not _Label:
+        text = f"{name} {problems[0]['input']!r} has no meaning here; leave it out, or give {_meant(NO_MEANING[name])}"
         return ApiError(400, text, code="unsupported_value", param=name)
     if problems[0]["type"] == "missing":
         return ApiError(400, f"{name} is missing; give it", code="missing_field", param=name)

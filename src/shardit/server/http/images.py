@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from .accept import accept
 from .context import Context
-from .document import PREFER, binary, body
+from .document import FILE, PREFER, binary, body
 from .errors import answers
 from .jobs import add_job_routes, base_url, find_job, show
 from .results import ImagesAnswer, file_answer, images_answer
@@ -49,9 +49,11 @@ def image_routes(context: Context) -> APIRouter:
         """Make pictures from pictures: uploads in `image` or `image[]`."""
         return await _make(request, context, context.fields.edit, needs_picture=True)
 
-    @router.get("/{job_id}/content/{index}", **binary("image/png"), responses=answers(400, 401, 404, 416))
+    others: Any = {200: {"content": {"image/jpeg": {"schema": FILE}, "image/webp": {"schema": FILE}}}}
+
+    @router.get("/{job_id}/content/{index}", **binary("image/png"), responses={**others, **answers(400, 401, 404, 416)})
     def image_content(request: Request, job_id: str, index: int) -> FileResponse:
-        """One picture, as a PNG file."""
+        """One picture, as a PNG, JPEG or WebP file, as the request said."""
         return file_answer(context, find_job(request, context, "image", job_id), index)
 
     add_job_routes(router, context, "image", ImageJob, ImageJobs)

@@ -10,7 +10,7 @@ from ...models import tiny
 from ...signature import PipelineSignature
 from ..options import Limits, ServeOptions
 from .errors import ApiError
-from .fields import PICTURES, ROUTING
+from .fields import LOOK, PICTURES, ROUTING
 
 _SIDE = 1024
 """Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
@@ -34,6 +34,26 @@ def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
     if asked is not None and asked != options.name:
         text = f"there is no model {asked!r} here; this server serves {options.name!r}"
         raise ApiError(404, text, code="model_not_found", param="model")
+
+
+def check_look(values: Mapping[str, Any], takes: PipelineSignature) -> None:
+    """Raise ApiError where files cannot look as the request says."""
+    format_ = values.get("output_format", "auto")
+    transparent = takes.image_mode == "RGBA"
+    if values.get("background") == "opaque" and transparent:
+        text = f"{takes.class_name} makes transparent layers; leave background out"
+        raise ApiError(400, text, code="unsupported_value", param="background")
+    if format_ == "jpeg" and transparent:
+        text = f"{takes.class_name} makes transparent layers, which jpeg cannot hold; use png or webp"
+        raise ApiError(400, text, code="unsupported_value", param="output_format")
+    if values.get("output_compression", "auto") not in ("auto", 100) and format_ not in ("jpeg", "webp"):
+        text = "output_compression is the quality of jpeg and webp; leave it out, or set output_format to one of them"
+        raise ApiError(400, text, code="invalid_value", param="output_compression")
+
+
+def look_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """How the files of a job are to be encoded, as far as the request says."""
+    return {name: values[name] for name in LOOK if values.get(name, "auto") != "auto"}
 
 
 def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:

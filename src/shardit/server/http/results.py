@@ -61,8 +61,8 @@ def _range_of(header: str) -> tuple[str, str]:
 class ImageData(BaseModel):
     """One picture."""
 
-    b64_json: str | None = Field(None, description="The PNG file.")
-    url: str | None = Field(None, description="Where to get the PNG file on this server, with the same key.")
+    b64_json: str | None = Field(None, description="The file.")
+    url: str | None = Field(None, description="Where to get the file on this server, with the same key.")
 
 
 class ImagesAnswer(BaseModel):
@@ -70,7 +70,7 @@ class ImagesAnswer(BaseModel):
 
     created: int
     data: list[ImageData]
-    output_format: Literal["png"]
+    output_format: Literal["png", "jpeg", "webp"]
     size: str | None
     id: str
     seed: int
@@ -106,7 +106,7 @@ def images_answer(context: Context, job: Job, response_format: str, base_url: st
     paths = [folder / name for name in job.files]
     head = {
         "created": int(job.created_at),
-        "output_format": "png",
+        "output_format": job.view.get("output_format", "png"),
         "size": size_of(job),
         "id": job.id,
         "seed": job.seed,

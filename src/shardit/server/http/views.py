@@ -58,6 +58,7 @@ class ImageJob(JobView):
     """An image job."""
 
     object: Literal["image"] = "image"
+    output_format: Literal["png", "jpeg", "webp"]
     data: list[ImageLink] | None = Field(description="The results, once there are any.")
 
 
@@ -128,7 +129,7 @@ def view(
     }
     if job.kind == "image":
         links = [ImageLink(url=f"{base_url}/v1/images/{job.id}/content/{index}") for index in range(len(job.files))]
-        return ImageJob(**common, data=links or None)
+        return ImageJob(**common, output_format=shown.get("output_format", "png"), data=links or None)
     return VideoJob(
         **common,
         seconds=_seconds_of(job) or "auto",

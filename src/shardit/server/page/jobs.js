@@ -7,7 +7,7 @@ export function filesOf(job) {
   const video = job.object === "video";
   return Array.from({ length: job.data?.length ?? job.n }, (_, index) => ({
     path: video ? `v1/videos/${job.id}/content?index=${index}` : `v1/images/${job.id}/content/${index}`,
-    name: `${job.id}-${index}.${video ? "mp4" : "png"}`,
+    name: `${job.id}-${index}.${video ? "mp4" : job.output_format.replace("jpeg", "jpg")}`,
     video,
   }));
 }

@@ -248,7 +248,7 @@ def test_output_that_cannot_be_saved(flux, tmp_path):
         ("--model=tiny/flux --output=a.png --guidance-scale=nan", "guidance_scale must be a finite number"),
         ("--model=tiny/flux --output=missing/a.png", "output folder missing does not exist"),
         ("--model=tiny/flux --output=a.txt", "does not fit a picture or video"),
-        ("--model=tiny/flux --output=a.png --image=/dev/null", "image /dev/null cannot be read"),
+        ("--model=tiny/qwen-image-edit --output=a.png --image=/dev/null", "image /dev/null cannot be read"),
         ("--model=tiny/flux --output=a.png --layer-partition=a", "'a' is not a number"),
         ("--model=tiny/flux --output=a.png --pipeline-parallel-size=13", "more than the 12 blocks"),
         ("--model=tiny/flux --output=a.mp4", "does not fit an image"),

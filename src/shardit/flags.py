@@ -119,18 +119,36 @@ class GenerateFlags(ParallelFlags):
     timeout: Annotated[float, Option(help="Longest wait for another rank, in seconds.")] = 600.0
 
     def check(self, writes: bool = True) -> None:
-        """Find, before anything starts, what is wrong whatever the model is. Raises `InputError`.
+        """Find, before torch is imported, what is wrong whatever the weights are. Raises `InputError`.
 
         `writes` is False on ranks that do not save, for which the output folder need not exist.
         """
+        from shardit.requests import build_requests
+        from shardit.static_signature import static_signatures_of_model
+
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise InputError(f"--timeout must be more than 0 seconds, got {self.timeout}")
         if writes:
             check_path(self.output or "output.png")
         self.omni_arguments()
-        self.sampling_params()
-        for image in self.image or []:
-            open_image(image)
+        prompts, params = self.prompts(), self.sampling_params()
+        takes, with_image = static_signatures_of_model(self.model)
+        if takes is None:
+            for image in self.image or []:
+                open_image(image)
+            return
+        if writes and self.output is not None:
+            check_path(self.output, takes.kind, transparent=takes.image_mode == "RGBA")
+        build_requests(
+            prompts,
+            params,
+            prompt=None,
+            negative_prompt=None,
+            pil_image=None,
+            overrides={},
+            takes=takes,
+            takes_with_image=with_image,
+        )
 
     def omni_arguments(self) -> dict[str, Any]:
         """The arguments of `shardit.Omni`."""

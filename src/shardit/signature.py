@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -100,33 +100,33 @@ def signature_of(pipeline_class: type, model_index: Mapping[str, Any] | None = N
     `model_index` is the content of the checkpoint's model_index.json; with it Wan2.2-TI2V (24 frames per second) is
     told from the other Wans (16), which have the same pipeline class.
     """
-    named = _named_parameters(pipeline_class)
-    simple = (type(None), bool, int, float, str)
-    return PipelineSignature(
-        class_name=pipeline_class.__name__,
-        names=tuple(item.name for item in named),
-        defaults={item.name: item.default for item in named if isinstance(item.default, simple)},
-        required=tuple(item.name for item in named if item.default is item.empty),
-        native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
-    )
-
-
-def _named_parameters(pipeline_class: type) -> list[inspect.Parameter]:
-    """The named parameters of `__call__`, without self.
-
-    Where it also has **kwargs, those of the `__call__` that it overrides belong to them: it may pass names on. Any
-    other name in **kwargs is dropped without a word by most pipelines, so it does not count.
-    """
     is_module = any(base.__module__ == "torch.nn.modules.module" for base in pipeline_class.__mro__)
     method = "forward" if is_module else "__call__"
+    own = (inspect.signature(vars(base)[method]) for base in pipeline_class.__mro__ if method in vars(base))
+    return signature_from(pipeline_class.__name__, (list(call.parameters.values()) for call in own), model_index)
+
+
+def signature_from(
+    class_name: str, calls: Iterable[Sequence[inspect.Parameter]], model_index: Mapping[str, Any] | None = None
+) -> PipelineSignature:
+    """The signature of a class whose `__call__` takes the first of `calls`, with self; the next is the one that it
+    overrides, and so on.
+
+    Where it also has **kwargs, the named parameters of the next count too: it may pass names on. Any other name in
+    **kwargs is dropped without a word by most pipelines, so it does not count.
+    """
     found: dict[str, inspect.Parameter] = {}
-    for base in pipeline_class.__mro__:
-        if method not in vars(base):
-            continue
-        parameters = list(inspect.signature(vars(base)[method]).parameters.values())[1:]
-        for item in parameters:
+    for parameters in calls:
+        for item in parameters[1:]:
             if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
                 found.setdefault(item.name, item)
         if all(item.kind is not item.VAR_KEYWORD for item in parameters):
             break
-    return list(found.values())
+    simple = (type(None), bool, int, float, str)
+    return PipelineSignature(
+        class_name=class_name,
+        names=tuple(found),
+        defaults={item.name: item.default for item in found.values() if isinstance(item.default, simple)},
+        required=tuple(item.name for item in found.values() if item.default is item.empty),
+        native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
+    )

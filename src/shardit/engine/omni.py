@@ -20,6 +20,7 @@ from shardit.engine.watch import Watch
 from shardit.engine.worker import JoinedRanks, in_order, with_peaks
 from shardit.errors import InputError, RankError
 from shardit.loading.dtypes import setting
+from shardit.loading.source import local_folder
 
 if TYPE_CHECKING:
     from shardit.output import Output
@@ -273,6 +274,7 @@ def _spec(
     """Check the types of all arguments; what they mean is checked where the model is read."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
+    local_folder(model)
     # torch's own type by name: this process need not import torch.
     known = isinstance(device, str) or (type(device).__module__, type(device).__name__) == ("torch", "device")
     if device is not None and not (known and str(device)):

@@ -50,20 +50,37 @@ def locate(model: str | os.PathLike, weights: bool = True) -> Source:
     if text.startswith("tiny/"):
         folder = _tiny(text)
         return Source(folder, str(folder))
+    path = local_folder(model)
+    if path is not None:
+        return Source(path, str(path))
+    remote = open_hub(text)
+    if weights:
+        remote.fetch(weight_files(remote))
+    return Source(remote.folder, text, remote)
+
+
+def local_folder(model: str | os.PathLike) -> Path | None:
+    """The model's folder on this disk; None for a hub id and for a tiny model. Imports neither torch nor diffusers.
+
+    Raises InputError where there is no such model.
+    """
+    text = os.fspath(model)
+    if text.startswith("tiny/"):
+        from shardit.models.tiny.catalog import recipe
+
+        recipe(text.removeprefix("tiny/"))
+        return None
     if not text:
         raise InputError("no model given: name a folder, a hub id or tiny/NAME")
     path = Path(text).expanduser()
     if path.is_dir():
         read_index(path)  # says what is wrong with it
-        return Source(path, str(path))
+        return path
     if path.exists():
         raise InputError(f"{text} is a single file: give a diffusers folder (one that holds {INDEX})")
     if isinstance(model, Path) or not is_hub_id(text):
         raise InputError(f"there is no folder {text}: check the path")
-    remote = open_hub(text)
-    if weights:
-        remote.fetch(weight_files(remote))
-    return Source(remote.folder, text, remote)
+    return None
 
 
 def _tiny(name: str) -> Path:

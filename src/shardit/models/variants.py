@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
-def image_pipeline(pipe: Any) -> Any:
-    """A pipeline over the same components that takes an input image, where the model was made for both; else None.
+def image_pipeline_name(class_name: str, config: Mapping[str, Any]) -> str | None:
+    """The class of the second pipeline of a model that was made for text and for images, or None.
 
     Wan2.2-TI2V's folder names WanPipeline, but with `expand_timesteps` its transformer also continues an image.
     """
-    if type(pipe).__name__ != "WanPipeline" or not pipe.config.get("expand_timesteps"):
+    return "WanImageToVideoPipeline" if class_name == "WanPipeline" and config.get("expand_timesteps") else None
+
+
+def image_pipeline(pipe: Any) -> Any:
+    """A pipeline over the same components that takes an input image, where the model was made for both; else None."""
+    if image_pipeline_name(type(pipe).__name__, pipe.config) is None:
         return None
     from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 

@@ -14,6 +14,7 @@ from typer import Argument, Option
 from ..errors import InputError
 from ..flags import DtypeFlag, ParallelFlags
 from ..loading.dtypes import setting
+from ..loading.source import local_folder
 from .keys import digest
 from .options import Limits, ServeOptions
 
@@ -82,6 +83,7 @@ class ServeFlags(ParallelFlags):
             value = getattr(self, name)
             if not 0 < value < 1e6:
                 raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+        local_folder(self.model)
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port must be from 0 to 65535, got {self.port}")
         return ServeOptions(

@@ -1,0 +1,98 @@
+"""The signature of a diffusers pipeline, read from its source: importing diffusers and torch takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardit.models.variants import image_pipeline_name
+from shardit.signature import PipelineSignature, signature_from
+
+_NOT_PLAIN = object()
+"""Stands for a default that is no literal."""
+
+
+def static_signature(class_name: str, model_index: Mapping[str, Any] | None = None) -> PipelineSignature | None:
+    """What `signature_of` would say of the installed diffusers' class of that name, or None if it is not found."""
+    calls = list(_calls(class_name))
+    return signature_from(class_name, calls, model_index) if calls else None
+
+
+def static_signatures_of_model(
+    model: str | os.PathLike[str],
+) -> tuple[PipelineSignature | None, PipelineSignature | None]:
+    """The signatures of the pipeline of a model that is on this disk, and of its second pipeline for requests with an
+    image; None for what the model does not have, or what cannot be known without importing.
+
+    Raises InputError where there is no such model.
+    """
+    from shardit.loading.index import read_index
+    from shardit.loading.source import local_folder
+
+    folder, text = local_folder(model), os.fspath(model)
+    name, config = None, {}
+    if folder is not None:
+        config = read_index(folder)
+        name = config["_class_name"]
+    elif text.startswith("tiny/"):
+        from shardit.models.tiny.catalog import recipe
+
+        found = recipe(text.removeprefix("tiny/"))
+        name, config = found.pipeline, found.config
+    if not isinstance(name, str):
+        return None, None
+    with_image = image_pipeline_name(name, config)
+    return static_signature(name, config), static_signature(with_image, config) if with_image else None
+
+
+def _calls(class_name: str) -> Iterator[list[inspect.Parameter]]:
+    """The parameters of the `__call__` of a class and of those that it overrides, in the order of the first bases."""
+    node = _class(class_name)
+    while node is not None:
+        call = next((x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__call__"), None)
+        if call is not None:
+            yield list(_parameters(call.args))
+        bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+        node = next((found for found in map(_class, bases) if found is not None), None)
+
+
+def _class(name: str) -> ast.ClassDef | None:
+    """The definition of a pipeline class in the installed diffusers."""
+    package = importlib.util.find_spec("diffusers")
+    if package is None or not package.submodule_search_locations:
+        return None
+    for file in sorted((Path(package.submodule_search_locations[0]) / "pipelines").rglob("*.py")):
+        source = file.read_bytes()
+        if f"class {name}".encode() in source:
+            found = next((x for x in ast.parse(source).body if isinstance(x, ast.ClassDef) and x.name == name), None)
+            if found is not None:
+                return found
+    return None
+
+
+def _parameters(arguments: ast.arguments) -> Iterator[inspect.Parameter]:
+    kind = inspect.Parameter
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    for item, default in zip(positional, defaults, strict=True):
+        yield kind(item.arg, kind.POSITIONAL_OR_KEYWORD, default=_value(default))
+    if arguments.vararg is not None:
+        yield kind(arguments.vararg.arg, kind.VAR_POSITIONAL)
+    for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        yield kind(item.arg, kind.KEYWORD_ONLY, default=_value(default))
+    if arguments.kwarg is not None:
+        yield kind(arguments.kwarg.arg, kind.VAR_KEYWORD)
+
+
+def _value(default: ast.expr | None) -> Any:
+    if default is None:
+        return inspect.Parameter.empty
+    try:
+        return ast.literal_eval(default)
+    except ValueError:
+        return _NOT_PLAIN

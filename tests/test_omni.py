@@ -270,7 +270,7 @@ def test_interrupted_command_line(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "error: interrupted"
+    assert "error" not in err
     assert "Traceback" not in err
     assert_gone(members)
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """What is wrong whatever the weights are is found before torch is imported."""
 
 import inspect
+import os
 import subprocess
 import sys
 
@@ -75,3 +76,20 @@ def test_names_of_all_pipelines_from_the_source():
         parsed = static_signature(cls.__name__)
         assert parsed is not None, cls
         assert (parsed.names, parsed.required) == (signature_of(cls).names, signature_of(cls).required)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("torch", ["serve", "tiny/flux", "--port=0", "--data-dir=data"]), ("diffusers", [*GENERATE, "tiny/flux"])],
+)
+def test_a_missing_package_is_told_once_with_the_way_to_install_it(tmp_path, module, words):
+    package = tmp_path / "shadow" / module
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named', name={module!r})")
+    path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "shardit", *words]
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert f"pip install {module}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from shardit.errors import InputError
 from shardit.server.flags import ServeFlags
 from shardit.server.keys import digest, owner_of
-from shardit.server.serve import listening
+from shardit.server.serve import listening, locked, serve
 
 
 def options(**flags: Any) -> Any:
@@ -95,3 +97,27 @@ def test_addresses_that_are_not_here() -> None:
     for host in ("192.0.2.1", "no.such.host.invalid"):
         with pytest.raises(InputError, match="choose another with --host"), listening(host, 0):
             pass
+
+
+def test_a_start_that_fails_for_its_port_leaves_nothing(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for folder in (tmp_path / "new", old):
+            with pytest.raises(InputError, match="choose another with --port"):
+                serve(options(data_dir=folder, port=taken.getsockname()[1]))
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
+def test_one_server_at_a_time_holds_a_data_folder(tmp_path: Path) -> None:
+    with locked(tmp_path / "data") as was_killed:
+        assert not was_killed
+        with pytest.raises(InputError, match="is used by another server"), locked(tmp_path / "data"):
+            pass
+    for _ in range(2):  # the first one is killed, so to speak
+        with pytest.raises(RuntimeError), locked(tmp_path / "data") as was_killed:
+            raise RuntimeError
+    assert was_killed
+    with locked(tmp_path / "data") as was_killed:
+        assert was_killed
+    assert not (tmp_path / "data" / "lock").exists()

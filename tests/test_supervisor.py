@@ -166,7 +166,7 @@ def test_a_killed_supervisor_then_a_polite_end(shared: RealServer) -> None:
     assert time.monotonic() - begin < 10
     assert not any(map(alive, pids.values()))
     server.start()
-    assert server.events("serving")[0]["jobs_to_repeat"] == 0  # it had put them back
+    assert server.events("serving")[0]["jobs_to_repeat"] >= 1  # it had put them back
     for seed, job_id in zip((1, 2, 5), more, strict=True):
         server.check(job_id, seed, **LONG)
     for seed, job_id in jobs.items():
@@ -270,7 +270,7 @@ def test_the_end_beside_stopped_processes_and_the_end_of_all_at_once(tmp_path: P
         assert time.monotonic() - begin < 10
         assert not any(map(alive, pids.values()))
         server.start()
-        assert server.events("serving")[0]["jobs_to_repeat"] == 0
+        assert server.events("serving")[0]["jobs_to_repeat"] >= 1
         server.stepping(jobs[1], 2)
         pids = server.pids()
         for pid in pids.values():

@@ -150,11 +150,9 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
         code = typer.main.get_command(app).main(
             args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False
         )
-        if code == INTERRUPTED:  # newer typers turn Ctrl-C into this code
-            raise KeyboardInterrupt
-        return code if isinstance(code, int) else OK
+        return code if isinstance(code, int) else OK  # newer typers turn Ctrl-C into 130
     except (KeyboardInterrupt, typer.Abort):
-        return _failed("interrupted", INTERRUPTED)
+        return INTERRUPTED  # who pressed Ctrl-C knows
     except Exception as error:
         if os.environ.get("SHARDIT_DEBUG") == "1":
             traceback.print_exc()

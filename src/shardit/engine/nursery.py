@@ -40,6 +40,7 @@ from shardit.engine.messages import (
     Started,
 )
 from shardit.errors import InputError
+from shardit.packages import missing_package
 
 PRELOAD = ("torch.distributed", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils")
 """What every rank imports anyway. The session's module may have its own PRELOAD, and its check imports more."""
@@ -220,6 +221,8 @@ def check(spec: SessionSpec) -> Checked | Refused | Failed:
             module.check(spec)
     except InputError as error:
         return Refused.from_error(error)
+    except ImportError as error:
+        return Refused.from_error(missing_package(error))
     except Exception as error:
         return Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     return Checked()

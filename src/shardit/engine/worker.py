@@ -15,6 +15,7 @@ from shardit.engine.channel import Channel, Closed
 from shardit.engine.memory import peak_bytes, reset_peak
 from shardit.engine.messages import Done, Ended, Failed, Generate, Outputs, Progress, Ready, Refused, SessionSpec
 from shardit.errors import InputError, RankError
+from shardit.packages import missing_package
 
 if TYPE_CHECKING:
     from shardit.output import Output
@@ -48,7 +49,10 @@ def main(
         set_threads(threads)
         if spec.live:
             log_as_server(rank)
-        session = open_session(spec, rank=rank, world_size=world_size, init_method=rendezvous)
+        try:
+            session = open_session(spec, rank=rank, world_size=world_size, init_method=rendezvous)
+        except ImportError as error:
+            raise missing_package(error) from error
         channel.send(Ready(session.info))
         if spec.live:
             from shardit.engine.live import serve_live

@@ -87,28 +87,50 @@ def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
     """The data folder, for this server alone; whether the one before was killed, so that its processes may not all be
     gone yet. Raises InputError where another one has it, for `patience_s` at least."""
     deadline = time.monotonic() + patience_s
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = _take(folder / "lock", deadline)
     except OSError as error:
         raise InputError(
             f"the data folder {folder} cannot be used ({error.strerror}); choose another with --data-dir"
         ) from None
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if time.monotonic() >= deadline:
-                os.close(handle)
-                text = f"the data folder {folder} is used by another server; choose another with --data-dir"
-                raise InputError(text) from None
-            time.sleep(0.1)
+    if handle is None:
+        raise InputError(f"the data folder {folder} is used by another server; choose another with --data-dir")
     try:
         was_killed = bool(os.read(handle, 1))
         with contextlib.suppress(OSError):  # a full disk
             os.write(handle, b"in use")
-        yield was_killed
-        os.truncate(handle, 0)
+        try:
+            yield was_killed
+        except (InputError, SystemExit):
+            _leave(folder, made)
+            raise
+        _leave(folder, made)
     finally:
         os.close(handle)
+
+
+def _take(path: Path, deadline: float) -> int | None:
+    """A locked handle of a file, which is made where there is none; None where another process keeps it locked."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before removes the file at its end: a lock on a removed file keeps nobody out.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except OSError:
+            if time.monotonic() >= deadline:
+                os.close(handle)
+                return None
+            time.sleep(0.1)
+        os.close(handle)
+
+
+def _leave(folder: Path, made: bool) -> None:
+    """Remove the lock, and the folder where this start has made it and put nothing into it."""
+    with contextlib.suppress(OSError):
+        (folder / "lock").unlink()
+        if made:
+            folder.rmdir()

@@ -238,6 +238,12 @@ class Store:
         rows = self._db.all(sql, *values, limit + 1)
         return [job_of(row) for row in rows[:limit]], len(rows) > limit
 
+    def to_repeat(self) -> int:
+        """How many queued jobs have begun before: a start runs them again."""
+        row = self._db.one("SELECT COUNT(*) FROM jobs WHERE state='queued' AND attempts > 0")
+        assert row is not None
+        return row[0]
+
     def counts(self) -> dict[str, int]:
         """Number of jobs by state."""
         return {row["state"]: row["n"] for row in self._db.all("SELECT state, COUNT(*) AS n FROM jobs GROUP BY state")}

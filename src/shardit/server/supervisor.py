@@ -16,7 +16,7 @@ from typing import Any
 
 from ..engine.boot import give_way
 from ..engine.messages import SESSION, SessionSpec
-from ..errors import InputError
+from ..errors import InputError, RankError
 from ..logs import logger
 from .api_process import ApiProcess, Started
 from .dispatch import Dispatcher
@@ -33,12 +33,15 @@ LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"
 """Name under which the store holds whose jobs it has."""
 MAX_PAUSE_S = 30.0
+MAX_FIRST_STARTS = 5
+"""Starts of ranks that have never been up, before the server gives up; later on it goes on trying."""
 STOP_S = 7.0
 LATER_S = 15.0
 """How much later ranks give up on each other than the supervisor does on them, which can tell more of the cause."""
 RETAIN_EVERY_S = 60.0
 RETAIN_AT_MOST = 20
 """Jobs that are forgotten at a time: files are removed in the loop, which has other things to do."""
+
 
 
 class Supervisor:
@@ -77,11 +80,12 @@ class Supervisor:
         )
         self.jobs.slots = self.slots
         self.state = Ranks("loading")
-        self.error: InputError | None = None
+        self.error: InputError | RankError | None = None
         self.code = 0
         self.asked_to_stop = False
         self._started = time.monotonic()
         self._was_up = False
+        self._failed_starts = 0
         self._pause_s = 0.0
         self._start_ranks_at: float | None = None
         self._retain_at = 0.0
@@ -94,10 +98,12 @@ class Supervisor:
             signal.signal(number, lambda number, _: self.loop.call(self.stop, number))
         self._check_model()
         last_resort = LastResort(self.log)
-        again = self.store.recover()
+        self.store.recover()
+        repeat = self.store.to_repeat()
+        new = self.store.counts().get("queued", 0) - repeat
         host, port = self.listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self.log.info("serving", url=url, model=self.options.model, jobs_to_repeat=len(again))
+        self.log.info("serving", url=url, model=self.options.model, jobs_to_repeat=repeat, jobs_waiting=new)
         if not self.options.api_key_hashes and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
             self.log.warning("open_to_all", reason="other machines can use it without a key; --api-key sets one")
         try:
@@ -155,8 +161,10 @@ class Supervisor:
 
     def on_down(self, down: Down) -> None:
         """Ranks have failed: start all anew, after a growing pause where they never come up."""
-        if down.users and not self._was_up:
-            self.error = InputError(down.reason)
+        self._failed_starts += not self._was_up
+        if not self._was_up and (down.users or self._failed_starts == MAX_FIRST_STARTS):
+            text = f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.reason.splitlines()[0]}"
+            self.error = InputError(down.reason) if down.users else RankError(-1, text)
             self.loop.stop()
             return
         came_up = self.state.state == "ready"
@@ -213,7 +221,7 @@ class Supervisor:
         """End all processes, within ten seconds. Results that are being written are waited for, for some of these."""
         deadline = time.monotonic() + STOP_S
         self.api.leave()
-        self.fleet.stop(0 if self.asked_to_stop else 1 if self.error is None else 2)
+        self.fleet.stop(0 if self.asked_to_stop else 2 if isinstance(self.error, InputError) else 1)
         self.api.stop()  # before the store is written to, which a process that is stopped may have locked
         self.jobs.put_all_back()
         while self.jobs.ends.writing and time.monotonic() < deadline:

@@ -1,0 +1,30 @@
+"""Packages that are missing: the error that says how to install them. Imports nothing of them."""
+
+from __future__ import annotations
+
+from shardit.errors import InputError
+
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "av": "av",
+    "bs4": "beautifulsoup4",
+    "cv2": "opencv-python",
+    "google": "protobuf",
+    "huggingface_hub": "huggingface-hub",
+    "prometheus_client": "prometheus-client",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+"""What to install for modules whose package has another name."""
+
+
+def missing_package(error: ImportError) -> InputError:
+    """The user's error for a module that cannot be imported, with the command that installs it."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return InputError(f"a package cannot be used ({text}); install it again, or a version that fits the others")
+    module = error.name.partition(".")[0]
+    if module == "torch":
+        return InputError("torch is not installed; pip install torch, in the build for your machine (pytorch.org)")
+    return InputError(f"the module {module} is not installed; pip install {_DISTRIBUTIONS.get(module, module)}")

@@ -167,6 +167,24 @@ def test_names_of_others_that_point_here(images: Served) -> None:
         assert images.call("GET", "/v1/images", headers={"Host": host})[0] == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+@pytest.mark.parametrize(
+    "head", ["HTTP/1.0", "HTTP/1.1", "HTTP/1.1\r\nHost: shardit.default.svc:8091", "HTTP/1.0\r\nUser-Agent: probe"]
+)
+def test_probes_need_no_name(images: Served, path: str, head: str) -> None:
+    for method in ("GET", "HEAD"):
+        assert answer_to(images, f"{method} {path} {head}\r\n\r\n").split()[1] == b"200"
+    other = answer_to(images, f"GET /v1/images {head}\r\n\r\n")
+    assert other.split()[1] in (b"400", b"403")
+
+
+def answer_to(served: Served, request: str) -> bytes:
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as client:
+        client.sendall(request.encode())
+        return client.recv(65536)
+
+
 def test_origins_can_be_allowed(tmp_path: Path) -> None:
     with serving(tmp_path, cors_origins=("https://good.example",), api_key_hashes=(digest("alpha"),)) as served:
         good = {"Origin": "https://good.example"}

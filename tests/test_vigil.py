@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from shardit.engine.messages import Ended, Left
+from shardit.core.schedule import Schedule
+from shardit.core.turns import Interrupted, Program
+from shardit.engine.live import Live
+from shardit.engine.messages import Begin, Ended, Left
 from shardit.server import running, vigil
 from shardit.server.vigil import MAX_SIZES, MIN_PATIENCE_S, Patience
 
@@ -21,7 +26,30 @@ def server(tmp_path: Path, request: Any) -> Iterator[Server]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The load average, as many times the number of cores."""
+    times = [0.5]
+    monkeypatch.setattr(vigil.os, "getloadavg", lambda: (times[0] * (os.cpu_count() or 1), 0.0, 0.0))
+    return times
+
+
 # Hangs.
+
+
+def test_ranks_of_a_loaded_machine_have_more_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch, load: list[float]
+) -> None:
+    now = [1000.0]
+    for module in (vigil, running):
+        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    server.put()
+    now[0] += 601
+    assert server.jobs.vigil.overdue() is not None
+    load[0] = 3.0
+    assert server.jobs.vigil.overdue() is None
+    now[0] += 1200
+    assert server.jobs.vigil.overdue() is not None
 
 
 def test_patience_is_learned() -> None:
@@ -188,3 +216,35 @@ def test_all_ranks_that_fail_alike_are_left_alone(server: Server, monkeypatch: p
     assert server.state(job_id) == "failed"
     assert server.fleet.failures == []
     assert server.fleet.looks == 0
+
+
+class _TwoSegments:
+    """A call in flight over two segments of one rank."""
+
+    owners = (0, 0)
+    finished = False
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_a_cancelled_job_leaves_when_its_calls_in_flight_have_ended() -> None:
+    schedule = Schedule(0)
+    flight: Any = _TwoSegments()
+    schedule.start(flight)
+    said: list[tuple[bool, bool]] = []
+    channel = SimpleNamespace(send=lambda left: said.append((left.cancelled, flight.finished)))
+    session = SimpleNamespace(
+        replica=None,
+        turns=SimpleNamespace(schedule=schedule),
+        mesh=SimpleNamespace(sizes={"pp": 2}, rank=0),
+        leads=False,
+        waited_s=0.0,
+    )
+    live = Live(session, channel)  # pyright: ignore[reportArgumentType]
+    program = Program(lambda: None, 1, error=Interrupted())
+    live.running[program] = Begin(7, SimpleNamespace())  # pyright: ignore[reportArgumentType]
+    live.begun[7] = 0.0
+    assert not flight.finished
+    live.leave(program)
+    assert said == [(True, True)]

@@ -86,6 +86,8 @@ class Live:
         begin = self.running.pop(program)
         cancelled = isinstance(program.error, Interrupted)
         error = None
+        if cancelled:  # what it has left in flight may take long, which is not to count against those that follow
+            self.session.turns.schedule.drain()
         if program.error is not None and not cancelled:
             kind, error = type(program.error).__name__, one_line(program.error)
             self.channel.send(Ended(begin.key, error))  # if it is the only rank, nobody may ever come to meet it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 
@@ -11,11 +12,20 @@ from .running import Running, Size, in_flight
 
 MIN_PATIENCE_S = 10.0
 TIMES_SLOWEST = 5.0
-"""Ranks are taken to hang when they are silent for the larger of 10 s and five times the longest silence so far."""
+"""Ranks are taken to hang when they are silent for the larger of 10 s and five times the longest silence so far, both
+times `slowdown`: ranks of a loaded machine are slow, not stuck."""
 MAX_SIZES = 512
 """Sizes that are remembered; of more, those that ran last."""
 DOUBT_S = 0.5
 """Between two looks at ranks of which some have ended a request by an error."""
+
+
+def slowdown() -> float:
+    """How many times longer this machine takes while more threads want to run than it has cores; 1 where they do not.
+
+    Ranks on other machines are not counted.
+    """
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Patience:
@@ -96,7 +106,8 @@ class Vigil:
         now = time.monotonic()
         for replica in {running.replica for running in self._running.values()}:
             silence = now - self._last_sign.get(replica, now)
-            if silence > self.patience.bound([running.size for running in in_flight(self._running, replica)]):
+            bound = self.patience.bound([running.size for running in in_flight(self._running, replica)])
+            if silence > bound and silence > bound * slowdown():
                 told = "".join(f"; {self._alone(running)}" for running in self._failed_alone()[:1])
                 return f"no sign of life for {silence:.0f} s{told}"
         return None

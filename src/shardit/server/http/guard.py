@@ -29,6 +29,8 @@ _BODY_S = 600.0
 _DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 _PROBES = ("/health", "/ready", "/metrics")
+_FOR_ANY_HOST = ("/health", "/ready")
+"""Routes for probes, which may know the server by another name or by none: they tell whether it works, not whose jobs."""
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -89,7 +91,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        self._check_host(headers)
+        if scope["path"] not in _FOR_ANY_HOST:
+            self._check_host(headers)
         if not self._is_open(scope["path"]):
             scope["state"]["owner"] = self._owner(headers)
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):

@@ -4,9 +4,12 @@ and none for clients that do not read their answers."""
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+_PROBE = re.compile(rb"(?:GET|HEAD) /(?:health|ready) HTTP/1\.1\r\n")
 
 PAUSE_S = 30.0
 """A client gets this long to send the head of a request, and as long again to read some of an answer."""
@@ -35,6 +38,10 @@ class PatientProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIss
             self._timer.cancel()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """Some of a request has come."""
+        super().data_received(_with_host(data) if self.cycle is None else data)
+
     def pause_writing(self) -> None:
         """More waits to be read than is good."""
         self._full = True
@@ -54,3 +61,12 @@ class PatientProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIss
             return
         self._seen = now
         self._timer = self.loop.call_later(PAUSE_S, self._look)
+
+
+def _with_host(data: bytes) -> bytes:
+    """The head of a probe with a Host header. The parser refuses HTTP/1.1 without one, as it must, but what watches
+    over services often sends the two lines that suffice for an answer."""
+    found = _PROBE.match(data)
+    if found is None or not data.endswith(b"\r\n\r\n") or b"\r\nhost:" in data.lower():
+        return data
+    return data[: found.end()] + b"Host: localhost\r\n" + data[found.end() :]

@@ -76,7 +76,8 @@ def try_plain(names: Sequence[str]) -> None:
             shapes = ", ".join(str(leaf.shape) for leaf in leaves[:4])
             print(f"ok    {name}: {shapes}, {size} parameters, {time.monotonic() - start:.1f} s", flush=True)
         except Exception:
-            print(f"FAILS {name}: {traceback.format_exc(limit=-3)}", flush=True)
+            said = traceback.format_exc(limit=-1).strip().splitlines()[1:]
+            print(f"FAILS {name}: {' '.join(line.strip() for line in said)[:400]}", flush=True)
 
 
 def _is_asked(name: str, asked: Sequence[str]) -> bool:

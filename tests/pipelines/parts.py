@@ -44,10 +44,10 @@ def like(entry: str, **changes: Any) -> Any:
 
 
 def text_model(name: str, **config: Any) -> Any:
-    """A model of transformers with these fields in its configuration."""
+    """A model of transformers ("Class", or "module:Class" from elsewhere) with these fields in its configuration."""
     import transformers
 
-    cls = getattr(transformers, name)
+    cls: Any = survey_models.find_class(name) if ":" in name else getattr(transformers, name)
     with torch.random.fork_rng(devices=[]):
         return _filled(cls(cls.config_class(**config)), name)
 

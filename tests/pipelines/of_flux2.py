@@ -7,6 +7,17 @@ from typing import Any
 from tests.pipelines import parts
 from tests.pipelines.entry import PipelineEntry
 
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 12,
+    "patch_size": 6,
+}
+"""The part of Mistral 3 that sees."""
+
 LAYERS = (0, 1, 2)
 """Layers of the encoder whose outputs are the text; side by side they are three times as wide."""
 
@@ -52,15 +63,7 @@ def flux2() -> dict[str, Any]:
     encoder = parts.text_model(
         "Mistral3ForConditionalGeneration",
         text_config={**parts.DECODER, "model_type": "mistral", "sliding_window": None},
-        vision_config={
-            "model_type": "pixtral",
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "image_size": 12,
-            "patch_size": 6,
-        },
+        vision_config=PIXTRAL,
         spatial_merge_size=1,
         image_token_index=6,
     )

@@ -215,6 +215,11 @@ def video(frames: int, width: int = 16, height: int = 16) -> list[Any]:
     return [picture(width, height, seed=frame) for frame in range(frames)]
 
 
+def tensor_video(frames: int, width: int = 16, height: int = 16, channels: int = 3) -> torch.Tensor:
+    """A video of noise from 0 to 1, (1, channels, frames, height, width)."""
+    return torch.rand(1, channels, frames, height, width, generator=torch.Generator().manual_seed(5))
+
+
 # --- autoencoders -------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ def _entry(
 # --- Stable Diffusion 3 -------------------------------------------------------------------------------------------
 
 
-def _sd3(channels: int = 4) -> dict[str, Any]:
+def sd3(channels: int = 4) -> dict[str, Any]:
     net = parts.like(
         "SD3Transformer2DModel",
         num_layers=5,
@@ -65,15 +65,15 @@ _WORDS = {"max_sequence_length": 16}
 _LAYERS = {"pag_applied_layers": ["blocks.3"]}
 
 _SD3_ENTRIES = (
-    _entry("StableDiffusion3Pipeline", _sd3, lambda: text_call(**_SHORT)),
-    _entry("StableDiffusion3Img2ImgPipeline", _sd3, lambda: picture_call(**_SHORT)),
+    _entry("StableDiffusion3Pipeline", sd3, lambda: text_call(**_SHORT)),
+    _entry("StableDiffusion3Img2ImgPipeline", sd3, lambda: picture_call(**_SHORT)),
     _entry(
         "StableDiffusion3InpaintPipeline",
-        lambda: _sd3(16),
+        lambda: sd3(16),
         lambda: picture_call(mask_image=_mask(), **_SHORT),
     ),
-    _entry("StableDiffusion3PAGPipeline", _sd3, lambda: text_call(pag_scale=2.0, **_SHORT), **_LAYERS),
-    _entry("StableDiffusion3PAGImg2ImgPipeline", _sd3, lambda: picture_call(pag_scale=2.0, **_SHORT), **_LAYERS),
+    _entry("StableDiffusion3PAGPipeline", sd3, lambda: text_call(pag_scale=2.0, **_SHORT), **_LAYERS),
+    _entry("StableDiffusion3PAGImg2ImgPipeline", sd3, lambda: picture_call(pag_scale=2.0, **_SHORT), **_LAYERS),
 )
 
 # --- PixArt -------------------------------------------------------------------------------------------------------

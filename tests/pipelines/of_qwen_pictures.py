@@ -136,7 +136,8 @@ def _joy_entry(name: str, plus: bool = False, **arguments: Any) -> PipelineEntry
 
         image_processor.BUCKETS.setdefault(32, [(32, 32)])  # instead of sizes of a megapixel
         pipe = parts.pipeline(name, **joy(plus))
-        pipe.vae_image_processor.register_to_config(basesize=32)
+        sizes = pipe.image_processor if plus else pipe.vae_image_processor
+        sizes.register_to_config(basesize=32)
         return pipe
 
     return PipelineEntry(name, build, lambda: call(height=32, width=32, **NEGATIVE, **parts.fresh(arguments)))

@@ -43,7 +43,7 @@ def fill(model: torch.nn.Module, key: str) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = _values(f"{key}/{name}", name, tuple(parameter.shape))
-            parameter.copy_(torch.from_numpy(values))
+            parameter.copy_(torch.as_tensor(values))
 
 
 def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray:

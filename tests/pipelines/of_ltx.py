@@ -61,4 +61,53 @@ def call(**changes: Any) -> dict[str, Any]:
     }
 
 
-ENTRIES = (PipelineEntry("LTXPipeline", lambda: parts.pipeline("LTXPipeline", **components()), lambda: call()),)
+def _conditions() -> Any:
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+    return [
+        LTXVideoCondition(image=parts.picture(32, 32)),
+        LTXVideoCondition(video=parts.video(9, 32, 32), frame_index=8),
+    ]
+
+
+def _upsampled() -> dict[str, Any]:
+    larger = parts.model(
+        "diffusers.pipelines.ltx.modeling_latent_upsampler:LTXLatentUpsamplerModel",
+        in_channels=8,
+        mid_channels=32,
+        num_blocks_per_stage=1,
+    )
+    return {"vae": vae(), "latent_upsampler": larger}
+
+
+def _entry(name: str, make: Any = components, **arguments: Any) -> PipelineEntry:
+    return parts.entry(name, make, call, **arguments)
+
+
+def _picture() -> Any:
+    return parts.picture(32, 32)
+
+
+ENTRIES = (
+    _entry("LTXPipeline"),
+    _entry("LTXImageToVideoPipeline", image=_picture),
+    _entry("LTXConditionPipeline", conditions=_conditions, num_frames=17),
+    # Windows of 6 frames of latents, of which 2 are of the one before.
+    _entry(
+        "LTXI2VLongMultiPromptPipeline",
+        cond_image=_picture,
+        num_frames=33,
+        temporal_tile_size=24,
+        temporal_overlap=8,
+        decode_horizontal_tiles=2,
+        decode_vertical_tiles=2,
+        decode_overlap=1,
+        height=64,
+        width=64,
+    ),
+    PipelineEntry(
+        "LTXLatentUpsamplePipeline",
+        lambda: parts.pipeline("LTXLatentUpsamplePipeline", **_upsampled()),
+        lambda: {"video": parts.video(9, 32, 32), "height": 32, "width": 32, "output_type": "np"},
+    ),
+)

@@ -247,7 +247,7 @@ def _lumina() -> dict[str, Any]:
 
 
 def _lumina2() -> dict[str, Any]:
-    net = parts.like("Lumina2Transformer2DModel", cap_feat_dim=parts.WIDTH, axes_lens=(300, 64, 64))
+    net = parts.like("Lumina2Transformer2DModel", num_kv_heads=2, cap_feat_dim=parts.WIDTH)
     return {"transformer": net, "scheduler": parts.flow(), "vae": parts.vae(shift_factor=0.1), **gemma2()}
 
 

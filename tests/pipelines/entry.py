@@ -19,7 +19,8 @@ class PipelineEntry:
 
     build: the plain pipeline with tiny components of the real classes, in eval mode. call: fresh arguments of one
     `__call__`. generator: whether the call takes `generator`. refused: axis -> part of the message of an expected
-    UnsupportedError. fast: whether every test run tries it.
+    UnsupportedError. rounded: whether the pipeline itself rounds what it returns to 8 bits. fast: whether every test
+    run tries it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class PipelineEntry:
     call: Callable[[], dict[str, Any]]
     generator: bool = True
     refused: dict[str, str] = field(default_factory=dict)
+    rounded: bool = False
     fast: bool = False
 
 

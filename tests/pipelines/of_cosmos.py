@@ -143,7 +143,7 @@ def call(**changes: Any) -> dict[str, Any]:
 
 
 def _entry(name: str, make: Any, **arguments: Any) -> PipelineEntry:
-    return parts.entry(name, make, call, **arguments)
+    return parts.entry(name, make, call, rounded=True, **arguments)  # for the safety checker
 
 
 def _square() -> Any:

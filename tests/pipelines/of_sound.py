@@ -36,7 +36,11 @@ def _ace() -> dict[str, Any]:
     )
     return {
         "transformer": parts.like(
-            "AceStepTransformer1DModel", in_channels=24, audio_acoustic_hidden_dim=8, encoder_hidden_size=32
+            "AceStepTransformer1DModel",
+            in_channels=24,
+            num_key_value_heads=2,
+            audio_acoustic_hidden_dim=8,
+            encoder_hidden_size=32,
         ),
         "condition_encoder": encoder,
         "vae": vae,

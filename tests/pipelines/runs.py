@@ -30,6 +30,9 @@ AXES: dict[str, dict[str, int]] = {
 CLOSE = 1e-5
 """Largest relative L2 distance on the tensor axis; the others must give the same bits."""
 
+ROUNDED = 1e-3
+"""The same for an output of 8 bits: a few values may have been rounded the other way."""
+
 KINDS = ("right", "plain", "refused", "wrong", "failed")
 """Outcomes, the worst last. "plain": the library alone fails here."""
 
@@ -103,7 +106,8 @@ def _attempt(entry: PipelineEntry, axis: str, plain: dict[str, Any]) -> Outcome:
         shardit.parallelize(pipe, DiffusionParallelConfig(**AXES[axis], split_batch=False), timeout_s=WAIT_S)
         outcome.held = sum(parameters(pipe)) / max(size, 1)
         outcome.distance = distance(expected, run(pipe, entry))
-        if not outcome.distance <= (CLOSE if axis.startswith("tp") else 0):
+        bound = (ROUNDED if entry.rounded else CLOSE) if axis.startswith("tp") else 0
+        if not outcome.distance <= bound:
             outcome.kind, outcome.message = "wrong", f"relative L2 distance {outcome.distance:.2e}"
     except NotSame as error:
         outcome.kind, outcome.message = "wrong", str(error)

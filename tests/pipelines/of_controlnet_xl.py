@@ -23,6 +23,11 @@ def _net(union: bool = False, **changes: Any) -> Any:
     return parts.model("ControlNetUnionModel" if union else "ControlNetModel", **{**config, **changes})
 
 
+def xl_call(**changes: Any) -> dict[str, Any]:
+    """Arguments of pipelines of the SDXL kind."""
+    return call(negative_prompt="blue", **changes)
+
+
 def _xl(name: str, union: bool = False, **arguments: Any) -> PipelineEntry:
     more = {"control_mode": [1]} if union else {}
     return PipelineEntry(

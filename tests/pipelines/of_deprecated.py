@@ -12,7 +12,7 @@ from tests.pipelines.of_pixels import pixel_unet
 from tests.pipelines.of_stable_diffusion_base import UNET, call, components, unet
 
 
-def _plain(**changes: Any) -> dict[str, Any]:
+def plain(**changes: Any) -> dict[str, Any]:
     """Components of the first pipelines, which take no image encoder."""
     return {k: v for k, v in components(**changes).items() if k != "image_encoder"}
 
@@ -30,25 +30,30 @@ def _video() -> dict[str, Any]:
     return {**made, "unet": parts.model("UNet3DConditionModel", **config)}
 
 
+def xs(**changes: Any) -> Any:
+    """A ControlNet-XS for a UNet with linear projections."""
+    config: dict[str, Any] = {
+        "conditioning_embedding_out_channels": (8, 16),
+        "block_out_channels": (8, 16),
+        "base_block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "num_attention_heads": 2,
+        "cross_attention_dim": parts.WIDTH,
+        "sample_size": 8,
+    }
+    return parts.model("ControlNetXSAdapter", **{**config, **changes})
+
+
 def _xs() -> dict[str, Any]:
-    net = parts.model(
-        "ControlNetXSAdapter",
-        conditioning_embedding_out_channels=(8, 16),
-        block_out_channels=(8, 16),
-        base_block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        num_attention_heads=2,
-        cross_attention_dim=parts.WIDTH,
-        sample_size=8,
-    )
-    return _plain(unet=unet(use_linear_projection=True), controlnet=net)
+    return plain(unet=unet(use_linear_projection=True), controlnet=xs())
 
 
 def _gligen() -> dict[str, Any]:
-    return _plain(unet=unet(attention_type="gated", cross_attention_dim=parts.WIDTH))
+    return plain(unet=unet(attention_type="gated", cross_attention_dim=parts.WIDTH))
 
 
-def _amused() -> dict[str, Any]:
+def amused() -> dict[str, Any]:
+    """What the pipelines of aMUSEd are made of."""
     transformer = parts.like(
         "UVit2DModel",
         cond_embed_dim=parts.WIDTH,
@@ -126,7 +131,7 @@ def _steps(**changes: Any) -> dict[str, Any]:
     return {"num_inference_steps": 2, "output_type": "np", **changes}
 
 
-def _entry(name: str, make: Any = _plain, **arguments: Any) -> PipelineEntry:
+def _entry(name: str, make: Any = plain, **arguments: Any) -> PipelineEntry:
     return parts.entry(name, make, call, **arguments)
 
 
@@ -163,7 +168,7 @@ ENTRIES = (
         num_frames=3,
         **FROM_TEXT,
     ),
-    _entry("AmusedPipeline", _amused, **FROM_TEXT),
+    _entry("AmusedPipeline", amused, **FROM_TEXT),
     parts.entry("UnCLIPPipeline", _unclip, _unclip_call, prompt=parts.PROMPT, prior_num_inference_steps=2),
     parts.entry("UnCLIPImageVariationPipeline", lambda: _unclip(image=True), _unclip_call, image=parts.picture),
     parts.entry(

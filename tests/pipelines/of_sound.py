@@ -50,6 +50,21 @@ def _ace() -> dict[str, Any]:
     }
 
 
+def hifi_gan() -> Any:
+    """A vocoder of 16 kHz."""
+    return parts.text_model(
+        "SpeechT5HifiGan",
+        model_in_dim=8,
+        sampling_rate=16000,
+        upsample_initial_channel=16,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3, 7],
+        resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]],
+        normalize_before=False,
+    )
+
+
 def _audioldm2() -> dict[str, Any]:
     import transformers
 
@@ -95,17 +110,6 @@ def _audioldm2() -> dict[str, Any]:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=([None, 32, 32], [None, 32, 32]),
     )
-    vocoder = parts.text_model(
-        "SpeechT5HifiGan",
-        model_in_dim=8,
-        sampling_rate=16000,
-        upsample_initial_channel=16,
-        upsample_rates=[2, 2],
-        upsample_kernel_sizes=[4, 4],
-        resblock_kernel_sizes=[3, 7],
-        resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]],
-        normalize_before=False,
-    )
     projection = parts.model(
         "AudioLDM2ProjectionModel", text_encoder_dim=32, text_encoder_1_dim=parts.WIDTH, langauge_model_dim=32
     )
@@ -120,7 +124,7 @@ def _audioldm2() -> dict[str, Any]:
         "language_model": gpt,
         "projection_model": projection,
         "scheduler": parts.scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False),
-        "vocoder": vocoder,
+        "vocoder": hifi_gan(),
     }
 
 

@@ -25,7 +25,8 @@ PROMPT = "a red cat on a boat"
 """A prompt of words that the tiny tokenizers know."""
 
 
-def _filled(model: nn.Module, key: str) -> Any:
+def filled(model: nn.Module, key: str) -> Any:
+    """A model with weights from the names of its parameters, in eval mode."""
     fill(model, key)
     return model.eval()
 
@@ -33,7 +34,7 @@ def _filled(model: nn.Module, key: str) -> Any:
 def model(name: str, **config: Any) -> Any:
     """A model of diffusers ("Class" or "module:Class") with these arguments."""
     with torch.random.fork_rng(devices=[]):
-        return _filled(survey_models.find_class(name)(**config), name)
+        return filled(survey_models.find_class(name)(**config), name)
 
 
 def like(entry: str, **changes: Any) -> Any:
@@ -49,7 +50,7 @@ def text_model(name: str, **config: Any) -> Any:
 
     cls: Any = survey_models.find_class(name) if ":" in name else getattr(transformers, name)
     with torch.random.fork_rng(devices=[]):
-        return _filled(cls(cls.config_class(**config)), name)
+        return filled(cls(cls.config_class(**config)), name)
 
 
 def scheduler(name: str, **config: Any) -> Any:

@@ -43,7 +43,6 @@ def test_every_pipeline(letter: str) -> None:
     check(outcomes)
 
 
-@pytest.mark.full
 def test_every_class_has_an_entry_or_a_reason() -> None:
     classes = pipeline_classes()
     assert len(classes) > 200

@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--axes", default=",".join(AXES))
     parser.add_argument("--left", action="store_true", help="only what is not known to be right or refused")
     parser.add_argument("--size", type=int, default=30, help="tasks in a group")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
     parser.add_argument("--timeout", type=float, default=400, help="seconds for a group")
     asked = parser.parse_args()
     names = [
@@ -101,11 +102,11 @@ def main() -> None:
         return try_plain(names)
     tasks = [(name, axis) for name in names for axis in asked.axes.split(",")]
     if asked.left:
-        fine = {task for task, outcome in known().items() if outcome.kind == "right"}
+        fine = {task for task, outcome in known(asked.results).items() if outcome.kind == "right"}
         tasks = [task for task in tasks if task not in fine]
     for start in range(0, len(tasks), asked.size):
         outcomes = measure(tasks[start : start + asked.size], asked.timeout)
-        note(outcomes)
+        note(outcomes, asked.results)
         for o in outcomes:
             last = o.message.strip().splitlines()[-1][:300] if o.message.strip() else ""
             print(f"{o.kind:8}{o.axis:6} {o.name} {o.distance:.0e} held {o.held:.2f} {last}", flush=True)

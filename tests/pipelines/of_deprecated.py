@@ -149,7 +149,7 @@ ENTRIES = (
         **FROM_TEXT,
     ),
     _entry("StableDiffusionPanoramaPipeline", components, **{**FROM_TEXT, "height": 128, "width": 144}),
-    _entry("StableDiffusionPipelineSafe", components, sld_warmup_steps=0, **FROM_TEXT),
+    _entry("StableDiffusionPipelineSafe", components, sld_warmup_steps=0, sld_guidance_scale=100, **FROM_TEXT),
     _entry("StableDiffusionSAGPipeline", components, **FROM_TEXT),
     _entry(
         "CycleDiffusionPipeline",

@@ -150,7 +150,7 @@ def test_tiny_models_run_at_their_size(omni, capsys):
     ("flags", "message"),
     [
         (["--output=none/cat.png"], "output folder none does not exist"),
-        (["--output=cat.txt"], "does not fit"),
+        (["--output=cat.doc"], "does not fit"),
         (["--image=none.png"], "image none.png does not exist"),
         (["--num-inference-steps=-1"], "num_inference_steps must be"),
         (["--guidance-scale=nan"], "guidance_scale must be a finite number"),

@@ -127,7 +127,7 @@ def test_existing_file_is_replaced(tmp_path):
         ("cat.mp4", "image", "does not fit an image; use an extension among .png"),
         ("cat.png", "video", "does not fit a video; use an extension among .mp4"),
         ("cat", None, "does not fit"),
-        ("cat.txt", None, "does not fit"),
+        ("cat.doc", None, "does not fit"),
         ("none/cat.png", None, "none does not exist; make it or choose another"),
         ("file/cat.png", None, "is not a folder"),
         ("folder.png", None, "is a folder; give a file name"),

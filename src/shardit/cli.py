@@ -17,7 +17,7 @@ from typer import Argument, Option
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, as_command
 from shardit.loading.dtypes import setting
-from shardit.output import check_path
+from shardit.output import SUFFIXES, check_path
 
 if TYPE_CHECKING:
     from shardit.output import Output
@@ -45,7 +45,7 @@ def run_script(run: Callable[[GenerateFlags], None], output: str, arguments: Seq
 
 
 def generate(flags: GenerateFlags) -> None:
-    """Make pictures or a video from a prompt."""
+    """Make pictures, a video, sound or whatever else the pipeline makes."""
     from shardit import Omni
 
     if (filled_in := flags.filled_in()) and _is_first_rank():
@@ -58,15 +58,19 @@ def generate(flags: GenerateFlags) -> None:
 def check_kind(omni: Any, flags: GenerateFlags) -> None:
     """Compare --output with what the loaded pipeline makes, before it starts to."""
     if flags.output is not None and _is_first_rank():
-        check_path(flags.output, omni.takes.kind, transparent=omni.takes.image_mode == "RGBA")
+        takes, numbers = omni.takes, flags.sampling_params().output_type not in (None, "pil")
+        kinds = ("tensors", *takes.kinds) if numbers else takes.kinds
+        check_path(flags.output, kinds, transparent=takes.image_mode == "RGBA")
 
 
 def report(outputs: Sequence[Output], path: Path | None) -> None:
     """Save outputs and print what they took: on rank 0, for the others have none."""
     for output in outputs:
-        written = output.save(path or Path("output.mp4" if output.frames else "output.png"))
+        target = path or Path("output").with_suffix(SUFFIXES[output.kinds[0]][0] if output.kinds else ".png")
+        written = output.save(target)
         peaks = ", ".join(f"rank {rank} {peak / _GIB:.2f} GiB" for rank, peak in enumerate(output.peak_bytes))
-        for note in output.notes:
+        left_out = [f"not in the file: {name}" for name in output.left_out(target)]
+        for note in [*output.notes, *left_out]:
             print(f"note: {note}")
         print(f"seed {output.seed}; {output.seconds:.1f} s" + (f"; peak memory: {peaks}" if peaks else ""))
         for file in written:

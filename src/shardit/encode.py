@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from shardit.errors import InputError
+from shardit.sound import add_track, write_track
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -52,6 +53,8 @@ def _encode(
         _add_text(info, "settings", record_text(record))
         picture.save(into, format="PNG", pnginfo=info)
         return
+    if picture.mode == "I;16":  # these formats have 8 bits
+        picture = _eight_bits(picture)
     exif = Image.Exif()
     exif[_EXIF_DESCRIPTION] = record_text(record) if suffix == ".webp" else _shortened(record)
     if suffix == ".webp":
@@ -62,8 +65,21 @@ def _encode(
         picture.save(into, format="JPEG", exif=exif, **chosen)
 
 
-def write_video(frames: Sequence[Image.Image], path: Path, fps: float, record: Mapping[str, Any]) -> None:
-    """Write one video as H.264 in MP4, in the one pixel format that every player shows (yuv420p).
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    import numpy as np
+
+    return Image.fromarray((np.asarray(picture) / 257 + 0.5).astype(np.uint8))
+
+
+def write_video(
+    frames: Sequence[Image.Image],
+    path: Path,
+    fps: float,
+    record: Mapping[str, Any],
+    sound: tuple[Any, int] | None = None,
+) -> None:
+    """Write one video as H.264 in MP4, in the one pixel format that every player shows (yuv420p), with its sound, a
+    waveform of (channels, samples) and its sample rate, as AAC.
 
     That format needs even sizes: an odd one gets one more column or row, a copy of the last. The record is the
     container's comment, as JSON.
@@ -73,9 +89,12 @@ def write_video(frames: Sequence[Image.Image], path: Path, fps: float, record: M
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = record_text(record)
         stream = _add_stream(container, frames[0].size, Fraction(fps).limit_denominator(1001))
+        track = add_track(container, *sound) if sound is not None else None
         for frame in _even_frames(frames):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+        if sound is not None and track is not None:
+            write_track(container, track, *sound)
 
 
 def record_text(record: Mapping[str, Any]) -> str:

@@ -90,7 +90,9 @@ class GenerateFlags(ParallelFlags):
     image: Annotated[
         list[Path] | None, Option(metavar="<path>", help="Input picture; repeat the flag for several.")
     ] = None
-    output: Annotated[Path | None, Option(help="File to write. [default: output.png or output.mp4]")] = None
+    output: Annotated[
+        Path | None, Option(help="File to write. [default: output with .png, .mp4, .wav, .txt or .safetensors]")
+    ] = None
     width: Annotated[int | None, Option(help="Pixels.")] = None
     height: Annotated[int | None, Option(help="Pixels.")] = None
     num_frames: Annotated[int | None, Option(help="Frames of a video.")] = None

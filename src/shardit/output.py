@@ -1,4 +1,4 @@
-"""What a request gives: pictures or videos in memory, and how they become files."""
+"""What a request gives: pictures, videos, sound, text or numbers in memory, and how they become files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,33 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from shardit.encode import write_image, write_video
+from shardit.arrays import named_arrays, pictures_of_map
+from shardit.encode import record_text, write_image, write_video
 from shardit.errors import InputError
+from shardit.returned import MAPS, Kind
+from shardit.sound import write_wav
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Kind = Literal["image", "video"]
+SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".webp"),
+    "video": (".mp4",),
+    "audio": (".wav",),
+    "text": (".txt",),
+    "tensors": (".safetensors",),
+}
+"""Extensions of files by what they hold; the first of each is the usual one."""
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-VIDEO_SUFFIXES = (".mp4",)
+_IN_WORDS: dict[Kind, str] = {
+    "image": "an image",
+    "video": "a video",
+    "audio": "sound",
+    "text": "text",
+    "tensors": "numbers",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +53,15 @@ class Output:
     latents: Any = None
     """The result as numbers: latents before the VAE where output_type="latent" was asked for, pixels for "np" (array)
     and "pt" (tensor)."""
+    audio: Any = None
+    """Sound, a float32 tensor of (outputs, channels, samples), of an audio pipeline or of a video; None without."""
+    sample_rate: int | None = None
+    """Samples per second of `audio`; None without sound, or where the model does not tell."""
+    texts: Sequence[str] = ()
+    """Texts, of a pipeline that writes some."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """All else that the pipeline returned, by the names of its fields: tensors, arrays, numbers, pictures, and lists
+    and dicts of these."""
     error: str | None = None
     """Why there is no result, in one line; None where there is one."""
     seconds: float = 0.0
@@ -54,7 +78,7 @@ class Output:
     @property
     def notes(self) -> list[str]:
         """What differs from what was asked: sizes that the pipeline rounded."""
-        pictures = self.frames[0] if self.frames else self.images
+        pictures = self.frames[0] if self.frames else self.pictures()
         if not pictures:
             return []
         got = {"width": pictures[0].width, "height": pictures[0].height}
@@ -67,50 +91,109 @@ class Output:
             if asked[name] is not None and asked[name] != got[name]
         ]
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What `save` can write of it, the most telling first; () where there is nothing."""
+        held: dict[Kind, bool] = {
+            "video": bool(self.frames),
+            "image": bool(self.pictures()),
+            "audio": self.audio is not None,
+            "text": bool(self.texts),
+            "tensors": bool(self._arrays()),
+        }
+        return tuple(kind for kind, there in held.items() if there)
+
+    def pictures(self) -> Sequence[Image]:
+        """`images`, or where there are none the pictures of a map in `extra` (depth, normals)."""
+        if self.images:
+            return self.images
+        return next((made for name in MAPS if name in self.extra and (made := pictures_of_map(self.extra[name]))), [])
+
     def save(self, path: str | os.PathLike[str], *, quality: int | None = None) -> list[Path]:
-        """Write the pictures (.png, .jpg, .webp) or videos (.mp4); several become name-0.png, name-1.png, ...
+        """Write what fits the extension: pictures (.png, .jpg, .webp), videos with their sound (.mp4), sound (.wav),
+        text (.txt), or all numbers (`latents`, `audio`, `extra`) in one file by name (.safetensors).
 
         quality: of JPEG and WebP, 0 to 100; None, and 100, for the best there is (95 without colour subsampling, and
         lossless).
-        Seed and settings are recorded in the file. Files appear complete or not at all, and existing ones are
-        replaced. Returns the paths. Raises `InputError` where this output is an error or holds nothing to save, the
-        folder is missing, the extension does not fit or the disk is full.
+        Several become name-0.png, name-1.png, ... Seed and settings are recorded in the file (not in text). Files
+        appear complete or not at all, and existing ones are replaced. Returns the paths. Raises `InputError` where this
+        output is an error or holds nothing to save, the folder is missing, the extension does not fit, the sample rate
+        is not known or the disk is full.
         """
         if self.error is not None:
             raise InputError(f"nothing to save, the request failed: {_one_line(self.error)}")
-        videos, pictures = self.frames or [], self.images or []
-        if not videos and not pictures:
+        kinds = self.kinds
+        if not kinds:
             raise InputError("nothing to save, the output holds no pictures; leave out output_type")
-        transparent = any(picture.mode == "RGBA" for picture in pictures)
-        kind: Kind = "video" if videos else "image"
-        target = check_path(path, kind, transparent=transparent)
-        record = self.record()
-        if videos:
-            writers = [_video_writer(frames, self.fps, record) for frames in videos]
-        else:
-            writers = [_image_writer(picture, record, quality) for picture in pictures]
+        transparent = any(picture.mode == "RGBA" for picture in self.images)
+        target = check_path(path, kinds, transparent=transparent)
+        kind: Kind = next(kind for kind in kinds if target.suffix.lower() in SUFFIXES[kind])
+        writers = self._writers(kind, quality)
         targets = [check_path(name, kind) for name in _numbered(target, len(writers))]
         return _write_all(dict(zip(targets, writers, strict=True)))
 
+    def left_out(self, path: str | os.PathLike[str]) -> list[str]:
+        """Names of what the pipeline returned and a file of this name does not hold."""
+        suffix = Path(path).suffix.lower()
+        kind = next((kind for kind in self.kinds if suffix in SUFFIXES[kind]), None)
+        fields = {"frames": self.frames, "images": self.images, "texts": self.texts, **self.extra}
+        written = {"video": ("frames",), "image": ("images", *MAPS), "text": ("texts",)}.get(kind or "", ())
+        arrays = self._arrays()
+        if kind == "tensors":
+            written = [name for name in fields if any(f"{key}.".startswith(f"{name}.") for key in arrays)]
+        sound = {} if self.audio is None or kind in ("video", "audio", "tensors") else {"audio": self.audio}
+        return [name for name, value in {**fields, **sound}.items() if name not in written and _says(value)]
+
+    def _writers(self, kind: Kind, quality: int | None) -> list[Writer]:
+        record = self.record()
+        if kind == "video":
+            sounds = [None] * len(self.frames or ()) if self.audio is None else [self._sound(one) for one in self.audio]
+            if len(sounds) != len(self.frames or ()):
+                raise InputError(f"{len(sounds)} waveforms for {len(self.frames or ())} videos; save them as .wav")
+            return [
+                _video_writer(frames, self.fps, record, sound)
+                for frames, sound in zip(self.frames or (), sounds, strict=True)
+            ]
+        if kind == "image":
+            return [_image_writer(picture, record, quality) for picture in self.pictures()]
+        if kind == "audio":
+            return [_sound_writer(self._sound(one), record) for one in self.audio]
+        if kind == "text":
+            return [_text_writer(text) for text in self.texts]
+        return [_array_writer(self._arrays(), record)]
+
+    def _sound(self, waveform: Any) -> tuple[Any, int]:
+        if not self.sample_rate:
+            raise InputError("the model does not tell its sample rate; dataclasses.replace(output, sample_rate=...)")
+        return waveform, self.sample_rate
+
+    def _arrays(self) -> dict[str, Any]:
+        held = {"latents": self.latents, "audio": self.audio, **self.extra}
+        return {name: array for field, value in held.items() for name, array in named_arrays(value, field)}
+
     def record(self) -> dict[str, Any]:
         """What is written into a file's metadata."""
-        rate = {"fps": self.fps} if self.frames else {}
+        rate: dict[str, Any] = {"fps": self.fps} if self.frames else {}
+        rate |= {"sample_rate": self.sample_rate} if self.audio is not None else {}
         return {"software": "shardit", "prompt": self.prompt, "seed": self.seed, **rate, **self.settings}
 
 
-def check_path(path: str | os.PathLike[str], kind: Kind | None = None, *, transparent: bool = False) -> Path:
+def check_path(
+    path: str | os.PathLike[str], kind: Kind | Sequence[Kind] | None = None, *, transparent: bool = False
+) -> Path:
     """Whether `path` can be written, without writing it, so that nobody waits for a picture that cannot be saved.
 
-    `kind` is what will be saved, None where that is not known yet; `transparent` says that pictures have an alpha
-    channel. Returns the path, raises `InputError`.
+    `kind` is what will be saved, or several things of which one can be, None where that is not known yet;
+    `transparent` says that pictures have an alpha channel. Returns the path, raises `InputError`.
     """
     target = Path(path)
     suffix = target.suffix.lower()
-    fitting = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, None: IMAGE_SUFFIXES + VIDEO_SUFFIXES}[kind]
+    kinds: Any = list(SUFFIXES) if kind is None else [kind] if isinstance(kind, str) else kind
+    fitting = [each for one in kinds for each in SUFFIXES[one]]
     if target.is_dir():
         raise InputError(f"output {target} is a folder; give a file name in it, such as {target / 'out'}{fitting[0]}")
     if suffix not in fitting:
-        what = f"a {kind}" if kind == "video" else f"an {kind}" if kind else "a picture or video"
+        what = " or ".join(_IN_WORDS[one] for one in kinds) if kind else "what pipelines make"
         raise InputError(f"output {target} does not fit {what}; use an extension among {', '.join(fitting)}")
     if transparent and suffix in (".jpg", ".jpeg"):
         raise InputError(f"output {target} would lose transparency; use .png or .webp")
@@ -129,8 +212,37 @@ def _image_writer(picture: Image, record: Mapping[str, Any], quality: int | None
     return lambda path: write_image(picture, path, record, quality)
 
 
-def _video_writer(frames: Sequence[Image], fps: float, record: Mapping[str, Any]) -> Writer:
-    return lambda path: write_video(frames, path, fps, record)
+def _video_writer(
+    frames: Sequence[Image], fps: float, record: Mapping[str, Any], sound: tuple[Any, int] | None
+) -> Writer:
+    return lambda path: write_video(frames, path, fps, record, sound)
+
+
+def _sound_writer(sound: tuple[Any, int], record: Mapping[str, Any]) -> Writer:
+    return lambda path: write_wav(sound[0], path, sound[1], record_text(record))
+
+
+def _text_writer(text: str) -> Writer:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+def _array_writer(arrays: Mapping[str, Any], record: Mapping[str, Any]) -> Writer:
+    def write(path: Path) -> None:
+        from safetensors.numpy import save
+
+        path.write_bytes(save(dict(arrays), {"settings": record_text(record)}))
+
+    return write
+
+
+def _says(value: Any) -> bool:
+    """Whether leaving it out would lose something: not what is empty, and no list of flags that are all off."""
+    if isinstance(value, (list, tuple)):
+        return any(_says(each) for each in value)
+    return value is not None and value is not False and not (isinstance(value, (str, Mapping)) and not value)
 
 
 def _numbered(target: Path, count: int) -> list[Path]:

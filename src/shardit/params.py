@@ -71,6 +71,12 @@ def numbers(each: Check) -> Check:
     return check
 
 
+def number_or_numbers(each: Check) -> Check:
+    """A check for one number, or a list of them that is not empty."""
+    listed = numbers(each)
+    return lambda name, value: (listed if isinstance(value, (list, tuple)) else each)(name, value)
+
+
 def flag(name: str, value: Any) -> None:
     """A check for bools."""
     if not isinstance(value, bool):
@@ -97,10 +103,10 @@ def named_values(name: str, value: Any) -> None:
 
 def output_type(name: str, value: Any) -> None:
     """A check for the forms in which an `Output` can hold a result."""
-    if value not in ("pil", "latent", "np", "pt"):
+    if value not in ("pil", "latent", "np", "pt", "mesh", "text", "seq"):
         raise InputError(
             f"{name} must be 'pil' (pictures), 'np' or 'pt' (pixels as numbers) or 'latent' (latents before the VAE), "
-            f"got {value!r}"
+            f"or, of pipelines that make them, 'mesh', 'text' or 'seq', got {value!r}"
         )
 
 
@@ -162,7 +168,8 @@ class OmniDiffusionSamplingParams:
     -1..2**63-1."""
 
     fps: float | None = _checked(number(above=0))
-    """Frames per second of a saved video. None = the model's own rate. Error: 0, negative, NaN, infinite."""
+    """Frames per second of a saved video, which a model that has an argument for it is told, too. None = the model's
+    own rate. Error: 0, negative, NaN, infinite."""
 
     max_sequence_length: int | None = _checked(whole(1))
     """Longest prompt in tokens. Error: below 1."""
@@ -173,8 +180,8 @@ class OmniDiffusionSamplingParams:
     timesteps: Sequence[float] | None = _checked(numbers(number(0)))
     """Time steps of the scheduler, in place of num_inference_steps. Error: empty, an entry negative or not finite."""
 
-    strength: float | None = _checked(number(0, 1))
-    """How far an input picture is changed, 0 to 1. Error: outside that."""
+    strength: float | Sequence[float] | None = _checked(number_or_numbers(number(0, 1)))
+    """How far an input picture is changed, 0 to 1; a list for pipelines with several. Error: outside that."""
 
     eta: float | None = _checked(number(0))
     """Noise added by stochastic schedulers, no unit. Error: negative, NaN, infinite."""
@@ -229,7 +236,7 @@ class OmniDiffusionSamplingParams:
 
     output_type: str | None = _checked(output_type)
     """"pil" (default): pictures in `images` or `frames`; "np", "pt" (pixels from 0 to 1) or "latent": numbers in
-    `latents`. Error: anything else."""
+    `latents`; of pipelines that make them, "mesh", "text" or "seq" (tokens). Error: anything else."""
 
     attention_kwargs: Mapping[str, Any] | None = _checked(named_values)
     """Passed to the attention processors (LoRA scale). Error: not a dict with string keys."""

@@ -12,7 +12,7 @@ from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.images import open_image
 from shardit.params import RANDOM_SEED, OmniDiffusionSamplingParams, field_names
-from shardit.signature import PipelineSignature, signature_of
+from shardit.signature import PipelineSignature, is_count, signature_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,8 +30,6 @@ _OWN_FIELDS = ("num_outputs_per_prompt", "seed", "fps")
 _RESERVED = {
     "generator": "give a seed instead",
     "return_dict": "results always come as Output objects",
-    "num_images_per_prompt": "use num_outputs_per_prompt",
-    "num_videos_per_prompt": "use num_outputs_per_prompt",
     "callback_on_step_end": "functions cannot be sent to the ranks; use shardit.parallelize for callbacks",
     "callback_on_step_end_tensor_inputs": "functions cannot be sent to the ranks; use shardit.parallelize",
 }
@@ -64,6 +62,8 @@ class Request:
     """Argument that takes the number of outputs, or None."""
     fps: float
     """Frames per second of a saved video."""
+    sample_rate: int | None = None
+    """Samples per second of saved sound, where the model tells."""
 
     def call_arguments(self) -> dict[str, Any]:
         """Everything for the pipeline's `__call__` but the generator."""
@@ -184,10 +184,14 @@ def _build(
     _check_taken(params, takes)
     kwargs = {name: value for name, value in params.given().items() if name not in _OWN_FIELDS}
     kwargs.update(params.extra_args)
-    if "output_type" in takes.names:
-        kwargs.setdefault("output_type", "pil")  # some video pipelines would give arrays
+    _rename_frames(kwargs, takes)
+    if takes.form is not None:
+        kwargs.setdefault("output_type", takes.form)
     if params.fps is not None and takes.rate_name:
-        kwargs.setdefault(takes.rate_name, params.fps)
+        kwargs.setdefault(takes.rate_name, _like(params.fps, takes.defaults.get(takes.rate_name)))
+    seed = seed_or_drawn(params.seed)
+    if "seed" in takes.names:
+        kwargs["seed"] = seed  # it seeds generators of its own
     prompt = _prompt(values, kwargs, takes)
     _check_required(prompt, images, kwargs, takes)
     return Request(
@@ -197,16 +201,41 @@ def _build(
         kwargs=kwargs,
         images=tuple(open_image(image, takes.image_mode) for image in images),
         image_name=takes.image_name,
-        seed=seed_or_drawn(params.seed),
+        seed=seed,
         num_outputs=int(params.num_outputs_per_prompt),
         count_name=takes.count_name,
-        fps=float(params.fps if params.fps is not None else takes.default_fps),
+        fps=_fps(params, kwargs, takes),
+        sample_rate=takes.sample_rate,
     )
 
 
 def seed_or_drawn(seed: int | None) -> int:
     """The given seed; a drawn one for None and -1."""
     return secrets.randbelow(DRAWN_SEEDS) if seed is None or seed == RANDOM_SEED else int(seed)
+
+
+def _rename_frames(kwargs: dict[str, Any], takes: PipelineSignature) -> None:
+    name = takes.frames_name
+    if name is None or name == "num_frames" or "num_frames" not in kwargs:
+        return
+    frames = kwargs.pop("num_frames")
+    if kwargs.setdefault(name, frames) != frames:
+        raise InputError(f"num_frames and {name} disagree ({frames} and {kwargs[name]}); give one of them")
+
+
+def _fps(params: OmniDiffusionSamplingParams, kwargs: Mapping[str, Any], takes: PipelineSignature) -> float:
+    """Frames per second of the file: as given, as the model is told, or its own."""
+    if params.fps is not None:
+        return float(params.fps)
+    told = kwargs.get(takes.rate_name or "")
+    return takes.default_fps if told is None else float(told)
+
+
+def _like(value: float, default: Any) -> float:
+    """A number in the type of a default: JSON and command lines do not tell 24 from 24.0, but pipelines may."""
+    if isinstance(default, float):
+        return float(value)
+    return int(value) if float(value).is_integer() else value
 
 
 def _images(values: Mapping[str, Any]) -> list[ImageSource]:
@@ -246,8 +275,9 @@ def _extra_args_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_name(name: str, takes: PipelineSignature) -> None:
-    if name in _RESERVED:
-        raise InputError(f"{name} cannot be given; {_RESERVED[name]}")
+    reserved = "use num_outputs_per_prompt" if is_count(str(name)) else _RESERVED.get(name)
+    if reserved is not None:
+        raise InputError(f"{name} cannot be given; {reserved}")
     if name not in takes.names and name not in field_names():
         known = takes.choices
         nearest = did_you_mean(str(name), known)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from shardit.returned import PICTURES, VIDEO, Kind, declared_fields, kinds_of
 
 # Set by shardit itself, so not among what a user can choose.
 _NOT_CHOICES = (
@@ -15,11 +19,12 @@ _NOT_CHOICES = (
     "callback_steps",
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
     "image",
 )
-_COUNT_NAMES = ("num_images_per_prompt", "num_videos_per_prompt")
+_COUNT = re.compile(r"num_[a-z]+_per_prompt")
+_RATE = re.compile(r"([a-z]+_)?(fps|frame_rate)")
+# What pipelines call the number of frames of a video.
+_FRAMES = ("num_frames", "frames", "video_length")
 # Most pipelines declare `image=None` and fail later without one; the names of their classes tell.
 _WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
 # Given several pictures for one prompt, these would take them for a batch. Classes that are not named may have a use
@@ -42,29 +47,60 @@ class PipelineSignature:
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, where its configuration tells."""
 
+    outputs: tuple[str, ...] = ()
+    """Fields of what `__call__` returns; () where the class does not tell."""
+    sample_rate: int | None = None
+    """Samples per second of the sound that the model makes, where it makes some and its configuration tells."""
+
     @property
-    def kind(self) -> Literal["image", "video"]:
-        """What the pipeline makes."""
-        return "video" if "num_frames" in self.names or "num_videos_per_prompt" in self.names else "image"
+    def kinds(self) -> tuple[Kind, ...]:
+        """What the pipeline can make, the most telling first."""
+        if self.outputs:
+            # "pt" as its own default means numbers that are not meant to be looked at (an image prior, HDR).
+            shown = not self._numbers or not {*VIDEO, *PICTURES} & set(self.outputs)
+            return kinds_of(self.outputs) if shown else ("tensors",)
+        return ("video",) if "num_frames" in self.names or "num_videos_per_prompt" in self.names else ("image",)
+
+    @property
+    def kind(self) -> Kind:
+        """What the pipeline makes in the first place."""
+        return self.kinds[0]
+
+    @property
+    def form(self) -> str | None:
+        """The `output_type` that gives pictures, where its default would give numbers or latents."""
+        default = self.defaults.get("output_type")
+        shows = not self.outputs or {*VIDEO, *PICTURES} & set(self.outputs)
+        return "pil" if "output_type" in self.names and shows and not self._numbers and default != "pil" else default
+
+    @property
+    def _numbers(self) -> bool:
+        return self.defaults.get("output_type") == "pt"
 
     @property
     def choices(self) -> list[str]:
         """What a user can give, under the names that shardit takes."""
-        chosen = [name for name in self.names if name not in _NOT_CHOICES]
+        chosen = [name for name in self.names if name not in _NOT_CHOICES and not is_count(name)]
         chosen += ["pil_image"] if self.image_name else []
         chosen += ["num_outputs_per_prompt"] if self.count_name else []
-        chosen += ["fps"] if self.kind == "video" else []
-        return [*chosen, "seed"]
+        chosen += ["num_frames"] if self.frames_name else []
+        chosen += ["fps"] if self.rate_name or self.kind == "video" else []
+        return list(dict.fromkeys([*chosen, "seed"]))
 
     @property
     def count_name(self) -> str | None:
         """The argument that takes the number of outputs, or None."""
-        return next((name for name in _COUNT_NAMES if name in self.names), None)
+        return next(filter(is_count, self.names), None)
 
     @property
     def rate_name(self) -> str | None:
         """The argument through which the model is told the frame rate, or None."""
-        return "frame_rate" if "frame_rate" in self.names else None
+        return next(filter(_RATE.fullmatch, self.names), None)
+
+    @property
+    def frames_name(self) -> str | None:
+        """The argument that takes the number of frames, or None."""
+        return next((name for name in _FRAMES if name in self.names), None)
 
     @property
     def image_name(self) -> str | None:
@@ -94,16 +130,24 @@ class PipelineSignature:
         return float(told) if told else (16.0 if self.class_name.startswith("Wan") else 24.0)
 
 
-def signature_of(pipeline_class: type, model_index: Mapping[str, Any] | None = None) -> PipelineSignature:
+def signature_of(
+    pipeline_class: type, model_index: Mapping[str, Any] | None = None, *, sample_rate: int | None = None
+) -> PipelineSignature:
     """Read the signature of any class with `__call__`.
 
     `model_index` is the content of the checkpoint's model_index.json; with it Wan2.2-TI2V (24 frames per second) is
-    told from the other Wans (16), which have the same pipeline class.
+    told from the other Wans (16), which have the same pipeline class. `sample_rate` is what `sample_rate_of` finds.
     """
     is_module = any(base.__module__ == "torch.nn.modules.module" for base in pipeline_class.__mro__)
     method = "forward" if is_module else "__call__"
     own = (inspect.signature(vars(base)[method]) for base in pipeline_class.__mro__ if method in vars(base))
-    return signature_from(pipeline_class.__name__, (list(call.parameters.values()) for call in own), model_index)
+    found = signature_from(pipeline_class.__name__, (list(call.parameters.values()) for call in own), model_index)
+    return dataclasses.replace(found, outputs=declared_fields(pipeline_class), sample_rate=sample_rate)
+
+
+def is_count(name: str) -> bool:
+    """Whether an argument of a pipeline is the number of results for one prompt."""
+    return _COUNT.fullmatch(name) is not None
 
 
 def signature_from(

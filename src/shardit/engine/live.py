@@ -20,7 +20,7 @@ from ..logs import logger, take_over
 from .channel import Channel, Closed
 from .memory import peak_bytes, reset_peak
 from .messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
-from .result import collect, one_line
+from .result import collect, one_line, with_arrays
 
 
 def serve_live(session: Any, channel: Channel) -> None:
@@ -94,7 +94,7 @@ class Live:
             self.session.agree((begin.key, kind), f"here: {program.error!r}")
         output = None
         if self.session.leads and program.error is None:
-            output = collect(begin.request, program.value, None)
+            output = with_arrays(collect(begin.request, program.value, None))  # the supervisor imports no torch
         self.channel.send(
             Left(
                 key=begin.key,

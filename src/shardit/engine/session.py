@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..api import load_parallel
 from ..core.assign import assign
@@ -26,6 +27,7 @@ from ..models.variants import image_pipeline
 from ..output import Output
 from ..parallel.tensor import plan_components
 from ..parallel_state import destroy_model_parallel
+from ..returned import sample_rate_of
 from ..signature import signature_of
 from .memory import held_bytes, limit_bytes
 from .progress import report_progress
@@ -76,10 +78,10 @@ class Session:
         with_image = image_pipeline(self._pipe)
         if with_image is not None:
             self._variants[type(with_image).__name__] = with_image
-        index = dict(self._pipe.config)
+        index, rate = dict(self._pipe.config), sample_rate_of(self._pipe.components)
         self.info: dict[str, Any] = {
-            "signature": signature_of(type(self._pipe), index),
-            "signature_with_image": signature_of(type(with_image), index) if with_image is not None else None,
+            "signature": signature_of(type(self._pipe), index, sample_rate=rate),
+            "signature_with_image": None if with_image is None else signature_of(type(with_image), index),
             "notes": list(self._assignment.notes),
             "bytes_read": self._reads.bytes,
             "memory": {"held": held_bytes(), "limit": limit_bytes(ranks_here(self.mesh.world_size))},
@@ -143,7 +145,9 @@ class Session:
         if request.pipeline not in self._variants:
             raise InputError(f"no pipeline {request.pipeline}; this model has {', '.join(self._variants)}")
         pipe = copy.copy(self._variants[request.pipeline])
-        pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        for name, component in pipe.components.items():
+            if isinstance(component, SchedulerMixin):
+                setattr(pipe, name, copy.deepcopy(component))
         report_progress(pipe, request.index, on_progress)
         return pipe
 

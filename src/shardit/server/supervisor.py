@@ -43,7 +43,6 @@ RETAIN_AT_MOST = 20
 """Jobs that are forgotten at a time: files are removed in the loop, which has other things to do."""
 
 
-
 class Supervisor:
     """Everything that the process owns, and what it does about events."""
 
@@ -163,7 +162,9 @@ class Supervisor:
         """Ranks have failed: start all anew, after a growing pause where they never come up."""
         self._failed_starts += not self._was_up
         if not self._was_up and (down.users or self._failed_starts == MAX_FIRST_STARTS):
-            text = f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.reason.splitlines()[0]}"
+            text = (
+                f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.reason.splitlines()[0]}"
+            )
             self.error = InputError(down.reason) if down.users else RankError(-1, text)
             self.loop.stop()
             return

@@ -1,0 +1,56 @@
+"""Numbers of an output as arrays; maps (depth, normals, materials: numbers by pixel) as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+def array_of(numbers: Any) -> np.ndarray:
+    """A tensor or array as an array; bfloat16, which numpy lacks, as float32. Imports no torch."""
+    import numpy as np
+
+    return np.asarray(numbers.float() if str(getattr(numbers, "dtype", "")) == "torch.bfloat16" else numbers)
+
+
+def named_arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors and arrays in nested dicts and lists, by names such as "images.0.verts"."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        yield name, array_of(value)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from named_arrays(each, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for position, each in enumerate(value):
+            yield from named_arrays(each, f"{name}.{position}")
+
+
+def pictures_of_map(numbers: Any) -> list[Image]:
+    """Maps of shape (N, height, width, channels), or (N, channels, height, width), as pictures: one channel as 16-bit
+    grey, three as 8-bit colours; [] for other shapes.
+
+    Numbers from 0 to 1 and from -1 to 1 fill the range of the picture; others from the smallest to the largest do.
+    """
+    import numpy as np
+    from PIL import Image
+
+    values = array_of(numbers).astype(np.float32)
+    if values.ndim != 4 or not values.size:
+        return []
+    if values.shape[-1] not in (1, 3):
+        values = np.moveaxis(values, 1, -1)
+    if values.shape[-1] not in (1, 3):
+        return []
+    least, most = float(np.nanmin(values)), float(np.nanmax(values))
+    if least < -1 or most > 1:
+        values = (values - least) / (most - least)
+    elif least < 0:
+        values = (values + 1) / 2
+    values = np.nan_to_num(values)
+    if values.shape[-1] == 1:
+        return [Image.fromarray((one[..., 0] * 65535 + 0.5).astype(np.uint16)) for one in values]
+    return [Image.fromarray((one * 255 + 0.5).astype(np.uint8)) for one in values]

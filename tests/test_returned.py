@@ -30,6 +30,7 @@ from shardit.params import OmniDiffusionSamplingParams
 from shardit.requests import build_requests
 from shardit.returned import sample_rate_of
 from shardit.signature import PipelineSignature, signature_of
+from shardit.static_signature import static_signature
 
 RED, FRAMES = Image.new("RGB", (32, 16), "red"), [Image.new("RGB", (32, 16), (i * 20, 0, 0)) for i in range(5)]
 TONE = 0.5 * torch.sin(torch.arange(8000) * 0.25)
@@ -317,6 +318,14 @@ def test_names_of_ours_that_pipelines_have():
     # Pictures where there are some; a pipeline's own form where it has no pictures, or refuses them.
     forms = ("WanPipeline", "StableAudioPipeline", "MarigoldDepthPipeline", "LLaDA2Pipeline", "TextToVideoZeroPipeline")
     assert [CALLED[name].form for name in forms] == ["pil", "pt", "np", "text", "pil"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LTX2Pipeline", "StableAudioPipeline", "MarigoldDepthPipeline", "StableDiffusionXLPipeline", "LattePipeline"],
+)
+def test_the_source_tells_the_same(name):
+    assert static_signature(name) == CALLED[name]
 
 
 def test_a_class_of_ones_own():

@@ -58,9 +58,8 @@ def generate(flags: GenerateFlags) -> None:
 def check_kind(omni: Any, flags: GenerateFlags) -> None:
     """Compare --output with what the loaded pipeline makes, before it starts to."""
     if flags.output is not None and _is_first_rank():
-        takes, numbers = omni.takes, flags.sampling_params().output_type not in (None, "pil")
-        kinds = ("tensors", *takes.kinds) if numbers else takes.kinds
-        check_path(flags.output, kinds, transparent=takes.image_mode == "RGBA")
+        kinds = omni.takes.kinds_as(flags.sampling_params().output_type)
+        check_path(flags.output, kinds, transparent=omni.takes.image_mode == "RGBA")
 
 
 def report(outputs: Sequence[Output], path: Path | None) -> None:

@@ -85,7 +85,7 @@ class GenerateFlags(ParallelFlags):
     """What `shardit generate` was asked for. None means the pipeline's own default."""
 
     model: Model
-    prompt: Annotated[str, Option(help="What to show.", show_default=False)]
+    prompt: Annotated[str | None, Option(help="What to show.", show_default=False)] = None
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None
     image: Annotated[
         list[Path] | None, Option(metavar="<path>", help="Input picture; repeat the flag for several.")
@@ -140,7 +140,7 @@ class GenerateFlags(ParallelFlags):
                 open_image(image)
             return
         if writes and self.output is not None:
-            check_path(self.output, takes.kind, transparent=takes.image_mode == "RGBA")
+            check_path(self.output, takes.kinds_as(params.output_type), transparent=takes.image_mode == "RGBA")
         build_requests(
             prompts,
             params,
@@ -164,7 +164,7 @@ class GenerateFlags(ParallelFlags):
 
     def prompts(self) -> dict[str, Any]:
         """The first argument of `Omni.generate`."""
-        entry: dict[str, Any] = {"prompt": self.prompt}
+        entry: dict[str, Any] = {} if self.prompt is None else {"prompt": self.prompt}
         if self.negative_prompt is not None:
             entry["negative_prompt"] = self.negative_prompt
         if self.image:

@@ -66,6 +66,10 @@ class PipelineSignature:
         """What the pipeline makes in the first place."""
         return self.kinds[0]
 
+    def kinds_as(self, output_type: str | None) -> tuple[Kind, ...]:
+        """What there is to save of a request with this `output_type`."""
+        return self.kinds if output_type in (None, "pil") else ("tensors", *self.kinds)
+
     @property
     def form(self) -> str | None:
         """The `output_type` that gives pictures, where its default would give numbers or latents."""

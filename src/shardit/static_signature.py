@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -19,8 +20,12 @@ _NOT_PLAIN = object()
 
 def static_signature(class_name: str, model_index: Mapping[str, Any] | None = None) -> PipelineSignature | None:
     """What `signature_of` would say of the installed diffusers' class of that name, or None if it is not found."""
-    calls = list(_calls(class_name))
-    return signature_from(class_name, calls, model_index) if calls else None
+    definitions = list(_calls(class_name))
+    if not definitions:
+        return None
+    found = signature_from(class_name, [list(_parameters(call.args)) for call in definitions], model_index)
+    outputs = next((fields for call in definitions if (fields := _output_fields(call))), ())
+    return dataclasses.replace(found, outputs=outputs)
 
 
 def static_signatures_of_model(
@@ -50,13 +55,24 @@ def static_signatures_of_model(
     return static_signature(name, config), static_signature(with_image, config) if with_image else None
 
 
-def _calls(class_name: str) -> Iterator[list[inspect.Parameter]]:
-    """The parameters of the `__call__` of a class and of those that it overrides, in the order of the first bases."""
+def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:
+    """The fields of the output classes that a `__call__` names, as `declared_fields` finds them."""
+    names = dict.fromkeys(x.id for x in ast.walk(call) if isinstance(x, ast.Name) and x.id.endswith("Output"))
+    found: dict[str, None] = {}
+    for node in filter(None, map(_class, names)):
+        if any(isinstance(base, ast.Name) and base.id == "BaseOutput" for base in node.bases):
+            fields = (x.target for x in node.body if isinstance(x, ast.AnnAssign))
+            found.update(dict.fromkeys(target.id for target in fields if isinstance(target, ast.Name)))
+    return tuple(found)
+
+
+def _calls(class_name: str) -> Iterator[ast.FunctionDef]:
+    """The `__call__` of a class and those that it overrides, in the order of the first bases."""
     node = _class(class_name)
     while node is not None:
         call = next((x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__call__"), None)
         if call is not None:
-            yield list(_parameters(call.args))
+            yield call
         bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
         node = next((found for found in map(_class, bases) if found is not None), None)
 

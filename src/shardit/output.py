@@ -77,10 +77,12 @@ class Output:
 
     @property
     def notes(self) -> list[str]:
-        """What differs from what was asked: sizes that the pipeline rounded."""
+        """What differs from what was asked: sizes that the pipeline rounded; and what it warned of, such as a prompt
+        that was cut."""
         pictures = self.frames[0] if self.frames else self.pictures()
+        warnings = [str(line) for line in self.metrics.get("warnings", ())]
         if not pictures:
-            return []
+            return warnings
         got = {"width": pictures[0].width, "height": pictures[0].height}
         if self.frames:
             got["num_frames"] = len(pictures)
@@ -89,7 +91,7 @@ class Output:
             f"{name}: asked for {asked[name]}, the pipeline made {got[name]}"
             for name in got
             if asked[name] is not None and asked[name] != got[name]
-        ]
+        ] + warnings
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -46,6 +46,16 @@ class PipelineSignature:
     """Arguments without a default."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, where its configuration tells."""
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    """What the pipeline wants height and width to be multiples of, where it refuses others (`size_multiples`)."""
+
+    def size_problem(self, name: str, value: Any) -> str | None:
+        """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
+        step = self.multiples.get(name)
+        if step is None or not isinstance(value, int) or value % step == 0:
+            return None
+        below, above = value // step * step, (value // step + 1) * step
+        return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
 
     outputs: tuple[str, ...] = ()
     """Fields of what `__call__` returns; () where the class does not tell."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 import time
@@ -28,7 +29,8 @@ from ..output import Output
 from ..parallel.tensor import plan_components
 from ..parallel_state import destroy_model_parallel
 from ..returned import sample_rate_of
-from ..signature import signature_of
+from ..signature import PipelineSignature, signature_of
+from ..size_multiples import size_multiples
 from .memory import held_bytes, limit_bytes
 from .progress import report_progress
 from .result import collect
@@ -80,8 +82,8 @@ class Session:
             self._variants[type(with_image).__name__] = with_image
         index, rate = dict(self._pipe.config), sample_rate_of(self._pipe.components)
         self.info: dict[str, Any] = {
-            "signature": signature_of(type(self._pipe), index, sample_rate=rate),
-            "signature_with_image": None if with_image is None else signature_of(type(with_image), index),
+            "signature": _signature(self._pipe, index, rate),
+            "signature_with_image": None if with_image is None else _signature(with_image, index),
             "notes": list(self._assignment.notes),
             "bytes_read": self._reads.bytes,
             "memory": {"held": held_bytes(), "limit": limit_bytes(ranks_here(self.mesh.world_size))},
@@ -185,6 +187,10 @@ class Session:
         destroy_model_parallel()
         if dist.is_initialized() and self.mesh.world_size > 1:
             dist.destroy_process_group()
+
+
+def _signature(pipe: Any, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
+    return dataclasses.replace(signature_of(type(pipe), index, sample_rate=rate), multiples=size_multiples(pipe))
 
 
 def ranks_here(world_size: int) -> int:

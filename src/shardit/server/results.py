@@ -25,7 +25,7 @@ def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tupl
         "seconds": output.seconds,
         "width": first.width,
         "height": first.height,
-        "notes": [*output.notes, *output.metrics.get("warnings", ())],
+        "notes": output.notes,
     }
     if output.frames:
         facts.update(num_frames=len(output.frames[0]), fps=output.fps)

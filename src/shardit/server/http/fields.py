@@ -4,14 +4,14 @@ the server's."""
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
 from ...config import did_you_mean
-from ...params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams
+from ...params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names
 from ..options import Limits
 from .errors import ApiError
 
@@ -97,14 +97,15 @@ def field_models(limits: Limits) -> FieldModels:
     )
 
 
-def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_names: Iterable[str]) -> dict[str, Any]:
+def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_names: Collection[str]) -> dict[str, Any]:
     """The given fields that are not null, checked. `pipeline_names` are arguments of the model's pipeline, which are
     taken under their names even where they are no field. Raises ApiError naming the field."""
     known = list(model.model_fields)
+    names = set(pipeline_names)
     further = [name for name in pipeline_names if name not in known]
     for name in values:
         if name not in known and name not in further:
-            nearest = did_you_mean(name, [*known, *further])
+            nearest = did_you_mean(name, [each for each in known if _is_of_use(each, names)] + further)
             raise ApiError(400, f"there is no field {name!r}{nearest}", code="unknown_field", param=name)
     try:
         checked = model.model_validate({name: values[name] for name in values if name in known}, strict=True)
@@ -112,6 +113,14 @@ def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_nam
         raise _first_of(error) from None
     given = checked.model_dump(exclude_none=True)
     return {**given, **{name: values[name] for name in further if values.get(name) is not None}}
+
+
+def _is_of_use(name: str, pipeline_names: Collection[str]) -> bool:
+    """Whether a field says something about what this pipeline makes, so that it can be what a client meant."""
+    return name in pipeline_names or (name not in NO_MEANING and name not in _OF_DIFFUSERS)
+
+
+_OF_DIFFUSERS = frozenset(field_names())
 
 
 def _whole(value: Any) -> Any:
@@ -157,7 +166,7 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
 
 
 def _openai_fields(limits: Limits) -> dict[str, Any]:
-    size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,5}x[0-9]{1,5}|auto)$")]
+    size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}x[0-9]{1,9}|auto)$")]
     return {
         "prompt": (Annotated[str, Field(max_length=limits.prompt_chars)], Field(description="What to show.")),
         "model": _optional(str, "The served model, which is also the default."),

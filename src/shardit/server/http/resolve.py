@@ -76,6 +76,9 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
     _check_taken(given, values, takes)
     check_limits(given, takes, options.limits)
+    for name in takes.multiples:
+        if problem := takes.size_problem(name, given.get(name)):
+            raise ApiError(400, problem, code="invalid_value", param=name if name in values else "size")
     return given
 
 

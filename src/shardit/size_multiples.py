@@ -1,0 +1,73 @@
+"""Which heights and widths a pipeline takes: found by asking the pipeline itself, not from a list of models."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+from PIL import Image
+
+_SIDE = 1024
+"""A side, in pixels, that every known pipeline takes: a multiple of whatever a VAE and patches need."""
+_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+_AFTER_THE_CHECKS = ("encode", "_encode", "prepare", "_prepare", "get_", "_get_")
+"""How the names of the methods begin that pipelines call when their arguments have been checked."""
+
+
+def size_multiples(pipe: Any) -> dict[str, int]:
+    """The numbers that height and width must be multiples of, by name; empty where the pipeline takes any, rounds them
+    itself, or cannot be asked."""
+    found: dict[str, int] = {}
+    if not _takes(pipe, _SIDE, _SIDE):
+        return found
+    for name in ("height", "width"):
+        sides = ({"height": _SIDE, "width": _SIDE, name: _SIDE + step} for step in _MULTIPLES)
+        fits = (step for step, side in zip(_MULTIPLES, sides, strict=True) if _takes(pipe, **side))
+        if (step := next(fits, 1)) > 1:
+            found[name] = step
+    return found
+
+
+class _Checked(Exception):
+    """The pipeline has begun to work."""
+
+
+def _takes(pipe: Any, height: int, width: int) -> bool:
+    """Whether the pipeline's call gets past its own checks of a size. Nothing of a model is run."""
+    call = inspect.unwrap(type(pipe).__call__)  # without the seams, and without the modes, of a parallel pipeline
+    names = inspect.signature(call).parameters
+    if not {"height", "width"} <= names.keys():
+        return False
+    picture = Image.new("RGB", (_SIDE, _SIDE))
+    given = {"prompt": "a", "image": picture, "mask_image": picture, "height": height, "width": width}
+    log = logging.getLogger("diffusers")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        call(_without_components(pipe), **{name: value for name, value in given.items() if name in names})
+    except ValueError:
+        return False
+    except Exception:  # it got as far as its components, which are not there
+        return True
+    finally:
+        log.setLevel(level)
+    return True
+
+
+def _without_components(pipe: Any) -> Any:
+    """A copy of the pipeline whose components have a configuration and nothing else."""
+
+    def checked(*_: Any, **__: Any) -> None:
+        raise _Checked
+
+    probe = copy.copy(pipe)
+    for name, part in pipe.components.items():
+        if hasattr(part, "config"):
+            probe.__dict__[name] = SimpleNamespace(config=part.config)
+    for name in dir(type(pipe)):
+        if name.startswith(_AFTER_THE_CHECKS) and callable(getattr(type(pipe), name)):
+            probe.__dict__[name] = checked
+    return probe

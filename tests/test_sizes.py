@@ -1,0 +1,87 @@
+"""Sizes that a pipeline refuses are refused before a job runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from shardit.errors import InputError
+from shardit.requests import build_requests
+from shardit.server.http.errors import ApiError
+from shardit.server.http.fields import check_fields, field_models
+from shardit.server.http.resolve import arguments
+from shardit.server.options import Limits, ServeOptions
+from shardit.signature import signature_of
+from shardit.size_multiples import size_multiples
+
+
+class PickyPipeline:
+    """Checks in its call, as some do, and wants other multiples of the height than of the width."""
+
+    components: dict = {}
+
+    def __call__(self, prompt=None, height=None, width=None, num_frames=9):
+        if height % 64 or width % 8:
+            raise ValueError("odd size")
+        self.encode_prompt(prompt)
+
+    def encode_prompt(self, prompt):
+        raise AssertionError("nothing is to run")
+
+
+class RoundingPipeline(PickyPipeline):
+    def __call__(self, prompt=None, height=None, width=None):
+        self.encode_prompt(prompt)
+
+
+TAKES = dataclasses.replace(signature_of(PickyPipeline), multiples={"height": 64, "width": 8})
+OPTIONS = ServeOptions(model="m", data_dir=Path("data"), limits=Limits(pixels=1000 * 1000))
+
+
+def test_multiples_are_found_by_asking():
+    assert size_multiples(PickyPipeline()) == {"height": 64, "width": 8}
+    assert size_multiples(RoundingPipeline()) == {}
+    assert size_multiples(object()) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "multiple"), [("sd3.5", 16), ("z-image", 16), ("wan2.2-i2v", 16), ("qwen-image", None)]
+)
+def test_multiples_of_real_pipelines(name, multiple):
+    from shardit.models import tiny
+
+    found = size_multiples(tiny.load_plain(tiny.resolve(f"tiny/{name}")))
+    assert found == ({} if multiple is None else {"height": multiple, "width": multiple})
+
+
+def test_a_request_of_another_size():
+    rest = {"prompt": None, "negative_prompt": None, "pil_image": None, "takes": TAKES}
+    with pytest.raises(InputError, match="height must be a multiple of 64, got 97; use 64 or 128"):
+        build_requests("a", None, overrides={"height": 97, "width": 64}, **rest)
+    assert build_requests("a", None, overrides={"height": 128, "width": 72}, **rest)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "text"),
+    [
+        ({"size": "97x64"}, "size", "width must be a multiple of 8, got 97; use 96 or 104"),
+        ({"width": 96, "height": 65}, "height", "height must be a multiple of 64, got 65; use 64 or 128"),
+        ({"size": "100000x100000"}, "size", "size is 10000000000 pixels, the limit is 1000000"),
+    ],
+)
+def test_a_job_of_another_size(given, param, text):
+    with pytest.raises(ApiError) as caught:
+        arguments({"prompt": "a", **given}, TAKES, OPTIONS)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert text in str(caught.value)
+
+
+def test_what_is_refused_is_not_suggested():
+    model = field_models(Limits()).image
+    for wrong, right in (("num_frame", "num_frames"), ("backgrund", None), ("strenght", None), ("sizes", "size")):
+        with pytest.raises(ApiError) as caught:
+            check_fields(model, {"prompt": "a", wrong: 1}, ["num_frames", "height"])
+        assert ("did you mean" in str(caught.value)) == (right is not None), wrong
+        assert right is None or repr(right) in str(caught.value)

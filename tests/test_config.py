@@ -192,7 +192,7 @@ def test_fields_as_keywords():
     assert config_of(given, {}, "Omni") is given
     with pytest.raises(InputError, match="Omni: split_batch is a field of the parallel configuration"):
         config_of(given, {"split_batch": True}, "Omni")
-    with pytest.raises(InputError, match="load takes no 'pipeline_paralel_size' .did you mean"):
+    with pytest.raises(InputError, match=r"load takes no 'pipeline_paralel_size' .did you mean"):
         config_of(None, {"pipeline_paralel_size": 2}, "load", ["dtype"])
     with pytest.raises(InputError, match="must be a DiffusionParallelConfig, got 2"):
         config_of(2, {}, "parallelize")
@@ -201,7 +201,7 @@ def test_fields_as_keywords():
 def test_wrong_keywords_of_the_entry_points():
     with pytest.raises(InputError, match=r"Omni takes no 'pipeline_size'.*it takes: .*dtype.*split_batch"):
         shardit.Omni("tiny/flux", pipeline_size=2)
-    with pytest.raises(InputError, match="parallelize takes no 'splitbatch' .did you mean 'split_batch'"):
+    with pytest.raises(InputError, match=r"parallelize takes no 'splitbatch' .did you mean 'split_batch'"):
         shardit.parallelize(object(), splitbatch=False)
     with pytest.raises(InputError, match="load: tensor_parallel_size is a field"):
         shardit.load("tiny/flux", DiffusionParallelConfig(), tensor_parallel_size=1)

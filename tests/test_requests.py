@@ -193,7 +193,7 @@ def test_what_a_pipeline_would_drop_is_refused(where):
     given = {"prompt": "a", "sed": 1} if where == "prompt" else "a"
     params = {"extra_args": Params(extra_args={"sed": 1}), "params": Params(num_frames=9)}.get(where)
     overrides = {"sed": 1} if where == "keyword" else {}
-    with pytest.raises(InputError, match="takes no 'sed' .did you mean 'seed'|takes no num_frames"):
+    with pytest.raises(InputError, match=r"takes no 'sed' .did you mean 'seed'|takes no num_frames"):
         build_requests(
             given, params, prompt=None, negative_prompt=None, pil_image=None, overrides=overrides, takes=takes
         )

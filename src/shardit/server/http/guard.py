@@ -30,7 +30,7 @@ _DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 _PROBES = ("/health", "/ready", "/metrics")
 _FOR_ANY_HOST = ("/health", "/ready")
-"""Routes for probes, which may know the server by another name or by none: they tell whether it works, not whose jobs."""
+"""Routes for probes, which may know the server by another name or by none: they tell only whether it works."""
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

@@ -155,13 +155,15 @@ def connect(pipe: Any, assignment: Assignment, runtime: Runtime, cuts: Mapping[s
         _spread(getattr(pipe, name), runtime, cut)
     for name, owner in assignment.owned.items():
         comm, width = _among(name, assignment, runtime)
+        small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
         if name in assignment.tiles:
-            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name])
+            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small)
         else:
-            own(getattr(pipe, name), comm, owner // width)
+            own(getattr(pipe, name), comm, owner // width, small, cut)
     for name, found in assignment.relayed.items():
         comm, width = _among(name, assignment, runtime)
-        relay(getattr(pipe, name), comm, found.units, [owner // width for owner in found.owners])
+        owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
+        relay(getattr(pipe, name), comm, found.units, owners, cut)
     for name in (*assignment.cut, *assignment.owned, *assignment.relayed):
         guard(getattr(pipe, name), name, runtime.mesh)
     _swap_pipeline(pipe, runtime, cuts)

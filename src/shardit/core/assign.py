@@ -12,6 +12,7 @@ from torch import nn
 from ..config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
 from ..errors import UnsupportedError
 from .balance import WHOLE_SHARE, Loads, Relayed, distribute
+from .everywhere import small_tensors
 from .mesh import axis_sizes, coordinates
 from .partition import Placement, automatic_chunks, block_cost, place_blocks
 from .plan import Plan
@@ -52,14 +53,16 @@ class Cut:
 class Assignment:
     """cut: transformers, by component name. relayed: encoders whose units several members own. owned: the member of a
     replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
-    that own it. tiles: the members that hold a VAE and share its tiles, its owner first. stages: the stage of each
-    member of a replica (all ranks that work on the same requests). notes: what a user may want to know."""
+    that own it. tiles: the members that hold a VAE and share its tiles, its owner first. small: the tensors of owned
+    components that every member has, by name. stages: the stage of each member of a replica (all ranks that work on the
+    same requests). notes: what a user may want to know."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
     relayed: dict[str, Relayed] = field(default_factory=dict)
     owned: dict[str, int] = field(default_factory=dict)
     tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    small: dict[str, frozenset[str]] = field(default_factory=dict)
     sliced: frozenset[str] = frozenset()
     tp: int = 1
     chunks: int = 1
@@ -67,13 +70,10 @@ class Assignment:
 
     def owns(self, component: str, member: int) -> Callable[[str], bool]:
         """A predicate over parameter names of a component: does this member of a replica hold it?"""
-        if component in self.tiles:
-            shares = member in self.tiles[component]
-            return lambda name: shares
         first = member - member % self.tp if component in self.sliced else member
         if component in self.owned:
-            mine = self.owned[component] == first
-            return lambda name: mine
+            holders, small = self.tiles.get(component, (self.owned[component],)), self.small.get(component, ())
+            return lambda name: first in holders or name in small
         if component in self.relayed:
             found = self.relayed[component]
             foreign = tuple(f"{u}." for u, owner in zip(found.units, found.owners, strict=True) if owner != first)
@@ -173,7 +173,13 @@ def assign(
     how = "contiguous" if chunks == 1 else "looped"
     if pp_size > 1:
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
-    return Assignment(stages, cut, relayed, owned, tiles, parts, sizes["tp"], chunks, tuple(notes))
+    # transformers loads a model whole or not at all, so what is read of an encoder comes from its owner.
+    small = {name: small_tensors(modules[name]) for name in owned if not _encodes(modules[name])}
+    return Assignment(stages, cut, relayed, owned, tiles, small, parts, sizes["tp"], chunks, tuple(notes))
+
+
+def _encodes(module: nn.Module) -> bool:
+    return any(base.__module__.startswith(ENCODERS) for base in type(module).__mro__)
 
 
 def _outside_transformers(

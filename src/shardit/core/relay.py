@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from ..errors import RankError, UnsupportedError
+from .boundary import Boundary, hooks_below
 from .caches import find_caches, replace_layers, state_of, taken_since
 from .comm import Comm
 from .meeting import meet
-from .pending import PendingTensor, settle
-from .remote import METHODS, Held, call_on, held_here
+from .pending import PendingTensor
+from .remote import Held, call_on, fetched, held_here
 from .signature import mode_key
-from .sites import fixed_place, put, swap_class
+from .sites import put, swap_class
 from .writes import changed, mark
 
 
@@ -38,19 +39,26 @@ class Relay:
     units: list[tuple[str, nn.Module]]
     owners: list[int]
     ran: Counter[int] = field(default_factory=Counter)
-    _inside: bool = False
     _meeting: bool = False
     _known: set[Any] = field(default_factory=set)
 
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the encoder: the first of its kind makes sure that all ranks take the same way through it."""
-        if self._inside:
-            return function(*args, **kwargs)
-        settle((args, kwargs))
+    def call(
+        self, path: str, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call from outside, of the encoder or of a part of it: the first of its kind makes sure that all ranks take
+        the same way through it. What lies in a unit runs on the owner of that."""
+        unit = self.unit_of(f"{path}.")
+        if unit is not None and (path != self.units[unit][0] or name not in ("__call__", "forward")):
+            return self.unit_call(unit, function, args, kwargs)
         if kwargs.get("output_attentions"):
             raise UnsupportedError(f"output_attentions: the layers of {self._name} lie on several ranks")
-        kind = (getattr(function, "__name__", ""), mode_key((args, kwargs), self.model.training))
-        self._inside, self._meeting = True, kind not in self._known
+        for unit_name, module in self.units:
+            if hooked := hooks_below(module):
+                raise UnsupportedError(
+                    f"{unit_name}.{hooked[0]} of {self._name} has a hook, and runs on one rank: put it on {unit_name}"
+                )
+        kind = (path, name, mode_key((args, kwargs), self.model.training))
+        self._meeting = kind not in self._known
         try:
             out = function(*args, **kwargs)
             self._meet("the end")
@@ -60,9 +68,13 @@ class Relay:
             self._meet(error)
             raise
         finally:
-            self._inside = self._meeting = False
+            self._meeting = False
         self._known.add(kind)
         return out
+
+    def unit_of(self, name: str) -> int | None:
+        """The number of the unit in which something lies, by its name."""
+        return next((i for i, (unit, _) in enumerate(self.units) if name.startswith(f"{unit}.")), None)
 
     def unit_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The seam: the owner runs the unit, all get its outputs, with pending tensors."""
@@ -90,6 +102,11 @@ class Relay:
                 replace_layers(cache, new)
         return out
 
+    def read(self, name: str, tensor: torch.Tensor, cut: Collection[str]) -> torch.Tensor:
+        """A parameter or a buffer for code outside: what is not in a unit is on every rank."""
+        unit = self.unit_of(name)
+        return tensor if unit is None else fetched(self.comm, self.owners[unit], type(self.model), name, tensor, cut)
+
     def _bring(self, source: Any, owner: int) -> None:
         """Let the owner of the next unit have what a pending argument waits for."""
         if isinstance(source, Held) and source.comm is self.comm:
@@ -111,8 +128,11 @@ class Relay:
         return type(self.model).__name__
 
 
-def relay(model: nn.Module, comm: Comm, units: Sequence[str], owners: Sequence[int]) -> Relay:
-    """Cut an encoder in place: keep the units of this rank, and put the seam at all of them.
+def relay(
+    model: nn.Module, comm: Comm, units: Sequence[str], owners: Sequence[int], cut: Collection[str] = ()
+) -> Relay:
+    """Cut an encoder in place: keep the units of this rank, and put the seam at all of them. `cut`: parameters of which
+    owners hold slices; code outside that reads one gets an UnsupportedError.
 
     The seam is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
     states by hooks on the layers, which have to see what the layers of other ranks give, too.
@@ -128,12 +148,8 @@ def relay(model: nn.Module, comm: Comm, units: Sequence[str], owners: Sequence[i
     for module in model.modules():
         if isinstance(getattr(type(module), "device", None), property):
             swap_class(module, {"device": property(lambda self: device)})
-    members: dict[str, Any] = {
-        name: _entry(made, name) for name in METHODS if callable(getattr(type(model), name, None))
-    }
-    members["to"] = fixed_place(type(model).to, device)
-    members["shardit_relay"] = property(lambda self: made)
-    swap_class(model, members)
+    Boundary(device, made.call, lambda name, tensor: made.read(name, tensor, cut), on_all=True).put(model, "")
+    swap_class(model, {"shardit_relay": property(lambda self: made)})
     return made
 
 
@@ -143,16 +159,6 @@ def _seam(made: Relay, index: int, plain: Callable[..., Any]) -> Callable[..., A
         return made.unit_call(index, plain.__get__(self), args, kwargs)
 
     return forward
-
-
-def _entry(made: Relay, name: str) -> Callable[..., Any]:
-    plain = getattr(type(made.model), name)
-
-    @functools.wraps(plain)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return made.call(plain.__get__(self), args, kwargs)
-
-    return method
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

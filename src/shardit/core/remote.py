@@ -2,77 +2,120 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from ..errors import UnsupportedError
+from .boundary import Boundary, Read
 from .comm import ALIGN, Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes
+from .everywhere import Everywhere
 from .meeting import sendable
 from .pending import PendingTensor, Source, settle
 from .plan import span
-from .sites import fixed_place, swap_class
-
-METHODS = (
-    "__call__",
-    "encode",
-    "decode",
-    "generate",
-    "encode_image",
-    "encode_text",
-    "get_image_features",
-    "get_text_features",
-)
-"""What pipelines call of a component. Everything else (config, dtype, tiling switches) needs no weights."""
+from .sites import put
+from .writes import changed, mark
 
 
-def own(module: nn.Module, comm: Comm, stage: int) -> None:
+def own(
+    module: nn.Module,
+    comm: Comm,
+    stage: int,
+    everywhere: Collection[str] = (),
+    cut: Collection[str] = (),
+) -> None:
     """Let `stage` alone hold a component, in place: the others keep its shape on meta and get its outputs.
 
     An output is broadcast tensor by tensor when the program first uses it, which is at the same point on every rank;
-    what nobody uses (hidden states of all layers, say) never travels.
+    what nobody uses (hidden states of all layers, say) never travels. So is a parameter or a buffer that code outside
+    the component reads, unless it is one of those that every rank has (`everywhere`). `cut`: parameters of which the
+    stage holds a slice; reading one from outside raises UnsupportedError.
     """
     if comm.rank != stage:
-        module.to("meta")
-    at_calls(
-        module,
+        empty(module, everywhere)
+    small = Everywhere(module, everywhere)
+    boundary = Boundary(
         comm.mesh.device,
-        lambda name, plain, args, kwargs: call_on(comm, stage, lambda: plain(*args, **kwargs)),
+        lambda path, name, function, args, kwargs: run_on(comm, stage, function, args, kwargs, small),
+        reader(module, comm, stage, small, cut),
     )
+    boundary.put(module, "")
 
 
-Run = Callable[[str, MethodType, tuple[Any, ...], dict[str, Any]], Any]
-"""What to do at a call of a component: the method's name, the method itself, arguments without pending tensors."""
+def reader(module: nn.Module, comm: Comm, stage: int, small: Everywhere, cut: Collection[str] = ()) -> Read:
+    """What code outside of an owned component gets for one of its tensors."""
+    kind = type(module)
+    return lambda name, tensor: tensor if name in small.names else fetched(comm, stage, kind, name, tensor, cut)
 
 
-def at_calls(module: nn.Module, device: torch.device, run: Run) -> None:
-    """Have `run` decide, in place, what a component does where a pipeline calls it."""
-    running = {"inside": False}  # a component's methods call each other
+def empty(module: nn.Module, everywhere: Collection[str]) -> None:
+    """Move the tensors of a module to meta, in place, but for those that every rank has."""
+    moved: dict[int, torch.Tensor] = {}  # tied ones stay tied
+    named = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    kept = {id(tensor) for name, tensor in named if name in everywhere}
+    for name, tensor in named:
+        if id(tensor) in kept or tensor.is_meta:
+            continue
+        if id(tensor) not in moved:
+            meta = torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            moved[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
+        put(module, name, moved[id(tensor)])
 
-    def seam(name: str) -> Callable[..., Any]:
-        plain = getattr(type(module), name)
 
-        @functools.wraps(plain)
-        def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if running["inside"]:
-                return plain(self, *args, **kwargs)
-            settle((args, kwargs))
-            running["inside"] = True
-            try:
-                return run(name, MethodType(plain, self), args, kwargs)
-            finally:
-                running["inside"] = False
+def run_on(
+    comm: Comm,
+    stage: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    small: Everywhere,
+) -> Any:
+    """`function(*args, **kwargs)` on one stage; every stage gets its result, with pending tensors. Collective.
 
-        return method
+    What it writes into its arguments, and into the tensors that every rank has, is then the same on every stage.
+    """
+    arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
-    members: dict[str, Any] = {name: seam(name) for name in METHODS if callable(getattr(type(module), name, None))}
-    members["device"] = property(lambda self: device)
-    members["to"] = fixed_place(type(module).to, device)
-    swap_class(module, members)
+    def run() -> tuple[Any, list[int], dict[str, torch.Tensor]]:
+        before, looked = [mark(t) for t in arguments], small.look()
+        out = function(*args, **kwargs)
+        return out, [q for q, t in enumerate(arguments) if changed(t, before[q])], small.written(looked)
+
+    out, written, news = call_on(comm, stage, run, arguments)
+    for q in written:
+        Held.written(comm, stage, arguments[q])
+    settle(news)
+    if comm.rank != stage:
+        small.take(news)
+    return out
+
+
+def fetched(
+    comm: Comm, owner: int, cls: type, name: str, tensor: torch.Tensor, cut: Collection[str] = ()
+) -> torch.Tensor:
+    """A parameter or a buffer of which one rank has the data, as every rank gets it: pending.
+
+    Raises UnsupportedError where the owner itself has only a slice of it.
+    """
+    if name in cut:
+        raise UnsupportedError(
+            f"code outside of {cls.__name__} reads {name}, which is cut over tensor ranks: use tensor_parallel_size=1"
+        )
+    if comm.rank == owner:
+        out = Held(comm, owner, _memory_of(tensor)).wrap(tensor.detach())
+    else:
+        out = _room(comm, owner, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), 0)
+    if isinstance(tensor, nn.Parameter):
+        out._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
+    return out
 
 
 class Held(Source):

@@ -14,6 +14,9 @@ from .plan import Plan
 SMALL_SHARE = 0.02
 """Block lists with a smaller share of the parameters are kept whole on every rank."""
 
+SWAPPED = "shardit_swapped"
+"""An attribute of the classes that are made here."""
+
 
 class Seam(Protocol):
     """Whoever decides what a block call does while a forward of its model runs."""
@@ -72,7 +75,8 @@ def swap_class(module: Any, members: dict[str, Any]) -> None:
     is at `__call__`, outside everything that replaces `forward` (compile, accelerate and cache hooks).
     """
     cls = type(module)
-    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, **members}
+    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, SWAPPED: True}
+    members = {**known, **members}
     module.__class__ = type(cls.__name__, (cls,), members)
 
 
@@ -95,10 +99,13 @@ def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[...
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not any(p.is_meta for p in self.parameters()):
             return plain(self, *args, **kwargs)
-        target, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        found: Any = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        target, dtype, _, layout = found
         if target is not None and target.type != device.type:
             raise UnsupportedError("a parallel model cannot be moved: choose the device when it is made parallel")
-        return self if dtype is None else plain(self, dtype=dtype)
+        changes = {"dtype": dtype, "memory_format": layout}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return plain(self, **changes) if changes else self
 
     return to
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..core.boundary import Boundary
 from ..core.comm import Comm, view_bytes
-from ..core.remote import at_calls, call_on
+from ..core.everywhere import Everywhere
+from ..core.remote import empty, reader, run_on
 from ..core.signature import signature
 from ..core.sites import install, swap_class
 from ..errors import InputError, RankError
@@ -38,8 +41,8 @@ class Tiles:
     ran[t]: how often this rank computed tile t of a call (never, if it is another's).
     """
 
-    def __init__(self, module: nn.Module, comm: Comm, ranks: tuple[int, ...]):
-        self.module, self.comm, self.ranks = module, comm, ranks
+    def __init__(self, module: nn.Module, comm: Comm, ranks: tuple[int, ...], small: Everywhere):
+        self.module, self.comm, self.ranks, self.small = module, comm, ranks, small
         self.place = ranks.index(comm.rank) if comm.rank in ranks else None
         self.ran: Counter[int] = Counter()
         self._current: dict[str, Any] = {"seam": None}
@@ -48,21 +51,23 @@ class Tiles:
         parts = [(name, getattr(module, name, None)) for name in PARTS]
         install([(name, part) for name, part in parts if isinstance(part, nn.Module)], self._current)
 
-    def call(self, name: str, plain: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call of the VAE, `plain(*args, **kwargs)`, on all ranks; each gets its result, with pending tensors."""
-
-        def run() -> Any:
-            return plain(*args, **kwargs)
-
+    def call(
+        self, path: str, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One call of the VAE or of a part of it, `plain(*args, **kwargs)`, on all ranks; each gets its result, with
+        pending tensors."""
         first = self.ranks[0]
+        if path or not isinstance(plain, MethodType):  # of a replaced method nobody knows what it does
+            return run_on(self.comm, first, plain, args, kwargs, self.small)
         plan = self._agree(name, plain, args, kwargs)
         if not isinstance(plan, TilePlan) or not plan.spread:
-            out = call_on(self.comm, first, run)
+            task: Callable[..., Any] = plain
         else:
-            own = self._compute(plan, run)
+            own = self._compute(plan, lambda: plain(*args, **kwargs))
             if self.place and own.numel():
                 self.comm.wait(self.comm.send(own, first))
-            out = call_on(self.comm, first, lambda: self._replay(plan, own, run))
+            task = functools.partial(self._replay, plan, own, plain)
+        out = run_on(self.comm, first, task, args, kwargs, self.small)
         self._explain(name, plan)
         return out
 
@@ -123,7 +128,7 @@ class Tiles:
             self._current["seam"] = None
         raise RankError(self.comm.mesh.rank, f"{self._name} made {seam.number} part calls of {len(plan.calls)}")
 
-    def _replay(self, plan: TilePlan, own: torch.Tensor, run: Callable[[], Any]) -> Any:
+    def _replay(self, plan: TilePlan, own: torch.Tensor, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """On the first rank: take what the others computed, and run the call with it in place of the parts."""
         others = [torch.empty(m.total, dtype=torch.uint8, device=own.device) for m in plan.messages[1:]]
         pairs = zip(others, self.ranks[1:], strict=True)
@@ -132,7 +137,7 @@ class Tiles:
         self._current["seam"] = _Replay(plan, [own, *others])
         try:
             with torch.no_grad():
-                return run()
+                return plain(*args, **kwargs)
         finally:
             self._current["seam"] = None
 
@@ -220,13 +225,14 @@ def _kept(module: nn.Module) -> Iterator[None]:
         vars(module).update(before)
 
 
-def spread_tiles(module: nn.Module, comm: Comm, ranks: tuple[int, ...]) -> Tiles:
+def spread_tiles(module: nn.Module, comm: Comm, ranks: tuple[int, ...], everywhere: Collection[str] = ()) -> Tiles:
     """Let the members `ranks` of `comm` share the tiles of a VAE, in place, and switch its tiling on; the others keep
-    its shape on meta and get its outputs."""
+    its shape on meta and get its outputs, but have the tensors that are on every rank (`everywhere`)."""
     if comm.rank not in ranks:
-        module.to("meta")
+        empty(module, everywhere)
     module.enable_tiling()  # pyright: ignore[reportCallIssue]
-    tiles = Tiles(module, comm, ranks)
-    at_calls(module, comm.mesh.device, tiles.call)
+    small = Everywhere(module, everywhere)
+    tiles = Tiles(module, comm, ranks, small)
+    Boundary(comm.mesh.device, tiles.call, reader(module, comm, ranks[0], small)).put(module, "")
     swap_class(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

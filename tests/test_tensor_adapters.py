@@ -51,8 +51,8 @@ def test_refusals(tmp_path: Path) -> None:
     run_ranks(2, refusals, str(tmp_path))
 
 
-def broken(rank: int, count: int, method: str, folder: str) -> float:
-    """Each rank keeps its own part of the adapters."""
+def broken(rank: int, count: int, method: str, folder: str) -> None:
+    """Each rank keeps its own part of the adapters: the comparison with whole units finds it."""
     join(rank, count, method)
     pipe = brought.pipeline("flux")
     pipe.load_lora_weights(folder)
@@ -61,13 +61,14 @@ def broken(rank: int, count: int, method: str, folder: str) -> float:
     gathered = lambda layer: layer.base_layer.in_features == 64  # noqa: E731  (it would fail aloud)
     tensor_adapters._finish_once = lambda layer, finish: own(layer, finish) if gathered(layer) else None
     shardit.parallelize(pipe, TWO)
-    return float((brought.run(pipe, "flux") - expected).norm() / expected.norm())
+    assert float((brought.run(pipe, "flux") - expected).norm() / expected.norm()) <= 1e-5
+    assert "transformer_blocks.0.attn" in pipe.transformer.shardit_checks.whole
 
 
 @pytest.mark.full
 def test_a_missing_sum_is_seen(tmp_path: Path) -> None:
     brought.write_lora("flux", tmp_path, 5)
-    assert min(run_ranks(2, broken, str(tmp_path))) > 1e-3
+    run_ranks(2, broken, str(tmp_path))
 
 
 def uneven(rank: int, count: int, method: str, folder: str) -> list[float]:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def fingerprint(block: nn.Module) -> str:
-    """A digest of everything that tells blocks apart: classes, parameters, and plain attributes of all submodules.
+def fingerprint(block: nn.Module, ignored: Container[str] = ()) -> str:
+    """A digest of everything that tells blocks apart: classes, parameters, and plain attributes of all submodules but
+    those that are `ignored`.
 
     Blocks that share it run the same code in the same configuration on data of the same shapes. The same on every rank
     that holds the same model, whether a block's data is there or not.
     """
     seen: list[Any] = [(name, tuple(p.shape), str(p.dtype)) for name, p in block.named_parameters()]
     for name, module in block.named_modules():
-        seen.append((name, *_described(module)))
+        seen.append((name, *_described(module, ignored)))
         processor = getattr(module, "processor", None)
         if processor is not None:
-            seen.append((name, *_described(processor)))
+            seen.append((name, *_described(processor, ignored)))
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
-def _described(thing: Any) -> tuple[Any, ...]:
-    plain = {k: v for k, v in vars(thing).items() if _is_plain(v)}
+def _described(thing: Any, ignored: Container[str]) -> tuple[Any, ...]:
+    plain = {k: v for k, v in vars(thing).items() if k not in ignored and _is_plain(v)}
     return type(thing).__module__, type(thing).__qualname__, sorted(plain.items(), key=lambda item: item[0])
 
 

@@ -55,6 +55,11 @@ def attention_goes_to(handler: Handler) -> Iterator[None]:
             F.scaled_dot_product_attention = _plain_sdpa
 
 
+def attention_is_taken() -> bool:
+    """Whether attention calls in this context go to a handler."""
+    return _handler.get() is not None
+
+
 def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,

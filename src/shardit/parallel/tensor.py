@@ -17,6 +17,7 @@ from ..core.sites import Made, put, swap_class
 from ..core.slices import Owned, Shards, Slice
 from ..errors import UnsupportedError
 from .tensor_adapters import adapter_members, adapters_aside, cut_adapters
+from .tensor_check import watch_units
 from .tensor_cuts import TensorPlan
 from .tensor_modules import install_role
 from .tensor_norms import install_pair
@@ -83,6 +84,7 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
                 refuse_own_forwards(name, components[name], plan)
                 shard_tensors(components[name], plan, ranks)
             cut_adapters(components[name], plan, ranks)
+            watch_units(name or type(components[name]).__name__, components[name], plan, ranks)
             swap_class(components[name], adapter_members(components[name], plan, ranks))
 
 

@@ -17,7 +17,7 @@ from ..core.collectives import Collectives
 from ..core.sites import swap_class
 from ..core.slices import Shards, Slice
 from ..errors import UnsupportedError
-from .tensor_cuts import TensorPlan
+from .tensor_cuts import PLAIN, TensorPlan
 from .tensor_modules import FINISH, unfinished
 
 ONE_RANK = "or use tensor_parallel_size=1"
@@ -89,7 +89,7 @@ def _finish_once(layer: nn.Module, finish: Callable[[torch.Tensor], torch.Tensor
             part = own_forward(self, *args, **kwargs)
         return finish(part)
 
-    swap_class(layer, {"forward": forward, "_finishes": True})
+    swap_class(layer, {"forward": forward, "_finishes": True, PLAIN: type(layer)})
 
 
 def adapter_members(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from torch import nn
 from ..core.slices import Parts, Shards, even
 from ..errors import UnsupportedError
 from . import tensor_rules as rules
-from .tensor_heads import join, owner_of
+from .tensor_heads import has_hooks, join, owner_of, runs_as
+
+PLAIN = "_shardit_plain"
+"""The attribute of classes that were made for a role, or for an adapter: the class before."""
 
 Kind = Literal["rows", "gathered", "vocabulary", "norm"]
 
@@ -44,7 +47,8 @@ class TensorPlan:
 
     cuts: by parameter name (every name of tied weights); what is not there is whole on every rank. roles: by module
     name. pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank.
-    notes: what was left whole against expectation, and why.
+    units: names of the modules between whose cut linears code of theirs runs, which is taken to work on slices as it
+    does on the whole: attention, feed-forward and their like. notes: what was left whole against expectation, and why.
     """
 
     size: int
@@ -52,7 +56,16 @@ class TensorPlan:
     roles: dict[str, Role] = field(default_factory=dict)
     pairs: list[NormPair] = field(default_factory=list)
     attributes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    units: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def forget(self, module: str) -> None:
+        """Take what is in a module out of the plan."""
+        inside = f"{module}." if module else ""
+        for found in (self.cuts, self.roles, self.attributes):
+            for name in [name for name in found if f"{name}.".startswith(inside)]:
+                del found[name]
+        self.pairs[:] = [pair for pair in self.pairs if not pair.query_norm.startswith(inside)]
 
 
 class Cutter:
@@ -115,7 +128,13 @@ class Cutter:
 
     def vocabulary(self, name: str, table: Any) -> None:
         """A large table: by rows, so that what a rank reads of the file is one run."""
-        if table.num_embeddings >= max(rules.VOCABULARY, self.size) and table.max_norm is None and not table.sparse:
+        if table.num_embeddings < max(rules.VOCABULARY, self.size):
+            return
+        if not runs_as(table, rules.EMBEDDING):
+            self.left_whole(name, f"{type(table).__name__} has a forward of its own")
+        elif has_hooks(table):
+            self.left_whole(name, "it has hooks")
+        elif table.max_norm is None and not table.sparse:
             cut = even(table.num_embeddings, self.parts)
             self.tensors(name, table, cut)
             self.plan.roles[name] = Role("vocabulary", cut)

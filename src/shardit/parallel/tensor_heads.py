@@ -34,13 +34,16 @@ def read_heads(module: nn.Module, names: rules.Attention, out: bool = True) -> H
     out: whether the linear behind the heads is its own, rather than one of the block around it.
     """
     known = (*names.query, *names.key_value, *names.out, *names.query_norms, *names.key_norms, *names.per_head)
-    stranger = unknown_part(module, (*known, *names.full_input))
+    stranger = unknown_part(module, (*known, *names.full_input, "processor"))  # that is looked at by itself
     if stranger is not None:
         return f"no rule knows {stranger}"
     linears = [*names.query, *names.key_value, *names.out]
     strange = [part for part in present(module, linears) if not is_linear(part_of(module, part)) and part != "to_out"]
     if strange:
         return f"{strange[0]} is no plain linear"
+    tables = present(module, names.per_head)
+    if not all(runs_as(part_of(module, part), rules.EMBEDDING) for part in tables):
+        return f"{tables[0]} has a forward of its own"
     query, keys = (part_of(module, part) for part in (names.query[0], names.key_value[0]))
     size = number_of(module, rules.HEAD_SIZES)
     count = number_of(module, rules.HEAD_COUNTS)
@@ -87,12 +90,26 @@ def norm_size(norm: Any) -> int | None:
 
 def _is_rms(norm: Any) -> bool:
     """Whether a norm across all heads can be cut: x * rsqrt(mean(x^2) + eps) * weight, and no more."""
-    return type(norm).__name__ == "RMSNorm" and norm.weight is not None and getattr(norm, "bias", None) is None
+    known = any(runs_as(norm, name) for name in rules.RMS_NORMS) and not has_hooks(norm)
+    return known and norm.weight is not None and getattr(norm, "bias", None) is None
 
 
 def is_linear(module: Any) -> bool:
-    """Plain linears only: quantized ones and adapters' layers have weights of other kinds."""
-    return type(module) is nn.Linear
+    """Plain linears only: quantized ones, derived ones and adapters' layers compute something else, parametrized ones
+    have weights of other kinds, and a hook would see slices."""
+    return type(module) is nn.Linear and module._parameters.keys() <= {"weight", "bias"} and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def runs_as(module: Any, name: str) -> bool:
+    """Whether the forward of a module is the one of the class with this full name, not that of a class derived from it
+    or of one that is called alike."""
+    forward = type(module).forward
+    return f"{forward.__module__}.{forward.__qualname__}" == f"{name}.forward"
 
 
 def part_of(module: nn.Module, path: str) -> Any:

@@ -13,14 +13,15 @@ from torch import nn
 
 from ..core.collectives import Collectives
 from ..core.sites import Made, share_class
-from .tensor_cuts import Role
+from .tensor_cuts import PLAIN, Role
 from .tensor_forward import together
 from .tensor_norms import across_heads
 
 
 def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Made) -> None:
     """Give a module whose weight is cut the forward that goes with its role, in place."""
-    share_class(module, made, (role,), lambda: {"forward": _FORWARDS[role.kind](role, ranks)})
+    plain = {PLAIN: type(module)}
+    share_class(module, made, (role,), lambda: {"forward": _FORWARDS[role.kind](role, ranks), **plain})
 
 
 Finish = Callable[[torch.Tensor], torch.Tensor]

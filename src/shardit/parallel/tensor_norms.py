@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.collectives import Collectives
 from ..core.sites import Made, share_class
-from .tensor_cuts import Role
+from .tensor_cuts import PLAIN, Role
 from .tensor_forward import together
 
 
@@ -81,7 +81,8 @@ def install_pair(
     ahead = _Ahead()
     for module, forward in ((key_linear, linear), (query_norm, first), (key_norm, second)):
         module.shardit_ahead = ahead  # pyright: ignore[reportArgumentType]
-        share_class(module, made, (forward.__name__, roles), lambda: {"forward": forward})  # noqa: B023
+        members = {"forward": forward, PLAIN: type(module)}
+        share_class(module, made, (forward.__name__, roles), lambda: members)  # noqa: B023
 
 
 def _squares(hidden_states: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,10 @@ from .tensor_heads import (
     part_of,
     present,
     read_heads,
+    runs_as,
 )
+from .tensor_kept import hands_out
+from .tensor_processors import PROCESSOR, processor_parts
 
 
 def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False) -> TensorPlan:
@@ -67,14 +70,43 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     """Attention by heads."""
     names = next((n for n in rules.ATTENTIONS if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
     if names is None:
-        return False
+        return _added_alone(cutter, name, module)
     heads = rules.KEPT_ATTENTION.get(type(cutter.model).__name__) or read_heads(module, names)
     if isinstance(heads, str):
         return cutter.left_whole(name, heads)
     if heads.keys < cutter.size:
         return cutter.has_too_few(name, heads.keys)
+    why = _cut_processor(cutter, name, module, heads)
+    if why:
+        return cutter.left_whole(name, why)
     _cut_attention(cutter, name, module, names, heads)
+    cutter.plan.units.append(name)
     return True
+
+
+def _added_alone(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """Attention that has queries and keys under other names (to text alone, say) is named at least."""
+    queries = [part for n in rules.ATTENTIONS[:2] for part in n.query if is_linear(part_of(module, part))]
+    keys = [part for n in rules.ATTENTIONS[:2] for part in n.key_value if is_linear(part_of(module, part))]
+    return bool(queries and keys) and cutter.left_whole(name, f"no rule knows attention with {', '.join(keys)} alone")
+
+
+def _cut_processor(cutter: Cutter, name: str, module: nn.Module, heads: Heads) -> str | None:
+    """Cut the linears of a processor that has some; or why they, and so the attention, cannot be."""
+    processor = getattr(module, PROCESSOR, None)
+    if type(processor).__name__ in rules.KEPT_PROCESSORS:
+        return rules.KEPT_PROCESSORS[type(processor).__name__]
+    if (key := hands_out(processor)) is not None:
+        return f"{type(processor).__name__} may hand out what it computes of each head, in {key!r}"
+    if not isinstance(processor, nn.Module):
+        return None
+    parts = processor_parts(processor, heads.query_shards(cutter.parts), heads.key_shards(cutter.parts))
+    if isinstance(parts, str):
+        return parts
+    for part, cut in parts.items():
+        act = cutter.rows if cut.dim == 1 else cutter.columns
+        act(join(name, PROCESSOR, part), processor.get_submodule(part), Shards(0, cut.total, cut.ranks))
+    return None
 
 
 def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.Attention, heads: Heads) -> None:
@@ -133,6 +165,7 @@ def _fused_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
         heads = [n // (width // count) for n in cut.lengths]
         cutter.set_numbers(name, module, dict.fromkeys(rules.HEAD_COUNTS, count), heads)
         cutter.attentions += 1
+        cutter.plan.units.append(name)
         return True
     return False
 
@@ -157,6 +190,9 @@ def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
             return cutter.left_whole(name, f"{names.out} does not take attention and feed-forward side by side")
         if heads.keys < cutter.size:
             return cutter.has_too_few(name, heads.keys)
+        why = _cut_processor(cutter, join(name, names.attention), attention, heads)
+        if why:
+            return cutter.left_whole(name, why)
         _cut_attention(cutter, join(name, names.attention), attention, rules.ATTENTIONS[0], heads)
         runs = [even_runs(width, cutter.parts, offset=gate * width) for gate in range(gates)]
         cutter.columns(join(name, names.into), into, shards(0, gates * width, runs))
@@ -164,6 +200,7 @@ def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
         rows = shards(1, inner + width, [heads_first, even_runs(width, cutter.parts, offset=inner)])
         cutter.rows(join(name, names.out), out, rows)
         cutter.set_numbers(name, module, {names.width: width}, even(width, cutter.parts).lengths)
+        cutter.plan.units.append(name)
         return True
     return False
 
@@ -178,8 +215,9 @@ def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
             continue
         gates = 1
         if names.whole or names.halves:
-            above = type(part_of(module, names.into[0].rpartition(".")[0])).__name__
-            gates = 1 if above in names.whole else 2 if above in names.halves else 0
+            above = part_of(module, names.into[0].rpartition(".")[0])
+            gates = 2 if any(runs_as(above, known) for known in names.halves) else 0
+            gates = 1 if any(runs_as(above, known) for known in names.whole) else gates
         width = out.in_features
         known = all_known(module, (*names.into, names.out, *rules.FEED_FORWARD_KEPT))
         if not known or width < cutter.size or any(linear.out_features != gates * width for linear in into):
@@ -189,6 +227,7 @@ def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
         for part, linear in zip(names.into, into, strict=True):
             cutter.columns(join(name, part), linear, cut)
         cutter.rows(join(name, names.out), out, even(width, cutter.parts))
+        cutter.plan.units.append(name)
         return True
     return False
 
@@ -199,7 +238,7 @@ def _sequence(cutter: Cutter, name: str, module: nn.Module) -> bool:
         return False
     linears = [(part, child) for part, child in module.named_children() if is_linear(child)]
     others = [child for child in module.children() if not is_linear(child)]
-    if len(linears) != 2 or not all(type(child).__name__ in rules.ELEMENTWISE for child in others):
+    if len(linears) != 2 or not all(any(runs_as(child, known) for known in rules.ELEMENTWISE) for child in others):
         return False
     (first, into), (second, out) = cast(list[tuple[str, nn.Linear]], linears)
     if into.out_features != out.in_features or out.in_features < cutter.size:
@@ -207,6 +246,7 @@ def _sequence(cutter: Cutter, name: str, module: nn.Module) -> bool:
     cut = even(out.in_features, cutter.parts)
     cutter.columns(join(name, first), into, cut)
     cutter.rows(join(name, second), out, cut)
+    cutter.plan.units.append(name)
     return True
 
 

@@ -40,6 +40,13 @@ ATTENTIONS = (
         key_norms=("k_norm",),
     ),
     Attention(query=("q",), key_value=("k", "v"), out=("o",), per_head=("relative_attention_bias",)),  # T5
+    Attention(  # Kandinsky 5
+        query=("to_query",),
+        key_value=("to_key", "to_value"),
+        out=("out_layer",),
+        query_norms=("query_norm",),
+        key_norms=("key_norm",),
+    ),
 )
 
 
@@ -70,6 +77,9 @@ KEPT_ATTENTION = {
 }
 """Models whose attention is left whole, and why: other code of theirs counts on all heads."""
 
+KEPT_PROCESSORS = {"AttnAddedKVProcessor2_0": "its processor reshapes to the width of all heads"}
+"""The same of classes of attention processors."""
+
 HEAD_SIZES = ("head_dim", "key_value_proj_dim")
 """Attributes that give the channels of one head; without them they follow from the number of heads."""
 
@@ -90,8 +100,8 @@ KEY_WIDTHS = ("inner_kv_dim", "kv_inner_dim")
 class FeedForward:
     """Linears cut by columns, whose outputs are combined element by element, and the one cut by rows behind them.
 
-    halves: class names of the parent of `into[0]` whose output is split into two halves that are multiplied;
-    whole: class names of such parents that do not split. Empty: `into` are children of the module itself.
+    halves: full names of classes of the parent of `into[0]` whose output is split into two halves that are multiplied;
+    whole: those of such parents that do not split. Empty: `into` are children of the module itself.
     classes: the classes that the entry is for (empty: any).
     """
 
@@ -104,21 +114,35 @@ class FeedForward:
 
 FEED_FORWARDS = (
     FeedForward(
-        ("net.0.proj",), "net.2", whole=("GELU", "ApproximateGELU", "LinearActivation"), halves=("GEGLU", "SwiGLU")
+        ("net.0.proj",),
+        "net.2",
+        whole=tuple(f"diffusers.models.activations.{name}" for name in ("GELU", "ApproximateGELU", "LinearActivation")),
+        halves=tuple(f"diffusers.models.activations.{name}" for name in ("GEGLU", "SwiGLU")),
     ),
     FeedForward(("w1", "w3"), "w2"),
     FeedForward(("gate_proj", "up_proj"), "down_proj"),
     FeedForward(("wi_0", "wi_1"), "wo"),
     FeedForward(("wi",), "wo"),
     FeedForward(("fc1",), "fc2"),
+    FeedForward(("in_layer",), "out_layer"),
     FeedForward(("linear_1",), "linear_2", classes=("TimestepEmbedding", "PixArtAlphaTextProjection")),
 )
 
 FEED_FORWARD_KEPT = ("cond_proj",)
 """Parts of feed-forward modules that come before the first linear."""
 
-ELEMENTWISE = ("SiLU", "GELU", "ReLU", "Tanh", "Identity", "Dropout")
-"""Activations of torch.nn that act on each element alone."""
+ELEMENTWISE = (
+    *(f"torch.nn.modules.activation.{name}" for name in ("SiLU", "GELU", "ReLU", "Tanh")),
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.dropout.Dropout",
+)
+"""Modules of torch that act on each element alone."""
+
+EMBEDDING = "torch.nn.modules.sparse.Embedding"
+"""The table whose rows can be dealt."""
+
+RMS_NORMS = ("torch.nn.modules.normalization.RMSNorm", "diffusers.models.normalization.RMSNorm")
+"""Norms across all heads that can be cut."""
 
 
 @dataclass(frozen=True)

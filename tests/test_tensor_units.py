@@ -1,4 +1,4 @@
-"""What tensor ranks take for granted of modules is compared; what is derived, brought or set later is right or whole."""
+"""What tensor ranks expect of modules is compared; what is derived, brought or set later is right, or whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import (
     AttnProcessor2_0,
     CustomDiffusionAttnProcessor,
@@ -20,6 +19,7 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.embeddings import ImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 import shardit
@@ -155,7 +155,7 @@ def ip_adapter(model: Any, seed: int) -> dict[str, Any]:
     """The weights of an IP-Adapter, as files have them."""
     torch.manual_seed(seed)
     layers: dict[str, Any] = {}
-    for number, name in enumerate(n for n in model.attn_processors if n.endswith("attn2.processor")):
+    for number in range(sum(name.endswith("attn2.processor") for name in model.attn_processors)):
         made = IPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=16).state_dict()
         layers |= {f"{2 * number + 1}.{k[:7]}.weight": v for k, v in made.items()}
     made = ImageProjection(cross_attention_dim=16, image_embed_dim=8, num_image_text_embeds=4).state_dict()
@@ -281,7 +281,8 @@ def added_keys() -> None:
 def flux_images() -> None:
     """Flux adds what its image adapters give without a linear behind it: its attention becomes whole."""
     entry = survey_models.entry("FluxTransformer2DModel")
-    plain, model = entry.build(), spread(entry.build())
+    plain: Any = entry.build()
+    model: Any = spread(entry.build())
     inputs = entry.inputs(Draw(0, False))
     model(**inputs)
     for m in (plain, model):

@@ -172,8 +172,8 @@ class Model(nn.Module):
         return self.lm_head(x)
 
 
-def _across(norm: Callable[..., nn.Module]) -> dict[str, nn.Module]:
-    """Norms over all heads; the processor norms after it has told heads apart, so they go in front of the linears' use."""
+def _norms(norm: Callable[..., nn.Module]) -> dict[str, nn.Module]:
+    """Norms of the channels of one head."""
     return {"attn.norm_q": norm(WIDTH // HEADS, 1e-6), "attn.norm_k": norm(WIDTH // HEADS, 1e-6)}
 
 
@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...], tuple[str, ...]]] = {
     "activation": (lambda: Model(activated), ("ff",), ()),
     "feed-forward": (lambda: Model(lambda: Block(ff=NormedFeedForward(WIDTH, activation_fn="gelu"))), (), ("ff",)),
     "feed-forward, right": (lambda: Model(lambda: Block(ff=OffsetFeedForward(WIDTH))), (), ()),
-    "norm of a head": (lambda: Model(lambda: Block(**_across(CentredNorm))), (), ()),
+    "norm of a head": (lambda: Model(lambda: Block(**_norms(CentredNorm))), (), ()),
     "processor, right": (lambda: Model(lambda: Block(processor=ScaledProcessor())), (), ()),
     "processor mixes heads": (lambda: Model(lambda: Block(processor=MixingProcessor())), (), ("attn",)),
     "processor fails": (lambda: Model(lambda: Block(processor=FullWidthProcessor())), (), ("attn",)),

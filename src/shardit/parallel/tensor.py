@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from .tensor_modules import install_role
 from .tensor_norms import install_pair
 from .tensor_plan import plan_tensors
 
+log = logging.getLogger(__name__)
+
 ALONE = ""
 """The name of a module that is parallelized by itself."""
 
@@ -42,12 +46,21 @@ def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 
     share = sum(nbytes(module) for module in modules.values()) / size
     uneven = members == size and encoders and max(wholes, default=0) > WHOLE_SHARE * share
     parts = beside(wholes, sliced, size) if uneven else size
-    plans = {}
+    plans, shared = {}, shared_modules(modules)
     for name in (n for n in modules if n in denoisers | encoders):
         with adapters_aside(modules[name]):
             every_step = name in denoisers
-            plans[name] = plan_tensors(modules[name], size if every_step else parts, must_cut=every_step)
+            plans[name] = plan_tensors(modules[name], size if every_step else parts, must_cut=every_step, kept=shared)
     return plans
+
+
+def shared_modules(modules: Mapping[str, nn.Module]) -> set[int]:
+    """The ids of modules that two components have: the other one may be whole, or run on one rank."""
+    owners: dict[int, set[int]] = {}
+    for component in {id(m): m for m in modules.values()}.values():
+        for part in component.modules():
+            owners.setdefault(id(part), set()).add(id(component))
+    return {part for part, found in owners.items() if len(found) > 1}
 
 
 def owners_of_wholes(config: DiffusionParallelConfig) -> int:
@@ -71,8 +84,16 @@ def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
     share = sum(sizes.values()) / max(sum(p.numel() for p in module.parameters()), 1)
     largest = sorted(sizes, key=lambda key: -sizes[key])[:3]
     lines = [f"{name}: {share:.1%} of its parameters are whole on every tensor rank ({', '.join(largest)}, ...)"]
-    more = f" (and {len(plan.notes) - 1} more like it)" if len(plan.notes) > 1 else ""
-    return lines + [f"{name}: {note}{more}" for note in plan.notes[:1]]
+    return lines + [f"{name}: {note}" for note in notes_together(plan.notes)]
+
+
+def notes_together(notes: Iterable[str]) -> list[str]:
+    """Notes that differ in numbers within names only, as one each."""
+    alike: dict[str, list[str]] = {}
+    for note in notes:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=[. ])", "*", note), []).append(note)
+    more = {text: f" ({len(found)} of them)" if len(found) > 1 else "" for text, found in alike.items()}
+    return [f"{text}{more[text]}" if more[text] else alike[text][0] for text in alike]
 
 
 def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPlan], mesh: Mesh) -> None:
@@ -84,6 +105,8 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
                 refuse_own_forwards(name, components[name], plan)
                 shard_tensors(components[name], plan, ranks)
             cut_adapters(components[name], plan, ranks)
+            for note in notes_together(plan.notes) if mesh.rank == 0 else ():
+                log.warning("%s: %s", name or type(components[name]).__name__, note)
             watch_units(name or type(components[name]).__name__, components[name], plan, ranks)
             swap_class(components[name], adapter_members(components[name], plan, ranks))
 

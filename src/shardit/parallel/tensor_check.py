@@ -149,7 +149,8 @@ def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     place = vars(unit).get("layer_idx")
     for cache in find_caches(args, kwargs):
         layers = cache.layers if place is None else cache.layers[place : place + 1]
-        if any(isinstance(v, torch.Tensor) and v.numel() for layer in layers for v in vars(layer).values()):
+        keys = [getattr(layer, "keys", None) for layer in layers]
+        if any(isinstance(found, torch.Tensor) and found.numel() for found in keys):
             return True
     return False
 

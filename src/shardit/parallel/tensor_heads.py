@@ -74,6 +74,8 @@ def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, out: bool) 
             continue
         norm, across = part_of(module, part), query if part in names.query_norms else keys
         size = norm_size(norm)
+        if size is None and not any(True for _ in norm.parameters()):  # of one head or of all: the first call tells
+            continue
         if size != heads.size and not (size == across and _is_rms(norm)):
             return f"{part} is a norm of another kind"
     return None

@@ -7,6 +7,7 @@ of them by rows, one sum over the ranks behind each. Where shapes and names do n
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import Any, cast
 
 from torch import nn
@@ -32,14 +33,15 @@ from .tensor_kept import hands_out
 from .tensor_processors import PROCESSOR, processor_parts
 
 
-def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False) -> TensorPlan:
+def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False, kept: Container[int] = ()) -> TensorPlan:
     """Plan the cut of a whole model (on meta or not) into `parts`, one for each rank; the same on every rank.
 
-    `must_cut`: raise UnsupportedError where nothing can be cut, or where no attention has a head for every rank.
+    `kept`: ids of modules that stay whole, since other components have them, too. `must_cut`: raise UnsupportedError
+    where nothing can be cut, or where no attention has a head for every rank.
     """
     cutter = Cutter(model, parts)
     for name, module in model.named_modules():
-        if name not in cutter.done:
+        if name not in cutter.done and not _is_shared(cutter, name, module, kept):
             _visit(cutter, name, module)
     if must_cut and cutter.too_few and not cutter.attentions:
         most = max(cutter.too_few)
@@ -54,6 +56,13 @@ def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False) -> T
             "tensor_parallel_size=1"
         )
     return cutter.plan
+
+
+def _is_shared(cutter: Cutter, name: str, module: nn.Module, kept: Container[int]) -> bool:
+    if id(module) not in kept or not any(True for _ in module.parameters()):
+        return False
+    cutter.done.update(names_in(name, module))
+    return cutter.left_whole(name, "another component has it, too")
 
 
 def _visit(cutter: Cutter, name: str, module: Any) -> None:

@@ -37,7 +37,7 @@ ATTENTIONS = (
         key_value=("k_proj", "v_proj"),
         out=("o_proj", "out_proj"),
         query_norms=("q_norm",),
-        key_norms=("k_norm",),
+        key_norms=("k_norm", "v_norm"),
     ),
     Attention(query=("q",), key_value=("k", "v"), out=("o",), per_head=("relative_attention_bias",)),  # T5
     Attention(  # Kandinsky 5

@@ -1,0 +1,47 @@
+"""Encoders that pipelines of diffusers name, over two tensor ranks: all hidden states, against whole ones."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from shardit.parallel.tensor import plan_components, shard_components
+from tests.encoder_models import ENCODERS
+from tests.ranks import run_ranks
+from tests.test_tensor import tensor_mesh
+
+CLOSE = 1e-5
+KEPT_WHOLE = {"BertModel", "GPT2LMHeadModel", "ModernBertModel", "ClapModel", "ClapTextModelWithProjection"}
+"""Those whose attention has names that no rule knows."""
+
+
+def encode(rank: int, count: int, method: str) -> dict[str, tuple[float, int, dict[str, str]]]:
+    logging.getLogger("shardit").setLevel(logging.ERROR)
+    mesh = tensor_mesh(rank, count, method)
+    found = {}
+    for encoder in ENCODERS:
+        plain, model = encoder.build(), encoder.build()
+        shard_components({"text_encoder": model}, plan_components({"text_encoder": model}, count), mesh)
+        checks: Any = model.shardit_checks
+        errors = []
+        with torch.no_grad():
+            for _ in range(2):
+                expected, got = (encoder.call(m, copy.copy(encoder.inputs)) for m in (plain, model))
+                pairs = zip(tree_leaves(expected), tree_leaves(got), strict=True)
+                tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point()]
+                errors += [float((a - b).norm() / a.norm()) for a, b in tensors if a.shape == b.shape]
+        found[encoder.name] = (max(errors), checks.compared, checks.whole)
+    return found
+
+
+def test_every_hidden_state_is_the_same() -> None:
+    for found in run_ranks(2, encode):
+        assert len(found) == len(ENCODERS)
+        for name, (error, compared, whole) in found.items():
+            assert error <= CLOSE, (name, error)
+            assert not whole, (name, whole)
+            assert (compared > 0) == (name not in KEPT_WHOLE), name

@@ -24,7 +24,7 @@ from .pending import settle
 from .plan import ResultPlan, describe_result
 from .result import Result
 from .signature import signature
-from .sites import swap_class
+from .sites import changing_methods, swap_class
 from .stages import MAX_SIGNATURES, Runtime, scales_adapters
 from .writes import check_unchanged, inputs_of
 
@@ -153,7 +153,12 @@ def overlap(model: nn.Module, runtime: Runtime) -> Overlap:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return calls.call(own_call.__get__(self), args, kwargs)
 
-    swap_class(model, {"__call__": __call__, "shardit_overlap": property(lambda self: calls)})
+    def end() -> None:
+        if _inside.get() is None:
+            runtime.schedule.drain()
+
+    members = {"__call__": __call__, "shardit_overlap": property(lambda self: calls)}
+    swap_class(model, {**changing_methods(type(model), end), **members})
     return calls
 
 

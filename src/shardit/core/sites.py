@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -78,6 +80,28 @@ def swap_class(module: Any, members: dict[str, Any]) -> None:
     known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, SWAPPED: True}
     members = {**known, **members}
     module.__class__ = type(cls.__name__, (cls,), members)
+
+
+CHANGE = ("set_", "load_", "_load_", "unload_", "fuse_", "unfuse_", "enable_", "disable_", "delete_", "add_")
+"""How the names of methods begin that change what a model computes."""
+
+
+def changing_methods(cls: type, first: Callable[[], None]) -> dict[str, Callable[..., Any]]:
+    """The methods of a class that change what it computes, each with `first` before it: calls in flight are of the
+    model as it was."""
+
+    def method(own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+            first()
+            return own(self, *args, **kwargs)
+
+        return change
+
+    names = [name for name in dir(cls) if name.startswith(CHANGE) and not hasattr(nn.Module, name)]
+    found = {name: getattr(cls, name) for name in names}
+    plain = {name: own for name, own in found.items() if inspect.isfunction(own)}
+    return {name: method(own) for name, own in plain.items()}
 
 
 Made = dict[tuple[Any, ...], type]

@@ -26,7 +26,7 @@ from .plan import CallPlan, Plan
 from .result import Route
 from .schedule import Flight, Schedule
 from .signature import mode_key, signature
-from .sites import drop_blocks, find_blocks, fixed_place, install, swap_class
+from .sites import changing_methods, drop_blocks, find_blocks, fixed_place, install, swap_class
 from .staged_call import LocalPlan, StagedCall
 from .traced_call import TracedCall
 from .turns import Turns
@@ -277,7 +277,12 @@ def stage(model: nn.Module, runtime: Runtime, placement: Placement, plan: Plan |
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return stages.call(own_call.__get__(self), args, kwargs)
 
+    def end() -> None:
+        if stages._current["seam"] is None:
+            runtime.schedule.drain()
+
     members = {
+        **changing_methods(type(model), end),
         "__call__": __call__,
         "device": property(lambda self: runtime.mesh.device),
         "to": fixed_place(type(model).to, runtime.mesh.device),

@@ -78,10 +78,18 @@ class Checks:
         self.pending.update(self.plan.units)
         # What is compiled now would see slices come and go. (In a coroutine, others would be left with the setting.)
         compiles = "torch._dynamo" in sys.modules and willing.get() is None
-        with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
-            yield
-        self._calls.add(key)
-        self.pending.clear()
+        try:
+            with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+                yield
+        except Exception:
+            raise
+        except BaseException:  # stages leave a forward early
+            self._calls.add(key)
+            raise
+        else:
+            self._calls.add(key)
+        finally:
+            self.pending.clear()
 
     def call(self, unit: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a unit that is pending; `plain` is its own forward."""

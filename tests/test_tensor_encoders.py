@@ -35,7 +35,24 @@ def encode(rank: int, count: int, method: str) -> dict[str, tuple[float, int, di
                 tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point()]
                 errors += [float((a - b).norm() / a.norm()) for a, b in tensors if a.shape == b.shape]
         found[encoder.name] = (max(errors), checks.compared, checks.whole)
+    attentions(mesh)
     return found
+
+
+def attentions(mesh: Any) -> None:
+    """Whoever asks for attention maps gets those of all heads; asking is free where a back end has none."""
+    encoder = next(e for e in ENCODERS if e.name == "Qwen3ForCausalLM")
+    for back_end in ("sdpa", "eager"):
+        plain: Any = encoder.build()
+        model: Any = encoder.build()
+        for m in (plain, model):
+            m.set_attn_implementation(back_end)
+        shard_components({"text_encoder": model}, plan_components({"text_encoder": model}, 2), mesh)
+        with torch.no_grad():
+            expected, got = (m(**encoder.inputs, output_attentions=True) for m in (plain, model))
+        assert bool(model.shardit_checks.whole) == (back_end == "eager")
+        for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True):
+            assert not isinstance(a, torch.Tensor) or torch.allclose(a, b, atol=1e-4), back_end
 
 
 def test_every_hidden_state_is_the_same() -> None:

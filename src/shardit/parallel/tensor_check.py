@@ -26,7 +26,6 @@ from ..core.coroutine import willing
 from ..core.pending import settle
 from ..core.signature import mode_key, modes
 from ..core.sites import Made, share_class, swap_class
-from ..errors import UnsupportedError
 from .kinds import fingerprint, value_key
 from .seam import attention_is_taken
 from .tensor_compare import Comparison
@@ -59,6 +58,7 @@ class Checks:
     _right: set[Any] = field(default_factory=set)
     _calls: set[Any] = field(default_factory=set)
     _attentions: list[str] = field(default_factory=list)
+    _asked: bool = False
     _comparing: bool = False
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
@@ -68,14 +68,13 @@ class Checks:
         key = (mode_key((args, kwargs), self.model.training), which)
         if key in self._calls:
             return nullcontext()
-        if kwargs.get("output_attentions"):
-            raise UnsupportedError(f"output_attentions: the heads of {self.title} lie on several tensor ranks")
         adopt_processors(self.model, self._attentions, self.plan, self.ranks)
-        return self._looking(key)
+        return self._looking(key, bool(kwargs.get("output_attentions")))
 
     @contextmanager
-    def _looking(self, key: Any) -> Iterator[None]:
+    def _looking(self, key: Any, attentions: bool) -> Iterator[None]:
         self.pending.update(self.plan.units)
+        self._asked = attentions
         # What is compiled now would see slices come and go. (In a coroutine, others would be left with the setting.)
         compiles = "torch._dynamo" in sys.modules and willing.get() is None
         try:
@@ -90,6 +89,7 @@ class Checks:
             self._calls.add(key)
         finally:
             self.pending.clear()
+            self._asked = False
 
     def call(self, unit: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a unit that is pending; `plain` is its own forward."""
@@ -99,14 +99,14 @@ class Checks:
         self.pending.discard(name)
         leaves, spec = tree_flatten((args, kwargs))
         settle(leaves)
-        kind = (self._kind(name), str(spec), tuple(map(value_key, leaves)), modes(), unit.training)
+        kind = (self._kind(name), str(spec), tuple(map(value_key, leaves)), modes(), unit.training, self._asked)
         if kind in self._right or _filled(unit, args, kwargs):
             return plain(unit, *args, **kwargs)
         token, self._comparing = willing.set(None), True  # no other call may meet modules that are whole for now
         try:
             why = hands_out_within(unit)
             if why is None:
-                comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs)
+                comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
                 out, why = comparison.sliced(), comparison.why
                 self.compared += 1
                 if comparison.right:

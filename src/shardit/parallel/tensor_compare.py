@@ -31,7 +31,8 @@ class _Elsewhere(Exception):
 
 @dataclass
 class Comparison:
-    """A call of unit `name` of a model with these arguments; `plain` is its own forward.
+    """A call of unit `name` of a model with these arguments; `plain` is its own forward. attentions: whether somebody
+    asked for what it computes of each head.
 
     right: whether slices gave what the whole gives, on every rank; why: what was wrong. Collective.
     """
@@ -43,6 +44,7 @@ class Comparison:
     plain: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    attentions: bool = False
     right: bool = False
     why: str = ""
     _sums: list[torch.Tensor] = field(default_factory=list)
@@ -138,7 +140,7 @@ class Comparison:
         agree = len(self._sums) == len(sums) and len(wanted) == len(got)
         for x, y in zip(wanted, got, strict=False):
             if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-                per_head = x.ndim == y.ndim == 4 and x.shape[1] != y.shape[1]
+                per_head = x.ndim == y.ndim == 4 and x.shape[1] != y.shape[1] and not self.attentions
                 pairs.append((x, self._whole_of(y) if per_head else y))
         return agree and all(_close(x, y) for x, y in pairs)
 

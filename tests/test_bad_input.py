@@ -21,6 +21,8 @@ from shardit import DiffusionParallelConfig, InputError, OmniDiffusionSamplingPa
 from shardit.cli import main
 from shardit.engine.messages import SessionSpec
 from shardit.engine.session import check
+from shardit.flags import GenerateFlags
+from shardit.from_file import read_record
 from shardit.loading import load_pipeline
 from shardit.models import tiny
 from tests.real_omni import by_diffusers, same, started
@@ -210,6 +212,19 @@ def test_bad_request_among_good_ones(flux, bad, place):
         assert output.error is None
         assert same(by_diffusers("flux", **good), output.images)
     assert flux._ranks._nursery.pids == ranks
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+def test_a_file_says_enough_to_make_it_again(flux, tmp_path, suffix):
+    (output,) = flux.generate("a cat", seed=7, width=96, height=64, num_inference_steps=2, max_sequence_length=48)
+    (path,) = output.save(tmp_path / f"cat{suffix}")
+    flags = GenerateFlags(from_file=path).completed()
+    assert (flags.model, flags.seed, flags.num_inference_steps) == ("tiny/flux", 7, 2)
+    assert "guidance_scale" in read_record(path)  # a default
+    (again,) = flux.generate(flags.prompts(), flags.sampling_params())
+    assert same(again.images, output.images)
+    other = GenerateFlags(from_file=path, seed=8, extra=["max_sequence_length=40"]).completed()
+    assert (other.seed, other.sampling_params().max_sequence_length) == (8, 40)
 
 
 def test_rounded_sizes_are_told(flux):

@@ -47,7 +47,8 @@ def test_png_holds_pixels_and_settings(tmp_path):
         assert read.text["seed"] == "5"
         assert read.text["prompt"] == "a 猫"
         record = json.loads(read.text["settings"])
-    assert record == {"software": "shardit", "prompt": "a 猫", "seed": 5, **SETTINGS}
+    made = {"width": 16, "height": 12}
+    assert record == {"software": "shardit", "prompt": "a 猫", "seed": 5, "made": made, **SETTINGS}
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from shardit.engine.facts import versions
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, as_command
+from shardit.from_file import differences, read_record
 from shardit.loading.dtypes import setting
 from shardit.output import SUFFIXES, check_path
 
@@ -191,7 +193,11 @@ def _is_first_rank() -> bool:
 
 def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], None]:
     def checked(flags: GenerateFlags) -> None:
+        flags = flags.completed()
         flags.check(writes=_is_first_rank())
+        if flags.from_file is not None and _is_first_rank():
+            for line in differences(read_record(flags.from_file), versions()):
+                print(f"note: {line}")
         run(flags)
 
     checked.__doc__ = run.__doc__

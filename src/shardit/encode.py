@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from av.container import OutputContainer
     from av.video.stream import VideoStream
 
-_EXIF_DESCRIPTION = 0x010E
+EXIF_DESCRIPTION = 0x010E
+"""The tag of a JPEG or WebP that holds the record."""
 # The EXIF data of a JPEG must fit one segment of 64 KiB.
 _LONGEST_EXIF = 60_000
 # Constant rate factor of H.264 (0 lossless .. 51): 17 is hard to tell from the original by eye. The preset takes half
@@ -56,7 +57,7 @@ def _encode(
     if picture.mode == "I;16":  # these formats have 8 bits
         picture = _eight_bits(picture)
     exif = Image.Exif()
-    exif[_EXIF_DESCRIPTION] = record_text(record) if suffix == ".webp" else _shortened(record)
+    exif[EXIF_DESCRIPTION] = record_text(record) if suffix == ".webp" else _shortened(record)
     if suffix == ".webp":
         chosen = {"lossless": True, "exact": True} if quality is None else {"quality": quality}
         picture.save(into, format="WEBP", exif=exif, **chosen)

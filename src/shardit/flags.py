@@ -16,12 +16,12 @@ from typer import Argument, Option
 
 from shardit.config import DiffusionParallelConfig, parse_layer_partition
 from shardit.errors import InputError
+from shardit.from_file import flags_of, read_record
 from shardit.images import open_image
 from shardit.loading.dtypes import setting
 from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams, field_names
 
-Model = Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", show_default=False)]
 DtypeFlag = Annotated[
     str | None,
     Option(
@@ -84,7 +84,11 @@ class InspectFlags(ParallelFlags):
 class GenerateFlags(ParallelFlags):
     """What `shardit generate` was asked for. None means the pipeline's own default."""
 
-    model: Model
+    model: Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", show_default=False)] = ""
+    from_file: Annotated[
+        Path | None,
+        Option(metavar="<path>", help="File of shardit to make again: its model and settings, unless flags say more."),
+    ] = None
     prompt: Annotated[str | None, Option(help="What to show.", show_default=False)] = None
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None
     image: Annotated[
@@ -119,6 +123,22 @@ class GenerateFlags(ParallelFlags):
         str | None, Option(help="Attention back end, as set_attention_backend in diffusers. [default: native]")
     ] = None
     timeout: Annotated[float, Option(help="Longest wait for another rank, in seconds.")] = 600.0
+
+    def completed(self) -> GenerateFlags:
+        """These flags with what --from-file adds to them. Raises InputError where no model is named."""
+        if self.from_file is None:
+            if not self.model:
+                raise InputError("--model is missing: name a hub id, a diffusers folder or tiny/NAME")
+            return self
+        record = read_record(self.from_file)
+        if record.get("input_image_sizes") and not self.image:
+            raise InputError(f"{self.from_file} was made from input pictures, which it does not hold; add --image")
+        flags, extra = flags_of(record, {item.name for item in dataclasses.fields(self)})
+        standard = {item.name: item.default for item in dataclasses.fields(self)}
+        chosen = {name: value for name, value in flags.items() if getattr(self, name) == standard[name]}
+        own = self.extra_arguments()
+        added = [f"{name}={json.dumps(value)}" for name, value in extra.items() if name not in own]
+        return dataclasses.replace(self, **chosen, extra=[*(self.extra or ()), *added])
 
     def check(self, writes: bool = True) -> None:
         """Find, before torch is imported, what is wrong whatever the weights are. Raises `InputError`.

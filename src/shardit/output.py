@@ -174,10 +174,14 @@ class Output:
         return {name: array for field, value in held.items() for name, array in named_arrays(value, field)}
 
     def record(self) -> dict[str, Any]:
-        """What is written into a file's metadata."""
+        """What is written into a file's metadata: enough to make it again."""
         rate: dict[str, Any] = {"fps": self.fps} if self.frames else {}
         rate |= {"sample_rate": self.sample_rate} if self.audio is not None else {}
-        return {"software": "shardit", "prompt": self.prompt, "seed": self.seed, **rate, **self.settings}
+        pictures = self.frames[0] if self.frames else self.pictures()
+        made = {"width": pictures[0].width, "height": pictures[0].height} if pictures else {}
+        made |= {"num_frames": len(pictures)} if self.frames else {}
+        about = {"software": "shardit", "prompt": self.prompt, "seed": self.seed, **({"made": made} if made else {})}
+        return {**about, **rate, **self.settings}
 
 
 def check_path(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import did_you_mean
@@ -64,6 +64,10 @@ class Request:
     """Frames per second of a saved video."""
     sample_rate: int | None = None
     """Samples per second of saved sound, where the model tells."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the pipeline's arguments that were not chosen."""
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    """See `PipelineSignature.made_by`."""
 
     def call_arguments(self) -> dict[str, Any]:
         """Everything for the pipeline's `__call__` but the generator."""
@@ -78,11 +82,14 @@ class Request:
         return arguments
 
     def settings(self) -> dict[str, Any]:
-        """What can be written into an output file: the pipeline and its chosen arguments, as JSON values."""
-        chosen = {name: _as_json(value) for name, value in self.kwargs.items() if name != "output_type"}
+        """What can be written into an output file: the pipeline, what it comes from and its arguments with their
+        defaults, as JSON values."""
+        values = {**self.defaults, **self.kwargs}
+        chosen = {name: _as_json(value) for name, value in values.items() if name != "output_type"}
         sizes = [list(picture.size) for picture in self.images]
         return {
             "pipeline": self.pipeline,
+            **self.made_by,
             **chosen,
             "num_outputs_per_prompt": self.num_outputs,
             **({"input_image_sizes": sizes} if sizes else {}),
@@ -209,6 +216,8 @@ def _build(
         count_name=takes.count_name,
         fps=_fps(params, kwargs, takes),
         sample_rate=takes.sample_rate,
+        defaults={name: takes.defaults[name] for name in takes.choices if takes.defaults.get(name) is not None},
+        made_by=takes.made_by,
     )
 
 

@@ -49,6 +49,9 @@ class PipelineSignature:
     multiples: Mapping[str, int] = field(default_factory=dict)
     """What the pipeline wants height and width to be multiples of, where it refuses others (`size_multiples`)."""
 
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
+
     def size_problem(self, name: str, value: Any) -> str | None:
         """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
         step = self.multiples.get(name)

@@ -23,6 +23,7 @@ from ..core.turns import Program, Turns
 from ..errors import InputError, RankError
 from ..loading import Reads, describe
 from ..loading.dtypes import check_components
+from ..loading.hub import cached
 from ..models.back_ends import check_attention_backend
 from ..models.variants import image_pipeline
 from ..output import Output
@@ -31,6 +32,7 @@ from ..parallel_state import destroy_model_parallel
 from ..returned import sample_rate_of
 from ..signature import PipelineSignature, signature_of
 from ..size_multiples import size_multiples
+from .facts import fingerprint, versions
 from .memory import held_bytes, limit_bytes
 from .progress import report_progress
 from .result import collect
@@ -82,8 +84,8 @@ class Session:
             self._variants[type(with_image).__name__] = with_image
         index, rate = dict(self._pipe.config), sample_rate_of(self._pipe.components)
         self.info: dict[str, Any] = {
-            "signature": _signature(self._pipe, index, rate),
-            "signature_with_image": None if with_image is None else _signature(with_image, index),
+            "signature": _signature(self._pipe, spec, index, rate),
+            "signature_with_image": None if with_image is None else _signature(with_image, spec, index),
             "notes": list(self._assignment.notes),
             "bytes_read": self._reads.bytes,
             "memory": {"held": held_bytes(), "limit": limit_bytes(ranks_here(self.mesh.world_size))},
@@ -189,8 +191,22 @@ class Session:
             dist.destroy_process_group()
 
 
-def _signature(pipe: Any, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
-    return dataclasses.replace(signature_of(type(pipe), index, sample_rate=rate), multiples=size_multiples(pipe))
+def _signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
+    found = signature_of(type(pipe), index, sample_rate=rate)
+    return dataclasses.replace(found, multiples=size_multiples(pipe), made_by=_made_by(spec))
+
+
+def _made_by(spec: SessionSpec) -> dict[str, Any]:
+    """What a file is to say of the model."""
+    hub = None if spec.model.startswith("tiny/") or os.path.exists(spec.model) else cached(spec.model)
+    values = {
+        "model": spec.model,
+        "revision": hub.parent.name if hub is not None else fingerprint(spec.model),
+        "dtype": spec.dtype,
+        "attention_backend": spec.attention_backend,
+        "versions": versions(),
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def ranks_here(world_size: int) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.images import open_image
+from shardit.loading.packages import check_packages
 from shardit.params import RANDOM_SEED, OmniDiffusionSamplingParams, field_names
 from shardit.signature import PipelineSignature, is_count, signature_of
 
@@ -204,6 +205,8 @@ def _build(
         kwargs["seed"] = seed  # it seeds generators of its own
     prompt = _prompt(values, kwargs, takes)
     _check_required(prompt, images, kwargs, takes)
+    given = [*kwargs, *([takes.image_name] if images and takes.image_name else [])]
+    check_packages(takes.class_name, takes.missing, given)
     return Request(
         index=index,
         pipeline=takes.class_name,

@@ -65,6 +65,10 @@ class PipelineSignature:
     sample_rate: int | None = None
     """Samples per second of the sound that the model makes, where it makes some and its configuration tells."""
 
+    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Packages that it needs and that are not installed; with each the arguments of which one has to be given for
+    that, () where none has to."""
+
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What the pipeline can make, the most telling first."""

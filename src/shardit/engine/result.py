@@ -14,6 +14,7 @@ from PIL.Image import Image
 
 from ..arrays import array_of
 from ..errors import InputError
+from ..loading.packages import named_in, pip_line
 from ..output import Output
 from ..returned import PICTURES, SOUND, TEXT, VIDEO
 
@@ -190,6 +191,8 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return text
+    if isinstance(error, (ImportError, NameError)) and (lacking := named_in(text)):
+        text = f"{text}; {pip_line(lacking)}"
     last = traceback.extract_tb(error.__traceback__)
     where = f" ({last[-1].name}, line {last[-1].lineno})" if last else ""
     return (

@@ -24,6 +24,7 @@ from ..errors import InputError, RankError
 from ..loading import Reads, describe
 from ..loading.dtypes import check_components
 from ..loading.hub import cached
+from ..loading.packages import check_packages, check_processors, missing
 from ..models.back_ends import check_attention_backend
 from ..models.variants import image_pipeline
 from ..output import Output
@@ -52,6 +53,8 @@ def check(spec: SessionSpec) -> None:
     check_attention_backend(spec.attention_backend)
     found = describe(spec.model)
     check_components(spec.dtype, found.modules)
+    check_packages(found.pipeline_class.__name__, missing(found.pipeline_class))
+    check_processors(part for name, part in found.components.items() if name not in found.modules)
     assign(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight, environ=os.environ)
     plan_components(found.modules, spec.config.tensor_parallel_size)
 
@@ -193,7 +196,9 @@ class Session:
 
 def _signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
     found = signature_of(type(pipe), index, sample_rate=rate)
-    return dataclasses.replace(found, multiples=size_multiples(pipe), made_by=_made_by(spec))
+    return dataclasses.replace(
+        found, multiples=size_multiples(pipe), made_by=_made_by(spec), missing=missing(type(pipe))
+    )
 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:

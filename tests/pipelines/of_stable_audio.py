@@ -126,7 +126,7 @@ ENTRIES: tuple[PipelineEntry, ...] = (
             "negative_prompt": "dark fog",
             "audio_end_in_s": 1.5,
             "num_inference_steps": 2,
-            "guidance_scale": 6.0,
+            "guidance_scale": 2.0,
         },
     ),
     PipelineEntry(

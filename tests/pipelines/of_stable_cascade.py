@@ -169,7 +169,7 @@ def _image_shape() -> Any:
     return parts.pipeline("ShapEImg2ImgPipeline", **made, **seen)
 
 
-_SHAPE = {"num_inference_steps": 2, "output_type": "latent"}  # to render a shape takes a minute
+_SHAPE = {"num_inference_steps": 2, "guidance_scale": 1.5, "output_type": "latent"}  # to render a shape takes a minute
 
 ENTRIES: tuple[PipelineEntry, ...] = (
     PipelineEntry(

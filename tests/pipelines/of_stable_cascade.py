@@ -153,10 +153,8 @@ def _shape_parts() -> dict[str, Any]:
     )
     steps = parts.scheduler(
         "HeunDiscreteScheduler",
-        beta_schedule="exp",
-        num_train_timesteps=1024,
+        beta_end=0.002,  # noise of the size of latents: differences of large numbers have few digits
         prediction_type="sample",
-        use_karras_sigmas=True,
         clip_sample=True,
     )
     return {"prior": prior, "scheduler": steps, "shap_e_renderer": renderer}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -20,6 +21,14 @@ WHOLE = {
     "Wan2.2-I2V-A14B": {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68, "vae": 0.127},
     "Wan2.2-TI2V-5B": {"transformer": 5.00, "text_encoder": 5.68, "vae": 0.705},
     "Qwen-Image": {"transformer": 20.43, "text_encoder": 8.29, "vae": 0.127},
+    "FLUX.1-dev": {"transformer": 11.90, "text_encoder": 0.123, "text_encoder_2": 4.76, "vae": 0.0838},
+    "SD3.5-large": {
+        "transformer": 8.06,
+        "text_encoder": 0.1237,
+        "text_encoder_2": 0.695,
+        "text_encoder_3": 4.76,
+        "vae": 0.0838,
+    },
 }
 """Parameters in billions, as published."""
 
@@ -42,7 +51,8 @@ def totals(document: dict) -> list[int]:
 @pytest.mark.parametrize("name", names())
 def test_the_fullest_rank_holds_little_more_than_its_share(name, axis):
     document = inspect_model(name, DiffusionParallelConfig(**{axis: 4}))
-    assert max(totals(document)) <= 1.05 * document["bytes"] / 4
+    uneven = 10 / 9.5 if (name, axis) == ("SD3.5-large", "tensor_parallel_size") else 1  # 38 heads on 4 ranks
+    assert max(totals(document)) <= 1.05 * uneven * document["bytes"] / 4
     assert sum(totals(document)) >= document["bytes"]  # nothing was lost
 
 
@@ -68,7 +78,20 @@ def test_command_line(capsys, tmp_path, monkeypatch):
     assert main(["inspect", "Qwen-Image"]) == 2
     assert "model_index.json" in capsys.readouterr().err
     assert main(["inspect"]) == 2
-    assert "name one model" in capsys.readouterr().err
+    assert "name one model: " in capsys.readouterr().err
+
+
+def test_a_folder_without_weights(tmp_path):
+    shutil.copytree(FOLDER / "Wan2.2-TI2V-5B", tmp_path / "mine")
+    document = inspect_model(tmp_path / "mine", DiffusionParallelConfig(), dtype="float32")
+    assert document["bytes"] == 2 * inspect_model("Wan2.2-TI2V-5B", DiffusionParallelConfig())["bytes"]
+    assert "no weights" in inspect_model(tmp_path / "mine", DiffusionParallelConfig())["notes"][-1]
+
+
+def test_names_are_told(capsys):
+    for words in ([], ["Qwen-Imag"]):
+        assert main(["inspect", *words]) == 2
+        assert "Wan2.2-TI2V-5B" in capsys.readouterr().err
 
 
 def test_every_configuration_is_complete():

@@ -19,6 +19,7 @@ from shardit.errors import InputError
 from shardit.from_file import flags_of, read_record
 from shardit.images import open_image
 from shardit.loading.dtypes import setting
+from shardit.models import shipped
 from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams, field_names
 
@@ -65,7 +66,8 @@ class InspectFlags(ParallelFlags):
     name: Annotated[
         str | None,
         Argument(
-            metavar="[MODEL]", help="What --model takes, or a configuration that comes along: Wan2.2-T2V-A14B ..."
+            metavar="[MODEL]",
+            help=f"What --model takes, or a configuration that comes along: {', '.join(shipped.names())}.",
         ),
     ] = None
     model: Annotated[str | None, Option(help="Hub id, diffusers folder or tiny/NAME.")] = None
@@ -76,7 +78,7 @@ class InspectFlags(ParallelFlags):
         """The model to look at. Raises InputError where none is given, or two are."""
         given = [value for value in (self.name, self.model) if value is not None]
         if len(given) != 1:
-            raise InputError("name one model, as in: shardit inspect Wan2.2-T2V-A14B")
+            raise InputError(f"name one model: a hub id, a folder, tiny/NAME, or one of {', '.join(shipped.names())}")
         return given[0]
 
 

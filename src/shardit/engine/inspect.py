@@ -7,14 +7,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import DiffusionParallelConfig
+from ..config import DiffusionParallelConfig, did_you_mean
 from ..core.assign import Assignment, assign
 from ..core.mesh import axis_sizes, coordinates
 from ..core.slices import Owned, Slice
+from ..errors import InputError
 from ..loading import Description, describe, describe_configs
 from ..loading.dtypes import Setting, check_components, dtype_of
 from ..loading.hub import cached
-from ..models.shipped import shipped
+from ..loading.index import INDEX
+from ..loading.weight_names import is_weights
+from ..models.shipped import names, shipped
 from ..parallel.tensor import describe_plan, owned_slices, owners_of_wholes, plan_components
 
 if TYPE_CHECKING:
@@ -56,14 +59,28 @@ def inspect_model(
         ranks.append({"rank": rank, "coords": coords, "components": held})
     everything = sum(_component(found, assignment, name, 0, lambda _: True, dtype)["bytes"] for name in found.modules)
     notes = [line for name, cut in cuts.items() for line in describe_plan(name, found.modules[name], cut)]
+    if configs is not None and shipped(os.fspath(model)) is None and dtype is None:
+        notes.append("the folder has no weights: bytes are those of bfloat16; dtype (--dtype) says another")
     return {"ranks": ranks, "chunks": assignment.chunks, "bytes": everything, "notes": [*assignment.notes, *notes]}
 
 
 def _configs(model: str | os.PathLike[str]) -> Path | None:
-    """The folder of a configuration that comes with shardit, unless the model itself is on this disk."""
+    """A folder of configurations alone: the user's own, or one that comes with shardit where the model itself is not on
+    this disk; None where there are weights.
+
+    Raises InputError for a name that is neither a model nor one of those configurations.
+    """
     name = os.fspath(model)
-    folder = shipped(name)
-    return None if folder is None or Path(name).expanduser().exists() or cached(name) else folder
+    path, folder = Path(name).expanduser(), shipped(name)
+    if path.is_dir():
+        has_weights = any(is_weights(file.name) for file in path.rglob("*"))
+        return None if has_weights or not (path / INDEX).exists() else path
+    if path.exists() or name.startswith("tiny/") or cached(name):
+        return None
+    if folder is None and "/" not in name:
+        known = names()
+        raise InputError(f"there is no model {name!r}{did_you_mean(name, known)}; known by name: {', '.join(known)}")
+    return folder
 
 
 def _component(

@@ -14,6 +14,8 @@ HUB_IDS = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "Wan2.2-I2V-A14B",
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "Wan2.2-TI2V-5B",
     "Qwen/Qwen-Image": "Qwen-Image",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1-dev",
+    "stabilityai/stable-diffusion-3.5-large": "SD3.5-large",
 }
 """Where the weights are that go with each."""
 

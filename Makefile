@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full matrix survey lint bench bench-serve install clean
+.PHONY: demo test test-full matrix survey transformers lint bench bench-serve install clean
 
 demo: install ## two stages make a video; compared with one rank
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,9 @@ test-full: install ## all tests, the long matrix too
 matrix: install ## every model on every axis; writes docs/supported-models.md
 	$(BIN)/python -m pytest tests/test_matrix.py
 	$(BIN)/python -m tests.matrix_page
+
+transformers: install ## every transformer of the survey on two ranks; writes its part of docs/supported-models.md
+	$(BIN)/python -m tests.transformers_page
 
 survey: install ## every pipeline class on two ranks; writes its part of docs/supported-models.md
 	$(BIN)/python -m tests.pipelines.measure

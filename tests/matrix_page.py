@@ -61,5 +61,5 @@ def render(results: Path, names: tuple[str, ...]) -> str:
 if __name__ == "__main__":
     from shardit.models import tiny
 
-    _, heading, survey = PAGE.read_text(encoding="utf-8").partition(f"\n{SURVEY}")
-    PAGE.write_text(render(RESULTS, tiny.names()) + heading + survey, encoding="utf-8")
+    _, heading, others = PAGE.read_text(encoding="utf-8").partition("\n## ")
+    PAGE.write_text(render(RESULTS, tiny.names()) + heading + others, encoding="utf-8")

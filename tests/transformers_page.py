@@ -15,9 +15,9 @@ HEADING = "## Transformers and UNets"
 
 HEAD = f"""{HEADING}
 
-Written by `make transformers` from what it measured; not by hand. One class each, tiny and with random weights, called alone
-in float32 on two ranks: `=` is the same bits as plain diffusers in five calls of two sizes, a number the relative L2
-distance of one call.
+Written by `make transformers` from what it measured; not by hand. One class each, tiny and with random weights, called
+alone in float32 on two ranks: `=` is the same bits as plain diffusers in five calls of two sizes, a number the relative
+L2 distance of one call.
 
 """
 

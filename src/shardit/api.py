@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,26 +9,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .callbacks import calling, interrupt_members
-from .components import OFFLOAD, SAVE, components_of, device_of, guard, refuse_hooks, refused
+from .components import components_of, device_of, refuse_hooks
 from .config import DiffusionParallelConfig, config_of
-from .core.assign import Assignment, Cut, assign, assign_blocks, denoises
-from .core.comm import Comm
+from .connect import connect, join, spread_model
+from .core.assign import Assignment, assign, assign_blocks, denoises
 from .core.mesh import Mesh, init_mesh
-from .core.overlap import overlap
 from .core.plan import Plan
-from .core.relay import relay
-from .core.remote import own
-from .core.sites import swap_class
 from .core.slices import Owned
-from .core.stages import Runtime, stage
+from .core.stages import Runtime
 from .errors import InputError
 from .models.back_ends import use_attention_backend
-from .parallel.spread import spread_tokens
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, owners_of_wholes, plan_components, shard_components
-from .parallel.tensor_adapters import pipeline_members
-from .parallel.tiles import spread_tiles
 from .parallel_state import set_mesh_of_model
+from .placed import placed_among
 
 if TYPE_CHECKING:
     from .loading import Reads
@@ -59,28 +51,46 @@ def parallelize(
     modules = components_of(target)
     if modules is None and config.vae_patch_parallel_size > 1:
         raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
-    device = device_of(modules or {ALONE: target})
-    mesh = init_mesh(config, device=device, timeout_s=timeout_s)
-    denoisers = [target] if modules is None else [m for n, m in modules.items() if denoises(n, m)]
-    _tell(denoisers, config, mesh)
+    given = modules if modules is not None else {ALONE: target}
+    if modules is None and plan is not None and not isinstance(plan, Plan):
+        raise InputError("plan: a single transformer takes one Plan, not one for each component")
+    earlier = placed_among(given, config, plan)
+    fresh = {name: module for name, module in given.items() if name not in earlier}
+    runtime = next((placed.runtime for placed in earlier.values()), None)
+    mesh = runtime.mesh if runtime else init_mesh(config, device=device_of(given), timeout_s=timeout_s)
+    _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
-    name = type(target).__name__
-    refuse_hooks(modules or {name: target}, mesh)
+    refuse_hooks({name or type(target).__name__: module for name, module in fresh.items()}, mesh)
+    runtime = runtime or Runtime.of(mesh, split_batch=config.split_batch)
     if modules is None:
-        if plan is not None and not isinstance(plan, Plan):
-            raise InputError("plan: a single transformer takes one Plan, not one for each component")
-        runtime = Runtime.of(mesh, split_batch=config.split_batch)
-        shard_components({ALONE: target}, plan_components({ALONE: target}, mesh.sizes["tp"]), mesh)
-        cut, _ = assign_blocks(target, config, 1, plan, os.environ)
-        _spread(target, runtime, cut)
-        guard(target, name, mesh)
-        return module_or_pipeline
-    cuts = plan_components(modules, mesh.sizes["tp"], owners_of_wholes(config))
-    assignment = assign(modules, type(target), config, plans=plan, sliced=cuts.keys(), environ=os.environ)
-    shard_components(modules, cuts, mesh)
-    connect(target, assignment, Runtime.of(mesh, split_batch=config.split_batch), cuts)
+        for model in fresh.values():
+            _alone(model, runtime, config, plan if isinstance(plan, Plan) else None)
+    elif not fresh:
+        join(target, runtime)
+    else:
+        held = [sum(placed.bytes_of(m) for placed in earlier.values()) for m in range(len(mesh.replica.ranks))]
+        cuts = plan_components(fresh, mesh.sizes["tp"], owners_of_wholes(config))
+        assignment = assign(
+            fresh,
+            type(target),
+            config,
+            plans=plan,
+            sliced=cuts.keys(),
+            environ=os.environ,
+            held=held if earlier else None,
+        )
+        shard_components(fresh, cuts, mesh)
+        connect(target, assignment, runtime, config, cuts)
     return module_or_pipeline
+
+
+def _alone(model: nn.Module, runtime: Runtime, config: DiffusionParallelConfig, plan: Plan | None) -> None:
+    """Spread a transformer that is in no pipeline."""
+    slices = plan_components({ALONE: model}, runtime.mesh.sizes["tp"])
+    shard_components({ALONE: model}, slices, runtime.mesh)
+    cut, _ = assign_blocks(model, config, 1, plan, os.environ)
+    spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
 
 
 def load(
@@ -145,28 +155,8 @@ def load_parallel(
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
     shard_components(pipe.components, cuts, mesh)
-    connect(pipe, found[0], runtime, cuts)
+    connect(pipe, found[0], runtime, config, cuts)
     return pipe, found[0], runtime
-
-
-def connect(pipe: Any, assignment: Assignment, runtime: Runtime, cuts: Mapping[str, TensorPlan]) -> None:
-    """Turn the components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with them."""
-    for name, cut in assignment.cut.items():
-        _spread(getattr(pipe, name), runtime, cut)
-    for name, owner in assignment.owned.items():
-        comm, width = _among(name, assignment, runtime)
-        small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
-        if name in assignment.tiles:
-            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small)
-        else:
-            own(getattr(pipe, name), comm, owner // width, small, cut)
-    for name, found in assignment.relayed.items():
-        comm, width = _among(name, assignment, runtime)
-        owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
-        relay(getattr(pipe, name), comm, found.units, owners, cut)
-    for name in (*assignment.cut, *assignment.owned, *assignment.relayed):
-        guard(getattr(pipe, name), name, runtime.mesh)
-    _swap_pipeline(pipe, runtime, cuts)
 
 
 def _tell(models: Iterable[Any], config: DiffusionParallelConfig, mesh: Mesh) -> None:
@@ -174,44 +164,3 @@ def _tell(models: Iterable[Any], config: DiffusionParallelConfig, mesh: Mesh) ->
     set_mesh_of_model(mesh)
     for model in models:
         model.parallel_config = config
-
-
-def _among(name: str, assignment: Assignment, runtime: Runtime) -> tuple[Comm, int]:
-    """The ranks among which a component has owners, and how many neighbours own it together."""
-    return (runtime.peers, assignment.tp) if name in assignment.sliced else (runtime.replica, 1)
-
-
-def _spread(model: nn.Module, runtime: Runtime, cut: Cut) -> None:
-    """Make one transformer parallel, in place."""
-    mesh = runtime.mesh
-    # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
-    pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
-    stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
-    overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
-    if "sp" in mesh.axes:
-        way = spread_tokens(model, mesh, stages, cut.plan)
-        overlaps = overlaps and not way.by_hand  # a result may then have another shape in each call
-    elif stages is not None:
-        stages()
-    if overlaps and mesh.axes.keys() & {"sp", "tp"}:
-        overlap(model, runtime)
-
-
-def _swap_pipeline(pipe: Any, runtime: Runtime, cuts: Mapping[str, TensorPlan]) -> None:
-    """Give a pipeline whose components are spread the methods that go with it; its `shardit_alike` does so to another
-    pipeline over the same components."""
-    cls, device = type(pipe), runtime.mesh.device
-
-    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for component in (components_of(self) or {}).values():
-            component.to(*args, **kwargs)
-        return self
-
-    call = functools.wraps(cls.__call__)(calling(cls.__call__, runtime))  # tools read the signature
-    members = {"__call__": call, "to": to, "device": property(lambda self: device)}
-    members["_execution_device"] = property(lambda self: device)
-    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE)})
-    members.update(pipeline_members(cls, {id(getattr(pipe, name)): plan for name, plan in cuts.items()}))
-    members = {name: member for name, member in members.items() if hasattr(cls, name)}
-    members["shardit_alike"] = staticmethod(lambda other: _swap_pipeline(other, runtime, cuts))
-    swap_class(pipe, {**members, **interrupt_members(cls)})

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from .core.agreement import named
 from .core.comm import Comm
 from .core.meeting import sendable
 from .core.pending import settle
+from .core.randomness import generators_in, moved, set_states, states
 from .core.remote import call_on
 from .core.stages import Runtime
 from .errors import InputError, UnsupportedError
@@ -20,18 +22,19 @@ CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 def shared_callback(kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
     """The arguments of a pipeline's call with a callback whose outcome is the same on all of `ranks`.
 
-    Each rank runs its own. What rank 0's makes of the tensors counts, an interrupt of any rank stops all at this step,
-    and an error of any rank is raised on all.
+    Each rank runs its own. What rank 0's makes of the tensors and of random generators counts, an interrupt of any rank
+    stops all at this step, and an error of any rank is raised on all.
     """
     callback = kwargs.get(CALLBACK)
     if callback is None:
         return kwargs
     asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
+    device, generators = ranks.mesh.device, generators_in(kwargs)
 
     def shared(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         settle(given)
         before = {name: (value, _version(value)) for name, value in given.items()}
-        made, error = {}, None
+        drawn, made, error = states(device, generators), {}, None
         try:
             made = callback(pipe, step, timestep, given)
             if not isinstance(made, dict):
@@ -40,13 +43,16 @@ def shared_callback(kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
             made, error = {}, sendable(failure)
         changed = [name for name in {**before, **made} if _changed(name, before, made)]
         interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_asked", False)
-        said = ranks.gather_objects((error, interrupt, changed, list(made)))
+        after = states(device, generators)
+        said = ranks.gather_objects((error, interrupt, changed, moved(drawn, after), list(made)))
+        # What rank 0's callback drew counts: another's is taken back.
+        set_states({name: drawn[name] for name in moved(drawn, after)} | said[0][3], device, generators)
         for failure, *_ in said:
             if failure is not None:
                 raise failure
         if any(interrupt for _, interrupt, *_ in said):
             pipe.__dict__["_interrupt"] = True
-        known, kept = {name for *_, names, _ in said for name in names}, said[0][-1]
+        known, kept = {name for one in said for name in one[2]}, said[0][-1]
         news = call_on(ranks, 0, lambda: {name: made[name] for name in kept if name in known}) if known else {}
         return {name: news[name] if name in known else made[name] for name in kept}
 
@@ -86,18 +92,20 @@ def interrupt_members(cls: type) -> dict[str, Any]:
     return {"_interrupt": property(get, put)}
 
 
-def calling(own_call: Callable[..., Any], runtime: Runtime) -> Callable[..., Any]:
-    """A pipeline's `__call__` whose callbacks are shared and whose results are plain tensors."""
+def calling(own_call: Callable[..., Any], runtime: Runtime, check: Callable[[Any], None]) -> Callable[..., Any]:
+    """A pipeline's `__call__` that ranks begin alike, whose callbacks are shared and whose results are plain tensors.
+    `check` is given the pipeline before anything else happens."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        runtime.begin()
-        kwargs = shared_callback(kwargs, runtime.replica)
-        self.__dict__.update(_heard=kwargs.get(CALLBACK) is not None, _asked=False)
-        try:
-            out = own_call(self, *args, **kwargs)
-        finally:
-            self.__dict__["_heard"] = None
-        settle(out)
+        check(self)
+        with runtime.pipeline_call(type(self).__name__, lambda: named(own_call, args, kwargs)):
+            kwargs = shared_callback(kwargs, runtime.replica)
+            self.__dict__.update(_heard=kwargs.get(CALLBACK) is not None, _asked=False)
+            try:
+                out = own_call(self, *args, **kwargs)
+            finally:
+                self.__dict__["_heard"] = None
+            settle(out)
         return out
 
     return __call__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -139,18 +139,20 @@ def assign(
     plans: Plan | Mapping[str, Plan] | None = None,
     sliced: Iterable[str] = (),
     environ: Mapping[str, str],
+    held: Sequence[float] | None = None,
 ) -> Assignment:
     """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
 
     Transformers are cut into blocks, large encoders into units; units and other components go where the fewest bytes
     are so far, or where they are among the `sliced` to the tensor neighbours with the fewest. A VAE whose tiles are
-    shared goes to several ranks.
+    shared goes to several ranks. `held`: bytes that each member has of components of the pipeline that are spread
+    already, and are not among the modules.
     """
     pp_size = config.pipeline_parallel_size
     sizes = {**axis_sizes(config), "dp": 1}
     stages = tuple(coordinates(sizes, member)["pp"] for member in range(math.prod(sizes.values())))
     in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
-    notes, cut, load, parts = [], {}, [0.0] * len(stages), frozenset(sliced)
+    notes, cut, load, parts = [], {}, list(held or [0.0] * len(stages)), frozenset(sliced)
     for name, module in modules.items():
         if not denoises(name, module):
             continue
@@ -160,10 +162,12 @@ def assign(
         for (_, block), owner in zip(find_blocks(module, plan), cut[name].placement.owners(), strict=True):
             for member, stage in enumerate(stages):
                 load[member] += nbytes(block) // (sizes["tp"] if name in parts else 1) if stage == owner else 0
-    if not cut and pp_size > 1:
+    if not cut and pp_size > 1 and held is None:
         raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
     loads = Loads(load, sizes["tp"])
-    tiles = _shared_tiles(modules, pipeline_class.__name__, config.vae_patch_parallel_size, loads)
+    has_vae = any(type(module).__module__.startswith(VAE_PACKAGE) for module in modules.values())
+    shares = config.vae_patch_parallel_size if has_vae or held is None else 1
+    tiles = _shared_tiles(modules, pipeline_class.__name__, shares, loads)
     notes += [f"{name}: its tiles are shared by {len(members)} ranks" for name, members in tiles.items()]
     rest = {name: module for name, module in modules.items() if name not in cut and name not in tiles}
     wholes, encoders = _outside_transformers(rest, modules, loads, parts)

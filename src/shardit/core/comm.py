@@ -170,6 +170,15 @@ class Comm:
         self._guard(lambda: dist.all_gather_object(out, value, group=self.groups.control), "gather")
         return out
 
+    def gather_bytes(self, value: bytes) -> list[bytes]:
+        """Every stage's bytes, in stage order, on every stage; all give equally many, so this is one message."""
+        if self.size == 1:
+            return [value]
+        mine = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        out = [torch.empty_like(mine) for _ in range(self.size)]
+        self._guard(lambda: dist.all_gather(out, mine, group=self.groups.control), "gather")
+        return [one.numpy().tobytes() for one in out]
+
     def barrier(self) -> None:
         """Wait until every stage is here."""
         self.gather_objects(None)

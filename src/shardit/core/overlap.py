@@ -113,7 +113,6 @@ class Overlap:
         if _inside.get() is self.model:  # the forward calls the model itself
             return forward(*args, **kwargs)
         settle((args, kwargs))
-        self.runtime.turns.mark_start((args, kwargs))
         # A cache keeps a call's state on the model, and a scale multiplies weights for the length of the forward.
         alone = getattr(self.model, "is_cache_enabled", False) or scales_adapters(kwargs) or torch.is_grad_enabled()
         alone = alone or not all(map(_plain, tree_leaves((args, kwargs))))

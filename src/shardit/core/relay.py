@@ -21,6 +21,7 @@ from .caches import find_caches, replace_layers, state_of, taken_since
 from .comm import Comm
 from .meeting import meet
 from .pending import PendingTensor
+from .randomness import generators_in
 from .remote import Held, call_on, fetched, held_here
 from .signature import mode_key
 from .sites import put, swap_class
@@ -94,7 +95,7 @@ class Relay:
             self.ran[index] += 1
             return out, written, [taken_since(state, cache) for state, cache in zip(states, caches, strict=True)]
 
-        out, written, layers = call_on(self.comm, owner, run, arguments)
+        out, written, layers = call_on(self.comm, owner, run, arguments, generators_in((args, kwargs)))
         for q in written:
             Held.written(self.comm, owner, arguments[q])
         if owner != self.comm.rank:

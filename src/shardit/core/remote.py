@@ -17,6 +17,7 @@ from .everywhere import Everywhere
 from .meeting import sendable
 from .pending import PendingTensor, Source, settle
 from .plan import span
+from .randomness import generators_in, moved, set_states, states
 from .sites import put
 from .writes import changed, mark
 
@@ -89,7 +90,7 @@ def run_on(
         out = function(*args, **kwargs)
         return out, [q for q, t in enumerate(arguments) if changed(t, before[q])], small.written(looked)
 
-    out, written, news = call_on(comm, stage, run, arguments)
+    out, written, news = call_on(comm, stage, run, arguments, generators_in((args, kwargs)))
     for q in written:
         Held.written(comm, stage, arguments[q])
     settle(news)
@@ -164,22 +165,32 @@ def held_here(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
                 tensor.__class__ = PendingTensor
 
 
-def call_on(comm: Comm, stage: int, function: Callable[[], Any], arguments: Sequence[torch.Tensor] = ()) -> Any:
+def call_on(
+    comm: Comm,
+    stage: int,
+    function: Callable[[], Any],
+    arguments: Sequence[torch.Tensor] = (),
+    generators: Sequence[torch.Generator] = (),
+) -> Any:
     """Run a function on one stage; every stage gets its result, with pending tensors. Collective.
 
     `arguments`: tensors that every stage has, or has pending; where the result is one of them, nothing is sent.
+    `generators`: those that the function is given. Where it moves one of them, or a global one, every stage's moves.
     Raises what the function raises, on every stage.
     """
+    given = list(generators)
     if comm.rank != stage:
-        message = comm.broadcast_object(None, stage)
+        message, news = comm.broadcast_object(None, stage)
+        set_states(news, comm.mesh.device, given)
         if isinstance(message, Exception):
             raise message
         blob, parts = message
         return load_with_tensors(blob, [arguments[p] if isinstance(p, int) else _room(comm, stage, *p) for p in parts])
+    before = states(comm.mesh.device, given)
     try:
         blob, tensors = dump_with_tensors(function())
     except Exception as error:
-        comm.broadcast_object(sendable(error), stage)
+        comm.broadcast_object((sendable(error), moved(before, states(comm.mesh.device, given))), stage)
         raise
     places = {id(t): number for number, t in enumerate(arguments)}
     parts, own = [], []
@@ -192,7 +203,7 @@ def call_on(comm: Comm, stage: int, function: Callable[[], Any], arguments: Sequ
         parts.append((tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), _misalignment(tensor)))
         # The owner takes part in the broadcast when its own program first uses the tensor: there it is pending, too.
         own.append(Held(comm, stage, _memory_of(tensor)).wrap(tensor))
-    comm.broadcast_object((blob, parts), stage)
+    comm.broadcast_object(((blob, parts), moved(before, states(comm.mesh.device, given))), stage)
     return load_with_tensors(blob, own)
 
 

@@ -104,6 +104,11 @@ def changing_methods(cls: type, first: Callable[[], None]) -> dict[str, Callable
     return {name: method(own) for name, own in plain.items()}
 
 
+def plain_class(thing: Any) -> type:
+    """The class that something had before `swap_class`."""
+    return next(cls for cls in type(thing).__mro__ if SWAPPED not in vars(cls))
+
+
 Made = dict[tuple[Any, ...], type]
 """Classes made by `share_class`, by what they were made of."""
 

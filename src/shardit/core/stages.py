@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import RankError, UnsupportedError
 from . import microbatch
+from .agreement import Agreement
 from .comm import Comm
 from .deal import Dealer, RemoteCall
 from .mesh import Mesh
@@ -56,6 +57,7 @@ class Runtime:
     dealer: Dealer
     schedule: Schedule
     turns: Turns
+    agreement: Agreement
     max_in_flight: int = 1
     split_batch: bool = True
 
@@ -67,16 +69,34 @@ class Runtime:
         comm, replica, peers = (comms[id(groups)] for groups in (mesh.pipeline, mesh.replica, mesh.peers))
         dealer = Dealer(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
         route, turns = Route.of(mesh, replica), Turns(schedule)
-        return Runtime(mesh, comm, replica, peers, route, dealer, schedule, turns, max_in_flight, split_batch)
+        alike = Agreement(replica)
+        return Runtime(mesh, comm, replica, peers, route, dealer, schedule, turns, alike, max_in_flight, split_batch)
 
     @property
     def program(self) -> object:
         """Whose calls these are: the request that has its turn, or whoever uses the model without requests."""
         return self.turns.current or self.turns
 
-    def begin(self) -> None:
-        """A pipeline is called."""
+    @contextmanager
+    def pipeline_call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+        """A call of a pipeline, which all ranks of the replica make alike. Requests are handed to all ranks by whoever
+        runs them, and are compared by him."""
         self.dealer.begin(self.program)
+        alone = nullcontext() if self.turns.current is not None else self.agreement.call(name, arguments)
+        with alone:
+            yield
+
+    @property
+    def in_pipeline(self) -> bool:
+        """Whether a pipeline is being called."""
+        return self.turns.current is not None or self.agreement.depth > 0
+
+    def mark_start(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """A model of a pipeline is called; what the first call is given counts."""
+        if self.turns.current is not None:
+            self.turns.mark_start(arguments)
+        else:
+            self.agreement.mark(name, arguments)
 
     def wait_for(self, flight: Flight) -> None:
         """Return when `flight` is virtually done."""
@@ -114,7 +134,6 @@ class Stages:
         if self._current["seam"] is not None:  # the forward calls the model itself
             return forward(*args, **kwargs)
         settle((args, kwargs))
-        self.runtime.turns.mark_start((args, kwargs))
         if not scales_adapters(kwargs):
             return self._micro_batches(forward, args, kwargs)
         # The scale multiplies the adapters' own in place for the length of the forward: nothing else may run in it.

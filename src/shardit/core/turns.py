@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ..errors import RankError
+from .agreement import digests
 from .coroutine import Coroutine, Generators
 from .schedule import Flight, Schedule
 
@@ -72,18 +72,12 @@ class Turns:
                 raise Interrupted("the request was interrupted")
         program.waits_for = None
 
-    def mark_start(self, arguments: Any) -> None:
+    def mark_start(self, arguments: Mapping[str, Any]) -> None:
         """Once per request: note what its first call is given. Whoever runs the requests compares the marks of all
         ranks; doing it here would make every rank wait for the others and drain the pipeline."""
         program = self.current
-        if program is None or program.start is not None:
-            return
-        first = next((t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)), None)
-        if first is None:
-            program.start = "no tensor"
-        else:
-            wide = first.double()
-            program.start = repr((tuple(first.shape), float(wide.sum()), float(wide.abs().sum())))
+        if program is not None and program.start is None:
+            program.start = ", ".join(f"{name} {value.hex()}" for name, value in digests(arguments).items())
 
     def run(self, programs: Iterator[Program], max_in_flight: int) -> Iterator[Program]:
         """Run all programs, at most `max_in_flight` at once; yields each when it has ended, with value or error.

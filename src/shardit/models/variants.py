@@ -20,7 +20,4 @@ def image_pipeline(pipe: Any) -> Any:
         return None
     from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 
-    made = WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
-    if hasattr(type(pipe), "shardit_alike"):  # its components are spread
-        pipe.shardit_alike(made)
-    return made
+    return WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)

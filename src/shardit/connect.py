@@ -1,0 +1,158 @@
+"""Parts of a pipeline that are placed become parallel ones, in place, and so does the pipeline that uses them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .callbacks import calling, interrupt_members
+from .components import OFFLOAD, SAVE, components_of, guard, refused
+from .config import DiffusionParallelConfig
+from .core.assign import Assignment, Cut
+from .core.comm import Comm
+from .core.entry import guard_entry
+from .core.overlap import overlap
+from .core.relay import relay
+from .core.remote import own
+from .core.sites import plain_class, swap_class
+from .core.stages import Runtime, stage
+from .errors import UnsupportedError
+from .parallel.spread import spread_tokens
+from .parallel.tensor import TensorPlan
+from .parallel.tensor_adapters import pipeline_members
+from .parallel.tiles import spread_tiles
+from .placed import Placed, placed_on
+
+
+def connect(
+    pipe: Any,
+    assignment: Assignment,
+    runtime: Runtime,
+    config: DiffusionParallelConfig,
+    cuts: Mapping[str, TensorPlan],
+) -> None:
+    """Turn the assigned components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with
+    them. Components that another pipeline shares with it are parallel already, over the same runtime."""
+    for name, cut in assignment.cut.items():
+        spread_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment)
+    for name, owner in assignment.owned.items():
+        comm, width = _among(name, assignment, runtime)
+        small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
+        if name in assignment.tiles:
+            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small)
+        else:
+            own(getattr(pipe, name), comm, owner // width, small, cut)
+    for name, found in assignment.relayed.items():
+        comm, width = _among(name, assignment, runtime)
+        owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
+        relay(getattr(pipe, name), comm, found.units, owners, cut)
+    for name in (*assignment.owned, *assignment.relayed):
+        part = getattr(pipe, name)
+        guard(part, name, runtime.mesh)
+        Placed(name, part, config, runtime, name not in cuts, None, assignment, cuts.get(name))
+    join(pipe, runtime)
+
+
+def spread_model(
+    model: nn.Module,
+    name: str,
+    runtime: Runtime,
+    config: DiffusionParallelConfig,
+    cut: Cut,
+    slices: TensorPlan | None = None,
+    assignment: Assignment | None = None,
+) -> None:
+    """Make one transformer parallel, in place."""
+    mesh = runtime.mesh
+    # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
+    pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
+    stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
+    overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
+    if "sp" in mesh.axes:
+        way = spread_tokens(model, mesh, stages, cut.plan)
+        overlaps = overlaps and not way.by_hand  # a result may then have another shape in each call
+    elif stages is not None:
+        stages()
+    if overlaps and mesh.axes.keys() & {"sp", "tp"}:
+        overlap(model, runtime)
+    guard(model, name or type(model).__name__, mesh)
+    placed = Placed(name, model, config, runtime, False, cut.plan, assignment, slices)
+    guard_entry(model, runtime, placed.check)
+
+
+def join(pipe: Any, runtime: Runtime) -> None:
+    """Give a pipeline whose components are spread the methods that go with it; nothing if it has them."""
+    if getattr(type(pipe), "shardit_runtime", None) is runtime:
+        return
+    _join_those_made_of_spread_parts()
+    cls, device = type(pipe), runtime.mesh.device
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for component in (components_of(self) or {}).values():
+            component.to(*args, **kwargs)
+        return self
+
+    call = functools.wraps(cls.__call__)(calling(cls.__call__, runtime, check_parts))  # tools read the signature
+    members = {"__call__": call, "to": to, "device": property(lambda self: device)}
+    members["_execution_device"] = property(lambda self: device)
+    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE)})
+    found = {id(part): placed_on(part) for part in (components_of(pipe) or {}).values()}
+    slices = {key: placed.slices for key, placed in found.items() if placed is not None and placed.slices is not None}
+    members.update(pipeline_members(cls, slices))
+    members = {name: member for name, member in members.items() if hasattr(cls, name)}
+    swap_class(pipe, {**members, **interrupt_members(cls), "shardit_runtime": runtime})
+
+
+def check_parts(pipe: Any) -> None:
+    """Raise UnsupportedError, on every rank alike, where parts of a pipeline are not (or not any more) what they were
+    when it was made parallel."""
+    for name, part in (components_of(pipe) or {}).items():
+        placed = placed_on(part)
+        if placed is None:
+            raise UnsupportedError(
+                f"{name} was put into the pipeline after parallelize, so every rank would run all of it: call "
+                "parallelize on the pipeline once more, with the same configuration"
+            )
+        if placed.runtime is not pipe.shardit_runtime:
+            raise UnsupportedError(
+                f"{name} belongs to a pipeline that was spread by itself, and takes turns with that one alone: make "
+                "the pipelines that share components before parallelize"
+            )
+        placed.check()
+
+
+@functools.cache
+def _join_those_made_of_spread_parts() -> None:
+    """Have pipelines of diffusers that are made of spread components later (`from_pipe`, or by hand) join them."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    own_register, own_from_pipe = DiffusionPipeline.register_modules, DiffusionPipeline.from_pipe.__func__
+
+    @functools.wraps(own_register)
+    def register_modules(self: Any, **kwargs: Any) -> None:
+        own_register(self, **kwargs)
+        found = [placed_on(part) for part in kwargs.values() if isinstance(part, nn.Module)]
+        runtimes = {id(placed.runtime): placed.runtime for placed in found if placed is not None}
+        if found and None not in found and len(runtimes) == 1:
+            join(self, *runtimes.values())
+
+    @functools.wraps(own_from_pipe)
+    def from_pipe(cls: Any, pipeline: Any, **kwargs: Any) -> Any:
+        # It takes over what is of exactly the class that it expects, which is not that of a spread component.
+        expected, types = cls._get_signature_keys(cls)[0], cls._get_signature_types()
+        for name, part in pipeline.components.items():
+            if placed_on(part) is not None and name in expected and plain_class(part) in types.get(name, ()):
+                kwargs.setdefault(name, part)
+        return own_from_pipe(cls, pipeline, **kwargs)
+
+    DiffusionPipeline.register_modules = register_modules
+    patched: Any = DiffusionPipeline
+    patched.from_pipe = classmethod(from_pipe)
+
+
+def _among(name: str, assignment: Assignment, runtime: Runtime) -> tuple[Comm, int]:
+    """The ranks among which a component has owners, and how many neighbours own it together."""
+    return (runtime.peers, assignment.tp) if name in assignment.sliced else (runtime.replica, 1)

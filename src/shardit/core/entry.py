@@ -1,0 +1,53 @@
+"""The entry of a model that denoises: what is made sure of before its call begins, on every rank."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+from .agreement import named
+from .pending import settle
+from .signature import signature
+from .sites import swap_class
+from .stages import MAX_SIGNATURES, Runtime
+
+_inside: ContextVar[nn.Module | None] = ContextVar("shardit_entered", default=None)
+"""The model whose call runs, in this context."""
+
+
+def guard_entry(model: nn.Module, runtime: Runtime, check: Callable[[], None]) -> None:
+    """Compare, in place, what ranks give to a model: the first call of each pipeline call, and of a model that is used
+    by itself the first call of each signature, before which `check` runs, too (pipelines do so themselves)."""
+    cls, known = type(model), {}
+    own_call, forward = cls.__call__, cls.forward
+
+    def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        settle((args, kwargs))
+        name = cls.__name__
+        if runtime.in_pipeline:
+            runtime.mark_start(name, named(forward, args, kwargs))
+            return
+        check()
+        key = signature((args, kwargs), model.training)
+        if key not in known:
+            runtime.agreement.compare(name, named(forward, args, kwargs))
+            known[key] = None
+            if len(known) > MAX_SIGNATURES:
+                known.pop(next(iter(known)))
+
+    @functools.wraps(own_call)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _inside.get() is self:  # the forward calls the model itself
+            return own_call(self, *args, **kwargs)
+        token = _inside.set(self)
+        try:
+            begin(args, kwargs)
+            return own_call(self, *args, **kwargs)
+        finally:
+            _inside.reset(token)
+
+    swap_class(model, {"__call__": __call__})

@@ -1,0 +1,76 @@
+"""Random generators that all ranks move alike: what one rank alone draws, the others are told."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
+
+States = dict[str, Any]
+"""States of generators as picklable data, by what they are: "torch", "device", "python", "numpy", or "given 0", ..."""
+
+
+def generators_in(arguments: Any) -> list[torch.Generator]:
+    """The generators among the arguments of a call, in order."""
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
+
+
+def states(device: torch.device, given: list[torch.Generator]) -> States:
+    """The states of the global generators (torch's on the CPU and on `device`, Python's, numpy's) and of the given."""
+    found: States = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy.random.get_state()}
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        found["device"] = torch.cuda.get_rng_state(device)
+    return found | {f"given {number}": generator.get_state() for number, generator in enumerate(given)}
+
+
+def moved(before: States, after: States) -> States:
+    """Those of the states that have changed."""
+    return {name: state for name, state in after.items() if name not in before or not _same(before[name], state)}
+
+
+def set_states(news: Mapping[str, Any], device: torch.device, given: list[torch.Generator]) -> None:
+    """Set some of the generators that `states` tells of."""
+    for name, state in news.items():
+        if name == "torch":
+            torch.set_rng_state(state)
+        elif name == "device":
+            torch.cuda.set_rng_state(state, device)
+        elif name == "python":
+            random.setstate(state)
+        elif name == "numpy":
+            numpy.random.set_state(state)
+        else:
+            given[int(name.split()[1])].set_state(state)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one[1], numpy.ndarray):  # numpy's: a name, 624 numbers, how many are used, what is left of a pair
+        return one[2:] == other[2:] and numpy.array_equal(one[1], other[1])
+    return one == other
+
+
+def dropout_in_training(model: nn.Module) -> str | None:
+    """The name of a module of `model` that would drop values at random now, if there is one.
+
+    Code that calls the function `dropout` itself keeps its probability in an attribute that says so.
+    """
+    for name, module in model.named_modules():
+        if module.training and any(probability > 0 for probability in _probabilities(module)):
+            return name or type(model).__name__
+    return None
+
+
+def _probabilities(module: nn.Module) -> Iterator[float]:
+    if isinstance(module, _DropoutNd):
+        yield module.p
+    for name, value in vars(module).items():
+        if "drop" in name and type(value) is float:
+            yield value

@@ -18,7 +18,9 @@ from .core.plan import Plan
 from .core.slices import Owned
 from .core.stages import Runtime
 from .errors import InputError
+from .model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options
 from .models.back_ends import use_attention_backend
+from .models.extras import load_loras, use_vae_options
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, owners_of_wholes, plan_components, shard_components
 from .parallel_state import set_mesh_of_model
 from .placed import placed_among
@@ -102,17 +104,36 @@ def load(
     plan: Plan | Mapping[str, Plan] | None = None,
     pipeline_class: str | type | None = None,
     timeout_s: float = 600,
+    variant: str | None = None,
+    scheduler: str | None = None,
+    scheduler_args: Mapping[str, Any] | None = None,
+    flow_shift: float | None = None,
+    lora: Any = None,
+    vae_tiling: bool = False,
+    vae_slicing: bool = False,
     **parallel: Any,
 ) -> Any:
     """The parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it owns.
 
     Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
-    `from_pretrained`. parallel: fields of the configuration as keywords, in its place. Raises
-    InputError/UnsupportedError with one line.
+    `from_pretrained`. variant to vae_slicing: as for `Omni`. parallel: fields of the configuration as keywords, in its
+    place. Raises InputError/UnsupportedError with one line.
     """
-    config = config_of(config, parallel, "load", ("config", "dtype", "device", "plan", "pipeline_class", "timeout_s"))
+    own = ("config", "dtype", "device", "plan", "pipeline_class", "timeout_s", *OPTION_NAMES)
+    config = config_of(config, parallel, "load", own)
+    options = model_options(
+        variant=variant,
+        scheduler=scheduler,
+        scheduler_args=scheduler_args,
+        flow_shift=flow_shift,
+        lora=lora,
+        vae_tiling=vae_tiling,
+        vae_slicing=vae_slicing,
+    )
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
-    pipe, _, _ = load_parallel(model, config, mesh, dtype=dtype, plan=plan, pipeline_class=pipeline_class)
+    pipe, _, _ = load_parallel(
+        model, config, mesh, dtype=dtype, plan=plan, pipeline_class=pipeline_class, options=options
+    )
     return pipe
 
 
@@ -127,6 +148,7 @@ def load_parallel(
     max_in_flight: int = 1,
     reads: Reads | None = None,
     attention_backend: str | None = None,
+    options: ModelOptions = NO_OPTIONS,
 ) -> tuple[Any, Assignment, Runtime | None]:
     """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
     from .loading import load_pipeline
@@ -145,17 +167,26 @@ def load_parallel(
         return {name: owned_slices(owns[name], cuts.get(name), mesh.coords["tp"]) for name in modules}
 
     pipe: Any = load_pipeline(
-        model, dtype=dtype, device=mesh.device, place=place, pipeline_class=pipeline_class, reads=reads
+        model,
+        dtype=dtype,
+        device=mesh.device,
+        place=place,
+        pipeline_class=pipeline_class,
+        reads=reads,
+        options=options,
     )
+    use_vae_options(pipe, options)
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
     for name in found[0].cut:
         use_attention_backend(attention_backend, getattr(pipe, name))
     _tell([getattr(pipe, name) for name in found[0].cut], config, mesh)
     if len(mesh.replica.ranks) == 1:
+        load_loras(pipe, options.lora)
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
     shard_components(pipe.components, cuts, mesh)
     connect(pipe, found[0], runtime, config, cuts)
+    load_loras(pipe, options.lora)
     return pipe, found[0], runtime
 
 

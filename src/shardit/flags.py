@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
 import typing
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from shardit.errors import InputError
 from shardit.from_file import flags_of, read_record
 from shardit.images import open_image
 from shardit.loading.dtypes import setting
+from shardit.model_flags import ModelFlags, parse_values
 from shardit.models import shipped
 from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams, field_names
@@ -83,7 +83,7 @@ class InspectFlags(ParallelFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateFlags(ParallelFlags):
+class GenerateFlags(ModelFlags, ParallelFlags):
     """What `shardit generate` was asked for. None means the pipeline's own default."""
 
     model: Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", show_default=False)] = ""
@@ -182,6 +182,7 @@ class GenerateFlags(ParallelFlags):
             "dtype": setting(self.dtype, "--dtype"),
             "timeout_s": self.timeout,
             "attention_backend": self.attention_backend,
+            **vars(self.model_options()),
         }
 
     def prompts(self) -> dict[str, Any]:
@@ -203,15 +204,7 @@ class GenerateFlags(ParallelFlags):
 
     def extra_arguments(self) -> dict[str, Any]:
         """The values of --extra by name. Raises InputError for what is not NAME=VALUE, or given twice."""
-        found: dict[str, Any] = {}
-        for entry in self.extra or ():
-            name, sign, text = entry.partition("=")
-            if not (sign and name.isidentifier()):
-                raise InputError(f"--extra must be name=value, as in use_resolution_binning=false, got {entry!r}")
-            if name in found:
-                raise InputError(f"--extra {name} is given twice; give it once")
-            found[name] = _as_value(name, text)
-        return found
+        return parse_values("--extra", self.extra)
 
     def filled_in(self) -> dict[str, Any]:
         """What a tiny model runs with because no flag says otherwise; nothing for other models."""
@@ -226,17 +219,6 @@ class GenerateFlags(ParallelFlags):
         return {name: value for name, value in vars(self).items() if name in names and value is not None}
 
 
-def _as_value(name: str, text: str) -> Any:
-    """The value of `--extra name=text`: JSON, or the text itself where it is none."""
-    python = {"True": "true", "False": "false", "None": "null"}
-    if text in python:
-        raise InputError(f"--extra {name}={text}: values are JSON; write {name}={python[text]}")
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def as_command(
     run: Callable[[Any], int | None], flags: type = GenerateFlags, *, output: Path | None = None
 ) -> Callable[..., int | None]:
@@ -246,8 +228,9 @@ def as_command(
     `output` is the default of --output.
     """
     hints = typing.get_type_hints(flags, include_extras=True)
-    parallel = {item.name for item in dataclasses.fields(ParallelFlags)}
-    items = sorted(dataclasses.fields(flags), key=lambda item: item.name in parallel)  # what the model does comes first
+    rest = [item.name for kind in (ModelFlags, ParallelFlags) for item in dataclasses.fields(kind)]
+    # What the model does comes first, then how it is loaded and spread.
+    items = sorted(dataclasses.fields(flags), key=lambda item: rest.index(item.name) if item.name in rest else -1)
     defaults = {item.name: item.default for item in items}
     if output is not None:
         defaults["output"] = output

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError, UnsupportedError
+from shardit.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from shardit.config import DiffusionParallelConfig
@@ -27,6 +28,7 @@ class SessionSpec:
     timeout_s: float = 600.0
     session: str = SESSION
     attention_backend: str | None = None
+    options: ModelOptions = field(default_factory=ModelOptions)
     live: bool = False
     """Whether requests come and go one by one (`Begin`, `Cancel`) rather than in batches (`Generate`)."""
 

@@ -8,7 +8,7 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
@@ -21,6 +21,7 @@ from shardit.engine.worker import JoinedRanks, in_order, with_peaks
 from shardit.errors import InputError, RankError
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
+from shardit.model_options import ModelOptions, model_options
 
 if TYPE_CHECKING:
     from shardit.output import Output
@@ -39,6 +40,10 @@ class Omni:
     diffusers would choose for each component, or a dict of dtypes by component, as in diffusers. device: "cuda", "cpu"
     or None for what there is. max_in_flight: requests that run at the same time. timeout_s: longest time without any
     progress, in seconds. attention_backend: a name that diffusers' set_attention_backend takes, None for its default.
+    variant: infix of the weight files, such as "fp16". scheduler, scheduler_args, flow_shift: the class name of a
+    scheduler of diffusers in place of the model's, arguments of it, its shift. lora: adapters that stay active: a path
+    or hub id (with ":SCALE" at its end, if need be), (path, scale), {"path": ..., "scale": ...}, or a list of these.
+    vae_tiling, vae_slicing: whether the VAE works tile by tile, picture by picture, to take less memory.
     parallel: fields of `parallel_config` as keywords, in its place: Omni(model, pipeline_parallel_size=2).
 
     Returns when every rank has loaded its share. Raises InputError for what can be corrected and RankError where a
@@ -57,12 +62,28 @@ class Omni:
         max_in_flight: int = 1,
         timeout_s: float = 600,
         attention_backend: str | None = None,
+        variant: str | None = None,
+        scheduler: str | None = None,
+        scheduler_args: Mapping[str, Any] | None = None,
+        flow_shift: float | None = None,
+        lora: Any = None,
+        vae_tiling: bool = False,
+        vae_slicing: bool = False,
         **parallel: Any,
     ):
         self._closed = False
         own = [name for name in inspect.signature(Omni).parameters if name not in ("model", "parallel")]
         config = config_of(parallel_config, parallel, "Omni", own)
-        spec = _spec(model, config, dtype, device, max_in_flight, timeout_s, attention_backend, self._session)
+        options = model_options(
+            variant=variant,
+            scheduler=scheduler,
+            scheduler_args=scheduler_args,
+            flow_shift=flow_shift,
+            lora=lora,
+            vae_tiling=vae_tiling,
+            vae_slicing=vae_slicing,
+        )
+        spec = _spec(model, config, dtype, device, max_in_flight, timeout_s, attention_backend, options, self._session)
         self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec)
         self._finalizer = weakref.finalize(self, self._ranks.close)
         try:
@@ -269,6 +290,7 @@ def _spec(
     max_in_flight: Any,
     timeout_s: Any,
     attention_backend: Any,
+    options: ModelOptions,
     session: str,
 ) -> SessionSpec:
     """Check the types of all arguments; what they mean is checked where the model is read."""
@@ -297,4 +319,5 @@ def _spec(
         timeout_s=float(timeout_s),
         session=session,
         attention_backend=attention_backend,
+        options=options,
     )

@@ -25,7 +25,9 @@ from ..loading import Reads, describe
 from ..loading.dtypes import check_components
 from ..loading.hub import cached
 from ..loading.packages import check_packages, check_processors, missing
+from ..loading.pipeline import check_scheduler
 from ..models.back_ends import check_attention_backend
+from ..models.extras import check_extras
 from ..models.variants import image_pipeline
 from ..output import Output
 from ..parallel.tensor import plan_components
@@ -51,7 +53,9 @@ def check(spec: SessionSpec) -> None:
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
     check_attention_backend(spec.attention_backend)
-    found = describe(spec.model)
+    found = describe(spec.model, options=spec.options)
+    check_scheduler(found.components, spec.options)
+    check_extras(found.pipeline_class, found.modules, spec.options)
     check_components(spec.dtype, found.modules)
     check_packages(found.pipeline_class.__name__, missing(found.pipeline_class))
     check_processors(part for name, part in found.components.items() if name not in found.modules)
@@ -79,6 +83,7 @@ class Session:
             max_in_flight=spec.max_in_flight,
             reads=self._reads,
             attention_backend=spec.attention_backend,
+            options=spec.options,
         )
         self.turns = self.runtime.turns if self.runtime else Turns(Schedule(0))
         self._variants = {type(self._pipe).__name__: self._pipe}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from shardit.errors import InputError
 from shardit.loading.dtypes import file_dtype
 from shardit.loading.safetensors_file import Entry, Header, Reads
-from shardit.loading.weight_names import choose
+from shardit.loading.weight_names import choose, variants_among
 
 if TYPE_CHECKING:
     import torch
@@ -37,31 +37,38 @@ class Remote(Protocol):
 class Checkpoint:
     """The weights of one component folder; `files` maps tensor name to plain file name.
 
-    `sharded` tells whether an index names the files. With a `remote`, files are fetched when `ensure` asks for them.
+    `sharded` tells whether an index names the files, `variant` which infix they have. With a `remote`, files are
+    fetched when `ensure` asks for them.
     """
 
     folder: Path
     files: dict[str, str]
     sharded: bool
     remote: Remote | None = None
+    variant: str | None = None
     _headers: dict[str, Header] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, remote: Remote | None = None) -> Checkpoint:
-        """Find the weights of a component folder, without reading any tensor.
+    def open(cls, folder: str | os.PathLike, remote: Remote | None = None, variant: str | None = None) -> Checkpoint:
+        """Find the weights of a component folder, without reading any tensor; those of a variant where it has them.
 
-        Raises InputError for missing or damaged files, UnsupportedError for pickles or variants only.
+        Raises InputError for missing or damaged files, UnsupportedError for pickles only.
         """
         folder = Path(folder)
         if not folder.is_dir() and remote is None:
             raise InputError(f"{folder} does not exist: download or copy the model again")
         here = os.listdir(folder) if folder.is_dir() else []
-        choice = choose({*here, *(remote.names(folder.name) if remote else [])}, str(folder))
+        choice = choose({*here, *(remote.names(folder.name) if remote else [])}, str(folder), variant)
         if choice.sharded:
-            return cls(folder, _weight_map(folder / choice.name), True, remote)
-        opened = cls(folder, {}, False, remote)
+            return cls(folder, _weight_map(folder / choice.name), True, remote, choice.variant)
+        opened = cls(folder, {}, False, remote, choice.variant)
         opened.files = dict.fromkeys(opened.header(choice.name).entries, choice.name)
         return opened
+
+    def variants(self) -> list[str]:
+        """The variants that the folder has weights of."""
+        here = os.listdir(self.folder) if self.folder.is_dir() else []
+        return variants_among({*here, *(self.remote.names(self.folder.name) if self.remote else [])})
 
     @property
     def names(self) -> list[str]:

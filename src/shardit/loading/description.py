@@ -12,6 +12,7 @@ from shardit.loading.index import Component
 from shardit.loading.pipeline import is_diffusers, prepare
 from shardit.loading.transformers_model import module_keys
 from shardit.loading.weights import check_tensors, file_keys
+from shardit.model_options import NO_OPTIONS, ModelOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,12 +38,14 @@ class Description:
         return sum(sum(sizes.values()) for sizes in self.sizes.values())
 
 
-def describe(model: str | os.PathLike, pipeline_class: str | type | None = None) -> Description:
+def describe(
+    model: str | os.PathLike, pipeline_class: str | type | None = None, options: ModelOptions = NO_OPTIONS
+) -> Description:
     """Describe a folder, hub id or "tiny/NAME" from configs and weight headers alone.
 
     Of a hub id no weights are downloaded. Raises what `load_pipeline` raises for models that cannot be loaded.
     """
-    found = prepare(model, pipeline_class)
+    found = prepare(model, pipeline_class, options=options)
     sizes = {name: _sizes(module, found.checkpoints[name]) for name, module in found.modules.items()}
     return Description(found.source.folder, found.cls, found.parts, found.modules, sizes)
 

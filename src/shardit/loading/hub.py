@@ -30,6 +30,7 @@ class HubRemote:
     model: str
     folder: Path
     _listing: list[str] | None = field(default=None, repr=False)
+    variant: str | None = None
 
     @property
     def commit(self) -> str:
@@ -79,8 +80,9 @@ class HubRemote:
         return Header(entries, dict(found.metadata or {}))
 
 
-def open_hub(model: str) -> HubRemote:
-    """The newest commit of a model on the hub, with every file that a pipeline needs but its weights.
+def open_hub(model: str, variant: str | None = None) -> HubRemote:
+    """The newest commit of a model on the hub, with every file that a pipeline needs but its weights. Of weights, those
+    of the variant are chosen where there are any.
 
     Raises InputError where the model is unknown, gated, no diffusers pipeline, or the hub cannot be reached.
     """
@@ -100,7 +102,7 @@ def open_hub(model: str) -> HubRemote:
         if path is None:
             raise
         commit, listing = path.parent.name, _held(path.parent)
-    remote = HubRemote(model, path.parent, listing if commit == path.parent.name else None)
+    remote = HubRemote(model, path.parent, listing if commit == path.parent.name else None, variant)
     remote.fetch(_settings(remote))
     return remote
 
@@ -141,7 +143,7 @@ def _index_name(remote: HubRemote, folder: str) -> str | None:
     if not any(is_weights(name) for name in names):
         return None
     try:
-        choice = choose(names, folder)
+        choice = choose(names, folder, remote.variant)
     except InputError:
         return None  # said when the weights are asked for
     return choice.name if choice.sharded else None
@@ -154,7 +156,7 @@ def weight_files(remote: HubRemote) -> list[str]:
         names = remote.names(folder)
         if not any(is_weights(name) for name in names):
             continue
-        choice = choose(names, f"{remote.model}/{folder}")
+        choice = choose(names, f"{remote.model}/{folder}", remote.variant)
         shards = [choice.name]
         if choice.sharded:
             table: dict[str, Any] = json.loads((remote.folder / folder / choice.name).read_text())

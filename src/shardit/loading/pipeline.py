@@ -21,6 +21,8 @@ from shardit.loading.safetensors_file import Reads
 from shardit.loading.source import Source, locate
 from shardit.loading.transformers_model import load_transformers
 from shardit.loading.weights import Owned, load_module
+from shardit.model_options import NO_OPTIONS, ModelOptions
+from shardit.models.schedulers import changed_scheduler, wants_scheduler
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,7 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     pipeline_class: str | type | None = None,
     reads: Reads | None = None,
+    options: ModelOptions = NO_OPTIONS,
 ) -> DiffusionPipeline:
     """The pipeline of a model folder, hub id or "tiny/NAME", with only the owned weights in memory.
 
@@ -49,10 +52,11 @@ def load_pipeline(
 
     `dtype`: "float32", "bfloat16", "float16", a torch dtype, None (diffusers' and the configs' default), or a dict of
     these by component, with "default" for the others (without it: float32).
+    `options` choose the files and the scheduler; adapters and how the VAE works are the caller's business.
     `reads` counts the bytes of weights that were read. Raises InputError and UnsupportedError, one line each.
     """
     chosen = setting(dtype)
-    found = prepare(model, pipeline_class, chosen)
+    found = prepare(model, pipeline_class, chosen, options)
     owners = place(dict(found.modules), found.cls)
     unknown = sorted(set(owners) - set(found.modules))
     if unknown:
@@ -63,7 +67,10 @@ def load_pipeline(
         owned = owners.get(name, _everything)
         kind = dtype_of(chosen, name)
         loaded[name] = load(module, found.checkpoints[name], owned, dtype=kind, device=device, reads=reads)
-    return _construct(found.cls, found.source, {**loaded, **_processors(found.parts)})
+    pipe = _construct(found.cls, found.source, {**loaded, **_processors(found.parts)})
+    if wants_scheduler(options):
+        pipe.register_modules(scheduler=changed_scheduler(getattr(pipe, "scheduler", None), options))
+    return pipe
 
 
 def _everything(_: str) -> bool:
@@ -86,6 +93,7 @@ def prepare(
     model: str | os.PathLike,
     pipeline_class: str | type | None = None,
     dtype: Setting = None,
+    options: ModelOptions = NO_OPTIONS,
     *,
     configs_only: bool = False,
 ) -> Prepared:
@@ -95,7 +103,7 @@ def prepare(
     """
     from transformers import PreTrainedModel
 
-    source = locate(model, weights=False)
+    source = locate(model, weights=False, variant=options.variant)
     wanted = pipeline_class
     cls = wanted if isinstance(wanted, type) else index.pipeline_class(source.folder, wanted)
     accepted = inspect.signature(cls.__init__).parameters
@@ -109,11 +117,29 @@ def prepare(
         kind = index.component_class(part)
         if is_diffusers(kind) or issubclass(kind, PreTrainedModel):
             if not configs_only:
-                checkpoints[name] = Checkpoint.open(part.folder, remote=source.remote)
+                checkpoints[name] = Checkpoint.open(part.folder, source.remote, options.variant)
             stored = checkpoints[name].stored_dtype if name in checkpoints else None
             modules[name] = build(kind, part.folder, dtype_of(dtype, name), stored)
     check_components(dtype, modules)
+    _check_variant(options.variant, checkpoints)
     return Prepared(source, cls, parts, checkpoints, modules)
+
+
+def _check_variant(variant: str | None, checkpoints: dict[str, Checkpoint]) -> None:
+    """InputError where no component has the variant, as in diffusers; one that lacks it takes its default weights."""
+    if variant is None or not checkpoints or any(one.variant == variant for one in checkpoints.values()):
+        return
+    there = sorted({name for one in checkpoints.values() for name in one.variants()})
+    advice = f"there is {', '.join(there)}" if there else "leave variant out"
+    raise InputError(f"variant: no component of the model has weights of variant {variant!r}; {advice}")
+
+
+def check_scheduler(parts: Mapping[str, Component], options: ModelOptions) -> None:
+    """Raise InputError where the options ask for a scheduler that the model cannot have."""
+    if wants_scheduler(options):
+        part = parts.get("scheduler")
+        cls: Any = None if part is None else index.component_class(part)
+        changed_scheduler(None if part is None else cls.from_pretrained(str(part.folder)), options)
 
 
 def _check_complete(folder: Path, cls: type[Any], parts: dict[str, Component]) -> None:

@@ -44,7 +44,7 @@ def fetch_weights(model: str | os.PathLike, folder: str | os.PathLike, files: It
     HubRemote(str(model), folder).fetch(absent)
 
 
-def locate(model: str | os.PathLike, weights: bool = True) -> Source:
+def locate(model: str | os.PathLike, weights: bool = True, variant: str | None = None) -> Source:
     """`resolve`, with what it found out about where the files come from."""
     text = os.fspath(model)
     if text.startswith("tiny/"):
@@ -53,7 +53,7 @@ def locate(model: str | os.PathLike, weights: bool = True) -> Source:
     path = local_folder(model)
     if path is not None:
         return Source(path, str(path))
-    remote = open_hub(text)
+    remote = open_hub(text, variant)
     if weights:
         remote.fetch(weight_files(remote))
     return Source(remote.folder, text, remote)

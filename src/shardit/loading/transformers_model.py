@@ -46,7 +46,11 @@ def load_transformers(
         # The arguments of diffusers' own pipeline loader; dtype None means "auto" there too.
         with quiet():
             loaded, info = cls.from_pretrained(
-                str(checkpoint.folder), dtype=dtype, use_safetensors=True, output_loading_info=True
+                str(checkpoint.folder),
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                variant=checkpoint.variant,
             )
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

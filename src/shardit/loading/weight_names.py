@@ -24,6 +24,8 @@ class Choice:
 
     name: str
     sharded: bool
+    variant: str | None = None
+    """The infix of its name, None for the default weights."""
 
 
 def is_weights(name: str) -> bool:
@@ -31,21 +33,35 @@ def is_weights(name: str) -> bool:
     return name.endswith((".safetensors", *_PICKLE, *_OTHER))
 
 
-def choose(names: Iterable[str], where: str) -> Choice:
-    """The index or file that diffusers and transformers load by default.
+def variants_among(names: Iterable[str]) -> list[str]:
+    """The infixes of weight files ("fp16"), sorted."""
+    return sorted({match[1] for name in names if (match := _VARIANT.match(name))})
+
+
+def _with_variant(name: str, variant: str) -> str:
+    """The name of an index or file with an infix, as diffusers writes it."""
+    if name.endswith(".json"):
+        return f"{name.removesuffix('.json')}.{variant}.json"
+    return f"{name.removesuffix('.safetensors')}.{variant}.safetensors"
+
+
+def choose(names: Iterable[str], where: str, variant: str | None = None) -> Choice:
+    """The index or file that diffusers and transformers load: that of `variant` where there is one, else the default.
 
     `names` are the plain file names of one component folder, `where` names the folder in errors.
-    Raises InputError (no weights) or UnsupportedError (only pickles, only a variant such as fp16).
+    Raises InputError (no weights, only another variant) or UnsupportedError (only pickles).
     """
     held = set(names)
+    for name in _ORDER if variant else ():
+        if (of_variant := _with_variant(name, str(variant))) in held:
+            return Choice(of_variant, of_variant.endswith(".json"), variant)
     for name in _ORDER:
         if name in held:
             return Choice(name, name.endswith(".json"))
-    variants = sorted({match[1] for name in held if (match := _VARIANT.match(name))})
-    if variants:
-        raise UnsupportedError(
-            f"{where} holds only the weight variant {' and '.join(variants)}: "
-            f"rename the files to plain names ({_DIFFUSERS} or {_TRANSFORMERS}) or use a folder with default weights"
+    if variants := variants_among(held):
+        raise InputError(
+            f"{where} holds only the weight variant {' and '.join(variants)}: give variant={variants[0]!r} "
+            f"(--variant {variants[0]} on the command line)"
         )
     if any(name.endswith(_PICKLE) for name in held):
         raise UnsupportedError(

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..flags import DtypeFlag, ParallelFlags
 from ..loading.dtypes import setting
 from ..loading.source import local_folder
+from ..model_flags import ModelFlags
 from .keys import digest
 from .options import Limits, ServeOptions
 
@@ -27,7 +28,7 @@ class Executor(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeFlags(ParallelFlags):
+class ServeFlags(ModelFlags, ParallelFlags):
     """What `shardit serve` was asked for."""
 
     model: Annotated[str, Argument(metavar="MODEL", help="Hub id, diffusers folder or tiny/NAME.")]
@@ -92,6 +93,7 @@ class ServeFlags(ParallelFlags):
             config=self.parallel_config(),
             dtype=setting(self.dtype, "--dtype"),
             attention_backend=self.attention_backend,
+            loading=self.model_options(),
             host=self.host,
             port=self.port,
             served_model_name=self.served_model_name,

@@ -19,7 +19,7 @@ class Learned:
 
     def __init__(self, store: Store, options: ServeOptions):
         self._store = store
-        of = repr((options.model, options.config, options.dtype, options.device))
+        of = repr((options.model, options.config, options.dtype, options.device, options.loading))
         if store.recall(_OF) != of:
             for name in (estimate.SPEED, estimate.MEMORY):
                 store.remember(name, None)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..config import DiffusionParallelConfig
 from ..loading.dtypes import Setting
+from ..model_options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ServeOptions:
     dtype: Setting = None
     device: str | None = None
     attention_backend: str | None = None
+    loading: ModelOptions = field(default_factory=ModelOptions)
     host: str = "127.0.0.1"
     port: int = 8091
     served_model_name: str | None = None

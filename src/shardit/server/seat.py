@@ -50,4 +50,4 @@ def hosts_of(seat: Seat) -> tuple[str, ...]:
 def flags_of(options: ServeOptions) -> dict[str, Any]:
     """What must be the same on every node, by the names of flags."""
     shared = {name: getattr(options, name) for name in ("model", "dtype", "device", "attention_backend")}
-    return {**shared, **dataclasses.asdict(options.config)}
+    return {**shared, **dataclasses.asdict(options.loading), **dataclasses.asdict(options.config)}

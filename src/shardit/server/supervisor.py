@@ -18,6 +18,7 @@ from ..engine.boot import give_way
 from ..engine.messages import SESSION, SessionSpec
 from ..errors import InputError, RankError
 from ..logs import logger
+from ..model_options import described
 from .api_process import ApiProcess, Started
 from .dispatch import Dispatcher
 from .fleet import Down, Fleet, Placement
@@ -65,6 +66,7 @@ class Supervisor:
             timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # what `Vigil` decides comes first
             session=self._session,
             attention_backend=options.attention_backend,
+            options=options.loading,
             live=True,
         )
         self.fleet = Fleet(
@@ -120,6 +122,8 @@ class Supervisor:
         """Raise InputError where jobs wait for another model: they would get its pictures."""
         folder, before = Path(self.options.model).expanduser(), self.store.recall(_MODEL)
         model = str(folder.resolve()) if folder.is_dir() else self.options.model
+        if changes := described(self.options.loading):
+            model += f" with {changes}"
         counts = self.store.counts()
         waiting = counts.get("queued", 0) + counts.get("in_progress", 0)
         if waiting and before not in (None, model):

@@ -1,0 +1,73 @@
+"""The flags that say how a model is loaded, of `shardit generate` and `shardit serve`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from typer import Option
+
+from shardit.errors import InputError
+from shardit.model_options import OPTION_NAMES, ModelOptions, model_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """How a model is loaded."""
+
+    variant: Annotated[str | None, Option(help="Variant of the weight files, such as fp16, as in diffusers.")] = None
+    scheduler: Annotated[
+        str | None, Option(metavar="<class>", help="Scheduler of diffusers by its class name. [default: the model's]")
+    ] = None
+    flow_shift: Annotated[float | None, Option(help="Shift of a flow-matching scheduler. [default: the model's]")] = (
+        None
+    )
+    scheduler_arg: Annotated[
+        list[str] | None,
+        Option(
+            metavar="<name=value>",
+            help="Argument of the scheduler, as in use_karras_sigmas=true; repeat the flag for several.",
+        ),
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        Option(
+            metavar="<path[:scale]>",
+            help="LoRA to load at start: a file, folder or hub id; repeat the flag for several.",
+        ),
+    ] = None
+    vae_tiling: Annotated[bool, Option("--vae-tiling", help="Let the VAE work tile by tile, with less memory.")] = False
+    vae_slicing: Annotated[
+        bool, Option("--vae-slicing", help="Let the VAE work picture by picture, with less memory.")
+    ] = False
+
+    def model_options(self) -> ModelOptions:
+        """The options that the flags ask for. Raises InputError."""
+        given = {name: getattr(self, name) for name in OPTION_NAMES if name != "scheduler_args"}
+        return model_options(**given, scheduler_args=parse_values("--scheduler-arg", self.scheduler_arg))
+
+
+def parse_values(flag: str, entries: Sequence[str] | None) -> dict[str, Any]:
+    """The values of a repeated `flag name=value` by name. Raises InputError for other text, and what is given twice."""
+    found: dict[str, Any] = {}
+    for entry in entries or ():
+        name, sign, text = entry.partition("=")
+        if not (sign and name.isidentifier()):
+            raise InputError(f"{flag} must be name=value, as in use_resolution_binning=false, got {entry!r}")
+        if name in found:
+            raise InputError(f"{flag} {name} is given twice; give it once")
+        found[name] = _as_value(flag, name, text)
+    return found
+
+
+def _as_value(flag: str, name: str, text: str) -> Any:
+    """The value of `flag name=text`: JSON, or the text itself where it is none."""
+    python = {"True": "true", "False": "false", "None": "null"}
+    if text in python:
+        raise InputError(f"{flag} {name}={text}: values are JSON; write {name}={python[text]}")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

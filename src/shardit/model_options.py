@@ -1,0 +1,138 @@
+"""How a model is loaded, beside its name and the parallel degrees: plain data, checked without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter: a file, folder or hub id, the factor of what it adds, and what else `load_lora_weights` takes."""
+
+    path: str
+    scale: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What `Omni`, `load` and the command line take for a model; each field is off by default."""
+
+    variant: str | None = None
+    """Infix of the weight files to load, such as "fp16", as in diffusers."""
+    scheduler: str | None = None
+    """Class name of a scheduler of diffusers, in place of the model's own."""
+    scheduler_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the scheduler's `__init__` that replace those of its configuration."""
+    flow_shift: float | None = None
+    """Shift of the noise levels of a flow-matching scheduler."""
+    lora: tuple[Lora, ...] = ()
+    """Adapters that are loaded at start and stay active."""
+    vae_tiling: bool = False
+    """Whether the VAE works tile by tile, which takes less memory."""
+    vae_slicing: bool = False
+    """Whether the VAE works picture by picture, which takes less memory."""
+
+
+NO_OPTIONS = ModelOptions()
+OPTION_NAMES = tuple(item.name for item in dataclasses.fields(ModelOptions))
+
+
+def model_options(**given: Any) -> ModelOptions:
+    """The options of the given fields, checked as far as they can be without the model. None means not given.
+
+    lora: one adapter or a list of them, each a path (with ":SCALE" at its end, if need be), a pair (path, scale), or a
+    dict with "path", "scale" and further arguments of `load_lora_weights`. Raises InputError.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name in ("variant", "scheduler"):
+        if name in chosen and (not isinstance(chosen[name], str) or not chosen[name]):
+            raise InputError(f"{name} must be a name, got {chosen[name]!r}")
+    for name in ("vae_tiling", "vae_slicing"):
+        if name in chosen and not isinstance(chosen[name], bool):
+            raise InputError(f"{name} must be True or False, got {chosen[name]!r}")
+    if "flow_shift" in chosen and not (is_number(chosen["flow_shift"]) and chosen["flow_shift"] > 0):
+        raise InputError(f"flow_shift must be a finite number greater than 0, got {chosen['flow_shift']!r}")
+    arguments = chosen.get("scheduler_args", {})
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise InputError(f"scheduler_args must be a dict with names as keys, got {arguments!r}")
+    chosen["scheduler_args"] = dict(arguments)
+    chosen["lora"] = _loras(chosen.get("lora", ()))
+    return ModelOptions(**chosen)
+
+
+def described(options: ModelOptions) -> str:
+    """The options that are set, in one line; empty where none is."""
+    items = ((name, getattr(options, name)) for name in OPTION_NAMES)
+    chosen = {name: value for name, value in items if value != getattr(NO_OPTIONS, name)}
+    if options.lora:
+        chosen["lora"] = [f"{lora.path}:{lora.scale:g}" for lora in options.lora]
+    return ", ".join(f"{name}={value}" for name, value in chosen.items())
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _loras(value: Any) -> tuple[Lora, ...]:
+    pair = isinstance(value, tuple) and len(value) == 2 and is_number(value[1])
+    if isinstance(value, (str, os.PathLike, Mapping)) or pair:
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"lora must be a path or a list of paths, got {value!r}")
+    return tuple(map(_lora, value))
+
+
+def _lora(value: Any) -> Lora:
+    if isinstance(value, Lora):
+        path, scale, more = value.path, value.scale, value.arguments
+    elif isinstance(value, str):
+        path, scale, more = *parse_lora(value), {}
+    elif isinstance(value, os.PathLike):
+        path, scale, more = os.fspath(value), 1.0, {}
+    elif isinstance(value, tuple) and len(value) == 2:
+        path, scale, more = *value, {}
+    elif isinstance(value, Mapping) and "path" in value:
+        more = {name: one for name, one in value.items() if name not in ("path", "scale")}
+        path, scale = value["path"], value.get("scale", 1.0)
+    else:
+        raise InputError(f'lora must be a path, (path, scale) or {{"path": ..., "scale": ...}}, got {value!r}')
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise InputError(f"lora must name a file, a folder or a hub id, got {path!r}")
+    if not is_number(scale):
+        raise InputError(f"lora {os.fspath(path)}: the scale must be a finite number, got {scale!r}")
+    for name in more:
+        if not isinstance(name, str) or name in ("adapter_name", "pretrained_model_name_or_path_or_dict", "hotswap"):
+            raise InputError(f"lora {os.fspath(path)}: {name!r} cannot be given")
+    return Lora(_existing(os.fspath(path)), float(scale), more)
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """PATH and scale of "PATH[:SCALE]". A path may hold colons: only a number after the last one is a scale."""
+    path, colon, last = text.rpartition(":")
+    try:
+        scale = float(last)
+    except ValueError:
+        return text, 1.0
+    return (path, scale) if colon and path and not Path(text).exists() else (text, 1.0)
+
+
+def _existing(path: str) -> str:
+    """The path; InputError where it names neither something on this disk nor what could be a hub id."""
+    found = Path(path).expanduser()
+    if found.is_file() and found.suffix != ".safetensors":
+        raise InputError(f"lora {path} is no .safetensors file: pickles can run code, convert it first")
+    if found.exists():
+        return str(found.resolve())
+    if path.count("/") != 1 or path[0] in "./~" or path.endswith(".safetensors"):
+        raise InputError(f"lora {path} does not exist: correct the path")
+    return path

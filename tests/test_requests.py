@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shardit.errors import InputError
+from shardit.output import Output
 from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
 from shardit.requests import build_requests, params_of
 from shardit.signature import signature_of
@@ -131,6 +132,54 @@ def test_the_name_of_vllm_omni_for_params():
     assert [request.kwargs["width"] for request in build(["a", "b"], params_of(None, [one]))] == [16, 16]
     with pytest.raises(InputError, match="params are given twice"):
         params_of(one, [two])
+
+
+class PaintPipeline:
+    def __call__(self, image=None, prompt=None, mask_image=None, control_video=None, ip_adapter_image=None, strength=1):
+        """Takes pictures and a video besides the image."""
+
+
+def test_paths_and_bytes_for_every_picture_argument(tmp_path):
+    takes = signature_of(PaintPipeline)
+    assert takes.pictures == ("mask_image", "control_video", "ip_adapter_image")
+    mask = Image.new("L", (8, 6), 255)
+    mask.save(tmp_path / "mask.png")
+    frames = [Image.new("RGB", (32, 16), (40 * number, 0, 0)) for number in range(3)]
+    (clip,) = Output(prompt="", seed=1, frames=[frames], fps=8).save(tmp_path / "clip.mp4")
+    (request,) = build(
+        {"prompt": "a", "mask_image": str(tmp_path / "mask.png"), "control_video": clip},
+        Params(extra_args={"ip_adapter_image": [(tmp_path / "mask.png").read_bytes()]}),
+        takes=takes,
+        pil_image=mask,
+    )
+    given = request.call_arguments()
+    assert (given["mask_image"].size, given["ip_adapter_image"][0].size) == ((8, 6), (8, 6))
+    assert [frame.size for frame in given["control_video"]] == [(32, 16)] * 3
+    assert request.settings()["control_video"] == "3 pictures 32x16"
+    untouched = build({"prompt": "a", "mask_image": mask, "control_video": frames}, takes=takes)[0].call_arguments()
+    assert untouched["mask_image"] is mask
+    assert untouched["control_video"] == frames
+    for name, value, words in (
+        ("mask_image", "nothing.png", "mask_image: image nothing.png does not exist"),
+        ("control_video", "nothing.mp4", "control_video: video nothing.mp4 does not exist"),
+        ("control_video", str(tmp_path / "mask.txt"), "control_video: video .*mask.txt cannot be read"),
+    ):
+        (tmp_path / "mask.txt").write_text("no video")
+        with pytest.raises(InputError, match=words):
+            build({"prompt": "a", name: value}, takes=takes)
+
+
+def test_picture_arguments_of_real_pipelines():
+    import diffusers
+
+    def pictures(name):
+        return signature_of(getattr(diffusers, name)).pictures
+
+    assert pictures("WanImageToVideoPipeline") == ("last_image",)
+    assert set(pictures("WanVACEPipeline")) == {"video", "mask", "reference_images"}
+    assert set(pictures("StableDiffusionXLControlNetInpaintPipeline")) >= {"mask_image", "control_image"}
+    assert pictures("FluxPipeline") == ("ip_adapter_image", "negative_ip_adapter_image")
+    assert pictures("QwenImagePipeline") == ()
 
 
 def test_drawn_seeds_differ():

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 from shardit.errors import InputError
 
 if TYPE_CHECKING:
+    from av import VideoFrame
+
     ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 Mode = Literal["RGB", "RGBA"]
@@ -41,6 +43,40 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
     # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...
     except Exception as error:
         raise InputError(f"image {name} cannot be read: {_reason(error)}; give a PNG, JPEG or WebP file") from error
+
+
+def is_file(value: object) -> bool:
+    """Whether a value is a path or the bytes of a file, rather than a picture already."""
+    return isinstance(value, (str, os.PathLike, bytes))
+
+
+def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
+    """Read a video or an animation, a file or the bytes of one, as a list of upright RGB pictures.
+
+    Raises `InputError` naming the file where it is missing or no video.
+    """
+    name = _name_of(source)
+    if isinstance(source, str) and source.split("://")[0] in ("http", "https"):
+        raise InputError(f"video {source} is an address; download it and give the file")
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise InputError(f"video {name} does not exist; correct the path")
+    import av  # its libraries take a while to load
+
+    try:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+            frames = [_turned(frame) for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise InputError(f"video {name} cannot be read: {_reason(error)}; give a video file, such as MP4") from error
+    if not frames:
+        raise InputError(f"video {name} has no frames; give another file")
+    return frames
+
+
+def _turned(frame: VideoFrame) -> Image.Image:
+    """A frame as players show it: phones store the way they were held as a rotation."""
+    picture: Image.Image = frame.to_image()
+    degrees = getattr(frame, "rotation", 0)
+    return picture.rotate(degrees, expand=True) if degrees else picture
 
 
 def _name_of(source: ImageSource) -> str:

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import Image
+
 from shardit.config import did_you_mean
 from shardit.errors import InputError
-from shardit.images import open_image
+from shardit.images import is_file, open_image, open_video
 from shardit.loading.packages import check_packages
 from shardit.params import RANDOM_SEED, OmniDiffusionSamplingParams, field_names
-from shardit.signature import PipelineSignature, is_count, signature_of
+from shardit.signature import PipelineSignature, is_count, is_video, signature_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from shardit.images import ImageSource
 
 __all__ = ["PipelineSignature", "Request", "build_requests", "seed_or_drawn", "signature_of"]
@@ -203,6 +203,7 @@ def _build(
     seed = seed_or_drawn(params.seed)
     if "seed" in takes.names:
         kwargs["seed"] = seed  # it seeds generators of its own
+    kwargs.update({name: open_pictures(name, kwargs[name]) for name in takes.pictures if name in kwargs})
     prompt = _prompt(values, kwargs, takes)
     _check_required(prompt, images, kwargs, takes)
     given = [*kwargs, *([takes.image_name] if images and takes.image_name else [])]
@@ -263,6 +264,19 @@ def _images(values: Mapping[str, Any]) -> list[ImageSource]:
     if not images:
         raise InputError("the list of images is empty; leave it out or give at least one")
     return images
+
+
+def open_pictures(name: str, value: Any) -> Any:
+    """A picture argument with paths and bytes in it read: as a picture, or as a list of frames where it is a video by
+    its name. Pictures, tensors and the like stay as they are. Raises InputError."""
+    try:
+        if is_file(value):
+            return open_video(value) if is_video(name) else open_image(value)
+        if isinstance(value, (list, tuple)):
+            return [open_image(entry) if is_file(entry) else entry for entry in value]
+        return value
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _merge(
@@ -341,6 +355,10 @@ def _not_none(**values: Any) -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, Image):
+        return f"picture {value.width}x{value.height}"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(entry, Image) for entry in value):
+        return f"{len(value)} pictures {value[0].width}x{value[0].height}"
     if isinstance(value, Mapping):
         return {str(key): _as_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

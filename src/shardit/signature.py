@@ -25,6 +25,8 @@ _COUNT = re.compile(r"num_[a-z]+_per_prompt")
 _RATE = re.compile(r"([a-z]+_)?(fps|frame_rate)")
 # What pipelines call the number of frames of a video.
 _FRAMES = ("num_frames", "frames", "video_length")
+_PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
+_NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
 # Most pipelines declare `image=None` and fail later without one; the names of their classes tell.
 _WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
 # Given several pictures for one prompt, these would take them for a batch. Classes that are not named may have a use
@@ -44,6 +46,8 @@ class PipelineSignature:
     """Defaults that are plain values (None, bool, number, string)."""
     required: tuple[str, ...] = ()
     """Arguments without a default."""
+    pictures: tuple[str, ...] = ()
+    """Arguments besides `image` that are pictures or videos, by their names and annotations."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, where its configuration tells."""
     multiples: Mapping[str, int] = field(default_factory=dict)
@@ -171,6 +175,16 @@ def is_count(name: str) -> bool:
     return _COUNT.fullmatch(name) is not None
 
 
+def is_video(name: str) -> bool:
+    """Whether an argument that is a picture by its name is a video."""
+    return name.endswith(("video", "videos", "conditioning_frames"))
+
+
+def _is_picture(item: inspect.Parameter) -> bool:
+    found = _PICTURE.search(item.name) is not None or "Image" in str(item.annotation)
+    return found and item.name != "image" and _NO_PICTURE.search(item.name) is None
+
+
 def signature_from(
     class_name: str, calls: Iterable[Sequence[inspect.Parameter]], model_index: Mapping[str, Any] | None = None
 ) -> PipelineSignature:
@@ -193,5 +207,6 @@ def signature_from(
         names=tuple(found),
         defaults={item.name: item.default for item in found.values() if isinstance(item.default, simple)},
         required=tuple(item.name for item in found.values() if item.default is item.empty),
+        pictures=tuple(item.name for item in found.values() if _is_picture(item)),
         native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
     )

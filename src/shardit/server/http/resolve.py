@@ -24,8 +24,13 @@ def pipeline_names(info: Mapping[str, Any]) -> list[str]:
     names: dict[str, None] = {}
     for signature in (info.get("signature"), info.get("signature_with_image")):
         if signature is not None:
-            names.update(dict.fromkeys(signature.choices))
-    return [name for name in names if not _NOT_SENDABLE.search(name)]
+            names.update(dict.fromkeys(name for name in signature.choices if _is_sendable(name, signature)))
+    return list(names)
+
+
+def _is_sendable(name: str, takes: PipelineSignature) -> bool:
+    # A text for a picture would be a path on this machine.
+    return not _NOT_SENDABLE.search(name) and name not in takes.pictures
 
 
 def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
@@ -155,6 +160,6 @@ def _check_extra(extra: Mapping[str, Any], takes: PipelineSignature) -> None:
         if name not in takes.names:
             text = f"{takes.class_name} takes no {name!r}; leave extra_args.{name} out"
             raise ApiError(400, text, code="invalid_value", param="extra_args")
-        if _NOT_SENDABLE.search(name):
+        if not _is_sendable(name, takes):
             text = f"extra_args.{name} cannot be given over HTTP; leave it out"
             raise ApiError(400, text, code="invalid_value", param="extra_args")

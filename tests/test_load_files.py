@@ -184,8 +184,8 @@ def test_checkpoint_errors(tmp_path):
         (["config.json"], InputError, "has no weights"),
         (["pytorch_model.bin"], UnsupportedError, "convert them to safetensors"),
         (["diffusion_pytorch_model.bin", "config.json"], UnsupportedError, "convert them to safetensors"),
-        (["model.fp16.safetensors", "model.bin"], UnsupportedError, "only the weight variant fp16"),
-        (["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"], UnsupportedError, "variant fp16"),
+        (["model.fp16.safetensors", "model.bin"], InputError, "only the weight variant fp16"),
+        (["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"], InputError, "variant fp16"),
     ],
 )
 def test_no_usable_weights(names, kind, says):

@@ -16,7 +16,7 @@ from shardit.engine.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.loading.weight_names import choose
-from shardit.model_options import Lora, described, model_options, parse_lora
+from shardit.model_options import OPTION_NAMES, Lora, described, model_options, parse_lora
 from shardit.models.schedulers import changed_scheduler
 from tests.brought import pipeline, run, write_lora
 from tests.ranks import run_ranks
@@ -203,12 +203,6 @@ def test_options_of_the_command_line_and_the_server(loras: list[str], capsys: py
     assert flags_of(served)["scheduler"] == "X"
     assert described(served.loading).startswith("variant=fp16, scheduler=X")
     assert described(model_options()) == ""
-    assert model_options(**arguments_of(arguments)) == served.loading
+    assert model_options(**{name: arguments[name] for name in OPTION_NAMES if name in arguments}) == served.loading
     assert main(["generate", "--model=tiny/flux", "--prompt=a", "--scheduler-arg=shift"]) == 2
     assert "--scheduler-arg must be name=value" in capsys.readouterr().err
-
-
-def arguments_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    from shardit.model_options import OPTION_NAMES
-
-    return {name: arguments[name] for name in OPTION_NAMES}

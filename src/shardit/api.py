@@ -18,7 +18,7 @@ from .core.plan import Plan
 from .core.slices import Owned
 from .core.stages import Runtime
 from .errors import InputError
-from .model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options
+from .model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
 from .models.back_ends import use_attention_backend
 from .models.extras import load_loras, use_vae_options
 from .parallel.tensor import ALONE, TensorPlan, owned_slices, owners_of_wholes, plan_components, shard_components
@@ -104,6 +104,8 @@ def load(
     plan: Plan | Mapping[str, Plan] | None = None,
     pipeline_class: str | type | None = None,
     timeout_s: float = 600,
+    model_config: str | os.PathLike[str] | None = None,
+    single_files: Mapping[str, Any] | None = None,
     variant: str | None = None,
     scheduler: str | None = None,
     scheduler_args: Mapping[str, Any] | None = None,
@@ -116,13 +118,14 @@ def load(
     """The parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it owns.
 
     Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
-    `from_pretrained`. variant to vae_slicing: as for `Omni`. parallel: fields of the configuration as keywords, in its
-    place. Raises InputError/UnsupportedError with one line.
+    `from_pretrained`. model_config to vae_slicing: as for `Omni`. parallel: fields of the configuration as keywords, in
+    its place. Raises InputError/UnsupportedError with one line.
     """
-    own = ("config", "dtype", "device", "plan", "pipeline_class", "timeout_s", *OPTION_NAMES)
+    own = ("config", "dtype", "device", "plan", "pipeline_class", "timeout_s", "model_config", *OPTION_NAMES)
     config = config_of(config, parallel, "load", own)
     options = model_options(
         variant=variant,
+        single_files=single_files,
         scheduler=scheduler,
         scheduler_args=scheduler_args,
         flow_shift=flow_shift,
@@ -130,6 +133,7 @@ def load(
         vae_tiling=vae_tiling,
         vae_slicing=vae_slicing,
     )
+    model, options = split_model(model, model_config, options)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     pipe, _, _ = load_parallel(
         model, config, mesh, dtype=dtype, plan=plan, pipeline_class=pipeline_class, options=options

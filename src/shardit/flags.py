@@ -20,6 +20,7 @@ from shardit.images import open_image
 from shardit.loading.dtypes import setting
 from shardit.model_flags import ModelFlags, parse_values
 from shardit.models import shipped
+from shardit.model_options import split_model
 from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams, field_names
 
@@ -156,7 +157,7 @@ class GenerateFlags(ModelFlags, ParallelFlags):
             check_path(self.output or "output.png")
         self.omni_arguments()
         prompts, params = self.prompts(), self.sampling_params()
-        takes, with_image = static_signatures_of_model(self.model)
+        takes, with_image = static_signatures_of_model(split_model(self.model, self.config, self.model_options())[0])
         if takes is None:
             for image in self.image or []:
                 open_image(image)
@@ -182,7 +183,7 @@ class GenerateFlags(ModelFlags, ParallelFlags):
             "dtype": setting(self.dtype, "--dtype"),
             "timeout_s": self.timeout,
             "attention_backend": self.attention_backend,
-            **vars(self.model_options()),
+            **self.model_arguments(),
         }
 
     def prompts(self) -> dict[str, Any]:

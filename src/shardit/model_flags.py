@@ -10,13 +10,26 @@ from typing import Annotated, Any
 from typer import Option
 
 from shardit.errors import InputError
-from shardit.model_options import OPTION_NAMES, ModelOptions, model_options
+from shardit.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
     """How a model is loaded."""
 
+    config: Annotated[
+        str | None,
+        Option(
+            metavar="<folder>", help="Where the model is one file: folder or hub id of the pipeline's configuration."
+        ),
+    ] = None
+    single_file: Annotated[
+        list[str] | None,
+        Option(
+            metavar="<component=path>",
+            help="File in a format that from_single_file reads, in place of a component; repeat the flag for several.",
+        ),
+    ] = None
     variant: Annotated[str | None, Option(help="Variant of the weight files, such as fp16, as in diffusers.")] = None
     scheduler: Annotated[
         str | None, Option(metavar="<class>", help="Scheduler of diffusers by its class name. [default: the model's]")
@@ -45,8 +58,18 @@ class ModelFlags:
 
     def model_options(self) -> ModelOptions:
         """The options that the flags ask for. Raises InputError."""
-        given = {name: getattr(self, name) for name in OPTION_NAMES if name != "scheduler_args"}
-        return model_options(**given, scheduler_args=parse_values("--scheduler-arg", self.scheduler_arg))
+        given = {name: getattr(self, name) for name in OPTION_NAMES if name not in ("scheduler_args", "single_files")}
+        return model_options(
+            **given,
+            scheduler_args=parse_values("--scheduler-arg", self.scheduler_arg),
+            single_files={name: str(path) for name, path in parse_values("--single-file", self.single_file).items()},
+        )
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Those that were given, under the names of `shardit.Omni`. Raises InputError."""
+        options = self.model_options()
+        found = {name: value for name, value in vars(options).items() if value != getattr(NO_OPTIONS, name)}
+        return {**found, **({"model_config": self.config} if self.config is not None else {})}
 
 
 def parse_values(flag: str, entries: Sequence[str] | None) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class ModelOptions:
 
     variant: str | None = None
     """Infix of the weight files to load, such as "fp16", as in diffusers."""
+    single_files: Mapping[str, str] = field(default_factory=dict)
+    """Files in the formats that from_single_file reads, by the component that they replace; "*": by all that they
+    hold."""
     scheduler: str | None = None
     """Class name of a scheduler of diffusers, in place of the model's own."""
     scheduler_args: Mapping[str, Any] = field(default_factory=dict)
@@ -41,6 +44,9 @@ class ModelOptions:
     vae_slicing: bool = False
     """Whether the VAE works picture by picture, which takes less memory."""
 
+
+WHOLE = "*"
+"""In `single_files`: the file of all components that it has."""
 
 NO_OPTIONS = ModelOptions()
 OPTION_NAMES = tuple(item.name for item in dataclasses.fields(ModelOptions))
@@ -65,8 +71,49 @@ def model_options(**given: Any) -> ModelOptions:
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
         raise InputError(f"scheduler_args must be a dict with names as keys, got {arguments!r}")
     chosen["scheduler_args"] = dict(arguments)
+    chosen["single_files"] = _single_files(chosen.get("single_files", {}))
     chosen["lora"] = _loras(chosen.get("lora", ()))
     return ModelOptions(**chosen)
+
+
+def split_model(model: Any, model_config: Any, options: ModelOptions) -> tuple[Any, ModelOptions]:
+    """The folder or hub id of the configuration where `model` is a single file, and the options with that file.
+
+    Raises InputError where one comes without the other.
+    """
+    is_name = isinstance(model, (str, os.PathLike)) and os.fspath(model) != ""
+    file = Path(model).expanduser() if is_name else Path()
+    single = is_name and (file.is_file() or (file.suffix in _WEIGHTS and not file.is_dir()))
+    if not single:
+        if model_config is not None:
+            raise InputError("model_config is for a model that is one file; leave it out, or give the file as model")
+        return model, options
+    files = _single_files({WHOLE: model})
+    if model_config is None:
+        raise InputError(
+            f"{os.fspath(model)} is a single file: give a diffusers folder or hub id with its configuration, too "
+            "(model_config=, --config on the command line)"
+        )
+    return model_config, dataclasses.replace(options, single_files={**files, **options.single_files})
+
+
+def _single_files(given: Any) -> dict[str, str]:
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InputError(f"single_files must be a dict with components as keys, got {given!r}")
+    found = {}
+    for name, value in given.items():
+        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+            raise InputError(f"single_files: {name} must be the path of a file, got {value!r}")
+        path = Path(value).expanduser()
+        if not path.is_file():
+            raise InputError(f"single file {path} does not exist: correct the path")
+        if path.suffix != ".safetensors":
+            raise InputError(f"single file {path} is no .safetensors file: pickles can run code, convert it first")
+        found[name] = str(path.resolve())
+    return found
+
+
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def described(options: ModelOptions) -> str:

@@ -21,7 +21,7 @@ from shardit.engine.worker import JoinedRanks, in_order, with_peaks
 from shardit.errors import InputError, RankError
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
-from shardit.model_options import ModelOptions, model_options
+from shardit.model_options import ModelOptions, model_options, split_model
 
 if TYPE_CHECKING:
     from shardit.output import Output
@@ -40,6 +40,8 @@ class Omni:
     diffusers would choose for each component, or a dict of dtypes by component, as in diffusers. device: "cuda", "cpu"
     or None for what there is. max_in_flight: requests that run at the same time. timeout_s: longest time without any
     progress, in seconds. attention_backend: a name that diffusers' set_attention_backend takes, None for its default.
+    model_config: where `model` is one .safetensors file in a format of its authors, the folder or hub id with the
+    pipeline's configuration. single_files: such files by the component that they replace, {"transformer": path}.
     variant: infix of the weight files, such as "fp16". scheduler, scheduler_args, flow_shift: the class name of a
     scheduler of diffusers in place of the model's, arguments of it, its shift. lora: adapters that stay active: a path
     or hub id (with ":SCALE" at its end, if need be), (path, scale), {"path": ..., "scale": ...}, or a list of these.
@@ -62,6 +64,8 @@ class Omni:
         max_in_flight: int = 1,
         timeout_s: float = 600,
         attention_backend: str | None = None,
+        model_config: str | os.PathLike[str] | None = None,
+        single_files: Mapping[str, Any] | None = None,
         variant: str | None = None,
         scheduler: str | None = None,
         scheduler_args: Mapping[str, Any] | None = None,
@@ -76,6 +80,7 @@ class Omni:
         config = config_of(parallel_config, parallel, "Omni", own)
         options = model_options(
             variant=variant,
+            single_files=single_files,
             scheduler=scheduler,
             scheduler_args=scheduler_args,
             flow_shift=flow_shift,
@@ -83,6 +88,7 @@ class Omni:
             vae_tiling=vae_tiling,
             vae_slicing=vae_slicing,
         )
+        model, options = split_model(model, model_config, options)
         spec = _spec(model, config, dtype, device, max_in_flight, timeout_s, attention_backend, options, self._session)
         self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec)
         self._finalizer = weakref.finalize(self, self._ranks.close)

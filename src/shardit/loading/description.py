@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.index import Component
 from shardit.loading.pipeline import is_diffusers, prepare
+from shardit.loading.single_file import Original, OriginalText
 from shardit.loading.transformers_model import module_keys
-from shardit.loading.weights import check_tensors, file_keys
+from shardit.loading.weights import check_tensors, file_keys, targets
 from shardit.model_options import NO_OPTIONS, ModelOptions
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ def describe_configs(folder: Path) -> Description:
 
 
 def _sizes(module: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
+    if isinstance(checkpoint, OriginalText):
+        return {name: tensor.numel() * tensor.element_size() for name, tensor in module.state_dict().items()}
+    if isinstance(checkpoint, Original):
+        tensors = checkpoint.converted(module).tensors
+        targets(module, checkpoint, {name: name for name in tensors})  # says which one is missing
+        return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     if is_diffusers(type(module)):
         check_tensors(module, checkpoint)
         pairs = [(key, name) for name, key in file_keys(module, checkpoint).items()]

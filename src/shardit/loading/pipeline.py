@@ -18,10 +18,11 @@ from shardit.loading.index import Component
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
 from shardit.loading.safetensors_file import Reads
+from shardit.loading.single_file import Original, OriginalText, holds, load_original, loadable, text_encoder
 from shardit.loading.source import Source, locate
 from shardit.loading.transformers_model import load_transformers
 from shardit.loading.weights import Owned, load_module
-from shardit.model_options import NO_OPTIONS, ModelOptions
+from shardit.model_options import NO_OPTIONS, WHOLE, ModelOptions
 from shardit.models.schedulers import changed_scheduler, wants_scheduler
 
 if TYPE_CHECKING:
@@ -63,14 +64,28 @@ def load_pipeline(
         raise InputError(f"{found.cls.__name__} has no module {unknown[0]!r}: it has {', '.join(found.modules)}")
     loaded: dict[str, Any] = {}
     for name, module in found.modules.items():
-        load = load_module if is_diffusers(type(module)) else load_transformers
-        owned = owners.get(name, _everything)
-        kind = dtype_of(chosen, name)
-        loaded[name] = load(module, found.checkpoints[name], owned, dtype=kind, device=device, reads=reads)
+        owned, kind = owners.get(name, _everything), dtype_of(chosen, name)
+        loaded[name] = _load(module, found.checkpoints[name], owned, kind, device, reads)
     pipe = _construct(found.cls, found.source, {**loaded, **_processors(found.parts)})
     if wants_scheduler(options):
         pipe.register_modules(scheduler=changed_scheduler(getattr(pipe, "scheduler", None), options))
     return pipe
+
+
+def _load(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    owned: Owned,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    reads: Reads | None,
+) -> nn.Module:
+    if isinstance(checkpoint, OriginalText):
+        return checkpoint.load(module, owned, dtype=dtype, device=device)
+    if isinstance(checkpoint, Original):
+        return load_original(module, checkpoint, owned, dtype=dtype, device=device, reads=reads)
+    load = load_module if is_diffusers(type(module)) else load_transformers
+    return load(module, checkpoint, owned, dtype=dtype, device=device, reads=reads)
 
 
 def _everything(_: str) -> bool:
@@ -116,13 +131,40 @@ def prepare(
     for name, part in parts.items():
         kind = index.component_class(part)
         if is_diffusers(kind) or issubclass(kind, PreTrainedModel):
+            if single := _single(kind, part, source.folder, options):
+                # As from_single_file: dtypes change when all is loaded.
+                checkpoints[name], modules[name] = single
+                continue
             if not configs_only:
                 checkpoints[name] = Checkpoint.open(part.folder, source.remote, options.variant)
             stored = checkpoints[name].stored_dtype if name in checkpoints else None
             modules[name] = build(kind, part.folder, dtype_of(dtype, name), stored)
+    if unknown := sorted(options.single_files.keys() - {WHOLE, *modules}):
+        raise InputError(f"single_files: {cls.__name__} has no model {unknown[0]!r}; it has {', '.join(modules)}")
     check_components(dtype, modules)
     _check_variant(options.variant, checkpoints)
     return Prepared(source, cls, parts, checkpoints, modules)
+
+
+def _single(kind: Any, part: Component, model: Path, options: ModelOptions) -> tuple[Checkpoint, nn.Module] | None:
+    """The single file that a component comes from, and the component on meta; None where it is in the folder.
+
+    Raises InputError where a file that is named for the component does not hold it."""
+    path = options.single_files.get(part.name) or options.single_files.get(WHOLE)
+    if path is None:
+        return None
+    named = part.name in options.single_files
+    if is_diffusers(kind):
+        if not named and loadable(kind) is None:
+            return None
+        module, original = build(kind, part.folder), Original.at(path, kind.load_config(str(part.folder)))
+        if named:
+            original.converted(module)
+        return (original, module) if named or holds(module, original) else None
+    text = text_encoder(kind, path, model, part.name)
+    if text is None and named:
+        raise InputError(f"single_files: {path} does not hold {kind.__name__} in a form that diffusers converts")
+    return (text, build(kind, part.folder, None, None)) if text is not None else None
 
 
 def _check_variant(variant: str | None, checkpoints: dict[str, Checkpoint]) -> None:

@@ -65,14 +65,20 @@ def load_module(
         if held:
             wanted.append(replace(target, part=held if isinstance(held, Slice) else None))
         else:
-            _place(module, target, torch.empty_like(target.held, device="meta", dtype=_dtype(module, target, dtype)))
+            place(module, target, torch.empty_like(target.held, device="meta", dtype=_dtype(module, target, dtype)))
     present = [target for target in wanted if target.key is not None]
     checkpoint.ensure({checkpoint.files[str(target.key)] for target in present}, reads)
     for file, group in _by_file(checkpoint, present):
         _read_file(module, checkpoint, file, group, dtype, torch.device(device), reads)
-    _move_buffers(module, torch.device(device))
+    finish(module, checkpoint, torch.device(device))
+    return module
+
+
+def finish(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+    """What comes after the tensors: buffers on the device, the path in the configuration, eval mode."""
+    _move_buffers(module, device)
     _register_path(module, checkpoint)
-    return module.eval()
+    module.eval()
 
 
 def targets(module: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str] | None = None) -> list[Target]:
@@ -164,14 +170,14 @@ def _read_file(
     for (target, entry, kind, final), shape in zip(plan, shapes, strict=True):
         nbytes = math.prod(shape) * kind.itemsize
         if kind == final and device.type == "cpu":
-            tensor = _as_mapped(entry.start, nbytes, final).view(shape)
+            tensor = as_mapped(entry.start, nbytes, final).view(shape)
             read_slice(path, entry, target.part, tensor, reads)
         else:
             tensor = torch.empty(shape, dtype=final, device=device)
             stage = buffer[:nbytes].view(kind).view(shape)
             read_slice(path, entry, target.part, stage, reads)
             tensor.copy_(stage)
-        _place(module, target, tensor)
+        place(module, target, tensor)
 
 
 def _shape(target: Target, entry: Entry) -> tuple[int, ...]:
@@ -179,7 +185,7 @@ def _shape(target: Target, entry: Entry) -> tuple[int, ...]:
     return entry.shape if target.part is None else target.part.shape(entry.shape)
 
 
-def _as_mapped(start: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+def as_mapped(start: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
     """Flat memory for bytes that begin at `start` of a file, aligned as the file would be if it were mapped, which is
     what from_pretrained does on the CPU.
 
@@ -219,7 +225,7 @@ def _dtype(
     return torch.float32 if any(part in target.names[0].split(".") for part in keep) else dtype
 
 
-def _place(module: nn.Module, target: Target, tensor: torch.Tensor) -> None:
+def place(module: nn.Module, target: Target, tensor: torch.Tensor) -> None:
     """Put a tensor where the module holds `target`, under every name (one tensor for tied weights)."""
     from torch import nn
 

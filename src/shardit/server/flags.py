@@ -16,6 +16,7 @@ from ..flags import DtypeFlag, ParallelFlags
 from ..loading.dtypes import setting
 from ..loading.source import local_folder
 from ..model_flags import ModelFlags
+from ..model_options import split_model
 from .keys import digest
 from .options import Limits, ServeOptions
 
@@ -84,16 +85,17 @@ class ServeFlags(ModelFlags, ParallelFlags):
             value = getattr(self, name)
             if not 0 < value < 1e6:
                 raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
-        local_folder(self.model)
+        model, loading = split_model(self.model, self.config, self.model_options())
+        local_folder(model)
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port must be from 0 to 65535, got {self.port}")
         return ServeOptions(
-            model=self.model,
+            model=str(model),
             data_dir=self.data_dir or default_data_dir(self.served_model_name or self.model),
             config=self.parallel_config(),
             dtype=setting(self.dtype, "--dtype"),
             attention_backend=self.attention_backend,
-            loading=self.model_options(),
+            loading=loading,
             host=self.host,
             port=self.port,
             served_model_name=self.served_model_name,

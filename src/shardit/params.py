@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -17,6 +18,10 @@ one picture would have two seeds, and files and databases that store signed 64-b
 
 RANDOM_SEED = -1
 """As a seed: one is drawn, as where none is given."""
+
+# Small enough to type again and to survive any JSON reader.
+DRAWN_SEEDS = 2**32
+"""Seeds are drawn below this."""
 
 Check = Callable[[str, Any], None]
 
@@ -269,6 +274,11 @@ class OmniDiffusionSamplingParams:
         """What was chosen: every field that is not None, without `extra_args`."""
         chosen = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra_args"}
         return {name: value for name, value in chosen.items() if value is not None}
+
+
+def seed_or_drawn(seed: int | None) -> int:
+    """The given seed; a drawn one for None and -1."""
+    return secrets.randbelow(DRAWN_SEEDS) if seed is None or seed == RANDOM_SEED else int(seed)
 
 
 def field_names() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,16 @@ from PIL.Image import Image
 
 from shardit.config import did_you_mean
 from shardit.errors import InputError
-from shardit.images import is_file, open_image, open_video
+from shardit.images import open_image
 from shardit.loading.packages import check_packages
-from shardit.params import RANDOM_SEED, OmniDiffusionSamplingParams, field_names
-from shardit.signature import PipelineSignature, is_count, is_video, signature_of
+from shardit.params import OmniDiffusionSamplingParams, field_names, seed_or_drawn
+from shardit.picture_arguments import open_pictures
+from shardit.signature import PipelineSignature, is_count, signature_of
 
 if TYPE_CHECKING:
     from shardit.images import ImageSource
 
-__all__ = ["PipelineSignature", "Request", "build_requests", "seed_or_drawn", "signature_of"]
+__all__ = ["PipelineSignature", "Request", "build_requests", "signature_of"]
 
 # Names with a meaning of their own in a prompt's dict; every other key is a parameter.
 _IMAGE_KEYS = ("pil_image", "image")
@@ -34,9 +34,6 @@ _RESERVED = {
     "callback_on_step_end": "functions cannot be sent to the ranks; use shardit.parallelize for callbacks",
     "callback_on_step_end_tensor_inputs": "functions cannot be sent to the ranks; use shardit.parallelize",
 }
-# Small enough to type again and to survive any JSON reader.
-DRAWN_SEEDS = 2**32
-"""Seeds are drawn below this."""
 
 
 @dataclass(frozen=True)
@@ -225,11 +222,6 @@ def _build(
     )
 
 
-def seed_or_drawn(seed: int | None) -> int:
-    """The given seed; a drawn one for None and -1."""
-    return secrets.randbelow(DRAWN_SEEDS) if seed is None or seed == RANDOM_SEED else int(seed)
-
-
 def _rename_frames(kwargs: dict[str, Any], takes: PipelineSignature) -> None:
     name = takes.frames_name
     if name is None or name == "num_frames" or "num_frames" not in kwargs:
@@ -264,19 +256,6 @@ def _images(values: Mapping[str, Any]) -> list[ImageSource]:
     if not images:
         raise InputError("the list of images is empty; leave it out or give at least one")
     return images
-
-
-def open_pictures(name: str, value: Any) -> Any:
-    """A picture argument with paths and bytes in it read: as a picture, or as a list of frames where it is a video by
-    its name. Pictures, tensors and the like stay as they are. Raises InputError."""
-    try:
-        if is_file(value):
-            return open_video(value) if is_video(name) else open_image(value)
-        if isinstance(value, (list, tuple)):
-            return [open_image(entry) if is_file(entry) else entry for entry in value]
-        return value
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def _merge(

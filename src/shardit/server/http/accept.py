@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ...engine.memory import limit_bytes
 from ...errors import InputError
-from ...requests import seed_or_drawn
+from ...params import seed_or_drawn
 from ...signature import PipelineSignature
 from .. import estimate
 from ..intake import Conflict, QueueFull

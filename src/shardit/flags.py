@@ -20,8 +20,8 @@ from shardit.from_file import flags_of, read_record
 from shardit.images import open_image
 from shardit.loading.dtypes import setting
 from shardit.model_flags import ModelFlags, parse_values
-from shardit.models import shipped
 from shardit.model_options import split_model
+from shardit.models import shipped
 from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams, field_names
 

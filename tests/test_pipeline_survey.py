@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from tests.matrix_page import PAGE, SURVEY
+from tests.pipelines import table
 from tests.pipelines.entry import entries, not_built, pipeline_classes
 from tests.pipelines.measure import measure, merged, note
 from tests.pipelines.runs import AXES, NotSame, Outcome, distance
@@ -50,6 +53,26 @@ def test_every_class_has_an_entry_or_a_reason() -> None:
     assert not without
     assert not {name for name in {**entries(), **not_built()} if name not in classes}
     assert not entries().keys() & not_built().keys()
+
+
+def test_the_page_has_every_class() -> None:
+    section = PAGE.read_text(encoding="utf-8").partition(SURVEY)[2]
+    without = [name for name in pipeline_classes() if not re.search(rf"^(\| |- ){name}[ :,]", section, re.MULTILINE)]
+    assert not without
+
+
+def test_a_page_needs_all_results() -> None:
+    results = {(name, axis): Outcome(name, axis, "right") for name in entries() for axis in AXES}
+    first, *_, last = entries()
+    results[first, "tp 2"] = Outcome(first, "tp 2", "refused", message="a line\nuse 1")
+    page = table.render(results)
+    assert f"| {last} | = | = | = |" in page
+    assert f"| {first} | = | = | refused |" in page
+    assert f"- {first}, tp 2: use 1" in page
+    assert f"tp 2: of {len(entries())} pipelines {len(entries()) - 1} right" in page
+    del results[last, "pp 2"]
+    with pytest.raises(SystemExit, match=f"{last} pp 2"):
+        table.render(results)
 
 
 def test_the_comparison_can_fail() -> None:

@@ -71,7 +71,8 @@ def pipeline_classes() -> dict[str, str | None]:
         if not inspect.isclass(cls) or name == "DiffusionPipeline":
             continue
         if type(cls).__name__ == "DummyObject":
-            found[name] = f"needs a package that is not installed: {' or '.join(cls._backends)}"  # type: ignore
+            missing = [package for package in cls._backends if package not in ("torch", "transformers")]  # type: ignore
+            found[name] = f"needs a package that is not installed: {' or '.join(missing)}"
         elif issubclass(cls, diffusers.DiffusionPipeline):
             found[name] = "diffusers keeps it as deprecated" if ".deprecated." in cls.__module__ else None
     return found

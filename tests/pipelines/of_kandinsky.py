@@ -64,7 +64,8 @@ def _encoder() -> Any:
 
 
 def _ddim() -> Any:
-    return parts.scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False, thresholding=False)
+    # Little noise: an untrained model would else make latents of any size, and pictures cut off at black and white.
+    return parts.scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False, beta_end=0.0005)
 
 
 def two_one(channels: int = 4) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def call(**changes: Any) -> dict[str, Any]:
         "prompt": parts.PROMPT,
         "negative_prompt": "blue",
         "num_inference_steps": 2,
-        "guidance_scale": 4.0,
+        "guidance_scale": 2.0,
         "height": 32,
         "width": 32,
         "output_type": "np",

@@ -89,7 +89,7 @@ def _picture() -> Any:
 
 
 ENTRIES = (
-    _entry("LTXPipeline"),
+    _entry("LTXPipeline", fast=True),
     _entry("LTXImageToVideoPipeline", image=_picture),
     _entry("LTXConditionPipeline", conditions=_conditions, num_frames=17),
     # Windows of 6 frames of latents, of which 2 are of the one before.

@@ -97,7 +97,13 @@ def joy(plus: bool = False) -> dict[str, Any]:
 def krea() -> dict[str, Any]:
     """What `Krea2Pipeline` is made of."""
     return {
-        "transformer": parts.like("Krea2Transformer2DModel", in_channels=64, text_hidden_dim=parts.WIDTH),
+        "transformer": parts.like(
+            "Krea2Transformer2DModel",
+            num_key_value_heads=2,
+            text_num_key_value_heads=2,
+            in_channels=64,
+            text_hidden_dim=parts.WIDTH,
+        ),
         "vae": _qwen_picture_vae(),
         "text_encoder": parts_vision.qwen3_vl(layers=4).model,
         "tokenizer": parts.tokenizer("qwen", "qwen2_vl"),

@@ -15,19 +15,24 @@ HEAD = """
 
 Written by `make survey` from what the tests measured; not by hand. Every pipeline class of the installed diffusers that
 can be built tiny, one whole call of two steps in float32 against plain diffusers in the same process: `=` is the same
-bits, a number the relative L2 distance of the output. `refused` is an error of one line on all ranks, listed below the
-table; on `cfg 2` a pipeline that puts both branches of guidance into one call keeps it whole (`split_batch=False`).
+bits, a number the relative L2 distance of the output, `*` that one rank holds nearly all weights. `refused` is an error
+of one line on all ranks, listed below the table; on `cfg 2` a pipeline that puts both branches of guidance into one
+call keeps it whole (`split_batch=False`).
 
 """
+
+WHOLE = 0.95
+"""Share of all parameters on one rank from which on hardly anything was cut."""
 
 Results = Mapping[tuple[str, str], Outcome]
 
 
 def cell(outcome: Outcome) -> str:
     """What the table says of one outcome."""
-    if outcome.kind == "right":
-        return "=" if outcome.distance == 0 else f"{outcome.distance:.0e}"
-    return outcome.kind
+    if outcome.kind != "right":
+        return outcome.kind
+    whole = " *" if outcome.held > WHOLE and not outcome.axis.startswith("cfg") else ""
+    return ("=" if outcome.distance == 0 else f"{outcome.distance:.0e}") + whole
 
 
 def counts(results: Results, names: list[str]) -> list[str]:
@@ -69,9 +74,10 @@ def render(results: Results) -> str:
 
 
 def write() -> None:
-    """Put the section at the end of the page."""
-    before = PAGE.read_text(encoding="utf-8").split(SURVEY)[0].rstrip("\n")
-    PAGE.write_text(f"{before}\n\n{render(known())}", encoding="utf-8")
+    """Put the section into the page: where it was, else at the end."""
+    before, _, after = PAGE.read_text(encoding="utf-8").partition(f"\n{SURVEY}")
+    _, heading, others = after.partition("\n## ")
+    PAGE.write_text(f"{before.rstrip()}\n\n{render(known())}{heading}{others}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of an audio model (`http_fake.Served`)."""
+    from .http_fake import AUDIO, serving
+
+    with serving(tmp_path_factory.mktemp("sounds"), AUDIO) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of a video model (`http_fake.Served`)."""
     from .http_fake import VIDEO, serving

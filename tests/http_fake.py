@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from shardit.engine.channel import Channel, Closed
@@ -66,6 +67,17 @@ _QWEN = [
 ]
 _QWEN_DEFAULTS = {"height": None, "width": None, "num_inference_steps": 50, "true_cfg_scale": 4.0}
 
+AUDIO = {
+    "signature": PipelineSignature(
+        "StableAudioPipeline",
+        ("prompt", "num_inference_steps", "audio_end_in_s", "num_waveforms_per_prompt", "output_type"),
+        {"num_inference_steps": 2, "output_type": "pt"},
+        outputs=("audios",),
+        sample_rate=16000,
+    ),
+    "signature_with_image": None,
+    "notes": [],
+}
 VIDEO = {
     "signature": PipelineSignature(
         "WanPipeline", (*_WAN, "num_videos_per_prompt", *_SHARED), _WAN_DEFAULTS, native_fps=24.0
@@ -164,7 +176,11 @@ class FakeSupervisor:
         output = Output(
             prompt=request.prompt,
             seed=job.seed,
-            images=() if video else pictures,
+            images=() if video or self.info["signature"].kind != "image" else pictures,
+            audio=np.zeros((len(pictures), 1, 160), np.float32) if self.info["signature"].kind == "audio" else None,
+            sample_rate=request.sample_rate,
+            texts=[prompt] if self.info["signature"].kind == "text" else [],
+            extra={"flags": [True], "embeds": np.ones((1, 2))} if "more" in prompt else {},
             frames=[[picture] * 3 for picture in pictures] if video else None,
             fps=request.fps,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-Kind = Literal["image", "video"]
+Kind = Literal["image", "video", "generation"]
 
 OPEN: tuple[State, ...] = ("queued", "in_progress")
 ENDED: tuple[State, ...] = ("completed", "failed", "cancelled")
@@ -93,7 +93,7 @@ def new_id(kind: Kind) -> str:
 
 def is_id(name: str) -> bool:
     """Whether `new_id` may have made this name."""
-    return re.fullmatch(r"(image|video)_[0-9a-f]{32}", name) is not None
+    return re.fullmatch(r"(image|video|generation)_[0-9a-f]{32}", name) is not None
 
 
 def due_time(accepted_at: float, cost: float, priority: int) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..output import SUFFIXES as BY_KIND
 from ..output import Output
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
@@ -13,20 +14,23 @@ SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Write pictures or videos into a folder; returns their names, and facts worth keeping with the job. `look` may
-    have "output_format" (png by default) and "output_compression" (quality from 0 to 100).
+    """Write what the output holds in the first place into a folder; returns the names of the files, and facts worth
+    keeping with the job. `look` may have "output_format" (png by default) and "output_compression" (quality from 0 to
+    100) of pictures.
 
     Files appear complete or not at all. Raises InputError where they cannot be written (disk full, read-only).
     """
-    suffix = ".mp4" if output.frames else SUFFIXES[look.get("output_format", "png")]
-    written = output.save(folder / f"output{suffix}", quality=look.get("output_compression"))
-    first = output.frames[0][0] if output.frames else output.images[0]
-    facts: dict[str, Any] = {
-        "seconds": output.seconds,
-        "width": first.width,
-        "height": first.height,
-        "notes": output.notes,
-    }
+    kind = output.kinds[0] if output.kinds else "image"
+    suffix = SUFFIXES[look.get("output_format", "png")] if kind == "image" else BY_KIND[kind][0]
+    target = folder / f"output{suffix}"
+    written = output.save(target, quality=look.get("output_compression"))
+    notes = [*output.notes, *(f"not in the file: {name}" for name in output.left_out(target))]
+    facts: dict[str, Any] = {"seconds": output.seconds, "notes": notes}
+    pictures = output.frames[0] if output.frames else output.pictures()
+    if pictures:
+        facts.update(width=pictures[0].width, height=pictures[0].height)
+    if output.audio is not None:
+        facts["sample_rate"] = output.sample_rate
     if output.frames:
         facts.update(num_frames=len(output.frames[0]), fps=output.fps)
     return [path.name for path in written], facts

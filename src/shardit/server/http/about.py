@@ -9,8 +9,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
 from ...signature import PipelineSignature
+from ..jobs import Kind
 from ..messages import Ranks, RanksState
 from ..options import Limits
+from .accept import job_kind
 from .context import Context
 from .errors import ApiError, answers
 from .metrics import CONTENT_TYPE
@@ -52,7 +54,7 @@ class ServerInfo(Readiness):
     """What a page needs to know of a server."""
 
     model: str
-    kind: Literal["image", "video"] | None = Field(description="What it makes; null while that is not known yet.")
+    kind: Kind | None = Field(description="What it makes; null while that is not known yet.")
     takes_image: bool
     needs_image: bool
     most_images: int = Field(description="Input pictures of one request.")
@@ -126,7 +128,7 @@ def _server(context: Context) -> dict[str, Any]:
     return {
         **_readiness(context.board.ranks),
         "model": options.name,
-        "kind": takes.kind if takes else None,
+        "kind": job_kind(takes) if takes else None,
         "takes_image": bool((takes and takes.image_name) or with_image),
         "needs_image": bool(takes and takes.needs_image),
         "most_images": _most_images(with_image or takes, options.limits),

@@ -45,6 +45,11 @@ class Accepted:
     response_format: str
 
 
+def job_kind(takes: PipelineSignature) -> Kind:
+    """The kind of the jobs of a pipeline."""
+    return takes.kind if takes.kind in ("image", "video") else "generation"
+
+
 async def accept(
     request: Request, context: Context, kind: Kind, model: type[BaseModel], *, waits: bool, needs_picture: bool = False
 ) -> Accepted:
@@ -94,9 +99,11 @@ def _idempotency_key(request: Request) -> str | None:
 
 
 def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
-    if takes.kind != kind:
-        right = {"image": "POST /v1/images/generations", "video": "POST /v1/videos"}[takes.kind]
-        raise ApiError(400, f"this server makes {takes.kind}s; use {right}", code="wrong_kind", param="model")
+    made = job_kind(takes)
+    if made != kind:
+        right = {"image": "POST /v1/images/generations", "video": "POST /v1/videos"}.get(made, "POST /v1/generations")
+        what = f"{made}s" if made != "generation" else takes.kind
+        raise ApiError(400, f"this server makes {what}; use {right}", code="wrong_kind", param="model")
 
 
 def _picture_field(

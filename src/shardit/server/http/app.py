@@ -22,6 +22,7 @@ from .context import Context
 from .document import describe
 from .errors import ApiError, ErrorBody, busy
 from .fields import ImageUrl, field_models
+from .generations import generation_routes
 from .guard import Guard
 from .images import image_routes
 from .metrics import HttpMetrics
@@ -38,13 +39,16 @@ def create_app(options: ServeOptions, store: Store, board: Board) -> FastAPI:
     context = Context(options, store, board, field_models(options.limits), HttpMetrics())
     app = FastAPI(title="shardit", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     files = page_files()
-    for router in (image_routes(context), video_routes(context), about_routes(context), page_routes(files)):
+    routes = (image_routes, video_routes, generation_routes, about_routes)
+    for router in (*(make(context) for make in routes), page_routes(files)):
         app.include_router(router)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     fields, uploads = context.fields, ("image", "image[]")
-    bodies = {"image": (fields.image, uploads), "edit": (fields.edit, uploads)}
-    describe(app, (ImageUrl, ErrorBody), {**bodies, "video": (fields.video, ("input_reference", *uploads))})
+    bodies: dict[str, tuple[Any, tuple[str, ...]]] = {"image": (fields.image, uploads), "edit": (fields.edit, uploads)}
+    bodies["video"] = (fields.video, ("input_reference", *uploads))
+    bodies["generation"] = (fields.generation, uploads)
+    describe(app, (ImageUrl, ErrorBody), bodies)
     app.add_middleware(
         Guard, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files
     )

@@ -66,6 +66,7 @@ class FieldModels:
     image: type[BaseModel]
     edit: type[BaseModel]
     video: type[BaseModel]
+    generation: type[BaseModel]
 
 
 def field_models(limits: Limits) -> FieldModels:
@@ -94,6 +95,7 @@ def field_models(limits: Limits) -> FieldModels:
         video=_model(
             "VideoRequest", {**shared, **as_mp4, "seconds": seconds, "image": pictures, "input_reference": pictures}
         ),
+        generation=_model("GenerationRequest", {**shared, "image": pictures}),
     )
 
 

@@ -17,9 +17,9 @@ from .context import Context
 from .document import EventStream
 from .errors import ApiError, answers
 from .events import DESCRIPTION, events
-from .views import Deleted, ImageJob, VideoJob, view
+from .views import Deleted, GenerationJob, ImageJob, VideoJob, view
 
-_ID = re.compile(r"(image|video)_[0-9a-f]{32}")
+_ID = re.compile(r"(image|video|generation)_[0-9a-f]{32}")
 
 
 def base_url(request: Request) -> str:
@@ -36,7 +36,7 @@ def find_job(request: Request, context: Context, kind: Kind, job_id: str) -> Job
     return job
 
 
-def show(request: Request, context: Context, job: Job) -> ImageJob | VideoJob:
+def show(request: Request, context: Context, job: Job) -> ImageJob | VideoJob | GenerationJob:
     """The job as its client sees it."""
     return view(
         job,
@@ -84,7 +84,7 @@ def add_job_routes(
         job = await run_in_threadpool(find_job, request, context, kind, job_id)
         await run_in_threadpool(context.store.delete, job.id)
         context.board.changed_here(job.id)
-        return Deleted(id=job.id, object="image.deleted" if kind == "image" else "video.deleted")
+        return Deleted.model_validate({"id": job.id, "object": f"{kind}.deleted"})
 
     @router.post("/{job_id}/cancel", response_model=one, responses=answers(401, 403, 404, 503))
     async def cancel_job(request: Request, job_id: str) -> Any:

@@ -64,6 +64,8 @@ def look_of(values: Mapping[str, Any]) -> dict[str, Any]:
 def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:
     """The prompt and parameters under the names of `Omni.generate`, without pictures and seed. Raises ApiError."""
     given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
+    if given.get("prompt") == "" and "prompt" not in takes.names:
+        del given["prompt"]  # it is a field of all models, and empty where a pipeline takes none
     _check_extra(given.get("extra_args", {}), takes)
     _put(given, "num_outputs_per_prompt", given.pop("n", None), "n")
     size = given.pop("size", "auto")

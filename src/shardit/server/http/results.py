@@ -20,7 +20,14 @@ from .context import Context
 from .errors import ApiError
 from .views import size_of
 
-_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
+_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".webp": "image/webp",
+    ".mp4": "video/mp4",
+    ".wav": "audio/wav",
+    ".txt": "text/plain",
+}
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _SMALL = 1024 * 1024
 _PIECE = 3 * 256 * 1024  # a multiple of 3, so that pieces of base64 can be joined

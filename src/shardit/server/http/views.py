@@ -72,6 +72,31 @@ class VideoJob(JobView):
     remixed_from_video_id: None = None
 
 
+class FileLink(BaseModel):
+    """One result file."""
+
+    url: str
+    name: str
+
+
+class GenerationJob(JobView):
+    """A job of a model that makes sound, text or numbers."""
+
+    object: Literal["generation"] = "generation"
+    sample_rate: int | None = Field(description="Samples per second of sound.")
+    data: list[FileLink] | None = Field(description="The results, once there are any.")
+
+
+class GenerationJobs(BaseModel):
+    """A page of such jobs."""
+
+    object: Literal["list"] = "list"
+    data: list[GenerationJob]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 class ImageJobs(BaseModel):
     """A page of image jobs."""
 
@@ -96,13 +121,13 @@ class Deleted(BaseModel):
     """A job is forgotten."""
 
     id: str
-    object: Literal["image.deleted", "video.deleted"]
+    object: Literal["image.deleted", "video.deleted", "generation.deleted"]
     deleted: Literal[True] = True
 
 
 def view(
     job: Job, *, model: str, base_url: str, position: int | None, step: Step | None, keep_days: float
-) -> ImageJob | VideoJob:
+) -> ImageJob | VideoJob | GenerationJob:
     """The job as it is now. `step` is what is known of its progress, `position` its place in the queue."""
     shown = job.view
     common = {
@@ -130,6 +155,10 @@ def view(
     if job.kind == "image":
         links = [ImageLink(url=f"{base_url}/v1/images/{job.id}/content/{index}") for index in range(len(job.files))]
         return ImageJob(**common, output_format=shown.get("output_format", "png"), data=links or None)
+    if job.kind == "generation":
+        base = f"{base_url}/v1/generations/{job.id}/content"
+        files = [FileLink(url=f"{base}/{index}", name=name) for index, name in enumerate(job.files)]
+        return GenerationJob(**common, sample_rate=job.facts.get("sample_rate"), data=files or None)
     return VideoJob(
         **common,
         seconds=_seconds_of(job) or "auto",

@@ -120,6 +120,11 @@ async function load(job, { file, button, link }, urls) {
     urls.push(url);
     link.href = url;
     link.removeAttribute("aria-disabled");
+    if (file.other) {
+      const player = make("audio", { src: url, controls: true });
+      button.replaceWith(file.other === "audio" ? player : make("p", { textContent: file.name }));
+      return;
+    }
     button.append(...(file.video ? [moving(url), fresh("play-sign")] : [make("img", { src: url, alt: "" })]));
     button.addEventListener("click", () => enlarge(job, file, url));
   } catch (error) {

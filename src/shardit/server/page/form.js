@@ -57,7 +57,7 @@ export async function send() {
   if (!check()) return null;
   const values = typed();
   const files = shown("image") ? [...image.files] : [];
-  const { path, options } = model.kind === "video" ? video(values, files) : picture(values, files);
+  const { path, options } = (WAYS[model.kind] ?? picture)(values, files);
   try {
     const job = await json(path, { method: "POST", signal: undefined, ...options });
     if (files.length > 0) sent.set(job.id, files);
@@ -72,6 +72,12 @@ export async function send() {
 function video(values, files) {
   return { path: "v1/videos", options: { body: multipart(values, "input_reference", files) } };
 }
+
+function other(values, files) {
+  return { path: "v1/generations", options: { body: multipart(values, "image", files) } };
+}
+
+const WAYS = { video, generation: other };
 
 function picture(values, files) {
   const headers = { Prefer: "respond-async" };

@@ -2,8 +2,15 @@
 
 export const isOpen = (job) => job.status === "queued" || job.status === "in_progress";
 
-/** The results of a finished job: {path, name, video}. */
+/** The results of a finished job: {path, name, video, other}; `other` is what is no picture: "audio" or "file". */
 export function filesOf(job) {
+  if (job.object === "generation") {
+    return job.data.map(({ name }, index) => ({
+      path: `v1/generations/${job.id}/content/${index}`,
+      name: `${job.id}-${name}`,
+      other: name.endsWith(".wav") ? "audio" : "file",
+    }));
+  }
   const video = job.object === "video";
   return Array.from({ length: job.data?.length ?? job.n }, (_, index) => ({
     path: video ? `v1/videos/${job.id}/content?index=${index}` : `v1/images/${job.id}/content/${index}`,

@@ -35,7 +35,7 @@ async function look() {
     fit(server);
     $("send").disabled = server.kind === null; // the model is being loaded for the first time
     if (server.kind !== null) {
-      folder = `v1/${server.kind}s`;
+      folder = `v1/${server.kind}s`; // images, videos or generations
       await readJobs();
     }
   } catch (error) {

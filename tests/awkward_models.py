@@ -277,14 +277,104 @@ class WritesArgument(Plain):
 
 
 class MiddleTensor(Plain):
-    refused = "never an argument or an output of a block"
-
     def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.blocks):
             x = block(x, e)
             if i == 0:
                 middle = x.sin()
         return x + middle
+
+
+class SumsForLaterBlocks(Plain):
+    """As a UNet with ControlNet: sums with block outputs, made between blocks, that later blocks get."""
+
+    def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for block in self.blocks[:3]:
+            x = block(x, e)
+            skips.append(x)
+        skips = [skip + e for skip in skips]
+        for block in self.blocks[3:]:
+            x = block(x, skips.pop())
+        return x
+
+
+class SumsInPlaceForLaterBlocks(Plain):
+    """As a UNet with T2I-Adapter and ControlNet: what is summed up was written to before, and is later."""
+
+    def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for block in self.blocks[:3]:
+            x = block(x, e)
+            skips.append(x)
+            x += e
+        sums = [skip * 2 for skip in skips]
+        for skip in skips:
+            skip.mul_(0.5)
+        for block in self.blocks[3:]:
+            x = block(x, sums.pop())
+            x += skips.pop()
+            for skip in skips:
+                skip.add_(x)
+        return x
+
+
+class SumsOfSums(Plain):
+    """What is made between blocks from what was made between blocks, in every gap, and used at the end."""
+
+    def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        total, steps = x * 0.5, []
+        for block in self.blocks:
+            x = block(x, e)
+            total = total + x.sin()
+            steps.append(total.mean(-1, keepdim=True))
+        return x + total * torch.cat(steps, -1).sum(-1, keepdim=True)
+
+
+class WritesBuffer(Plain):
+    """A buffer that is made before the blocks, filled between them, and given to none."""
+
+    def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        buffer = torch.zeros(len(self.blocks), *x.shape)
+        for i, block in enumerate(self.blocks):
+            x = block(x, e)
+            buffer[i] = x
+            x = x + buffer[: i + 1].mean(0)
+        return x + buffer.sum(0)
+
+
+class SumsAcrossCalls(Plain):
+    """Blocks run twice, in another order; sums of the first pass are used in the second."""
+
+    def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for block in [*self.blocks[3:], *self.blocks[:3]]:
+            x = block(x, e)
+            kept.append(x.cos() + e)
+            x *= 0.9
+        for block in self.blocks:
+            x = block(x, kept.pop())
+            x -= 0.1 * sum(k.mean() for k in kept)
+        return x
+
+
+class PopsFromArgument(Plain):
+    """As HunyuanDiT with ControlNet: the forward empties a list that it is given."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, more: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        x, e = self.first(x), self.time(t[:, None])[:, None]
+        for block in self.blocks:
+            x = block(x, e) + more.pop()
+        return self.last(x)
+
+
+class FillsArgument(Plain):
+    refused = "into a list or dict that it is given"
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, more: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        out = super().forward(x, t)
+        more.append(out)
+        return out
 
 
 class Caching(Block):

@@ -305,6 +305,35 @@ _COG = {
     "use_rotary_positional_embeddings": True,
 }
 
+_HUNYUAN_DIT = {
+    **_HEADS,
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 32,
+    "num_layers": 6,
+    "cross_attention_dim": 16,
+    "cross_attention_dim_t5": 16,
+    "pooled_projection_dim": 8,
+    "text_len": 5,
+    "text_len_t5": 4,
+}
+
+
+def _hunyuan_dit(d: Draw) -> dict[str, Any]:
+    return {
+        "hidden_states": d.image(4),
+        "timestep": d.t(),
+        "encoder_hidden_states": d.n(1, 5, 16),
+        "text_embedding_mask": d.mask(5, torch.float32),
+        "encoder_hidden_states_t5": d.n(1, 4, 16),
+        "text_embedding_mask_t5": d.mask(4, torch.float32),
+        "image_meta_size": d.t(1, 6),
+        "style": d.ints(1, 1),
+        "image_rotary_emb": list(d.rope((d.side // 2) ** 2, 16)),
+    }
+
+
 STRUCTURES: list[Entry] = [
     Entry(
         "Lumina2Transformer2DModel",
@@ -330,30 +359,8 @@ STRUCTURES: list[Entry] = [
     ),
     Entry(
         "HunyuanDiT2DModel",
-        {
-            **_HEADS,
-            "sample_size": 8,
-            "patch_size": 2,
-            "in_channels": 4,
-            "hidden_size": 32,
-            "num_layers": 6,
-            "cross_attention_dim": 16,
-            "cross_attention_dim_t5": 16,
-            "pooled_projection_dim": 8,
-            "text_len": 5,
-            "text_len_t5": 4,
-        },
-        lambda d: {
-            "hidden_states": d.image(4),
-            "timestep": d.t(),
-            "encoder_hidden_states": d.n(1, 5, 16),
-            "text_embedding_mask": d.mask(5, torch.float32),
-            "encoder_hidden_states_t5": d.n(1, 4, 16),
-            "text_embedding_mask_t5": d.mask(4, torch.float32),
-            "image_meta_size": d.t(1, 6),
-            "style": d.ints(1, 1),
-            "image_rotary_emb": list(d.rope((d.side // 2) ** 2, 16)),
-        },
+        _HUNYUAN_DIT,
+        _hunyuan_dit,
     ),
     Entry(
         "HiDreamImageTransformer2DModel",
@@ -464,11 +471,70 @@ _UNET = {
     "norm_num_groups": 4,
     "cross_attention_dim": 16,
 }
+_BIG_UNET = {**_UNET, "block_out_channels": (8, 16, 16, 16), "attention_head_dim": 4}
+_SDXL_UNET = {
+    **_BIG_UNET,
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 32,
+}
+_UNET_3D = {
+    **_UNET,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+}
+_UNET_MOTION = {
+    **_UNET,
+    "num_attention_heads": 2,
+    "motion_num_attention_heads": 2,
+    "motion_max_seq_length": 4,
+    "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+    "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+}
 _CHANNELS = {"in_channels": 4, "out_channels": 4}
 
 
 def _unet(d: Draw) -> dict[str, Any]:
     return {"sample": d.image(4, 2), "timestep": d.t(), "encoder_hidden_states": d.words(16)}
+
+
+def _residuals(d: Draw, *shapes: tuple[int, int], batch: int = 1) -> list[torch.Tensor]:
+    """What a ControlNet or an adapter gives: random pictures of (channels, side in units of half a latent's)."""
+    return [d.n(batch, channels, d.side * side // 2, d.side * side // 2) for channels, side in shapes]
+
+
+_DOWN = ((8, 8), (8, 8), (8, 4), (16, 4), (16, 2), (16, 2), (16, 1), (16, 1))
+"""What the down blocks of the UNet in `STRUCTURES` hand to its up blocks, as `_residuals` takes it."""
+_SMALL_DOWN = ((8, 4), (8, 4), (8, 2), (16, 2))
+"""The same of a UNet with two levels."""
+
+
+def _big_unet(d: Draw) -> dict[str, Any]:
+    return {"sample": d.image(4, 4), "timestep": d.t(), "encoder_hidden_states": d.words(16)}
+
+
+def _control(d: Draw) -> dict[str, Any]:
+    return {
+        "down_block_additional_residuals": tuple(_residuals(d, *_DOWN)),
+        "mid_block_additional_residual": d.n(1, 16, d.side // 2, d.side // 2),
+    }
+
+
+def _small_control(d: Draw, batch: int = 2) -> dict[str, Any]:
+    return {
+        "down_block_additional_residuals": tuple(_residuals(d, *_SMALL_DOWN, batch=batch)),
+        "mid_block_additional_residual": d.n(batch, 16, d.side, d.side),
+    }
+
+
+def _adapter(d: Draw) -> dict[str, Any]:
+    """One for each down block, in a list that the forward empties."""
+    return {"down_intrablock_additional_residuals": _residuals(d, (8, 8), (16, 4), (16, 2), (16, 1))}
 
 
 def _unet_video(d: Draw) -> dict[str, Any]:
@@ -1615,7 +1681,6 @@ REST: list[Entry] = [
         "WanAnimateTransformer3DModel",
         _WAN_ANIMATE,
         _wan_animate,
-        refused="lists left out are not cut",
         label="encoder-cut",
     ),
     Entry(
@@ -1667,7 +1732,7 @@ REST: list[Entry] = [
     ),
     Entry(
         "UNet2DConditionModel",
-        {**_UNET, "block_out_channels": (8, 16, 16, 16), "attention_head_dim": 4},
+        _BIG_UNET,
         lambda d: {
             "sample": d.image(4, 4),
             "timestep": d.t(),
@@ -1677,14 +1742,41 @@ REST: list[Entry] = [
         label="residual",
     ),
     Entry(
-        "UNet3DConditionModel",
-        {
-            **_UNET,
-            "attention_head_dim": 4,
-            "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-            "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+        "UNet2DConditionModel",
+        _BIG_UNET,
+        lambda d: {**_big_unet(d), **_control(d)},
+        label="controlnet",
+    ),
+    Entry(
+        "UNet2DConditionModel",
+        _BIG_UNET,
+        lambda d: {**_big_unet(d), **_adapter(d)},
+        label="adapter",
+    ),
+    Entry(
+        "UNet2DConditionModel",
+        {**_BIG_UNET, "mid_block_type": None},
+        lambda d: {**_big_unet(d), **_control(d), **_adapter(d)},
+        label="controlnet-adapter",
+    ),
+    Entry(
+        "UNet2DConditionModel",
+        _SDXL_UNET,
+        lambda d: {
+            **_unet(d),
+            "down_block_additional_residuals": tuple(_residuals(d, (8, 4), (8, 4), (8, 2), (16, 2), (16, 1), (16, 1))),
+            "mid_block_additional_residual": d.n(1, 16, d.side // 2, d.side // 2),
+            "down_intrablock_additional_residuals": _residuals(d, (8, 2), (16, 2), (16, 1)),
+            "added_cond_kwargs": {"text_embeds": d.n(1, 8), "time_ids": d.t(1, 6)},
         },
-        _unet_video,
+        label="sdxl-controlnet-adapter",
+    ),
+    Entry("UNet3DConditionModel", _UNET_3D, _unet_video),
+    Entry(
+        "UNet3DConditionModel",
+        _UNET_3D,
+        lambda d: {**_unet_video(d), **_small_control(d)},
+        label="controlnet",
     ),
     Entry(
         "I2VGenXLUNet",
@@ -1720,15 +1812,21 @@ REST: list[Entry] = [
     ),
     Entry(
         "UNetMotionModel",
-        {
-            **_UNET,
-            "num_attention_heads": 2,
-            "motion_num_attention_heads": 2,
-            "motion_max_seq_length": 4,
-            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
-        },
+        _UNET_MOTION,
         lambda d: {**_unet_video(d), "encoder_hidden_states": d.n(2, d.text, 16)},
+    ),
+    Entry(
+        "UNetMotionModel",  # AnimateDiff with ControlNet or SparseCtrl
+        _UNET_MOTION,
+        lambda d: {**_unet_video(d), "encoder_hidden_states": d.n(2, d.text, 16), **_small_control(d)},
+        label="controlnet",
+    ),
+    Entry(
+        "HunyuanDiT2DModel",
+        _HUNYUAN_DIT,
+        lambda d: {**_hunyuan_dit(d), "controlnet_block_samples": [d.n(1, (d.side // 2) ** 2, 32) for _ in range(2)]},
+        returns=(),
+        label="controlnet",
     ),
     Entry(
         "UNetSpatioTemporalConditionModel",

@@ -106,7 +106,7 @@ def record(outcome: Outcome, stages: Stages) -> None:
     own = {i for i, owner in enumerate(stages.owners) if owner == rank}
     outcome.strangers = tuple(sorted(set(stages.ran) - own))
     outcome.ran, outcome.own = len(set(stages.ran) & own), len(own)
-    outcome.hops = [len(local.plan.hops) for local in stages.plans.values()]
+    outcome.hops = [len(local.plan.hops) for local in stages.plans]
 
 
 def same(expected: Any, got: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from shardit.core import traced_call
 from shardit.core.comm import Comm, pack_layout
@@ -25,17 +27,19 @@ RANKS = 3
 CHUNKS = (1, 2)
 
 
-def _inputs(seed: int, length: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(seed: int, length: int, with_list: bool) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, length, WIDTH, generator=generator), torch.rand(2, generator=generator)
+    x, t = torch.randn(2, length, WIDTH, generator=generator), torch.rand(2, generator=generator)
+    return (x, t, [x * i for i in range(6)]) if with_list else (x, t)
 
 
 def _try(name: str, runtime: Runtime, chunks: int, after_first: Callable[[], Any] = lambda: None) -> str:
     """What becomes of a model: "right", "wrong", "refused: ..." or the error's type."""
     model = randomise(MODELS[name]()).eval()
-    calls = [_inputs(0), _inputs(1), _inputs(2), _inputs(3, 7), _inputs(4, 7)]
+    lists = "more" in inspect.signature(model.forward).parameters
+    calls = [_inputs(*call, lists) for call in ((0, 5), (1, 5), (2, 5), (3, 7), (4, 7))]
     with torch.no_grad():
-        plain = [model(*(t.clone() for t in call)) for call in calls]
+        plain = [model(*tree_map(torch.clone, call)) for call in calls]
     stages = staged(model, runtime, chunks)
     try:
         got = [model(*calls[0])]

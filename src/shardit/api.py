@@ -12,7 +12,7 @@ from torch import nn
 from .components import components_of, device_of, refuse_hooks
 from .config import DiffusionParallelConfig, config_of
 from .connect import connect, join, spread_model
-from .core.assign import Assignment, assign, assign_blocks, denoises
+from .core.assign import Assignment, assign_blocks, denoises
 from .core.mesh import Mesh, init_mesh
 from .core.plan import Plan
 from .core.slices import Owned
@@ -21,7 +21,8 @@ from .errors import InputError
 from .model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
 from .models.back_ends import use_attention_backend
 from .models.extras import load_loras, use_vae_options
-from .parallel.tensor import ALONE, TensorPlan, owned_slices, owners_of_wholes, plan_components, shard_components
+from .parallel.place import place_components
+from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
 from .parallel_state import set_mesh_of_model
 from .placed import placed_among
 
@@ -72,16 +73,7 @@ def parallelize(
         join(target, runtime)
     else:
         held = [sum(placed.bytes_of(m) for placed in earlier.values()) for m in range(len(mesh.replica.ranks))]
-        cuts = plan_components(fresh, mesh.sizes["tp"], owners_of_wholes(config))
-        assignment = assign(
-            fresh,
-            type(target),
-            config,
-            plans=plan,
-            sliced=cuts.keys(),
-            environ=os.environ,
-            held=held if earlier else None,
-        )
+        cuts, assignment = place_components(fresh, type(target), config, plans=plan, held=held if earlier else None)
         shard_components(fresh, cuts, mesh)
         connect(target, assignment, runtime, config, cuts)
     return module_or_pipeline
@@ -161,12 +153,9 @@ def load_parallel(
     cuts: dict[str, TensorPlan] = {}
 
     def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Owned]:
-        cuts.update(plan_components(modules, mesh.sizes["tp"], owners_of_wholes(config)))
-        found.append(
-            assign(
-                modules, cls, config, max_in_flight=max_in_flight, plans=plan, sliced=cuts.keys(), environ=os.environ
-            )
-        )
+        slices, assignment = place_components(modules, cls, config, max_in_flight=max_in_flight, plans=plan)
+        cuts.update(slices)
+        found.append(assignment)
         owns = {name: found[0].owns(name, mesh.member()) for name in modules}
         return {name: owned_slices(owns[name], cuts.get(name), mesh.coords["tp"]) for name in modules}
 

@@ -23,7 +23,7 @@ CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
 
 CUT_NAMES = ("transformer", "unet", "denoiser", "dit")
-"""How the names of components begin that denoise, where their classes are a user's own."""
+"""How the names of components begin that denoise, where their classes are a user's own or a pipeline's own."""
 
 VAE_PACKAGE = "diffusers.models.autoencoders"
 """Where the classes of VAEs live."""
@@ -34,9 +34,9 @@ ENCODERS = "transformers."
 
 def denoises(name: str, module: nn.Module) -> bool:
     """Whether a component is called in every step, and so is cut: one of diffusers' classes that denoise, or derived
-    from one; or a user's own class, by its name in the pipeline or because `_sp_plan` says how its tokens are split."""
+    from one; or another class, by its name in the pipeline or because `_sp_plan` says how its tokens are split."""
     theirs = any(base.__module__.startswith(CUT_PACKAGES) for base in type(module).__mro__)
-    own = not type(module).__module__.startswith(("diffusers.", ENCODERS))
+    own = not type(module).__module__.startswith((VAE_PACKAGE, ENCODERS))
     return theirs or getattr(module, "_sp_plan", None) is not None or (own and name.startswith(CUT_NAMES))
 
 
@@ -162,8 +162,8 @@ def assign(
         for (_, block), owner in zip(find_blocks(module, plan), cut[name].placement.owners(), strict=True):
             for member, stage in enumerate(stages):
                 load[member] += nbytes(block) // (sizes["tp"] if name in parts else 1) if stage == owner else 0
-    if not cut and pp_size > 1 and held is None:
-        raise UnsupportedError(f"{pipeline_class.__name__} has no transformer to cut; use pipeline_parallel_size=1")
+    if pp_size > 1 and held is None and not any(nbytes(module) for module in modules.values()):
+        raise UnsupportedError(f"{pipeline_class.__name__} has no weights to spread; use pipeline_parallel_size=1")
     loads = Loads(load, sizes["tp"])
     has_vae = any(type(module).__module__.startswith(VAE_PACKAGE) for module in modules.values())
     shares = config.vae_patch_parallel_size if has_vae or held is None else 1

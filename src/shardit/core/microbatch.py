@@ -40,6 +40,15 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[tup
     ]
 
 
+def pattern(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, ...]:
+    """Which arguments `split` would cut: sizes that happen to agree with the batch's make another pattern."""
+    batch = batch_size(args, kwargs)
+    leaves, _ = tree_flatten((args, kwargs), is_leaf=lambda value: type(value) is list and len(value) == batch)
+    return tuple(
+        isinstance(leaf, list) or (isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (batch,)) for leaf in leaves
+    )
+
+
 def _cut(value: Any, batch: int, low: int, high: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value[low:high] if value.ndim and value.shape[0] == batch else value

@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import RankError, UnsupportedError
 from .coroutine import Coroutine, willing
+from .known_plans import MAX_SIGNATURES
 from .pending import settle
 from .plan import ResultPlan, describe_result
 from .result import Result
 from .signature import signature
 from .sites import changing_methods, swap_class
-from .stages import MAX_SIGNATURES, Runtime, scales_adapters
+from .stages import Runtime, scales_adapters
 from .writes import check_unchanged, inputs_of
 
 _inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)

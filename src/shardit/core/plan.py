@@ -59,12 +59,17 @@ def describe_result(leaf: Any) -> Leaf:
 
 @dataclass(frozen=True)
 class Site:
-    """The n-th block call of a forward: which block, and what its output looks like."""
+    """The n-th block call of a forward: which block, and what its output looks like.
+
+    given: what `describe_leaf` says of its arguments. mutated: the leaves of these that it writes to.
+    """
 
     block: int
     owner: int
     spec: Any = field(compare=False)
     leaves: tuple[Leaf, ...] = ()
+    given: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    mutated: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,9 @@ class Item:
 
     start, size: the range of bytes, counted from the first element of the tensor at `address`: on a receiver that
     tensor may lie in the middle of a message. fresh: on the receiver this is the first content of a storage that a
-    placeholder stands for, so that the placeholder can lie in the message itself.
+    placeholder stands for, so that the placeholder can lie in the message itself. taken, placed: the call sites at
+    whose exit the sender has the content in its memory, and the receiver is to have it; for both the last one of the
+    hop's segment, unless code before that writes to the memory, or is run again on it.
     """
 
     address: Address
@@ -90,16 +97,20 @@ class Item:
     size: int
     fresh: bool
     copy: bool
+    taken: int
+    placed: int
 
 
 @dataclass(frozen=True)
 class Hop:
-    """What flows from the owner of one segment to the owner of the next, as one message."""
+    """What flows from the owner of one segment to the owner of the next, as one message. The receiver waits for it at
+    the exit of call site `pause`: the last one of the segment, unless code before that is run again on what comes."""
 
     source: int
     target: int
     items: tuple[Item, ...]
     layout: Layout
+    pause: int
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,17 @@ class CallPlan:
     owners: tuple[int, ...]
     hops: tuple[Hop, ...]
     result: ResultPlan
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of all messages between stages in one call, without its result."""
+        return sum(hop.layout.total for hop in self.hops)
+
+    @property
+    def course(self) -> tuple[Any, ...]:
+        """Which blocks are called, and what is carried between them, whatever its size."""
+        carried = tuple(tuple(item.address for item in hop.items) for hop in self.hops)
+        return tuple(site.block for site in self.sites), carried
 
     def digest(self) -> str:
         """A hash of the plan that ranks compare."""

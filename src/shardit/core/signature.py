@@ -12,7 +12,7 @@ def signature(arguments: Any, training: bool) -> tuple[Any, ...]:
     """Shapes, strides, dtypes and structure of the arguments, values of what is not a tensor (but not of floats, which
     change from step to step), and the modes that torch runs under."""
     leaves, spec = tree_flatten(arguments)
-    return (str(spec), tuple(_leaf(leaf) for leaf in leaves), modes(), training)
+    return (str(spec), tuple(describe_leaf(leaf) for leaf in leaves), modes(), training)
 
 
 def mode_key(arguments: Any, training: bool) -> tuple[Any, ...]:
@@ -29,7 +29,8 @@ def modes() -> tuple[Any, ...]:
     return (torch.is_inference_mode_enabled(), torch.get_autocast_dtype(kind) if autocast else None)
 
 
-def _leaf(leaf: Any) -> Any:
+def describe_leaf(leaf: Any) -> Any:
+    """What a plan depends on of one argument: of a tensor all but its data."""
     if isinstance(leaf, torch.Tensor):
         return (leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), leaf.device.type)
     if isinstance(leaf, (bool, int, str, bytes, type(None), torch.dtype, torch.device)):

@@ -4,73 +4,23 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import RankError
-from .comm import Comm, Transfer, first_byte, storage_bytes, view_bytes, view_near
+from .comm import Comm, Transfer, first_byte, storage_bytes
 from .coroutine import Coroutine
-from .plan import Address, CallPlan, Hop, Item, Leaf, Site
+from .local_plan import LocalPlan
+from .plan import Address, Hop, Item, Leaf, Site
 from .result import Result, Route
+from .stand_ins import blank, is_float, stand_ins
 from .writes import check_unchanged, inputs_of
 
 
 class _Leave(BaseException):
     """Leaves a forward early, when this rank has run its last block. Not an Exception: models may catch those."""
-
-
-@dataclass
-class LocalPlan:
-    """What one rank has to do for a `CallPlan`, looked up by call site.
-
-    keep_args, keep_outs: leaves whose tensors are remembered, for a hop. fresh: output storages of unowned sites that
-    lie in the message of a hop. last_of: segment that ends at a site. release: what no hop after this one needs.
-    integers: (offset, size) of the parts of a hop's message that code may index with before it arrives.
-    """
-
-    plan: CallPlan
-    rank: int
-    keep_args: dict[int, list[int]] = field(default_factory=dict)
-    keep_outs: dict[int, list[int]] = field(default_factory=dict)
-    fresh: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
-    last_of: dict[int, int] = field(default_factory=dict)
-    last_own: int = -1
-    release: dict[int, list[Address]] = field(default_factory=dict)
-    integers: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    needs_args: set[int] = field(default_factory=set)
-    checked: set[int] = field(default_factory=set)
-
-    @staticmethod
-    def of(plan: CallPlan, rank: int) -> LocalPlan:
-        """Select the part of a plan that concerns `rank`."""
-        local = LocalPlan(plan, rank)
-        local.last_of = {last: k for k, (_, last) in enumerate(plan.segments)}
-        local.last_own = max((k for k, owner in enumerate(plan.owners) if owner == rank), default=-1)
-        last_use: dict[Address, int] = {}
-        for k, hop in enumerate(plan.hops):
-            if rank not in (hop.source, hop.target):
-                continue
-            last_use.update((item.address, k) for item in hop.items)
-            for i, item in enumerate(hop.items):
-                where = item.address
-                keep = local.keep_args if where.kind == "arg" else local.keep_outs
-                keep.setdefault(where.site, []).append(where.leaf)
-                if hop.target == rank and item.fresh:
-                    leaf = plan.sites[where.site].leaves[where.leaf]
-                    if not _is_float(leaf):
-                        local.integers.setdefault(k, []).append(hop.layout.parts[i])
-                    local.fresh[(where.site, leaf.storage)] = (k, i, item.start + leaf.offset * _width(leaf))
-        for address, k in last_use.items():
-            local.release.setdefault(k, []).append(address)
-        for n, site in enumerate(plan.sites):
-            if n in local.keep_args or (site.owner != rank and any(leaf.kind == "arg" for leaf in site.leaves)):
-                local.needs_args.add(n)
-            if n in local.last_of or n in local.keep_outs or any(leaf.kind == "value" for leaf in site.leaves):
-                local.checked.add(n)
-        return local
 
 
 class StagedCall:
@@ -99,6 +49,7 @@ class StagedCall:
         self._site = 0
         self._handles: dict[Address, torch.Tensor] = {}
         self._messages: dict[int, torch.Tensor] = {}
+        self._copies: dict[tuple[int, int], torch.Tensor] = {}  # (hop, item) -> what is sent, though written to since
         self._receives: dict[int, Transfer] = {}
         self._sends: list[Transfer] = []
         self._inputs = inputs_of(arguments)
@@ -133,7 +84,9 @@ class StagedCall:
     def run(self, segment: int) -> None:
         """Take what came in for `segment` and go on until this rank has to wait again, or is done."""
         check_unchanged(self._inputs, self.comm.mesh.rank)
-        self._unpack(segment - 1)
+        receive = self._receives.pop(segment - 1, None)
+        if receive is not None:
+            self._take(receive)
         self._advance(segment)
 
     def post(self, segment: int) -> None:
@@ -209,9 +162,8 @@ class StagedCall:
             out = self._own(n, site, index, call, args, kwargs)
         else:
             out = self._placeholders(n, site, arguments)
-        k = self.local.last_of.get(n)
-        if k is not None:
-            self._end_of_segment(k)
+        if n in self.local.stops:
+            self._stop(n)
         return out
 
     def _own(self, n: int, site: Site, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,25 +194,9 @@ class StagedCall:
             )
 
     def _placeholders(self, n: int, site: Site, arguments: list[Any]) -> Any:
-        storages: dict[int, tuple[torch.Tensor, int]] = {}
-        leaves: list[Any] = []
-        for number, leaf in enumerate(site.leaves):
-            if leaf.kind == "value":
-                leaves.append(leaf.value)
-                continue
-            if leaf.kind == "arg":
-                base = arguments[leaf.arg]
-                assert leaf.dtype is not None
-                leaves.append(base if leaf.same else view_near(base, leaf.offset, leaf.dtype, leaf.size, leaf.stride))
-            else:
-                assert leaf.dtype is not None
-                if leaf.storage not in storages:
-                    storages[leaf.storage] = self._placeholder_memory(n, leaf)
-                memory, start = storages[leaf.storage]
-                offset = leaf.offset * leaf.dtype.itemsize - start
-                leaves.append(view_bytes(memory, offset, leaf.dtype, leaf.size, leaf.stride))
-            if number in self.local.keep_outs.get(n, ()):
-                self._handles[Address(n, "out", number)] = leaves[-1]
+        leaves = stand_ins(site, arguments, lambda leaf: self._placeholder_memory(n, leaf))
+        for number in self.local.keep_outs.get(n, ()):
+            self._handles[Address(n, "out", number)] = leaves[number]
         return tree_unflatten(leaves, site.spec)
 
     def _placeholder_memory(self, n: int, leaf: Leaf) -> tuple[torch.Tensor, int]:
@@ -270,23 +206,27 @@ class StagedCall:
             k, item, start = where
             offset, size = self.plan.hops[k].layout.parts[item]
             return self._message(k)[offset : offset + size], start
-        if not _is_float(leaf):
-            # Arithmetic on what was never written is harmless; indexing with it is not.
-            return torch.zeros(leaf.nbytes, dtype=torch.uint8, device=self._device), 0
-        memory = torch.empty(leaf.nbytes, dtype=torch.uint8, device=self._device)
-        return (memory.fill_(0xFF) if self._poison else memory), 0
+        memory = blank(leaf, self._device)
+        return (memory.fill_(0xFF) if self._poison and is_float(leaf) else memory), 0
 
-    def _end_of_segment(self, k: int) -> None:
-        if k < len(self.plan.hops):
-            hop = self.plan.hops[k]
-            if hop.source == self.local.rank:
-                self._send(hop)
-                self._sent.add(k)
-                self._release(k)
-            if k >= self.local.last_own:
-                raise _Leave
-            if hop.target == self.local.rank:
-                self._coroutine.pause()  # until the schedule runs segment k + 1
+    def _stop(self, n: int) -> None:
+        """At the exit of a call site: send, wait, put in place what came, keep what is sent later."""
+        local, ends = self.local, self.local.last_of.get(n)
+        if ends is not None and ends < len(self.plan.hops) and self.plan.hops[ends].source == local.rank:
+            self._send(self.plan.hops[ends], ends)
+            self._sent.add(ends)
+        if ends is not None and ends >= local.last_own and ends < len(self.plan.hops):
+            raise _Leave
+        if n in local.pauses:
+            self._coroutine.pause()  # until the schedule runs the segment after that hop
+        for k, i in local.places.get(n, ()):
+            message, (offset, size) = self._messages.get(k), self.plan.hops[k].layout.parts[i]
+            if message is not None:  # it is not empty
+                self._memory(self.plan.hops[k].items[i]).copy_(message[offset : offset + size])
+        for k, i in local.copies.get(n, ()):
+            self._copies[k, i] = self._memory(self.plan.hops[k].items[i]).clone()
+        if ends is not None:
+            self._release(ends)
 
     # Messages.
 
@@ -299,11 +239,12 @@ class StagedCall:
                 message[offset : offset + size].zero_()
         return self._messages[k]
 
-    def _send(self, hop: Hop) -> None:
+    def _send(self, hop: Hop, k: int) -> None:
         if not hop.layout.total:
             return
-        sources = [self._memory(item) for item in hop.items]
-        if len(sources) == 1 and not hop.items[0].copy:
+        kept = [self._copies.pop((k, i), None) for i in range(len(hop.items))]
+        sources = [self._memory(item) if copy is None else copy for item, copy in zip(hop.items, kept, strict=True)]
+        if len(sources) == 1 and not (hop.items[0].copy and kept[0] is None):
             self._sends.append(self.comm.send(sources[0], hop.target))
             return
         message = torch.empty(hop.layout.total, dtype=torch.uint8, device=self._device)
@@ -318,32 +259,11 @@ class StagedCall:
             self.comm.wait(send)
         self._sends.clear()
 
-    def _unpack(self, k: int) -> None:
-        hop = self.plan.hops[k]
-        if k in self._receives:
-            self._take(self._receives.pop(k))
-        if self.failure is not None:
-            return
-        message = self._messages.pop(k, None)
-        for item, (offset, size) in zip(hop.items, hop.layout.parts, strict=True):
-            if not item.fresh and message is not None:
-                self._memory(item).copy_(message[offset : offset + size])
-        self._release(k)
-
     def _release(self, k: int) -> None:
+        self._messages.pop(k, None)
         for address in self.local.release.get(k, ()):
             self._handles.pop(address, None)
 
     def _memory(self, item: Item) -> torch.Tensor:
         handle = self._handles[item.address]
         return storage_bytes(handle, first_byte(handle) + item.start, item.size)
-
-
-def _width(leaf: Leaf) -> int:
-    assert leaf.dtype is not None
-    return leaf.dtype.itemsize
-
-
-def _is_float(leaf: Leaf) -> bool:
-    assert leaf.dtype is not None
-    return leaf.dtype.is_floating_point or leaf.dtype.is_complex

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import RankError, UnsupportedError
 from . import microbatch
 from .agreement import Agreement
 from .comm import Comm
+from .course import DryCall
 from .deal import Dealer, RemoteCall
+from .known_plans import KnownPlans
+from .local_plan import LocalPlan
 from .mesh import Mesh
 from .partition import Placement
 from .pending import settle
@@ -28,14 +31,11 @@ from .result import Route
 from .schedule import Flight, Schedule
 from .signature import mode_key, signature
 from .sites import changing_methods, drop_blocks, find_blocks, fixed_place, install, swap_class
-from .staged_call import LocalPlan, StagedCall
+from .staged_call import StagedCall
 from .traced_call import TracedCall
 from .turns import Turns
 
 log = logging.getLogger(__name__)
-
-MAX_SIGNATURES = 64
-"""Plans that are kept per transformer; the least recently used one goes first."""
 
 WARN_SIGNATURES = 16
 """Signatures after which a warning says that calls keep changing shape, which makes each first one slow."""
@@ -122,12 +122,17 @@ class Stages:
     runtime: Runtime
     blocks: list[tuple[str, nn.Module]]
     owners: list[int]
-    plans: OrderedDict[Any, LocalPlan] = field(default_factory=OrderedDict)
+    known: KnownPlans = field(default_factory=KnownPlans)
     ran: Counter[int] = field(default_factory=Counter)
     traced: int = 0
     _current: dict[str, Any] = field(default_factory=lambda: {"seam": None})
     _checked: set[Any] = field(default_factory=set)
     _splits: dict[Any, bool] = field(default_factory=dict)
+
+    @property
+    def plans(self) -> list[LocalPlan]:
+        """The plans that are known, the one that was used last at the end."""
+        return list(self.known.plans.values())
 
     def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer: returns at once with pending tensors, except the first of each signature."""
@@ -169,7 +174,7 @@ class Stages:
         parts = min(samples, dealt * -(-runtime.mesh.pp_size // runtime.max_in_flight))
         if parts == 1:
             return self._one(forward, args, kwargs)
-        key = mode_key((args, kwargs), self.model.training), parts
+        key = mode_key((args, kwargs), self.model.training), microbatch.pattern(args, kwargs), parts
         if key not in self._splits:
             return self._try_split(key, forward, args, kwargs, parts)
         if not self._splits[key]:
@@ -179,7 +184,7 @@ class Stages:
 
     def _try_split(self, key: Any, forward: Any, args: Any, kwargs: Any, parts: int) -> Any:
         """Run a batched call whole and by sample, and keep splitting only if both give the same."""
-        whole = self._one(forward, args, kwargs)
+        whole = self._one(forward, *_own_containers((args, kwargs)))
         settle(whole)
         merged, error = None, None
         try:
@@ -199,10 +204,9 @@ class Stages:
     def _one(self, forward: Any, args: Any, kwargs: Any) -> Any:
         arguments = (args, kwargs)
         key = signature(arguments, self.model.training)
-        local = self.plans.get(key)
+        local = self.known.find(key, arguments) or self._same_course(key, forward, arguments)
         if local is None:
             return self._first(key, forward, args, kwargs)
-        self.plans.move_to_end(key)
         runtime = self.runtime
         replica = runtime.dealer.next(runtime.program)
         if replica == runtime.dealer.index:
@@ -210,6 +214,27 @@ class Stages:
         call = RemoteCall(local.plan, runtime.route, replica, runtime.wait_for)
         runtime.schedule.start(call)
         return call.result()
+
+    def _same_course(self, key: Any, forward: Any, arguments: Any) -> LocalPlan | None:
+        """Of the plans of a signature whose course values decide, the one that holds for a call with other values.
+
+        Collective over the replica: all ranks must find the same. Under "sp" other lengths are learned from real data.
+        """
+        candidates = self.known.of_signature(key)
+        if not candidates:
+            return None
+        fits, read = [], set[int]()
+        for local in candidates if "sp" not in self.runtime.mesh.axes else ():
+            args, kwargs = _own_containers(arguments)
+            dry = DryCall(local.plan, self.runtime.mesh.device)
+            if dry.fits(self._current, lambda args=args, kwargs=kwargs: forward(*args, **kwargs), (args, kwargs)):
+                fits, read = [local], dry.trace.deciding
+                break
+        found = [local.plan.digest() for local in fits]
+        if any(other != found for other in self.runtime.replica.gather_objects(found)) or not fits:
+            return None
+        self.known.learn(key, arguments, read, fits[0])
+        return fits[0]
 
     def _start(self, local: LocalPlan, forward: Any, arguments: Any, poison: bool = False) -> StagedCall:
         runtime = self.runtime
@@ -222,17 +247,17 @@ class Stages:
     def _first(self, key: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         """The first call of a signature: watched, block by block; then, for a new kind of call, checked."""
         arguments = (args, kwargs)
+        again = _own_containers(arguments)
         traced = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, self._count)
         self.traced += 1
         out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
         local = LocalPlan.of(plan, self.runtime.comm.rank)
-        mode = mode_key(arguments, self.model.training)
+        deciding = traced.trace.deciding
+        mode = mode_key(again, self.model.training), plan.course if deciding else None
         if mode not in self._checked and self.runtime.comm.size > 1:
-            self._self_check(local, forward, args, kwargs, out)
+            self._self_check(local, forward, _own_containers(again), out)
             self._checked.add(mode)
-        self.plans[key] = local
-        if len(self.plans) > MAX_SIGNATURES:
-            self.plans.popitem(last=False)
+        self.known.learn(key, again, deciding, local)
         if self.traced == WARN_SIGNATURES and self.runtime.mesh.rank == 0:
             log.warning(
                 "%s: %d different signatures so far; the first call of each runs without overlap",
@@ -241,9 +266,10 @@ class Stages:
             )
         return self.runtime.dealer.noticed(out, self.runtime.program)
 
-    def _self_check(self, local: LocalPlan, forward: Any, args: Any, kwargs: Any, expected: Any) -> None:
+    def _self_check(self, local: LocalPlan, forward: Any, arguments: Any, expected: Any) -> None:
         """The same call again, pipelined, with NaN in every placeholder: it must give the same bits on every rank."""
-        call = self._start(local, lambda: forward(*args, **kwargs), (args, kwargs), poison=True)
+        args, kwargs = arguments
+        call = self._start(local, lambda: forward(*args, **kwargs), arguments, poison=True)
         self.runtime.schedule.drain(call)
         got = call.result()
         call.settle()
@@ -260,6 +286,11 @@ class Stages:
 
     def _count(self, index: int) -> None:
         self.ran[index] += 1
+
+
+def _own_containers(arguments: Any) -> Any:
+    """The same arguments in lists and dicts of their own: a forward may empty those that it is given."""
+    return tree_map(lambda leaf: leaf, arguments)
 
 
 def _same_bits(expected: Any, got: Any) -> bool:

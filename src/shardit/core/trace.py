@@ -1,33 +1,25 @@
-"""Watching the first call of a signature: who writes which memory, who reads it, and so what has to be carried.
+"""Watching the first call of a signature: which operation outside blocks reads and writes which memory.
 
-Liveness analysis over storages. Outside blocks every operation is seen by a TorchDispatchMode; a block call counts as
-one operation. What derives from a block's output, was written before a cut and is read after it, is carried.
+Outside blocks every operation is seen by a TorchDispatchMode; a block call counts as one operation. `derive` finds from
+this what has to be carried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import UnsupportedError
-from .comm import ALIGN, first_byte, pack_layout
-from .plan import (
-    Address,
-    CallPlan,
-    Hop,
-    Item,
-    Leaf,
-    ResultPlan,
-    Site,
-    segments_of,
-    span,
-)
+from .comm import first_byte
+from .plan import Address, Site, span
 
 # Operations whose result decides what Python does next, or how large the next tensor is.
 _HOST = {
@@ -68,9 +60,23 @@ class Trace:
     inputs: set[int] = field(default_factory=set)
     makers: dict[int, str] = field(default_factory=dict)  # storage that code outside blocks derived -> how
     mutated_input: bool = False
+    sources: dict[int, set[int]] = field(default_factory=dict)  # storage -> leaves of the arguments it was made from
+    deciding: set[int] = field(default_factory=set)  # leaves of the arguments whose values Python has read
     _numbers: dict[int, int] = field(default_factory=dict)
     # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
     _refs: list[StorageWeakRef] = field(default_factory=list)
+
+    def begin(self, arguments: Any) -> None:
+        """Take note of what the forward is called with."""
+        for q, leaf in enumerate(tree_leaves(arguments)):
+            if isinstance(leaf, torch.Tensor):
+                self.inputs.add(self.number(leaf))
+                self.sources.setdefault(self.number(leaf), set()).add(q)
+
+    def decides(self, tensor: torch.Tensor) -> None:
+        """Record that Python has read values of a tensor."""
+        if self.knows(tensor) and self.number(tensor) not in self.derived:
+            self.deciding |= self.sources.get(self.number(tensor), set())
 
     def number(self, tensor: torch.Tensor) -> int:
         """The number of the storage under a tensor."""
@@ -95,6 +101,9 @@ class Trace:
             self.derived.update(written)
             for storage, shape in shapes.items():
                 self.makers.setdefault(storage, f"{name}, shape {shape}, after block call {len(self.sites) - 1}")
+        made_from = set[int]().union(*(self.sources.get(s, ()) for s in read))
+        for storage in written if made_from else ():
+            self.sources.setdefault(storage, set()).update(made_from)
         self.mutated_input |= any(s in self.inputs for s in written)
         self.events.append(Event(len(self.sites), read, written, derived))
 
@@ -173,12 +182,15 @@ class Recorder(TorchDispatchMode):
                 "name its parameters in Plan(replicate=...)"
             )
         for tag, what in _HOST.items():
-            if tag in getattr(func, "tags", ()) and any(
-                self.trace.knows(t) and self.trace.number(t) in self.trace.derived for t in _deciding(func, reads, args)
-            ):
-                raise UnsupportedError(
-                    f"the forward {what} ({func}) that comes from a block, so its course cannot be known on every rank"
-                )
+            if tag not in getattr(func, "tags", ()):
+                continue
+            for tensor in _deciding(func, reads, args):
+                if self.trace.knows(tensor) and self.trace.number(tensor) in self.trace.derived:
+                    raise UnsupportedError(
+                        f"the forward {what} ({func}) that comes from a block, so its course cannot be known on every "
+                        "rank"
+                    )
+                self.trace.decides(tensor)
 
 
 def _deciding(func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -192,91 +204,52 @@ def _writes(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def derive(trace: Trace, result: list[Any], result_spec: Any, result_leaves: tuple[Leaf, ...]) -> CallPlan:
-    """The plan of a call that was watched. Raises UnsupportedError where something to be carried has no handle."""
-    owners = [site.owner for site in trace.sites]
-    segments = segments_of(owners)
-    segment_of = [k for k, (first, last) in enumerate(segments) for _ in range(first, last + 1)]
-    seg_owner = [owners[first] for first, _ in segments]
-    last = len(segments) - 1
-    end = Event(len(trace.sites), tuple(trace.number(t) for t in result if isinstance(t, torch.Tensor)), (), False)
-    carried: list[dict[int, None]] = [{} for _ in range(last)]  # per hop, storages in a stable order
-    holders: dict[int, dict[int, int]] = {}  # storage -> {stage: first segment at which it has the current content}
-    rewritten: dict[int, list[int]] = {}  # storage -> segments of all writes
-    for event in [*trace.events, end]:
-        segment = _segment(event, segment_of, last)
-        for storage in event.reads:
-            if storage in holders:
-                _bring(storage, segment, seg_owner, holders[storage], carried)
-        for storage in event.writes if event.derived else ():
-            holders[storage] = {seg_owner[segment]: segment}
-            rewritten.setdefault(storage, []).append(segment)
-    hops = _hops(trace, segments, seg_owner, carried, rewritten)
-    out = ResultPlan.of(result_spec, result_leaves)
-    return CallPlan(tuple(trace.sites), tuple(segments), tuple(seg_owner), hops, out)
+_READS = frozenset(
+    (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
+)  # what gives values of a tensor to Python without an operation
 
 
-def _segment(event: Event, segment_of: list[int], last: int) -> int:
-    """The segment in which an event takes effect; -1 for the prologue, which every rank runs.
+class _HostReads(TorchFunctionMode):
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
 
-    Code after block call n - 1 runs, for good, on the owner of block call n, which has received what it needs.
-    """
-    if event.after == 0 and not event.block:
-        return -1
-    return segment_of[event.after] if event.after < len(segment_of) else last
-
-
-def _bring(storage: int, segment: int, owner: list[int], held: dict[int, int], carried: list[dict[int, None]]) -> None:
-    """Let the owner of `segment` have the content, through the chain, from the nearest stage that has it."""
-    k = segment
-    while not (owner[k] in held and held[owner[k]] <= k):
-        held[owner[k]] = k
-        carried[k - 1][storage] = None
-        k -= 1
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            self.trace.decides(args[0])
+        return func(*args, **(kwargs or {}))
 
 
-def _hops(
-    trace: Trace,
-    segments: list[tuple[int, int]],
-    owner: list[int],
-    carried: list[dict[int, None]],
-    rewritten: dict[int, list[int]],
-) -> tuple[Hop, ...]:
-    received: dict[tuple[int, int], bool] = {}  # (storage, stage) -> the stage's placeholder was filled before
-    hops = []
-    for k, storages in enumerate(carried):
-        last_site, items = segments[k][1], []
-        for storage in sorted(storages):
-            address = _address(trace, storage, last_site)
-            start, stop = trace.extent[storage]
-            start -= start % ALIGN  # some CPU kernels give other last bits for memory aligned in another way
-            target = owner[k + 1]
-            fresh = (
-                address.kind == "out"
-                and trace.created.get(storage) == address.site
-                and trace.sites[address.site].owner != target
-                and (storage, target) not in received
-            )
-            received[(storage, target)] = True
-            # The sender's memory may be sent as it lies only if nobody writes to it any more.
-            copy = any(segment > k for segment in rewritten.get(storage, ()))
-            items.append(Item(address, start - trace.places[address], stop - start, fresh, copy))
-        hops.append(Hop(owner[k], owner[k + 1], tuple(items), pack_layout(tuple(i.size for i in items))))
-    return tuple(hops)
+class Watch:
+    """While it is entered, a `Trace` is written of what a forward does outside blocks. `fetch` is as for `Recorder`."""
+
+    def __init__(self, trace: Trace, fetch: Callable[[torch.Tensor], torch.Tensor]):
+        self.recorder = Recorder(trace, fetch)
+        self._reads = _HostReads(trace)
+
+    def __enter__(self) -> None:
+        self._reads.__enter__()
+        self.recorder.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.recorder.__exit__(*error)
+        self._reads.__exit__(*error)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Meanwhile a block runs, or something else that is not the forward's."""
+        modes = list(_get_current_function_mode_stack())
+        self.recorder.paused = True
+        _set_function_modes([mode for mode in modes if mode is not self._reads])
+        try:
+            yield
+        finally:
+            _set_function_modes(modes)
+            self.recorder.paused = False
 
 
-def _address(trace: Trace, storage: int, last_site: int) -> Address:
-    """A handle of the storage that exists before the hop: where it was made if possible, else the first one."""
-    handles = [a for a in trace.handles.get(storage, ()) if a.site <= last_site]
-    if not handles:
-        raise UnsupportedError(
-            f"a tensor that code outside the blocks computes from a block's output ({trace.makers.get(storage)}) is "
-            "needed in a later stage, but is never an argument or an output of a block, so it cannot be carried; "
-            "where another list of blocks makes it, name only the main lists in Plan(order=...): lists left out are "
-            "not cut"
-        )
-    created = trace.created.get(storage)
-    for address in handles:
-        if address.kind == "out" and address.site == created:
-            return address
-    return handles[0]
+def _set_function_modes(modes: list[Any]) -> None:
+    for _ in list(_get_current_function_mode_stack()):
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)

@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import RankError, UnsupportedError
 from .comm import Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
+from .derive import derive
 from .meeting import meet, sendable
 from .plan import CallPlan, Leaf, Site, describe_result
+from .signature import describe_leaf
 from .sites import inner_tensors, put
-from .trace import Recorder, Trace, derive
+from .trace import Trace, Watch
 from .writes import changed, mark
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class TracedCall:
     ):
         self.owners, self.blocks, self.comm = owners, blocks, comm
         self.trace = Trace()
-        self.recorder = Recorder(self.trace, self._fetch)
+        self.watch = Watch(self.trace, self._fetch)
         self._count = count
         self._inner = inner_tensors(model, blocks)
         self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -46,10 +48,11 @@ class TracedCall:
 
         Collective. Raises what the forward raises, on every rank, and UnsupportedError where it cannot be cut.
         """
-        self.trace.inputs = {self.trace.number(t) for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)}
+        given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+        self.trace.begin(arguments)
         current["seam"] = self
         try:
-            with torch.no_grad(), self.recorder:
+            with torch.no_grad(), self.watch:
                 out = forward()
             self._meet("the end")
         except Exception as error:
@@ -62,6 +65,10 @@ class TracedCall:
             raise UnsupportedError("the forward calls none of the model's blocks")
         if self.trace.mutated_input:
             raise UnsupportedError("the forward writes into one of its arguments")
+        known = {id(tensor) for tensor in given}
+        added = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and id(leaf) not in known]
+        if any(self.trace.knows(leaf) and self.trace.number(leaf) in self.trace.derived for leaf in added):
+            raise UnsupportedError("the forward puts what derives from a block into a list or dict that it is given")
         leaves, spec = tree_flatten(out)
         plan = derive(self.trace, leaves, spec, tuple(describe_result(leaf) for leaf in leaves))
         digests = self.comm.gather_objects(plan.digest())
@@ -71,25 +78,30 @@ class TracedCall:
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The seam: run the block on its owner, share its output and what it changed."""
-        self.recorder.paused = True
-        self._meet(f"block {self.blocks[index][0]}")
-        arguments = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in tree_flatten((args, kwargs))[0]]
-        owner = self.owners[index]
-        if owner == self.comm.rank:
-            out, described, mutated = self._own(index, call, args, kwargs, arguments)
-        else:
-            out, described, mutated = self._other(owner, arguments)
-        for q in mutated:
-            tensor = arguments[q]
-            assert tensor is not None
-            self.comm.broadcast(storage_bytes(tensor, 0, tensor.untyped_storage().nbytes()), owner)
-        leaves, spec = tree_flatten(out)
-        site = Site(index, owner, spec, tuple(self._leaf(leaf, described) for leaf in leaves))
-        hidden = len(described) - len({id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)})
-        if hidden:
-            raise UnsupportedError(f"a block returns {hidden} tensor(s) inside an object that cannot be looked into")
-        self.trace.block(site, arguments, leaves, mutated)
-        self.recorder.paused = False
+        with self.watch.paused():
+            self._meet(f"block {self.blocks[index][0]}")
+            given, _ = tree_flatten((args, kwargs))
+            looks = tuple(map(describe_leaf, given))
+            arguments = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in given]
+            owner = self.owners[index]
+            if owner == self.comm.rank:
+                out, described, mutated = self._own(index, call, args, kwargs, arguments)
+            else:
+                out, described, mutated = self._other(owner, arguments)
+            for q in mutated:
+                tensor = arguments[q]
+                assert tensor is not None
+                self.comm.broadcast(storage_bytes(tensor, 0, tensor.untyped_storage().nbytes()), owner)
+            leaves, spec = tree_flatten(out)
+            site = Site(
+                index, owner, spec, tuple(self._leaf(leaf, described) for leaf in leaves), looks, tuple(mutated)
+            )
+            hidden = len(described) - len({id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)})
+            if hidden:
+                raise UnsupportedError(
+                    f"a block returns {hidden} tensor(s) inside an object that cannot be looked into"
+                )
+            self.trace.block(site, arguments, leaves, mutated)
         return out
 
     def _meet(self, what: str | Exception) -> None:
@@ -112,13 +124,13 @@ class TracedCall:
             return tensor
         index, path = self._inner.pop(id(tensor))
         name, block = self.blocks[index]
-        self.recorder.paused = True
+        self.watch.recorder.paused = True
         self._meet(f"parameter {name}.{path}")
         dense = torch.empty_like(tensor, device=self.comm.mesh.device, memory_format=torch.contiguous_format)
         if self.owners[index] == self.comm.rank:
             dense.copy_(tensor)
         self.comm.broadcast(dense, self.owners[index])
-        self.recorder.paused = False
+        self.watch.recorder.paused = False
         if tensor.is_meta:
             held = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=dense.device)
             held.copy_(dense)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DiffusionParallelConfig, did_you_mean
-from ..core.assign import Assignment, assign
+from ..core.assign import Assignment
 from ..core.mesh import axis_sizes, coordinates
 from ..core.slices import Owned, Slice
 from ..errors import InputError
@@ -18,7 +18,8 @@ from ..loading.hub import cached
 from ..loading.index import INDEX
 from ..loading.weight_names import is_weights
 from ..models.shipped import names, shipped
-from ..parallel.tensor import describe_plan, owned_slices, owners_of_wholes, plan_components
+from ..parallel.place import place_components
+from ..parallel.tensor import describe_plan, owned_slices
 
 if TYPE_CHECKING:
     import torch
@@ -37,15 +38,7 @@ def inspect_model(
     configs = _configs(model)
     found = describe(model) if configs is None else describe_configs(configs)
     check_components(dtype, found.modules)
-    cuts = plan_components(found.modules, config.tensor_parallel_size, owners_of_wholes(config))
-    assignment = assign(
-        found.modules,
-        found.pipeline_class,
-        config,
-        max_in_flight=max_in_flight,
-        sliced=cuts.keys(),
-        environ=os.environ,
-    )
+    cuts, assignment = place_components(found.modules, found.pipeline_class, config, max_in_flight=max_in_flight)
     sizes = axis_sizes(config)
     ranks = []
     for rank in range(config.world_size):

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..api import load_parallel
-from ..core.assign import assign
 from ..core.comm import Comm
 from ..core.mesh import init_mesh, pick_device
 from ..core.schedule import Schedule
@@ -30,7 +29,7 @@ from ..models.back_ends import check_attention_backend
 from ..models.extras import check_extras
 from ..models.variants import image_pipeline
 from ..output import Output
-from ..parallel.tensor import plan_components
+from ..parallel.place import place_components
 from ..parallel_state import destroy_model_parallel
 from ..returned import sample_rate_of
 from ..signature import PipelineSignature, signature_of
@@ -59,8 +58,7 @@ def check(spec: SessionSpec) -> None:
     check_components(spec.dtype, found.modules)
     check_packages(found.pipeline_class.__name__, missing(found.pipeline_class))
     check_processors(part for name, part in found.components.items() if name not in found.modules)
-    assign(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight, environ=os.environ)
-    plan_components(found.modules, spec.config.tensor_parallel_size)
+    place_components(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight)
 
 
 class Session:

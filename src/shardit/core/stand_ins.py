@@ -1,0 +1,46 @@
+"""What a block call gives where the block does not run: tensors of the right shape over memory without its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .comm import view_bytes, view_near
+from .plan import Leaf, Site
+
+Memory = Callable[[Leaf], tuple[torch.Tensor, int]]
+"""Memory for the new storage of a leaf, and the byte of the storage at which that begins."""
+
+
+def stand_ins(site: Site, arguments: list[Any], memory: Memory) -> list[Any]:
+    """The leaves of a block call's output. arguments: the leaves of what the block was called with."""
+    storages: dict[int, tuple[torch.Tensor, int]] = {}
+    leaves: list[Any] = []
+    for leaf in site.leaves:
+        if leaf.kind == "value":
+            leaves.append(leaf.value)
+            continue
+        assert leaf.dtype is not None
+        if leaf.kind == "arg":
+            base = arguments[leaf.arg]
+            leaves.append(base if leaf.same else view_near(base, leaf.offset, leaf.dtype, leaf.size, leaf.stride))
+            continue
+        if leaf.storage not in storages:
+            storages[leaf.storage] = memory(leaf)
+        held, start = storages[leaf.storage]
+        leaves.append(view_bytes(held, leaf.offset * leaf.dtype.itemsize - start, leaf.dtype, leaf.size, leaf.stride))
+    return leaves
+
+
+def blank(leaf: Leaf, device: torch.device) -> torch.Tensor:
+    """Memory for a new storage. Arithmetic on what was never written is harmless; indexing with it is not."""
+    make = torch.empty if is_float(leaf) else torch.zeros
+    return make(leaf.nbytes, dtype=torch.uint8, device=device)
+
+
+def is_float(leaf: Leaf) -> bool:
+    """Whether a tensor leaf can hold NaN."""
+    assert leaf.dtype is not None
+    return leaf.dtype.is_floating_point or leaf.dtype.is_complex

@@ -1,0 +1,28 @@
+"""The script of docs/add-a-model.md runs and prints what the page says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).parent.parent / "docs" / "add-a-model.md"
+
+
+def _run(script: str, folder: Path) -> list[str]:
+    (folder / "check.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "check.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return sorted(line for line in done.stdout.splitlines() if "messages" in line)
+
+
+def test_the_script_of_the_page(tmp_path: Path) -> None:
+    script = next(text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S) if "torch" in text)
+    plain = _run(script, tmp_path)
+    assert [line.split()[:2] for line in plain] == [["0", "2"], ["1", "2"]]
+    assert all(int(line.split()[-2]) > 0 for line in plain)
+    ordered = script.replace("plan = None  # or ", "plan = ")
+    assert ordered != script
+    assert [line.split()[:2] for line in _run(ordered, tmp_path)] == [["0", "1"], ["1", "1"]]

@@ -23,7 +23,7 @@ WHOLE = {
     "Qwen-Image": {"transformer": 20.43, "text_encoder": 8.29, "vae": 0.127},
     "FLUX.1-dev": {"transformer": 11.90, "text_encoder": 0.123, "text_encoder_2": 4.76, "vae": 0.0838},
     "SD3.5-large": {
-        "transformer": 8.06,
+        "transformer": 8.06 + 192 * 192 * 2432 / 1e9,  # and a table of positions, which is no parameter
         "text_encoder": 0.1237,
         "text_encoder_2": 0.695,
         "text_encoder_3": 4.76,

@@ -62,7 +62,7 @@ def test_the_page_has_every_class() -> None:
 
 
 def test_a_page_needs_all_results() -> None:
-    results = {(name, axis): Outcome(name, axis, "right") for name in entries() for axis in AXES}
+    results = {(name, axis): Outcome(name, axis, "right", held=0.5) for name in entries() for axis in AXES}
     first, *_, last = entries()
     results[first, "tp 2"] = Outcome(first, "tp 2", "refused", message="a line\nuse 1")
     page = table.render(results)

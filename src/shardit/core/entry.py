@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from .agreement import named
+from .known_plans import MAX_SIGNATURES
 from .pending import settle
 from .signature import signature
 from .sites import swap_class
-from .stages import MAX_SIGNATURES, Runtime
+from .stages import Runtime
 
 _inside: ContextVar[nn.Module | None] = ContextVar("shardit_entered", default=None)
 """The model whose call runs, in this context."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from .components import components_of, device_of, refuse_hooks
 from .config import DiffusionParallelConfig, config_of
-from .connect import connect, join, spread_model
+from .connect import connect, join, refuse_shared_blocks, spread_model
 from .core.assign import Assignment, assign_blocks, denoises
 from .core.mesh import Mesh, init_mesh
 from .core.plan import Plan
@@ -177,6 +177,7 @@ def load_parallel(
         load_loras(pipe, options.lora)
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
+    refuse_shared_blocks(pipe, found[0])
     shard_components(pipe.components, cuts, mesh)
     connect(pipe, found[0], runtime, config, cuts)
     load_loras(pipe, options.lora)

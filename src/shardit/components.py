@@ -42,7 +42,27 @@ def components_of(target: Any) -> dict[str, nn.Module] | None:
     modules = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
     if not modules:
         raise InputError(f"parallelize takes a module or a pipeline that has modules, not {type(target).__name__}")
-    return modules
+    return _outermost(modules)
+
+
+def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Components without those that another one has as a part, and each under one name."""
+    parts = {id(part) for module in modules.values() for part in module.modules() if part is not module}
+    once: dict[int, str] = {}
+    for name, module in modules.items():
+        if id(module) not in parts:
+            once.setdefault(id(module), name)
+    return {name: modules[name] for name in once.values()}
+
+
+def shared_tensors(modules: dict[str, nn.Module]) -> dict[int, tuple[str, ...]]:
+    """The tensors that several components have (a ControlNet that uses embedders of the transformer): their ids, and
+    the names of those components."""
+    found: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}:
+            found.setdefault(tensor, []).append(name)
+    return {tensor: tuple(names) for tensor, names in found.items() if len(names) > 1}
 
 
 def device_of(modules: dict[str, nn.Module]) -> torch.device:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
 from .callbacks import calling, interrupt_members
-from .components import OFFLOAD, SAVE, components_of, guard, refused
+from .components import OFFLOAD, SAVE, components_of, guard, refused, shared_tensors
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment, Cut
 from .core.comm import Comm
@@ -36,24 +36,40 @@ def connect(
 ) -> None:
     """Turn the assigned components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with
     them. Components that another pipeline shares with it are parallel already, over the same runtime."""
+    shared = shared_tensors(components_of(pipe) or {})
     for name, cut in assignment.cut.items():
-        spread_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment)
+        spread_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment, shared)
     for name, owner in assignment.owned.items():
         comm, width = _among(name, assignment, runtime)
         small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
         if name in assignment.tiles:
-            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small)
+            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared)
         else:
-            own(getattr(pipe, name), comm, owner // width, small, cut)
+            own(getattr(pipe, name), comm, owner // width, small, cut, shared)
     for name, found in assignment.relayed.items():
         comm, width = _among(name, assignment, runtime)
         owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
-        relay(getattr(pipe, name), comm, found.units, owners, cut)
+        relay(getattr(pipe, name), comm, found.units, owners, cut, shared)
     for name in (*assignment.owned, *assignment.relayed):
         part = getattr(pipe, name)
+        part.shardit_boundary.reach(vars(pipe).values())
         guard(part, name, runtime.mesh)
         Placed(name, part, config, runtime, name not in cuts, None, assignment, cuts.get(name))
     join(pipe, runtime)
+
+
+def refuse_shared_blocks(pipe: Any, assignment: Assignment) -> None:
+    """Raise UnsupportedError where a component that is loaded in part uses blocks of a transformer that other stages
+    have: they were not read here."""
+    shared = shared_tensors(components_of(pipe) or {})
+    for name, cut in assignment.cut.items() if len(set(assignment.stages)) > 1 else ():
+        for key, parameter in getattr(pipe, name).named_parameters():
+            others = [other for other in shared.get(id(parameter), ()) if other != name]
+            if others and key.startswith(tuple(f"{block}." for block in cut.blocks)):
+                raise UnsupportedError(
+                    f"{others[0]} uses {key} of {name}, which lies on one of the stages: load the pipeline with "
+                    "diffusers and parallelize it, or use pipeline_parallel_size=1"
+                )
 
 
 def spread_model(
@@ -64,12 +80,13 @@ def spread_model(
     cut: Cut,
     slices: TensorPlan | None = None,
     assignment: Assignment | None = None,
+    shared: Collection[int] = (),
 ) -> None:
-    """Make one transformer parallel, in place."""
+    """Make one transformer parallel, in place. `shared`: ids of the tensors that another component has, too."""
     mesh = runtime.mesh
     # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
-    stages = (lambda: stage(model, runtime, cut.placement, cut.plan)) if pieces else None
+    stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared)) if pieces else None
     overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
     if "sp" in mesh.axes:
         way = spread_tokens(model, mesh, stages, cut.plan)

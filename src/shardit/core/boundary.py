@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
@@ -72,6 +72,8 @@ class Boundary:
         members["to"] = fixed_place(cls.to, self.device)
         if "device" not in vars(module) and (hasattr(cls, "device") or not path):
             members["device"] = property(lambda _: self.device)
+        if not path:
+            members["shardit_boundary"] = property(lambda _: self)
         for name, value in list(vars(module).items()):
             if _replaces_method(cls, name, value):
                 vars(module)[name] = self._replaced(module, path, name, value)
@@ -79,6 +81,13 @@ class Boundary:
         if hasattr(cls, "__iter__") or hasattr(cls, "__getitem__"):
             for name, child in module.named_children():
                 self.put(child, f"{path}.{name}" if path else name)
+
+    def reach(self, values: Iterable[Any]) -> None:
+        """Put the seam on those of some values that are parts of the component."""
+        paths = {id(part): path for path, part in self._plain[0][0].named_modules()}
+        for value in values:
+            if isinstance(value, nn.Module) and id(value) in paths:
+                self.put(value, paths[id(value)])
 
     @contextmanager
     def entered(self) -> Iterator[None]:

@@ -42,8 +42,10 @@ class Everywhere:
         self._homes = {name: (module.get_submodule(parent), leaf) for name, (parent, _, leaf) in pairs.items()}
 
     def look(self) -> dict[str, tuple[torch.Tensor, Any]]:
-        """What tells `written` later which of them were changed."""
-        return {name: (tensor, mark(tensor)) for name, tensor in self._tensors().items()}
+        """What tells `written` later which of them were changed: while a module trains, a copy, since torch does not
+        count how often running statistics are updated."""
+        trains = {name for name, (home, _) in self._homes.items() if home.training}
+        return {name: (t, t.clone() if name in trains else mark(t)) for name, t in self._tensors().items()}
 
     def written(self, before: dict[str, tuple[torch.Tensor, Any]]) -> dict[str, torch.Tensor]:
         """Those that were written to or replaced since `look`."""

@@ -130,10 +130,16 @@ class Relay:
 
 
 def relay(
-    model: nn.Module, comm: Comm, units: Sequence[str], owners: Sequence[int], cut: Collection[str] = ()
+    model: nn.Module,
+    comm: Comm,
+    units: Sequence[str],
+    owners: Sequence[int],
+    cut: Collection[str] = (),
+    shared: Collection[int] = (),
 ) -> Relay:
     """Cut an encoder in place: keep the units of this rank, and put the seam at all of them. `cut`: parameters of which
-    owners hold slices; code outside that reads one gets an UnsupportedError.
+    owners hold slices; code outside that reads one gets an UnsupportedError. `shared`: ids of the tensors that another
+    component has, too; every rank keeps them.
 
     The seam is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
     states by hooks on the layers, which have to see what the layers of other ranks give, too.
@@ -142,7 +148,7 @@ def relay(
     for index, (_, unit) in enumerate(made.units):
         if made.owners[index] != comm.rank:
             for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
-                if not parameter.is_meta:
+                if not parameter.is_meta and id(parameter) not in shared:
                     put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
         swap_class(unit, {"forward": _seam(made, index, type(unit).forward)})
     device = comm.mesh.device

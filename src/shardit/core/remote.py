@@ -28,16 +28,18 @@ def own(
     stage: int,
     everywhere: Collection[str] = (),
     cut: Collection[str] = (),
+    shared: Collection[int] = (),
 ) -> None:
     """Let `stage` alone hold a component, in place: the others keep its shape on meta and get its outputs.
 
     An output is broadcast tensor by tensor when the program first uses it, which is at the same point on every rank;
     what nobody uses (hidden states of all layers, say) never travels. So is a parameter or a buffer that code outside
     the component reads, unless it is one of those that every rank has (`everywhere`). `cut`: parameters of which the
-    stage holds a slice; reading one from outside raises UnsupportedError.
+    stage holds a slice; reading one from outside raises UnsupportedError. `shared`: ids of the tensors that another
+    component has, too; every rank keeps them.
     """
     if comm.rank != stage:
-        empty(module, everywhere)
+        empty(module, everywhere, shared)
     small = Everywhere(module, everywhere)
     boundary = Boundary(
         comm.mesh.device,
@@ -53,14 +55,14 @@ def reader(module: nn.Module, comm: Comm, stage: int, small: Everywhere, cut: Co
     return lambda name, tensor: tensor if name in small.names else fetched(comm, stage, kind, name, tensor, cut)
 
 
-def empty(module: nn.Module, everywhere: Collection[str]) -> None:
-    """Move the tensors of a module to meta, in place, but for those that every rank has."""
+def empty(module: nn.Module, everywhere: Collection[str], shared: Collection[int] = ()) -> None:
+    """Move the tensors of a module to meta, in place, but for those that every rank has, by name or by id."""
     moved: dict[int, torch.Tensor] = {}  # tied ones stay tied
     named = (
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     )
-    kept = {id(tensor) for name, tensor in named if name in everywhere}
+    kept = {id(tensor) for name, tensor in named if name in everywhere} | set(shared)
     for name, tensor in named:
         if id(tensor) in kept or tensor.is_meta:
             continue

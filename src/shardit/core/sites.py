@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -156,15 +156,21 @@ def _seam_call(own_call: Any, index: int, current: dict[str, Seam | None]) -> An
 
 
 def drop_blocks(
-    model: nn.Module, blocks: list[tuple[str, nn.Module]], owners: list[int], rank: int, plan: Plan | None
+    model: nn.Module,
+    blocks: list[tuple[str, nn.Module]],
+    owners: list[int],
+    rank: int,
+    plan: Plan | None,
+    shared: Collection[int] = (),
 ) -> None:
     """Move the blocks of other ranks to meta, in place: names and indices stay, the memory goes.
 
-    Parameters that the plan replicates keep their data, and so do those that are tied to what this rank has.
+    Parameters that the plan replicates keep their data, and so do those that are tied to what this rank has, and those
+    that another component has, too (`shared`: their ids).
     """
     keep = plan.replicate if plan is not None else ()
     others = [block for block, owner in zip(blocks, owners, strict=True) if owner != rank]
-    held = _outside(model, others)
+    held = _outside(model, others) | set(shared)
     for (name, block), owner in zip(blocks, owners, strict=True):
         if owner == rank:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -315,11 +315,18 @@ def scales_adapters(kwargs: dict[str, Any]) -> bool:
     )
 
 
-def stage(model: nn.Module, runtime: Runtime, placement: Placement, plan: Plan | None = None) -> Stages:
-    """Cut a transformer in place: keep the blocks of this rank, put the seam at all of them and at the model's call."""
+def stage(
+    model: nn.Module,
+    runtime: Runtime,
+    placement: Placement,
+    plan: Plan | None = None,
+    shared: Collection[int] = (),
+) -> Stages:
+    """Cut a transformer in place: keep the blocks of this rank, put the seam at all of them and at the model's call.
+    `shared`: ids of the tensors that another component has, too; every rank keeps them."""
     blocks = find_blocks(model, plan)
     stages = Stages(model, runtime, blocks, placement.owners())
-    drop_blocks(model, blocks, stages.owners, runtime.comm.rank, plan)
+    drop_blocks(model, blocks, stages.owners, runtime.comm.rank, plan, shared)
     install(blocks, stages._current)
     own_call = type(model).__call__
 

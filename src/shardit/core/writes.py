@@ -35,5 +35,5 @@ def mark(tensor: torch.Tensor | None) -> Any:
 def changed(tensor: torch.Tensor, mark: Any) -> bool:
     """Whether a tensor was written to since it was marked."""
     if isinstance(mark, torch.Tensor):
-        return not torch.equal(tensor.contiguous().view(torch.uint8), mark.contiguous().view(torch.uint8))
+        return not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, mark)))
     return tensor._version != mark

@@ -225,11 +225,18 @@ def _kept(module: nn.Module) -> Iterator[None]:
         vars(module).update(before)
 
 
-def spread_tiles(module: nn.Module, comm: Comm, ranks: tuple[int, ...], everywhere: Collection[str] = ()) -> Tiles:
+def spread_tiles(
+    module: nn.Module,
+    comm: Comm,
+    ranks: tuple[int, ...],
+    everywhere: Collection[str] = (),
+    shared: Collection[int] = (),
+) -> Tiles:
     """Let the members `ranks` of `comm` share the tiles of a VAE, in place, and switch its tiling on; the others keep
-    its shape on meta and get its outputs, but have the tensors that are on every rank (`everywhere`)."""
+    its shape on meta and get its outputs, but have the tensors that are on every rank (`everywhere` by name,
+    `shared` by id)."""
     if comm.rank not in ranks:
-        empty(module, everywhere)
+        empty(module, everywhere, shared)
     module.enable_tiling()  # pyright: ignore[reportCallIssue]
     small = Everywhere(module, everywhere)
     tiles = Tiles(module, comm, ranks, small)

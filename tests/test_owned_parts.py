@@ -1,0 +1,248 @@
+"""Owned components used in any other way than by a call: parts, methods, tensors, hooks, replaced methods."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardit
+from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.api import load_parallel
+from shardit.core.comm import Comm
+from shardit.core.everywhere import SMALL_BYTES, small_tensors
+from shardit.core.mesh import init_mesh
+from shardit.core.pending import PendingTensor
+from shardit.core.relay import relay
+from shardit.core.remote import own
+from shardit.core.units import find_units
+from shardit.engine.inspect import inspect_model
+from shardit.loading import Reads
+from shardit.models import tiny
+from tests.pipelines.entry import entries
+from tests.pipelines.runs import distance, run
+from tests.ranks import run_ranks
+
+STAGES = DiffusionParallelConfig(pipeline_parallel_size=2, split_batch=False)
+
+PIPELINES = ("LTXPipeline", "Flux2Pipeline", "StableUnCLIPPipeline")
+"""They read a buffer of a VAE, running statistics of a layer in it, and call a method of a normaliser."""
+
+
+def join(rank: int, size: int, method: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=size)
+
+
+def comm() -> Comm:
+    mesh = init_mesh(DiffusionParallelConfig(cfg_parallel_size=2), device="cpu", timeout_s=60)
+    return Comm(mesh, mesh.replica)
+
+
+IDS = torch.arange(14).view(2, 7) + 5
+
+
+def _vae(pipe: Any) -> Any:
+    """The VAE with what pipelines read of one."""
+    torch.manual_seed(5)
+    pipe.vae.register_buffer("means", torch.randn(16))
+    pipe.vae.register_buffer("table", torch.randn(SMALL_BYTES // 4 + 1))
+    pipe.vae.bn = nn.BatchNorm2d(16, affine=False)
+    pipe.vae.bn.running_mean.normal_()
+    return pipe.vae
+
+
+def _noise(*size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(1))
+
+
+def _picture() -> torch.Tensor:
+    return _noise(1, 3, 16, 16)
+
+
+def _blocks(vae: Any) -> torch.Tensor:
+    hidden = vae.encoder.conv_in(_picture())
+    for block in vae.encoder.down_blocks:
+        hidden = block(hidden)
+    return vae.encoder.mid_block.attentions[0](hidden)
+
+
+def _hooked(model: Any, part: Callable[[Any], Any], call: Callable[[], Any]) -> Any:
+    seen: list[torch.Tensor] = []
+    handle = part(model).register_forward_hook(lambda module, args, output: seen.append(output) or output * 2)
+    try:
+        out = call()
+    finally:
+        handle.remove()
+    return [*seen, out]
+
+
+def _writes(vae: Any) -> Any:
+    x = _picture()
+    vae.encoder.conv_act.inplace = True
+    hidden = vae.encoder.conv_act(x)
+    return [x, hidden]
+
+
+def _patched(vae: Any) -> Any:
+    return vae.decode(_noise(1, 16, 4, 4)).sample
+
+
+def _trains(vae: Any) -> Any:
+    """A call that moves running statistics, which every rank has."""
+    vae.bn.train()
+    out = vae.bn(_noise(2, 16, 4, 4))
+    vae.bn.eval()
+    return [out, vae.bn.running_mean.clone(), vae.bn(_noise(1, 16, 2, 2))]
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "small buffer": lambda vae: vae.means.view(1, -1) * 2,
+    "buffer of a part": lambda vae: vae.bn.running_var + vae.bn.running_mean,
+    "large buffer": lambda vae: vae.table[:7] + 1,
+    "weight": lambda vae: vae.decoder.conv_in.weight.abs().sum(),
+    "weight by name": lambda vae: vae.get_parameter("decoder.conv_in.bias") + 1,
+    "part": lambda vae: vae.encoder(_picture()),
+    "private method": lambda vae: vae._encode(_picture()),
+    "parts of parts": _blocks,
+    "embedded sample": lambda vae: vae.encode(_picture()).latent_dist.sample(torch.Generator().manual_seed(2)),
+    "replaced methods": _patched,
+    "forward": lambda vae: vae.forward(_picture()).sample,
+    "hook": lambda vae: _hooked(vae, lambda v: v.decoder.mid_block.resnets[0], lambda: _patched(vae)),
+    "hooks by modules()": lambda vae: _hooked(
+        vae, lambda v: [m for m in v.modules() if isinstance(m, nn.GroupNorm)][-1], lambda: _patched(vae)
+    ),
+    "argument in place": _writes,
+    "statistics": _trains,
+    "upcast": lambda vae: vae.decoder.conv_in.to(torch.float64)(_noise(1, 16, 4, 4).double()),
+}
+
+ENCODER_USES: dict[str, Callable[[Any], Any]] = {
+    "embeddings": lambda e: e.get_input_embeddings()(IDS),
+    "embedding weight": lambda e: e.get_input_embeddings().weight[3:5] * 2,
+    "last norm": lambda e: _last_norm(e),
+    "layer in a layer": lambda e: _layers(e)[0].mlp(_noise(1, 3, e.config.hidden_size)),
+    "forward by layers": lambda e: [_layers(e)[1](_noise(1, 3, e.config.hidden_size), attention_mask=None)],
+    "hook on a layer": lambda e: _hooked(e, lambda e: _layers(e)[1], lambda: e(IDS).last_hidden_state),
+    "hidden states": lambda e: e(IDS, output_hidden_states=True).hidden_states,
+}
+
+
+def _text(encoder: Any) -> Any:
+    return getattr(encoder, "text_model", encoder)
+
+
+def _layers(encoder: Any) -> Any:
+    return _text(encoder).encoder.layers
+
+
+def _last_norm(encoder: Any) -> torch.Tensor:
+    return _text(encoder).final_layer_norm(encoder(IDS, output_hidden_states=True).hidden_states[-2])
+
+
+def same(expected: Any, got: Any, what: str) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, got), what
+    else:
+        assert len(expected) == len(got), what
+        for a, b in zip(expected, got, strict=True):
+            same(a, b, what)
+
+
+def replace_methods(vae: Any) -> None:
+    """What users do to methods before they spread a pipeline."""
+    plain = vae.decode
+    vae.decode = functools.partial(lambda factor, z, **more: plain(z * factor, **more), 2)
+    vae.encoder.forward = torch.compile(vae.encoder.forward, backend="eager")
+
+
+def uses(rank: int, count: int, method: str) -> None:
+    join(rank, count, method)
+    torch.set_grad_enabled(False)
+    load, ranks = functools.partial(tiny.load_plain, tiny.resolve("tiny/flux")), comm()
+    plain, vae = _vae(load()), _vae(load())
+    for one in (plain, vae):
+        replace_methods(one)
+    own(vae, ranks, 1, small_tensors(vae))
+    assert rank == 1 or vae.table.shape == plain.table.shape  # no message for that
+    assert isinstance(vae.table, PendingTensor)
+    assert not isinstance(vae.means, PendingTensor)
+    assert vae.decoder.conv_in.weight.device.type == "cpu"
+    assert isinstance(vae.decoder.conv_in.weight, nn.Parameter)
+    for name, use in USES.items():
+        same(use(plain), use(vae), name)
+    vae.encoder.down_blocks[0].resnets[0].conv1.to(torch.float32)
+    assert (rank == 1) != next(vae.decoder.parameters()).is_meta
+    for spread in (
+        lambda e: own(e, ranks, 0),
+        lambda e: relay(e, ranks, [n for u in find_units(e) for n in u.names], alternating(e)),
+    ):
+        expected, encoder = load().text_encoder, load().text_encoder
+        spread(encoder)
+        for name, use in ENCODER_USES.items():
+            same(use(expected), use(encoder), name)
+    with pytest.raises(UnsupportedError, match=r"mlp.fc1 of CLIPTextModel has a hook, and runs on one rank: put it on"):
+        _hooked(encoder, lambda e: _layers(e)[0].mlp.fc1, lambda: encoder(IDS))
+    with pytest.raises(RuntimeError, match="expected input"):  # raised by its owner, on all ranks
+        vae.encoder.conv_in(torch.zeros(1, 5, 16, 16))
+    whole = load().text_encoder
+    own(whole, ranks, 0, cut=["text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"])
+    with pytest.raises(UnsupportedError, match=r"reads .*token_embedding.weight, which is cut over tensor ranks"):
+        whole.get_input_embeddings().weight.sum()
+
+
+def alternating(encoder: Any) -> list[int]:
+    return [i % 2 for i, _ in enumerate(n for u in find_units(encoder) for n in u.names)]
+
+
+def test_every_kind_of_use() -> None:
+    run_ranks(2, uses)
+
+
+def whole_pipelines(rank: int, count: int, method: str, names: tuple[str, ...], folder: str) -> tuple[int, int]:
+    """Real pipelines over two stages; then one from its files: the bytes that this rank has read, and that it holds."""
+    join(rank, count, method)
+    for name in names:
+        entry = entries()[name]
+        spread = shardit.parallelize(entry.build(), STAGES, timeout_s=60)
+        assert distance(run(entry.build(), entry), run(spread, entry)) == 0.0, name
+    entry, reads = entries()["LTXPipeline"], Reads()
+    mesh = init_mesh(STAGES, device="cpu", timeout_s=60)
+    pipe, assignment, _ = load_parallel(folder, STAGES, mesh, pipeline_class="LTXPipeline", reads=reads)
+    assert {"latents_mean", "latents_std"} <= assignment.small["vae"]
+    assert torch.equal(pipe.vae.latents_mean, plain_mean())
+    held = {
+        id(t): t for part in ("vae", "transformer") for t in getattr(pipe, part).state_dict(keep_vars=True).values()
+    }
+    return reads.bytes, sum(t.nbytes for t in held.values() if not t.is_meta)
+
+
+def ltx() -> Any:
+    """LTX whose VAE has means that are not those of a new one."""
+    pipe = entries()["LTXPipeline"].build()
+    pipe.vae.latents_mean.copy_(plain_mean())
+    return pipe
+
+
+def plain_mean() -> torch.Tensor:
+    return torch.linspace(-1, 1, entries()["LTXPipeline"].build().vae.config.latent_channels)
+
+
+def test_whole_pipelines_and_files(tmp_path: Any) -> None:
+    ltx().save_pretrained(tmp_path)
+    found = run_ranks(2, whole_pipelines, PIPELINES, str(tmp_path))
+    told = inspect_model(tmp_path, STAGES)["ranks"]
+    for (read, held), rank in zip(found, told, strict=True):
+        assert read == held
+        assert read == sum(part["bytes"] for part in rank["components"].values())
+
+
+def test_small_tensors() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module.token = nn.Parameter(torch.zeros(3))
+    module.register_buffer("large", torch.zeros(SMALL_BYTES // 4), persistent=False)
+    found = small_tensors(module)
+    assert found == {"token", "1.running_mean", "1.running_var", "1.num_batches_tracked"}

@@ -202,7 +202,7 @@ def test_every_kind_of_use() -> None:
     run_ranks(2, uses)
 
 
-def whole_pipelines(rank: int, count: int, method: str, names: tuple[str, ...], folder: str) -> tuple[int, int]:
+def whole_pipelines(rank: int, count: int, method: str, names: tuple[str, ...], folder: str) -> tuple[int, Any]:
     """Real pipelines over two stages; then one from its files: the bytes that this rank has read, and that it holds."""
     join(rank, count, method)
     for name in names:
@@ -214,10 +214,13 @@ def whole_pipelines(rank: int, count: int, method: str, names: tuple[str, ...], 
     pipe, assignment, _ = load_parallel(folder, STAGES, mesh, pipeline_class="LTXPipeline", reads=reads)
     assert {"latents_mean", "latents_std"} <= assignment.small["vae"]
     assert torch.equal(pipe.vae.latents_mean, plain_mean())
-    held = {
-        id(t): t for part in ("vae", "transformer") for t in getattr(pipe, part).state_dict(keep_vars=True).values()
-    }
-    return reads.bytes, sum(t.nbytes for t in held.values() if not t.is_meta)
+    held = {name: held_bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return reads.bytes, held
+
+
+def held_bytes(module: nn.Module) -> int:
+    held = {id(t): t for t in module.state_dict(keep_vars=True).values() if not t.is_meta}
+    return sum(t.nbytes for t in held.values())
 
 
 def ltx() -> Any:
@@ -236,8 +239,9 @@ def test_whole_pipelines_and_files(tmp_path: Any) -> None:
     found = run_ranks(2, whole_pipelines, PIPELINES, str(tmp_path))
     told = inspect_model(tmp_path, STAGES)["ranks"]
     for (read, held), rank in zip(found, told, strict=True):
-        assert read == held
-        assert read == sum(part["bytes"] for part in rank["components"].values())
+        assert read == sum(held.values())
+        assert held == {name: part["bytes"] for name, part in rank["components"].items()}
+    assert 0 < min(held["vae"] for _, held in found) < 1000  # one rank has the means alone
 
 
 def test_small_tensors() -> None:

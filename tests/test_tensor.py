@@ -162,14 +162,14 @@ class Odd(nn.Module):
         super().__init__()
         self.heads = 4
         self.to_q, self.to_k, self.to_v = (nn.Linear(16, 16) for _ in range(3))
-        self.to_gate = nn.Linear(16, 4)
+        self.to_mix = nn.Linear(16, 4)
         self.to_out = nn.ModuleList([nn.Linear(16, 16)])
 
 
 def test_what_no_rule_knows_stays_whole() -> None:
     plan = plan_tensors(nn.ModuleDict({"odd": Odd(), "free": nn.Linear(4, 4)}), 2)
     assert not plan.cuts
-    assert plan.notes == ["odd is whole on every rank: no rule knows to_gate.weight"]
+    assert plan.notes == ["odd is whole on every rank: no rule knows to_mix.weight"]
 
 
 def test_refused() -> None:

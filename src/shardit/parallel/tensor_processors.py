@@ -5,7 +5,7 @@ They may be there before the model is cut, come afterwards, change, and go again
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,10 +39,10 @@ def processor_parts(processor: nn.Module, query: Shards, keys: Shards) -> dict[s
     return found
 
 
-def attentions_in(model: nn.Module, units: Iterable[str]) -> list[str]:
-    """The names of the modules in units of a plan that have a processor."""
+def attentions_in(model: nn.Module, units: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules in units of a plan that have a processor, by name."""
     inside = [(unit, name, m) for unit in units for name, m in model.get_submodule(unit).named_modules()]
-    return [join(unit, name) for unit, name, module in inside if hasattr(module, PROCESSOR)]
+    return {join(unit, name): module for unit, name, module in inside if hasattr(module, PROCESSOR)}
 
 
 def mark_cut(attention: nn.Module) -> None:
@@ -52,10 +52,10 @@ def mark_cut(attention: nn.Module) -> None:
         vars(processor)["shardit_cut"] = True
 
 
-def adopt_processors(model: nn.Module, attentions: Iterable[str], plan: TensorPlan, ranks: Collectives) -> None:
+def adopt_processors(attentions: Mapping[str, nn.Module], plan: TensorPlan, ranks: Collectives) -> None:
     """Cut what has come into cut attention since, in place. Raises UnsupportedError where nobody knows how."""
-    for name in attentions:
-        processor = getattr(model.get_submodule(name), PROCESSOR)
+    for name, attention in attentions.items():
+        processor = getattr(attention, PROCESSOR)
         query, keys = (plan.cuts.get(join(name, f"{part}.weight")) for part in ("to_q", "to_k"))
         if query is None or (isinstance(processor, nn.Module) and vars(processor).get("shardit_cut")):
             continue

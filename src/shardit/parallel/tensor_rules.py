@@ -9,9 +9,10 @@ from dataclasses import dataclass
 class Attention:
     """Names of the parts of an attention module.
 
-    query, key_value: linears cut by columns at heads; out: linears cut by rows. query_norms, key_norms: norms over one
-    head (kept) or over all (cut). per_head: tables with a column for each head. full_input: parts that see what comes
-    before the heads, and so are kept. Any other part with parameters makes the module unknown: it is left whole.
+    query, key_value: linears cut by columns at heads (a gate on what comes out of the heads is like a query); out:
+    linears cut by rows. query_norms, key_norms: norms over one head (kept) or over all (cut). per_head: tables with a
+    column for each head. full_input: parts that see what comes before the heads, and so are kept. Any other part with
+    parameters makes the module unknown: it is left whole.
     """
 
     query: tuple[str, ...]
@@ -25,7 +26,7 @@ class Attention:
 
 ATTENTIONS = (
     Attention(  # diffusers
-        query=("to_q", "add_q_proj"),
+        query=("to_q", "add_q_proj", "to_gate"),
         key_value=("to_k", "to_v", "add_k_proj", "add_v_proj"),
         out=("to_out.0", "to_out", "to_add_out"),
         query_norms=("norm_q", "norm_added_q"),
@@ -121,6 +122,7 @@ FEED_FORWARDS = (
     ),
     FeedForward(("w1", "w3"), "w2"),
     FeedForward(("gate_proj", "up_proj"), "down_proj"),
+    FeedForward(("gate", "up"), "down"),
     FeedForward(("wi_0", "wi_1"), "wo"),
     FeedForward(("wi",), "wo"),
     FeedForward(("fc1",), "fc2"),

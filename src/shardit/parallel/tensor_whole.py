@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ from ..core.collectives import Collectives
 from ..core.coroutine import willing
 from ..core.slices import Shards
 from .tensor_cuts import PLAIN, TensorPlan
+from .tensor_heads import join
+
+FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""Linears that diffusers' `fuse_projections` makes, and of which."""
 
 
 @contextmanager
@@ -45,7 +54,7 @@ def _become_whole(
     model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives, undo: list[Callable[[], None]]
 ) -> None:
     inside = f"{unit}." if unit else ""
-    for module, leaf, cut in list(_slices(model, inside, plan)):
+    for module, leaf, cut in [*_slices(model, inside, plan), *_fused(model, unit, plan)]:
         part = module._parameters[leaf]
         assert part is not None
         module._parameters[leaf] = nn.Parameter(gathered(part.detach(), cut, ranks), part.requires_grad)
@@ -83,6 +92,28 @@ def _slices(model: nn.Module, inside: str, plan: TensorPlan) -> Iterator[tuple[n
             found = holder._parameters.get(key)
             if found is not None and found.shape[cut.dim] != cut.total:
                 yield holder, key, cut
+
+
+def _fused(model: nn.Module, unit: str, plan: TensorPlan) -> Iterator[tuple[nn.Module, str, Shards]]:
+    """The same of linears that were fused after the cut: the slices of their parts lie one behind the other."""
+    for name, module in model.get_submodule(unit).named_modules():
+        *_, last = name.split(".")
+        above = join(unit, name).rpartition(".")[0]
+        cuts = [plan.cuts.get(join(above, f"{part}.weight")) for part in FUSED.get(last, ())]
+        if not cuts or None in cuts:
+            continue
+        parts = [cut for cut in cuts if cut is not None]
+        starts = list(accumulate((cut.total for cut in parts), initial=0))
+        ranks = [
+            tuple(
+                (start + at, length) for start, cut in zip(starts, parts, strict=False) for at, length in cut.ranks[r]
+            )
+            for r in range(plan.size)
+        ]
+        whole = Shards(0, starts[-1], tuple(ranks))
+        for leaf, found in module._parameters.items():
+            if found is not None and found.shape[0] != whole.total:
+                yield module, leaf, whole
 
 
 def _of_adapters(layer: Any, leaf: str, cut: Shards) -> Iterator[tuple[nn.Module, str]]:

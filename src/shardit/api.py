@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from .changes import refuse_compiled
 from .components import components_of, device_of, refuse_hooks
 from .config import DiffusionParallelConfig, config_of
-from .connect import connect, join, refuse_shared_blocks, spread_model
+from .connect import compile_part, connect, join, refuse_shared_blocks, spread_model, take_compilers
 from .core.assign import Assignment, assign_blocks, denoises
 from .core.mesh import Mesh, init_mesh
 from .core.plan import Plan
@@ -64,6 +65,7 @@ def parallelize(
     _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
+    compilers = take_compilers(target, fresh)
     refuse_hooks({name or type(target).__name__: module for name, module in fresh.items()}, mesh)
     runtime = runtime or Runtime.of(mesh, split_batch=config.split_batch)
     if modules is None:
@@ -73,14 +75,34 @@ def parallelize(
         join(target, runtime)
     else:
         held = [sum(placed.bytes_of(m) for placed in earlier.values()) for m in range(len(mesh.replica.ranks))]
-        cuts, assignment = place_components(fresh, type(target), config, plans=plan, held=held if earlier else None)
-        shard_components(fresh, cuts, mesh)
-        connect(target, assignment, runtime, config, cuts)
+        _whole(target, fresh, runtime, config, plan, compilers, held if earlier else None)
     return module_or_pipeline
+
+
+def _whole(
+    pipe: Any,
+    modules: Mapping[str, nn.Module],
+    runtime: Runtime,
+    config: DiffusionParallelConfig,
+    plan: Plan | Mapping[str, Plan] | None,
+    compilers: Mapping[str, Any],
+    held: list[float] | None,
+) -> None:
+    """Spread the given components of a pipeline."""
+    cuts, assignment = place_components(modules, type(pipe), config, plans=plan, held=held)
+    for name in assignment.relayed:
+        refuse_compiled(name, modules[name], modules[name].modules())
+    for name in assignment.cut:
+        refuse_compiled(name, modules[name], ())
+    shard_components(modules, cuts, runtime.mesh)
+    connect(pipe, assignment, runtime, config, cuts)
+    for name, compiler in compilers.items():
+        compile_part(name, modules[name], compiler)
 
 
 def _alone(model: nn.Module, runtime: Runtime, config: DiffusionParallelConfig, plan: Plan | None) -> None:
     """Spread a transformer that is in no pipeline."""
+    refuse_compiled(type(model).__name__, model, ())
     slices = plan_components({ALONE: model}, runtime.mesh.sizes["tp"])
     shard_components({ALONE: model}, slices, runtime.mesh)
     cut, _ = assign_blocks(model, config, 1, plan, os.environ)

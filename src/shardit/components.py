@@ -17,6 +17,10 @@ from .mixins import CFGParallelMixin
 
 OFFLOAD = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
 SAVE = ("save_pretrained",)
+BEFORE = ("load_textual_inversion", "unload_textual_inversion", "enable_free_noise", "disable_free_noise")
+"""Methods of pipelines that make modules of the values of others, of which a rank has a part alone."""
+BEFORE_ON_MODULES = ("resize_token_embeddings", "set_input_embeddings")
+"""The same of models."""
 
 CACHES = (
     "FirstBlockCacheConfig",
@@ -113,6 +117,7 @@ def check_cache(mesh: Mesh, config: Any, name: str) -> None:
 def guard(module: Any, name: str, mesh: Mesh) -> None:
     """Let the methods of a component that would do something else than they say raise UnsupportedError, in place."""
     members: dict[str, Any] = {method: refused(method) for method in (*OFFLOAD, *SAVE) if hasattr(module, method)}
+    members |= {method: refused(method) for method in BEFORE_ON_MODULES if hasattr(module, method)}
     own_enable = getattr(type(module), "enable_cache", None)
     if own_enable is not None or hasattr(module, "shardit_stages"):
 
@@ -148,6 +153,7 @@ def refused(name: str) -> Callable[..., None]:
     """A method that raises UnsupportedError."""
     what = "cannot be combined with several ranks: each holds only its own part"
     advice = "; save it before parallelize" if name in SAVE else ""
+    advice = "; do it before parallelize" if name in (*BEFORE, *BEFORE_ON_MODULES) else advice
 
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(f"{name} {what}{advice}")

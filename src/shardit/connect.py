@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
+from .adapters import fusing
 from .callbacks import calling, interrupt_members
-from .components import OFFLOAD, SAVE, components_of, guard, refused, shared_tensors
+from .changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
+from .components import BEFORE, OFFLOAD, SAVE, components_of, guard, refused, shared_tensors
 from .config import DiffusionParallelConfig
-from .core.assign import Assignment, Cut
+from .core.assign import Assignment, Cut, denoises
 from .core.comm import Comm
 from .core.entry import guard_entry
 from .core.overlap import overlap
 from .core.relay import relay
 from .core.remote import own
-from .core.sites import plain_class, swap_class
+from .core.sites import find_blocks, plain_class, swap_class
 from .core.stages import Runtime, stage
 from .errors import UnsupportedError
 from .parallel.spread import spread_tokens
@@ -25,6 +28,8 @@ from .parallel.tensor import TensorPlan
 from .parallel.tensor_adapters import pipeline_members
 from .parallel.tiles import spread_tiles
 from .placed import Placed, placed_on
+
+log = logging.getLogger(__name__)
 
 
 def connect(
@@ -54,7 +59,7 @@ def connect(
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
         guard(part, name, runtime.mesh)
-        Placed(name, part, config, runtime, name not in cuts, None, assignment, cuts.get(name))
+        Placed(name, part, config, runtime, False, None, assignment, cuts.get(name))
     join(pipe, runtime)
 
 
@@ -96,7 +101,7 @@ def spread_model(
     if overlaps and mesh.axes.keys() & {"sp", "tp"}:
         overlap(model, runtime)
     guard(model, name or type(model).__name__, mesh)
-    placed = Placed(name, model, config, runtime, False, cut.plan, assignment, slices)
+    placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
     guard_entry(model, runtime, placed.check)
 
 
@@ -115,7 +120,9 @@ def join(pipe: Any, runtime: Runtime) -> None:
     call = functools.wraps(cls.__call__)(calling(cls.__call__, runtime, check_parts))  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
-    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE)})
+    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE)})
+    if hasattr(cls, "fuse_lora"):
+        members["fuse_lora"] = fusing(cls.fuse_lora, runtime.replica, lambda self: (components_of(self) or {}).values())
     found = {id(part): placed_on(part) for part in (components_of(pipe) or {}).values()}
     slices = {key: placed.slices for key, placed in found.items() if placed is not None and placed.slices is not None}
     members.update(pipeline_members(cls, slices))
@@ -127,7 +134,11 @@ def check_parts(pipe: Any) -> None:
     """Raise UnsupportedError, on every rank alike, where parts of a pipeline are not (or not any more) what they were
     when it was made parallel."""
     for name, part in (components_of(pipe) or {}).items():
+        part, compiler = unwrap(part)
         placed = placed_on(part)
+        if placed is not None and compiler is not None:
+            setattr(pipe, name, part)
+            compile_part(name, part, compiler)
         if placed is None:
             raise UnsupportedError(
                 f"{name} was put into the pipeline after parallelize, so every rank would run all of it: call "
@@ -139,6 +150,36 @@ def check_parts(pipe: Any) -> None:
                 "the pipelines that share components before parallelize"
             )
         placed.check()
+
+
+def take_compilers(target: Any, modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """Take the wrappers of torch.compile around components, and around their parts, away, in place, also in `modules`;
+    what compiled the components by name, for `compile_part`."""
+    compilers = {}
+    for name, module in list(modules.items()):
+        part, compiler = unwrap(module)
+        if compiler is not None and module is target:
+            raise UnsupportedError(
+                f"{type(part).__name__} is wrapped by torch.compile: parallelize the model itself, and {BLOCKWISE}"
+            )
+        if compiler is not None:
+            compilers[name], modules[name] = compiler, part
+            setattr(target, name, part)
+        unwrap_parts(part)
+    return compilers
+
+
+def compile_part(name: str, part: Any, compiler: Any) -> None:
+    """Compile a component of a pipeline, of which torch.compile had made a wrapper: a model that denoises block by
+    block, since its forward waits for other ranks between them; another one whole, where it runs."""
+    if denoises(name, part):
+        for _, block in find_blocks(part):
+            compile_call(block, compiler)
+        log.info("%s: torch.compile compiles its blocks, each by itself", name)
+    elif hasattr(part, "shardit_relay"):
+        log.warning("%s is not compiled: its layers lie on several ranks", name)
+    else:
+        compile_call(part, compiler)
 
 
 @functools.cache

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .adapters import fusing
+from .changes import follow, unwrap_parts
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment
+from .core.fingerprint import Fingerprint
 from .core.plan import Plan
 from .core.randomness import dropout_in_training
 from .core.sites import swap_class
@@ -20,39 +24,85 @@ if TYPE_CHECKING:
     from .parallel.tensor_cuts import TensorPlan
 
 
+KNOWN = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
+"""Methods of models that change them in a way that is right: they put linears next to others, made of those, or bring
+all parameters (with `_apply`, which stands behind `to`, `half` ...) to another dtype or memory format."""
+
+
 @dataclass(eq=False)
 class Placed:
     """One component that is spread.
 
-    name: in the pipeline with which it was spread. runs_whole: each call of it is made by one rank, or by one rank for
-    each of its units, of whole tensors. assignment: None for a model that was spread by itself. slices: how its linears
-    are cut over tensor ranks.
+    name: in the pipeline with which it was spread. denoises: all ranks take part in each of its calls, which begin at
+    its `__call__`; else one rank, or one for each of its units, runs its methods. assignment: None for a model that was
+    spread by itself. slices: how its linears are cut over tensor ranks.
     """
 
     name: str
     module: nn.Module
     config: DiffusionParallelConfig
     runtime: Runtime
-    runs_whole: bool
+    denoises: bool
     plan: Plan | None = None
     assignment: Assignment | None = None
     slices: TensorPlan | None = None
-    _modules: list[dict[str, Any]] = field(default_factory=list)
+    _taken: Fingerprint = field(init=False, repr=False)
+    _methods: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        swap_class(self.module, {"shardit_placed": property(lambda module: self)})
+        known = [name for name in KNOWN if self.denoises and hasattr(self.module, name)]
+        members: dict[str, Any] = {name: self._known(name) for name in known}
+        own_fuse = getattr(type(self.module), "fuse_lora", None)
+        if own_fuse is not None:
+            members["fuse_lora"] = fusing(own_fuse, self.runtime.replica, lambda model: [model])
+        swap_class(self.module, {**members, "shardit_placed": property(lambda module: self)})
+        self.take()
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.name or type(self.module).__name__
+
+    def take(self) -> None:
+        """Take the component as it is now for what is right."""
+        self._taken, self._methods = Fingerprint(self.module), _own_methods(self.module)
 
     def check(self) -> None:
-        """Raise UnsupportedError, on every rank alike, for what has become of the component and cannot be right."""
-        if not self.runs_whole and any(map(_training, self.module.modules())):
+        """Follow what was changed since it was spread, or raise UnsupportedError, on every rank alike."""
+        if self._taken.changed():
+            unwrap_parts(self.module)
+            follow(self, self._taken.changes())
+            self.take()
+        if not self.denoises and self.slices is None:
+            now = _own_methods(self.module)
+            name = next((name for name, method in now.items() if self._methods.get(name) is not method), None)
+            if name is not None:
+                raise UnsupportedError(
+                    f"{self.title}.{name} was replaced on the object after parallelize, so every rank would run it, "
+                    "but one alone has the weights: replace (compile, wrap) it before"
+                )
+        elif self._taken.training():
             self._refuse_dropout()
+
+    def _known(self, name: str) -> Callable[..., Any]:
+        """A method that changes the model, and does so right however it is spread."""
+        own_method = getattr(type(self.module), name)
+
+        @functools.wraps(own_method)
+        def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+            self.check()  # what was changed before is none of this method's
+            out = own_method(module, *args, **kwargs)
+            follow(self, [])
+            self.take()
+            return out
+
+        return method
 
     def _refuse_dropout(self) -> None:
         part = dropout_in_training(self.module)
         if part is not None:
             raise UnsupportedError(
-                f"{self.name or type(self.module).__name__} is in training mode, and {part} would drop other values on "
-                "each rank: call .eval() on it"
+                f"{self.title} is in training mode, and {part} would drop other values on each rank: call .eval() on it"
             )
 
     def bytes_of(self, member: int) -> float:
@@ -64,8 +114,12 @@ class Placed:
         return sum(p.nbytes for name, p in self.module.named_parameters() if owns(name)) / share
 
 
-def _training(module: nn.Module) -> bool:
-    return module.training
+def _own_methods(module: nn.Module) -> dict[str, Any]:
+    """What stands in for methods of its class on a module itself, where it hides what is done at calls from outside."""
+    cls = type(module)
+    return {
+        name: value for name, value in vars(module).items() if callable(value) and callable(getattr(cls, name, None))
+    }
 
 
 def placed_on(module: Any) -> Placed | None:

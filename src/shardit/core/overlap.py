@@ -128,6 +128,10 @@ class Overlap:
         self.runtime.schedule.start(call)
         return call.result()
 
+    def forget(self) -> None:
+        """The model has been changed: what its calls return is found again."""
+        self._plans.clear()
+
     def _first(self, key: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         token, before = _inside.set(self.model), _attributes(self.model) if key is not None else None
         try:

@@ -147,6 +147,12 @@ class Stages:
         self.runtime.schedule.drain()
         return out
 
+    def forget(self) -> None:
+        """The model has been changed: all that is known of its calls is found again, on every rank."""
+        self.known = KnownPlans()
+        self._checked.clear()
+        self._splits.clear()
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Meanwhile a block call runs the block itself, wherever the forward is, and nothing is watched."""

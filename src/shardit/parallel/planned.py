@@ -113,6 +113,10 @@ class PlannedSequence:
             self._learn(key, call, args, kwargs, noise=False)
             return self._run(SpreadPass(self.attention, self._steps[key]), call, args, kwargs)
 
+    def forget(self) -> None:
+        """The model has been changed: each shape is learned, and compared with the whole model, again."""
+        self._steps.clear()
+
     def _run(self, how: Pass, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         token = _running.set(Running(self, how))
         try:

@@ -201,6 +201,12 @@ class SequenceParallel:
     def _name(self) -> str:
         return type(self.model).__name__
 
+    def forget(self) -> None:
+        """The model has been changed: each kind of block call is looked at, and checked, again."""
+        self._plans.clear()
+        self._steps.clear()
+        self._fingerprints = [fingerprint(block) for _, block in self.blocks]
+
     def install(self) -> None:
         """Put the seam at the blocks, outside all others; those of other stages are on meta by now."""
         self._fingerprints = [fingerprint(block) for _, block in self.blocks]

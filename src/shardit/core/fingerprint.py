@@ -1,0 +1,72 @@
+"""What a model is made of, noted when it is spread, so that what is changed later is noticed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+ON_INSTANCE = ("forward", "_compiled_call_impl", "processor")
+"""Attributes of a module that say how it computes: its forward if one was put in place of its class's (by a hook), what
+torch.compile has made of its call, and the attention processor of diffusers."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that differs: the module that has it, its name, and what it was and is (None where there is none)."""
+
+    module: str
+    name: str
+    before: Any
+    now: Any
+
+    @property
+    def path(self) -> str:
+        """The full name."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+class Fingerprint:
+    """The submodules of a model, by identity, and how each computes. Values of parameters are no part of it.
+
+    `changed` takes well below a millisecond for a thousand modules: a pipeline asks it once in each call.
+    """
+
+    def __init__(self, model: nn.Module):
+        named = list(model.named_modules(remove_duplicate=False))
+        self._names = [name for name, _ in named]
+        self._own = [vars(module) for _, module in named]  # these dicts live as long as their modules
+        self._children = [own["_modules"] for own in self._own]
+        self._taken = self._now()
+        self._detail = [self._look(own) for own in self._own]
+
+    def changed(self) -> bool:
+        """Whether anything differs from when this was taken."""
+        return any(a is not b for a, b in zip(self._now(), self._taken, strict=True)) if self._same_length() else True
+
+    def changes(self) -> list[Change]:
+        """What differs, in order of names. Below a module that was replaced nothing is looked at."""
+        return [
+            Change(name, key, before.get(key), now.get(key))
+            for name, own, before in zip(self._names, self._own, self._detail, strict=True)
+            for now in [self._look(own)]
+            for key in {**before, **now}
+            if before.get(key) is not now.get(key)
+        ]
+
+    def training(self) -> bool:
+        """Whether any of the modules is in training mode."""
+        return any(own["training"] for own in self._own)
+
+    def _same_length(self) -> bool:
+        return sum(map(len, self._children)) + len(ON_INSTANCE) * len(self._own) == len(self._taken)
+
+    def _now(self) -> list[Any]:
+        ways = ([own.get(name) for own in self._own] for name in ON_INSTANCE)
+        return list(chain(chain.from_iterable(map(dict.values, self._children)), *ways))
+
+    @staticmethod
+    def _look(own: dict[str, Any]) -> dict[str, Any]:
+        return {**own["_modules"], **{name: own[name] for name in ON_INSTANCE if own.get(name) is not None}}

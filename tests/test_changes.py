@@ -1,0 +1,279 @@
+"""Things that are changed after the spread: each works, or is refused on all ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor
+from diffusers.models.embeddings import ImageProjection
+
+import shardit
+from shardit import DiffusionParallelConfig, InputError
+from shardit.core.fingerprint import Fingerprint
+from shardit.models import tiny
+from tests.brought import pipeline
+from tests.ranks import run_ranks
+from tests.test_parallelize import join
+
+CONFIGS = {
+    "stages": DiffusionParallelConfig(pipeline_parallel_size=2, split_batch=False),
+    "slices": DiffusionParallelConfig(tensor_parallel_size=2),
+    "ulysses": DiffusionParallelConfig(ulysses_degree=2),
+}
+Spread = Callable[[Any], Any]
+
+
+def run(pipe: Any, output_type: str = "latent") -> torch.Tensor:
+    call = {**tiny.defaults("flux"), "prompt": "a cat", "output_type": output_type}
+    return pipe(**call, generator=torch.Generator().manual_seed(3)).images
+
+
+def compiled(thing: Any) -> Any:
+    return torch.compile(thing, backend="eager")
+
+
+# What works: each function gives tensors, with a `spread` that does nothing those of plain diffusers.
+
+
+def compiled_before(spread: Spread) -> list[torch.Tensor]:
+    pipe = pipeline("flux")
+    pipe.transformer = compiled(pipe.transformer)
+    pipe.text_encoder, pipe.vae = compiled(pipe.text_encoder), compiled(pipe.vae)
+    return [run(spread(pipe))]
+
+
+def compiled_after(spread: Spread) -> list[torch.Tensor]:
+    pipe = spread(pipeline("flux"))
+    outs = [run(pipe)]
+    pipe.transformer = compiled(pipe.transformer)
+    return [*outs, run(pipe), run(pipe)]
+
+
+def blocks_compiled(spread: Spread) -> list[torch.Tensor]:
+    pipe = spread(pipeline("flux"))
+    outs = [run(pipe)]
+    blocks = pipe.transformer.transformer_blocks
+    for number in range(len(blocks)):
+        blocks[number] = compiled(blocks[number])
+    return [*outs, run(pipe)]
+
+
+def lora(pipe: Any, broken: str = "") -> None:
+    draw, layers = torch.Generator().manual_seed(1), {}
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith(("attn.to_q", "attn.to_v")) and hasattr(module, "in_features"):
+            rows = module.in_features
+            layers[f"transformer.{name}.lora_A.weight"] = torch.randn(4, rows, generator=draw)
+            layers[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 4, generator=draw) * 0.1
+            if name == broken:
+                layers[f"transformer.{name}.lora_B.weight"][0, 0] = torch.nan
+    pipe.load_lora_weights(layers)
+
+
+def fused_safely(spread: Spread) -> list[torch.Tensor]:
+    pipe = spread(pipeline("flux"))
+    outs = [run(pipe)]
+    lora(pipe)
+    outs.append(run(pipe))
+    pipe.fuse_lora(safe_fusing=True)
+    outs.append(run(pipe))
+    pipe.unfuse_lora()
+    pipe.transformer.fuse_lora(safe_fusing=True, lora_scale=0.5)
+    return [*outs, run(pipe)]
+
+
+def new_scheduler(spread: Spread) -> list[torch.Tensor]:
+    pipe = spread(pipeline("flux"))
+    outs = [run(pipe)]
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=2.0)
+    return [*outs, run(pipe)]
+
+
+def unet(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    ).eval()
+
+
+def step(model: Any, image: bool = False) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(2)
+    given = torch.randn(1, 4, 8, 8, generator=draw), 500, torch.randn(1, 5, 16, generator=draw)
+    more = {"added_cond_kwargs": {"image_embeds": [torch.randn(1, 1, 8, generator=draw)]}} if image else {}
+    with torch.no_grad():
+        return model(*given, **more).sample + 0
+
+
+def ip_adapter(model: Any) -> dict[str, Any]:
+    torch.manual_seed(1)
+    layers: dict[str, Any] = {}
+    names = [name for name in model.attn_processors if name.endswith("attn2.processor")]
+    for number in range(len(names)):
+        made = IPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=16, scale=1.0).state_dict()
+        layers[f"{2 * number + 1}.to_k_ip.weight"] = made["to_k_ip.0.weight"]
+        layers[f"{2 * number + 1}.to_v_ip.weight"] = made["to_v_ip.0.weight"]
+    made = ImageProjection(cross_attention_dim=16, image_embed_dim=8, num_image_text_embeds=4).state_dict()
+    projection = {key.replace("image_embeds", "proj"): value for key, value in made.items()}
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def adapted(spread: Spread) -> list[torch.Tensor]:
+    """Other processors, then an IP-Adapter, then none."""
+    model = spread(unet())
+    outs = [step(model)]
+    model.set_attn_processor(AttnProcessor())
+    outs.append(step(model))
+    model._load_ip_adapter_weights([ip_adapter(model)])
+    outs.append(step(model, image=True))
+    model.encoder_hid_proj, model.config.encoder_hid_dim_type = None, None
+    model.set_default_attn_processor()
+    return [*outs, step(model)]
+
+
+def other_format(spread: Spread) -> list[torch.Tensor]:
+    model = spread(unet())
+    outs = [step(model)]
+    model.to(memory_format=torch.channels_last)
+    outs.append(step(model))
+    model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    return [*outs, step(model)]
+
+
+def joined_projections(spread: Spread) -> list[torch.Tensor]:
+    model = spread(unet())
+    outs = [step(model)]
+    model.fuse_qkv_projections()
+    return [*outs, step(model)]
+
+
+def other_weights(spread: Spread) -> list[torch.Tensor]:
+    model = spread(unet())
+    outs = [step(model)]
+    model.conv_out = unet(5).conv_out
+    return [*outs, step(model)]
+
+
+WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
+    "stages": (
+        *(compiled_before, compiled_after, blocks_compiled, fused_safely),
+        *(new_scheduler, adapted, other_format, joined_projections, other_weights),
+    ),
+    "slices": (compiled_before, compiled_after, fused_safely, other_format),
+    "ulysses": (compiled_after, fused_safely),
+}
+
+# What is refused.
+
+
+def replaced_block(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks[0] = pipeline("flux").transformer.transformer_blocks[0]
+    run(pipe)
+
+
+def compiled_forward(pipe: Any) -> None:
+    pipe.transformer.compile(backend="eager")
+    run(pipe)
+
+
+def compiled_decode(pipe: Any) -> None:
+    pipe.vae.decode = compiled(pipe.vae.decode)
+    run(pipe, "pt")
+
+
+def new_tokens(pipe: Any) -> None:
+    pipe.text_encoder.resize_token_embeddings(2000)
+
+
+def broken_adapter(pipe: Any) -> None:
+    lora(pipe, broken="transformer_blocks.0.attn.to_q")
+    pipe.fuse_lora(safe_fusing=True)
+
+
+def replaced_linear(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks[0].attn.to_q = torch.nn.Linear(64, 64)
+    run(pipe)
+
+
+REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
+    "stages": {
+        replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
+        compiled_forward: r"transformer is compiled.*compile_repeated_blocks\(\)",
+        compiled_decode: "vae.decode was replaced on the object after parallelize",
+        new_tokens: "resize_token_embeddings cannot be combined.*before parallelize",
+        broken_adapter: "NaNs detected",
+    },
+    "slices": {
+        replaced_linear: r"transformer_blocks\.0\.attn\.to_q became Linear after parallelize",
+        broken_adapter: "NaNs detected",
+    },
+    "ulysses": {replaced_block: r"transformer_blocks\.0 was replaced after parallelize"},
+}
+
+
+def on_ranks(rank: int, count: int, method: str, axis: str) -> Any:
+    join(rank, count, method)
+    outs: dict[str, Any] = {}
+    for act in WORKS[axis]:
+        try:
+            outs[act.__name__] = act(lambda pipe: shardit.parallelize(pipe, CONFIGS[axis], timeout_s=60))
+        except Exception as error:  # all cases are told of at once
+            outs[act.__name__] = f"{type(error).__name__}: {error}"
+    said = {}
+    for act in REFUSED[axis]:
+        pipe = shardit.parallelize(pipeline("flux"), CONFIGS[axis], timeout_s=60)
+        with pytest.raises(ValueError) as caught:
+            act(pipe)
+        assert isinstance(caught.value, InputError) or act is broken_adapter
+        said[act.__name__] = str(caught.value)
+    return outs, said
+
+
+@pytest.mark.parametrize("axis", CONFIGS)
+def test_changes(axis: str) -> None:
+    results = run_ranks(2, on_ranks, axis)
+    for act in WORKS[axis]:
+        expected = act(lambda pipe: pipe)
+        for outs, _ in results:
+            assert isinstance(outs[act.__name__], list), (act.__name__, outs[act.__name__])
+            for number, (wanted, got) in enumerate(zip(expected, outs[act.__name__], strict=True)):
+                assert (number, torch.isfinite(got).all()) == (number, True)
+                if axis == "stages":
+                    assert torch.equal(wanted, got), (act.__name__, number)
+                assert float((wanted - got).norm() / wanted.norm()) < 1e-5, (act.__name__, number)
+    for act, pattern in REFUSED[axis].items():
+        for _, said in results:
+            assert re.search(pattern, said[act.__name__]), said[act.__name__]
+
+
+def test_the_fingerprint_sees_what_computes() -> None:
+    model = unet()
+    taken = Fingerprint(model)
+    assert not taken.changed()
+    with torch.no_grad():
+        model.conv_in.weight.mul_(2)
+    model.conv_in.weight = torch.nn.Parameter(model.conv_in.weight + 1)
+    model.some_number = 1
+    assert not taken.changed()
+    for act in (
+        lambda: setattr(model, "conv_out", torch.nn.Conv2d(16, 4, 3)),
+        lambda: model.set_attn_processor(AttnProcessor()),
+        lambda: setattr(model.conv_in, "forward", lambda x: x),
+        lambda: model.mid_block.compile(),
+        lambda: setattr(model, "another", torch.nn.Identity()),
+        lambda: delattr(model, "another"),
+    ):
+        act()
+        assert taken.changed()
+        assert taken.changes()
+        taken = Fingerprint(model)

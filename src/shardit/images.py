@@ -61,11 +61,12 @@ def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise InputError(f"video {name} does not exist; correct the path")
     import av  # its libraries take a while to load
+    from av.error import FFmpegError
 
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
             frames = [_turned(frame) for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError, ValueError) as error:
+    except (FFmpegError, IndexError, ValueError) as error:
         raise InputError(f"video {name} cannot be read: {_reason(error)}; give a video file, such as MP4") from error
     if not frames:
         raise InputError(f"video {name} has no frames; give another file")

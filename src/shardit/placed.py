@@ -14,6 +14,7 @@ from .changes import follow, unwrap_parts
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment
 from .core.fingerprint import Fingerprint
+from .core.held_state import keepers
 from .core.plan import Plan
 from .core.randomness import dropout_in_training
 from .core.sites import swap_class
@@ -52,6 +53,8 @@ class Placed:
     def __post_init__(self) -> None:
         known = [name for name in KNOWN if self.denoises and hasattr(self.module, name)]
         members: dict[str, Any] = {name: self._known(name) for name in known}
+        if self.denoises and hasattr(self.module, "set_attn_processor"):
+            members["set_attn_processor"] = self._setting_processors()
         own_fuse = getattr(type(self.module), "fuse_lora", None)
         if own_fuse is not None:
             members["fuse_lora"] = fusing(own_fuse, self.runtime.replica, lambda model: [model])
@@ -97,6 +100,21 @@ class Placed:
             return out
 
         return method
+
+    def _setting_processors(self) -> Callable[..., Any]:
+        """`set_attn_processor`, which pipelines call in the middle of their own call, too: what is known of the model's
+        calls may not hold for a processor that is not the library's, so they are watched again."""
+        own_method = type(self.module).set_attn_processor
+
+        @functools.wraps(own_method)
+        def set_attn_processor(module: Any, *args: Any, **kwargs: Any) -> Any:
+            out = own_method(module, *args, **kwargs)
+            stages = getattr(module, "shardit_stages", None)
+            if stages is not None and keepers(module):
+                stages.forget()
+            return out
+
+        return set_attn_processor
 
     def _refuse_dropout(self) -> None:
         part = dropout_in_training(self.module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 
 def signature(arguments: Any, training: bool) -> tuple[Any, ...]:
@@ -20,6 +20,13 @@ def mode_key(arguments: Any, training: bool) -> tuple[Any, ...]:
     leaves, spec = tree_flatten(arguments)
     kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves)
     return (str(spec), kinds, modes(), training)
+
+
+def asks_for_gradients(arguments: Any) -> bool:
+    """Whether a call is to be differentiated with respect to its arguments."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(arguments))
 
 
 def modes() -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ from .pending import settle
 from .plan import CallPlan, Plan
 from .result import Route
 from .schedule import Flight, Schedule
-from .signature import mode_key, signature
+from .signature import asks_for_gradients, mode_key, signature
 from .sites import changing_methods, drop_blocks, find_blocks, fixed_place, install, swap_class
 from .staged_call import StagedCall
 from .traced_call import TracedCall
@@ -139,6 +139,9 @@ class Stages:
         if self._current["seam"] is not None:  # the forward calls the model itself
             return forward(*args, **kwargs)
         settle((args, kwargs))
+        if asks_for_gradients((args, kwargs)):
+            what = "stages and guidance ranks run without gradients; use torch.no_grad()"
+            raise UnsupportedError(f"{self._name} is called for its gradients, but {what}")
         if not scales_adapters(kwargs):
             return self._micro_batches(forward, args, kwargs)
         # The scale multiplies the adapters' own in place for the length of the forward: nothing else may run in it.

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..errors import RankError, UnsupportedError
 from .comm import Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
 from .derive import derive
+from .held_state import held_state
 from .meeting import meet, sendable
 from .plan import CallPlan, Leaf, Site, describe_result
 from .signature import describe_leaf
@@ -144,7 +145,7 @@ class TracedCall:
     def _own(
         self, index: int, call: Any, args: Any, kwargs: Any, arguments: list[torch.Tensor | None]
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
-        before = [mark(t) for t in arguments]
+        before, held = [mark(t) for t in arguments], held_state(self.blocks[index][1])
         given, outline = tree_flatten((args, kwargs))
         try:
             with _without_modes():  # what the block compiles must not see that it is watched
@@ -152,6 +153,13 @@ class TracedCall:
             after, outline_after = tree_flatten((args, kwargs))
             if outline_after != outline or any(a is not b for a, b in zip(given, after, strict=True)):
                 raise UnsupportedError("a block changes a list or dict that it is given, which no other rank would see")
+            now = held_state(self.blocks[index][1])
+            if path := next((path for path in now if now[path] != held.get(path)), None):
+                kind = type(self.blocks[index][1].get_submodule(path).processor).__name__
+                raise UnsupportedError(
+                    f"the attention processor {kind} keeps what it sees, which is then on one rank only: use "
+                    "pipeline_parallel_size=1 and cfg_parallel_size=1"
+                )
         except Exception as error:
             self.comm.broadcast_object(sendable(error), self.comm.rank)
             self._shared = True

@@ -1,0 +1,49 @@
+"""What attention processors hold: state that a block call leaves outside of tensors, on the owner of the block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_DEPTH = 8
+"""How deep objects, dicts and lists are looked into."""
+
+
+def held_state(block: nn.Module) -> dict[str, Any]:
+    """A snapshot of what the attention processors in a block hold, by the path of the processor. Two snapshots of a
+    block are equal where nothing was written in between."""
+    return {path: _snapshot(vars(processor), _DEPTH) for path, processor in _processors(block) if _has_state(processor)}
+
+
+def keepers(model: nn.Module) -> list[str]:
+    """The classes of attention processors that are not the library's, by name: they may keep what they see."""
+    found = (type(processor) for _, processor in _processors(model))
+    return sorted({cls.__name__ for cls in found if not cls.__module__.startswith("diffusers.models.")})
+
+
+def _processors(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, part in module.named_modules():
+        processor = getattr(part, "processor", None)
+        if processor is not None:
+            yield path, processor
+
+
+def _has_state(processor: Any) -> bool:
+    return hasattr(processor, "__dict__") and not isinstance(processor, nn.Module)
+
+
+def _snapshot(value: Any, depth: int, above: tuple[int, ...] = ()) -> Any:
+    if isinstance(value, torch.Tensor):
+        return id(value), None if value.is_inference() else value._version
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    if plain or depth == 0 or id(value) in above or isinstance(value, (type, nn.Module)):
+        return value if plain else id(value)
+    inside = (*above, id(value))
+    if isinstance(value, dict):
+        return {key: _snapshot(entry, depth - 1, inside) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_snapshot(entry, depth - 1, inside) for entry in value]
+    return (id(value), _snapshot(vars(value), depth - 1, inside)) if hasattr(value, "__dict__") else id(value)

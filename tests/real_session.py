@@ -11,19 +11,19 @@ import signal
 import time
 from typing import Any
 
-from shardit.core import stages
+from shardit.core import known_plans
 from shardit.engine import session
 from shardit.engine.session import check
 
 __all__ = ["Session", "check"]
 
-MAX_SIGNATURES = stages.MAX_SIGNATURES
+MAX_SIGNATURES = known_plans.MAX_SIGNATURES
 
 
 class Session(session.Session):
     def generate(self, requests: list[Any], *callbacks: Any) -> dict[int, Any]:
         words = (requests[0].prompt or "").partition("keep:")[2].split()
-        stages.MAX_SIGNATURES = int(words[0]) if words else MAX_SIGNATURES
+        known_plans.MAX_SIGNATURES = int(words[0]) if words else MAX_SIGNATURES
         outputs = super().generate(requests, *callbacks)
         kept = [len(getattr(self._pipe, name).shardit_stages.plans) for name in self._assignment.cut]
         more = {"plans": max(kept)}

@@ -273,7 +273,7 @@ DOCUMENT = {
 def test_inspect(monkeypatch, capsys):
     seen = []
 
-    def inspect_model(model, config, dtype=None):
+    def inspect_model(model, config, dtype=None, variant=None):
         seen.append((model, config, dtype))
         return DOCUMENT
 

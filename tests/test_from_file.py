@@ -9,7 +9,8 @@ from PIL import Image
 from shardit.cli import main
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags
-from shardit.from_file import differences, flags_of, read_record
+from shardit.from_file import differences, flags_of, other_revision, read_record
+from shardit.model_options import model_options, recorded
 from shardit.output import Output
 
 SETTINGS = {
@@ -52,6 +53,70 @@ def test_what_a_file_does_not_hold(tmp_path):
             read_record(tmp_path / name)
     with pytest.raises(InputError, match="there is no file"):
         read_record(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("picture 64x32", r"mask_image given as a picture, which it does not hold; add --extra mask_image=PATH"),
+        ("3 pictures 64x32", "mask_image given as pictures"),
+        (["ndarray(2, 3)", None], "mask_image given as numbers"),
+        ({"a": "Parameter()"}, "mask_image given as numbers"),
+    ],
+)
+def test_pictures_and_numbers_have_to_be_given_again(tmp_path, value, words):
+    path = saved(tmp_path / "a.png", mask_image=value)
+    with pytest.raises(InputError, match=words):
+        GenerateFlags(from_file=path).completed()
+    flags = GenerateFlags(from_file=path, extra=["mask_image=mask.png"]).completed()
+    assert flags.extra_arguments()["mask_image"] == "mask.png"
+
+
+def test_a_prompt_may_read_like_a_picture():
+    record = {"prompt": "picture 5x5 of Tensor(1) things", "negative_prompt": "Tensor(s)"}
+    assert flags_of(record, record) == (record, {})
+
+
+def test_how_the_model_was_loaded_is_taken_up_again(tmp_path):
+    for name in ("lora.safetensors", "part.safetensors", "whole.safetensors"):
+        (tmp_path / name).touch()
+    options = model_options(
+        variant="fp16",
+        scheduler="UniPCMultistepScheduler",
+        scheduler_args={"use_karras_sigmas": True, "name": "x"},
+        flow_shift=3.0,
+        lora=[(str(tmp_path / "lora.safetensors"), 0.5), {"path": "me/style", "weight_name": "a.safetensors"}],
+        vae_tiling=True,
+        single_files={"transformer": tmp_path / "part.safetensors"},
+    )
+    flags = GenerateFlags(from_file=saved(tmp_path / "a.png", **recorded(options))).completed()
+    assert flags.model_options() == options
+    assert (flags.model, flags.config, flags.extra) == ("tiny/flux", None, ['caption="x"', "strength=0.5"][::-1])
+    other = GenerateFlags(from_file=saved(tmp_path / "a.png", **recorded(options)), flow_shift=2.0).completed()
+    assert (other.model_options().flow_shift, other.scheduler) == (2.0, "UniPCMultistepScheduler")
+
+    whole = model_options(single_files={"*": tmp_path / "whole.safetensors"})
+    flags = GenerateFlags(from_file=saved(tmp_path / "b.png", **recorded(whole))).completed()
+    assert (flags.model, flags.config) == (str(tmp_path / "whole.safetensors"), "tiny/flux")
+
+
+def test_no_access_token_is_recorded():
+    assert recorded(model_options(lora={"path": "me/style", "token": "secret"})) == {
+        "lora": [{"path": "me/style", "scale": 1.0}]
+    }
+
+
+def test_flags_that_say_the_default_go_before_a_file(tmp_path):
+    flags = GenerateFlags(from_file=saved(tmp_path / "a.png"), num_outputs_per_prompt=1).completed()
+    assert flags.sampling_params().num_outputs_per_prompt == 1
+
+
+def test_another_revision_is_told():
+    assert other_revision({"revision": "a"}, {"revision": "a"}) == []
+    assert other_revision({}, {"revision": "a"}) == []
+    assert other_revision({"revision": "a"}, {"revision": "b"}) == [
+        "the file was made with revision a of the model, here is b: pixels may differ"
+    ]
 
 
 def test_other_versions_are_told():

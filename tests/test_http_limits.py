@@ -10,7 +10,7 @@ import pytest
 from shardit.server import estimate
 from shardit.server.estimate import Seen
 from shardit.server.http.errors import ApiError
-from shardit.server.http.resolve import check_limits
+from shardit.server.http.resolve import check_limits, pipeline_names
 from shardit.server.options import Limits
 from shardit.signature import PipelineSignature
 
@@ -86,3 +86,8 @@ def test_a_key_gives_its_job_whatever_was_learned_since(tmp_path: Path) -> None:
         assert "will not fit" in error_of(served, NOW, body, 400)["message"]
         _, again, _ = served.call("POST", NOW, body, {**key, "Prefer": "respond-async"})
         assert again["id"] == first["id"]
+
+
+def test_no_argument_names_a_file_of_this_machine() -> None:
+    names = ("audio_file", "raw_path", "url", "profile", "mask_image", "steps_per_url_list")
+    assert pipeline_names({"signature": PipelineSignature("P", ("prompt", *names))}) == ["prompt", "profile", "seed"]

@@ -12,6 +12,7 @@ import torch
 import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
+from shardit.engine.inspect import inspect_model
 from shardit.engine.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
@@ -84,6 +85,10 @@ def test_all_options_of_omni(loras: list[str], tmp_path: Path) -> None:
     for output in outputs:
         assert output.error is None
         assert torch.equal(output.latents, expected)
+    told = outputs[0].record()  # of which --from-file makes it again
+    assert {name: told[name] for name in chosen} == chosen
+    assert [(one["path"], one["scale"]) for one in told["lora"]] == [(loras[0], 0.5), (loras[1], 1.0)]
+    assert (told["scheduler_args"], told["vae_slicing"], told["output_type"]) == (arguments, True, "pt")
 
 
 def test_a_folder_with_a_variant_only(tmp_path: Path) -> None:
@@ -98,6 +103,7 @@ def test_a_folder_with_a_variant_only(tmp_path: Path) -> None:
         check(SessionSpec(str(tmp_path / "m"), DiffusionParallelConfig(), options=model_options(variant="bf16")))
     with pytest.raises(InputError, match="variant 'fp16'; leave variant out"):
         shardit.load("tiny/flux", variant="fp16")
+    assert inspect_model(tmp_path / "m", DiffusionParallelConfig(), variant="fp16")["bytes"] > 0
     ours = shardit.load(tmp_path / "m", variant="fp16", dtype="float32")
     assert torch.equal(run(ours, "sd3.5"), run(pipe.to(torch.float32), "sd3.5"))
     spec = SessionSpec(str(tmp_path / "m"), DiffusionParallelConfig(), options=model_options(variant="fp16"))

@@ -69,6 +69,16 @@ def test_quality_makes_files_smaller(tmp_path, suffix):
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
 
 
+@pytest.mark.parametrize(
+    ("quality", "suffix"), [(-1, ".jpg"), (101, ".jpg"), ("high", ".webp"), (50, ".png"), (1, ".mp4")]
+)
+def test_quality_is_checked(tmp_path, quality, suffix):
+    output = video() if suffix == ".mp4" else pictures()
+    with pytest.raises(InputError, match="quality"):
+        output.save(tmp_path / f"cat{suffix}", quality=quality)
+    assert files(tmp_path) == []
+
+
 def test_endless_prompt_fits_a_jpeg(tmp_path):
     output = Output(prompt="x" * 100_000, seed=5, images=[noise()])
     (path,) = output.save(tmp_path / "cat.jpg")

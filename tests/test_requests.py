@@ -3,6 +3,7 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,6 +168,15 @@ def test_paths_and_bytes_for_every_picture_argument(tmp_path):
         (tmp_path / "mask.txt").write_text("no video")
         with pytest.raises(InputError, match=words):
             build({"prompt": "a", name: value}, takes=takes)
+
+
+def test_settings_are_enough_to_make_it_again():
+    params = Params(num_inference_steps=np.int64(4), true_cfg_scale=np.float32(2.5), output_type="np")
+    (request,) = build("a", params)
+    names = ("num_inference_steps", "true_cfg_scale", "output_type")
+    assert [request.settings()[name] for name in names] == [4, 2.5, "np"]
+    assert [type(request.settings()[name]) for name in names] == [int, float, str]
+    assert "output_type" not in build("a")[0].settings()
 
 
 def test_picture_arguments_of_real_pipelines():

@@ -121,3 +121,12 @@ def test_one_server_at_a_time_holds_a_data_folder(tmp_path: Path) -> None:
     with locked(tmp_path / "data") as was_killed:
         assert was_killed
     assert not (tmp_path / "data" / "lock").exists()
+
+
+def test_a_single_file_is_the_model_that_clients_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").touch()
+    file = str(tmp_path / "mine.safetensors")
+    made = ServeFlags(model=file, config="tiny/flux").options()
+    assert (made.model, made.name, made.loading.single_files) == ("tiny/flux", file, {"*": file})
+    named = ServeFlags(model=file, config="tiny/flux", served_model_name="a/name")
+    assert named.options().name == "a/name"

@@ -38,6 +38,8 @@ def pictures_of_map(numbers: Any) -> list[Image]:
     import numpy as np
     from PIL import Image
 
+    if not hasattr(numbers, "shape"):
+        return []
     values = array_of(numbers).astype(np.float32)
     if values.ndim != 4 or not values.size:
         return []
@@ -47,7 +49,7 @@ def pictures_of_map(numbers: Any) -> list[Image]:
         return []
     least, most = float(np.nanmin(values)), float(np.nanmax(values))
     if least < -1 or most > 1:
-        values = (values - least) / (most - least)
+        values = (values - least) / ((most - least) or 1.0)
     elif least < 0:
         values = (values + 1) / 2
     values = np.nan_to_num(values)

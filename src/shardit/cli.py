@@ -17,7 +17,7 @@ from typer import Argument, Option
 from shardit.engine.facts import versions
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, as_command
-from shardit.from_file import differences, read_record
+from shardit.from_file import differences, other_revision, read_record
 from shardit.loading.dtypes import setting
 from shardit.output import SUFFIXES, check_path
 
@@ -54,6 +54,8 @@ def generate(flags: GenerateFlags) -> None:
         print("note: a tiny model, run with", ", ".join(f"{name}={value}" for name, value in filled_in.items()))
     with Omni(**flags.omni_arguments()) as omni:
         check_kind(omni, flags)
+        if flags.from_file is not None and _is_first_rank():
+            _note(other_revision(read_record(flags.from_file), omni.takes.made_by))
         report(omni.generate(flags.prompts(), flags.sampling_params()), flags.output)
 
 
@@ -71,11 +73,15 @@ def report(outputs: Sequence[Output], path: Path | None) -> None:
         written = output.save(target)
         peaks = ", ".join(f"rank {rank} {peak / _GIB:.2f} GiB" for rank, peak in enumerate(output.peak_bytes))
         left_out = [f"not in the file: {name}" for name in output.left_out(target)]
-        for note in [*output.notes, *left_out]:
-            print(f"note: {note}")
+        _note([*output.notes, *left_out])
         print(f"seed {output.seed}; {output.seconds:.1f} s" + (f"; peak memory: {peaks}" if peaks else ""))
         for file in written:
             print(file)
+
+
+def _note(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"note: {line}")
 
 
 def serve(flags: ServeFlags) -> int:
@@ -97,7 +103,7 @@ def inspect(flags: InspectFlags) -> None:
     config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
     from shardit.engine.inspect import inspect_model
 
-    document = inspect_model(flags.what(), config, dtype=dtype)
+    document = inspect_model(flags.what(), config, dtype=dtype, variant=flags.variant)
     if _is_first_rank():
         print(json.dumps(document) if flags.as_json else table(document))
 
@@ -196,8 +202,7 @@ def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], 
         flags = flags.completed()
         flags.check(writes=_is_first_rank())
         if flags.from_file is not None and _is_first_rank():
-            for line in differences(read_record(flags.from_file), versions()):
-                print(f"note: {line}")
+            _note(differences(read_record(flags.from_file), versions()))
         run(flags)
 
     checked.__doc__ = run.__doc__

@@ -74,6 +74,7 @@ class InspectFlags(ParallelFlags):
     ] = None
     model: Annotated[str | None, Option(help="Hub id, diffusers folder or tiny/NAME.")] = None
     dtype: DtypeFlag = None
+    variant: Annotated[str | None, Option(help="Variant of the weight files, such as fp16, as in diffusers.")] = None
     as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False
 
     def what(self) -> str:
@@ -114,7 +115,7 @@ class GenerateFlags(ModelFlags, ParallelFlags):
     seed: Annotated[
         int | None, Option(help="Seed, from 0; -1 for a random one. [default: drawn, printed and recorded]")
     ] = None
-    num_outputs_per_prompt: Annotated[int, Option(help="Pictures or videos to make.")] = 1
+    num_outputs_per_prompt: Annotated[int | None, Option(help="Pictures or videos to make. [default: 1]")] = None
     extra: Annotated[
         list[str] | None,
         Option(
@@ -137,11 +138,10 @@ class GenerateFlags(ModelFlags, ParallelFlags):
         record = read_record(self.from_file)
         if record.get("input_image_sizes") and not self.image:
             raise InputError(f"{self.from_file} was made from input pictures, which it does not hold; add --image")
-        flags, extra = flags_of(record, {item.name for item in dataclasses.fields(self)})
         standard = {item.name: item.default for item in dataclasses.fields(self)}
+        flags, extra = flags_of(record, standard, self.extra_arguments())
         chosen = {name: value for name, value in flags.items() if getattr(self, name) == standard[name]}
-        own = self.extra_arguments()
-        added = [f"{name}={json.dumps(value)}" for name, value in extra.items() if name not in own]
+        added = [f"{name}={json.dumps(value)}" for name, value in extra.items()]
         return dataclasses.replace(self, **chosen, extra=[*(self.extra or ()), *added])
 
     def check(self, writes: bool = True) -> None:

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from shardit.errors import InputError
+from shardit.model_options import WHOLE
 
 # Entries of a record that are not arguments of the pipeline.
 _ABOUT = ("software", "pipeline", "revision", "versions", "made", "input_image_sizes", "sample_rate")
-# How `Request.settings` writes values that are numbers in memory, which no file holds.
-_NUMBERS = re.compile(r"(Tensor|ndarray)\(")
+# How `Request.settings` writes what a file does not hold.
+_NOT_HELD = {
+    "numbers": re.compile(r"(Tensor|Parameter|ndarray)\([\d, ]*\)"),
+    "a picture": re.compile(r"picture \d+x\d+"),
+    "pictures": re.compile(r"\d+ pictures \d+x\d+"),
+}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -31,24 +36,40 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def flags_of(record: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The flags that make a file again, and further arguments for --extra; `known` are the names of all flags.
+def flags_of(
+    record: Mapping[str, Any], known: Collection[str], given: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags that make a file again, and further arguments for --extra; `known` are the names of all flags, `given`
+    those of arguments that the user gives.
 
     Raises InputError for what a file cannot hold.
     """
     flags: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for name, value in record.items():
-        if name in _ABOUT or value is None:
+        if name in (*_ABOUT, "scheduler_args", "single_files", *given) or value is None:
             continue
-        if isinstance(value, str) and _NUMBERS.match(value):
-            raise InputError(
-                f"the file was made with {name} given as numbers, which it does not hold; use shardit.Omni"
-            )
+        if lacking := _not_held(value):
+            advice = "use shardit.Omni" if lacking == "numbers" else f"add --extra {name}=PATH"
+            raise InputError(f"the file was made with {name} given as {lacking}, which it does not hold; {advice}")
         if name == "dtype" and isinstance(value, dict):
             value = ",".join(f"{component}={dtype}" for component, dtype in value.items())
         (flags if name in known else extra)[name] = value
+    files = dict(record.get("single_files", {}))
+    if WHOLE in files:
+        flags.update(model=files.pop(WHOLE), config=record["model"])
+    for flag, values in (("single_file", files), ("scheduler_arg", record.get("scheduler_args"))):
+        if values:
+            flags[flag] = [f"{name}={json.dumps(value)}" for name, value in values.items()]
     return flags, extra
+
+
+def _not_held(value: Any) -> str:
+    """What in a value no file holds; "" where there is nothing."""
+    if isinstance(value, (list, dict)):
+        entries = value.values() if isinstance(value, dict) else value
+        return next(filter(None, map(_not_held, entries)), "")
+    return next((what for what, form in _NOT_HELD.items() if isinstance(value, str) and form.fullmatch(value)), "")
 
 
 def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
@@ -59,6 +80,14 @@ def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[
         for name in before
         if before[name] != versions.get(name)
     ]
+
+
+def other_revision(record: Mapping[str, Any], made_by: Mapping[str, Any]) -> list[str]:
+    """Whether the model that is loaded (`PipelineSignature.made_by`) has changed since the file was made."""
+    before, now = record.get("revision"), made_by.get("revision")
+    if None in (before, now) or before == now:
+        return []
+    return [f"the file was made with revision {before} of the model, here is {now}: pixels may differ"]
 
 
 def _text(path: Path) -> str:

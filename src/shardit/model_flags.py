@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from shardit.errors import InputError
-from shardit.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options
+from shardit.model_options import OPTION_NAMES, ModelOptions, given_options, model_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,7 @@ class ModelFlags:
 
     def model_arguments(self) -> dict[str, Any]:
         """Those that were given, under the names of `shardit.Omni`. Raises InputError."""
-        options = self.model_options()
-        found = {name: value for name, value in vars(options).items() if value != getattr(NO_OPTIONS, name)}
+        found = given_options(self.model_options())
         return {**found, **({"model_config": self.config} if self.config is not None else {})}
 
 

@@ -118,11 +118,31 @@ _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 def described(options: ModelOptions) -> str:
     """The options that are set, in one line; empty where none is."""
-    items = ((name, getattr(options, name)) for name in OPTION_NAMES)
-    chosen = {name: value for name, value in items if value != getattr(NO_OPTIONS, name)}
+    chosen = given_options(options)
     if options.lora:
         chosen["lora"] = [f"{lora.path}:{lora.scale:g}" for lora in options.lora]
     return ", ".join(f"{name}={value}" for name, value in chosen.items())
+
+
+def given_options(options: ModelOptions) -> dict[str, Any]:
+    """The options that are set, by name."""
+    items = ((name, getattr(options, name)) for name in OPTION_NAMES)
+    return {name: value for name, value in items if value != getattr(NO_OPTIONS, name)}
+
+
+def recorded(options: ModelOptions) -> dict[str, Any]:
+    """The options that are set as JSON values that `model_options` takes, for a file's metadata; no access tokens."""
+    chosen = given_options(options)
+    if options.lora:
+        chosen["lora"] = [
+            {
+                "path": lora.path,
+                "scale": lora.scale,
+                **{name: value for name, value in lora.arguments.items() if name != "token"},
+            }
+            for lora in options.lora
+        ]
+    return chosen
 
 
 def is_number(value: object) -> bool:

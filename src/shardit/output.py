@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.arrays import named_arrays, pictures_of_map
 from shardit.encode import record_text, write_image, write_video
 from shardit.errors import InputError
+from shardit.params import whole
 from shardit.returned import MAPS, Kind
 from shardit.sound import write_wav
 
@@ -120,7 +121,7 @@ class Output:
         Several become name-0.png, name-1.png, ... Seed and settings are recorded in the file (not in text). Files
         appear complete or not at all, and existing ones are replaced. Returns the paths. Raises `InputError` where this
         output is an error or holds nothing to save, the folder is missing, the extension does not fit, the sample rate
-        is not known or the disk is full.
+        is not known, `quality` is given for another format or the disk is full.
         """
         if self.error is not None:
             raise InputError(f"nothing to save, the request failed: {_one_line(self.error)}")
@@ -130,6 +131,7 @@ class Output:
         transparent = any(picture.mode == "RGBA" for picture in self.images)
         target = check_path(path, kinds, transparent=transparent)
         kind: Kind = next(kind for kind in kinds if target.suffix.lower() in SUFFIXES[kind])
+        _check_quality(quality, target)
         writers = self._writers(kind, quality)
         targets = [check_path(name, kind) for name in _numbered(target, len(writers))]
         return _write_all(dict(zip(targets, writers, strict=True)))
@@ -209,6 +211,14 @@ def check_path(
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"output folder {target.parent} is not writable; choose another")
     return target
+
+
+def _check_quality(quality: object, target: Path) -> None:
+    if quality is None:
+        return
+    whole(0, 100)("quality", quality)
+    if quality != 100 and target.suffix.lower() not in (".jpg", ".jpeg", ".webp"):
+        raise InputError(f"quality is of JPEG and WebP, not of {target.suffix} files; leave it out")
 
 
 Writer = Callable[[Path], None]

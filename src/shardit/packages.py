@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from shardit.errors import InputError
 
-_DISTRIBUTIONS = {
+_PIP = {
     "PIL": "pillow",
-    "av": "av",
     "bs4": "beautifulsoup4",
     "cv2": "opencv-python",
     "google": "protobuf",
     "huggingface_hub": "huggingface-hub",
+    "imageio": "imageio[ffmpeg]",
     "prometheus_client": "prometheus-client",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-"""What to install for modules whose package has another name."""
+"""What pip calls packages that are imported under another name."""
+
+
+def pip_line(packages: Iterable[str]) -> str:
+    """The command that installs packages, by the names under which they are imported."""
+    return "pip install " + " ".join(dict.fromkeys(_PIP.get(name, name) for name in packages))
 
 
 def missing_package(error: ImportError) -> InputError:
@@ -27,4 +34,4 @@ def missing_package(error: ImportError) -> InputError:
     module = error.name.partition(".")[0]
     if module == "torch":
         return InputError("torch is not installed; pip install torch, in the build for your machine (pytorch.org)")
-    return InputError(f"the module {module} is not installed; pip install {_DISTRIBUTIONS.get(module, module)}")
+    return InputError(f"the module {module} is not installed; {pip_line([module])}")

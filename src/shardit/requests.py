@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
@@ -83,7 +84,7 @@ class Request:
         """What can be written into an output file: the pipeline, what it comes from and its arguments with their
         defaults, as JSON values."""
         values = {**self.defaults, **self.kwargs}
-        chosen = {name: _as_json(value) for name, value in values.items() if name != "output_type"}
+        chosen = {name: _as_json(value) for name, value in values.items() if (name, value) != ("output_type", "pil")}
         sizes = [list(picture.size) for picture in self.images]
         return {
             "pipeline": self.pipeline,
@@ -334,6 +335,10 @@ def _not_none(**values: Any) -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, Integral):  # of numpy
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     if isinstance(value, Image):
         return f"picture {value.width}x{value.height}"
     if isinstance(value, (list, tuple)) and value and all(isinstance(entry, Image) for entry in value):

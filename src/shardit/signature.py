@@ -52,23 +52,12 @@ class PipelineSignature:
     """Frames per second that the checkpoint was trained for, where its configuration tells."""
     multiples: Mapping[str, int] = field(default_factory=dict)
     """What the pipeline wants height and width to be multiples of, where it refuses others (`size_multiples`)."""
-
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
-
-    def size_problem(self, name: str, value: Any) -> str | None:
-        """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
-        step = self.multiples.get(name)
-        if step is None or not isinstance(value, int) or value % step == 0:
-            return None
-        below, above = value // step * step, (value // step + 1) * step
-        return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
-
     outputs: tuple[str, ...] = ()
     """Fields of what `__call__` returns; () where the class does not tell."""
     sample_rate: int | None = None
     """Samples per second of the sound that the model makes, where it makes some and its configuration tells."""
-
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Packages that it needs and that are not installed; with each the arguments of which one has to be given for
     that, () where none has to."""
@@ -111,6 +100,14 @@ class PipelineSignature:
         chosen += ["num_frames"] if self.frames_name else []
         chosen += ["fps"] if self.rate_name or self.kind == "video" else []
         return list(dict.fromkeys([*chosen, "seed"]))
+
+    def size_problem(self, name: str, value: Any) -> str | None:
+        """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
+        step = self.multiples.get(name)
+        if step is None or not isinstance(value, int) or value % step == 0:
+            return None
+        below, above = value // step * step, (value // step + 1) * step
+        return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
 
     @property
     def count_name(self) -> str | None:

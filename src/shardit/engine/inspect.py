@@ -17,6 +17,7 @@ from ..loading.dtypes import Setting, check_components, dtype_of
 from ..loading.hub import cached
 from ..loading.index import INDEX
 from ..loading.weight_names import is_weights
+from ..model_options import model_options
 from ..models.shipped import names, shipped
 from ..parallel.place import place_components
 from ..parallel.tensor import describe_plan, owned_slices
@@ -26,17 +27,21 @@ if TYPE_CHECKING:
 
 
 def inspect_model(
-    model: str | os.PathLike[str], config: DiffusionParallelConfig, dtype: Setting = None, max_in_flight: int = 1
+    model: str | os.PathLike[str],
+    config: DiffusionParallelConfig,
+    dtype: Setting = None,
+    max_in_flight: int = 1,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """One document: per rank and component the blocks (numbers in execution order; of encoders: the units), parameters
     and bytes; and the bytes of the whole model.
 
     `model` may also be the name or hub id of a configuration that comes with shardit. Bytes are those in the files
     (of such a configuration: in bfloat16), or with `dtype` (one, or one for each component) those in memory of it.
-    Raises what loading would raise.
+    `variant` is that of the weight files, as for `Omni`. Raises what loading would raise.
     """
     configs = _configs(model)
-    found = describe(model) if configs is None else describe_configs(configs)
+    found = describe(model, options=model_options(variant=variant)) if configs is None else describe_configs(configs)
     check_components(dtype, found.modules)
     cuts, assignment = place_components(found.modules, found.pipeline_class, config, max_in_flight=max_in_flight)
     sizes = axis_sizes(config)

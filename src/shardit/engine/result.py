@@ -14,8 +14,9 @@ from PIL.Image import Image
 
 from ..arrays import array_of
 from ..errors import InputError
-from ..loading.packages import named_in, pip_line
+from ..loading.packages import named_in
 from ..output import Output
+from ..packages import pip_line
 from ..returned import PICTURES, SOUND, TEXT, VIDEO
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from ..loading.dtypes import check_components
 from ..loading.hub import cached
 from ..loading.packages import check_packages, check_processors, missing
 from ..loading.pipeline import check_scheduler
+from ..model_options import recorded
 from ..models.back_ends import check_attention_backend
 from ..models.extras import check_extras
 from ..models.variants import image_pipeline
@@ -205,7 +206,7 @@ def _signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | 
 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:
-    """What a file is to say of the model."""
+    """What a file is to say of the model, under the names of `Omni`."""
     hub = None if spec.model.startswith("tiny/") or os.path.exists(spec.model) else cached(spec.model)
     values = {
         "model": spec.model,
@@ -213,6 +214,7 @@ def _made_by(spec: SessionSpec) -> dict[str, Any]:
         "dtype": spec.dtype,
         "attention_backend": spec.attention_backend,
         "versions": versions(),
+        **recorded(spec.options),
     }
     return {name: value for name, value in values.items() if value is not None}
 

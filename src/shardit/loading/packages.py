@@ -14,17 +14,7 @@ from typing import Any
 from shardit.errors import InputError
 from shardit.loading.index import Component, component_class
 from shardit.loading.quiet import quiet
-
-_PIP = {
-    "PIL": "pillow",
-    "bs4": "beautifulsoup4",
-    "cv2": "opencv-python",
-    "google": "protobuf",
-    "imageio": "imageio[ffmpeg]",
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
-}
-"""What pip calls packages that are imported under another name."""
+from shardit.packages import pip_line
 
 _NAMED = (
     *("bs4", "cv2", "ftfy", "librosa", "protobuf", "scipy", "sentencepiece", "soundfile", "tiktoken", "torchaudio"),
@@ -33,11 +23,6 @@ _NAMED = (
 """Packages by which libraries say, in errors of many forms, what they lack."""
 
 _GUARD = re.compile(r"is_\w+_available")
-
-
-def pip_line(packages: Iterable[str]) -> str:
-    """The command that installs packages, by the names under which they are imported."""
-    return "pip install " + " ".join(dict.fromkeys(_PIP.get(name, name) for name in packages))
 
 
 def is_missing(package: str) -> bool:

@@ -16,7 +16,7 @@ from ..flags import DtypeFlag, ParallelFlags
 from ..loading.dtypes import setting
 from ..loading.source import local_folder
 from ..model_flags import ModelFlags
-from ..model_options import split_model
+from ..model_options import WHOLE, split_model
 from .keys import digest
 from .options import Limits, ServeOptions
 
@@ -98,7 +98,8 @@ class ServeFlags(ModelFlags, ParallelFlags):
             loading=loading,
             host=self.host,
             port=self.port,
-            served_model_name=self.served_model_name,
+            # A single file is the model, not its configuration.
+            served_model_name=self.served_model_name or (self.model if loading.single_files.get(WHOLE) else None),
             api_key_hashes=tuple(digest(key) for key in self._keys()),
             max_in_flight=self.max_in_flight,
             queue_size=self.queue_size,

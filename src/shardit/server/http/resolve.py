@@ -15,8 +15,10 @@ from .fields import LOOK, PICTURES, ROUTING
 _SIDE = 1024
 """Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
 _COUNTED = re.compile("steps|frames|tokens|length")
-# Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be.
-_NOT_SENDABLE = re.compile(r"^output_type$|embeds|latents|mask|image|video|callback|generator|guess|processor")
+# Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be, and files of this machine.
+_NOT_SENDABLE = re.compile(
+    r"^output_type$|embeds|latents|mask|image|video|callback|generator|guess|processor|(^|_)(file|path|url)s?($|_)"
+)
 
 
 def pipeline_names(info: Mapping[str, Any]) -> list[str]:

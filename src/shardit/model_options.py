@@ -107,6 +107,8 @@ def _single_files(given: Any) -> dict[str, str]:
         path = Path(value).expanduser()
         if not path.is_file():
             raise InputError(f"single file {path} does not exist: correct the path")
+        if path.suffix == ".gguf":
+            raise InputError(f"single file {path} is quantized, which is not supported: give a .safetensors file")
         if path.suffix != ".safetensors":
             raise InputError(f"single file {path} is no .safetensors file: pickles can run code, convert it first")
         found[name] = str(path.resolve())

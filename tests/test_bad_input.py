@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Callable
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from shardit import DiffusionParallelConfig, InputError, OmniDiffusionSamplingParams
 from shardit.cli import main
 from shardit.engine.messages import SessionSpec
-from shardit.engine.session import check
+from shardit.engine.session import check, check_in_flight
 from shardit.flags import GenerateFlags
 from shardit.from_file import read_record
 from shardit.loading import load_pipeline
@@ -131,6 +132,14 @@ def test_damaged_tokenizer_is_named(tmp_path):
     folder = shutil.copytree(tiny.resolve("tiny/flux"), tmp_path / "flux")
     (folder / "tokenizer_2" / "tokenizer.json").write_text('{"a')
     refused(r"tokenizer_2/tokenizer\.json is damaged", load_pipeline, folder, place=lambda *_: {})
+
+
+def test_pipelines_that_change_the_model_take_one_request_at_a_time():
+    changing = diffusers.StableDiffusionPAGPipeline
+    refused("max_in_flight=2: StableDiffusionPAGPipeline sets attention processors", check_in_flight, changing, 2)
+    check_in_flight(changing, 1)
+    for other in (diffusers.StableDiffusionPipeline, diffusers.FluxPipeline):
+        check_in_flight(other, 2)
 
 
 def test_stages_and_partition(monkeypatch):

@@ -16,8 +16,8 @@ from .connect import compile_part, connect, join, refuse_shared_blocks, spread_m
 from .core.assign import Assignment, assign_blocks, denoises
 from .core.mesh import Mesh, init_mesh
 from .core.plan import Plan
+from .core.runtime import Runtime
 from .core.slices import Owned
-from .core.stages import Runtime
 from .errors import InputError
 from .model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
 from .models.back_ends import use_attention_backend

@@ -13,14 +13,14 @@ from .core.meeting import sendable
 from .core.pending import settle
 from .core.randomness import generators_in, moved, set_states, states
 from .core.remote import call_on
-from .core.stages import Runtime
+from .core.runtime import Runtime
 from .errors import InputError, UnsupportedError
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 
 
-def shared_callback(kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
-    """The arguments of a pipeline's call with a callback whose outcome is the same on all of `ranks`.
+def shared_callback(args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
+    """The keyword arguments of a pipeline's call with a callback whose outcome is the same on all of `ranks`.
 
     Each rank runs its own. What rank 0's makes of the tensors and of random generators counts, an interrupt of any rank
     stops all at this step, and an error of any rank is raised on all.
@@ -29,7 +29,7 @@ def shared_callback(kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
     if callback is None:
         return kwargs
     asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
-    device, generators = ranks.mesh.device, generators_in(kwargs)
+    device, generators = ranks.mesh.device, generators_in((args, kwargs))
 
     def shared(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         settle(given)
@@ -99,7 +99,7 @@ def calling(own_call: Callable[..., Any], runtime: Runtime, check: Callable[[Any
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         check(self)
         with runtime.pipeline_call(type(self).__name__, lambda: named(own_call, args, kwargs)):
-            kwargs = shared_callback(kwargs, runtime.replica)
+            kwargs = shared_callback(args, kwargs, runtime.replica)
             self.__dict__.update(_heard=kwargs.get(CALLBACK) is not None, _asked=False)
             try:
                 out = own_call(self, *args, **kwargs)

@@ -33,11 +33,18 @@ CACHES = (
 
 
 def components_of(target: Any) -> dict[str, nn.Module] | None:
-    """The modules of a pipeline by name; None for a module that is to be spread by itself.
+    """The modules of a pipeline by name, the outermost ones; None for a module that is to be spread by itself.
 
     A pipeline has `components` (as those of diffusers have), or its modules are its attributes. Raises InputError
     where there are none.
     """
+    modules = modules_of(target)
+    return None if modules is None else outermost(modules)
+
+
+def modules_of(target: Any) -> dict[str, nn.Module] | None:
+    """As `components_of`, with modules that are parts of others, and each under all of its names: this looks into none
+    of them."""
     if isinstance(target, nn.Module) and not isinstance(target, CFGParallelMixin):
         return None
     found = getattr(target, "components", None)
@@ -46,10 +53,10 @@ def components_of(target: Any) -> dict[str, nn.Module] | None:
     modules = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
     if not modules:
         raise InputError(f"parallelize takes a module or a pipeline that has modules, not {type(target).__name__}")
-    return _outermost(modules)
+    return modules
 
 
-def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Components without those that another one has as a part, and each under one name."""
     parts = {id(part) for module in modules.values() for part in module.modules() if part is not module}
     once: dict[int, str] = {}

@@ -12,7 +12,7 @@ from torch import nn
 from .adapters import fusing
 from .callbacks import calling, interrupt_members
 from .changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
-from .components import BEFORE, OFFLOAD, SAVE, components_of, guard, refused, shared_tensors
+from .components import BEFORE, OFFLOAD, SAVE, components_of, guard, modules_of, outermost, refused, shared_tensors
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment, Cut, denoises
 from .core.comm import Comm
@@ -20,8 +20,9 @@ from .core.entry import guard_entry
 from .core.overlap import overlap
 from .core.relay import relay
 from .core.remote import own
+from .core.runtime import Runtime
 from .core.sites import find_blocks, plain_class, swap_class
-from .core.stages import Runtime, stage
+from .core.stages import stage
 from .errors import UnsupportedError
 from .parallel.spread import spread_tokens
 from .parallel.tensor import TensorPlan
@@ -133,13 +134,16 @@ def join(pipe: Any, runtime: Runtime) -> None:
 def check_parts(pipe: Any) -> None:
     """Raise UnsupportedError, on every rank alike, where parts of a pipeline are not (or not any more) what they were
     when it was made parallel."""
-    for name, part in (components_of(pipe) or {}).items():
+    modules = modules_of(pipe) or {}
+    for name, part in modules.items():
         part, compiler = unwrap(part)
         placed = placed_on(part)
         if placed is not None and compiler is not None:
             setattr(pipe, name, part)
             compile_part(name, part, compiler)
         if placed is None:
+            if name not in outermost(modules):  # a part of another component
+                continue
             raise UnsupportedError(
                 f"{name} was put into the pipeline after parallelize, so every rank would run all of it: call "
                 "parallelize on the pipeline once more, with the same configuration"

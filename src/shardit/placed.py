@@ -1,4 +1,4 @@
-"""What a component is spread as: noted on the component, for pipelines that share it and for what is changed later."""
+"""Notes on components that are spread, for pipelines that share them and for changes that come later."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .core.fingerprint import Fingerprint
 from .core.held_state import keepers
 from .core.plan import Plan
 from .core.randomness import dropout_in_training
+from .core.runtime import Runtime
 from .core.sites import swap_class
-from .core.stages import Runtime
 from .errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class Placed:
         @functools.wraps(own_method)
         def method(module: Any, *args: Any, **kwargs: Any) -> Any:
             self.check()  # what was changed before is none of this method's
+            self.runtime.schedule.drain()  # calls in flight are of the model as it was
             out = own_method(module, *args, **kwargs)
             follow(self, [])
             self.take()
@@ -133,7 +134,7 @@ class Placed:
 
 
 def _own_methods(module: nn.Module) -> dict[str, Any]:
-    """What stands in for methods of its class on a module itself, where it hides what is done at calls from outside."""
+    """Attributes of a module that replace methods of its class, and so hide the seam at calls from outside."""
     cls = type(module)
     return {
         name: value for name, value in vars(module).items() if callable(value) and callable(getattr(cls, name, None))

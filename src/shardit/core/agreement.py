@@ -1,4 +1,4 @@
-"""What ranks are taken to share, compared: the arguments of a call, the generators, the first latents."""
+"""Comparison of the state that ranks must share: the arguments of a call, the generators, the first latents."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Agreement:
 
     @contextmanager
     def call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
-        """A call of a pipeline. Collective; raises InputError on all ranks where they do not start alike, or where one
-        drew from a generator that they do not share."""
+        """Compare a call of a pipeline. Collective; raises InputError on all ranks where they do not start alike, or
+        where one drew from a generator that they do not share."""
         if self.depth or self.ranks.size == 1:
             with self._deeper():
                 yield
@@ -69,15 +69,16 @@ class Agreement:
         if self.differ:
             self._check_draws(name, moved(before, states(device, [])))
 
-    def mark(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """The first call of a model inside a call of a pipeline: the noise has been drawn. Collective."""
+    def mark(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
+        """Compare the first call of a model inside a call of a pipeline: the noise has been drawn. Collective."""
         if not self.depth or self.marked:
             return
         self.marked = True
-        self._compare(name, digests(arguments), {}, "in its first step although the pipeline's arguments are the same")
+        when = "in its first step although the pipeline's arguments are the same"
+        self._compare(name, digests(arguments()), {}, when)
 
     def compare(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """A call of a model by itself. Collective; raises InputError on all ranks where they are given other values."""
+        """Compare a call of a model by itself. Collective; raises InputError on all ranks where values differ."""
         self._compare(name, digests(arguments), {})
 
     @contextmanager
@@ -89,7 +90,7 @@ class Agreement:
             self.depth -= 1
 
     def _compare(self, name: str, values: dict[str, bytes], generators: States, when: str = "") -> tuple[str, ...]:
-        """The kinds of `generators` in which ranks differ. Raises InputError where they differ in `values`."""
+        """Compare, and return the kinds of `generators` in which ranks differ. Raises InputError where `values` do."""
         parts = [_hash(*(f"{k}={v!r}".encode() for k, v in values.items()))]
         parts += [_hash(_bytes(generators[kind])) if kind in generators else b"\0" * 8 for kind in KINDS]
         told = self.ranks.gather_bytes(b"".join(parts))
@@ -184,7 +185,7 @@ def checksum(tensor: torch.Tensor) -> bytes:
         raw = tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         tail = raw.numel() % 8
         words = raw[: raw.numel() - tail]
-        if words.data_ptr() % 8:
+        if words.data_ptr() % 8 or words.storage_offset() % 8:
             words = words.clone()
         words = words.view(torch.int64)
         sampled = words[:: max(1, -(-words.numel() // SAMPLES))]

@@ -24,11 +24,11 @@ from .pending import PendingTensor, settle
 from .sites import SWAPPED, fixed_place, swap_class
 
 ALWAYS = ("__call__", "forward", "generate")
-"""Methods that compute whatever they are given; `generate` of transformers is defined beside the models."""
+"""Methods that compute whatever they are given; `generate` of transformers is defined next to the models."""
 
 LIBRARIES = ("torch.", "transformers.", "peft.", "accelerate.")
-"""Whose hooks belong to a module: they act where it runs. All other hooks were put there to see or to change something
-from outside."""
+"""Packages whose hooks belong to a module: they act where it runs. All other hooks were put there to see or to change
+something from outside."""
 
 COMPILED = "_orig_mod"
 """The name of the model within what `torch.compile` makes of it."""

@@ -1,4 +1,4 @@
-"""Whether a call would take the course of a plan that is known: its forward is run without blocks and watched.
+"""A test of whether a call takes the course of a known plan: its forward is run without blocks and watched.
 
 All data that does not derive from a block is real and alike on every rank, so each finds the same by itself.
 """
@@ -26,7 +26,8 @@ class _Differs(BaseException):
 class DryCall:
     """The seam of block calls while a forward runs without blocks.
 
-    trace: what was watched. Its `deciding` counts the arguments that the forward has read values of on the way.
+    trace: the operations outside blocks. Its `deciding`: the arguments whose values the
+    forward has read.
     """
 
     def __init__(self, plan: CallPlan, device: torch.device):

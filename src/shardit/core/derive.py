@@ -1,4 +1,4 @@
-"""What has to be carried between stages, found from a call that was watched.
+"""The plan of a call: the data that stages carry to each other, found from a call that was watched.
 
 Liveness analysis over the contents of storages. A *version* is what a storage holds after one write to it. What derives
 from a block, was written before a cut and is read after it, is carried; what no block was given or gave, so that ranks

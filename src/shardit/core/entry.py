@@ -1,4 +1,4 @@
-"""The entry of a model that denoises: what is made sure of before its call begins, on every rank."""
+"""The entry of a model that denoises: checks before its call begins, on every rank."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 from .agreement import named
 from .known_plans import MAX_SIGNATURES
 from .pending import settle
+from .runtime import Runtime
 from .signature import signature
 from .sites import swap_class
-from .stages import Runtime
 
 _inside: ContextVar[nn.Module | None] = ContextVar("shardit_entered", default=None)
 """The model whose call runs, in this context."""
@@ -30,7 +30,7 @@ def guard_entry(model: nn.Module, runtime: Runtime, check: Callable[[], None]) -
         settle((args, kwargs))
         name = cls.__name__
         if runtime.in_pipeline:
-            runtime.mark_start(name, named(forward, args, kwargs))
+            runtime.mark_start(name, lambda: named(forward, args, kwargs))
             return
         check()
         key = signature((args, kwargs), model.training)

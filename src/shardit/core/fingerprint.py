@@ -1,4 +1,4 @@
-"""What a model is made of, noted when it is spread, so that what is changed later is noticed."""
+"""The modules of a model, noted when it is spread, so that later changes are noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What attention processors hold: state that a block call leaves outside of tensors, on the owner of the block."""
+"""State of attention processors: a block call leaves it outside of tensors, on the owner of the block."""
 
 from __future__ import annotations
 

@@ -24,9 +24,10 @@ from .known_plans import MAX_SIGNATURES
 from .pending import settle
 from .plan import ResultPlan, describe_result
 from .result import Result
+from .runtime import Runtime
 from .signature import signature
 from .sites import changing_methods, swap_class
-from .stages import Runtime, scales_adapters
+from .stages import scales_adapters
 from .writes import check_unchanged, inputs_of
 
 _inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)

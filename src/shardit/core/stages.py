@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,98 +17,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import RankError, UnsupportedError
 from . import microbatch
-from .agreement import Agreement
-from .comm import Comm
 from .course import DryCall
-from .deal import Dealer, RemoteCall
+from .deal import RemoteCall
 from .known_plans import KnownPlans
 from .local_plan import LocalPlan
-from .mesh import Mesh
 from .partition import Placement
 from .pending import settle
 from .plan import CallPlan, Plan
-from .result import Route
-from .schedule import Flight, Schedule
+from .runtime import Runtime
 from .signature import asks_for_gradients, mode_key, signature
 from .sites import changing_methods, drop_blocks, find_blocks, fixed_place, install, swap_class
 from .staged_call import StagedCall
 from .traced_call import TracedCall
-from .turns import Turns
 
 log = logging.getLogger(__name__)
 
 WARN_SIGNATURES = 16
 """Signatures after which a warning says that calls keep changing shape, which makes each first one slow."""
-
-
-@dataclass
-class Runtime:
-    """What all staged modules of one pipeline share: the mesh, its messages, the schedule and the turns.
-
-    comm joins the stages of this rank's chain, `replica` all ranks that work on the same requests, `peers` those of
-    them with this rank's slices.
-    """
-
-    mesh: Mesh
-    comm: Comm
-    replica: Comm
-    peers: Comm
-    route: Route
-    dealer: Dealer
-    schedule: Schedule
-    turns: Turns
-    agreement: Agreement
-    max_in_flight: int = 1
-    split_batch: bool = True
-
-    @staticmethod
-    def of(mesh: Mesh, max_in_flight: int = 1, split_batch: bool = True) -> Runtime:
-        """Make the shared state of a pipeline over a mesh."""
-        schedule = Schedule(mesh.pp_rank)
-        comms = {id(groups): Comm(mesh, groups) for groups in (mesh.pipeline, mesh.replica, mesh.peers)}
-        comm, replica, peers = (comms[id(groups)] for groups in (mesh.pipeline, mesh.replica, mesh.peers))
-        dealer = Dealer(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
-        route, turns = Route.of(mesh, replica), Turns(schedule)
-        alike = Agreement(replica)
-        return Runtime(mesh, comm, replica, peers, route, dealer, schedule, turns, alike, max_in_flight, split_batch)
-
-    @property
-    def program(self) -> object:
-        """Whose calls these are: the request that has its turn, or whoever uses the model without requests."""
-        return self.turns.current or self.turns
-
-    @contextmanager
-    def pipeline_call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
-        """A call of a pipeline, which all ranks of the replica make alike. Requests are handed to all ranks by whoever
-        runs them, and are compared by him."""
-        self.dealer.begin(self.program)
-        alone = nullcontext() if self.turns.current is not None else self.agreement.call(name, arguments)
-        with alone:
-            yield
-
-    @property
-    def in_pipeline(self) -> bool:
-        """Whether a pipeline is being called."""
-        return self.turns.current is not None or self.agreement.depth > 0
-
-    def mark_start(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """A model of a pipeline is called; what the first call is given counts."""
-        if self.turns.current is not None:
-            self.turns.mark_start(arguments)
-        else:
-            self.agreement.mark(name, arguments)
-
-    def wait_for(self, flight: Flight) -> None:
-        """Return when `flight` is virtually done."""
-        self.dealer.waits(self.program)
-        self.turns.wait_for(flight)
-
-    def flush(self) -> None:
-        """Wait until everything sent has been taken."""
-        self.schedule.drain()
-        self.comm.flush()
-        self.replica.flush()
-        self.peers.flush()
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a block call gives where the block does not run: tensors of the right shape over memory without its data."""
+"""Stand-ins for outputs of blocks that do not run here: tensors of the right shape over memory without the data."""
 
 from __future__ import annotations
 

@@ -72,12 +72,12 @@ class Turns:
                 raise Interrupted("the request was interrupted")
         program.waits_for = None
 
-    def mark_start(self, arguments: Mapping[str, Any]) -> None:
+    def mark_start(self, arguments: Callable[[], Mapping[str, Any]]) -> None:
         """Once per request: note what its first call is given. Whoever runs the requests compares the marks of all
         ranks; doing it here would make every rank wait for the others and drain the pipeline."""
         program = self.current
         if program is not None and program.start is None:
-            program.start = ", ".join(f"{name} {value.hex()}" for name, value in digests(arguments).items())
+            program.start = ", ".join(f"{name} {value.hex()}" for name, value in digests(arguments()).items())
 
     def run(self, programs: Iterator[Program], max_in_flight: int) -> Iterator[Program]:
         """Run all programs, at most `max_in_flight` at once; yields each when it has ended, with value or error.

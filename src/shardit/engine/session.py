@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import os
 import time
@@ -60,6 +61,18 @@ def check(spec: SessionSpec) -> None:
     check_packages(found.pipeline_class.__name__, missing(found.pipeline_class))
     check_processors(part for name, part in found.components.items() if name not in found.modules)
     place_components(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight)
+    check_in_flight(found.pipeline_class, spec.max_in_flight)
+
+
+def check_in_flight(pipeline_class: Any, max_in_flight: int) -> None:
+    """Raise InputError where requests would share a model that the call of the pipeline changes for its own length, as
+    perturbed attention guidance does."""
+    code = getattr(inspect.unwrap(pipeline_class.__call__), "__code__", None)
+    if max_in_flight > 1 and "set_attn_processor" in getattr(code, "co_names", ()):
+        raise InputError(
+            f"max_in_flight={max_in_flight}: {pipeline_class.__name__} sets attention processors during its call, of a "
+            "model that requests share; use max_in_flight=1 (--max-in-flight 1)"
+        )
 
 
 class Session:
@@ -84,6 +97,7 @@ class Session:
             attention_backend=spec.attention_backend,
             options=spec.options,
         )
+        check_in_flight(type(self._pipe), spec.max_in_flight)
         self.turns = self.runtime.turns if self.runtime else Turns(Schedule(0))
         self._variants = {type(self._pipe).__name__: self._pipe}
         with_image = image_pipeline(self._pipe)

@@ -121,6 +121,19 @@ def test_a_model_that_is_one_file(files: dict[str, Path]) -> None:
     assert not any(one.is_meta for one in pipe.vae.parameters())  # which the file has not: it is the folder's
 
 
+@pytest.mark.parametrize(
+    ("model", "file", "words"),
+    [
+        ("wan2.2-ti2v", "z-image", r"does not hold transformer \(WanTransformer3DModel\) of WanPipeline"),
+        ("wan2.2-t2v", "wan2.2-ti2v", "is one model, but WanPipeline has transformer and transformer_2"),
+    ],
+)
+def test_one_file_has_to_be_the_model_that_denoises(files: dict[str, Path], model: str, file: str, words: str) -> None:
+    name, options = split_model(files[file], f"tiny/{model}", model_options())
+    with pytest.raises(InputError, match=words):
+        check(SessionSpec(name, DiffusionParallelConfig(), options=options))
+
+
 def test_files_that_do_not_fit(files: dict[str, Path]) -> None:
     for single, words in (
         ({"transformer": files["z-image"]}, "does not hold|has no tensor"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardit.core.assign import denoises
 from shardit.errors import InputError
 from shardit.loading import index
 from shardit.loading.checkpoint import Checkpoint
@@ -142,6 +143,7 @@ def prepare(
     if unknown := sorted(options.single_files.keys() - {WHOLE, *modules}):
         raise InputError(f"single_files: {cls.__name__} has no model {unknown[0]!r}; it has {', '.join(modules)}")
     check_components(dtype, modules)
+    _check_whole(cls, options, checkpoints, modules)
     _check_variant(options.variant, checkpoints)
     return Prepared(source, cls, parts, checkpoints, modules)
 
@@ -165,6 +167,25 @@ def _single(kind: Any, part: Component, model: Path, options: ModelOptions) -> t
     if text is None and named:
         raise InputError(f"single_files: {path} does not hold {kind.__name__} in a form that diffusers converts")
     return (text, build(kind, part.folder, None, None)) if text is not None else None
+
+
+def _check_whole(
+    cls: type[Any], options: ModelOptions, checkpoints: Mapping[str, Checkpoint], modules: Mapping[str, nn.Module]
+) -> None:
+    """InputError where a model that is one file does not hold the one that denoises, or where several would come from
+    the same tensors: the folder's weights, or one expert twice, would be used without a word."""
+    path = options.single_files.get(WHOLE)
+    if path is None:
+        return
+    wanted = {name: m for name, m in modules.items() if denoises(name, m) and name not in options.single_files}
+    advice = "give a file for one component by its name (single_files=, --single-file NAME=PATH)"
+    for name, module in wanted.items():
+        if not isinstance(checkpoints.get(name), Original):
+            what = f"{name} ({type(module).__name__}) of {cls.__name__}"
+            raise InputError(f"single file {path} does not hold {what}: it is for another model, or {advice}")
+    kinds = [type(module) for module in wanted.values()]
+    if len(set(kinds)) < len(kinds):
+        raise InputError(f"single file {path} is one model, but {cls.__name__} has {' and '.join(wanted)}: {advice}")
 
 
 def _check_variant(variant: str | None, checkpoints: dict[str, Checkpoint]) -> None:

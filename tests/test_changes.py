@@ -186,6 +186,12 @@ def compiled_forward(pipe: Any) -> None:
     run(pipe)
 
 
+def compiled_on_one_rank(pipe: Any) -> None:
+    if torch.distributed.get_rank() == 0:
+        pipe.transformer.compile(backend="eager")
+    run(pipe)
+
+
 def compiled_decode(pipe: Any) -> None:
     pipe.vae.decode = compiled(pipe.vae.decode)
     run(pipe, "pt")
@@ -209,6 +215,7 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     "stages": {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
         compiled_forward: r"transformer is compiled.*compile_repeated_blocks\(\)",
+        compiled_on_one_rank: r"ranks differ in parts \(transformer is compiled.*\) of FluxPipeline",
         compiled_decode: "vae.decode was replaced on the object after parallelize",
         new_tokens: "resize_token_embeddings cannot be combined.*before parallelize",
         broken_adapter: "NaNs detected",

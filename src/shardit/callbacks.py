@@ -94,11 +94,14 @@ def interrupt_members(cls: type) -> dict[str, Any]:
 
 def calling(own_call: Callable[..., Any], runtime: Runtime, check: Callable[[Any], None]) -> Callable[..., Any]:
     """A pipeline's `__call__` that ranks begin alike, whose callbacks are shared and whose results are plain tensors.
-    `check` is given the pipeline before anything else happens."""
+    `check` is given the pipeline before anything else happens. Where it refuses on some ranks, all of them raise."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self)
-        with runtime.pipeline_call(type(self).__name__, lambda: named(own_call, args, kwargs)):
+        refusal = _refusal(check, self)
+        also = {} if refusal is None else {f"parts ({refusal})": None}  # compared with the arguments, in one message
+        with runtime.pipeline_call(type(self).__name__, lambda: {**named(own_call, args, kwargs), **also}):
+            if refusal is not None:
+                raise refusal
             kwargs = shared_callback(args, kwargs, runtime.replica)
             self.__dict__.update(_heard=kwargs.get(CALLBACK) is not None, _asked=False)
             try:
@@ -109,3 +112,11 @@ def calling(own_call: Callable[..., Any], runtime: Runtime, check: Callable[[Any
         return out
 
     return __call__
+
+
+def _refusal(check: Callable[[Any], None], pipe: Any) -> InputError | None:
+    try:
+        check(pipe)
+    except InputError as error:
+        return error
+    return None

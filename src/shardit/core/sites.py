@@ -123,11 +123,10 @@ def share_class(module: Any, made: Made, key: tuple[Any, ...], members: Callable
 
 
 def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A `to` for modules of which a part is on meta: changes of dtype are fine, moves are not."""
+    """A `to` for modules of which some rank has a part on meta: changes of dtype are fine, moves are refused, on every
+    rank alike, whatever it has itself."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not any(p.is_meta for p in self.parameters()):
-            return plain(self, *args, **kwargs)
         found: Any = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         target, dtype, _, layout = found
         if target is not None and target.type != device.type:

@@ -170,6 +170,17 @@ def test_paths_and_bytes_for_every_picture_argument(tmp_path):
             build({"prompt": "a", name: value}, takes=takes)
 
 
+@pytest.mark.parametrize(("name", "words"), [("prompt", "prompt"), ("image", "pil_image"), ("pil_image", "pil_image")])
+def test_prompt_and_image_are_no_further_arguments(name, words):
+    """They would be dropped without a word next to those that are given in their places."""
+    for prompts, params in (
+        ({"prompt": "a", "extra_args": {name: "b"}}, None),
+        ("a", Params(extra_args={name: "b"})),
+    ):
+        with pytest.raises(InputError, match=f"^{name} cannot be among the further arguments; give it as {words} "):
+            build(prompts, params, takes=signature_of(PaintPipeline))
+
+
 def test_settings_are_enough_to_make_it_again():
     params = Params(num_inference_steps=np.int64(4), true_cfg_scale=np.float32(2.5), output_type="np")
     (request,) = build("a", params)

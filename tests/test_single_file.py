@@ -110,7 +110,7 @@ def test_a_model_that_is_one_file(files: dict[str, Path]) -> None:
         split_model("nothing.safetensors", folder, model_options())
     with pytest.raises(InputError, match=r"no \.safetensors file"):
         split_model(__file__, folder, model_options())
-    with pytest.raises(InputError, match="model_config is for a model that is one file"):
+    with pytest.raises(InputError, match=r"model_config \(--config\) is for a model that is one file"):
         split_model("tiny/flux", folder, model_options())
     arguments = GenerateFlags(model=str(path), prompt="p", config=str(folder)).omni_arguments()
     model, options = split_model(arguments["model"], arguments["model_config"], model_options())

@@ -206,7 +206,7 @@ class GenerateFlags(ModelFlags, ParallelFlags):
 
     def extra_arguments(self) -> dict[str, Any]:
         """The values of --extra by name. Raises InputError for what is not NAME=VALUE, or given twice."""
-        return parse_values("--extra", self.extra)
+        return parse_values("--extra", self.extra, "use_resolution_binning=false")
 
     def filled_in(self) -> dict[str, Any]:
         """What a tiny model runs with because no flag says otherwise; nothing for other models."""

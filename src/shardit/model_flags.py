@@ -59,10 +59,11 @@ class ModelFlags:
     def model_options(self) -> ModelOptions:
         """The options that the flags ask for. Raises InputError."""
         given = {name: getattr(self, name) for name in OPTION_NAMES if name not in ("scheduler_args", "single_files")}
+        files = parse_values("--single-file", self.single_file, "transformer=flux.safetensors")
         return model_options(
             **given,
-            scheduler_args=parse_values("--scheduler-arg", self.scheduler_arg),
-            single_files={name: str(path) for name, path in parse_values("--single-file", self.single_file).items()},
+            scheduler_args=parse_values("--scheduler-arg", self.scheduler_arg, "use_karras_sigmas=true"),
+            single_files={name: str(path) for name, path in files.items()},
         )
 
     def model_arguments(self) -> dict[str, Any]:
@@ -71,13 +72,13 @@ class ModelFlags:
         return {**found, **({"model_config": self.config} if self.config is not None else {})}
 
 
-def parse_values(flag: str, entries: Sequence[str] | None) -> dict[str, Any]:
+def parse_values(flag: str, entries: Sequence[str] | None, example: str) -> dict[str, Any]:
     """The values of a repeated `flag name=value` by name. Raises InputError for other text, and what is given twice."""
     found: dict[str, Any] = {}
     for entry in entries or ():
         name, sign, text = entry.partition("=")
         if not (sign and name.isidentifier()):
-            raise InputError(f"{flag} must be name=value, as in use_resolution_binning=false, got {entry!r}")
+            raise InputError(f"{flag} must be name=value, as in {example}, got {entry!r}")
         if name in found:
             raise InputError(f"{flag} {name} is given twice; give it once")
         found[name] = _as_value(flag, name, text)

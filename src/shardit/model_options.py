@@ -86,7 +86,9 @@ def split_model(model: Any, model_config: Any, options: ModelOptions) -> tuple[A
     single = is_name and (file.is_file() or (file.suffix in _WEIGHTS and not file.is_dir()))
     if not single:
         if model_config is not None:
-            raise InputError("model_config is for a model that is one file; leave it out, or give the file as model")
+            raise InputError(
+                "model_config (--config) is for a model that is one file; leave it out, or give the file as model"
+            )
         return model, options
     files = _single_files({WHOLE: model})
     if model_config is None:

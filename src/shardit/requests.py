@@ -28,6 +28,8 @@ _IMAGE_KEYS = ("pil_image", "image")
 _PROMPT_KEYS = ("prompt", "extra_args", *_IMAGE_KEYS)
 # Fields of the parameters that do not reach the pipeline under their own name.
 _OWN_FIELDS = ("num_outputs_per_prompt", "seed", "fps")
+# Further arguments of these names would be dropped for those that are given in their places.
+_IN_PLACES = {"prompt": "prompt (--prompt)", "image": "pil_image (--image)", "pil_image": "pil_image (--image)"}
 # Arguments of pipelines that shardit sets itself, and what to use instead.
 _RESERVED = {
     "generator": "give a seed instead",
@@ -270,6 +272,8 @@ def _merge(
             _check_name(name, takes)
             extra[name] = value
     for name, value in extra.items():
+        if name in _IN_PLACES:
+            raise InputError(f"{name} cannot be among the further arguments; give it as {_IN_PLACES[name]}")
         _check_name(name, takes)
         if callable(value):
             raise InputError(f"{name} is a function, which cannot be sent to the ranks; use shardit.parallelize for it")

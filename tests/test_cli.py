@@ -1,5 +1,6 @@
 """The command line, with a stand-in for `Omni`: what it asks for, prints, writes and returns."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -10,9 +11,10 @@ import pytest
 from PIL import Image
 
 import shardit
-from shardit.cli import main, table
+from shardit.cli import check_kind, main, table
 from shardit.config import DiffusionParallelConfig
 from shardit.errors import InputError, RankError
+from shardit.flags import GenerateFlags
 from shardit.output import Output
 from shardit.params import OmniDiffusionSamplingParams
 from shardit.signature import PipelineSignature
@@ -126,6 +128,14 @@ def test_defaults_are_the_pipelines(omni, tmp_path):
     assert generate("--dtype=transformer=bfloat16,vae=fp32") == 0
     assert FakeOmni.last.arguments["dtype"] == {"transformer": "bfloat16", "vae": "float32"}
     assert (tmp_path / "output.png").exists()
+
+
+def test_a_wav_needs_a_sample_rate():
+    takes = PipelineSignature("P", ("prompt",), outputs=("audios",))
+    flags = GenerateFlags(model="m", prompt="a", output=Path("a.wav"))
+    check_kind(types.SimpleNamespace(takes=dataclasses.replace(takes, sample_rate=16000)), flags)
+    with pytest.raises(InputError, match=r"a\.wav: the model does not tell its sample rate; use \.safetensors"):
+        check_kind(types.SimpleNamespace(takes=takes), flags)
 
 
 def test_video_goes_to_mp4_by_default(omni, tmp_path):

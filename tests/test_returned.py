@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 
 from shardit.engine.result import collect, with_arrays
 from shardit.errors import InputError
-from shardit.output import Output
+from shardit.output import Output, savable
 from shardit.params import OmniDiffusionSamplingParams
 from shardit.requests import build_requests
 from shardit.returned import sample_rate_of
@@ -101,6 +101,11 @@ def test_sound_that_cannot_be_written(tmp_path):
     for name in ("a.wav", "a.mp4"):
         with pytest.raises(InputError, match="does not tell its sample rate"):
             unknown.save(tmp_path / name)
+    silent, notes = savable(unknown)
+    assert (silent.audio, silent.frames, len(notes)) == (None, unknown.frames, 1)
+    known = output_of(LTX2PipelineOutput(frames=[FRAMES], audio=TONE[None, None]))
+    assert savable(known) == (known, [])
+    assert output_of(AudioPipelineOutput(audios=TONE[None].numpy()), rate=None).kinds == ("tensors",)
     with pytest.raises(InputError, match="7 channels"):
         output_of(LTX2PipelineOutput(frames=[FRAMES], audio=TONE.repeat(1, 7, 1))).save(tmp_path / "a.mp4")
     with pytest.raises(InputError, match="3 waveforms for 1 videos"):

@@ -19,7 +19,7 @@ from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, as_command
 from shardit.from_file import differences, other_revision, read_record
 from shardit.loading.dtypes import setting
-from shardit.output import SUFFIXES, check_path
+from shardit.output import SUFFIXES, check_path, savable
 
 if TYPE_CHECKING:
     from shardit.output import Output
@@ -64,15 +64,17 @@ def check_kind(omni: Any, flags: GenerateFlags) -> None:
     if flags.output is not None and _is_first_rank():
         kinds = omni.takes.kinds_as(flags.sampling_params().output_type)
         check_path(flags.output, kinds, transparent=omni.takes.image_mode == "RGBA")
+        if flags.output.suffix.lower() in SUFFIXES["audio"] and omni.takes.sample_rate is None:
+            raise InputError(f"output {flags.output}: the model does not tell its sample rate; use .safetensors")
 
 
 def report(outputs: Sequence[Output], path: Path | None) -> None:
     """Save outputs and print what they took: on rank 0, for the others have none."""
-    for output in outputs:
+    for output, lost in map(savable, outputs):
         target = path or Path("output").with_suffix(SUFFIXES[output.kinds[0]][0] if output.kinds else ".png")
         written = output.save(target)
         peaks = ", ".join(f"rank {rank} {peak / _GIB:.2f} GiB" for rank, peak in enumerate(output.peak_bytes))
-        left_out = [f"not in the file: {name}" for name in output.left_out(target)]
+        left_out = [*lost, *(f"not in the file: {name}" for name in output.left_out(target))]
         _note([*output.notes, *left_out])
         print(f"seed {output.seed}; {output.seconds:.1f} s" + (f"; peak memory: {peaks}" if peaks else ""))
         for file in written:

@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ class Output:
         held: dict[Kind, bool] = {
             "video": bool(self.frames),
             "image": bool(self.pictures()),
-            "audio": self.audio is not None,
+            "audio": self.audio is not None and bool(self.sample_rate),
             "text": bool(self.texts),
             "tensors": bool(self._arrays()),
         }
@@ -128,6 +128,8 @@ class Output:
         kinds = self.kinds
         if not kinds:
             raise InputError("nothing to save, the output holds no pictures; leave out output_type")
+        if self.audio is not None and Path(path).suffix.lower() in SUFFIXES["audio"]:
+            self._sound(self.audio)
         transparent = any(picture.mode == "RGBA" for picture in self.images)
         target = check_path(path, kinds, transparent=transparent)
         kind: Kind = next(kind for kind in kinds if target.suffix.lower() in SUFFIXES[kind])
@@ -184,6 +186,14 @@ class Output:
         made |= {"num_frames": len(pictures)} if self.frames else {}
         about = {"software": "shardit", "prompt": self.prompt, "seed": self.seed, **({"made": made} if made else {})}
         return {**about, **rate, **self.settings}
+
+
+def savable(output: Output) -> tuple[Output, list[str]]:
+    """The output as it can be saved when nobody can be asked for a sample rate that the model does not tell: a video
+    without its sound then; and a note of that."""
+    if not output.frames or output.audio is None or output.sample_rate:
+        return output, []
+    return replace(output, audio=None), ["not in the file: audio, of which the model does not tell the sample rate"]
 
 
 def check_path(

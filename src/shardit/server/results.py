@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..output import SUFFIXES as BY_KIND
-from ..output import Output
+from ..output import Output, savable
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 """Of result files, by the names that OpenAI has for their formats."""
@@ -20,11 +20,12 @@ def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tupl
 
     Files appear complete or not at all. Raises InputError where they cannot be written (disk full, read-only).
     """
+    output, lost = savable(output)
     kind = output.kinds[0] if output.kinds else "image"
     suffix = SUFFIXES[look.get("output_format", "png")] if kind == "image" else BY_KIND[kind][0]
     target = folder / f"output{suffix}"
     written = output.save(target, quality=look.get("output_compression"))
-    notes = [*output.notes, *(f"not in the file: {name}" for name in output.left_out(target))]
+    notes = [*output.notes, *lost, *(f"not in the file: {name}" for name in output.left_out(target))]
     facts: dict[str, Any] = {"seconds": output.seconds, "notes": notes}
     pictures = output.frames[0] if output.frames else output.pictures()
     if pictures:

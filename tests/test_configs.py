@@ -13,6 +13,7 @@ import shardit.engine.inspect
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
 from shardit.engine.inspect import inspect_model
+from shardit.errors import InputError
 from shardit.loading import describe_configs
 from shardit.models.shipped import FOLDER, HUB_IDS, names, shipped
 
@@ -86,6 +87,8 @@ def test_a_folder_without_weights(tmp_path):
     document = inspect_model(tmp_path / "mine", DiffusionParallelConfig(), dtype="float32")
     assert document["bytes"] == 2 * inspect_model("Wan2.2-TI2V-5B", DiffusionParallelConfig())["bytes"]
     assert "no weights" in inspect_model(tmp_path / "mine", DiffusionParallelConfig())["notes"][-1]
+    with pytest.raises(InputError, match=r"no weight files of .*mine here; leave variant out"):
+        inspect_model(tmp_path / "mine", DiffusionParallelConfig(), variant="fp16")
 
 
 def test_names_are_told(capsys):

@@ -41,6 +41,8 @@ def inspect_model(
     `variant` is that of the weight files, as for `Omni`. Raises what loading would raise.
     """
     configs = _configs(model)
+    if variant is not None and configs is not None:
+        raise InputError(f"variant: there are no weight files of {model} here; leave variant out")
     found = describe(model, options=model_options(variant=variant)) if configs is None else describe_configs(configs)
     check_components(dtype, found.modules)
     cuts, assignment = place_components(found.modules, found.pipeline_class, config, max_in_flight=max_in_flight)

@@ -58,7 +58,7 @@ def guided(pipe: Any, name: str, **more: Any) -> torch.Tensor:
 
 def write_lora(name: str, folder: Path, seed: int, encoder: bool = False) -> None:
     """An adapter with weights that make a difference."""
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import get_peft_model_state_dict
 
     pipe = pipeline(name)
@@ -69,7 +69,7 @@ def write_lora(name: str, folder: Path, seed: int, encoder: bool = False) -> Non
     torch.manual_seed(seed)
     layers = {}
     for part, (model, names) in parts.items():
-        model.add_adapter(LoraConfig(r=4, lora_alpha=3, target_modules=names))
+        inject_adapter_in_model(LoraConfig(r=4, lora_alpha=3, target_modules=names), model)
         for key, parameter in model.named_parameters():
             if "lora" in key:
                 parameter.data = torch.randn_like(parameter) * 0.1

@@ -64,7 +64,7 @@ def pictures(prompt: str) -> list[Image.Image]:
 def act(script: str, when: str, rank: int = 0) -> None:
     """Do what the words of `script` say; those that begin with another moment's name are not meant."""
     for word in script.split():
-        moment, _, deed = word.rpartition("/")
+        moment, _, deed = word.rpartition(".")
         name, _, argument = deed.partition(":")
         if (moment or "run") == when and (name == "sleep" or argument in ("", str(rank))):
             DEEDS.get(name, lambda _: None)(argument)

@@ -202,7 +202,7 @@ def test_names_of_uploads_reach_no_file(images: Served) -> None:
     status, answer = edit(images, picture())
     assert status == 200
     folder = images.store.files_of(answer["id"])
-    assert sorted(path.name for path in folder.iterdir()) == ["input-0.png", "out.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["input-0.png", "output.png"]
 
 
 @pytest.mark.parametrize(

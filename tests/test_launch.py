@@ -162,8 +162,8 @@ from pathlib import Path
 threading.Thread(target=tell).start()
 """
     script = {
-        "imports": start + "two('check/sleep:30')",
-        "start": start + "two('start/sleep:30')",
+        "imports": start + "two('check.sleep:30')",
+        "start": start + "two('start.sleep:30')",
         "generate": generate.format("sleep:30"),
         "stubborn": generate.format("stop:1 orphan:0 sleep:30"),
     }[moment]
@@ -194,7 +194,7 @@ def test_interrupt_ends_ranks_and_the_next_generate_works():
 
 def test_interrupt_during_the_start():
     process = subprocess.Popen(
-        [sys.executable, "-c", PREAMBLE + "say(pid=os.getpid())\ntwo('start/sleep:30')"],
+        [sys.executable, "-c", PREAMBLE + "say(pid=os.getpid())\ntwo('start.sleep:30')"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),

@@ -88,7 +88,7 @@ def test_all_ranks_killed(omni):
 def test_rank_killed_during_the_start():
     begin = time.monotonic()
     with pytest.raises(RankError) as caught:
-        make("start/kill:1 start/hang:0")
+        make("start.kill:1 start.hang:0")
     assert caught.value.rank == 1
     assert time.monotonic() - begin < 10
 
@@ -168,7 +168,7 @@ def test_progress_puts_the_timeout_off():
 def test_hang_during_the_start():
     begin = time.monotonic()
     with pytest.raises(RankError) as caught:
-        make("start/hang:1", timeout_s=1.0)
+        make("start.hang:1", timeout_s=1.0)
     assert caught.value.rank == 1
     assert time.monotonic() - begin < 5
 
@@ -177,18 +177,18 @@ def test_hang_before_the_start(monkeypatch):
     monkeypatch.setattr("shardit.engine.launch.IMPORT_WAIT_S", 1.0)
     begin = time.monotonic()
     with pytest.raises(RankError, match="did not answer in time"):
-        make("check/sleep:30", timeout_s=1.0)
+        make("check.sleep:30", timeout_s=1.0)
     assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
-        ("check/refuse", InputError),
-        ("check/unsupported", UnsupportedError),
-        ("start/refuse", InputError),
-        ("start/refuse:1 start/hang:0", InputError),
-        ("start/unsupported:0 start/peer:1", UnsupportedError),
+        ("check.refuse", InputError),
+        ("check.unsupported", UnsupportedError),
+        ("start.refuse", InputError),
+        ("start.refuse:1 start.hang:0", InputError),
+        ("start.unsupported:0 start.peer:1", UnsupportedError),
     ],
 )
 def test_input_errors_of_the_start_arrive_typed(model, kind):
@@ -200,7 +200,7 @@ def test_input_errors_of_the_start_arrive_typed(model, kind):
 
 def test_check_that_breaks_is_ours():
     with pytest.raises(RankError, match="no such block"):
-        make("check/fail")
+        make("check.fail")
 
 
 def test_input_error_of_all_ranks_keeps_them(omni):
@@ -292,7 +292,7 @@ def test_fork_of_the_user_process_ends_nothing(omni):
         ({"model": ""}, "model must be"),
         ({"model": 3}, "model must be"),
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "DiffusionParallelConfig"),
-        ({"dtype": 16}, "dtype must be"),
+        ({"dtype": 16}, "dtype '16' is not known"),
         ({"device": 0}, "device must be"),
         ({"max_in_flight": 0}, "max_in_flight"),
         ({"max_in_flight": True}, "max_in_flight"),

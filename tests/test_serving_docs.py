@@ -35,7 +35,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 @CURL
-@pytest.mark.parametrize("line", [*BLOCKS[1].splitlines(), *README[2].splitlines()])
+@pytest.mark.parametrize("line", [*BLOCKS[1].splitlines(), *README[-1].splitlines()])
 def test_commands_of_the_docs(line: str, images: Served, videos: Served, tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(picture())
     served = images if "/v1/images" in line else videos
@@ -61,7 +61,7 @@ def test_the_program_of_the_docs(
     Image.open("cat.png").close()
     av.open("cat.mp4").close()
     Path("cat.mp4").unlink()
-    exec(README[1].replace("localhost:8091", f"localhost:{videos.port}"), {})
+    exec(README[-2].replace("localhost:8091", f"localhost:{videos.port}"), {})
     av.open("cat.mp4").close()
 
 

@@ -27,6 +27,12 @@ def find_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return [v for v in values if isinstance(getattr(v, "layers", None), list) and not isinstance(v, nn.Module)]
 
 
+def empty_layers_kept(cache: Any) -> list[Any]:
+    """The layers of a cache, those without data as copies: what the cache is given back after a call that is not to
+    count, which fills no more than its own layer."""
+    return [layer if _has_data(layer) else copy.deepcopy(layer) for layer in cache.layers]
+
+
 def state_of(cache: Any) -> list[dict[str, Any]]:
     """What tells later which layers of a cache were changed."""
     return [_marks(layer) for layer in cache.layers]
@@ -50,6 +56,11 @@ def replace_layers(cache: Any, layers: dict[int, Any]) -> None:
             cache.layers[number] = layer
         else:
             cache.layers.append(layer)
+
+
+def _has_data(layer: Any) -> bool:
+    keys = getattr(layer, "keys", None)
+    return isinstance(keys, torch.Tensor) and keys.numel() > 0
 
 
 def _marks(layer: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..core.caches import empty_layers_kept, find_caches
 from ..core.collectives import Collectives
 from ..core.slices import shards
 from ..errors import RankError
@@ -54,6 +55,7 @@ class Comparison:
         unit, leaves = self.model.get_submodule(self.name), tree_flatten((self.args, self.kwargs))[0]
         with without_modes(), torch.no_grad():
             twins, before, generators = _copies(leaves), state_of(unit), _random_state()
+            caches = [(cache, empty_layers_kept(cache)) for cache in find_caches(self.args, self.kwargs)]
         out = error = None
         try:
             out = self._run(unit, self.args, self.kwargs, together=True)
@@ -76,6 +78,8 @@ class Comparison:
             self.why = f"fails on slices ({error})" if error is not None else "gives another result on slices"
             restore(before)
             _set_random_state(generators)
+            for cache, layers in caches:
+                cache.layers[:] = layers
             for leaf, twin in zip(leaves, twins, strict=True):
                 if isinstance(leaf, torch.Tensor) and not _same(leaf, twin):
                     leaf.copy_(twin)

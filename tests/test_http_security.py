@@ -174,6 +174,8 @@ def test_names_of_others_that_point_here(images: Served) -> None:
 def test_probes_need_no_name(images: Served, path: str, head: str) -> None:
     for method in ("GET", "HEAD"):
         assert answer_to(images, f"{method} {path} {head}\r\n\r\n").split()[1] == b"200"
+    stranger = answer_to(images, f"GET /ready {head}\r\n\r\n")
+    assert b'"ranks":[]' in stranger or head == "HTTP/1.1"
     other = answer_to(images, f"GET /v1/images {head}\r\n\r\n")
     assert other.split()[1] in (b"400", b"403")
 
@@ -181,8 +183,8 @@ def test_probes_need_no_name(images: Served, path: str, head: str) -> None:
 def answer_to(served: Served, request: str) -> bytes:
     host, _, port = served.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as client:
-        client.sendall(request.encode())
-        return client.recv(65536)
+        client.sendall(request.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n").encode())
+        return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 def test_origins_can_be_allowed(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
@@ -79,10 +79,12 @@ def about_routes(context: Context) -> APIRouter:
         return Health()
 
     @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness, "description": "Not yet."}})
-    async def ready() -> Any:
+    async def ready(request: Request) -> Any:
         """Whether the ranks can run jobs now; 503 until they can."""
         ranks = context.board.ranks
         shown = _readiness(ranks)
+        if getattr(request.state, "stranger", False):  # of whom nothing is known but the name they use for this server
+            shown |= {"reason": "", "ranks": []}
         if ranks.state == "ready":
             return shown
         return JSONResponse(shown, 503, {"Retry-After": "5"})

@@ -91,8 +91,12 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        if scope["path"] not in _FOR_ANY_HOST:
+        try:
             self._check_host(headers)
+        except ApiError:
+            if scope["path"] not in _FOR_ANY_HOST:
+                raise
+            scope["state"]["stranger"] = True
         if not self._is_open(scope["path"]):
             scope["state"]["owner"] = self._owner(headers)
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):

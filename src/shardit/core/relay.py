@@ -51,7 +51,7 @@ class Relay:
         unit = self.unit_of(f"{path}.")
         if unit is not None and (path != self.units[unit][0] or name not in ("__call__", "forward")):
             return self.unit_call(unit, function, args, kwargs)
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions") and gives_attentions(self.model):
             raise UnsupportedError(f"output_attentions: the layers of {self._name} lie on several ranks")
         for unit_name, module in self.units:
             if hooked := hooks_below(module):
@@ -127,6 +127,14 @@ class Relay:
     @property
     def _name(self) -> str:
         return type(self.model).__name__
+
+
+def gives_attentions(model: nn.Module) -> bool:
+    """Whether a model hands out attention maps where they are asked for: of the implementations that are known by name
+    the eager one alone does."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
+    return not names or "eager" in names
 
 
 def relay(

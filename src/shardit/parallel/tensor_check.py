@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..core.caches import find_caches
 from ..core.collectives import Collectives
@@ -29,7 +29,7 @@ from ..core.signature import modes
 from ..core.sites import Made, share_class, swap_class
 from .kinds import fingerprint, value_key
 from .seam import attention_is_taken
-from .tensor_compare import Comparison
+from .tensor_compare import Comparison, is_keeper
 from .tensor_cuts import TensorPlan
 from .tensor_kept import hands_out
 from .tensor_processors import PROCESSOR, adopt_processors, attentions_in, mark_cut
@@ -172,7 +172,9 @@ def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         keys = [getattr(layer, "keys", None) for layer in layers]
         if any(isinstance(found, torch.Tensor) and found.numel() for found in keys):
             return True
-    return False
+    keepers = (leaf for leaf in tree_leaves((args, kwargs)) if is_keeper(leaf) and not hasattr(leaf, "layers"))
+    values = (value for leaf in keepers for value in tree_leaves(list(vars(leaf).values())))
+    return any(isinstance(value, torch.Tensor) and value.numel() for value in values)
 
 
 def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectives) -> Checks:

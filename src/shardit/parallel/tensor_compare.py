@@ -55,6 +55,7 @@ class Comparison:
         unit, leaves = self.model.get_submodule(self.name), tree_flatten((self.args, self.kwargs))[0]
         with without_modes(), torch.no_grad():
             twins, before, generators = _copies(leaves), state_of(unit), _random_state()
+            kept = [(leaf, dict(vars(leaf))) for leaf in leaves if is_keeper(leaf)]
             caches = [(cache, empty_layers_kept(cache)) for cache in find_caches(self.args, self.kwargs)]
         out = error = None
         try:
@@ -78,6 +79,9 @@ class Comparison:
             self.why = f"fails on slices ({error})" if error is not None else "gives another result on slices"
             restore(before)
             _set_random_state(generators)
+            for leaf, values in kept:
+                vars(leaf).clear()
+                vars(leaf).update(values)
             for cache, layers in caches:
                 cache.layers[:] = layers
             for leaf, twin in zip(leaves, twins, strict=True):
@@ -164,15 +168,18 @@ class Comparison:
 
 
 def _copies(leaves: list[Any]) -> list[Any]:
-    """Copies of tensors and caches; what is one object stays one."""
+    """Copies of tensors and of objects that units may keep something in; what is one object stays one."""
     made: dict[int, Any] = {}
     for leaf in leaves:
         if id(leaf) not in made:
-            cache = isinstance(getattr(leaf, "layers", None), list) and not isinstance(leaf, nn.Module)
-            made[id(leaf)] = (
-                leaf.detach().clone() if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf) if cache else leaf
-            )
+            kept = copy.deepcopy(leaf) if is_keeper(leaf) else leaf
+            made[id(leaf)] = leaf.detach().clone() if isinstance(leaf, torch.Tensor) else kept
     return [made[id(leaf)] for leaf in leaves]
+
+
+def is_keeper(leaf: Any) -> bool:
+    """Whether an argument is an object that a unit may keep something in, such as a cache of keys."""
+    return hasattr(leaf, "__dict__") and not isinstance(leaf, (torch.Tensor, nn.Module, type)) and not callable(leaf)
 
 
 def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:

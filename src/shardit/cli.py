@@ -103,6 +103,7 @@ def serve(flags: ServeFlags) -> int:
 def inspect(flags: InspectFlags) -> None:
     """Show what each rank would hold; reads no weights."""
     config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package that it misses
     from shardit.engine.inspect import inspect_model
 
     document = inspect_model(flags.what(), config, dtype=dtype, variant=flags.variant)

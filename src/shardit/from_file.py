@@ -12,7 +12,7 @@ from shardit.errors import InputError
 from shardit.model_options import WHOLE
 
 # Entries of a record that are not arguments of the pipeline.
-_ABOUT = ("software", "pipeline", "revision", "versions", "made", "input_image_sizes", "sample_rate")
+_ABOUT = ("software", "pipeline", "revision", "versions", "parallel", "made", "input_image_sizes", "sample_rate")
 # How `Request.settings` writes what a file does not hold.
 _NOT_HELD = {
     "numbers": re.compile(r"(Tensor|Parameter|ndarray)\([\d, ]*\)"),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..api import load_parallel
+from ..config import DiffusionParallelConfig
 from ..core.comm import Comm
 from ..core.mesh import init_mesh, pick_device
 from ..core.schedule import Schedule
@@ -228,9 +229,17 @@ def _made_by(spec: SessionSpec) -> dict[str, Any]:
         "dtype": spec.dtype,
         "attention_backend": spec.attention_backend,
         "versions": versions(),
+        "parallel": _not_default(spec.config),
         **recorded(spec.options),
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _not_default(config: DiffusionParallelConfig) -> dict[str, Any] | None:
+    """How the ranks were arranged, as far as that was chosen: some arrangements give other last bits."""
+    plain = DiffusionParallelConfig()
+    chosen = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()} or None
 
 
 def ranks_here(world_size: int) -> int:

@@ -211,6 +211,12 @@ def replaced_linear(pipe: Any) -> None:
     run(pipe)
 
 
+def replaced_forward(pipe: Any) -> None:
+    linear = pipe.transformer.transformer_blocks[0].attn.to_out[0]
+    linear.forward = lambda x: torch.nn.functional.linear(x, linear.weight, linear.bias)
+    run(pipe)
+
+
 REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     "stages": {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
@@ -222,6 +228,7 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     },
     "slices": {
         replaced_linear: r"transformer_blocks\.0\.attn\.to_q became Linear after parallelize",
+        replaced_forward: r"transformer_blocks\.0\.attn\.to_out\.0\.forward was replaced after parallelize",
         broken_adapter: "NaNs detected",
     },
     "ulysses": {replaced_block: r"transformer_blocks\.0 was replaced after parallelize"},

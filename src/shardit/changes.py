@@ -99,6 +99,8 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
     assert placed.slices is not None
     places = {name.rpartition(".")[0].rpartition(".")[0] for name in placed.slices.cuts}
     for change in changes:
+        if change.name == "forward" and change.now is not None and change.module in placed.slices.roles:
+            _refuse_own_forward(placed, change)
         inside = change.module in places or any(f"{place}.".startswith(f"{change.path}.") for place in places)
         here = inside and change.name != PROCESSOR and isinstance(change.now, nn.Module)
         if here and not _adapted(change):
@@ -107,6 +109,17 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
                 "that are cut over tensor ranks: do it before parallelize, or use tensor_parallel_size=1"
             )
     cut_adapters(placed.module, placed.slices, Collectives(placed.runtime.mesh, "tp"))
+
+
+def _refuse_own_forward(placed: Placed, change: Change) -> None:
+    """Raise UnsupportedError for a forward that was put in place of one that sums over tensor ranks, unless a hook of
+    diffusers or accelerate did it, which goes on to call the one before."""
+    module = placed.module.get_submodule(change.module)
+    if not (hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")):
+        raise UnsupportedError(
+            f"{placed.title}.{change.path} was replaced after parallelize, where tensor ranks add up their parts: "
+            "use a forward hook, or tensor_parallel_size=1"
+        )
 
 
 def _adapted(change: Change) -> bool:

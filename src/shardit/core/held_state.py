@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,6 @@ def _snapshot(value: Any, depth: int, above: tuple[int, ...] = ()) -> Any:
     inside = (*above, id(value))
     if isinstance(value, dict):
         return {key: _snapshot(entry, depth - 1, inside) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, deque)):
         return [_snapshot(entry, depth - 1, inside) for entry in value]
     return (id(value), _snapshot(vars(value), depth - 1, inside)) if hasattr(value, "__dict__") else id(value)

@@ -105,7 +105,7 @@ class Placed:
     def _setting_processors(self) -> Callable[..., Any]:
         """`set_attn_processor`, which pipelines call in the middle of their own call, too: what is known of the model's
         calls may not hold for a processor that is not the library's, so they are watched again."""
-        own_method = type(self.module).set_attn_processor
+        own_method: Callable[..., Any] = getattr(type(self.module), "set_attn_processor")  # noqa: B009
 
         @functools.wraps(own_method)
         def set_attn_processor(module: Any, *args: Any, **kwargs: Any) -> Any:

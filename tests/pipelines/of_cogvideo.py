@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.pipelines import parts
 from tests.pipelines.entry import PipelineEntry
+from tests.pipelines.of_chroma_bria import call
 
 
 def cogvideo_vae() -> Any:
@@ -70,21 +71,6 @@ def cogview4(channels: int = 4) -> dict[str, Any]:
         "text_encoder": parts.decoder("GlmModel"),
         "tokenizer": tokenizer,
         "scheduler": parts.flow(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True),
-    }
-
-
-def call(**changes: Any) -> dict[str, Any]:
-    """Arguments that these pipelines share."""
-    return {
-        "prompt": parts.PROMPT,
-        "negative_prompt": "blue",
-        "num_inference_steps": 2,
-        "guidance_scale": 4.0,
-        "height": 16,
-        "width": 16,
-        "max_sequence_length": 16,
-        "output_type": "np",
-        **changes,
     }
 
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from shardit import DiffusionParallelConfig, InputError, OmniDiffusionSamplingParams
 from shardit.cli import main
 from shardit.engine.messages import SessionSpec
-from shardit.engine.session import check, check_in_flight
+from shardit.engine.processors import check_in_flight
+from shardit.engine.session import check
 from shardit.flags import GenerateFlags
 from shardit.from_file import read_record
 from shardit.loading import load_pipeline

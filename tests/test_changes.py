@@ -164,10 +164,35 @@ def other_weights(spread: Spread) -> list[torch.Tensor]:
     return [*outs, step(model)]
 
 
+def turned_by_a_setting(spread: Spread) -> list[torch.Tensor]:
+    """A plain attribute that the code between the blocks follows."""
+    pipe = pipeline("flux")
+    plain: Any = type(pipe.transformer)
+
+    class Turning(plain):
+        backwards = False
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            blocks, order = self.transformer_blocks, dict(self.transformer_blocks._modules)
+            if self.backwards:
+                blocks._modules = dict(reversed(order.items()))
+            try:
+                return plain.forward(self, *args, **kwargs)
+            finally:
+                blocks._modules = order
+
+    pipe.transformer.__class__ = Turning
+    pipe = spread(pipe)
+    outs = [run(pipe)]
+    pipe.transformer.backwards = True
+    return [*outs, run(pipe)]
+
+
 WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
     "stages": (
         *(compiled_before, compiled_after, blocks_compiled, fused_safely),
         *(new_scheduler, adapted, other_format, joined_projections, other_weights),
+        turned_by_a_setting,
     ),
     "slices": (compiled_before, compiled_after, fused_safely, other_format),
     "ulysses": (compiled_after, fused_safely),
@@ -190,6 +215,18 @@ def compiled_on_one_rank(pipe: Any) -> None:
     if torch.distributed.get_rank() == 0:
         pipe.transformer.compile(backend="eager")
     run(pipe)
+
+
+def hook_on_one_rank(pipe: Any) -> None:
+    if torch.distributed.get_rank() == 0:
+        pipe.vae.decoder.register_forward_hook(lambda *_: None)
+    run(pipe, "pt")
+
+
+def processor_on_one_rank(pipe: Any) -> None:
+    if torch.distributed.get_rank() == 0:
+        pipe.vae.set_attn_processor(AttnProcessor())
+    run(pipe, "pt")
 
 
 def compiled_decode(pipe: Any) -> None:
@@ -222,6 +259,8 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
         compiled_forward: r"transformer is compiled.*compile_repeated_blocks\(\)",
         compiled_on_one_rank: r"ranks differ in parts \(transformer is compiled.*\) of FluxPipeline",
+        hook_on_one_rank: "ranks differ in hooks of vae of FluxPipeline",
+        processor_on_one_rank: "ranks differ in changes of vae of FluxPipeline",
         compiled_decode: "vae.decode was replaced on the object after parallelize",
         new_tokens: "resize_token_embeddings cannot be combined.*before parallelize",
         broken_adapter: "NaNs detected",
@@ -272,8 +311,14 @@ def test_changes(axis: str) -> None:
 
 def test_the_fingerprint_sees_what_computes() -> None:
     model = unet()
-    taken = Fingerprint(model)
+    taken = Fingerprint(model, [""])
     assert not taken.changed()
+    assert taken.hooked() == []
+    model.mid_block.register_forward_pre_hook(torch.nn.functional.relu)  # a library's
+    assert taken.hooked() == []
+    model.mid_block.register_forward_pre_hook(lambda *_: None)
+    assert taken.hooked() == ["mid_block"]
+    assert taken.settings()["training"] is False
     with torch.no_grad():
         model.conv_in.weight.mul_(2)
     model.conv_in.weight = torch.nn.Parameter(model.conv_in.weight + 1)

@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.core.held_state import held_state
 from shardit.models import tiny
 from tests.brought import pipeline
 from tests.ranks import run_ranks
@@ -76,3 +77,19 @@ def test_what_processors_keep_and_gradients_are_refused_on_all_ranks(name: str) 
         assert again
         assert "Remembering keeps what it sees" in said[0]
         assert "is called for its gradients" in said[1]
+
+
+class Slotted:
+    __slots__ = ("kept", "unset")
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+
+
+def test_slots_are_looked_into() -> None:
+    block = torch.nn.Module()
+    block.processor = Slotted()
+    before = held_state(block)
+    assert held_state(block) == before
+    block.processor.kept.append(1)
+    assert held_state(block) != before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -92,14 +92,24 @@ def interrupt_members(cls: type) -> dict[str, Any]:
     return {"_interrupt": property(get, put)}
 
 
-def calling(own_call: Callable[..., Any], runtime: Runtime, check: Callable[[Any], None]) -> Callable[..., Any]:
+def calling(
+    own_call: Callable[..., Any],
+    runtime: Runtime,
+    begin: Callable[[Any], Mapping[str, Any]],
+    end: Callable[[Any], None],
+) -> Callable[..., Any]:
     """A pipeline's `__call__` that ranks begin alike, whose callbacks are shared and whose results are plain tensors.
-    `check` is given the pipeline before anything else happens. Where it refuses on some ranks, all of them raise."""
+
+    begin: given the pipeline before anything else happens; what it returns is compared with the arguments. Where it
+    refuses on some ranks, all of them raise. end: given the pipeline after the call, however that went.
+    """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        refusal = _refusal(check, self)
-        also = {} if refusal is None else {f"parts ({refusal})": None}  # compared with the arguments, in one message
-        with runtime.pipeline_call(type(self).__name__, lambda: {**named(own_call, args, kwargs), **also}):
+        try:
+            alike, refusal = begin(self), None
+        except InputError as error:
+            alike, refusal = {f"parts ({error})": None}, error
+        with runtime.pipeline_call(type(self).__name__, lambda: {**named(own_call, args, kwargs), **alike}):
             if refusal is not None:
                 raise refusal
             kwargs = shared_callback(args, kwargs, runtime.replica)
@@ -108,15 +118,8 @@ def calling(own_call: Callable[..., Any], runtime: Runtime, check: Callable[[Any
                 out = own_call(self, *args, **kwargs)
             finally:
                 self.__dict__["_heard"] = None
+                end(self)
             settle(out)
         return out
 
     return __call__
-
-
-def _refusal(check: Callable[[Any], None], pipe: Any) -> InputError | None:
-    try:
-        check(pipe)
-    except InputError as error:
-        return error
-    return None

@@ -60,15 +60,19 @@ def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> 
         )
 
 
+def cut_blocks(model: Any) -> list[tuple[str, nn.Module]]:
+    """The blocks of a model at whose calls it is cut, by name."""
+    keepers = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
+    return [pair for keeper in keepers for pair in getattr(keeper, "blocks", ())]
+
+
 def follow(placed: Placed, changes: list[Change]) -> None:
     """Make what was changed right. Raises UnsupportedError where that cannot be done."""
     model: Any = placed.module
     if placed.denoises:
         refuse_compiled(placed.title, model, ())
-        keepers = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
-        for keeper in keepers:
-            for name, block in getattr(keeper, "blocks", ()):
-                _same_module(placed, name, block)
+        for name, block in cut_blocks(model):
+            _same_module(placed, name, block)
     relayed = getattr(model, "shardit_relay", None)
     if relayed is not None:
         refuse_compiled(placed.title, model, model.modules())

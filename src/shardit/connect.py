@@ -103,7 +103,7 @@ def spread_model(
         overlap(model, runtime)
     guard(model, name or type(model).__name__, mesh)
     placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
-    guard_entry(model, runtime, placed.check)
+    guard_entry(model, runtime, placed.begin, placed.end)
 
 
 def join(pipe: Any, runtime: Runtime) -> None:
@@ -118,7 +118,9 @@ def join(pipe: Any, runtime: Runtime) -> None:
             component.to(*args, **kwargs)
         return self
 
-    call = functools.wraps(cls.__call__)(calling(cls.__call__, runtime, check_parts))  # tools read the signature
+    call = functools.wraps(cls.__call__)(
+        calling(cls.__call__, runtime, begin_parts, end_parts)
+    )  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
     members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE)})
@@ -131,10 +133,10 @@ def join(pipe: Any, runtime: Runtime) -> None:
     swap_class(pipe, {**members, **interrupt_members(cls), "shardit_runtime": runtime})
 
 
-def check_parts(pipe: Any) -> None:
-    """Raise UnsupportedError, on every rank alike, where parts of a pipeline are not (or not any more) what they were
-    when it was made parallel."""
-    modules = modules_of(pipe) or {}
+def begin_parts(pipe: Any) -> dict[str, Any]:
+    """Before a call of a pipeline: what of its parts all ranks must have alike. Raises UnsupportedError where parts are
+    not (or not any more) what they were when it was made parallel."""
+    modules, alike = modules_of(pipe) or {}, {}
     for name, part in modules.items():
         part, compiler = unwrap(part)
         placed = placed_on(part)
@@ -153,7 +155,16 @@ def check_parts(pipe: Any) -> None:
                 f"{name} belongs to a pipeline that was spread by itself, and takes turns with that one alone: make "
                 "the pipelines that share components before parallelize"
             )
-        placed.check()
+        alike.update(placed.begin())
+    return alike
+
+
+def end_parts(pipe: Any) -> None:
+    """After a call of a pipeline, however it went."""
+    for part in (modules_of(pipe) or {}).values():
+        placed = placed_on(part)
+        if placed is not None:
+            placed.end()
 
 
 def take_compilers(target: Any, modules: dict[str, nn.Module]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .adapters import fusing
-from .changes import follow, unwrap_parts
+from .changes import cut_blocks, follow, unwrap_parts
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment
-from .core.fingerprint import Fingerprint
+from .core.fingerprint import Change, Fingerprint
 from .core.held_state import keepers
 from .core.plan import Plan
 from .core.randomness import dropout_in_training
 from .core.runtime import Runtime
-from .core.sites import swap_class
+from .core.sites import plain_class, swap_class
 from .errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Placed:
     slices: TensorPlan | None = None
     _taken: Fingerprint = field(init=False, repr=False)
     _methods: dict[str, Any] = field(init=False, repr=False)
+    _settings: dict[str, Any] = field(init=False, repr=False)
+    _history: bytes = b""
 
     def __post_init__(self) -> None:
         known = [name for name in KNOWN if self.denoises and hasattr(self.module, name)]
@@ -68,13 +71,29 @@ class Placed:
 
     def take(self) -> None:
         """Take the component as it is now for what is right."""
-        self._taken, self._methods = Fingerprint(self.module), _own_methods(self.module)
+        above = {name[:at] for name, _ in cut_blocks(self.module) for at in _dots(name)}
+        self._taken, self._methods = Fingerprint(self.module, sorted(above)), _own_methods(self.module)
+        self._settings = self._taken.settings()
+
+    def begin(self) -> dict[str, Any]:
+        """`check`, before a call; what all ranks must have alike, by what messages call it: hooks that users have put
+        on modules, and a hash of all changes so far."""
+        self.check()
+        said: dict[str, Any] = {f"changes of {self.title}": self._history} if self._history else {}
+        hooked = self._taken.hooked()
+        return {**said, f"hooks of {self.title}": hooked} if hooked else said
+
+    def end(self) -> None:
+        """Take the settings as they are after a call for what is right: a forward may count its calls in one."""
+        self._settings = self._taken.settings()
 
     def check(self) -> None:
         """Follow what was changed since it was spread, or raise UnsupportedError, on every rank alike."""
-        if self._taken.changed():
+        changes = self._changes()
+        if changes:
             unwrap_parts(self.module)
-            follow(self, self._taken.changes())
+            self._record(*(_told(change) for change in changes))
+            follow(self, changes)
             self.take()
         if not self.denoises and self.slices is None:
             now = _own_methods(self.module)
@@ -87,6 +106,17 @@ class Placed:
         elif self._taken.training():
             self._refuse_dropout()
 
+    def _changes(self) -> list[Change]:
+        changes = self._taken.changes() if self._taken.changed() else []
+        now, before = self._taken.settings(), self._settings
+        if now == before:
+            return changes
+        names = [name for name in {**before, **now} if before.get(name, self) != now.get(name, self)]
+        return changes + [Change("", name, before.get(name), now.get(name)) for name in names]
+
+    def _record(self, *changes: str) -> None:
+        self._history = hashlib.blake2b("\n".join((self._history.hex(), *changes)).encode(), digest_size=8).digest()
+
     def _known(self, name: str) -> Callable[..., Any]:
         """A method that changes the model, and does so right however it is spread."""
         own_method = getattr(type(self.module), name)
@@ -97,6 +127,7 @@ class Placed:
             self.runtime.schedule.drain()  # calls in flight are of the model as it was
             out = own_method(module, *args, **kwargs)
             follow(self, [])
+            self._record(name)
             self.take()
             return out
 
@@ -131,6 +162,18 @@ class Placed:
         owns = self.assignment.owns(self.name, member)
         share = self.assignment.tp if self.slices is not None else 1
         return sum(p.nbytes for name, p in self.module.named_parameters() if owns(name)) / share
+
+
+def _dots(name: str) -> list[int]:
+    """Where the names of the modules end that have a module in them; 0 for the outermost one."""
+    return [0, *(at for at, letter in enumerate(name) if letter == ".")]
+
+
+def _told(change: Change) -> str:
+    """A change in words that are the same on every rank."""
+    plain = (bool, int, float, str, type(None))
+    values = (repr(v) if type(v) in plain else plain_class(v).__qualname__ for v in (change.before, change.now))
+    return " ".join((change.path, *values))
 
 
 def _own_methods(module: nn.Module) -> dict[str, Any]:

@@ -20,15 +20,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from .hooks import hooks_below
 from .pending import PendingTensor, settle
 from .sites import SWAPPED, fixed_place, swap_class
 
 ALWAYS = ("__call__", "forward", "generate")
 """Methods that compute whatever they are given; `generate` of transformers is defined next to the models."""
-
-LIBRARIES = ("torch.", "transformers.", "peft.", "accelerate.")
-"""Packages whose hooks belong to a module: they act where it runs. All other hooks were put there to see or to change
-something from outside."""
 
 COMPILED = "_orig_mod"
 """The name of the model within what `torch.compile` makes of it."""
@@ -186,22 +183,6 @@ def has_data(args: Any, kwargs: Any) -> bool:
     """Whether arguments hold something to compute with: tensors, arrays, pictures, random generators."""
     kinds = (torch.Tensor, numpy.ndarray, torch.Generator)
     return any(isinstance(v, kinds) or type(v).__module__.startswith("PIL.") for v in tree_leaves((args, kwargs)))
-
-
-def hooks_below(module: nn.Module) -> list[str]:
-    """The names of the parts of a module that have forward hooks from outside."""
-    found = []
-    for name, part in module.named_modules():
-        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-        if part is not module and hooks and not all(_home(hook).startswith(LIBRARIES) for hook in hooks):
-            found.append(name)
-    return found
-
-
-def _home(hook: Any) -> str:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return f"{getattr(hook, '__module__', None) or type(hook).__module__}."
 
 
 def _replaces_method(cls: type, name: str, value: Any) -> bool:

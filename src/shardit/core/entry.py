@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,22 +20,23 @@ _inside: ContextVar[nn.Module | None] = ContextVar("shardit_entered", default=No
 """The model whose call runs, in this context."""
 
 
-def guard_entry(model: nn.Module, runtime: Runtime, check: Callable[[], None]) -> None:
+def guard_entry(
+    model: nn.Module, runtime: Runtime, begin: Callable[[], Mapping[str, Any]], end: Callable[[], None]
+) -> None:
     """Compare, in place, what ranks give to a model: the first call of each pipeline call, and of a model that is used
-    by itself the first call of each signature, before which `check` runs, too (pipelines do so themselves)."""
+    by itself the first call of each signature.
+
+    begin, end: called before and after a call of the model by itself (pipelines do so themselves); what `begin`
+    returns is compared, too.
+    """
     cls, known = type(model), {}
     own_call, forward = cls.__call__, cls.forward
 
-    def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        settle((args, kwargs))
-        name = cls.__name__
-        if runtime.in_pipeline:
-            runtime.mark_start(name, lambda: named(forward, args, kwargs))
-            return
-        check()
-        key = signature((args, kwargs), model.training)
+    def compare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        alike = begin()
+        key = signature((args, kwargs), model.training), tuple(map(str, alike.items()))
         if key not in known:
-            runtime.agreement.compare(name, named(forward, args, kwargs))
+            runtime.agreement.compare(cls.__name__, {**named(forward, args, kwargs), **alike})
             known[key] = None
             if len(known) > MAX_SIGNATURES:
                 known.pop(next(iter(known)))
@@ -44,11 +45,17 @@ def guard_entry(model: nn.Module, runtime: Runtime, check: Callable[[], None]) -
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if _inside.get() is self:  # the forward calls the model itself
             return own_call(self, *args, **kwargs)
-        token = _inside.set(self)
+        token, alone = _inside.set(self), not runtime.in_pipeline
         try:
-            begin(args, kwargs)
+            settle((args, kwargs))
+            if alone:
+                compare(args, kwargs)
+            else:
+                runtime.mark_start(cls.__name__, lambda: named(forward, args, kwargs))
             return own_call(self, *args, **kwargs)
         finally:
             _inside.reset(token)
+            if alone:
+                end()
 
     swap_class(model, {"__call__": __call__})

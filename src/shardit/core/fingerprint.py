@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
+from .hooks import from_outside
+
 ON_INSTANCE = ("forward", "_compiled_call_impl", "processor")
 """Attributes of a module that say how it computes: its forward if one was put in place of its class's (by a hook), what
 torch.compile has made of its call, and the attention processor of diffusers."""
+
+
+PLAIN = (bool, int, float, str, type(None))
+"""Values of attributes that can be settings of a module."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,20 @@ class Change:
 class Fingerprint:
     """The submodules of a model, by identity, and how each computes. Values of parameters are no part of it.
 
+    steering: names of modules whose plain attributes decide the course of the model's forward.
+
     `changed` takes well below a millisecond for a thousand modules: a pipeline asks it once in each call.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, steering: Iterable[str] = ()):
         named = list(model.named_modules(remove_duplicate=False))
         self._names = [name for name, _ in named]
         self._own = [vars(module) for _, module in named]  # these dicts live as long as their modules
         self._children = [own["_modules"] for own in self._own]
         self._taken = self._now()
         self._detail = [self._look(own) for own in self._own]
+        self._hooks = [own[kind] for own in self._own for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._steering = {name: vars(model.get_submodule(name)) for name in steering}
 
     def changed(self) -> bool:
         """Whether anything differs from when this was taken."""
@@ -55,6 +66,22 @@ class Fingerprint:
             for key in {**before, **now}
             if before.get(key) is not now.get(key)
         ]
+
+    def settings(self) -> dict[str, Any]:
+        """The plain attributes of the modules that steer."""
+        return {
+            f"{name}.{key}" if name else key: value
+            for name, own in self._steering.items()
+            for key, value in own.items()
+            if type(value) in PLAIN
+        }
+
+    def hooked(self) -> list[str]:
+        """The names of the modules that have forward hooks from outside, each once for every hook; "" is the model."""
+        if not sum(map(len, self._hooks)):
+            return []
+        found = ((i // 2, hook) for i, hooks in enumerate(self._hooks) for hook in hooks.values())
+        return [self._names[number] for number, hook in found if from_outside(hook)]
 
     def training(self) -> bool:
         """Whether any of the modules is in training mode."""

@@ -16,7 +16,8 @@ _DEPTH = 8
 def held_state(block: nn.Module) -> dict[str, Any]:
     """A snapshot of what the attention processors in a block hold, by the path of the processor. Two snapshots of a
     block are equal where nothing was written in between."""
-    return {path: _snapshot(vars(processor), _DEPTH) for path, processor in _processors(block) if _has_state(processor)}
+    found = {path: _attributes(one) for path, one in _processors(block) if not isinstance(one, nn.Module)}
+    return {path: _snapshot(attributes, _DEPTH) for path, attributes in found.items() if attributes is not None}
 
 
 def keepers(model: nn.Module) -> list[str]:
@@ -32,8 +33,17 @@ def _processors(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, processor
 
 
-def _has_state(processor: Any) -> bool:
-    return hasattr(processor, "__dict__") and not isinstance(processor, nn.Module)
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """What an object holds, in its dict or in slots; None for what has neither."""
+    slots = [name for cls in type(value).__mro__ for name in _names(vars(cls).get("__slots__", ()))]
+    if not slots and not hasattr(value, "__dict__"):
+        return None
+    return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 def _snapshot(value: Any, depth: int, above: tuple[int, ...] = ()) -> Any:
@@ -47,4 +57,5 @@ def _snapshot(value: Any, depth: int, above: tuple[int, ...] = ()) -> Any:
         return {key: _snapshot(entry, depth - 1, inside) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, deque)):
         return [_snapshot(entry, depth - 1, inside) for entry in value]
-    return (id(value), _snapshot(vars(value), depth - 1, inside)) if hasattr(value, "__dict__") else id(value)
+    attributes = _attributes(value)
+    return id(value) if attributes is None else (id(value), _snapshot(attributes, depth - 1, inside))

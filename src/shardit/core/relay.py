@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..errors import RankError, UnsupportedError
-from .boundary import Boundary, hooks_below
+from .boundary import Boundary
 from .caches import find_caches, replace_layers, state_of, taken_since
 from .comm import Comm
+from .hooks import hooks_below
 from .meeting import meet
 from .pending import PendingTensor
 from .randomness import generators_in

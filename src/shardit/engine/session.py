@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import logging
 import os
 import time
@@ -39,6 +38,7 @@ from ..signature import PipelineSignature, signature_of
 from ..size_multiples import size_multiples
 from .facts import fingerprint, versions
 from .memory import held_bytes, limit_bytes
+from .processors import check_in_flight, processors_put_back
 from .progress import report_progress
 from .result import collect
 
@@ -63,17 +63,6 @@ def check(spec: SessionSpec) -> None:
     check_processors(part for name, part in found.components.items() if name not in found.modules)
     place_components(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight)
     check_in_flight(found.pipeline_class, spec.max_in_flight)
-
-
-def check_in_flight(pipeline_class: Any, max_in_flight: int) -> None:
-    """Raise InputError where requests would share a model that the call of the pipeline changes for its own length, as
-    perturbed attention guidance does."""
-    code = getattr(inspect.unwrap(pipeline_class.__call__), "__code__", None)
-    if max_in_flight > 1 and "set_attn_processor" in getattr(code, "co_names", ()):
-        raise InputError(
-            f"max_in_flight={max_in_flight}: {pipeline_class.__name__} sets attention processors during its call, of a "
-            "model that requests share; use max_in_flight=1 (--max-in-flight 1)"
-        )
 
 
 class Session:
@@ -159,7 +148,7 @@ class Session:
             pipe = self._own_pipeline(request, on_progress)
             generator = torch.Generator("cpu").manual_seed(request.seed)
             mine = self.turns.current
-            with warnings_of("diffusers", lambda: self.turns.current is mine) as said:
+            with warnings_of("diffusers", lambda: self.turns.current is mine) as said, processors_put_back(pipe):
                 out = pipe(**request.call_arguments(), generator=generator)
             return out, time.perf_counter() - start, said.lines
 

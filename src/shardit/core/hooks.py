@@ -1,0 +1,29 @@
+"""Forward hooks on modules, and who put them there."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+LIBRARIES = ("torch.", "transformers.", "peft.", "accelerate.")
+"""Packages whose hooks belong to a module: they act on the rank that runs it. All other hooks were put there to see or
+to change something from outside."""
+
+
+def hooks_below(module: nn.Module) -> list[str]:
+    """The names of the parts of a module that have forward hooks from outside."""
+    found = []
+    for name, part in module.named_modules():
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if part is not module and any(map(from_outside, hooks)):
+            found.append(name)
+    return found
+
+
+def from_outside(hook: Any) -> bool:
+    """Whether a user, not a library, has put a hook on a module."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return not f"{getattr(hook, '__module__', None) or type(hook).__module__}.".startswith(LIBRARIES)

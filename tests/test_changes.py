@@ -164,6 +164,36 @@ def other_weights(spread: Spread) -> list[torch.Tensor]:
     return [*outs, step(model)]
 
 
+def hooked_later(spread: Spread) -> list[torch.Tensor]:
+    """What a block returns then lies in other memory than in the first call."""
+    model = spread(unet())
+    outs = [step(model)]
+    hook = model.down_blocks[0].register_forward_hook(lambda _, __, out: (out[0] * 1.5, out[1]))
+    outs.append(step(model))
+    hook.remove()
+    return [*outs, step(model)]
+
+
+def adapted_encoder(spread: Spread) -> list[torch.Tensor]:
+    pipe = spread(pipeline("flux"))
+    outs = [run(pipe)]
+    draw, layers = torch.Generator().manual_seed(1), {}
+    width = pipe.text_encoder.config.hidden_size
+    for name, _ in pipe.text_encoder.named_modules():
+        if name.endswith(("q_proj", "out_proj")):
+            layers[f"text_encoder.{name}.lora_A.weight"] = torch.randn(4, width, generator=draw)
+            layers[f"text_encoder.{name}.lora_B.weight"] = torch.randn(width, 4, generator=draw) * 0.1
+    pipe.load_lora_weights(layers, adapter_name="words")
+    return [*outs, run(pipe)]
+
+
+def moved_adapters(spread: Spread) -> list[torch.Tensor]:
+    pipe = spread(pipeline("flux"))
+    lora(pipe)
+    pipe.set_lora_device(list(pipe.get_active_adapters()), "cpu")
+    return [run(pipe)]
+
+
 def turned_by_a_setting(spread: Spread) -> list[torch.Tensor]:
     """A plain attribute that the code between the blocks follows."""
     pipe = pipeline("flux")
@@ -192,9 +222,9 @@ WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
     "stages": (
         *(compiled_before, compiled_after, blocks_compiled, fused_safely),
         *(new_scheduler, adapted, other_format, joined_projections, other_weights),
-        turned_by_a_setting,
+        *(turned_by_a_setting, hooked_later, adapted_encoder, moved_adapters),
     ),
-    "slices": (compiled_before, compiled_after, fused_safely, other_format),
+    "slices": (compiled_before, compiled_after, fused_safely, other_format, hooked_later, adapted_encoder),
     "ulysses": (compiled_after, fused_safely),
 }
 
@@ -229,6 +259,21 @@ def processor_on_one_rank(pipe: Any) -> None:
     run(pipe, "pt")
 
 
+def switched_hook(pipe: Any) -> None:
+    """A hook that was there in the first call, and gives something else later."""
+    block, on = pipe.transformer.transformer_blocks[0], []
+    plain_forward = block.forward
+
+    def forward(hidden_states: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
+        out = plain_forward(hidden_states, encoder_hidden_states, **kwargs)
+        return (out[0], out[1] * 1.5) if on else (out[0], encoder_hidden_states)
+
+    block.forward = forward
+    run(pipe)
+    on.append(True)
+    run(pipe)
+
+
 def compiled_decode(pipe: Any) -> None:
     pipe.vae.decode = compiled(pipe.vae.decode)
     run(pipe, "pt")
@@ -259,7 +304,7 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
         compiled_forward: r"transformer is compiled.*compile_repeated_blocks\(\)",
         compiled_on_one_rank: r"ranks differ in parts \(transformer is compiled.*\) of FluxPipeline",
-        hook_on_one_rank: "ranks differ in hooks of vae of FluxPipeline",
+        hook_on_one_rank: "ranks differ in changes of vae, hooks of vae of FluxPipeline",
         processor_on_one_rank: "ranks differ in changes of vae of FluxPipeline",
         compiled_decode: "vae.decode was replaced on the object after parallelize",
         new_tokens: "resize_token_embeddings cannot be combined.*before parallelize",
@@ -319,6 +364,7 @@ def test_the_fingerprint_sees_what_computes() -> None:
     model.mid_block.register_forward_pre_hook(lambda *_: None)
     assert taken.hooked() == ["mid_block"]
     assert taken.settings()["training"] is False
+    taken = Fingerprint(model, [""])
     with torch.no_grad():
         model.conv_in.weight.mul_(2)
     model.conv_in.weight = torch.nn.Parameter(model.conv_in.weight + 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .components import components_of
 from .core.agreement import named
 from .core.comm import Comm
 from .core.meeting import sendable
@@ -33,6 +34,29 @@ def fusing(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], 
                 raise failure
 
     return fuse_lora
+
+
+def moving(own_method: Callable[..., Any]) -> Any:
+    """A `set_lora_device` of a pipeline that is spread: each rank moves the adapters that it has."""
+
+    @functools.wraps(own_method)
+    def set_lora_device(self: Any, *args: Any, **kwargs: Any) -> None:
+        models = (part for part in (components_of(self) or {}).values())
+        absent = [
+            part
+            for model in models
+            for name, part in model.named_modules()
+            if ".lora_" in name and any(p.is_meta for p in part.parameters(recurse=False))
+        ]
+        for part in absent:
+            vars(part)["to"] = lambda *_, **__: None
+        try:
+            own_method(self, *args, **kwargs)
+        finally:
+            for part in absent:
+                del vars(part)["to"]
+
+    return set_lora_device
 
 
 @contextmanager

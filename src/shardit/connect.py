@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import fusing
+from .adapters import fusing, moving
 from .callbacks import calling, interrupt_members
 from .changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
 from .components import BEFORE, OFFLOAD, SAVE, components_of, guard, modules_of, outermost, refused, shared_tensors
@@ -126,6 +126,8 @@ def join(pipe: Any, runtime: Runtime) -> None:
     members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE)})
     if hasattr(cls, "fuse_lora"):
         members["fuse_lora"] = fusing(cls.fuse_lora, runtime.replica, lambda self: (components_of(self) or {}).values())
+    if hasattr(cls, "set_lora_device"):
+        members["set_lora_device"] = moving(cls.set_lora_device)
     found = {id(part): placed_on(part) for part in (components_of(pipe) or {}).values()}
     slices = {key: placed.slices for key, placed in found.items() if placed is not None and placed.slices is not None}
     members.update(pipeline_members(cls, slices))

@@ -10,14 +10,14 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from .comm import Comm
 from .pending import settle
 from .randomness import States, moved, states
@@ -45,13 +45,15 @@ class Agreement:
     """The calls of one program on one rank, compared with those of the other ranks of its replica.
 
     depth: calls of pipelines that run, one inside the other. marked: whether the first latents of the outermost one
-    have been compared. differ: the global generators that are not the same on all ranks.
+    have been compared. differ: the global generators that are not the same on all ranks. drawing: names of models that
+    drew random numbers which other ranks did not.
     """
 
     ranks: Comm
     depth: int = 0
     marked: bool = False
     differ: tuple[str, ...] = ()
+    drawing: set[str] = field(default_factory=set)
 
     @contextmanager
     def call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -62,12 +64,12 @@ class Agreement:
                 yield
             return
         device, self.marked = self.ranks.mesh.device, False
+        self.drawing.clear()
         before = states(device, [])
         self.differ = self._compare(name, digests(arguments()), before)
         with self._deeper():
             yield
-        if self.differ:
-            self._check_draws(name, moved(before, states(device, [])))
+        self._check_draws(name, before, states(device, []))
 
     def mark(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
         """Compare the first call of a model inside a call of a pipeline: the noise has been drawn. Collective."""
@@ -106,11 +108,41 @@ class Agreement:
             )
         return tuple(kind for kind, other in zip(KINDS, differ[1:], strict=True) if other)
 
-    def _check_draws(self, name: str, drawn: States) -> None:
-        """Only where generators differ, which all ranks know."""
-        used = [kind for kind in self.differ if any(kind in one for one in self.ranks.gather_objects(list(drawn)))]
-        if used:
-            raise InputError(f"{name} drew from {KINDS[used[0]]}, which ranks have in different states: {SEEDS}")
+    def _check_draws(self, name: str, before: States, after: States) -> None:
+        """At the end of a call: generators that were alike must be so still, the others must not have been used.
+        Collective, one message."""
+        drawn = moved(before, after)
+        mine = [_hash(b"drawing") if self.drawing else _UNUSED]
+        mine += [_bytes_of(kind, drawn, after, kind in self.differ) for kind in KINDS]
+        told = [[one[i : i + 8] for i in range(0, len(one), 8)] for one in self.ranks.gather_bytes(b"".join(mine))]
+        if any(one[0] != _UNUSED for one in told):
+            raise UnsupportedError(f"{name} called a model that {DRAWS}")
+        for number, kind in enumerate(KINDS, start=1):
+            values = {one[number] for one in told}
+            if kind in self.differ and values != {_UNUSED}:
+                raise InputError(f"{name} drew from {KINDS[kind]}, which ranks have in different states: {SEEDS}")
+            if kind not in self.differ and len(values) > 1:
+                raise UnsupportedError(f"{name} used {KINDS[kind]} in code that {DRAWS}")
+
+
+_UNUSED = b"\0" * 8
+
+DRAWS = (
+    "draws random numbers on some ranks only (in a hook, a processor or a module in training mode), so the result is "
+    "not that of one rank: draw outside of models, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
+)
+
+
+def _bytes_of(kind: str, drawn: States, after: States, differs: bool) -> bytes:
+    """What ranks tell of a generator at the end: whether it was used, where its states differ anyway, or its state."""
+    if differs:
+        return _hash(kind.encode()) if kind in drawn else _UNUSED
+    return _hash(_bytes(after[kind])) if kind in after else _UNUSED
+
+
+def told(generators: States) -> str:
+    """A checksum of the states of generators."""
+    return _hash(*(kind.encode() + _bytes(state) for kind, state in generators.items())).hex()
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

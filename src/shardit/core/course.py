@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..errors import RankError
 from .derive import derive
 from .plan import CallPlan, describe_result
+from .randomness import generators_kept
 from .signature import describe_leaf
 from .stand_ins import blank, stand_ins
 from .trace import Trace, Watch
@@ -40,7 +41,7 @@ class DryCall:
         self.trace.begin(arguments)
         current["seam"] = self
         try:
-            with torch.no_grad(), self._watch:
+            with torch.no_grad(), generators_kept(self.device), self._watch:
                 out = forward()
             leaves, spec = tree_flatten(out)
             found = derive(self.trace, leaves, spec, tuple(describe_result(leaf) for leaf in leaves))

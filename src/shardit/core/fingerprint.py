@@ -51,21 +51,26 @@ class Fingerprint:
         self._taken = self._now()
         self._detail = [self._look(own) for own in self._own]
         self._hooks = [own[kind] for own in self._own for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._hooked = self._outside()
         self._steering = {name: vars(model.get_submodule(name)) for name in steering}
 
     def changed(self) -> bool:
         """Whether anything differs from when this was taken."""
-        return any(a is not b for a, b in zip(self._now(), self._taken, strict=True)) if self._same_length() else True
+        if not self._same_length() or self._outside() != self._hooked:
+            return True
+        return any(a is not b for a, b in zip(self._now(), self._taken, strict=True))
 
     def changes(self) -> list[Change]:
         """What differs, in order of names. Below a module that was replaced nothing is looked at."""
-        return [
+        found = [
             Change(name, key, before.get(key), now.get(key))
             for name, own, before in zip(self._names, self._own, self._detail, strict=True)
             for now in [self._look(own)]
             for key in {**before, **now}
             if before.get(key) is not now.get(key)
         ]
+        before, now = self._hooked, self._outside()
+        return found + [Change(name, "hooks", None, None) for name, _ in {*before} ^ {*now}]
 
     def settings(self) -> dict[str, Any]:
         """The plain attributes of the modules that steer."""
@@ -78,14 +83,18 @@ class Fingerprint:
 
     def hooked(self) -> list[str]:
         """The names of the modules that have forward hooks from outside, each once for every hook; "" is the model."""
-        if not sum(map(len, self._hooks)):
-            return []
-        found = ((i // 2, hook) for i, hooks in enumerate(self._hooks) for hook in hooks.values())
-        return [self._names[number] for number, hook in found if from_outside(hook)]
+        return [name for name, _ in self._outside()]
 
     def training(self) -> bool:
         """Whether any of the modules is in training mode."""
         return any(own["training"] for own in self._own)
+
+    def _outside(self) -> list[tuple[str, int]]:
+        """The hooks from outside, by the name of the module and the number that torch gave them."""
+        if not sum(map(len, self._hooks)):
+            return []
+        found = ((i // 2, key, hook) for i, hooks in enumerate(self._hooks) for key, hook in hooks.items())
+        return [(self._names[number], key) for number, key, hook in found if from_outside(hook)]
 
     def _same_length(self) -> bool:
         return sum(map(len, self._children)) + len(ON_INSTANCE) * len(self._own) == len(self._taken)

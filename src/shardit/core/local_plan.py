@@ -51,7 +51,9 @@ class LocalPlan:
         for n, site in enumerate(plan.sites):
             if n in local.keep_args or (site.owner != rank and any(leaf.kind == "arg" for leaf in site.leaves)):
                 local.needs_args.add(n)
-            if n in local.last_of or n in local.keep_outs or any(leaf.kind == "value" for leaf in site.leaves):
+            storages = [leaf.storage for leaf in site.leaves if leaf.kind == "tensor"]
+            aliases = len(storages) != len(set(storages)) or any(leaf.kind != "tensor" for leaf in site.leaves)
+            if n in local.last_of or n in local.keep_outs or aliases:
                 local.checked.add(n)
         local.stops = {*local.last_of, *local.pauses, *local.places, *local.copies}
         return local

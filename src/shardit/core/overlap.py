@@ -23,6 +23,7 @@ from .coroutine import Coroutine, willing
 from .known_plans import MAX_SIGNATURES
 from .pending import settle
 from .plan import ResultPlan, describe_result
+from .randomness import any_moved, moved, states, torch_states
 from .result import Result
 from .runtime import Runtime
 from .signature import signature
@@ -86,11 +87,18 @@ class OverlappedCall:
     def _run(self) -> None:
         _inside.set(self._model)
         willing.set(self._coroutine)
+        device, program = self._runtime.mesh.device, self._runtime.turns.current
+        before = torch_states(device)
         with torch.no_grad():
             forward = self._forward
             del self._forward
             leaves, _ = tree_flatten(forward())
             settle(leaves)
+            if self._runtime.turns.current is program and any_moved(before, torch_states(device)):
+                raise UnsupportedError(
+                    f"{type(self._model).__name__} draws random numbers in some of its calls, several of which are in "
+                    "flight together: use Plan(overlap=False)"
+                )
             expected = self._result.plan.leaves
             if len(leaves) != len(expected) or not all(map(_fits, expected, leaves)):
                 raise UnsupportedError(
@@ -135,13 +143,16 @@ class Overlap:
 
     def _first(self, key: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         token, before = _inside.set(self.model), _attributes(self.model) if key is not None else None
+        device = self.runtime.mesh.device
+        drawn = states(device, [])
         try:
             out = forward(*args, **kwargs)
         finally:
             _inside.reset(token)
         settle(out)
-        # A forward that writes to attributes of its modules may read them later: it is not overlapped until it stops.
-        if before is not None and before == _attributes(self.model):
+        # A forward that writes to attributes of its modules may read them later, and the order of what draws random
+        # numbers counts: neither is overlapped, until a call does not.
+        if before is not None and before == _attributes(self.model) and not moved(drawn, states(device, [])):
             leaves, spec = tree_flatten(out)
             self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))
             if len(self._plans) > MAX_SIGNATURES:

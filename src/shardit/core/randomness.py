@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -29,6 +30,19 @@ def states(device: torch.device, given: list[torch.Generator]) -> States:
     return found | {f"given {number}": generator.get_state() for number, generator in enumerate(given)}
 
 
+def torch_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of torch's global generators alone, in some microseconds."""
+    found = [torch.get_rng_state()]
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        found.append(torch.cuda.get_rng_state(device))
+    return found
+
+
+def any_moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    """Whether one of torch's generators has been drawn from."""
+    return not all(map(torch.equal, before, after))
+
+
 def moved(before: States, after: States) -> States:
     """Those of the states that have changed."""
     return {name: state for name, state in after.items() if name not in before or not _same(before[name], state)}
@@ -47,6 +61,16 @@ def set_states(news: Mapping[str, Any], device: torch.device, given: list[torch.
             numpy.random.set_state(state)
         else:
             given[int(name.split()[1])].set_state(state)
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Leave the global generators as they are before, whatever draws meanwhile."""
+    before = states(device, [])
+    try:
+        yield
+    finally:
+        set_states({name: before[name] for name in moved(before, states(device, []))}, device, [])
 
 
 def _same(one: Any, other: Any) -> bool:

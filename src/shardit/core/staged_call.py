@@ -7,15 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import RankError
 from .comm import Comm, Transfer, first_byte, storage_bytes
 from .coroutine import Coroutine
 from .local_plan import LocalPlan
 from .plan import Address, Hop, Item, Leaf, Site
+from .randomness import any_moved, torch_states
 from .result import Result, Route
-from .stand_ins import blank, is_float, stand_ins
+from .stand_ins import blank, is_float, same_memory, stand_ins
 from .writes import check_unchanged, inputs_of
 
 
@@ -24,7 +25,10 @@ class _Leave(BaseException):
 
 
 class StagedCall:
-    """A forward in flight (a `schedule.Flight`), and the seam of its block calls while it runs."""
+    """A forward in flight (a `schedule.Flight`), and the seam of its block calls while it runs.
+
+    drew: called where it draws random numbers that other ranks do not.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class StagedCall:
         arguments: Any,
         wait: Callable[[StagedCall], None],
         count: Callable[[int], None],
+        drew: Callable[[], None],
         poison: bool = False,
     ):
         self.local, self.plan, self.comm, self._route = local, local.plan, comm, route
@@ -44,7 +49,8 @@ class StagedCall:
         self.finished = False
         self.failure: BaseException | None = None  # of a self-check
         self._sent: set[int] = set()
-        self._current, self._forward, self._wait, self._count = current, forward, wait, count
+        self._current, self._forward, self._wait, self._count, self._drew = current, forward, wait, count, drew
+        self._generators: list[torch.Tensor] = []
         self._poison = poison
         self._site = 0
         self._handles: dict[Address, torch.Tensor] = {}
@@ -124,8 +130,11 @@ class StagedCall:
 
     def _resume(self) -> None:
         self._current["seam"] = self
+        self._generators = torch_states(self._device)
         try:
             self._coroutine.resume()
+            if any_moved(self._generators, torch_states(self._device)):
+                self._drew()
         except RankError:
             raise
         except Exception as error:
@@ -150,6 +159,8 @@ class StagedCall:
         """The seam: run the block if it is ours, else hand back placeholders; send and wait at the ends of segments."""
         n = self._site
         self._site = n + 1
+        if n == 0 and self.comm.mesh.sizes["cfg"] == 1:  # before that all ranks draw alike
+            self._generators = torch_states(self._device)
         if n >= len(self.plan.sites) or self.plan.sites[n].block != index:
             raise RuntimeError(f"block call {n} is not the one of the first call of this signature")
         site = self.plan.sites[n]
@@ -168,6 +179,7 @@ class StagedCall:
 
     def _own(self, n: int, site: Site, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._current["seam"] = None  # a block's own inner modules are no call sites
+        given = tree_leaves((args, kwargs)) if any(leaf.kind == "arg" for leaf in site.leaves) else ()
         out = call(*args, **kwargs)
         self._current["seam"] = self
         self._count(index)
@@ -177,6 +189,8 @@ class StagedCall:
                 raise RuntimeError(f"block call {n} returns {len(leaves)} values, not {len(site.leaves)}")
             for expected, got in zip(site.leaves, leaves, strict=True):
                 self._check(expected, got, f"block call {n}")
+            if not same_memory(site, leaves, given):
+                raise RuntimeError(f"block call {n} returns tensors that share memory in another way than in the first")
             for leaf in self.local.keep_outs.get(n, ()):
                 self._handles[Address(n, "out", leaf)] = leaves[leaf]
         return out

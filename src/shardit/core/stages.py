@@ -24,6 +24,7 @@ from .local_plan import LocalPlan
 from .partition import Placement
 from .pending import settle
 from .plan import CallPlan, Plan
+from .randomness import States, generators_kept, moved, set_states, states
 from .runtime import Runtime
 from .signature import asks_for_gradients, mode_key, signature
 from .sites import changing_methods, drop_blocks, find_blocks, fixed_place, install, swap_class
@@ -118,12 +119,17 @@ class Stages:
 
     def _try_split(self, key: Any, forward: Any, args: Any, kwargs: Any, parts: int) -> Any:
         """Run a batched call whole and by sample, and keep splitting only if both give the same."""
+        device = self.runtime.mesh.device
+        before = states(device, [])
         whole = self._one(forward, *_own_containers((args, kwargs)))
         settle(whole)
         merged, error = None, None
         try:
-            merged = microbatch.merge([self._one(forward, *p) for p in microbatch.split(args, kwargs, parts)])
-            settle(merged)
+            if moved(before, states(device, [])):
+                raise UnsupportedError("it draws random numbers")
+            with generators_kept(device):
+                merged = microbatch.merge([self._one(forward, *p) for p in microbatch.split(args, kwargs, parts)])
+                settle(merged)
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as failure:  # a model that takes no such batch: it is kept whole
@@ -174,22 +180,29 @@ class Stages:
         runtime = self.runtime
         route = runtime.route.of_one(runtime.dealer.index) if poison else runtime.route
         wait = runtime.turns.wait_for if poison else runtime.wait_for
-        call = StagedCall(local, runtime.comm, route, self._current, forward, arguments, wait, self._count, poison)
+        drew = functools.partial(runtime.agreement.drawing.add, self._name)
+        call = StagedCall(
+            local, runtime.comm, route, self._current, forward, arguments, wait, self._count, drew, poison
+        )
         runtime.schedule.start(call)
         return call
 
     def _first(self, key: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         """The first call of a signature: watched, block by block; then, for a new kind of call, checked."""
         arguments = (args, kwargs)
-        again = _own_containers(arguments)
+        again, device = _own_containers(arguments), self.runtime.mesh.device
+        before = states(device, [])
         traced = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, self._count)
         self.traced += 1
         out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
+        after = states(device, [])
+        self._refuse_draws(before, traced.drawn, after)
         local = LocalPlan.of(plan, self.runtime.comm.rank)
         deciding = traced.trace.deciding
         mode = mode_key(again, self.model.training), plan.course if deciding else None
         if mode not in self._checked and self.runtime.comm.size > 1:
-            self._self_check(local, forward, _own_containers(again), out)
+            self._self_check(local, forward, _own_containers(again), out, before)
+            set_states(moved(before, after), device, [])
             self._checked.add(mode)
         self.known.learn(key, again, deciding, local)
         if self.traced == WARN_SIGNATURES and self.runtime.mesh.rank == 0:
@@ -200,9 +213,28 @@ class Stages:
             )
         return self.runtime.dealer.noticed(out, self.runtime.program)
 
-    def _self_check(self, local: LocalPlan, forward: Any, arguments: Any, expected: Any) -> None:
-        """The same call again, pipelined, with NaN in every placeholder: it must give the same bits on every rank."""
+    def _refuse_draws(self, before: States, first: States, after: States) -> None:
+        """Raise UnsupportedError where a forward draws random numbers that other ranks do not: they run other branches,
+        or leave the forward after their last block. `first`: the generators at the first block call."""
+        sizes = self.runtime.mesh.sizes
+        if sizes["cfg"] > 1 and moved(before, after):
+            axis, why = "cfg", "each guidance rank runs other branches"
+        elif sizes["pp"] > 1 and moved(first, after):
+            axis, why = "pipeline", "stages leave it after their last block"
+        else:
+            return
+        raise UnsupportedError(
+            f"{self._name} draws random numbers in its forward, and {why}: call .eval() on it, take away what draws (a "
+            f"hook, say), or use {axis}_parallel_size=1"
+        )
+
+    def _self_check(self, local: LocalPlan, forward: Any, arguments: Any, expected: Any, drawn: States) -> None:
+        """The same call again, pipelined, with NaN in every placeholder, from the same states of generators: it must
+        give the same bits on every rank."""
         args, kwargs = arguments
+        device = self.runtime.mesh.device
+        now = states(device, [])
+        set_states({name: drawn[name] for name in moved(drawn, now)}, device, [])
         call = self._start(local, lambda: forward(*args, **kwargs), arguments, poison=True)
         self.runtime.schedule.drain(call)
         got = call.result()

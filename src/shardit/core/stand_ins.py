@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from .comm import view_bytes, view_near
+from .comm import first_byte, view_bytes, view_near
 from .plan import Leaf, Site
 
 Memory = Callable[[Leaf], tuple[torch.Tensor, int]]
@@ -32,6 +32,23 @@ def stand_ins(site: Site, arguments: list[Any], memory: Memory) -> list[Any]:
         held, start = storages[leaf.storage]
         leaves.append(view_bytes(held, leaf.offset * leaf.dtype.itemsize - start, leaf.dtype, leaf.size, leaf.stride))
     return leaves
+
+
+def same_memory(site: Site, leaves: Sequence[Any], arguments: Sequence[Any]) -> bool:
+    """Whether the outputs of a block lie in the memory that the site tells of: several in one storage, or in that of an
+    argument. Others would not be carried."""
+    storages: dict[int, int] = {}
+    for leaf, got in zip(site.leaves, leaves, strict=True):
+        if leaf.kind == "value":
+            continue
+        storage = got.untyped_storage()._cdata
+        if leaf.kind == "tensor" and storages.setdefault(leaf.storage, storage) != storage:
+            return False
+        if leaf.kind == "arg":
+            base = arguments[leaf.arg]
+            if storage != base.untyped_storage()._cdata or first_byte(got) - first_byte(base) != leaf.offset:
+                return False
+    return True
 
 
 def blank(leaf: Leaf, device: torch.device) -> torch.Tensor:

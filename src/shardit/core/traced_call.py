@@ -17,6 +17,7 @@ from .derive import derive
 from .held_state import held_state
 from .meeting import meet, sendable
 from .plan import CallPlan, Leaf, Site, describe_result
+from .randomness import States, moved, states
 from .signature import describe_leaf
 from .sites import inner_tensors, put
 from .trace import Trace, Watch
@@ -26,7 +27,10 @@ log = logging.getLogger(__name__)
 
 
 class TracedCall:
-    """The seam of block calls while a first call runs: the owner runs the block and broadcasts what it gives."""
+    """The seam of block calls while a first call runs: the owner runs the block and broadcasts what it gives.
+
+    drawn: the states of the generators at the first block call.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class TracedCall:
         self._count = count
         self._inner = inner_tensors(model, blocks)
         self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.drawn: States = {}
         self._shared = False  # every rank has the error that is being raised
 
     def run(self, current: dict[str, Any], forward: Callable[[], Any], arguments: Any) -> tuple[Any, CallPlan]:
@@ -81,6 +86,7 @@ class TracedCall:
         """The seam: run the block on its owner, share its output and what it changed."""
         with self.watch.paused():
             self._meet(f"block {self.blocks[index][0]}")
+            self.drawn = self.drawn or states(self.comm.mesh.device, [])
             given, _ = tree_flatten((args, kwargs))
             looks = tuple(map(describe_leaf, given))
             arguments = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in given]
@@ -147,12 +153,18 @@ class TracedCall:
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
         before, held = [mark(t) for t in arguments], held_state(self.blocks[index][1])
         given, outline = tree_flatten((args, kwargs))
+        drawn, device = states(self.comm.mesh.device, []), self.comm.mesh.device
         try:
             with _without_modes():  # what the block compiles must not see that it is watched
                 out = call(*args, **kwargs)
             after, outline_after = tree_flatten((args, kwargs))
             if outline_after != outline or any(a is not b for a, b in zip(given, after, strict=True)):
                 raise UnsupportedError("a block changes a list or dict that it is given, which no other rank would see")
+            if moved(drawn, states(device, [])):
+                raise UnsupportedError(
+                    f"block {self.blocks[index][0]} draws random numbers, which other ranks would not do: call .eval() "
+                    "on the model, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
+                )
             now = held_state(self.blocks[index][1])
             if path := next((path for path in now if now[path] != held.get(path)), None):
                 kind = type(self.blocks[index][1].get_submodule(path).processor).__name__

@@ -31,7 +31,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Program:
     """One request: a function to run, the seed of its global generators, and what became of it.
 
-    start: a checksum of what its first transformer call is given, the same on every rank that drew the same noise.
+    start: a checksum of what its first transformer call is given, the same on every rank that drew the same noise;
+    at the end also of the states of its global generators.
     Setting `interrupted`, on every rank between the same two turns, ends it at its next turn with Interrupted.
     """
 

@@ -16,11 +16,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..api import load_parallel
 from ..config import DiffusionParallelConfig
+from ..core.agreement import DRAWS, told
 from ..core.comm import Comm
 from ..core.mesh import init_mesh, pick_device
+from ..core.randomness import states
 from ..core.schedule import Schedule
 from ..core.turns import Program, Turns
-from ..errors import InputError, RankError
+from ..errors import InputError, RankError, UnsupportedError
 from ..loading import Reads, describe
 from ..loading.dtypes import check_components
 from ..loading.hub import cached
@@ -150,6 +152,10 @@ class Session:
             mine = self.turns.current
             with warnings_of("diffusers", lambda: self.turns.current is mine) as said, processors_put_back(pipe):
                 out = pipe(**request.call_arguments(), generator=generator)
+            if self.runtime is not None and self.runtime.agreement.drawing:
+                raise UnsupportedError(f"{', '.join(self.runtime.agreement.drawing)} {DRAWS}")
+            if mine is not None:  # compared with the other ranks: what draws in a model may do so on one of them only
+                mine.start = f"{mine.start}, generators {told(states(self.mesh.device, []))}"
             return out, time.perf_counter() - start, said.lines
 
         return run

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.meeting import sendable
 from ..core.pending import PendingTensor, settle
+from ..core.randomness import generators_kept
 from ..core.signature import modes
 from ..core.sites import swap_class
 from ..core.stages import Stages
@@ -176,7 +177,8 @@ class SequenceParallel:
             whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_spread(leaf)]]
             if self._owned[index]:
                 try:
-                    plan = find_plan(self._title(index), self.attention, call, whole, spec)
+                    with generators_kept(self.attention.sp.mesh.device):
+                        plan = find_plan(self._title(index), self.attention, call, whole, spec)
                 except RankError:
                     raise
                 except Exception as failure:  # every rank of the model is told

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,8 +113,9 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("hotswap") is True:
             raise UnsupportedError(f"hotswap does not work on cut linears: unload the adapter first, {ONE_RANK}")
+        boundary = getattr(self, "shardit_boundary", None)  # of a component that one group of ranks runs
         try:
-            with whole_sizes(self, plan):
+            with whole_sizes(self, plan), boundary.entered() if boundary is not None else nullcontext():
                 out = own_method(self, *args, **kwargs)
             cut_adapters(self, plan, ranks)
         except torch.OutOfMemoryError:

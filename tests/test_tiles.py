@@ -13,6 +13,7 @@ import torch
 from shardit.api import parallelize
 from shardit.config import DiffusionParallelConfig
 from shardit.core.assign import tiled_components
+from shardit.core.attributes import Attributes
 from shardit.core.comm import ALIGN, Comm
 from shardit.core.everywhere import Everywhere
 from shardit.core.mesh import init_mesh
@@ -211,7 +212,7 @@ def test_what_cannot_be_told_apart_runs_on_one_rank() -> None:
         vae = ENTRIES["kl"].build()
         ENTRIES["kl"].switch_on(vae)
         change(vae.decoder)
-        tiles = Tiles(vae, mock.Mock(rank=0), (0, 1), Everywhere(vae))
+        tiles = Tiles(vae, mock.Mock(rank=0), (0, 1), Everywhere(vae), Attributes(list))
         z = inputs(ENTRIES["kl"])["decode"]
         assert str(tiles._plan("decode", vae.decode, (z,), {})).startswith(reason)
 

@@ -8,6 +8,7 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
+from diffusers.configuration_utils import ConfigMixin
 from PIL import Image
 
 _SIDE = 1024
@@ -19,8 +20,10 @@ _AFTER_THE_CHECKS = ("encode", "_encode", "prepare", "_prepare", "get_", "_get_"
 
 def size_multiples(pipe: Any) -> dict[str, int]:
     """The numbers that height and width must be multiples of, by name; empty where the pipeline takes any, rounds them
-    itself, or cannot be asked."""
+    itself, or cannot be asked (it is made of other pipelines, whose calls would run)."""
     found: dict[str, int] = {}
+    if any(isinstance(part, ConfigMixin) and hasattr(part, "components") for part in vars(pipe).values()):
+        return found
     if not _takes(pipe, _SIDE, _SIDE):
         return found
     for name in ("height", "width"):

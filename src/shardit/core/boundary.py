@@ -48,7 +48,7 @@ class Boundary:
     """One component with its seams.
 
     on_all: `run` runs a method on every rank, so that hooks are called there. inside: one of its methods runs now, and
-    seams let everything pass.
+    seams let everything pass. reached: the parts that have a seam, by name.
     """
 
     device: torch.device
@@ -56,6 +56,7 @@ class Boundary:
     read: Read
     on_all: bool = False
     inside: bool = False
+    reached: list[tuple[str, nn.Module]] = field(default_factory=list)
     _plain: list[tuple[nn.Module, type]] = field(default_factory=list)
 
     def put(self, module: nn.Module, path: str) -> None:
@@ -64,8 +65,10 @@ class Boundary:
             return
         cls = type(module)
         self._plain.append((module, cls))
+        self.reached.append((path, module))
         members: dict[str, Any] = {name: self._method(path, name, plain) for name, plain in computing(cls).items()}
         members["__getattr__"] = self._attribute(path, cls)
+        members["state_dict"] = self._state_dict(path, cls)
         members["to"] = fixed_place(cls.to, self.device)
         if "device" not in vars(module) and (hasattr(cls, "device") or not path):
             members["device"] = property(lambda _: self.device)
@@ -128,6 +131,21 @@ class Boundary:
             return self._call(module, path, name, function, args, kwargs)
 
         return functools.update_wrapper(method, function)
+
+    def _state_dict(self, path: str, cls: Any) -> Function:
+        plain = cls.state_dict
+
+        @functools.wraps(plain)
+        def state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            found = plain(module, *args, **kwargs)
+            if self.inside or args or kwargs:
+                return found
+            for name, value in found.items():
+                if isinstance(value, torch.Tensor):
+                    found[name] = self.read(f"{path}.{name}" if path else name, value)
+            return found
+
+        return state_dict
 
     def _attribute(self, path: str, cls: Any) -> Function:
         plain = cls.__getattr__

@@ -20,6 +20,11 @@ PLAIN = (bool, int, float, str, type(None))
 """Values of attributes that can be settings of a module."""
 
 
+LISTS = (list, tuple, set, frozenset)
+LONGEST = 256
+"""Collections of those, and how many they hold at most."""
+
+
 @dataclass(frozen=True)
 class Change:
     """One thing that differs: the module that has it, its name, and what it was and is (None where there is none)."""
@@ -73,12 +78,17 @@ class Fingerprint:
         return found + [Change(name, "hooks", None, None) for name, _ in {*before} ^ {*now}]
 
     def settings(self) -> dict[str, Any]:
-        """The plain attributes of the modules that steer."""
+        """The plain attributes of the modules that steer, collections of them as text."""
         return {
             f"{name}.{key}" if name else key: value
             for name, own in self._steering.items()
             for key, value in own.items()
             if type(value) in PLAIN
+        } | {
+            f"{name}.{key}" if name else key: repr(value)
+            for name, own in self._steering.items()
+            for key, value in own.items()
+            if type(value) in LISTS and len(value) <= LONGEST and all(type(item) in PLAIN for item in value)
         }
 
     def hooked(self) -> list[str]:

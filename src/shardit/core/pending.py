@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..errors import UnsupportedError
+
 _T: Any = torch.Tensor
 
 METADATA = {
@@ -115,7 +117,8 @@ class Source:
             tensor = ref()
             if tensor is not None:
                 del tensor._source
-                tensor.__class__ = torch.Tensor  # pyright: ignore[reportAttributeAccessIssue]
+                kind = Fetched if getattr(tensor, "_is_param", False) else torch.Tensor
+                tensor.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
         self._tensors.clear()
 
 
@@ -137,6 +140,21 @@ class PendingTensor(torch.Tensor):
         # No guard is held here: waiting may switch to another coroutine.
         settle((args, kwargs))
         return func(*args, **kwargs)
+
+
+class Fetched(torch.Tensor):
+    """A parameter of a component that one rank owns, as code outside gets it, with its data."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _T.data.__set__:  # a new object each time
+            raise UnsupportedError(
+                "assigning to .data of a parameter that one rank owns has no effect: write into it (.data.copy_), or "
+                "assign an nn.Parameter to the module"
+            )
+        settle((args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
+from .attributes import Attributes, Found
 from .boundary import Boundary, Read
 from .comm import ALIGN, Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes
 from .everywhere import Everywhere
@@ -41,9 +42,10 @@ def own(
     if comm.rank != stage:
         empty(module, everywhere, shared)
     small = Everywhere(module, everywhere)
+    attributes = Attributes(lambda: boundary.reached)
     boundary = Boundary(
         comm.mesh.device,
-        lambda path, name, function, args, kwargs: run_on(comm, stage, function, args, kwargs, small),
+        lambda path, name, function, args, kwargs: run_on(comm, stage, function, args, kwargs, small, attributes),
         reader(module, comm, stage, small, cut),
     )
     boundary.put(module, "")
@@ -80,24 +82,28 @@ def run_on(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     small: Everywhere,
+    attributes: Attributes,
 ) -> Any:
     """`function(*args, **kwargs)` on one stage; every stage gets its result, with pending tensors. Collective.
 
-    What it writes into its arguments, and into the tensors that every rank has, is then the same on every stage.
+    What it writes into its arguments, into the tensors that every rank has and into attributes is then the same on
+    every stage.
     """
     arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
-    def run() -> tuple[Any, list[int], dict[str, torch.Tensor]]:
-        before, looked = [mark(t) for t in arguments], small.look()
+    def run() -> tuple[Any, list[int], dict[str, torch.Tensor], Found]:
+        before, looked, seen = [mark(t) for t in arguments], small.look(), attributes.look()
         out = function(*args, **kwargs)
-        return out, [q for q, t in enumerate(arguments) if changed(t, before[q])], small.written(looked)
+        written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
+        return out, written, small.written(looked), attributes.written(seen)
 
-    out, written, news = call_on(comm, stage, run, arguments, generators_in((args, kwargs)))
+    out, written, news, left = call_on(comm, stage, run, arguments, generators_in((args, kwargs)))
     for q in written:
         Held.written(comm, stage, arguments[q])
-    settle(news)
+    settle((news, left))
     if comm.rank != stage:
         small.take(news)
+        attributes.take(left)
     return out
 
 

@@ -150,6 +150,8 @@ class StagedCall:
                 out = self._forward()
         except _Leave:
             return
+        if self._site < len(self.plan.sites):
+            raise RuntimeError(f"the forward ends after {self._site} of {len(self.plan.sites)} block calls")
         leaves, _ = tree_flatten(out)
         for number, view in self._result.views():
             self._check(self.plan.result.leaves[number], leaves[number], "the result")

@@ -39,7 +39,9 @@ class Steps:
 def report_progress(pipe: Any, index: int, on_progress: Callable[[int, int, int], None]) -> None:
     """Let a pipeline object of one request report its steps as (index, step, total) instead of drawing a bar."""
 
-    def progress_bar(self: Any, iterable: Iterable[Any] | None = None, total: int | None = None) -> Steps:
+    def progress_bar(
+        self: Any, iterable: Iterable[Any] | None = None, total: int | None = None, *_: Any, **how_it_looks: Any
+    ) -> Steps:
         items = list(iterable) if iterable is not None else []
         return Steps(index, total if total is not None else len(items), on_progress, items)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import os
 import time
@@ -148,10 +149,11 @@ class Session:
         def run() -> tuple[Any, float, list[str]]:
             start = time.perf_counter()
             pipe = self._own_pipeline(request, on_progress)
-            generator = torch.Generator("cpu").manual_seed(request.seed)
+            takes = "generator" in inspect.signature(type(pipe).__call__).parameters
+            seeded = {"generator": torch.Generator("cpu").manual_seed(request.seed)} if takes else {}
             mine = self.turns.current
             with warnings_of("diffusers", lambda: self.turns.current is mine) as said, processors_put_back(pipe):
-                out = pipe(**request.call_arguments(), generator=generator)
+                out = pipe(**request.call_arguments(), **seeded)
             if self.runtime is not None and self.runtime.agreement.drawing:
                 raise UnsupportedError(f"{', '.join(self.runtime.agreement.drawing)} {DRAWS}")
             if mine is not None:  # compared with the other ranks: what draws in a model may do so on one of them only

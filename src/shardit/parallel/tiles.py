@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..core.attributes import Attributes
 from ..core.boundary import Boundary
 from ..core.comm import Comm, view_bytes
 from ..core.everywhere import Everywhere
@@ -41,8 +42,10 @@ class Tiles:
     ran[t]: how often this rank computed tile t of a call (never, if it is another's).
     """
 
-    def __init__(self, module: nn.Module, comm: Comm, ranks: tuple[int, ...], small: Everywhere):
-        self.module, self.comm, self.ranks, self.small = module, comm, ranks, small
+    def __init__(
+        self, module: nn.Module, comm: Comm, ranks: tuple[int, ...], small: Everywhere, attributes: Attributes
+    ):
+        self.module, self.comm, self.ranks, self.small, self.attributes = module, comm, ranks, small, attributes
         self.place = ranks.index(comm.rank) if comm.rank in ranks else None
         self.ran: Counter[int] = Counter()
         self._current: dict[str, Any] = {"seam": None}
@@ -58,7 +61,7 @@ class Tiles:
         pending tensors."""
         first = self.ranks[0]
         if path or not isinstance(plain, MethodType):  # of a replaced method nobody knows what it does
-            return run_on(self.comm, first, plain, args, kwargs, self.small)
+            return run_on(self.comm, first, plain, args, kwargs, self.small, self.attributes)
         plan = self._agree(name, plain, args, kwargs)
         if not isinstance(plan, TilePlan) or not plan.spread:
             task: Callable[..., Any] = plain
@@ -67,7 +70,7 @@ class Tiles:
             if self.place and own.numel():
                 self.comm.wait(self.comm.send(own, first))
             task = functools.partial(self._replay, plan, own, plain)
-        out = run_on(self.comm, first, task, args, kwargs, self.small)
+        out = run_on(self.comm, first, task, args, kwargs, self.small, self.attributes)
         self._explain(name, plan)
         return out
 
@@ -239,7 +242,8 @@ def spread_tiles(
         empty(module, everywhere, shared)
     module.enable_tiling()  # pyright: ignore[reportCallIssue]
     small = Everywhere(module, everywhere)
-    tiles = Tiles(module, comm, ranks, small)
-    Boundary(comm.mesh.device, tiles.call, reader(module, comm, ranks[0], small)).put(module, "")
+    tiles = Tiles(module, comm, ranks, small, Attributes(lambda: boundary.reached))
+    boundary = Boundary(comm.mesh.device, tiles.call, reader(module, comm, ranks[0], small))
+    boundary.put(module, "")
     swap_class(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import tempfile
 import time
 from typing import Any
 
@@ -41,6 +42,13 @@ def cluster():
             made.shutdown()
 
 
+@pytest.fixture
+def folder_of_ray():
+    """An empty folder where a cluster that is started finds no other; short, as the names of its sockets begin so."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield pathlib.Path(folder)
+
+
 def serve_by_ray(servers: Servers, cluster: Any, *flags: str, **environment: str) -> subprocess.Popen:
     more = ("--executor=ray", f"--data-dir={servers.data}", "--port=0", *flags)
     return servers.run("shardit", "serve", "tiny/flux", *more, RAY_ADDRESS=cluster.address, **environment)
@@ -57,6 +65,18 @@ def test_two_nodes_of_ray(servers, cluster):
     assert server.wait(20) == 0
     assert time.monotonic() - begin < 10
     servers.wait(lambda: not ray_ranks(), 20)
+
+
+@needs_ray
+def test_ray_is_started_where_none_runs(servers, folder_of_ray):
+    """On this machine alone; it goes on for as long as the server, and ends with it."""
+    flags = ("--executor=ray", "--pipeline-parallel-size=2", f"--data-dir={servers.data}", "--port=0")
+    server = servers.run("shardit", "serve", "tiny/flux", *flags, RAY_ADDRESS="", RAY_TMPDIR=str(folder_of_ray))
+    assert equal(expected(), servers.result(servers.ask()))
+    assert len(of_cluster(folder_of_ray)) >= 2
+    server.terminate()
+    assert server.wait(20) == 0
+    servers.wait(lambda: not of_cluster(folder_of_ray), 20)
 
 
 @pytest.mark.full
@@ -98,9 +118,19 @@ def test_no_ray_at_that_address(servers):
 
 def ray_ranks() -> list[int]:
     """Processes of actors that run a rank; Ray names them."""
+    return [pid for pid, line in commands() if line.startswith(b"ray::RayRank")]
+
+
+def of_cluster(folder: pathlib.Path) -> list[int]:
+    """Processes of the cluster itself that has its files in this folder."""
+    return [pid for pid, line in commands() if str(folder).encode() in line]
+
+
+def commands() -> list[tuple[int, bytes]]:
+    """All processes with their command lines."""
     found = []
     for entry in pathlib.Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(b"ray::RayRank"):
-                found.append(int(entry.name))
+            if entry.name.isdecimal():
+                found.append((int(entry.name), (entry / "cmdline").read_bytes()))
     return sorted(found)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import os
-import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from ..engine.messages import SessionSpec
 from ..engine.ray_rank import RayRank
 from ..errors import InputError, RankError
 from .options import ServeOptions
+from .ray_connection import RayConnection, one_line
 from .remote_ranks import RankPort, join_all, listen_for_ranks
 
 RESOURCES_S = 60.0
@@ -26,19 +25,17 @@ RESOURCES_S = 60.0
 ARRIVE_S = 300.0
 """Longest wait for the actors to start and their ranks to arrive, in seconds. They do before they load the model."""
 SHUTDOWN_S = 3.0
-ANSWER_S = 10.0
 
 
 class RayPlacement:
-    """See `Placement`. Connects to the cluster that RAY_ADDRESS names or that runs on this machine, else starts one on
-    this machine alone. Each start has new actors: those of the one before may hang."""
+    """See `Placement`. Each start has new actors: those of the one before may hang."""
 
     def __init__(self, options: ServeOptions):
         if importlib.util.find_spec("ray") is None:
             raise InputError('--executor ray needs Ray: pip install "shardit[ray]"')
         self._nodes = options.num_nodes
         self._wait_s = _resources_wait()
-        self._connected = False
+        self._connection = RayConnection()
         self._stopped = False
         self._group: Any = None
         self._actors: list[Any] = []
@@ -52,7 +49,7 @@ class RayPlacement:
         except (InputError, RankError):
             raise
         except Exception as error:
-            raise RankError(-1, f"Ray: {_one_line(error)}") from error
+            raise RankError(-1, f"Ray: {one_line(error)}") from error
 
     def kill(self) -> dict[int, str]:
         """See `Placement`."""
@@ -61,7 +58,7 @@ class RayPlacement:
             self._port = None
         actors, self._actors, self._runs = self._actors, [], []
         group, self._group = self._group, None
-        if self._connected:
+        if self._connection.is_open:
             import ray
             from ray.util import remove_placement_group
 
@@ -86,13 +83,10 @@ class RayPlacement:
 
     def _leave(self) -> None:
         self.kill()
-        if self._connected:
-            import ray
-
-            ray.shutdown()
+        self._connection.close()
 
     def _start(self, spec: SessionSpec) -> list[Channel]:
-        ray = self._connect()
+        ray = self._connection.open()
         size = spec.config.world_size
         per_node, rest = divmod(size, self._nodes)
         if rest:
@@ -106,28 +100,6 @@ class RayPlacement:
         self._run_actors(ray, spec.model, size, per_node, gpus)
         arrived = self._port.collect(ARRIVE_S, lambda: self._look(ray))
         return join_all([arrived[rank, "rank"] for rank in range(size)], spec)
-
-    def _connect(self) -> Any:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server tells nobody that it was started
-        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # SIGTERM is no failure
-        import ray
-
-        if not ray.is_initialized():
-            address = os.environ.get("RAY_ADDRESS")
-            if address and address.startswith("ray://"):
-                raise InputError(
-                    f"RAY_ADDRESS={address} is for clients outside the cluster; start shardit on a node of it, "
-                    "with RAY_ADDRESS=auto"
-                )
-            logging.getLogger("ray").setLevel(logging.ERROR)
-            try:
-                _check_answers(address)
-                ray.init(namespace="shardit", include_dashboard=False, logging_level=logging.ERROR)
-            except (OSError, ValueError) as error:
-                place = f"at RAY_ADDRESS={address}" if address else "here"
-                raise InputError(f"there is no Ray cluster {place} that can be used ({_one_line(error)})") from None
-        self._connected = True
-        return ray
 
     def _reserve(self, ray: Any, per_node: int, gpus: bool) -> Any:
         from ray.util import placement_group, remove_placement_group
@@ -169,7 +141,7 @@ class RayPlacement:
         except Exception as error:
             if "No module named 'shardit'" in str(error):
                 raise InputError("a node of the Ray cluster has no shardit; install the same on every node") from None
-            raise RankError(rank, f"its actor has failed: {_one_line(error)}") from None
+            raise RankError(rank, f"its actor has failed: {one_line(error)}") from None
         if self._port is not None and not self._port.has_arrived(rank):
             raise RankError(rank, f"it has ended before it had arrived, with code {code}")
 
@@ -178,13 +150,6 @@ def _wherever(model: str) -> str:
     """The model under a name that holds in any folder: the working folder of actors is not this one."""
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
-
-
-def _check_answers(address: str | None) -> None:
-    """Raise OSError where nobody answers at HOST:PORT: Ray itself would try for minutes."""
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
 
 
 def _resources_wait() -> float:
@@ -219,9 +184,3 @@ def _there_is(ray: Any) -> str:
 
 def _amounts(resources: dict[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name in resources) or "none"
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray puts the remote traceback first; what went wrong is in its last line.
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -1,0 +1,93 @@
+"""The connection of the supervisor to Ray: to a cluster that runs, or to one that is started for it alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+from ..errors import InputError
+
+ANSWER_S = 10.0
+
+
+class RayConnection:
+    """Connects to the cluster that RAY_ADDRESS names or that runs on this machine, else starts one on this machine.
+
+    Ray has the kernel end the processes of a cluster that it starts together with the *thread* that has started them.
+    So that thread waits here until `close`, whichever thread has asked for the connection.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._over = threading.Event()
+
+    def open(self) -> Any:
+        """The module `ray`, connected. Raises InputError where there is no cluster that can be used."""
+        _set_up()
+        import ray
+
+        if not ray.is_initialized():
+            connected: Future[None] = Future()
+            threading.Thread(target=self._stay, args=(connected,), daemon=True).start()
+            connected.result()
+        self.is_open = True
+        return ray
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        if self.is_open:
+            import ray
+
+            ray.shutdown()
+        self._over.set()
+
+    def _stay(self, connected: Future[None]) -> None:
+        try:
+            _connect()
+        except BaseException as error:  # it is for the thread that waits
+            connected.set_exception(error)
+        else:
+            connected.set_result(None)
+            self._over.wait()
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in Ray."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Ray puts the remote traceback first; what went wrong is in its last line.
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _set_up() -> None:
+    """To be called before Ray is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server tells nobody that it was started
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # SIGTERM is no failure
+
+
+def _connect() -> None:
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("ray://"):
+        raise InputError(
+            f"RAY_ADDRESS={address} is for clients outside the cluster; start shardit on a node of it, "
+            "with RAY_ADDRESS=auto"
+        )
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        _check_answers(address)
+        ray.init(namespace="shardit", include_dashboard=False, logging_level=logging.ERROR)
+    except (OSError, ValueError) as error:
+        place = f"at RAY_ADDRESS={address}" if address else "here"
+        raise InputError(f"there is no Ray cluster {place} that can be used ({one_line(error)})") from None
+
+
+def _check_answers(address: str | None) -> None:
+    """Raise OSError where nobody answers at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()

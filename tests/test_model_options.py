@@ -180,16 +180,38 @@ def test_path_and_scale_of_a_lora(text: str, expected: tuple[str, float]) -> Non
 
 
 def test_a_lora_of_another_model_is_refused(loras: list[str], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     save_file({"unet.x.lora_A.weight": torch.zeros(2, 2)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(InputError, match=r"lora .*other\.safetensors"):
         shardit.load("tiny/flux", lora=tmp_path / "other.safetensors")
+    lora = load_file(loras[0])
+    first = next(name for name in lora if "lora_B" in name)
+    save_file({**lora, first: lora[first][:-1].contiguous()}, str(tmp_path / "shape.safetensors"))
+    with pytest.raises(InputError, match=r"lora .*shape\.safetensors .*FluxTransformer2DModel: size mismatch for "):
+        shardit.load("tiny/flux", lora=tmp_path / "shape.safetensors")
     with pytest.raises(InputError, match="takes no LoRA"):
         check(SessionSpec("tiny/longcat-image-edit", DiffusionParallelConfig(), options=model_options(lora=loras[0])))
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"no \.safetensors file"):
         model_options(lora=tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("more", [{}, {"weight_name": "x.safetensors"}])
+def test_a_lora_of_a_hub_that_is_away(monkeypatch: pytest.MonkeyPatch, more: dict[str, str]) -> None:
+    """One line of ours, whatever the client of huggingface_hub raises and diffusers makes of it."""
+    from huggingface_hub import constants, errors
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise errors.LocalEntryNotFoundError("nothing") if more else ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("diffusers.loaders.lora_base.model_info", away)
+    monkeypatch.setattr("diffusers.utils.hub_utils.hf_hub_download", away)
+    text = f"cannot reach {constants.ENDPOINT} for lora foo/bar: check the network"
+    with pytest.raises(InputError, match=text):
+        shardit.load("tiny/flux", lora={"path": "foo/bar", **more})
 
 
 def test_options_of_the_command_line_and_the_server(loras: list[str], capsys: pytest.CaptureFixture) -> None:

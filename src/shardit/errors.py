@@ -1,4 +1,4 @@
-"""The errors that a user can meet: theirs (`InputError`) and ours (`RankError`)."""
+"""The errors that a user can meet: theirs (`InputError`) and ours (`RankError`); what others say in one line."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ class RankError(RuntimeError):
 
     def __reduce__(self):
         return (RankError, (self.rank, self.reason))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, in one line: a heading ("Error(s) in ...:") with what follows it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:count]) or type(error).__name__

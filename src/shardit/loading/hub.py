@@ -169,14 +169,33 @@ class Unreachable(InputError):
     """The hub cannot be asked."""
 
 
+def unreachable(error: BaseException, what: str) -> Unreachable | None:
+    """An error of huggingface_hub in words, where it, or one that it follows from, means that the hub cannot be asked
+    for `what`."""
+    from huggingface_hub import constants, errors
+
+    known = (errors.LocalEntryNotFoundError, *_network_errors())
+    found = next((one for one in _chain(error) if isinstance(one, known)), None)
+    if found is None:
+        return None
+    if isinstance(found, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        why = "is not (wholly) in the cache and HF_HUB_OFFLINE is set: unset it or download it first"
+        return Unreachable(f"{what} {why}")
+    return Unreachable(f"cannot reach {constants.ENDPOINT} for {what}: check the network, or give a local folder")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
     """huggingface_hub's errors, each in one line that says what to do."""
     from huggingface_hub import constants, errors
 
     at = constants.ENDPOINT
-    offline = f"{model} is not (wholly) in the cache and HF_HUB_OFFLINE is set: unset it or download the model first"
-    unreachable = f"cannot reach {at} for {model}: check the network, or give a local folder"
     try:
         yield
     except InputError:
@@ -187,10 +206,8 @@ def _explained(model: str) -> Iterator[None]:
         raise InputError(
             f"there is no model {model!r} here or at {at}: check the name (or set HF_TOKEN if it is private)"
         ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise Unreachable(offline) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise Unreachable(offline if constants.HF_HUB_OFFLINE else unreachable) from error
+    except errors.LocalEntryNotFoundError as error:  # an EntryNotFoundError, too
+        raise unreachable(error, model) or error from error
     except errors.EntryNotFoundError as error:
         raise InputError(
             f"{model} is not a diffusers pipeline (no {INDEX}): choose a repository that has one"
@@ -202,8 +219,8 @@ def _explained(model: str) -> Iterator[None]:
         if isinstance(status, int) and status >= 500:
             raise Unreachable(f"{at} answered {status} for {model}: try again later") from error
         raise InputError(f"{at} answered {status} for {model}: check the name and HF_TOKEN") from error
-    except _network_errors() as error:
-        raise Unreachable(unreachable) from error
+    except _network_errors() as error:  # the one of offline mode is one of these
+        raise unreachable(error, model) or error from error
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.core.assign import denoises
-from shardit.errors import InputError
+from shardit.errors import InputError, first_line
 from shardit.loading import index
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import Setting, check_components, dtype_of, setting
@@ -244,7 +244,7 @@ def _construct(cls: type[Any], source: Source, passed: dict[str, Any]) -> Diffus
         with quiet():
             pipe = cls.from_pretrained(str(source.folder), **passed)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        reason = _broken_json(source.folder) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _broken_json(source.folder) or first_line(error)
         raise InputError(f"{cls.__name__} cannot be made from {source.folder}: {reason}") from error
     pipe.register_to_config(_name_or_path=source.name)
     return pipe

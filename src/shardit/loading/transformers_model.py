@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from shardit.errors import InputError
+from shardit.errors import InputError, first_line
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
@@ -53,7 +53,7 @@ def load_transformers(
                 variant=checkpoint.variant,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         reason = _wrong_shape(module, checkpoint) or f"transformers cannot load {checkpoint.folder}: {first}"
         raise InputError(reason) from error
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers

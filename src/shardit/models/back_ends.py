@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 
 def check_attention_backend(name: str | None) -> None:
@@ -27,5 +27,5 @@ def use_attention_backend(name: str | None, model: Any) -> None:
     try:
         model.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(f"attention_backend={name!r} cannot be used for {kind}: {first}") from error

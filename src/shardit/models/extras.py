@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
+from ..loading.hub import unreachable
 from ..model_options import Lora, ModelOptions
 
 
@@ -36,15 +37,21 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     for name, lora in zip(names, loras, strict=True):
         try:
             pipe.load_lora_weights(lora.path, adapter_name=name, use_safetensors=True, **lora.arguments)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-            if isinstance(error, InputError):
-                raise
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"lora {lora.path} cannot be loaded into {type(pipe).__name__}: {first}") from error
+        except Exception as error:
+            raise _not_loaded(lora, pipe, error) from error
         held = {one for adapters in pipe.get_list_adapters().values() for one in adapters}
         if name not in held:  # diffusers only warns of a file without any key of this pipeline
             raise InputError(f"lora {lora.path} holds nothing for {type(pipe).__name__}: it is for another model")
     pipe.set_adapters(names, [lora.scale for lora in loras])
+
+
+def _not_loaded(lora: Lora, pipe: Any, error: Exception) -> Exception:
+    """What to raise where an adapter could not be loaded: `error` itself, where the user cannot help it."""
+    if found := unreachable(error, f"lora {lora.path}"):
+        return found
+    if isinstance(error, InputError) or not isinstance(error, _OF_FILES):
+        return error
+    return InputError(f"lora {lora.path} cannot be loaded into {type(pipe).__name__}: {first_line(error)}")
 
 
 def _check_lora(cls: Any, loras: tuple[Lora, ...]) -> None:
@@ -62,6 +69,8 @@ def _check_lora(cls: Any, loras: tuple[Lora, ...]) -> None:
                 raise InputError(f"lora {lora.path}: {cls.__name__}.load_lora_weights takes no {name!r}; leave it out")
 
 
+_OF_FILES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
+"""What diffusers and peft raise of files that do not fit."""
 _HUB = ("weight_name", "subfolder", "revision", "token", "local_files_only", "load_into_transformer_2")
 """What `load_lora_weights` of all pipelines takes by **kwargs; the last, of those with two transformers."""
 

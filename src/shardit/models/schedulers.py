@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from ..config import did_you_mean
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..model_options import ModelOptions, is_number
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -34,7 +34,7 @@ def changed_scheduler(own: Any, options: ModelOptions) -> Any:
     try:
         made = cls.from_config(own.config, **arguments)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(f"scheduler: {cls.__name__} cannot be made with these arguments: {first}") from error
     if _is_flow(own) != _is_flow(made):
         what = "needs flow matching, which this is not" if _is_flow(own) else "knows no flow matching, which this is"

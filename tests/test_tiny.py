@@ -156,6 +156,15 @@ def test_resolve_in_two_processes_at_once(tmp_path: Path) -> None:
     assert digest(tiny.write("flux", tmp_path / "again")) == digest(written)
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*file/new \(.*\); choose another folder"):
+        tiny.write("flux", tmp_path / "file" / "new")
+    monkeypatch.setenv("SHARDIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"cannot write to the cache .*file \(.*name another folder in SHARDIT_CACHE"):
+        tiny.resolve("tiny/flux")
+
+
 def test_resolve_leaves_other_models_alone() -> None:
     assert tiny.resolve("Qwen/Qwen-Image") is None
 

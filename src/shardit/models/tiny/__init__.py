@@ -49,7 +49,10 @@ def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32"
     chosen = recipe(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder")
-    return write_folder(name, chosen, folder, as_dtype(dtype))
+    try:
+        return write_folder(name, chosen, folder, as_dtype(dtype))
+    except OSError as error:
+        raise InputError(f"cannot write {folder} ({error.strerror or error}); choose another folder") from error
 
 
 def defaults(name: str) -> dict[str, Any]:

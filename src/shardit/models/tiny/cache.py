@@ -27,11 +27,15 @@ def cached_folder(name: str) -> Path:
         return folder
     try:
         return write(name, folder)
-    except (InputError, OSError):
+    except InputError as error:
         # Another process finished the same folder first: the rename makes it whole.
         if (folder / "model_index.json").is_file():
             return folder
-        raise
+        if not isinstance(why := error.__cause__, OSError):
+            raise
+        raise InputError(
+            f"cannot write to the cache {cache_root()} ({why.strerror or why}); name another folder in SHARDIT_CACHE"
+        ) from error
 
 
 @lru_cache(maxsize=1)

@@ -9,9 +9,10 @@ from PIL import Image
 from shardit.cli import main
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags
-from shardit.from_file import differences, flags_of, other_revision, read_record
+from shardit.from_file import check_fits, differences, flags_of, other_revision, read_record
 from shardit.model_options import model_options, recorded
 from shardit.output import Output
+from shardit.signature import PipelineSignature
 
 SETTINGS = {
     "model": "tiny/flux",
@@ -38,6 +39,18 @@ def test_flags_of_a_file(tmp_path, suffix):
     assert (flags.dtype, flags.num_outputs_per_prompt) == ("transformer=bfloat16", 2)
     params = flags.sampling_params()
     assert (params.strength, params.extra_args["caption"]) == (0.5, "x")
+
+
+def test_a_file_of_another_model(tmp_path, capsys):
+    path = saved(tmp_path / "a.png", caption=None, strength=None, true_cfg_scale=2.0)
+    assert main(["generate", "--from-file", str(path), "--model", "tiny/wan2.2-t2v"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {path} was made by tiny/flux with true_cfg_scale, which WanPipeline does not take; leave --model out, "
+        "or give the settings as flags in place of --from-file\n"
+    )
+    takes = PipelineSignature("P", ("prompt", "width"))
+    check_fits(path, "tiny/other", ["width", "height"], takes)
+    check_fits(path, "tiny/flux", ["true_cfg_scale"], takes)
 
 
 def test_what_a_file_does_not_hold(tmp_path):

@@ -55,6 +55,7 @@ def generate(flags: GenerateFlags) -> None:
     with Omni(**flags.omni_arguments()) as omni:
         check_kind(omni, flags)
         if flags.from_file is not None and _is_first_rank():
+            flags.check_file(omni.takes)
             _note(other_revision(read_record(flags.from_file), omni.takes.made_by))
         report(omni.generate(flags.prompts(), flags.sampling_params()), flags.output)
 

@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from shardit.config import DiffusionParallelConfig, parse_layer_partition
 from shardit.errors import InputError
-from shardit.from_file import flags_of, read_record
+from shardit.from_file import check_fits, flags_of, read_record
 from shardit.images import open_image
 from shardit.loading.dtypes import setting
 from shardit.model_flags import ModelFlags, parse_values
@@ -24,6 +24,7 @@ from shardit.model_options import split_model
 from shardit.models import shipped
 from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams, field_names
+from shardit.signature import PipelineSignature
 
 DtypeFlag = Annotated[
     str | None,
@@ -165,6 +166,7 @@ class GenerateFlags(ModelFlags, ParallelFlags):
             return
         if writes and self.output is not None:
             check_path(self.output, takes.kinds_as(params.output_type), transparent=takes.image_mode == "RGBA")
+        self.check_file(with_image if self.image and with_image else takes)
         build_requests(
             prompts,
             params,
@@ -175,6 +177,12 @@ class GenerateFlags(ModelFlags, ParallelFlags):
             takes=takes,
             takes_with_image=with_image,
         )
+
+    def check_file(self, takes: PipelineSignature) -> None:
+        """Raise InputError where --from-file names a file of another model that does not go with this one."""
+        if self.from_file is not None:
+            params = self.sampling_params()
+            check_fits(self.from_file, self.config or self.model, [*params.given(), *params.extra_args], takes)
 
     def omni_arguments(self) -> dict[str, Any]:
         """The arguments of `shardit.Omni`."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from shardit.errors import InputError
 from shardit.model_options import WHOLE
+from shardit.signature import PipelineSignature
 
 # Entries of a record that are not arguments of the pipeline.
 _ABOUT = ("software", "pipeline", "revision", "versions", "parallel", "made", "input_image_sizes", "sample_rate")
@@ -62,6 +63,18 @@ def flags_of(
         if values:
             flags[flag] = [f"{name}={json.dumps(value)}" for name, value in values.items()]
     return flags, extra
+
+
+def check_fits(path: Path, model: str, given: Collection[str], takes: PipelineSignature) -> None:
+    """Raise InputError where a file of another model holds arguments that the pipeline of `model` does not take; they
+    are then among those `given`."""
+    record = read_record(path)
+    held = {name for name in given if name in record and (name, record[name]) != ("num_outputs_per_prompt", 1)}
+    if record["model"] != model and (refused := sorted(held.difference(takes.choices))):
+        raise InputError(
+            f"{path} was made by {record['model']} with {', '.join(refused)}, which {takes.class_name} does not take; "
+            "leave --model out, or give the settings as flags in place of --from-file"
+        )
 
 
 def _not_held(value: Any) -> str:

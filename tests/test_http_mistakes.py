@@ -103,7 +103,7 @@ def test_shapes_are_told_in_words(images: Served, videos: Served) -> None:
     error = error_of(images, NOW, {"prompt": "a cat", "size": "64 x 64"}, 400)
     assert error["message"] == 'size must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto", got \'64 x 64\''
     error = error_of(videos, "/v1/videos", {"prompt": "a cat", "seconds": "4s"}, 400)
-    assert error["message"] == "seconds must be a number, as in \"4\", got '4s'"
+    assert error["message"] == "seconds must be a number above 0, as in \"4\", got '4s'"
     error = error_of(videos, "/v1/videos", {"prompt": "a cat", "input_reference": {"file_id": "file-1"}}, 400)
     assert "an upload, a data: URL" in error["message"]
 
@@ -118,6 +118,8 @@ def test_pictures_that_the_model_does_not_take(tmp_path: Path) -> None:
     with serving(tmp_path / "needs", needs, model="a/model") as served:
         error = error_of(served, NOW, {"prompt": "a cat"}, 400)
         assert (error["param"], "give one in image (POST /v1/images/edits)" in error["message"]) == ("image", True)
+        error = error_of(served, "/v1/videos", {"prompt": "a cat"}, 400)
+        assert error["message"] == "this server makes images; use POST /v1/images/edits"
     data, kind = form({"prompt": "a cat", "image[]": [("a.png", picture())] * 2})
     with serving(tmp_path / "one", VIDEO) as served:
         error = error_of(served, "/v1/videos", data, 400, {"Content-Type": kind})
@@ -128,6 +130,9 @@ def test_unknown_fields_name_the_nearest(images: Served) -> None:
     error = error_of(images, NOW, {"prompt": "a cat", "num_inference_step": 3}, 400)
     assert error["message"] == "there is no field 'num_inference_step' (did you mean 'num_inference_steps'?)"
     assert error["code"] == "unknown_field"
+    for name in ("scheduler", "flow_shift", "lora"):
+        error = error_of(images, NOW, {"prompt": "a cat", name: "x"}, 400)
+        assert error["message"].startswith(f"there is no field {name!r}; it is chosen for all requests when the server")
 
 
 @pytest.mark.parametrize(

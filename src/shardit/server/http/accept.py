@@ -101,7 +101,8 @@ def _idempotency_key(request: Request) -> str | None:
 def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
     made = job_kind(takes)
     if made != kind:
-        right = {"image": "POST /v1/images/generations", "video": "POST /v1/videos"}.get(made, "POST /v1/generations")
+        images = "edits" if takes.needs_image else "generations"
+        right = {"image": f"POST /v1/images/{images}", "video": "POST /v1/videos"}.get(made, "POST /v1/generations")
         what = f"{made}s" if made != "generation" else takes.kind
         raise ApiError(400, f"this server makes {what}; use {right}", code="wrong_kind", param="model")
 

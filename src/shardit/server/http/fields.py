@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
 from ...config import did_you_mean
+from ...model_options import OPTION_NAMES
 from ...params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names
 from ..options import Limits
 from .errors import ApiError
@@ -108,13 +109,17 @@ def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_nam
     for name in values:
         if name not in known and name not in further:
             nearest = did_you_mean(name, [each for each in known if _is_of_use(each, names)] + further)
-            raise ApiError(400, f"there is no field {name!r}{nearest}", code="unknown_field", param=name)
+            text = f"there is no field {name!r}" + (_AT_START if name in OPTION_NAMES else nearest)
+            raise ApiError(400, text, code="unknown_field", param=name)
     try:
         checked = model.model_validate({name: values[name] for name in values if name in known}, strict=True)
     except ValidationError as error:
         raise _first_of(error) from None
     given = checked.model_dump(exclude_none=True)
     return {**given, **{name: values[name] for name in further if values.get(name) is not None}}
+
+
+_AT_START = "; it is chosen for all requests when the server is started (shardit serve --help)"
 
 
 def _is_of_use(name: str, pipeline_names: Collection[str]) -> bool:
@@ -185,7 +190,7 @@ def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
 
 _SHAPES = {
     "size": 'must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto"',
-    "seconds": 'must be a number, as in "4"',
+    "seconds": 'must be a number above 0, as in "4"',
     **dict.fromkeys(PICTURES, 'must be an upload, a data: URL, {"image_url": ...} with one, or a list of these'),
 }
 """What pydantic can only say as a pattern or a union."""

@@ -158,7 +158,7 @@ def test_stages_and_partition(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_device_and_dtype():
-    refused("more ranks than cuda devices.* 0 visible", check, spec(device="cuda"))
+    refused("more ranks than cuda devices.* 0 visible; leave device out, or use cpu", check, spec(device="cuda"))
     refused("device 'meta' is not supported", check, spec(device="meta"))
     refused("dtype 'float8' is not known", setting, "float8")
 

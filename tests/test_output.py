@@ -153,6 +153,13 @@ def test_path_is_checked(tmp_path, name, kind, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("path", [None, 5, b"cat.png", ["cat.png"]])
+def test_what_is_no_path(path):
+    for use in (pictures().save, check_path):
+        with pytest.raises(InputError, match="output must be a path"):
+            use(path)
+
+
 def test_path_that_fits(tmp_path):
     assert check_path(tmp_path / "cat.MP4", "video") == tmp_path / "cat.MP4"
     assert check_path(str(tmp_path / "cat.png")) == tmp_path / "cat.png"

@@ -123,6 +123,7 @@ class Output:
         output is an error or holds nothing to save, the folder is missing, the extension does not fit, the sample rate
         is not known, `quality` is given for another format or the disk is full.
         """
+        path = _path(path)
         if self.error is not None:
             raise InputError(f"nothing to save, the request failed: {_one_line(self.error)}")
         kinds = self.kinds
@@ -204,7 +205,7 @@ def check_path(
     `kind` is what will be saved, or several things of which one can be, None where that is not known yet;
     `transparent` says that pictures have an alpha channel. Returns the path, raises `InputError`.
     """
-    target = Path(path)
+    target = _path(path)
     suffix = target.suffix.lower()
     kinds: Any = list(SUFFIXES) if kind is None else [kind] if isinstance(kind, str) else kind
     fitting = [each for one in kinds for each in SUFFIXES[one]]
@@ -221,6 +222,13 @@ def check_path(
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"output folder {target.parent} is not writable; choose another")
     return target
+
+
+def _path(path: object) -> Path:
+    try:
+        return Path(path)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"output must be a path, as in 'cat.png', got {path!r}") from None
 
 
 def _check_quality(quality: object, target: Path) -> None:

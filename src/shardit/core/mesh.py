@@ -155,7 +155,10 @@ def pick_device(device: str | torch.device | None, local_rank: int) -> torch.dev
         return torch.device("cpu")
     visible = getattr(torch, kind).device_count()
     if local_rank >= visible:
-        raise InputError(f"more ranks than {kind} devices: rank {local_rank} of this machine, {visible} visible")
+        other = "use fewer ranks, or show them more devices" if visible else "leave device out, or use cpu"
+        raise InputError(
+            f"more ranks than {kind} devices: rank {local_rank} of this machine, {visible} visible; {other}"
+        )
     return torch.device(kind, local_rank)
 
 

@@ -122,7 +122,7 @@ def test_the_file_of_a_variant() -> None:
     [
         ({"scheduler": "NoScheduler"}, "diffusers has no scheduler 'NoScheduler'.*FlowMatchEulerDiscreteScheduler"),
         ({"scheduler": "FluxPipeline"}, "has no scheduler 'FluxPipeline'"),
-        ({"scheduler": "DDPMScheduler"}, "DDPMScheduler does not go with FlowMatchEulerDiscreteScheduler"),
+        ({"scheduler": "DDPMScheduler"}, "DDPMScheduler cannot take the place of FlowMatchEulerDiscreteScheduler"),
         ({"scheduler_args": {"shfit": 1}}, r"takes no 'shfit' \(did you mean 'shift'\?\)"),
         ({"scheduler_args": {"use_karras_sigmas": "yes"}}, "use_karras_sigmas must be true or false"),
         ({"scheduler_args": {"shift": "3"}}, "shift must be a number"),
@@ -150,6 +150,26 @@ def test_flow_matching_schedulers_take_each_others_place() -> None:
     assert back.config.prediction_type == "flow_prediction"
     with pytest.raises(InputError, match="needs flow matching"):
         changed_scheduler(own, model_options(scheduler_args={"use_flow_sigmas": False, "prediction_type": "epsilon"}))
+
+
+def test_schedulers_that_do_not_take_what_the_pipeline_asks() -> None:
+    """Flux gives sigmas and a shift for the size, Wan only the number of steps."""
+    euler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for name in ("FlowMatchHeunDiscreteScheduler", "SASolverScheduler", "HeliosScheduler", "DDIMScheduler", "Nope"):
+        with pytest.raises(InputError, match=name) as refused:
+            changed_scheduler(euler, model_options(scheduler=name), diffusers.FluxPipeline)
+        proposed = str(refused.value).rpartition("choose among ")[2].split(", ")
+        assert {"FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"} <= set(proposed)
+        assert not {name, "HeliosDMDScheduler"} & set(proposed)
+        assert "did you mean" not in str(refused.value)
+    for name in proposed:
+        made = changed_scheduler(euler, model_options(scheduler=name), diffusers.FluxPipeline)
+        sigmas = {} if made.config.get("use_flow_sigmas") else {"sigmas": [1.0, 0.5]}
+        made.set_timesteps(**(sigmas or {"num_inference_steps": 2}), mu=0.7)
+    own = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    changed_scheduler(own, model_options(scheduler="FlowMatchHeunDiscreteScheduler"), diffusers.WanPipeline)
+    with pytest.raises(InputError, match="HeliosScheduler cannot take the place"):
+        changed_scheduler(own, model_options(scheduler="HeliosScheduler"), diffusers.WanPipeline)
 
 
 def test_schedulers_of_noise_models() -> None:

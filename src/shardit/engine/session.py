@@ -59,7 +59,7 @@ def check(spec: SessionSpec) -> None:
         pick_device(spec.device, spec.config.world_size - 1)
     check_attention_backend(spec.attention_backend)
     found = describe(spec.model, options=spec.options)
-    check_scheduler(found.components, spec.options)
+    check_scheduler(found.pipeline_class, found.components, spec.options)
     check_extras(found.pipeline_class, found.modules, spec.options)
     check_components(spec.dtype, found.modules)
     check_packages(found.pipeline_class.__name__, missing(found.pipeline_class))

@@ -69,7 +69,7 @@ def load_pipeline(
         loaded[name] = _load(module, found.checkpoints[name], owned, kind, device, reads)
     pipe = _construct(found.cls, found.source, {**loaded, **_processors(found.parts)})
     if wants_scheduler(options):
-        pipe.register_modules(scheduler=changed_scheduler(getattr(pipe, "scheduler", None), options))
+        pipe.register_modules(scheduler=changed_scheduler(getattr(pipe, "scheduler", None), options, found.cls))
     return pipe
 
 
@@ -197,12 +197,12 @@ def _check_variant(variant: str | None, checkpoints: dict[str, Checkpoint]) -> N
     raise InputError(f"variant: no component of the model has weights of variant {variant!r}; {advice}")
 
 
-def check_scheduler(parts: Mapping[str, Component], options: ModelOptions) -> None:
-    """Raise InputError where the options ask for a scheduler that the model cannot have."""
+def check_scheduler(cls: type[Any], parts: Mapping[str, Component], options: ModelOptions) -> None:
+    """Raise InputError where the options ask for a scheduler that the model, of pipeline class `cls`, cannot have."""
     if wants_scheduler(options):
         part = parts.get("scheduler")
-        cls: Any = None if part is None else index.component_class(part)
-        changed_scheduler(None if part is None else cls.from_pretrained(str(part.folder)), options)
+        kind: Any = None if part is None else index.component_class(part)
+        changed_scheduler(None if part is None else kind.from_pretrained(str(part.folder)), options, cls)
 
 
 def _check_complete(folder: Path, cls: type[Any], parts: dict[str, Component]) -> None:

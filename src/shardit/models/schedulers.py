@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..config import did_you_mean
 from ..errors import InputError, first_line
 from ..model_options import ModelOptions, is_number
+from .timesteps import Asked, asked_by, problem
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 """What makes a scheduler that also knows other models one of flow-matching models."""
@@ -18,15 +21,17 @@ def wants_scheduler(options: ModelOptions) -> bool:
     return bool(options.scheduler or options.scheduler_args or options.flow_shift is not None)
 
 
-def changed_scheduler(own: Any, options: ModelOptions) -> Any:
+def changed_scheduler(own: Any, options: ModelOptions, pipeline_class: Any = None) -> Any:
     """The scheduler that the options ask for, from the configuration of the pipeline's `own`.
 
-    Between schedulers of flow-matching models, the shift is carried over. Raises InputError for classes and arguments
-    that do not go with it.
+    It takes what pipelines of this class (None: unknown) ask of their own, as far as that can be tried. Between
+    schedulers of flow-matching models, the shift is carried over. Raises InputError for classes and arguments that do
+    not go with it.
     """
     if own is None:
         raise InputError("scheduler: this pipeline has no scheduler; leave scheduler, scheduler_args, flow_shift out")
-    cls = type(own) if options.scheduler is None else _class_of(options.scheduler, own)
+    asked = asked_by(pipeline_class)
+    cls = type(own) if options.scheduler is None else _class_of(options.scheduler, own, asked)
     arguments = {**_carried(own, cls), **options.scheduler_args}
     _check_arguments(cls, options.scheduler_args)
     if options.flow_shift is not None:
@@ -44,17 +49,45 @@ def changed_scheduler(own: Any, options: ModelOptions) -> Any:
     return made
 
 
-def _class_of(name: str, own: Any) -> Any:
+def _class_of(name: str, own: Any, asked: Asked) -> Any:
     import diffusers
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     found = getattr(diffusers, name, None)
     known = _names_for(own)
-    if name == type(own).__name__ or name in known:
+    if name == type(own).__name__ or (name in known and not _problem(found, own, asked)):
         return found
-    is_one = isinstance(found, type) and issubclass(found, SchedulerMixin)
-    why = f"{name} does not go with {type(own).__name__}" if is_one else f"diffusers has no scheduler {name!r}"
-    raise InputError(f"scheduler: {why}{did_you_mean(name, known)}; choose among {', '.join(known)}")
+    known = [each for each in known if not _problem(getattr(diffusers, each, type(own)), own, asked)]
+    if isinstance(found, type) and issubclass(found, SchedulerMixin):
+        why = f"{name} cannot take the place of {type(own).__name__} in this pipeline"
+    else:
+        why = f"diffusers has no scheduler {name!r}{did_you_mean(name, known)}"
+    raise InputError(f"scheduler: {why}; choose among {', '.join(known)}")
+
+
+def _problem(cls: Any, own: Any, asked: Asked) -> str:
+    """Why a scheduler of another class would fail where the pipeline's own does not; "" where nothing is known."""
+    with _silent():
+        if cls is type(own) or problem(own, asked):
+            return ""
+        try:
+            made = cls.from_config(own.config, **_carried(own, cls))
+        except Exception:  # it depends on further arguments, and is told when those are known
+            return ""
+        return problem(made, asked)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without diffusers' warnings, which are about schedulers that are only tried."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _names_for(own: Any) -> list[str]:

@@ -1,0 +1,67 @@
+"""Whether a scheduler takes what a pipeline asks of it before the first step: found by asking a copy."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import first_line
+
+_STEPS = 4
+_CALLS = ("retrieve_timesteps", "set_timesteps")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a pipeline hands to `set_timesteps` besides the number of steps, read from the source of its `__call__`."""
+
+    sigmas: bool = False
+    """Sigmas of its own, whatever the user gives."""
+    flow_sigmas: bool = False
+    """But none to schedulers that have `use_flow_sigmas`."""
+    mu: bool = False
+    """The shift for the size of the picture."""
+
+
+def asked_by(pipeline_class: Any) -> Asked:
+    """What pipelines of this class hand over; nothing where that cannot be read."""
+    try:
+        source = textwrap.dedent(inspect.getsource(pipeline_class.__call__))
+        tree = ast.parse(source)
+    except (OSError, TypeError, AttributeError, SyntaxError):
+        return Asked()
+    names = {keyword.arg for call in _calls(tree) for keyword in call.keywords if not _is_none(keyword.value)}
+    targets = [
+        x for node in ast.walk(tree) if isinstance(node, ast.Assign) and not _is_none(node.value) for x in node.targets
+    ]
+    makes_sigmas = any(isinstance(target, ast.Name) and target.id == "sigmas" for target in targets)
+    return Asked("sigmas" in names and makes_sigmas, "use_flow_sigmas" in source, "mu" in names)
+
+
+def problem(scheduler: Any, asked: Asked) -> str:
+    """What a scheduler says when a copy of it is asked as by a pipeline; "" where it does what it is asked."""
+    given: dict[str, Any] = {"mu": 1.0} if asked.mu else {}
+    if asked.sigmas and not (asked.flow_sigmas and scheduler.config.get("use_flow_sigmas")):
+        given["sigmas"] = [1 - step / _STEPS for step in range(_STEPS)]
+    else:
+        given["num_inference_steps"] = _STEPS
+    try:
+        type(scheduler).from_config(scheduler.config).set_timesteps(device="cpu", **given)
+    except Exception as error:  # whatever it is: the pipeline would end with it
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def _calls(tree: ast.AST) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Call) and name in _CALLS:
+            yield node
+
+
+def _is_none(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is None

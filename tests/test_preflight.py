@@ -22,6 +22,7 @@ GENERATE = ["generate", "--prompt", "a", "--model"]
         ([*GENERATE, "tiny/flux", "--output", "nowhere/x.png"], "does not exist"),
         ([*GENERATE, "tiny/flux", "--num-frames", "9"], "takes no num_frames"),
         ([*GENERATE, "tiny/flux", "--extra", "sed=1"], "takes no 'sed' (did you mean 'seed'?)"),
+        ([*GENERATE, "tiny/flux", "--extra", "latents=x.pt"], "latents must be a tensor, got 'x.pt'"),
         ([*GENERATE, "tiny/flux", "--height", "0"], "height must be a whole number"),
         ([*GENERATE, "tiny/wan2.2-i2v"], "needs an image"),
         ([*GENERATE, "tiny/fluxx"], "no tiny model 'fluxx'"),

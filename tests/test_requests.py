@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -133,6 +134,21 @@ def test_the_name_of_vllm_omni_for_params():
     assert [request.kwargs["width"] for request in build(["a", "b"], params_of(None, [one]))] == [16, 16]
     with pytest.raises(InputError, match="params are given twice"):
         params_of(one, [two])
+
+
+class TensorPipeline:
+    def __call__(self, prompt=None, latents: torch.Tensor | None = None, sigmas: list[float] | None = None):
+        """Takes a tensor, and a list of numbers."""
+
+
+@pytest.mark.parametrize("value", ["x.pt", 1, [1], [[1.0], "x"], {}, True])
+def test_what_is_no_tensor_is_refused(value):
+    takes = signature_of(TensorPipeline)
+    assert takes.tensors == ("latents",)
+    with pytest.raises(InputError, match="latents must be a tensor, got"):
+        build("a", Params(extra_args={"latents": value}), takes=takes)
+    for fine in (None, torch.zeros(1), [torch.zeros(1)], np.zeros(1)):
+        build("a", Params(sigmas=[1.0], extra_args={"latents": fine}), takes=takes)
 
 
 class PaintPipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from types import SimpleNamespace
@@ -336,3 +337,23 @@ def test_the_source_tells_the_same(name):
 def test_a_class_of_ones_own():
     assert PipelineSignature("P", ("prompt", "num_frames")).kinds == ("video",)
     assert PipelineSignature("P", ("prompt",)).kinds == ("image",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Input type (float) and bias type (c10::BFloat16) should be the same", "(vae=bfloat16)"),
+        (
+            "Calculated padded input size per channel: (2 x 10). Kernel size: (3 x 3)",
+            "(height 8): ask for a larger one",
+        ),
+        ("the list is empty", None),
+    ],
+)
+def test_errors_of_libraries_come_with_what_to_change(text, words):
+    asked = dataclasses.replace(request(), made_by={"dtype": {"vae": "bfloat16"}}, kwargs={"height": 8})
+    error = collect(asked, None, RuntimeError(text)).error or ""
+    assert error.startswith(f"RuntimeError: {text}")
+    assert (words in error) if words else error == f"RuntimeError: {text}"
+    plain = dataclasses.replace(asked, made_by={"dtype": "bfloat16"}, kwargs={})
+    assert collect(plain, None, RuntimeError(text)).error == f"RuntimeError: {text}"

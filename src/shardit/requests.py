@@ -192,8 +192,8 @@ def _build(
     _check_taken(params, takes)
     kwargs = {name: value for name, value in params.given().items() if name not in _OWN_FIELDS}
     kwargs.update(params.extra_args)
-    for name in takes.multiples:
-        if problem := takes.size_problem(name, kwargs.get(name)):
+    for name, value in kwargs.items():
+        if problem := takes.size_problem(name, value) or takes.tensor_problem(name, value):
             raise InputError(problem)
     _rename_frames(kwargs, takes)
     if takes.form is not None:

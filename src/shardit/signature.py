@@ -29,6 +29,8 @@ _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
 _NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
 # Most pipelines declare `image=None` and fail later without one; the names of their classes tell.
 _WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
+_TENSORS = {"Tensor", "FloatTensor", "LongTensor"}
+_OPTIONAL = {"Optional", "Union", "None", "NoneType", "class"}
 # Given several pictures for one prompt, these would take them for a batch. Classes that are not named may have a use
 # for several, and get them.
 _CLASSES_OF_ONE_IMAGE = ("QwenImageEditPipeline", "QwenImageLayeredPipeline", "LongCatImageEditPipeline")
@@ -48,6 +50,8 @@ class PipelineSignature:
     """Arguments without a default."""
     pictures: tuple[str, ...] = ()
     """Arguments besides `image` that are pictures or videos, by their names and annotations."""
+    tensors: tuple[str, ...] = ()
+    """Arguments that are tensors and nothing else, by their annotations."""
     native_fps: float | None = None
     """Frames per second that the checkpoint was trained for, where its configuration tells."""
     multiples: Mapping[str, int] = field(default_factory=dict)
@@ -108,6 +112,14 @@ class PipelineSignature:
             return None
         below, above = value // step * step, (value // step + 1) * step
         return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
+
+    def tensor_problem(self, name: str, value: Any) -> str | None:
+        """What is wrong with an argument that is to be a tensor: text and plain numbers, also in lists, are none."""
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        wrong = any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
+        if name not in self.tensors or not wrong:
+            return None
+        return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"
 
     @property
     def count_name(self) -> str | None:
@@ -182,6 +194,11 @@ def _is_picture(item: inspect.Parameter) -> bool:
     return found and item.name != "image" and _NO_PICTURE.search(item.name) is None
 
 
+def _is_tensor(item: inspect.Parameter) -> bool:
+    words = {word.rpartition(".")[2] for word in re.findall(r"[\w.]+", str(item.annotation))}
+    return bool(words & _TENSORS) and words <= _TENSORS | _OPTIONAL
+
+
 def signature_from(
     class_name: str, calls: Iterable[Sequence[inspect.Parameter]], model_index: Mapping[str, Any] | None = None
 ) -> PipelineSignature:
@@ -205,5 +222,6 @@ def signature_from(
         defaults={item.name: item.default for item in found.values() if isinstance(item.default, simple)},
         required=tuple(item.name for item in found.values() if item.default is item.empty),
         pictures=tuple(item.name for item in found.values() if _is_picture(item)),
+        tensors=tuple(item.name for item in found.values() if _is_tensor(item)),
         native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
     )

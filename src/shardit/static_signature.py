@@ -96,13 +96,18 @@ def _parameters(arguments: ast.arguments) -> Iterator[inspect.Parameter]:
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     for item, default in zip(positional, defaults, strict=True):
-        yield kind(item.arg, kind.POSITIONAL_OR_KEYWORD, default=_value(default))
+        yield _parameter(item, kind.POSITIONAL_OR_KEYWORD, default)
     if arguments.vararg is not None:
         yield kind(arguments.vararg.arg, kind.VAR_POSITIONAL)
     for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        yield kind(item.arg, kind.KEYWORD_ONLY, default=_value(default))
+        yield _parameter(item, kind.KEYWORD_ONLY, default)
     if arguments.kwarg is not None:
         yield kind(arguments.kwarg.arg, kind.VAR_KEYWORD)
+
+
+def _parameter(item: ast.arg, kind: Any, default: ast.expr | None) -> inspect.Parameter:
+    annotation = inspect.Parameter.empty if item.annotation is None else ast.unparse(item.annotation)
+    return inspect.Parameter(item.arg, kind, default=_value(default), annotation=annotation)
 
 
 def _value(default: ast.expr | None) -> Any:

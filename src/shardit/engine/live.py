@@ -17,6 +17,7 @@ from typing import Any
 
 from ..core.turns import Interrupted, Program, is_out_of_memory
 from ..logs import logger, take_over
+from .advice import advice
 from .channel import Channel, Closed
 from .memory import peak_bytes, reset_peak
 from .messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
@@ -89,7 +90,8 @@ class Live:
         if cancelled:  # what it has left in flight may take long, which is not to count against those that follow
             self.session.turns.schedule.drain()
         if program.error is not None and not cancelled:
-            kind, error = type(program.error).__name__, one_line(program.error)
+            kind = type(program.error).__name__
+            error = one_line(program.error) + advice(begin.request, program.error)
             self.channel.send(Ended(begin.key, error))  # if it is the only rank, nobody may ever come to meet it
             self.session.agree((begin.key, kind), f"here: {program.error!r}")
         output = None

@@ -18,6 +18,7 @@ from ..loading.packages import named_in
 from ..output import Output
 from ..packages import pip_line
 from ..returned import PICTURES, SOUND, TEXT, VIDEO
+from .advice import advice
 
 if TYPE_CHECKING:
     from ..requests import Request
@@ -36,7 +37,7 @@ def collect(request: Request, value: tuple[Any, float, list[str]] | None, error:
     }
     if value is None:
         assert error is not None
-        return Output(error=one_line(error), **common)
+        return Output(error=one_line(error) + advice(request, error), **common)
     result, seconds, warnings = value
     try:
         made, left_out = _read(result, request)

@@ -364,3 +364,17 @@ def test_wrong_further_arguments(omni, capsys, flags, text):
     assert generate(*flags) == 2
     assert text in capsys.readouterr().err
     assert FakeOmni.last is None
+
+
+def test_interrupted_while_it_is_imported(monkeypatch, capsys):
+    from shardit.__main__ import main as command
+
+    class Interrupts:
+        def find_spec(self, name, *_):
+            if name == "shardit.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "shardit.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    assert command() == 130
+    assert capsys.readouterr().err == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pickle
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from shardit.engine.result import collect, with_arrays
+from shardit.engine.session import LONGEST_WARNING, warnings_of
 from shardit.errors import InputError
 from shardit.output import Output, savable
 from shardit.params import OmniDiffusionSamplingParams
@@ -357,3 +359,11 @@ def test_errors_of_libraries_come_with_what_to_change(text, words):
     assert (words in error) if words else error == f"RuntimeError: {text}"
     plain = dataclasses.replace(asked, made_by={"dtype": "bfloat16"}, kwargs={})
     assert collect(plain, None, RuntimeError(text)).error == f"RuntimeError: {text}"
+
+
+def test_long_warnings_are_cut():
+    """A pipeline that cuts a prompt may repeat all of it."""
+    with warnings_of("somebody", lambda: True) as heard:
+        logging.getLogger("somebody").warning("cut: %s", "and on " * 2000)
+        logging.getLogger("somebody").warning("")
+    assert [len(line) for line in heard.lines] == [LONGEST_WARNING + 3, 0]

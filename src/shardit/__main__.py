@@ -1,8 +1,21 @@
-"""`python -m shardit` is the `shardit` command."""
+"""The `shardit` command, also as `python -m shardit`."""
+
+from __future__ import annotations
 
 import sys
 
-from shardit.cli import main
+INTERRUPTED = 130
+
+
+def main() -> int:
+    """Run the command line and return the exit code, which is the same for Ctrl-C while it is still being imported."""
+    try:
+        from shardit.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:  # who pressed it knows
+        return INTERRUPTED
+
 
 if __name__ == "__main__":
     sys.exit(main())

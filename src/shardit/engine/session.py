@@ -244,6 +244,10 @@ def ranks_here(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
+LONGEST_WARNING = 300
+"""Characters of a warning that becomes a note."""
+
+
 class warnings_of:
     """Collects what a library's loggers warn of while a request has its turns, one line each (sizes that were rounded,
     say). `listening` tells whether it is this request's turn."""
@@ -256,7 +260,9 @@ class warnings_of:
         self.lines: list[str] = []
 
     def _keep(self, record: logging.LogRecord) -> None:
-        line = record.getMessage().splitlines()[0]
+        line = (record.getMessage().splitlines() or [""])[0]
+        if len(line) > LONGEST_WARNING:  # some repeat all of a prompt
+            line = f"{line[:LONGEST_WARNING]}..."
         if self._listening() and line not in self.lines:
             self.lines.append(line)
 

@@ -34,7 +34,7 @@ def open_model(rank: int, count: int, method: str, way: str) -> tuple[Any, list[
         }
         for width in (8, 8, 12)
     ]
-    shardit.parallelize(model, DiffusionParallelConfig(**WAYS[way]), timeout_s=60)
+    shardit.parallelize(model, DiffusionParallelConfig(**WAYS[way]), plan=Plan(overlap=True), timeout_s=60)
     with torch.no_grad():
         for call in calls:  # the first of each signature
             settle(model(**call))
@@ -161,12 +161,16 @@ def keeper(rank: int, count: int, method: str) -> None:
     xs = [torch.randn(1, 6, 16) for _ in range(3)]
     xs[1][0, 0, 0], xs[2][0, 0, 0] = 1.0, -1.0
     with torch.no_grad():
-        plain, other = made(True, False)
+        plain, other = made(True, False, Plan(overlap=True))
         for _ in range(2):
             outs = [other(x)[0] for x in xs]
             assert other.shardit_overlap.overlapped == 0
             assert all((plain(x)[0] - out).norm() <= 1e-5 * out.norm() for x, out in zip(xs, outs, strict=True))
         plain, other = made(False, True)
+        outs = [other(x) for x in xs]  # by itself it is not overlapped, so that one rank alone may use what it gives
+        assert type(outs[-1][0]) is torch.Tensor
+        assert other.shardit_overlap.overlapped == 0
+        plain, other = made(False, True, Plan(overlap=True))
         outs = [other(x)[0] for x in xs[1:]]
         with pytest.raises(UnsupportedError, match=r"Keeper returns other shapes or values .* Plan\(overlap=False\)"):
             outs[1].sum()

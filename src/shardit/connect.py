@@ -43,19 +43,23 @@ def connect(
     """Turn the assigned components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with
     them. Components that another pipeline shares with it are parallel already, over the same runtime."""
     shared = shared_tensors(components_of(pipe) or {})
+
+    def alone() -> bool:
+        return not runtime.in_pipeline
+
     for name, cut in assignment.cut.items():
         spread_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment, shared)
     for name, owner in assignment.owned.items():
         comm, width = _among(name, assignment, runtime)
         small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
         if name in assignment.tiles:
-            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared)
+            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared, alone)
         else:
-            own(getattr(pipe, name), comm, owner // width, small, cut, shared)
+            own(getattr(pipe, name), comm, owner // width, small, cut, shared, alone)
     for name, found in assignment.relayed.items():
         comm, width = _among(name, assignment, runtime)
         owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
-        relay(getattr(pipe, name), comm, found.units, owners, cut, shared)
+        relay(getattr(pipe, name), comm, found.units, owners, cut, shared, alone)
     for name in (*assignment.owned, *assignment.relayed):
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
@@ -100,7 +104,7 @@ def spread_model(
     elif stages is not None:
         stages()
     if overlaps and mesh.axes.keys() & {"sp", "tp"}:
-        overlap(model, runtime)
+        overlap(model, runtime, alone=cut.plan is not None)
     guard(model, name or type(model).__name__, mesh)
     placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
     guard_entry(model, runtime, placed.begin, placed.end)

@@ -20,7 +20,7 @@ import torch
 from ..errors import InputError, UnsupportedError
 from .comm import Comm
 from .pending import settle
-from .randomness import States, moved, states
+from .randomness import GENERATORS, States, moved, state_in, states
 
 SAMPLES = 4096
 """Of what is larger, as many words go into the checksum by their place; all others by their sum alone."""
@@ -184,6 +184,8 @@ def _described(value: Any) -> Iterator[bytes]:
     elif isinstance(value, torch.Generator):
         yield value.device.type.encode()
         yield _bytes(value.get_state())
+    elif isinstance(value, GENERATORS):
+        yield _bytes(state_in(value))
     elif isinstance(value, (*PLAIN, numpy.generic)):
         yield repr(value).encode()
     elif isinstance(value, Mapping):

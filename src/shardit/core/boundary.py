@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .hooks import hooks_below
 from .pending import PendingTensor, settle
+from .randomness import GENERATORS
 from .sites import SWAPPED, fixed_place, swap_class
 
 ALWAYS = ("__call__", "forward", "generate")
@@ -47,14 +48,17 @@ Read = Callable[[str, torch.Tensor], torch.Tensor]
 class Boundary:
     """One component with its seams.
 
-    on_all: `run` runs a method on every rank, so that hooks are called there. inside: one of its methods runs now, and
-    seams let everything pass. reached: the parts that have a seam, by name.
+    on_all: `run` runs a method on every rank, so that hooks are called there. alone: whether a call is made by no
+    pipeline but by a user's own program, of which some ranks alone may use the result (to save it, say); it then
+    arrives at once. inside: one of its methods runs now, and seams let everything pass. reached: the parts that have a
+    seam, by name.
     """
 
     device: torch.device
     run: Run
     read: Read
     on_all: bool = False
+    alone: Callable[[], bool] = lambda: False
     inside: bool = False
     reached: list[tuple[str, nn.Module]] = field(default_factory=list)
     _plain: list[tuple[nn.Module, type]] = field(default_factory=list)
@@ -115,7 +119,11 @@ class Boundary:
         for tensor in list(_pending((args, kwargs))):
             settle(tensor)
         with self.entered():
-            return self.run(path, name, function, args, kwargs)
+            out = self.run(path, name, function, args, kwargs)
+        if self.alone():
+            for tensor in list(_pending(out)):
+                settle(tensor)
+        return out
 
     def _method(self, path: str, name: str, plain: Function) -> Function:
         @functools.wraps(plain)
@@ -199,7 +207,7 @@ def _seen(module: nn.Module, name: str, args: Any, kwargs: Any) -> bool:
 
 def has_data(args: Any, kwargs: Any) -> bool:
     """Whether arguments hold something to compute with: tensors, arrays, pictures, random generators."""
-    kinds = (torch.Tensor, numpy.ndarray, torch.Generator)
+    kinds = (torch.Tensor, numpy.ndarray, *GENERATORS)
     return any(isinstance(v, kinds) or type(v).__module__.startswith("PIL.") for v in tree_leaves((args, kwargs)))
 
 

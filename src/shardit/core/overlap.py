@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..errors import RankError, UnsupportedError
 from .coroutine import Coroutine, willing
 from .known_plans import MAX_SIGNATURES
+from .module_state import differences, state_of
 from .pending import settle
 from .plan import ResultPlan, describe_result
 from .randomness import any_moved, moved, states, torch_states
@@ -111,10 +112,15 @@ class OverlappedCall:
 
 @dataclass
 class Overlap:
-    """One model whose calls may be in flight together. overlapped: how many have been."""
+    """One model whose calls may be in flight together. overlapped: how many have been.
+
+    alone: whether that holds for calls by a user's own program, too: their results must then be used by all ranks, in
+    the same order. Of a pipeline that is known.
+    """
 
     model: nn.Module
     runtime: Runtime
+    alone: bool
     overlapped: int = 0
     _plans: OrderedDict[Any, ResultPlan] = field(default_factory=OrderedDict)
 
@@ -126,6 +132,7 @@ class Overlap:
         # A cache keeps a call's state on the model, and a scale multiplies weights for the length of the forward.
         alone = getattr(self.model, "is_cache_enabled", False) or scales_adapters(kwargs) or torch.is_grad_enabled()
         alone = alone or not all(map(_plain, tree_leaves((args, kwargs))))
+        alone = alone or not (self.alone or self.runtime.in_pipeline)
         key = None if alone else signature((args, kwargs), self.model.training)
         plan = self._plans.get(key)
         if plan is None:
@@ -142,17 +149,17 @@ class Overlap:
         self._plans.clear()
 
     def _first(self, key: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token, before = _inside.set(self.model), _attributes(self.model) if key is not None else None
-        device = self.runtime.mesh.device
-        drawn = states(device, [])
+        token, device = _inside.set(self.model), self.runtime.mesh.device
+        before, drawn = (state_of(self.model), states(device, [])) if key is not None else ([], {})
         try:
             out = forward(*args, **kwargs)
         finally:
             _inside.reset(token)
         settle(out)
-        # A forward that writes to attributes of its modules may read them later, and the order of what draws random
-        # numbers counts: neither is overlapped, until a call does not.
-        if before is not None and before == _attributes(self.model) and not moved(drawn, states(device, [])):
+        # A forward that keeps something on its modules may read it later, and the order of what draws random numbers
+        # counts: neither is overlapped, until a call does not.
+        changed = key is not None and (differences(before, state_of(self.model)) or moved(drawn, states(device, [])))
+        if key is not None and not changed:
             leaves, spec = tree_flatten(out)
             self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))
             if len(self._plans) > MAX_SIGNATURES:
@@ -160,9 +167,10 @@ class Overlap:
         return out
 
 
-def overlap(model: nn.Module, runtime: Runtime) -> Overlap:
-    """Let calls of a model be in flight together, in place. Its messages must give way (`coroutine.give_way`)."""
-    calls = Overlap(model, runtime)
+def overlap(model: nn.Module, runtime: Runtime, alone: bool = False) -> Overlap:
+    """Let calls of a model be in flight together, in place. Its messages must give way (`coroutine.give_way`). `alone`:
+    see Overlap."""
+    calls = Overlap(model, runtime, alone)
     own_call = type(model).__call__
 
     @functools.wraps(own_call)
@@ -176,13 +184,6 @@ def overlap(model: nn.Module, runtime: Runtime) -> Overlap:
     members = {"__call__": __call__, "shardit_overlap": property(lambda self: calls)}
     swap_class(model, {**changing_methods(type(model), end), **members})
     return calls
-
-
-def _attributes(model: nn.Module) -> list[tuple[str, int]]:
-    """What the attributes of a model and its modules refer to, by name and identity."""
-    places = [(name, vars(module)) for name, module in model.named_modules()]
-    own = [(f"{name}.{key}", id(value)) for name, found in places for key, value in found.items()]
-    return own + [(name, id(buffer)) for name, buffer in model.named_buffers()]
 
 
 def _plain(leaf: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,17 +18,47 @@ States = dict[str, Any]
 """States of generators as picklable data, by what they are: "torch", "device", "python", "numpy", or "given 0", ..."""
 
 
-def generators_in(arguments: Any) -> list[torch.Generator]:
-    """The generators among the arguments of a call, in order."""
-    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
+GENERATORS = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
+Generator = torch.Generator | numpy.random.Generator | numpy.random.RandomState | random.Random
+
+DEPTH = 3
+"""How deep in objects of other kinds generators are looked for."""
 
 
-def states(device: torch.device, given: list[torch.Generator]) -> States:
+def generators_in(arguments: Any, depth: int = DEPTH) -> list[Generator]:
+    """The generators among the arguments of a call, and in objects among them, in order."""
+    found: list[Generator] = []
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, GENERATORS):
+            found.append(leaf)
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, (torch.Tensor, nn.Module, type)):
+            found += [] if callable(leaf) else generators_in(list(vars(leaf).values()), depth - 1)
+    return found
+
+
+def state_in(generator: Generator) -> Any:
+    """The state of a generator, as picklable data."""
+    if isinstance(generator, numpy.random.Generator):
+        return pickle.dumps(generator.bit_generator.state)
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def set_state(generator: Generator, state: Any) -> None:
+    """Set a state that `state_in` gave."""
+    if isinstance(generator, numpy.random.Generator):
+        generator.bit_generator.state = pickle.loads(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def states(device: torch.device, given: Sequence[Generator]) -> States:
     """The states of the global generators (torch's on the CPU and on `device`, Python's, numpy's) and of the given."""
     found: States = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy.random.get_state()}
     if device.type == "cuda" and torch.cuda.is_initialized():
         found["device"] = torch.cuda.get_rng_state(device)
-    return found | {f"given {number}": generator.get_state() for number, generator in enumerate(given)}
+    return found | {f"given {number}": state_in(generator) for number, generator in enumerate(given)}
 
 
 def torch_states(device: torch.device) -> list[torch.Tensor]:
@@ -48,7 +79,7 @@ def moved(before: States, after: States) -> States:
     return {name: state for name, state in after.items() if name not in before or not _same(before[name], state)}
 
 
-def set_states(news: Mapping[str, Any], device: torch.device, given: list[torch.Generator]) -> None:
+def set_states(news: Mapping[str, Any], device: torch.device, given: Sequence[Generator]) -> None:
     """Set some of the generators that `states` tells of."""
     for name, state in news.items():
         if name == "torch":
@@ -60,7 +91,7 @@ def set_states(news: Mapping[str, Any], device: torch.device, given: list[torch.
         elif name == "numpy":
             numpy.random.set_state(state)
         else:
-            given[int(name.split()[1])].set_state(state)
+            set_state(given[int(name.split()[1])], state)
 
 
 @contextmanager
@@ -76,7 +107,8 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
-    if isinstance(one[1], numpy.ndarray):  # numpy's: a name, 624 numbers, how many are used, what is left of a pair
+    if isinstance(one, tuple) and isinstance(one[1], numpy.ndarray):
+        # numpy's: a name, 624 numbers, how many are used, what is left of a pair
         return one[2:] == other[2:] and numpy.array_equal(one[1], other[1])
     return one == other
 

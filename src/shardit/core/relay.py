@@ -145,10 +145,11 @@ def relay(
     owners: Sequence[int],
     cut: Collection[str] = (),
     shared: Collection[int] = (),
+    alone: Callable[[], bool] = lambda: False,
 ) -> Relay:
     """Cut an encoder in place: keep the units of this rank, and put the seam at all of them. `cut`: parameters of which
     owners hold slices; code outside that reads one gets an UnsupportedError. `shared`: ids of the tensors that another
-    component has, too; every rank keeps them.
+    component has, too; every rank keeps them. `alone`: see Boundary.
 
     The seam is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
     states by hooks on the layers, which have to see what the layers of other ranks give, too.
@@ -164,7 +165,8 @@ def relay(
     for module in model.modules():
         if isinstance(getattr(type(module), "device", None), property):
             swap_class(module, {"device": property(lambda self: device)})
-    Boundary(device, made.call, lambda name, tensor: made.read(name, tensor, cut), on_all=True).put(model, "")
+    read = functools.partial(made.read, cut=cut)
+    Boundary(device, made.call, read, on_all=True, alone=alone).put(model, "")
     swap_class(model, {"shardit_relay": property(lambda self: made)})
     return made
 

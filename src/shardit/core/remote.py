@@ -18,7 +18,7 @@ from .everywhere import Everywhere
 from .meeting import sendable
 from .pending import PendingTensor, Source, settle
 from .plan import span
-from .randomness import generators_in, moved, set_states, states
+from .randomness import Generator, generators_in, moved, set_states, states
 from .sites import put
 from .writes import changed, mark
 
@@ -30,6 +30,7 @@ def own(
     everywhere: Collection[str] = (),
     cut: Collection[str] = (),
     shared: Collection[int] = (),
+    alone: Callable[[], bool] = lambda: False,
 ) -> None:
     """Let `stage` alone hold a component, in place: the others keep its shape on meta and get its outputs.
 
@@ -37,7 +38,7 @@ def own(
     what nobody uses (hidden states of all layers, say) never travels. So is a parameter or a buffer that code outside
     the component reads, unless it is one of those that every rank has (`everywhere`). `cut`: parameters of which the
     stage holds a slice; reading one from outside raises UnsupportedError. `shared`: ids of the tensors that another
-    component has, too; every rank keeps them.
+    component has, too; every rank keeps them. `alone`: see Boundary.
     """
     if comm.rank != stage:
         empty(module, everywhere, shared)
@@ -47,6 +48,7 @@ def own(
         comm.mesh.device,
         lambda path, name, function, args, kwargs: run_on(comm, stage, function, args, kwargs, small, attributes),
         reader(module, comm, stage, small, cut),
+        alone=alone,
     )
     boundary.put(module, "")
 
@@ -178,7 +180,7 @@ def call_on(
     stage: int,
     function: Callable[[], Any],
     arguments: Sequence[torch.Tensor] = (),
-    generators: Sequence[torch.Generator] = (),
+    generators: Sequence[Generator] = (),
 ) -> Any:
     """Run a function on one stage; every stage gets its result, with pending tensors. Collective.
 

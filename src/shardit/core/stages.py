@@ -21,6 +21,7 @@ from .course import DryCall
 from .deal import RemoteCall
 from .known_plans import KnownPlans
 from .local_plan import LocalPlan
+from .module_state import State, differences, state_of
 from .partition import Placement
 from .pending import settle
 from .plan import CallPlan, Plan
@@ -191,12 +192,13 @@ class Stages:
         """The first call of a signature: watched, block by block; then, for a new kind of call, checked."""
         arguments = (args, kwargs)
         again, device = _own_containers(arguments), self.runtime.mesh.device
-        before = states(device, [])
+        before, kept = states(device, []), state_of(self.model)
         traced = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, self._count)
         self.traced += 1
         out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
         after = states(device, [])
         self._refuse_draws(before, traced.drawn, after)
+        self._refuse_counters(kept, forward, _own_containers(again))
         local = LocalPlan.of(plan, self.runtime.comm.rank)
         deciding = traced.trace.deciding
         mode = mode_key(again, self.model.training), plan.course if deciding else None
@@ -227,6 +229,27 @@ class Stages:
             f"{self._name} draws random numbers in its forward, and {why}: call .eval() on it, take away what draws (a "
             f"hook, say), or use {axis}_parallel_size=1"
         )
+
+    def _refuse_counters(self, before: State, forward: Any, arguments: Any) -> None:
+        """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
+        calls each. What one call sets and the next leaves alike (a table, say) is harmless. Collective."""
+        after = state_of(self.model)
+        if not any(self.runtime.comm.gather_objects(differences(before, after))):
+            return
+        args, kwargs = arguments
+        try:
+            with generators_kept(self.runtime.mesh.device), self.aside():
+                self.watched(lambda: forward(*args, **kwargs), arguments)
+            still = differences(after, state_of(self.model))
+        except UnsupportedError:  # the same call takes another course, on every rank
+            still = differences(before, after)
+        found = self.runtime.comm.gather_objects(still)
+        names = [name for of_rank in found for name in of_rank]
+        if names:
+            raise UnsupportedError(
+                f"{self._name} changes {names[0]} in each of its calls, of which stages and guidance ranks run a part: "
+                "use pipeline_parallel_size=1 and cfg_parallel_size=1 (slices and spread tokens keep it right)"
+            )
 
     def _self_check(self, local: LocalPlan, forward: Any, arguments: Any, expected: Any, drawn: States) -> None:
         """The same call again, pipelined, with NaN in every placeholder, from the same states of generators: it must

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from ..core.coroutine import willing
 from ..core.microbatch import CLOSE
+from ..core.module_state import restore, state_of
 from ..core.pending import settle
 from ..core.signature import signature
 from ..core.sites import swap_class
@@ -142,6 +143,7 @@ class PlannedSequence:
             willing.reset(token)
 
     def _learn_from(self, key: Any, call: Forward, leaves: list[Any], spec: Any, noise: bool) -> None:
+        kept = state_of(self.model)
         with self._aside() as run:
             given, expected = disturbed(leaves) if noise else leaves, None
             try:
@@ -154,6 +156,7 @@ class PlannedSequence:
             if expected is None:  # a model that takes no such values: the real ones must do
                 given, expected = leaves, self._whole(run, call, leaves, spec)
             self._steps[key] = self._compare(run, call, given, spec, *expected)
+        restore(kept)
         if len(self._steps) > MAX_SIGNATURES:
             self._steps.popitem(last=False)
 

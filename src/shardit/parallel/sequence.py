@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.meeting import sendable
+from ..core.module_state import restore, state_of
 from ..core.pending import PendingTensor, settle
 from ..core.randomness import generators_kept
 from ..core.signature import modes
@@ -177,8 +178,10 @@ class SequenceParallel:
             whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_spread(leaf)]]
             if self._owned[index]:
                 try:
+                    kept = state_of(self.blocks[index][1])
                     with generators_kept(self.attention.sp.mesh.device):
                         plan = find_plan(self._title(index), self.attention, call, whole, spec)
+                    restore(kept)
                 except RankError:
                     raise
                 except Exception as failure:  # every rank of the model is told

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.caches import empty_layers_kept, find_caches
 from ..core.collectives import Collectives
+from ..core.module_state import State, restore, state_of
 from ..core.slices import shards
 from ..errors import RankError
 from .tensor_cuts import TensorPlan
-from .tensor_kept import State, kept_since, restore, state_of
+from .tensor_kept import kept_since
 from .tensor_rules import HEAD_COUNTS
 from .tensor_whole import gathered, whole_for_now
 

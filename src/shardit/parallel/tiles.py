@@ -234,16 +234,17 @@ def spread_tiles(
     ranks: tuple[int, ...],
     everywhere: Collection[str] = (),
     shared: Collection[int] = (),
+    alone: Callable[[], bool] = lambda: False,
 ) -> Tiles:
     """Let the members `ranks` of `comm` share the tiles of a VAE, in place, and switch its tiling on; the others keep
     its shape on meta and get its outputs, but have the tensors that are on every rank (`everywhere` by name,
-    `shared` by id)."""
+    `shared` by id). `alone`: see Boundary."""
     if comm.rank not in ranks:
         empty(module, everywhere, shared)
     module.enable_tiling()  # pyright: ignore[reportCallIssue]
     small = Everywhere(module, everywhere)
     tiles = Tiles(module, comm, ranks, small, Attributes(lambda: boundary.reached))
-    boundary = Boundary(comm.mesh.device, tiles.call, reader(module, comm, ranks[0], small))
+    boundary = Boundary(comm.mesh.device, tiles.call, reader(module, comm, ranks[0], small), alone=alone)
     boundary.put(module, "")
     swap_class(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

@@ -1,0 +1,101 @@
+"""State that modules and attention processors keep from call to call: put back after a trial, compared, named."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+SMALL = 4096
+"""Elements of the largest buffers whose content counts as state (counters); larger ones are tables."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A module or a processor: its attributes, their values at one time, what lists, dicts and sets among them held,
+    and copies of its small buffers."""
+
+    path: str
+    attributes: dict[str, Any]
+    values: dict[str, Any]
+    contents: dict[str, Any]
+    buffers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+State = list[Thing]
+
+
+def state_of(model: nn.Module) -> State:
+    """The attributes of a model's modules and of their processors, and the contents of small buffers."""
+    return [_look(path, thing) for path, thing in _things(model)]
+
+
+def _things(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        yield path, module
+        processor = getattr(module, "processor", None)
+        if processor is not None and not isinstance(processor, nn.Module) and hasattr(processor, "__dict__"):
+            yield f"{path}.processor", processor
+
+
+def _look(path: str, thing: Any) -> Thing:
+    attributes: dict[str, Any] = thing.__dict__
+    held = {k: copy.copy(v) for k, v in attributes.items() if k not in OWN and type(v) in (list, dict, set)}
+    buffers = attributes.get("_buffers", {}) if isinstance(thing, nn.Module) else {}
+    small = {k: b for k, b in buffers.items() if b is not None and not b.is_meta and b.numel() <= SMALL}
+    return Thing(path, attributes, dict(attributes), held, {k: (b, b.detach().clone()) for k, b in small.items()})
+
+
+def restore(state: State) -> None:
+    """Undo what was set and put in since."""
+    for thing in state:
+        same_keys = thing.attributes.keys() == thing.values.keys()
+        if not same_keys or any(thing.attributes[k] is not v for k, v in thing.values.items()):
+            thing.attributes.clear()
+            thing.attributes.update(thing.values)
+        for key, held in thing.contents.items():
+            container = thing.values[key]
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(held)
+        for buffer, content in thing.buffers.values():
+            if not torch.equal(buffer, content):
+                buffer.copy_(content)
+
+
+def differences(before: State, after: State) -> list[str]:
+    """The full names of attributes that have other values in the later state: other numbers and texts, other objects,
+    collections of others, buffers of other content."""
+    found, olds = [], {thing.path: thing for thing in before}
+    for new in after:
+        old = olds.get(new.path, new)
+        names = [k for k in {**old.values, **new.values} if k not in OWN and not _same(k, old, new)]
+        both = old.buffers.keys() & new.buffers.keys()
+        names += [k for k in both if _differs(old.buffers[k][1], new.buffers[k][1])]
+        found += [f"{new.path}.{name}" if new.path else name for name in names]
+    return found
+
+
+def _differs(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape != other.shape or not torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+
+
+def _same(key: str, old: Thing, new: Thing) -> bool:
+    if key not in old.values or key not in new.values:
+        return False
+    if key in old.contents and key in new.contents:
+        return _members(old.contents[key]) == _members(new.contents[key])
+    one, other = old.values[key], new.values[key]
+    plain = isinstance(one, (bool, int, float, str)) and type(one) is type(other)
+    return one is other or (plain and (one == other or one != one))
+
+
+def _members(collection: Any) -> list[int]:
+    values = [*collection.items()] if isinstance(collection, dict) else [*collection]
+    return [id(part) for value in values for part in (value if isinstance(value, tuple) else (value,))]

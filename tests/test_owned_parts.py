@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,7 @@ IDS = torch.arange(14).view(2, 7) + 5
 
 def _vae(pipe: Any) -> Any:
     """The VAE with what pipelines read of one."""
+    _marking(pipe.vae)
     torch.manual_seed(5)
     pipe.vae.register_buffer("means", torch.randn(16))
     pipe.vae.register_buffer("table", torch.randn(SMALL_BYTES // 4 + 1))
@@ -99,6 +102,37 @@ def _trains(vae: Any) -> Any:
     return [out, vae.bn.running_mean.clone(), vae.bn(_noise(1, 16, 2, 2))]
 
 
+def _marking(vae: Any) -> Any:
+    """A VAE whose calls leave attributes: one that was there, and new ones."""
+    plain: Any = type(vae)
+
+    class Marking(plain):
+        calls = 0
+
+        def decode(self, *args: Any, given: Any = (), **kwargs: Any) -> Any:
+            out = plain.decode(self, *args, **kwargs)
+            for holder, other in [given] if given else []:
+                out[0].mul_(torch.rand((), generator=holder.generator) + other.random())
+            self.calls, self.last, self.sizes = self.calls + 1, out[0].mean(), [list(out[0].shape)]
+            return out
+
+    vae.__class__ = Marking
+    return vae
+
+
+def _marks(vae: Any) -> Any:
+    for _ in range(2):
+        vae.decode(_noise(1, 16, 4, 4))
+    return [torch.tensor([vae.calls, *vae.sizes[0]]), vae.last]
+
+
+def _other_generators(vae: Any) -> Any:
+    """Generators that are no leaves of the arguments, or none of torch's."""
+    holder, others = SimpleNamespace(generator=torch.Generator().manual_seed(4)), np.random.default_rng(5)
+    out = vae.decode(_noise(1, 16, 4, 4), given=(holder, others))[0]
+    return [out, torch.rand(2, generator=holder.generator), torch.tensor(others.random(2))]
+
+
 USES: dict[str, Callable[[Any], Any]] = {
     "small buffer": lambda vae: vae.means.view(1, -1) * 2,
     "buffer of a part": lambda vae: vae.bn.running_var + vae.bn.running_mean,
@@ -117,6 +151,9 @@ USES: dict[str, Callable[[Any], Any]] = {
     ),
     "argument in place": _writes,
     "statistics": _trains,
+    "attributes": lambda vae: _marks(vae),
+    "generators": _other_generators,
+    "state dict": lambda vae: vae.state_dict()["decoder.conv_in.weight"] * 2,
     "upcast": lambda vae: vae.decoder.conv_in.to(torch.float64)(_noise(1, 16, 4, 4).double()),
 }
 
@@ -174,6 +211,8 @@ def uses(rank: int, count: int, method: str) -> None:
     assert isinstance(vae.decoder.conv_in.weight, nn.Parameter)
     for name, use in USES.items():
         same(use(plain), use(vae), name)
+    with pytest.raises(UnsupportedError, match=r"assigning to \.data .* has no effect: write into it"):
+        vae.decoder.conv_in.weight.data = vae.decoder.conv_in.weight.data * 2
     vae.encoder.down_blocks[0].resnets[0].conv1.to(torch.float32)
     assert (rank == 1) != next(vae.decoder.parameters()).is_meta
     for spread in (
@@ -192,6 +231,24 @@ def uses(rank: int, count: int, method: str) -> None:
     own(whole, ranks, 0, cut=["text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"])
     with pytest.raises(UnsupportedError, match=r"reads .*token_embedding.weight, which is cut over tensor ranks"):
         whole.get_input_embeddings().weight.sum()
+
+
+def used_on_one_rank(rank: int, count: int, method: str) -> list[torch.Tensor]:
+    """A program that calls a VAE and a text encoder itself, and of which one rank alone looks at what they give."""
+    join(rank, count, method)
+    torch.set_grad_enabled(False)
+    pipe = shardit.parallelize(tiny.load_plain(tiny.resolve("tiny/flux")), STAGES, timeout_s=10)
+    picture = pipe.vae.decode(_noise(1, 16, 4, 4)).sample
+    words = pipe.text_encoder(IDS).last_hidden_state
+    return [picture * 2, words * 2] if rank == 1 else []
+
+
+def test_results_that_one_rank_uses() -> None:
+    plain = tiny.load_plain(tiny.resolve("tiny/flux"))
+    with torch.no_grad():
+        expected = [plain.vae.decode(_noise(1, 16, 4, 4)).sample * 2, plain.text_encoder(IDS).last_hidden_state * 2]
+    _, got = run_ranks(2, used_on_one_rank)
+    same(expected, got, "results")
 
 
 def alternating(encoder: Any) -> list[int]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
 
 from shardit.errors import InputError
 from shardit.requests import build_requests
@@ -54,6 +55,21 @@ def test_multiples_of_real_pipelines(name, multiple):
 
     found = size_multiples(tiny.load_plain(tiny.resolve(f"tiny/{name}")))
     assert found == ({} if multiple is None else {"height": multiple, "width": multiple})
+
+
+def test_a_pipeline_of_pipelines_is_not_asked():
+    class Inner(DiffusionPipeline):
+        def __call__(self, prompt=None, height=None, width=None):
+            raise AssertionError("nothing is to run")
+
+    class Combined(PickyPipeline):
+        def __init__(self):
+            self.inner = Inner()
+
+        def __call__(self, prompt=None, height=None, width=None):
+            self.inner(prompt, height, width)
+
+    assert size_multiples(Combined()) == {}
 
 
 def test_a_request_of_another_size():

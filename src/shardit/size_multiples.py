@@ -22,7 +22,9 @@ def size_multiples(pipe: Any) -> dict[str, int]:
     """The numbers that height and width must be multiples of, by name; empty where the pipeline takes any, rounds them
     itself, or cannot be asked (it is made of other pipelines, whose calls would run)."""
     found: dict[str, int] = {}
-    if any(isinstance(part, ConfigMixin) and hasattr(part, "components") for part in vars(pipe).values()):
+    if any(
+        isinstance(part, ConfigMixin) and hasattr(part, "components") for part in getattr(pipe, "__dict__", {}).values()
+    ):
         return found
     if not _takes(pipe, _SIDE, _SIDE):
         return found

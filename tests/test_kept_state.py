@@ -1,0 +1,135 @@
+"""What a transformer keeps from call to call: as on one rank, or refused on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from torch import nn
+
+import shardit
+from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.core.module_state import differences, restore, state_of
+from shardit.models import tiny
+from tests.brought import pipeline
+from tests.ranks import run_ranks
+from tests.test_parallelize import join
+
+CONFIGS = {
+    "stages": DiffusionParallelConfig(pipeline_parallel_size=2, split_batch=False),
+    "guidance": DiffusionParallelConfig(cfg_parallel_size=2, split_batch=False),
+    "slices": DiffusionParallelConfig(tensor_parallel_size=2),
+    "ulysses": DiffusionParallelConfig(ulysses_degree=2),
+}
+
+
+def counting(module: Any) -> None:
+    """From the third call on a module doubles what it gives."""
+    plain: Any = type(module)
+
+    class Counting(plain):
+        calls = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = plain.forward(self, *args, **kwargs)
+            self.calls += 1
+            return out if self.calls < 3 else tuple(2 * x for x in out) if isinstance(out, tuple) else 2 * out
+
+    module.__class__ = Counting
+
+
+def model(transformer: Any) -> None:
+    counting(transformer)
+
+
+def block(transformer: Any) -> None:
+    counting(transformer.transformer_blocks[0])
+
+
+def processor(transformer: Any) -> None:
+    class Counting(QwenDoubleStreamAttnProcessor2_0):
+        calls = 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            one, other = super().__call__(*args, **kwargs)
+            return (one, other) if self.calls < 3 else (2 * one, 2 * other)
+
+    transformer.transformer_blocks[1].attn.processor = Counting()
+
+
+def step_cache(transformer: Any) -> None:
+    """Every other call skips the blocks and adds what they gave the last time, as TeaCache does."""
+    plain: Any = type(transformer)
+
+    class Caching(plain):
+        calls, last = 0, None
+
+        def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls % 2 == 0:
+                return (self.last,)
+            self.last = plain.forward(self, hidden_states, *args, **kwargs)[0]
+            return (self.last,)
+
+    transformer.__class__ = Caching
+
+
+ALL: tuple[Callable[[Any], None], ...] = (model, block, processor, step_cache)
+
+
+def latents(keep: Callable[[Any], None], spread: Callable[[Any], Any]) -> torch.Tensor:
+    pipe = pipeline("qwen-image")
+    keep(pipe.transformer)
+    pipe = spread(pipe)
+    call = {**tiny.defaults("qwen-image"), "prompt": "a cat", "negative_prompt": "a dog", "true_cfg_scale": 4.0}
+    call |= {"num_inference_steps": 4, "output_type": "latent"}
+    return pipe(**call, generator=torch.Generator().manual_seed(3)).images
+
+
+def on_ranks(rank: int, count: int, method: str, axis: str) -> dict[str, Any]:
+    join(rank, count, method)
+    found: dict[str, Any] = {}
+    for keep in ALL:
+        try:
+            found[keep.__name__] = latents(keep, lambda p: shardit.parallelize(p, CONFIGS[axis], timeout_s=60))
+        except UnsupportedError as error:
+            found[keep.__name__] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("axis", CONFIGS)
+def test_counters_and_caches(axis: str) -> None:
+    tiny.resolve("tiny/qwen-image")
+    results = run_ranks(2, on_ranks, axis)
+    for keep in ALL:
+        for result in results:
+            got = result[keep.__name__]
+            if axis in ("stages", "guidance"):
+                assert isinstance(got, str), keep.__name__
+                assert "in each of its calls" in got or "keeps what it sees" in got, got
+                continue
+            assert isinstance(got, torch.Tensor), (keep.__name__, got)
+            plain = latents(keep, lambda pipe: pipe)
+            assert float((plain - got).norm() / plain.norm()) <= 1e-5, keep.__name__
+
+
+def test_state_is_compared_and_put_back() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    counted: Any = module[0]
+    counted.calls, counted.seen, counted.gone = 1, [1], "x"
+    before = state_of(module)
+    assert differences(before, state_of(module)) == []
+    counted.calls, counted.new = 2, 0.5
+    counted.seen.append(2)
+    del counted.gone
+    module(torch.randn(3, 2))
+    after = state_of(module)
+    changed = ["0.calls", "0.gone", "0.new", "0.seen", "1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    assert sorted(differences(before, after)) == changed
+    restore(before)
+    assert differences(before, state_of(module)) == []
+    assert (counted.calls, counted.seen, counted.gone, hasattr(counted, "new")) == (1, [1], "x", False)

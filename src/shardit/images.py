@@ -94,7 +94,8 @@ def _load_upright(source: ImageSource) -> Image.Image:
     if isinstance(source, str) and source.split("://")[0] in ("http", "https"):
         raise InputError(f"image {source} is an address; download it and give the file")
     if not isinstance(source, (str, os.PathLike, bytes)):
-        raise InputError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
+        rows = "; rows of pictures go through shardit.parallelize only" if isinstance(source, (list, tuple)) else ""
+        raise InputError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}{rows}")
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
         picture.load()
         return ImageOps.exif_transpose(picture)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..api import load_parallel
@@ -167,12 +168,9 @@ class Session:
         state of a call on themselves."""
         if request.pipeline not in self._variants:
             raise InputError(f"no pipeline {request.pipeline}; this model has {', '.join(self._variants)}")
-        pipe = copy.copy(self._variants[request.pipeline])
-        for name, component in pipe.components.items():
-            if isinstance(component, SchedulerMixin):
-                setattr(pipe, name, copy.deepcopy(component))
-        report_progress(pipe, request.index, on_progress)
-        return pipe
+        return _own_copy(
+            self._variants[request.pipeline], {}, lambda pipe: report_progress(pipe, request.index, on_progress)
+        )
 
     def agree(self, value: Any, what: str) -> None:
         """Compare something that must be the same on all ranks, or the group is no longer to be trusted.
@@ -208,6 +206,21 @@ class Session:
         destroy_model_parallel()
         if dist.is_initialized() and self.mesh.world_size > 1:
             dist.destroy_process_group()
+
+
+def _own_copy(pipe: Any, schedulers: dict[int, Any], finish: Callable[[Any], None]) -> Any:
+    """A copy of a pipeline, and of the pipelines that it is made of, with their own schedulers. schedulers: copies that
+    were made, by the id of the original."""
+    own = copy.copy(pipe)
+    for name, value in list(vars(own).items()):
+        if isinstance(value, SchedulerMixin):
+            if id(value) not in schedulers:
+                schedulers[id(value)] = copy.deepcopy(value)
+            setattr(own, name, schedulers[id(value)])
+        elif isinstance(value, DiffusionPipeline):
+            setattr(own, name, _own_copy(value, schedulers, finish))
+    finish(own)
+    return own
 
 
 def _signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:

@@ -3,12 +3,21 @@ class of the survey on two ranks, and writes it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tests import test_tensor
+import torch
+from torch.utils._pytree import tree_leaves
+
+from shardit import DiffusionParallelConfig, InputError
+from shardit.core.mesh import init_mesh
+from shardit.core.pending import settle
+from shardit.core.plan import Plan
+from shardit.parallel.spread import spread_tokens
+from tests import survey_models, test_tensor
 from tests.matrix_page import PAGE
 from tests.ranks import run_ranks
-from tests.survey_models import all_entries
+from tests.survey_models import Draw, all_entries
 from tests.survey_runs import Outcome, survey
 
 HEADING = "## Transformers and UNets"
@@ -24,6 +33,38 @@ L2 distance of one call.
 CHUNKS = {"pp 2": 1, "pp 2 looped": 3}
 """Chunks for each rank, by column."""
 
+TOKENS: dict[str, dict[str, Any]] = {"ulysses 2": {"ulysses_degree": 2}, "ring 2": {"ring_degree": 2}}
+"""Configurations that spread tokens, by column."""
+
+FAILED = "failed"
+
+Found = Mapping[str, float | str]
+"""The distance from the plain model, or why it was refused, by class."""
+
+
+def spread(rank: int, count: int, method: str, ids: Sequence[str], config: dict[str, Any]) -> Found:
+    """One call of each class with its tokens over the ranks."""
+    mesh = init_mesh(DiffusionParallelConfig(**config), device="cpu", rank=rank, init_method=method, timeout_s=60)
+    found: dict[str, float | str] = {}
+    for entry in map(survey_models.entry, ids):
+        model, extra = entry.build(), {"return_dict": False} if entry.returns else {}
+        with torch.no_grad():
+            expected = model(**entry.inputs(Draw(0, False)), **extra)
+            try:
+                spread_tokens(model, mesh, None, Plan(order=entry.order, replicate=entry.replicate))
+                got = model(**entry.inputs(Draw(0, False)), **extra)
+                settle(got)
+            except InputError as error:
+                found[entry.id] = str(error)
+                continue
+        pairs = list(zip(tree_leaves(expected), tree_leaves(got), strict=True))
+        if any(a.shape != b.shape for a, b in pairs if isinstance(a, torch.Tensor)):
+            found[entry.id] = f"{FAILED}: some of its outputs have the tokens of one rank alone"
+            continue
+        tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        found[entry.id] = max(test_tensor.distance(a, b) for a, b in tensors)
+    return found
+
 
 def stages_cell(outcomes: list[Outcome]) -> str:
     """What the table says of a class over stages, from what each rank found."""
@@ -32,18 +73,35 @@ def stages_cell(outcomes: list[Outcome]) -> str:
     return "refused" if any(outcome.refused for outcome in outcomes) else "="
 
 
-def render(stages: Mapping[tuple[str, int], list[Outcome]], slices: Mapping[str, float | str]) -> str:
-    """The section."""
-    rows = [["class", *CHUNKS, "tp 2"], ["---"] * (len(CHUNKS) + 2)]
-    for name in sorted(slices):
-        tensor = slices[name]
+def number_cell(found: float | str) -> str:
+    """What the table says of a class over slices or spread tokens."""
+    if isinstance(found, str):
+        return FAILED if found.startswith(FAILED) else "refused"
+    return f"{found:.0e}" if found else "="
+
+
+def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str, Found]) -> str:
+    """The section. others: what was found on each of the other axes, by column."""
+    names = sorted({name for name, _ in stages})
+    rows = [["class", *CHUNKS, *others], ["---"] * (len(CHUNKS) + len(others) + 1)]
+    for name in names:
         cells = [stages_cell(stages[name, chunks]) for chunks in CHUNKS.values()]
-        rows.append([name, *cells, "refused" if isinstance(tensor, str) else f"{tensor:.0e}" if tensor else "="])
-    reasons = {name: outcomes[0].refused for (name, chunks), outcomes in stages.items() if outcomes[0].refused}
-    lines = [f"- {name}, pp 2: {reason}" for name, reason in sorted(reasons.items())]
-    lines += [f"- {name}, tp 2: {reason}" for name, reason in sorted(slices.items()) if isinstance(reason, str)]
+        rows.append([name, *cells, *(number_cell(found[name]) for found in others.values())])
+    reasons = [(name, "pp 2", outcomes[0].refused) for (name, _), outcomes in stages.items() if outcomes[0].refused]
+    shown = {way: found for way, found in others.items() if way not in TOKENS}  # those have a line for every try
+    reasons += [(n, way, text) for way, found in shown.items() for n, text in found.items() if isinstance(text, str)]
+    lines = [f"- {name}, {way}: {reason}" for name, way, reason in sorted(set(reasons))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return HEAD + table + ("\n\nRefused, with the error:\n\n" + "\n".join(lines) if lines else "") + "\n"
+    return (
+        HEAD
+        + table
+        + (
+            "\n\nRefused, with the error (that of spread tokens lists what was tried):\n\n" + "\n".join(lines)
+            if lines
+            else ""
+        )
+        + "\n"
+    )
 
 
 def write(section: str) -> None:
@@ -59,4 +117,6 @@ if __name__ == "__main__":
     for outcomes in run_ranks(2, survey, ids, tuple(CHUNKS.values()), timeout=1800):
         for outcome in outcomes:
             found.setdefault((outcome.id, outcome.chunks), []).append(outcome)
-    write(render(found, run_ranks(2, test_tensor.survey, ids, timeout=1800)[0]))
+    others: dict[str, Found] = {"tp 2": run_ranks(2, test_tensor.survey, ids, timeout=1800)[0]}
+    others |= {way: run_ranks(2, spread, ids, config, timeout=1800)[0] for way, config in TOKENS.items()}
+    write(render(found, others))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,7 +180,10 @@ class SequenceParallel:
                 try:
                     kept = state_of(self.blocks[index][1])
                     with generators_kept(self.attention.sp.mesh.device):
-                        plan = find_plan(self._title(index), self.attention, call, whole, spec)
+                        # In a context of its own: what collects outputs of blocks (transformers does, by hooks) is not
+                        # to collect those of trials.
+                        trial = Context().run
+                        plan = trial(find_plan, self._title(index), self.attention, call, whole, spec)
                     restore(kept)
                 except RankError:
                     raise

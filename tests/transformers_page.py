@@ -92,16 +92,8 @@ def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str,
     reasons += [(n, way, text) for way, found in shown.items() for n, text in found.items() if isinstance(text, str)]
     lines = [f"- {name}, {way}: {reason}" for name, way, reason in sorted(set(reasons))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return (
-        HEAD
-        + table
-        + (
-            "\n\nRefused, with the error (that of spread tokens lists what was tried):\n\n" + "\n".join(lines)
-            if lines
-            else ""
-        )
-        + "\n"
-    )
+    heading = "\n\nRefused, with the error (that of spread tokens lists every try, and is left out here):\n\n"
+    return HEAD + table + (heading + "\n".join(lines) if lines else "") + "\n"
 
 
 def write(section: str) -> None:

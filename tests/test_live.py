@@ -91,7 +91,7 @@ def test_a_cancelled_request_ends_with_the_step_that_it_is_in(ranks: LiveRanks) 
 
 def test_a_request_that_fails_ends_alone(ranks: LiveRanks) -> None:
     ranks.begin(11, seed=1)
-    ranks.begin(12, seed=2, prompt_embeds=[0.0])
+    ranks.begin(12, seed=2, prompt_embeds=np.zeros(1))
     errors = [left.error for left in ranks.ends(12)]
     assert all("Cannot forward both `prompt`" in str(error) for error in errors)
     assert same(by_diffusers("wan2.2-t2v", 1, prompt="a cat"), frames(ranks.ends(11)))

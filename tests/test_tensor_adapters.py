@@ -51,6 +51,49 @@ def test_refusals(tmp_path: Path) -> None:
     run_ranks(2, refusals, str(tmp_path))
 
 
+def biased(rank: int, count: int, method: str) -> list[float]:
+    """Adapters whose second matrix has a bias, on linears of every kind: loaded after, fused, taken out; and before."""
+    join(rank, count, method)
+    found, layers = [], with_biases()
+    outs = {}
+    for title in ("plain", "after", "before"):
+        pipe = brought.pipeline("flux")
+        if title == "after":
+            shardit.parallelize(pipe, TWO)
+        pipe.load_lora_weights(dict(layers), adapter_name="one")
+        if title == "before":
+            shardit.parallelize(pipe, TWO)
+        outs[title] = [brought.run(pipe, "flux")]
+        pipe.fuse_lora()
+        outs[title].append(brought.run(pipe, "flux"))
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        outs[title].append(brought.run(pipe, "flux"))
+        if title != "plain":
+            assert not pipe.transformer.shardit_checks.whole
+            pairs = zip(outs["plain"], outs[title], strict=True)
+            found += [float((a - b).norm() / a.norm()) for a, b in pairs]
+    assert float((outs["plain"][0] - outs["plain"][2]).norm()) > 1e-2
+    return found
+
+
+def with_biases() -> dict[str, torch.Tensor]:
+    generator, layers = torch.Generator().manual_seed(0), {}
+    for name, module in brought.pipeline("flux").transformer.named_modules():
+        if name.endswith(("to_q", "to_out.0", "proj_mlp", "proj_out", "net.2", "norm1.linear")) and "." in name:
+            for part, shape in (
+                ("lora_A.weight", (4, module.in_features)),
+                ("lora_B.weight", (module.out_features, 4)),
+                ("lora_B.bias", (module.out_features,)),
+            ):
+                layers[f"transformer.{name}.{part}"] = torch.randn(shape, generator=generator) * 0.1
+    return layers
+
+
+def test_biases_of_adapters() -> None:
+    assert max(max(errors) for errors in run_ranks(2, biased)) <= 1e-5
+
+
 def broken(rank: int, count: int, method: str, folder: str) -> None:
     """Each rank keeps its own part of the adapters: the comparison with whole units finds it."""
     join(rank, count, method)

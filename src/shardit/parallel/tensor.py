@@ -21,6 +21,7 @@ from ..errors import UnsupportedError
 from .tensor_adapters import adapter_members, adapters_aside, cut_adapters
 from .tensor_check import watch_units
 from .tensor_cuts import TensorPlan
+from .tensor_loads import take_slices_of
 from .tensor_modules import install_role
 from .tensor_norms import install_pair
 from .tensor_plan import plan_tensors
@@ -140,6 +141,7 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
     made: Made = {}
     for name, role in plan.roles.items():
         install_role(module.get_submodule(name), role, ranks, made)
+    take_slices_of(module, plan, ranks.index)
     for pair in plan.pairs:
         query_norm, key_linear, key_norm = map(module.get_submodule, (pair.query_norm, pair.key_linear, pair.key_norm))
         roles = plan.roles[pair.query_norm], plan.roles[pair.key_norm]

@@ -11,13 +11,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..core.collectives import Collectives
 from ..core.sites import swap_class
-from ..core.slices import Shards, Slice
+from ..core.slices import Shards
 from ..errors import UnsupportedError
 from .tensor_cuts import PLAIN, TensorPlan
+from .tensor_loads import take_slices
 from .tensor_modules import FINISH, unfinished
 
 ONE_RANK = "or use tensor_parallel_size=1"
@@ -60,21 +62,26 @@ def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None
 
 def _cut_pair(into: nn.Linear, out: nn.Linear, cut: Shards, rank: int) -> None:
     """The matrices of one adapter: the first by inputs where the linear is, else the second by outputs."""
-    part = cut.of(rank)
     if cut.dim == 1:
-        _cut_part(into, "weight", part, cut.total)
-        if out.bias is not None and rank > 0:  # part of one summand, as the linear's own
-            nn.init.zeros_(out.bias)
+        _cut_part(into, "weight", cut, rank)
+        if out.bias is not None and rank > 0 and PLAIN not in vars(type(out)):
+            swap_class(out, {"forward": _without_bias, PLAIN: type(out)})
         return
     for name, _ in list(out.named_parameters()):
-        _cut_part(out, name, part, cut.total)
+        _cut_part(out, name, cut, rank)
 
 
-def _cut_part(linear: nn.Linear, name: str, part: Slice, total: int) -> None:
+def _without_bias(self: Any, input: torch.Tensor) -> torch.Tensor:
+    """The bias is part of one rank's summand, as the linear's own; it stays for whoever wants the whole."""
+    return F.linear(input, self.weight)
+
+
+def _cut_part(linear: nn.Linear, name: str, cut: Shards, rank: int) -> None:
     whole = getattr(linear, name)
-    if whole.shape[part.dim] == total:
+    if whole.shape[cut.dim] == cut.total:
         with torch.no_grad():
-            setattr(linear, name, nn.Parameter(part.take(whole), whole.requires_grad))
+            setattr(linear, name, nn.Parameter(cut.of(rank).take(whole), whole.requires_grad))
+    take_slices(linear, {name: cut}, rank)
     if name == "weight":
         linear.out_features, linear.in_features = linear.weight.shape
 

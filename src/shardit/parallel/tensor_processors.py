@@ -16,6 +16,7 @@ from ..core.slices import Shards
 from ..errors import UnsupportedError
 from .tensor_cuts import Role, TensorPlan
 from .tensor_heads import is_linear, join
+from .tensor_loads import take_slices
 from .tensor_modules import install_role
 
 PROCESSOR = "processor"
@@ -79,6 +80,7 @@ def _cut_linear(name: str, linear: Any, cut: Shards, plan: TensorPlan, ranks: Co
             if cut.dim == 0 or leaf == "weight":
                 plan.cuts[join(name, leaf)] = cut
                 linear._parameters[leaf] = nn.Parameter(cut.of(ranks.index).take(whole), whole.requires_grad)
+                take_slices(linear, {leaf: cut}, ranks.index)
     side = "in_features" if cut.dim == 1 else "out_features"
     plan.attributes[name] = {side: cut.lengths}
     setattr(linear, side, cut.lengths[ranks.index])

@@ -97,23 +97,25 @@ def _slices(model: nn.Module, inside: str, plan: TensorPlan) -> Iterator[tuple[n
 def _fused(model: nn.Module, unit: str, plan: TensorPlan) -> Iterator[tuple[nn.Module, str, Shards]]:
     """The same of linears that were fused after the cut: the slices of their parts lie one behind the other."""
     for name, module in model.get_submodule(unit).named_modules():
-        *_, last = name.split(".")
-        above = join(unit, name).rpartition(".")[0]
-        cuts = [plan.cuts.get(join(above, f"{part}.weight")) for part in FUSED.get(last, ())]
-        if not cuts or None in cuts:
-            continue
-        parts = [cut for cut in cuts if cut is not None]
-        starts = list(accumulate((cut.total for cut in parts), initial=0))
-        ranks = [
-            tuple(
-                (start + at, length) for start, cut in zip(starts, parts, strict=False) for at, length in cut.ranks[r]
-            )
-            for r in range(plan.size)
-        ]
-        whole = Shards(0, starts[-1], tuple(ranks))
-        for leaf, found in module._parameters.items():
+        above, _, last = join(unit, name).rpartition(".")
+        whole = fused_cut(plan, above, last)
+        for leaf, found in module._parameters.items() if whole is not None else ():
             if found is not None and found.shape[0] != whole.total:
                 yield module, leaf, whole
+
+
+def fused_cut(plan: TensorPlan, above: str, last: str) -> Shards | None:
+    """How a fused linear with the name `last` in the module `above` is cut; None where its parts are not."""
+    cuts = [plan.cuts.get(join(above, f"{part}.weight")) for part in FUSED.get(last, ())]
+    parts = [cut for cut in cuts if cut is not None]
+    if not parts or len(parts) < len(cuts):
+        return None
+    starts = list(accumulate((cut.total for cut in parts), initial=0))
+    ranks = [
+        tuple((start + at, length) for start, cut in zip(starts, parts, strict=False) for at, length in cut.ranks[r])
+        for r in range(plan.size)
+    ]
+    return Shards(0, starts[-1], tuple(ranks))
 
 
 def _of_adapters(layer: Any, leaf: str, cut: Shards) -> Iterator[tuple[nn.Module, str]]:

@@ -134,7 +134,9 @@ class Cutter:
             self.left_whole(name, f"{type(table).__name__} has a forward of its own")
         elif has_hooks(table):
             self.left_whole(name, "it has hooks")
-        elif table.max_norm is None and not table.sparse:
+        elif table.max_norm is not None:
+            self.left_whole(name, "it changes the rows that it looks up (max_norm)")
+        elif not table.sparse:
             cut = even(table.num_embeddings, self.parts)
             self.tensors(name, table, cut)
             self.plan.roles[name] = Role("vocabulary", cut)

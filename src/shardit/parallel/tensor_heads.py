@@ -44,6 +44,8 @@ def read_heads(module: nn.Module, names: rules.Attention, out: bool = True) -> H
     tables = present(module, names.per_head)
     if not all(runs_as(part_of(module, part), rules.EMBEDDING) for part in tables):
         return f"{tables[0]} has a forward of its own"
+    if any(part_of(module, part).max_norm is not None for part in tables):
+        return f"{tables[0]} changes the rows that it looks up (max_norm)"
     query, keys = (part_of(module, part) for part in (names.query[0], names.key_value[0]))
     size = number_of(module, rules.HEAD_SIZES)
     count = number_of(module, rules.HEAD_COUNTS)

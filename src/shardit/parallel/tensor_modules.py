@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.collectives import Collectives
 from ..core.sites import Made, share_class
+from ..errors import UnsupportedError
 from .tensor_cuts import PLAIN, Role
 from .tensor_forward import together
 from .tensor_norms import across_heads
@@ -82,6 +83,8 @@ def _vocabulary(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     ((start, length),) = role.shards.of(ranks.index).segments
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if self.max_norm is not None:
+            raise UnsupportedError("max_norm of a table that is cut over tensor ranks: set it before parallelize")
         if input.device.type == "cpu" and input.numel() and not 0 <= int(input.min()) <= int(input.max()) < total:
             raise IndexError(f"a token id is not below {total}")  # as the whole table would; else it became a zero
         local = input - start

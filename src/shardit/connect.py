@@ -14,7 +14,7 @@ from .callbacks import calling, interrupt_members
 from .changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
 from .components import BEFORE, OFFLOAD, SAVE, components_of, guard, modules_of, outermost, refused, shared_tensors
 from .config import DiffusionParallelConfig
-from .core.assign import Assignment, Cut, denoises
+from .core.assign import Assignment, Cut, denoises, left_whole
 from .core.comm import Comm
 from .core.entry import guard_entry
 from .core.overlap import overlap
@@ -65,6 +65,8 @@ def connect(
         part.shardit_boundary.reach(vars(pipe).values())
         guard(part, name, runtime.mesh)
         Placed(name, part, config, runtime, False, None, assignment, cuts.get(name))
+        if name in assignment.owned and runtime.mesh.rank == 0 and (why := left_whole(part)):
+            log.warning("%s is whole on one rank: %s", name, why)
     join(pipe, runtime)
 
 

@@ -16,7 +16,7 @@ from .everywhere import small_tensors
 from .mesh import axis_sizes, coordinates
 from .partition import Placement, automatic_chunks, block_cost, place_blocks
 from .plan import Plan
-from .sites import find_blocks, keeps
+from .sites import find_blocks, keeps, plain_class
 from .units import Unit, find_units
 
 CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
@@ -31,13 +31,36 @@ VAE_PACKAGE = "diffusers.models.autoencoders"
 ENCODERS = "transformers."
 """Where the classes of text and image encoders live."""
 
+LIBRARIES = ("builtins.", "abc.", "typing.", "torch.", "transformers.", "diffusers.", "huggingface_hub.")
+"""Where the classes live that a component may have for bases and still be cut if it is no denoiser."""
+
 
 def denoises(name: str, module: nn.Module) -> bool:
     """Whether a component is called in every step, and so is cut: one of diffusers' classes that denoise, or derived
     from one; or another class, by its name in the pipeline or because `_sp_plan` says how its tokens are split."""
     theirs = any(base.__module__.startswith(CUT_PACKAGES) for base in type(module).__mro__)
-    own = not type(module).__module__.startswith((VAE_PACKAGE, ENCODERS))
+    own = not (is_vae(module) or type(module).__module__.startswith(ENCODERS))
     return theirs or getattr(module, "_sp_plan", None) is not None or (own and name.startswith(CUT_NAMES))
+
+
+def is_vae(module: nn.Module) -> bool:
+    """Whether a component is of one of diffusers' classes of VAEs, or derived from one."""
+    return any(base.__module__.startswith(VAE_PACKAGE) for base in type(module).__mro__)
+
+
+def encodes(module: nn.Module) -> bool:
+    """Whether a component is of one of transformers' classes, or derived from one: an encoder, unless it `denoises`."""
+    return any(base.__module__.startswith(ENCODERS) for base in type(module).__mro__) and not is_vae(module)
+
+
+def own_code(module: nn.Module) -> type | None:
+    """The class of a component, or one that it is derived from, that has methods and comes from no library: they may
+    read any of its weights."""
+    for cls in plain_class(module).__mro__:
+        own = not f"{cls.__module__}.".startswith(LIBRARIES)
+        if own and any(inspect.isroutine(value) or isinstance(value, property) for value in vars(cls).values()):
+            return cls
+    return None
 
 
 @dataclass(frozen=True)
@@ -165,12 +188,13 @@ def assign(
     if pp_size > 1 and held is None and not any(nbytes(module) for module in modules.values()):
         raise UnsupportedError(f"{pipeline_class.__name__} has no weights to spread; use pipeline_parallel_size=1")
     loads = Loads(load, sizes["tp"])
-    has_vae = any(type(module).__module__.startswith(VAE_PACKAGE) for module in modules.values())
+    has_vae = any(map(is_vae, modules.values()))
     shares = config.vae_patch_parallel_size if has_vae or held is None else 1
     tiles = _shared_tiles(modules, pipeline_class.__name__, shares, loads)
     notes += [f"{name}: its tiles are shared by {len(members)} ranks" for name, members in tiles.items()]
     rest = {name: module for name, module in modules.items() if name not in cut and name not in tiles}
     wholes, encoders = _outside_transformers(rest, modules, loads, parts)
+    notes += [f"{name} is whole on one rank: {why}" for name in wholes if (why := left_whole(modules[name]))]
     owned, relayed = distribute(loads, wholes, encoders, parts)
     owned.update((name, members[0]) for name, members in tiles.items())
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
@@ -178,12 +202,14 @@ def assign(
     if pp_size > 1:
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
     # transformers loads a model whole or not at all, so what is read of an encoder comes from its owner.
-    small = {name: small_tensors(modules[name]) for name in owned if not _encodes(modules[name])}
+    small = {name: small_tensors(modules[name]) for name in owned if not encodes(modules[name])}
     return Assignment(stages, cut, relayed, owned, tiles, small, parts, sizes["tp"], chunks, tuple(notes))
 
 
-def _encodes(module: nn.Module) -> bool:
-    return any(base.__module__.startswith(ENCODERS) for base in type(module).__mro__)
+def left_whole(module: nn.Module) -> str | None:
+    """Why an encoder is not cut, whatever its size."""
+    cls = own_code(module) if encodes(module) else None
+    return f"{cls.__name__} has methods of its own, which may read any of its weights" if cls else None
 
 
 def _outside_transformers(
@@ -195,7 +221,7 @@ def _outside_transformers(
     encoders: dict[str, list[Unit]] = {}
     for name, module in rest.items():
         size, places = nbytes(module), len(loads.bytes) // (loads.tp if name in sliced else 1)
-        if type(module).__module__.startswith(ENCODERS) and places > 1 and size > WHOLE_SHARE * share:
+        if encodes(module) and not own_code(module) and places > 1 and size > WHOLE_SHARE * share:
             units = find_units(module)
             if len(units) > 1:
                 encoders[name] = units
@@ -218,11 +244,12 @@ def _shared_tiles(
 
 def tiled_components(modules: Mapping[str, nn.Module], pipeline: str) -> tuple[str, ...]:
     """The VAEs of a pipeline that can work tile by tile. Raises UnsupportedError where none can."""
-    kinds = {name: type(m) for name, m in modules.items() if type(m).__module__.startswith(VAE_PACKAGE)}
+    kinds = {name: type(module) for name, module in modules.items() if is_vae(module)}
     tiled = tuple(name for name, kind in kinds.items() if any("tiled_decode" in method for method in dir(kind)))
     if not tiled:
         names = " and ".join(sorted(kind.__name__ for kind in kinds.values()))
-        reason = f"{names} of {pipeline} cannot decode in tiles" if names else f"{pipeline} has no VAE"
+        without = f"{pipeline} has no VAE of diffusers' classes"
+        reason = f"{names} of {pipeline} cannot decode in tiles" if names else without
         raise UnsupportedError(f"{reason}; use vae_patch_parallel_size=1")
     return tiled
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import DiffusionParallelConfig
-from ..core.assign import ENCODERS, denoises, nbytes
+from ..core.assign import denoises, encodes, nbytes, own_code
 from ..core.balance import WHOLE_SHARE, beside
 from ..core.collectives import Collectives
 from ..core.mesh import Mesh
@@ -33,7 +33,9 @@ ALONE = ""
 
 
 def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 0) -> dict[str, TensorPlan]:
-    """How the components of a pipeline are cut: what denoises and what encodes; a VAE is left whole.
+    """How the components of a pipeline are cut: what denoises and what encodes; a VAE is left whole. So is an encoder
+    without attention or feed-forward that a rule knows (it would take its memory on every rank), and one with methods
+    of its own.
 
     Where the `members` of a replica are the ranks of this axis alone, one that owns a large VAE gets less of the
     encoders. Raises UnsupportedError where what denoises has too few heads.
@@ -41,18 +43,27 @@ def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 
     if size == 1:
         return {}
     denoisers = {n for n, m in modules.items() if denoises(n, m) or n == ALONE}
-    encoders = {n for n, m in modules.items() if type(m).__module__.startswith(ENCODERS)} - denoisers
+    shared = shared_modules(modules)
+    encoders = {n for n, m in modules.items() if n not in denoisers and _is_cut(m, size, shared)}
     wholes = [nbytes(m) for n, m in modules.items() if n not in denoisers | encoders]
     sliced = sum(nbytes(modules[n]) for n in encoders)
     share = sum(nbytes(module) for module in modules.values()) / size
     uneven = members == size and encoders and max(wholes, default=0) > WHOLE_SHARE * share
     parts = beside(wholes, sliced, size) if uneven else size
-    plans, shared = {}, shared_modules(modules)
+    plans = {}
     for name in (n for n in modules if n in denoisers | encoders):
         with adapters_aside(modules[name]):
             every_step = name in denoisers
             plans[name] = plan_tensors(modules[name], size if every_step else parts, must_cut=every_step, kept=shared)
     return plans
+
+
+def _is_cut(module: nn.Module, size: int, shared: set[int]) -> bool:
+    """Whether an encoder is to be sliced."""
+    if not encodes(module) or own_code(module) is not None:
+        return False
+    with adapters_aside(module):
+        return bool(plan_tensors(module, size, kept=shared).units)
 
 
 def shared_modules(modules: Mapping[str, nn.Module]) -> set[int]:

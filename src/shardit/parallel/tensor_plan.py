@@ -7,7 +7,7 @@ of them by rows, one sum over the ranks behind each. Where shapes and names do n
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -80,7 +80,7 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     names = next((n for n in rules.ATTENTIONS if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
     if names is None:
         return _added_alone(cutter, name, module)
-    heads = rules.KEPT_ATTENTION.get(type(cutter.model).__name__) or read_heads(module, names)
+    heads = _noted(rules.KEPT_ATTENTION, cutter.model) or read_heads(module, names)
     if isinstance(heads, str):
         return cutter.left_whole(name, heads)
     if heads.keys < cutter.size:
@@ -103,8 +103,8 @@ def _added_alone(cutter: Cutter, name: str, module: nn.Module) -> bool:
 def _cut_processor(cutter: Cutter, name: str, module: nn.Module, heads: Heads) -> str | None:
     """Cut the linears of a processor that has some; or why they, and so the attention, cannot be."""
     processor = getattr(module, PROCESSOR, None)
-    if type(processor).__name__ in rules.KEPT_PROCESSORS:
-        return rules.KEPT_PROCESSORS[type(processor).__name__]
+    if (why := _noted(rules.KEPT_PROCESSORS, processor)) is not None:
+        return why
     if (key := hands_out(processor)) is not None:
         return f"{type(processor).__name__} may hand out what it computes of each head, in {key!r}"
     if not isinstance(processor, nn.Module):
@@ -116,6 +116,11 @@ def _cut_processor(cutter: Cutter, name: str, module: nn.Module, heads: Heads) -
         act = cutter.rows if cut.dim == 1 else cutter.columns
         act(join(name, PROCESSOR, part), processor.get_submodule(part), Shards(0, cut.total, cut.ranks))
     return None
+
+
+def _noted(kept: Mapping[str, str], thing: Any) -> str | None:
+    """What a table says of the class of something, or of one that it is derived from."""
+    return next((kept[base.__name__] for base in type(thing).__mro__ if base.__name__ in kept), None)
 
 
 def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.Attention, heads: Heads) -> None:

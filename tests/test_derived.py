@@ -26,7 +26,7 @@ from tests.test_parallelize import join
 class Brighter(AutoencoderKL):
     """Does something else in a method that pipelines call."""
 
-    def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decode(self, z: Any, *args: Any, **kwargs: Any) -> Any:
         return super().decode(z * 1.3, *args, **kwargs)
 
 
@@ -37,11 +37,12 @@ class Alias(CLIPTextModel):
 class Reading(CLIPTextModel):
     """Reads weights of its parts, which would be slices, or on another rank."""
 
-    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        out = super().forward(input_ids, **kwargs)
-        table = self.get_input_embeddings().weight
-        scale = 1 + self.get_submodule("encoder.layers.1.mlp.fc1").weight.mean()
-        out.last_hidden_state = out.last_hidden_state * scale + table[input_ids]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out: Any = super().forward(*args, **kwargs)
+        ids = args[0] if args else kwargs["input_ids"]
+        table: Any = self.get_input_embeddings()
+        scale = 1 + self.get_parameter("encoder.layers.1.mlp.fc1.weight").mean()
+        out.last_hidden_state = out.last_hidden_state * scale + table.weight[ids]
         return out
 
 
@@ -49,7 +50,7 @@ class Renamed(LTXVideoTransformer3DModel):
     """Derived from a model whose attention is known not to be cut."""
 
 
-AXES = (
+AXES: tuple[dict[str, Any], ...] = (
     {"pipeline_parallel_size": 2, "vae_patch_parallel_size": 2},
     {"cfg_parallel_size": 2},
     {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2},

@@ -99,7 +99,9 @@ def _fused(model: nn.Module, unit: str, plan: TensorPlan) -> Iterator[tuple[nn.M
     for name, module in model.get_submodule(unit).named_modules():
         above, _, last = join(unit, name).rpartition(".")
         whole = fused_cut(plan, above, last)
-        for leaf, found in module._parameters.items() if whole is not None else ():
+        if whole is None:
+            continue
+        for leaf, found in module._parameters.items():
             if found is not None and found.shape[0] != whole.total:
                 yield module, leaf, whole
 

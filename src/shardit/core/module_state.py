@@ -17,10 +17,16 @@ SMALL = 4096
 """Elements of the largest buffers whose content counts as state (counters); larger ones are tables."""
 
 
+DEPTH = 4
+"""How deep in objects state is looked for."""
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device)
+
+
 @dataclass(frozen=True)
 class Thing:
-    """A module or a processor: its attributes, their values at one time, what lists, dicts and sets among them held,
-    and copies of its small buffers."""
+    """A module, or an object that one has: its attributes, their values at one time, what lists, dicts and sets among
+    them held, and copies of its small buffers."""
 
     path: str
     attributes: dict[str, Any]
@@ -38,11 +44,34 @@ def state_of(model: nn.Module) -> State:
 
 
 def _things(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules, and the objects that their attributes lead to: processors, hooks with their state."""
+    seen: set[int] = set()
     for path, module in model.named_modules():
         yield path, module
-        processor = getattr(module, "processor", None)
-        if processor is not None and not isinstance(processor, nn.Module) and hasattr(processor, "__dict__"):
-            yield f"{path}.processor", processor
+        for name, value in vars(module).items():
+            if name not in OWN:
+                yield from _objects(f"{path}.{name}" if path else name, value, DEPTH, seen)
+
+
+def _objects(path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (dict, list, tuple)):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            if depth and not isinstance(entry, PLAIN):
+                yield from _objects(f"{path}.{key}", entry, depth - 1, seen)
+    elif _is_holder(value) and id(value) not in seen:
+        seen.add(id(value))
+        yield path, value
+        for name, entry in vars(value).items() if depth else ():
+            if not isinstance(entry, PLAIN):
+                yield from _objects(f"{path}.{name}", entry, depth - 1, seen)
+
+
+def _is_holder(value: Any) -> bool:
+    """Whether an object may keep state: not what torch, Python or this package are made of."""
+    if isinstance(value, (*PLAIN, nn.Module, type)):
+        return False
+    home = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and home not in ("torch", "builtins", "types", "functools", "shardit")
 
 
 def _look(path: str, thing: Any) -> Thing:

@@ -16,6 +16,9 @@ from .tensor_heads import has_hooks, join, owner_of, runs_as
 PLAIN = "_shardit_plain"
 """The attribute of classes that were made for a role, or for an adapter: the class before."""
 
+WHOLE = "shardit_whole"
+"""The attribute of modules that were cut and are whole again."""
+
 Kind = Literal["rows", "gathered", "vocabulary", "norm"]
 
 

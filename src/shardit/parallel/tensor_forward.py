@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
+from .tensor_cuts import WHOLE
 
 
 class _InferenceOnly(torch.autograd.Function):
@@ -20,6 +21,16 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise UnsupportedError("tensor parallelism is for inference: it has no backward")
+
+
+def unless_whole(cut_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The forward of a cut module. Hooks of diffusers keep it on the instance, so it is also called when the module has
+    become whole (`tensor_whole.py`) and has its own class again: then that one's forward runs."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return (type(self).forward if WHOLE in vars(self) else cut_forward)(self, *args, **kwargs)
+
+    return forward
 
 
 def together(act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:

@@ -15,14 +15,14 @@ from ..core.collectives import Collectives
 from ..core.sites import Made, share_class
 from ..errors import UnsupportedError
 from .tensor_cuts import PLAIN, Role
-from .tensor_forward import together
+from .tensor_forward import together, unless_whole
 from .tensor_norms import across_heads
 
 
 def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Made) -> None:
     """Give a module whose weight is cut the forward that goes with its role, in place."""
     plain = {PLAIN: type(module)}
-    share_class(module, made, (role,), lambda: {"forward": _FORWARDS[role.kind](role, ranks), **plain})
+    share_class(module, made, (role,), lambda: {"forward": unless_whole(_FORWARDS[role.kind](role, ranks)), **plain})
 
 
 Finish = Callable[[torch.Tensor], torch.Tensor]

@@ -15,7 +15,7 @@ from torch import nn
 from ..core.collectives import Collectives
 from ..core.sites import Made, share_class
 from .tensor_cuts import PLAIN, Role
-from .tensor_forward import together
+from .tensor_forward import together, unless_whole
 
 
 def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
@@ -81,7 +81,7 @@ def install_pair(
     ahead = _Ahead()
     for module, forward in ((key_linear, linear), (query_norm, first), (key_norm, second)):
         module.shardit_ahead = ahead  # pyright: ignore[reportArgumentType]
-        members = {"forward": forward, PLAIN: type(module)}
+        members = {"forward": unless_whole(forward), PLAIN: type(module)}
         share_class(module, made, (forward.__name__, roles), lambda: members)  # noqa: B023
 
 

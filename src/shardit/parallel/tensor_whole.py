@@ -13,7 +13,7 @@ from torch import nn
 from ..core.collectives import Collectives
 from ..core.coroutine import willing
 from ..core.slices import Shards
-from .tensor_cuts import PLAIN, TensorPlan
+from .tensor_cuts import PLAIN, WHOLE, TensorPlan
 from .tensor_heads import join
 
 FUSED = {
@@ -66,6 +66,8 @@ def _become_whole(
         if plain is not cls:
             module.__class__ = plain
             undo.append(lambda module=module, cls=cls: setattr(module, "__class__", cls))
+            vars(module)[WHOLE] = True
+            undo.append(lambda module=module: vars(module).pop(WHOLE, None))
     for name, numbers in plan.attributes.items():
         if f"{name}.".startswith(inside):
             module = model.get_submodule(name)

@@ -382,9 +382,10 @@ def watched(rank: int, count: int, method: str, way: dict) -> tuple[set[int], se
         return plain(query, key, *args, **kwargs)
 
     with torch.no_grad():
-        settle(other(*arguments))  # looked at and checked
         for block in other.blocks:
             block.ffn.register_forward_pre_hook(lambda module, args: rows.add(args[0].shape[1]))
+        settle(other(*arguments))  # looked at and checked
+        rows.clear()
         torch.nn.functional.scaled_dot_product_attention = noted
         settle(other(*arguments))
     return rows, attended

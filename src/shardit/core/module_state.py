@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -119,12 +120,20 @@ def _same(key: str, old: Thing, new: Thing) -> bool:
     if key not in old.values or key not in new.values:
         return False
     if key in old.contents and key in new.contents:
-        return _members(old.contents[key]) == _members(new.contents[key])
-    one, other = old.values[key], new.values[key]
-    plain = isinstance(one, (bool, int, float, str)) and type(one) is type(other)
-    return one is other or (plain and (one == other or one != one))
+        one, other = _members(old.contents[key]), _members(new.contents[key])
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return _alike(old.values[key], new.values[key])
 
 
-def _members(collection: Any) -> list[int]:
-    values = [*collection.items()] if isinstance(collection, dict) else [*collection]
-    return [id(part) for value in values for part in (value if isinstance(value, tuple) else (value,))]
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values are one object, or the same number or text. What was multiplied and divided again by a scale
+    may differ in its last bit."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, float):
+        return math.isclose(one, other, rel_tol=1e-9) or (one != one and other != other)
+    return isinstance(one, (bool, int, str)) and one == other
+
+
+def _members(collection: Any) -> list[Any]:
+    return [part for pair in collection.items() for part in pair] if isinstance(collection, dict) else [*collection]

@@ -288,10 +288,10 @@ def test_inspect(monkeypatch, capsys):
         return DOCUMENT
 
     monkeypatch.setitem(sys.modules, "shardit.engine.inspect", types.SimpleNamespace(inspect_model=inspect_model))
-    flags = ["inspect", "--model=m", "--pipeline-parallel-size=2", "--dtype=float16"]
+    flags = ["inspect", "--model=tiny/flux", "--pipeline-parallel-size=2", "--dtype=float16"]
     assert main([*flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == DOCUMENT
-    assert seen == [("m", DiffusionParallelConfig(pipeline_parallel_size=2), "float16")]
+    assert seen == [("tiny/flux", DiffusionParallelConfig(pipeline_parallel_size=2), "float16")]
     assert main(flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [line.rstrip() for line in table(DOCUMENT).splitlines()]

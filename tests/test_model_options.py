@@ -168,6 +168,7 @@ def test_schedulers_that_do_not_take_what_the_pipeline_asks() -> None:
         made.set_timesteps(**(sigmas or {"num_inference_steps": 2}), mu=0.7)
     own = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     changed_scheduler(own, model_options(scheduler="FlowMatchHeunDiscreteScheduler"), diffusers.WanPipeline)
+    changed_scheduler(euler, model_options(scheduler="UniPCMultistepScheduler"), diffusers.QwenImagePipeline)
     with pytest.raises(InputError, match="HeliosScheduler cannot take the place"):
         changed_scheduler(own, model_options(scheduler="HeliosScheduler"), diffusers.WanPipeline)
 

@@ -1,13 +1,22 @@
 """What is wrong whatever the weights are is found before torch is imported."""
 
 import inspect
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from shardit import diffusers_source, preflight
+from shardit.config import DiffusionParallelConfig
+from shardit.errors import InputError
+from shardit.loading.index import component_class, components, pipeline_class
+from shardit.loading.packages import missing, missing_by_name
+from shardit.model_options import model_options
 from shardit.models import tiny
+from shardit.models.back_ends import backend_names
 from shardit.static_signature import static_signature, static_signatures_of_model
 
 RUN = "import sys; from shardit.cli import main; code = main(); sys.exit(99 if 'torch' in sys.modules else code)"
@@ -29,6 +38,10 @@ GENERATE = ["generate", "--prompt", "a", "--model"]
         ([*GENERATE, "./nowhere"], "there is no folder"),
         (["serve", "./nowhere"], "there is no folder"),
         (["serve", "tiny/fluxx"], "no tiny model 'fluxx'"),
+        (["inspect", "tiny/flux", "--dtype=nope=float32"], "has no component 'nope' with weights"),
+        (["inspect", "Qwen-Image", "--dtype=nope=float32"], "has no component 'nope' with weights"),
+        (["inspect", "Qwen-Image", "--variant=fp16"], "there are no weight files of Qwen-Image here"),
+        (["inspect", "no-model"], "there is no model 'no-model'"),
     ],
 )
 def test_mistakes_are_found_without_torch(tmp_path, words, text):
@@ -37,6 +50,107 @@ def test_mistakes_are_found_without_torch(tmp_path, words, text):
     assert len(done.stderr.splitlines()) == 1
     assert done.returncode == 2
     assert list(tmp_path.iterdir()) == []
+
+
+SHADOW = "import os; open(os.environ['SHADOW'], 'w').close(); raise ModuleNotFoundError('torch', name='torch')"
+"""A torch that notes that it was imported, by whatever process."""
+
+NAMES = [
+    ("SHARDIT_PP_LAYER_PARTITION=a,b", "", "'a' is not a number"),
+    ("VLLM_PP_LAYER_PARTITION=1,2,3", "--pipeline-parallel-size=2", "VLLM_PP_LAYER_PARTITION has 3 entries"),
+    ("SHARDIT_CACHE=x.safetensors", "", "cannot write to the cache x.safetensors"),
+    ("", "--attention-backend=nope", "there is no attention back end 'nope'"),
+    ("", "--scheduler=Nope", "no scheduler 'Nope'; choose among DEIS"),
+    ("", "--scheduler-arg=shft=1", "takes no 'shft' (did you mean 'shift'?)"),
+    ("", "--scheduler=DDIMScheduler --flow-shift=3", "DDIMScheduler has no shift"),
+    ("", "--dtype=transformer=bfloat16,nope=float32", "has no component 'nope' with weights"),
+    ("", "--single-file=transfomer=x.safetensors", "no model 'transfomer' (did you mean 'transformer'?)"),
+    ("", "--variant=fp16", "no component of the model has weights of variant 'fp16'"),
+    ("", "--lora=x.safetensors", "lora needs peft"),
+    ("HF_HUB_OFFLINE=1", "MODEL=no/where", "no/where is not (wholly) in the cache and HF_HUB_OFFLINE is set"),
+    ("HF_HUB_OFFLINE=1", "MODEL=x.safetensors --config=nowhere", "nowhere is not (wholly) in the cache"),
+    ("HF_ENDPOINT=http://127.0.0.1:9", "HF_HUB_OFFLINE=0 MODEL=no/where", "cannot reach http://127.0.0.1:9"),
+    ("", "MODEL=no-vae", "no-vae/vae is missing: download"),
+    ("", "MODEL=no-shard", "00002-of-00004.safetensors is missing: download"),
+    ("", "MODEL=no-weights", "no-weights/text_encoder has no weights"),
+    ("", "MODEL=no-entry", "has no transformer, which FluxPipeline needs"),
+    ("", "MODEL=tiny/longcat-image-edit --image=a.png --lora=x.safetensors", "takes no LoRA"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model and damaged copies of it, a picture, and a torch that notes that it was imported."""
+    from PIL import Image
+
+    home = tmp_path_factory.mktemp("place")
+    tiny.write("flux", home / "model")
+    for name in ("no-vae", "no-shard", "no-weights", "no-entry"):
+        shutil.copytree(home / "model", home / name)
+    shutil.rmtree(home / "no-vae" / "vae")
+    next((home / "no-shard" / "transformer").glob("*-00002-*")).unlink()
+    (home / "no-weights" / "text_encoder" / "model.safetensors").unlink()
+    index = json.loads((home / "no-entry" / "model_index.json").read_text())
+    index.pop("transformer")
+    (home / "no-entry" / "model_index.json").write_text(json.dumps(index))
+    (home / "x.safetensors").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(home / "a.png")
+    (home / "shadow" / "torch").mkdir(parents=True)
+    (home / "shadow" / "torch" / "__init__.py").write_text(SHADOW)
+    return home
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+@pytest.mark.parametrize(("setting", "flags", "text"), NAMES)
+def test_names_are_checked_before_torch_is_imported(place, tmp_path, command, setting, flags, text):
+    env = dict(pair.split("=", 1) for pair in (setting, *flags.split()) if pair and not pair.startswith("-"))
+    model = env.pop("MODEL", "model" if "variant" in flags else "tiny/flux")
+    words = (
+        [*GENERATE, model] if command == "generate" else ["serve", model, "--port=0", f"--data-dir={tmp_path / 'd'}"]
+    )
+    words += [flag for flag in flags.split() if flag.startswith("-") and (command, flag[:7]) != ("serve", "--image")]
+    # As where peft is not installed.
+    code = "import sys; sys.modules['peft'] = None; from shardit.cli import main; sys.exit(main())"
+    path = os.pathsep.join([str(place / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "SHADOW": str(tmp_path / "imported"), "HF_HOME": str(tmp_path), "PYTHONPATH": path, **env}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=place, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert text in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+    assert "serving" not in done.stdout
+    assert list(tmp_path.iterdir()) == []  # torch was not imported, and the server has begun nothing
+
+
+@pytest.mark.parametrize("name", tiny.names())
+def test_what_is_right_passes(name):
+    folder = tiny.resolve(f"tiny/{name}")
+    for model in (f"tiny/{name}", folder):
+        preflight.check(model, DiffusionParallelConfig(), model_options(), dtype={"default": "fp16"})
+
+
+@pytest.mark.parametrize("name", tiny.names())
+def test_schedulers_from_the_source(name):
+    """Those that are proposed for a name that diffusers does not have are those that are found by trying."""
+    from shardit.models.schedulers import changed_scheduler
+    from shardit.static_scheduler import check_scheduler_names
+
+    folder, options = tiny.resolve(f"tiny/{name}"), model_options(scheduler="Nope")
+    part = components(folder)["scheduler"]
+    cls = pipeline_class(folder)
+    with pytest.raises(InputError) as tried:
+        changed_scheduler(component_class(part).from_pretrained(str(part.folder)), options, cls)
+    config = json.loads((part.folder / "scheduler_config.json").read_text())
+    with pytest.raises(InputError) as read:
+        check_scheduler_names(options, str(part.class_name), config, cls.__name__)
+    assert str(read.value) == str(tried.value)
+
+
+def test_attention_back_ends_from_the_source():
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    assert backend_names() == [member.value for member in AttentionBackendName]
 
 
 def test_a_folder_that_names_an_unknown_class_is_left_to_the_ranks(tmp_path):
@@ -77,6 +191,15 @@ def test_names_of_all_pipelines_from_the_source():
         parsed = static_signature(cls.__name__)
         assert parsed is not None, cls
         assert (parsed.names, parsed.required) == (signature_of(cls).names, signature_of(cls).required)
+        made = inspect.signature(cls.__init__).parameters
+        read = diffusers_source.init_parameters(cls.__name__)
+        assert [(x.name, x.kind, x.default is x.empty) for x in read.values()] == [
+            (x.name, x.kind, x.default is x.empty) for x in made.values()
+        ], cls
+        optional = diffusers_source.optional_components(cls.__name__)
+        assert optional in (None, list(cls._optional_components)), cls
+        assert diffusers_source.has_method(cls.__name__, "load_lora_weights") == hasattr(cls, "load_lora_weights"), cls
+        assert missing_by_name(cls.__name__) == missing(cls), cls
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,20 @@ def _note(lines: Sequence[str]) -> None:
 
 def serve(flags: ServeFlags) -> int:
     """Serve a model over HTTP: OpenAI's interface, jobs that survive crashes, and a page."""
+    from shardit import preflight
     from shardit.engine.boot import started_by_torchrun
 
     options = flags.options()
+    local = options.executor == "local"
+    preflight.check(
+        options.model,
+        options.config,
+        options.loading,
+        dtype=options.dtype,
+        attention_backend=options.attention_backend,
+        files=local,
+        packages=local,
+    )
     if started_by_torchrun(os.environ):
         from shardit.server.keeper import serve_as_rank
 
@@ -105,6 +116,15 @@ def inspect(flags: InspectFlags) -> None:
     """Show what each rank would hold; reads no weights."""
     config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package that it misses
+    from shardit import preflight
+    from shardit.model_options import model_options
+    from shardit.models.shipped import configurations
+
+    options, configs = model_options(variant=flags.variant), configurations(flags.what(), flags.variant)
+    if configs is None:
+        preflight.check(flags.what(), config, options, dtype=dtype, packages=False)
+    else:
+        preflight.check(configs, config, model_options(), dtype=dtype, files=False, packages=False)
     from shardit.engine.inspect import inspect_model
 
     document = inspect_model(flags.what(), config, dtype=dtype, variant=flags.variant)

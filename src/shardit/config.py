@@ -170,6 +170,19 @@ def resolve_layer_partition(
     return None, "automatic"
 
 
+def check_partition_variables(config: DiffusionParallelConfig, environ: Mapping[str, str]) -> None:
+    """Raise InputError where the environment's layer partition is wrong whatever the model is.
+
+    Without stages its number of entries is left to the model: one without blocks takes no notice of a partition.
+    """
+    if config.pipeline_parallel_size > 1:
+        resolve_layer_partition(config, environ)
+    elif config.layer_partition is None:
+        set_ones = ((name, text) for name in PARTITION_VARIABLES if (text := environ.get(name, "").strip()))
+        for name, text in list(set_ones)[:1]:
+            parse_layer_partition(text, name)
+
+
 def partition_chunks(config: DiffusionParallelConfig, partition: Sequence[int], source: str) -> int:
     """Chunks per rank that a partition asks for; a partition with one entry per stage asks for contiguous stages."""
     stages, chunks, entries = config.pipeline_parallel_size, config.pipeline_chunks, len(partition)

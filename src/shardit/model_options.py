@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardit.config import did_you_mean
 from shardit.errors import InputError
 
 
@@ -115,6 +116,13 @@ def _single_files(given: Any) -> dict[str, str]:
             raise InputError(f"single file {path} is no .safetensors file: pickles can run code, convert it first")
         found[name] = str(path.resolve())
     return found
+
+
+def check_single_files(options: ModelOptions, class_name: str, known: Collection[str]) -> None:
+    """Raise InputError where a file is given for a component that is none of the models of the pipeline class."""
+    if unknown := sorted(options.single_files.keys() - {WHOLE, *known}):
+        near = did_you_mean(unknown[0], known)
+        raise InputError(f"single_files: {class_name} has no model {unknown[0]!r}{near}; it has {', '.join(known)}")
 
 
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")

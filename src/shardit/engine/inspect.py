@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import DiffusionParallelConfig, did_you_mean
+from ..config import DiffusionParallelConfig
 from ..core.assign import Assignment
 from ..core.mesh import axis_sizes, coordinates
 from ..core.slices import Owned, Slice
-from ..errors import InputError
 from ..loading import Description, describe, describe_configs
 from ..loading.dtypes import Setting, check_components, dtype_of
-from ..loading.hub import cached
-from ..loading.index import INDEX
-from ..loading.weight_names import is_weights
 from ..model_options import model_options
-from ..models.shipped import names, shipped
+from ..models.shipped import configurations, shipped
 from ..parallel.place import place_components
 from ..parallel.tensor import describe_plan, owned_slices
 
@@ -40,9 +35,7 @@ def inspect_model(
     (of such a configuration: in bfloat16), or with `dtype` (one, or one for each component) those in memory of it.
     `variant` is that of the weight files, as for `Omni`. Raises what loading would raise.
     """
-    configs = _configs(model)
-    if variant is not None and configs is not None:
-        raise InputError(f"variant: there are no weight files of {model} here; leave variant out")
+    configs = configurations(model, variant)
     found = describe(model, options=model_options(variant=variant)) if configs is None else describe_configs(configs)
     check_components(dtype, found.modules)
     cuts, assignment = place_components(found.modules, found.pipeline_class, config, max_in_flight=max_in_flight)
@@ -62,25 +55,6 @@ def inspect_model(
     if configs is not None and shipped(os.fspath(model)) is None and dtype is None:
         notes.append("the folder has no weights: bytes are those of bfloat16; dtype (--dtype) says another")
     return {"ranks": ranks, "chunks": assignment.chunks, "bytes": everything, "notes": [*assignment.notes, *notes]}
-
-
-def _configs(model: str | os.PathLike[str]) -> Path | None:
-    """A folder of configurations alone: the user's own, or one that comes with shardit where the model itself is not on
-    this disk; None where there are weights.
-
-    Raises InputError for a name that is neither a model nor one of those configurations.
-    """
-    name = os.fspath(model)
-    path, folder = Path(name).expanduser(), shipped(name)
-    if path.is_dir():
-        has_weights = any(is_weights(file.name) for file in path.rglob("*"))
-        return None if has_weights or not (path / INDEX).exists() else path
-    if path.exists() or name.startswith("tiny/") or cached(name):
-        return None
-    if folder is None and "/" not in name:
-        known = names()
-        raise InputError(f"there is no model {name!r}{did_you_mean(name, known)}; known by name: {', '.join(known)}")
-    return folder
 
 
 def _component(

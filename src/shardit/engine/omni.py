@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from shardit import preflight
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.engine.boot import started_by_torchrun
 from shardit.engine.channel import Channel, Closed, encode
@@ -90,6 +91,8 @@ class Omni:
         )
         model, options = split_model(model, model_config, options)
         spec = _spec(model, config, dtype, device, max_in_flight, timeout_s, attention_backend, options, self._session)
+        if self._session == SESSION:  # another one decides itself what a model is
+            preflight.check(spec.model, config, options, dtype=spec.dtype, attention_backend=spec.attention_backend)
         self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec)
         self._finalizer = weakref.finalize(self, self._ranks.close)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -121,6 +122,15 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(self.entry(key).nbytes for key in self.files)
+
+
+def check_variant(variant: str | None, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """InputError where no component has the variant, as in diffusers; one that lacks it takes its default weights."""
+    if variant is None or not checkpoints or any(one.variant == variant for one in checkpoints.values()):
+        return
+    there = sorted({name for one in checkpoints.values() for name in one.variants()})
+    advice = f"there is {', '.join(there)}" if there else "leave variant out"
+    raise InputError(f"variant: no component of the model has weights of variant {variant!r}; {advice}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -119,6 +119,32 @@ def cached(model: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def index_folder(model: str) -> Path | None:
+    """The folder of the index of a hub model that will be loaded, fetched first where the cache has none. None where it
+    is in the cache, but the hub may have a newer one.
+
+    Raises InputError where there is no index to be had.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    path = cached(model)
+    if path is None:
+        with _explained(model):
+            HfApi().model_info(model)
+            path = Path(hf_hub_download(model, INDEX))
+        return path.parent
+    return path.parent if constants.HF_HUB_OFFLINE else None
+
+
+def check_cached(model: str, what: str) -> None:
+    """Raise InputError where the hub may not be asked and the cache has nothing at all of a repository."""
+    from huggingface_hub import constants, file_download
+
+    folder = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=model, repo_type="model")
+    if constants.HF_HUB_OFFLINE and not folder.exists():
+        raise Unreachable(f"{what} {_NOT_CACHED}")
+
+
 def _settings(remote: HubRemote) -> list[str]:
     """Configs, tokenizers and weight indexes of the listed components."""
     chosen = []
@@ -165,6 +191,9 @@ def weight_files(remote: HubRemote) -> list[str]:
     return chosen
 
 
+_NOT_CACHED = "is not (wholly) in the cache and HF_HUB_OFFLINE is set: unset it or download it first"
+
+
 class Unreachable(InputError):
     """The hub cannot be asked."""
 
@@ -179,8 +208,7 @@ def unreachable(error: BaseException, what: str) -> Unreachable | None:
     if found is None:
         return None
     if isinstance(found, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        why = "is not (wholly) in the cache and HF_HUB_OFFLINE is set: unset it or download it first"
-        return Unreachable(f"{what} {why}")
+        return Unreachable(f"{what} {_NOT_CACHED}")
     return Unreachable(f"cannot reach {constants.ENDPOINT} for {what}: check the network, or give a local folder")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,34 @@ def components(folder: str | os.PathLike) -> dict[str, Component]:
 
 def _names_a_class(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
+
+
+def check_complete(
+    folder: Path,
+    class_name: str,
+    takes: Mapping[str, inspect.Parameter],
+    optional: Collection[str],
+    parts: Mapping[str, Component],
+) -> None:
+    """InputError where the index lacks a component that a pipeline class cannot do without, or where one has no files.
+
+    `takes` are the parameters of its `__init__`, `optional` its `_optional_components`, `parts` the components that it
+    takes.
+    """
+    table = read_index(folder)
+    named = [name for name, value in table.items() if name in parts or not isinstance(value, list)]
+    for name, parameter in list(takes.items())[1:]:
+        required = parameter.default is parameter.empty and name not in optional
+        if required and parameter.kind is not parameter.VAR_KEYWORD and name not in named:
+            raise InputError(f"{folder / INDEX} has no {name}, which {class_name} needs: download it again")
+    # Where a component has no folder, its files may lie beside the index.
+    beside = any((folder / file).is_file() for file in _BESIDE)
+    for name, part in parts.items():
+        if part.folder == folder and not beside:
+            raise InputError(f"{folder / name} is missing: download or copy the model again")
+
+
+_BESIDE = ("config.json", "tokenizer_config.json", "scheduler_config.json", "preprocessor_config.json")
 
 
 def pipeline_class(folder: str | os.PathLike, name: str | None = None) -> type[DiffusionPipeline]:

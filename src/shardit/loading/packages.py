@@ -11,10 +11,11 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from shardit import diffusers_source
 from shardit.errors import InputError
 from shardit.loading.index import Component, component_class
 from shardit.loading.quiet import quiet
-from shardit.packages import pip_line
+from shardit.packages import missing_package, pip_line
 
 _NAMED = (
     *("bs4", "cv2", "ftfy", "librosa", "protobuf", "scipy", "sentencepiece", "soundfile", "tiktoken", "torchaudio"),
@@ -54,6 +55,22 @@ def needs(pipeline_class: type) -> dict[str, tuple[str, ...]]:
 def missing(pipeline_class: type) -> dict[str, tuple[str, ...]]:
     """Those of `needs` that are not installed."""
     return {name: arguments for name, arguments in needs(pipeline_class).items() if is_missing(name)}
+
+
+def missing_by_name(pipeline: str) -> dict[str, tuple[str, ...]]:
+    """The same of a pipeline class of the installed diffusers, of which nothing is imported."""
+    for node in diffusers_source.lineage(pipeline):
+        if diffusers_source.method(node, "__call__") is not None:
+            found = _needs(diffusers_source.module_of(node.name), node.name)
+            return {name: arguments for name, arguments in found if is_missing(name)}
+    return {}
+
+
+def check_frameworks() -> None:
+    """Raise InputError where a package is not installed without which no model can be loaded."""
+    for name in ("torch", "diffusers", "transformers"):
+        if is_missing(name):
+            raise missing_package(ModuleNotFoundError(f"No module named {name!r}", name=name))
 
 
 def check_packages(class_name: str, lacking: Mapping[str, Collection[str]], given: Collection[str] = ()) -> None:

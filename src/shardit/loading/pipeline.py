@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.core.assign import denoises
 from shardit.errors import InputError, first_line
 from shardit.loading import index
-from shardit.loading.checkpoint import Checkpoint
+from shardit.loading.checkpoint import Checkpoint, check_variant
 from shardit.loading.dtypes import Setting, check_components, dtype_of, setting
 from shardit.loading.index import Component
 from shardit.loading.meta import build
@@ -23,7 +23,7 @@ from shardit.loading.single_file import Original, OriginalText, holds, load_orig
 from shardit.loading.source import Source, locate
 from shardit.loading.transformers_model import load_transformers
 from shardit.loading.weights import Owned, load_module
-from shardit.model_options import NO_OPTIONS, WHOLE, ModelOptions
+from shardit.model_options import NO_OPTIONS, WHOLE, ModelOptions, check_single_files
 from shardit.models.schedulers import changed_scheduler, wants_scheduler
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def prepare(
     found = index.components(source.folder).items()
     parts = {name: part for name, part in found if name in accepted and not part.absent}
     if not configs_only:
-        _check_complete(source.folder, cls, parts)
+        index.check_complete(source.folder, cls.__name__, accepted, cls._optional_components, parts)
     checkpoints: dict[str, Checkpoint] = {}
     modules: dict[str, nn.Module] = {}
     for name, part in parts.items():
@@ -140,11 +140,10 @@ def prepare(
                 checkpoints[name] = Checkpoint.open(part.folder, source.remote, options.variant)
             stored = checkpoints[name].stored_dtype if name in checkpoints else None
             modules[name] = build(kind, part.folder, dtype_of(dtype, name), stored)
-    if unknown := sorted(options.single_files.keys() - {WHOLE, *modules}):
-        raise InputError(f"single_files: {cls.__name__} has no model {unknown[0]!r}; it has {', '.join(modules)}")
+    check_single_files(options, cls.__name__, modules)
     check_components(dtype, modules)
     _check_whole(cls, options, checkpoints, modules)
-    _check_variant(options.variant, checkpoints)
+    check_variant(options.variant, checkpoints)
     return Prepared(source, cls, parts, checkpoints, modules)
 
 
@@ -188,39 +187,12 @@ def _check_whole(
         raise InputError(f"single file {path} is one model, but {cls.__name__} has {' and '.join(wanted)}: {advice}")
 
 
-def _check_variant(variant: str | None, checkpoints: dict[str, Checkpoint]) -> None:
-    """InputError where no component has the variant, as in diffusers; one that lacks it takes its default weights."""
-    if variant is None or not checkpoints or any(one.variant == variant for one in checkpoints.values()):
-        return
-    there = sorted({name for one in checkpoints.values() for name in one.variants()})
-    advice = f"there is {', '.join(there)}" if there else "leave variant out"
-    raise InputError(f"variant: no component of the model has weights of variant {variant!r}; {advice}")
-
-
 def check_scheduler(cls: type[Any], parts: Mapping[str, Component], options: ModelOptions) -> None:
     """Raise InputError where the options ask for a scheduler that the model, of pipeline class `cls`, cannot have."""
     if wants_scheduler(options):
         part = parts.get("scheduler")
         kind: Any = None if part is None else index.component_class(part)
         changed_scheduler(None if part is None else kind.from_pretrained(str(part.folder)), options, cls)
-
-
-def _check_complete(folder: Path, cls: type[Any], parts: dict[str, Component]) -> None:
-    """InputError where the index lacks a component that the class cannot do without, or where one has no files."""
-    table = index.read_index(folder)
-    named = [name for name, value in table.items() if name in parts or not isinstance(value, list)]
-    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
-        required = parameter.default is parameter.empty and name not in cls._optional_components
-        if required and parameter.kind is not parameter.VAR_KEYWORD and name not in named:
-            raise InputError(f"{folder / index.INDEX} has no {name}, which {cls.__name__} needs: download it again")
-    # Where a component has no folder, its files may lie beside the index.
-    beside = any((folder / file).is_file() for file in _BESIDE)
-    for name, part in parts.items():
-        if part.folder == folder and not beside:
-            raise InputError(f"{folder / name} is missing: download or copy the model again")
-
-
-_BESIDE = ("config.json", "tokenizer_config.json", "scheduler_config.json", "preprocessor_config.json")
 
 
 def is_diffusers(cls: type) -> bool:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
+from ..diffusers_source import definition
 from ..errors import InputError, first_line
 
 
 def check_attention_backend(name: str | None) -> None:
-    """Raises InputError for a name that diffusers does not know."""
-    from diffusers.models.attention_dispatch import AttentionBackendName
+    """Raises InputError for a name that the installed diffusers does not know. Imports nothing of it."""
+    if name is None or not (known := backend_names()) or name.lower() in known:
+        return
+    shown = sorted(each for each in known if not each.startswith("_"))
+    raise InputError(f"there is no attention back end {name!r}; diffusers has {', '.join(shown)}")
 
-    known = sorted(member.value for member in AttentionBackendName if not member.value.startswith("_"))
-    if name is not None and name.lower() not in {member.value for member in AttentionBackendName}:
-        raise InputError(f"there is no attention back end {name!r}; diffusers has {', '.join(known)}")
+
+def backend_names() -> list[str]:
+    """The names that diffusers knows, read from its source; [] where that cannot be read."""
+    node = definition("AttentionBackendName", "models")
+    values = (line.value for line in ([] if node is None else node.body) if isinstance(line, ast.Assign))
+    return [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
 
 
 def use_attention_backend(name: str | None, model: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError, first_line
 from ..loading.hub import unreachable
+from ..loading.packages import is_missing
 from ..model_options import Lora, ModelOptions
 
 
@@ -55,18 +56,21 @@ def _not_loaded(lora: Lora, pipe: Any, error: Exception) -> Exception:
 
 
 def _check_lora(cls: Any, loras: tuple[Lora, ...]) -> None:
-    if not hasattr(cls, "load_lora_weights"):
-        raise InputError(f"lora: {cls.__name__} takes no LoRA; leave it out")
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise InputError("lora needs peft: pip install peft") from None
+    check_lora_support(cls.__name__, hasattr(cls, "load_lora_weights"))
     source = inspect.signature(cls.lora_state_dict).parameters if hasattr(cls, "lora_state_dict") else {}
     known = [*inspect.signature(cls.load_lora_weights).parameters, *source, *_HUB]
     for lora in loras:
         for name in lora.arguments:
             if name not in known:
                 raise InputError(f"lora {lora.path}: {cls.__name__}.load_lora_weights takes no {name!r}; leave it out")
+
+
+def check_lora_support(class_name: str, takes_lora: bool) -> None:
+    """Raise InputError where a pipeline class takes no adapters, or the package that loads them is missing."""
+    if not takes_lora:
+        raise InputError(f"lora: {class_name} takes no LoRA; leave it out")
+    if is_missing("peft"):
+        raise InputError("lora needs peft: pip install peft")
 
 
 _OF_FILES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)

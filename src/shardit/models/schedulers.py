@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,13 +29,14 @@ def changed_scheduler(own: Any, options: ModelOptions, pipeline_class: Any = Non
     not go with it.
     """
     if own is None:
-        raise InputError("scheduler: this pipeline has no scheduler; leave scheduler, scheduler_args, flow_shift out")
+        raise no_scheduler()
     asked = asked_by(pipeline_class)
     cls = type(own) if options.scheduler is None else _class_of(options.scheduler, own, asked)
     arguments = {**_carried(own, cls), **options.scheduler_args}
-    _check_arguments(cls, options.scheduler_args)
+    takes = inspect.signature(cls.__init__).parameters
+    check_arguments(cls.__name__, takes, options.scheduler_args)
     if options.flow_shift is not None:
-        arguments[_shift_name(cls)] = options.flow_shift
+        arguments[shift_name(cls.__name__, takes)] = options.flow_shift
     try:
         made = cls.from_config(own.config, **arguments)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -58,11 +59,21 @@ def _class_of(name: str, own: Any, asked: Asked) -> Any:
     if name == type(own).__name__ or (name in known and not _problem(found, own, asked)):
         return found
     known = [each for each in known if not _problem(getattr(diffusers, each, type(own)), own, asked)]
-    if isinstance(found, type) and issubclass(found, SchedulerMixin):
-        why = f"{name} cannot take the place of {type(own).__name__} in this pipeline"
-    else:
-        why = f"diffusers has no scheduler {name!r}{did_you_mean(name, known)}"
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise unknown_scheduler(name, known)
+    why = f"{name} cannot take the place of {type(own).__name__} in this pipeline"
     raise InputError(f"scheduler: {why}; choose among {', '.join(known)}")
+
+
+def no_scheduler() -> InputError:
+    """The error of a pipeline without a scheduler."""
+    return InputError("scheduler: this pipeline has no scheduler; leave scheduler, scheduler_args, flow_shift out")
+
+
+def unknown_scheduler(name: str, known: list[str]) -> InputError:
+    """The error for a name that diffusers does not have; `known` are those that go with the model."""
+    choice = f"; choose among {', '.join(known)}" if known else "; check the name"
+    return InputError(f"scheduler: diffusers has no scheduler {name!r}{did_you_mean(name, known)}{choice}")
 
 
 def _problem(cls: Any, own: Any, asked: Asked) -> str:
@@ -129,13 +140,13 @@ def _carried(own: Any, cls: Any) -> dict[str, Any]:
     return {**carried, **({name: shift} if name and shift is not None else {})}
 
 
-def _check_arguments(cls: Any, given: Any) -> None:
-    parameters = inspect.signature(cls.__init__).parameters
+def check_arguments(class_name: str, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments that a scheduler's `__init__`, which has these parameters, does not take."""
     known = [name for name, one in parameters.items() if name != "self" and one.kind is not one.VAR_KEYWORD]
     for name, value in given.items():
         if name not in known:
             raise InputError(
-                f"scheduler_args: {cls.__name__} takes no {name!r}{did_you_mean(name, known)}; it takes: "
+                f"scheduler_args: {class_name} takes no {name!r}{did_you_mean(name, known)}; it takes: "
                 f"{', '.join(known)}"
             )
         default = parameters[name].default
@@ -147,11 +158,11 @@ def _check_arguments(cls: Any, given: Any) -> None:
             raise InputError(f"scheduler_args: {name} must be a text, got {value!r}")
 
 
-def _shift_name(cls: Any) -> str:
-    takes = inspect.signature(cls.__init__).parameters
+def shift_name(class_name: str, takes: Collection[str]) -> str:
+    """The argument of a scheduler that is its shift, of those that it takes. Raises InputError where it has none."""
     name = next((name for name in ("flow_shift", "shift") if name in takes), None)
     if name is None:
-        raise InputError(f"flow_shift: {cls.__name__} has no shift; leave it out")
+        raise InputError(f"flow_shift: {class_name} has no shift; leave it out")
     return name
 
 

@@ -5,7 +5,13 @@ Each folder in `configs/` is laid out like a diffusers repository: model_index.j
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from ..config import did_you_mean
+from ..errors import InputError
+from ..loading.index import INDEX
+from ..loading.weight_names import is_weights
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -29,3 +35,32 @@ def shipped(model: str) -> Path | None:
     """The folder of the configuration of that name or hub id, or None."""
     name = HUB_IDS.get(model, model)
     return FOLDER / name if name in HUB_IDS.values() else None
+
+
+def configurations(model: str | os.PathLike[str], variant: str | None = None) -> Path | None:
+    """A folder of configurations alone: the user's own, or one that comes with shardit where the model itself is not on
+    this disk; None where there are weights.
+
+    Raises InputError for a name that is neither a model nor one of those configurations, and where there are no weights
+    of which a variant could be meant.
+    """
+    found = _configurations(model)
+    if variant is not None and found is not None:
+        raise InputError(f"variant: there are no weight files of {model} here; leave variant out")
+    return found
+
+
+def _configurations(model: str | os.PathLike[str]) -> Path | None:
+    from ..loading.hub import cached
+
+    name = os.fspath(model)
+    path, folder = Path(name).expanduser(), shipped(name)
+    if path.is_dir():
+        has_weights = any(is_weights(file.name) for file in path.rglob("*"))
+        return None if has_weights or not (path / INDEX).exists() else path
+    if path.exists() or name.startswith("tiny/") or cached(name):
+        return None
+    if folder is None and "/" not in name:
+        known = names()
+        raise InputError(f"there is no model {name!r}{did_you_mean(name, known)}; known by name: {', '.join(known)}")
+    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ class Asked:
 
     sigmas: bool = False
     """Sigmas of its own, whatever the user gives."""
+    array: bool = False
+    """These sigmas are a numpy array; schedulers may calculate with one that could not with a list."""
     flow_sigmas: bool = False
     """But none to schedulers that have `use_flow_sigmas`."""
     mu: bool = False
@@ -30,23 +33,33 @@ class Asked:
 def asked_by(pipeline_class: Any) -> Asked:
     """What pipelines of this class hand over; nothing where that cannot be read."""
     try:
-        source = textwrap.dedent(inspect.getsource(pipeline_class.__call__))
-        tree = ast.parse(source)
+        return asked_in(textwrap.dedent(inspect.getsource(pipeline_class.__call__)))
     except (OSError, TypeError, AttributeError, SyntaxError):
         return Asked()
+
+
+def asked_in(source: str) -> Asked:
+    """The same of the source of a `__call__`."""
+    tree = ast.parse(source)
     names = {keyword.arg for call in _calls(tree) for keyword in call.keywords if not _is_none(keyword.value)}
-    targets = [
-        x for node in ast.walk(tree) if isinstance(node, ast.Assign) and not _is_none(node.value) for x in node.targets
-    ]
-    makes_sigmas = any(isinstance(target, ast.Name) and target.id == "sigmas" for target in targets)
-    return Asked("sigmas" in names and makes_sigmas, "use_flow_sigmas" in source, "mu" in names)
+    assigned = (node for node in ast.walk(tree) if isinstance(node, ast.Assign) and not _is_none(node.value))
+    made = [ast.unparse(node.value) for node in assigned if any(ast.unparse(x) == "sigmas" for x in node.targets)]
+    return Asked(
+        sigmas="sigmas" in names and bool(made),
+        array=any(re.search(r"\b(np|numpy)\.", value) for value in made),
+        flow_sigmas="use_flow_sigmas" in source,
+        mu="mu" in names,
+    )
 
 
 def problem(scheduler: Any, asked: Asked) -> str:
     """What a scheduler says when a copy of it is asked as by a pipeline; "" where it does what it is asked."""
     given: dict[str, Any] = {"mu": 1.0} if asked.mu else {}
     if asked.sigmas and not (asked.flow_sigmas and scheduler.config.get("use_flow_sigmas")):
-        given["sigmas"] = [1 - step / _STEPS for step in range(_STEPS)]
+        sigmas = [1 - step / _STEPS for step in range(_STEPS)]
+        import numpy
+
+        given["sigmas"] = numpy.array(sigmas) if asked.array else sigmas
     else:
         given["num_inference_steps"] = _STEPS
     try:

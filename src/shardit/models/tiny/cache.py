@@ -33,9 +33,23 @@ def cached_folder(name: str) -> Path:
             return folder
         if not isinstance(why := error.__cause__, OSError):
             raise
-        raise InputError(
-            f"cannot write to the cache {cache_root()} ({why.strerror or why}); name another folder in SHARDIT_CACHE"
-        ) from error
+        raise _not_writable(why) from error
+
+
+def check_cache(name: str) -> None:
+    """Raise InputError where a tiny model has to be written and the cache has no place for it."""
+    folder = cache_root() / "tiny"
+    try:
+        if not any(folder.glob(f"{name}-*")):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(error) from error
+
+
+def _not_writable(why: OSError) -> InputError:
+    return InputError(
+        f"cannot write to the cache {cache_root()} ({why.strerror or why}); name another folder in SHARDIT_CACHE"
+    )
 
 
 @lru_cache(maxsize=1)

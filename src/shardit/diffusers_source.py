@@ -1,0 +1,157 @@
+"""Classes of the installed diffusers, read from its source: importing diffusers and torch takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_NOT_PLAIN = object()
+"""Stands for a default that is no literal."""
+
+
+def folder(name: str = "") -> Path | None:
+    """A folder of the package ("" is the package itself), None where diffusers is not installed."""
+    package = importlib.util.find_spec("diffusers")
+    if package is None or not package.submodule_search_locations:
+        return None
+    return Path(package.submodule_search_locations[0]) / name
+
+
+def definition(name: str, within: str = "pipelines") -> ast.ClassDef | None:
+    """The definition of a class somewhere in a folder of diffusers, None where there is none."""
+    found = _found(name, within)
+    return None if found is None else found[0]
+
+
+def module_of(pipeline: str) -> str:
+    """The source of the module that defines a pipeline class; "" where there is none."""
+    found = _found(pipeline, "pipelines")
+    return "" if found is None else found[1].decode()
+
+
+@functools.lru_cache(maxsize=256)
+def _found(name: str, within: str) -> tuple[ast.ClassDef, bytes] | None:
+    root = folder(within)
+    for file in [] if root is None else sorted(root.rglob("*.py")):
+        source = file.read_bytes()
+        if f"class {name}".encode() in source:
+            node = next((node for node in _classes(source) if node.name == name), None)
+            if node is not None:
+                return node, source
+    return None
+
+
+@functools.lru_cache(maxsize=4)
+def definitions(within: str) -> dict[str, ast.ClassDef]:
+    """All classes at the top level of the modules in a folder of diffusers, without those in folders below it."""
+    root = folder(within)
+    files = [] if root is None else sorted(root.glob("*.py"))
+    return {node.name: node for file in files for node in _classes(file.read_bytes())}
+
+
+def _classes(source: bytes) -> Iterator[ast.ClassDef]:
+    return (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+
+
+def is_exported(name: str) -> bool:
+    """Whether diffusers may have a name: its `__init__.py` lists them all as texts."""
+    package = folder()
+    return package is not None and f'"{name}"' in (package / "__init__.py").read_text(encoding="utf-8")
+
+
+def bases(node: ast.ClassDef) -> list[str]:
+    """The bases that are plain names."""
+    return [base.id for base in node.bases if isinstance(base, ast.Name)]
+
+
+def lineage(name: str) -> Iterator[ast.ClassDef]:
+    """A pipeline class and the first bases that are pipelines, too, one after the other."""
+    node = definition(name)
+    while node is not None:
+        yield node
+        node = next((found for found in map(definition, bases(node)) if found is not None), None)
+
+
+def method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
+    """The method that a class defines itself, None where it does not."""
+    return next((x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == name), None)
+
+
+def assigned(node: ast.ClassDef, name: str) -> ast.expr | None:
+    """What a class sets one of its attributes to."""
+    for line in node.body:
+        targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return getattr(line, "value", None)
+    return None
+
+
+def parameters(arguments: ast.arguments) -> Iterator[inspect.Parameter]:
+    """The parameters of a function, with annotations as text."""
+    kind = inspect.Parameter
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    for item, default in zip(positional, defaults, strict=True):
+        yield _parameter(item, kind.POSITIONAL_OR_KEYWORD, default)
+    if arguments.vararg is not None:
+        yield kind(arguments.vararg.arg, kind.VAR_POSITIONAL)
+    for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        yield _parameter(item, kind.KEYWORD_ONLY, default)
+    if arguments.kwarg is not None:
+        yield kind(arguments.kwarg.arg, kind.VAR_KEYWORD)
+
+
+def parameters_of(node: ast.ClassDef, name: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a method that a class defines itself, by name; {} where it does not."""
+    found = method(node, name)
+    return {} if found is None else {item.name: item for item in parameters(found.args)}
+
+
+def _parameter(item: ast.arg, kind: Any, default: ast.expr | None) -> inspect.Parameter:
+    annotation = inspect.Parameter.empty if item.annotation is None else ast.unparse(item.annotation)
+    return inspect.Parameter(item.arg, kind, default=_value(default), annotation=annotation)
+
+
+def _value(default: ast.expr | None) -> Any:
+    if default is None:
+        return inspect.Parameter.empty
+    try:
+        return ast.literal_eval(default)
+    except ValueError:
+        return _NOT_PLAIN
+
+
+def init_parameters(pipeline: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a pipeline class's `__init__`; {} where they cannot be read."""
+    return next(filter(None, (parameters_of(node, "__init__") for node in lineage(pipeline))), {})
+
+
+def optional_components(pipeline: str) -> list[str] | None:
+    """The components that a pipeline class can be without; None where its source does not tell."""
+    value = next(filter(None, (assigned(node, "_optional_components") for node in lineage(pipeline))), None)
+    try:
+        return None if value is None else list(ast.literal_eval(value))
+    except ValueError:
+        return None
+
+
+def has_method(pipeline: str, name: str) -> bool:
+    """Whether a pipeline class has a method, of its own or of a base; True where the class itself cannot be found."""
+    waiting, seen = [pipeline], set[str]()
+    while waiting:
+        base = waiting.pop()
+        node = definition(base, "loaders") or definition(base)
+        if node is None:
+            if base == pipeline:
+                return True
+            continue  # of other folders, as ConfigMixin and deprecation mixins
+        if method(node, name) is not None:
+            return True
+        seen.add(base)
+        waiting += [each for each in bases(node) if each not in seen]
+    return False

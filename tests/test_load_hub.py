@@ -239,6 +239,34 @@ def test_errors(hub, tmp_path):
     assert "cannot reach http://127.0.0.1:9" in line
 
 
+EARLY = """
+from shardit import preflight
+from shardit.config import DiffusionParallelConfig
+from shardit.model_options import model_options
+def check(**dtype):
+    try:
+        preflight.check("us/wan", DiffusionParallelConfig(), model_options(), dtype=dtype)
+        print("left to the ranks")
+    except ValueError as error:
+        print(error)
+check(transformer="float32")
+check(nope="float32")
+"""
+
+
+def test_names_are_known_before_anything_else_is_fetched(hub, tmp_path):
+    """Only of an index that is sure to be that of the commit that will be loaded."""
+    first = client(hub, tmp_path / "home", EARLY.replace('check(transformer="float32")', ""))
+    assert "has no component 'nope'" in first[0]
+    assert hub.files("GET") == {"model_index.json"}
+    hub.asked.clear()
+    assert client(hub, tmp_path / "home", EARLY) == ["left to the ranks"] * 2
+    said = client(hub, tmp_path / "home", EARLY, HF_HUB_OFFLINE="1")
+    assert said[0] == "left to the ranks"
+    assert "has no component 'nope'" in said[1]
+    assert not hub.asked
+
+
 def test_weights_that_cannot_be_used(hub, tmp_path):
     repo = hub.repos["us/wan"]
     for path in (repo / "vae").glob("*.safetensors"):

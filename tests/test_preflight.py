@@ -130,6 +130,15 @@ def test_what_is_right_passes(name):
         preflight.check(model, DiffusionParallelConfig(), model_options(), dtype={"default": "fp16"})
 
 
+def test_what_other_machines_have_is_left_to_them(monkeypatch):
+    monkeypatch.setattr(preflight, "check_cached", None)
+    options = model_options(lora="no/where", scheduler="OfANewerDiffusers")
+    for model in ("no/where", "tiny/flux"):
+        preflight.check(
+            model, DiffusionParallelConfig(), options, attention_backend="newer", files=False, packages=False
+        )
+
+
 @pytest.mark.parametrize("name", tiny.names())
 def test_schedulers_from_the_source(name):
     """Those that are proposed for a name that diffusers does not have are those that are found by trying."""

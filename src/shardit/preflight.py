@@ -63,9 +63,9 @@ def check(
     """
     if packages:
         check_frameworks()
+        check_attention_backend(attention_backend)
     check_partition_variables(config, os.environ)
-    check_attention_backend(attention_backend)
-    known = _known(model)
+    known = _known(model, files)
     name = known and known.class_name
     takes = diffusers_source.init_parameters(name) if name else {}
     if files and known is not None and known.folder is not None and takes:
@@ -75,7 +75,7 @@ def check(
     if known is not None and name:
         check_single_files(options, name, known.models)
         check_components(dtype, known.models)
-    if known is not None and wants_scheduler(options):
+    if packages and known is not None and wants_scheduler(options):
         _check_scheduler(known, options)
     if options.lora and packages:
         check_lora_support(str(name), not name or diffusers_source.has_method(name, "load_lora_weights"))
@@ -86,13 +86,13 @@ def check(
         check_packages(name, missing_by_name(name))
 
 
-def _known(model: str | os.PathLike[str]) -> Known | None:
-    """What names tell of a model; None where only the hub knows which version will be loaded."""
+def _known(model: str | os.PathLike[str], files: bool) -> Known | None:
+    """What names tell of a model; None where only the hub, or another machine, knows which version will be loaded."""
     text = os.fspath(model)
     if text.startswith("tiny/"):
         return _of_tiny(text.removeprefix("tiny/"))
     folder = local_folder(model)
-    found = folder or index_folder(text)
+    found = folder or (index_folder(text) if files else None)
     if found is None:
         return None
     name = read_index(found)["_class_name"]

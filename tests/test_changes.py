@@ -168,6 +168,8 @@ def hooked_later(spread: Spread) -> list[torch.Tensor]:
     """What a block returns then lies in other memory than in the first call."""
     model = spread(unet())
     outs = [step(model)]
+    for block in (*model.down_blocks, *model.up_blocks):
+        block.register_forward_hook(lambda *_: None)
     hook = model.down_blocks[0].register_forward_hook(lambda _, __, out: (out[0] * 1.5, out[1]))
     outs.append(step(model))
     hook.remove()
@@ -299,6 +301,14 @@ def replaced_forward(pipe: Any) -> None:
     run(pipe)
 
 
+def other_forward(pipe: Any) -> None:
+    """As some loaders of LoRA do it."""
+    linear = pipe.transformer.transformer_blocks[0].attn.to_q
+    plain = linear.forward
+    linear.forward = lambda x: plain(x) * 2
+    run(pipe)
+
+
 REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     "stages": {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
@@ -313,6 +323,7 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     "slices": {
         replaced_linear: r"transformer_blocks\.0\.attn\.to_q became Linear after parallelize",
         replaced_forward: r"transformer_blocks\.0\.attn\.to_out\.0\.forward was replaced after parallelize",
+        other_forward: r"transformer_blocks\.0\.attn\.to_q\.forward was replaced after parallelize",
         broken_adapter: "NaNs detected",
     },
     "ulysses": {replaced_block: r"transformer_blocks\.0 was replaced after parallelize"},

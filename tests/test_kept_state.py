@@ -121,7 +121,9 @@ def test_state_is_compared_and_put_back() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     counted: Any = module[0]
     counted.calls, counted.seen, counted.gone = 1, [1], "x"
+    counted.size, counted.scale = torch.Size([1, 2]), {"a": 0.3}
     before = state_of(module)
+    counted.size, counted.scale["a"] = torch.Size([1, 2]), 0.3 * 0.7 / 0.7
     assert differences(before, state_of(module)) == []
     counted.calls, counted.new = 2, 0.5
     counted.seen.append(2)

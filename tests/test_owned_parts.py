@@ -213,6 +213,8 @@ def uses(rank: int, count: int, method: str) -> None:
         same(use(plain), use(vae), name)
     with pytest.raises(UnsupportedError, match=r"assigning to \.data .* has no effect: write into it"):
         vae.decoder.conv_in.weight.data = vae.decoder.conv_in.weight.data * 2
+    with torch.enable_grad(), pytest.raises(UnsupportedError, match="is called for its gradients"):
+        vae.decode(_noise(1, 16, 4, 4).requires_grad_())
     vae.encoder.down_blocks[0].resnets[0].conv1.to(torch.float32)
     assert (rank == 1) != next(vae.decoder.parameters()).is_meta
     for spread in (

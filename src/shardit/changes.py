@@ -101,9 +101,10 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
     """Only what is known to be right may come next to linears that are cut: LoRA, and attention processors, of which
     tensor parallelism takes care itself."""
     assert placed.slices is not None
+    cut = {name.rpartition(".")[0] for name in placed.slices.cuts} | set(placed.slices.roles)
     places = {name.rpartition(".")[0].rpartition(".")[0] for name in placed.slices.cuts}
     for change in changes:
-        if change.name == "forward" and change.now is not None and change.module in placed.slices.roles:
+        if change.name == "forward" and change.now is not None and change.module in cut:
             _refuse_own_forward(placed, change)
         inside = change.module in places or any(f"{place}.".startswith(f"{change.path}.") for place in places)
         here = inside and change.name != PROCESSOR and isinstance(change.now, nn.Module)
@@ -116,8 +117,8 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
 
 
 def _refuse_own_forward(placed: Placed, change: Change) -> None:
-    """Raise UnsupportedError for a forward that was put in place of one that sums over tensor ranks, unless a hook of
-    diffusers or accelerate did it, which goes on to call the one before."""
+    """Raise UnsupportedError for a forward that was put in place of that of a cut module (some LoRA loaders do so),
+    unless a hook of diffusers or accelerate did it, which goes on to call the one before."""
     module = placed.module.get_submodule(change.module)
     if not (hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")):
         raise UnsupportedError(

@@ -20,9 +20,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import UnsupportedError
 from .hooks import hooks_below
 from .pending import PendingTensor, settle
 from .randomness import GENERATORS
+from .signature import asks_for_gradients
 from .sites import SWAPPED, fixed_place, swap_class
 
 ALWAYS = ("__call__", "forward", "generate")
@@ -116,6 +118,12 @@ class Boundary:
             return function(*args, **kwargs)
         if not self.on_all and _seen(module, name, args, kwargs):
             return function(*args, **kwargs)
+        if asks_for_gradients((args, kwargs)):
+            kind = type(self._plain[0][0]).__name__
+            raise UnsupportedError(
+                f"{kind} is called for its gradients, but it runs on one rank, without: detach what "
+                "it is given, or load it once more for this"
+            )
         for tensor in list(_pending((args, kwargs))):
             settle(tensor)
         with self.entered():

@@ -75,7 +75,8 @@ class Fingerprint:
             if before.get(key) is not now.get(key)
         ]
         before, now = self._hooked, self._outside()
-        return found + [Change(name, "hooks", None, None) for name, _ in {*before} ^ {*now}]
+        others = sorted({*before} ^ {*now})  # in the same order on every rank
+        return found + [Change(name, "hooks", None, None) for name, _ in others]
 
     def settings(self) -> dict[str, Any]:
         """The plain attributes of the modules that steer, collections of them as text."""

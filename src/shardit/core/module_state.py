@@ -126,13 +126,15 @@ def _same(key: str, old: Thing, new: Thing) -> bool:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two values are one object, or the same number or text. What was multiplied and divided again by a scale
+    """Whether two values are one object, or the same numbers or texts. What was multiplied and divided again by a scale
     may differ in its last bit."""
     if one is other or type(one) is not type(other):
         return one is other
+    if isinstance(one, tuple):  # sizes, say
+        return len(one) == len(other) and all(map(_alike, one, other))
     if isinstance(one, float):
         return math.isclose(one, other, rel_tol=1e-9) or (one != one and other != other)
-    return isinstance(one, (bool, int, str)) and one == other
+    return isinstance(one, (bool, int, str, bytes, complex)) and one == other
 
 
 def _members(collection: Any) -> list[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 import inspect
 import logging
 import os
@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..api import load_parallel
 from ..config import DiffusionParallelConfig
@@ -42,6 +40,7 @@ from ..signature import PipelineSignature, signature_of
 from ..size_multiples import size_multiples
 from .facts import fingerprint, versions
 from .memory import held_bytes, limit_bytes
+from .own_pipeline import own_pipeline
 from .processors import check_in_flight, processors_put_back
 from .progress import report_progress
 from .result import collect
@@ -149,7 +148,8 @@ class Session:
     def _function(self, request: Request, on_progress: OnProgress) -> Callable[[], Any]:
         def run() -> tuple[Any, float, list[str]]:
             start = time.perf_counter()
-            pipe = self._own_pipeline(request, on_progress)
+            cut: list[str] = []
+            pipe = self._own_pipeline(request, on_progress, cut.append)
             takes = "generator" in inspect.signature(type(pipe).__call__).parameters
             seeded = {"generator": torch.Generator("cpu").manual_seed(request.seed)} if takes else {}
             mine = self.turns.current
@@ -159,18 +159,17 @@ class Session:
                 raise UnsupportedError(f"{', '.join(self.runtime.agreement.drawing)} {DRAWS}")
             if mine is not None:  # compared with the other ranks: what draws in a model may do so on one of them only
                 mine.start = f"{mine.start}, generators {told(states(self.mesh.device, []))}"
-            return out, time.perf_counter() - start, said.lines
+            told_already = any("truncated" in line for line in said.lines)
+            lines = said.lines if told_already else [*said.lines, *dict.fromkeys(cut)]
+            return out, time.perf_counter() - start, lines
 
         return run
 
-    def _own_pipeline(self, request: Request, on_progress: OnProgress) -> Any:
-        """A pipeline object of the request's own, with its own scheduler, over the shared modules: pipelines keep the
-        state of a call on themselves."""
+    def _own_pipeline(self, request: Request, on_progress: OnProgress, tell: Callable[[str], None]) -> Any:
         if request.pipeline not in self._variants:
             raise InputError(f"no pipeline {request.pipeline}; this model has {', '.join(self._variants)}")
-        return _own_copy(
-            self._variants[request.pipeline], {}, lambda pipe: report_progress(pipe, request.index, on_progress)
-        )
+        report = functools.partial(report_progress, index=request.index, on_progress=on_progress)
+        return own_pipeline(self._variants[request.pipeline], report, tell)
 
     def agree(self, value: Any, what: str) -> None:
         """Compare something that must be the same on all ranks, or the group is no longer to be trusted.
@@ -206,21 +205,6 @@ class Session:
         destroy_model_parallel()
         if dist.is_initialized() and self.mesh.world_size > 1:
             dist.destroy_process_group()
-
-
-def _own_copy(pipe: Any, schedulers: dict[int, Any], finish: Callable[[Any], None]) -> Any:
-    """A copy of a pipeline, and of the pipelines that it is made of, with their own schedulers. schedulers: copies that
-    were made, by the id of the original."""
-    own = copy.copy(pipe)
-    for name, value in list(vars(own).items()):
-        if isinstance(value, SchedulerMixin):
-            if id(value) not in schedulers:
-                schedulers[id(value)] = copy.deepcopy(value)
-            setattr(own, name, schedulers[id(value)])
-        elif isinstance(value, DiffusionPipeline):
-            setattr(own, name, _own_copy(value, schedulers, finish))
-    finish(own)
-    return own
 
 
 def _signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:

@@ -189,6 +189,26 @@ def adapted_encoder(spread: Spread) -> list[torch.Tensor]:
     return [*outs, run(pipe)]
 
 
+def cast_with_lora(spread: Spread) -> list[torch.Tensor]:
+    """Weights that layers keep in another dtype, before and after adapters come, also on linears cut by inputs."""
+    outs = []
+    for cast_first in (True, False):
+        pipe = spread(pipeline("flux"))
+        linear = pipe.transformer.transformer_blocks[0].attn.to_out[0]
+        draw, width = torch.Generator().manual_seed(1), linear.out_features
+        name = "transformer.transformer_blocks.0.attn.to_out.0"
+        layers = {f"{name}.lora_A.weight": torch.randn(4, width, generator=draw)}
+        layers[f"{name}.lora_B.weight"] = torch.randn(width, 4, generator=draw) * 0.1
+        acts = [
+            lambda pipe=pipe: pipe.transformer.enable_layerwise_casting(torch.bfloat16, torch.float32),
+            lambda pipe=pipe, layers=layers: pipe.load_lora_weights(layers),
+        ]
+        for act in acts if cast_first else reversed(acts):
+            act()
+        outs.append(run(pipe))
+    return outs
+
+
 def moved_adapters(spread: Spread) -> list[torch.Tensor]:
     pipe = spread(pipeline("flux"))
     lora(pipe)
@@ -226,7 +246,15 @@ WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
         *(new_scheduler, adapted, other_format, joined_projections, other_weights),
         *(turned_by_a_setting, hooked_later, adapted_encoder, moved_adapters),
     ),
-    "slices": (compiled_before, compiled_after, fused_safely, other_format, hooked_later, adapted_encoder),
+    "slices": (
+        compiled_before,
+        compiled_after,
+        fused_safely,
+        other_format,
+        hooked_later,
+        adapted_encoder,
+        cast_with_lora,
+    ),
     "ulysses": (compiled_after, fused_safely),
 }
 

@@ -119,7 +119,7 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
 def _refuse_own_forward(placed: Placed, change: Change) -> None:
     """Raise UnsupportedError for a forward that was put in place of that of a cut module (some LoRA loaders do so),
     unless a hook of diffusers or accelerate did it, which goes on to call the one before."""
-    module = placed.module.get_submodule(change.module)
+    module = _base(placed.module.get_submodule(change.module))  # an adapter may have come around it
     if not (hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")):
         raise UnsupportedError(
             f"{placed.title}.{change.path} was replaced after parallelize, where tensor ranks add up their parts: "

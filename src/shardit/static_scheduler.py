@@ -91,7 +91,7 @@ def _compatibles(node: ast.ClassDef) -> list[str]:
     if isinstance(value, ast.ListComp):
         members = definitions("schedulers").get("KarrasDiffusionSchedulers")
         return [line.targets[0].id for line in ([] if members is None else members.body) if _is_member(line)]  # type: ignore[attr-defined]
-    return [one.value for one in getattr(value, "elts", []) if isinstance(one, ast.Constant)]
+    return [str(one.value) for one in getattr(value, "elts", []) if isinstance(one, ast.Constant)]
 
 
 def _is_member(line: ast.stmt) -> bool:

@@ -19,6 +19,7 @@ from ..core.sites import swap_class
 from ..core.slices import Shards
 from ..errors import UnsupportedError
 from .tensor_cuts import PLAIN, TensorPlan
+from .tensor_forward import unless_whole
 from .tensor_loads import take_slices
 from .tensor_modules import FINISH, unfinished
 
@@ -65,7 +66,7 @@ def _cut_pair(into: nn.Linear, out: nn.Linear, cut: Shards, rank: int) -> None:
     if cut.dim == 1:
         _cut_part(into, "weight", cut, rank)
         if out.bias is not None and rank > 0 and PLAIN not in vars(type(out)):
-            swap_class(out, {"forward": _without_bias, PLAIN: type(out)})
+            swap_class(out, {"forward": unless_whole(_without_bias), PLAIN: type(out)})
         return
     for name, _ in list(out.named_parameters()):
         _cut_part(out, name, cut, rank)
@@ -90,13 +91,13 @@ def _finish_once(layer: nn.Module, finish: Callable[[torch.Tensor], torch.Tensor
     """Let the sum (or gather) behind a linear come after its adapters have added their part."""
     own_forward = type(layer).forward
 
-    @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         with unfinished(self.base_layer):
             part = own_forward(self, *args, **kwargs)
         return finish(part)
 
-    swap_class(layer, {"forward": forward, "_finishes": True, PLAIN: type(layer)})
+    members = {"forward": functools.wraps(own_forward)(unless_whole(forward)), "_finishes": True, PLAIN: type(layer)}
+    swap_class(layer, members)
 
 
 def adapter_members(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> dict[str, Any]:

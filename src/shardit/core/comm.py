@@ -20,10 +20,12 @@ ALIGN = 64
 """Bytes; every tensor of a packed message starts at a multiple of it, so that any dtype can be viewed in place."""
 
 
-COUNTS = 1
-"""Tag of the numbers of `send_count`, which share a group with other messages."""
+COUNTS, EXCHANGE = 1, 2
+"""Tags of the numbers of `send_count`, and of `gather_bytes`, which share a group with other messages."""
 COUNTS_AHEAD = 64
 """How many of these numbers a rank may have been sent and not taken."""
+FEW = 4
+"""Ranks that exchange small messages each with each."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,20 @@ class Comm:
             return [value]
         mine = torch.frombuffer(bytearray(value), dtype=torch.uint8)
         out = [torch.empty_like(mine) for _ in range(self.size)]
-        self._guard(lambda: dist.all_gather(out, mine, group=self.groups.control), "gather")
+        gather = self._exchange if self.size <= FEW else functools.partial(dist.all_gather, group=self.groups.control)
+        self._guard(lambda: gather(out, mine), "gather")
+        out[self.rank] = mine
         return [one.numpy().tobytes() for one in out]
+
+    def _exchange(self, out: list[torch.Tensor], mine: torch.Tensor) -> None:
+        """Each stage sends to each other: among few that takes a third of the time of an all-gather."""
+        group, others = self.groups.control, [rank for rank in self.groups.ranks if rank != self.mesh.rank]
+        places = [out[self.groups.ranks.index(rank)] for rank in others]
+        works = [dist.irecv(place, r, group=group, tag=EXCHANGE) for place, r in zip(places, others, strict=True)]
+        works += [dist.isend(mine, rank, group=group, tag=EXCHANGE) for rank in others]
+        for work in works:
+            assert work is not None
+            work.wait(self.mesh.timeout)
 
     def barrier(self) -> None:
         """Wait until every stage is here."""

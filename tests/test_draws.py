@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-import shardit
-from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit import UnsupportedError
+from shardit.core.agreement import Agreement
 from shardit.models import tiny
-from tests.brought import pipeline
+from tests.guided import check, outcomes
 from tests.ranks import run_ranks
-from tests.test_parallelize import join
-
-CONFIGS = {
-    "stages": DiffusionParallelConfig(pipeline_parallel_size=2, split_batch=False),
-    "guidance": DiffusionParallelConfig(cfg_parallel_size=2, split_batch=False),
-    "slices": DiffusionParallelConfig(tensor_parallel_size=2),
-}
 
 
 def noise_on_the_prompt(model: Any) -> None:
@@ -86,40 +81,22 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
 }
 
 
-def drawn(change: Callable[[Any], None], spread: Callable[[Any], Any]) -> torch.Tensor:
-    pipe = pipeline("qwen-image")
-    change(pipe.transformer)
-    pipe = spread(pipe)
-    torch.manual_seed(1)
-    random.seed(1)
-    call = {**tiny.defaults("qwen-image"), "prompt": "a cat", "negative_prompt": "a dog", "true_cfg_scale": 4.0}
-    call |= {"num_inference_steps": 5, "output_type": "latent"}
-    return pipe(**call, generator=torch.Generator().manual_seed(3)).images
-
-
-def on_ranks(rank: int, count: int, method: str, axis: str) -> dict[str, Any]:
-    join(rank, count, method)
-    found: dict[str, Any] = {}
-    for change in ALL:
-        try:
-            found[change.__name__] = drawn(change, lambda pipe: shardit.parallelize(pipe, CONFIGS[axis], timeout_s=60))
-        except UnsupportedError as error:
-            found[change.__name__] = str(error)
-    return found
-
-
-@pytest.mark.parametrize("axis", CONFIGS)
+@pytest.mark.parametrize("axis", ["stages", "guidance", "slices"])
 def test_draws(axis: str) -> None:
     tiny.resolve("tiny/qwen-image")
-    results = run_ranks(2, on_ranks, axis)
-    for change in ALL:
-        pattern = REFUSED[axis].get(change)
-        plain = drawn(change, lambda pipe: pipe) if pattern is None else None
-        for result in results:
-            got = result[change.__name__]
-            if plain is None:
-                with pytest.raises(UnsupportedError, match=pattern):
-                    raise UnsupportedError(got)
-                continue
-            assert isinstance(got, torch.Tensor), (change.__name__, got)
-            assert float((plain - got).norm() / plain.norm()) <= (1e-5 if axis == "slices" else 0), change.__name__
+    for of_rank in run_ranks(2, outcomes, axis, ALL):
+        for change, got in zip(ALL, of_rank, strict=True):
+            if change in REFUSED[axis]:
+                assert isinstance(got, str), change.__name__
+                assert re.search(REFUSED[axis][change], got), got
+            else:
+                check(got, change, 1e-5 if axis == "slices" else 0)
+
+
+def test_a_request_that_draws_is_refused_and_forgotten() -> None:
+    agreement = Agreement(SimpleNamespace(size=2))  # pyright: ignore[reportArgumentType]
+    agreement.refuse_draws()
+    agreement.drawing.add("Model")
+    with pytest.raises(UnsupportedError, match="Model draws random numbers on some ranks only"):
+        agreement.refuse_draws()
+    agreement.refuse_draws()

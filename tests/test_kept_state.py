@@ -10,20 +10,10 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 
-import shardit
-from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.module_state import differences, restore, state_of
 from shardit.models import tiny
-from tests.brought import pipeline
+from tests.guided import CONFIGS, check, outcomes
 from tests.ranks import run_ranks
-from tests.test_parallelize import join
-
-CONFIGS = {
-    "stages": DiffusionParallelConfig(pipeline_parallel_size=2, split_batch=False),
-    "guidance": DiffusionParallelConfig(cfg_parallel_size=2, split_batch=False),
-    "slices": DiffusionParallelConfig(tensor_parallel_size=2),
-    "ulysses": DiffusionParallelConfig(ulysses_degree=2),
-}
 
 
 def counting(module: Any) -> None:
@@ -81,40 +71,16 @@ def step_cache(transformer: Any) -> None:
 ALL: tuple[Callable[[Any], None], ...] = (model, block, processor, step_cache)
 
 
-def latents(keep: Callable[[Any], None], spread: Callable[[Any], Any]) -> torch.Tensor:
-    pipe = pipeline("qwen-image")
-    keep(pipe.transformer)
-    pipe = spread(pipe)
-    call = {**tiny.defaults("qwen-image"), "prompt": "a cat", "negative_prompt": "a dog", "true_cfg_scale": 4.0}
-    call |= {"num_inference_steps": 4, "output_type": "latent"}
-    return pipe(**call, generator=torch.Generator().manual_seed(3)).images
-
-
-def on_ranks(rank: int, count: int, method: str, axis: str) -> dict[str, Any]:
-    join(rank, count, method)
-    found: dict[str, Any] = {}
-    for keep in ALL:
-        try:
-            found[keep.__name__] = latents(keep, lambda p: shardit.parallelize(p, CONFIGS[axis], timeout_s=60))
-        except UnsupportedError as error:
-            found[keep.__name__] = str(error)
-    return found
-
-
 @pytest.mark.parametrize("axis", CONFIGS)
 def test_counters_and_caches(axis: str) -> None:
     tiny.resolve("tiny/qwen-image")
-    results = run_ranks(2, on_ranks, axis)
-    for keep in ALL:
-        for result in results:
-            got = result[keep.__name__]
+    for of_rank in run_ranks(2, outcomes, axis, ALL):
+        for change, got in zip(ALL, of_rank, strict=True):
             if axis in ("stages", "guidance"):
-                assert isinstance(got, str), keep.__name__
+                assert isinstance(got, str), change.__name__
                 assert "in each of its calls" in got or "keeps what it sees" in got, got
-                continue
-            assert isinstance(got, torch.Tensor), (keep.__name__, got)
-            plain = latents(keep, lambda pipe: pipe)
-            assert float((plain - got).norm() / plain.norm()) <= 1e-5, keep.__name__
+            else:
+                check(got, change, 1e-5)
 
 
 def test_state_is_compared_and_put_back() -> None:

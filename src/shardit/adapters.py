@@ -41,10 +41,9 @@ def moving(own_method: Callable[..., Any]) -> Any:
 
     @functools.wraps(own_method)
     def set_lora_device(self: Any, *args: Any, **kwargs: Any) -> None:
-        models = (part for part in (components_of(self) or {}).values())
         absent = [
             part
-            for model in models
+            for model in (components_of(self) or {}).values()
             for name, part in model.named_modules()
             if ".lora_" in name and any(p.is_meta for p in part.parameters(recurse=False))
         ]

@@ -124,9 +124,8 @@ def join(pipe: Any, runtime: Runtime) -> None:
             component.to(*args, **kwargs)
         return self
 
-    call = functools.wraps(cls.__call__)(
-        calling(cls.__call__, runtime, begin_parts, end_parts)
-    )  # tools read the signature
+    call = calling(cls.__call__, runtime, begin_parts, end_parts)
+    functools.update_wrapper(call, cls.__call__)  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
     members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE)})

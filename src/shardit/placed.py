@@ -14,7 +14,7 @@ from .adapters import fusing
 from .changes import cut_blocks, follow, unwrap_parts
 from .config import DiffusionParallelConfig
 from .core.assign import Assignment
-from .core.fingerprint import Change, Fingerprint
+from .core.fingerprint import PLAIN, Change, Fingerprint
 from .core.held_state import keepers
 from .core.plan import Plan
 from .core.randomness import dropout_in_training
@@ -51,7 +51,7 @@ class Placed:
     _taken: Fingerprint = field(init=False, repr=False)
     _methods: dict[str, Any] = field(init=False, repr=False)
     _settings: dict[str, Any] = field(init=False, repr=False)
-    _history: bytes = b""
+    _history: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:
         known = [name for name in KNOWN if self.denoises and hasattr(self.module, name)]
@@ -171,8 +171,7 @@ def _dots(name: str) -> list[int]:
 
 def _told(change: Change) -> str:
     """A change in words that are the same on every rank."""
-    plain = (bool, int, float, str, type(None))
-    values = (repr(v) if type(v) in plain else plain_class(v).__qualname__ for v in (change.before, change.now))
+    values = (repr(v) if type(v) in PLAIN else plain_class(v).__qualname__ for v in (change.before, change.now))
     return " ".join((change.path, *values))
 
 

@@ -31,6 +31,11 @@ SEEDS = (
     "seed alike on every rank: generator=torch.Generator().manual_seed(n), or torch.manual_seed(n) where none is given"
 )
 
+DRAWS = (
+    "draws random numbers on some ranks only (in a hook, a processor or a module in training mode), so the result is "
+    "not that of one rank: draw outside of models, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
+)
+
 KINDS = {
     "torch": "torch's global generator (torch.manual_seed)",
     "device": "torch's global generator of the device (torch.manual_seed)",
@@ -38,6 +43,9 @@ KINDS = {
     "numpy": "numpy's global generator (numpy.random.seed)",
 }
 """The global generators, each with what seeds it."""
+
+_UNUSED = b"\0" * 8
+"""What ranks tell of a generator that they have not used."""
 
 
 @dataclass
@@ -83,6 +91,13 @@ class Agreement:
         """Compare a call of a model by itself. Collective; raises InputError on all ranks where values differ."""
         self._compare(name, digests(arguments), {})
 
+    def refuse_draws(self) -> None:
+        """At the end of a request: raise UnsupportedError where a model drew on this rank alone. Others compare that."""
+        if self.drawing:
+            names = ", ".join(sorted(self.drawing))
+            self.drawing.clear()  # the next request may do without
+            raise UnsupportedError(f"{names} {DRAWS}")
+
     @contextmanager
     def _deeper(self) -> Iterator[None]:
         self.depth += 1
@@ -123,14 +138,6 @@ class Agreement:
                 raise InputError(f"{name} drew from {KINDS[kind]}, which ranks have in different states: {SEEDS}")
             if kind not in self.differ and len(values) > 1:
                 raise UnsupportedError(f"{name} used {KINDS[kind]} in code that {DRAWS}")
-
-
-_UNUSED = b"\0" * 8
-
-DRAWS = (
-    "draws random numbers on some ranks only (in a hook, a processor or a module in training mode), so the result is "
-    "not that of one rank: draw outside of models, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
-)
 
 
 def _bytes_of(kind: str, drawn: States, after: States, differs: bool) -> bytes:

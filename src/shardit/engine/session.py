@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from ..api import load_parallel
 from ..config import DiffusionParallelConfig
-from ..core.agreement import DRAWS, told
+from ..core.agreement import told
 from ..core.comm import Comm
 from ..core.mesh import init_mesh, pick_device
 from ..core.randomness import states
 from ..core.schedule import Schedule
 from ..core.turns import Program, Turns
-from ..errors import InputError, RankError, UnsupportedError
+from ..errors import InputError, RankError
 from ..loading import Reads, describe
 from ..loading.dtypes import check_components
 from ..loading.hub import cached
@@ -155,8 +155,8 @@ class Session:
             mine = self.turns.current
             with warnings_of("diffusers", lambda: self.turns.current is mine) as said, processors_put_back(pipe):
                 out = pipe(**request.call_arguments(), **seeded)
-            if self.runtime is not None and self.runtime.agreement.drawing:
-                raise UnsupportedError(f"{', '.join(self.runtime.agreement.drawing)} {DRAWS}")
+            if self.runtime is not None:
+                self.runtime.agreement.refuse_draws()
             if mine is not None:  # compared with the other ranks: what draws in a model may do so on one of them only
                 mine.start = f"{mine.start}, generators {told(states(self.mesh.device, []))}"
             told_already = any("truncated" in line for line in said.lines)

@@ -92,7 +92,7 @@ class Agreement:
         self._compare(name, digests(arguments), {})
 
     def refuse_draws(self) -> None:
-        """At the end of a request: raise UnsupportedError where a model drew on this rank alone. Others compare that."""
+        """At the end of a request: raise UnsupportedError where a model drew on this rank alone. Others compare it."""
         if self.drawing:
             names = ", ".join(sorted(self.drawing))
             self.drawing.clear()  # the next request may do without

@@ -142,9 +142,9 @@ class Agreement:
 
 def _bytes_of(kind: str, drawn: States, after: States, differs: bool) -> bytes:
     """What ranks tell of a generator at the end: whether it was used, where its states differ anyway, or its state."""
-    if differs:
-        return _hash(kind.encode()) if kind in drawn else _UNUSED
-    return _hash(_bytes(after[kind])) if kind in after else _UNUSED
+    if kind not in drawn:
+        return _UNUSED
+    return _hash(kind.encode() if differs else _bytes(after[kind]))
 
 
 def told(generators: States) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 from torch import nn
@@ -63,7 +64,7 @@ class Fingerprint:
         """Whether anything differs from when this was taken."""
         if not self._same_length() or self._outside() != self._hooked:
             return True
-        return any(a is not b for a, b in zip(self._now(), self._taken, strict=True))
+        return not all(map(operator.is_, self._now(), self._taken))
 
     def changes(self) -> list[Change]:
         """What differs, in order of names. Below a module that was replaced nothing is looked at."""
@@ -98,7 +99,7 @@ class Fingerprint:
 
     def training(self) -> bool:
         """Whether any of the modules is in training mode."""
-        return any(own["training"] for own in self._own)
+        return any(map(operator.itemgetter("training"), self._own))
 
     def _outside(self) -> list[tuple[str, int]]:
         """The hooks from outside, by the name of the module and the number that torch gave them."""
@@ -111,7 +112,7 @@ class Fingerprint:
         return sum(map(len, self._children)) + len(ON_INSTANCE) * len(self._own) == len(self._taken)
 
     def _now(self) -> list[Any]:
-        ways = ([own.get(name) for own in self._own] for name in ON_INSTANCE)
+        ways = (map(dict.get, self._own, repeat(name)) for name in ON_INSTANCE)
         return list(chain(chain.from_iterable(map(dict.values, self._children)), *ways))
 
     @staticmethod

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import machine, memory, model, numerics, overhead, report, schedules, serve, speed, startup
+from bench import machine, memory, model, numerics, overhead, report, schedules, serve, speed, startup
 
 NAMES = ("speed", "axes", "overhead", "memory", "startup", "numerics", "schedules", "serve")
 RESULTS = Path(__file__).parent / "results"
@@ -58,7 +58,7 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
 
     def on_disk() -> str:
         if not Path(folder).exists():
-            from .ranks import Ranks
+            from bench.ranks import Ranks
 
             with Ranks(1) as ranks:
                 ranks.call("write_model", size, folder)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .model import Size
-from .ranks import Ranks
+from bench.model import Size
+from bench.ranks import Ranks
 
 RANKS = 2
 

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .model import Size
-from .ranks import Ranks
+from bench.model import Size
+from bench.ranks import Ranks
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from .model import Size, fewer_tokens
-from .ranks import Ranks
+from bench.model import Size, fewer_tokens
+from bench.ranks import Ranks
 
 
 def measure(size: Size, folder: str, runs: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Ranks:
 
 
 def _main(connection: Any, rank: int, count: int, method: str) -> None:
-    from .worker import Worker
+    from bench.worker import Worker
 
     worker = Worker(rank, count, method)
     while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .model import Size
+from bench.model import Size
 
 MAX_RANKS = 8
 WORKLOADS = ((1, 1), (1, 2), (2, 2), (4, 1))

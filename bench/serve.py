@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import machine
-from .flood import flood
-from .served import Connection, Served
+from bench import machine
+from bench.flood import flood
+from bench.served import Connection, Served
 
 MODEL = "wan2.2-t2v"
 STAGES = 2

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from . import machine
-from .model import Size
-from .peers import PEERS
-from .ranks import Ranks
+from bench import machine
+from bench.model import Size
+from bench.peers import PEERS
+from bench.ranks import Ranks
 
 RANKS = 2
 SEEDS = (1, 2, 3, 4)

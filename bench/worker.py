@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from bench import model, numerics, peers
 from shardit.config import DiffusionParallelConfig
 from shardit.core.mesh import axis_sizes
 from shardit.engine import session as session_module
@@ -21,8 +22,6 @@ from shardit.engine.inspect import inspect_model
 from shardit.engine.messages import SessionSpec
 from shardit.engine.session import Session
 from shardit.models import tiny
-
-from . import model, numerics, peers
 
 TIMEOUT_S = 300
 

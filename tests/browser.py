@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Locator, expect, sync_playwright
 
-from .http_fake import WAIT_S
+from tests.http_fake import WAIT_S
 
 WAIT_MS = WAIT_S * 1000
 expect.set_options(timeout=WAIT_MS)

@@ -6,10 +6,9 @@ import dataclasses
 from datetime import timedelta
 from typing import Any
 
+import fake_session
 import torch
 import torch.distributed as dist
-
-import fake_session
 
 
 class Session(fake_session.Session):

@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from .http_fake import WAIT_S, Served, form
+from tests.http_fake import WAIT_S, Served, form
 
 NOW, LATER = "/v1/images/generations", {"Prefer": "respond-async"}
 

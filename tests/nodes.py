@@ -109,7 +109,7 @@ def parent(pid: int) -> int:
 
 
 def expected(**more: Any) -> Image.Image:
-    from .real_omni import by_diffusers
+    from tests.real_omni import by_diffusers
 
     return by_diffusers("flux", 7, **{**CALL, **more})[0]
 

@@ -19,13 +19,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench.served import children
 from PIL import Image
 
+from bench.served import children
 from shardit.models import tiny
 from shardit.output import Output
-
-from .real_omni import by_diffusers, same
+from tests.real_omni import by_diffusers, same
 
 WAIT_S = 240.0
 TESTS = Path(__file__).parent

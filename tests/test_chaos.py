@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from shardit.server.store import Store
-
-from .real_server import RealServer, real_server
+from tests.real_server import RealServer, real_server
 
 JOBS, KILLS, CANCELLED, LATE = 40, 20, 5, 10
 CALLS = [

@@ -12,8 +12,7 @@ from shardit.engine.messages import Left, OutOfMemory
 from shardit.server.dispatch import SUSPECT_AFTER
 from shardit.server.ends import MAX_DEATHS_ALONE
 from shardit.server.fleet import Down
-
-from .played import INFO, Server, played_server
+from tests.played import INFO, Server, played_server
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ from shardit.server import builder
 from shardit.server.estimate import work_of
 from shardit.server.fleet import Down
 from shardit.server.messages import Changed, Step
-
-from .http_fake import picture
-from .played import INFO, SIGNATURE, Server, played_server
+from tests.http_fake import picture
+from tests.played import INFO, SIGNATURE, Server, played_server
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import pytest
 
 from shardit.server.fleet import Down
 from shardit.server.loop import Loop
-
-from .played import INFO, Server, broken, played_server
+from tests.played import INFO, Server, broken, played_server
 
 
 @pytest.fixture

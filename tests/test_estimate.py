@@ -15,8 +15,7 @@ from shardit.server.estimate import Seen, Work, work_of
 from shardit.server.learned import Learned
 from shardit.server.options import ServeOptions
 from shardit.server.store import Store
-
-from .http_fake import IMAGE, VIDEO
+from tests.http_fake import IMAGE, VIDEO
 
 GIB = 2**30
 

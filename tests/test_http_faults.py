@@ -17,9 +17,8 @@ from shardit.server.http.metrics import HttpMetrics
 from shardit.server.jobs import NewJob
 from shardit.server.options import ServeOptions
 from shardit.server.store import Store
-
-from .http_calls import NOW, error_of
-from .http_fake import WAIT_S, Served, serving
+from tests.http_calls import NOW, error_of
+from tests.http_fake import WAIT_S, Served, serving
 
 
 def test_a_fault_is_answered_with_all_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,7 @@ import pytest
 
 from shardit.server.http import fetch
 from shardit.server.http.errors import ApiError
-
-from .http_fake import WAIT_S, picture
+from tests.http_fake import WAIT_S, picture
 
 LIMIT = 100_000
 

@@ -12,8 +12,7 @@ from PIL import Image
 
 from shardit.output import Output
 from shardit.server.results import write_results
-
-from .http_fake import Served
+from tests.http_fake import Served
 
 
 def test_a_job_of_sound(sounds: Served) -> None:

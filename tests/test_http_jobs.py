@@ -20,9 +20,8 @@ from shardit.server.http import events as http_events
 from shardit.server.http.board import Board
 from shardit.server.jobs import NewJob
 from shardit.server.store import Store
-
-from .http_calls import LATER, NOW, events, open_job
-from .http_fake import WAIT_S, Served
+from tests.http_calls import LATER, NOW, events, open_job
+from tests.http_fake import WAIT_S, Served
 
 
 def test_a_job_of_an_image(images: Served) -> None:

@@ -13,9 +13,8 @@ from shardit.server.http.errors import ApiError
 from shardit.server.http.resolve import check_limits, pipeline_names
 from shardit.server.options import Limits
 from shardit.signature import PipelineSignature
-
-from .http_calls import NOW, error_of
-from .http_fake import VIDEO, Served, form, picture, serving
+from tests.http_calls import NOW, error_of
+from tests.http_fake import VIDEO, Served, form, picture, serving
 
 WAN: PipelineSignature = VIDEO["signature"]
 SMALL = Limits(pixels=512 * 512, frames=17, steps=10)

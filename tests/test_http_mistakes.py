@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from shardit.signature import PipelineSignature
-
-from .http_calls import NOW, error_of
-from .http_fake import VIDEO, Served, form, picture, serving
+from tests.http_calls import NOW, error_of
+from tests.http_fake import VIDEO, Served, form, picture, serving
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
-from .http_fake import WAIT_S, Served, picture
+from tests.http_fake import WAIT_S, Served, picture
 
 
 def client_of(served: Served) -> openai.OpenAI:

@@ -14,8 +14,7 @@ import pytest
 import uvicorn
 
 from shardit.server.http import patience
-
-from .http_fake import WAIT_S
+from tests.http_fake import WAIT_S
 
 LARGE = 64 * 1024**2
 HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"

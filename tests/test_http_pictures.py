@@ -20,9 +20,8 @@ from PIL import Image
 from shardit.server.http.errors import ApiError
 from shardit.server.http.pictures import check_header, check_whole
 from shardit.server.options import Limits
-
-from .http_calls import edit
-from .http_fake import IMAGE, WAIT_S, Served, form, picture, serving
+from tests.http_calls import edit
+from tests.http_fake import IMAGE, WAIT_S, Served, form, picture, serving
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from .http_fake import IMAGE, VIDEO, Served, serving
+from tests.http_fake import IMAGE, VIDEO, Served, serving
 
 # What the model at hand takes is more than a schema can say.
 _NOT_CHECKED = [positive_data_acceptance]

@@ -14,9 +14,8 @@ import pytest
 
 from shardit.server.keys import digest
 from shardit.server.options import Limits
-
-from .http_calls import NOW, edit
-from .http_fake import IMAGE, VIDEO, WAIT_S, Served, form, picture, serving
+from tests.http_calls import NOW, edit
+from tests.http_fake import IMAGE, VIDEO, WAIT_S, Served, form, picture, serving
 
 LIMIT = 200_000
 

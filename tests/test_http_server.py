@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from shardit.server.messages import Ranks
-
-from .http_calls import LATER, NOW, error_of, ignoring_errors, open_job
-from .http_fake import VIDEO, WAIT_S, Served, serving
+from tests.http_calls import LATER, NOW, error_of, ignoring_errors, open_job
+from tests.http_fake import VIDEO, WAIT_S, Served, serving
 
 
 def test_about_the_server(images: Served, videos: Served) -> None:

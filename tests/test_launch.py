@@ -14,9 +14,9 @@ import time
 
 import numpy
 import pytest
-from bench.served import children
 from PIL import Image
 
+from bench.served import children
 from shardit.engine.boot import started_by_torchrun
 from shardit.engine.channel import Channel
 from shardit.engine.launch import Nursery

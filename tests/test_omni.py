@@ -16,10 +16,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from bench.served import children
 from diffusers import WanPipeline
 from PIL import Image
 
+from bench.served import children
 from shardit import InputError, Omni, OmniDiffusionSamplingParams, RankError
 from shardit.cli import main
 from shardit.models import tiny

@@ -14,8 +14,7 @@ import pytest
 from shardit.config import DiffusionParallelConfig
 from shardit.engine.omni import Omni
 from shardit.errors import InputError, RankError, UnsupportedError
-
-from .test_launch import assert_gone, living
+from tests.test_launch import assert_gone, living
 
 TESTS = str(pathlib.Path(__file__).parent)
 

@@ -11,9 +11,8 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from shardit.signature import PipelineSignature
-
-from .browser import Visit, real_server, visiting
-from .http_fake import Served, picture, serving
+from tests.browser import Visit, real_server, visiting
+from tests.http_fake import Served, picture, serving
 
 
 def test_make_see_download_reload_delete(visit: Visit, images: Served) -> None:

@@ -11,9 +11,8 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from shardit.server.keys import digest
-
-from .browser import Visit, visiting
-from .http_fake import IMAGE, Served, serving
+from tests.browser import Visit, visiting
+from tests.http_fake import IMAGE, Served, serving
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 

@@ -13,8 +13,7 @@ from shardit.errors import InputError
 from shardit.server.intake import Conflict, QueueFull
 from shardit.server.jobs import PRIORITY_S, Job
 from shardit.server.store import Store
-
-from .stores import Clock, finished, folders, job, new, order, put
+from tests.stores import Clock, finished, folders, job, new, order, put
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from PIL import Image
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError
-from shardit.core.agreement import checksum, digests, named
+from shardit.core.agreement import SUMMED, checksum, digests, named
 from shardit.core.randomness import dropout_in_training
 from shardit.models import tiny
 from tests.brought import pipeline
@@ -236,6 +236,17 @@ def test_a_checksum_sees_each_value(dtype: torch.dtype) -> None:
     assert checksum(large[:1, :1].expand(3, 1)) == checksum(large[:, :1].clone())
     assert checksum(large[0, :1].expand(1)) == checksum(large[0, :1].clone())
     assert checksum(torch.empty(0, dtype=dtype)) == b""
+
+
+def test_what_a_pipeline_computed_is_sampled_if_large() -> None:
+    small, large = torch.rand(1000), torch.rand(400_000)
+    for tensor in (small, large):
+        assert checksum(tensor, SUMMED) == checksum(tensor.clone(), SUMMED)
+        assert checksum(tensor, SUMMED) != checksum(torch.rand_like(tensor), SUMMED)
+        one = tensor.clone()
+        one[501] += 1
+        assert (checksum(one, SUMMED) != checksum(tensor, SUMMED)) == (tensor is small)
+        assert checksum(one) != checksum(tensor)
 
 
 def test_arguments_by_name() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from .nodes import HERE, Servers, equal, expected
+from tests.nodes import HERE, Servers, equal, expected
 
 
 def has_ray() -> bool:

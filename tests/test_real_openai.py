@@ -13,9 +13,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from shardit.models import tiny
-
-from .real_omni import by_diffusers, same
-from .real_server import WAIT_S, RealServer, expected, pictures, real_server
+from tests.real_omni import by_diffusers, same
+from tests.real_server import WAIT_S, RealServer, expected, pictures, real_server
 
 STAGES = ("--pipeline-parallel-size", "2", "--api-key", "a-secret")
 STEPS = 3

@@ -16,8 +16,7 @@ from PIL import Image
 
 from shardit.server.gauges import Gauges
 from shardit.server.http.metrics import HttpMetrics
-
-from .http_fake import WAIT_S, Served, picture
+from tests.http_fake import WAIT_S, Served, picture
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "docs/serving.md").read_text().split("## The HTTP interface")[1].split("\n### ")[0]

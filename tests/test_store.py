@@ -13,8 +13,7 @@ from shardit.server import intake
 from shardit.server import store as stores
 from shardit.server.jobs import ENDED, NewJob
 from shardit.server.store import Store
-
-from .stores import finished, folders, job, new, order, put
+from tests.stores import finished, folders, job, new, order, put
 
 
 @pytest.fixture

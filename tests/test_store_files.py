@@ -14,8 +14,7 @@ import pytest
 from shardit.errors import InputError
 from shardit.server import migrations
 from shardit.server.store import Store
-
-from .stores import FORK, folders, job, new, order, put
+from tests.stores import FORK, folders, job, new, order, put
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from shardit.server.jobs import ENDED, OPEN
 from shardit.server.store import Store
-
-from .stores import FORK, Clock, folders, put
+from tests.stores import FORK, Clock, folders, put
 
 
 def act_at_random(folder: Path, seed: int, ids: list[str], ready: Any) -> list[tuple[str, str]]:

@@ -18,8 +18,7 @@ import pytest
 from shardit.models import tiny
 from shardit.server.jobs import NewJob
 from shardit.server.store import Store
-
-from .real_server import RealServer, alive, at, real_server
+from tests.real_server import RealServer, alive, at, real_server
 
 LONG = {"num_inference_steps": 40}
 STAGES = ("--pipeline-parallel-size", "2")

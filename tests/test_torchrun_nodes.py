@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from .nodes import equal, expected, parent
+from tests.nodes import equal, expected, parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")

@@ -16,8 +16,7 @@ from shardit.engine.live import Live
 from shardit.engine.messages import Begin, Ended, Left
 from shardit.server import running, vigil
 from shardit.server.vigil import MAX_SIZES, MIN_PATIENCE_S, Patience
-
-from .played import Server, played_server
+from tests.played import Server, played_server
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from .components import components_of
-from .core.agreement import named
-from .core.comm import Comm
-from .core.meeting import sendable
+from shardit.components import components_of
+from shardit.core.agreement import named
+from shardit.core.comm import Comm
+from shardit.core.meeting import sendable
 
 
 def fusing(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], Iterable[nn.Module]]) -> Any:

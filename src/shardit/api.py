@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .changes import refuse_compiled
-from .components import components_of, device_of, refuse_hooks
-from .config import DiffusionParallelConfig, config_of
-from .connect import compile_part, connect, join, refuse_shared_blocks, spread_model, take_compilers
-from .core.assign import Assignment, assign_blocks, denoises
-from .core.mesh import Mesh, init_mesh
-from .core.plan import Plan
-from .core.runtime import Runtime
-from .core.slices import Owned
-from .errors import InputError
-from .model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
-from .models.back_ends import use_attention_backend
-from .models.extras import load_loras, use_vae_options
-from .parallel.place import place_components
-from .parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
-from .parallel_state import set_mesh_of_model
-from .placed import placed_among
+from shardit.changes import refuse_compiled
+from shardit.components import components_of, device_of, refuse_hooks
+from shardit.config import DiffusionParallelConfig, config_of
+from shardit.connect import compile_part, connect, join, refuse_shared_blocks, spread_model, take_compilers
+from shardit.core.assign import Assignment, assign_blocks, denoises
+from shardit.core.mesh import Mesh, init_mesh
+from shardit.core.plan import Plan
+from shardit.core.runtime import Runtime
+from shardit.core.slices import Owned
+from shardit.errors import InputError
+from shardit.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
+from shardit.models.back_ends import use_attention_backend
+from shardit.models.extras import load_loras, use_vae_options
+from shardit.parallel.place import place_components
+from shardit.parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
+from shardit.parallel_state import set_mesh_of_model
+from shardit.placed import placed_among
 
 if TYPE_CHECKING:
-    from .loading import Reads
+    from shardit.loading import Reads
 
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ def load_parallel(
     options: ModelOptions = NO_OPTIONS,
 ) -> tuple[Any, Assignment, Runtime | None]:
     """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
-    from .loading import load_pipeline
+    from shardit.loading import load_pipeline
 
     found: list[Assignment] = []
     cuts: dict[str, TensorPlan] = {}

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from .core.agreement import named
-from .core.comm import Comm
-from .core.meeting import sendable
-from .core.pending import settle
-from .core.randomness import generators_in, moved, set_states, states
-from .core.remote import call_on
-from .core.runtime import Runtime
-from .errors import InputError, UnsupportedError
+from shardit.core.agreement import named
+from shardit.core.comm import Comm
+from shardit.core.meeting import sendable
+from shardit.core.pending import settle
+from shardit.core.randomness import generators_in, moved, set_states, states
+from shardit.core.remote import call_on
+from shardit.core.runtime import Runtime
+from shardit.errors import InputError, UnsupportedError
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 

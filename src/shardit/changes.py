@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .core.collectives import Collectives
-from .core.fingerprint import Change
-from .errors import UnsupportedError
-from .parallel.tensor_adapters import cut_adapters
+from shardit.core.collectives import Collectives
+from shardit.core.fingerprint import Change
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor_adapters import cut_adapters
 
 if TYPE_CHECKING:
-    from .placed import Placed
+    from shardit.placed import Placed
 
 COMPILED = "_orig_mod"
 """Where the module is inside the wrapper that torch.compile makes of one."""

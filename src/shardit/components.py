@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core.collectives import Collectives
-from .core.mesh import Mesh
-from .core.sites import swap_class
-from .errors import InputError, UnsupportedError
-from .mixins import CFGParallelMixin
+from shardit.core.collectives import Collectives
+from shardit.core.mesh import Mesh
+from shardit.core.sites import swap_class
+from shardit.errors import InputError, UnsupportedError
+from shardit.mixins import CFGParallelMixin
 
 OFFLOAD = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
 SAVE = ("save_pretrained",)

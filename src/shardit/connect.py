@@ -9,26 +9,36 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import fusing, moving
-from .callbacks import calling, interrupt_members
-from .changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
-from .components import BEFORE, OFFLOAD, SAVE, components_of, guard, modules_of, outermost, refused, shared_tensors
-from .config import DiffusionParallelConfig
-from .core.assign import Assignment, Cut, denoises, left_whole
-from .core.comm import Comm
-from .core.entry import guard_entry
-from .core.overlap import overlap
-from .core.relay import relay
-from .core.remote import own
-from .core.runtime import Runtime
-from .core.sites import find_blocks, plain_class, swap_class
-from .core.stages import stage
-from .errors import UnsupportedError
-from .parallel.spread import spread_tokens
-from .parallel.tensor import TensorPlan
-from .parallel.tensor_adapters import pipeline_members
-from .parallel.tiles import spread_tiles
-from .placed import Placed, placed_on
+from shardit.adapters import fusing, moving
+from shardit.callbacks import calling, interrupt_members
+from shardit.changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
+from shardit.components import (
+    BEFORE,
+    OFFLOAD,
+    SAVE,
+    components_of,
+    guard,
+    modules_of,
+    outermost,
+    refused,
+    shared_tensors,
+)
+from shardit.config import DiffusionParallelConfig
+from shardit.core.assign import Assignment, Cut, denoises, left_whole
+from shardit.core.comm import Comm
+from shardit.core.entry import guard_entry
+from shardit.core.overlap import overlap
+from shardit.core.relay import relay
+from shardit.core.remote import own
+from shardit.core.runtime import Runtime
+from shardit.core.sites import find_blocks, plain_class, swap_class
+from shardit.core.stages import stage
+from shardit.errors import UnsupportedError
+from shardit.parallel.spread import spread_tokens
+from shardit.parallel.tensor import TensorPlan
+from shardit.parallel.tensor_adapters import pipeline_members
+from shardit.parallel.tiles import spread_tiles
+from shardit.placed import Placed, placed_on
 
 log = logging.getLogger(__name__)
 

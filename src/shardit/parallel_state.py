@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from .config import DiffusionParallelConfig
-from .core.group import GroupCoordinator
-from .core.mesh import Mesh, init_mesh
-from .errors import InputError
-from .parallel.planned import runs_whole
+from shardit.config import DiffusionParallelConfig
+from shardit.core.group import GroupCoordinator
+from shardit.core.mesh import Mesh, init_mesh
+from shardit.errors import InputError
+from shardit.parallel.planned import runs_whole
 
 _GROUPS: dict[str, GroupCoordinator] = {}
 _MESH: list[Mesh] = []  # that the program itself has asked for

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .adapters import fusing
-from .changes import cut_blocks, follow, unwrap_parts
-from .config import DiffusionParallelConfig
-from .core.assign import Assignment
-from .core.fingerprint import PLAIN, Change, Fingerprint
-from .core.held_state import keepers
-from .core.plan import Plan
-from .core.randomness import dropout_in_training
-from .core.runtime import Runtime
-from .core.sites import plain_class, swap_class
-from .errors import InputError, UnsupportedError
+from shardit.adapters import fusing
+from shardit.changes import cut_blocks, follow, unwrap_parts
+from shardit.config import DiffusionParallelConfig
+from shardit.core.assign import Assignment
+from shardit.core.fingerprint import PLAIN, Change, Fingerprint
+from shardit.core.held_state import keepers
+from shardit.core.plan import Plan
+from shardit.core.randomness import dropout_in_training
+from shardit.core.runtime import Runtime
+from shardit.core.sites import plain_class, swap_class
+from shardit.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .parallel.tensor_cuts import TensorPlan
+    from shardit.parallel.tensor_cuts import TensorPlan
 
 
 KNOWN = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")

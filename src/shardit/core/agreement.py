@@ -17,13 +17,17 @@ from typing import Any
 import numpy
 import torch
 
-from ..errors import InputError, UnsupportedError
-from .comm import Comm
-from .pending import settle
-from .randomness import GENERATORS, States, moved, state_in, states
+from shardit.core.comm import Comm
+from shardit.core.pending import settle
+from shardit.core.randomness import GENERATORS, States, moved, state_in, states
+from shardit.errors import InputError, UnsupportedError
 
 SAMPLES = 4096
 """Of what is larger, as many words go into the checksum by their place; all others by their sum alone."""
+
+SUMMED = 2**20
+"""Bytes of a tensor that a pipeline has computed itself. Of larger ones the samples alone count: such a tensor, as
+the embeddings of a prompt, differs nearly everywhere if at all, and reading it all takes longer than the messages."""
 
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.Size, range, slice, enum.Enum, Path)
 
@@ -85,7 +89,7 @@ class Agreement:
             return
         self.marked = True
         when = "in its first step although the pipeline's arguments are the same"
-        self._compare(name, digests(arguments()), {}, when)
+        self._compare(name, digests(arguments(), SUMMED), {}, when)
 
     def compare(self, name: str, arguments: Mapping[str, Any]) -> None:
         """Compare a call of a model by itself. Collective; raises InputError on all ranks where values differ."""
@@ -171,20 +175,21 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def digests(arguments: Mapping[str, Any]) -> dict[str, bytes]:
+def digests(arguments: Mapping[str, Any], summed: int | None = None) -> dict[str, bytes]:
     """A checksum of each argument, in order of names. Tensors that are pending are waited for.
 
     Strings, numbers, tensors, arrays, pictures and generators count by value, in containers, too; other objects (and
-    functions, which ranks may have each of their own) by their kind alone.
+    functions, which ranks may have each of their own) by their kind alone. Of tensors with more than `summed` bytes
+    (None: no limit) only samples count.
     """
     settle(list(arguments.values()))
-    return {name: _hash(*_described(arguments[name])) for name in sorted(arguments)}
+    return {name: _hash(*_described(arguments[name], summed)) for name in sorted(arguments)}
 
 
-def _described(value: Any) -> Iterator[bytes]:
+def _described(value: Any, summed: int | None) -> Iterator[bytes]:
     if isinstance(value, torch.Tensor):
         yield repr((tuple(value.shape), value.dtype)).encode()
-        yield checksum(value)
+        yield checksum(value, summed)
     elif isinstance(value, numpy.ndarray):
         yield repr((value.shape, value.dtype.str)).encode()
         yield repr(value.tolist()).encode() if value.dtype.hasobject else checksum(_of_array(value))
@@ -198,15 +203,15 @@ def _described(value: Any) -> Iterator[bytes]:
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield repr(key).encode()
-            yield from _described(item)
+            yield from _described(item, summed)
     elif isinstance(value, (list, tuple)):
         yield f"{len(value)}".encode()
         for item in value:
-            yield from _described(item)
+            yield from _described(item, summed)
     elif isinstance(value, (set, frozenset)):
         yield repr(sorted(map(repr, value))).encode()
     elif hasattr(value, "__array_interface__"):  # a picture
-        yield from _described(numpy.asarray(value))
+        yield from _described(numpy.asarray(value), summed)
     elif callable(value):
         yield b"function"
     else:
@@ -217,8 +222,9 @@ def _of_array(array: numpy.ndarray) -> torch.Tensor:
     return torch.from_numpy(numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8).copy())
 
 
-def checksum(tensor: torch.Tensor) -> bytes:
-    """A checksum of the values of a tensor, wherever it is; large ones cost about what it takes to read them once."""
+def checksum(tensor: torch.Tensor, summed: int | None = None) -> bytes:
+    """A checksum of the values of a tensor, wherever it is. It costs about what it takes to read them once, or, with
+    more than `summed` bytes, to read SAMPLES words."""
     if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
         return b""
     with torch.no_grad():
@@ -230,7 +236,8 @@ def checksum(tensor: torch.Tensor) -> bytes:
             words = words.clone()
         words = words.view(torch.int64)
         sampled = words[:: max(1, -(-words.numel() // SAMPLES))]
-        total = words.sum().reshape(1)  # wraps around
+        whole = summed is None or words.nbytes <= summed
+        total = (words if whole else sampled).sum().reshape(1)  # wraps around
         known = torch.cat([total.view(torch.uint8), sampled.contiguous().view(torch.uint8), raw[raw.numel() - tail :]])
     return zlib.crc32(known.cpu().numpy().tobytes()).to_bytes(4, "little") + bytes(known[:8].tolist())
 

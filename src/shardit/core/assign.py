@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
-from ..errors import UnsupportedError
-from .balance import WHOLE_SHARE, Loads, Relayed, distribute
-from .everywhere import small_tensors
-from .mesh import axis_sizes, coordinates
-from .partition import Placement, automatic_chunks, block_cost, place_blocks
-from .plan import Plan
-from .sites import find_blocks, keeps, plain_class
-from .units import Unit, find_units
+from shardit.config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
+from shardit.core.balance import WHOLE_SHARE, Loads, Relayed, distribute
+from shardit.core.everywhere import small_tensors
+from shardit.core.mesh import axis_sizes, coordinates
+from shardit.core.partition import Placement, automatic_chunks, block_cost, place_blocks
+from shardit.core.plan import Plan
+from shardit.core.sites import find_blocks, keeps, plain_class
+from shardit.core.units import Unit, find_units
+from shardit.errors import UnsupportedError
 
 CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""

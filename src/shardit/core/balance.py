@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .units import Unit
+from shardit.core.units import Unit
 
 WHOLE_SHARE = 0.05
 """An encoder with a smaller share of what one rank holds is not cut."""

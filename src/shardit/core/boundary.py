@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import UnsupportedError
-from .hooks import hooks_below
-from .pending import PendingTensor, settle
-from .randomness import GENERATORS
-from .signature import asks_for_gradients
-from .sites import SWAPPED, fixed_place, swap_class
+from shardit.core.hooks import hooks_below
+from shardit.core.pending import PendingTensor, settle
+from shardit.core.randomness import GENERATORS
+from shardit.core.signature import asks_for_gradients
+from shardit.core.sites import SWAPPED, fixed_place, swap_class
+from shardit.errors import UnsupportedError
 
 ALWAYS = ("__call__", "forward", "generate")
 """Methods that compute whatever they are given; `generate` of transformers is defined next to the models."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import RankError
-from .coroutine import give_way
-from .mesh import AxisGroup, Mesh
+from shardit.core.coroutine import give_way
+from shardit.core.mesh import AxisGroup, Mesh
+from shardit.errors import RankError
 
 
 class Collectives:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import RankError
-from .mesh import Groups, Mesh
+from shardit.core.mesh import Groups, Mesh
+from shardit.errors import RankError
 
 ALIGN = 64
 """Bytes; every tensor of a packed message starts at a multiple of it, so that any dtype can be viewed in place."""

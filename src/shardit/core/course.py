@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..errors import RankError
-from .derive import derive
-from .plan import CallPlan, describe_result
-from .randomness import generators_kept
-from .signature import describe_leaf
-from .stand_ins import blank, stand_ins
-from .trace import Trace, Watch
+from shardit.core.derive import derive
+from shardit.core.plan import CallPlan, describe_result
+from shardit.core.randomness import generators_kept
+from shardit.core.signature import describe_leaf
+from shardit.core.stand_ins import blank, stand_ins
+from shardit.core.trace import Trace, Watch
+from shardit.errors import RankError
 
 
 class _Differs(BaseException):

@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..errors import InputError
-from .comm import Transfer
-from .pending import Source
-from .plan import CallPlan
-from .result import Result, Route
-from .schedule import Flight
+from shardit.core.comm import Transfer
+from shardit.core.pending import Source
+from shardit.core.plan import CallPlan
+from shardit.core.result import Result, Route
+from shardit.core.schedule import Flight
+from shardit.errors import InputError
 
 log = logging.getLogger(__name__)
 

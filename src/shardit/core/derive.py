@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
-from .comm import ALIGN, pack_layout
-from .plan import Address, CallPlan, Hop, Item, Leaf, ResultPlan, segments_of
-from .trace import Event, Trace
+from shardit.core.comm import ALIGN, pack_layout
+from shardit.core.plan import Address, CallPlan, Hop, Item, Leaf, ResultPlan, segments_of
+from shardit.core.trace import Event, Trace
+from shardit.errors import UnsupportedError
 
 Version = tuple[int, int]
 """A storage, and the number of the event that wrote what it holds."""

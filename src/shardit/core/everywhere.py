@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sites import put
-from .writes import changed, mark
+from shardit.core.sites import put
+from shardit.core.writes import changed, mark
 
 SMALL_BYTES = 1 << 20
 """What is on every rank of a component takes at most as many bytes; the smallest tensors come first."""

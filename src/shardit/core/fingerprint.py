@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any
 
 from torch import nn
 
-from .hooks import from_outside
+from shardit.core.hooks import from_outside
 
 ON_INSTANCE = ("forward", "_compiled_call_impl", "processor")
 """Attributes of a module that say how it computes: its forward if one was put in place of its class's (by a hook), what
@@ -46,7 +46,8 @@ class Fingerprint:
 
     steering: names of modules whose plain attributes decide the course of the model's forward.
 
-    `changed` takes well below a millisecond for a thousand modules: a pipeline asks it once in each call.
+    `changed` takes about 0.2 ms for a thousand modules, since it compares whole dicts and lists, which look at
+    identities first: a pipeline asks it once in each call.
     """
 
     def __init__(self, model: nn.Module, steering: Iterable[str] = ()):
@@ -54,7 +55,7 @@ class Fingerprint:
         self._names = [name for name, _ in named]
         self._own = [vars(module) for _, module in named]  # these dicts live as long as their modules
         self._children = [own["_modules"] for own in self._own]
-        self._taken = self._now()
+        self._taken = [dict(children) for children in self._children], self._ways()
         self._detail = [self._look(own) for own in self._own]
         self._hooks = [own[kind] for own in self._own for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooked = self._outside()
@@ -62,9 +63,7 @@ class Fingerprint:
 
     def changed(self) -> bool:
         """Whether anything differs from when this was taken."""
-        if not self._same_length() or self._outside() != self._hooked:
-            return True
-        return not all(map(operator.is_, self._now(), self._taken))
+        return (self._children, self._ways()) != self._taken or self._outside() != self._hooked
 
     def changes(self) -> list[Change]:
         """What differs, in order of names. Below a module that was replaced nothing is looked at."""
@@ -103,17 +102,13 @@ class Fingerprint:
 
     def _outside(self) -> list[tuple[str, int]]:
         """The hooks from outside, by the name of the module and the number that torch gave them."""
-        if not sum(map(len, self._hooks)):
+        if not any(self._hooks):
             return []
         found = ((i // 2, key, hook) for i, hooks in enumerate(self._hooks) for key, hook in hooks.items())
         return [(self._names[number], key) for number, key, hook in found if from_outside(hook)]
 
-    def _same_length(self) -> bool:
-        return sum(map(len, self._children)) + len(ON_INSTANCE) * len(self._own) == len(self._taken)
-
-    def _now(self) -> list[Any]:
-        ways = (map(dict.get, self._own, repeat(name)) for name in ON_INSTANCE)
-        return list(chain(chain.from_iterable(map(dict.values, self._children)), *ways))
+    def _ways(self) -> list[list[Any]]:
+        return [list(map(dict.get, self._own, repeat(name))) for name in ON_INSTANCE]
 
     @staticmethod
     def _look(own: dict[str, Any]) -> dict[str, Any]:

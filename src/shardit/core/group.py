@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError, RankError
-from .mesh import AXES, Mesh
+from shardit.core.mesh import AXES, Mesh
+from shardit.errors import InputError, RankError
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .local_plan import LocalPlan
+from shardit.core.local_plan import LocalPlan
 
 MAX_SIGNATURES = 64
 """Plans that are kept per transformer; the least recently used one goes first."""

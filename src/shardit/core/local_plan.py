@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .plan import Address, CallPlan, Hop, Leaf
-from .stand_ins import is_float
+from shardit.core.plan import Address, CallPlan, Hop, Leaf
+from shardit.core.stand_ins import is_float
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from .comm import Comm
+from shardit.core.comm import Comm
 
 
 class RemoteError(Exception):

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import InputError, RankError, UnsupportedError
-from .memory import keep_freed_memory
+from shardit.core.memory import keep_freed_memory
+from shardit.errors import InputError, RankError, UnsupportedError
 
 if TYPE_CHECKING:
-    from ..config import DiffusionParallelConfig
+    from shardit.config import DiffusionParallelConfig
 
 AXES = ("dp", "cfg", "pp", "ring", "ulysses", "tp")
 """Outermost first: neighbouring ranks share `tp`, so that the axis that talks most gets the fastest links."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .pending import PendingTensor, Source
+from shardit.core.pending import PendingTensor, Source
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest relative L2 difference between a batch run whole and run by sample."""

@@ -18,19 +18,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..errors import RankError, UnsupportedError
-from .coroutine import Coroutine, willing
-from .known_plans import MAX_SIGNATURES
-from .module_state import differences, state_of
-from .pending import settle
-from .plan import ResultPlan, describe_result
-from .randomness import any_moved, moved, states, torch_states
-from .result import Result
-from .runtime import Runtime
-from .signature import signature
-from .sites import changing_methods, swap_class
-from .stages import scales_adapters
-from .writes import check_unchanged, inputs_of
+from shardit.core.coroutine import Coroutine, willing
+from shardit.core.known_plans import MAX_SIGNATURES
+from shardit.core.module_state import differences, state_of
+from shardit.core.pending import settle
+from shardit.core.plan import ResultPlan, describe_result
+from shardit.core.randomness import any_moved, moved, states, torch_states
+from shardit.core.result import Result
+from shardit.core.runtime import Runtime
+from shardit.core.signature import signature
+from shardit.core.sites import changing_methods, swap_class
+from shardit.core.stages import scales_adapters
+from shardit.core.writes import check_unchanged, inputs_of
+from shardit.errors import RankError, UnsupportedError
 
 _inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)
 """The model whose forward runs, in this context."""

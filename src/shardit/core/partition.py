@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import UnsupportedError
+from shardit.errors import UnsupportedError
 
 MAX_CHUNKS = 8
 """Looped chunks per rank that the automatic choice uses at most: a hop per chunk has to stay small next to it."""

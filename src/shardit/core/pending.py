@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..errors import UnsupportedError
+from shardit.errors import UnsupportedError
 
 _T: Any = torch.Tensor
 

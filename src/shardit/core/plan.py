@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .comm import Layout, pack_layout
+from shardit.core.comm import Layout, pack_layout
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .schedule import Flight, Schedule
-from .turns import Program, Turns
+from shardit.core.schedule import Flight, Schedule
+from shardit.core.turns import Program, Turns
 
 
 @dataclass(frozen=True)

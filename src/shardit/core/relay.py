@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import RankError, UnsupportedError
-from .boundary import Boundary
-from .caches import find_caches, replace_layers, state_of, taken_since
-from .comm import Comm
-from .hooks import hooks_below
-from .meeting import meet
-from .pending import PendingTensor
-from .randomness import generators_in
-from .remote import Held, call_on, fetched, held_here
-from .signature import mode_key
-from .sites import put, swap_class
-from .writes import changed, mark
+from shardit.core.boundary import Boundary
+from shardit.core.caches import find_caches, replace_layers, state_of, taken_since
+from shardit.core.comm import Comm
+from shardit.core.hooks import hooks_below
+from shardit.core.meeting import meet
+from shardit.core.pending import PendingTensor
+from shardit.core.randomness import generators_in
+from shardit.core.remote import Held, call_on, fetched, held_here
+from shardit.core.signature import mode_key
+from shardit.core.sites import put, swap_class
+from shardit.core.writes import changed, mark
+from shardit.errors import RankError, UnsupportedError
 
 
 @dataclass

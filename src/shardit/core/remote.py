@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import UnsupportedError
-from .attributes import Attributes, Found
-from .boundary import Boundary, Read
-from .comm import ALIGN, Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes
-from .everywhere import Everywhere
-from .meeting import sendable
-from .pending import PendingTensor, Source, settle
-from .plan import span
-from .randomness import Generator, generators_in, moved, set_states, states
-from .sites import put
-from .writes import changed, mark
+from shardit.core.attributes import Attributes, Found
+from shardit.core.boundary import Boundary, Read
+from shardit.core.comm import ALIGN, Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes
+from shardit.core.everywhere import Everywhere
+from shardit.core.meeting import sendable
+from shardit.core.pending import PendingTensor, Source, settle
+from shardit.core.plan import span
+from shardit.core.randomness import Generator, generators_in, moved, set_states, states
+from shardit.core.sites import put
+from shardit.core.writes import changed, mark
+from shardit.errors import UnsupportedError
 
 
 def own(

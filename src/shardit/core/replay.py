@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from .recording import Op, Workload, record
+from shardit.core.recording import Op, Workload, record
 
 Grouping = Callable[[Op, int], Hashable]
 """The communicator of a message between stages of a pipeline of the given size."""

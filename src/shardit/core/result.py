@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_unflatten
 
-from .comm import Comm, Transfer, view_bytes
-from .mesh import Mesh
-from .pending import Source
-from .plan import ResultPlan
+from shardit.core.comm import Comm, Transfer, view_bytes
+from shardit.core.mesh import Mesh
+from shardit.core.pending import Source
+from shardit.core.plan import ResultPlan
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from .agreement import Agreement
-from .comm import Comm
-from .deal import Dealer
-from .mesh import Mesh
-from .result import Route
-from .schedule import Flight, Schedule
-from .turns import Turns
+from shardit.core.agreement import Agreement
+from shardit.core.comm import Comm
+from shardit.core.deal import Dealer
+from shardit.core.mesh import Mesh
+from shardit.core.result import Route
+from shardit.core.schedule import Flight, Schedule
+from shardit.core.turns import Turns
 
 
 @dataclass

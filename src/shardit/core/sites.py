@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
-from .plan import Plan
+from shardit.core.plan import Plan
+from shardit.errors import UnsupportedError
 
 SMALL_SHARE = 0.02
 """Block lists with a smaller share of the parameters are kept whole on every rank."""

@@ -15,22 +15,22 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import RankError, UnsupportedError
-from . import microbatch
-from .course import DryCall
-from .deal import RemoteCall
-from .known_plans import KnownPlans
-from .local_plan import LocalPlan
-from .module_state import State, differences, state_of
-from .partition import Placement
-from .pending import settle
-from .plan import CallPlan, Plan
-from .randomness import States, generators_kept, moved, set_states, states
-from .runtime import Runtime
-from .signature import asks_for_gradients, mode_key, signature
-from .sites import changing_methods, drop_blocks, find_blocks, fixed_place, install, swap_class
-from .staged_call import StagedCall
-from .traced_call import TracedCall
+from shardit.core import microbatch
+from shardit.core.course import DryCall
+from shardit.core.deal import RemoteCall
+from shardit.core.known_plans import KnownPlans
+from shardit.core.local_plan import LocalPlan
+from shardit.core.module_state import State, differences, state_of
+from shardit.core.partition import Placement
+from shardit.core.pending import settle
+from shardit.core.plan import CallPlan, Plan
+from shardit.core.randomness import States, generators_kept, moved, set_states, states
+from shardit.core.runtime import Runtime
+from shardit.core.signature import asks_for_gradients, mode_key, signature
+from shardit.core.sites import changing_methods, drop_blocks, find_blocks, fixed_place, install, swap_class
+from shardit.core.staged_call import StagedCall
+from shardit.core.traced_call import TracedCall
+from shardit.errors import RankError, UnsupportedError
 
 log = logging.getLogger(__name__)
 

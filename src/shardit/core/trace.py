@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import UnsupportedError
-from .comm import first_byte
-from .plan import Address, Site, span
+from shardit.core.comm import first_byte
+from shardit.core.plan import Address, Site, span
+from shardit.errors import UnsupportedError
 
 # Operations whose result decides what Python does next, or how large the next tensor is.
 _HOST = {

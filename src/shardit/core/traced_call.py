@@ -11,17 +11,25 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as _without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..errors import RankError, UnsupportedError
-from .comm import Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
-from .derive import derive
-from .held_state import held_state
-from .meeting import meet, sendable
-from .plan import CallPlan, Leaf, Site, describe_result
-from .randomness import States, moved, states
-from .signature import describe_leaf
-from .sites import inner_tensors, put
-from .trace import Trace, Watch
-from .writes import changed, mark
+from shardit.core.comm import (
+    Comm,
+    dump_with_tensors,
+    first_byte,
+    load_with_tensors,
+    storage_bytes,
+    view_bytes,
+    view_near,
+)
+from shardit.core.derive import derive
+from shardit.core.held_state import held_state
+from shardit.core.meeting import meet, sendable
+from shardit.core.plan import CallPlan, Leaf, Site, describe_result
+from shardit.core.randomness import States, moved, states
+from shardit.core.signature import describe_leaf
+from shardit.core.sites import inner_tensors, put
+from shardit.core.trace import Trace, Watch
+from shardit.core.writes import changed, mark
+from shardit.errors import RankError, UnsupportedError
 
 log = logging.getLogger(__name__)
 

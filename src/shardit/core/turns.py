@@ -10,10 +10,10 @@ from typing import Any
 import numpy
 import torch
 
-from ..errors import RankError
-from .agreement import digests
-from .coroutine import Coroutine, Generators
-from .schedule import Flight, Schedule
+from shardit.core.agreement import SUMMED, digests
+from shardit.core.coroutine import Coroutine, Generators
+from shardit.core.schedule import Flight, Schedule
+from shardit.errors import RankError
 
 
 class Interrupted(Exception):
@@ -78,7 +78,7 @@ class Turns:
         ranks; doing it here would make every rank wait for the others and drain the pipeline."""
         program = self.current
         if program is not None and program.start is None:
-            program.start = ", ".join(f"{name} {value.hex()}" for name, value in digests(arguments()).items())
+            program.start = ", ".join(f"{name} {value.hex()}" for name, value in digests(arguments(), SUMMED).items())
 
     def run(self, programs: Iterator[Program], max_in_flight: int) -> Iterator[Program]:
         """Run all programs, at most `max_in_flight` at once; yields each when it has ended, with value or error.

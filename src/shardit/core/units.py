@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .sites import is_block_list
+from shardit.core.sites import is_block_list
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..errors import RankError
+from shardit.errors import RankError
 
 Inputs = list[tuple[torch.Tensor, int]]
 """Tensors and the versions that they had."""

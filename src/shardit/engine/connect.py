@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RankError
-from .channel import Channel
-from .messages import SessionSpec
+from shardit.engine.channel import Channel
+from shardit.engine.messages import SessionSpec
+from shardit.errors import RankError
 
 GREETING = b"shardit ranks 1\n"
 WELCOME = b"+"

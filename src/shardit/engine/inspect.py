@@ -6,16 +6,16 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..config import DiffusionParallelConfig
-from ..core.assign import Assignment
-from ..core.mesh import axis_sizes, coordinates
-from ..core.slices import Owned, Slice
-from ..loading import Description, describe, describe_configs
-from ..loading.dtypes import Setting, check_components, dtype_of
-from ..model_options import model_options
-from ..models.shipped import configurations, shipped
-from ..parallel.place import place_components
-from ..parallel.tensor import describe_plan, owned_slices
+from shardit.config import DiffusionParallelConfig
+from shardit.core.assign import Assignment
+from shardit.core.mesh import axis_sizes, coordinates
+from shardit.core.slices import Owned, Slice
+from shardit.loading import Description, describe, describe_configs
+from shardit.loading.dtypes import Setting, check_components, dtype_of
+from shardit.model_options import model_options
+from shardit.models.shipped import configurations, shipped
+from shardit.parallel.place import place_components
+from shardit.parallel.tensor import describe_plan, owned_slices
 
 if TYPE_CHECKING:
     import torch

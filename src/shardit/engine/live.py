@@ -15,13 +15,13 @@ import time
 from collections import deque
 from typing import Any
 
-from ..core.turns import Interrupted, Program, is_out_of_memory
-from ..logs import logger, take_over
-from .advice import advice
-from .channel import Channel, Closed
-from .memory import peak_bytes, reset_peak
-from .messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
-from .result import collect, one_line, with_arrays
+from shardit.core.turns import Interrupted, Program, is_out_of_memory
+from shardit.engine.advice import advice
+from shardit.engine.channel import Channel, Closed
+from shardit.engine.memory import peak_bytes, reset_peak
+from shardit.engine.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
+from shardit.engine.result import collect, one_line, with_arrays
+from shardit.logs import logger, take_over
 
 
 def serve_live(session: Any, channel: Channel) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InputError
+from shardit.errors import InputError
 
 
 def check_in_flight(pipeline_class: Any, max_in_flight: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from .connect import Reach
+from shardit.engine.connect import Reach
 
 ARRIVE_S = 60.0
 
@@ -31,8 +31,8 @@ class RayRank:
         # Ray shows an actor only its own GPU, whose number is then 0.
         os.environ["LOCAL_RANK"] = "0" if has_gpu else str(rank % per_node)
         os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
-        from .remote_rank import RemoteRank
-        from .worker import threads_per_rank
+        from shardit.engine.remote_rank import RemoteRank
+        from shardit.engine.worker import threads_per_rank
 
         here = RemoteRank(rank, model, address=get_node_ip_address())
         here.arrive(reach, ARRIVE_S)

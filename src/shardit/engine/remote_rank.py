@@ -7,10 +7,10 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from .channel import Channel, Closed
-from .connect import Join, Reach, connect
-from .facts import facts
-from .worker import main
+from shardit.engine.channel import Channel, Closed
+from shardit.engine.connect import Join, Reach, connect
+from shardit.engine.facts import facts
+from shardit.engine.worker import main
 
 JOIN_WAIT_S = 1800.0
 """Longest wait for the other ranks to arrive, in seconds; the supervisor gives up before."""

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from ..arrays import array_of
-from ..errors import InputError
-from ..loading.packages import named_in
-from ..output import Output
-from ..packages import pip_line
-from ..returned import PICTURES, SOUND, TEXT, VIDEO
-from .advice import advice
+from shardit.arrays import array_of
+from shardit.engine.advice import advice
+from shardit.errors import InputError
+from shardit.loading.packages import named_in
+from shardit.output import Output
+from shardit.packages import pip_line
+from shardit.returned import PICTURES, SOUND, TEXT, VIDEO
 
 if TYPE_CHECKING:
-    from ..requests import Request
+    from shardit.requests import Request
 
 
 def collect(request: Request, value: tuple[Any, float, list[str]] | None, error: Exception | None) -> Output:

@@ -14,40 +14,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..api import load_parallel
-from ..config import DiffusionParallelConfig
-from ..core.agreement import told
-from ..core.comm import Comm
-from ..core.mesh import init_mesh, pick_device
-from ..core.randomness import states
-from ..core.schedule import Schedule
-from ..core.turns import Program, Turns
-from ..errors import InputError, RankError
-from ..loading import Reads, describe
-from ..loading.dtypes import check_components
-from ..loading.hub import cached
-from ..loading.packages import check_packages, check_processors, missing
-from ..loading.pipeline import check_scheduler
-from ..model_options import recorded
-from ..models.back_ends import check_attention_backend
-from ..models.extras import check_extras
-from ..models.variants import image_pipeline
-from ..output import Output
-from ..parallel.place import place_components
-from ..parallel_state import destroy_model_parallel
-from ..returned import sample_rate_of
-from ..signature import PipelineSignature, signature_of
-from ..size_multiples import size_multiples
-from .facts import fingerprint, versions
-from .memory import held_bytes, limit_bytes
-from .own_pipeline import own_pipeline
-from .processors import check_in_flight, processors_put_back
-from .progress import report_progress
-from .result import collect
+from shardit.api import load_parallel
+from shardit.config import DiffusionParallelConfig
+from shardit.core.agreement import told
+from shardit.core.comm import Comm
+from shardit.core.mesh import init_mesh, pick_device
+from shardit.core.randomness import states
+from shardit.core.schedule import Schedule
+from shardit.core.turns import Program, Turns
+from shardit.engine.facts import fingerprint, versions
+from shardit.engine.memory import held_bytes, limit_bytes
+from shardit.engine.own_pipeline import own_pipeline
+from shardit.engine.processors import check_in_flight, processors_put_back
+from shardit.engine.progress import report_progress
+from shardit.engine.result import collect
+from shardit.errors import InputError, RankError
+from shardit.loading import Reads, describe
+from shardit.loading.dtypes import check_components
+from shardit.loading.hub import cached
+from shardit.loading.packages import check_packages, check_processors, missing
+from shardit.loading.pipeline import check_scheduler
+from shardit.model_options import recorded
+from shardit.models.back_ends import check_attention_backend
+from shardit.models.extras import check_extras
+from shardit.models.variants import image_pipeline
+from shardit.output import Output
+from shardit.parallel.place import place_components
+from shardit.parallel_state import destroy_model_parallel
+from shardit.returned import sample_rate_of
+from shardit.signature import PipelineSignature, signature_of
+from shardit.size_multiples import size_multiples
 
 if TYPE_CHECKING:
-    from ..requests import Request
-    from .messages import SessionSpec
+    from shardit.engine.messages import SessionSpec
+    from shardit.requests import Request
 
 OnProgress = Callable[[int, int, int], None]
 OnError = Callable[[int, Exception], None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from ..diffusers_source import definition
-from ..errors import InputError, first_line
+from shardit.diffusers_source import definition
+from shardit.errors import InputError, first_line
 
 
 def check_attention_backend(name: str | None) -> None:

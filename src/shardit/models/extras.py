@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InputError, first_line
-from ..loading.hub import unreachable
-from ..loading.packages import is_missing
-from ..model_options import Lora, ModelOptions
+from shardit.errors import InputError, first_line
+from shardit.loading.hub import unreachable
+from shardit.loading.packages import is_missing
+from shardit.model_options import Lora, ModelOptions
 
 
 def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..config import did_you_mean
-from ..errors import InputError, first_line
-from ..model_options import ModelOptions, is_number
-from .timesteps import Asked, asked_by, problem
+from shardit.config import did_you_mean
+from shardit.errors import InputError, first_line
+from shardit.model_options import ModelOptions, is_number
+from shardit.models.timesteps import Asked, asked_by, problem
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 """What makes a scheduler that also knows other models one of flow-matching models."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..config import did_you_mean
-from ..errors import InputError
-from ..loading.index import INDEX
-from ..loading.weight_names import is_weights
+from shardit.config import did_you_mean
+from shardit.errors import InputError
+from shardit.loading.index import INDEX
+from shardit.loading.weight_names import is_weights
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -51,7 +51,7 @@ def configurations(model: str | os.PathLike[str], variant: str | None = None) ->
 
 
 def _configurations(model: str | os.PathLike[str]) -> Path | None:
-    from ..loading.hub import cached
+    from shardit.loading.hub import cached
 
     name = os.fspath(model)
     path, folder = Path(name).expanduser(), shipped(name)

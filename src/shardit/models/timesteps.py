@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import first_line
+from shardit.errors import first_line
 
 _STEPS = 4
 _CALLS = ("retrieve_timesteps", "set_timesteps")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.collectives import Collectives
-from ..core.mesh import Mesh
-from ..errors import UnsupportedError
-from .ring import ring_attention
-from .ulysses import Ulysses
+from shardit.core.collectives import Collectives
+from shardit.core.mesh import Mesh
+from shardit.errors import UnsupportedError
+from shardit.parallel.ring import ring_attention
+from shardit.parallel.ulysses import Ulysses
 
 Inner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 """An attention function over whole sequences: q, k, v (BSHD) and a mask of 4 dimensions; returns BSHD."""

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.microbatch import CLOSE
-from ..errors import RankError, UnsupportedError
-from .attention import SequenceAttention
-from .run import DONE, FAILED, BlockRun, OutOfStep, agree
-from .seam import attention_goes_to
-from .shards import gather
-from .splits import Candidate, Shape, Split, candidates, cut, local_shape, out_options
-from .taint import Taint
+from shardit.core.microbatch import CLOSE
+from shardit.errors import RankError, UnsupportedError
+from shardit.parallel.attention import SequenceAttention
+from shardit.parallel.run import DONE, FAILED, BlockRun, OutOfStep, agree
+from shardit.parallel.seam import attention_goes_to
+from shardit.parallel.shards import gather
+from shardit.parallel.splits import Candidate, Shape, Split, candidates, cut, local_shape, out_options
+from shardit.parallel.taint import Taint
 
 SLACK = {torch.float32: 2.0}
 """One block in float32 may differ a little more than a whole model may (`CLOSE`), whose sums average it out."""

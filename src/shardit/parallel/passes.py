@@ -14,13 +14,13 @@ import torch
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
-from ..errors import UnsupportedError
-from .attention import Call, SequenceAttention
-from .plan_rules import Rule
-from .run import OutOfStep
-from .shards import Cache
-from .splits import Split
-from .steps import (
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention import Call, SequenceAttention
+from shardit.parallel.plan_rules import Rule
+from shardit.parallel.run import OutOfStep
+from shardit.parallel.shards import Cache
+from shardit.parallel.splits import Split
+from shardit.parallel.steps import (
     AttentionStep,
     GatherStep,
     Seen,

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..config import DiffusionParallelConfig
-from ..core.assign import Assignment, assign
-from ..core.plan import Plan
-from .tensor import TensorPlan, owners_of_wholes, plan_components
+from shardit.config import DiffusionParallelConfig
+from shardit.core.assign import Assignment, assign
+from shardit.core.plan import Plan
+from shardit.parallel.tensor import TensorPlan, owners_of_wholes, plan_components
 
 
 def place_components(

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..config import did_you_mean
-from ..errors import InputError
-from ..sp_plan import SequenceParallelInput, SequenceParallelOutput
+from shardit.config import did_you_mean
+from shardit.errors import InputError
+from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 
 DECLARED, OF_DIFFUSERS = "_sp_plan", "_cp_plan"
 """Attributes of a model that hold a plan: the one that replaces what is found, and what stands in if nothing is."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
-from .passes import Pass
-from .plan_rules import ModuleRules, Rule
+from shardit.errors import InputError
+from shardit.parallel.passes import Pass
+from shardit.parallel.plan_rules import ModuleRules, Rule
 
 Act = Callable[[Rule, torch.Tensor], torch.Tensor]
 

@@ -19,22 +19,22 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from ..core.coroutine import willing
-from ..core.microbatch import CLOSE
-from ..core.module_state import restore, state_of
-from ..core.pending import settle
-from ..core.signature import signature
-from ..core.sites import swap_class
-from ..core.stages import Stages
-from ..errors import InputError, RankError, UnsupportedError
-from .attention import SequenceAttention
-from .check import disturbed, same
-from .passes import Differs, Pass, SpreadPass, WholePass
-from .plan_rules import ModuleRules, read_plan
-from .plan_seams import call_module
-from .run import DONE, FAILED, agree
-from .seam import attention_goes_to
-from .steps import WIDTH, Seen, Step
+from shardit.core.coroutine import willing
+from shardit.core.microbatch import CLOSE
+from shardit.core.module_state import restore, state_of
+from shardit.core.pending import settle
+from shardit.core.signature import signature
+from shardit.core.sites import swap_class
+from shardit.core.stages import Stages
+from shardit.errors import InputError, RankError, UnsupportedError
+from shardit.parallel.attention import SequenceAttention
+from shardit.parallel.check import disturbed, same
+from shardit.parallel.passes import Differs, Pass, SpreadPass, WholePass
+from shardit.parallel.plan_rules import ModuleRules, read_plan
+from shardit.parallel.plan_seams import call_module
+from shardit.parallel.run import DONE, FAILED, agree
+from shardit.parallel.seam import attention_goes_to
+from shardit.parallel.steps import WIDTH, Seen, Step
 
 MAX_SIGNATURES = 1024
 """Signatures whose steps are remembered per transformer, more than stages remember; the least recently used one goes

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..core.collectives import Collectives
-from .partial import Partial, merge, partial_attention
+from shardit.core.collectives import Collectives
+from shardit.parallel.partial import Partial, merge, partial_attention
 
 
 def ring_attention(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.collectives import Collectives, even_sizes
+from shardit.core.collectives import Collectives, even_sizes
 
 Runs = tuple[tuple[int, int], ...]
 """(start, length) pairs, in order."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
-from ..errors import UnsupportedError
-from .attention import Call, Layout, SequenceAttention
-from .taint import Taint
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention import Call, Layout, SequenceAttention
+from shardit.parallel.taint import Taint
 
 FAILED, ATTENDING, DONE = 0, 1, 2
 """What a rank says when all say where they are."""

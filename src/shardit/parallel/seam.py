@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..errors import UnsupportedError
-from .attention import Call
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention import Call
 
 _plain_sdpa = F.scaled_dot_product_attention
 _users = 0

@@ -17,21 +17,21 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.meeting import sendable
-from ..core.module_state import restore, state_of
-from ..core.pending import PendingTensor, settle
-from ..core.randomness import generators_kept
-from ..core.signature import modes
-from ..core.sites import swap_class
-from ..core.stages import Stages
-from ..errors import RankError, UnsupportedError
-from .attention import Layout, SequenceAttention
-from .check import BlockPlan, find_plan
-from .kinds import fingerprint, value_key
-from .run import DONE, BlockRun, OutOfStep, agree
-from .seam import attention_goes_to
-from .shards import Cache, ShardSource
-from .splits import Shape
+from shardit.core.meeting import sendable
+from shardit.core.module_state import restore, state_of
+from shardit.core.pending import PendingTensor, settle
+from shardit.core.randomness import generators_kept
+from shardit.core.signature import modes
+from shardit.core.sites import swap_class
+from shardit.core.stages import Stages
+from shardit.errors import RankError, UnsupportedError
+from shardit.parallel.attention import Layout, SequenceAttention
+from shardit.parallel.check import BlockPlan, find_plan
+from shardit.parallel.kinds import fingerprint, value_key
+from shardit.parallel.run import DONE, BlockRun, OutOfStep, agree
+from shardit.parallel.seam import attention_goes_to
+from shardit.parallel.shards import Cache, ShardSource
+from shardit.parallel.splits import Shape
 
 MAX_STEPS = 1024
 """Sizes of block calls that are remembered per transformer."""

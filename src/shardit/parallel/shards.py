@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..core.collectives import Collectives, even_sizes
-from ..core.pending import PendingTensor, Source
-from .splits import Shape, Split, cut
+from shardit.core.collectives import Collectives, even_sizes
+from shardit.core.pending import PendingTensor, Source
+from shardit.parallel.splits import Shape, Split, cut
 
 
 class ShardSource(Source):

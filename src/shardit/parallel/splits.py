@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.collectives import even_sizes
+from shardit.core.collectives import even_sizes
 
 MAX_CANDIDATES = 32
 

@@ -16,15 +16,15 @@ from typing import Any
 
 from torch import nn
 
-from ..core.mesh import Mesh
-from ..core.sites import find_blocks, swap_class
-from ..core.stages import Stages
-from ..errors import InputError, UnsupportedError
-from .attention import SequenceAttention
-from .check import REMEDY, Refused
-from .plan_rules import DECLARED, OF_DIFFUSERS
-from .planned import PlannedSequence, read_planned
-from .sequence import SequenceParallel
+from shardit.core.mesh import Mesh
+from shardit.core.sites import find_blocks, swap_class
+from shardit.core.stages import Stages
+from shardit.errors import InputError, UnsupportedError
+from shardit.parallel.attention import SequenceAttention
+from shardit.parallel.check import REMEDY, Refused
+from shardit.parallel.plan_rules import DECLARED, OF_DIFFUSERS
+from shardit.parallel.planned import PlannedSequence, read_planned
+from shardit.parallel.sequence import SequenceParallel
 
 log = logging.getLogger(__name__)
 

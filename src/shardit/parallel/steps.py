@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import UnsupportedError
-from .attention import Call, Layout, SequenceAttention
-from .rows import Rows, Runs, dealt_rows, runs_of, take
-from .run import ATTENDING, OutOfStep, agree
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention import Call, Layout, SequenceAttention
+from shardit.parallel.rows import Rows, Runs, dealt_rows, runs_of, take
+from shardit.parallel.run import ATTENDING, OutOfStep, agree
 
 GATHERING = ATTENDING + 10
 """What a rank says when all say where they are (see `run.py`)."""

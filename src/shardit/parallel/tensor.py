@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import DiffusionParallelConfig
-from ..core.assign import denoises, encodes, nbytes, own_code
-from ..core.balance import WHOLE_SHARE, beside
-from ..core.collectives import Collectives
-from ..core.mesh import Mesh
-from ..core.sites import Made, put, swap_class
-from ..core.slices import Owned, Shards, Slice
-from ..errors import UnsupportedError
-from .tensor_adapters import adapter_members, adapters_aside, cut_adapters
-from .tensor_check import watch_units
-from .tensor_cuts import TensorPlan
-from .tensor_loads import take_slices_of
-from .tensor_modules import install_role
-from .tensor_norms import install_pair
-from .tensor_plan import plan_tensors
+from shardit.config import DiffusionParallelConfig
+from shardit.core.assign import denoises, encodes, nbytes, own_code
+from shardit.core.balance import WHOLE_SHARE, beside
+from shardit.core.collectives import Collectives
+from shardit.core.mesh import Mesh
+from shardit.core.sites import Made, put, swap_class
+from shardit.core.slices import Owned, Shards, Slice
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor_adapters import adapter_members, adapters_aside, cut_adapters
+from shardit.parallel.tensor_check import watch_units
+from shardit.parallel.tensor_cuts import TensorPlan
+from shardit.parallel.tensor_loads import take_slices_of
+from shardit.parallel.tensor_modules import install_role
+from shardit.parallel.tensor_norms import install_pair
+from shardit.parallel.tensor_plan import plan_tensors
 
 log = logging.getLogger(__name__)
 

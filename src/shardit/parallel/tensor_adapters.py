@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.collectives import Collectives
-from ..core.sites import swap_class
-from ..core.slices import Shards
-from ..errors import UnsupportedError
-from .tensor_cuts import PLAIN, TensorPlan
-from .tensor_forward import unless_whole
-from .tensor_loads import take_slices
-from .tensor_modules import FINISH, unfinished
+from shardit.core.collectives import Collectives
+from shardit.core.sites import swap_class
+from shardit.core.slices import Shards
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor_cuts import PLAIN, TensorPlan
+from shardit.parallel.tensor_forward import unless_whole
+from shardit.parallel.tensor_loads import take_slices
+from shardit.parallel.tensor_modules import FINISH, unfinished
 
 ONE_RANK = "or use tensor_parallel_size=1"
 

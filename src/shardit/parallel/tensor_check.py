@@ -21,19 +21,19 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..core.caches import find_caches
-from ..core.collectives import Collectives
-from ..core.coroutine import willing
-from ..core.pending import settle
-from ..core.signature import modes
-from ..core.sites import Made, share_class, swap_class
-from .kinds import fingerprint, value_key
-from .seam import attention_is_taken
-from .tensor_compare import Comparison, is_keeper
-from .tensor_cuts import TensorPlan
-from .tensor_kept import hands_out
-from .tensor_processors import PROCESSOR, adopt_processors, attentions_in, mark_cut
-from .tensor_whole import whole_for_good
+from shardit.core.caches import find_caches
+from shardit.core.collectives import Collectives
+from shardit.core.coroutine import willing
+from shardit.core.pending import settle
+from shardit.core.signature import modes
+from shardit.core.sites import Made, share_class, swap_class
+from shardit.parallel.kinds import fingerprint, value_key
+from shardit.parallel.seam import attention_is_taken
+from shardit.parallel.tensor_compare import Comparison, is_keeper
+from shardit.parallel.tensor_cuts import TensorPlan
+from shardit.parallel.tensor_kept import hands_out
+from shardit.parallel.tensor_processors import PROCESSOR, adopt_processors, attentions_in, mark_cut
+from shardit.parallel.tensor_whole import whole_for_good
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,15 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..core.caches import empty_layers_kept, find_caches
-from ..core.collectives import Collectives
-from ..core.module_state import State, restore, state_of
-from ..core.slices import shards
-from ..errors import RankError
-from .tensor_cuts import TensorPlan
-from .tensor_kept import kept_since
-from .tensor_rules import HEAD_COUNTS
-from .tensor_whole import gathered, whole_for_now
+from shardit.core.caches import empty_layers_kept, find_caches
+from shardit.core.collectives import Collectives
+from shardit.core.module_state import State, restore, state_of
+from shardit.core.slices import shards
+from shardit.errors import RankError
+from shardit.parallel.tensor_cuts import TensorPlan
+from shardit.parallel.tensor_kept import kept_since
+from shardit.parallel.tensor_rules import HEAD_COUNTS
+from shardit.parallel.tensor_whole import gathered, whole_for_now
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
 """Largest relative L2 difference between what a unit gives on slices and whole. Heads that are taken wrongly give 0.1

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..core.slices import Parts, Shards, even
-from ..errors import UnsupportedError
-from . import tensor_rules as rules
-from .tensor_heads import has_hooks, join, owner_of, runs_as
+from shardit.core.slices import Parts, Shards, even
+from shardit.errors import UnsupportedError
+from shardit.parallel import tensor_rules as rules
+from shardit.parallel.tensor_heads import has_hooks, join, owner_of, runs_as
 
 PLAIN = "_shardit_plain"
 """The attribute of classes that were made for a role, or for an adapter: the class before."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
-from .tensor_cuts import WHOLE
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor_cuts import WHOLE
 
 
 class _InferenceOnly(torch.autograd.Function):

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..core.slices import Parts, Shards, even
-from . import tensor_rules as rules
+from shardit.core.slices import Parts, Shards, even
+from shardit.parallel import tensor_rules as rules
 
 
 @dataclass(frozen=True)

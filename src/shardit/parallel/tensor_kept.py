@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..core.module_state import OWN, State
+from shardit.core.module_state import OWN, State
 
 HARMLESS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor, nn.Module, type)
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.slices import Shards
-from .tensor_cuts import TensorPlan
-from .tensor_heads import join, owner_of
-from .tensor_whole import FUSED, fused_cut, part_at
+from shardit.core.slices import Shards
+from shardit.parallel.tensor_cuts import TensorPlan
+from shardit.parallel.tensor_heads import join, owner_of
+from shardit.parallel.tensor_whole import FUSED, fused_cut, part_at
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.collectives import Collectives
-from ..core.sites import Made, share_class
-from ..errors import UnsupportedError
-from .tensor_cuts import PLAIN, Role
-from .tensor_forward import together, unless_whole
-from .tensor_norms import across_heads
+from shardit.core.collectives import Collectives
+from shardit.core.sites import Made, share_class
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor_cuts import PLAIN, Role
+from shardit.parallel.tensor_forward import together, unless_whole
+from shardit.parallel.tensor_norms import across_heads
 
 
 def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Made) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.collectives import Collectives
-from ..core.sites import Made, share_class
-from .tensor_cuts import PLAIN, Role
-from .tensor_forward import together, unless_whole
+from shardit.core.collectives import Collectives
+from shardit.core.sites import Made, share_class
+from shardit.parallel.tensor_cuts import PLAIN, Role
+from shardit.parallel.tensor_forward import together, unless_whole
 
 
 def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..core.slices import Parts, Shards, even, even_runs, shards
-from ..errors import UnsupportedError
-from . import tensor_rules as rules
-from .tensor_cuts import Cutter, NormPair, Role, TensorPlan
-from .tensor_heads import (
+from shardit.core.slices import Parts, Shards, even, even_runs, shards
+from shardit.errors import UnsupportedError
+from shardit.parallel import tensor_rules as rules
+from shardit.parallel.tensor_cuts import Cutter, NormPair, Role, TensorPlan
+from shardit.parallel.tensor_heads import (
     Heads,
     all_known,
     is_linear,
@@ -29,8 +29,8 @@ from .tensor_heads import (
     read_heads,
     runs_as,
 )
-from .tensor_kept import hands_out
-from .tensor_processors import PROCESSOR, processor_parts
+from shardit.parallel.tensor_kept import hands_out
+from shardit.parallel.tensor_processors import PROCESSOR, processor_parts
 
 
 def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False, kept: Container[int] = ()) -> TensorPlan:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.collectives import Collectives
-from ..core.slices import Shards
-from ..errors import UnsupportedError
-from .tensor_cuts import Role, TensorPlan
-from .tensor_heads import is_linear, join
-from .tensor_loads import take_slices
-from .tensor_modules import install_role
+from shardit.core.collectives import Collectives
+from shardit.core.slices import Shards
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor_cuts import Role, TensorPlan
+from shardit.parallel.tensor_heads import is_linear, join
+from shardit.parallel.tensor_loads import take_slices
+from shardit.parallel.tensor_modules import install_role
 
 PROCESSOR = "processor"
 """The attribute of attention modules that holds the processor."""

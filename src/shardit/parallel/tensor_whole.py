@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.collectives import Collectives
-from ..core.coroutine import willing
-from ..core.slices import Shards
-from .tensor_cuts import PLAIN, WHOLE, TensorPlan
-from .tensor_heads import join
+from shardit.core.collectives import Collectives
+from shardit.core.coroutine import willing
+from shardit.core.slices import Shards
+from shardit.parallel.tensor_cuts import PLAIN, WHOLE, TensorPlan
+from shardit.parallel.tensor_heads import join
 
 FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from ..core.comm import Layout, dump_with_tensors, pack_layout
-from ..core.plan import Leaf, span_bytes
-from ..core.signature import signature
-from ..core.sites import swap_class
-from .tile_watch import Untileable, Watch
+from shardit.core.comm import Layout, dump_with_tensors, pack_layout
+from shardit.core.plan import Leaf, span_bytes
+from shardit.core.signature import signature
+from shardit.core.sites import swap_class
+from shardit.parallel.tile_watch import Untileable, Watch
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 """What an argument may be beside tensors and containers: a cache object of another kind could join two tiles unseen."""

@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .taint import tensors_of, written
+from shardit.parallel.taint import tensors_of, written
 
 
 class Untileable(Exception):

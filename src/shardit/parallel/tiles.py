@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.attributes import Attributes
-from ..core.boundary import Boundary
-from ..core.comm import Comm, view_bytes
-from ..core.everywhere import Everywhere
-from ..core.remote import empty, reader, run_on
-from ..core.signature import signature
-from ..core.sites import install, swap_class
-from ..errors import InputError, RankError
-from .tile_plan import TilePlan, find_tiles, placeholder
-from .tile_watch import Untileable
+from shardit.core.attributes import Attributes
+from shardit.core.boundary import Boundary
+from shardit.core.comm import Comm, view_bytes
+from shardit.core.everywhere import Everywhere
+from shardit.core.remote import empty, reader, run_on
+from shardit.core.signature import signature
+from shardit.core.sites import install, swap_class
+from shardit.errors import InputError, RankError
+from shardit.parallel.tile_plan import TilePlan, find_tiles, placeholder
+from shardit.parallel.tile_watch import Untileable
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..core.collectives import Collectives, even_sizes
+from shardit.core.collectives import Collectives, even_sizes
 
 
 class Ulysses:

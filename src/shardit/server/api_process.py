@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.boot import command, describe_exit
-from ..engine.channel import Channel
-from .loop import Loop, Pipe
-from .messages import Ping, Pong, Step
-from .options import ServeOptions
-from .pulse import Pulse
+from shardit.engine.boot import command, describe_exit
+from shardit.engine.channel import Channel
+from shardit.server.loop import Loop, Pipe
+from shardit.server.messages import Ping, Pong, Step
+from shardit.server.options import ServeOptions
+from shardit.server.pulse import Pulse
 
 MAX_BACKLOG = 1000
 """Messages that an API process which does not read may let pile up before it is told no more steps."""

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..requests import Request
-from .jobs import Job
-from .loop import Loop
-from .spec import build_request
-from .store import Store
+from shardit.requests import Request
+from shardit.server.jobs import Job
+from shardit.server.loop import Loop
+from shardit.server.spec import build_request
+from shardit.server.store import Store
 
 
 class Builder:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .migrations import migrate
+from shardit.server.migrations import migrate
 
 BUSY_S = 10.0
 """Longest wait for the other process's transaction; each takes milliseconds."""

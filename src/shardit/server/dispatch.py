@@ -9,20 +9,20 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
-from ..engine.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
-from ..errors import InputError
-from .builder import Builder
-from .ends import Ends, failure
-from .estimate import Work, work_of
-from .fleet import Down, Fleet
-from .jobs import Job
-from .learned import Learned
-from .loop import Loop
-from .messages import Changed, Step
-from .options import ServeOptions
-from .running import Running, in_flight
-from .store import Store
-from .vigil import Vigil
+from shardit.engine.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
+from shardit.errors import InputError
+from shardit.server.builder import Builder
+from shardit.server.ends import Ends, failure
+from shardit.server.estimate import Work, work_of
+from shardit.server.fleet import Down, Fleet
+from shardit.server.jobs import Job
+from shardit.server.learned import Learned
+from shardit.server.loop import Loop
+from shardit.server.messages import Changed, Step
+from shardit.server.options import ServeOptions
+from shardit.server.running import Running, in_flight
+from shardit.server.store import Store
+from shardit.server.vigil import Vigil
 
 SUSPECT_AFTER = 2
 """How often ranks may die during a job before it runs alone, so that one can see whether it is the cause."""

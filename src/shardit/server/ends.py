@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from ..errors import InputError
-from ..output import Output
-from .jobs import Job, State
-from .loop import Loop
-from .messages import Changed
-from .results import write_results
-from .store import Store
+from shardit.errors import InputError
+from shardit.output import Output
+from shardit.server.jobs import Job, State
+from shardit.server.loop import Loop
+from shardit.server.messages import Changed
+from shardit.server.results import write_results
+from shardit.server.store import Store
 
 MAX_DEATHS_ALONE = 3
 """How often ranks may die while a job runs alone."""

@@ -11,14 +11,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from ..errors import InputError
-from ..flags import DtypeFlag, ParallelFlags
-from ..loading.dtypes import setting
-from ..loading.source import local_folder
-from ..model_flags import ModelFlags
-from ..model_options import WHOLE, split_model
-from .keys import digest
-from .options import Limits, ServeOptions
+from shardit.errors import InputError
+from shardit.flags import DtypeFlag, ParallelFlags
+from shardit.loading.dtypes import setting
+from shardit.loading.source import local_folder
+from shardit.model_flags import ModelFlags
+from shardit.model_options import WHOLE, split_model
+from shardit.server.keys import digest
+from shardit.server.options import Limits, ServeOptions
 
 
 class Executor(Enum):

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..engine.boot import describe_exit
-from ..engine.channel import Channel
-from ..engine.launch import STOP_WAIT_S, Nursery
-from ..engine.messages import Exited, Failed, Gone, Kill, OutOfMemory, Ready, Refused, SessionSpec
-from ..engine.watch import frames
-from ..errors import InputError
-from ..logs import logger
-from .loop import Loop, Pipe
+from shardit.engine.boot import describe_exit
+from shardit.engine.channel import Channel
+from shardit.engine.launch import STOP_WAIT_S, Nursery
+from shardit.engine.messages import Exited, Failed, Gone, Kill, OutOfMemory, Ready, Refused, SessionSpec
+from shardit.engine.watch import frames
+from shardit.errors import InputError
+from shardit.logs import logger
+from shardit.server.loop import Loop, Pipe
 
 _LOG = logger("supervisor")
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 if TYPE_CHECKING:
-    from ..engine.messages import Left
-    from .jobs import Job, State
-    from .running import Running
+    from shardit.engine.messages import Left
+    from shardit.server.jobs import Job, State
+    from shardit.server.running import Running
 
 disable_created_metrics()
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .database import Database
-from .jobs import Job, NewJob
-from .rows import job_of, row_of
+from shardit.server.database import Database
+from shardit.server.jobs import Job, NewJob
+from shardit.server.rows import job_of, row_of
 
 
 class QueueFull(Exception):

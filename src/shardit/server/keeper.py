@@ -21,17 +21,17 @@ import time
 from multiprocessing.connection import wait
 from typing import Any
 
-from ..engine.boot import command, die_with_parent
-from ..engine.channel import Channel, Closed
-from ..engine.connect import Reach, connect
-from ..engine.facts import facts
-from ..engine.nursery import join_group
-from ..errors import InputError, RankError
-from .options import ServeOptions
-from .remote_ranks import listen_for_ranks
-from .seat import LOOPBACK, Seat, hosts_of
-from .torchrun_placement import RESTART, Leave, Supervise
-from .torchrun_rank import be_rank, end_with
+from shardit.engine.boot import command, die_with_parent
+from shardit.engine.channel import Channel, Closed
+from shardit.engine.connect import Reach, connect
+from shardit.engine.facts import facts
+from shardit.engine.nursery import join_group
+from shardit.errors import InputError, RankError
+from shardit.server.options import ServeOptions
+from shardit.server.remote_ranks import listen_for_ranks
+from shardit.server.seat import LOOPBACK, Seat, hosts_of
+from shardit.server.torchrun_placement import RESTART, Leave, Supervise
+from shardit.server.torchrun_rank import be_rank, end_with
 
 WORD_WAIT_S = 5.0
 """After the end of a rank, or a signal: time for the supervisor to say with which code to end."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import estimate
-from .estimate import Seen, Work
-from .options import ServeOptions
-from .store import Store
+from shardit.server import estimate
+from shardit.server.estimate import Seen, Work
+from shardit.server.options import ServeOptions
+from shardit.server.store import Store
 
 _OF = "learned_of"
 _SHARE = 0.9

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..engine.channel import Channel, Closed
+from shardit.engine.channel import Channel, Closed
 
 
 class Loop:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..config import DiffusionParallelConfig
-from ..loading.dtypes import Setting
-from ..model_options import ModelOptions
+from shardit.config import DiffusionParallelConfig
+from shardit.loading.dtypes import Setting
+from shardit.model_options import ModelOptions
 
 
 @dataclass(frozen=True)

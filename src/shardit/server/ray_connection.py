@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
-from ..errors import InputError
+from shardit.errors import InputError
 
 ANSWER_S = 10.0
 

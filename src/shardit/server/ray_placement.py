@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..engine.channel import Channel
-from ..engine.connect import Reach
-from ..engine.facts import settings
-from ..engine.messages import SessionSpec
-from ..engine.ray_rank import RayRank
-from ..errors import InputError, RankError
-from .options import ServeOptions
-from .ray_connection import RayConnection, one_line
-from .remote_ranks import RankPort, join_all, listen_for_ranks
+from shardit.engine.channel import Channel
+from shardit.engine.connect import Reach
+from shardit.engine.facts import settings
+from shardit.engine.messages import SessionSpec
+from shardit.engine.ray_rank import RayRank
+from shardit.errors import InputError, RankError
+from shardit.server.options import ServeOptions
+from shardit.server.ray_connection import RayConnection, one_line
+from shardit.server.remote_ranks import RankPort, join_all, listen_for_ranks
 
 RESOURCES_S = 60.0
 """Default of SHARDIT_RAY_WAIT: longest wait for Ray to give the CPUs and GPUs, in seconds."""

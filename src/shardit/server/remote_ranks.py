@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.channel import Channel, Closed
-from ..engine.connect import Join, Reach, admit, welcome
-from ..engine.messages import SessionSpec
-from ..errors import InputError, RankError
+from shardit.engine.channel import Channel, Closed
+from shardit.engine.connect import Join, Reach, admit, welcome
+from shardit.engine.messages import SessionSpec
+from shardit.errors import InputError, RankError
 
 LOOK_S = 0.2
 MAX_UNPROVEN = 256

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..output import SUFFIXES as BY_KIND
-from ..output import Output, savable
+from shardit.output import SUFFIXES as BY_KIND
+from shardit.output import Output, savable
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 """Of result files, by the names that OpenAI has for their formats."""

@@ -6,7 +6,7 @@ import json
 import sqlite3
 from typing import Any
 
-from .jobs import Job, NewJob, due_time
+from shardit.server.jobs import Job, NewJob, due_time
 
 
 def row_of(job_id: str, new: NewJob, now: float) -> dict[str, Any]:

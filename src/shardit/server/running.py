@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.messages import Left
-from ..requests import Request
-from .estimate import Work
-from .jobs import Job
+from shardit.engine.messages import Left
+from shardit.requests import Request
+from shardit.server.estimate import Work
+from shardit.server.jobs import Job
 
 Size = tuple[Any, ...]
 

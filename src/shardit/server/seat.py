@@ -8,8 +8,8 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.connect import address_towards
-from .options import ServeOptions
+from shardit.engine.connect import address_towards
+from shardit.server.options import ServeOptions
 
 LOOPBACK = ("127.0.0.1",)
 

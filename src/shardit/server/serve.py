@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
-from . import api_process
-from .options import ServeOptions
+from shardit.errors import InputError
+from shardit.server import api_process
+from shardit.server.options import ServeOptions
 
 if TYPE_CHECKING:
-    from .fleet import Placement
+    from shardit.server.fleet import Placement
 
 LEFT_BEHIND_S = 6.0
 """After a server was killed: time for its processes to let go of the port."""
@@ -40,7 +40,7 @@ def serve(options: ServeOptions, placement: Placement | None = None, patience_s:
     ):
         import sqlite3
 
-        from .supervisor import Supervisor
+        from shardit.server.supervisor import Supervisor
 
         try:
             return Supervisor(options, api, listener, placement or _placement_for(options)).run()
@@ -51,10 +51,10 @@ def serve(options: ServeOptions, placement: Placement | None = None, patience_s:
 
 def _placement_for(options: ServeOptions) -> Placement:
     if options.executor == "ray":
-        from .ray_placement import RayPlacement
+        from shardit.server.ray_placement import RayPlacement
 
         return RayPlacement(options)
-    from .fleet import LocalPlacement
+    from shardit.server.fleet import LocalPlacement
 
     return LocalPlacement(options.step_timeout_s)
 

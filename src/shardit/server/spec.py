@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..requests import Request, build_requests
+from shardit.requests import Request, build_requests
 
 if TYPE_CHECKING:
-    from ..images import ImageSource
+    from shardit.images import ImageSource
 
 
 def build_request(

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from . import intake
-from .database import Database
-from .intake import check_inputs, insert, known_or_room, write_inputs
-from .jobs import ENDED, Job, Kind, NewJob, State, is_id, new_id
-from .rows import job_of
+from shardit.errors import InputError
+from shardit.server import intake
+from shardit.server.database import Database
+from shardit.server.intake import check_inputs, insert, known_or_room, write_inputs
+from shardit.server.jobs import ENDED, Job, Kind, NewJob, State, is_id, new_id
+from shardit.server.rows import job_of
 
 CANCELLED_WAITING = "cancelled_waiting"
 """Name under which `recall` gives how many jobs have ever been cancelled while no rank had them."""

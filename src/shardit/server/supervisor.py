@@ -14,21 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..engine.boot import give_way
-from ..engine.messages import SESSION, SessionSpec
-from ..errors import InputError, RankError
-from ..logs import logger
-from ..model_options import described
-from .api_process import ApiProcess, Started
-from .dispatch import Dispatcher
-from .fleet import Down, Fleet, Placement
-from .gauges import Gauges
-from .last_resort import LastResort, exit_code
-from .loop import Loop
-from .messages import Measured, Ranks, RanksState, Scrape, Wake
-from .options import ServeOptions
-from .store import CANCELLED_WAITING, Store
-from .vigil import TIMES_SLOWEST
+from shardit.engine.boot import give_way
+from shardit.engine.messages import SESSION, SessionSpec
+from shardit.errors import InputError, RankError
+from shardit.logs import logger
+from shardit.model_options import described
+from shardit.server.api_process import ApiProcess, Started
+from shardit.server.dispatch import Dispatcher
+from shardit.server.fleet import Down, Fleet, Placement
+from shardit.server.gauges import Gauges
+from shardit.server.last_resort import LastResort, exit_code
+from shardit.server.loop import Loop
+from shardit.server.messages import Measured, Ranks, RanksState, Scrape, Wake
+from shardit.server.options import ServeOptions
+from shardit.server.store import CANCELLED_WAITING, Store
+from shardit.server.vigil import TIMES_SLOWEST
 
 LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"

@@ -11,13 +11,13 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
-from ..engine.boot import die_with_parent
-from ..engine.channel import Channel, Closed
-from ..engine.connect import Reach
-from ..engine.messages import SessionSpec
-from ..errors import InputError, RankError
-from .options import ServeOptions
-from .remote_ranks import RankPort, join_all
+from shardit.engine.boot import die_with_parent
+from shardit.engine.channel import Channel, Closed
+from shardit.engine.connect import Reach
+from shardit.engine.messages import SessionSpec
+from shardit.errors import InputError, RankError
+from shardit.server.options import ServeOptions
+from shardit.server.remote_ranks import RankPort, join_all
 
 RESTART = 75
 """Exit code of keepers when all ranks are to be started anew; torchrun does so for any code but 0."""
@@ -98,7 +98,7 @@ class TorchrunPlacement:
 
 def main(control_fd: int, listener_fd: int, keeper: int) -> int:
     """The supervisor's process under torchrun; returns its exit code."""
-    from .serve import serve
+    from shardit.server.serve import serve
 
     die_with_parent(signal.SIGKILL)
     if os.getppid() != keeper:

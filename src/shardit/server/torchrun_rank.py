@@ -16,14 +16,14 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ..engine.channel import Channel
-from ..engine.connect import Reach
-from ..errors import RankError
-from .options import ServeOptions
-from .seat import Seat, flags_of
+from shardit.engine.channel import Channel
+from shardit.engine.connect import Reach
+from shardit.errors import RankError
+from shardit.server.options import ServeOptions
+from shardit.server.seat import Seat, flags_of
 
 if TYPE_CHECKING:
-    from ..engine.remote_rank import RemoteRank
+    from shardit.engine.remote_rank import RemoteRank
 
 KEY = "shardit/supervisor"
 STORE_WAIT_S = 600.0
@@ -37,8 +37,8 @@ _kept: list[Any] = []  # without torchrun's own store rank 0 is its server, unti
 def be_rank(options: ServeOptions, seat: Seat, reach: Reach | None, keeper: Channel) -> int:
     """In the forked process: find the supervisor, tell the keeper how, and work. `reach`: known on rank 0."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
-    from ..engine.remote_rank import RemoteRank
-    from ..engine.worker import threads_per_rank
+    from shardit.engine.remote_rank import RemoteRank
+    from shardit.engine.worker import threads_per_rank
 
     rank = RemoteRank(seat.rank, options.model, flags_of(options))
     if reach is not None:

@@ -6,9 +6,9 @@ import os
 import time
 from collections.abc import Mapping
 
-from ..engine.watch import waits_for_peer
-from .fleet import Fleet
-from .running import Running, Size, in_flight
+from shardit.engine.watch import waits_for_peer
+from shardit.server.fleet import Fleet
+from shardit.server.running import Running, Size, in_flight
 
 MIN_PATIENCE_S = 10.0
 TIMES_SLOWEST = 5.0

@@ -34,16 +34,16 @@ _OWN_SIZE = (
 
 def names() -> tuple[str, ...]:
     """The names of all tiny checkpoints, sorted."""
-    from .catalog import RECIPES
+    from shardit.models.tiny.catalog import RECIPES
 
     return tuple(sorted(RECIPES))
 
 
 def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32") -> Path:
     """Writes the checkpoint as a diffusers folder and returns its path; the same tensors on every machine."""
-    from .catalog import recipe
-    from .plain import as_dtype
-    from .writer import write_folder
+    from shardit.models.tiny.catalog import recipe
+    from shardit.models.tiny.plain import as_dtype
+    from shardit.models.tiny.writer import write_folder
 
     folder = Path(folder).absolute()
     chosen = recipe(name)
@@ -57,7 +57,7 @@ def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32"
 
 def defaults(name: str) -> dict[str, Any]:
     """Call arguments for a quick run, in diffusers' names; prompt, image and generator are the caller's."""
-    from .catalog import recipe
+    from shardit.models.tiny.catalog import recipe
 
     return copy.deepcopy(recipe(name).call)
 
@@ -70,15 +70,15 @@ def filled_in(name: str, given: Collection[str]) -> dict[str, Any]:
 
 def images(name: str) -> int:
     """How many input images the pipeline needs."""
-    from .catalog import recipe
+    from shardit.models.tiny.catalog import recipe
 
     return recipe(name).images
 
 
 def resolve(model: str) -> Path | None:
     """The cached folder for "tiny/NAME", written on first use; None for any other string."""
-    from .cache import PREFIX, cached_folder
-    from .catalog import recipe
+    from shardit.models.tiny.cache import PREFIX, cached_folder
+    from shardit.models.tiny.catalog import recipe
 
     if not model.startswith(PREFIX):
         return None
@@ -91,6 +91,6 @@ def load_plain(
     folder: str | Path, *, dtype: str | torch.dtype | None = None, pipeline_class: str | None = None, **kw: Any
 ) -> Any:
     """A plain diffusers pipeline on the CPU: the reference. `dtype` None: float32."""
-    from .plain import load_plain as load
+    from shardit.models.tiny.plain import load_plain as load
 
     return load(folder, dtype=dtype, pipeline_class=pipeline_class, **kw)

@@ -20,7 +20,7 @@ def cache_root() -> Path:
 
 def cached_folder(name: str) -> Path:
     """The folder of a tiny model in the cache, written first where it is missing."""
-    from . import write
+    from shardit.models.tiny import write
 
     folder = cache_root() / "tiny" / f"{name}-{_fingerprint()}"
     if (folder / "model_index.json").is_file():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from shardit.errors import InputError
-
-from . import picture, qwen, wan
-from .recipe import Recipe
+from shardit.models.tiny import picture, qwen, wan
+from shardit.models.tiny.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {**picture.RECIPES, **qwen.RECIPES, **wan.RECIPES}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .recipe import Part
-from .words import QWEN_SPECIALS, VOCAB
+from shardit.models.tiny.recipe import Part
+from shardit.models.tiny.words import QWEN_SPECIALS, VOCAB
 
 HIDDEN = 64
 

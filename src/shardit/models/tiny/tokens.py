@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .words import CHAT_TEMPLATES, CLIP_SPECIALS, QWEN_SPECIALS, T5_SPECIALS, VOCAB, corpus, words
+from shardit.models.tiny.words import CHAT_TEMPLATES, CLIP_SPECIALS, QWEN_SPECIALS, T5_SPECIALS, VOCAB, corpus, words
 
 
 def build_tokenizer(style: str, chat: str | None = None) -> Any:

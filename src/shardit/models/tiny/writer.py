@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Part, Recipe
+from shardit.models.tiny.recipe import Part, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def _write_parts(name: str, recipe: Recipe, folder: Path, dtype: torch.dtype) ->
 def _save_model(part: Part, folder: Path, key: str, dtype: torch.dtype) -> None:
     import torch
 
-    from .weights import fill
+    from shardit.models.tiny.weights import fill
 
     with torch.random.fork_rng(devices=[]):
         model = _diffusers_model(part) if part.library == "diffusers" else _transformers_model(part)
@@ -90,7 +90,7 @@ def _transformers_model(part: Part) -> Any:
 
 
 def _save_tokenizer(part: Part, folder: Path, key: str, dtype: torch.dtype) -> None:
-    from .tokens import save_tokenizer
+    from shardit.models.tiny.tokens import save_tokenizer
 
     save_tokenizer(folder, **part.config)
 
@@ -99,8 +99,8 @@ def _save_processor(part: Part, folder: Path, key: str, dtype: torch.dtype) -> N
     """All files of a real processor folder; its class cannot be built without torchvision, so not by that class."""
     import transformers
 
-    from .text import QWEN_TOKENIZER
-    from .tokens import save_tokenizer
+    from shardit.models.tiny.text import QWEN_TOKENIZER
+    from shardit.models.tiny.tokens import save_tokenizer
 
     save_tokenizer(folder, **QWEN_TOKENIZER.config)
     image_processor = transformers.Qwen2VLImageProcessorPil(**part.config)

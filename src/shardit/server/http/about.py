@@ -8,15 +8,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
-from ...signature import PipelineSignature
-from ..jobs import Kind
-from ..messages import Ranks, RanksState
-from ..options import Limits
-from .accept import job_kind
-from .context import Context
-from .errors import ApiError, answers
-from .metrics import CONTENT_TYPE
-from .resolve import pipeline_names
+from shardit.server.http.accept import job_kind
+from shardit.server.http.context import Context
+from shardit.server.http.errors import ApiError, answers
+from shardit.server.http.metrics import CONTENT_TYPE
+from shardit.server.http.resolve import pipeline_names
+from shardit.server.jobs import Kind
+from shardit.server.messages import Ranks, RanksState
+from shardit.server.options import Limits
+from shardit.signature import PipelineSignature
 
 
 class Model(BaseModel):
@@ -152,7 +152,7 @@ def _most_images(takes: PipelineSignature | None, limits: Limits) -> int:
 
 
 def _defaults(context: Context) -> dict[str, Any]:
-    from ...models import tiny
+    from shardit.models import tiny
 
     takes, options = context.board.info.get("signature"), context.options
     if takes is None:

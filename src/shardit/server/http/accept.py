@@ -16,22 +16,22 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from ...engine.memory import limit_bytes
-from ...errors import InputError
-from ...params import seed_or_drawn
-from ...signature import PipelineSignature
-from .. import estimate
-from ..intake import Conflict, QueueFull
-from ..jobs import Job, Kind, NewJob
-from ..spec import build_request
-from .body import Body, read_body
-from .context import Context
-from .errors import ApiError, busy, from_input_error
-from .fields import PICTURES, check_fields
-from .pictures import check_header, check_whole
-from .resolve import arguments, check_look, check_model, look_of, pipeline_names
-from .sources import input_pictures
-from .views import length
+from shardit.engine.memory import limit_bytes
+from shardit.errors import InputError
+from shardit.params import seed_or_drawn
+from shardit.server import estimate
+from shardit.server.http.body import Body, read_body
+from shardit.server.http.context import Context
+from shardit.server.http.errors import ApiError, busy, from_input_error
+from shardit.server.http.fields import PICTURES, check_fields
+from shardit.server.http.pictures import check_header, check_whole
+from shardit.server.http.resolve import arguments, check_look, check_model, look_of, pipeline_names
+from shardit.server.http.sources import input_pictures
+from shardit.server.http.views import length
+from shardit.server.intake import Conflict, QueueFull
+from shardit.server.jobs import Job, Kind, NewJob
+from shardit.server.spec import build_request
+from shardit.signature import PipelineSignature
 
 _LOADING_RETRY_S = 5.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")

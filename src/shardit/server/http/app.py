@@ -12,23 +12,23 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ... import __version__
-from ...logs import logger
-from ..options import ServeOptions
-from ..store import Store
-from .about import about_routes
-from .board import Board
-from .context import Context
-from .document import describe
-from .errors import ApiError, ErrorBody, busy
-from .fields import ImageUrl, field_models
-from .generations import generation_routes
-from .guard import Guard
-from .images import image_routes
-from .metrics import HttpMetrics
-from .page import page_files, page_routes
-from .videos import video_routes
-from .waiting import ClientGone
+from shardit import __version__
+from shardit.logs import logger
+from shardit.server.http.about import about_routes
+from shardit.server.http.board import Board
+from shardit.server.http.context import Context
+from shardit.server.http.document import describe
+from shardit.server.http.errors import ApiError, ErrorBody, busy
+from shardit.server.http.fields import ImageUrl, field_models
+from shardit.server.http.generations import generation_routes
+from shardit.server.http.guard import Guard
+from shardit.server.http.images import image_routes
+from shardit.server.http.metrics import HttpMetrics
+from shardit.server.http.page import page_files, page_routes
+from shardit.server.http.videos import video_routes
+from shardit.server.http.waiting import ClientGone
+from shardit.server.options import ServeOptions
+from shardit.server.store import Store
 
 _LOG = logger("api")
 _OPEN = ("/health", "/ready", "/favicon.ico")

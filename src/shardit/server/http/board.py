@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ..messages import Changed, Measured, Ranks, Scrape, Step, Wake
+from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Wake
 
 
 class Watch:

@@ -15,10 +15,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
-from ..options import Limits
-from .errors import ApiError
-from .fields import NO_MEANING, PICTURES
-from .forms import WholeForm
+from shardit.server.http.errors import ApiError
+from shardit.server.http.fields import NO_MEANING, PICTURES
+from shardit.server.http.forms import WholeForm
+from shardit.server.options import Limits
 
 _MOST_FIELDS = 100
 _DEEPEST = 32

@@ -6,11 +6,11 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from ..options import ServeOptions
-from ..store import Store
-from .board import Board
-from .fields import FieldModels
-from .metrics import HttpMetrics
+from shardit.server.http.board import Board
+from shardit.server.http.fields import FieldModels
+from shardit.server.http.metrics import HttpMetrics
+from shardit.server.options import ServeOptions
+from shardit.server.store import Store
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from ..jobs import Job
-from .context import Context
-from .views import percent, progress_of
-from .waiting import LOOK_S
+from shardit.server.http.context import Context
+from shardit.server.http.views import percent, progress_of
+from shardit.server.http.waiting import LOOK_S
+from shardit.server.jobs import Job
 
 HEARTBEAT_S = 10.0
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
-from .errors import ApiError
+from shardit.server.http.errors import ApiError
 
 _CONNECT_S, _SECONDS = 10.0, 20.0
 

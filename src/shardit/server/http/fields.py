@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
-from ...config import did_you_mean
-from ...model_options import OPTION_NAMES
-from ...params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names
-from ..options import Limits
-from .errors import ApiError
+from shardit.config import did_you_mean
+from shardit.model_options import OPTION_NAMES
+from shardit.params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names
+from shardit.server.http.errors import ApiError
+from shardit.server.options import Limits
 
 
 def _is_false(value: Any) -> Any:

@@ -8,14 +8,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from .accept import accept
-from .context import Context
-from .document import binary, body
-from .errors import answers
-from .jobs import add_job_routes, find_job, show
-from .results import file_answer
-from .views import GenerationJob, GenerationJobs
-from .waiting import check_completed, until_ended
+from shardit.server.http.accept import accept
+from shardit.server.http.context import Context
+from shardit.server.http.document import binary, body
+from shardit.server.http.errors import answers
+from shardit.server.http.jobs import add_job_routes, find_job, show
+from shardit.server.http.results import file_answer
+from shardit.server.http.views import GenerationJob, GenerationJobs
+from shardit.server.http.waiting import check_completed, until_ended
 
 _POST = (400, 401, 403, 404, 408, 409, 413, 415, 429, 503)
 _FILE = "application/octet-stream"

@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ...logs import logger
-from ..keys import owner_of
-from ..options import ServeOptions
-from .errors import ApiError
-from .metrics import HttpMetrics
+from shardit.logs import logger
+from shardit.server.http.errors import ApiError
+from shardit.server.http.metrics import HttpMetrics
+from shardit.server.keys import owner_of
+from shardit.server.options import ServeOptions
 
 _LOG = logger("api")
 _BODY_PAUSE_S = 30.0

@@ -10,14 +10,14 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from .accept import accept
-from .context import Context
-from .document import FILE, PREFER, binary, body
-from .errors import answers
-from .jobs import add_job_routes, base_url, find_job, show
-from .results import ImagesAnswer, file_answer, images_answer
-from .views import ImageJob, ImageJobs
-from .waiting import check_completed, until_ended
+from shardit.server.http.accept import accept
+from shardit.server.http.context import Context
+from shardit.server.http.document import FILE, PREFER, binary, body
+from shardit.server.http.errors import answers
+from shardit.server.http.jobs import add_job_routes, base_url, find_job, show
+from shardit.server.http.results import ImagesAnswer, file_answer, images_answer
+from shardit.server.http.views import ImageJob, ImageJobs
+from shardit.server.http.waiting import check_completed, until_ended
 
 _POST = answers(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503)
 

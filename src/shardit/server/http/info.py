@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ...signature import PipelineSignature
-from ..store import Store
+from shardit.server.store import Store
+from shardit.signature import PipelineSignature
 
 _NAME = "model_info"
 _SIGNATURES = ("signature", "signature_with_image")

@@ -10,14 +10,14 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from ...errors import InputError
-from ..jobs import Job, Kind
-from .accept import owner
-from .context import Context
-from .document import EventStream
-from .errors import ApiError, answers
-from .events import DESCRIPTION, events
-from .views import Deleted, GenerationJob, ImageJob, VideoJob, view
+from shardit.errors import InputError
+from shardit.server.http.accept import owner
+from shardit.server.http.context import Context
+from shardit.server.http.document import EventStream
+from shardit.server.http.errors import ApiError, answers
+from shardit.server.http.events import DESCRIPTION, events
+from shardit.server.http.views import Deleted, GenerationJob, ImageJob, VideoJob, view
+from shardit.server.jobs import Job, Kind
 
 _ID = re.compile(r"(image|video|generation)_[0-9a-f]{32}")
 

@@ -8,8 +8,8 @@ import queue
 import threading
 from collections.abc import Callable
 
-from ...engine.channel import Channel
-from ..messages import Ping, Pong
+from shardit.engine.channel import Channel
+from shardit.server.messages import Ping, Pong
 
 
 class Link:

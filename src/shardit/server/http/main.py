@@ -12,16 +12,16 @@ from typing import Any
 
 import uvicorn
 
-from ...engine.boot import die_with_parent, session_gives_way
-from ...engine.channel import Channel, Closed
-from ...logs import logger, take_over
-from ..options import ServeOptions
-from ..store import Store
-from . import info
-from .app import create_app
-from .board import Board
-from .link import Link
-from .patience import PatientProtocol
+from shardit.engine.boot import die_with_parent, session_gives_way
+from shardit.engine.channel import Channel, Closed
+from shardit.logs import logger, take_over
+from shardit.server.http import info
+from shardit.server.http.app import create_app
+from shardit.server.http.board import Board
+from shardit.server.http.link import Link
+from shardit.server.http.patience import PatientProtocol
+from shardit.server.options import ServeOptions
+from shardit.server.store import Store
 
 _LOG = logger("api")
 _GRACE_S = 2

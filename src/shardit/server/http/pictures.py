@@ -7,10 +7,10 @@ import struct
 
 from PIL import Image
 
-from ...errors import InputError
-from ...images import open_image
-from ..options import Limits
-from .errors import ApiError
+from shardit.errors import InputError
+from shardit.images import open_image
+from shardit.server.http.errors import ApiError
+from shardit.server.options import Limits
 
 _FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 

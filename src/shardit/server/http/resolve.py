@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...models import tiny
-from ...signature import PipelineSignature
-from ..options import Limits, ServeOptions
-from .errors import ApiError
-from .fields import LOOK, PICTURES, ROUTING
+from shardit.models import tiny
+from shardit.server.http.errors import ApiError
+from shardit.server.http.fields import LOOK, PICTURES, ROUTING
+from shardit.server.options import Limits, ServeOptions
+from shardit.signature import PipelineSignature
 
 _SIDE = 1024
 """Of results whose size neither the request nor the pipeline's signature tells: what most families make."""

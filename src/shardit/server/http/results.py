@@ -15,10 +15,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from ..jobs import Job
-from .context import Context
-from .errors import ApiError
-from .views import size_of
+from shardit.server.http.context import Context
+from shardit.server.http.errors import ApiError
+from shardit.server.http.views import size_of
+from shardit.server.jobs import Job
 
 _TYPES = {
     ".png": "image/png",

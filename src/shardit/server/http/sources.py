@@ -7,11 +7,11 @@ import binascii
 from collections.abc import Mapping
 from typing import Any
 
-from ..options import ServeOptions
-from .body import Body
-from .errors import ApiError
-from .fetch import fetch
-from .fields import PICTURES
+from shardit.server.http.body import Body
+from shardit.server.http.errors import ApiError
+from shardit.server.http.fetch import fetch
+from shardit.server.http.fields import PICTURES
+from shardit.server.options import ServeOptions
 
 
 def input_pictures(values: Mapping[str, Any], body: Body, options: ServeOptions) -> list[tuple[str, bytes]]:

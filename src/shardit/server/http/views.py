@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from ..jobs import Job
-from ..messages import Step
+from shardit.server.jobs import Job
+from shardit.server.messages import Step
 
 SECONDS_A_DAY = 86400.0
 

@@ -7,9 +7,9 @@ import asyncio
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from ..jobs import Job
-from .context import Context
-from .errors import ApiError, busy
+from shardit.server.http.context import Context
+from shardit.server.http.errors import ApiError, busy
+from shardit.server.jobs import Job
 
 LOOK_S = 1.0
 """Longest time between two looks into the store: messages of news may be lost, jobs may not."""

@@ -73,7 +73,8 @@ def make_requests(size: Size, seeds: tuple[int, ...], guided: bool) -> list[Any]
     from diffusers import WanPipeline
 
     from shardit.models.tiny.text import HIDDEN
-    from shardit.requests import build_requests, signature_of
+    from shardit.requests import build_requests
+    from shardit.signature import signature_of
 
     def embeds(seed: int) -> torch.Tensor:
         return torch.randn(1, size.text_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))

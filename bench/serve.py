@@ -17,6 +17,7 @@ from typing import Any
 from bench import machine
 from bench.flood import flood
 from bench.served import Connection, Served
+from shardit.server.api_process import API
 
 MODEL = "wan2.2-t2v"
 STAGES = 2
@@ -53,7 +54,7 @@ def measure(rounds: int, requests: int = REQUESTS) -> dict[str, Any]:
             overhead = _overhead(server, omni, requests)
         cancel = _cancel(server, requests)
         flooded = median(_flooded_share(server) for _ in range(2 * rounds + 1))
-        rss_mib = server.rss_mib("server.http")
+        rss_mib = server.rss_mib(API)
         restarts = [_restart_s(server) for _ in range(rounds)]
     return {
         "requests": requests,
@@ -81,7 +82,7 @@ def _up_s(*flags: str) -> tuple[float, float]:
     """Seconds until /health is answered: from the command, and from the start of the process that answers."""
     with Served(f"tiny/{MODEL}", *flags) as server:
         server.wait(lambda: server.answers("/health"))
-        return time.monotonic() - server.begun, server.age_s("server.http")
+        return time.monotonic() - server.begun, server.age_s(API)
 
 
 def call_of(seed: int, **more: Any) -> dict[str, Any]:

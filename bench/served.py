@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shardit.engine.launch import FORK_SERVER
+
 WAIT_S = 120.0
 
 
@@ -74,7 +76,7 @@ class Served:
         """The process of the server, or of its nursery, whose command line has these words; a rank for "rank"."""
         ours = children(self._process.pid)
         if words == "rank":
-            return max(children(self.child("engine.nursery")))
+            return max(children(self.child(FORK_SERVER)))
         return next(pid for pid in ours if words in Path(f"/proc/{pid}/cmdline").read_text())
 
     def kill_a_rank(self) -> float:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from shardit.errors import InputError, UnsupportedError
 from shardit.output import Output
-from shardit.requests import PipelineSignature
+from shardit.signature import PipelineSignature
 
 PRELOAD = ()  # neither torch nor diffusers: these tests start many processes
 

@@ -11,7 +11,8 @@ from typing import Any
 from shardit.config import DiffusionParallelConfig
 from shardit.engine.messages import SESSION, Begin, Cancel, Left, Progress, SessionSpec
 from shardit.models import tiny
-from shardit.server.fleet import Down, Fleet, LocalPlacement
+from shardit.server.fleet import Down, Fleet
+from shardit.server.local_placement import LocalPlacement
 from shardit.server.loop import Loop
 from shardit.server.spec import build_request
 

@@ -22,8 +22,10 @@ from typing import Any
 from PIL import Image
 
 from bench.served import children
+from shardit.engine.launch import FORK_SERVER
 from shardit.models import tiny
 from shardit.output import Output
+from shardit.server.api_process import API
 from tests.real_omni import by_diffusers, same
 
 WAIT_S = 240.0
@@ -188,9 +190,9 @@ class RealServer:
         found = {"supervisor": self.process.pid}
         for pid in children(self.process.pid):
             what = command(pid)
-            if "server.http" in what:
+            if API in what:
                 found["api"] = pid
-            elif "engine.nursery" in what:
+            elif FORK_SERVER in what:
                 found["nursery"] = pid
                 for rank, one in enumerate(sorted(children(pid))):
                     found[f"rank {rank}"] = one

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from shardit.config import DiffusionParallelConfig
+from shardit.core.hints import Plan
 from shardit.core.mesh import init_mesh
 from shardit.core.partition import Placement, block_cost, place_blocks
-from shardit.core.plan import Plan
 from shardit.core.sites import find_blocks
 from shardit.core.stages import Runtime, Stages, stage
 from shardit.errors import RankError, UnsupportedError

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.comm import (
+from shardit.core.comm import Comm
+from shardit.core.mesh import Mesh, check_p2p, init_mesh, pick_device
+from shardit.core.partition import place_blocks
+from shardit.core.pending import PendingTensor
+from shardit.core.stages import Runtime, stage
+from shardit.core.wire import (
     ALIGN,
-    Comm,
     dump_with_tensors,
     flat_bytes,
     load_with_tensors,
@@ -21,10 +25,6 @@ from shardit.core.comm import (
     storage_bytes,
     view_bytes,
 )
-from shardit.core.mesh import Mesh, check_p2p, init_mesh, pick_device
-from shardit.core.partition import place_blocks
-from shardit.core.pending import PendingTensor
-from shardit.core.stages import Runtime, stage
 from shardit.errors import RankError, UnsupportedError
 from tests.ranks import run_ranks
 

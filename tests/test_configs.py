@@ -14,7 +14,7 @@ from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError
-from shardit.loading import describe_configs
+from shardit.loading.description import describe_configs
 from shardit.models.shipped import FOLDER, HUB_IDS, names, shipped
 
 WHOLE = {

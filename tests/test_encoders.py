@@ -21,7 +21,7 @@ from shardit.core.remote import Held
 from shardit.core.slices import even
 from shardit.core.stages import Runtime
 from shardit.core.units import Unit, find_units
-from shardit.loading import Reads
+from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
 from tests.ranks import run_ranks
 

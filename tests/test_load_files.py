@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from shardit.errors import InputError, UnsupportedError
-from shardit.loading import Checkpoint, Header, Reads, components, pipeline_class, read_into, read_tensor, resolve
+from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import as_dtype, check_components, dtype_of, setting
+from shardit.loading.index import components, pipeline_class
+from shardit.loading.safetensors_file import Header, Reads, read_into, read_tensor
+from shardit.loading.source import resolve
 from shardit.loading.weight_names import choose
 
 ALL_DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]

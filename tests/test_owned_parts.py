@@ -23,7 +23,7 @@ from shardit.core.relay import relay
 from shardit.core.remote import own
 from shardit.core.units import find_units
 from shardit.engine.inspect import inspect_model
-from shardit.loading import Reads
+from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import distance, run

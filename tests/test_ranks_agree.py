@@ -14,7 +14,7 @@ from PIL import Image
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError
-from shardit.core.agreement import SUMMED, checksum, digests, named
+from shardit.core.digests import SUMMED, checksum, digests, named
 from shardit.core.randomness import dropout_in_training
 from shardit.models import tiny
 from tests.brought import pipeline

@@ -15,7 +15,8 @@ from shardit.engine.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags
-from shardit.loading import Reads, load_pipeline
+from shardit.loading.pipeline import load_pipeline
+from shardit.loading.safetensors_file import Reads
 from shardit.model_options import model_options, split_model
 from shardit.models import tiny
 

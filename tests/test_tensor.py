@@ -23,7 +23,9 @@ from shardit.core.slices import Shards, Slice, even, shards
 from shardit.engine.inspect import inspect_model
 from shardit.engine.messages import SessionSpec
 from shardit.engine.session import Session, check
-from shardit.loading import Reads, describe, load_pipeline
+from shardit.loading.description import describe
+from shardit.loading.pipeline import load_pipeline
+from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
 from shardit.parallel.tensor import owned_slices, plan_components, shard_tensors
 from shardit.parallel.tensor_plan import plan_tensors

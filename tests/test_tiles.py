@@ -14,10 +14,11 @@ from shardit.api import parallelize
 from shardit.config import DiffusionParallelConfig
 from shardit.core.assign import tiled_components
 from shardit.core.attributes import Attributes
-from shardit.core.comm import ALIGN, Comm
+from shardit.core.comm import Comm
 from shardit.core.everywhere import Everywhere
 from shardit.core.mesh import init_mesh
 from shardit.core.pending import settle
+from shardit.core.wire import ALIGN
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError, UnsupportedError
 from shardit.models import tiny

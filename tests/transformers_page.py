@@ -10,9 +10,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shardit import DiffusionParallelConfig, InputError
+from shardit.core.hints import Plan
 from shardit.core.mesh import init_mesh
 from shardit.core.pending import settle
-from shardit.core.plan import Plan
 from shardit.parallel.spread import spread_tokens
 from tests import survey_models, test_tensor
 from tests.matrix_page import PAGE

@@ -14,7 +14,8 @@ from shardit.engine.messages import SessionSpec
 from shardit.engine.session import Session
 from shardit.models import tiny
 from shardit.models.variants import image_pipeline
-from shardit.requests import Request, build_requests
+from shardit.request_data import Request
+from shardit.requests import build_requests
 from shardit.signature import signature_of
 
 PROMPTS = ("a cat on a mat", "two dogs and a bird", "snowy mountains", "a red car")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from shardit.api import parallelize as parallelize
     from shardit.config import DiffusionParallelConfig as DiffusionParallelConfig
     from shardit.config import get_pp_indices as get_pp_indices
-    from shardit.core.plan import Plan as Plan
+    from shardit.core.hints import Plan as Plan
     from shardit.engine.omni import Omni as Omni
     from shardit.errors import InputError as InputError
     from shardit.errors import RankError as RankError
@@ -29,7 +29,7 @@ _PLACES = {
     "Omni": "shardit.engine.omni",
     "OmniDiffusionSamplingParams": "shardit.params",
     "Output": "shardit.output",
-    "Plan": "shardit.core.plan",
+    "Plan": "shardit.core.hints",
     "RankError": "shardit.errors",
     "UnsupportedError": "shardit.errors",
     "get_pp_indices": "shardit.config",

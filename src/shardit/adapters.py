@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from shardit.components import components_of
-from shardit.core.agreement import named
 from shardit.core.comm import Comm
+from shardit.core.digests import named
 from shardit.core.meeting import sendable
 
 

@@ -14,8 +14,8 @@ from shardit.components import components_of, device_of, refuse_hooks
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.connect import compile_part, connect, join, refuse_shared_blocks, spread_model, take_compilers
 from shardit.core.assign import Assignment, assign_blocks, denoises
+from shardit.core.hints import Plan
 from shardit.core.mesh import Mesh, init_mesh
-from shardit.core.plan import Plan
 from shardit.core.runtime import Runtime
 from shardit.core.slices import Owned
 from shardit.errors import InputError
@@ -28,7 +28,7 @@ from shardit.parallel_state import set_mesh_of_model
 from shardit.placed import placed_among
 
 if TYPE_CHECKING:
-    from shardit.loading import Reads
+    from shardit.loading.safetensors_file import Reads
 
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ def load_parallel(
     options: ModelOptions = NO_OPTIONS,
 ) -> tuple[Any, Assignment, Runtime | None]:
     """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
-    from shardit.loading import load_pipeline
+    from shardit.loading.pipeline import load_pipeline
 
     found: list[Assignment] = []
     cuts: dict[str, TensorPlan] = {}

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from shardit.core.agreement import named
 from shardit.core.comm import Comm
+from shardit.core.digests import named
 from shardit.core.meeting import sendable
 from shardit.core.pending import settle
 from shardit.core.randomness import generators_in, moved, set_states, states

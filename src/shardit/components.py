@@ -11,7 +11,7 @@ from torch import nn
 
 from shardit.core.collectives import Collectives
 from shardit.core.mesh import Mesh
-from shardit.core.sites import swap_class
+from shardit.core.patching import swap_class
 from shardit.errors import InputError, UnsupportedError
 from shardit.mixins import CFGParallelMixin
 

@@ -28,10 +28,11 @@ from shardit.core.assign import Assignment, Cut, denoises, left_whole
 from shardit.core.comm import Comm
 from shardit.core.entry import guard_entry
 from shardit.core.overlap import overlap
+from shardit.core.patching import plain_class, swap_class
 from shardit.core.relay import relay
 from shardit.core.remote import own
 from shardit.core.runtime import Runtime
-from shardit.core.sites import find_blocks, plain_class, swap_class
+from shardit.core.sites import find_blocks
 from shardit.core.stages import stage
 from shardit.errors import UnsupportedError
 from shardit.parallel.spread import spread_tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterable
 
 from shardit.errors import InputError
@@ -35,3 +37,12 @@ def missing_package(error: ImportError) -> InputError:
     if module == "torch":
         return InputError("torch is not installed; pip install torch, in the build for your machine (pytorch.org)")
     return InputError(f"the module {module} is not installed; {pip_line([module])}")
+
+
+def is_missing(package: str) -> bool:
+    """Whether a package cannot be imported here."""
+    package = "google.protobuf" if package == "protobuf" else package
+    try:
+        return sys.modules.get(package) is None and importlib.util.find_spec(package) is None
+    except (ImportError, ValueError):
+        return True

@@ -16,10 +16,10 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.assign import Assignment
 from shardit.core.fingerprint import PLAIN, Change, Fingerprint
 from shardit.core.held_state import keepers
-from shardit.core.plan import Plan
+from shardit.core.hints import Plan
+from shardit.core.patching import plain_class, swap_class
 from shardit.core.randomness import dropout_in_training
 from shardit.core.runtime import Runtime
-from shardit.core.sites import plain_class, swap_class
 from shardit.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:

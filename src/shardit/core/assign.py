@@ -12,10 +12,11 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
 from shardit.core.balance import WHOLE_SHARE, Loads, Relayed, distribute
 from shardit.core.everywhere import small_tensors
+from shardit.core.hints import Plan
 from shardit.core.mesh import axis_sizes, coordinates
 from shardit.core.partition import Placement, automatic_chunks, block_cost, place_blocks
-from shardit.core.plan import Plan
-from shardit.core.sites import find_blocks, keeps, plain_class
+from shardit.core.patching import plain_class
+from shardit.core.sites import find_blocks, keeps, nbytes
 from shardit.core.units import Unit, find_units
 from shardit.errors import UnsupportedError
 
@@ -252,8 +253,3 @@ def tiled_components(modules: Mapping[str, nn.Module], pipeline: str) -> tuple[s
         reason = f"{names} of {pipeline} cannot decode in tiles" if names else without
         raise UnsupportedError(f"{reason}; use vae_patch_parallel_size=1")
     return tiled
-
-
-def nbytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and persistent buffers, on meta or not."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())

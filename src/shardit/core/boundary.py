@@ -21,10 +21,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.hooks import hooks_below
+from shardit.core.patching import SWAPPED, fixed_place, swap_class
 from shardit.core.pending import PendingTensor, settle
 from shardit.core.randomness import GENERATORS
 from shardit.core.signature import asks_for_gradients
-from shardit.core.sites import SWAPPED, fixed_place, swap_class
 from shardit.errors import UnsupportedError
 
 ALWAYS = ("__call__", "forward", "generate")

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from shardit.core.comm import ALIGN, pack_layout
 from shardit.core.plan import Address, CallPlan, Hop, Item, Leaf, ResultPlan, segments_of
 from shardit.core.trace import Event, Trace
+from shardit.core.wire import ALIGN, pack_layout
 from shardit.errors import UnsupportedError
 
 Version = tuple[int, int]

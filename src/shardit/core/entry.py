@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from shardit.core.agreement import named
+from shardit.core.digests import named
 from shardit.core.known_plans import MAX_SIGNATURES
+from shardit.core.patching import swap_class
 from shardit.core.pending import settle
 from shardit.core.runtime import Runtime
 from shardit.core.signature import signature
-from shardit.core.sites import swap_class
 
 _inside: ContextVar[nn.Module | None] = ContextVar("shardit_entered", default=None)
 """The model whose call runs, in this context."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.core.sites import put
+from shardit.core.patching import put
 from shardit.core.writes import changed, mark
 
 SMALL_BYTES = 1 << 20

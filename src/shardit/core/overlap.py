@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from shardit.core.coroutine import Coroutine, willing
 from shardit.core.known_plans import MAX_SIGNATURES
 from shardit.core.module_state import differences, state_of
+from shardit.core.patching import changing_methods, swap_class
 from shardit.core.pending import settle
 from shardit.core.plan import ResultPlan, describe_result
 from shardit.core.randomness import any_moved, moved, states, torch_states
 from shardit.core.result import Result
 from shardit.core.runtime import Runtime
 from shardit.core.signature import signature
-from shardit.core.sites import changing_methods, swap_class
 from shardit.core.stages import scales_adapters
 from shardit.core.writes import check_unchanged, inputs_of
 from shardit.errors import RankError, UnsupportedError

@@ -8,23 +8,7 @@ from typing import Any
 
 import torch
 
-from shardit.core.comm import Layout, pack_layout
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Overrides of what is found in a transformer. Nearly every model needs none.
-
-    order: names of the block lists (as in `named_modules`) in the order in which a forward runs them, where that is not
-        the order in which they are registered; lists left out are not cut.
-    replicate: names (or prefixes) of parameters inside blocks that code outside the block reads; every rank keeps them.
-    overlap: False lets calls over slices or spread tokens run one after the other: for a forward whose results change
-        their shape from call to call.
-    """
-
-    order: tuple[str, ...] | None = None
-    replicate: tuple[str, ...] = ()
-    overlap: bool = True
+from shardit.core.wire import Layout, pack_layout, span
 
 
 @dataclass(frozen=True)
@@ -176,10 +160,3 @@ def segments_of(owners: list[int]) -> list[tuple[int, int]]:
 def span_bytes(leaf: Leaf) -> int:
     """Bytes from the first to the last element of a tensor leaf."""
     return span(leaf.size, leaf.stride) * torch.empty(0, dtype=leaf.dtype).element_size()
-
-
-def span(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last one of a strided tensor."""
-    if 0 in size:
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))

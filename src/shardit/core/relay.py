@@ -20,11 +20,11 @@ from shardit.core.caches import find_caches, replace_layers, state_of, taken_sin
 from shardit.core.comm import Comm
 from shardit.core.hooks import hooks_below
 from shardit.core.meeting import meet
+from shardit.core.patching import put, swap_class
 from shardit.core.pending import PendingTensor
 from shardit.core.randomness import generators_in
 from shardit.core.remote import Held, call_on, fetched, held_here
 from shardit.core.signature import mode_key
-from shardit.core.sites import put, swap_class
 from shardit.core.writes import changed, mark
 from shardit.errors import RankError, UnsupportedError
 

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from shardit.core.attributes import Attributes, Found
 from shardit.core.boundary import Boundary, Read
-from shardit.core.comm import ALIGN, Comm, dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes
+from shardit.core.comm import Comm
 from shardit.core.everywhere import Everywhere
 from shardit.core.meeting import sendable
+from shardit.core.patching import put
 from shardit.core.pending import PendingTensor, Source, settle
-from shardit.core.plan import span
 from shardit.core.randomness import Generator, generators_in, moved, set_states, states
-from shardit.core.sites import put
+from shardit.core.wire import ALIGN, dump_with_tensors, first_byte, load_with_tensors, span, storage_bytes, view_bytes
 from shardit.core.writes import changed, mark
 from shardit.errors import UnsupportedError
 

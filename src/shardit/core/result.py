@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_unflatten
 
-from shardit.core.comm import Comm, Transfer, view_bytes
+from shardit.core.comm import Comm, Transfer
 from shardit.core.mesh import Mesh
 from shardit.core.pending import Source
 from shardit.core.plan import ResultPlan
+from shardit.core.wire import view_bytes
 
 
 @dataclass(frozen=True)

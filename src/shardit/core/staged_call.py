@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from shardit.core.comm import Comm, Transfer, first_byte, storage_bytes
+from shardit.core.comm import Comm, Transfer
 from shardit.core.coroutine import Coroutine
 from shardit.core.local_plan import LocalPlan
 from shardit.core.plan import Address, Hop, Item, Leaf, Site
 from shardit.core.randomness import any_moved, torch_states
 from shardit.core.result import Result, Route
 from shardit.core.stand_ins import blank, is_float, same_memory, stand_ins
+from shardit.core.wire import first_byte, storage_bytes
 from shardit.core.writes import check_unchanged, inputs_of
 from shardit.errors import RankError
 

@@ -18,16 +18,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from shardit.core import microbatch
 from shardit.core.course import DryCall
 from shardit.core.deal import RemoteCall
+from shardit.core.hints import Plan
 from shardit.core.known_plans import KnownPlans
 from shardit.core.local_plan import LocalPlan
 from shardit.core.module_state import State, differences, state_of
 from shardit.core.partition import Placement
+from shardit.core.patching import changing_methods, fixed_place, install, swap_class
 from shardit.core.pending import settle
-from shardit.core.plan import CallPlan, Plan
+from shardit.core.plan import CallPlan
 from shardit.core.randomness import States, generators_kept, moved, set_states, states
 from shardit.core.runtime import Runtime
 from shardit.core.signature import asks_for_gradients, mode_key, signature
-from shardit.core.sites import changing_methods, drop_blocks, find_blocks, fixed_place, install, swap_class
+from shardit.core.sites import drop_blocks, find_blocks
 from shardit.core.staged_call import StagedCall
 from shardit.core.traced_call import TracedCall
 from shardit.errors import RankError, UnsupportedError

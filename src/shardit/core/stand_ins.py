@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from shardit.core.comm import first_byte, view_bytes, view_near
 from shardit.core.plan import Leaf, Site
+from shardit.core.wire import first_byte, view_bytes, view_near
 
 Memory = Callable[[Leaf], tuple[torch.Tensor, int]]
 """Memory for the new storage of a leaf, and the byte of the storage at which that begins."""

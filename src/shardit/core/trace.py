@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from shardit.core.comm import first_byte
-from shardit.core.plan import Address, Site, span
+from shardit.core.plan import Address, Site
+from shardit.core.wire import first_byte, span
 from shardit.errors import UnsupportedError
 
 # Operations whose result decides what Python does next, or how large the next tensor is.

@@ -11,23 +11,17 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as _without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from shardit.core.comm import (
-    Comm,
-    dump_with_tensors,
-    first_byte,
-    load_with_tensors,
-    storage_bytes,
-    view_bytes,
-    view_near,
-)
+from shardit.core.comm import Comm
 from shardit.core.derive import derive
 from shardit.core.held_state import held_state
 from shardit.core.meeting import meet, sendable
+from shardit.core.patching import put
 from shardit.core.plan import CallPlan, Leaf, Site, describe_result
 from shardit.core.randomness import States, moved, states
 from shardit.core.signature import describe_leaf
-from shardit.core.sites import inner_tensors, put
+from shardit.core.sites import inner_tensors
 from shardit.core.trace import Trace, Watch
+from shardit.core.wire import dump_with_tensors, first_byte, load_with_tensors, storage_bytes, view_bytes, view_near
 from shardit.core.writes import changed, mark
 from shardit.errors import RankError, UnsupportedError
 

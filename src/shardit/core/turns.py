@@ -10,8 +10,8 @@ from typing import Any
 import numpy
 import torch
 
-from shardit.core.agreement import SUMMED, digests
 from shardit.core.coroutine import Coroutine, Generators
+from shardit.core.digests import SUMMED, digests
 from shardit.core.schedule import Flight, Schedule
 from shardit.errors import RankError
 

@@ -91,3 +91,19 @@ def session_gives_way() -> None:
             return
         else:
             return
+
+
+def threads_per_rank(world_size: int) -> int:
+    """What the user set in OMP_NUM_THREADS, else an equal share of the cores."""
+    wish = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if wish.isdecimal() and int(wish) > 0:
+        return int(wish)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world_size)
+
+
+def set_threads(threads: int) -> None:
+    """Undo the nursery's limit of one thread."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)

@@ -10,7 +10,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.assign import Assignment
 from shardit.core.mesh import axis_sizes, coordinates
 from shardit.core.slices import Owned, Slice
-from shardit.loading import Description, describe, describe_configs
+from shardit.loading.description import Description, describe, describe_configs
 from shardit.loading.dtypes import Setting, check_components, dtype_of
 from shardit.model_options import model_options
 from shardit.models.shipped import configurations, shipped

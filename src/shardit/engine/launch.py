@@ -10,12 +10,13 @@ import subprocess
 import sys
 from typing import Any
 
-from shardit.engine.boot import OWN_GROUP, command, describe_exit
+from shardit.engine.boot import OWN_GROUP, command, describe_exit, threads_per_rank
 from shardit.engine.channel import Channel, Closed
 from shardit.engine.messages import Check, Dump, Failed, Gone, Kill, Refused, SessionSpec, Stacks, Start, Started
-from shardit.engine.worker import threads_per_rank
 from shardit.errors import InputError, RankError
 
+FORK_SERVER = "shardit.engine.nursery"
+"""The module that runs in the process which forks the ranks."""
 STOP_WAIT_S = 6.0
 IMPORT_WAIT_S = 120.0
 """The imports may take longer than a short timeout, which is about ranks that hang, allows."""
@@ -35,7 +36,7 @@ class Nursery:
         self.control = Channel(ours, timeout_s)
         with theirs:
             self.process = subprocess.Popen(
-                command("shardit.engine.nursery", theirs.fileno(), os.getpid()),
+                command(FORK_SERVER, theirs.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,  # a script may be read from standard input
                 pass_fds=[theirs.fileno()],
                 env=nursery_environment(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from shardit.core.sites import swap_class
+from shardit.core.patching import swap_class
 
 
 class Steps:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from shardit.core.sites import swap_class
+from shardit.core.patching import swap_class
 
 
 def is_tokenizer(value: Any) -> bool:

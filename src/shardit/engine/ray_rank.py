@@ -31,8 +31,8 @@ class RayRank:
         # Ray shows an actor only its own GPU, whose number is then 0.
         os.environ["LOCAL_RANK"] = "0" if has_gpu else str(rank % per_node)
         os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
+        from shardit.engine.boot import threads_per_rank
         from shardit.engine.remote_rank import RemoteRank
-        from shardit.engine.worker import threads_per_rank
 
         here = RemoteRank(rank, model, address=get_node_ip_address())
         here.arrive(reach, ARRIVE_S)

@@ -21,7 +21,7 @@ from shardit.packages import pip_line
 from shardit.returned import PICTURES, SOUND, TEXT, VIDEO
 
 if TYPE_CHECKING:
-    from shardit.requests import Request
+    from shardit.request_data import Request
 
 
 def collect(request: Request, value: tuple[Any, float, list[str]] | None, error: Exception | None) -> Output:

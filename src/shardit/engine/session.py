@@ -29,11 +29,12 @@ from shardit.engine.processors import check_in_flight, processors_put_back
 from shardit.engine.progress import report_progress
 from shardit.engine.result import collect
 from shardit.errors import InputError, RankError
-from shardit.loading import Reads, describe
+from shardit.loading.description import describe
 from shardit.loading.dtypes import check_components
 from shardit.loading.hub import cached
 from shardit.loading.packages import check_packages, check_processors, missing
 from shardit.loading.pipeline import check_scheduler
+from shardit.loading.safetensors_file import Reads
 from shardit.model_options import recorded
 from shardit.models.back_ends import check_attention_backend
 from shardit.models.extras import check_extras
@@ -47,7 +48,7 @@ from shardit.size_multiples import size_multiples
 
 if TYPE_CHECKING:
     from shardit.engine.messages import SessionSpec
-    from shardit.requests import Request
+    from shardit.request_data import Request
 
 OnProgress = Callable[[int, int, int], None]
 OnError = Callable[[int, Exception], None]

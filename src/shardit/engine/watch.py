@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
+import shardit
 from shardit.engine.boot import describe_exit
 from shardit.engine.channel import Channel, Closed
 from shardit.engine.launch import Nursery
@@ -20,6 +22,9 @@ GRACE_S = 1.0
 """Seconds. After a rank's own failure: time for a failure that came before it to arrive too."""
 PEER_GRACE_S = 4.0
 """Seconds. After a failure that speaks of a peer: time for that peer's own."""
+
+_COMMUNICATES = ("torch/distributed", str(Path(shardit.__file__).parent / "core" / "comm"))
+"""The files that the innermost frames of a rank name while it waits for others."""
 
 DOUBT_S = 1.0
 """Seconds. After a request has ended on some ranks and not on others: time for those before their stacks are read."""
@@ -187,7 +192,7 @@ def suspect(stacks: dict[int, str], silent: set[int]) -> int:
 
 def waits_for_peer(stack: str) -> bool:
     """Whether a rank with this stack is in the middle of communication."""
-    return any("torch/distributed" in line or "shardit/core/comm" in line for line in frames(stack)[:3])
+    return any(place in line for line in frames(stack)[:3] for place in _COMMUNICATES)
 
 
 def frames(stack: str) -> list[str]:

@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import importlib
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from shardit.engine.boot import set_threads
 from shardit.engine.channel import Channel, Closed
 from shardit.engine.memory import peak_bytes, reset_peak
 from shardit.engine.messages import Done, Ended, Failed, Generate, Outputs, Progress, Ready, Refused, SessionSpec
@@ -227,22 +227,6 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     box = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def threads_per_rank(world_size: int) -> int:
-    """What the user set in OMP_NUM_THREADS, else an equal share of the cores."""
-    wish = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if wish.isdecimal() and int(wish) > 0:
-        return int(wish)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // world_size)
-
-
-def set_threads(threads: int) -> None:
-    """Undo the nursery's limit of one thread."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
 
 
 def describe(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import inspect
 import re
 import sys
@@ -15,7 +14,7 @@ from shardit import diffusers_source
 from shardit.errors import InputError
 from shardit.loading.index import Component, component_class
 from shardit.loading.quiet import quiet
-from shardit.packages import missing_package, pip_line
+from shardit.packages import is_missing, missing_package, pip_line
 
 _NAMED = (
     *("bs4", "cv2", "ftfy", "librosa", "protobuf", "scipy", "sentencepiece", "soundfile", "tiktoken", "torchaudio"),
@@ -24,15 +23,6 @@ _NAMED = (
 """Packages by which libraries say, in errors of many forms, what they lack."""
 
 _GUARD = re.compile(r"is_\w+_available")
-
-
-def is_missing(package: str) -> bool:
-    """Whether a package cannot be imported here."""
-    package = "google.protobuf" if package == "protobuf" else package
-    try:
-        return sys.modules.get(package) is None and importlib.util.find_spec(package) is None
-    except (ImportError, ValueError):
-        return True
 
 
 def named_in(text: str) -> list[str]:

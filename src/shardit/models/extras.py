@@ -8,8 +8,8 @@ from typing import Any
 
 from shardit.errors import InputError, first_line
 from shardit.loading.hub import unreachable
-from shardit.loading.packages import is_missing
 from shardit.model_options import Lora, ModelOptions
+from shardit.packages import is_missing
 
 
 def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) -> None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardit.core.microbatch import CLOSE
 from shardit.errors import RankError, UnsupportedError
 from shardit.parallel.attention import SequenceAttention
+from shardit.parallel.compare import disturbed, same
 from shardit.parallel.run import DONE, FAILED, BlockRun, OutOfStep, agree
 from shardit.parallel.seam import attention_goes_to
 from shardit.parallel.shards import gather
@@ -154,38 +155,6 @@ def _call(call: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
 def shapes_of(leaves: Sequence[Any]) -> list[Shape | None]:
     """Shapes of tensors, None for what is no tensor."""
     return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-
-
-def disturbed(leaves: list[Any]) -> list[Any]:
-    """The leaves with noise in every tensor of numbers or of booleans, the same noise on every rank."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    made: dict[int, torch.Tensor] = {}
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and id(leaf) not in made:
-            made[id(leaf)] = _disturb(leaf, generator)
-    return [made[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-
-
-def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if tensor.ndim < 2 or tensor.numel() == 0:
-        return tensor
-    if tensor.dtype is torch.bool:
-        flipped = tensor ^ (torch.rand(tensor.shape, generator=generator) < 0.3).to(tensor.device)
-        flipped[..., 0] = True  # a query that sees nothing would prove nothing
-        return flipped
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor
-    wide = torch.complex64 if tensor.is_complex() else torch.float32
-    noise = torch.randn(tensor.shape, generator=generator, dtype=wide).to(tensor.device)
-    size = tensor.abs().double()
-    finite = size.isfinite() & (size < 1e4)  # -inf and its like hide keys in masks
-    scale = float(size[finite].mean()) if bool(finite.any()) else 0.0
-    return (tensor + 0.3 * (scale or 1.0) * noise).to(tensor.dtype)
-
-
-def same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two tensors have the same values, all NaN counting alike."""
-    return torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
 
 
 def _close(x: Any, y: Any) -> bool:

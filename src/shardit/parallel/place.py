@@ -9,7 +9,7 @@ from torch import nn
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.assign import Assignment, assign
-from shardit.core.plan import Plan
+from shardit.core.hints import Plan
 from shardit.parallel.tensor import TensorPlan, owners_of_wholes, plan_components
 
 

@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from shardit.core.coroutine import willing
 from shardit.core.microbatch import CLOSE
 from shardit.core.module_state import restore, state_of
+from shardit.core.patching import swap_class
 from shardit.core.pending import settle
 from shardit.core.signature import signature
-from shardit.core.sites import swap_class
 from shardit.core.stages import Stages
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.parallel.attention import SequenceAttention
-from shardit.parallel.check import disturbed, same
+from shardit.parallel.compare import disturbed, same
 from shardit.parallel.passes import Differs, Pass, SpreadPass, WholePass
 from shardit.parallel.plan_rules import ModuleRules, read_plan
 from shardit.parallel.plan_seams import call_module

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.meeting import sendable
 from shardit.core.module_state import restore, state_of
+from shardit.core.patching import swap_class
 from shardit.core.pending import PendingTensor, settle
 from shardit.core.randomness import generators_kept
 from shardit.core.signature import modes
-from shardit.core.sites import swap_class
 from shardit.core.stages import Stages
 from shardit.errors import RankError, UnsupportedError
 from shardit.parallel.attention import Layout, SequenceAttention

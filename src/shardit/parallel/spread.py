@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from shardit.core.mesh import Mesh
-from shardit.core.sites import find_blocks, swap_class
+from shardit.core.patching import swap_class
+from shardit.core.sites import find_blocks
 from shardit.core.stages import Stages
 from shardit.errors import InputError, UnsupportedError
 from shardit.parallel.attention import SequenceAttention

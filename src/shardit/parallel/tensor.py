@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.assign import denoises, encodes, nbytes, own_code
+from shardit.core.assign import denoises, encodes, own_code
 from shardit.core.balance import WHOLE_SHARE, beside
 from shardit.core.collectives import Collectives
 from shardit.core.mesh import Mesh
-from shardit.core.sites import Made, put, swap_class
+from shardit.core.patching import Made, put, swap_class
+from shardit.core.sites import nbytes
 from shardit.core.slices import Owned, Shards, Slice
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor_adapters import adapter_members, adapters_aside, cut_adapters

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardit.core.collectives import Collectives
-from shardit.core.sites import swap_class
+from shardit.core.patching import swap_class
 from shardit.core.slices import Shards
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor_cuts import PLAIN, TensorPlan

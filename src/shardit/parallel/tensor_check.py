@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from shardit.core.caches import find_caches
 from shardit.core.collectives import Collectives
 from shardit.core.coroutine import willing
+from shardit.core.patching import Made, share_class, swap_class
 from shardit.core.pending import settle
 from shardit.core.signature import modes
-from shardit.core.sites import Made, share_class, swap_class
 from shardit.parallel.kinds import fingerprint, value_key
 from shardit.parallel.seam import attention_is_taken
 from shardit.parallel.tensor_compare import Comparison, is_keeper

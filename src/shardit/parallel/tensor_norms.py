@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shardit.core.collectives import Collectives
-from shardit.core.sites import Made, share_class
+from shardit.core.patching import Made, share_class
 from shardit.parallel.tensor_cuts import PLAIN, Role
 from shardit.parallel.tensor_forward import together, unless_whole
 

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from shardit.core.comm import Layout, dump_with_tensors, pack_layout
+from shardit.core.patching import swap_class
 from shardit.core.plan import Leaf, span_bytes
 from shardit.core.signature import signature
-from shardit.core.sites import swap_class
+from shardit.core.wire import Layout, dump_with_tensors, pack_layout
 from shardit.parallel.tile_watch import Untileable, Watch
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)

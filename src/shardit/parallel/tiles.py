@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.attributes import Attributes
 from shardit.core.boundary import Boundary
-from shardit.core.comm import Comm, view_bytes
+from shardit.core.comm import Comm
 from shardit.core.everywhere import Everywhere
+from shardit.core.patching import install, swap_class
 from shardit.core.remote import empty, reader, run_on
 from shardit.core.signature import signature
-from shardit.core.sites import install, swap_class
+from shardit.core.wire import view_bytes
 from shardit.errors import InputError, RankError
 from shardit.parallel.tile_plan import TilePlan, find_tiles, placeholder
 from shardit.parallel.tile_watch import Untileable

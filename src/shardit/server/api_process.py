@@ -18,6 +18,8 @@ from shardit.server.messages import Ping, Pong, Step
 from shardit.server.options import ServeOptions
 from shardit.server.pulse import Pulse
 
+API = "shardit.server.http.main"
+"""The module that runs in the API process."""
 MAX_BACKLOG = 1000
 """Messages that an API process which does not read may let pile up before it is told no more steps."""
 CALM_S = 5.0
@@ -40,7 +42,7 @@ def start(listener: socket.socket) -> Started:
     fds = [theirs.fileno(), listener.fileno()]
     with theirs:
         process = subprocess.Popen(
-            command("shardit.server.http.main", *fds, quick=True),
+            command(API, *fds, quick=True),
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
             start_new_session=True,  # Ctrl-C is for the supervisor, which then decides

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from shardit.requests import Request
+from shardit.request_data import Request
 from shardit.server.jobs import Job
 from shardit.server.loop import Loop
 from shardit.server.spec import build_request

@@ -102,7 +102,7 @@ class Keeper:
         fds = (theirs.fileno(), listener.fileno())
         with theirs, listener:
             self.supervisor = subprocess.Popen(
-                command("shardit.server.torchrun_placement", *fds, os.getpid()),
+                command("shardit.server.torchrun_supervisor", *fds, os.getpid()),
                 stdin=subprocess.DEVNULL,
                 pass_fds=fds,
                 start_new_session=True,  # torchrun's signals are for the keeper, which passes them on

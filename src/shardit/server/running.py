@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardit.engine.messages import Left
-from shardit.requests import Request
+from shardit.request_data import Request
 from shardit.server.estimate import Work
 from shardit.server.jobs import Job
 

@@ -19,7 +19,7 @@ from shardit.server import api_process
 from shardit.server.options import ServeOptions
 
 if TYPE_CHECKING:
-    from shardit.server.fleet import Placement
+    from shardit.server.local_placement import Placement
 
 LEFT_BEHIND_S = 6.0
 """After a server was killed: time for its processes to let go of the port."""
@@ -54,7 +54,7 @@ def _placement_for(options: ServeOptions) -> Placement:
         from shardit.server.ray_placement import RayPlacement
 
         return RayPlacement(options)
-    from shardit.server.fleet import LocalPlacement
+    from shardit.server.local_placement import LocalPlacement
 
     return LocalPlacement(options.step_timeout_s)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shardit.requests import Request, build_requests
+from shardit.request_data import Request
+from shardit.requests import build_requests
 
 if TYPE_CHECKING:
     from shardit.images import ImageSource

@@ -21,9 +21,10 @@ from shardit.logs import logger
 from shardit.model_options import described
 from shardit.server.api_process import ApiProcess, Started
 from shardit.server.dispatch import Dispatcher
-from shardit.server.fleet import Down, Fleet, Placement
+from shardit.server.fleet import Down, Fleet
 from shardit.server.gauges import Gauges
 from shardit.server.last_resort import LastResort, exit_code
+from shardit.server.local_placement import Placement
 from shardit.server.loop import Loop
 from shardit.server.messages import Measured, Ranks, RanksState, Scrape, Wake
 from shardit.server.options import ServeOptions

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
-import sys
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
-from shardit.engine.boot import die_with_parent
 from shardit.engine.channel import Channel, Closed
 from shardit.engine.connect import Reach
 from shardit.engine.messages import SessionSpec
-from shardit.errors import InputError, RankError
+from shardit.errors import RankError
 from shardit.server.options import ServeOptions
 from shardit.server.remote_ranks import RankPort, join_all
 
@@ -94,36 +91,3 @@ class TorchrunPlacement:
             with contextlib.suppress(Closed, OSError):
                 leash.socket.settimeout(1.0)
                 leash.send(Leave(code))
-
-
-def main(control_fd: int, listener_fd: int, keeper: int) -> int:
-    """The supervisor's process under torchrun; returns its exit code."""
-    from shardit.server.serve import serve
-
-    die_with_parent(signal.SIGKILL)
-    if os.getppid() != keeper:
-        return 1
-    control = Channel(socket.socket(fileno=control_fd))
-    try:
-        start: Supervise = control.recv()
-    except Closed:
-        return 1
-    places = [(rank, role) for rank in range(start.world_size) for role in ("rank", "keeper")]
-    port = RankPort(socket.socket(fileno=listener_fd), places, start.reach.token)
-    placement = TorchrunPlacement(port, start.world_size)
-    threading.Thread(target=_obey, args=(control, placement), daemon=True).start()
-    try:
-        return serve(start.options, placement, PATIENCE_S if start.restarts else 0.0)
-    except InputError as error:
-        placement.stop(2)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-
-
-def _obey(control: Channel, placement: TorchrunPlacement) -> None:
-    """Stop when the keeper says so; where it is gone, at once: what is left undone is done again."""
-    with contextlib.suppress(Closed, OSError):
-        while True:
-            placement.leave(control.recv().code)
-            os.kill(os.getpid(), signal.SIGTERM)
-    os._exit(1)

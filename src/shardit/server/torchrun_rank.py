@@ -37,8 +37,8 @@ _kept: list[Any] = []  # without torchrun's own store rank 0 is its server, unti
 def be_rank(options: ServeOptions, seat: Seat, reach: Reach | None, keeper: Channel) -> int:
     """In the forked process: find the supervisor, tell the keeper how, and work. `reach`: known on rank 0."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
+    from shardit.engine.boot import threads_per_rank
     from shardit.engine.remote_rank import RemoteRank
-    from shardit.engine.worker import threads_per_rank
 
     rank = RemoteRank(seat.rank, options.model, flags_of(options))
     if reach is not None:

@@ -1,0 +1,89 @@
+"""The layout of the package: what imports what, and how large things are."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import shardit
+
+ROOT = Path(shardit.__file__).parent
+FILE_LINES = 350
+FUNCTION_LINES = 50
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text("utf-8"))
+    return found
+
+
+def imports(name: str) -> set[str]:
+    """The modules of the package that a module imports, anywhere in its code."""
+    found = set()
+    for node in ast.walk(trees()[name]):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {module for one in node.names if (module := f"{node.module}.{one.name}") in trees()} or {
+                node.module
+            }
+        elif isinstance(node, ast.Import):
+            found |= {one.name for one in node.names}
+    return {one for one in found if one in trees()} - {name, "shardit"}
+
+
+def test_modules_named_in_strings_exist() -> None:
+    """Processes and lazy imports name modules in strings, which no tool follows when a module moves."""
+    for name, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and re.fullmatch(r"shardit(\.\w+)+(:\w+)?", str(node.value)):
+                assert importlib.util.find_spec(node.value.partition(":")[0]) is not None, (name, node.value)
+
+
+def test_imports_have_no_circle() -> None:
+    """Among the files and folders of any folder, where a folder stands for all that is in it."""
+    for folder in {name.rpartition(".")[0] for name in trees()} - {""}:
+        depth = folder.count(".") + 1
+        arrows: dict[str, set[str]] = defaultdict(set)
+        for name in trees():
+            if name.startswith(f"{folder}."):
+                inside = {one for one in imports(name) if one.startswith(f"{folder}.")}
+                child = name.split(".")[depth]
+                arrows[child] |= {one.split(".")[depth] for one in inside} - {child}
+        assert not (circle := _circle(arrows)), f"{folder}: {' -> '.join(circle)}"
+
+
+def _circle(arrows: dict[str, set[str]]) -> list[str]:
+    done: set[str] = set()
+
+    def walk(child: str, way: list[str]) -> list[str]:
+        if child in way:
+            return [*way[way.index(child) :], child]
+        if child in done:
+            return []
+        found = next((circle for one in sorted(arrows[child]) if (circle := walk(one, [*way, child]))), [])
+        done.add(child)
+        return found
+
+    return next((circle for child in sorted(arrows) if (circle := walk(child, []))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert _circle(defaultdict(set, {"a": {"b"}, "b": {"c"}, "c": {"b"}})) == ["b", "c", "b"]
+    assert not _circle(defaultdict(set, {"a": {"b", "c"}, "b": {"c"}}))
+
+
+def test_files_and_functions_are_small() -> None:
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert len(text.splitlines()) <= FILE_LINES, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno:
+                assert node.end_lineno - node.lineno < FUNCTION_LINES, (path, node.name)

@@ -27,15 +27,18 @@ def trees() -> dict[str, ast.Module]:
 
 
 def imports(name: str) -> set[str]:
-    """The modules of the package that a module imports, anywhere in its code."""
-    found = set()
-    for node in ast.walk(trees()[name]):
+    """The modules of the package that a module imports anywhere in its code, but for its types alone."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [trees()[name]]
+    while todo:
+        node = todo.pop()
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {module for one in node.names if (module := f"{node.module}.{one.name}") in trees()} or {
-                node.module
-            }
+            full = {f"{node.module}.{one.name}" for one in node.names}
+            found |= full & trees().keys() or {node.module}
         elif isinstance(node, ast.Import):
             found |= {one.name for one in node.names}
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            todo += ast.iter_child_nodes(node)
     return {one for one in found if one in trees()} - {name, "shardit"}
 
 

@@ -72,9 +72,9 @@ def make_requests(size: Size, seeds: tuple[int, ...], guided: bool) -> list[Any]
     import torch
     from diffusers import WanPipeline
 
+    from shardit.diffusion.request.build import build_requests
+    from shardit.diffusion.request.pipeline_signature import signature_of
     from shardit.models.tiny.text import HIDDEN
-    from shardit.requests import build_requests
-    from shardit.signature import signature_of
 
     def embeds(seed: int) -> torch.Tensor:
         return torch.randn(1, size.text_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))

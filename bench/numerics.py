@@ -36,7 +36,7 @@ def distance(folder: str, size: Size, dtype: str, options: dict[str, Any], join:
     from diffusers import WanTransformer3DModel
 
     import shardit
-    from shardit.core.pending import settle
+    from shardit.core.runtime.pending import settle
 
     def load() -> Any:
         return WanTransformer3DModel.from_pretrained(Path(folder) / "transformer", torch_dtype=getattr(torch, dtype))

@@ -16,8 +16,8 @@ def measure(size: Size) -> list[dict[str, Any]]:
 
     Every chunk takes the same time and messages none. A hop carries the hidden states, a result the noise.
     """
-    from shardit.core.partition import automatic_chunks, bound
-    from shardit.core.replay import Workload, timeline
+    from shardit.core.placement.partition import automatic_chunks, bound
+    from shardit.core.simulate.replay import Workload, timeline
 
     hop_bytes = 4 * size.tokens * size.heads * size.head_dim
     result_bytes = 4 * size.tokens * 2 * 2 * 16

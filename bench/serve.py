@@ -17,7 +17,7 @@ from typing import Any
 from bench import machine
 from bench.flood import flood
 from bench.served import Connection, Served
-from shardit.server.api_process import API
+from shardit.server.process.api_process import API
 
 MODEL = "wan2.2-t2v"
 STAGES = 2
@@ -191,7 +191,7 @@ def _generate_all(omni: Any, count: int) -> tuple[float, float]:
 
 def _overhead(server: Served, omni: Any, requests: int) -> dict[str, Any]:
     """One client, one request after the other: its time beyond what the ranks needed and the writing of the file."""
-    from shardit.server.store import Store
+    from shardit.server.jobs.store import Store
 
     store, connection = Store(server.folder), server.connect()
     beyond, saving = [], []
@@ -262,7 +262,7 @@ def _flooded_share(server: Served) -> float:
 
 def _compute_s(server: Served) -> float:
     """Seconds in the ranks for as many videos as are in flight."""
-    from shardit.server.store import Store
+    from shardit.server.jobs.store import Store
 
     store = Store(server.folder)
     try:

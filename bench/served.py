@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shardit.engine.launch import FORK_SERVER
+from shardit.engine.process.fork_client import FORK_SERVER
 
 WAIT_S = 120.0
 

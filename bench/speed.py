@@ -241,7 +241,7 @@ def bound(case: Case, chunks: int, steps: int) -> float:
     One request waits for all of a step before the next one, so its pipeline fills anew in each step. Several requests
     fill each other's gaps: the pipeline fills once, as if all steps were one long chain of chunks.
     """
-    from shardit.core.partition import bound as of_partition
+    from shardit.core.placement.partition import bound as of_partition
 
     if case.axis != "pipeline_parallel_size":
         return float(RANKS)

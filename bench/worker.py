@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from bench import model, numerics, peers
 from shardit.config import DiffusionParallelConfig
-from shardit.core.mesh import axis_sizes
+from shardit.core.comm.mesh import axis_sizes
 from shardit.engine import session as session_module
 from shardit.engine.inspect import inspect_model
-from shardit.engine.messages import SessionSpec
+from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import Session
 from shardit.models import tiny
 

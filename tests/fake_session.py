@@ -15,9 +15,9 @@ from typing import Any
 
 from PIL import Image
 
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError, UnsupportedError
-from shardit.output import Output
-from shardit.signature import PipelineSignature
 
 PRELOAD = ()  # neither torch nor diffusers: these tests start many processes
 

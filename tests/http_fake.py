@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shardit.engine.channel import Channel, Closed
-from shardit.output import Output
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.engine.process.channel import Channel, Closed
 from shardit.server import estimate
-from shardit.server.jobs import Job
+from shardit.server.jobs.job import Job
+from shardit.server.jobs.job_request import build_request
+from shardit.server.jobs.store import Store
 from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Wake
 from shardit.server.options import ServeOptions
-from shardit.server.results import write_results
-from shardit.server.spec import build_request
-from shardit.server.store import Store
-from shardit.signature import PipelineSignature
+from shardit.server.supervisor.result_files import write_results
 
 WAIT_S = 60.0
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig
-from shardit.engine.messages import SESSION, Begin, Cancel, Left, Progress, SessionSpec
+from shardit.engine.process.messages import SESSION, Begin, Cancel, Left, Progress, SessionSpec
 from shardit.models import tiny
-from shardit.server.fleet import Down, Fleet
-from shardit.server.local_placement import LocalPlacement
-from shardit.server.loop import Loop
-from shardit.server.spec import build_request
+from shardit.server.jobs.job_request import build_request
+from shardit.server.placement.local import LocalPlacement
+from shardit.server.process.loop import Loop
+from shardit.server.supervisor.rank_group import Down, Fleet
 
 WAIT_S = 240.0
 

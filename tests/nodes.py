@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from shardit.server.jobs import NewJob
-from shardit.server.store import Store
+from shardit.server.jobs.job import NewJob
+from shardit.server.jobs.store import Store
 
 HERE = pathlib.Path(__file__).parent
 CALL = {"prompt": "a cat", "height": 128, "width": 128, "num_inference_steps": 2, "max_sequence_length": 32}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardit import parallel_state as ps
-from shardit.core.collectives import even_sizes
+from shardit.core.comm.collectives import even_sizes
 from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from shardit.sp_sharding import sp_gather, sp_shard
 

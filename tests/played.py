@@ -14,16 +14,16 @@ from typing import Any
 from PIL import Image
 
 from shardit.config import DiffusionParallelConfig
-from shardit.engine.messages import Cancel, Left, Progress
-from shardit.output import Output
-from shardit.server.dispatch import Dispatcher
-from shardit.server.fleet import Down
-from shardit.server.gauges import Gauges
-from shardit.server.jobs import Job, NewJob
-from shardit.server.loop import Loop
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.engine.process.messages import Cancel, Left, Progress
+from shardit.server.jobs.job import Job, NewJob
+from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
-from shardit.server.store import Store
-from shardit.signature import PipelineSignature
+from shardit.server.process.loop import Loop
+from shardit.server.supervisor.dispatch import Dispatcher
+from shardit.server.supervisor.metrics import Gauges
+from shardit.server.supervisor.rank_group import Down
 
 SIGNATURE = PipelineSignature("FakePipeline", ("prompt", "image", "height", "width", "num_inference_steps"))
 INFO = {"signature": SIGNATURE, "memory": {"held": 1, "limit": None}}

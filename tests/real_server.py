@@ -22,10 +22,10 @@ from typing import Any
 from PIL import Image
 
 from bench.served import children
-from shardit.engine.launch import FORK_SERVER
+from shardit.diffusion.output.output import Output
+from shardit.engine.process.fork_client import FORK_SERVER
 from shardit.models import tiny
-from shardit.output import Output
-from shardit.server.api_process import API
+from shardit.server.process.api_process import API
 from tests.real_omni import by_diffusers, same
 
 WAIT_S = 240.0

@@ -11,7 +11,7 @@ import signal
 import time
 from typing import Any
 
-from shardit.core import known_plans
+from shardit.core.plans import known_plans
 from shardit.engine import session
 from shardit.engine.session import check
 

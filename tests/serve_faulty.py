@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from shardit.cli import main
-from shardit.server.supervisor import Supervisor
+from shardit.server.supervisor.supervisor import Supervisor
 
 if __name__ == "__main__":
     Supervisor._session = "real_session:Session"

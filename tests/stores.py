@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
-from shardit.server.jobs import Job, NewJob
-from shardit.server.store import Store
+from shardit.server.jobs.job import Job, NewJob
+from shardit.server.jobs.store import Store
 
 FORK = multiprocessing.get_context("fork")
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.hints import Plan
-from shardit.core.mesh import init_mesh
-from shardit.core.partition import Placement, block_cost, place_blocks
-from shardit.core.sites import find_blocks
-from shardit.core.stages import Runtime, Stages, stage
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.modules.blocks import find_blocks
+from shardit.core.modules.hints import Plan
+from shardit.core.placement.partition import Placement, block_cost, place_blocks
+from shardit.core.stages.stages import Runtime, Stages, stage
 from shardit.errors import RankError, UnsupportedError
 from tests import survey_models
 from tests.survey_models import Draw, Entry

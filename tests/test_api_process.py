@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.channel import Channel
+from shardit.engine.process.channel import Channel
 from shardit.logs import logger
-from shardit.server import pulse
-from shardit.server.api_process import ApiProcess, start
-from shardit.server.http.link import Link
-from shardit.server.loop import Loop
+from shardit.server.entry.serve import listening
+from shardit.server.http.state.supervisor_link import Link
 from shardit.server.messages import Ping, Pong
 from shardit.server.options import ServeOptions
-from shardit.server.pulse import ASK_EVERY_S, MAX_STEP_S, PATIENCE_S, START_S, Pulse
-from shardit.server.serve import listening
+from shardit.server.process import heartbeat as pulse
+from shardit.server.process.api_process import ApiProcess, start
+from shardit.server.process.heartbeat import ASK_EVERY_S, MAX_STEP_S, PATIENCE_S, START_S, Pulse
+from shardit.server.process.loop import Loop
 
 WAIT_S = 120.0
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.core.mesh import init_mesh
-from shardit.parallel.attention import Call, Layout, SequenceAttention
-from shardit.parallel.partial import _math, merge, partial_attention
-from shardit.parallel.ulysses import ulysses_bytes
+from shardit.core.comm.mesh import init_mesh
+from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
+from shardit.parallel.attention.softmax_merge import _math, merge, partial_attention
+from shardit.parallel.attention.ulysses import ulysses_bytes
 from tests.ranks import run_ranks
 
 WIDTH = 8

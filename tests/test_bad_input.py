@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from shardit import DiffusionParallelConfig, InputError, OmniDiffusionSamplingParams
 from shardit.cli import main
-from shardit.engine.launch import FORK_SERVER
-from shardit.engine.messages import SessionSpec
-from shardit.engine.processors import check_in_flight
+from shardit.diffusion.loading.pipeline import load_pipeline
+from shardit.diffusion.output.from_file import read_record
+from shardit.diffusion.request.processors import check_in_flight
+from shardit.engine.process.fork_client import FORK_SERVER
+from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.flags import GenerateFlags
-from shardit.from_file import read_record
 from shardit.loading.dtypes import setting
-from shardit.loading.pipeline import load_pipeline
 from shardit.models import tiny
 from tests.real_omni import by_diffusers, same, started
 
@@ -319,8 +319,8 @@ def test_request_that_fails_on_the_command_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("mode", ["RGBA", "CMYK", "L", "P"])
 def test_pictures_of_any_mode(mode, tmp_path):
     """The picture reaches the pipeline upright and in RGB."""
-    from shardit.requests import build_requests
-    from shardit.signature import PipelineSignature
+    from shardit.diffusion.request.build import build_requests
+    from shardit.diffusion.request.pipeline_signature import PipelineSignature
 
     picture = Image.effect_noise((40, 20), 50).convert("RGB").convert(mode)
     path = tmp_path / ("a.jpg" if mode in ("CMYK", "L") else "a.png")

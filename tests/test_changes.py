@@ -14,7 +14,7 @@ from diffusers.models.embeddings import ImageProjection
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError
-from shardit.core.fingerprint import Fingerprint
+from shardit.core.modules.fingerprint import Fingerprint
 from shardit.models import tiny
 from tests.brought import pipeline
 from tests.ranks import run_ranks

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shardit.server.store import Store
+from shardit.server.jobs.store import Store
 from tests.real_server import RealServer, real_server
 
 JOBS, KILLS, CANCELLED, LATE = 40, 20, 5, 10

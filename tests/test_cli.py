@@ -13,11 +13,11 @@ from PIL import Image
 import shardit
 from shardit.cli import check_kind, main, table
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError, RankError
 from shardit.flags import GenerateFlags
-from shardit.output import Output
 from shardit.params import OmniDiffusionSamplingParams
-from shardit.signature import PipelineSignature
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "offline_inference"
 

@@ -11,12 +11,9 @@ import torch
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.comm import Comm
-from shardit.core.mesh import Mesh, check_p2p, init_mesh, pick_device
-from shardit.core.partition import place_blocks
-from shardit.core.pending import PendingTensor
-from shardit.core.stages import Runtime, stage
-from shardit.core.wire import (
+from shardit.core.comm.mesh import Mesh, check_p2p, init_mesh, pick_device
+from shardit.core.comm.p2p import Comm
+from shardit.core.comm.wire import (
     ALIGN,
     dump_with_tensors,
     flat_bytes,
@@ -25,6 +22,9 @@ from shardit.core.wire import (
     storage_bytes,
     view_bytes,
 )
+from shardit.core.placement.partition import place_blocks
+from shardit.core.runtime.pending import PendingTensor
+from shardit.core.stages.stages import Runtime, stage
 from shardit.errors import RankError, UnsupportedError
 from tests.ranks import run_ranks
 

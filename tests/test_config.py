@@ -170,7 +170,8 @@ def test_even_partition_of_bad_input(arguments):
     "statement",
     [
         "import shardit; dir(shardit); shardit.Output, shardit.OmniDiffusionSamplingParams",
-        "import shardit.requests, shardit.images, shardit.encode, shardit.__main__",
+        "import shardit.diffusion.request.build, shardit.diffusion.request.images, shardit.__main__",
+        "import shardit.diffusion.output.encode, shardit.diffusion.preflight.preflight",
         "from shardit.cli import main; main(['--help']); main(['generate', '--help']); main(['generate', '--model=x'])",
     ],
 )

@@ -12,10 +12,10 @@ import pytest
 import shardit.engine.inspect
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.loading.description import describe_configs
+from shardit.diffusion.loading.shipped import FOLDER, HUB_IDS, names, shipped
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError
-from shardit.loading.description import describe_configs
-from shardit.models.shipped import FOLDER, HUB_IDS, names, shipped
 
 WHOLE = {
     "Wan2.2-T2V-A14B": {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68, "vae": 0.127},

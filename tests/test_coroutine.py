@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardit.core.coroutine import Coroutine, Generators, TorchState
+from shardit.core.runtime.coroutine import Coroutine, Generators, TorchState
 
 
 class CountFunctions(TorchFunctionMode):

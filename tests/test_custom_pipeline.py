@@ -16,7 +16,7 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig
-from shardit.core import comm
+from shardit.core.comm import p2p as comm
 from shardit.mixins import CFGParallelMixin, PipelineParallelMixin
 from tests.ranks import run_ranks
 from tests.test_parallelize import join

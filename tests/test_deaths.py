@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.messages import Left, OutOfMemory
-from shardit.server.dispatch import SUSPECT_AFTER
-from shardit.server.ends import MAX_DEATHS_ALONE
-from shardit.server.fleet import Down
+from shardit.engine.process.messages import Left, OutOfMemory
+from shardit.server.supervisor.dispatch import SUSPECT_AFTER
+from shardit.server.supervisor.finish import MAX_DEATHS_ALONE
+from shardit.server.supervisor.rank_group import Down
 from tests.played import INFO, Server, played_server
 
 

@@ -12,9 +12,9 @@ from transformers import CLIPTextModel
 
 import shardit
 from shardit import DiffusionParallelConfig
-from shardit.core.assign import assign, encodes, is_vae, own_code, tiled_components
-from shardit.parallel.tensor import plan_components
-from shardit.parallel.tensor_plan import plan_tensors
+from shardit.core.placement.assignment import assign, encodes, is_vae, own_code, tiled_components
+from shardit.parallel.tensor.apply import plan_components
+from shardit.parallel.tensor.planner import plan_tensors
 from tests.encoder_models import ENCODERS
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import arrays_of, distance

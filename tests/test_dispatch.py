@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.messages import Begin, Cancel, Left, Progress
-from shardit.server import builder
+from shardit.engine.process.messages import Begin, Cancel, Left, Progress
 from shardit.server.estimate import work_of
-from shardit.server.fleet import Down
 from shardit.server.messages import Changed, Step
+from shardit.server.supervisor import prefetch as builder
+from shardit.server.supervisor.rank_group import Down
 from tests.http_fake import picture
 from tests.played import INFO, SIGNATURE, Server, played_server
 

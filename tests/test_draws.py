@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shardit import UnsupportedError
-from shardit.core.agreement import Agreement
+from shardit.core.comm.agreement import Agreement
 from shardit.models import tiny
 from tests.guided import check, outcomes
 from tests.ranks import run_ranks

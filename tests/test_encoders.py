@@ -14,13 +14,13 @@ from torch import nn
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.api import load_parallel
-from shardit.core.balance import Loads, distribute, in_runs
-from shardit.core.mesh import init_mesh
-from shardit.core.relay import relay
-from shardit.core.remote import Held
-from shardit.core.slices import even
-from shardit.core.stages import Runtime
-from shardit.core.units import Unit, find_units
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.components.layerwise import relay
+from shardit.core.components.owned import Held
+from shardit.core.modules.units import Unit, find_units
+from shardit.core.placement.balance import Loads, distribute, in_runs
+from shardit.core.placement.slices import even
+from shardit.core.stages.stages import Runtime
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
 from tests.ranks import run_ranks

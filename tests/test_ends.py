@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from shardit.server.fleet import Down
-from shardit.server.loop import Loop
+from shardit.server.process.loop import Loop
+from shardit.server.supervisor.rank_group import Down
 from tests.played import INFO, Server, broken, played_server
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from shardit.errors import InputError
 from shardit.server import estimate
 from shardit.server.estimate import Seen, Work, work_of
-from shardit.server.learned import Learned
+from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
-from shardit.server.store import Store
+from shardit.server.supervisor.cost_history import Learned
 from tests.http_fake import IMAGE, VIDEO
 
 GIB = 2**30

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from shardit.config import DiffusionParallelConfig
-from shardit.engine.channel import Channel
-from shardit.engine.messages import Ready, SessionSpec
-from shardit.server.fleet import Down, Fleet
-from shardit.server.loop import Loop
+from shardit.engine.process.channel import Channel
+from shardit.engine.process.messages import Ready, SessionSpec
+from shardit.server.process.loop import Loop
+from shardit.server.supervisor.rank_group import Down, Fleet
 
 STACK = 'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in wait\n  File "y.py", line 2 in run\n'
 

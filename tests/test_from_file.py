@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from shardit.cli import main
+from shardit.diffusion.loading.model_options import model_options, recorded
+from shardit.diffusion.output.from_file import check_fits, differences, flags_of, other_revision, read_record
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags
-from shardit.from_file import check_fits, differences, flags_of, other_revision, read_record
-from shardit.model_options import model_options, recorded
-from shardit.output import Output
-from shardit.signature import PipelineSignature
 
 SETTINGS = {
     "model": "tiny/flux",

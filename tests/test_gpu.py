@@ -34,7 +34,7 @@ def test_two_stages_equal_diffusers() -> None:
 
 
 def two_stages(rank: int, count: int, method: str) -> None:
-    from shardit.core.mesh import init_mesh
+    from shardit.core.comm.mesh import init_mesh
 
     torch.cuda.set_device(rank)
     name = "wan2.2-t2v"

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from shardit import DiffusionParallelConfig, InputError, Omni, parallelize
-from shardit.core.deal import Dealer
-from shardit.core.mesh import Mesh
-from shardit.core.result import Route
+from shardit.core.comm.mesh import Mesh
+from shardit.core.stages.guidance import Dealer
+from shardit.core.stages.result import Route
 from shardit.models import tiny
 from tests import brought
 from tests.ranks import run_ranks

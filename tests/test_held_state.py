@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.core.held_state import held_state
+from shardit.core.modules.held_state import held_state
 from shardit.models import tiny
 from tests.brought import pipeline
 from tests.ranks import run_ranks

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from shardit.server.http.guard import Guard
-from shardit.server.http.metrics import HttpMetrics
-from shardit.server.jobs import NewJob
+from shardit.server.http.middleware import Guard
+from shardit.server.http.state.metrics import HttpMetrics
+from shardit.server.jobs.job import NewJob
+from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
-from shardit.server.store import Store
 from tests.http_calls import NOW, error_of
 from tests.http_fake import WAIT_S, Served, serving
 

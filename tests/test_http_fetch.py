@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from shardit.server.http import fetch
-from shardit.server.http.errors import ApiError
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.submit import fetch
 from tests.http_fake import WAIT_S, picture
 
 LIMIT = 100_000

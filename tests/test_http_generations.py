@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shardit.output import Output
-from shardit.server.results import write_results
+from shardit.diffusion.output.output import Output
+from shardit.server.supervisor.result_files import write_results
 from tests.http_fake import Served
 
 

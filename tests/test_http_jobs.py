@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from shardit.server.http import events as http_events
-from shardit.server.http.board import Board
-from shardit.server.jobs import NewJob
-from shardit.server.store import Store
+from shardit.server.http.answers import events as http_events
+from shardit.server.http.state.board import Board
+from shardit.server.jobs.job import NewJob
+from shardit.server.jobs.store import Store
 from tests.http_calls import LATER, NOW, events, open_job
 from tests.http_fake import WAIT_S, Served
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.server import estimate
 from shardit.server.estimate import Seen
-from shardit.server.http.errors import ApiError
-from shardit.server.http.resolve import check_limits, pipeline_names
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.submit.resolve import check_limits, pipeline_names
 from shardit.server.options import Limits
-from shardit.signature import PipelineSignature
 from tests.http_calls import NOW, error_of
 from tests.http_fake import VIDEO, Served, form, picture, serving
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shardit.signature import PipelineSignature
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from tests.http_calls import NOW, error_of
 from tests.http_fake import VIDEO, Served, form, picture, serving
 

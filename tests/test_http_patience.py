@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from shardit.server.http import patience
+from shardit.server.http import timeouts as patience
 from tests.http_fake import WAIT_S
 
 LARGE = 64 * 1024**2

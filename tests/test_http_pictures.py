@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shardit.server.http.errors import ApiError
-from shardit.server.http.pictures import check_header, check_whole
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.submit.image_checks import check_header, check_whole
 from shardit.server.options import Limits
 from tests.http_calls import edit
 from tests.http_fake import IMAGE, WAIT_S, Served, form, picture, serving

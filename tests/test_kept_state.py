@@ -10,7 +10,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 
-from shardit.core.module_state import differences, restore, state_of
+from shardit.core.modules.module_state import differences, restore, state_of
 from shardit.models import tiny
 from tests.guided import CONFIGS, check, outcomes
 from tests.ranks import run_ranks

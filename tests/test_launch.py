@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from bench.served import children
-from shardit.engine.boot import started_by_torchrun, threads_per_rank
-from shardit.engine.channel import Channel
-from shardit.engine.launch import Nursery
+from shardit.engine.process.channel import Channel
+from shardit.engine.process.fork_client import Nursery
+from shardit.engine.process.process import started_by_torchrun, threads_per_rank
 
 TESTS = pathlib.Path(__file__).parent
 

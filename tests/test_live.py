@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardit.engine.messages import Left
+from shardit.engine.process.messages import Left
 from tests.live_ranks import LiveRanks, live_ranks
 from tests.real_omni import by_diffusers, same
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.loading.dtypes import as_dtype
-from shardit.loading.pipeline import load_pipeline
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
 from shardit.models.processor import build_processor, is_needed

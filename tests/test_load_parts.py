@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from shardit.diffusion.loading.description import describe
+from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.errors import InputError, UnsupportedError
 from shardit.loading.checkpoint import Checkpoint
-from shardit.loading.description import describe
 from shardit.loading.meta import build
-from shardit.loading.pipeline import load_pipeline
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.transformers_model import module_keys
 from shardit.loading.weights import load_module

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from shardit.server.jobs import NewJob
+from shardit.server.entry.serve import listening
+from shardit.server.jobs.job import NewJob
+from shardit.server.jobs.store import Store
 from shardit.server.messages import Measured, Scrape
 from shardit.server.options import ServeOptions
-from shardit.server.serve import listening
-from shardit.server.store import Store
-from shardit.server.supervisor import RETAIN_AT_MOST, Supervisor
+from shardit.server.supervisor.supervisor import RETAIN_AT_MOST, Supervisor
 
 
 class Nowhere:

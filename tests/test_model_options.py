@@ -12,13 +12,13 @@ import torch
 import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.loading.model_options import OPTION_NAMES, Lora, described, model_options, parse_lora
+from shardit.diffusion.loading.schedulers import changed_scheduler
 from shardit.engine.inspect import inspect_model
-from shardit.engine.messages import SessionSpec
+from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.loading.weight_names import choose
-from shardit.model_options import OPTION_NAMES, Lora, described, model_options, parse_lora
-from shardit.models.schedulers import changed_scheduler
 from tests.brought import pipeline, run, write_lora
 from tests.ranks import run_ranks
 from tests.real_omni import started
@@ -238,7 +238,7 @@ def test_a_lora_of_a_hub_that_is_away(monkeypatch: pytest.MonkeyPatch, more: dic
 def test_options_of_the_command_line_and_the_server(loras: list[str], capsys: pytest.CaptureFixture) -> None:
     from shardit.flags import GenerateFlags
     from shardit.server.flags import ServeFlags
-    from shardit.server.seat import flags_of
+    from shardit.server.placement.torchrun_env import flags_of
 
     flags: dict[str, Any] = {
         "scheduler": "X", "scheduler_arg": ["use_karras_sigmas=true"], "flow_shift": 3.0, "variant": "fp16",

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from shardit.core import traced_call
-from shardit.core.comm import Comm
-from shardit.core.plan import CallPlan
-from shardit.core.stages import Runtime
-from shardit.core.wire import pack_layout
+from shardit.core.comm.p2p import Comm
+from shardit.core.comm.wire import pack_layout
+from shardit.core.plans import traced_call
+from shardit.core.plans.call_plan import CallPlan
+from shardit.core.stages.stages import Runtime
 from shardit.errors import RankError, UnsupportedError
 from tests.awkward_models import MODELS, WIDTH
 from tests.ranks import run_ranks

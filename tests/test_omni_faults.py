@@ -134,7 +134,7 @@ def test_the_root_is_named_not_what_followed(omni):
 
 @pytest.mark.parametrize(("deed", "words"), [("abort", "SIGABRT"), ("exit", "exited with code 3")])
 def test_other_ends(omni, monkeypatch, deed, words):
-    monkeypatch.setattr("shardit.engine.watch.PEER_GRACE_S", 1.5)
+    monkeypatch.setattr("shardit.engine.process.monitor.PEER_GRACE_S", 1.5)
     error = failure(omni, f"{deed}:1 hang:0")
     assert error.rank == 1
     assert words in error.reason
@@ -152,7 +152,7 @@ def test_hang_past_the_timeout(deed, words):
 
 
 def test_peers_give_up_on_a_rank_that_hangs(omni, monkeypatch):
-    monkeypatch.setattr("shardit.engine.watch.PEER_GRACE_S", 1.5)
+    monkeypatch.setattr("shardit.engine.process.monitor.PEER_GRACE_S", 1.5)
     error = failure(omni, "peer:0 hang:1")
     assert error.rank == 1
     assert "it hangs" in error.reason
@@ -173,7 +173,7 @@ def test_hang_during_the_start():
 
 
 def test_hang_before_the_start(monkeypatch):
-    monkeypatch.setattr("shardit.engine.launch.IMPORT_WAIT_S", 1.0)
+    monkeypatch.setattr("shardit.engine.process.fork_client.IMPORT_WAIT_S", 1.0)
     begin = time.monotonic()
     with pytest.raises(RankError, match="did not answer in time"):
         make("check.sleep:30", timeout_s=1.0)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shardit.diffusion.output.output import Output, check_path
+from shardit.diffusion.request.images import open_image
 from shardit.errors import InputError
-from shardit.images import open_image
-from shardit.output import Output, check_path
 
 SETTINGS = {"pipeline": "FakePipeline", "width": 16, "height": 12, "guidance_scale": 4.0}
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig, Plan, RankError, UnsupportedError
-from shardit.core.collectives import Collectives
-from shardit.core.pending import PendingTensor, settle
+from shardit.core.comm.collectives import Collectives
+from shardit.core.runtime.pending import PendingTensor, settle
 from shardit.models import tiny
 from tests.ranks import run_ranks
 from tests.test_parallelize import join

@@ -15,13 +15,13 @@ from torch import nn
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.api import load_parallel
-from shardit.core.comm import Comm
-from shardit.core.everywhere import SMALL_BYTES, small_tensors
-from shardit.core.mesh import init_mesh
-from shardit.core.pending import PendingTensor
-from shardit.core.relay import relay
-from shardit.core.remote import own
-from shardit.core.units import find_units
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.comm.p2p import Comm
+from shardit.core.components.layerwise import relay
+from shardit.core.components.owned import own
+from shardit.core.modules.small_tensors import SMALL_BYTES, small_tensors
+from shardit.core.modules.units import find_units
+from shardit.core.runtime.pending import PendingTensor
 from shardit.engine.inspect import inspect_model
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny

@@ -13,12 +13,13 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from shardit.engine.result import one_line
+from shardit.diffusion.loading import required_packages as packages
+from shardit.diffusion.output.collect import one_line
+from shardit.diffusion.request.build import build_requests
+from shardit.diffusion.request.pipeline_signature import signature_of
 from shardit.errors import InputError, UnsupportedError
-from shardit.loading import index, packages
+from shardit.loading import index
 from shardit.loading.index import Component
-from shardit.requests import build_requests
-from shardit.signature import signature_of
 
 ROOT = Path(__file__).parent.parent
 

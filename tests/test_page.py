@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
-from shardit.signature import PipelineSignature
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from tests.browser import Visit, real_server, visiting
 from tests.http_fake import Served, picture, serving
 

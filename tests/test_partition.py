@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.assign import assign_blocks
-from shardit.core.partition import (
+from shardit.core.placement.assignment import assign_blocks
+from shardit.core.placement.partition import (
     MAX_CHUNKS,
     Placement,
     automatic_chunks,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardit.core.pending import PendingTensor, Source, settle
+from shardit.core.runtime.pending import PendingTensor, Source, settle
 
 VALUES = torch.arange(24.0).reshape(2, 3, 4)
 

@@ -9,15 +9,16 @@ import sys
 
 import pytest
 
-from shardit import diffusers_source, preflight
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.loading import diffusers_source
+from shardit.diffusion.loading.attention_backends import backend_names
+from shardit.diffusion.loading.model_options import model_options
+from shardit.diffusion.loading.required_packages import missing, missing_by_name
+from shardit.diffusion.preflight import preflight
+from shardit.diffusion.preflight.static_signature import static_signature, static_signatures_of_model
 from shardit.errors import InputError
 from shardit.loading.index import component_class, components, pipeline_class
-from shardit.loading.packages import missing, missing_by_name
-from shardit.model_options import model_options
 from shardit.models import tiny
-from shardit.models.back_ends import backend_names
-from shardit.static_signature import static_signature, static_signatures_of_model
 
 RUN = "import sys; from shardit.cli import main; code = main(); sys.exit(99 if 'torch' in sys.modules else code)"
 GENERATE = ["generate", "--prompt", "a", "--model"]
@@ -142,8 +143,8 @@ def test_what_other_machines_have_is_left_to_them(monkeypatch):
 @pytest.mark.parametrize("name", tiny.names())
 def test_schedulers_from_the_source(name):
     """Those that are proposed for a name that diffusers does not have are those that are found by trying."""
-    from shardit.models.schedulers import changed_scheduler
-    from shardit.static_scheduler import check_scheduler_names
+    from shardit.diffusion.loading.schedulers import changed_scheduler
+    from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
 
     folder, options = tiny.resolve(f"tiny/{name}"), model_options(scheduler="Nope")
     part = components(folder)["scheduler"]
@@ -171,8 +172,8 @@ def test_a_folder_that_names_an_unknown_class_is_left_to_the_ranks(tmp_path):
 def test_signatures_from_the_source(name):
     import diffusers
 
+    from shardit.diffusion.request.pipeline_signature import signature_of
     from shardit.models.tiny.catalog import recipe
-    from shardit.signature import signature_of
 
     found, with_image = static_signatures_of_model(f"tiny/{name}")
     cls = getattr(diffusers, recipe(name).pipeline)
@@ -184,7 +185,7 @@ def test_signatures_from_the_source(name):
 def test_names_of_all_pipelines_from_the_source():
     import diffusers
 
-    from shardit.signature import signature_of
+    from shardit.diffusion.request.pipeline_signature import signature_of
 
     found = [getattr(diffusers, name, None) for name in dir(diffusers) if name.endswith("Pipeline")]
     classes = [

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from shardit.core.turns import Interrupted
-from shardit.engine.processors import processors_put_back
+from shardit.core.runtime.request_loop import Interrupted
+from shardit.diffusion.request.processors import processors_put_back
 from tests.pipelines.entry import entries
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shardit.engine.own_pipeline import own_pipeline
-from shardit.engine.prompt_lengths import is_tokenizer
+from shardit.diffusion.request.own_pipeline import own_pipeline
+from shardit.diffusion.request.prompt_lengths import is_tokenizer
 from shardit.models import tiny
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from shardit.errors import InputError
-from shardit.server.intake import Conflict, QueueFull
-from shardit.server.jobs import PRIORITY_S, Job
-from shardit.server.store import Store
+from shardit.server.jobs.admission import Conflict, QueueFull
+from shardit.server.jobs.job import PRIORITY_S, Job
+from shardit.server.jobs.store import Store
 from tests.stores import Clock, finished, folders, job, new, order, put
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError
-from shardit.core.digests import SUMMED, checksum, digests, named
-from shardit.core.randomness import dropout_in_training
+from shardit.core.runtime.digests import SUMMED, checksum, digests, named
+from shardit.core.runtime.randomness import dropout_in_training
 from shardit.models import tiny
 from tests.brought import pipeline
 from tests.ranks import run_ranks

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.channel import Closed
-from shardit.engine.connect import GREETING, NONCE, Join, Reach, connect
-from shardit.engine.facts import facts, fingerprint
-from shardit.engine.messages import SessionSpec
+from shardit.engine.nodes.handshake import GREETING, NONCE, Join, Reach, connect
+from shardit.engine.nodes.node_facts import facts, fingerprint
+from shardit.engine.nodes.rank_port import Arrival, RankPort, check_alike, join_all, listen_for_ranks
+from shardit.engine.process.channel import Closed
+from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError, RankError
+from shardit.server.entry.torchrun_agent import serve_as_rank
 from shardit.server.flags import Executor, ServeFlags
-from shardit.server.keeper import serve_as_rank
-from shardit.server.ray_placement import RayPlacement
-from shardit.server.remote_ranks import Arrival, RankPort, check_alike, join_all, listen_for_ranks
-from shardit.server.seat import LOOPBACK, Seat, hosts_of
+from shardit.server.placement.ray import RayPlacement
+from shardit.server.placement.torchrun_env import LOOPBACK, Seat, hosts_of
 
 PLACES = [(rank, "rank") for rank in range(2)]
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.build import build_requests, params_of
+from shardit.diffusion.request.pipeline_signature import signature_of
 from shardit.errors import InputError
-from shardit.output import Output
 from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
-from shardit.requests import build_requests, params_of
-from shardit.signature import signature_of
 
 Params = OmniDiffusionSamplingParams
 

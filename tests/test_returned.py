@@ -25,15 +25,15 @@ from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusion
 from PIL import Image
 from safetensors.numpy import load_file
 
-from shardit.engine.result import collect, with_arrays
+from shardit.diffusion.output.collect import collect, with_arrays
+from shardit.diffusion.output.output import Output, savable
+from shardit.diffusion.preflight.static_signature import static_signature
+from shardit.diffusion.request.build import build_requests
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
+from shardit.diffusion.request.returned import sample_rate_of
 from shardit.engine.session import LONGEST_WARNING, warnings_of
 from shardit.errors import InputError
-from shardit.output import Output, savable
 from shardit.params import OmniDiffusionSamplingParams
-from shardit.requests import build_requests
-from shardit.returned import sample_rate_of
-from shardit.signature import PipelineSignature, signature_of
-from shardit.static_signature import static_signature
 
 RED, FRAMES = Image.new("RGB", (32, 16), "red"), [Image.new("RGB", (32, 16), (i * 20, 0, 0)) for i in range(5)]
 TONE = 0.5 * torch.sin(torch.arange(8000) * 0.25)

@@ -6,10 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardit.core.partition import bound
-from shardit.core.recording import RankLog
-from shardit.core.replay import GROUPINGS, Op, Workload, deadlock_free, execute, one_for_all, per_pair, record, timeline
-from shardit.core.schedule import Schedule
+from shardit.core.placement.partition import bound
+from shardit.core.runtime.schedule import Schedule
+from shardit.core.simulate.record import RankLog
+from shardit.core.simulate.replay import (
+    GROUPINGS,
+    Op,
+    Workload,
+    deadlock_free,
+    execute,
+    one_for_all,
+    per_pair,
+    record,
+    timeline,
+)
 
 WORKLOADS = st.builds(
     Workload,

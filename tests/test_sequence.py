@@ -12,14 +12,14 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.core.collectives import Collectives
-from shardit.core.pending import settle
-from shardit.engine.messages import SessionSpec
+from shardit.core.comm.collectives import Collectives
+from shardit.core.runtime.pending import settle
+from shardit.diffusion.loading.variants import image_pipeline
+from shardit.diffusion.request.pipeline_signature import signature_of
+from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import Session
 from shardit.models import tiny
-from shardit.models.variants import image_pipeline
-from shardit.parallel.splits import Split, candidates, cut
-from shardit.signature import signature_of
+from shardit.parallel.sequence.shards.token_dims import Split, candidates, cut
 from tests.ranks import run_ranks
 from tests.test_parallelize import join, quiet, write_lora
 from tests.whole_pipelines import Case, make_requests

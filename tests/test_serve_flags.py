@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from shardit.errors import InputError
+from shardit.server.entry.serve import listening, locked, serve
 from shardit.server.flags import ServeFlags
 from shardit.server.keys import digest, owner_of
-from shardit.server.serve import listening, locked, serve
 
 
 def options(**flags: Any) -> Any:

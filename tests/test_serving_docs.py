@@ -14,8 +14,8 @@ import av
 import pytest
 from PIL import Image
 
-from shardit.server.gauges import Gauges
-from shardit.server.http.metrics import HttpMetrics
+from shardit.server.http.state.metrics import HttpMetrics
+from shardit.server.supervisor.metrics import Gauges
 from tests.http_fake import WAIT_S, Served, picture
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ import torch
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError, Plan
+from shardit.diffusion.sharding.placed import placed_on
 from shardit.models import tiny
-from shardit.placed import placed_on
 from tests.brought import pipeline
 from tests.ranks import run_ranks
 from tests.test_parallelize import join

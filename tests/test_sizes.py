@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 
+from shardit.diffusion.request.build import build_requests
+from shardit.diffusion.request.pipeline_signature import signature_of
+from shardit.diffusion.request.size_multiples import size_multiples
 from shardit.errors import InputError
-from shardit.requests import build_requests
-from shardit.server.http.errors import ApiError
-from shardit.server.http.fields import check_fields, field_models
-from shardit.server.http.resolve import arguments
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.schema.fields import check_fields, field_models
+from shardit.server.http.submit.resolve import arguments
 from shardit.server.options import Limits, ServeOptions
-from shardit.signature import signature_of
-from shardit.size_multiples import size_multiples
 
 
 class PickyPipeline:

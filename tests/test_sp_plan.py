@@ -13,12 +13,12 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError, parallel_state
-from shardit.core.assign import denoises
-from shardit.core.collectives import Collectives, even_sizes
+from shardit.core.comm.collectives import Collectives, even_sizes
+from shardit.core.placement.assignment import denoises
 from shardit.models import tiny
-from shardit.parallel.plan_rules import read_plan
-from shardit.parallel.planned import PlannedSequence
-from shardit.parallel.rows import dealt_rows, runs_of
+from shardit.parallel.sequence.declared.model import PlannedSequence
+from shardit.parallel.sequence.declared.rules import read_plan
+from shardit.parallel.sequence.declared.token_rows import dealt_rows, runs_of
 from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from shardit.sp_sharding import sp_gather, sp_shard
 from tests.plan_models import (
@@ -522,7 +522,7 @@ def test_plan_of_diffusers_takes_over() -> None:
 
 
 def told(rank: int, count: int, method: str) -> list[Any]:
-    from shardit.engine.messages import SessionSpec
+    from shardit.engine.process.messages import SessionSpec
     from shardit.engine.session import Session
 
     spec = SessionSpec("tiny/wan2.2-ti2v", DiffusionParallelConfig(ulysses_degree=2), None, "cpu", 1, timeout_s=60)

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from shardit.server.jobs import NewJob
-from shardit.server.store import Store
+from shardit.server.jobs.job import NewJob
+from shardit.server.jobs.store import Store
 
 SERVE = """
 import os, signal, sqlite3, sys, threading, time
 from pathlib import Path
 from shardit.server import last_resort, supervisor
 from shardit.server.options import ServeOptions
-from shardit.server.serve import serve
-from shardit.server.supervisor import Supervisor
+from shardit.server.entry.serve import serve
+from shardit.server.supervisor.supervisor import Supervisor
 
 class Nowhere:
     def start(self, spec): time.sleep(100); return []

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from shardit.server import intake
-from shardit.server import store as stores
-from shardit.server.jobs import ENDED, NewJob
-from shardit.server.store import Store
+from shardit.server.jobs import admission as intake
+from shardit.server.jobs import store as stores
+from shardit.server.jobs.job import ENDED, NewJob
+from shardit.server.jobs.store import Store
 from tests.stores import finished, folders, job, new, order, put
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from shardit.errors import InputError
-from shardit.server import migrations
-from shardit.server.store import Store
+from shardit.server.jobs import migrations
+from shardit.server.jobs.store import Store
 from tests.stores import FORK, folders, job, new, order, put
 
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from shardit.server.jobs import ENDED, OPEN
-from shardit.server.store import Store
+from shardit.server.jobs.job import ENDED, OPEN
+from shardit.server.jobs.store import Store
 from tests.stores import FORK, Clock, folders, put
 
 

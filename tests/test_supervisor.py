@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from shardit.models import tiny
-from shardit.server.jobs import NewJob
-from shardit.server.store import Store
+from shardit.server.jobs.job import NewJob
+from shardit.server.jobs.store import Store
 from tests.real_server import RealServer, alive, at, real_server
 
 LONG = {"num_inference_steps": 40}

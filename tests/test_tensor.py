@@ -17,18 +17,18 @@ from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
 
 import shardit
 from shardit import DiffusionParallelConfig
-from shardit.core.collectives import Collectives, even_sizes
-from shardit.core.mesh import Mesh, init_mesh
-from shardit.core.slices import Shards, Slice, even, shards
+from shardit.core.comm.collectives import Collectives, even_sizes
+from shardit.core.comm.mesh import Mesh, init_mesh
+from shardit.core.placement.slices import Shards, Slice, even, shards
+from shardit.diffusion.loading.description import describe
+from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.engine.inspect import inspect_model
-from shardit.engine.messages import SessionSpec
+from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import Session, check
-from shardit.loading.description import describe
-from shardit.loading.pipeline import load_pipeline
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
-from shardit.parallel.tensor import owned_slices, plan_components, shard_tensors
-from shardit.parallel.tensor_plan import plan_tensors
+from shardit.parallel.tensor.apply import owned_slices, plan_components, shard_tensors
+from shardit.parallel.tensor.planner import plan_tensors
 from tests import survey_models
 from tests.ranks import RanksFailed, run_ranks
 from tests.survey_models import Draw, all_entries

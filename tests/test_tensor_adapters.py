@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.parallel import tensor_adapters
+from shardit.parallel.tensor import adapters as tensor_adapters
 from tests import brought
 from tests.ranks import run_ranks
 from tests.test_parallelize import join

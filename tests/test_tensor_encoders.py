@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shardit.errors import UnsupportedError
-from shardit.parallel.tensor import plan_components, shard_components
+from shardit.parallel.tensor.apply import plan_components, shard_components
 from tests.encoder_models import ENCODERS
 from tests.ranks import run_ranks
 from tests.test_tensor import tensor_mesh

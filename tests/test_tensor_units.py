@@ -24,7 +24,7 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.parallel.tensor_plan import plan_tensors
+from shardit.parallel.tensor.planner import plan_tensors
 from tests import survey_models, units
 from tests.ranks import run_ranks
 from tests.survey_models import Draw, randomise

@@ -12,18 +12,18 @@ import torch
 
 from shardit.api import parallelize
 from shardit.config import DiffusionParallelConfig
-from shardit.core.assign import tiled_components
-from shardit.core.attributes import Attributes
-from shardit.core.comm import Comm
-from shardit.core.everywhere import Everywhere
-from shardit.core.mesh import init_mesh
-from shardit.core.pending import settle
-from shardit.core.wire import ALIGN
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.comm.p2p import Comm
+from shardit.core.comm.wire import ALIGN
+from shardit.core.modules.attributes import Attributes
+from shardit.core.modules.small_tensors import Everywhere
+from shardit.core.placement.assignment import tiled_components
+from shardit.core.runtime.pending import settle
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError, UnsupportedError
 from shardit.models import tiny
-from shardit.parallel.tile_plan import deal
-from shardit.parallel.tiles import Tiles, spread_tiles
+from shardit.parallel.vae.plan import deal
+from shardit.parallel.vae.tiles import Tiles, spread_tiles
 from tests.ranks import run_ranks
 from tests.vae_models import ENTRIES, Entry, inputs, outputs
 from tests.whole_pipelines import Case, difference, joined, staged

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardit.core.pending import Source
-from shardit.core.schedule import Schedule
-from shardit.core.turns import Program, Turns
+from shardit.core.runtime.pending import Source
+from shardit.core.runtime.request_loop import Program, Turns
+from shardit.core.runtime.schedule import Schedule
 from shardit.errors import RankError
 
 

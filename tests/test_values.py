@@ -14,9 +14,9 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig
-from shardit.core.pending import settle
-from shardit.core.stages import Runtime, Stages
-from shardit.core.turns import Program
+from shardit.core.runtime.pending import settle
+from shardit.core.runtime.request_loop import Program
+from shardit.core.stages.stages import Runtime, Stages
 from tests.awkward_models import WIDTH, Plain
 from tests.pipelines.entry import entries
 from tests.ranks import run_ranks

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from shardit.core.schedule import Schedule
-from shardit.core.turns import Interrupted, Program
-from shardit.engine.live import Live
-from shardit.engine.messages import Begin, Ended, Left
-from shardit.server import running, vigil
-from shardit.server.vigil import MAX_SIZES, MIN_PATIENCE_S, Patience
+from shardit.core.runtime.request_loop import Interrupted, Program
+from shardit.core.runtime.schedule import Schedule
+from shardit.engine.process.messages import Begin, Ended, Left
+from shardit.engine.rank.serving import Live
+from shardit.server.supervisor import hangs as vigil
+from shardit.server.supervisor import running
+from shardit.server.supervisor.hangs import MAX_SIZES, MIN_PATIENCE_S, Patience
 from tests.played import Server, played_server
 
 

@@ -16,7 +16,7 @@ import torch
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.components import CACHES
+from shardit.diffusion.sharding.components import CACHES
 from tests import brought
 from tests.ranks import run_ranks
 from tests.test_parallelize import join

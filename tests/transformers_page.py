@@ -10,10 +10,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shardit import DiffusionParallelConfig, InputError
-from shardit.core.hints import Plan
-from shardit.core.mesh import init_mesh
-from shardit.core.pending import settle
-from shardit.parallel.spread import spread_tokens
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.modules.hints import Plan
+from shardit.core.runtime.pending import settle
+from shardit.parallel.sequence.choose import spread_tokens
 from tests import survey_models, test_tensor
 from tests.matrix_page import PAGE
 from tests.ranks import run_ranks

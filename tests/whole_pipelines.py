@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from shardit.config import DiffusionParallelConfig
-from shardit.engine.messages import SessionSpec
+from shardit.diffusion.loading.variants import image_pipeline
+from shardit.diffusion.request.build import build_requests
+from shardit.diffusion.request.pipeline_signature import signature_of
+from shardit.diffusion.request.request import Request
+from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import Session
 from shardit.models import tiny
-from shardit.models.variants import image_pipeline
-from shardit.request_data import Request
-from shardit.requests import build_requests
-from shardit.signature import signature_of
 
 PROMPTS = ("a cat on a mat", "two dogs and a bird", "snowy mountains", "a red car")
 

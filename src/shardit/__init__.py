@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from shardit.api import parallelize as parallelize
     from shardit.config import DiffusionParallelConfig as DiffusionParallelConfig
     from shardit.config import get_pp_indices as get_pp_indices
-    from shardit.core.hints import Plan as Plan
+    from shardit.core.modules.hints import Plan as Plan
+    from shardit.diffusion.output.output import Output as Output
     from shardit.engine.omni import Omni as Omni
     from shardit.errors import InputError as InputError
     from shardit.errors import RankError as RankError
     from shardit.errors import UnsupportedError as UnsupportedError
-    from shardit.output import Output as Output
     from shardit.params import OmniDiffusionSamplingParams as OmniDiffusionSamplingParams
 
 __version__ = "0.1.0"
@@ -28,8 +28,8 @@ _PLACES = {
     "InputError": "shardit.errors",
     "Omni": "shardit.engine.omni",
     "OmniDiffusionSamplingParams": "shardit.params",
-    "Output": "shardit.output",
-    "Plan": "shardit.core.hints",
+    "Output": "shardit.diffusion.output.output",
+    "Plan": "shardit.core.modules.hints",
     "RankError": "shardit.errors",
     "UnsupportedError": "shardit.errors",
     "get_pp_indices": "shardit.config",

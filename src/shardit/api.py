@@ -9,23 +9,30 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from shardit.changes import refuse_compiled
-from shardit.components import components_of, device_of, refuse_hooks
 from shardit.config import DiffusionParallelConfig, config_of
-from shardit.connect import compile_part, connect, join, refuse_shared_blocks, spread_model, take_compilers
-from shardit.core.assign import Assignment, assign_blocks, denoises
-from shardit.core.hints import Plan
-from shardit.core.mesh import Mesh, init_mesh
-from shardit.core.runtime import Runtime
-from shardit.core.slices import Owned
+from shardit.core.comm.mesh import Mesh, init_mesh
+from shardit.core.modules.hints import Plan
+from shardit.core.placement.assignment import Assignment, assign_blocks, denoises
+from shardit.core.placement.slices import Owned
+from shardit.core.stages.runtime import Runtime
+from shardit.diffusion.loading.attention_backends import use_attention_backend
+from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
+from shardit.diffusion.loading.start_options import load_loras, use_vae_options
+from shardit.diffusion.sharding.changes import refuse_compiled
+from shardit.diffusion.sharding.components import components_of, device_of, refuse_hooks
+from shardit.diffusion.sharding.connect import (
+    compile_part,
+    connect,
+    join,
+    refuse_shared_blocks,
+    spread_model,
+    take_compilers,
+)
+from shardit.diffusion.sharding.layout import place_components
+from shardit.diffusion.sharding.placed import placed_among
 from shardit.errors import InputError
-from shardit.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
-from shardit.models.back_ends import use_attention_backend
-from shardit.models.extras import load_loras, use_vae_options
-from shardit.parallel.place import place_components
-from shardit.parallel.tensor import ALONE, TensorPlan, owned_slices, plan_components, shard_components
+from shardit.parallel.tensor.apply import ALONE, TensorPlan, owned_slices, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
-from shardit.placed import placed_among
 
 if TYPE_CHECKING:
     from shardit.loading.safetensors_file import Reads
@@ -169,7 +176,7 @@ def load_parallel(
     options: ModelOptions = NO_OPTIONS,
 ) -> tuple[Any, Assignment, Runtime | None]:
     """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
-    from shardit.loading.pipeline import load_pipeline
+    from shardit.diffusion.loading.pipeline import load_pipeline
 
     found: list[Assignment] = []
     cuts: dict[str, TensorPlan] = {}

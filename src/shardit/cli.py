@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from shardit.engine.facts import versions
+from shardit.diffusion.output.from_file import differences, other_revision, read_record
+from shardit.diffusion.output.output import SUFFIXES, check_path, savable
+from shardit.engine.nodes.node_facts import versions
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, as_command
-from shardit.from_file import differences, other_revision, read_record
 from shardit.loading.dtypes import setting
-from shardit.output import SUFFIXES, check_path, savable
 
 if TYPE_CHECKING:
-    from shardit.output import Output
+    from shardit.diffusion.output.output import Output
     from shardit.server.flags import ServeFlags
 
 OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
@@ -89,8 +89,8 @@ def _note(lines: Sequence[str]) -> None:
 
 def serve(flags: ServeFlags) -> int:
     """Serve a model over HTTP: OpenAI's interface, jobs that survive crashes, and a page."""
-    from shardit import preflight
-    from shardit.engine.boot import started_by_torchrun
+    from shardit.diffusion.preflight import preflight
+    from shardit.engine.process.process import started_by_torchrun
 
     options = flags.options()
     local = options.executor == "local"
@@ -104,10 +104,10 @@ def serve(flags: ServeFlags) -> int:
         packages=local,
     )
     if started_by_torchrun(os.environ):
-        from shardit.server.keeper import serve_as_rank
+        from shardit.server.entry.torchrun_agent import serve_as_rank
 
         return serve_as_rank(options)
-    from shardit.server.serve import serve as run
+    from shardit.server.entry.serve import serve as run
 
     return run(options)
 
@@ -116,9 +116,9 @@ def inspect(flags: InspectFlags) -> None:
     """Show what each rank would hold; reads no weights."""
     config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package that it misses
-    from shardit import preflight
-    from shardit.model_options import model_options
-    from shardit.models.shipped import configurations
+    from shardit.diffusion.loading.model_options import model_options
+    from shardit.diffusion.loading.shipped import configurations
+    from shardit.diffusion.preflight import preflight
 
     options, configs = model_options(variant=flags.variant), configurations(flags.what(), flags.variant)
     if configs is None:

@@ -15,16 +15,16 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from shardit.config import DiffusionParallelConfig, parse_layer_partition
+from shardit.diffusion.loading import shipped
+from shardit.diffusion.loading.model_flags import ModelFlags, parse_values
+from shardit.diffusion.loading.model_options import split_model
+from shardit.diffusion.output.from_file import check_fits, flags_of, read_record
+from shardit.diffusion.output.output import check_path
+from shardit.diffusion.request.images import open_image
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
-from shardit.from_file import check_fits, flags_of, read_record
-from shardit.images import open_image
 from shardit.loading.dtypes import setting
-from shardit.model_flags import ModelFlags, parse_values
-from shardit.model_options import split_model
-from shardit.models import shipped
-from shardit.output import check_path
 from shardit.params import OmniDiffusionSamplingParams, field_names
-from shardit.signature import PipelineSignature
 
 DtypeFlag = Annotated[
     str | None,
@@ -150,8 +150,8 @@ class GenerateFlags(ModelFlags, ParallelFlags):
 
         `writes` is False on ranks that do not save, for which the output folder need not exist.
         """
-        from shardit.requests import build_requests
-        from shardit.static_signature import static_signatures_of_model
+        from shardit.diffusion.preflight.static_signature import static_signatures_of_model
+        from shardit.diffusion.request.build import build_requests
 
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise InputError(f"--timeout must be more than 0 seconds, got {self.timeout}")

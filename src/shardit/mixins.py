@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardit.core.pending import settle
+from shardit.core.runtime.pending import settle
 
 
 class CFGParallelMixin:

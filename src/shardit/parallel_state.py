@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.group import GroupCoordinator
-from shardit.core.mesh import Mesh, init_mesh
+from shardit.core.comm.group import GroupCoordinator
+from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.errors import InputError
-from shardit.parallel.planned import runs_whole
+from shardit.parallel.sequence.declared.model import runs_whole
 
 _GROUPS: dict[str, GroupCoordinator] = {}
 _MESH: list[Mesh] = []  # that the program itself has asked for

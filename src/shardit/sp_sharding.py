@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import torch
 
-from shardit.core.collectives import Collectives, even_sizes
+from shardit.core.comm.collectives import Collectives, even_sizes
 from shardit.errors import InputError, UnsupportedError
-from shardit.parallel.passes import Pass
-from shardit.parallel.plan_rules import Rule
-from shardit.parallel.planned import running_pass
-from shardit.parallel.sequence import automatic
+from shardit.parallel.sequence.declared.model import running_pass
+from shardit.parallel.sequence.declared.passes import Pass
+from shardit.parallel.sequence.declared.rules import Rule
+from shardit.parallel.sequence.found.model import automatic
 from shardit.parallel_state import own_mesh
 
 _alone: list[Collectives] = []

@@ -7,15 +7,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.assign import Assignment
-from shardit.core.mesh import axis_sizes, coordinates
-from shardit.core.slices import Owned, Slice
-from shardit.loading.description import Description, describe, describe_configs
+from shardit.core.comm.mesh import axis_sizes, coordinates
+from shardit.core.placement.assignment import Assignment
+from shardit.core.placement.slices import Owned, Slice
+from shardit.diffusion.loading.description import Description, describe, describe_configs
+from shardit.diffusion.loading.model_options import model_options
+from shardit.diffusion.loading.shipped import configurations, shipped
+from shardit.diffusion.sharding.layout import place_components
 from shardit.loading.dtypes import Setting, check_components, dtype_of
-from shardit.model_options import model_options
-from shardit.models.shipped import configurations, shipped
-from shardit.parallel.place import place_components
-from shardit.parallel.tensor import describe_plan, owned_slices
+from shardit.parallel.tensor.apply import describe_plan, owned_slices
 
 if TYPE_CHECKING:
     import torch

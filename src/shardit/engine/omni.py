@@ -11,22 +11,22 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardit import preflight
 from shardit.config import DiffusionParallelConfig, config_of
-from shardit.engine.boot import started_by_torchrun
-from shardit.engine.channel import Channel, Closed, encode
-from shardit.engine.launch import Nursery
-from shardit.engine.messages import SESSION, Done, Generate, Outputs, Progress, Ready, SessionSpec
-from shardit.engine.watch import Watch
-from shardit.engine.worker import JoinedRanks, in_order, with_peaks
+from shardit.diffusion.loading.model_options import ModelOptions, model_options, split_model
+from shardit.diffusion.preflight import preflight
+from shardit.engine.process.channel import Channel, Closed, encode
+from shardit.engine.process.fork_client import Nursery
+from shardit.engine.process.messages import SESSION, Done, Generate, Outputs, Progress, Ready, SessionSpec
+from shardit.engine.process.monitor import Watch
+from shardit.engine.process.process import started_by_torchrun
+from shardit.engine.rank.worker import JoinedRanks, in_order, with_peaks
 from shardit.errors import InputError, RankError
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
-from shardit.model_options import ModelOptions, model_options, split_model
 
 if TYPE_CHECKING:
-    from shardit.output import Output
-    from shardit.signature import PipelineSignature
+    from shardit.diffusion.output.output import Output
+    from shardit.diffusion.request.pipeline_signature import PipelineSignature
 
 OnProgress = Callable[[int, int, int], None]
 CLOSE_GRACE_S = 1.0
@@ -120,7 +120,7 @@ class Omni:
         that fails alone has its error in its Output. Under torchrun all ranks call this together; the outputs are on
         rank 0, the others get []. SHARDIT_PROGRESS=0 turns the progress bars off.
         """
-        from shardit.requests import build_requests, params_of
+        from shardit.diffusion.request.build import build_requests, params_of
 
         if self._closed:
             raise InputError("this Omni is closed; make a new one")

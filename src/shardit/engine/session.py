@@ -16,39 +16,39 @@ import torch.distributed as dist
 
 from shardit.api import load_parallel
 from shardit.config import DiffusionParallelConfig
-from shardit.core.agreement import told
-from shardit.core.comm import Comm
-from shardit.core.mesh import init_mesh, pick_device
-from shardit.core.randomness import states
-from shardit.core.schedule import Schedule
-from shardit.core.turns import Program, Turns
-from shardit.engine.facts import fingerprint, versions
-from shardit.engine.memory import held_bytes, limit_bytes
-from shardit.engine.own_pipeline import own_pipeline
-from shardit.engine.processors import check_in_flight, processors_put_back
-from shardit.engine.progress import report_progress
-from shardit.engine.result import collect
+from shardit.core.comm.agreement import told
+from shardit.core.comm.mesh import init_mesh, pick_device
+from shardit.core.comm.p2p import Comm
+from shardit.core.runtime.randomness import states
+from shardit.core.runtime.request_loop import Program, Turns
+from shardit.core.runtime.schedule import Schedule
+from shardit.diffusion.loading.attention_backends import check_attention_backend
+from shardit.diffusion.loading.description import describe
+from shardit.diffusion.loading.model_options import recorded
+from shardit.diffusion.loading.pipeline import check_scheduler
+from shardit.diffusion.loading.required_packages import check_packages, check_processors, missing
+from shardit.diffusion.loading.start_options import check_extras
+from shardit.diffusion.loading.variants import image_pipeline
+from shardit.diffusion.output.collect import collect
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.own_pipeline import own_pipeline
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
+from shardit.diffusion.request.processors import check_in_flight, processors_put_back
+from shardit.diffusion.request.progress import report_progress
+from shardit.diffusion.request.returned import sample_rate_of
+from shardit.diffusion.request.size_multiples import size_multiples
+from shardit.diffusion.sharding.layout import place_components
+from shardit.engine.nodes.node_facts import fingerprint, versions
+from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.errors import InputError, RankError
-from shardit.loading.description import describe
 from shardit.loading.dtypes import check_components
 from shardit.loading.hub import cached
-from shardit.loading.packages import check_packages, check_processors, missing
-from shardit.loading.pipeline import check_scheduler
 from shardit.loading.safetensors_file import Reads
-from shardit.model_options import recorded
-from shardit.models.back_ends import check_attention_backend
-from shardit.models.extras import check_extras
-from shardit.models.variants import image_pipeline
-from shardit.output import Output
-from shardit.parallel.place import place_components
 from shardit.parallel_state import destroy_model_parallel
-from shardit.returned import sample_rate_of
-from shardit.signature import PipelineSignature, signature_of
-from shardit.size_multiples import size_multiples
 
 if TYPE_CHECKING:
-    from shardit.engine.messages import SessionSpec
-    from shardit.request_data import Request
+    from shardit.diffusion.request.request import Request
+    from shardit.engine.process.messages import SessionSpec
 
 OnProgress = Callable[[int, int, int], None]
 OnError = Callable[[int, Exception], None]

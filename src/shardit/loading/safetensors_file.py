@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardit.core.slices import Slice
+from shardit.core.placement.slices import Slice
 from shardit.errors import InputError
 from shardit.loading.dtypes import file_bits, file_dtype
 

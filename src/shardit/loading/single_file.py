@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from shardit.core.slices import Owned, Slice
+from shardit.core.placement.slices import Owned, Slice
 from shardit.errors import InputError
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import file_dtype

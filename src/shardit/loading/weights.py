@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardit.core.slices import Owned, Slice
+from shardit.core.placement.slices import Owned, Slice
 from shardit.errors import InputError
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import file_dtype

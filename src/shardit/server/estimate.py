@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
-from shardit.signature import PipelineSignature
 
 SPEED = "seconds_per_work"
 """Name of the learned speed in the store: a number."""

@@ -11,12 +11,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from shardit.diffusion.loading.model_flags import ModelFlags
+from shardit.diffusion.loading.model_options import WHOLE, split_model
 from shardit.errors import InputError
 from shardit.flags import DtypeFlag, ParallelFlags
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
-from shardit.model_flags import ModelFlags
-from shardit.model_options import WHOLE, split_model
 from shardit.server.keys import digest
 from shardit.server.options import Limits, ServeOptions
 

@@ -1,4 +1,4 @@
-"""What the API process and the supervisor say to each other, over a channel (`engine/channel.py`).
+"""What the API process and the supervisor say to each other, over a channel (`engine/process/channel.py`).
 
 Jobs themselves are in the store, which both open: a message says that there is something to look at, or what is not
 worth storing (progress). A lost message loses no job.

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.loading.dtypes import Setting
-from shardit.model_options import ModelOptions
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,21 @@ from starlette.requests import ClientDisconnect
 
 from shardit import __version__
 from shardit.logs import logger
-from shardit.server.http.about import about_routes
-from shardit.server.http.board import Board
-from shardit.server.http.context import Context
-from shardit.server.http.document import describe
-from shardit.server.http.errors import ApiError, ErrorBody, busy
-from shardit.server.http.fields import ImageUrl, field_models
-from shardit.server.http.generations import generation_routes
-from shardit.server.http.guard import Guard
-from shardit.server.http.images import image_routes
-from shardit.server.http.metrics import HttpMetrics
-from shardit.server.http.page import page_files, page_routes
-from shardit.server.http.videos import video_routes
-from shardit.server.http.waiting import ClientGone
+from shardit.server.http.answers.waiting import ClientGone
+from shardit.server.http.middleware import Guard
+from shardit.server.http.routes.about import about_routes
+from shardit.server.http.routes.generations import generation_routes
+from shardit.server.http.routes.images import image_routes
+from shardit.server.http.routes.page import page_files, page_routes
+from shardit.server.http.routes.videos import video_routes
+from shardit.server.http.schema.errors import ApiError, ErrorBody, busy
+from shardit.server.http.schema.fields import ImageUrl, field_models
+from shardit.server.http.schema.openapi import describe
+from shardit.server.http.state.board import Board
+from shardit.server.http.state.context import Context
+from shardit.server.http.state.metrics import HttpMetrics
+from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
-from shardit.server.store import Store
 
 _LOG = logger("api")
 _OPEN = ("/health", "/ready", "/favicon.ico")

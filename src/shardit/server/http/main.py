@@ -12,16 +12,16 @@ from typing import Any
 
 import uvicorn
 
-from shardit.engine.boot import die_with_parent, session_gives_way
-from shardit.engine.channel import Channel, Closed
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.process import die_with_parent, session_gives_way
 from shardit.logs import logger, take_over
-from shardit.server.http import info
 from shardit.server.http.app import create_app
-from shardit.server.http.board import Board
-from shardit.server.http.link import Link
-from shardit.server.http.patience import PatientProtocol
+from shardit.server.http.state import model_info as info
+from shardit.server.http.state.board import Board
+from shardit.server.http.state.supervisor_link import Link
+from shardit.server.http.timeouts import PatientProtocol
+from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
-from shardit.server.store import Store
 
 _LOG = logger("api")
 _GRACE_S = 2

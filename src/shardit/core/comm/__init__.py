@@ -1,0 +1,1 @@
+"""Communication among ranks: the mesh, messages, collectives, comparison."""

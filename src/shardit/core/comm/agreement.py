@@ -1,0 +1,137 @@
+"""Comparison of the state that ranks must share: the arguments of a call, the generators, the first latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardit.core.comm.p2p import Comm
+from shardit.core.runtime.digests import SUMMED, digests, short_hash, state_bytes
+from shardit.core.runtime.randomness import States, moved, states
+from shardit.errors import InputError, UnsupportedError
+
+SEEDS = (
+    "seed alike on every rank: generator=torch.Generator().manual_seed(n), or torch.manual_seed(n) where none is given"
+)
+
+DRAWS = (
+    "draws random numbers on some ranks only (in a hook, a processor or a module in training mode), so the result is "
+    "not that of one rank: draw outside of models, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
+)
+
+KINDS = {
+    "torch": "torch's global generator (torch.manual_seed)",
+    "device": "torch's global generator of the device (torch.manual_seed)",
+    "python": "Python's global generator (random.seed)",
+    "numpy": "numpy's global generator (numpy.random.seed)",
+}
+"""The global generators, each with what seeds it."""
+
+_UNUSED = b"\0" * 8
+"""What ranks tell of a generator that they have not used."""
+
+
+@dataclass
+class Agreement:
+    """The calls of one program on one rank, compared with those of the other ranks of its replica.
+
+    depth: calls of pipelines that run, one inside the other. marked: whether the first latents of the outermost one
+    have been compared. differ: the global generators that are not the same on all ranks. drawing: names of models that
+    drew random numbers which other ranks did not.
+    """
+
+    ranks: Comm
+    depth: int = 0
+    marked: bool = False
+    differ: tuple[str, ...] = ()
+    drawing: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+        """Compare a call of a pipeline. Collective; raises InputError on all ranks where they do not start alike, or
+        where one drew from a generator that they do not share."""
+        if self.depth or self.ranks.size == 1:
+            with self._deeper():
+                yield
+            return
+        device, self.marked = self.ranks.mesh.device, False
+        self.drawing.clear()
+        before = states(device, [])
+        self.differ = self._compare(name, digests(arguments()), before)
+        with self._deeper():
+            yield
+        self._check_draws(name, before, states(device, []))
+
+    def mark(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
+        """Compare the first call of a model inside a call of a pipeline: the noise has been drawn. Collective."""
+        if not self.depth or self.marked:
+            return
+        self.marked = True
+        when = "in its first step although the pipeline's arguments are the same"
+        self._compare(name, digests(arguments(), SUMMED), {}, when)
+
+    def compare(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Compare a call of a model by itself. Collective; raises InputError on all ranks where values differ."""
+        self._compare(name, digests(arguments), {})
+
+    def refuse_draws(self) -> None:
+        """At the end of a request: raise UnsupportedError where a model drew on this rank alone. Others compare it."""
+        if self.drawing:
+            names = ", ".join(sorted(self.drawing))
+            self.drawing.clear()  # the next request may do without
+            raise UnsupportedError(f"{names} {DRAWS}")
+
+    @contextmanager
+    def _deeper(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def _compare(self, name: str, values: dict[str, bytes], generators: States, when: str = "") -> tuple[str, ...]:
+        """Compare, and return the kinds of `generators` in which ranks differ. Raises InputError where `values` do."""
+        parts = [short_hash(*(f"{k}={v!r}".encode() for k, v in values.items()))]
+        parts += [short_hash(state_bytes(generators[kind])) if kind in generators else b"\0" * 8 for kind in KINDS]
+        told = self.ranks.gather_bytes(b"".join(parts))
+        differ = [len({one[i : i + 8] for one in told}) > 1 for i in range(0, 8 * len(parts), 8)]
+        if differ[0]:
+            known = self.ranks.gather_objects(values)
+            names = dict.fromkeys(key for one in known for key in one)
+            wrong = [key for key in names if len({one.get(key) for one in known}) > 1]
+            also = f"; {KINDS[self.differ[0]]} differs, too" if self.differ else ""
+            raise InputError(
+                f"ranks differ in {', '.join(wrong) or 'the order of arguments'} of {name}{' ' if when else ''}{when}"
+                f"{also}: give every rank the same values, and {SEEDS}"
+            )
+        return tuple(kind for kind, other in zip(KINDS, differ[1:], strict=True) if other)
+
+    def _check_draws(self, name: str, before: States, after: States) -> None:
+        """At the end of a call: generators that were alike must be so still, the others must not have been used.
+        Collective, one message."""
+        drawn = moved(before, after)
+        mine = [short_hash(b"drawing") if self.drawing else _UNUSED]
+        mine += [_bytes_of(kind, drawn, after, kind in self.differ) for kind in KINDS]
+        told = [[one[i : i + 8] for i in range(0, len(one), 8)] for one in self.ranks.gather_bytes(b"".join(mine))]
+        if any(one[0] != _UNUSED for one in told):
+            raise UnsupportedError(f"{name} called a model that {DRAWS}")
+        for number, kind in enumerate(KINDS, start=1):
+            values = {one[number] for one in told}
+            if kind in self.differ and values != {_UNUSED}:
+                raise InputError(f"{name} drew from {KINDS[kind]}, which ranks have in different states: {SEEDS}")
+            if kind not in self.differ and len(values) > 1:
+                raise UnsupportedError(f"{name} used {KINDS[kind]} in code that {DRAWS}")
+
+
+def _bytes_of(kind: str, drawn: States, after: States, differs: bool) -> bytes:
+    """What ranks tell of a generator at the end: whether it was used, where its states differ anyway, or its state."""
+    if kind not in drawn:
+        return _UNUSED
+    return short_hash(kind.encode() if differs else state_bytes(after[kind]))
+
+
+def told(generators: States) -> str:
+    """A checksum of the states of generators."""
+    return short_hash(*(kind.encode() + state_bytes(state) for kind, state in generators.items())).hex()

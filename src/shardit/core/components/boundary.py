@@ -1,0 +1,235 @@
+"""A component as code outside of it sees it: calls of it and of its parts, and what is read of it.
+
+While a method of the component runs where it is to run, all of its modules are of their own classes; outside, those
+that were reached have a seam. It is put on a part when somebody takes that from the part above (`vae.decoder`), so what
+nobody touches stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from shardit.core.modules.hooks import hooks_below
+from shardit.core.modules.patching import SWAPPED, fixed_place, swap_class
+from shardit.core.runtime.call_signature import asks_for_gradients
+from shardit.core.runtime.pending import PendingTensor, settle
+from shardit.core.runtime.randomness import GENERATORS
+from shardit.errors import UnsupportedError
+
+ALWAYS = ("__call__", "forward", "generate")
+"""Methods that compute whatever they are given; `generate` of transformers is defined next to the models."""
+
+COMPILED = "_orig_mod"
+"""The name of the model within what `torch.compile` makes of it."""
+
+DEPTH = 3
+"""How deep in objects of unknown kind pending tensors are looked for."""
+
+Function = Callable[..., Any]
+
+Run = Callable[[str, str, Function, tuple[Any, ...], dict[str, Any]], Any]
+"""What to do at a call from outside: the name of the part ("" for the component), of its method, the bound method
+itself, and its arguments, without pending tensors."""
+
+Read = Callable[[str, torch.Tensor], torch.Tensor]
+"""What code outside gets for a parameter or a buffer, by its name in the component."""
+
+
+@dataclass(eq=False)
+class Boundary:
+    """One component with its seams.
+
+    on_all: `run` runs a method on every rank, so that hooks are called there. alone: whether a call is made by no
+    pipeline but by a user's own program, of which some ranks alone may use the result (to save it, say); it then
+    arrives at once. inside: one of its methods runs now, and seams let everything pass. reached: the parts that have a
+    seam, by name.
+    """
+
+    device: torch.device
+    run: Run
+    read: Read
+    on_all: bool = False
+    alone: Callable[[], bool] = lambda: False
+    inside: bool = False
+    reached: list[tuple[str, nn.Module]] = field(default_factory=list)
+    _plain: list[tuple[nn.Module, type]] = field(default_factory=list)
+
+    def put(self, module: nn.Module, path: str) -> None:
+        """Put the seam on a part, in place, and on the elements of a list of parts."""
+        if any(module is known for known, _ in self._plain):
+            return
+        cls = type(module)
+        self._plain.append((module, cls))
+        self.reached.append((path, module))
+        members: dict[str, Any] = {name: self._method(path, name, plain) for name, plain in computing(cls).items()}
+        members["__getattr__"] = self._attribute(path, cls)
+        members["state_dict"] = self._state_dict(path, cls)
+        members["to"] = fixed_place(cls.to, self.device)
+        if "device" not in vars(module) and (hasattr(cls, "device") or not path):
+            members["device"] = property(lambda _: self.device)
+        if not path:
+            members["shardit_boundary"] = property(lambda _: self)
+        for name, value in list(vars(module).items()):
+            if _replaces_method(cls, name, value):
+                vars(module)[name] = self._replaced(module, path, name, value)
+        swap_class(module, members)
+        if hasattr(cls, "__iter__") or hasattr(cls, "__getitem__"):
+            for name, child in module.named_children():
+                self.put(child, f"{path}.{name}" if path else name)
+
+    def reach(self, values: Iterable[Any]) -> None:
+        """Put the seam on those of some values that are parts of the component."""
+        paths = {id(part): path for path, part in self._plain[0][0].named_modules()}
+        for value in values:
+            if isinstance(value, nn.Module) and id(value) in paths:
+                self.put(value, paths[id(value)])
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Meanwhile a method of the component runs, on modules of their own classes."""
+        seams = [type(module) for module, _ in self._plain]
+        for module, cls in self._plain:
+            module.__class__ = cls
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+            for (module, _), seam in zip(self._plain, seams, strict=True):
+                module.__class__ = seam
+
+    def _call(
+        self, module: nn.Module, path: str, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call from outside goes to `run`. What only changes or describes the component runs here, on every rank; so
+        does what code outside has to see the inside of, and then calls of smaller parts go to `run`."""
+        if self.inside or not (name in ALWAYS or has_data(args, kwargs)):
+            return function(*args, **kwargs)
+        if not self.on_all and _seen(module, name, args, kwargs):
+            return function(*args, **kwargs)
+        if asks_for_gradients((args, kwargs)):
+            kind = type(self._plain[0][0]).__name__
+            raise UnsupportedError(
+                f"{kind} is called for its gradients, but it runs on one rank, without: detach what "
+                "it is given, or load it once more for this"
+            )
+        for tensor in list(_pending((args, kwargs))):
+            settle(tensor)
+        with self.entered():
+            out = self.run(path, name, function, args, kwargs)
+        if self.alone():
+            for tensor in list(_pending(out)):
+                settle(tensor)
+        return out
+
+    def _method(self, path: str, name: str, plain: Function) -> Function:
+        @functools.wraps(plain)
+        def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._call(module, path, name, MethodType(plain, module), args, kwargs)
+
+        return method
+
+    def _replaced(self, module: nn.Module, path: str, name: str, function: Function) -> Function:
+        """A method that was replaced on the instance (compiled, patched), which hides the one of the class."""
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return self._call(module, path, name, function, args, kwargs)
+
+        return functools.update_wrapper(method, function)
+
+    def _state_dict(self, path: str, cls: Any) -> Function:
+        plain = cls.state_dict
+
+        @functools.wraps(plain)
+        def state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            found = plain(module, *args, **kwargs)
+            if self.inside or args or kwargs:
+                return found
+            for name, value in found.items():
+                if isinstance(value, torch.Tensor):
+                    found[name] = self.read(f"{path}.{name}" if path else name, value)
+            return found
+
+        return state_dict
+
+    def _attribute(self, path: str, cls: Any) -> Function:
+        plain = cls.__getattr__
+
+        def __getattr__(module: nn.Module, name: str) -> Any:
+            if not self.inside and name != COMPILED:  # what torch.compile makes of a module answers for that
+                inner = vars(module).get("_modules", {}).get(COMPILED)
+                if inner is not None:
+                    return getattr(getattr(module, COMPILED), name)
+            value = plain(module, name)
+            place = f"{path}.{name}" if path else name
+            if self.inside:
+                return value
+            if isinstance(value, nn.Module):
+                self.put(value, place)
+            elif isinstance(value, torch.Tensor):
+                return self.read(place, value)
+            return value
+
+        return __getattr__
+
+
+def computing(cls: type) -> dict[str, Function]:
+    """The methods of a class of modules that may compute from its weights.
+
+    Left out are those of base classes without a forward and of mixins: they change or describe a module. Where they do
+    compute (a mixin of a user's own), they do so on every rank, by calls and reads that have a seam.
+    """
+    own = next(base for base in cls.__mro__ if not vars(base).get(SWAPPED))
+    found: dict[str, Function] = {}
+    for home in reversed(cls.__mro__):
+        computes = issubclass(home, nn.Module) and (home.forward is not nn.Module.forward or home is own)
+        for name, value in vars(home).items():
+            found.pop(name, None)
+            chosen = name in ALWAYS or (computes and not vars(home).get(SWAPPED) and name not in _FRAMEWORK)
+            if chosen and isinstance(value, FunctionType) and not inspect.isgeneratorfunction(value):
+                found[name] = value
+    return found
+
+
+_FRAMEWORK = frozenset(vars(nn.Module))
+
+
+def _seen(module: nn.Module, name: str, args: Any, kwargs: Any) -> bool:
+    """Whether something outside is called in the course of a call: hooks, or other modules that it is given. Hooks of
+    a part itself run around its forward, which has a seam, too."""
+    if name == "__call__" and (module._forward_hooks or module._forward_pre_hooks):
+        return True
+    return bool(hooks_below(module)) or any(isinstance(leaf, nn.Module) for leaf in tree_leaves((args, kwargs)))
+
+
+def has_data(args: Any, kwargs: Any) -> bool:
+    """Whether arguments hold something to compute with: tensors, arrays, pictures, random generators."""
+    kinds = (torch.Tensor, numpy.ndarray, *GENERATORS)
+    return any(isinstance(v, kinds) or type(v).__module__.startswith("PIL.") for v in tree_leaves((args, kwargs)))
+
+
+def _replaces_method(cls: type, name: str, value: Any) -> bool:
+    """Whether an attribute of an instance stands in for a method of its class that computes."""
+    if not callable(value) or isinstance(value, (nn.Module, type)):
+        return False
+    return callable(getattr(cls, name, None)) and (name == "forward" or not hasattr(nn.Module, name))
+
+
+def _pending(value: Any, depth: int = DEPTH) -> Iterator[PendingTensor]:
+    """The pending tensors in nested containers, and in objects of other kinds (caches, outputs) in them."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, PendingTensor):
+            yield leaf
+        elif depth and not isinstance(leaf, (torch.Tensor, nn.Module, type, FunctionType)):
+            yield from _pending(list(getattr(leaf, "__dict__", {}).values()), depth - 1)

@@ -1,0 +1,191 @@
+"""An encoder over ranks: all run the same forward, and each unit of it runs on the rank that owns the unit.
+
+Unlike a transformer's, its calls are rare, each with a new length, and their results are needed at once. So nothing is
+planned: what a unit gives is pending on all ranks, and travels when the program uses it (see `remote`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardit.core.comm.checkpoint import meet
+from shardit.core.comm.p2p import Comm
+from shardit.core.components.boundary import Boundary
+from shardit.core.components.kv_stand_ins import find_caches, replace_layers, state_of, taken_since
+from shardit.core.components.owned import Held, call_on, fetched, held_here
+from shardit.core.modules.hooks import hooks_below
+from shardit.core.modules.patching import put, swap_class
+from shardit.core.runtime.call_signature import mode_key
+from shardit.core.runtime.pending import PendingTensor
+from shardit.core.runtime.randomness import generators_in
+from shardit.core.runtime.versions import changed, mark
+from shardit.errors import RankError, UnsupportedError
+
+
+@dataclass
+class Relay:
+    """One encoder cut into units.
+
+    owners[i]: the rank of `comm` that runs unit i. ran[i]: how often this rank ran it (never, if it is another's).
+    """
+
+    model: nn.Module
+    comm: Comm
+    units: list[tuple[str, nn.Module]]
+    owners: list[int]
+    ran: Counter[int] = field(default_factory=Counter)
+    _meeting: bool = False
+    _known: set[Any] = field(default_factory=set)
+
+    def call(
+        self, path: str, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call from outside, of the encoder or of a part of it: the first of its kind makes sure that all ranks take
+        the same way through it. What lies in a unit runs on the owner of that."""
+        unit = self.unit_of(f"{path}.")
+        if unit is not None and (path != self.units[unit][0] or name not in ("__call__", "forward")):
+            return self.unit_call(unit, function, args, kwargs)
+        if kwargs.get("output_attentions") and gives_attentions(self.model):
+            raise UnsupportedError(f"output_attentions: the layers of {self._name} lie on several ranks")
+        for unit_name, module in self.units:
+            if hooked := hooks_below(module):
+                raise UnsupportedError(
+                    f"{unit_name}.{hooked[0]} of {self._name} has a hook, and runs on one rank: put it on {unit_name}"
+                )
+        kind = (path, name, mode_key((args, kwargs), self.model.training))
+        self._meeting = kind not in self._known
+        try:
+            out = function(*args, **kwargs)
+            self._meet("the end")
+        except RankError:
+            raise
+        except Exception as error:
+            self._meet(error)
+            raise
+        finally:
+            self._meeting = False
+        self._known.add(kind)
+        return out
+
+    def unit_of(self, name: str) -> int | None:
+        """The number of the unit in which something lies, by its name."""
+        return next((i for i, (unit, _) in enumerate(self.units) if name.startswith(f"{unit}.")), None)
+
+    def unit_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The seam: the owner runs the unit, all get its outputs, with pending tensors."""
+        self._meet(self.units[index][0])
+        owner, arguments, caches = self.owners[index], list(_tensors((args, kwargs))), find_caches(args, kwargs)
+        for tensor in arguments:
+            if isinstance(tensor, PendingTensor):
+                self._bring(tensor._source, owner)
+
+        def run() -> tuple[Any, list[int], list[Any]]:
+            with held_here(arguments):
+                before, states = [mark(t) for t in arguments], [state_of(cache) for cache in caches]
+                out = call(*args, **kwargs)
+                if [id(t) for t in _tensors((args, kwargs))] != [id(t) for t in arguments]:
+                    raise UnsupportedError(f"{self.units[index][0]} changes a list or dict that it is given")
+                written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
+            self.ran[index] += 1
+            return out, written, [taken_since(state, cache) for state, cache in zip(states, caches, strict=True)]
+
+        out, written, layers = call_on(self.comm, owner, run, arguments, generators_in((args, kwargs)))
+        for q in written:
+            Held.written(self.comm, owner, arguments[q])
+        if owner != self.comm.rank:
+            for cache, new in zip(caches, layers, strict=True):
+                replace_layers(cache, new)
+        return out
+
+    def read(self, name: str, tensor: torch.Tensor, cut: Collection[str]) -> torch.Tensor:
+        """A parameter or a buffer for code outside: what is not in a unit is on every rank."""
+        unit = self.unit_of(name)
+        return tensor if unit is None else fetched(self.comm, self.owners[unit], type(self.model), name, tensor, cut)
+
+    def _bring(self, source: Any, owner: int) -> None:
+        """Let the owner of the next unit have what a pending argument waits for."""
+        if isinstance(source, Held) and source.comm is self.comm:
+            source.bring(owner)
+        else:
+            source.wait()
+
+    def _meet(self, what: str | Exception) -> None:
+        """In the first call of a kind: wait until all ranks are at the same place, or raise on all of them."""
+        if not self._meeting:
+            return
+        differ = meet(self.comm, what)
+        if differ is not None:
+            self._meeting = False
+            raise UnsupportedError(f"{self._name} cannot be cut at its layers: outside of them {differ}")
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+
+def gives_attentions(model: nn.Module) -> bool:
+    """Whether a model hands out attention maps where they are asked for: of the implementations that are known by name
+    the eager one alone does."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
+    return not names or "eager" in names
+
+
+def relay(
+    model: nn.Module,
+    comm: Comm,
+    units: Sequence[str],
+    owners: Sequence[int],
+    cut: Collection[str] = (),
+    shared: Collection[int] = (),
+    alone: Callable[[], bool] = lambda: False,
+) -> Relay:
+    """Cut an encoder in place: keep the units of this rank, and put the seam at all of them. `cut`: parameters of which
+    owners hold slices; code outside that reads one gets an UnsupportedError. `shared`: ids of the tensors that another
+    component has, too; every rank keeps them. `alone`: see Boundary.
+
+    The seam is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
+    states by hooks on the layers, which have to see what the layers of other ranks give, too.
+    """
+    made = Relay(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
+    for index, (_, unit) in enumerate(made.units):
+        if made.owners[index] != comm.rank:
+            for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
+                if not parameter.is_meta and id(parameter) not in shared:
+                    put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+        swap_class(unit, {"forward": _seam(made, index, type(unit).forward)})
+    device = comm.mesh.device
+    for module in model.modules():
+        if isinstance(getattr(type(module), "device", None), property):
+            swap_class(module, {"device": property(lambda self: device)})
+    read = functools.partial(made.read, cut=cut)
+    Boundary(device, made.call, read, on_all=True, alone=alone).put(model, "")
+    swap_class(model, {"shardit_relay": property(lambda self: made)})
+    return made
+
+
+def _seam(made: Relay, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return made.unit_call(index, plain.__get__(self), args, kwargs)
+
+    return forward
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts; other containers (caches) hold what is a rank's own."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)

@@ -1,0 +1,1 @@
+"""Modules in place: finding blocks, patching, noticing changes."""

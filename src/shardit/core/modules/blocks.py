@@ -1,0 +1,112 @@
+"""Call sites: finding the block lists of a model, and the seam at each block's `__call__`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import nn
+
+from shardit.core.modules.hints import Plan
+from shardit.core.modules.patching import put
+from shardit.errors import UnsupportedError
+
+SMALL_SHARE = 0.02
+"""Block lists with a smaller share of the parameters are kept whole on every rank."""
+
+
+def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, nn.Module]]:
+    """The (name, block) pairs of a model's block lists, in the order in which a forward runs the lists.
+
+    A block list is an outermost ModuleList whose elements are modules with a forward of their own and that holds at
+    least SMALL_SHARE of the parameters. The order is that of registration unless the plan gives one. Raises
+    UnsupportedError where the plan names a list that is not there.
+    """
+    lists = dict(_outermost_lists(model, ""))
+    if plan is not None and plan.order is not None:
+        missing = [name for name in plan.order if name not in lists]
+        if missing:
+            raise UnsupportedError(f"plan.order names {missing[0]!r}; the block lists are {sorted(lists)}")
+        chosen = list(plan.order)
+    else:
+        total = sum(p.numel() for p in model.parameters()) or 1
+        chosen = [name for name, blocks in lists.items() if _numel(blocks) >= SMALL_SHARE * total]
+    return [(f"{name}.{i}", block) for name in chosen for i, block in enumerate(lists[name])]
+
+
+def _outermost_lists(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.ModuleList) and is_block_list(child):
+            yield path, child
+        else:
+            yield from _outermost_lists(child, f"{path}.")
+
+
+def is_block_list(module: nn.Module) -> bool:
+    """Whether a module is a ModuleList of modules that can be called."""
+    return isinstance(module, nn.ModuleList) and len(module) > 0 and all(_callable(block) for block in module)
+
+
+def _callable(block: nn.Module) -> bool:
+    has_forward = type(block).forward is not nn.Module.forward
+    return has_forward and not isinstance(block, (nn.ModuleList, nn.ModuleDict))
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def drop_blocks(
+    model: nn.Module,
+    blocks: list[tuple[str, nn.Module]],
+    owners: list[int],
+    rank: int,
+    plan: Plan | None,
+    shared: Collection[int] = (),
+) -> None:
+    """Move the blocks of other ranks to meta, in place: names and indices stay, the memory goes.
+
+    Parameters that the plan replicates keep their data, and so do those that are tied to what this rank has, and those
+    that another component has, too (`shared`: their ids).
+    """
+    keep = plan.replicate if plan is not None else ()
+    others = [block for block, owner in zip(blocks, owners, strict=True) if owner != rank]
+    held = _outside(model, others) | set(shared)
+    for (name, block), owner in zip(blocks, owners, strict=True):
+        if owner == rank:
+            continue
+        for path, parameter in list(block.named_parameters(recurse=True)):
+            if not keeps(f"{name}.{path}", keep) and not parameter.is_meta and id(parameter) not in held:
+                put(block, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+        for path, buffer in list(block.named_buffers(recurse=True)):
+            if not keeps(f"{name}.{path}", keep) and not buffer.is_meta and id(buffer) not in held:
+                put(block, path, torch.empty_like(buffer, device="meta"))
+
+
+def keeps(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a parameter name is one of the given names or below one of them."""
+    return any(name == p or name.startswith(f"{p}.") for p in prefixes)
+
+
+def inner_tensors(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict[int, tuple[int, str]]:
+    """Where the parameters and buffers that only blocks have are: id -> (number of the block, path in it)."""
+    outside = _outside(model, blocks)
+    found: dict[int, tuple[int, str]] = {}
+    for number, (_, block) in enumerate(blocks):
+        for path, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            if id(tensor) not in outside:
+                found.setdefault(id(tensor), (number, path))
+    return found
+
+
+def _outside(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> set[int]:
+    """The ids of the parameters and buffers that something else than the given blocks has."""
+    inside = tuple(f"{name}." for name, _ in blocks)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {id(tensor) for name, tensor in named if not name.startswith(inside)}
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and persistent buffers, on meta or not."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,0 +1,1 @@
+"""Which rank holds what: blocks, encoders, VAEs, slices."""

@@ -1,0 +1,162 @@
+"""What a user may say about a model (`Plan`), and what a call of it was found to carry (`CallPlan`)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardit.core.comm.wire import Layout, pack_layout, span
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of a block's output or of a forward's result.
+
+    kind: "tensor" (a tensor with memory of its own, number `storage` among the new ones of this call site),
+        "arg" (a view of, or the same object as, the tensor leaf number `arg` of the call's arguments), or
+        "value" (anything that is not a tensor, passed as it is).
+    offset is in elements of the storage, for "arg" in bytes from the first element of the argument (which may lie
+    elsewhere in its storage on another rank); nbytes is the size of the storage.
+    """
+
+    kind: str
+    dtype: torch.dtype | None = None
+    size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    offset: int = 0
+    storage: int = -1
+    arg: int = -1
+    same: bool = False
+    value: Any = None
+    nbytes: int = 0
+
+
+def describe_result(leaf: Any) -> Leaf:
+    """The description of one leaf of what a forward returns."""
+    if not isinstance(leaf, torch.Tensor):
+        return Leaf("value", value=leaf)
+    return Leaf("tensor", leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()))
+
+
+@dataclass(frozen=True)
+class Site:
+    """The n-th block call of a forward: which block, and what its output looks like.
+
+    given: what `describe_leaf` says of its arguments. mutated: the leaves of these that it writes to.
+    """
+
+    block: int
+    owner: int
+    spec: Any = field(compare=False)
+    leaves: tuple[Leaf, ...] = ()
+    given: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    mutated: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A handle that every rank has: output leaf or argument leaf number `leaf` of call site `site`."""
+
+    site: int
+    kind: str  # "out" or "arg"
+    leaf: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One storage that crosses a hop: where to find it, which bytes of it, and whether the sender must copy it.
+
+    start, size: the range of bytes, counted from the first element of the tensor at `address`: on a receiver that
+    tensor may lie in the middle of a message. fresh: on the receiver this is the first content of a storage that a
+    placeholder stands for, so that the placeholder can lie in the message itself. taken, placed: the call sites at
+    whose exit the sender has the content in its memory, and the receiver is to have it; for both the last one of the
+    hop's segment, unless code before that writes to the memory, or is run again on it.
+    """
+
+    address: Address
+    start: int
+    size: int
+    fresh: bool
+    copy: bool
+    taken: int
+    placed: int
+
+
+@dataclass(frozen=True)
+class Hop:
+    """What flows from the owner of one segment to the owner of the next, as one message. The receiver waits for it at
+    the exit of call site `pause`: the last one of the segment, unless code before that is run again on what comes."""
+
+    source: int
+    target: int
+    items: tuple[Item, ...]
+    layout: Layout
+    pause: int
+
+
+@dataclass(frozen=True)
+class ResultPlan:
+    """What a forward returns: its leaves, and one message with every tensor among them, dense, in leaf order; parts[i]
+    is the number of the leaf that part i of the message holds."""
+
+    spec: Any = field(compare=False)
+    leaves: tuple[Leaf, ...]
+    layout: Layout
+    parts: tuple[int, ...]
+
+    @staticmethod
+    def of(spec: Any, leaves: tuple[Leaf, ...]) -> ResultPlan:
+        """Lay out the message."""
+        numbers = tuple(i for i, leaf in enumerate(leaves) if leaf.kind == "tensor")
+        layout = pack_layout(tuple(span_bytes(leaves[i]) for i in numbers))
+        return ResultPlan(spec, leaves, layout, numbers)
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """Everything that a call of one signature needs besides the data. The same on every rank.
+
+    sites: all block calls in order. segments: (first site, last site) of each maximal run of sites with one owner.
+    hops[k]: the message between segments k and k + 1. result: what forward returns.
+    """
+
+    sites: tuple[Site, ...]
+    segments: tuple[tuple[int, int], ...]
+    owners: tuple[int, ...]
+    hops: tuple[Hop, ...]
+    result: ResultPlan
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of all messages between stages in one call, without its result."""
+        return sum(hop.layout.total for hop in self.hops)
+
+    @property
+    def course(self) -> tuple[Any, ...]:
+        """Which blocks are called, and what is carried between them, whatever its size."""
+        carried = tuple(tuple(item.address for item in hop.items) for hop in self.hops)
+        return tuple(site.block for site in self.sites), carried
+
+    def digest(self) -> str:
+        """A hash of the plan that ranks compare."""
+        text = repr((self.sites, self.segments, self.owners, self.hops, self.result.leaves, self.result.layout))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def segments_of(owners: list[int]) -> list[tuple[int, int]]:
+    """Maximal runs of equal owners as (first, last) site numbers."""
+    out: list[tuple[int, int]] = []
+    for n, owner in enumerate(owners):
+        if out and owners[out[-1][0]] == owner:
+            out[-1] = (out[-1][0], n)
+        else:
+            out.append((n, n))
+    return out
+
+
+def span_bytes(leaf: Leaf) -> int:
+    """Bytes from the first to the last element of a tensor leaf."""
+    return span(leaf.size, leaf.stride) * torch.empty(0, dtype=leaf.dtype).element_size()

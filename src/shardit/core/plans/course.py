@@ -1,0 +1,67 @@
+"""A test of whether a call takes the course of a known plan: its forward is run without blocks and watched.
+
+All data that does not derive from a block is real and alike on every rank, so each finds the same by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardit.core.plans.call_plan import CallPlan, describe_result
+from shardit.core.plans.derive import derive
+from shardit.core.plans.stand_ins import blank, stand_ins
+from shardit.core.plans.trace import Trace, Watch
+from shardit.core.runtime.call_signature import describe_leaf
+from shardit.core.runtime.randomness import generators_kept
+from shardit.errors import RankError
+
+
+class _Differs(BaseException):
+    """Leaves a forward that takes another course. Not an Exception: models may catch those."""
+
+
+class DryCall:
+    """The seam of block calls while a forward runs without blocks.
+
+    trace: the operations outside blocks. Its `deciding`: the arguments whose values the
+    forward has read.
+    """
+
+    def __init__(self, plan: CallPlan, device: torch.device):
+        self.plan, self.device = plan, device
+        self.trace = Trace()
+        self._watch = Watch(self.trace, lambda tensor: tensor)
+
+    def fits(self, current: dict[str, Any], forward: Callable[[], Any], arguments: Any) -> bool:
+        """Whether the plan holds for this call. Sends nothing."""
+        self.trace.begin(arguments)
+        current["seam"] = self
+        try:
+            with torch.no_grad(), generators_kept(self.device), self._watch:
+                out = forward()
+            leaves, spec = tree_flatten(out)
+            found = derive(self.trace, leaves, spec, tuple(describe_result(leaf) for leaf in leaves))
+            return len(self.trace.sites) == len(self.plan.sites) and found.digest() == self.plan.digest()
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except (Exception, _Differs):  # the first call, which follows, says what is wrong with it, if anything is
+            return False
+        finally:
+            current["seam"] = None
+
+    def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The seam: what the block gave in the first call, without data."""
+        with self._watch.paused():
+            n = len(self.trace.sites)
+            arguments, _ = tree_flatten((args, kwargs))
+            site = self.plan.sites[n] if n < len(self.plan.sites) else None
+            if site is None or (site.block, site.given) != (index, tuple(map(describe_leaf, arguments))):
+                raise _Differs
+            leaves = stand_ins(site, arguments, lambda leaf: (blank(leaf, self.device), 0))
+            tensors = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in arguments]
+            self.trace.block(site, tensors, leaves, list(site.mutated))
+            return tree_unflatten(leaves, site.spec)

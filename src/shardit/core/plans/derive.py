@@ -1,0 +1,194 @@
+"""The plan of a call: the data that stages carry to each other, found from a call that was watched.
+
+Liveness analysis over the contents of storages. A *version* is what a storage holds after one write to it. What derives
+from a block, was written before a cut and is read after it, is carried; what no block was given or gave, so that ranks
+have no name for it, is computed again by the stage that needs it, from what can be carried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardit.core.comm.wire import ALIGN, pack_layout
+from shardit.core.plans.call_plan import Address, CallPlan, Hop, Item, Leaf, ResultPlan, segments_of
+from shardit.core.plans.trace import Event, Trace
+from shardit.errors import UnsupportedError
+
+Version = tuple[int, int]
+"""A storage, and the number of the event that wrote what it holds."""
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """A version in a hop: the sender has it at the exit of call site `taken`, the receiver gets it at `placed`."""
+
+    version: Version
+    taken: int
+    placed: int
+
+
+@dataclass
+class _Course:
+    """A watched call over its segments: events in order (the last one reads the result), and who writes what.
+
+    owner[k]: stage of segment k. segment_of[n]: segment of call site n. writes[storage]: events that write what derives
+    from blocks to it, in order. again[event]: stages that run an event outside blocks although it belongs to another.
+    """
+
+    trace: Trace
+    events: list[Event]
+    segments: list[tuple[int, int]]
+    owner: list[int]
+    segment_of: list[int]
+    writes: dict[int, list[int]] = field(default_factory=dict)
+    again: dict[int, set[int]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(trace: Trace, result: list[Any]) -> _Course:
+        end = tuple(trace.number(t) for t in result if isinstance(t, torch.Tensor))
+        events = [*trace.events, Event(len(trace.sites), end, (), False)]
+        owners = [site.owner for site in trace.sites]
+        segments = segments_of(owners)
+        segment_of = [k for k, (first, last) in enumerate(segments) for _ in range(first, last + 1)]
+        course = _Course(trace, events, segments, [owners[first] for first, _ in segments], segment_of)
+        for number, event in enumerate(events):
+            for storage in event.writes if event.derived else ():
+                course.writes.setdefault(storage, []).append(number)
+        return course
+
+    def runs(self, number: int) -> Iterator[tuple[int, int]]:
+        """(stage, segment) of all that run an event on real data. The segment is -1 for the prologue, which every rank
+        runs. Code after block call n - 1 belongs to the owner of block call n, which has received what it needs."""
+        event = self.events[number]
+        if event.after == 0 and not event.block:
+            yield -1, -1
+            return
+        segment = self.segment_of[event.after] if event.after < len(self.segment_of) else len(self.segments) - 1
+        yield self.owner[segment], segment
+        for stage in sorted(self.again.get(number, ())):
+            yield stage, self.next_segment(stage, segment)
+
+    def next_segment(self, stage: int, segment: int) -> int:
+        """The first segment of a stage that is not before the given one."""
+        return next(k for k in range(segment, len(self.owner)) if self.owner[k] == stage)
+
+    def passed(self, segment: int) -> int:
+        """The last call site of the segment that the stage of `segment` ran before; 0 where there is none."""
+        before = [k for k in range(segment) if self.owner[k] == self.owner[segment]]
+        return self.segments[before[-1]][1] if before else 0
+
+    def lasts(self, version: Version) -> int:
+        """The last call site at whose exit the storage still holds the version."""
+        writes = self.writes[version[0]]
+        following = writes.index(version[1]) + 1
+        return self.events[writes[following]].after - 1 if following < len(writes) else len(self.segment_of)
+
+
+def derive(trace: Trace, result: list[Any], result_spec: Any, result_leaves: tuple[Leaf, ...]) -> CallPlan:
+    """The plan of a call that was watched. Raises UnsupportedError where something can be neither carried nor computed
+    again."""
+    course = _Course.of(trace, result)
+    carried = None
+    while carried is None:  # each round that finds something missing adds to `again`, so it ends
+        carried = _carry(course)
+    hops = _hops(course, carried)
+    out = ResultPlan.of(result_spec, result_leaves)
+    return CallPlan(tuple(trace.sites), tuple(course.segments), tuple(course.owner), hops, out)
+
+
+def _carry(course: _Course) -> list[list[_Carried]] | None:
+    """What every hop carries. None where a stage has to run more events than was known: `course.again` has them now."""
+    carried: list[list[_Carried]] = [[] for _ in course.owner[1:]]
+    holders: dict[Version, dict[int, int]] = {}  # -> {stage: first segment for which it has this version}
+    current: dict[int, int] = {}
+    missing = False
+    for number, event in enumerate(course.events):
+        for stage, segment in list(course.runs(number)):
+            for version in [(s, current[s]) for s in event.reads if s in current]:
+                if not _bring(course, version, segment, event.after - 1, holders[version], carried):
+                    _run_again(course, version, stage)
+                    missing = True
+        for storage in event.writes if event.derived else ():
+            current[storage] = number
+            holders[storage, number] = {}
+            for stage, segment in course.runs(number):
+                holders[storage, number].setdefault(stage, segment)
+    return None if missing else carried
+
+
+def _bring(
+    course: _Course, version: Version, segment: int, before: int, held: dict[int, int], carried: list[list[_Carried]]
+) -> bool:
+    """Let the owner of `segment` have a version at the exit of call site `before`, through the chain, from the nearest
+    stage that has it. False, and nothing is done, where that is not possible."""
+    path: list[tuple[int, _Carried]] = []
+    k = segment
+    while held.get(course.owner[k], k + 1) > k:
+        taken = min(course.segments[k - 1][1], course.lasts(version))
+        placed = min(taken, before)
+        if max(course.events[version[1]].after, course.passed(k)) > placed or not _handles(course, version[0], placed):
+            return False
+        path.append((k, _Carried(version, taken, placed)))
+        before = taken
+        k -= 1
+    for k, item in path:
+        held[course.owner[k]] = k
+        carried[k - 1].append(item)
+    return True
+
+
+def _run_again(course: _Course, version: Version, stage: int) -> None:
+    """Let a stage compute a version by itself."""
+    storage, writer = version
+    if course.events[writer].block:
+        raise UnsupportedError(
+            f"a tensor that derives from a block's output ({course.trace.makers.get(storage, 'an output')}) is needed "
+            "in a later stage, which has no name for it when it needs it and cannot compute it by itself; where "
+            "another list of blocks makes it, name only the main lists in Plan(order=...): lists left out are not cut"
+        )
+    course.again.setdefault(writer, set()).add(stage)
+
+
+def _hops(course: _Course, carried: list[list[_Carried]]) -> tuple[Hop, ...]:
+    trace, received = course.trace, set[tuple[int, int]]()  # (storage, stage) whose placeholder was filled before
+    hops = []
+    for k, found in enumerate(carried):
+        last, target = course.segments[k][1], course.owner[k + 1]
+        pause = min((item.placed for item in found), default=last)
+        items = []
+        for item in sorted(found, key=lambda item: item.version):
+            storage = item.version[0]
+            address = _address(trace, storage, _handles(course, storage, item.placed))
+            writes = [course.events[number].after for number in course.writes[storage]]
+            start, stop = trace.extent[storage]
+            start -= start % ALIGN  # some CPU kernels give other last bits for memory aligned in another way
+            fresh = (
+                address.kind == "out"
+                and trace.created.get(storage) == address.site
+                and trace.sites[address.site].owner != target
+                and (storage, target) not in received
+                # What arrives before a write of code that is run again would be written to.
+                and not any(max(pause, address.site) < after <= item.placed for after in writes)
+            )
+            received.add((storage, target))
+            # The sender's memory may be sent as it lies only if nobody writes to it any more.
+            copy = any(after > last for after in writes)
+            place = start - trace.places[address]
+            items.append(Item(address, place, stop - start, fresh, copy, item.taken, item.placed))
+        hops.append(Hop(course.owner[k], target, tuple(items), pack_layout(tuple(i.size for i in items)), pause))
+    return tuple(hops)
+
+
+def _handles(course: _Course, storage: int, site: int) -> list[Address]:
+    """The handles of a storage that exist at the exit of a call site."""
+    return [a for a in course.trace.handles.get(storage, ()) if a.site <= site]
+
+
+def _address(trace: Trace, storage: int, handles: list[Address]) -> Address:
+    """The place where a storage was made if possible, else the first handle."""
+    created = trace.created.get(storage)
+    return next((a for a in handles if a.kind == "out" and a.site == created), handles[0])

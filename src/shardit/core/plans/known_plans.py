@@ -1,0 +1,71 @@
+"""The plans of one transformer: by signature and, where values of arguments decide the course, by those values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from shardit.core.plans.local_plan import LocalPlan
+
+MAX_SIGNATURES = 64
+"""Plans that are kept per transformer; the least recently used one goes first."""
+
+MAX_CONTENTS = 1024
+"""Contents of deciding arguments whose plan is remembered; after that it is found again, without a first call."""
+
+
+@dataclass
+class KnownPlans:
+    """All plans, the least recently used one first.
+
+    plans: by signature and digest. deciding: for each signature, the leaves of the arguments whose values code outside
+    the blocks has read. found: the digest that belongs to a signature and the contents of those leaves.
+    """
+
+    plans: OrderedDict[tuple[Any, str], LocalPlan] = field(default_factory=OrderedDict)
+    deciding: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    found: OrderedDict[tuple[Any, bytes], str] = field(default_factory=OrderedDict)
+
+    def find(self, key: Any, arguments: Any) -> LocalPlan | None:
+        """The plan of a call, or None where it is not known."""
+        if key not in self.deciding:
+            return None
+        where = key, self._contents(key, arguments)
+        plan = self.plans.get((key, self.found.get(where, "")))
+        if plan is not None:
+            self.found.move_to_end(where)
+            self.plans.move_to_end((key, self.found[where]))
+        return plan
+
+    def of_signature(self, key: Any) -> list[LocalPlan]:
+        """The plans that calls of a signature have had, the last one first."""
+        return [plan for (of, _), plan in reversed(self.plans.items()) if of == key]
+
+    def learn(self, key: Any, arguments: Any, deciding: Iterable[int], plan: LocalPlan) -> None:
+        """Remember the plan of a call, and which leaves of its arguments have decided."""
+        before, digest = self.deciding.get(key, ()), plan.plan.digest()
+        self.deciding[key] = tuple(sorted({*before, *deciding}))
+        if self.deciding[key] != before:  # what was remembered says nothing about the new leaves
+            for where in [where for where in self.found if where[0] == key]:
+                del self.found[where]
+        self.found[key, self._contents(key, arguments)] = digest
+        self.plans.setdefault((key, digest), plan)
+        self.plans.move_to_end((key, digest))
+        if len(self.found) > MAX_CONTENTS:
+            self.found.popitem(last=False)
+        if len(self.plans) > MAX_SIGNATURES:
+            (key, _), _ = self.plans.popitem(last=False)
+            if not self.of_signature(key):
+                del self.deciding[key]
+
+    def _contents(self, key: Any, arguments: Any) -> bytes:
+        leaves, digest = tree_leaves(arguments), hashlib.blake2b(digest_size=16)
+        for q in self.deciding[key]:
+            digest.update(leaves[q].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.digest()

@@ -1,0 +1,255 @@
+"""Watching the first call of a signature: which operation outside blocks reads and writes which memory.
+
+Outside blocks every operation is seen by a TorchDispatchMode; a block call counts as one operation. `derive` finds from
+this what has to be carried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from shardit.core.comm.wire import first_byte, span
+from shardit.core.plans.call_plan import Address, Site
+from shardit.errors import UnsupportedError
+
+# Operations whose result decides what Python does next, or how large the next tensor is.
+_HOST = {
+    torch.Tag.data_dependent_output: "reads a value on the host",
+    torch.Tag.dynamic_output_shape: "makes a shape from values",
+}
+
+
+@dataclass
+class Event:
+    """One operation outside blocks, or the block call number `after`; `after` block calls had ended when it began.
+
+    derived: it read something that comes from a block (or is a block call), so what it writes exists on one rank only.
+    """
+
+    after: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    derived: bool
+    block: bool = False
+
+
+@dataclass
+class Trace:
+    """What was seen, in order; storages are numbered in order of appearance, the same on every rank.
+
+    handles[storage]: every place where a rank can get hold of it. extent[storage]: (first, last + 1) byte that some
+    handle shows. derived: storages whose content comes from a block.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    handles: dict[int, list[Address]] = field(default_factory=dict)
+    extent: dict[int, tuple[int, int]] = field(default_factory=dict)
+    created: dict[int, int] = field(default_factory=dict)  # storage -> site whose output made it
+    derived: set[int] = field(default_factory=set)
+    places: dict[Address, int] = field(default_factory=dict)  # byte of its storage at which a handle begins
+    inputs: set[int] = field(default_factory=set)
+    makers: dict[int, str] = field(default_factory=dict)  # storage that code outside blocks derived -> how
+    mutated_input: bool = False
+    sources: dict[int, set[int]] = field(default_factory=dict)  # storage -> leaves of the arguments it was made from
+    deciding: set[int] = field(default_factory=set)  # leaves of the arguments whose values Python has read
+    _numbers: dict[int, int] = field(default_factory=dict)
+    # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
+    _refs: list[StorageWeakRef] = field(default_factory=list)
+
+    def begin(self, arguments: Any) -> None:
+        """Take note of what the forward is called with."""
+        for q, leaf in enumerate(tree_leaves(arguments)):
+            if isinstance(leaf, torch.Tensor):
+                self.inputs.add(self.number(leaf))
+                self.sources.setdefault(self.number(leaf), set()).add(q)
+
+    def decides(self, tensor: torch.Tensor) -> None:
+        """Record that Python has read values of a tensor."""
+        if self.knows(tensor) and self.number(tensor) not in self.derived:
+            self.deciding |= self.sources.get(self.number(tensor), set())
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The number of the storage under a tensor."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._numbers:
+            self._numbers[key] = len(self._refs)
+            self._refs.append(StorageWeakRef(storage))
+        return self._numbers[key]
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the storage under a tensor was seen before."""
+        return tensor.untyped_storage()._cdata in self._numbers
+
+    def operation(self, name: str, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor]) -> None:
+        """Record an operation outside blocks."""
+        read = tuple(dict.fromkeys(self.number(t) for t in reads))
+        shapes = {self.number(t): tuple(t.shape) for t in writes}
+        written = tuple(shapes)
+        derived = any(s in self.derived for s in read)
+        if derived:
+            self.derived.update(written)
+            for storage, shape in shapes.items():
+                self.makers.setdefault(storage, f"{name}, shape {shape}, after block call {len(self.sites) - 1}")
+        made_from = set[int]().union(*(self.sources.get(s, ()) for s in read))
+        for storage in written if made_from else ():
+            self.sources.setdefault(storage, set()).update(made_from)
+        self.mutated_input |= any(s in self.inputs for s in written)
+        self.events.append(Event(len(self.sites), read, written, derived))
+
+    def block(self, site: Site, arguments: list[torch.Tensor | None], outputs: list[Any], mutated: list[int]) -> None:
+        """Record call site number len(sites): argument leaves (None where not a tensor), output leaves, and the
+        argument leaves that the block wrote to."""
+        n = len(self.sites)
+        read = [self.number(t) for t in arguments if t is not None]
+        for q, tensor in enumerate(arguments):
+            if tensor is not None:
+                self._handle(Address(n, "arg", q), tensor)
+        written = [self.number(t) for q in mutated if (t := arguments[q]) is not None]
+        for q, (leaf, value) in enumerate(zip(site.leaves, outputs, strict=True)):
+            if leaf.kind == "tensor":
+                number = self.number(value)
+                self.created.setdefault(number, n)
+                written.append(number)
+            if leaf.kind != "value":
+                self._handle(Address(n, "out", q), value)
+        self.mutated_input |= any(s in self.inputs for s in written)
+        self.derived.update(written)
+        self.sites.append(site)
+        self.events.append(Event(n, tuple(dict.fromkeys(read)), tuple(dict.fromkeys(written)), True, True))
+
+    def _handle(self, address: Address, tensor: torch.Tensor) -> None:
+        number = self.number(tensor)
+        self.handles.setdefault(number, []).append(address)
+        self.places[address] = first_byte(tensor)
+        if number not in self.created:  # other views of it may show more than this one
+            self.extent[number] = (0, tensor.untyped_storage().nbytes())
+            return
+        start = first_byte(tensor)
+        end = start + span(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
+        low, high = self.extent.get(number, (start, end))
+        self.extent[number] = (min(low, start), max(high, end))
+
+
+class Recorder(TorchDispatchMode):
+    """Writes every operation outside blocks into a `Trace`. `paused` while a block runs.
+
+    `fetch` gives a tensor that an operation may read in place of the one it was given, which may be on meta.
+    """
+
+    def __init__(self, trace: Trace, fetch: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.supports_higher_order_operators = True  # flex attention, for one
+        self.trace = trace
+        self.fetch = fetch
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, self.fetch, (args, kwargs))
+        reads = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        self._check(func, reads, args)
+        out = func(*args, **kwargs)
+        seen = {t.untyped_storage()._cdata for t in reads}
+        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            written = [a for a, spec in zip(args, func._schema.arguments, strict=False) if _writes(spec)]
+            written += [kwargs[s.name] for s in func._schema.arguments if _writes(s) and s.name in kwargs]
+            written = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
+            self.trace.operation(str(func), reads, written + outputs)
+        else:
+            fresh = [t for t in outputs if t.untyped_storage()._cdata not in seen]
+            if fresh or not outputs:  # what is left out are views: they read no data
+                self.trace.operation(str(func), reads, fresh)
+        return out
+
+    def _check(self, func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> None:
+        if any(tensor.is_meta for tensor in reads):
+            raise UnsupportedError(
+                f"code outside the blocks reads data of a block that another rank has ({func}); "
+                "name its parameters in Plan(replicate=...)"
+            )
+        for tag, what in _HOST.items():
+            if tag not in getattr(func, "tags", ()):
+                continue
+            for tensor in _deciding(func, reads, args):
+                if self.trace.knows(tensor) and self.trace.number(tensor) in self.trace.derived:
+                    raise UnsupportedError(
+                        f"the forward {what} ({func}) that comes from a block, so its course cannot be known on every "
+                        "rank"
+                    )
+                self.trace.decides(tensor)
+
+
+def _deciding(func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors whose values decide how large the result is: of indexing only the masks among the indices."""
+    if func is torch.ops.aten.index.Tensor:
+        return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+    return reads
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+_READS = frozenset(
+    (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
+)  # what gives values of a tensor to Python without an operation
+
+
+class _HostReads(TorchFunctionMode):
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            self.trace.decides(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class Watch:
+    """While it is entered, a `Trace` is written of what a forward does outside blocks. `fetch` is as for `Recorder`."""
+
+    def __init__(self, trace: Trace, fetch: Callable[[torch.Tensor], torch.Tensor]):
+        self.recorder = Recorder(trace, fetch)
+        self._reads = _HostReads(trace)
+
+    def __enter__(self) -> None:
+        self._reads.__enter__()
+        self.recorder.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.recorder.__exit__(*error)
+        self._reads.__exit__(*error)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Meanwhile a block runs, or something else that is not the forward's."""
+        modes = list(_get_current_function_mode_stack())
+        self.recorder.paused = True
+        _set_function_modes([mode for mode in modes if mode is not self._reads])
+        try:
+            yield
+        finally:
+            _set_function_modes(modes)
+            self.recorder.paused = False
+
+
+def _set_function_modes(modes: list[Any]) -> None:
+    for _ in list(_get_current_function_mode_stack()):
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)

@@ -1,0 +1,1 @@
+"""What calls in flight share on one rank: coroutines, pending tensors, the order of steps, requests."""

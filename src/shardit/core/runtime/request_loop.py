@@ -1,0 +1,176 @@
+"""Several requests in flight: each program runs until it needs a pending result, then the next one has its turn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+from shardit.core.runtime.coroutine import Coroutine, Generators
+from shardit.core.runtime.digests import SUMMED, digests
+from shardit.core.runtime.schedule import Flight, Schedule
+from shardit.errors import RankError
+
+
+class Interrupted(Exception):
+    """Ends a program at the beginning of a turn, because somebody asked for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice. On CPUs torch says so in the text of a plain RuntimeError only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+@dataclass(eq=False)
+class Program:
+    """One request: a function to run, the seed of its global generators, and what became of it.
+
+    start: a checksum of what its first transformer call is given, the same on every rank that drew the same noise;
+    at the end also of the states of its global generators.
+    Setting `interrupted`, on every rank between the same two turns, ends it at its next turn with Interrupted.
+    """
+
+    run: Callable[[], Any]
+    seed: int
+    value: Any = None
+    error: Exception | None = None
+    turns: int = 0
+    breathed: int = 0
+    start: str | None = None
+    interrupted: bool = False
+    coroutine: Coroutine | None = field(default=None, repr=False)
+    generators: Generators | None = field(default=None, repr=False)
+    waits_for: Flight | None = field(default=None, repr=False)
+
+
+class Turns:
+    """Runs programs as coroutines over one schedule. The order of turns depends on nothing but the programs, so it is
+    the same on every rank: a program yields when it first needs a result, whether or not the data is already there."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.current: Program | None = None
+        self.last: Program | None = None
+        self._installed: Program | None = None
+
+    def wait_for(self, flight: Flight) -> None:
+        """Return when `flight` is virtually done; other programs run meanwhile."""
+        program = self.current
+        if program is None:
+            self.schedule.drain(flight)
+            return
+        while not flight.finished:
+            program.waits_for = flight
+            assert program.coroutine is not None
+            program.coroutine.pause()
+            if program.interrupted:
+                raise Interrupted("the request was interrupted")
+        program.waits_for = None
+
+    def mark_start(self, arguments: Callable[[], Mapping[str, Any]]) -> None:
+        """Once per request: note what its first call is given. Whoever runs the requests compares the marks of all
+        ranks; doing it here would make every rank wait for the others and drain the pipeline."""
+        program = self.current
+        if program is not None and program.start is None:
+            program.start = ", ".join(f"{name} {value.hex()}" for name, value in digests(arguments(), SUMMED).items())
+
+    def run(self, programs: Iterator[Program], max_in_flight: int) -> Iterator[Program]:
+        """Run all programs, at most `max_in_flight` at once; yields each when it has ended, with value or error.
+
+        One program enters per round, so that they stand at different segments. Programs in step would all end a step
+        in the same round, and every rank would wait for the last of their results before it goes on with the first.
+        An Exception of a program ends that program only; RankError and anything not an Exception ends all.
+        """
+
+        def enter(active: int) -> Program | None:
+            nonlocal more
+            program = next(programs, None) if more and active < max_in_flight else None
+            more = more and (program is not None or active >= max_in_flight)
+            return program
+
+        more = True
+        yield from self.rounds(enter, lambda active: active > 0 or more)
+
+    def rounds(
+        self, enter: Callable[[int], Program | None], goes_on: Callable[[int], bool] = lambda active: True
+    ) -> Iterator[Program]:
+        """Rounds in which every program has a turn. `enter` is called before each round with the number of programs
+        in flight, and gives the one that is to join them, if any; `goes_on`, at the end of each round, whether there
+        is to be another. Both must answer alike on every rank. Yields programs as `run` does."""
+        outer = Generators.capture()
+        active: list[Program] = []
+        going = True
+        try:
+            while going:
+                program = enter(len(active))
+                if program is not None:
+                    active.insert(0, program)  # first in its round: it waits for nothing yet
+                for program in list(active):
+                    waits = program.waits_for is not None and not program.waits_for.finished
+                    if waits and not program.interrupted:
+                        continue
+                    self._turn(program)
+                    if program.coroutine is not None and program.coroutine.done:
+                        active.remove(program)
+                        yield program
+                self.schedule.tick()
+                going = goes_on(len(active))
+        finally:
+            for program in active:  # only where something ended all of them
+                if program.coroutine is not None:
+                    program.coroutine.kill()
+            self.current = self._installed = None
+            outer.install()
+
+    def breathe(self) -> None:
+        """Give the others a turn, if the program that runs has had no pause since it was here last. Programs that
+        never wait for a result do so once per step, so that others can run beside them, and they can be ended."""
+        program = self.current
+        if program is None:
+            return
+        if program.turns == program.breathed:
+            assert program.coroutine is not None
+            program.coroutine.pause()
+            if program.interrupted:
+                raise Interrupted("the request was interrupted")
+        program.breathed = program.turns
+
+    def _turn(self, program: Program) -> None:
+        if program.coroutine is None:
+            program.coroutine = Coroutine(program.run)
+        self._switch_generators(program)
+        program.turns += 1
+        self.current = self.last = program
+        try:
+            program.coroutine.resume()
+        except RankError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            program.error = error
+        finally:
+            self.current = None
+        if program.coroutine.done:
+            program.value = program.coroutine.value
+
+    def _switch_generators(self, program: Program) -> None:
+        if self._installed is program:
+            return
+        if self._installed is not None:
+            self._installed.generators = Generators.capture()
+        if program.generators is None:
+            torch.default_generator.manual_seed(program.seed)
+            if torch.cuda.is_initialized():  # asking every kind of device, as torch.manual_seed does, takes a while
+                torch.cuda.manual_seed_all(program.seed)
+            random.seed(program.seed)
+            numpy.random.seed(program.seed % 2**32)
+        else:
+            program.generators.install()
+        self._installed = program

@@ -1,0 +1,1 @@
+"""Schedules replayed without processes."""

@@ -1,0 +1,1 @@
+"""Calls of a transformer over pipeline stages, guidance ranks and in flight."""

@@ -1,0 +1,197 @@
+"""Calls that wait for messages inside their blocks (slices, spread tokens): while one waits, another computes.
+
+The two branches of guidance, or several requests, are in flight together. A forward runs until it has started to send
+something, then the next one goes on; so messages travel, and ranks that are behind catch up, while everybody computes.
+The order is that of the calls, the same on every rank, whether or not a message has come.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from shardit.core.modules.module_state import differences, state_of
+from shardit.core.modules.patching import changing_methods, swap_class
+from shardit.core.plans.call_plan import ResultPlan, describe_result
+from shardit.core.plans.known_plans import MAX_SIGNATURES
+from shardit.core.runtime.call_signature import signature
+from shardit.core.runtime.coroutine import Coroutine, willing
+from shardit.core.runtime.pending import settle
+from shardit.core.runtime.randomness import any_moved, moved, states, torch_states
+from shardit.core.runtime.versions import check_unchanged, inputs_of
+from shardit.core.stages.result import Result
+from shardit.core.stages.runtime import Runtime
+from shardit.core.stages.stages import scales_adapters
+from shardit.errors import RankError, UnsupportedError
+
+_inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)
+"""The model whose forward runs, in this context."""
+
+
+class OverlappedCall:
+    """A forward in flight (a `schedule.Flight`). It has a segment for each time it waited, known as it goes."""
+
+    def __init__(
+        self, model: nn.Module, plan: ResultPlan, runtime: Runtime, forward: Callable[[], Any], arguments: Any
+    ):
+        self.finished = False
+        self.owners = [runtime.mesh.pp_rank]
+        self.failure: Exception | None = None
+        self._model, self._forward, self._runtime = model, forward, runtime
+        self._inputs = inputs_of(arguments)
+        self._result = Result(plan, runtime.mesh.device, self._settle)
+        self._coroutine = Coroutine(self._run)
+
+    def result(self) -> Any:
+        """What forward returns, with pending tensors."""
+        return self._result.tree()
+
+    def begin(self) -> None:
+        """Run to the first message."""
+        self._resume()
+
+    def run(self, segment: int) -> None:
+        """Go on to the next message. What is wrong is told to whoever uses the result: this is somebody else's turn."""
+        check_unchanged(self._inputs, self._runtime.mesh.rank)
+        try:
+            self._resume()
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            self.failure = error
+
+    def post(self, segment: int) -> None:
+        """Nothing arrives here from another stage."""
+
+    def finish(self) -> None:
+        """The result is here on every rank."""
+        self._inputs.clear()
+
+    def _resume(self) -> None:
+        self._coroutine.resume()
+        if not self._coroutine.done:
+            self.owners.append(self.owners[0])
+
+    def _settle(self) -> None:
+        self._runtime.wait_for(self)
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self) -> None:
+        _inside.set(self._model)
+        willing.set(self._coroutine)
+        device, program = self._runtime.mesh.device, self._runtime.turns.current
+        before = torch_states(device)
+        with torch.no_grad():
+            forward = self._forward
+            del self._forward
+            leaves, _ = tree_flatten(forward())
+            settle(leaves)
+            if self._runtime.turns.current is program and any_moved(before, torch_states(device)):
+                raise UnsupportedError(
+                    f"{type(self._model).__name__} draws random numbers in some of its calls, several of which are in "
+                    "flight together: use Plan(overlap=False)"
+                )
+            expected = self._result.plan.leaves
+            if len(leaves) != len(expected) or not all(map(_fits, expected, leaves)):
+                raise UnsupportedError(
+                    f"{type(self._model).__name__} returns other shapes or values than in the first call of this "
+                    "signature: use Plan(overlap=False)"
+                )
+            for number, view in self._result.views():
+                view.copy_(leaves[number])
+
+
+@dataclass
+class Overlap:
+    """One model whose calls may be in flight together. overlapped: how many have been.
+
+    alone: whether that holds for calls by a user's own program, too: their results must then be used by all ranks, in
+    the same order. Of a pipeline that is known.
+    """
+
+    model: nn.Module
+    runtime: Runtime
+    alone: bool
+    overlapped: int = 0
+    _plans: OrderedDict[Any, ResultPlan] = field(default_factory=OrderedDict)
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model: returns at once with pending tensors, except the first of each signature."""
+        if _inside.get() is self.model:  # the forward calls the model itself
+            return forward(*args, **kwargs)
+        settle((args, kwargs))
+        # A cache keeps a call's state on the model, and a scale multiplies weights for the length of the forward.
+        alone = getattr(self.model, "is_cache_enabled", False) or scales_adapters(kwargs) or torch.is_grad_enabled()
+        alone = alone or not all(map(_plain, tree_leaves((args, kwargs))))
+        alone = alone or not (self.alone or self.runtime.in_pipeline)
+        key = None if alone else signature((args, kwargs), self.model.training)
+        plan = self._plans.get(key)
+        if plan is None:
+            self.runtime.schedule.drain()
+            return self._first(key, forward, args, kwargs)
+        self._plans.move_to_end(key)
+        self.overlapped += 1
+        call = OverlappedCall(self.model, plan, self.runtime, lambda: forward(*args, **kwargs), (args, kwargs))
+        self.runtime.schedule.start(call)
+        return call.result()
+
+    def forget(self) -> None:
+        """The model has been changed: what its calls return is found again."""
+        self._plans.clear()
+
+    def _first(self, key: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        token, device = _inside.set(self.model), self.runtime.mesh.device
+        before, drawn = (state_of(self.model), states(device, [])) if key is not None else ([], {})
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            _inside.reset(token)
+        settle(out)
+        # A forward that keeps something on its modules may read it later, and the order of what draws random numbers
+        # counts: neither is overlapped, until a call does not.
+        changed = key is not None and (differences(before, state_of(self.model)) or moved(drawn, states(device, [])))
+        if key is not None and not changed:
+            leaves, spec = tree_flatten(out)
+            self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))
+            if len(self._plans) > MAX_SIGNATURES:
+                self._plans.popitem(last=False)
+        return out
+
+
+def overlap(model: nn.Module, runtime: Runtime, alone: bool = False) -> Overlap:
+    """Let calls of a model be in flight together, in place. Its messages must give way (`coroutine.give_way`). `alone`:
+    see Overlap."""
+    calls = Overlap(model, runtime, alone)
+    own_call = type(model).__call__
+
+    @functools.wraps(own_call)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return calls.call(own_call.__get__(self), args, kwargs)
+
+    def end() -> None:
+        if _inside.get() is None:
+            runtime.schedule.drain()
+
+    members = {"__call__": __call__, "shardit_overlap": property(lambda self: calls)}
+    swap_class(model, {**changing_methods(type(model), end), **members})
+    return calls
+
+
+def _plain(leaf: Any) -> bool:
+    """Whether an argument cannot be something that a forward writes to, such as a cache of keys."""
+    return isinstance(leaf, (torch.Tensor, bool, int, float, str, bytes, type(None), torch.dtype, torch.device))
+
+
+def _fits(expected: Any, leaf: Any) -> bool:
+    if not isinstance(leaf, torch.Tensor):
+        return expected.kind == "value" and (expected.value is leaf or expected.value == leaf)
+    return expected.kind == "tensor" and (expected.dtype, expected.size) == (leaf.dtype, tuple(leaf.shape))

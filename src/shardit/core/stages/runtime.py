@@ -1,0 +1,86 @@
+"""The state that all parallel modules of one pipeline share, and the calls of pipelines over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from shardit.core.comm.agreement import Agreement
+from shardit.core.comm.mesh import Mesh
+from shardit.core.comm.p2p import Comm
+from shardit.core.runtime.request_loop import Turns
+from shardit.core.runtime.schedule import Flight, Schedule
+from shardit.core.stages.guidance import Dealer
+from shardit.core.stages.result import Route
+
+
+@dataclass
+class Runtime:
+    """State of one pipeline that its parallel modules share: the mesh, its messages, the schedule and the turns.
+
+    comm joins the stages of this rank's chain, `replica` all ranks that work on the same requests, `peers` those of
+    them with this rank's slices.
+    """
+
+    mesh: Mesh
+    comm: Comm
+    replica: Comm
+    peers: Comm
+    route: Route
+    dealer: Dealer
+    schedule: Schedule
+    turns: Turns
+    agreement: Agreement
+    max_in_flight: int = 1
+    split_batch: bool = True
+
+    @staticmethod
+    def of(mesh: Mesh, max_in_flight: int = 1, split_batch: bool = True) -> Runtime:
+        """Make the shared state of a pipeline over a mesh."""
+        schedule = Schedule(mesh.pp_rank)
+        comms = {id(groups): Comm(mesh, groups) for groups in (mesh.pipeline, mesh.replica, mesh.peers)}
+        comm, replica, peers = (comms[id(groups)] for groups in (mesh.pipeline, mesh.replica, mesh.peers))
+        dealer = Dealer(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
+        route, turns = Route.of(mesh, replica), Turns(schedule)
+        alike = Agreement(replica)
+        return Runtime(mesh, comm, replica, peers, route, dealer, schedule, turns, alike, max_in_flight, split_batch)
+
+    @property
+    def program(self) -> object:
+        """The caller: the request that has its turn, or one object for all use of the model without requests."""
+        return self.turns.current or self.turns
+
+    @contextmanager
+    def pipeline_call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+        """Enclose a call of a pipeline, which all ranks of the replica make alike. It is compared here unless it is a
+        request, which the session compares. Raises InputError as `Agreement.call` does."""
+        self.dealer.begin(self.program)
+        alone = nullcontext() if self.turns.current is not None else self.agreement.call(name, arguments)
+        with alone:
+            yield
+
+    @property
+    def in_pipeline(self) -> bool:
+        """Whether a pipeline is being called."""
+        return self.turns.current is not None or self.agreement.depth > 0
+
+    def mark_start(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
+        """Compare what the first call of a model in a call of a pipeline is given; later calls are not looked at."""
+        if self.turns.current is not None:
+            self.turns.mark_start(arguments)
+        else:
+            self.agreement.mark(name, arguments)
+
+    def wait_for(self, flight: Flight) -> None:
+        """Return when `flight` is virtually done."""
+        self.dealer.waits(self.program)
+        self.turns.wait_for(flight)
+
+    def flush(self) -> None:
+        """Wait until everything sent has been taken."""
+        self.schedule.drain()
+        self.comm.flush()
+        self.replica.flush()
+        self.peers.flush()

@@ -1,0 +1,1 @@
+"""Loading of pipelines: options, schedulers, packages, configurations of known models."""

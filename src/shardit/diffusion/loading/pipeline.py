@@ -1,0 +1,232 @@
+"""Building a real diffusers pipeline of which each rank holds only its part."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardit.core.placement.assignment import denoises
+from shardit.diffusion.loading.model_options import NO_OPTIONS, WHOLE, ModelOptions, check_single_files
+from shardit.diffusion.loading.schedulers import changed_scheduler, wants_scheduler
+from shardit.errors import InputError, first_line
+from shardit.loading import index
+from shardit.loading.checkpoint import Checkpoint, check_variant
+from shardit.loading.dtypes import Setting, check_components, dtype_of, setting
+from shardit.loading.index import Component
+from shardit.loading.meta import build
+from shardit.loading.quiet import quiet
+from shardit.loading.safetensors_file import Reads
+from shardit.loading.single_file import Original, OriginalText, holds, load_original, loadable, text_encoder
+from shardit.loading.source import Source, locate
+from shardit.loading.transformers_model import load_transformers
+from shardit.loading.weights import Owned, load_module
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from torch import nn
+
+Place = Callable[[dict[str, "nn.Module"], type], dict[str, Owned]]
+
+
+def load_pipeline(
+    model: str | os.PathLike,
+    *,
+    place: Place,
+    dtype: str | torch.dtype | Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    pipeline_class: str | type | None = None,
+    reads: Reads | None = None,
+    options: ModelOptions = NO_OPTIONS,
+) -> DiffusionPipeline:
+    """The pipeline of a model folder, hub id or "tiny/NAME", with only the owned weights in memory.
+
+    `place(modules, cls)` is called once with all module components on meta and the pipeline class; for each module
+    it returns a predicate over parameter names (as in named_parameters; also asked about persistent buffers) that
+    says what this rank owns. A module it leaves out is owned whole. Keep names from it, not module objects:
+    transformers models that are owned are built anew. With everything owned the result equals
+    `DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)`.
+
+    `dtype`: "float32", "bfloat16", "float16", a torch dtype, None (diffusers' and the configs' default), or a dict of
+    these by component, with "default" for the others (without it: float32).
+    `options` choose the files and the scheduler; adapters and how the VAE works are the caller's business.
+    `reads` counts the bytes of weights that were read. Raises InputError and UnsupportedError, one line each.
+    """
+    chosen = setting(dtype)
+    found = prepare(model, pipeline_class, chosen, options)
+    owners = place(dict(found.modules), found.cls)
+    unknown = sorted(set(owners) - set(found.modules))
+    if unknown:
+        raise InputError(f"{found.cls.__name__} has no module {unknown[0]!r}: it has {', '.join(found.modules)}")
+    loaded: dict[str, Any] = {}
+    for name, module in found.modules.items():
+        owned, kind = owners.get(name, _everything), dtype_of(chosen, name)
+        loaded[name] = _load(module, found.checkpoints[name], owned, kind, device, reads)
+    pipe = _construct(found.cls, found.source, {**loaded, **_processors(found.parts)})
+    if wants_scheduler(options):
+        pipe.register_modules(scheduler=changed_scheduler(getattr(pipe, "scheduler", None), options, found.cls))
+    return pipe
+
+
+def _load(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    owned: Owned,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    reads: Reads | None,
+) -> nn.Module:
+    if isinstance(checkpoint, OriginalText):
+        return checkpoint.load(module, owned, dtype=dtype, device=device)
+    if isinstance(checkpoint, Original):
+        return load_original(module, checkpoint, owned, dtype=dtype, device=device, reads=reads)
+    load = load_module if is_diffusers(type(module)) else load_transformers
+    return load(module, checkpoint, owned, dtype=dtype, device=device, reads=reads)
+
+
+def _everything(_: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pipeline before its weights: where it lies, its class, the components the class takes, and of the models
+    among them the checkpoint and the module on meta."""
+
+    source: Source
+    cls: type[Any]
+    parts: dict[str, Component]
+    checkpoints: dict[str, Checkpoint]
+    modules: dict[str, nn.Module]
+
+
+def prepare(
+    model: str | os.PathLike,
+    pipeline_class: str | type | None = None,
+    dtype: Setting = None,
+    options: ModelOptions = NO_OPTIONS,
+    *,
+    configs_only: bool = False,
+) -> Prepared:
+    """Everything about a pipeline that can be had without reading weights; errors as in `load_pipeline`.
+
+    configs_only: the folder holds nothing but configurations, so there are no checkpoints.
+    """
+    from transformers import PreTrainedModel
+
+    source = locate(model, weights=False, variant=options.variant)
+    wanted = pipeline_class
+    cls = wanted if isinstance(wanted, type) else index.pipeline_class(source.folder, wanted)
+    accepted = inspect.signature(cls.__init__).parameters
+    found = index.components(source.folder).items()
+    parts = {name: part for name, part in found if name in accepted and not part.absent}
+    if not configs_only:
+        index.check_complete(source.folder, cls.__name__, accepted, cls._optional_components, parts)
+    checkpoints: dict[str, Checkpoint] = {}
+    modules: dict[str, nn.Module] = {}
+    for name, part in parts.items():
+        kind = index.component_class(part)
+        if is_diffusers(kind) or issubclass(kind, PreTrainedModel):
+            if single := _single(kind, part, source.folder, options):
+                # As from_single_file: dtypes change when all is loaded.
+                checkpoints[name], modules[name] = single
+                continue
+            if not configs_only:
+                checkpoints[name] = Checkpoint.open(part.folder, source.remote, options.variant)
+            stored = checkpoints[name].stored_dtype if name in checkpoints else None
+            modules[name] = build(kind, part.folder, dtype_of(dtype, name), stored)
+    check_single_files(options, cls.__name__, modules)
+    check_components(dtype, modules)
+    _check_whole(cls, options, checkpoints, modules)
+    check_variant(options.variant, checkpoints)
+    return Prepared(source, cls, parts, checkpoints, modules)
+
+
+def _single(kind: Any, part: Component, model: Path, options: ModelOptions) -> tuple[Checkpoint, nn.Module] | None:
+    """The single file that a component comes from, and the component on meta; None where it is in the folder.
+
+    Raises InputError where a file that is named for the component does not hold it."""
+    path = options.single_files.get(part.name) or options.single_files.get(WHOLE)
+    if path is None:
+        return None
+    named = part.name in options.single_files
+    if is_diffusers(kind):
+        if not named and loadable(kind) is None:
+            return None
+        module, original = build(kind, part.folder), Original.at(path, kind.load_config(str(part.folder)))
+        if named:
+            original.converted(module)
+        return (original, module) if named or holds(module, original) else None
+    text = text_encoder(kind, path, model, part.name)
+    if text is None and named:
+        raise InputError(f"single_files: {path} does not hold {kind.__name__} in a form that diffusers converts")
+    return (text, build(kind, part.folder, None, None)) if text is not None else None
+
+
+def _check_whole(
+    cls: type[Any], options: ModelOptions, checkpoints: Mapping[str, Checkpoint], modules: Mapping[str, nn.Module]
+) -> None:
+    """InputError where a model that is one file does not hold the one that denoises, or where several would come from
+    the same tensors: the folder's weights, or one expert twice, would be used without a word."""
+    path = options.single_files.get(WHOLE)
+    if path is None:
+        return
+    wanted = {name: m for name, m in modules.items() if denoises(name, m) and name not in options.single_files}
+    advice = "give a file for one component by its name (single_files=, --single-file NAME=PATH)"
+    for name, module in wanted.items():
+        if not isinstance(checkpoints.get(name), Original):
+            what = f"{name} ({type(module).__name__}) of {cls.__name__}"
+            raise InputError(f"single file {path} does not hold {what}: it is for another model, or {advice}")
+    kinds = [type(module) for module in wanted.values()]
+    if len(set(kinds)) < len(kinds):
+        raise InputError(f"single file {path} is one model, but {cls.__name__} has {' and '.join(wanted)}: {advice}")
+
+
+def check_scheduler(cls: type[Any], parts: Mapping[str, Component], options: ModelOptions) -> None:
+    """Raise InputError where the options ask for a scheduler that the model, of pipeline class `cls`, cannot have."""
+    if wants_scheduler(options):
+        part = parts.get("scheduler")
+        kind: Any = None if part is None else index.component_class(part)
+        changed_scheduler(None if part is None else kind.from_pretrained(str(part.folder)), options, cls)
+
+
+def is_diffusers(cls: type) -> bool:
+    """Whether a class is one of diffusers' models, which can be loaded in part."""
+    from diffusers.models.modeling_utils import ModelMixin
+
+    return issubclass(cls, ModelMixin)
+
+
+def _processors(parts: dict[str, Component]) -> dict[str, Any]:
+    """Processors of Qwen-VL, whose video half needs torchvision, built without it where it is missing."""
+    from shardit.models.processor import build_processor, is_needed
+
+    needed = {name: str(part.class_name) for name, part in parts.items() if is_needed(str(part.class_name))}
+    return {name: build_processor(parts[name].folder, kind) for name, kind in needed.items()}
+
+
+def _construct(cls: type[Any], source: Source, passed: dict[str, Any]) -> DiffusionPipeline:
+    """The pipeline as from_pretrained makes it, with our modules passed in."""
+    try:
+        with quiet():
+            pipe = cls.from_pretrained(str(source.folder), **passed)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        reason = _broken_json(source.folder) or first_line(error)
+        raise InputError(f"{cls.__name__} cannot be made from {source.folder}: {reason}") from error
+    pipe.register_to_config(_name_or_path=source.name)
+    return pipe
+
+
+def _broken_json(folder: Path) -> str | None:
+    """Which of the components' JSON files cannot be read; libraries do not name it."""
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError):
+            return f"{path} is damaged: download or copy it again"
+    return None

@@ -1,0 +1,97 @@
+"""What options of a model change in a loaded pipeline: adapters, and how its VAEs work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from shardit.diffusion.loading.model_options import Lora, ModelOptions
+from shardit.errors import InputError, first_line
+from shardit.loading.hub import unreachable
+from shardit.loading.missing import is_missing
+
+
+def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) -> None:
+    """Raise InputError where a pipeline of class `cls` with these modules cannot do what the options say."""
+    if options.lora:
+        _check_lora(cls, options.lora)
+    for name, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
+        if getattr(options, name):
+            _vaes(cls, modules, name, method)
+
+
+def use_vae_options(pipe: Any, options: ModelOptions) -> None:
+    """Let the VAEs of a pipeline work in tiles or slices. Raises InputError where it has none that can."""
+    for name, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
+        if getattr(options, name):
+            for vae in _vaes(type(pipe), pipe.components, name, method):
+                getattr(vae, method)()
+
+
+def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
+    """Load adapters into a pipeline, which may be spread over ranks, and set their scales. Raises InputError."""
+    if not loras:
+        return
+    _check_lora(type(pipe), loras)
+    names = [f"lora_{number}" for number in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        try:
+            pipe.load_lora_weights(lora.path, adapter_name=name, use_safetensors=True, **lora.arguments)
+        except Exception as error:
+            raise _not_loaded(lora, pipe, error) from error
+        held = {one for adapters in pipe.get_list_adapters().values() for one in adapters}
+        if name not in held:  # diffusers only warns of a file without any key of this pipeline
+            raise InputError(f"lora {lora.path} holds nothing for {type(pipe).__name__}: it is for another model")
+    pipe.set_adapters(names, [lora.scale for lora in loras])
+
+
+def _not_loaded(lora: Lora, pipe: Any, error: Exception) -> Exception:
+    """What to raise where an adapter could not be loaded: `error` itself, where the user cannot help it."""
+    if found := unreachable(error, f"lora {lora.path}"):
+        return found
+    if isinstance(error, InputError) or not isinstance(error, _OF_FILES):
+        return error
+    return InputError(f"lora {lora.path} cannot be loaded into {type(pipe).__name__}: {first_line(error)}")
+
+
+def _check_lora(cls: Any, loras: tuple[Lora, ...]) -> None:
+    check_lora_support(cls.__name__, hasattr(cls, "load_lora_weights"))
+    source = inspect.signature(cls.lora_state_dict).parameters if hasattr(cls, "lora_state_dict") else {}
+    known = [*inspect.signature(cls.load_lora_weights).parameters, *source, *_HUB]
+    for lora in loras:
+        for name in lora.arguments:
+            if name not in known:
+                raise InputError(f"lora {lora.path}: {cls.__name__}.load_lora_weights takes no {name!r}; leave it out")
+
+
+def check_lora_support(class_name: str, takes_lora: bool) -> None:
+    """Raise InputError where a pipeline class takes no adapters, or the package that loads them is missing."""
+    if not takes_lora:
+        raise InputError(f"lora: {class_name} takes no LoRA; leave it out")
+    if is_missing("peft"):
+        raise InputError("lora needs peft: pip install peft")
+
+
+_OF_FILES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
+"""What diffusers and peft raise of files that do not fit."""
+_HUB = ("weight_name", "subfolder", "revision", "token", "local_files_only", "load_into_transformer_2")
+"""What `load_lora_weights` of all pipelines takes by **kwargs; the last, of those with two transformers."""
+
+
+def _vaes(cls: Any, modules: Mapping[str, Any], option: str, method: str) -> list[Any]:
+    flag = "use_" + method.removeprefix("enable_")
+    from diffusers.models.modeling_utils import ModelMixin
+
+    vaes = {name: one for name, one in modules.items() if isinstance(one, ModelMixin) and _is_vae(one)}
+    able = [vae for vae in vaes.values() if hasattr(vae, method) and hasattr(vae, flag)]
+    if not able:
+        kinds = " and ".join(sorted(type(vae).__name__ for vae in vaes.values()))
+        parts = {"vae_tiling": "tiles", "vae_slicing": "slices"}[option]
+        why = f"{kinds} of {cls.__name__} cannot work in {parts}" if kinds else f"{cls.__name__} has no VAE"
+        raise InputError(f"{option}: {why}; leave it out")
+    return able
+
+
+def _is_vae(module: Any) -> bool:
+    return type(module).__module__.startswith("diffusers.models.autoencoders") or hasattr(module, "decode")

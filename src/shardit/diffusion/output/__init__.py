@@ -1,0 +1,1 @@
+"""Results: outputs, files and their metadata."""

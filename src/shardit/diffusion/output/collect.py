@@ -1,0 +1,202 @@
+"""From what a pipeline returns to an `Output`: pictures, videos, sound and text are found from the fields, and the rest
+comes along as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from shardit.diffusion.loading.required_packages import named_in
+from shardit.diffusion.output.arrays import array_of
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.advice import advice
+from shardit.diffusion.request.returned import PICTURES, SOUND, TEXT, VIDEO
+from shardit.errors import InputError
+from shardit.loading.missing import pip_line
+
+if TYPE_CHECKING:
+    from shardit.diffusion.request.request import Request
+
+
+def collect(request: Request, value: tuple[Any, float, list[str]] | None, error: Exception | None) -> Output:
+    """The output of a request that has ended, with its result or its error.
+
+    Never raises for what a pipeline may return: this runs on one rank, and the others would wait for it.
+    """
+    common: dict[str, Any] = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "fps": request.fps,
+        "settings": request.settings(),
+    }
+    if value is None:
+        assert error is not None
+        return Output(error=one_line(error) + advice(request, error), **common)
+    result, seconds, warnings = value
+    try:
+        made, left_out = _read(result, request)
+    except Exception as problem:
+        return Output(error=f"{request.pipeline} returned what cannot be read: {one_line(problem)}", **common)
+    warnings = [*warnings, *left_out]
+    metrics = {"warnings": warnings} if warnings else {}
+    return Output(seconds=seconds, metrics=metrics, **made, **common)
+
+
+def with_arrays(output: Output) -> Output:
+    """The same with arrays for tensors (bfloat16 as float32), for a process that does without torch."""
+    return dataclasses.replace(
+        output, latents=_arrays(output.latents), audio=_arrays(output.audio), extra=_arrays(output.extra)
+    )
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return array_of(value)
+    if isinstance(value, Mapping):
+        return {name: _arrays(each) for name, each in value.items()}
+    return [_arrays(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read(result: Any, request: Request) -> tuple[dict[str, Any], list[str]]:
+    """(fields of the Output, what could not be taken along)."""
+    fields = {name: value for name, value in fields_of(result).items() if value is not None}
+    if not fields:
+        raise InputError("nothing; check its arguments")
+    made: dict[str, Any] = {}
+    name = next((name for name in (*VIDEO, *PICTURES) if name in fields), None)
+    name = name or next((name for name, value in fields.items() if _pictures(value)), None)
+    if name is not None:
+        made.update(_shown(name, fields.pop(name)))
+    latent = request.kwargs.get("output_type") == "latent"
+    extra, left_out = made.pop("extra", {}), []
+    for name, value in fields.items():
+        sound = _waveforms(value, request.num_outputs) if name in SOUND and not latent else None
+        if sound is not None and "audio" not in made:
+            made.update(audio=sound, sample_rate=request.sample_rate)
+        elif name in TEXT and "texts" not in made and (texts := _strings(value)):
+            made["texts"] = texts
+        else:
+            extra[name] = _portable(value, name, left_out)
+    made["extra"] = {name: value for name, value in extra.items() if value is not _LEFT_OUT}
+    if isinstance(made.get("latents"), (list, dict)):
+        made["latents"] = _portable(made["latents"], "latents", left_out)
+    return made, left_out
+
+
+def fields_of(result: Any) -> dict[str, Any]:
+    """What a pipeline has returned, by name; what has no names is called "output", "output_0", "output_1", ..."""
+    if result is None:
+        return {}
+    if isinstance(result, Mapping):
+        return {str(name): value for name, value in result.items()}
+    if isinstance(result, tuple):
+        names: Iterable[str] = getattr(result, "_fields", None) or (f"output_{i}" for i in range(len(result)))
+        return dict(zip(names, result, strict=True))
+    if isinstance(result, (torch.Tensor, np.ndarray, Image, str, list, int, float)):
+        return {"text" if isinstance(result, str) else "output": result}
+    return dict(vars(result))
+
+
+def _shown(name: str, made: Any) -> dict[str, Any]:
+    """The fields of the Output for a pipeline's pictures or videos; numbers count as latents."""
+    groups = _pictures(made)
+    if groups is None:
+        return {"latents": _plain(made)} if _is_numeric(made) else {"extra": {name: _portable(made, name, [])}}
+    if name in VIDEO:
+        # One list of pictures is one video.
+        flat = isinstance(made, list) and all(isinstance(entry, Image) for entry in made)
+        return {"frames": [made] if flat else groups}
+    return {"images": [picture for group in groups for picture in group]}
+
+
+def _pictures(made: Any) -> list[list[Image]] | None:
+    """Pictures as a list of lists, or None where it is something else."""
+    entries = made if isinstance(made, (list, tuple)) else [made]
+    groups = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
+    flat = [picture for group in groups for picture in group]
+    return groups if flat and all(isinstance(picture, Image) for picture in flat) else None
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_is_numeric(entry) for entry in value)
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers in memory of their own, on the CPU: they are sent to another process."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        # A view would take its whole storage along.
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _waveforms(value: Any, outputs: int) -> torch.Tensor | None:
+    """Sound as float32 of shape (outputs, channels, samples); None where it has no such form."""
+    if isinstance(value, (list, tuple)) and _is_numeric(value):
+        parts = [torch.as_tensor(part) for part in value]
+        if len({part.shape for part in parts}) > 1:
+            return None
+        value = torch.stack(parts)
+    if not isinstance(value, (torch.Tensor, np.ndarray)):
+        return None
+    sound = torch.as_tensor(value).detach().cpu()
+    if not sound.is_floating_point() or not 1 <= sound.ndim <= 3:
+        return None
+    if sound.ndim == 1:
+        sound = sound[None, None]
+    elif sound.ndim == 2:  # one channel for each output, or the channels of the only one
+        sound = sound[:, None] if len(sound) == outputs else sound[None]
+    return sound.to(torch.float32).contiguous()
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        parts = [_strings(entry) for entry in value]
+        return [text for part in parts for text in part] if all(parts) else []
+    return []
+
+
+_LEFT_OUT: Any = object()
+
+
+def _portable(value: Any, name: str, left_out: list[str]) -> Any:
+    """The same in types that any process can take: tensors, arrays, pictures, numbers, text, and lists and dicts of
+    these. Anything else is named in `left_out`."""
+    if value is None or isinstance(value, (bool, int, float, str, Image)):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return _plain(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+        parts = {key: _portable(each, f"{name}.{key}", left_out) for key, each in fields_of(value).items()}
+        return {key: part for key, part in parts.items() if part is not _LEFT_OUT}
+    if isinstance(value, (list, tuple)):
+        listed = [_portable(each, f"{name}.{position}", left_out) for position, each in enumerate(value)]
+        return [part for part in listed if part is not _LEFT_OUT]
+    left_out.append(f"{name}, a {type(value).__name__}, cannot be sent and was left out of the output")
+    return _LEFT_OUT
+
+
+def one_line(error: Exception) -> str:
+    """An exception as one line: our own texts as they are, others with their class and the place they come from."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, (ImportError, NameError)) and (lacking := named_in(text)):
+        text = f"{text}; {pip_line(lacking)}"
+    last = traceback.extract_tb(error.__traceback__)
+    where = f" ({last[-1].name}, line {last[-1].lineno})" if last else ""
+    return (
+        f"{type(error).__name__}: {text}" if isinstance(error, ValueError) else f"{type(error).__name__}: {text}{where}"
+    )

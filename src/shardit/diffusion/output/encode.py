@@ -1,0 +1,154 @@
+"""Writing one picture or one video to one file, with what it was made from in the metadata."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from shardit.diffusion.output.sound import add_track, write_track
+from shardit.errors import InputError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
+
+EXIF_DESCRIPTION = 0x010E
+"""The tag of a JPEG or WebP that holds the record."""
+# The EXIF data of a JPEG must fit one segment of 64 KiB.
+_LONGEST_EXIF = 60_000
+# Constant rate factor of H.264 (0 lossless .. 51): 17 is hard to tell from the original by eye. The preset takes half
+# the time of the usual one, for 0.3 dB and a file that is no larger.
+_QUALITY = {"preset": "veryfast", "crf": "17"}
+_BT709 = 1  # the code of this colour space in H.264, and of its primaries and transfer curve
+_LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG, what players assume
+
+
+def write_image(picture: Image.Image, path: Path, record: Mapping[str, Any], quality: int | None = None) -> None:
+    """Write one picture; the suffix says the format. quality: of JPEG and WebP, 0 to 100; None and 100 for the best.
+
+    PNG gets one text chunk for each of prompt and seed and one, "settings", with the whole record as JSON; JPEG and
+    WebP get that JSON as the EXIF image description. PNG, and WebP at its best, are lossless.
+    """
+    # Encoded in memory first: PIL's encoders do not notice when the disk takes only part of a file.
+    encoded = io.BytesIO()
+    _encode(picture, encoded, path.suffix.lower(), record, None if quality == 100 else quality)
+    path.write_bytes(encoded.getvalue())
+
+
+def _encode(
+    picture: Image.Image, into: io.BytesIO, suffix: str, record: Mapping[str, Any], quality: int | None
+) -> None:
+    if suffix == ".png":
+        info = PngInfo()
+        for name in ("prompt", "seed"):
+            if record.get(name) is not None:
+                _add_text(info, name, str(record[name]))
+        _add_text(info, "settings", record_text(record))
+        picture.save(into, format="PNG", pnginfo=info)
+        return
+    if picture.mode == "I;16":  # these formats have 8 bits
+        picture = _eight_bits(picture)
+    exif = Image.Exif()
+    exif[EXIF_DESCRIPTION] = record_text(record) if suffix == ".webp" else _shortened(record)
+    if suffix == ".webp":
+        chosen = {"lossless": True, "exact": True} if quality is None else {"quality": quality}
+        picture.save(into, format="WEBP", exif=exif, **chosen)
+    else:
+        chosen = {"quality": 95, "subsampling": 0} if quality is None else {"quality": quality}
+        picture.save(into, format="JPEG", exif=exif, **chosen)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    import numpy as np
+
+    return Image.fromarray((np.asarray(picture) / 257 + 0.5).astype(np.uint8))
+
+
+def write_video(
+    frames: Sequence[Image.Image],
+    path: Path,
+    fps: float,
+    record: Mapping[str, Any],
+    sound: tuple[Any, int] | None = None,
+) -> None:
+    """Write one video as H.264 in MP4, in the one pixel format that every player shows (yuv420p), with its sound, a
+    waveform of (channels, samples) and its sample rate, as AAC.
+
+    That format needs even sizes: an odd one gets one more column or row, a copy of the last. The record is the
+    container's comment, as JSON.
+    """
+    import av  # its libraries take a while to load, and pictures do not need them
+
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = record_text(record)
+        stream = _add_stream(container, frames[0].size, Fraction(fps).limit_denominator(1001))
+        track = add_track(container, *sound) if sound is not None else None
+        for frame in _even_frames(frames):
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if sound is not None and track is not None:
+            write_track(container, track, *sound)
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """The metadata of a file as one line of JSON, in ASCII so that every format and reader takes it."""
+    return json.dumps(record, ensure_ascii=True, default=str)
+
+
+def _add_text(info: PngInfo, name: str, text: str) -> None:
+    # Plain text chunks are Latin-1 and lose other scripts; the international ones are UTF-8.
+    (info.add_text if text.isascii() else info.add_itxt)(name, text)
+
+
+def _shortened(record: Mapping[str, Any]) -> str:
+    text = record_text(record)
+    if len(text) <= _LONGEST_EXIF:
+        return text
+    return record_text({name: value for name, value in record.items() if not isinstance(value, (str, list, dict))})
+
+
+def _add_stream(container: OutputContainer, size: tuple[int, int], rate: Fraction) -> VideoStream:
+    stream: Any = container.add_stream(_codec_name(), rate=rate)
+    stream.width, stream.height = (side + side % 2 for side in size)
+    stream.pix_fmt = "yuv420p"
+    if stream.codec.name == "libx264":
+        stream.options = _QUALITY
+    else:
+        stream.bit_rate = 20_000_000  # encoders without a quality setting would take a very low rate
+    # Written down, because players guess the colours of small videos otherwise than those of large ones.
+    context = stream.codec_context
+    context.colorspace = context.color_primaries = context.color_trc = _BT709
+    context.color_range = _LIMITED_RANGE
+    return stream
+
+
+def _codec_name() -> str:
+    """The best H.264 encoder of this PyAV build, MPEG-4 where it has none."""
+    import av
+
+    for name in ("libx264", "libopenh264", "mpeg4"):
+        if name in av.codecs_available:
+            return name
+    raise InputError("this build of PyAV has no encoder for MP4; install one that has: pip install av")
+
+
+def _even_frames(frames: Sequence[Image.Image]) -> Iterator[VideoFrame]:
+    import av
+    import numpy as np
+    from av.video.reformatter import VideoReformatter
+
+    reformatter: Any = VideoReformatter()  # a new one for each frame, as of `reformat`, costs more than its work
+    for frame in frames:
+        pixels = np.asarray(frame if frame.mode == "RGB" else frame.convert("RGB"))
+        height, width, _ = pixels.shape
+        pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        rgb: Any = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        yield reformatter.reformat(rgb, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)

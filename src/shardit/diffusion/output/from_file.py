@@ -1,0 +1,124 @@
+"""What a saved file says of how it was made, and the flags that make it again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardit.diffusion.loading.model_options import WHOLE
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.errors import InputError
+
+# Entries of a record that are not arguments of the pipeline.
+_ABOUT = ("software", "pipeline", "revision", "versions", "parallel", "made", "input_image_sizes", "sample_rate")
+# How `Request.settings` writes what a file does not hold.
+_NOT_HELD = {
+    "numbers": re.compile(r"(Tensor|Parameter|ndarray)\([\d, ]*\)"),
+    "a picture": re.compile(r"picture \d+x\d+"),
+    "pictures": re.compile(r"\d+ pictures \d+x\d+"),
+}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record in a file's metadata (`Output.record`). Raises InputError where the file holds none."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; give one that shardit has written")
+    try:
+        record = json.loads(_text(path))
+    except Exception as error:  # of a file that somebody else wrote, whatever its reader raises
+        raise InputError(
+            f"{path} does not say how it was made: shardit has not written it, or it was edited"
+        ) from error
+    if not isinstance(record, dict) or record.get("software") != "shardit" or "model" not in record:
+        raise InputError(f"{path} does not say of which model it was made; give the settings as flags")
+    return record
+
+
+def flags_of(
+    record: Mapping[str, Any], known: Collection[str], given: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags that make a file again, and further arguments for --extra; `known` are the names of all flags, `given`
+    those of arguments that the user gives.
+
+    Raises InputError for what a file cannot hold.
+    """
+    flags: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for name, value in record.items():
+        if name in (*_ABOUT, "scheduler_args", "single_files", *given) or value is None:
+            continue
+        if lacking := _not_held(value):
+            advice = "use shardit.Omni" if lacking == "numbers" else f"add --extra {name}=PATH"
+            raise InputError(f"the file was made with {name} given as {lacking}, which it does not hold; {advice}")
+        if name == "dtype" and isinstance(value, dict):
+            value = ",".join(f"{component}={dtype}" for component, dtype in value.items())
+        (flags if name in known else extra)[name] = value
+    files = dict(record.get("single_files", {}))
+    if WHOLE in files:
+        flags.update(model=files.pop(WHOLE), config=record["model"])
+    for flag, values in (("single_file", files), ("scheduler_arg", record.get("scheduler_args"))):
+        if values:
+            flags[flag] = [f"{name}={json.dumps(value)}" for name, value in values.items()]
+    return flags, extra
+
+
+def check_fits(path: Path, model: str, given: Collection[str], takes: PipelineSignature) -> None:
+    """Raise InputError where a file of another model holds arguments that the pipeline of `model` does not take; they
+    are then among those `given`."""
+    record = read_record(path)
+    held = {name for name in given if name in record and (name, record[name]) != ("num_outputs_per_prompt", 1)}
+    if record["model"] != model and (refused := sorted(held.difference(takes.choices))):
+        raise InputError(
+            f"{path} was made by {record['model']} with {', '.join(refused)}, which {takes.class_name} does not take; "
+            "leave --model out, or give the settings as flags in place of --from-file"
+        )
+
+
+def _not_held(value: Any) -> str:
+    """What in a value no file holds; "" where there is nothing."""
+    if isinstance(value, (list, dict)):
+        entries = value.values() if isinstance(value, dict) else value
+        return next(filter(None, map(_not_held, entries)), "")
+    return next((what for what, form in _NOT_HELD.items() if isinstance(value, str) and form.fullmatch(value)), "")
+
+
+def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+    """Packages whose versions are not those that the file was made with: its pixels may differ."""
+    before = record.get("versions") or {}
+    return [
+        f"the file was made with {name} {before[name]}, here is {versions.get(name, 'none')}: pixels may differ"
+        for name in before
+        if before[name] != versions.get(name)
+    ]
+
+
+def other_revision(record: Mapping[str, Any], made_by: Mapping[str, Any]) -> list[str]:
+    """Whether the model that is loaded (`PipelineSignature.made_by`) has changed since the file was made."""
+    before, now = record.get("revision"), made_by.get("revision")
+    if None in (before, now) or before == now:
+        return []
+    return [f"the file was made with revision {before} of the model, here is {now}: pixels may differ"]
+
+
+def _text(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix in (".png", ".jpg", ".jpeg", ".webp"):
+        from PIL import Image
+
+        from shardit.diffusion.output.encode import EXIF_DESCRIPTION
+
+        with Image.open(path) as picture:
+            picture.load()  # text may follow the pixels
+            return picture.info["settings"] if suffix == ".png" else picture.getexif()[EXIF_DESCRIPTION]
+    if suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "np") as file:
+            return (file.metadata() or {})["settings"]
+    import av
+
+    with av.open(str(path)) as container:
+        return container.metadata["comment"]

@@ -1,0 +1,333 @@
+"""What a request gives: pictures, videos, sound, text or numbers in memory, and how they become files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardit.diffusion.output.arrays import named_arrays, pictures_of_map
+from shardit.diffusion.output.encode import record_text, write_image, write_video
+from shardit.diffusion.output.sound import write_wav
+from shardit.diffusion.request.returned import MAPS, Kind
+from shardit.errors import InputError
+from shardit.params import whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".webp"),
+    "video": (".mp4",),
+    "audio": (".wav",),
+    "text": (".txt",),
+    "tensors": (".safetensors",),
+}
+"""Extensions of files by what they hold; the first of each is the usual one."""
+
+_IN_WORDS: dict[Kind, str] = {
+    "image": "an image",
+    "video": "a video",
+    "audio": "sound",
+    "text": "text",
+    "tensors": "numbers",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """The result of one request."""
+
+    prompt: str | None
+    """The prompt, None where embeddings were given."""
+    seed: int
+    """The seed that was used, given or drawn."""
+    images: Sequence[Image] = ()
+    """Pictures (for layered pipelines: layers), empty for videos."""
+    frames: Sequence[Sequence[Image]] | None = None
+    """One list of frames for each video, None for pictures."""
+    latents: Any = None
+    """The result as numbers: latents before the VAE where output_type="latent" was asked for, pixels for "np" (array)
+    and "pt" (tensor)."""
+    audio: Any = None
+    """Sound, a float32 tensor of (outputs, channels, samples), of an audio pipeline or of a video; None without."""
+    sample_rate: int | None = None
+    """Samples per second of `audio`; None without sound, or where the model does not tell."""
+    texts: Sequence[str] = ()
+    """Texts, of a pipeline that writes some."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """All else that the pipeline returned, by the names of its fields: tensors, arrays, numbers, pictures, and lists
+    and dicts of these."""
+    error: str | None = None
+    """Why there is no result, in one line; None where there is one."""
+    seconds: float = 0.0
+    """Wall time of the request, in seconds."""
+    peak_bytes: Sequence[int] = ()
+    """Peak memory of each rank, in bytes."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Further measurements by name."""
+    fps: float = 24.0
+    """Frames per second of a saved video."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The chosen arguments as JSON values (`Request.settings`), recorded in saved files."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What differs from what was asked: sizes that the pipeline rounded; and what it warned of, such as a prompt
+        that was cut."""
+        pictures = self.frames[0] if self.frames else self.pictures()
+        warnings = [str(line) for line in self.metrics.get("warnings", ())]
+        if not pictures:
+            return warnings
+        got = {"width": pictures[0].width, "height": pictures[0].height}
+        if self.frames:
+            got["num_frames"] = len(pictures)
+        asked = {name: self.settings.get(name) for name in got}
+        return [
+            f"{name}: asked for {asked[name]}, the pipeline made {got[name]}"
+            for name in got
+            if asked[name] is not None and asked[name] != got[name]
+        ] + warnings
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What `save` can write of it, the most telling first; () where there is nothing."""
+        held: dict[Kind, bool] = {
+            "video": bool(self.frames),
+            "image": bool(self.pictures()),
+            "audio": self.audio is not None and bool(self.sample_rate),
+            "text": bool(self.texts),
+            "tensors": bool(self._arrays()),
+        }
+        return tuple(kind for kind, there in held.items() if there)
+
+    def pictures(self) -> Sequence[Image]:
+        """`images`, or where there are none the pictures of a map in `extra` (depth, normals)."""
+        if self.images:
+            return self.images
+        return next((made for name in MAPS if name in self.extra and (made := pictures_of_map(self.extra[name]))), [])
+
+    def save(self, path: str | os.PathLike[str], *, quality: int | None = None) -> list[Path]:
+        """Write what fits the extension: pictures (.png, .jpg, .webp), videos with their sound (.mp4), sound (.wav),
+        text (.txt), or all numbers (`latents`, `audio`, `extra`) in one file by name (.safetensors).
+
+        quality: of JPEG and WebP, 0 to 100; None, and 100, for the best there is (95 without colour subsampling, and
+        lossless).
+        Several become name-0.png, name-1.png, ... Seed and settings are recorded in the file (not in text). Files
+        appear complete or not at all, and existing ones are replaced. Returns the paths. Raises `InputError` where this
+        output is an error or holds nothing to save, the folder is missing, the extension does not fit, the sample rate
+        is not known, `quality` is given for another format or the disk is full.
+        """
+        path = _path(path)
+        if self.error is not None:
+            raise InputError(f"nothing to save, the request failed: {_one_line(self.error)}")
+        kinds = self.kinds
+        if not kinds:
+            raise InputError("nothing to save, the output holds no pictures; leave out output_type")
+        if self.audio is not None and Path(path).suffix.lower() in SUFFIXES["audio"]:
+            self._sound(self.audio)
+        transparent = any(picture.mode == "RGBA" for picture in self.images)
+        target = check_path(path, kinds, transparent=transparent)
+        kind: Kind = next(kind for kind in kinds if target.suffix.lower() in SUFFIXES[kind])
+        _check_quality(quality, target)
+        writers = self._writers(kind, quality)
+        targets = [check_path(name, kind) for name in _numbered(target, len(writers))]
+        return _write_all(dict(zip(targets, writers, strict=True)))
+
+    def left_out(self, path: str | os.PathLike[str]) -> list[str]:
+        """Names of what the pipeline returned and a file of this name does not hold."""
+        suffix = Path(path).suffix.lower()
+        kind = next((kind for kind in self.kinds if suffix in SUFFIXES[kind]), None)
+        fields = {"frames": self.frames, "images": self.images, "texts": self.texts, **self.extra}
+        written = {"video": ("frames",), "image": ("images", *MAPS), "text": ("texts",)}.get(kind or "", ())
+        arrays = self._arrays()
+        if kind == "tensors":
+            written = [name for name in fields if any(f"{key}.".startswith(f"{name}.") for key in arrays)]
+        sound = {} if self.audio is None or kind in ("video", "audio", "tensors") else {"audio": self.audio}
+        return [name for name, value in {**fields, **sound}.items() if name not in written and _says(value)]
+
+    def _writers(self, kind: Kind, quality: int | None) -> list[Writer]:
+        record = self.record()
+        if kind == "video":
+            sounds = [None] * len(self.frames or ()) if self.audio is None else [self._sound(one) for one in self.audio]
+            if len(sounds) != len(self.frames or ()):
+                raise InputError(f"{len(sounds)} waveforms for {len(self.frames or ())} videos; save them as .wav")
+            return [
+                _video_writer(frames, self.fps, record, sound)
+                for frames, sound in zip(self.frames or (), sounds, strict=True)
+            ]
+        if kind == "image":
+            return [_image_writer(picture, record, quality) for picture in self.pictures()]
+        if kind == "audio":
+            return [_sound_writer(self._sound(one), record) for one in self.audio]
+        if kind == "text":
+            return [_text_writer(text) for text in self.texts]
+        return [_array_writer(self._arrays(), record)]
+
+    def _sound(self, waveform: Any) -> tuple[Any, int]:
+        if not self.sample_rate:
+            raise InputError("the model does not tell its sample rate; dataclasses.replace(output, sample_rate=...)")
+        return waveform, self.sample_rate
+
+    def _arrays(self) -> dict[str, Any]:
+        held = {"latents": self.latents, "audio": self.audio, **self.extra}
+        return {name: array for field, value in held.items() for name, array in named_arrays(value, field)}
+
+    def record(self) -> dict[str, Any]:
+        """What is written into a file's metadata: enough to make it again."""
+        rate: dict[str, Any] = {"fps": self.fps} if self.frames else {}
+        rate |= {"sample_rate": self.sample_rate} if self.audio is not None else {}
+        pictures = self.frames[0] if self.frames else self.pictures()
+        made = {"width": pictures[0].width, "height": pictures[0].height} if pictures else {}
+        made |= {"num_frames": len(pictures)} if self.frames else {}
+        about = {"software": "shardit", "prompt": self.prompt, "seed": self.seed, **({"made": made} if made else {})}
+        return {**about, **rate, **self.settings}
+
+
+def savable(output: Output) -> tuple[Output, list[str]]:
+    """The output as it can be saved when nobody can be asked for a sample rate that the model does not tell: a video
+    without its sound then; and a note of that."""
+    if not output.frames or output.audio is None or output.sample_rate:
+        return output, []
+    return replace(output, audio=None), ["not in the file: audio, of which the model does not tell the sample rate"]
+
+
+def check_path(
+    path: str | os.PathLike[str], kind: Kind | Sequence[Kind] | None = None, *, transparent: bool = False
+) -> Path:
+    """Whether `path` can be written, without writing it, so that nobody waits for a picture that cannot be saved.
+
+    `kind` is what will be saved, or several things of which one can be, None where that is not known yet;
+    `transparent` says that pictures have an alpha channel. Returns the path, raises `InputError`.
+    """
+    target = _path(path)
+    suffix = target.suffix.lower()
+    kinds: Any = list(SUFFIXES) if kind is None else [kind] if isinstance(kind, str) else kind
+    fitting = [each for one in kinds for each in SUFFIXES[one]]
+    if target.is_dir():
+        raise InputError(f"output {target} is a folder; give a file name in it, such as {target / 'out'}{fitting[0]}")
+    if suffix not in fitting:
+        what = " or ".join(_IN_WORDS[one] for one in kinds) if kind else "what pipelines make"
+        raise InputError(f"output {target} does not fit {what}; use an extension among {', '.join(fitting)}")
+    if transparent and suffix in (".jpg", ".jpeg"):
+        raise InputError(f"output {target} would lose transparency; use .png or .webp")
+    if not target.parent.is_dir():
+        what = "is not a folder" if target.parent.exists() else "does not exist; make it"
+        raise InputError(f"output folder {target.parent} {what} or choose another")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"output folder {target.parent} is not writable; choose another")
+    return target
+
+
+def _path(path: object) -> Path:
+    try:
+        return Path(path)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"output must be a path, as in 'cat.png', got {path!r}") from None
+
+
+def _check_quality(quality: object, target: Path) -> None:
+    if quality is None:
+        return
+    whole(0, 100)("quality", quality)
+    if quality != 100 and target.suffix.lower() not in (".jpg", ".jpeg", ".webp"):
+        raise InputError(f"quality is of JPEG and WebP, not of {target.suffix} files; leave it out")
+
+
+Writer = Callable[[Path], None]
+
+
+def _image_writer(picture: Image, record: Mapping[str, Any], quality: int | None) -> Writer:
+    return lambda path: write_image(picture, path, record, quality)
+
+
+def _video_writer(
+    frames: Sequence[Image], fps: float, record: Mapping[str, Any], sound: tuple[Any, int] | None
+) -> Writer:
+    return lambda path: write_video(frames, path, fps, record, sound)
+
+
+def _sound_writer(sound: tuple[Any, int], record: Mapping[str, Any]) -> Writer:
+    return lambda path: write_wav(sound[0], path, sound[1], record_text(record))
+
+
+def _text_writer(text: str) -> Writer:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+def _array_writer(arrays: Mapping[str, Any], record: Mapping[str, Any]) -> Writer:
+    def write(path: Path) -> None:
+        from safetensors.numpy import save
+
+        path.write_bytes(save(dict(arrays), {"settings": record_text(record)}))
+
+    return write
+
+
+def _says(value: Any) -> bool:
+    """Whether leaving it out would lose something: not what is empty, and no list of flags that are all off."""
+    if isinstance(value, (list, tuple)):
+        return any(_says(each) for each in value)
+    return value is not None and value is not False and not (isinstance(value, (str, Mapping)) and not value)
+
+
+def _numbered(target: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [target]
+    return [target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(count)]
+
+
+def _write_all(writers: Mapping[Path, Writer]) -> list[Path]:
+    """Write every file under another name first, so that there are either all of them or none."""
+    # Beside the target, because only within one file system is a rename a single step. The suffix stays last:
+    # encoders choose the format by it.
+    hidden = {path: path.with_name(f".shardit-{secrets.token_hex(6)}{path.suffix}") for path in writers}
+    with _removed_on_error(list(hidden.values())):
+        for path, write in writers.items():
+            with _one_line_os_error(path):
+                write(hidden[path])
+                _to_disk(hidden[path])
+        for path, partial in hidden.items():
+            with _one_line_os_error(path):
+                os.replace(partial, path)
+    return list(writers)
+
+
+def _to_disk(path: Path) -> None:
+    # Some file systems report a full disk only when the data is really written.
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _removed_on_error(paths: Sequence[Path]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:  # Ctrl-C too must leave nothing behind
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _one_line_os_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free space or choose another folder" if full else "choose another path"
+        reason = error.strerror or _one_line(str(error))
+        raise InputError(f"output {path} cannot be written: {reason}; {advice}") from error
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""Mistakes found before torch is imported."""

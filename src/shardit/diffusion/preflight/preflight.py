@@ -1,0 +1,152 @@
+"""What is wrong with a model and its options by names alone, found before torch is imported and ranks are started.
+
+All of it is found again where the model is read, which also knows what takes more than names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardit.config import DiffusionParallelConfig, check_partition_variables
+from shardit.diffusion.loading import diffusers_source
+from shardit.diffusion.loading.attention_backends import check_attention_backend
+from shardit.diffusion.loading.model_options import WHOLE, ModelOptions, check_single_files
+from shardit.diffusion.loading.required_packages import check_frameworks, check_packages, missing_by_name
+from shardit.diffusion.loading.schedulers import no_scheduler, wants_scheduler
+from shardit.diffusion.loading.start_options import check_lora_support
+from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
+from shardit.loading.checkpoint import Checkpoint, check_variant
+from shardit.loading.dtypes import Setting, check_components
+from shardit.loading.hub import check_cached, index_folder
+from shardit.loading.index import Component, check_complete, components, read_index
+from shardit.loading.source import local_folder
+from shardit.models.tiny.cache import check_cache
+from shardit.models.tiny.catalog import recipe
+
+_NO_MODEL = re.compile("Tokenizer|Processor|Extractor|Scheduler")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What names tell of a model that is on this disk.
+
+    folder: of a local one with all its files; None for a tiny model, and for one of the hub.
+    """
+
+    class_name: str | None
+    parts: dict[str, Component]
+    models: tuple[str, ...]
+    """The components that have weights."""
+    folder: Path | None = None
+    scheduler_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check(
+    model: str | os.PathLike[str],
+    config: DiffusionParallelConfig,
+    options: ModelOptions,
+    *,
+    dtype: Setting = None,
+    attention_backend: str | None = None,
+    files: bool = True,
+    packages: bool = True,
+) -> None:
+    """Raise InputError for what ranks would refuse, as far as names tell.
+
+    files, packages: whether those of this machine are those that the model will be loaded with.
+    """
+    if packages:
+        check_frameworks()
+        check_attention_backend(attention_backend)
+    check_partition_variables(config, os.environ)
+    known = _known(model, files)
+    name = known and known.class_name
+    takes = diffusers_source.init_parameters(name) if name else {}
+    if files and known is not None and known.folder is not None and takes:
+        _check_files(known, known.folder, takes, options)
+    if files and os.fspath(model).startswith("tiny/"):
+        check_cache(os.fspath(model).removeprefix("tiny/"))
+    if known is not None and name:
+        check_single_files(options, name, known.models)
+        check_components(dtype, known.models)
+    if packages and known is not None and wants_scheduler(options):
+        _check_scheduler(known, options)
+    if options.lora and packages:
+        check_lora_support(str(name), not name or diffusers_source.has_method(name, "load_lora_weights"))
+    for lora in options.lora if files else ():
+        if not Path(lora.path).exists() and "cache_dir" not in lora.arguments:
+            check_cached(lora.path, f"lora {lora.path}")
+    if packages and name:
+        check_packages(name, missing_by_name(name))
+
+
+def _known(model: str | os.PathLike[str], files: bool) -> Known | None:
+    """What names tell of a model; None where only the hub, or another machine, knows which version will be loaded."""
+    text = os.fspath(model)
+    if text.startswith("tiny/"):
+        return _of_tiny(text.removeprefix("tiny/"))
+    folder = local_folder(model)
+    found = folder or (index_folder(text) if files else None)
+    if found is None:
+        return None
+    name = read_index(found)["_class_name"]
+    takes = diffusers_source.init_parameters(name) if isinstance(name, str) else {}
+    parts = {key: part for key, part in components(found).items() if not part.absent and (not takes or key in takes)}
+    models = tuple(key for key, part in parts.items() if _is_model(part, found))
+    return Known(name if isinstance(name, str) else None, parts, models, folder, _scheduler_config(parts))
+
+
+def _of_tiny(name: str) -> Known:
+    found = recipe(name)
+    held = {key: part for key, part in found.parts.items() if part is not None}
+    parts = {key: Component(key, part.library, part.cls, Path()) for key, part in held.items()}
+    models = tuple(key for key, part in held.items() if part.kind in ("model", "text"))
+    scheduler = held.get("scheduler")
+    return Known(found.pipeline, parts, models, None, scheduler.config if scheduler else {})
+
+
+def _is_model(part: Component, folder: Path) -> bool:
+    """Whether a component has weights: by its class's name, and of a local one by its configuration."""
+    if _NO_MODEL.search(part.class_name or ""):
+        return False
+    return part.folder == folder or (part.folder / "config.json").is_file()
+
+
+def _scheduler_config(parts: Mapping[str, Component]) -> Mapping[str, Any]:
+    try:
+        found = json.loads((parts["scheduler"].folder / "scheduler_config.json").read_text())
+    except (KeyError, OSError, ValueError):
+        return {}  # said where the model is read
+    return found if isinstance(found, dict) else {}
+
+
+def _check_files(known: Known, folder: Path, takes: Mapping[str, Any], options: ModelOptions) -> None:
+    """Raise InputError where a component's folder, or a weight file, is missing."""
+    name = str(known.class_name)
+    optional = diffusers_source.optional_components(name)
+    if optional is not None:
+        check_complete(folder, name, takes, optional, known.parts)
+    if WHOLE in options.single_files:
+        return  # which of the components are taken from the folder, the file decides
+    checkpoints = {}
+    for component in known.models:
+        part = known.parts[component]
+        if component not in options.single_files and part.folder != folder:
+            checkpoints[component] = checkpoint = Checkpoint.open(part.folder, variant=options.variant)
+            for file in checkpoint.names:
+                checkpoint.header(file)
+    if checkpoints:
+        check_variant(options.variant, checkpoints)
+
+
+def _check_scheduler(known: Known, options: ModelOptions) -> None:
+    part = known.parts.get("scheduler")
+    if part is None:
+        raise no_scheduler()
+    check_scheduler_names(options, str(part.class_name), known.scheduler_config, known.class_name)

@@ -1,0 +1,105 @@
+"""Names of schedulers and of their arguments, checked against the source of diffusers before torch is imported.
+
+Whether a scheduler that exists goes with the model is left to `diffusion/loading/schedulers.py`, which makes it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from shardit.diffusion.loading.diffusers_source import (
+    assigned,
+    definitions,
+    is_exported,
+    lineage,
+    method,
+    parameters_of,
+)
+from shardit.diffusion.loading.model_options import ModelOptions
+from shardit.diffusion.loading.schedulers import check_arguments, shift_name, unknown_scheduler
+from shardit.diffusion.loading.timesteps import Asked, asked_in
+
+_USUAL = {
+    *("self", "num_inference_steps", "device", "sigmas", "mu", "timesteps", "num_train_timesteps"),
+    *("original_inference_steps", "strength"),
+}
+"""Arguments of `set_timesteps` that say nothing of the pipeline that a scheduler is for."""
+
+
+def check_scheduler_names(options: ModelOptions, own: str, config: Mapping[str, Any], pipeline: str | None) -> None:
+    """Raise InputError where the scheduler is none of diffusers, or takes no argument of a name that is given.
+
+    own, config: the class and the configuration of the model's own. pipeline: the class of the pipeline.
+    """
+    name = options.scheduler or own
+    node = definitions("schedulers").get(name)
+    if node is None:
+        if options.scheduler and definitions("schedulers") and not is_exported(name):
+            raise unknown_scheduler(name, _proposed(own, config, _asked(pipeline)))
+        return
+    takes = parameters_of(node, "__init__")
+    if takes:
+        check_arguments(name, takes, options.scheduler_args)
+        if options.flow_shift is not None:
+            shift_name(name, takes)
+
+
+def _asked(pipeline: str | None) -> Asked:
+    """What the pipeline hands to its scheduler."""
+    nodes = [] if pipeline is None else lineage(pipeline)
+    call = next(filter(None, (method(node, "__call__") for node in nodes)), None)
+    return Asked() if call is None else asked_in(ast.unparse(call))
+
+
+def _proposed(own: str, config: Mapping[str, Any], asked: Asked) -> list[str]:
+    """Schedulers in place of the model's own, as far as their source tells."""
+    classes = definitions("schedulers")
+    if own not in classes:
+        return []
+    flow = _is_flow(own, config)
+    fit = [name for name in (classes if flow else _compatibles(classes[own])) if name in classes and is_exported(name)]
+    fit = [name for name in fit if _is_flow_class(name) or not flow or "use_flow_sigmas" in _init(name)]
+    return sorted({own, *(name for name in fit if _takes(name, flow, asked))})
+
+
+def _takes(name: str, flow: bool, asked: Asked) -> bool:
+    """Whether the `set_timesteps` of a scheduler takes what a pipeline hands over."""
+    takes = parameters_of(definitions("schedulers")[name], "set_timesteps")
+    if not takes:
+        return True  # it is inherited
+    own_sigmas = asked.flow_sigmas and flow and "use_flow_sigmas" in _init(name)
+    if asked.sigmas and not asked.array and not own_sigmas and not _is_flow_class(name):
+        return False  # the flow-matching ones alone make arrays of lists
+    needed = {"mu"} if asked.mu else set()
+    needed |= {"sigmas"} if asked.sigmas and not own_sigmas else set()
+    rest = any(item.kind is item.VAR_KEYWORD for item in takes.values())
+    return needed <= takes.keys() and (rest or takes.keys() <= _USUAL)
+
+
+def _init(name: str) -> Mapping[str, Any]:
+    return parameters_of(definitions("schedulers")[name], "__init__")
+
+
+def _is_flow_class(name: str) -> bool:
+    return name.startswith("FlowMatch") and name.endswith("Scheduler")
+
+
+def _is_flow(name: str, config: Mapping[str, Any]) -> bool:
+    told = {key: item.default for key, item in _init(name).items()} | dict(config)
+    flow = told.get("prediction_type") == "flow_prediction" or told.get("use_flow_sigmas") is True
+    return _is_flow_class(name) or flow
+
+
+def _compatibles(node: ast.ClassDef) -> list[str]:
+    """The names in `_compatibles` of a scheduler: all Karras schedulers, or a list."""
+    value = assigned(node, "_compatibles")
+    if isinstance(value, ast.ListComp):
+        members = definitions("schedulers").get("KarrasDiffusionSchedulers")
+        return [line.targets[0].id for line in ([] if members is None else members.body) if _is_member(line)]  # type: ignore[attr-defined]
+    return [str(one.value) for one in getattr(value, "elts", []) if isinstance(one, ast.Constant)]
+
+
+def _is_member(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)

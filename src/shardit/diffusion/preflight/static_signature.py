@@ -1,0 +1,66 @@
+"""The signature of a diffusers pipeline, read from its source: importing diffusers and torch takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shardit.diffusion.loading.diffusers_source import definition, lineage, method, parameters
+from shardit.diffusion.loading.variants import image_pipeline_name
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_from
+
+
+def static_signature(class_name: str, model_index: Mapping[str, Any] | None = None) -> PipelineSignature | None:
+    """What `signature_of` would say of the installed diffusers' class of that name, or None if it is not found."""
+    definitions = list(_calls(class_name))
+    if not definitions:
+        return None
+    found = signature_from(class_name, [list(parameters(call.args)) for call in definitions], model_index)
+    outputs = next((fields for call in definitions if (fields := _output_fields(call))), ())
+    return dataclasses.replace(found, outputs=outputs)
+
+
+def static_signatures_of_model(
+    model: str | os.PathLike[str],
+) -> tuple[PipelineSignature | None, PipelineSignature | None]:
+    """The signatures of the pipeline of a model that is on this disk, and of its second pipeline for requests with an
+    image; None for what the model does not have, or what cannot be known without importing.
+
+    Raises InputError where there is no such model.
+    """
+    from shardit.loading.index import read_index
+    from shardit.loading.source import local_folder
+
+    folder, text = local_folder(model), os.fspath(model)
+    name, config = None, {}
+    if folder is not None:
+        config = read_index(folder)
+        name = config["_class_name"]
+    elif text.startswith("tiny/"):
+        from shardit.models.tiny.catalog import recipe
+
+        found = recipe(text.removeprefix("tiny/"))
+        name, config = found.pipeline, found.config
+    if not isinstance(name, str):
+        return None, None
+    with_image = image_pipeline_name(name, config)
+    return static_signature(name, config), static_signature(with_image, config) if with_image else None
+
+
+def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:
+    """The fields of the output classes that a `__call__` names, as `declared_fields` finds them."""
+    names = dict.fromkeys(x.id for x in ast.walk(call) if isinstance(x, ast.Name) and x.id.endswith("Output"))
+    found: dict[str, None] = {}
+    for node in filter(None, map(definition, names)):
+        if any(isinstance(base, ast.Name) and base.id == "BaseOutput" for base in node.bases):
+            fields = (x.target for x in node.body if isinstance(x, ast.AnnAssign))
+            found.update(dict.fromkeys(target.id for target in fields if isinstance(target, ast.Name)))
+    return tuple(found)
+
+
+def _calls(class_name: str) -> Iterator[ast.FunctionDef]:
+    """The `__call__` of a class and those that it overrides, in the order of the first bases."""
+    return (call for node in lineage(class_name) if (call := method(node, "__call__")) is not None)

@@ -1,0 +1,1 @@
+"""Requests: prompts and parameters become calls of a pipeline."""

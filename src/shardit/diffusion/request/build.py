@@ -1,0 +1,273 @@
+"""Prompts and parameters become requests: plain data that every rank turns into the same pipeline call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shardit.config import did_you_mean
+from shardit.diffusion.loading.required_packages import check_packages
+from shardit.diffusion.request.images import open_image
+from shardit.diffusion.request.picture_arguments import open_pictures
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_count
+from shardit.diffusion.request.request import Request
+from shardit.errors import InputError
+from shardit.params import OmniDiffusionSamplingParams, field_names, seed_or_drawn
+
+if TYPE_CHECKING:
+    from shardit.diffusion.request.images import ImageSource
+
+# Names with a meaning of their own in a prompt's dict; every other key is a parameter.
+_IMAGE_KEYS = ("pil_image", "image")
+_PROMPT_KEYS = ("prompt", "extra_args", *_IMAGE_KEYS)
+# Fields of the parameters that do not reach the pipeline under their own name.
+_OWN_FIELDS = ("num_outputs_per_prompt", "seed", "fps")
+# Further arguments of these names would be dropped for those that are given in their places.
+_IN_PLACES = {"prompt": "prompt (--prompt)", "image": "pil_image (--image)", "pil_image": "pil_image (--image)"}
+# Arguments of pipelines that shardit sets itself, and what to use instead.
+_RESERVED = {
+    "generator": "give a seed instead",
+    "return_dict": "results always come as Output objects",
+    "callback_on_step_end": "functions cannot be sent to the ranks; use shardit.parallelize for callbacks",
+    "callback_on_step_end_tensor_inputs": "functions cannot be sent to the ranks; use shardit.parallelize",
+}
+
+
+def build_requests(
+    prompts: object,
+    params: object,
+    *,
+    prompt: str | None,
+    negative_prompt: str | None,
+    pil_image: object,
+    overrides: Mapping[str, Any],
+    takes: PipelineSignature,
+    takes_with_image: PipelineSignature | None = None,
+) -> list[Request]:
+    """The requests of one `Omni.generate` call (which see for the arguments), in order; nothing is started here.
+
+    `overrides` apply to every request, a prompt's own keys go before them. A request with an image goes by
+    `takes_with_image` where the model has such a second pipeline. Seeds are drawn here where none is given, so
+    one process must build the requests and send them to the others. Raises `InputError`.
+    """
+    entries = _as_dicts(prompts, prompt)
+    chosen = _params_of_each(params, len(entries))
+    shared = {**overrides, **_not_none(negative_prompt=negative_prompt, pil_image=pil_image)}
+    without_image = {name: value for name, value in shared.items() if name not in _IMAGE_KEYS}
+    requests = []
+    for index, (entry, of_entry) in enumerate(zip(entries, chosen, strict=True)):
+        try:
+            inherited = without_image if any(name in entry for name in _IMAGE_KEYS) else shared
+            requests.append(_build(index, {**inherited, **entry}, of_entry, takes, takes_with_image))
+        except InputError as error:
+            if len(entries) == 1:
+                raise
+            raise type(error)(f"prompts[{index}]: {error}") from error
+    return requests
+
+
+def params_of(params: object, sampling_params_list: object) -> object:
+    """`params`, also where they came under vLLM-Omni's name: there a list has one entry for each stage of a model, so
+    a list of one is for all prompts. Raises InputError where both are given."""
+    if sampling_params_list is None:
+        return params
+    if params is not None:
+        raise InputError("params are given twice; give either params or sampling_params_list, not both")
+    alone = isinstance(sampling_params_list, (list, tuple)) and len(sampling_params_list) == 1
+    return sampling_params_list[0] if alone else sampling_params_list  # pyright: ignore[reportIndexIssue]
+
+
+def _as_dicts(prompts: object, prompt: object) -> list[dict[str, Any]]:
+    if prompts is not None and prompt is not None:
+        raise InputError("the prompt is given twice; give either the first argument or prompt=, not both")
+    if prompts is None:
+        # No prompt at all: right for a pipeline that is given embeddings or takes none; `_prompt` decides.
+        return [_not_none(prompt=prompt)]
+    listed = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
+    if not isinstance(listed, Sequence):
+        raise InputError(f"prompts must be a string, a dict or a list of them, got {type(prompts).__name__}")
+    if not listed:
+        raise InputError("the list of prompts is empty; give at least one prompt")
+    entries = []
+    for position, entry in enumerate(listed):
+        if isinstance(entry, Mapping):
+            entries.append(dict(entry))
+        elif isinstance(entry, str):
+            entries.append({"prompt": entry})
+        else:
+            raise InputError(f"prompts[{position}] must be a string or a dict, got {type(entry).__name__}")
+    return entries
+
+
+def _params_of_each(params: object, count: int) -> list[OmniDiffusionSamplingParams]:
+    if params is None:
+        return [OmniDiffusionSamplingParams()] * count
+    if isinstance(params, OmniDiffusionSamplingParams):
+        return [params] * count
+    if not isinstance(params, Sequence) or isinstance(params, str):
+        raise InputError(f"params must be OmniDiffusionSamplingParams or a list of them, got {type(params).__name__}")
+    if len(params) != count:
+        raise InputError(f"params has {len(params)} entries for {count} prompts; give one for all or one for each")
+    for position, entry in enumerate(params):
+        if not isinstance(entry, OmniDiffusionSamplingParams):
+            raise InputError(f"params[{position}] must be OmniDiffusionSamplingParams, got {type(entry).__name__}")
+    return list(params)
+
+
+def _build(
+    index: int,
+    values: Mapping[str, Any],
+    base: OmniDiffusionSamplingParams,
+    takes: PipelineSignature,
+    takes_with_image: PipelineSignature | None,
+) -> Request:
+    images = _images(values)
+    if images and takes_with_image is not None:
+        takes = takes_with_image
+    params = _merge(base, values, takes)
+    _check_taken(params, takes)
+    kwargs = {name: value for name, value in params.given().items() if name not in _OWN_FIELDS}
+    kwargs.update(params.extra_args)
+    for name, value in kwargs.items():
+        if problem := takes.size_problem(name, value) or takes.tensor_problem(name, value):
+            raise InputError(problem)
+    _rename_frames(kwargs, takes)
+    if takes.form is not None:
+        kwargs.setdefault("output_type", takes.form)
+    if params.fps is not None and takes.rate_name:
+        kwargs.setdefault(takes.rate_name, _like(params.fps, takes.defaults.get(takes.rate_name)))
+    seed = seed_or_drawn(params.seed)
+    if "seed" in takes.names:
+        kwargs["seed"] = seed  # it seeds generators of its own
+    kwargs.update({name: open_pictures(name, kwargs[name]) for name in takes.pictures if name in kwargs})
+    prompt = _prompt(values, kwargs, takes)
+    _check_required(prompt, images, kwargs, takes)
+    given = [*kwargs, *([takes.image_name] if images and takes.image_name else [])]
+    check_packages(takes.class_name, takes.missing, given)
+    return Request(
+        index=index,
+        pipeline=takes.class_name,
+        prompt=prompt,
+        kwargs=kwargs,
+        images=tuple(open_image(image, takes.image_mode) for image in images),
+        image_name=takes.image_name,
+        seed=seed,
+        num_outputs=int(params.num_outputs_per_prompt),
+        count_name=takes.count_name,
+        fps=_fps(params, kwargs, takes),
+        sample_rate=takes.sample_rate,
+        defaults={name: takes.defaults[name] for name in takes.choices if takes.defaults.get(name) is not None},
+        made_by=takes.made_by,
+    )
+
+
+def _rename_frames(kwargs: dict[str, Any], takes: PipelineSignature) -> None:
+    name = takes.frames_name
+    if name is None or name == "num_frames" or "num_frames" not in kwargs:
+        return
+    frames = kwargs.pop("num_frames")
+    if kwargs.setdefault(name, frames) != frames:
+        raise InputError(f"num_frames and {name} disagree ({frames} and {kwargs[name]}); give one of them")
+
+
+def _fps(params: OmniDiffusionSamplingParams, kwargs: Mapping[str, Any], takes: PipelineSignature) -> float:
+    """Frames per second of the file: as given, as the model is told, or its own."""
+    if params.fps is not None:
+        return float(params.fps)
+    told = kwargs.get(takes.rate_name or "")
+    return takes.default_fps if told is None else float(told)
+
+
+def _like(value: float, default: Any) -> float:
+    """A number in the type of a default: JSON and command lines do not tell 24 from 24.0, but pipelines may."""
+    if isinstance(default, float):
+        return float(value)
+    return int(value) if float(value).is_integer() else value
+
+
+def _images(values: Mapping[str, Any]) -> list[ImageSource]:
+    given = [values[name] for name in _IMAGE_KEYS if values.get(name) is not None]
+    if len(given) > 1:
+        raise InputError("the image is given twice; give either pil_image or image, not both")
+    if not given:
+        return []
+    images = list(given[0]) if isinstance(given[0], (list, tuple)) else [given[0]]
+    if not images:
+        raise InputError("the list of images is empty; leave it out or give at least one")
+    return images
+
+
+def _merge(
+    base: OmniDiffusionSamplingParams, values: Mapping[str, Any], takes: PipelineSignature
+) -> OmniDiffusionSamplingParams:
+    fields, extra = {}, {**base.extra_args, **_extra_args_of(values)}
+    for name, value in values.items():
+        if name in field_names() and name != "extra_args":
+            fields[name] = value
+        elif name not in _PROMPT_KEYS:
+            _check_name(name, takes)
+            extra[name] = value
+    for name, value in extra.items():
+        if name in _IN_PLACES:
+            raise InputError(f"{name} cannot be among the further arguments; give it as {_IN_PLACES[name]}")
+        _check_name(name, takes)
+        if callable(value):
+            raise InputError(f"{name} is a function, which cannot be sent to the ranks; use shardit.parallelize for it")
+    return dataclasses.replace(base, **fields, extra_args=extra)
+
+
+def _extra_args_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    extra = values.get("extra_args") or {}
+    if not isinstance(extra, Mapping):
+        raise InputError(f"extra_args must be a dict with names as keys, got {extra!r}")
+    return extra
+
+
+def _check_name(name: str, takes: PipelineSignature) -> None:
+    reserved = "use num_outputs_per_prompt" if is_count(str(name)) else _RESERVED.get(name)
+    if reserved is not None:
+        raise InputError(f"{name} cannot be given; {reserved}")
+    if name not in takes.names and name not in field_names():
+        known = takes.choices
+        nearest = did_you_mean(str(name), known)
+        raise InputError(f"{takes.class_name} takes no {name!r}{nearest}; it takes: {', '.join(known)}")
+
+
+def _check_taken(params: OmniDiffusionSamplingParams, takes: PipelineSignature) -> None:
+    refused = [name for name in params.given() if name not in takes.choices]
+    if params.num_outputs_per_prompt == 1 and "num_outputs_per_prompt" in refused:
+        refused.remove("num_outputs_per_prompt")  # one is what every pipeline makes
+    if refused:
+        raise InputError(f"{takes.class_name} takes no {', '.join(refused)}; it takes: {', '.join(takes.choices)}")
+
+
+def _prompt(values: Mapping[str, Any], kwargs: Mapping[str, Any], takes: PipelineSignature) -> str | None:
+    prompt = values.get("prompt")
+    if prompt is None:
+        if "prompt" in takes.names and kwargs.get("prompt_embeds") is None:
+            raise InputError(f'{takes.class_name} needs a prompt; give prompt="..." (it may be empty)')
+        return None
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt must be a string, got {type(prompt).__name__}; give a list of prompts for several")
+    if "prompt" not in takes.names:
+        raise InputError(f"{takes.class_name} takes no prompt; it takes: {', '.join(takes.choices)}")
+    return prompt
+
+
+def _check_required(
+    prompt: str | None, images: Sequence[ImageSource], kwargs: Mapping[str, Any], takes: PipelineSignature
+) -> None:
+    if images and takes.image_name is None:
+        raise InputError(f"{takes.class_name} takes no image; leave it out or use a model that edits images")
+    if not images and takes.needs_image:
+        raise InputError(f"{takes.class_name} needs an image; give pil_image=... (--image on the command line)")
+    if len(images) > 1 and takes.one_image:
+        raise InputError(f"{takes.class_name} takes one image, got {len(images)}; give one")
+    present = {*kwargs, takes.count_name, takes.image_name if images else "", "prompt" if prompt is not None else ""}
+    if missing := [name for name in takes.required if name not in present]:
+        raise InputError(f"{takes.class_name} needs {', '.join(missing)}; give it in the prompt's dict or extra_args")
+
+
+def _not_none(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

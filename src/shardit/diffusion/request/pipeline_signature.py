@@ -1,0 +1,227 @@
+"""What a pipeline class takes, as data that can be sent between processes and needs no diffusers to be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shardit.diffusion.request.returned import PICTURES, VIDEO, Kind, declared_fields, kinds_of
+
+# Set by shardit itself, so not among what a user can choose.
+_NOT_CHOICES = (
+    "generator",
+    "return_dict",
+    "callback",
+    "callback_steps",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "image",
+)
+_COUNT = re.compile(r"num_[a-z]+_per_prompt")
+_RATE = re.compile(r"([a-z]+_)?(fps|frame_rate)")
+# What pipelines call the number of frames of a video.
+_FRAMES = ("num_frames", "frames", "video_length")
+_PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
+_NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
+# Most pipelines declare `image=None` and fail later without one; the names of their classes tell.
+_WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
+_TENSORS = {"Tensor", "FloatTensor", "LongTensor"}
+_OPTIONAL = {"Optional", "Union", "None", "NoneType", "class"}
+# Given several pictures for one prompt, these would take them for a batch. Classes that are not named may have a use
+# for several, and get them.
+_CLASSES_OF_ONE_IMAGE = ("QwenImageEditPipeline", "QwenImageLayeredPipeline", "LongCatImageEditPipeline")
+
+
+@dataclass(frozen=True)
+class PipelineSignature:
+    """The arguments of one pipeline class and what follows from them."""
+
+    class_name: str
+    """Name of the pipeline class."""
+    names: tuple[str, ...]
+    """Arguments of `__call__`, in order, without self."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults that are plain values (None, bool, number, string)."""
+    required: tuple[str, ...] = ()
+    """Arguments without a default."""
+    pictures: tuple[str, ...] = ()
+    """Arguments besides `image` that are pictures or videos, by their names and annotations."""
+    tensors: tuple[str, ...] = ()
+    """Arguments that are tensors and nothing else, by their annotations."""
+    native_fps: float | None = None
+    """Frames per second that the checkpoint was trained for, where its configuration tells."""
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    """What the pipeline wants height and width to be multiples of, where it refuses others (`size_multiples`)."""
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
+    outputs: tuple[str, ...] = ()
+    """Fields of what `__call__` returns; () where the class does not tell."""
+    sample_rate: int | None = None
+    """Samples per second of the sound that the model makes, where it makes some and its configuration tells."""
+    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Packages that it needs and that are not installed; with each the arguments of which one has to be given for
+    that, () where none has to."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What the pipeline can make, the most telling first."""
+        if self.outputs:
+            # "pt" as its own default means numbers that are not meant to be looked at (an image prior, HDR).
+            shown = not self._numbers or not {*VIDEO, *PICTURES} & set(self.outputs)
+            return kinds_of(self.outputs) if shown else ("tensors",)
+        return ("video",) if "num_frames" in self.names or "num_videos_per_prompt" in self.names else ("image",)
+
+    @property
+    def kind(self) -> Kind:
+        """What the pipeline makes in the first place."""
+        return self.kinds[0]
+
+    def kinds_as(self, output_type: str | None) -> tuple[Kind, ...]:
+        """What there is to save of a request with this `output_type`."""
+        return self.kinds if output_type in (None, "pil") else ("tensors", *self.kinds)
+
+    @property
+    def form(self) -> str | None:
+        """The `output_type` that gives pictures, where its default would give numbers or latents."""
+        default = self.defaults.get("output_type")
+        shows = not self.outputs or {*VIDEO, *PICTURES} & set(self.outputs)
+        return "pil" if "output_type" in self.names and shows and not self._numbers and default != "pil" else default
+
+    @property
+    def _numbers(self) -> bool:
+        return self.defaults.get("output_type") == "pt"
+
+    @property
+    def choices(self) -> list[str]:
+        """What a user can give, under the names that shardit takes."""
+        chosen = [name for name in self.names if name not in _NOT_CHOICES and not is_count(name)]
+        chosen += ["pil_image"] if self.image_name else []
+        chosen += ["num_outputs_per_prompt"] if self.count_name else []
+        chosen += ["num_frames"] if self.frames_name else []
+        chosen += ["fps"] if self.rate_name or self.kind == "video" else []
+        return list(dict.fromkeys([*chosen, "seed"]))
+
+    def size_problem(self, name: str, value: Any) -> str | None:
+        """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
+        step = self.multiples.get(name)
+        if step is None or not isinstance(value, int) or value % step == 0:
+            return None
+        below, above = value // step * step, (value // step + 1) * step
+        return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
+
+    def tensor_problem(self, name: str, value: Any) -> str | None:
+        """What is wrong with an argument that is to be a tensor: text and plain numbers, also in lists, are none."""
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        wrong = any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
+        if name not in self.tensors or not wrong:
+            return None
+        return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"
+
+    @property
+    def count_name(self) -> str | None:
+        """The argument that takes the number of outputs, or None."""
+        return next(filter(is_count, self.names), None)
+
+    @property
+    def rate_name(self) -> str | None:
+        """The argument through which the model is told the frame rate, or None."""
+        return next(filter(_RATE.fullmatch, self.names), None)
+
+    @property
+    def frames_name(self) -> str | None:
+        """The argument that takes the number of frames, or None."""
+        return next((name for name in _FRAMES if name in self.names), None)
+
+    @property
+    def image_name(self) -> str | None:
+        """The argument that takes the input pictures, or None."""
+        return "image" if "image" in self.names else None
+
+    @property
+    def image_mode(self) -> Literal["RGB", "RGBA"]:
+        """Colour mode of input pictures: layered pipelines work on transparency."""
+        return "RGBA" if "Layered" in self.class_name else "RGB"
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether the pipeline cannot run without an input picture."""
+        by_name = any(word in self.class_name for word in _WORDS_OF_IMAGE_PIPELINES)
+        return "image" in self.required or (self.image_name is not None and by_name)
+
+    @property
+    def one_image(self) -> bool:
+        """Whether several input pictures for one prompt are a mistake."""
+        return self.class_name in _CLASSES_OF_ONE_IMAGE or "ImageToVideo" in self.class_name
+
+    @property
+    def default_fps(self) -> float:
+        """Frames per second where the user gives none: the model's own, else 16 for Wan and 24 for others."""
+        told = self.native_fps or self.defaults.get(self.rate_name or "")
+        return float(told) if told else (16.0 if self.class_name.startswith("Wan") else 24.0)
+
+
+def signature_of(
+    pipeline_class: type, model_index: Mapping[str, Any] | None = None, *, sample_rate: int | None = None
+) -> PipelineSignature:
+    """Read the signature of any class with `__call__`.
+
+    `model_index` is the content of the checkpoint's model_index.json; with it Wan2.2-TI2V (24 frames per second) is
+    told from the other Wans (16), which have the same pipeline class. `sample_rate` is what `sample_rate_of` finds.
+    """
+    is_module = any(base.__module__ == "torch.nn.modules.module" for base in pipeline_class.__mro__)
+    method = "forward" if is_module else "__call__"
+    own = (inspect.signature(vars(base)[method]) for base in pipeline_class.__mro__ if method in vars(base))
+    found = signature_from(pipeline_class.__name__, (list(call.parameters.values()) for call in own), model_index)
+    return dataclasses.replace(found, outputs=declared_fields(pipeline_class), sample_rate=sample_rate)
+
+
+def is_count(name: str) -> bool:
+    """Whether an argument of a pipeline is the number of results for one prompt."""
+    return _COUNT.fullmatch(name) is not None
+
+
+def is_video(name: str) -> bool:
+    """Whether an argument that is a picture by its name is a video."""
+    return name.endswith(("video", "videos", "conditioning_frames"))
+
+
+def _is_picture(item: inspect.Parameter) -> bool:
+    found = _PICTURE.search(item.name) is not None or "Image" in str(item.annotation)
+    return found and item.name != "image" and _NO_PICTURE.search(item.name) is None
+
+
+def _is_tensor(item: inspect.Parameter) -> bool:
+    words = {word.rpartition(".")[2] for word in re.findall(r"[\w.]+", str(item.annotation))}
+    return bool(words & _TENSORS) and words <= _TENSORS | _OPTIONAL
+
+
+def signature_from(
+    class_name: str, calls: Iterable[Sequence[inspect.Parameter]], model_index: Mapping[str, Any] | None = None
+) -> PipelineSignature:
+    """The signature of a class whose `__call__` takes the first of `calls`, with self; the next is the one that it
+    overrides, and so on.
+
+    Where it also has **kwargs, the named parameters of the next count too: it may pass names on. Any other name in
+    **kwargs is dropped without a word by most pipelines, so it does not count.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for parameters in calls:
+        for item in parameters[1:]:
+            if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
+                found.setdefault(item.name, item)
+        if all(item.kind is not item.VAR_KEYWORD for item in parameters):
+            break
+    simple = (type(None), bool, int, float, str)
+    return PipelineSignature(
+        class_name=class_name,
+        names=tuple(found),
+        defaults={item.name: item.default for item in found.values() if isinstance(item.default, simple)},
+        required=tuple(item.name for item in found.values() if item.default is item.empty),
+        pictures=tuple(item.name for item in found.values() if _is_picture(item)),
+        tensors=tuple(item.name for item in found.values() if _is_tensor(item)),
+        native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
+    )

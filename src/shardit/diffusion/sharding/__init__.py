@@ -1,0 +1,1 @@
+"""A pipeline becomes a parallel one, in place."""

@@ -1,0 +1,125 @@
+"""What happens between the steps of a pipeline's loop, and must happen on every rank alike: callbacks, interrupts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from shardit.core.comm.checkpoint import sendable
+from shardit.core.comm.p2p import Comm
+from shardit.core.components.owned import call_on
+from shardit.core.runtime.digests import named
+from shardit.core.runtime.pending import settle
+from shardit.core.runtime.randomness import generators_in, moved, set_states, states
+from shardit.core.stages.runtime import Runtime
+from shardit.errors import InputError, UnsupportedError
+
+CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
+
+
+def shared_callback(args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
+    """The keyword arguments of a pipeline's call with a callback whose outcome is the same on all of `ranks`.
+
+    Each rank runs its own. What rank 0's makes of the tensors and of random generators counts, an interrupt of any rank
+    stops all at this step, and an error of any rank is raised on all.
+    """
+    callback = kwargs.get(CALLBACK)
+    if callback is None:
+        return kwargs
+    asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
+    device, generators = ranks.mesh.device, generators_in((args, kwargs))
+
+    def shared(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        settle(given)
+        before = {name: (value, _version(value)) for name, value in given.items()}
+        drawn, made, error = states(device, generators), {}, None
+        try:
+            made = callback(pipe, step, timestep, given)
+            if not isinstance(made, dict):
+                raise InputError(f"{CALLBACK} must return a dict of tensors, as it is given one, not {made!r}")
+        except Exception as failure:
+            made, error = {}, sendable(failure)
+        changed = [name for name in {**before, **made} if _changed(name, before, made)]
+        interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_asked", False)
+        after = states(device, generators)
+        said = ranks.gather_objects((error, interrupt, changed, moved(drawn, after), list(made)))
+        # What rank 0's callback drew counts: another's is taken back.
+        set_states({name: drawn[name] for name in moved(drawn, after)} | said[0][3], device, generators)
+        for failure, *_ in said:
+            if failure is not None:
+                raise failure
+        if any(interrupt for _, interrupt, *_ in said):
+            pipe.__dict__["_interrupt"] = True
+        known, kept = {name for one in said for name in one[2]}, said[0][-1]
+        news = call_on(ranks, 0, lambda: {name: made[name] for name in kept if name in known}) if known else {}
+        return {name: news[name] if name in known else made[name] for name in kept}
+
+    return {**kwargs, **asked, CALLBACK: shared}
+
+
+def _changed(name: str, before: dict[str, tuple[Any, Any]], made: dict[str, Any]) -> bool:
+    if name not in before or name not in made:
+        return True
+    value, version = before[name]
+    return made[name] is not value or _version(value) != version or version is None
+
+
+def _version(value: Any) -> int | None:
+    """None where nobody counts the versions."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+
+
+def interrupt_members(cls: type) -> dict[str, Any]:
+    """`_interrupt` of a pipeline. What is set during a call counts from the next callback on, where all ranks hear of
+    it: a rank that stopped by itself would leave the others waiting."""
+    if not hasattr(cls, "interrupt"):
+        return {}
+
+    def get(self: Any) -> bool:
+        return self.__dict__.get("_interrupt", False)
+
+    def put(self: Any, value: bool) -> None:
+        heard = self.__dict__.get("_heard")
+        if value and heard is False:
+            raise UnsupportedError(
+                "an interrupt is heard by the other ranks at a callback only: pass callback_on_step_end (one that "
+                "returns what it is given will do) and set _interrupt in it, or at any time"
+            )
+        self.__dict__["_asked" if value and heard else "_interrupt"] = value
+
+    return {"_interrupt": property(get, put)}
+
+
+def calling(
+    own_call: Callable[..., Any],
+    runtime: Runtime,
+    begin: Callable[[Any], Mapping[str, Any]],
+    end: Callable[[Any], None],
+) -> Callable[..., Any]:
+    """A pipeline's `__call__` that ranks begin alike, whose callbacks are shared and whose results are plain tensors.
+
+    begin: given the pipeline before anything else happens; what it returns is compared with the arguments. Where it
+    refuses on some ranks, all of them raise. end: given the pipeline after the call, however that went.
+    """
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            alike, refusal = begin(self), None
+        except InputError as error:
+            alike, refusal = {f"parts ({error})": None}, error
+        with runtime.pipeline_call(type(self).__name__, lambda: {**named(own_call, args, kwargs), **alike}):
+            if refusal is not None:
+                raise refusal
+            kwargs = shared_callback(args, kwargs, runtime.replica)
+            self.__dict__.update(_heard=kwargs.get(CALLBACK) is not None, _asked=False)
+            try:
+                out = own_call(self, *args, **kwargs)
+            finally:
+                self.__dict__["_heard"] = None
+                end(self)
+            settle(out)
+        return out
+
+    return __call__

@@ -1,0 +1,138 @@
+"""What was changed of a spread component since it was spread: followed where that is right, refused where it is not.
+
+A change is made alike on every rank, as everything is, so all ranks come to the same end here, without a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.modules.fingerprint import Change
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor.adapters import cut_adapters
+
+if TYPE_CHECKING:
+    from shardit.diffusion.sharding.placed import Placed
+
+COMPILED = "_orig_mod"
+"""Where the module is inside the wrapper that torch.compile makes of one."""
+
+PROCESSOR = "processor"
+"""Where attention modules of diffusers have their processor."""
+
+BLOCKWISE = "call compile_repeated_blocks() on it instead"
+"""What works for models of diffusers that are run by several ranks."""
+
+
+def unwrap(module: Any) -> tuple[Any, Any]:
+    """What torch.compile has made a wrapper of, and what compiles (None where it is no wrapper)."""
+    found = getattr(module, "_modules", {}).get(COMPILED)
+    return (module, None) if found is None else (found, getattr(module, "dynamo_ctx", None))
+
+
+def unwrap_parts(model: nn.Module) -> None:
+    """Take the wrappers of torch.compile around parts of a model away, in place, and let the parts compile themselves:
+    names, and what is done at calls, are then those of the parts."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            part, compiler = unwrap(child)
+            if compiler is not None:
+                parent._modules[name] = part
+                compile_call(part, compiler)
+
+
+def compile_call(module: nn.Module, compiler: Any) -> None:
+    """Have a module compile its own calls, as `module.compile()` does, with the settings of another compilation."""
+    module._compiled_call_impl = compiler(module._call_impl)
+
+
+def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Raise UnsupportedError where the whole of `model`, or one of the parts, is compiled: it waits for other ranks
+    inside."""
+    if any(getattr(part, "_compiled_call_impl", None) is not None for part in (model, *parts)):
+        advice = BLOCKWISE if hasattr(model, "compile_repeated_blocks") else "leave it uncompiled"
+        raise UnsupportedError(
+            f"{name} is compiled, but several ranks run it together, which one compiled function cannot do: {advice}"
+        )
+
+
+def cut_blocks(model: Any) -> list[tuple[str, nn.Module]]:
+    """The blocks of a model at whose calls it is cut, by name."""
+    keepers = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
+    return [pair for keeper in keepers for pair in getattr(keeper, "blocks", ())]
+
+
+def follow(placed: Placed, changes: list[Change]) -> None:
+    """Make what was changed right. Raises UnsupportedError where that cannot be done."""
+    model: Any = placed.module
+    if placed.denoises:
+        refuse_compiled(placed.title, model, ())
+        for name, block in cut_blocks(model):
+            _same_module(placed, name, block)
+    relayed = getattr(model, "shardit_relay", None)
+    if relayed is not None:
+        refuse_compiled(placed.title, model, model.modules())
+        for name, unit in relayed.units:
+            _same_module(placed, name, unit)
+    if placed.slices is not None:
+        _follow_slices(placed, changes)
+    for name in ("shardit_stages", "shardit_sequence", "shardit_overlap"):
+        known = getattr(model, name, None)
+        if known is not None:
+            known.forget()
+
+
+def _same_module(placed: Placed, name: str, module: nn.Module) -> None:
+    now: Any = placed.module
+    for part in name.split("."):
+        now = getattr(now, part, None)
+    if now is not module:
+        raise UnsupportedError(
+            f"{placed.title}.{name} was replaced after parallelize, by a module that all ranks would run whole: "
+            "replace it before"
+        )
+
+
+def _follow_slices(placed: Placed, changes: list[Change]) -> None:
+    """Only what is known to be right may come next to linears that are cut: LoRA, and attention processors, of which
+    tensor parallelism takes care itself."""
+    assert placed.slices is not None
+    cut = {name.rpartition(".")[0] for name in placed.slices.cuts} | set(placed.slices.roles)
+    places = {name.rpartition(".")[0].rpartition(".")[0] for name in placed.slices.cuts}
+    for change in changes:
+        if change.name == "forward" and change.now is not None and change.module in cut:
+            _refuse_own_forward(placed, change)
+        inside = change.module in places or any(f"{place}.".startswith(f"{change.path}.") for place in places)
+        here = inside and change.name != PROCESSOR and isinstance(change.now, nn.Module)
+        if here and not _adapted(change):
+            raise UnsupportedError(
+                f"{placed.title}.{change.path} became {type(change.now).__name__} after parallelize, next to linears "
+                "that are cut over tensor ranks: do it before parallelize, or use tensor_parallel_size=1"
+            )
+    cut_adapters(placed.module, placed.slices, Collectives(placed.runtime.mesh, "tp"))
+
+
+def _refuse_own_forward(placed: Placed, change: Change) -> None:
+    """Raise UnsupportedError for a forward that was put in place of that of a cut module (some LoRA loaders do so),
+    unless a hook of diffusers or accelerate did it, which goes on to call the one before."""
+    module = _base(placed.module.get_submodule(change.module))  # an adapter may have come around it
+    if not (hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")):
+        raise UnsupportedError(
+            f"{placed.title}.{change.path} was replaced after parallelize, where tensor ranks add up their parts: "
+            "use a forward hook, or tensor_parallel_size=1"
+        )
+
+
+def _adapted(change: Change) -> bool:
+    """Whether an adapter came around a linear, or went."""
+    return _base(change.before) is _base(change.now)
+
+
+def _base(module: Any) -> Any:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module

@@ -1,0 +1,249 @@
+"""Parts of a pipeline that are placed become parallel ones, in place, and so does the pipeline that uses them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.p2p import Comm
+from shardit.core.components.layerwise import relay
+from shardit.core.components.owned import own
+from shardit.core.modules.blocks import find_blocks
+from shardit.core.modules.patching import plain_class, swap_class
+from shardit.core.placement.assignment import Assignment, Cut, denoises, left_whole
+from shardit.core.stages.entry import guard_entry
+from shardit.core.stages.overlap import overlap
+from shardit.core.stages.runtime import Runtime
+from shardit.core.stages.stages import stage
+from shardit.diffusion.sharding.adapters import fusing, moving
+from shardit.diffusion.sharding.callbacks import calling, interrupt_members
+from shardit.diffusion.sharding.changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
+from shardit.diffusion.sharding.components import (
+    BEFORE,
+    OFFLOAD,
+    SAVE,
+    components_of,
+    guard,
+    modules_of,
+    outermost,
+    refused,
+    shared_tensors,
+)
+from shardit.diffusion.sharding.placed import Placed, placed_on
+from shardit.errors import UnsupportedError
+from shardit.parallel.sequence.choose import spread_tokens
+from shardit.parallel.tensor.adapters import pipeline_members
+from shardit.parallel.tensor.apply import TensorPlan
+from shardit.parallel.vae.tiles import spread_tiles
+
+log = logging.getLogger(__name__)
+
+
+def connect(
+    pipe: Any,
+    assignment: Assignment,
+    runtime: Runtime,
+    config: DiffusionParallelConfig,
+    cuts: Mapping[str, TensorPlan],
+) -> None:
+    """Turn the assigned components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with
+    them. Components that another pipeline shares with it are parallel already, over the same runtime."""
+    shared = shared_tensors(components_of(pipe) or {})
+
+    def alone() -> bool:
+        return not runtime.in_pipeline
+
+    for name, cut in assignment.cut.items():
+        spread_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment, shared)
+    for name, owner in assignment.owned.items():
+        comm, width = _among(name, assignment, runtime)
+        small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
+        if name in assignment.tiles:
+            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared, alone)
+        else:
+            own(getattr(pipe, name), comm, owner // width, small, cut, shared, alone)
+    for name, found in assignment.relayed.items():
+        comm, width = _among(name, assignment, runtime)
+        owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
+        relay(getattr(pipe, name), comm, found.units, owners, cut, shared, alone)
+    for name in (*assignment.owned, *assignment.relayed):
+        part = getattr(pipe, name)
+        part.shardit_boundary.reach(vars(pipe).values())
+        guard(part, name, runtime.mesh)
+        Placed(name, part, config, runtime, False, None, assignment, cuts.get(name))
+        if name in assignment.owned and runtime.mesh.rank == 0 and (why := left_whole(part)):
+            log.warning("%s is whole on one rank: %s", name, why)
+    join(pipe, runtime)
+
+
+def refuse_shared_blocks(pipe: Any, assignment: Assignment) -> None:
+    """Raise UnsupportedError where a component that is loaded in part uses blocks of a transformer that other stages
+    have: they were not read here."""
+    shared = shared_tensors(components_of(pipe) or {})
+    for name, cut in assignment.cut.items() if len(set(assignment.stages)) > 1 else ():
+        for key, parameter in getattr(pipe, name).named_parameters():
+            others = [other for other in shared.get(id(parameter), ()) if other != name]
+            if others and key.startswith(tuple(f"{block}." for block in cut.blocks)):
+                raise UnsupportedError(
+                    f"{others[0]} uses {key} of {name}, which lies on one of the stages: load the pipeline with "
+                    "diffusers and parallelize it, or use pipeline_parallel_size=1"
+                )
+
+
+def spread_model(
+    model: nn.Module,
+    name: str,
+    runtime: Runtime,
+    config: DiffusionParallelConfig,
+    cut: Cut,
+    slices: TensorPlan | None = None,
+    assignment: Assignment | None = None,
+    shared: Collection[int] = (),
+) -> None:
+    """Make one transformer parallel, in place. `shared`: ids of the tensors that another component has, too."""
+    mesh = runtime.mesh
+    # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
+    pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
+    stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared)) if pieces else None
+    overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
+    if "sp" in mesh.axes:
+        way = spread_tokens(model, mesh, stages, cut.plan)
+        overlaps = overlaps and not way.by_hand  # a result may then have another shape in each call
+    elif stages is not None:
+        stages()
+    if overlaps and mesh.axes.keys() & {"sp", "tp"}:
+        overlap(model, runtime, alone=cut.plan is not None)
+    guard(model, name or type(model).__name__, mesh)
+    placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
+    guard_entry(model, runtime, placed.begin, placed.end)
+
+
+def join(pipe: Any, runtime: Runtime) -> None:
+    """Give a pipeline whose components are spread the methods that go with it; nothing if it has them."""
+    if getattr(type(pipe), "shardit_runtime", None) is runtime:
+        return
+    _join_those_made_of_spread_parts()
+    cls, device = type(pipe), runtime.mesh.device
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for component in (components_of(self) or {}).values():
+            component.to(*args, **kwargs)
+        return self
+
+    call = calling(cls.__call__, runtime, begin_parts, end_parts)
+    functools.update_wrapper(call, cls.__call__)  # tools read the signature
+    members = {"__call__": call, "to": to, "device": property(lambda self: device)}
+    members["_execution_device"] = property(lambda self: device)
+    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE)})
+    if hasattr(cls, "fuse_lora"):
+        members["fuse_lora"] = fusing(cls.fuse_lora, runtime.replica, lambda self: (components_of(self) or {}).values())
+    if hasattr(cls, "set_lora_device"):
+        members["set_lora_device"] = moving(cls.set_lora_device)
+    found = {id(part): placed_on(part) for part in (components_of(pipe) or {}).values()}
+    slices = {key: placed.slices for key, placed in found.items() if placed is not None and placed.slices is not None}
+    members.update(pipeline_members(cls, slices))
+    members = {name: member for name, member in members.items() if hasattr(cls, name)}
+    swap_class(pipe, {**members, **interrupt_members(cls), "shardit_runtime": runtime})
+
+
+def begin_parts(pipe: Any) -> dict[str, Any]:
+    """Before a call of a pipeline: what of its parts all ranks must have alike. Raises UnsupportedError where parts are
+    not (or not any more) what they were when it was made parallel."""
+    modules, alike = modules_of(pipe) or {}, {}
+    for name, part in modules.items():
+        part, compiler = unwrap(part)
+        placed = placed_on(part)
+        if placed is not None and compiler is not None:
+            setattr(pipe, name, part)
+            compile_part(name, part, compiler)
+        if placed is None:
+            if name not in outermost(modules):  # a part of another component
+                continue
+            raise UnsupportedError(
+                f"{name} was put into the pipeline after parallelize, so every rank would run all of it: call "
+                "parallelize on the pipeline once more, with the same configuration"
+            )
+        if placed.runtime is not pipe.shardit_runtime:
+            raise UnsupportedError(
+                f"{name} belongs to a pipeline that was spread by itself, and takes turns with that one alone: make "
+                "the pipelines that share components before parallelize"
+            )
+        alike.update(placed.begin())
+    return alike
+
+
+def end_parts(pipe: Any) -> None:
+    """After a call of a pipeline, however it went."""
+    for part in (modules_of(pipe) or {}).values():
+        placed = placed_on(part)
+        if placed is not None:
+            placed.end()
+
+
+def take_compilers(target: Any, modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """Take the wrappers of torch.compile around components, and around their parts, away, in place, also in `modules`;
+    what compiled the components by name, for `compile_part`."""
+    compilers = {}
+    for name, module in list(modules.items()):
+        part, compiler = unwrap(module)
+        if compiler is not None and module is target:
+            raise UnsupportedError(
+                f"{type(part).__name__} is wrapped by torch.compile: parallelize the model itself, and {BLOCKWISE}"
+            )
+        if compiler is not None:
+            compilers[name], modules[name] = compiler, part
+            setattr(target, name, part)
+        unwrap_parts(part)
+    return compilers
+
+
+def compile_part(name: str, part: Any, compiler: Any) -> None:
+    """Compile a component of a pipeline, of which torch.compile had made a wrapper: a model that denoises block by
+    block, since its forward waits for other ranks between them; another one whole, where it runs."""
+    if denoises(name, part):
+        for _, block in find_blocks(part):
+            compile_call(block, compiler)
+        log.info("%s: torch.compile compiles its blocks, each by itself", name)
+    elif hasattr(part, "shardit_relay"):
+        log.warning("%s is not compiled: its layers lie on several ranks", name)
+    else:
+        compile_call(part, compiler)
+
+
+@functools.cache
+def _join_those_made_of_spread_parts() -> None:
+    """Have pipelines of diffusers that are made of spread components later (`from_pipe`, or by hand) join them."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    own_register, own_from_pipe = DiffusionPipeline.register_modules, DiffusionPipeline.from_pipe.__func__
+
+    @functools.wraps(own_register)
+    def register_modules(self: Any, **kwargs: Any) -> None:
+        own_register(self, **kwargs)
+        found = [placed_on(part) for part in kwargs.values() if isinstance(part, nn.Module)]
+        runtimes = {id(placed.runtime): placed.runtime for placed in found if placed is not None}
+        if found and None not in found and len(runtimes) == 1:
+            join(self, *runtimes.values())
+
+    @functools.wraps(own_from_pipe)
+    def from_pipe(cls: Any, pipeline: Any, **kwargs: Any) -> Any:
+        # It takes over what is of exactly the class that it expects, which is not that of a spread component.
+        expected, types = cls._get_signature_keys(cls)[0], cls._get_signature_types()
+        for name, part in pipeline.components.items():
+            if placed_on(part) is not None and name in expected and plain_class(part) in types.get(name, ()):
+                kwargs.setdefault(name, part)
+        return own_from_pipe(cls, pipeline, **kwargs)
+
+    DiffusionPipeline.register_modules = register_modules
+    patched: Any = DiffusionPipeline
+    patched.from_pipe = classmethod(from_pipe)
+
+
+def _among(name: str, assignment: Assignment, runtime: Runtime) -> tuple[Comm, int]:
+    """The ranks among which a component has owners, and how many neighbours own it together."""
+    return (runtime.peers, assignment.tp) if name in assignment.sliced else (runtime.replica, 1)

@@ -1,0 +1,41 @@
+"""How the components of a pipeline are sliced and who owns what: one way for checks, `inspect` and loading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from shardit.config import DiffusionParallelConfig
+from shardit.core.modules.hints import Plan
+from shardit.core.placement.assignment import Assignment, assign
+from shardit.parallel.tensor.apply import TensorPlan, owners_of_wholes, plan_components
+
+
+def place_components(
+    modules: Mapping[str, nn.Module],
+    pipeline_class: type,
+    config: DiffusionParallelConfig,
+    *,
+    max_in_flight: int = 1,
+    plans: Plan | Mapping[str, Plan] | None = None,
+    held: Sequence[float] | None = None,
+) -> tuple[dict[str, TensorPlan], Assignment]:
+    """The slices of components, and the owners of blocks, encoders and VAEs. Reads shapes alone. The arguments by name
+    are those of `assign`.
+
+    Raises InputError and UnsupportedError where the configuration does not fit the pipeline.
+    """
+    cuts = plan_components(modules, config.tensor_parallel_size, owners_of_wholes(config))
+    assignment = assign(
+        modules,
+        pipeline_class,
+        config,
+        max_in_flight=max_in_flight,
+        plans=plans,
+        sliced=cuts.keys(),
+        environ=os.environ,
+        held=held,
+    )
+    return cuts, assignment

@@ -1,0 +1,219 @@
+"""Notes on components that are spread, for pipelines that share them and for changes that come later."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from shardit.config import DiffusionParallelConfig
+from shardit.core.modules.fingerprint import PLAIN, Change, Fingerprint
+from shardit.core.modules.held_state import keepers
+from shardit.core.modules.hints import Plan
+from shardit.core.modules.patching import plain_class, swap_class
+from shardit.core.placement.assignment import Assignment
+from shardit.core.runtime.randomness import dropout_in_training
+from shardit.core.stages.runtime import Runtime
+from shardit.diffusion.sharding.adapters import fusing
+from shardit.diffusion.sharding.changes import cut_blocks, follow, unwrap_parts
+from shardit.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from shardit.parallel.tensor.plan import TensorPlan
+
+
+KNOWN = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
+"""Methods of models that change them in a way that is right: they put linears next to others, made of those, or bring
+all parameters (with `_apply`, which stands behind `to`, `half` ...) to another dtype or memory format."""
+
+
+@dataclass(eq=False)
+class Placed:
+    """One component that is spread.
+
+    name: in the pipeline with which it was spread. denoises: all ranks take part in each of its calls, which begin at
+    its `__call__`; else one rank, or one for each of its units, runs its methods. assignment: None for a model that was
+    spread by itself. slices: how its linears are cut over tensor ranks.
+    """
+
+    name: str
+    module: nn.Module
+    config: DiffusionParallelConfig
+    runtime: Runtime
+    denoises: bool
+    plan: Plan | None = None
+    assignment: Assignment | None = None
+    slices: TensorPlan | None = None
+    _taken: Fingerprint = field(init=False, repr=False)
+    _methods: dict[str, Any] = field(init=False, repr=False)
+    _settings: dict[str, Any] = field(init=False, repr=False)
+    _history: bytes = field(init=False, repr=False, default=b"")
+
+    def __post_init__(self) -> None:
+        known = [name for name in KNOWN if self.denoises and hasattr(self.module, name)]
+        members: dict[str, Any] = {name: self._known(name) for name in known}
+        if self.denoises and hasattr(self.module, "set_attn_processor"):
+            members["set_attn_processor"] = self._setting_processors()
+        own_fuse = getattr(type(self.module), "fuse_lora", None)
+        if own_fuse is not None:
+            members["fuse_lora"] = fusing(own_fuse, self.runtime.replica, lambda model: [model])
+        swap_class(self.module, {**members, "shardit_placed": property(lambda module: self)})
+        self.take()
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.name or type(self.module).__name__
+
+    def take(self) -> None:
+        """Take the component as it is now for what is right."""
+        above = {name[:at] for name, _ in cut_blocks(self.module) for at in _dots(name)}
+        self._taken, self._methods = Fingerprint(self.module, sorted(above)), _own_methods(self.module)
+        self._settings = self._taken.settings()
+
+    def begin(self) -> dict[str, Any]:
+        """`check`, before a call; what all ranks must have alike, by what messages call it: hooks that users have put
+        on modules, and a hash of all changes so far."""
+        self.check()
+        said: dict[str, Any] = {f"changes of {self.title}": self._history} if self._history else {}
+        hooked = self._taken.hooked()
+        return {**said, f"hooks of {self.title}": hooked} if hooked else said
+
+    def end(self) -> None:
+        """Take the settings as they are after a call for what is right: a forward may count its calls in one."""
+        self._settings = self._taken.settings()
+
+    def check(self) -> None:
+        """Follow what was changed since it was spread, or raise UnsupportedError, on every rank alike."""
+        changes = self._changes()
+        if changes:
+            unwrap_parts(self.module)
+            self._record(*(_told(change) for change in changes))
+            follow(self, changes)
+            self.take()
+        if not self.denoises and self.slices is None:
+            now = _own_methods(self.module)
+            name = next((name for name, method in now.items() if self._methods.get(name) is not method), None)
+            if name is not None:
+                raise UnsupportedError(
+                    f"{self.title}.{name} was replaced on the object after parallelize, so every rank would run it, "
+                    "but one alone has the weights: replace (compile, wrap) it before"
+                )
+        elif self._taken.training():
+            self._refuse_dropout()
+
+    def _changes(self) -> list[Change]:
+        changes = self._taken.changes() if self._taken.changed() else []
+        now, before = self._taken.settings(), self._settings
+        if now == before:
+            return changes
+        names = [name for name in {**before, **now} if before.get(name, self) != now.get(name, self)]
+        return changes + [Change("", name, before.get(name), now.get(name)) for name in names]
+
+    def _record(self, *changes: str) -> None:
+        self._history = hashlib.blake2b("\n".join((self._history.hex(), *changes)).encode(), digest_size=8).digest()
+
+    def _known(self, name: str) -> Callable[..., Any]:
+        """A method that changes the model, and does so right however it is spread."""
+        own_method = getattr(type(self.module), name)
+
+        @functools.wraps(own_method)
+        def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+            self.check()  # what was changed before is none of this method's
+            self.runtime.schedule.drain()  # calls in flight are of the model as it was
+            out = own_method(module, *args, **kwargs)
+            follow(self, [])
+            self._record(name)
+            self.take()
+            return out
+
+        return method
+
+    def _setting_processors(self) -> Callable[..., Any]:
+        """`set_attn_processor`, which pipelines call in the middle of their own call, too: what is known of the model's
+        calls may not hold for a processor that is not the library's, so they are watched again."""
+        own_method: Callable[..., Any] = getattr(type(self.module), "set_attn_processor")  # noqa: B009
+
+        @functools.wraps(own_method)
+        def set_attn_processor(module: Any, *args: Any, **kwargs: Any) -> Any:
+            out = own_method(module, *args, **kwargs)
+            stages = getattr(module, "shardit_stages", None)
+            if stages is not None and keepers(module):
+                stages.forget()
+            return out
+
+        return set_attn_processor
+
+    def _refuse_dropout(self) -> None:
+        part = dropout_in_training(self.module)
+        if part is not None:
+            raise UnsupportedError(
+                f"{self.title} is in training mode, and {part} would drop other values on each rank: call .eval() on it"
+            )
+
+    def bytes_of(self, member: int) -> float:
+        """About how many bytes a member of a replica holds of it."""
+        if self.assignment is None:
+            return 0.0
+        owns = self.assignment.owns(self.name, member)
+        share = self.assignment.tp if self.slices is not None else 1
+        return sum(p.nbytes for name, p in self.module.named_parameters() if owns(name)) / share
+
+
+def _dots(name: str) -> list[int]:
+    """Where the names of the modules end that have a module in them; 0 for the outermost one."""
+    return [0, *(at for at, letter in enumerate(name) if letter == ".")]
+
+
+def _told(change: Change) -> str:
+    """A change in words that are the same on every rank."""
+    values = (repr(v) if type(v) in PLAIN else plain_class(v).__qualname__ for v in (change.before, change.now))
+    return " ".join((change.path, *values))
+
+
+def _own_methods(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module that replace methods of its class, and so hide the seam at calls from outside."""
+    cls = type(module)
+    return {
+        name: value for name, value in vars(module).items() if callable(value) and callable(getattr(cls, name, None))
+    }
+
+
+def placed_on(module: Any) -> Placed | None:
+    """How a module is spread; None where it is not."""
+    return getattr(module, "shardit_placed", None) if isinstance(module, nn.Module) else None
+
+
+def placed_among(
+    modules: Mapping[str, nn.Module], config: DiffusionParallelConfig, plans: Plan | Mapping[str, Plan] | None
+) -> dict[str, Placed]:
+    """Those of the modules that are spread already. Raises InputError where that was done in another way than it is
+    asked for now, or where they come from pipelines that were spread without sharing anything."""
+    found = {name: placed for name, module in modules.items() if (placed := placed_on(module)) is not None}
+    for name, placed in found.items():
+        what = name or type(placed.module).__name__
+        if placed.config != config:
+            raise InputError(
+                f"{what} is spread already, with {_differences(placed.config, config)}: use the same configuration for "
+                "all pipelines that share it, or load it again"
+            )
+        plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
+        if plan is not None and plan != placed.plan:
+            raise InputError(f"{what} is spread already, with {placed.plan}: leave out the plan, or load it again")
+    runtimes = {id(placed.runtime): name for name, placed in found.items()}
+    if len(runtimes) > 1:
+        first, second, *_ = runtimes.values()
+        raise InputError(
+            f"{first} and {second} were spread as parts of different pipelines, which take turns of their own: make "
+            "the pipelines that share components before parallelize, or load the components again"
+        )
+    return found
+
+
+def _differences(one: DiffusionParallelConfig, other: DiffusionParallelConfig) -> str:
+    pairs = {name: (value, getattr(other, name)) for name, value in vars(one).items()}
+    return ", ".join(f"{name}={was!r} (now {now!r})" for name, (was, now) in pairs.items() if was != now)

@@ -1,0 +1,165 @@
+"""How a rank on any machine reaches the supervisor: a TCP connection on which both sides prove that they know a token.
+
+Each side sends 32 random bytes and is answered with an HMAC over both sides' bytes, keyed with the token. The token
+itself never travels, and nothing that arrives is unpickled before the proof. It tells who is on the other side and
+hides nothing from who listens on the way: use it in networks that torch.distributed may be used in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardit.engine.process.channel import Channel
+from shardit.engine.process.messages import SessionSpec
+from shardit.errors import RankError
+
+GREETING = b"shardit ranks 1\n"
+WELCOME = b"+"
+NONCE = 32
+PROOF_S = 10.0
+"""Longest time in which a connection must have proved itself, in seconds."""
+MAX_HELLO = 65536
+RETRY_S = 0.3
+
+# A peer whose machine or network is gone is noticed after about IDLE + COUNT * INTERVAL seconds.
+_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where the supervisor listens for ranks: any one of `hosts`, and the secret that both sides know (hex)."""
+
+    hosts: tuple[str, ...]
+    port: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Join:
+    """From the supervisor to a rank that has arrived, when all have: load your share of `spec`.
+
+    rendezvous_host: where the ranks meet; "": at the address by which the rank has reached the supervisor.
+    """
+
+    spec: SessionSpec
+    rendezvous_host: str
+    rendezvous_port: int
+
+
+class Unproven(ConnectionError):
+    """The other side does not know the token, or speaks something else."""
+
+
+def connect(reach: Reach, hello: Mapping[str, Any], timeout_s: float) -> tuple[Channel, str]:
+    """Connect to the supervisor and say who one is; returns the channel and the host that answered.
+
+    Tries all hosts again and again. Raises RankError with the last reason after `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    reason = "no address"
+    while True:
+        for host in reach.hosts:
+            left = max(0.1, min(PROOF_S, deadline - time.monotonic()))
+            try:
+                sock = socket.create_connection((host, reach.port), timeout=left)
+            except OSError as error:
+                reason = f"{host}:{reach.port}: {error}"
+                continue
+            try:
+                tune(sock)
+                _prove_to_supervisor(sock, reach.token, hello, time.monotonic() + left)
+                return Channel(sock), host
+            except OSError as error:
+                sock.close()
+                reason = f"{host}:{reach.port}: {error}"
+        if time.monotonic() + RETRY_S >= deadline:
+            raise RankError(int(hello["rank"]), f"cannot reach the supervisor within {timeout_s:g} s ({reason})")
+        time.sleep(RETRY_S)
+
+
+def admit(sock: socket.socket, token: str) -> dict[str, Any]:
+    """On the supervisor's side: have a new connection prove itself; returns what it says of itself.
+
+    The caller sends WELCOME, or closes the connection. Raises Unproven or OSError, within PROOF_S.
+    """
+    deadline = time.monotonic() + PROOF_S
+    tune(sock)
+    ours = secrets.token_bytes(NONCE)
+    _give(sock, GREETING + ours, deadline)
+    theirs = _take(sock, NONCE, deadline)
+    if not hmac.compare_digest(_take(sock, NONCE, deadline), _proof(token, b"rank", ours, theirs)):
+        raise Unproven("it does not know the token")
+    _give(sock, _proof(token, b"supervisor", ours, theirs), deadline)
+    size = int.from_bytes(_take(sock, 4, deadline), "big")
+    if size > MAX_HELLO:
+        raise Unproven(f"it introduces itself with {size} bytes")
+    return json.loads(_take(sock, size, deadline))
+
+
+def welcome(sock: socket.socket) -> None:
+    """Tell an admitted connection that it is the one that was waited for; from now on it is a channel."""
+    _give(sock, WELCOME, time.monotonic() + PROOF_S)
+
+
+def tune(sock: socket.socket) -> None:
+    """Small messages at once, and a dead peer noticed."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):  # Linux
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def address_towards(host: str, port: int) -> str | None:
+    """The address of this machine on the way to `host`; None where there is no way."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def _prove_to_supervisor(sock: socket.socket, token: str, hello: Mapping[str, Any], deadline: float) -> None:
+    if _take(sock, len(GREETING), deadline) != GREETING:
+        raise Unproven("something else than a supervisor answers there")
+    theirs, ours = _take(sock, NONCE, deadline), secrets.token_bytes(NONCE)
+    _give(sock, ours + _proof(token, b"rank", theirs, ours), deadline)
+    if not hmac.compare_digest(_take(sock, NONCE, deadline), _proof(token, b"supervisor", theirs, ours)):
+        raise Unproven("it does not know the token")
+    data = json.dumps(dict(hello)).encode()
+    _give(sock, len(data).to_bytes(4, "big") + data, deadline)
+    if _take(sock, len(WELCOME), deadline) != WELCOME:
+        raise Unproven("it has no place for this rank")
+
+
+def _proof(token: str, side: bytes, of_supervisor: bytes, of_rank: bytes) -> bytes:
+    # The name of the side keeps one from answering a challenge with the other's own answer.
+    return hmac.new(bytes.fromhex(token), side + of_supervisor + of_rank, hashlib.sha256).digest()
+
+
+def _take(sock: socket.socket, size: int, deadline: float) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        sock.settimeout(max(0.01, deadline - time.monotonic()))
+        part = sock.recv(size - len(data))
+        if not part:
+            raise Unproven("it has hung up")
+        data += part
+        if time.monotonic() > deadline:
+            raise TimeoutError("it is too slow")
+    return bytes(data)
+
+
+def _give(sock: socket.socket, data: bytes, deadline: float) -> None:
+    sock.settimeout(max(0.01, deadline - time.monotonic()))
+    sock.sendall(data)

@@ -1,0 +1,176 @@
+"""The supervisor's side of ranks on any machine: the port at which they arrive, and whether they fit each other."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardit.engine.nodes.handshake import Join, Reach, admit, welcome
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.messages import SessionSpec
+from shardit.errors import InputError, RankError
+
+LOOK_S = 0.2
+MAX_UNPROVEN = 256
+"""Connections at a time that have not proved themselves yet; more are closed at once."""
+
+Place = tuple[int, str]
+"""A rank's number, and what the connection is for: "rank" carries its messages, "keeper" ends it."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A connection of a rank, and what it has told of itself (`engine.facts`)."""
+
+    channel: Channel
+    facts: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"rank {self.facts['rank']} on {self.facts['host']}"
+
+
+class RankPort:
+    """A listening socket at which the ranks of one start arrive, with a token of its own."""
+
+    def __init__(self, listener: socket.socket, places: Iterable[Place], token: str | None = None):
+        self.token = token or secrets.token_hex(32)
+        self._listener = listener
+        self._missing = set(places)
+        self._arrived: dict[Place, Arrival] = {}
+        self._change = threading.Condition()
+        self._closed = False
+        self._unproven = threading.Semaphore(MAX_UNPROVEN)
+        self.refused = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def reach(self, *hosts: str) -> Reach:
+        """How ranks get here, where this machine is known as `hosts`."""
+        return Reach(tuple(dict.fromkeys(hosts)), self._listener.getsockname()[1], self.token)
+
+    def collect(self, timeout_s: float, look: Callable[[], None] = lambda: None) -> dict[Place, Arrival]:
+        """Wait until all places are taken, and accept nobody any more. `look` is called now and then; what it raises
+        ends the wait. Raises RankError after `timeout_s`, and where the port is closed meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        with self._change:
+            while self._missing and not self._closed:
+                if time.monotonic() >= deadline:
+                    missing = ", ".join(str(rank) for rank in sorted({rank for rank, _ in self._missing}))
+                    raise RankError(-1, f"after {timeout_s:g} s these ranks have not arrived: {missing}")
+                self._change.wait(LOOK_S)
+                if self._missing:
+                    look()
+            closed = self._closed
+        self._stop_accepting()
+        if closed:
+            raise RankError(-1, "the server stops")
+        return dict(self._arrived)
+
+    def has_arrived(self, rank: int) -> bool:
+        """Whether all connections of a rank are there."""
+        with self._change:
+            return all(place[0] != rank for place in self._missing)
+
+    def close(self) -> None:
+        """Accept nobody any more, and let go of all who have come."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        self._stop_accepting()
+        for arrival in list(self._arrived.values()):
+            arrival.channel.close()
+
+    def _stop_accepting(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self._unproven.acquire(blocking=False):
+                sock.close()
+                continue
+            threading.Thread(target=self._admit, args=(sock,), daemon=True).start()
+
+    def _admit(self, sock: socket.socket) -> None:
+        try:
+            facts = admit(sock, self.token)
+            place = (int(facts["rank"]), str(facts["role"]))
+            with self._change:
+                if place not in self._missing or self._closed:
+                    raise ValueError(f"{place} is not waited for")
+                welcome(sock)
+                self._missing.remove(place)
+                self._arrived[place] = Arrival(Channel(sock), facts)
+                self._change.notify_all()
+        except (OSError, ValueError, KeyError, TypeError):
+            self.refused += 1
+            sock.close()
+        finally:
+            self._unproven.release()
+
+
+def join_all(ranks: Sequence[Arrival], spec: SessionSpec) -> list[Channel]:
+    """Have ranks that fit each other load their shares; returns their channels. Raises InputError, RankError."""
+    check_alike(ranks, spec.model)
+    first = ranks[0].facts
+    join = Join(spec, first["address"], first["port"])
+    for arrival in ranks:
+        try:
+            arrival.channel.send(join)
+        except (Closed, OSError):
+            raise RankError(arrival.facts["rank"], f"{arrival.name} has left before the start") from None
+    return [arrival.channel for arrival in ranks]
+
+
+def check_alike(ranks: Sequence[Arrival], model: str) -> None:
+    """Raise InputError where ranks were started differently, or their nodes have different packages or model files."""
+    first = ranks[0]
+    for other in ranks[1:]:
+        for flag in sorted({*first.facts["flags"], *other.facts["flags"]}):
+            value, theirs = (arrival.facts["flags"].get(flag) for arrival in (first, other))
+            if theirs != value:
+                raise InputError(
+                    f"{other.name} was started with {flag} {theirs}, {first.name} with {value}; "
+                    "use the same command on every node"
+                )
+        for package, version in first.facts["versions"].items():
+            theirs = other.facts["versions"].get(package, "none")
+            if theirs != version:
+                raise InputError(
+                    f"{other.name} has {package} {theirs}, {first.name} has {version}; install the same on every node"
+                )
+    having = [arrival for arrival in ranks if arrival.facts["model"] is not None]
+    lacking = [arrival for arrival in ranks if arrival.facts["model"] is None]
+    if having and lacking:
+        raise InputError(
+            f"there is no folder {model} for {lacking[0].name}, but there is one for {having[0].name}; "
+            "copy the model to every node, or put it where all nodes find it"
+        )
+    for other in having:
+        if other.facts["model"] != having[0].facts["model"]:
+            raise InputError(
+                f"the folder {model} has other files for {other.name} than for {having[0].name}; "
+                "copy the model again, the same to every node"
+            )
+
+
+def listen_for_ranks(host: str = "") -> socket.socket:
+    """A listening socket on a free port; "" for all addresses of this machine, of both kinds where it has both."""
+    if host:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, 0), family=family, backlog=256)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=256, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=256)

@@ -1,0 +1,55 @@
+"""A rank that is not forked by the supervisor's nursery: it goes to the supervisor, wherever that is, and joins in."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from shardit.engine.nodes.handshake import Join, Reach, connect
+from shardit.engine.nodes.node_facts import facts
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.rank.worker import main
+
+JOIN_WAIT_S = 1800.0
+"""Longest wait for the other ranks to arrive, in seconds; the supervisor gives up before."""
+
+
+class RemoteRank:
+    """A rank on its way: `arrive`, then `work`."""
+
+    def __init__(self, rank: int, model: str, flags: Mapping[str, Any] | None = None, address: str = ""):
+        """`address`: of this machine, for the other ranks, should they meet here; "" where the supervisor is on the
+        machine of rank 0. See `facts` for the rest."""
+        self.rank = rank
+        self._hello = {**facts(rank, model, flags), "role": "rank", "address": address}
+        self._meeting: socket.socket | None = None
+        self._channel: Channel | None = None
+        self._host = ""
+        if rank == 0:
+            # Held until the ranks meet, so that nobody else takes the port meanwhile.
+            self._meeting = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            self._meeting.bind(("", 0))
+            self._hello["port"] = self._meeting.getsockname()[1]
+
+    def arrive(self, reach: Reach, timeout_s: float) -> None:
+        """Connect to the supervisor. Raises RankError after `timeout_s`."""
+        self._channel, self._host = connect(reach, self._hello, timeout_s)
+
+    def work(self, world_size: int, threads: int) -> int:
+        """Join the others and run until the supervisor closes the channel; returns the exit code."""
+        channel: Any = self._channel
+        channel.socket.settimeout(JOIN_WAIT_S)
+        try:
+            join: Join = channel.recv()
+        except Closed:
+            return 0
+        channel.socket.settimeout(None)
+        if self._meeting is not None:
+            self._meeting.close()
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or rank 0 would expect torchrun to serve this store
+        host = join.rendezvous_host or self._host
+        rendezvous = f"tcp://{f'[{host}]' if ':' in host else host}:{join.rendezvous_port}"
+        where = f"rank {self.rank} on {self._hello['host']}: "
+        return main(join.spec, self.rank, world_size, rendezvous, threads, channel, where)

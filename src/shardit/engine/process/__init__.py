@@ -1,0 +1,1 @@
+"""Processes of the engine: start, channel, messages, failures."""

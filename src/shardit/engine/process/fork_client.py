@@ -1,0 +1,151 @@
+"""The user's side of the nursery: starts it, has ranks forked and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.messages import (
+    Check,
+    Dump,
+    Failed,
+    Gone,
+    Kill,
+    Refused,
+    SessionSpec,
+    Stacks,
+    Start,
+    Started,
+)
+from shardit.engine.process.process import OWN_GROUP, command, describe_exit, threads_per_rank
+from shardit.errors import InputError, RankError
+
+FORK_SERVER = "shardit.engine.rank.fork_server"
+"""The module that runs in the process which forks the ranks."""
+STOP_WAIT_S = 6.0
+IMPORT_WAIT_S = 120.0
+"""The imports may take longer than a short timeout, which is about ranks that hang, allows."""
+
+
+class Nursery:
+    """A running nursery process. Nothing of it is left after `stop`, nor after the end of this process."""
+
+    def __init__(self, timeout_s: float):
+        if not hasattr(os, "fork") or not hasattr(socket, "send_fds"):
+            raise InputError("rank processes need fork, which this system does not have; use Linux or macOS")
+        self.timeout_s = timeout_s
+        self.pids: list[int] = []
+        self.directory: str | None = None
+        self._checked = False
+        ours, theirs = socket.socketpair()
+        self.control = Channel(ours, timeout_s)
+        with theirs:
+            self.process = subprocess.Popen(
+                command(FORK_SERVER, theirs.fileno(), os.getpid()),
+                stdin=subprocess.DEVNULL,  # a script may be read from standard input
+                pass_fds=[theirs.fileno()],
+                env=nursery_environment(),
+                **OWN_GROUP,
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self.process.poll() is None
+
+    def check(self, spec: SessionSpec) -> None:
+        """Import what ranks need; raise InputError for mistakes that show before there are ranks."""
+        self.control.socket.settimeout(max(self.timeout_s, IMPORT_WAIT_S))
+        self.control.send(Check(spec))
+        answer = self.control.recv()
+        self.control.socket.settimeout(self.timeout_s)
+        self._checked = True
+        if isinstance(answer, Refused):
+            raise answer.error()
+        if isinstance(answer, Failed):
+            raise RankError(-1, f"the check before the start failed: {answer.reason}")
+
+    def start(self, spec: SessionSpec, world_size: int) -> list[Channel]:
+        """Fork the ranks; returns a channel to each."""
+        pairs = [socket.socketpair() for _ in range(world_size)]
+        try:
+            self.control.send(Start(spec, world_size, threads_per_rank(world_size)))
+            socket.send_fds(self.control.socket, [b"."], [theirs.fileno() for _, theirs in pairs])
+        except OSError as error:
+            raise Closed(str(error)) from error
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+        started = self.receive(Started)
+        self.pids, self.directory = started.pids, started.directory
+        return [Channel(ours, spec.timeout_s) for ours, _ in pairs]
+
+    def stacks(self) -> dict[int, str]:
+        """Where each living rank is."""
+        self.control.send(Dump())
+        return self.receive(Stacks).by_rank
+
+    def kill(self, grace_s: float = 0.0) -> None:
+        """End the ranks; the nursery stays. Where that fails, everything ends."""
+        if not self._checked:
+            self.stop()
+            return
+        try:
+            self.control.socket.settimeout(STOP_WAIT_S + grace_s)
+            self.control.send(Kill(grace_s))
+            self.receive(Gone)
+            self.control.socket.settimeout(self.timeout_s)
+        except BaseException as error:
+            self.stop()
+            if not isinstance(error, Exception):
+                raise
+
+    def stop(self) -> None:
+        """End the nursery, which ends the ranks; the kernel ends them (Linux) if the nursery has to be killed."""
+        with contextlib.suppress(OSError):
+            self.control.socket.shutdown(socket.SHUT_RDWR)
+        if not self._checked:
+            self.process.kill()  # it has no ranks yet, and during its imports it does not look at the socket
+        try:
+            self.process.wait(STOP_WAIT_S)
+        except BaseException as error:
+            self.process.kill()
+            self.process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+        finally:
+            if self.directory is not None:
+                shutil.rmtree(self.directory, ignore_errors=True)
+
+    def how_it_ended(self) -> str:
+        """For a nursery that has closed its socket."""
+        try:
+            code = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its socket"
+        return describe_exit(code)
+
+    def receive(self, wanted: type) -> Any:
+        """Wait for one kind of message; exits of ranks seen meanwhile show as the end of their channels."""
+        while not isinstance(message := self.control.recv(), wanted):
+            pass
+        return message
+
+
+def nursery_environment() -> dict[str, str]:
+    """What keeps the nursery fit to be forked: one thread, and GPUs counted without a CUDA context."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)  # left by a cluster's launcher, they would speak of other ranks than ours
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if loopback and any(name == loopback for _, name in socket.if_nameindex()):
+        # All ranks are here. gloo would look up the host's name, which fails on many machines and opens ports.
+        environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    return environment

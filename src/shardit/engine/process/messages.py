@@ -1,0 +1,221 @@
+"""What the user's process, the nursery and the ranks say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from shardit.diffusion.loading.model_options import ModelOptions
+from shardit.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from shardit.config import DiffusionParallelConfig
+    from shardit.loading.dtypes import Setting
+
+SESSION = "shardit.engine.session:Session"
+"""What a rank runs, as "module:class"."""
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """All that a rank needs to know to load its share of the model."""
+
+    model: str
+    config: DiffusionParallelConfig
+    dtype: Setting = None
+    device: str | None = None
+    max_in_flight: int = 1
+    timeout_s: float = 600.0
+    session: str = SESSION
+    attention_backend: str | None = None
+    options: ModelOptions = field(default_factory=ModelOptions)
+    live: bool = False
+    """Whether requests come and go one by one (`Begin`, `Cancel`) rather than in batches (`Generate`)."""
+
+
+# From the user's process to the nursery.
+
+
+@dataclass(frozen=True)
+class Check:
+    """Import what ranks need and find the mistakes that can be found without ranks; answered by Checked or Refused."""
+
+    spec: SessionSpec
+
+
+@dataclass(frozen=True)
+class Start:
+    """Fork the ranks; the file descriptors of their channels follow, one per rank."""
+
+    spec: SessionSpec
+    world_size: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Dump:
+    """Have every rank write down where it is; answered by Stacks."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """End the ranks, those that do not leave by themselves within `grace_s` by SIGKILL; answered by Gone."""
+
+    grace_s: float = 0.0
+
+
+# From the nursery to the user's process.
+
+
+@dataclass(frozen=True)
+class Checked:
+    """`Check` found nothing wrong."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The ranks run; `directory` is their private temporary folder."""
+
+    pids: list[int]
+    directory: str
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A rank ended: its exit code, or the negative number of the signal that killed it."""
+
+    rank: int
+    code: int
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Where each rank was, as faulthandler tells it; empty for one that did not react."""
+
+    by_rank: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Gone:
+    """No rank is left."""
+
+
+# From the user's process to every rank.
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Run these requests; answered by Done, Refused or Failed from every rank."""
+
+    requests: list[Any]
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Take up a request beside those in flight; answered by `Left`. All ranks of a replica get the same `Begin` and
+    `Cancel` messages in the same order, and act on them in the same round."""
+
+    key: int
+    request: Any
+    request_id: str = ""
+    """For logs."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """End a request at its next turn, if it still runs."""
+
+    key: int
+
+
+# From a rank to the user's process.
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The rank has loaded its share."""
+
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Request `index` has finished `step` of `total` steps (rank 0 only)."""
+
+    index: int
+    step: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Request `index` has ended with an error on this rank; it has to on all of them."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A request has ended on this rank: with `output` (first rank of a replica; None on the others), or by `error`.
+
+    start: a checksum of what its first transformer call was given, to be the same on all ranks of the replica.
+    busy_s, waited_s: seconds since the rank's start in which requests were in flight, and of these the ones that it
+    waited for messages.
+    """
+
+    key: int
+    start: str | None
+    cancelled: bool = False
+    error: str | None = None
+    output: Any = None
+    peak_bytes: int = 0
+    busy_s: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """The rank's memory did not suffice for a request; the rank ends."""
+
+    key: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Results by the number of the request, from the first rank of each replica of the data axis."""
+
+    outputs: dict[int, Any]
+
+
+@dataclass(frozen=True)
+class Done:
+    """The rank has finished the requests; `peak_bytes` is the most memory that it held meanwhile."""
+
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The user's mistake, found by the nursery or a rank."""
+
+    text: str
+    unsupported: bool = False
+
+    @classmethod
+    def from_error(cls, error: InputError) -> Refused:
+        """What travels instead of the exception: a subclass defined elsewhere need not be known to the receiver."""
+        return cls(str(error), isinstance(error, UnsupportedError))
+
+    def error(self) -> InputError:
+        """The exception, for the user's process."""
+        return (UnsupportedError if self.unsupported else InputError)(self.text)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An exception ended the rank (or the nursery's check); `of_peer` means that it speaks of another rank's end."""
+
+    reason: str
+    of_peer: bool = False

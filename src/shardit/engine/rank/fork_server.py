@@ -1,0 +1,242 @@
+"""The nursery: a process with torch and diffusers imported that forks rank processes, so that a rank starts at once.
+
+It never touches an accelerator and runs no threaded operation: a fork copies neither a CUDA context nor threads. It
+ends, and its ranks with it, when the user's process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.messages import (
+    Check,
+    Checked,
+    Dump,
+    Exited,
+    Failed,
+    Gone,
+    Kill,
+    Refused,
+    SessionSpec,
+    Stacks,
+    Start,
+    Started,
+)
+from shardit.engine.process.process import die_with_parent
+from shardit.errors import InputError
+from shardit.loading.missing import missing_package
+
+PRELOAD = ("torch.distributed", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils")
+"""What every rank imports anyway. The session's module may have its own PRELOAD, and its check imports more."""
+KILL_WAIT_S = 5.0
+STACK_WAIT_S = 0.5
+
+
+def main(control_fd: int, parent: int) -> None:
+    """Serve the user's process `parent` over the socket `control_fd` until it is gone."""
+    # Imports can take seconds in which nobody watches the socket. Later on the thread that started this process may
+    # end while the process lives on, so the setting is taken back when the check is done.
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    nursery = Nursery(Channel(socket.socket(fileno=control_fd)), parent)
+    try:
+        nursery.serve()
+    except Closed:
+        pass
+    finally:
+        nursery.kill()
+
+
+class Nursery:
+    """The loop of the nursery process, and the ranks that it has forked and not yet buried."""
+
+    def __init__(self, control: Channel, parent: int):
+        self.control = control
+        self.pids: dict[int, int] = {}
+        self.group = 0
+        self.directory: Path | None = None
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # write to the terminal, also where `stty tostop` was said
+        self.wakeup, woken = socket.socketpair()
+        for end in (self.wakeup, woken):
+            end.setblocking(False)
+        self.woken = woken
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+        # A copy of the user's process, forked by the user, can hold the socket open after it: watch the process too.
+        self.parent_fd = os.pidfd_open(parent) if hasattr(os, "pidfd_open") else None
+
+    def serve(self) -> None:
+        """Answer messages and report exits until the user's process is gone (Closed)."""
+        sources: list[Any] = [self.control, self.wakeup] + ([] if self.parent_fd is None else [self.parent_fd])
+        while True:
+            ready = wait(sources)
+            if self.wakeup in ready:
+                with contextlib.suppress(BlockingIOError):
+                    self.wakeup.recv(4096)
+                self.report_exits()
+            if self.parent_fd in ready:
+                raise Closed("the user's process is gone")
+            if self.control in ready:
+                self.answer(self.control.recv())
+
+    def answer(self, message: Any) -> None:
+        """Do what one message asks."""
+        if isinstance(message, Check):
+            self.control.send(check(message.spec))
+            die_with_parent(0)
+            # What was imported is never freed; kept out of the collector's sight, its pages stay shared.
+            gc.collect()
+            gc.freeze()
+        elif isinstance(message, Start):
+            fds = receive_fds(self.control, message.world_size)
+            self.start(message, fds)
+            assert self.directory is not None
+            self.control.send(Started(list(self.pids.values()), str(self.directory)))
+        elif isinstance(message, Dump):
+            self.control.send(self.stacks())
+        elif isinstance(message, Kill):
+            self.kill(message.grace_s)
+            self.control.send(Gone())
+
+    def start(self, message: Start, fds: list[int]) -> None:
+        """Fork one process per rank; each keeps only its own channel."""
+        self.kill()
+        self.directory = Path(tempfile.mkdtemp(prefix="shardit-"))
+        sys.stdout.flush()  # or every rank would write what is buffered
+        for rank in range(message.world_size):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": it is not
+                pid = os.fork()
+            if pid == 0:
+                self.become_rank(message, rank, fds)
+            self.pids[rank] = pid
+            self.group = self.group or pid
+            join_group(pid, self.group)
+        for fd in fds:
+            os.close(fd)
+
+    def become_rank(self, message: Start, rank: int, fds: list[int]) -> None:
+        """In the forked process: leave the nursery's things behind and run the rank. Never returns."""
+        code = 1
+        try:
+            parent = os.getppid()
+            join_group(0, self.group)
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            die_with_parent(signal.SIGKILL)
+            if os.getppid() != parent:
+                return
+            # A copy of another rank's channel would hide that rank's end from the user's process.
+            for fd in [fd for other, fd in enumerate(fds) if other != rank]:
+                os.close(fd)
+            for end in (self.control, self.wakeup, self.woken):
+                end.close()
+            if self.parent_fd is not None:
+                os.close(self.parent_fd)
+            assert self.directory is not None
+            stack = (self.directory / f"stack-{rank}").open("a")
+            faulthandler.register(signal.SIGUSR1, file=stack)
+
+            from shardit.engine.rank import worker
+
+            channel = Channel(socket.socket(fileno=fds[rank]))
+            rendezvous = f"file://{self.directory}/rendezvous"
+            code = worker.main(message.spec, rank, message.world_size, rendezvous, message.threads, channel)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            # Not sys.exit: what the nursery registered to happen at its own exit is not for ranks.
+            os._exit(code)
+
+    def report_exits(self) -> None:
+        """Tell the user's process which ranks have ended."""
+        for rank, pid in list(self.pids.items()):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                del self.pids[rank]
+                self.control.send(Exited(rank, os.waitstatus_to_exitcode(status)))
+
+    def stacks(self) -> Stacks:
+        """Where every rank is; ranks stuck in C code answer too, stopped ones do not."""
+        assert self.directory is not None
+        for rank, pid in self.pids.items():
+            with contextlib.suppress(OSError):  # not there yet, or gone
+                os.truncate(self.directory / f"stack-{rank}", 0)
+            os.kill(pid, signal.SIGUSR1)
+        time.sleep(STACK_WAIT_S)
+        return Stacks({rank: (self.directory / f"stack-{rank}").read_text(errors="replace") for rank in self.pids})
+
+    def kill(self, grace_s: float = 0.0) -> None:
+        """End all ranks and what they started, and remove their folder."""
+        self.bury(grace_s)
+        # The group also holds what ranks have started. Without a rank in it, its number may be another's by now.
+        if self.pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.group, signal.SIGKILL)
+        self.bury(KILL_WAIT_S)
+        self.pids, self.group = {}, 0
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory = None
+
+    def bury(self, patience_s: float) -> None:
+        """Wait for ranks to end, `patience_s` at most."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            self.pids = {rank: pid for rank, pid in self.pids.items() if os.waitpid(pid, os.WNOHANG)[0] == 0}
+            if not self.pids or time.monotonic() >= deadline:
+                return
+            time.sleep(0.005)
+
+
+def check(spec: SessionSpec) -> Checked | Refused | Failed:
+    """Import what ranks need, and run the session module's own `check` if it has one."""
+    try:
+        module = importlib.import_module(spec.session.partition(":")[0])
+        for name in ("shardit.engine.rank.worker", *getattr(module, "PRELOAD", PRELOAD)):
+            importlib.import_module(name)
+        if hasattr(module, "check"):
+            module.check(spec)
+    except InputError as error:
+        return Refused.from_error(error)
+    except ImportError as error:
+        return Refused.from_error(missing_package(error))
+    except Exception as error:
+        return Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    return Checked()
+
+
+def receive_fds(channel: Channel, count: int) -> list[int]:
+    """The file descriptors that follow a `Start`."""
+    fds = list(socket.recv_fds(channel.socket, 1, count)[1])
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return fds
+
+
+def join_group(pid: int, group: int) -> None:
+    """Put a process into a process group (0: its own). Both sides of a fork do it, as neither knows who is first."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpgid(pid, group)

@@ -1,0 +1,183 @@
+"""A rank of a server: requests come and go one by one, at the boundaries of rounds.
+
+Every rank of a replica reads the same commands in the same order from a channel of its own. What must be agreed on is
+only when: for each round the first rank of the replica says how many commands count from now on, in eight bytes. Stages
+go through a step in several rounds, and not in step: there it says so a round ahead, so that nobody waits for it. Other
+ranks take a step per round, all at once: there it says so when the round begins, so that a request that is cancelled
+ends with the step that it is in. While nothing runs, ranks wait at their channels. A request that comes while all slots
+are taken enters in the round after one has ended.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections import deque
+from typing import Any
+
+from shardit.core.runtime.request_loop import Interrupted, Program, is_out_of_memory
+from shardit.diffusion.output.collect import collect, one_line, with_arrays
+from shardit.diffusion.request.advice import advice
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.memory import peak_bytes, reset_peak
+from shardit.engine.process.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
+from shardit.logs import logger, take_over
+
+
+def serve_live(session: Any, channel: Channel) -> None:
+    """Run requests until the channel is closed."""
+    live = Live(session, channel)
+    take_over(live.log, live.now)
+    try:
+        for program in session.turns.rounds(live.enter, live.rest):
+            live.leave(program)
+    except Closed:
+        pass
+    except Exception as error:
+        program = session.turns.last
+        if is_out_of_memory(error) and program is not None and program in live.running:
+            channel.send(OutOfMemory(live.running[program].key, one_line(error)))
+        raise
+
+
+class Live:
+    """The commands that have come, the programs that run, and the count of each round."""
+
+    def __init__(self, session: Any, channel: Channel):
+        self.session = session
+        self.channel = channel
+        self.counts = Counts(session)
+        self.commands: deque[Any] = deque()
+        self.waiting: deque[Begin] = deque()
+        self.running: dict[Program, Begin] = {}
+        self.begun: dict[int, float] = {}
+        self.busy_s = 0.0
+        self.log = logger("rank").bind(rank=session.mesh.rank)
+        self._since = time.perf_counter()
+
+    def enter(self, active: int) -> Program | None:
+        """At the beginning of a round: act on the commands that count from now on; a program that is to join."""
+        if not self.counts.ahead:
+            self._read()
+        for _ in range(self.counts.take()):
+            self._act(self._next_command())
+        has_room = active < self.session.spec.max_in_flight
+        begin = self.waiting.popleft() if self.waiting and has_room else None
+        if begin is None and active == 0:
+            self.busy_s += time.perf_counter() - self._since
+            readable(self.channel, None)
+            self._since = time.perf_counter()
+        if self.counts.ahead:
+            self._read()
+        if begin is None:
+            return None
+        if active == 0:
+            reset_peak()
+        program = self.session.program(begin.request, self._progress(begin.key))
+        self.running[program] = begin
+        self.begun[begin.key] = time.perf_counter()
+        return program
+
+    def rest(self, active: int) -> bool:
+        """At the end of a round: go on, for ever."""
+        return True
+
+    def leave(self, program: Program) -> None:
+        """Tell how a program has ended. One that failed has to have failed on all ranks: they meet, or stay here."""
+        begin = self.running.pop(program)
+        cancelled = isinstance(program.error, Interrupted)
+        error = None
+        if cancelled:  # what it has left in flight may take long, which is not to count against those that follow
+            self.session.turns.schedule.drain()
+        if program.error is not None and not cancelled:
+            kind = type(program.error).__name__
+            error = one_line(program.error) + advice(begin.request, program.error)
+            self.channel.send(Ended(begin.key, error))  # if it is the only rank, nobody may ever come to meet it
+            self.session.agree((begin.key, kind), f"here: {program.error!r}")
+        output = None
+        if self.session.leads and program.error is None:
+            output = with_arrays(collect(begin.request, program.value, None))  # the supervisor imports no torch
+        self.channel.send(
+            Left(
+                key=begin.key,
+                start=program.start,
+                cancelled=cancelled,
+                error=error,
+                output=output,
+                peak_bytes=peak_bytes(),
+                busy_s=self.busy_s + time.perf_counter() - self._since,
+                waited_s=self.session.waited_s,
+            )
+        )
+        self.log.info(
+            "request_left",
+            request_id=begin.request_id,
+            how="cancelled" if cancelled else error or "completed",
+            seconds=round(time.perf_counter() - self.begun.pop(begin.key), 3),
+            peak_bytes=peak_bytes(),
+        )
+
+    def now(self) -> dict[str, str]:
+        """Whose turn it is, for the log."""
+        begin = self.running.get(self.session.turns.current)
+        return {"request_id": begin.request_id} if begin is not None else {}
+
+    def _read(self) -> None:
+        """On the first rank: what has come counts from the next `take` on."""
+        if self.session.leads:
+            while readable(self.channel, 0.0):
+                self.commands.append(self.channel.recv())
+            self.counts.give(len(self.commands))
+
+    def _next_command(self) -> Any:
+        if self.commands:
+            return self.commands.popleft()
+        return self.channel.recv()
+
+    def _act(self, command: Any) -> None:
+        if isinstance(command, Begin):
+            self.waiting.append(command)
+            return
+        assert isinstance(command, Cancel)
+        for begin in list(self.waiting):
+            if begin.key == command.key:
+                self.waiting.remove(begin)
+                self.channel.send(Left(key=begin.key, start=None, cancelled=True))
+        for program, begin in self.running.items():
+            if begin.key == command.key:
+                program.interrupted = True
+
+    def _progress(self, key: int) -> Any:
+        def report(_: int, step: int, total: int) -> None:
+            if self.session.leads:
+                self.channel.send(Progress(key, step, total))
+            self.session.turns.breathe()
+
+        return report
+
+
+class Counts:
+    """How many commands count from each round on, as the first rank of a replica has decided, a round `ahead` or when
+    the round begins."""
+
+    def __init__(self, session: Any):
+        self.comm = session.replica
+        self.ahead = session.mesh.sizes["pp"] > 1
+        self._given: deque[int] = deque([0] if self.ahead else [])  # of the first round: nothing
+
+    def take(self) -> int:
+        """The number for the round that begins. Raises RankError after the timeout."""
+        if self._given:
+            return self._given.popleft()
+        return self.comm.receive_count()
+
+    def give(self, count: int) -> None:
+        """On the first rank: the next number."""
+        self._given.append(count)
+        if self.comm is not None:
+            self.comm.send_count(count)
+
+
+def readable(channel: Channel, timeout_s: float | None) -> bool:
+    """Whether a message (or the end) can be read, after waiting for `timeout_s` at most, or for ever."""
+    return bool(select.select([channel], [], [], timeout_s)[0])

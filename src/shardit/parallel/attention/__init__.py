@@ -1,0 +1,1 @@
+"""Attention over sharded tokens: Ulysses, Ring."""

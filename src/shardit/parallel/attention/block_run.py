@@ -1,0 +1,101 @@
+"""One call of a block on this rank's tokens: what becomes of each of its attention calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
+from shardit.parallel.dataflow import Taint
+
+FAILED, ATTENDING, DONE = 0, 1, 2
+"""What a rank says when all say where they are."""
+
+
+class OutOfStep(Exception):
+    """Another rank failed, or did something else: this attempt is over on every rank."""
+
+
+@dataclass
+class BlockRun:
+    """Handles the attention calls of one block call (a `seam.Handler`).
+
+    spread[n]: whether queries and whether keys of attention call n are spread over ranks; found if `taint` is given.
+    layouts: of the calls whose keys are spread; None = not known for these sizes yet, ranks tell each other.
+    """
+
+    attention: SequenceAttention
+    spread: list[tuple[bool, bool]]
+    layouts: list[Layout] | None = None
+    taint: Taint | None = None
+    learned: list[Layout] = field(default_factory=list)
+    _calls: int = 0
+    _spread_calls: int = 0
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """See `seam.Handler`."""
+        spread_q, spread_k = self._spread_of(call)
+        if self.taint is None:
+            return self._compute(call, spread_q, spread_k)
+        with without_modes():  # some attention functions cannot be watched from inside, and need not be
+            out = self._compute(call, spread_q, spread_k)
+        if spread_q:
+            self.taint.mark(out)
+        return out
+
+    def _spread_of(self, call: Call) -> tuple[bool, bool]:
+        n = self._calls
+        self._calls += 1
+        if self.taint is not None:
+            self.spread.append((self.taint.marked(call.q), self.taint.marked(call.k) or self.taint.marked(call.v)))
+        if n >= len(self.spread):
+            raise UnsupportedError("a block calls attention more often than when its kind was first seen")
+        return self.spread[n]
+
+    def _compute(self, call: Call, spread_q: bool, spread_k: bool) -> torch.Tensor:
+        if not spread_k:  # every rank has all keys
+            return call.inner(call.q, call.k, call.v, call.mask)
+        layout = self._layout(call)
+        return (self.attention.attend if spread_q else self.attention.attend_to_all)(call, layout)
+
+    def _layout(self, call: Call) -> Layout:
+        if self.layouts is not None:
+            layout = self.layouts[self._spread_calls]
+            self._spread_calls += 1
+            return layout
+        mask = call.mask
+        rows, columns = (1, 1) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
+        here = [call.q.shape[1], call.k.shape[1], int(mask is not None), rows, columns]
+        told = agree(self.attention, [ATTENDING, *here])
+        if any(code != ATTENDING for code, *_ in told):
+            raise OutOfStep
+        self.learned.append(_layout_of(told))
+        return self.learned[-1]
+
+
+def agree(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
+    """What every rank says, in rank order. Collective over "sp"; all say as many numbers."""
+    mine = torch.tensor([list(values)], dtype=torch.int64, device=attention.sp.mesh.device)
+    return attention.sp.all_gather(mine, [1] * attention.sp.size, 0).tolist()
+
+
+def _layout_of(told: list[list[int]]) -> Layout:
+    _, q_lens, k_lens, masked, rows, columns = (tuple(column) for column in zip(*told, strict=True))
+    if not masked[0]:
+        return Layout(q_lens, k_lens)
+    total = sum(k_lens)
+    own_rows = rows == q_lens and set(rows) != {1}
+    own_columns = columns == k_lens and set(columns) != {1}
+    if not own_columns and set(columns) not in ({1}, {total}):
+        raise UnsupportedError(f"an attention mask with {columns} columns on the ranks, over {k_lens} keys")
+    if own_rows and own_columns:
+        raise UnsupportedError("an attention mask that has neither all rows nor all columns")
+    if set(k_lens) == {1} or (set(q_lens) == {1} and set(rows) == {1}):
+        raise UnsupportedError(
+            "an attention mask over one token per rank; lower ulysses_degree or ring_degree for so short a sequence"
+        )
+    return Layout(q_lens, k_lens, own_rows, own_columns)

@@ -1,0 +1,131 @@
+"""The seam around attention: every attention call of a block that runs goes to whoever runs the block.
+
+Models of diffusers end in `torch.nn.functional.scaled_dot_product_attention`, most through `dispatch_attention_fn`,
+whose registry also holds the other back ends. The first is replaced while a block runs (a function mode would cost
+several microseconds at each operation), the others once and for good. Both do nothing unless a block of a sharded
+model is running in the same context.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention.sequence_attention import Call
+
+_plain_sdpa = F.scaled_dot_product_attention
+_users = 0
+"""How often `attention_goes_to` is entered: forwards in flight enter and leave it in any order."""
+
+
+class Handler(Protocol):
+    """Whoever runs a block of which each attention call is to be spread."""
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """The attention output, [batch, tokens, heads, width]."""
+        ...
+
+
+_handler: ContextVar[Handler | None] = ContextVar("shardit_attention", default=None)
+
+
+@contextmanager
+def attention_goes_to(handler: Handler) -> Iterator[None]:
+    """While this is entered, attention calls in this context go to `handler`."""
+    global _plain_sdpa, _users
+    _wrap_back_ends()
+    if F.scaled_dot_product_attention is not _sdpa:
+        _plain_sdpa = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = _sdpa
+    token = _handler.set(handler)
+    _users += 1
+    try:
+        yield
+    finally:
+        _handler.reset(token)
+        _users -= 1
+        if not _users:
+            F.scaled_dot_product_attention = _plain_sdpa
+
+
+def attention_is_taken() -> bool:
+    """Whether attention calls in this context go to a handler."""
+    return _handler.get() is not None
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    def inner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = _plain_sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return out.transpose(1, 2)
+
+    handler = _handler.get()
+    if handler is None:
+        return _plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if query.ndim != 4:
+        raise UnsupportedError(
+            f"attention over tensors of {query.ndim} dimensions (batch, heads, tokens, width needed)"
+        )
+    not_ring = "causal attention" if is_causal else "dropout" if dropout_p else None
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    return _hand_over(handler, Call(q, k, v, attn_mask, inner, scale, not_ring)).transpose(1, 2)
+
+
+def _hand_over(handler: Handler, call: Call) -> torch.Tensor:
+    token = _handler.set(None)  # what computes it is no attention call of the block
+    try:
+        return handler.attend(call)
+    finally:
+        _handler.reset(token)
+
+
+@functools.cache
+def _wrap_back_ends() -> None:
+    """Wrap every back end of diffusers that does not end in torch's own function."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    own = {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}
+    for name, function in list(registry._backends.items()):
+        if name.value not in own:
+            registry._backends[name] = _wrapped(name.value, function)
+
+
+def _wrapped(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A back end of diffusers, called by keyword with [batch, tokens, heads, width]."""
+
+    @functools.wraps(function)
+    def backend(**kwargs: Any) -> torch.Tensor:
+        handler = _handler.get()
+        if handler is None:
+            return function(**kwargs)
+        q, k, v = (kwargs.pop(key) for key in ("query", "key", "value"))
+        mask = kwargs.pop("attn_mask", None)
+        flat = mask is not None and mask.ndim == 2 and mask.shape == (q.shape[0], k.shape[1])
+        if mask is not None and flat:  # over keys, for each sample
+            mask = mask[:, None, None]
+
+        def inner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            if mask is None:
+                return function(query=q, key=k, value=v, **kwargs)
+            return function(query=q, key=k, value=v, attn_mask=mask[:, 0, 0] if flat else mask, **kwargs)
+
+        not_ring = f"the attention back end {name!r}"
+        return _hand_over(handler, Call(q, k, v, mask, inner, kwargs.get("scale"), not_ring))
+
+    return backend

@@ -1,0 +1,128 @@
+"""Attention over tokens that are spread over ranks: Ulysses inside, Ring outside, or one of them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.comm.mesh import Mesh
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention.ring import ring_attention
+from shardit.parallel.attention.ulysses import Ulysses
+
+Inner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+"""An attention function over whole sequences: q, k, v (BSHD) and a mask of 4 dimensions; returns BSHD."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an attention function. q, k, v: [batch, tokens, heads, width], as on this rank.
+
+    mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]. inner: what was called, and computes it
+    where all keys are at hand. not_ring: why Ring, which has kernels of its own, cannot take its place, if so.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    inner: Inner
+    scale: float | None = None
+    not_ring: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one attention call is spread: tokens of queries and of keys on each rank of "sp", and whether the mask has
+    only the rows of own queries or the columns of own keys."""
+
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    mask_rows: bool = False
+    mask_columns: bool = False
+
+
+class SequenceAttention:
+    """Attention of one rank of the "sp" axis. Keys of all ranks are ordered by rank, not as in the whole sequence:
+    softmax does not mind, and masks are brought into the same order."""
+
+    def __init__(self, mesh: Mesh):
+        self.sp = Collectives(mesh, "sp")
+        self.ulysses = Ulysses(Collectives(mesh, "ulysses")) if "ulysses" in mesh.axes else None
+        self.ring = Collectives(mesh, "ring") if "ring" in mesh.axes else None
+        self._in_ring = mesh.coords["ring"]
+        self._ulysses_size = mesh.sizes["ulysses"]
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has sent to others."""
+        return self.sp.sent_bytes + sum(c.sent_bytes for c in (self.ring, self.ulysses and self.ulysses.comm) if c)
+
+    def attend(self, call: Call, layout: Layout) -> torch.Tensor:
+        """Attention of own queries over the keys of all ranks. Collective; UnsupportedError where Ring cannot do it."""
+        if self.ring is not None and call.not_ring is not None:
+            raise UnsupportedError(
+                f"ring_degree={self.ring.size} does not work with {call.not_ring}: it needs the native attention, of "
+                "which it merges parts; use ulysses_degree"
+            )
+        q, k, v = call.q, call.k, call.v
+        q_lens, k_lens = self._of_group(layout.q_lens), self._of_group(layout.k_lens)
+        mask = None if call.mask is None else self._whole_mask(call.mask, layout, q_lens)
+        q_share: list[int] = []
+        if self.ulysses is not None:
+            if k.shape[2] < self.ulysses.comm.size and k.shape[2] < q.shape[2]:  # too few key heads to deal out
+                k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
+            q_share, _ = self.ulysses.shares(q.shape[2], k.shape[2])
+            mask = _own_heads(mask, q.shape[2], q_share, self.ulysses.comm.index)
+            q, k, v = self.ulysses.to_heads(q, k, v, q_lens, k_lens)
+        if q.shape[2] and self.ring is not None:  # also without queries: the keys of others pass through here
+            out = ring_attention(self.ring, q, k, v, self._per_group(layout.k_lens), mask, call.scale)
+        elif 0 in q.shape:
+            out = q.new_empty(*q.shape[:3], v.shape[3])
+        else:
+            out = call.inner(q, k, v, mask)
+        return out if self.ulysses is None else self.ulysses.to_tokens(out, q_lens, q_share)
+
+    def attend_to_all(self, call: Call, layout: Layout) -> torch.Tensor:
+        """Attention of queries that every rank has over the keys of all ranks: keys and values are gathered."""
+        k, v = (self.sp.all_gather(t, layout.k_lens, 1) for t in (call.k, call.v))
+        mask = call.mask
+        if mask is not None and layout.mask_columns:
+            mask = _gather_mask(self.sp, mask, layout.k_lens, mask.ndim - 1)
+        return call.inner(call.q, k, v, mask)
+
+    def _of_group(self, lens: tuple[int, ...]) -> tuple[int, ...]:
+        """Of lengths per "sp" rank (ulysses varies fastest) those of this rank's ulysses group."""
+        start = self._in_ring * self._ulysses_size
+        return lens[start : start + self._ulysses_size]
+
+    def _per_group(self, lens: tuple[int, ...]) -> list[int]:
+        """The sum of lengths per "sp" rank of each ulysses group, in ring order."""
+        size = self._ulysses_size
+        return [sum(lens[start : start + size]) for start in range(0, len(lens), size)]
+
+    def _whole_mask(self, mask: torch.Tensor, layout: Layout, q_lens: tuple[int, ...]) -> torch.Tensor:
+        """All columns, and the rows of all queries of the ulysses group."""
+        mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
+        for dim in (0, 1):  # what only repeats need not travel
+            mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
+        if layout.mask_columns:
+            mask = _gather_mask(self.sp, mask, layout.k_lens, 3)
+        if layout.mask_rows and self.ulysses is not None:
+            mask = _gather_mask(self.ulysses.comm, mask, q_lens, 2)
+        return mask
+
+
+def _gather_mask(comm: Collectives, mask: torch.Tensor, lens: tuple[int, ...], dim: int) -> torch.Tensor:
+    if mask.dtype is not torch.bool:
+        return comm.all_gather(mask, lens, dim)
+    return comm.all_gather(mask.view(torch.uint8), lens, dim).view(torch.bool)
+
+
+def _own_heads(mask: torch.Tensor | None, heads: int, share: list[int], index: int) -> torch.Tensor | None:
+    if mask is None or mask.shape[1] == 1 or mask.shape[1] != heads:
+        return mask
+    return mask.narrow(1, sum(share[:index]), share[index])

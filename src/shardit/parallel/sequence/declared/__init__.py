@@ -1,0 +1,1 @@
+"""Sequence parallelism by a declared plan."""

@@ -1,0 +1,221 @@
+"""What happens at the attention calls and gathers of a forward under a declared plan, learned by comparing lengths.
+
+The whole forward, run on one rank, tells how many queries and keys an attention call has. Together with the lengths on
+the ranks that says what is split: keys as long as the whole are on every rank; keys that add up to the whole are
+split; and keys that add up to more have rows that every rank has (text in joint attention). Where those stand is seen
+by their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention.block_run import ATTENDING, OutOfStep, agree
+from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
+from shardit.parallel.sequence.declared.token_rows import Rows, Runs, dealt_rows, runs_of, take
+
+GATHERING = ATTENDING + 10
+"""What a rank says when all say where they are (see `run.py`)."""
+
+WIDTH = 8
+"""Numbers that a rank says at once."""
+
+ALIKE = {torch.float64: 1e-3, torch.float32: 1e-3}
+"""Largest relative difference between copies of a token on two ranks; 5e-2 for shorter floats."""
+
+
+class Seen(NamedTuple):
+    """One event of a forward: its title and sizes (of attention: queries, keys, rows and columns of the mask)."""
+
+    title: str
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SplitStep:
+    """A tensor is split. seen: as on this rank, compared at every call."""
+
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class GatherStep:
+    """A tensor of which this rank has `rows` is gathered."""
+
+    seen: Seen
+    rows: Rows
+
+    def run(self, tensor: torch.Tensor, dim: int, attention: SequenceAttention) -> torch.Tensor:
+        """The whole tensor."""
+        return attention.sp.all_gather(self.rows.take(tensor, dim), self.rows.lens, dim)
+
+
+@dataclass(frozen=True)
+class AttentionStep:
+    """An attention call. layout: None where every rank has all keys. rows, columns: what of the mask is this rank's
+    share, None where it stays as it is; select_rows: the mask has the rows of all queries."""
+
+    seen: Seen
+    q: Rows
+    k: Rows
+    layout: Layout | None
+    rows: Runs | None = None
+    columns: Runs | None = None
+    select_rows: bool = False
+
+    def run(self, call: Call, attention: SequenceAttention, blank: float) -> torch.Tensor:
+        """The output for local queries; `blank` where they are padding."""
+        if self.layout is None and not self.select_rows:
+            return call.inner(call.q, call.k, call.v, call.mask)
+        mask = call.mask
+        if mask is not None and self.rows is not None:
+            mask = take(mask, self.rows, mask.ndim - 2)
+        if mask is not None and self.columns is not None:
+            mask = take(mask, self.columns, mask.ndim - 1)
+        k, v = (self.k.take(t, 1) for t in (call.k, call.v))
+        if self.q.everywhere:
+            assert self.layout is not None
+            return attention.attend_to_all(replace(call, k=k, v=v, mask=mask), self.layout)
+        own = replace(call, q=self.q.take(call.q, 1), k=k, v=v, mask=mask)
+        if self.layout is None:
+            out = call.inner(own.q, own.k, own.v, own.mask)
+        else:
+            out = attention.attend(own, self.layout)
+        return self.q.put(out, attention.sp, blank)
+
+
+Step = SplitStep | GatherStep | AttentionStep
+
+
+def seen_attention(call: Call) -> Seen:
+    """An attention call as an event."""
+    mask = call.mask
+    rows, columns = (0, 0) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
+    return Seen("attention", (call.q.shape[1], call.k.shape[1], rows, columns))
+
+
+def learn_gather(
+    seen: Seen, whole: Seen, tensor: torch.Tensor, dim: int, attention: SequenceAttention, padded: bool
+) -> GatherStep:
+    """Which rows are whose in a gather. Collective over "sp"; UnsupportedError where they do not make up the whole."""
+    real = _real_rows([tensor], dim, padded)
+    counts = [said[1] for said in _tell(attention, [GATHERING, len(real)])]
+    total = whole.sizes[0]
+    if sum(counts) != total:
+        why = "it is not split here" if set(counts) == {total} else "tokens that every rank has must be left out before"
+        raise UnsupportedError(f"{seen.title} cannot be gathered: the ranks have {counts} of {total} tokens; {why}")
+    return GatherStep(seen, Rows(seen.sizes[0], total, tuple(counts), runs_of(real)))
+
+
+def learn_attention(seen: Seen, whole: Seen, call: Call, attention: SequenceAttention, padded: bool) -> AttentionStep:
+    """Whose rows are whose in an attention call. Collective over "sp"; UnsupportedError where lengths do not fit."""
+    real_q, real_k = _real_rows([call.q], 1, padded), _real_rows([call.k, call.v], 1, padded)
+    told = _tell(attention, [ATTENDING, *seen.sizes, len(real_q), len(real_k)])
+    q_lens, k_lens, rows, columns, q_real, k_real = (list(c) for c in zip(*(said[1:7] for said in told), strict=True))
+    q_whole, k_whole, whole_rows, whole_columns = whole.sizes
+    k = _rows([call.k, call.v], k_whole, k_lens, k_real, real_k, attention)
+    same = (q_whole, q_lens, q_real, real_q) == (k_whole, k_lens, k_real, real_k)
+    q = k if same else _rows([call.q], q_whole, q_lens, q_real, real_q, attention)
+    own_rows = not q.everywhere and whole_rows > 1 and rows == q_lens
+    own_columns = not k.everywhere and whole_columns > 1 and columns == k_lens
+    select = not q.everywhere and whole_rows > 1 and not own_rows
+    if (select or q.everywhere or whole_rows <= 1) and set(rows) != {whole_rows}:
+        raise UnsupportedError(f"an attention mask has {rows} rows on the ranks, over {q_lens} queries")
+    if not own_columns and set(columns) != {whole_columns}:
+        raise UnsupportedError(f"an attention mask has {columns} columns on the ranks, over {k_lens} keys")
+    if own_rows and own_columns:
+        raise UnsupportedError("an attention mask is split in its rows and in its columns: split one of them")
+    if k.everywhere:
+        chosen = runs_of(q.natural(attention.sp.index)) if select else None
+        return AttentionStep(seen, q, k, None, chosen, None, select)
+    layout = Layout(q.lens, k.lens, own_rows or select, own_columns)
+    mask_rows = q.own if own_rows else runs_of(q.natural(attention.sp.index)) if select else None
+    return AttentionStep(seen, q, k, layout, mask_rows, _columns(k, own_columns, whole_columns), select)
+
+
+def _columns(k: Rows, own: bool, whole_columns: int) -> Runs | None:
+    """This rank's columns of a mask, or all of them in the order in which keys come from the ranks."""
+    if own:
+        return k.own
+    if whole_columns <= 1:
+        return None
+    order = runs_of([place for rank in range(len(k.lens)) for place in k.natural(rank)])
+    return None if len(order) == 1 else order
+
+
+def _rows(
+    tensors: Sequence[torch.Tensor],
+    whole: int,
+    lens: Sequence[int],
+    counts: Sequence[int],
+    real: Sequence[int],
+    attention: SequenceAttention,
+) -> Rows:
+    """lens, counts: rows on each rank, and those of them that are no padding. real: which these are here."""
+    here, size = lens[attention.sp.index], attention.sp.size
+    if set(lens) == {whole} and lens == counts:
+        return Rows(here, whole, own=((0, here),), everywhere=True)
+    shared, rest = divmod(sum(counts) - whole, size - 1)
+    if rest or not 0 <= shared <= min(counts):
+        why = f" (of {list(lens)}; the other tokens have met padding)" if counts != lens else ""
+        raise UnsupportedError(
+            f"attention over {whole} tokens cannot be put together from {list(counts)}{why} on the ranks: split each "
+            "tensor that is joined to a split one, or leave it whole on all ranks"
+        )
+    places = _shared_places(tensors, real, shared, attention) if shared else (0, 0)
+    return dealt_rows(here, whole, real, counts, places, attention.sp.index)
+
+
+def _shared_places(
+    tensors: Sequence[torch.Tensor], real: Sequence[int], shared: int, attention: SequenceAttention
+) -> tuple[int, int]:
+    """How many of the rows that every rank has stand at the front and at the back: those with the same values."""
+    rows = torch.cat([t.flatten(2) for t in tensors], 2)
+    front = _alike(take(rows, runs_of(real[:shared]), 1), attention)
+    back = _alike(take(rows, runs_of(real[len(real) - shared :]), 1), attention)
+    first = next((n for n, same in enumerate(front) if not same), shared)
+    last = next((n for n, same in enumerate(reversed(back)) if not same), shared)
+    if first == shared and last < shared:
+        return shared, 0
+    if last == shared and first < shared:
+        return 0, shared
+    if first + last == shared:
+        return first, last
+    raise UnsupportedError(
+        f"{shared} tokens of an attention call are on every rank, but stand neither before nor after the split ones: "
+        "split them, too, or join them at one end"
+    )
+
+
+def _alike(rows: torch.Tensor, attention: SequenceAttention) -> list[bool]:
+    """For each row (dimension 1) whether it is the same on all ranks."""
+    size = attention.sp.size
+    of_ranks = attention.sp.all_gather(rows, [rows.shape[1]] * size, 1).unflatten(1, (size, -1)).double()
+    first = of_ranks[:, :1]
+    apart = (of_ranks - first).norm(dim=(0, 3)).amax(0)
+    return (apart <= ALIKE.get(rows.dtype, 5e-2) * first.norm(dim=(0, 3))[0]).tolist()
+
+
+def _real_rows(tensors: Sequence[torch.Tensor], dim: int, padded: bool) -> list[int]:
+    """The rows that are no padding: while steps are learned, padding is NaN."""
+    everything = list(range(tensors[0].shape[dim]))
+    if not padded or not tensors[0].is_floating_point():
+        return everything
+    bad = [t.isnan().movedim(dim, 0).flatten(1).any(1) for t in tensors if t.numel()]
+    if not bad:
+        return everything
+    hidden = torch.stack(bad).any(0).tolist()
+    return [i for i in everything if not hidden[i]]
+
+
+def _tell(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
+    """What every rank says, if all are at the same place."""
+    told = agree(attention, [*values, *[0] * (WIDTH - len(values))])
+    if any(said[0] != values[0] for said in told):
+        raise OutOfStep
+    return told

@@ -1,0 +1,289 @@
+"""A transformer under a declared sequence plan: split and gathered where the plan says, checked against the whole.
+
+Each new signature of a call is learned first: the model runs whole on every rank, then over the ranks, where lengths
+are compared to find out what is split at each attention call (`steps.py`). Both results must agree; else the call is
+refused. Later calls follow the steps, without another word.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from shardit.core.modules.module_state import restore, state_of
+from shardit.core.modules.patching import swap_class
+from shardit.core.runtime.call_signature import signature
+from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.microbatch import CLOSE
+from shardit.core.runtime.pending import settle
+from shardit.core.stages.stages import Stages
+from shardit.errors import InputError, RankError, UnsupportedError
+from shardit.parallel.attention.block_run import DONE, FAILED, agree
+from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.sequence_attention import SequenceAttention
+from shardit.parallel.compare import disturbed, same
+from shardit.parallel.sequence.declared.attention_steps import WIDTH, Seen, Step
+from shardit.parallel.sequence.declared.module_hooks import call_module
+from shardit.parallel.sequence.declared.passes import Differs, Pass, SpreadPass, WholePass
+from shardit.parallel.sequence.declared.rules import ModuleRules, read_plan
+
+MAX_SIGNATURES = 1024
+"""Signatures whose steps are remembered per transformer, more than stages remember; the least recently used one goes
+first."""
+
+SLACK = 2.0
+"""The bound on differences, in units of `CLOSE`: a random input is harder than a picture."""
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Running:
+    """One forward of a planned model under way."""
+
+    owner: PlannedSequence
+    current: Pass
+
+
+_running: ContextVar[Running | None] = ContextVar("shardit_planned", default=None)
+
+
+def running_pass() -> Pass | None:
+    """What becomes of tensors in the forward that is running, if it is one under a declared plan."""
+    running = _running.get()
+    return None if running is None else running.current
+
+
+def runs_whole() -> bool:
+    """Whether a forward is running whole, on one rank by itself, to see what it does."""
+    return isinstance(running_pass(), WholePass)
+
+
+@dataclass
+class PlannedSequence:
+    """One transformer whose plan is declared.
+
+    checked: how often it was compared with the whole model. stages: its pipeline, if it has one.
+    """
+
+    model: nn.Module
+    attention: SequenceAttention
+    attribute: str
+    rules: list[ModuleRules]
+    stages: Stages | None = None
+    checked: int = 0
+    _steps: OrderedDict[Any, list[Step]] = field(default_factory=OrderedDict)
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the model's own code splits and gathers, for which the plan says nothing."""
+        return not self.rules
+
+    @property
+    def padded(self) -> bool:
+        """Whether the plan pads anything."""
+        return any(rule.pad for rules in self.rules for rule in rules.splits())
+
+    def forward(self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the transformer; its result is plain and the same on all ranks."""
+        running = _running.get()
+        if running is not None and running.owner is self:  # the forward calls the model itself
+            return call(*args, **kwargs)
+        settle((args, kwargs))
+        key = signature((args, kwargs), self.model.training)
+        if key not in self._steps:
+            self._learn(key, call, args, kwargs, noise=True)
+        self._steps.move_to_end(key)
+        try:
+            return self._run(SpreadPass(self.attention, self._steps[key]), call, args, kwargs)
+        except Differs as error:  # lengths depend on values; all ranks see it at the same place
+            if self.stages is not None:
+                raise UnsupportedError(
+                    f"{self._name} does something else than in its first call of this shape ({error}), which stages "
+                    "cannot follow: set pipeline_parallel_size=1 and cfg_parallel_size=1"
+                ) from error
+            self._learn(key, call, args, kwargs, noise=False)
+            return self._run(SpreadPass(self.attention, self._steps[key]), call, args, kwargs)
+
+    def forget(self) -> None:
+        """The model has been changed: each shape is learned, and compared with the whole model, again."""
+        self._steps.clear()
+
+    def _run(self, how: Pass, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        token = _running.set(Running(self, how))
+        try:
+            with torch.no_grad(), attention_goes_to(how):
+                out = call(*args, **kwargs) if self._own is None else call_module(how, self._own, call, args, kwargs)
+                settle(out)
+            if isinstance(how, SpreadPass):
+                how.finish()
+            return out
+        finally:
+            _running.reset(token)
+
+    # Learning.
+
+    def _learn(self, key: Any, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], noise: bool) -> None:
+        """Learn the steps of a call, from its arguments with noise if the model takes those: in what a user gives, a
+        mask may hide nothing and tokens may be alike."""
+        leaves, spec = tree_flatten((args, kwargs))
+        token = willing.set(None)  # what is restored afterwards (random states) must not reach into another's turn
+        try:
+            self._learn_from(key, call, leaves, spec, noise)
+        finally:
+            willing.reset(token)
+
+    def _learn_from(self, key: Any, call: Forward, leaves: list[Any], spec: Any, noise: bool) -> None:
+        kept = state_of(self.model)
+        with self._aside() as run:
+            given, expected = disturbed(leaves) if noise else leaves, None
+            try:
+                expected = self._whole(run, call, given, spec)
+            except (RankError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                if not noise:
+                    raise
+            if expected is None:  # a model that takes no such values: the real ones must do
+                given, expected = leaves, self._whole(run, call, leaves, spec)
+            self._steps[key] = self._compare(run, call, given, spec, *expected)
+        restore(kept)
+        if len(self._steps) > MAX_SIGNATURES:
+            self._steps.popitem(last=False)
+
+    @contextmanager
+    def _aside(self) -> Iterator[Callable[[Forward, Any], Any]]:
+        """Runs of the model of which stages know nothing; what runs one, on all stages."""
+        if self.stages is None:
+            yield lambda forward, arguments: forward()
+        else:
+            with self.stages.aside():
+                yield self.stages.watched
+
+    def _whole(self, run: Any, call: Forward, leaves: list[Any], spec: Any) -> tuple[Any, list[Seen]]:
+        whole = WholePass()
+        given = tree_map_only(torch.Tensor, torch.clone, leaves)
+        args, kwargs = tree_unflatten(given, spec)
+        with torch.random.fork_rng(self._devices):
+            out = run(lambda: self._run(whole, call, args, kwargs), given)
+        if not all(same(a, b) for a, b in zip(leaves, given, strict=True) if isinstance(a, torch.Tensor)):
+            self._refuse("it writes to its arguments", None)
+        return out, whole.events
+
+    def _compare(
+        self, run: Any, call: Forward, leaves: list[Any], spec: Any, expected: Any, events: list[Seen]
+    ) -> list[Step]:
+        """The steps over the ranks of a call, if it gives what the whole model gives."""
+        self.checked += 1
+        given = tree_map_only(torch.Tensor, torch.clone, leaves)
+        args, kwargs = tree_unflatten(given, spec)
+        spread, error, got = SpreadPass(self.attention, [], events, self.padded), None, None
+        try:
+            with torch.random.fork_rng(self._devices):
+                got = run(lambda: self._run(spread, call, args, kwargs), given)
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as failure:  # a model that cannot take such shards may say so in any way
+            error = failure
+        if spread.told:
+            self._refuse("another rank fails", error)
+        self._agree(error is None, "it fails" if error is not None else "another rank fails", error)
+        what = _difference(expected, got, self._bound())
+        self._agree(what is None, what or "another rank gets a wrong result", None)
+        return spread.steps
+
+    def _agree(self, good: bool, what: str, error: Exception | None) -> None:
+        """Go on if all ranks find it good; else raise on all of them."""
+        told = agree(self.attention, [DONE if good else FAILED, *[0] * (WIDTH - 1)])
+        if any(said[0] != DONE for said in told):
+            self._refuse(what, error)
+
+    def _refuse(self, what: str, error: Exception | None) -> NoReturn:
+        if isinstance(error, InputError):
+            raise error
+        why = f" ({type(error).__name__}: {error})" if error is not None and str(error) else ""
+        raise UnsupportedError(
+            f"{self._name} over {self.attention.sp.size} ranks, as {self.attribute} says: {what}{why}. Between a split "
+            "and its gather a module may only use its own tokens, outside of attention (docs/sequence-plans.md)"
+        ) from error
+
+    def _bound(self) -> float:
+        """How much a result may differ: as much as the shortest floats in it make it."""
+        kinds = {p.dtype for p in self.model.parameters()} | {torch.float32}
+        device = self.attention.sp.mesh.device.type
+        if torch.is_autocast_enabled(device):
+            kinds.add(torch.get_autocast_dtype(device))
+        return SLACK * max(CLOSE.get(kind, 0.0) for kind in kinds)
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        device = self.attention.sp.mesh.device
+        return [] if device.type == "cpu" else [device]
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    # What happens at a module that the plan names.
+
+    def module_call(self, rules: ModuleRules, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a module: inputs are split before, outputs split or gathered after it."""
+        running = _running.get()
+        if running is None or running.owner is not self:
+            return call(*args, **kwargs)
+        return call_module(running.current, rules, call, args, kwargs)
+
+    def install(self) -> None:
+        """Put the seam at the modules of the plan, outside all others."""
+        for rules in self.rules:
+            if rules.module is not self.model:
+                swap_class(rules.module, {"__call__": _module_call(type(rules.module).__call__, rules, self)})
+
+    @property
+    def _own(self) -> ModuleRules | None:
+        """The rules of the model itself."""
+        return next((rules for rules in self.rules if rules.module is self.model), None)
+
+
+def read_planned(model: nn.Module, attribute: str, attention: SequenceAttention) -> PlannedSequence:
+    """A model under the plan in one of its attributes; nothing is changed before `install`. Raises InputError where
+    the plan does not fit the model."""
+    rules = read_plan(model, attribute, padding=attention.ring is None)
+    return PlannedSequence(model, attention, attribute, rules)
+
+
+def _module_call(own_call: Any, rules: ModuleRules, planned: PlannedSequence) -> Any:
+    @functools.wraps(own_call)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return planned.module_call(rules, own_call.__get__(self), args, kwargs)
+
+    return __call__
+
+
+def _difference(expected: Any, got: Any, bound: float) -> str | None:
+    """How a result is not what was expected."""
+    a, b = tree_leaves(expected), tree_leaves(got)
+    if len(a) != len(b):
+        return f"it returns {len(b)} values instead of {len(a)}"
+    for number, (x, y) in enumerate(zip(a, b, strict=True)):
+        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            continue
+        if x.shape != y.shape:
+            return f"output {number} has the shape {list(y.shape)} instead of {list(x.shape)}: it must be gathered"
+        wide = torch.complex128 if x.is_complex() else torch.float64
+        one, other = x.to(wide), y.to(wide)
+        if not torch.equal(one.isnan(), other.isnan()):
+            return f"padding, or what comes from it, reaches output {number}"
+        error = float((one - other).nan_to_num().norm() / one.nan_to_num().norm().clamp_min(1e-30))
+        if error > bound:
+            return f"output {number} differs from that of the whole model by {error:.1e}, relatively"
+    return None

@@ -1,0 +1,162 @@
+"""One forward under a declared plan: whole, to see what it does, or over the ranks.
+
+`WholePass` and `SpreadPass` answer the same questions: what becomes of a tensor that is to be split or gathered, and of
+an attention call (`seam.Handler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+from shardit.errors import UnsupportedError
+from shardit.parallel.attention.block_run import OutOfStep
+from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
+from shardit.parallel.sequence.declared.attention_steps import (
+    AttentionStep,
+    GatherStep,
+    Seen,
+    SplitStep,
+    Step,
+    learn_attention,
+    learn_gather,
+    seen_attention,
+)
+from shardit.parallel.sequence.declared.rules import Rule
+from shardit.parallel.sequence.shards.lazy import Cache
+from shardit.parallel.sequence.shards.token_dims import Split
+
+
+class Differs(Exception):
+    """A forward does something else than when its steps were learned."""
+
+
+@dataclass
+class WholePass:
+    """Nothing is split. events: what happened."""
+
+    events: list[Seen] = field(default_factory=list)
+
+    def split(self, rule: Rule, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it is."""
+        self.events.append(Seen(rule.title, (tensor.shape[rule.dim],)))
+        return tensor
+
+    def gather(self, rule: Rule, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it is."""
+        self.events.append(Seen(rule.title, (tensor.shape[rule.dim],)))
+        return tensor
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """Plain attention."""
+        self.events.append(seen_attention(call))
+        return call.inner(call.q, call.k, call.v, call.mask)
+
+
+@dataclass
+class SpreadPass:
+    """Every rank runs its own tokens. steps: what happens, in order. whole: where the steps are learned, what happened
+    in the whole forward (else None). padded: whether the plan pads anything.
+
+    told: another rank has said that it failed, and all know.
+    """
+
+    attention: SequenceAttention
+    steps: list[Step]
+    whole: list[Seen] | None = None
+    padded: bool = False
+    told: bool = False
+    _next: int = 0
+    _cache: Cache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._cache = Cache(self.attention.sp)
+
+    @property
+    def blank(self) -> float:
+        """What padding is filled with: zeros, or while steps are learned NaN, which shows where it gets to."""
+        return 0.0 if self.whole is None else float("nan")
+
+    def split(self, rule: Rule, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's shard."""
+        dim, total = rule.dim % tensor.ndim, tensor.shape[rule.dim]
+        seen = Seen(rule.title, (total,))
+        if self.whole is not None:
+            whole = self._in_whole(seen)
+            if whole.sizes != seen.sizes:
+                raise UnsupportedError(
+                    f"{rule.title} has {total} tokens when it is to be split, but {whole.sizes[0]} in the whole model: "
+                    "it is split already, so name only the first place where it appears"
+                )
+            self.steps.append(SplitStep(seen))
+        self._step(seen)
+        if rule.pad:
+            return self._padded(tensor, dim, total)
+        return self._cache.shard_of(tensor, Split(dim, (0,)), (total,), keep=rule.repeated)
+
+    def _padded(self, tensor: torch.Tensor, dim: int, total: int) -> torch.Tensor:
+        index, size = self.attention.sp.index, self.attention.sp.size
+        length = -(-total // size)
+        start = min(index * length, total)
+        shard = tensor.narrow(dim, start, min(length, total - start))
+        missing = length - shard.shape[dim]
+        if not missing:
+            return shard.contiguous()
+        number = tensor.is_floating_point() or tensor.is_complex()
+        return pad(shard, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing], value=self.blank if number else 0)
+
+    def gather(self, rule: Rule, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole of a tensor of which each rank has a shard."""
+        dim = rule.dim % tensor.ndim
+        seen = Seen(rule.title, (tensor.shape[dim],))
+        if self.whole is not None:
+            with without_modes():
+                self.steps.append(self._learned(learn_gather, seen, tensor, dim))
+        step = self._step(seen)
+        assert isinstance(step, GatherStep)
+        return step.run(tensor, dim, self.attention)
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """Attention of own queries over the keys of all ranks, or of what every rank has."""
+        seen = seen_attention(call)
+        if self.whole is not None:
+            with without_modes():
+                self.steps.append(self._learned(learn_attention, seen, call))
+        step = self._step(seen)
+        assert isinstance(step, AttentionStep)
+        return step.run(call, self.attention, self.blank)
+
+    def finish(self) -> None:
+        """The forward has ended."""
+        if self._next != len(self.steps if self.whole is None else self.whole):
+            raise Differs(f"{self._next} steps instead of {len(self.steps)}")
+
+    def _learned(self, learn: Callable[..., Step], seen: Seen, *args: Any) -> Step:
+        try:
+            return learn(seen, self._in_whole(seen), *args, self.attention, self.padded)
+        except OutOfStep:
+            self.told = True
+            raise
+
+    def _in_whole(self, seen: Seen) -> Seen:
+        """The same event in the whole forward."""
+        assert self.whole is not None
+        if self._next >= len(self.whole) or self.whole[self._next].title != seen.title:
+            raise UnsupportedError(f"{seen.title} is met at another place than in the whole model")
+        return self.whole[self._next]
+
+    def _step(self, seen: Seen) -> Step:
+        n = self._next
+        self._next += 1
+        if n >= len(self.steps) or self.steps[n].seen != seen:
+            known = self.steps[n].seen if n < len(self.steps) else "the end"
+            raise Differs(f"{seen} instead of {known}")
+        return self.steps[n]
+
+
+Pass = WholePass | SpreadPass

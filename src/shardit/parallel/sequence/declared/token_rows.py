@@ -1,0 +1,115 @@
+"""Which rows of a tensor a rank contributes, where some may be on all ranks and some may be padding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardit.core.comm.collectives import Collectives, even_sizes
+
+Runs = tuple[tuple[int, int], ...]
+"""(start, length) pairs, in order."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows (tokens) of one tensor whose whole has `whole` of them, over the ranks.
+
+    local: rows on this rank. own: those that it contributes, so that all ranks together have each row once. lens: how
+    many each rank contributes. shared: rows that every rank has (text that was not split, say): they are dealt to the
+    ranks, `front` of them stand before the split ones. What is neither own nor shared is padding. Rows of a tensor that
+    every rank has whole are `everywhere`.
+    """
+
+    local: int
+    whole: int
+    lens: tuple[int, ...] = ()
+    own: Runs = ()
+    shared: Runs = ()
+    front: int = 0
+    everywhere: bool = False
+
+    def take(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The rows that this rank contributes; the tensor itself where that is all of it."""
+        return take(tensor, self.own, dim)
+
+    def put(self, rows: torch.Tensor, comm: Collectives, blank: float) -> torch.Tensor:
+        """From what was computed for own rows (dimension 1) to all local ones: shared rows come from the rank they were
+        dealt to, padding is `blank`."""
+        if self.own == ((0, self.local),):
+            return rows
+        full = rows.new_full((rows.shape[0], self.local, *rows.shape[2:]), blank)
+        place(full, self.own, rows)
+        if self.shared:
+            dealt = even_sizes(_count(self.shared), comm.size)
+            mine = take(full, self._dealt(dealt, comm.index), 1)
+            place(full, self.shared, comm.all_gather(mine, dealt, 1))
+        return full
+
+    def _dealt(self, dealt: Sequence[int], rank: int) -> Runs:
+        indices = _indices(self.shared)
+        start = sum(dealt[:rank])
+        return runs_of(indices[start : start + dealt[rank]])
+
+    def natural(self, rank: int) -> list[int]:
+        """Where in the whole tensor the rows that a rank contributes stand. The split rows are taken to be one
+        sequence: what several make is in the order of the ranks, which a wrong result would show."""
+        shared, size = _count(self.shared), len(self.lens)
+        dealt = even_sizes(shared, size)
+        split = [n - d for n, d in zip(self.lens, dealt, strict=True)]
+        start, first = sum(dealt[:rank]), self.front + sum(split[:rank])
+        places = [i if i < self.front else self.whole - shared + i for i in range(start, start + dealt[rank])]
+        return sorted([*places, *range(first, first + split[rank])])
+
+
+def dealt_rows(
+    here: int, whole: int, real: Sequence[int], counts: Sequence[int], shared: tuple[int, int], rank: int
+) -> Rows:
+    """The rows of a tensor of which each rank has `counts[rank]` that are no padding; on this one they are `real`.
+
+    shared: how many at the front and at the back every rank has."""
+    front, back = shared
+    size = len(counts)
+    both = [*real[:front], *real[len(real) - back :]]
+    dealt = even_sizes(front + back, size)
+    start = sum(dealt[:rank])
+    own = sorted([*both[start : start + dealt[rank]], *real[front : len(real) - back]])
+    lens = tuple(n - front - back + d for n, d in zip(counts, dealt, strict=True))
+    return Rows(here, whole, lens, runs_of(own), runs_of(both), front)
+
+
+def runs_of(indices: Sequence[int]) -> Runs:
+    """Neighbouring indices as runs."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and sum(runs[-1]) == index:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((index, 1))
+    return tuple(runs)
+
+
+def take(tensor: torch.Tensor, runs: Runs, dim: int) -> torch.Tensor:
+    """These rows of a tensor: the tensor itself, a view, or where there are several runs a copy."""
+    if runs == ((0, tensor.shape[dim]),):
+        return tensor
+    pieces = [tensor.narrow(dim, *run) for run in runs] or [tensor.narrow(dim, 0, 0)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def place(tensor: torch.Tensor, runs: Runs, rows: torch.Tensor) -> None:
+    """Write rows to these places along dimension 1."""
+    starts = itertools.accumulate((length for _, length in runs), initial=0)
+    for (start, length), at in zip(runs, starts, strict=False):
+        tensor.narrow(1, start, length).copy_(rows.narrow(1, at, length))
+
+
+def _indices(runs: Runs) -> list[int]:
+    return [i for start, length in runs for i in range(start, start + length)]
+
+
+def _count(runs: Runs) -> int:
+    return sum(length for _, length in runs)

@@ -1,0 +1,1 @@
+"""Sequence parallelism found by trial, block call by block call."""

@@ -1,0 +1,249 @@
+"""Sequence parallelism of one transformer: each rank of "sp" runs the blocks on its own tokens.
+
+The arguments of a block call are cut, its outputs look whole and are gathered only when code between the blocks or
+after them uses them: what one block hands to the next never is. Code of the model sees whole tensors everywhere.
+Which dimensions are tokens is found, and checked, at the first call of each kind (`check.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context, ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardit.core.comm.checkpoint import sendable
+from shardit.core.modules.module_state import restore, state_of
+from shardit.core.modules.patching import swap_class
+from shardit.core.runtime.call_signature import modes
+from shardit.core.runtime.pending import PendingTensor, settle
+from shardit.core.runtime.randomness import generators_kept
+from shardit.core.stages.stages import Stages
+from shardit.errors import RankError, UnsupportedError
+from shardit.parallel.attention.block_run import DONE, BlockRun, OutOfStep, agree
+from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.sequence_attention import Layout, SequenceAttention
+from shardit.parallel.block_signature import fingerprint, value_key
+from shardit.parallel.sequence.found.search import BlockPlan, find_plan
+from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
+from shardit.parallel.sequence.shards.token_dims import Shape
+
+MAX_STEPS = 1024
+"""Sizes of block calls that are remembered per transformer."""
+
+
+@dataclass
+class Flow:
+    """One forward under way: shards of what its blocks were given."""
+
+    owner: SequenceParallel
+    cache: Cache
+    in_block: bool = False
+
+
+@dataclass
+class Step:
+    """A kind of block call at given sizes. plan None: every rank runs it whole. layouts None: not learned yet."""
+
+    plan: BlockPlan | None
+    totals: tuple[int, ...] = ()
+    layouts: list[Layout] | None = None
+
+
+_flow: ContextVar[Flow | None] = ContextVar("shardit_flow", default=None)
+
+
+@dataclass
+class SequenceParallel:
+    """One transformer whose tokens are spread over "sp".
+
+    checked: block calls that were compared with the whole block (one for each kind).
+    """
+
+    model: nn.Module
+    attention: SequenceAttention
+    blocks: list[tuple[str, nn.Module]]
+    stages: Stages | None = None
+    checked: int = 0
+    by_hand = False
+    _fingerprints: list[Any] = field(default_factory=list)
+    _owned: list[bool] = field(default_factory=list)
+    _plans: dict[Any, list[tuple[BlockPlan, Any]]] = field(default_factory=dict)
+    _steps: dict[Any, Step] = field(default_factory=dict)
+
+    # What happens at a call of the model and of a block.
+
+    def forward(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the transformer; its result is plain and the same on all ranks."""
+        running = _flow.get()
+        if running is not None and running.owner is self:  # the forward calls the model itself
+            return call(*args, **kwargs)
+        settle((args, kwargs))
+        token = _flow.set(Flow(self, Cache(self.attention.sp)))
+        try:
+            with torch.no_grad():
+                out = call(*args, **kwargs)
+            settle(out)
+            return out
+        finally:
+            _flow.reset(token)
+
+    def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of block number `index`, on the tokens of this rank."""
+        flow = _flow.get()
+        if flow is None or flow.owner is not self or flow.in_block:
+            return call(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        step = self._step(index, call, leaves, spec)
+        if step.plan is None:
+            settle(leaves)
+            return call(*args, **kwargs)
+        args, kwargs = tree_unflatten(self._shards(flow, step, leaves), spec)
+        flow.in_block = True
+        try:
+            out = self._run(index, step, lambda: call(*args, **kwargs))
+        finally:
+            flow.in_block = False
+        return self._lazily_whole(step, out)
+
+    def _shards(self, flow: Flow, step: Step, leaves: list[Any]) -> list[Any]:
+        assert step.plan is not None
+        candidate, shards = step.plan.candidate, []
+        for q, (leaf, split) in enumerate(zip(leaves, candidate.splits, strict=True)):
+            if split is not None:
+                leaf = flow.cache.shard_of(leaf, split, step.totals, keep=q not in candidate.streams)
+            elif isinstance(leaf, PendingTensor):
+                settle(leaf)
+            shards.append(leaf)
+        return shards
+
+    def _run(self, index: int, step: Step, call: Callable[[], Any]) -> Any:
+        assert step.plan is not None
+        if not self._owned[index]:  # another stage runs it
+            return call()
+        run = BlockRun(self.attention, list(step.plan.spread), step.layouts)
+        with attention_goes_to(run):
+            out = call()
+        if step.layouts is None:
+            if any(code != DONE for code, *_ in agree(self.attention, [DONE, 0, 0, 0, 0, 0])):
+                raise OutOfStep(f"ranks differ in how often {self.blocks[index][0]} calls attention")
+            step.layouts = run.learned
+        return out
+
+    def _lazily_whole(self, step: Step, out: Any) -> Any:
+        assert step.plan is not None
+        leaves, spec = tree_flatten(out)
+        if len(leaves) != len(step.plan.outs):
+            raise UnsupportedError(f"a block of {self._name} returns something else than when its kind was first seen")
+        for q, split in enumerate(step.plan.outs):
+            if split is not None:
+                shape = tuple(leaves[q].shape)
+                full = (*shape[: split.dim], sum(step.totals[p] for p in split.parts), *shape[split.dim + 1 :])
+                leaves[q] = ShardSource(leaves[q], split, step.totals, full, self.attention.sp).whole()
+        return tree_unflatten(leaves, spec)
+
+    # Kinds of block calls.
+
+    def _step(self, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> Step:
+        shapes = [_shape(leaf) for leaf in leaves]
+        kind = (self._fingerprints[index], spec, tuple(map(value_key, leaves)), modes())
+        key = (kind, tuple(shapes))
+        step = self._steps.get(key)
+        if step is None:
+            if len(self._steps) >= MAX_STEPS:
+                self._steps.clear()
+            plan = self._known(kind, shapes) or self._find(kind, index, call, leaves, spec, shapes)
+            step = self._steps[key] = Step(plan, plan.candidate.totals(shapes) if plan is not None else ())
+        return step
+
+    def _known(self, kind: Any, shapes: list[Shape | None]) -> BlockPlan | None:
+        for plan, pattern in self._plans.get(kind, ()):
+            if plan.candidate.fits(shapes) and plan.candidate.pattern(shapes) == pattern:
+                long_enough = max(plan.candidate.totals(shapes)) >= self.attention.sp.size
+                return plan if long_enough else None
+        return None
+
+    def _find(
+        self, kind: Any, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any, shapes: list[Shape | None]
+    ) -> BlockPlan | None:
+        plan, error = None, None
+        self.checked += 1
+        settle([leaf for leaf in leaves if _spread(leaf) is None])
+        with self._aside():  # what is spread stays so here: a gather that nobody watches would be missing later
+            whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_spread(leaf)]]
+            if self._owned[index]:
+                try:
+                    kept = state_of(self.blocks[index][1])
+                    with generators_kept(self.attention.sp.mesh.device):
+                        # In a context of its own: what collects outputs of blocks (transformers does, by hooks) is not
+                        # to collect those of trials.
+                        trial = Context().run
+                        plan = trial(find_plan, self._title(index), self.attention, call, whole, spec)
+                    restore(kept)
+                except RankError:
+                    raise
+                except Exception as failure:  # every rank of the model is told
+                    error = failure
+            if self.stages is not None:
+                comm, owner = self.stages.runtime.comm, self.stages.owners[index]
+                plan, error = comm.broadcast_object((plan, error and sendable(error)), owner)
+        if error is not None:
+            raise error
+        if plan is not None:
+            self._plans.setdefault(kind, []).append((plan, plan.candidate.pattern(shapes)))
+        return plan
+
+    def _aside(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stages is None else self.stages.aside()
+
+    def _title(self, index: int) -> str:
+        name, block = self.blocks[index]
+        return f"{type(block).__name__} ({self._name}.{name})"
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def forget(self) -> None:
+        """The model has been changed: each kind of block call is looked at, and checked, again."""
+        self._plans.clear()
+        self._steps.clear()
+        self._fingerprints = [fingerprint(block) for _, block in self.blocks]
+
+    def install(self) -> None:
+        """Put the seam at the blocks, outside all others; those of other stages are on meta by now."""
+        self._fingerprints = [fingerprint(block) for _, block in self.blocks]
+        self._owned = [not any(p.is_meta for p in block.parameters()) for _, block in self.blocks]
+        for index, (_, block) in enumerate(self.blocks):
+            swap_class(block, {"__call__": _block_call(type(block).__call__, index, self)})
+
+
+def _shape(leaf: Any) -> Shape | None:
+    source = _spread(leaf)
+    if source is not None:
+        return source.full
+    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None
+
+
+def _spread(leaf: Any) -> ShardSource | None:
+    """Where the shards of an argument are, if it is the whole output of a block and not gathered yet."""
+    if type(leaf) is PendingTensor and isinstance(leaf._source, ShardSource) and leaf._source.is_whole(leaf):
+        return leaf._source
+    return None
+
+
+def automatic() -> bool:
+    """Whether a forward is running whose tokens are spread as was found."""
+    return _flow.get() is not None
+
+
+def _block_call(own_call: Any, index: int, parallel: SequenceParallel) -> Any:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return parallel.block_call(index, own_call.__get__(self), args, kwargs)
+
+    return __call__

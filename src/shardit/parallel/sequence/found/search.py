@@ -1,0 +1,176 @@
+"""Finding how a kind of block call is spread: candidates are tried against the whole block, on all ranks at once.
+
+What passes computes the same as the whole block does, on arguments that were disturbed so that it is not by chance
+(masks that hide nothing, text that is all padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardit.core.runtime.microbatch import CLOSE
+from shardit.errors import RankError, UnsupportedError
+from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, agree
+from shardit.parallel.attention.hook import attention_goes_to
+from shardit.parallel.attention.sequence_attention import SequenceAttention
+from shardit.parallel.compare import disturbed, same
+from shardit.parallel.dataflow import Taint
+from shardit.parallel.sequence.shards.lazy import gather
+from shardit.parallel.sequence.shards.token_dims import (
+    Candidate,
+    Shape,
+    Split,
+    candidates,
+    cut,
+    local_shape,
+    out_options,
+)
+
+SLACK = {torch.float32: 2.0}
+"""One block in float32 may differ a little more than a whole model may (`CLOSE`), whose sums average it out."""
+
+
+REMEDY = (
+    "set ulysses_degree=1 and ring_degree=1, or say in the model's _sp_plan where its tensors are split "
+    "(docs/sequence-plans.md)"
+)
+"""What to do about a model whose tokens cannot be spread by what is found."""
+
+
+class Refused(UnsupportedError):
+    """No way was found to spread a model."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How a kind of block call is spread. outs: how each output leaf is cut. spread: see `BlockRun`."""
+
+    candidate: Candidate
+    outs: tuple[Split | None, ...]
+    spread: tuple[tuple[bool, bool], ...]
+
+
+def find_plan(
+    name: str, attention: SequenceAttention, call: Callable[..., Any], leaves: list[Any], spec: Any
+) -> BlockPlan | None:
+    """Try the candidates for a block call with these (whole) argument leaves. Collective over "sp".
+
+    None: the streams are shorter than there are ranks, so every rank runs the block whole. Raises UnsupportedError
+    where no candidate gives what the whole block gives, or the block writes to its arguments.
+    """
+    leaves = disturbed(leaves)
+    shapes = shapes_of(leaves)
+    kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+    expected, out_spec = tree_flatten(_call(call, leaves, spec))
+    if any(k is not None and not same(k, leaf) for k, leaf in zip(kept, leaves, strict=True)):
+        raise Refused(f"{name} writes to its arguments: {REMEDY}")
+    found = candidates(shapes, shapes_of(expected))
+    if found and max(found[0].totals(shapes)) < attention.sp.size:
+        return None
+    failures: list[Exception] = []
+    for candidate in found:
+        attempt = _Attempt(attention, candidate, candidate.totals(shapes), expected, out_spec, failures)
+        plan = attempt.run(call, leaves, spec)
+        if plan is not None:
+            return plan
+    why = f"; {failures[0]}" if failures and isinstance(failures[0], UnsupportedError) else ""
+    sizes = ", ".join(str(list(shape)) for shape in shapes if shape is not None)
+    raise Refused(
+        f"no way was found to spread the tokens of {name} over {attention.sp.size} ranks (its arguments have the "
+        f"shapes {sizes}; {len(found)} ways were tried{why}): {REMEDY}"
+    )
+
+
+@dataclass
+class _Attempt:
+    attention: SequenceAttention
+    candidate: Candidate
+    totals: tuple[int, ...]
+    expected: list[Any]
+    out_spec: Any
+    failures: list[Exception]
+
+    def run(self, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockPlan | None:
+        """The plan, if this candidate is right on every rank."""
+        sp = self.attention.sp
+        shards = [
+            leaf if split is None else cut(leaf, split, self.totals, sp.index, sp.size).clone()
+            for leaf, split in zip(leaves, self.candidate.splits, strict=True)
+        ]
+        taint = Taint(s for s, split in zip(shards, self.candidate.splits, strict=True) if split is not None)
+        block = BlockRun(self.attention, [], taint=taint)
+        outs = self._outputs(block, call, shards, spec)
+        splits = None if outs is None else self._out_splits(outs)
+        if outs is None or splits is None:
+            return None
+        wholes = [self._whole(out, split) for out, split in zip(outs, splits, strict=True)]
+        right = all(_close(x, y) for x, y in zip(self.expected, wholes, strict=True))
+        if not self._all([right]):
+            return None
+        return BlockPlan(self.candidate, tuple(splits), tuple(block.spread))
+
+    def _outputs(self, block: BlockRun, call: Callable[..., Any], shards: list[Any], spec: Any) -> list[Any] | None:
+        """The output leaves; None where it failed on any rank. No rank waits for one that has failed."""
+        outs: list[Any] = []
+        code = FAILED
+        assert block.taint is not None
+        try:
+            with attention_goes_to(block), block.taint:
+                outs, out_spec = tree_flatten(_call(call, shards, spec))
+            code = DONE if out_spec == self.out_spec and len(outs) == len(self.expected) else FAILED
+        except OutOfStep:
+            return None
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a block that cannot take such shards may say so in any way
+            self.failures.append(error)
+        told = agree(self.attention, [code, 0, 0, 0, 0, 0])
+        return outs if all(said[0] == DONE for said in told) else None
+
+    def _out_splits(self, outs: list[Any]) -> list[Split | None] | None:
+        """For each output leaf the first reading of its shape that is right on every rank."""
+        sp = self.attention.sp
+        chosen: list[Split | None] = []
+        for full, shard in zip(shapes_of(self.expected), shapes_of(outs), strict=True):
+            options = [None] if full is None else out_options(full, self.totals)
+            fits = [shard == (full and local_shape(full, o, self.totals, sp.index, sp.size)) for o in options]
+            told = agree(self.attention, [int(fit) for fit in fits])
+            good = [o for o, said in zip(options, zip(*told, strict=True), strict=True) if all(said)]
+            if not good:
+                return None
+            chosen.append(good[0])
+        return chosen
+
+    def _whole(self, out: Any, split: Split | None) -> Any:
+        if split is None:
+            return out
+        return gather(out, split.dim, [self.totals[p] for p in split.parts], self.attention.sp)
+
+    def _all(self, flags: Sequence[bool]) -> bool:
+        return all(all(said) for said in agree(self.attention, [int(flag) for flag in flags]))
+
+
+def _call(call: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
+    args, kwargs = tree_unflatten(leaves, spec)
+    return call(*args, **kwargs)
+
+
+def shapes_of(leaves: Sequence[Any]) -> list[Shape | None]:
+    """Shapes of tensors, None for what is no tensor."""
+    return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+
+
+def _close(x: Any, y: Any) -> bool:
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return x is y or bool(x == y)
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    a, b = torch.nan_to_num(x.to(wide)), torch.nan_to_num(y.to(wide))
+    bound = CLOSE.get(x.dtype, 0.0) * SLACK.get(x.dtype, 1.0)
+    return bool((a - b).norm() <= bound * a.norm())

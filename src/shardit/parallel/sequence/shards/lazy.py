@@ -1,0 +1,92 @@
+"""Tensors of which this rank has its tokens only, but which look whole: gathered when somebody first uses them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardit.core.comm.collectives import Collectives, even_sizes
+from shardit.core.runtime.pending import PendingTensor, Source
+from shardit.parallel.sequence.shards.token_dims import Shape, Split, cut
+
+
+class ShardSource(Source):
+    """A whole tensor that is spread over ranks: the shard of this one, and how the whole is cut.
+
+    Waiting for it gathers it. All ranks run the same program, so all come to do so at the same point.
+    """
+
+    def __init__(self, shard: torch.Tensor, split: Split, totals: tuple[int, ...], full: Shape, comm: Collectives):
+        lengths = tuple(totals[p] for p in split.parts)
+        buffer = torch.empty(full, dtype=shard.dtype, device=shard.device)
+
+        def fill() -> None:  # knows nothing of the source: a cycle would keep memory until the garbage collector comes
+            with torch.no_grad():
+                buffer.copy_(gather(shard, split.dim, lengths, comm))
+
+        super().__init__(fill)
+        self.shard, self.split, self.full, self.lengths = shard, split, full, lengths
+        self._buffer, self._comm = buffer, comm
+
+    def whole(self) -> torch.Tensor:
+        """The whole tensor, pending."""
+        return self.wrap(self._buffer)
+
+    def is_whole(self, tensor: PendingTensor) -> bool:
+        """Whether a tensor of this source is all of it, and not a view of a part."""
+        return bool(self._tensors) and self._tensors[0]() is tensor
+
+    def holds(self, split: Split, totals: Sequence[int]) -> bool:
+        """Whether the shard is the one that `cut` would make."""
+        lengths = tuple(totals[p] for p in split.parts)
+        return split.order is None and split.dim == self.split.dim and lengths == self.lengths
+
+    def peek(self) -> torch.Tensor:
+        """The whole tensor, gathered into memory of its own; what is pending stays so."""
+        return gather(self.shard, self.split.dim, self.lengths, self._comm)
+
+
+def gather(shard: torch.Tensor, dim: int, lengths: Sequence[int], comm: Collectives) -> torch.Tensor:
+    """The whole of a tensor that `cut` has cut at `dim` into streams of these lengths. Collective."""
+    own = [even_sizes(length, comm.size)[comm.index] for length in lengths]
+    pieces = shard.split(own, dim) if len(own) > 1 else (shard,)
+    sizes = [even_sizes(length, comm.size) for length in lengths]
+    wholes = [comm.all_gather(piece, size, dim) for piece, size in zip(pieces, sizes, strict=True)]
+    return wholes[0] if len(wholes) == 1 else torch.cat(wholes, dim)
+
+
+MAX_CACHED = 16
+"""Shards of arguments that are remembered; each keeps its whole tensor alive."""
+
+
+@dataclass
+class Cache:
+    """Shards of the whole tensors that block calls of one forward were given: most are given to every block."""
+
+    comm: Collectives
+    # The whole tensor is held so that its id stays its own.
+    _made: OrderedDict[Any, tuple[torch.Tensor, int | None, torch.Tensor]] = field(default_factory=OrderedDict)
+
+    def shard_of(self, tensor: torch.Tensor, split: Split, totals: tuple[int, ...], keep: bool) -> torch.Tensor:
+        """This rank's shard of an argument; no communication where a block has made it. With `keep` it is remembered
+        for the next block."""
+        if isinstance(tensor, PendingTensor):
+            source = tensor._source
+            if isinstance(source, ShardSource) and source.holds(split, totals) and source.is_whole(tensor):
+                return source.shard
+            source.wait()
+        # Nobody counts the versions of inference tensors, so that later writes to them would go unseen.
+        if not keep or tensor.is_inference():
+            return cut(tensor, split, totals, self.comm.index, self.comm.size)
+        key = (id(tensor), split.dim, split.order, tuple(totals[p] for p in split.parts))
+        known = self._made.get(key)
+        if known is None or known[1] != tensor._version:
+            shard = cut(tensor, split, totals, self.comm.index, self.comm.size)
+            known = self._made[key] = (tensor, tensor._version, shard)
+            if len(self._made) > MAX_CACHED:
+                self._made.popitem(last=False)
+        return known[2]

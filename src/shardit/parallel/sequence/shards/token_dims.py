@@ -1,0 +1,166 @@
+"""Which dimensions of a block's arguments are tokens: candidates from shapes alone, and cutting tensors by them.
+
+A *stream* is an argument that the block gives back in the same shape: [batch, tokens, width]. Whatever else has a
+dimension as long as a stream, or as two together, may belong to its tokens (rotary tables, masks, modulation).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardit.core.comm.collectives import even_sizes
+
+MAX_CANDIDATES = 32
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one tensor is cut: dimension `dim` holds the tokens of the streams `parts`, one after the other.
+
+    order: another dimension that holds the same tokens and stays whole, but in the order of the ranks (the columns of
+    a mask whose rows are cut).
+    """
+
+    dim: int
+    parts: tuple[int, ...]
+    order: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to cut the arguments of a block call. streams: leaf numbers of the streams. splits: by leaf, None where
+    it stays whole (or is no tensor)."""
+
+    streams: tuple[int, ...]
+    splits: tuple[Split | None, ...]
+
+    def totals(self, shapes: Sequence[Shape | None]) -> tuple[int, ...]:
+        """Tokens of each stream."""
+        return tuple(_shape(shapes, q)[token_dim(_shape(shapes, q))] for q in self.streams)
+
+    def fits(self, shapes: Sequence[Shape | None]) -> bool:
+        """Whether arguments of these shapes can be cut like this."""
+        if any(shape is None or len(shape) < 2 for shape in (shapes[q] for q in self.streams)):
+            return False
+        totals = self.totals(shapes)
+        for shape, split in zip(shapes, self.splits, strict=True):
+            if split is None:
+                continue
+            if shape is None or shape[split.dim] != sum(totals[p] for p in split.parts):
+                return False
+        return True
+
+    def pattern(self, shapes: Sequence[Shape | None]) -> tuple[object, ...]:
+        """Which dimensions could be taken for tokens. Where two calls agree in it, what was found right for one holds
+        for the other: no length coincides with another only by chance in one of them."""
+        totals = self.totals(shapes)
+        return tuple(None if shape is None else tuple(_meanings(n, totals) for n in shape) for shape in shapes)
+
+
+def token_dim(shape: Shape) -> int:
+    """The token dimension of a stream."""
+    return len(shape) - 2
+
+
+def candidates(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -> list[Candidate]:
+    """Ways to cut a block call whose argument leaves and output leaves have these shapes (None: no tensor), the most
+    likely first; empty where no output has the shape of an argument."""
+    found: dict[Candidate, None] = {}
+    for streams in _stream_sets(shapes, outs):
+        totals = tuple(_shape(shapes, q)[token_dim(_shape(shapes, q))] for q in streams)
+        by_shape: dict[Shape, list[Split | None]] = {}
+        for q, shape in enumerate(shapes):
+            if shape is not None and q not in streams:
+                by_shape.setdefault(shape, _options(shape, totals))
+        for choice in itertools.islice(itertools.product(*by_shape.values()), MAX_CANDIDATES):
+            chosen = dict(zip(by_shape, choice, strict=True))
+            splits: list[Split | None] = [None if shape is None else chosen.get(shape) for shape in shapes]
+            for number, q in enumerate(streams):
+                splits[q] = Split(token_dim(_shape(shapes, q)), (number,))
+            found[Candidate(streams, tuple(splits))] = None
+    return list(found)[:MAX_CANDIDATES]
+
+
+def _stream_sets(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -> list[tuple[int, ...]]:
+    """First what comes back; then also what looks like a stream (same batch and width) but does not come back, as text
+    in the last block of some models."""
+    streams: list[int] = []
+    for out in outs:
+        same = [q for q, shape in enumerate(shapes) if shape == out and q not in streams]
+        if out is not None and len(out) >= 2 and same:
+            streams.append(same[0])
+    if not streams:
+        return []
+    like = [(s[0], s[-1], len(s)) for s in (_shape(shapes, q) for q in streams) if len(s) == 3]
+    more = [q for q, s in enumerate(shapes) if s and q not in streams and (s[0], s[-1], len(s)) in like]
+    extra = [subset for n in range(len(more) + 1) for subset in itertools.combinations(more, n)]
+    return [(*streams, *subset) for subset in extra[:8]]
+
+
+def _options(shape: Shape, totals: tuple[int, ...]) -> list[Split | None]:
+    options: list[Split | None] = []
+    dims = list(range(len(shape)))
+    if len(dims) > 2:  # after the batch, before it
+        dims = [1, *(d for d in dims if d != 1)]
+    if len(dims) >= 2 and shape[-1] == shape[-2]:
+        rows, columns = len(shape) - 2, len(shape) - 1
+        options += [Split(rows, parts, columns) for parts in _meanings(shape[-1], totals)]
+    options += [Split(dim, parts) for dim in dims for parts in _meanings(shape[dim], totals)]
+    return [*options, None]
+
+
+def _meanings(length: int, totals: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The streams, alone or two in a row, that have this length."""
+    numbers = range(len(totals))
+    alone = [(a,) for a in numbers if totals[a] == length]
+    pairs = [(a, b) for a, b in itertools.permutations(numbers, 2) if totals[a] + totals[b] == length]
+    return tuple(alone + pairs)
+
+
+def _shape(shapes: Sequence[Shape | None], q: int) -> Shape:
+    shape = shapes[q]
+    assert shape is not None
+    return shape
+
+
+def out_options(out: Shape, totals: tuple[int, ...]) -> list[Split | None]:
+    """How an output may be cut, the most likely first."""
+    return _options(out, totals)
+
+
+def local_shape(full: Shape, split: Split | None, totals: Sequence[int], rank: int, size: int) -> Shape:
+    """The shape of rank `rank`'s shard."""
+    if split is None:
+        return full
+    length = sum(even_sizes(totals[p], size)[rank] for p in split.parts)
+    return (*full[: split.dim], length, *full[split.dim + 1 :])
+
+
+def cut(tensor: torch.Tensor, split: Split, totals: Sequence[int], rank: int, size: int) -> torch.Tensor:
+    """Rank `rank`'s shard of a whole tensor: a view where it can be one, dense where the whole is."""
+    runs = _runs(split.parts, totals, size)
+    pieces = [tensor.narrow(split.dim, *run) for run in runs[rank]]
+    shard = pieces[0] if len(pieces) == 1 else torch.cat(pieces, split.dim)
+    if split.order is not None and len(split.parts) > 1:
+        columns = [shard.narrow(split.order, *run) for of_rank in runs for run in of_rank]
+        shard = torch.cat(columns, split.order)
+    return shard.contiguous() if tensor.is_contiguous() else shard
+
+
+def _runs(parts: tuple[int, ...], totals: Sequence[int], size: int) -> list[list[tuple[int, int]]]:
+    """For each rank the (start, length) of its tokens of each part."""
+    out: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    base = 0
+    for part in parts:
+        start = base
+        for rank, length in enumerate(even_sizes(totals[part], size)):
+            out[rank].append((start, length))
+            start += length
+        base += totals[part]
+    return out

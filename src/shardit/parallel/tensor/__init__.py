@@ -1,0 +1,1 @@
+"""Tensor parallelism: linears over ranks."""

@@ -1,0 +1,204 @@
+"""LoRA on linears that are cut: its matrices are cut like the linear, and one sum or gather is for both.
+
+Adapters are loaded whole and then cut, so that every format that diffusers reads is read by diffusers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.modules.patching import swap_class
+from shardit.core.placement.slices import Shards
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor.forward import unless_whole
+from shardit.parallel.tensor.loads import take_slices
+from shardit.parallel.tensor.modules import FINISH, unfinished
+from shardit.parallel.tensor.plan import PLAIN, TensorPlan
+
+ONE_RANK = "or use tensor_parallel_size=1"
+
+
+@contextmanager
+def adapters_aside(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the module tree has the linears themselves where they have adapters around them."""
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+
+
+def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:
+    """Cut the adapters of a model that is cut, in place: what is whole yet, and what was not cut before.
+
+    Raises UnsupportedError for adapters of other kinds on what is cut.
+    """
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in modules:
+        cut = plan.cuts.get(f"{name}.weight")
+        if cut is None or not hasattr(module, "base_layer"):
+            continue
+        role = plan.roles.get(name)
+        if not _is_lora(module) or (role is not None and role.kind not in FINISH):
+            raise UnsupportedError(
+                f"{name} is cut over tensor ranks, and its {type(module).__name__} adapter is not plain LoRA: merge it "
+                f"into the weights before parallelize (fuse_lora, unload_lora_weights), {ONE_RANK}"
+            )
+        for adapter in module.lora_A:
+            _cut_pair(module.lora_A[adapter], module.lora_B[adapter], cut, ranks.index)
+        if role is not None and "_finishes" not in vars(type(module)):
+            _finish_once(module, FINISH[role.kind](role, ranks))
+
+
+def _cut_pair(into: nn.Linear, out: nn.Linear, cut: Shards, rank: int) -> None:
+    """The matrices of one adapter: the first by inputs where the linear is, else the second by outputs."""
+    if cut.dim == 1:
+        _cut_part(into, "weight", cut, rank)
+        if out.bias is not None and rank > 0 and PLAIN not in vars(type(out)):
+            swap_class(out, {"forward": unless_whole(_without_bias), PLAIN: type(out)})
+        return
+    for name, _ in list(out.named_parameters()):
+        _cut_part(out, name, cut, rank)
+
+
+def _without_bias(self: Any, input: torch.Tensor) -> torch.Tensor:
+    """The bias is part of one rank's summand, as the linear's own; it stays for whoever wants the whole."""
+    return F.linear(input, self.weight)
+
+
+def _cut_part(linear: nn.Linear, name: str, cut: Shards, rank: int) -> None:
+    whole = getattr(linear, name)
+    if whole.shape[cut.dim] == cut.total:
+        with torch.no_grad():
+            setattr(linear, name, nn.Parameter(cut.of(rank).take(whole), whole.requires_grad))
+    take_slices(linear, {name: cut}, rank)
+    if name == "weight":
+        linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _finish_once(layer: nn.Module, finish: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let the sum (or gather) behind a linear come after its adapters have added their part."""
+    own_forward = type(layer).forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with unfinished(self.base_layer):
+            part = own_forward(self, *args, **kwargs)
+        return finish(part)
+
+    members = {"forward": functools.wraps(own_forward)(unless_whole(forward)), "_finishes": True, PLAIN: type(layer)}
+    swap_class(layer, members)
+
+
+def adapter_members(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> dict[str, Any]:
+    """The methods of a model that add adapters, for one that is cut."""
+    members: dict[str, Any] = {name: _loading(type(model), name, plan, ranks) for name in LOAD if hasattr(model, name)}
+    if hasattr(model, "add_adapter"):
+        members["add_adapter"] = _refused("add_adapter makes new weights, other ones on each rank: load an adapter")
+    if hasattr(model, "save_lora_adapter"):
+        members["save_lora_adapter"] = _refused("save_lora_adapter would save slices: save it before parallelize")
+    return members
+
+
+LOAD = ("load_lora_adapter", "load_adapter")
+"""Methods of models that load adapters: that of diffusers, and that of transformers."""
+
+
+def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Callable[..., Any]:
+    own_method = getattr(cls, name)
+
+    @functools.wraps(own_method)
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("hotswap") is True:
+            raise UnsupportedError(f"hotswap does not work on cut linears: unload the adapter first, {ONE_RANK}")
+        boundary = getattr(self, "shardit_boundary", None)  # of a component that one group of ranks runs
+        try:
+            with whole_sizes(self, plan), boundary.entered() if boundary is not None else nullcontext():
+                out = own_method(self, *args, **kwargs)
+            cut_adapters(self, plan, ranks)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, UnsupportedError) as error:
+            from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+            recurse_remove_peft_layers(self)  # half loaded it would compute something else than it says
+            others = list(getattr(self, "peft_config", {}))
+            vars(self).pop("peft_config", None)
+            self._hf_peft_config_loaded = False
+            lost = f"; with it {', '.join(others)} of this model were unloaded" if others else ""
+            if isinstance(error, UnsupportedError):
+                raise UnsupportedError(f"{error}{lost}") from error
+            raise UnsupportedError(f"not plain LoRA, and its linears are cut ({error}), {ONE_RANK}{lost}") from error
+        return out
+
+    return load
+
+
+@contextmanager
+def whole_sizes(model: nn.Module, plan: TensorPlan, shapes: bool = False) -> Iterator[None]:
+    """Meanwhile linears say the sizes that they have without cuts; with `shapes` their weights do so, too, on meta."""
+    changed: list[tuple[Any, str, Any]] = []
+    for name, module in model.named_modules():
+        cut = plan.cuts.get(f"{name}.weight")
+        linear = getattr(module, "base_layer", module)
+        if cut is None or not isinstance(linear, nn.Linear):
+            continue
+        side = "in_features" if cut.dim == 1 else "out_features"
+        changed.append((linear, side, getattr(linear, side)))
+        setattr(linear, side, cut.total)
+        if shapes:
+            changed.append((linear, "weight", linear.weight))
+            linear.weight = nn.Parameter(torch.empty(linear.out_features, linear.in_features, device="meta"), False)
+    try:
+        yield
+    finally:
+        for thing, name, value in changed:
+            setattr(thing, name, value)
+
+
+EXPANDS = ("_maybe_expand_transformer_param_shape_or_error_", "_maybe_expand_lora_state_dict")
+"""Methods of some pipelines of diffusers that enlarge a linear, or an adapter, where the other is larger."""
+
+
+def pipeline_members(cls: type, plans: dict[int, TensorPlan]) -> dict[str, Any]:
+    """Methods of a pipeline that compare sizes of adapters and linears. plans: by id of the model."""
+
+    def comparing(name: str) -> Callable[..., Any]:
+        own_method = getattr(cls, name)
+
+        def compare(self: Any, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            plan = plans.get(id(transformer))
+            if plan is None:
+                return own_method(transformer, *args, **kwargs)
+            with whole_sizes(transformer, plan, shapes=True):
+                return own_method(transformer, *args, **kwargs)
+
+        return compare
+
+    return {name: comparing(name) for name in EXPANDS if hasattr(cls, name)}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+
+
+def _is_lora(module: Any) -> bool:
+    pairs = hasattr(module, "lora_A") and isinstance(module.base_layer, nn.Linear)
+    return pairs and not any(getattr(module, "use_dora", {}).values())
+
+
+def _refused(why: str) -> Callable[..., None]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(f"{why}, {ONE_RANK}")
+
+    return method

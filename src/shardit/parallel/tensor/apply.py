@@ -1,0 +1,167 @@
+"""Tensor parallelism: the linears inside the blocks are cut over the ranks of the axis `tp`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.collectives import Collectives
+from shardit.core.comm.mesh import Mesh
+from shardit.core.modules.blocks import nbytes
+from shardit.core.modules.patching import Made, put, swap_class
+from shardit.core.placement.assignment import denoises, encodes, own_code
+from shardit.core.placement.balance import WHOLE_SHARE, beside
+from shardit.core.placement.slices import Owned, Shards, Slice
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor.adapters import adapter_members, adapters_aside, cut_adapters
+from shardit.parallel.tensor.check.units import watch_units
+from shardit.parallel.tensor.loads import take_slices_of
+from shardit.parallel.tensor.modules import install_role
+from shardit.parallel.tensor.norms import install_pair
+from shardit.parallel.tensor.plan import TensorPlan
+from shardit.parallel.tensor.planner import plan_tensors
+
+log = logging.getLogger(__name__)
+
+ALONE = ""
+"""The name of a module that is parallelized by itself."""
+
+
+def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 0) -> dict[str, TensorPlan]:
+    """How the components of a pipeline are cut: what denoises and what encodes; a VAE is left whole. So is an encoder
+    without attention or feed-forward that a rule knows (it would take its memory on every rank), and one with methods
+    of its own.
+
+    Where the `members` of a replica are the ranks of this axis alone, one that owns a large VAE gets less of the
+    encoders. Raises UnsupportedError where what denoises has too few heads.
+    """
+    if size == 1:
+        return {}
+    denoisers = {n for n, m in modules.items() if denoises(n, m) or n == ALONE}
+    shared = shared_modules(modules)
+    encoders = {n for n, m in modules.items() if n not in denoisers and _is_cut(m, size, shared)}
+    wholes = [nbytes(m) for n, m in modules.items() if n not in denoisers | encoders]
+    sliced = sum(nbytes(modules[n]) for n in encoders)
+    share = sum(nbytes(module) for module in modules.values()) / size
+    uneven = members == size and encoders and max(wholes, default=0) > WHOLE_SHARE * share
+    parts = beside(wholes, sliced, size) if uneven else size
+    plans = {}
+    for name in (n for n in modules if n in denoisers | encoders):
+        with adapters_aside(modules[name]):
+            every_step = name in denoisers
+            plans[name] = plan_tensors(modules[name], size if every_step else parts, must_cut=every_step, kept=shared)
+    return plans
+
+
+def _is_cut(module: nn.Module, size: int, shared: set[int]) -> bool:
+    """Whether an encoder is to be sliced."""
+    if not encodes(module) or own_code(module) is not None:
+        return False
+    with adapters_aside(module):
+        return bool(plan_tensors(module, size, kept=shared).units)
+
+
+def shared_modules(modules: Mapping[str, nn.Module]) -> set[int]:
+    """The ids of modules that two components have: the other one may be whole, or run on one rank."""
+    owners: dict[int, set[int]] = {}
+    for component in {id(m): m for m in modules.values()}.values():
+        for part in component.modules():
+            owners.setdefault(id(part), set()).add(id(component))
+    return {part for part, found in owners.items() if len(found) > 1}
+
+
+def owners_of_wholes(config: DiffusionParallelConfig) -> int:
+    """The `members` for `plan_components`: the ranks of a replica, or 0 where several hold the VAE."""
+    return 0 if config.vae_patch_parallel_size > 1 else config.world_size // config.data_parallel_size
+
+
+def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int) -> Owned:
+    """What a rank of the tensor axis holds of each parameter that its stage owns."""
+    cuts: dict[str, Shards] = plan.cuts if plan is not None else {}
+
+    def owned(name: str) -> bool | Slice:
+        return owns(name) and (cuts[name].of(rank) if name in cuts else True)
+
+    return owned
+
+
+def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
+    """What a user may want to know of the plan of a component: how much stays whole, and what was expected not to."""
+    sizes = {key: p.numel() for key, p in module.named_parameters() if key not in plan.cuts}
+    share = sum(sizes.values()) / max(sum(p.numel() for p in module.parameters()), 1)
+    largest = sorted(sizes, key=lambda key: -sizes[key])[:3]
+    lines = [f"{name}: {share:.1%} of its parameters are whole on every tensor rank ({', '.join(largest)}, ...)"]
+    return lines + [f"{name}: {note}" for note in notes_together(plan.notes)]
+
+
+def notes_together(notes: Iterable[str]) -> list[str]:
+    """Notes that differ in numbers within names only, as one each."""
+    alike: dict[str, list[str]] = {}
+    for note in notes:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=[. ])", "*", note), []).append(note)
+    more = {text: f" ({len(found)} of them)" if len(found) > 1 else "" for text, found in alike.items()}
+    return [f"{text}{more[text]}" if more[text] else alike[text][0] for text in alike]
+
+
+def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPlan], mesh: Mesh) -> None:
+    """Cut the components of a pipeline that have a plan, in place, and the adapters that are on them."""
+    if plans:
+        ranks = Collectives(mesh, "tp")  # one for all, so that what they send is counted together
+        for name, plan in plans.items():
+            with adapters_aside(components[name]):
+                refuse_own_forwards(name, components[name], plan)
+                shard_tensors(components[name], plan, ranks)
+            cut_adapters(components[name], plan, ranks)
+            for note in notes_together(plan.notes) if mesh.rank == 0 else ():
+                log.warning("%s: %s", name or type(components[name]).__name__, note)
+            watch_units(name or type(components[name]).__name__, components[name], plan, ranks)
+            swap_class(components[name], adapter_members(components[name], plan, ranks))
+
+
+def refuse_own_forwards(component: str, module: nn.Module, plan: TensorPlan) -> None:
+    """Raise UnsupportedError where a hook has replaced the forward of a module that is to get one that sums: it would
+    go on to call the old one."""
+    for name in (*plan.roles, *(pair.key_linear for pair in plan.pairs)):
+        if "forward" in vars(module.get_submodule(name)):
+            raise UnsupportedError(
+                f"{component}.{name} has a hook in place of its forward (layerwise casting, say): enable it after "
+                "parallelize, or use tensor_parallel_size=1"
+            )
+
+
+def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:
+    """Cut a module in place to what this rank holds of it; names and module tree stay.
+
+    Parameters that are whole are cut, those that were loaded as slices are kept. `ranks` are those of the tensor axis.
+    """
+    cut: dict[int, nn.Parameter] = {}  # tied weights are cut once
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if name in plan.cuts:
+            if id(parameter) not in cut:
+                cut[id(parameter)] = _own_part(parameter, plan.cuts[name], ranks.index)
+            put(module, name, cut[id(parameter)])
+    for name, numbers in plan.attributes.items():
+        part: Any = module.get_submodule(name)
+        for attribute, values in numbers.items():
+            setattr(part, attribute, values[ranks.index])
+    made: Made = {}
+    for name, role in plan.roles.items():
+        install_role(module.get_submodule(name), role, ranks, made)
+    take_slices_of(module, plan, ranks.index)
+    for pair in plan.pairs:
+        query_norm, key_linear, key_norm = map(module.get_submodule, (pair.query_norm, pair.key_linear, pair.key_norm))
+        roles = plan.roles[pair.query_norm], plan.roles[pair.key_norm]
+        install_pair(query_norm, key_linear, key_norm, roles, ranks, made)
+
+
+def _own_part(parameter: nn.Parameter, cut: Shards, rank: int) -> nn.Parameter:
+    if parameter.shape[cut.dim] != cut.total:
+        return parameter
+    with torch.no_grad():
+        return nn.Parameter(cut.of(rank).take(parameter), parameter.requires_grad)

@@ -1,0 +1,1 @@
+"""Sliced units compared with whole ones."""

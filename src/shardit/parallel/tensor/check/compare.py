@@ -1,0 +1,206 @@
+"""One comparison of a cut unit with itself made whole, on the same input."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.components.kv_stand_ins import empty_layers_kept, find_caches
+from shardit.core.modules.module_state import State, restore, state_of
+from shardit.core.placement.slices import shards
+from shardit.errors import RankError
+from shardit.parallel.tensor.check.kept import kept_since
+from shardit.parallel.tensor.plan import TensorPlan
+from shardit.parallel.tensor.rules import HEAD_COUNTS
+from shardit.parallel.tensor.whole import gathered, whole_for_now
+
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
+"""Largest relative L2 difference between what a unit gives on slices and whole. Heads that are taken wrongly give 0.1
+and more, sums in another order 1e-6 in float32."""
+
+
+class _Elsewhere(Exception):
+    """The unit has failed on another rank."""
+
+
+@dataclass
+class Comparison:
+    """A call of unit `name` of a model with these arguments; `plain` is its own forward. attentions: whether somebody
+    asked for what it computes of each head.
+
+    right: whether slices gave what the whole gives, on every rank; why: what was wrong. Collective.
+    """
+
+    model: nn.Module
+    name: str
+    plan: TensorPlan
+    ranks: Collectives
+    plain: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    attentions: bool = False
+    right: bool = False
+    why: str = ""
+    _sums: list[torch.Tensor] = field(default_factory=list)
+
+    def sliced(self) -> Any:
+        """What the unit gives on slices. Where that is not right, the arguments are left as they were before."""
+        unit, leaves = self.model.get_submodule(self.name), tree_flatten((self.args, self.kwargs))[0]
+        with without_modes(), torch.no_grad():
+            twins, before, generators = _copies(leaves), state_of(unit), _random_state()
+            kept = [(leaf, dict(vars(leaf))) for leaf in leaves if is_keeper(leaf)]
+            caches = [(cache, empty_layers_kept(cache)) for cache in find_caches(self.args, self.kwargs)]
+        out = error = None
+        try:
+            out = self._run(unit, self.args, self.kwargs, together=True)
+            self._all(True)
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as failure:  # code that counts on all heads may fail in any way
+            error = failure
+            if not isinstance(failure, _Elsewhere):
+                self._all(False)
+        with without_modes(), torch.no_grad():
+            after, later = state_of(unit), _random_state()
+            if error is None:
+                self._sums += kept_since(before)
+                self.right = self._is_right(unit, out, twins, before, generators)
+                restore(after)
+            if self.right:
+                _set_random_state(later)
+                return out
+            self.why = f"fails on slices ({error})" if error is not None else "gives another result on slices"
+            restore(before)
+            _set_random_state(generators)
+            for leaf, values in kept:
+                vars(leaf).clear()
+                vars(leaf).update(values)
+            for cache, layers in caches:
+                cache.layers[:] = layers
+            for leaf, twin in zip(leaves, twins, strict=True):
+                if isinstance(leaf, torch.Tensor) and not _same(leaf, twin):
+                    leaf.copy_(twin)
+        return None
+
+    def _run(self, unit: nn.Module, args: Any, kwargs: Any, together: bool) -> Any:
+        """The unit's own forward; `_sums` are then what the linears behind its heads gave. together: at each thing
+        that ranks do together, they first hear whether one of them has failed."""
+        self._sums, hooks = [], []
+        inside = f"{self.name}." if self.name else ""
+        for name, role in self.plan.roles.items():
+            if name.startswith(inside):
+                module = self.model.get_submodule(name)
+                if together:
+                    hooks.append(module.register_forward_pre_hook(lambda *_: self._all_or_raise()))
+                if role.kind == "rows":
+                    hooks.append(
+                        module.register_forward_hook(lambda *given: self._sums.append(given[-1].detach().clone()))
+                    )
+        try:
+            return self.plain(unit, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _all_or_raise(self) -> None:
+        if not self._all(True):
+            raise _Elsewhere("on another rank")
+
+    def _all(self, flag: bool) -> bool:
+        return bool(self._everywhere([flag])[0])
+
+    def _everywhere(self, flags: list[bool]) -> list[bool]:
+        with without_modes(), torch.no_grad():
+            told = self.ranks.all_reduce(torch.tensor([float(f) for f in flags], device=self.ranks.mesh.device))
+            return [count == self.ranks.size for count in told.tolist()]
+
+    def _is_right(self, unit: nn.Module, out: Any, twins: list[Any], before: State, generators: Any) -> bool:
+        sums, spec = self._sums, tree_flatten((self.args, self.kwargs))[1]
+        # Units may hand to each other what is of a rank's own heads. So that is gathered, where nothing else is right.
+        for given in (lambda: twins, lambda: self._of_all_heads(twins)):
+            args, kwargs = tree_unflatten(_copies(given()), spec)
+            expected, whole = None, False
+            restore(before)
+            _set_random_state(generators)
+            try:
+                with whole_for_now(self.model, self.name, self.plan, self.ranks):
+                    expected = self._run(unit, args, kwargs, together=False)
+                    self._sums += kept_since(before)
+                whole = True
+            except (RankError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as failure:
+                self.why = str(failure)
+            if self._all(whole) and self._all(self._agree(expected, out, sums)):
+                return True
+        return False
+
+    def _agree(self, expected: Any, out: Any, sums: list[torch.Tensor]) -> bool:
+        pairs = list(zip(self._sums, sums, strict=False))
+        wanted, got = tree_leaves(expected), tree_leaves(out)
+        agree = len(self._sums) == len(sums) and len(wanted) == len(got)
+        for x, y in zip(wanted, got, strict=False):
+            if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+                per_head = x.ndim == y.ndim == 4 and x.shape[1] != y.shape[1] and not self.attentions
+                pairs.append((x, self._whole_of(y) if per_head else y))
+        return agree and all(_close(x, y) for x, y in pairs)
+
+    def _of_all_heads(self, leaves: list[Any]) -> list[Any]:
+        """The arguments, those gathered that have as many entries as this rank has heads where heads would be."""
+        numbers = self.plan.attributes.get(self.name, {})
+        heads = next((numbers[key][self.ranks.index] for key in HEAD_COUNTS if key in numbers), -1)
+        flags = [isinstance(leaf, torch.Tensor) and leaf.ndim == 4 and leaf.shape[1] == heads for leaf in leaves]
+        flags = self._everywhere(flags) if flags else []
+        return [self._whole_of(leaf) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+
+    def _whole_of(self, part: torch.Tensor) -> torch.Tensor:
+        size = torch.tensor([part.shape[1]], device=self.ranks.mesh.device)
+        lengths = self.ranks.all_gather(size, [1] * self.ranks.size, 0).tolist()
+        starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
+        return gathered(part, shards(1, sum(lengths), [list(zip(starts, lengths, strict=True))]), self.ranks)
+
+
+def _copies(leaves: list[Any]) -> list[Any]:
+    """Copies of tensors and of objects that units may keep something in; what is one object stays one."""
+    made: dict[int, Any] = {}
+    for leaf in leaves:
+        if id(leaf) not in made:
+            kept = copy.deepcopy(leaf) if is_keeper(leaf) else leaf
+            made[id(leaf)] = leaf.detach().clone() if isinstance(leaf, torch.Tensor) else kept
+    return [made[id(leaf)] for leaf in leaves]
+
+
+def is_keeper(leaf: Any) -> bool:
+    """Whether an argument is an object that a unit may keep something in, such as a cache of keys."""
+    return hasattr(leaf, "__dict__") and not isinstance(leaf, (torch.Tensor, nn.Module, type)) and not callable(leaf)
+
+
+def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return torch.equal(x, y) or torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
+
+
+def _close(x: torch.Tensor, y: torch.Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    a, b = torch.nan_to_num(x.double()), torch.nan_to_num(y.double())
+    return bool((a - b).norm() <= CLOSE.get(x.dtype, 4e-2) * a.norm())

@@ -1,0 +1,44 @@
+"""Tensors that code keeps on modules and processors, and what processors hand out."""
+
+from __future__ import annotations
+
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from shardit.core.modules.module_state import OWN, State
+
+HARMLESS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor, nn.Module, type)
+FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
+CONTAINERS = (list, dict, set, tuple)
+
+
+def kept_since(state: State) -> list[torch.Tensor]:
+    """The tensors that were set or put in since."""
+    tensors = []
+    for thing in state:
+        for key, value in thing.attributes.items():
+            if key in OWN:
+                continue
+            old = {id(t) for t in _tensors(thing.contents.get(key, thing.values.get(key)))}
+            tensors += [tensor for tensor in _tensors(value) if id(tensor) not in old]
+    return tensors
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def hands_out(processor: Any) -> str | None:
+    """The attribute through which a processor that is not diffusers' own may hand to others what it computes: an object
+    that nobody can look into, or undo. None where there is none."""
+    if processor is None or type(processor).__module__.startswith("diffusers.models."):
+        return None
+    for key, value in getattr(processor, "__dict__", {}).items():
+        leaves = tree_leaves(value) if isinstance(value, CONTAINERS) else [value]
+        if key not in OWN and not all(isinstance(leaf, (*HARMLESS, *FUNCTIONS)) for leaf in leaves):
+            return key
+    return None

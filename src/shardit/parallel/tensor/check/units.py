@@ -1,0 +1,220 @@
+"""Cut modules are compared with whole ones: names and shapes do not tell what code does with its heads.
+
+What runs between cut linears (attention and its processor, activations) may be anybody's. So at the first call of each
+kind a unit of the plan runs on its slices and, with weights gathered for the moment, whole. Where the results differ,
+or the slices fail, such units are whole on every rank from then on, and are named.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.components.kv_stand_ins import find_caches
+from shardit.core.modules.patching import Made, share_class, swap_class
+from shardit.core.runtime.call_signature import modes
+from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.pending import settle
+from shardit.parallel.attention.hook import attention_is_taken
+from shardit.parallel.block_signature import fingerprint, value_key
+from shardit.parallel.tensor.check.compare import Comparison, is_keeper
+from shardit.parallel.tensor.check.kept import hands_out
+from shardit.parallel.tensor.plan import TensorPlan
+from shardit.parallel.tensor.processors import PROCESSOR, adopt_processors, attentions_in, mark_cut
+from shardit.parallel.tensor.whole import whole_for_good
+
+log = logging.getLogger(__name__)
+
+NAME, PLACES = "shardit_unit", ("shardit_unit", "layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
+"""Attributes of modules that say which of many alike they are; the first is ours."""
+
+
+@dataclass
+class Checks:
+    """What was compared of one component that is cut, and what is to be.
+
+    title: its name in messages. compared: how many units were. pending: names of units that are looked at when they
+    are called next. whole: units that turned out to need whole weights, and why.
+    """
+
+    title: str
+    model: nn.Module
+    plan: TensorPlan
+    ranks: Collectives
+    compared: int = 0
+    pending: set[str] = field(default_factory=set)
+    whole: dict[str, str] = field(default_factory=dict)
+    _right: set[Any] = field(default_factory=set)
+    _calls: set[Any] = field(default_factory=set)
+    _attentions: dict[str, nn.Module] = field(default_factory=dict)
+    _asked: bool = False
+    _comparing: bool = False
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """A call of the component: where it is of a new kind, or processors are others, its units are looked at."""
+        found = [getattr(attention, PROCESSOR) for attention in self._attentions.values()]
+        processors = tuple(p if isinstance(p, nn.Module) else type(p) for p in found)
+        key = (_outline(args), _outline(kwargs), torch.is_inference_mode_enabled(), self.model.training, processors)
+        if key in self._calls:
+            return nullcontext()
+        adopt_processors(self._attentions, self.plan, self.ranks)
+        return self._looking(key, bool(kwargs.get("output_attentions")))
+
+    @contextmanager
+    def _looking(self, key: Any, attentions: bool) -> Iterator[None]:
+        self.pending.update(self.plan.units)
+        self._asked = attentions
+        # What is compiled now would see slices come and go. (In a coroutine, others would be left with the setting.)
+        compiles = "torch._dynamo" in sys.modules and willing.get() is None
+        try:
+            with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+                yield
+        except Exception:
+            raise
+        except BaseException:  # stages leave a forward early
+            self._calls.add(key)
+            raise
+        else:
+            self._calls.add(key)
+        finally:
+            self.pending.clear()
+            self._asked = False
+
+    def call(self, unit: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a unit that is pending; `plain` is its own forward."""
+        name = vars(unit)[NAME]
+        if self._comparing or attention_is_taken():
+            return plain(unit, *args, **kwargs)
+        self.pending.discard(name)
+        leaves, spec = tree_flatten((args, kwargs))
+        settle(leaves)
+        kind = (self._kind(name), str(spec), tuple(map(value_key, leaves)), modes(), unit.training, self._asked)
+        if kind in self._right or _filled(unit, args, kwargs):
+            return plain(unit, *args, **kwargs)
+        token, self._comparing = willing.set(None), True  # no other call may meet modules that are whole for now
+        try:
+            why = hands_out_within(unit)
+            if why is None:
+                comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
+                out, why = comparison.sliced(), comparison.why
+                self.compared += 1
+                if comparison.right:
+                    self._right.add(kind)
+                    return out
+            with without_modes():
+                self._give_up(name, why)
+            return plain(unit, *args, **kwargs)
+        finally:
+            willing.reset(token)
+            self._comparing = False
+
+    def _kind(self, name: str) -> Any:
+        """What units have in common that are cut alike and run the same code; the same on all ranks or on none."""
+        inside = f"{name}." if name else ""
+        totals = [(key[len(inside) :], cut) for key, cut in self.plan.cuts.items() if key.startswith(inside)]
+        return fingerprint(self.model.get_submodule(name), PLACES), tuple(totals)
+
+    def _give_up(self, name: str, why: str) -> None:
+        """Make all units like this one whole."""
+        kind, unit = self._kind(name), self.model.get_submodule(name)
+        alike = [n for n in self.plan.units if self._kind(n) == kind and not _elsewhere(self.model.get_submodule(n))]
+        processor = getattr(unit, PROCESSOR, None)
+        code = type(unit).__name__ + (f" with {type(processor).__name__}" if processor is not None else "")
+        why = f"{code} {why}"
+        for other in alike:
+            whole_for_good(self.model, other, self.plan, self.ranks)
+            self.plan.units.remove(other)
+            self.pending.discard(other)
+            self.whole[other] = why
+        if self.ranks.mesh.rank == 0:
+            more = f" and {len(alike) - 1} more like it" if len(alike) > 1 else ""
+            log.warning("%s: %s%s are whole on every tensor rank from now on: %s", self.title, name, more, why)
+
+
+def _outline(value: Any) -> Any:
+    """Structure, types and dimensions of the arguments: what `mode_key` has, in a tenth of its time."""
+    if isinstance(value, torch.Tensor):
+        return (value.ndim, value.dtype)
+    if isinstance(value, dict):
+        return tuple((name, _outline(v)) for name, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_outline, value))
+    return type(value)
+
+
+def _elsewhere(unit: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in unit.parameters())
+
+
+def hands_out_within(unit: nn.Module) -> str | None:
+    """Why a unit is not even compared: a processor of it hands out what it computes for each head."""
+    keys = [hands_out(getattr(module, PROCESSOR, None)) for module in unit.modules()]
+    return next((f"may hand out what it computes of each head, in {key!r}" for key in keys if key), None)
+
+
+def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether there are keys of earlier calls, of this rank's heads: a whole unit could not go on with them."""
+    place = vars(unit).get("layer_idx")
+    for cache in find_caches(args, kwargs):
+        layers = cache.layers if place is None else cache.layers[place : place + 1]
+        keys = [getattr(layer, "keys", None) for layer in layers]
+        if any(isinstance(found, torch.Tensor) and found.numel() for found in keys):
+            return True
+    keepers = (leaf for leaf in tree_leaves((args, kwargs)) if is_keeper(leaf) and not hasattr(leaf, "layers"))
+    values = (value for leaf in keepers for value in tree_leaves(list(vars(leaf).values())))
+    return any(isinstance(value, torch.Tensor) and value.numel() for value in values)
+
+
+def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectives) -> Checks:
+    """Have the units of a model that is cut compared, in place, at the calls that need it."""
+    attentions, made = attentions_in(model, plan.units), Made()
+    checks = Checks(title, model, plan, ranks, pending=set(plan.units), _attentions=attentions)
+    for attention in attentions.values():
+        mark_cut(attention)
+    for name in plan.units:
+        unit: Any = model.get_submodule(name)
+        vars(unit)[NAME] = name
+        plain = type(unit)
+        share_class(unit, made, (), lambda: {"forward": _seam(checks, plain.forward)})  # noqa: B023
+        _keep_known(plain, type(unit))
+    own_call = type(model).__call__
+
+    @functools.wraps(own_call)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with checks.begin(args, kwargs):
+            return own_call(self, *args, **kwargs)
+
+    swap_class(model, {"__call__": __call__, "shardit_checks": property(lambda self: checks)})
+    return checks
+
+
+def _keep_known(plain: type, cls: type) -> None:
+    """Step caches of diffusers know blocks by their very class."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    try:
+        TransformerBlockRegistry.register(cls, copy.copy(TransformerBlockRegistry.get(plain)))
+    except ValueError:
+        return
+
+
+def _seam(checks: Checks, plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if checks.pending and self.shardit_unit in checks.pending:
+            return checks.call(self, plain, args, kwargs)
+        return plain(self, *args, **kwargs)
+
+    return forward

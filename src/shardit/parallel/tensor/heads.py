@@ -1,0 +1,166 @@
+"""Reading attention modules: how many heads, and whether all parts are what a rule knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from shardit.core.placement.slices import Parts, Shards, even
+from shardit.parallel.tensor import rules as rules
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key (and value) heads, and the channels of one."""
+
+    queries: int
+    keys: int
+    size: int
+
+    def key_shards(self, parts: Parts) -> Shards:
+        return even(self.keys * self.size, parts, unit=self.size)
+
+    def query_shards(self, parts: Parts) -> Shards:
+        """A rank has the query heads that go with its key heads."""
+        return even(self.queries * self.size, parts, unit=self.queries // self.keys * self.size)
+
+
+def read_heads(module: nn.Module, names: rules.Attention, out: bool = True) -> Heads | str:
+    """The heads of an attention module, or why its parts do not add up to attention that can be cut.
+
+    out: whether the linear behind the heads is its own, rather than one of the block around it.
+    """
+    known = (*names.query, *names.key_value, *names.out, *names.query_norms, *names.key_norms, *names.per_head)
+    stranger = unknown_part(module, (*known, *names.full_input, "processor"))  # that is looked at by itself
+    if stranger is not None:
+        return f"no rule knows {stranger}"
+    linears = [*names.query, *names.key_value, *names.out]
+    strange = [part for part in present(module, linears) if not is_linear(part_of(module, part)) and part != "to_out"]
+    if strange:
+        return f"{strange[0]} is no plain linear"
+    tables = present(module, names.per_head)
+    if not all(runs_as(part_of(module, part), rules.EMBEDDING) for part in tables):
+        return f"{tables[0]} has a forward of its own"
+    if any(part_of(module, part).max_norm is not None for part in tables):
+        return f"{tables[0]} changes the rows that it looks up (max_norm)"
+    query, keys = (part_of(module, part) for part in (names.query[0], names.key_value[0]))
+    size = number_of(module, rules.HEAD_SIZES)
+    count = number_of(module, rules.HEAD_COUNTS)
+    if size is None and count is not None and query.out_features % count == 0:
+        size = query.out_features // count
+    if size is None or query.out_features % size or keys.out_features % size:
+        return "its number of heads is not known"
+    heads = Heads(query.out_features // size, keys.out_features // size, size)
+    if (count is not None and count != heads.queries) or heads.queries % heads.keys:
+        return "its number of heads is not known"
+    return _misfit(module, names, heads, out) or heads
+
+
+def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, out: bool) -> str | None:
+    """The first part of an attention module whose size does not go with the heads."""
+    query, keys = heads.queries * heads.size, heads.keys * heads.size
+    widths = [(part, "out_features", query) for part in names.query]
+    widths += [(part, "out_features", keys) for part in names.key_value]
+    widths += [(part, "in_features", query) for part in names.out]
+    for part, side, width in widths:
+        found = part_of(module, part)
+        if is_linear(found) and getattr(found, side) != width:
+            return f"{part} does not go with its heads"
+    if out != any(is_linear(part_of(module, part)) for part in names.out):
+        return "the linear behind its heads is not where it was looked for"
+    for part in present(module, (*names.query_norms, *names.key_norms)):
+        if isinstance(part_of(module, part), nn.Identity):
+            continue
+        norm, across = part_of(module, part), query if part in names.query_norms else keys
+        size = norm_size(norm)
+        if size is None and not any(True for _ in norm.parameters()):  # of one head or of all: the first call tells
+            continue
+        if size != heads.size and not (size == across and _is_rms(norm)):
+            return f"{part} is a norm of another kind"
+    return None
+
+
+def norm_size(norm: Any) -> int | None:
+    """Channels that a norm is over; 0 of those whose size is not on them."""
+    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+    if isinstance(shape, Sequence) and len(shape) == 1:
+        return int(shape[0])
+    weight = getattr(norm, "weight", None)
+    return weight.numel() if isinstance(weight, nn.Parameter) else None
+
+
+def _is_rms(norm: Any) -> bool:
+    """Whether a norm across all heads can be cut: x * rsqrt(mean(x^2) + eps) * weight, and no more."""
+    known = any(runs_as(norm, name) for name in rules.RMS_NORMS) and not has_hooks(norm)
+    return known and norm.weight is not None and getattr(norm, "bias", None) is None
+
+
+def is_linear(module: Any) -> bool:
+    """Plain linears only: quantized ones, derived ones and adapters' layers compute something else, parametrized ones
+    have weights of other kinds, and a hook would see slices."""
+    return type(module) is nn.Linear and module._parameters.keys() <= {"weight", "bias"} and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def runs_as(module: Any, name: str) -> bool:
+    """Whether the forward of a module is the one of the class with this full name, not that of a class derived from it
+    or of one that is called alike."""
+    forward = type(module).forward
+    return f"{forward.__module__}.{forward.__qualname__}" == f"{name}.forward"
+
+
+def part_of(module: nn.Module, path: str) -> Any:
+    """The submodule at a path, or None."""
+    for name in path.split("."):
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None  # pyright: ignore[reportAssignmentType]
+    return module
+
+
+def present(module: nn.Module, parts: Iterable[str]) -> list[str]:
+    """The paths at which the module has a submodule."""
+    return [part for part in parts if part_of(module, part) is not None]
+
+
+def number_of(module: nn.Module, attributes: Iterable[str]) -> int | None:
+    """The first of these attributes that is a whole number, or None."""
+    found = (vars(module).get(name) for name in attributes)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+def all_known(module: nn.Module, parts: Iterable[str]) -> bool:
+    """Whether everything below a module belongs to one of the given parts."""
+    return unknown_part(module, parts) is None
+
+
+def unknown_part(module: nn.Module, parts: Iterable[str]) -> str | None:
+    """A parameter, or a norm without parameters, below a module that belongs to none of the given parts."""
+    inside = tuple(f"{part}." for part in parts)
+    for name, _ in module.named_parameters():
+        if not name.startswith(inside):
+            return name
+    for name, child in module.named_modules():
+        if name and "Norm" in type(child).__name__ and not f"{name}.".startswith(inside):
+            return name
+    return None
+
+
+def names_in(prefix: str, module: nn.Module) -> list[str]:
+    """The full names of a module and of all below it."""
+    return [join(prefix, name) for name, _ in module.named_modules()]
+
+
+def join(*parts: str) -> str:
+    """Parts of a module name put together; empty ones are left out."""
+    return ".".join(part for part in parts if part)
+
+
+def owner_of(parameter: str) -> str:
+    """The name of the module that a parameter name belongs to."""
+    return parameter.rpartition(".")[0]

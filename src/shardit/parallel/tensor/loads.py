@@ -1,0 +1,57 @@
+"""`load_state_dict` on modules that are cut: whoever has whole weights gives them, and each rank takes its slice.
+
+It is done in a hook of the module that has the parameter, so it holds for a call on any module above it, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardit.core.placement.slices import Shards
+from shardit.parallel.tensor.heads import join, owner_of
+from shardit.parallel.tensor.plan import TensorPlan
+from shardit.parallel.tensor.whole import FUSED, fused_cut, part_at
+
+
+@dataclass(frozen=True)
+class TakeSlices:
+    """The hook. cuts: by the name of a parameter below the module. What has the size of a slice already is left."""
+
+    cuts: Mapping[str, Shards]
+    rank: int
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, cut in self.cuts.items():
+            given, held = state_dict.get(prefix + name), _parameter(module, name)
+            if not isinstance(given, torch.Tensor) or held is None or given.ndim != held.ndim:
+                continue
+            if given.shape[cut.dim] == cut.total != held.shape[cut.dim]:
+                state_dict[prefix + name] = cut.of(self.rank).take(given)
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """As it is held, without the seams that say what code outside may read."""
+    holder = part_at(module, owner_of(name))
+    return holder._parameters.get(name.rpartition(".")[2]) if holder is not None else None
+
+
+def take_slices(module: nn.Module, cuts: Mapping[str, Shards], rank: int) -> None:
+    """Let loads into a module take slices of whole values, in place. Does nothing the second time."""
+    hook = TakeSlices(dict(cuts), rank)
+    if not any(getattr(known, "hook", None) == hook for known in module._load_state_dict_pre_hooks.values()):
+        module.register_load_state_dict_pre_hook(hook)
+
+
+def take_slices_of(model: nn.Module, plan: TensorPlan, rank: int) -> None:
+    """The same for everything that a plan cuts, and for linears that are made of several of it later."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = {leaf: plan.cuts[join(name, leaf)] for leaf in module._parameters if join(name, leaf) in plan.cuts}
+        fused = {last: fused_cut(plan, name, last) for last in FUSED}
+        own |= {f"{last}.{leaf}": cut for last, cut in fused.items() if cut for leaf in ("weight", "bias")}
+        if own:
+            take_slices(module, own, rank)

@@ -1,0 +1,98 @@
+"""What modules do after their weights were cut: class swaps that sum or gather over the ranks of the tensor axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.modules.patching import Made, share_class
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor.forward import together, unless_whole
+from shardit.parallel.tensor.norms import across_heads
+from shardit.parallel.tensor.plan import PLAIN, Role
+
+
+def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Made) -> None:
+    """Give a module whose weight is cut the forward that goes with its role, in place."""
+    plain = {PLAIN: type(module)}
+    share_class(module, made, (role,), lambda: {"forward": unless_whole(_FORWARDS[role.kind](role, ranks)), **plain})
+
+
+Finish = Callable[[torch.Tensor], torch.Tensor]
+"""What ranks do together behind a linear: from this rank's part of its output to the whole."""
+
+
+def _sum(role: Role, ranks: Collectives) -> Finish:
+    return lambda part: together(ranks.all_reduce, part)
+
+
+def _gather(role: Role, ranks: Collectives) -> Finish:
+    lengths = role.shards.lengths
+    return lambda part: together(lambda tensor: ranks.all_gather(tensor, lengths, -1), part)
+
+
+FINISH: dict[str, Callable[[Role, Collectives], Finish]] = {"rows": _sum, "gathered": _gather}
+"""By the kind of a role."""
+
+_unfinished: ContextVar[object] = ContextVar("shardit_unfinished", default=None)
+
+
+@contextmanager
+def unfinished(linear: nn.Module) -> Iterator[None]:
+    """Meanwhile a linear returns its part: whoever calls it adds to that and finishes it."""
+    token = _unfinished.set(linear)
+    try:
+        yield
+    finally:
+        _unfinished.reset(token)
+
+
+def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """A linear cut by its inputs: each rank's part of the product, then one sum."""
+    finish = _sum(role, ranks)
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        # The bias is part of one summand: that costs no pass of its own.
+        part = F.linear(input, self.weight, self.bias if ranks.index == 0 else None)
+        return part if _unfinished.get() is self else finish(part)
+
+    return forward
+
+
+def _gathered(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """A linear cut by its outputs, for readers that need all of them."""
+    finish = _gather(role, ranks)
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        part = F.linear(input, self.weight, self.bias)
+        return part if _unfinished.get() is self else finish(part)
+
+    return forward
+
+
+def _vocabulary(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """A table cut by rows: zeros for the rows of others, then one sum, which is exact."""
+    total = role.shards.total
+    ((start, length),) = role.shards.of(ranks.index).segments
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if self.max_norm is not None:
+            raise UnsupportedError("max_norm of a table that is cut over tensor ranks: set it before parallelize")
+        if input.device.type == "cpu" and input.numel() and not 0 <= int(input.min()) <= int(input.max()) < total:
+            raise IndexError(f"a token id is not below {total}")  # as the whole table would; else it became a zero
+        local = input - start
+        others = (local < 0) | (local >= length)
+        rows = F.embedding(local.masked_fill(others, 0), self.weight)
+        return together(ranks.all_reduce, rows.masked_fill(others.unsqueeze(-1), 0))
+
+    return forward
+
+
+_FORWARDS = {"rows": _rows, "gathered": _gathered, "vocabulary": _vocabulary, "norm": across_heads}

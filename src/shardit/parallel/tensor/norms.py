@@ -1,0 +1,97 @@
+"""RMSNorm over channels that are cut: the ranks sum the squares of their parts.
+
+Queries and keys of an attention are both normed before either is used, so the sums of both go in one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.modules.patching import Made, share_class
+from shardit.parallel.tensor.forward import together, unless_whole
+from shardit.parallel.tensor.plan import PLAIN, Role
+
+
+def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """The forward of a norm by itself."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _scaled(self, hidden_states, together(ranks.all_reduce, _squares(hidden_states)), role.shards.total)
+
+    return forward
+
+
+@dataclass
+class _Ahead:
+    """What one norm knows of the keys before the other is called: the keys, and then their summed squares.
+
+    Calls in flight share it: between two messages each sets both again, and asks whether the keys are its own.
+    """
+
+    keys: torch.Tensor | None = None
+    squares: torch.Tensor | None = None
+
+
+def install_pair(
+    query_norm: nn.Module,
+    key_linear: nn.Module,
+    key_norm: nn.Module,
+    roles: tuple[Role, Role],
+    ranks: Collectives,
+    made: Made,
+) -> None:
+    """Let two norms that have their `roles` send their sums together, in place.
+
+    The keys are those that `key_linear` made last. Where they are not what `key_norm` is given then (another processor,
+    fused projections), it sends its own sums: all ranks run the same program, so all decide alike.
+    """
+    query_total, key_total = (role.shards.total for role in roles)
+    plain_linear, plain_norm = type(key_linear).forward, type(key_norm).forward
+
+    def linear(self: Any, input: torch.Tensor) -> torch.Tensor:
+        keys = plain_linear(self, input)
+        self.shardit_ahead.keys, self.shardit_ahead.squares = keys, None
+        return keys
+
+    def first(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        squares, ahead = _squares(hidden_states), self.shardit_ahead
+        keys = ahead.keys
+        if keys is None:
+            return _scaled(self, hidden_states, together(ranks.all_reduce, squares), query_total)
+        own = _squares(keys)
+        both = together(ranks.all_reduce, torch.cat([squares.flatten(), own.flatten()]))
+        ahead.keys, ahead.squares = keys, both[squares.numel() :].view_as(own)
+        squares = both[: squares.numel()].view_as(squares)
+        return _scaled(self, hidden_states, squares, query_total)
+
+    def second(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        ahead = self.shardit_ahead
+        squares = ahead.squares if hidden_states is ahead.keys else None
+        ahead.keys = ahead.squares = None
+        if squares is None:
+            return plain_norm(self, hidden_states)
+        return _scaled(self, hidden_states, squares, key_total)
+
+    ahead = _Ahead()
+    for module, forward in ((key_linear, linear), (query_norm, first), (key_norm, second)):
+        module.shardit_ahead = ahead  # pyright: ignore[reportArgumentType]
+        members = {"forward": unless_whole(forward), PLAIN: type(module)}
+        share_class(module, made, (forward.__name__, roles), lambda: members)  # noqa: B023
+
+
+def _squares(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states.float().square().sum(-1, keepdim=True)
+
+
+def _scaled(norm: Any, hidden_states: torch.Tensor, squares: torch.Tensor, total: int) -> torch.Tensor:
+    """As torch.nn.RMSNorm and that of diffusers do it: scaled in float32, weighted in the dtype of the weight."""
+    eps = torch.finfo(hidden_states.dtype).eps if norm.eps is None else norm.eps
+    scaled = hidden_states.float() * torch.rsqrt(squares / total + eps)
+    half = norm.weight.dtype in (torch.float16, torch.bfloat16)
+    return (scaled.to(norm.weight.dtype) if half else scaled) * norm.weight

@@ -1,0 +1,173 @@
+"""How a model is cut over the ranks of the tensor axis, as data, and what writes it down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from shardit.core.placement.slices import Parts, Shards, even
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor import rules as rules
+from shardit.parallel.tensor.heads import has_hooks, join, owner_of, runs_as
+
+PLAIN = "_shardit_plain"
+"""The attribute of classes that were made for a role, or for an adapter: the class before."""
+
+WHOLE = "shardit_whole"
+"""The attribute of modules that were cut and are whole again."""
+
+Kind = Literal["rows", "gathered", "vocabulary", "norm"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a module does besides computing on its slice; `shards` is how its weight is cut.
+
+    rows: sums its output. gathered: gathers it. vocabulary: looks up its own rows, then sums. norm: sums the squares.
+    Linears cut by columns need no role: their outputs are cut.
+    """
+
+    kind: Kind
+    shards: Shards
+
+
+@dataclass(frozen=True)
+class NormPair:
+    """Two norms across all heads of one attention, and the linear that feeds the second: their sums of squares are
+    sent together. All are module names."""
+
+    query_norm: str
+    key_linear: str
+    key_norm: str
+
+
+@dataclass
+class TensorPlan:
+    """How one model is cut over `size` ranks, for all of them.
+
+    cuts: by parameter name (every name of tied weights); what is not there is whole on every rank. roles: by module
+    name. pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank.
+    units: names of the modules between whose cut linears code of theirs runs, which is taken to work on slices as it
+    does on the whole: attention, feed-forward and their like. notes: what was left whole against expectation, and why.
+    """
+
+    size: int
+    cuts: dict[str, Shards] = field(default_factory=dict)
+    roles: dict[str, Role] = field(default_factory=dict)
+    pairs: list[NormPair] = field(default_factory=list)
+    attributes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    units: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def forget(self, module: str) -> None:
+        """Take what is in a module out of the plan."""
+        inside = f"{module}." if module else ""
+        for found in (self.cuts, self.roles, self.attributes):
+            for name in [name for name in found if f"{name}.".startswith(inside)]:
+                del found[name]
+        self.pairs[:] = [pair for pair in self.pairs if not pair.query_norm.startswith(inside)]
+
+
+class Cutter:
+    """Writes a plan for one model, rule by rule; the methods are what rules are made of.
+
+    parts: how many slices, or their sizes in relation to each other; size: how many.
+    done: names of modules that a rule for one above them has dealt with. attentions: how many were cut. too_few: the
+    numbers of heads of those that have fewer than there are ranks.
+    """
+
+    def __init__(self, model: nn.Module, parts: Parts):
+        self.model, self.parts = model, parts
+        self.size = parts if isinstance(parts, int) else len(parts)
+        self.plan = TensorPlan(self.size)
+        self.done: set[str] = set()
+        self.attentions = 0
+        self.too_few: list[int] = []
+
+    def columns(self, name: str, linear: Any, cut: Shards) -> None:
+        """Cut a linear by its outputs."""
+        self.tensors(name, linear, cut)
+        self.set_numbers(name, linear, {"out_features": cut.total}, cut.lengths)
+
+    def rows(self, name: str, linear: Any, cut: Shards) -> None:
+        """Cut a linear by its inputs; its bias stays whole."""
+        by_rows = Shards(1, cut.total, cut.ranks)
+        self.plan.cuts[join(name, "weight")] = by_rows
+        self.set_numbers(name, linear, {"in_features": cut.total}, cut.lengths)
+        self.plan.roles[name] = Role("rows", by_rows)
+        self.done.add(name)
+
+    def gathered(self, name: str, linear: Any) -> None:
+        """Cut a linear by its outputs, which are gathered."""
+        if linear.out_features >= self.size:
+            cut = even(linear.out_features, self.parts)
+            self.tensors(name, linear, cut)
+            self.plan.roles[name] = Role("gathered", cut)
+
+    def tensors(self, name: str, module: Any, cut: Shards) -> None:
+        """Cut all parameters of a module along their first dimension."""
+        for part, _ in module.named_parameters(recurse=False):
+            self.plan.cuts[join(name, part)] = cut
+        self.done.add(name)
+
+    def set_numbers(self, name: str, module: nn.Module, full: dict[str, int], lengths: Sequence[int]) -> None:
+        """Note the attributes of a module that hold the full numbers, to be set to a rank's own."""
+        found = {key: tuple(lengths) for key, number in full.items() if vars(module).get(key) == number}
+        if found:
+            self.plan.attributes.setdefault(name, {}).update(found)
+
+    def left_whole(self, name: str, why: str) -> bool:
+        """Note that a module was expected to be cut and is not; it has been dealt with."""
+        self.plan.notes.append(f"{name} is whole on every rank: {why}")
+        return True
+
+    def has_too_few(self, name: str, heads: int) -> bool:
+        """The same of attention with fewer heads than ranks."""
+        self.too_few.append(heads)
+        return self.left_whole(name, f"{heads} heads cannot be dealt to {self.size} ranks")
+
+    def vocabulary(self, name: str, table: Any) -> None:
+        """A large table: by rows, so that what a rank reads of the file is one run."""
+        if table.num_embeddings < max(rules.VOCABULARY, self.size):
+            return
+        if not runs_as(table, rules.EMBEDDING):
+            self.left_whole(name, f"{type(table).__name__} has a forward of its own")
+        elif has_hooks(table):
+            self.left_whole(name, "it has hooks")
+        elif table.max_norm is not None:
+            self.left_whole(name, "it changes the rows that it looks up (max_norm)")
+        elif not table.sparse:
+            cut = even(table.num_embeddings, self.parts)
+            self.tensors(name, table, cut)
+            self.plan.roles[name] = Role("vocabulary", cut)
+
+    def agree_on_tied(self) -> None:
+        """Shared modules are cut once; weights tied between two modules are cut only where both are cut alike.
+
+        Raises UnsupportedError where a module could not be left whole by itself.
+        """
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for tied in names.values():
+            owners = {id(self.model.get_submodule(owner_of(name))): name for name in reversed(tied)}
+            cuts = {self.plan.cuts.get(name) for name in owners.values()}
+            if len(cuts) > 1:
+                self._keep_whole(list(owners.values()))
+            elif (cut := cuts.pop()) is not None:
+                self.plan.cuts.update(dict.fromkeys(tied, cut))
+
+    def _keep_whole(self, tied: list[str]) -> None:
+        for name in tied:
+            role = self.plan.roles.get(owner_of(name))
+            if name in self.plan.cuts and (role is None or role.kind not in ("gathered", "vocabulary")):
+                raise UnsupportedError(
+                    f"tensor_parallel_size={self.size} does not fit {type(self.model).__name__}: {name} is tied to "
+                    f"{next(other for other in tied if other != name)}, which is used in another way; use 1"
+                )
+            self.plan.cuts.pop(name, None)
+            self.plan.roles.pop(owner_of(name), None)
+            self.left_whole(name, "it is tied to a weight that is used in another way")

@@ -1,0 +1,268 @@
+"""Which parameters of a model are cut over the ranks of the tensor axis, and how: found from `tensor_rules`.
+
+The scheme is that of Megatron-LM (Shoeybi et al., 2019): linears into heads or hidden channels by columns, linears out
+of them by rows, one sum over the ranks behind each. Where shapes and names do not fit a rule exactly, nothing is cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from shardit.core.placement.slices import Parts, Shards, even, even_runs, shards
+from shardit.errors import UnsupportedError
+from shardit.parallel.tensor import rules as rules
+from shardit.parallel.tensor.check.kept import hands_out
+from shardit.parallel.tensor.heads import (
+    Heads,
+    all_known,
+    is_linear,
+    join,
+    names_in,
+    norm_size,
+    number_of,
+    part_of,
+    present,
+    read_heads,
+    runs_as,
+)
+from shardit.parallel.tensor.plan import Cutter, NormPair, Role, TensorPlan
+from shardit.parallel.tensor.processors import PROCESSOR, processor_parts
+
+
+def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False, kept: Container[int] = ()) -> TensorPlan:
+    """Plan the cut of a whole model (on meta or not) into `parts`, one for each rank; the same on every rank.
+
+    `kept`: ids of modules that stay whole, since other components have them, too. `must_cut`: raise UnsupportedError
+    where nothing can be cut, or where no attention has a head for every rank.
+    """
+    cutter = Cutter(model, parts)
+    for name, module in model.named_modules():
+        if name not in cutter.done and not _is_shared(cutter, name, module, kept):
+            _visit(cutter, name, module)
+    if must_cut and cutter.too_few and not cutter.attentions:
+        most = max(cutter.too_few)
+        raise UnsupportedError(
+            f"tensor_parallel_size={cutter.size} does not fit {type(model).__name__}: its attention has {most} heads "
+            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
+        )
+    cutter.agree_on_tied()
+    if must_cut and not cutter.plan.cuts:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no attention or feed-forward that tensor parallelism knows; use "
+            "tensor_parallel_size=1"
+        )
+    return cutter.plan
+
+
+def _is_shared(cutter: Cutter, name: str, module: nn.Module, kept: Container[int]) -> bool:
+    if id(module) not in kept or not any(True for _ in module.parameters()):
+        return False
+    cutter.done.update(names_in(name, module))
+    return cutter.left_whole(name, "another component has it, too")
+
+
+def _visit(cutter: Cutter, name: str, module: Any) -> None:
+    """Apply the first rule that fits a module."""
+    if any(rule(cutter, name, module) for rule in _RULES):
+        return
+    if isinstance(module, nn.Embedding):
+        cutter.vocabulary(name, module)
+    elif any(re.search(pattern, name) for pattern in rules.GATHERED) and is_linear(module):
+        cutter.gathered(name, module)
+
+
+def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """Attention by heads."""
+    names = next((n for n in rules.ATTENTIONS if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
+    if names is None:
+        return _added_alone(cutter, name, module)
+    heads = _noted(rules.KEPT_ATTENTION, cutter.model) or read_heads(module, names)
+    if isinstance(heads, str):
+        return cutter.left_whole(name, heads)
+    if heads.keys < cutter.size:
+        return cutter.has_too_few(name, heads.keys)
+    why = _cut_processor(cutter, name, module, heads)
+    if why:
+        return cutter.left_whole(name, why)
+    _cut_attention(cutter, name, module, names, heads)
+    cutter.plan.units.append(name)
+    return True
+
+
+def _added_alone(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """Attention that has queries and keys under other names (to text alone, say) is named at least."""
+    queries = [part for n in rules.ATTENTIONS[:2] for part in n.query if is_linear(part_of(module, part))]
+    keys = [part for n in rules.ATTENTIONS[:2] for part in n.key_value if is_linear(part_of(module, part))]
+    return bool(queries and keys) and cutter.left_whole(name, f"no rule knows attention with {', '.join(keys)} alone")
+
+
+def _cut_processor(cutter: Cutter, name: str, module: nn.Module, heads: Heads) -> str | None:
+    """Cut the linears of a processor that has some; or why they, and so the attention, cannot be."""
+    processor = getattr(module, PROCESSOR, None)
+    if (why := _noted(rules.KEPT_PROCESSORS, processor)) is not None:
+        return why
+    if (key := hands_out(processor)) is not None:
+        return f"{type(processor).__name__} may hand out what it computes of each head, in {key!r}"
+    if not isinstance(processor, nn.Module):
+        return None
+    parts = processor_parts(processor, heads.query_shards(cutter.parts), heads.key_shards(cutter.parts))
+    if isinstance(parts, str):
+        return parts
+    for part, cut in parts.items():
+        act = cutter.rows if cut.dim == 1 else cutter.columns
+        act(join(name, PROCESSOR, part), processor.get_submodule(part), Shards(0, cut.total, cut.ranks))
+    return None
+
+
+def _noted(kept: Mapping[str, str], thing: Any) -> str | None:
+    """What a table says of the class of something, or of one that it is derived from."""
+    return next((kept[base.__name__] for base in type(thing).__mro__ if base.__name__ in kept), None)
+
+
+def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.Attention, heads: Heads) -> None:
+    query, keys = heads.query_shards(cutter.parts), heads.key_shards(cutter.parts)
+    for part in present(module, names.query):
+        cutter.columns(join(name, part), part_of(module, part), query)
+    for part in present(module, names.key_value):
+        cutter.columns(join(name, part), part_of(module, part), keys)
+    for part in present(module, names.out):
+        if isinstance(part_of(module, part), nn.Linear):
+            cutter.rows(join(name, part), part_of(module, part), query)
+    for parts, cut in ((names.query_norms, query), (names.key_norms, keys)):
+        for part in present(module, parts):
+            if norm_size(part_of(module, part)) == cut.total != heads.size:
+                cutter.tensors(join(name, part), part_of(module, part), cut)
+                cutter.plan.roles[join(name, part)] = Role("norm", cut)
+    norms = [join(name, parts[0]) for parts in (names.query_norms, names.key_norms) if parts]
+    if len(norms) == 2 and all(norm in cutter.plan.roles for norm in norms):
+        cutter.plan.pairs.append(NormPair(norms[0], join(name, names.key_value[0]), norms[1]))
+    for part in present(module, names.per_head):
+        table = part_of(module, part)
+        cut = even(heads.queries, cutter.parts, dim=1)
+        cutter.plan.cuts[join(name, f"{part}.weight")] = cut
+        cutter.set_numbers(join(name, part), table, {"embedding_dim": heads.queries}, cut.lengths)
+        cutter.done.add(join(name, part))
+    _set_heads(cutter, name, module, heads, query, keys)
+    cutter.attentions += 1
+
+
+def _set_heads(cutter: Cutter, name: str, module: nn.Module, heads: Heads, query: Shards, keys: Shards) -> None:
+    for attributes, full, lengths in (
+        (rules.HEAD_COUNTS, heads.queries, [n // heads.size for n in query.lengths]),
+        (rules.KEY_HEAD_COUNTS, heads.keys, [n // heads.size for n in keys.lengths]),
+        (rules.QUERY_WIDTHS, query.total, query.lengths),
+        (rules.KEY_WIDTHS, keys.total, keys.lengths),
+    ):
+        cutter.set_numbers(name, module, dict.fromkeys(attributes, full), lengths)
+
+
+def _fused_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """Attention with one linear for queries, keys and values: three segments for each rank."""
+    for names in rules.FUSED_ATTENTIONS:
+        into, out = part_of(module, names.into), part_of(module, names.out)
+        count = number_of(module, rules.HEAD_COUNTS)
+        if not (type(module).__name__ in names.classes and is_linear(into) and is_linear(out) and count):
+            continue
+        width = out.in_features
+        if into.out_features != 3 * width or width % count or not all_known(module, (names.into, names.out)):
+            continue
+        if count < cutter.size:
+            return cutter.has_too_few(name, count)
+        cut = even(width, cutter.parts, unit=width // count)
+        runs = [even_runs(count, cutter.parts, width // count, third * width) for third in range(3)]
+        cutter.columns(join(name, names.into), into, shards(0, 3 * width, runs))
+        cutter.rows(join(name, names.out), out, cut)
+        heads = [n // (width // count) for n in cut.lengths]
+        cutter.set_numbers(name, module, dict.fromkeys(rules.HEAD_COUNTS, count), heads)
+        cutter.attentions += 1
+        cutter.plan.units.append(name)
+        return True
+    return False
+
+
+def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """Attention and feed-forward side by side, whose outputs lie one behind the other before one linear."""
+    for names in rules.PARALLEL_BLOCKS:
+        attention, into, out = (part_of(module, n) for n in (names.attention, names.into, names.out))
+        if attention is None or not (is_linear(into) and is_linear(out)):
+            continue
+        cutter.done.update(names_in(join(name, names.attention), attention))
+        cutter.done.add(join(name, names.out))
+        if type(module).__name__ not in names.classes:
+            return cutter.left_whole(name, "whether attention or feed-forward comes first is not known")
+        heads = read_heads(attention, rules.ATTENTIONS[0], out=False)
+        if isinstance(heads, str):
+            return cutter.left_whole(name, heads)
+        inner = heads.queries * heads.size
+        width = vars(module).get(names.width, into.out_features)
+        gates = into.out_features // width
+        if out.in_features != inner + width or into.out_features not in (width, 2 * width):
+            return cutter.left_whole(name, f"{names.out} does not take attention and feed-forward side by side")
+        if heads.keys < cutter.size:
+            return cutter.has_too_few(name, heads.keys)
+        why = _cut_processor(cutter, join(name, names.attention), attention, heads)
+        if why:
+            return cutter.left_whole(name, why)
+        _cut_attention(cutter, join(name, names.attention), attention, rules.ATTENTIONS[0], heads)
+        runs = [even_runs(width, cutter.parts, offset=gate * width) for gate in range(gates)]
+        cutter.columns(join(name, names.into), into, shards(0, gates * width, runs))
+        heads_first = [run for (run,) in heads.query_shards(cutter.parts).ranks]
+        rows = shards(1, inner + width, [heads_first, even_runs(width, cutter.parts, offset=inner)])
+        cutter.rows(join(name, names.out), out, rows)
+        cutter.set_numbers(name, module, {names.width: width}, even(width, cutter.parts).lengths)
+        cutter.plan.units.append(name)
+        return True
+    return False
+
+
+def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """Two linears, or three with a gate, with something elementwise between them."""
+    for names in rules.FEED_FORWARDS:
+        out = part_of(module, names.out)
+        into = [part_of(module, part) for part in names.into]
+        fits = not names.classes or type(module).__name__ in names.classes
+        if not (fits and is_linear(out) and all(is_linear(linear) for linear in into)):
+            continue
+        gates = 1
+        if names.whole or names.halves:
+            above = part_of(module, names.into[0].rpartition(".")[0])
+            gates = 2 if any(runs_as(above, known) for known in names.halves) else 0
+            gates = 1 if any(runs_as(above, known) for known in names.whole) else gates
+        width = out.in_features
+        known = all_known(module, (*names.into, names.out, *rules.FEED_FORWARD_KEPT))
+        if not known or width < cutter.size or any(linear.out_features != gates * width for linear in into):
+            cutter.left_whole(name, "it is no plain feed-forward")
+            return False
+        cut = shards(0, gates * width, [even_runs(width, cutter.parts, offset=g * width) for g in range(gates)])
+        for part, linear in zip(names.into, into, strict=True):
+            cutter.columns(join(name, part), linear, cut)
+        cutter.rows(join(name, names.out), out, even(width, cutter.parts))
+        cutter.plan.units.append(name)
+        return True
+    return False
+
+
+def _sequence(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """A Sequential of two linears with elementwise activations around them."""
+    if type(module) is not nn.Sequential:
+        return False
+    linears = [(part, child) for part, child in module.named_children() if is_linear(child)]
+    others = [child for child in module.children() if not is_linear(child)]
+    if len(linears) != 2 or not all(any(runs_as(child, known) for known in rules.ELEMENTWISE) for child in others):
+        return False
+    (first, into), (second, out) = cast(list[tuple[str, nn.Linear]], linears)
+    if into.out_features != out.in_features or out.in_features < cutter.size:
+        return False
+    cut = even(out.in_features, cutter.parts)
+    cutter.columns(join(name, first), into, cut)
+    cutter.rows(join(name, second), out, cut)
+    cutter.plan.units.append(name)
+    return True
+
+
+_RULES = (_parallel_block, _attention, _fused_attention, _feed_forward, _sequence)
+"""Each returns whether it has dealt with the module."""

@@ -1,0 +1,154 @@
+"""A cut module made whole again, for one call or for good: its slices are gathered from the tensor ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.placement.slices import Shards
+from shardit.core.runtime.coroutine import willing
+from shardit.parallel.tensor.heads import join
+from shardit.parallel.tensor.plan import PLAIN, WHOLE, TensorPlan
+
+FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""Linears that diffusers' `fuse_projections` makes, and of which."""
+
+
+@contextmanager
+def whole_for_now(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> Iterator[None]:
+    """Meanwhile a module below `model` has whole weights and its own code everywhere. Collective; no other call gets
+    a turn, since modules are shared between calls in flight."""
+    token = willing.set(None)
+    undo: list[Callable[[], None]] = []
+    try:
+        _become_whole(model, unit, plan, ranks, undo)
+        yield
+    finally:
+        for act in reversed(undo):
+            act()
+        willing.reset(token)
+
+
+def whole_for_good(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> None:
+    """Make a module below `model` whole on every rank, in place, and take it out of the plan. Collective."""
+    token = willing.set(None)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            _become_whole(model, unit, plan, ranks, [])
+    finally:
+        willing.reset(token)
+    plan.forget(unit)
+
+
+def _become_whole(
+    model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives, undo: list[Callable[[], None]]
+) -> None:
+    inside = f"{unit}." if unit else ""
+    for module, leaf, cut in [*_slices(model, inside, plan), *_fused(model, unit, plan)]:
+        part = module._parameters[leaf]
+        assert part is not None
+        module._parameters[leaf] = nn.Parameter(gathered(part.detach(), cut, ranks), part.requires_grad)
+        undo.append(lambda module=module, leaf=leaf, part=part: module._parameters.__setitem__(leaf, part))
+    for module in {id(m): m for _, m in model.get_submodule(unit).named_modules()}.values():
+        cls = plain = type(module)
+        while PLAIN in vars(plain):
+            plain = vars(plain)[PLAIN]
+        if plain is not cls:
+            module.__class__ = plain
+            undo.append(lambda module=module, cls=cls: setattr(module, "__class__", cls))
+            vars(module)[WHOLE] = True
+            undo.append(lambda module=module: vars(module).pop(WHOLE, None))
+    for name, numbers in plan.attributes.items():
+        if f"{name}.".startswith(inside):
+            module = model.get_submodule(name)
+            for attribute, values in numbers.items():
+                _set(getattr(module, "base_layer", module), attribute, sum(values), undo)
+
+
+def _set(module: Any, attribute: str, value: int, undo: list[Callable[[], None]]) -> None:
+    before = getattr(module, attribute)
+    setattr(module, attribute, value)
+    undo.append(lambda: setattr(module, attribute, before))
+
+
+def _slices(model: nn.Module, inside: str, plan: TensorPlan) -> Iterator[tuple[nn.Module, str, Shards]]:
+    """The parameters inside a module that are slices: module, name in it, and how it is cut. Those of adapters, too."""
+    for name, cut in plan.cuts.items():
+        if not name.startswith(inside):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        module: Any = part_at(model, owner)
+        if module is None:
+            continue
+        for holder, key in ((getattr(module, "base_layer", module), leaf), *_of_adapters(module, leaf, cut)):
+            found = holder._parameters.get(key)
+            if found is not None and found.shape[cut.dim] != cut.total:
+                yield holder, key, cut
+
+
+def _fused(model: nn.Module, unit: str, plan: TensorPlan) -> Iterator[tuple[nn.Module, str, Shards]]:
+    """The same of linears that were fused after the cut: the slices of their parts lie one behind the other."""
+    for name, module in model.get_submodule(unit).named_modules():
+        above, _, last = join(unit, name).rpartition(".")
+        whole = fused_cut(plan, above, last)
+        if whole is None:
+            continue
+        for leaf, found in module._parameters.items():
+            if found is not None and found.shape[0] != whole.total:
+                yield module, leaf, whole
+
+
+def fused_cut(plan: TensorPlan, above: str, last: str) -> Shards | None:
+    """How a fused linear with the name `last` in the module `above` is cut; None where its parts are not."""
+    cuts = [plan.cuts.get(join(above, f"{part}.weight")) for part in FUSED.get(last, ())]
+    parts = [cut for cut in cuts if cut is not None]
+    if not parts or len(parts) < len(cuts):
+        return None
+    starts = list(accumulate((cut.total for cut in parts), initial=0))
+    ranks = [
+        tuple((start + at, length) for start, cut in zip(starts, parts, strict=False) for at, length in cut.ranks[r])
+        for r in range(plan.size)
+    ]
+    return Shards(0, starts[-1], tuple(ranks))
+
+
+def _of_adapters(layer: Any, leaf: str, cut: Shards) -> Iterator[tuple[nn.Module, str]]:
+    if leaf != "weight" or not hasattr(layer, "lora_A"):
+        return
+    for adapter in layer.lora_A:
+        if cut.dim == 1:
+            yield layer.lora_A[adapter], "weight"
+        else:
+            yield from ((layer.lora_B[adapter], key) for key in layer.lora_B[adapter]._parameters)
+
+
+def part_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a path, or None: processors and adapters come and go."""
+    for name in path.split(".") if path else ():
+        found = model._modules.get(name)
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def gathered(part: torch.Tensor, cut: Shards, ranks: Collectives) -> torch.Tensor:
+    """The whole tensor of which every rank has its slice. Collective."""
+    raw = part.view(torch.uint8) if part.dtype.itemsize == 1 else part  # back ends know no float8
+    rows = ranks.all_gather(raw, cut.lengths, cut.dim)
+    whole, at = torch.empty_like(rows, memory_format=torch.contiguous_format), 0
+    for segments in cut.ranks:
+        for start, length in segments:
+            whole.narrow(cut.dim, start, length).copy_(rows.narrow(cut.dim, at, length))
+            at += length
+    return whole.view(part.dtype)

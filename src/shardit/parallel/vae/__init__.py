@@ -1,0 +1,1 @@
+"""Tiles of a VAE over ranks."""

@@ -1,0 +1,110 @@
+"""What depends on what while a VAE call runs on shapes: which part calls a tensor comes from, and what glue reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardit.parallel.dataflow import tensors_of, written
+
+
+class Untileable(Exception):
+    """Why the tiles of a VAE call cannot be dealt to ranks: "its decoder draws random numbers"."""
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation, inside part calls and in the glue between them. Everything is known by storage."""
+
+    def __init__(self, arguments: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self._inside: int | None = None
+        self._made: set[int] = set()  # storages of the call that runs
+        self._from: dict[int, frozenset[int]] = {}  # storage -> the calls that it derives from
+        self._outputs: dict[int, set[tuple[int, int]]] = {}  # storage -> (call, leaf) that lie in it
+        self._hidden: set[int] = set()  # storages that a call made and did not return
+        self._read: set[tuple[int, int]] = set()
+        # A weak reference keeps the address of a dead storage from being used again.
+        self._refs: dict[int, StorageWeakRef] = {}
+        self._arguments = {self._key(tensor) for tensor in arguments}
+
+    @contextmanager
+    def call(self, number: int) -> Iterator[None]:
+        """Meanwhile part call `number` runs."""
+        self._inside, self._made = number, set()
+        try:
+            yield
+        finally:
+            self._inside = None
+
+    def origins(self, tensors: Iterable[torch.Tensor]) -> set[int]:
+        """The part calls that some tensors derive from."""
+        return set().union(*(self._from.get(self._key(t), frozenset()) for t in tensors))
+
+    def came_out(self, number: int, outputs: list[Any], arguments: list[Any]) -> None:
+        """Part call `number` has returned leaves, and may have put others into the containers that it was given."""
+        for leaf, tensor in enumerate(outputs):
+            if isinstance(tensor, torch.Tensor):
+                key = self._key(tensor)
+                if key not in self._made:
+                    raise Untileable("a part of it returns what it was given")
+                self._outputs.setdefault(key, set()).add((number, leaf))
+        for key in self._made:
+            self._from[key] = frozenset((number,))
+        self._hidden |= self._made - self._outputs.keys()
+
+    def result(self, tensors: Iterable[torch.Tensor]) -> None:
+        """These are what the VAE call returns."""
+        self._glue(list(tensors), [])
+
+    def read_of(self, number: int) -> tuple[int, ...]:
+        """The leaves of a part call's output that glue reads."""
+        return tuple(sorted(leaf for call, leaf in self._read if call == number))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
+            raise Untileable("it draws random numbers")
+        out = func(*args, **kwargs)
+        read, wrote = tensors_of((args, kwargs)), written(func, args)
+        if any(self._key(t) in self._arguments for t in wrote):
+            raise Untileable("it writes to its arguments")  # and would do so again when it runs again
+        if self._inside is None:
+            self._glue(read, [*tensors_of(out), *wrote])
+            return out
+        if any(self._key(t) not in self._made for t in wrote):
+            raise Untileable("a part of it writes to what it was given")
+        known = {self._key(t) for t in read} - self._made
+        self._made.update(key for t in tensors_of(out) if (key := self._key(t)) not in known)
+        return out
+
+    def _glue(self, read: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        """An operation between part calls."""
+        keys = [self._key(t) for t in read]
+        for key in keys:
+            self._read |= self._outputs.get(key, set())
+            if key in self._hidden:
+                raise Untileable("it reads what a part keeps to itself")
+        sources = frozenset().union(*(self._from.get(key, frozenset()) for key in keys))
+        for tensor in made if sources else []:
+            key = self._key(tensor)
+            self._from[key] = self._from.get(key, frozenset()) | sources
+
+    def _key(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._refs.setdefault(storage._cdata, StorageWeakRef(storage))
+        return storage._cdata
+
+
+def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Attention kernels may draw random numbers, but do so for dropout alone."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    place = names.index("dropout_p")
+    value = kwargs.get("dropout_p", args[place] if place < len(args) else func._schema.arguments[place].default_value)
+    return value == 0.0

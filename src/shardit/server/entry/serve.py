@@ -1,0 +1,136 @@
+"""`shardit serve`: the data folder and the socket, which are held until the end, and the processes that use them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardit.errors import InputError
+from shardit.server.options import ServeOptions
+from shardit.server.process import api_process
+
+if TYPE_CHECKING:
+    from shardit.server.placement.local import Placement
+
+LEFT_BEHIND_S = 6.0
+"""After a server was killed: time for its processes to let go of the port."""
+
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def serve(options: ServeOptions, placement: Placement | None = None, patience_s: float = 0.0) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct.
+
+    patience_s: how long to wait for the data folder, where a server that is about to end may hold it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the supervisor has a better answer
+    with (
+        locked(options.data_dir, patience_s) as was_killed,
+        listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener,
+        api_process.started(listener) as api,  # it takes longest to import, so it begins before the rest is imported
+    ):
+        import sqlite3
+
+        from shardit.server.supervisor.supervisor import Supervisor
+
+        try:
+            return Supervisor(options, api, listener, placement or _placement_for(options)).run()
+        except sqlite3.Error as error:
+            text = f"the data folder {options.data_dir} cannot be written ({error}); make room there"
+            raise InputError(text) from error
+
+
+def _placement_for(options: ServeOptions) -> Placement:
+    if options.executor == "ray":
+        from shardit.server.placement.ray import RayPlacement
+
+        return RayPlacement(options)
+    from shardit.server.placement.local import LocalPlacement
+
+    return LocalPlacement(options.step_timeout_s)
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.socket]:
+    """A listening TCP socket. Raises InputError where the address cannot be had, or not within `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        while True:
+            try:
+                listener.bind((host, port))
+                listener.listen(512)
+                break
+            except OverflowError:
+                raise InputError(f"--port must be from 0 to 65535, got {port}") from None
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                    flag = "--host" if isinstance(error, socket.gaierror) or error.errno in _NOT_HERE else "--port"
+                    text = f"cannot listen on {host}:{port} ({error.strerror}); choose another with {flag}"
+                    raise InputError(text) from None
+                time.sleep(0.1)
+        yield listener
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
+    """The data folder, for this server alone; whether the one before was killed, so that its processes may not all be
+    gone yet. Raises InputError where another one has it, for `patience_s` at least."""
+    deadline = time.monotonic() + patience_s
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _take(folder / "lock", deadline)
+    except OSError as error:
+        raise InputError(
+            f"the data folder {folder} cannot be used ({error.strerror}); choose another with --data-dir"
+        ) from None
+    if handle is None:
+        raise InputError(f"the data folder {folder} is used by another server; choose another with --data-dir")
+    try:
+        was_killed = bool(os.read(handle, 1))
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(handle, b"in use")
+        try:
+            yield was_killed
+        except (InputError, SystemExit):
+            _leave(folder, made)
+            raise
+        _leave(folder, made)
+    finally:
+        os.close(handle)
+
+
+def _take(path: Path, deadline: float) -> int | None:
+    """A locked handle of a file, which is made where there is none; None where another process keeps it locked."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before removes the file at its end: a lock on a removed file keeps nobody out.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except OSError:
+            if time.monotonic() >= deadline:
+                os.close(handle)
+                return None
+            time.sleep(0.1)
+        os.close(handle)
+
+
+def _leave(folder: Path, made: bool) -> None:
+    """Remove the lock, and the folder where this start has made it and put nothing into it."""
+    with contextlib.suppress(OSError):
+        (folder / "lock").unlink()
+        if made:
+            folder.rmdir()

@@ -1,0 +1,250 @@
+"""A process that torchrun has started under `shardit serve`: it keeps one rank, and on rank 0 the supervisor too.
+
+The rank itself is a fork of this process, so that a keeper, which has neither torch nor threads, always reacts: it
+ends a rank that hangs, and it ends with the code that the supervisor names, by which torchrun knows whether to start
+all ranks anew. Supervisor and keepers never outlive each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import math
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import wait
+from typing import Any
+
+from shardit.engine.nodes.handshake import Reach, connect
+from shardit.engine.nodes.node_facts import facts
+from shardit.engine.nodes.rank_port import listen_for_ranks
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.process import command, die_with_parent
+from shardit.engine.rank.fork_server import join_group
+from shardit.errors import InputError, RankError
+from shardit.server.options import ServeOptions
+from shardit.server.placement.torchrun import RESTART, Leave, Supervise
+from shardit.server.placement.torchrun_env import LOOPBACK, Seat, hosts_of
+from shardit.server.placement.torchrun_rank import be_rank, end_with
+
+WORD_WAIT_S = 5.0
+"""After the end of a rank, or a signal: time for the supervisor to say with which code to end."""
+SUPERVISOR_STOP_S = 9.0
+LEASH_S = 6.0
+KILL_S = 5.0
+
+
+def serve_as_rank(options: ServeOptions) -> int:
+    """Keep this process's rank until the server stops or all ranks are to be started anew; returns the exit code.
+    Raises InputError where torchrun has started another number of ranks than the flags ask for."""
+    seat, wanted = Seat.of_environment(), options.config.world_size
+    if seat.world_size != wanted:
+        raise InputError(
+            f"torchrun has started {seat.world_size} ranks, but the parallel sizes need {wanted}; "
+            f"make --nnodes times --nproc-per-node {wanted}, or change the parallel sizes"
+        )
+    if options.executor != "local":
+        raise InputError(f"torchrun and --executor {options.executor} both place ranks; use one of them")
+    return Keeper(options, seat).run()
+
+
+class Keeper:
+    """One keeper and what it has started."""
+
+    def __init__(self, options: ServeOptions, seat: Seat):
+        self.options, self.seat = options, seat
+        self.supervisor: subprocess.Popen[bytes] | None = None
+        self.control: Channel | None = None
+        self.leash: Channel | None = None
+        self.rank_pid: int | None = None
+        self.from_rank: Channel | None = None
+        self._heard = False
+        self._deadline, self._code_then = math.inf, RESTART
+        self._signal: int | None = None
+        self._wakeup, self._woken = socket.socketpair()
+
+    def run(self) -> int:
+        """Start all, wait for the end, end all."""
+        code = RESTART
+        self._hear_signals()
+        try:
+            reach = self._start_supervisor() if self.seat.rank == 0 else None
+            self._fork_rank(reach)
+            code = self._watch()
+        finally:
+            code = self._end(code)
+        return code
+
+    def _hear_signals(self) -> None:
+        def note(number: int, _: Any) -> None:
+            if number != signal.SIGCHLD:
+                self._signal = number
+
+        for end in (self._wakeup, self._woken):
+            end.setblocking(False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, note)
+        signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
+
+    # Starting.
+
+    def _start_supervisor(self) -> Reach:
+        hosts = hosts_of(self.seat)
+        listener = listen_for_ranks(hosts[0] if hosts == LOOPBACK else "")
+        reach = Reach(hosts, listener.getsockname()[1], secrets.token_hex(32))
+        ours, theirs = socket.socketpair()
+        fds = (theirs.fileno(), listener.fileno())
+        with theirs, listener:
+            self.supervisor = subprocess.Popen(
+                command("shardit.server.entry.torchrun_supervisor", *fds, os.getpid()),
+                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                start_new_session=True,  # torchrun's signals are for the keeper, which passes them on
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self.control = Channel(ours)
+        self.control.send(Supervise(self.options, reach, self.seat.world_size, self.seat.restarts))
+        return reach
+
+    def _fork_rank(self, reach: Reach | None) -> None:
+        ours, theirs = socket.socketpair()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        keeper = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                ours.close()
+                self._become_rank(Channel(theirs), keeper)
+                code = be_rank(self.options, self.seat, reach, Channel(theirs))
+            except (InputError, RankError) as error:
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            except BaseException as error:
+                print(f"error: rank {self.seat.rank}: {type(error).__name__}: {error}", file=sys.stderr)
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)
+        theirs.close()
+        self.rank_pid, self.from_rank = pid, Channel(ours)
+
+    def _become_rank(self, to_keeper: Channel, keeper: int) -> None:
+        join_group(0, 0)  # torchrun signals the keeper's group
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        faulthandler.register(signal.SIGUSR1)  # tells where it is
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() != keeper:
+            os._exit(1)
+        if self.control is not None:
+            self.control.close()
+        for end in (self._wakeup, self._woken):
+            end.close()
+        threading.Thread(target=end_with, args=(to_keeper.socket,), daemon=True).start()
+
+    # Waiting.
+
+    def _watch(self) -> int:
+        while True:
+            left = self._deadline - time.monotonic()
+            sockets = {"signal": self._wakeup}
+            from_rank = None if self._heard else self.from_rank
+            for name, channel in (("leash", self.leash), ("rank", from_rank), ("control", self.control)):
+                if channel is not None:
+                    sockets[name] = channel.socket
+            found = wait(list(sockets.values()), None if left == math.inf else max(0.0, left))
+            ready = {name for name, sock in sockets.items() if sock in found}
+            if "leash" in ready:
+                return _code_from(self.leash)
+            if "rank" in ready:
+                self._hear_rank()
+            if "signal" in ready:
+                with contextlib.suppress(BlockingIOError):
+                    self._wakeup.recv(4096)
+                self._on_signal()
+                self._bury_rank()
+            elif "control" in ready:  # the supervisor says nothing here: it is gone
+                return self._code_of_supervisor()
+            if time.monotonic() >= self._deadline:
+                return self._code_then
+
+    def _hear_rank(self) -> None:
+        assert self.from_rank is not None
+        try:
+            reach = self.from_rank.recv()
+            hello = {**facts(self.seat.rank), "role": "keeper"}
+            self.leash, _ = connect(reach, hello, LEASH_S)
+        except (Closed, OSError):
+            pass  # it has ended; a signal says so
+        except RankError:
+            self._end_by(0.0, RESTART)
+        # It stays open: its end tells the rank that the keeper is gone.
+        self._heard = True
+
+    def _on_signal(self) -> None:
+        number, self._signal = self._signal, None
+        if number is None:
+            return
+        if self.control is not None:
+            with contextlib.suppress(Closed, OSError):
+                self.control.send(Leave(0))
+            self._end_by(SUPERVISOR_STOP_S, 0)
+        else:
+            self._end_by(WORD_WAIT_S, 128 + number)
+
+    def _bury_rank(self) -> None:
+        if self.rank_pid is not None and os.waitpid(self.rank_pid, os.WNOHANG)[0]:
+            self.rank_pid = None
+            self._end_by(WORD_WAIT_S if self.leash is not None else 0.0, RESTART)
+
+    def _end_by(self, seconds: float, code: int) -> None:
+        if self._deadline == math.inf:
+            self._deadline, self._code_then = time.monotonic() + seconds, code
+
+    def _code_of_supervisor(self) -> int:
+        assert self.supervisor is not None
+        try:
+            code = self.supervisor.wait(SUPERVISOR_STOP_S)
+        except subprocess.TimeoutExpired:
+            return RESTART
+        return code if code in (0, 2) else RESTART
+
+    # Ending.
+
+    def _end(self, code: int) -> int:
+        if self.rank_pid is not None:
+            for kill in (os.killpg, os.kill):  # what it has started, too; it may not have its own group yet
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(self.rank_pid, signal.SIGKILL)
+            deadline = time.monotonic() + KILL_S
+            while os.waitpid(self.rank_pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        if self.supervisor is not None:
+            with contextlib.suppress(Closed, OSError):
+                assert self.control is not None
+                self.control.send(Leave(code))
+            try:
+                self.supervisor.wait(SUPERVISOR_STOP_S)
+            except subprocess.TimeoutExpired:
+                self.supervisor.kill()
+                self.supervisor.wait()
+        return code
+
+
+def _code_from(leash: Channel | None) -> int:
+    assert leash is not None
+    try:
+        message = leash.recv()
+    except (Closed, OSError):
+        return RESTART
+    return message.code

@@ -1,0 +1,49 @@
+"""The supervisor's process under torchrun, a child of the agent of rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+
+from shardit.engine.nodes.rank_port import RankPort
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.process import die_with_parent
+from shardit.errors import InputError
+from shardit.server.placement.torchrun import PATIENCE_S, Supervise, TorchrunPlacement
+
+
+def main(control_fd: int, listener_fd: int, keeper: int) -> int:
+    """The supervisor's process under torchrun; returns its exit code."""
+    from shardit.server.entry.serve import serve
+
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != keeper:
+        return 1
+    control = Channel(socket.socket(fileno=control_fd))
+    try:
+        start: Supervise = control.recv()
+    except Closed:
+        return 1
+    places = [(rank, role) for rank in range(start.world_size) for role in ("rank", "keeper")]
+    port = RankPort(socket.socket(fileno=listener_fd), places, start.reach.token)
+    placement = TorchrunPlacement(port, start.world_size)
+    threading.Thread(target=_obey, args=(control, placement), daemon=True).start()
+    try:
+        return serve(start.options, placement, PATIENCE_S if start.restarts else 0.0)
+    except InputError as error:
+        placement.stop(2)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _obey(control: Channel, placement: TorchrunPlacement) -> None:
+    """Stop when the keeper says so; where it is gone, at once: what is left undone is done again."""
+    with contextlib.suppress(Closed, OSError):
+        while True:
+            placement.leave(control.recv().code)
+            os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(1)

@@ -1,0 +1,51 @@
+"""A job's progress as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from shardit.server.http.answers.waiting import LOOK_S
+from shardit.server.http.schema.jobs import percent, progress_of
+from shardit.server.http.state.context import Context
+from shardit.server.jobs.job import Job
+
+HEARTBEAT_S = 10.0
+
+DESCRIPTION = """Server-sent events until the job has ended: `queued` {"position"} whenever its place changes,
+`step` {"phase", "step", "steps", "seconds_per_step", "seconds_left", "progress"} after each step,
+and at last `finished` {"status", "error"}. A comment line comes every ten seconds."""
+
+
+async def events(context: Context, job: Job) -> AsyncIterator[bytes]:
+    """The events of a job from now on."""
+    told: tuple[str, Any] | None = None
+    spoke = time.monotonic()
+    with context.board.watching(job.id, steps=True) as watch:
+        while True:
+            found = await run_in_threadpool(context.store.get, job.id)
+            event = await _event(context, found)
+            if event is not None and event != told:
+                told, spoke = event, time.monotonic()
+                yield f"event: {event[0]}\ndata: {json.dumps(event[1])}\n\n".encode()
+            if found is None or found.ended or context.board.stopping:
+                return
+            if time.monotonic() - spoke >= HEARTBEAT_S:
+                spoke = time.monotonic()
+                yield b": still here\n\n"
+            await watch.news(LOOK_S)
+
+
+async def _event(context: Context, job: Job | None) -> tuple[str, dict[str, Any]] | None:
+    if job is None:
+        return "finished", {"status": "deleted", "error": None}
+    if job.ended:
+        return "finished", {"status": job.state, "error": job.error}
+    if job.state == "queued":
+        return "queued", {"position": await run_in_threadpool(context.store.position, job)}
+    step = context.board.step(job.id)
+    return None if step is None else ("step", {**progress_of(step), "progress": percent(step)})

@@ -1,0 +1,69 @@
+"""Waiting for the end of a job while its client waits on the connection."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from shardit.server.http.schema.errors import ApiError, busy
+from shardit.server.http.state.context import Context
+from shardit.server.jobs.job import Job
+
+LOOK_S = 1.0
+"""Longest time between two looks into the store: messages of news may be lost, jobs may not."""
+
+
+async def until_ended(request: Request, context: Context, job: Job) -> Job:
+    """The job after its end. If the client goes before, the job is cancelled where nobody else can ask for it.
+
+    Raises ApiError where the server stops or the job is gone; asyncio.CancelledError where the process ends.
+    """
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        with context.board.watching(job.id, steps=False) as watch:
+            while not job.ended:
+                if context.board.stopping:
+                    raise busy("the server is about to end; send the request again later", 5, "stopping")
+                if gone.done():
+                    raise ClientGone
+                news = asyncio.ensure_future(watch.news(LOOK_S))
+                await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
+                news.cancel()
+                found = await run_in_threadpool(context.store.get, job.id)
+                if found is None:
+                    raise ApiError(404, f"the job {job.id} was deleted", code="not_found")
+                job = found
+        return job
+    except (ClientGone, asyncio.CancelledError):
+        if job.waits:
+            await asyncio.shield(run_in_threadpool(context.store.request_cancel, job.id))
+            context.board.changed_here(job.id)
+        raise
+    finally:
+        gone.cancel()
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def check_completed(job: Job) -> None:
+    """Raise ApiError where the job ended without a result."""
+    if job.state == "cancelled":
+        raise ApiError(409, f"the job {job.id} was cancelled", code="cancelled")
+    if job.state == "failed":
+        error = job.error or {}
+        code = str(error.get("code", "failed"))
+        status = 400 if code in CLIENTS_FAULT else 500
+        raise ApiError(status, f"the job {job.id} failed: {error.get('message', 'no reason is known')}", code=code)
+
+
+CLIENTS_FAULT = ("invalid_request", "generation_failed", "out_of_memory")
+"""Codes of jobs' errors that another request would avoid."""

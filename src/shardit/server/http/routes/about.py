@@ -1,0 +1,163 @@
+"""What the server is and how it does: models, health, readiness, metrics, and all that the page needs to know."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, Field
+
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.server.http.schema.errors import ApiError, answers
+from shardit.server.http.state.context import Context
+from shardit.server.http.state.metrics import CONTENT_TYPE
+from shardit.server.http.submit.resolve import pipeline_names
+from shardit.server.http.submit.submit import job_kind
+from shardit.server.jobs.job import Kind
+from shardit.server.messages import Ranks, RanksState
+from shardit.server.options import Limits
+
+
+class Model(BaseModel):
+    """The served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "shardit"
+
+
+class Models(BaseModel):
+    """All served models, of which there is one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    """Whether jobs can run now, and what the ranks do."""
+
+    state: RanksState
+    reason: str
+    restarts: int
+    ranks: list[dict[str, Any]]
+
+
+class ServerInfo(Readiness):
+    """What a page needs to know of a server."""
+
+    model: str
+    kind: Kind | None = Field(description="What it makes; null while that is not known yet.")
+    takes_image: bool
+    needs_image: bool
+    most_images: int = Field(description="Input pictures of one request.")
+    parameters: list[str] = Field(description="Arguments of the model's pipeline that a request may hold.")
+    defaults: dict[str, Any] = Field(description="What the pipeline uses where a request gives nothing.")
+    default_fps: float | None
+    queued: int
+    in_progress: int
+    queue_size: int
+    limits: dict[str, int | None]
+    notes: list[str]
+
+
+def about_routes(context: Context) -> APIRouter:
+    """The routes that tell of the server itself."""
+    router = APIRouter(tags=["server"])
+    model = Model(id=context.options.name, created=int(context.started_at))
+
+    @router.get("/health", response_model=Health)
+    async def health() -> Any:
+        """Whether the process answers."""
+        return Health()
+
+    @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness, "description": "Not yet."}})
+    async def ready(request: Request) -> Any:
+        """Whether the ranks can run jobs now; 503 until they can."""
+        ranks = context.board.ranks
+        shown = _readiness(ranks)
+        if getattr(request.state, "stranger", False):  # of whom nothing is known but the name they use for this server
+            shown |= {"reason": "", "ranks": []}
+        if ranks.state == "ready":
+            return shown
+        return JSONResponse(shown, 503, {"Retry-After": "5"})
+
+    @router.get("/metrics", responses=answers(401), response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Metrics in prometheus' text format."""
+        ours = context.metrics.text()
+        return Response(ours + (await context.board.measured() or b""), media_type=CONTENT_TYPE)
+
+    @router.get("/v1/models", response_model=Models, responses=answers(401), tags=["models"])
+    async def list_models() -> Any:
+        """The served model."""
+        return Models(data=[model])
+
+    @router.get("/v1/models/{model_id:path}", response_model=Model, responses=answers(401, 404), tags=["models"])
+    async def retrieve_model(model_id: str) -> Any:
+        """The served model by its name."""
+        if model_id != context.options.name:
+            raise ApiError(404, f"there is no model {model_id!r} here", code="model_not_found")
+        return model
+
+    @router.get("/v1/server", response_model=ServerInfo, responses=answers(401))
+    def server() -> Any:
+        """All that a page needs to know. Ours, not OpenAI's."""
+        return _server(context)
+
+    return router
+
+
+def _readiness(ranks: Ranks) -> dict[str, Any]:
+    return {
+        "state": ranks.state,
+        "reason": ranks.reason,
+        "restarts": ranks.restarts,
+        "ranks": [dict(rank) for rank in ranks.ranks],
+    }
+
+
+def _server(context: Context) -> dict[str, Any]:
+    info, options, counts = context.board.info, context.options, context.store.counts()
+    takes, with_image = info.get("signature"), info.get("signature_with_image")
+    return {
+        **_readiness(context.board.ranks),
+        "model": options.name,
+        "kind": job_kind(takes) if takes else None,
+        "takes_image": bool((takes and takes.image_name) or with_image),
+        "needs_image": bool(takes and takes.needs_image),
+        "most_images": _most_images(with_image or takes, options.limits),
+        "parameters": pipeline_names(info),
+        "defaults": _defaults(context),
+        "default_fps": takes.default_fps if takes and takes.kind == "video" else None,
+        "queued": counts.get("queued", 0),
+        "in_progress": counts.get("in_progress", 0),
+        "queue_size": options.queue_size,
+        "limits": vars(options.limits),
+        "notes": [str(note) for note in info.get("notes", ())],
+    }
+
+
+def _most_images(takes: PipelineSignature | None, limits: Limits) -> int:
+    if takes is None or takes.image_name is None:
+        return 0
+    return 1 if takes.one_image else limits.input_images
+
+
+def _defaults(context: Context) -> dict[str, Any]:
+    from shardit.models import tiny
+
+    takes, options = context.board.info.get("signature"), context.options
+    if takes is None:
+        return {}
+    names = set(pipeline_names(context.board.info))
+    shown = {name: value for name, value in takes.defaults.items() if name in names and value is not None}
+    filled = tiny.filled_in(options.model.removeprefix("tiny/"), ()) if options.model.startswith("tiny/") else {}
+    return {**shown, **filled}

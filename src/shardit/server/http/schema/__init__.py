@@ -1,0 +1,1 @@
+"""Fields, answers and errors."""

@@ -1,0 +1,217 @@
+"""The fields of requests: OpenAI's, and those of diffusers under their own names, as pydantic models whose limits are
+the server's."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
+
+from shardit.config import did_you_mean
+from shardit.diffusion.loading.model_options import OPTION_NAMES
+from shardit.params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.options import Limits
+
+
+def _is_false(value: Any) -> Any:
+    # Literal[False] would also take 0.
+    if value is not False:
+        raise ValueError("must be false")
+    return value
+
+
+_False: Any = Annotated[bool, BeforeValidator(_is_false), WithJsonSchema({"const": False})]
+_Zero: Any = Annotated[int, Field(ge=0, le=0)]
+
+_Label: Any = Annotated[str, Field(max_length=512)]
+
+NO_MEANING: dict[str, Any] = {
+    "user": _Label,
+    "safety_identifier": _Label,
+    "quality": Literal["auto", "standard"],
+    "style": Literal["auto"],
+    "moderation": Literal["auto", "low"],
+    "background": Literal["auto", "opaque"],
+    "input_fidelity": Literal["auto"],
+    "mask": Literal["auto"],
+    "stream": _False | Literal["auto"],
+    "partial_images": _Zero | Literal["auto"],
+}
+"""OpenAI's fields that change nothing here, and the values besides null at which that is what the client wants."""
+
+LOOK = ("output_format", "output_compression")
+"""How the files of pictures are encoded."""
+
+ROUTING = ("model", "response_format", "priority", *LOOK, *NO_MEANING)
+"""Fields that say nothing about the result itself."""
+
+PICTURES: tuple[str, ...] = ("image", "input_reference")
+"""Fields that hold pictures: uploads in multipart requests, data: URLs in JSON."""
+
+
+class ImageUrl(BaseModel):
+    """A picture by its address."""
+
+    model_config = ConfigDict(extra="forbid")
+    image_url: str = Field(description="data:image/png;base64,... (or JPEG, WebP).")
+
+
+@dataclass(frozen=True)
+class FieldModels:
+    """The bodies of requests under the limits of one server."""
+
+    image: type[BaseModel]
+    edit: type[BaseModel]
+    video: type[BaseModel]
+    generation: type[BaseModel]
+
+
+def field_models(limits: Limits) -> FieldModels:
+    """Models with these limits."""
+    shared = {**_diffusers_fields(limits), **_openai_fields(limits)}
+    shared |= {name: _optional(kind, "Changes nothing.") for name, kind in NO_MEANING.items()}
+    source: Any = str | ImageUrl
+    pictures = _optional(source | list[source], "Input pictures as data: URLs.")
+    formats = _optional(Literal["b64_json", "url", "auto"], "b64_json (default), or url: an address on this server.")
+    encoded = {
+        "output_format": _optional(Literal["png", "jpeg", "webp", "auto"], "Format of the files; png by default."),
+        "output_compression": _optional(
+            Annotated[_Whole, Field(ge=0, le=100)] | Literal["auto"], "Quality of jpeg and webp; 100 by default."
+        ),
+    }
+    as_mp4 = {
+        "output_format": _optional(Literal["mp4", "auto"], "Videos are MP4 files."),
+        "output_compression": _optional(Literal["auto"], "Changes nothing."),
+    }
+    image = {**shared, **encoded, "response_format": formats, "image": pictures}
+    length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,4}(\.[0-9]{1,4})?|auto)$")]
+    seconds = _optional(length | float, "Length: num_frames = round(seconds x fps) + 1.")
+    return FieldModels(
+        image=_model("ImageRequest", image),
+        edit=_model("ImageEditRequest", image),
+        video=_model(
+            "VideoRequest", {**shared, **as_mp4, "seconds": seconds, "image": pictures, "input_reference": pictures}
+        ),
+        generation=_model("GenerationRequest", {**shared, "image": pictures}),
+    )
+
+
+def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_names: Collection[str]) -> dict[str, Any]:
+    """The given fields that are not null, checked. `pipeline_names` are arguments of the model's pipeline, which are
+    taken under their names even where they are no field. Raises ApiError naming the field."""
+    known = list(model.model_fields)
+    names = set(pipeline_names)
+    further = [name for name in pipeline_names if name not in known]
+    for name in values:
+        if name not in known and name not in further:
+            nearest = did_you_mean(name, [each for each in known if _is_of_use(each, names)] + further)
+            text = f"there is no field {name!r}" + (_AT_START if name in OPTION_NAMES else nearest)
+            raise ApiError(400, text, code="unknown_field", param=name)
+    try:
+        checked = model.model_validate({name: values[name] for name in values if name in known}, strict=True)
+    except ValidationError as error:
+        raise _first_of(error) from None
+    given = checked.model_dump(exclude_none=True)
+    return {**given, **{name: values[name] for name in further if values.get(name) is not None}}
+
+
+_AT_START = "; it is chosen for all requests when the server is started (shardit serve --help)"
+
+
+def _is_of_use(name: str, pipeline_names: Collection[str]) -> bool:
+    """Whether a field says something about what this pipeline makes, so that it can be what a client meant."""
+    return name in pipeline_names or (name not in NO_MEANING and name not in _OF_DIFFUSERS)
+
+
+_OF_DIFFUSERS = frozenset(field_names())
+
+
+def _whole(value: Any) -> Any:
+    # To JSON 4.0 is a whole number.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole: Any = Annotated[int, BeforeValidator(_whole)]
+
+
+def _optional(kind: Any, description: str) -> tuple[Any, Any]:
+    return kind | None, Field(None, description=description)
+
+
+def _between(minimum: int, maximum: int, description: str) -> tuple[Any, Any]:
+    return _optional(Annotated[_Whole, Field(ge=minimum, le=maximum)], description)
+
+
+def _diffusers_fields(limits: Limits) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(OmniDiffusionSamplingParams).items():
+        if hint == str | None:
+            hint = Annotated[str, Field(max_length=limits.prompt_chars)]
+        elif hint in (int, int | None):
+            hint = _Whole
+        fields[name] = _optional(hint, "As in diffusers.")
+    return {
+        **fields,
+        "width": _between(1, limits.pixels, "Pixels."),
+        "height": _between(1, limits.pixels, "Pixels."),
+        "num_frames": _between(1, limits.frames, "Frames of a video."),
+        "num_inference_steps": _between(1, limits.steps, "Denoising steps."),
+        "num_outputs_per_prompt": _between(1, limits.outputs, "The same as n."),
+        "seed": _between(RANDOM_SEED, MAX_SEED, "Drawn, and told, where it is -1 or not given."),
+        "max_sequence_length": _between(1, limits.prompt_tokens, "Longest prompt in tokens."),
+        "layers": _between(1, limits.outputs, "Layers that a layered pipeline cuts a picture into."),
+        "fps": _optional(Annotated[float, Field(ge=0.1, le=240)], "Frames per second of the file."),
+        "output_type": _optional(Literal["pil"], "Results are always pictures."),
+        "extra_args": _optional(
+            dict[str, Any], "Further arguments of the model's pipeline by name; they may also stand beside the fields."
+        ),
+    }
+
+
+def _openai_fields(limits: Limits) -> dict[str, Any]:
+    size: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}x[0-9]{1,9}|auto)$")]
+    return {
+        "prompt": (Annotated[str, Field(max_length=limits.prompt_chars)], Field(description="What to show.")),
+        "model": _optional(str, "The served model, which is also the default."),
+        "n": _between(1, limits.outputs, "Results of one request."),
+        "size": _optional(size, "WIDTHxHEIGHT in pixels."),
+        "priority": _between(-10, 10, "Each step is worth ten minutes of waiting."),
+    }
+
+
+def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    return create_model(name, __config__=config, **fields)
+
+
+_SHAPES = {
+    "size": 'must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto"',
+    "seconds": 'must be a number above 0, as in "4"',
+    **dict.fromkeys(PICTURES, 'must be an upload, a data: URL, {"image_url": ...} with one, or a list of these'),
+}
+"""What pydantic can only say as a pattern or a union."""
+
+
+def _meant(kind: Any) -> str:
+    """The texts that a field without meaning may hold, and null."""
+    texts = [one for one in typing.get_args(kind) if isinstance(one, str)] or ["auto"]
+    return " or ".join(["null", *map(repr, texts)])
+
+
+def _first_of(error: ValidationError) -> ApiError:
+    problems = error.errors(include_url=False, include_context=False)
+    name = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
+    if name in NO_MEANING and NO_MEANING[name] is not _Label:
+        text = f"{name} {problems[0]['input']!r} has no meaning here; leave it out, or give {_meant(NO_MEANING[name])}"
+        return ApiError(400, text, code="unsupported_value", param=name)
+    if problems[0]["type"] == "missing":
+        return ApiError(400, f"{name} is missing; give it", code="missing_field", param=name)
+    reasons = list(dict.fromkeys(item["msg"].removeprefix("Input ") for item in problems if item["loc"][:1] == (name,)))
+    shown = repr(problems[0]["input"])
+    shown = shown if len(shown) <= 100 else shown[:100] + " ..."
+    text = _SHAPES.get(name or "") or " or ".join(reasons)
+    return ApiError(400, f"{name} {text}, got {shown}", code="invalid_value", param=name)

@@ -1,0 +1,29 @@
+"""What the routes share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from shardit.server.http.schema.fields import FieldModels
+from shardit.server.http.state.board import Board
+from shardit.server.http.state.metrics import HttpMetrics
+from shardit.server.jobs.store import Store
+from shardit.server.options import ServeOptions
+
+
+@dataclass(frozen=True)
+class Context:
+    """One app's parts. The store may wait for the disk and for the supervisor, so it is used in threads only."""
+
+    options: ServeOptions
+    store: Store
+    board: Board
+    fields: FieldModels
+    metrics: HttpMetrics
+    started_at: float = field(default_factory=time.time)
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    """Uploads are decoded one after the other: a picture takes a hundred times the memory of its file."""
+    fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
+    """Pictures from other hosts: whoever waits for these leaves threads to others."""

@@ -1,0 +1,169 @@
+"""From a client's fields to the arguments of the pipeline: sizes, lengths, counts, and what tiny models fill in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.models import tiny
+from shardit.server.http.schema.errors import ApiError
+from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
+from shardit.server.options import Limits, ServeOptions
+
+_SIDE = 1024
+"""Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
+_COUNTED = re.compile("steps|frames|tokens|length")
+# Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be, and files of this machine.
+_NOT_SENDABLE = re.compile(
+    r"^output_type$|embeds|latents|mask|image|video|callback|generator|guess|processor|(^|_)(file|path|url)s?($|_)"
+)
+
+
+def pipeline_names(info: Mapping[str, Any]) -> list[str]:
+    """Arguments of the model's pipelines that a client can give by name."""
+    names: dict[str, None] = {}
+    for signature in (info.get("signature"), info.get("signature_with_image")):
+        if signature is not None:
+            names.update(dict.fromkeys(name for name in signature.choices if _is_sendable(name, signature)))
+    return list(names)
+
+
+def _is_sendable(name: str, takes: PipelineSignature) -> bool:
+    # A text for a picture would be a path on this machine.
+    return not _NOT_SENDABLE.search(name) and name not in takes.pictures
+
+
+def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
+    """Raise ApiError where another model than the served one is asked for."""
+    asked = values.get("model")
+    if asked is not None and asked != options.name:
+        text = f"there is no model {asked!r} here; this server serves {options.name!r}"
+        raise ApiError(404, text, code="model_not_found", param="model")
+
+
+def check_look(values: Mapping[str, Any], takes: PipelineSignature) -> None:
+    """Raise ApiError where files cannot look as the request says."""
+    format_ = values.get("output_format", "auto")
+    transparent = takes.image_mode == "RGBA"
+    if values.get("background") == "opaque" and transparent:
+        text = f"{takes.class_name} makes transparent layers; leave background out"
+        raise ApiError(400, text, code="unsupported_value", param="background")
+    if format_ == "jpeg" and transparent:
+        text = f"{takes.class_name} makes transparent layers, which jpeg cannot hold; use png or webp"
+        raise ApiError(400, text, code="unsupported_value", param="output_format")
+    if values.get("output_compression", "auto") not in ("auto", 100) and format_ not in ("jpeg", "webp"):
+        text = "output_compression is the quality of jpeg and webp; leave it out, or set output_format to one of them"
+        raise ApiError(400, text, code="invalid_value", param="output_compression")
+
+
+def look_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """How the files of a job are to be encoded, as far as the request says."""
+    return {name: values[name] for name in LOOK if values.get(name, "auto") != "auto"}
+
+
+def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:
+    """The prompt and parameters under the names of `Omni.generate`, without pictures and seed. Raises ApiError."""
+    given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
+    if given.get("prompt") == "" and "prompt" not in takes.names:
+        del given["prompt"]  # it is a field of all models, and empty where a pipeline takes none
+    _check_extra(given.get("extra_args", {}), takes)
+    _put(given, "num_outputs_per_prompt", given.pop("n", None), "n")
+    size = given.pop("size", "auto")
+    if size != "auto":
+        width, height = (int(side) for side in size.split("x"))
+        _put(given, "width", width, "size")
+        _put(given, "height", height, "size")
+    seconds = given.pop("seconds", "auto")
+    if seconds != "auto":
+        frames = _frames(float(seconds), float(given.get("fps") or takes.default_fps), options.limits)
+        _put(given, "num_frames", frames, "seconds")
+    if options.model.startswith("tiny/"):
+        named = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & set(given) else [])}
+        filled = tiny.filled_in(options.model.removeprefix("tiny/"), named)
+        given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
+    _check_taken(given, values, takes)
+    check_limits(given, takes, options.limits)
+    for name in takes.multiples:
+        if problem := takes.size_problem(name, given.get(name)):
+            raise ApiError(400, problem, code="invalid_value", param=name if name in values else "size")
+    return given
+
+
+def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Limits) -> None:
+    """Raise ApiError for what is more than the server allows and its fields alone do not show: products, lists, what
+    the pipeline does by default, and its own arguments that are steps, frames or tokens by their names."""
+    for name in ("width", "height"):
+        if given.get(name, 1) < 1:
+            raise ApiError(
+                400, f"size must be at least 1x1, got {name} {given[name]}", code="invalid_value", param="size"
+            )
+    extra = given.get("extra_args", {})
+    asked = {name: value for name, value in {**takes.defaults, **extra, **given}.items() if value is not None}
+    if "num_inference_steps" not in {**extra, **given} and ("sigmas" in asked or "timesteps" in asked):
+        asked.pop("num_inference_steps", None)  # which the pipeline then does not look at
+    sides = {name: asked[name] for name in ("width", "height", "resolution") if _is_number(asked.get(name))}
+    if "width" in sides or "height" in sides:
+        _at_most("size", sides.get("width", _SIDE) * sides.get("height", _SIDE), limits.pixels, "pixels")
+    _at_most("resolution", sides.get("resolution", 0) ** 2, limits.pixels, "pixels")
+    bounds = {"steps": limits.steps, "frames": limits.frames, "tokens": limits.prompt_tokens}
+    for name, value in asked.items():
+        if name.endswith(("sigmas", "timesteps")):
+            _at_most(name, len(value) if isinstance(value, list) else 0, limits.steps, "steps")
+        elif (found := _COUNTED.search(name)) is not None:
+            unit = "tokens" if found[0] == "length" else found[0]
+            _at_most(name, max((one for one in _flat(value) if _is_number(one)), default=0), bounds[unit], unit)
+
+
+def _at_most(name: str, value: float, limit: int, unit: str) -> None:
+    if value > limit:
+        text = f"{name} is {value} {unit}, the limit is {limit}; ask for less"
+        raise ApiError(400, text, code="too_large", param=name)
+
+
+def _flat(value: Any) -> list[Any]:
+    return [one for entry in value for one in _flat(entry)] if isinstance(value, list) else [value]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:
+    for name, value in given.items():
+        needless = name == "num_outputs_per_prompt" and value == 1  # one is what every pipeline makes
+        if name in takes.choices or name in ("prompt", "extra_args") or needless:
+            continue
+        said = name if name in values else _SAID_AS[name]
+        raise ApiError(400, f"{takes.class_name} takes no {said}; leave it out", code="invalid_value", param=said)
+
+
+_SAID_AS = {"num_outputs_per_prompt": "n", "width": "size", "height": "size", "num_frames": "seconds"}
+
+
+def _put(given: dict[str, Any], name: str, value: Any, said_as: str) -> None:
+    if value is None:
+        return
+    if given.get(name, value) != value:
+        text = f"{said_as} and {name} disagree ({value} and {given[name]}); give one of them"
+        raise ApiError(400, text, code="invalid_value", param=said_as)
+    given[name] = value
+
+
+def _frames(seconds: float, fps: float, limits: Limits) -> int:
+    frames = round(seconds * fps) + 1
+    if seconds <= 0 or frames > limits.frames:
+        text = f"seconds must be more than 0 and at most {(limits.frames - 1) / fps:g} at {fps:g} fps, got {seconds:g}"
+        raise ApiError(400, text, code="invalid_value", param="seconds")
+    return frames
+
+
+def _check_extra(extra: Mapping[str, Any], takes: PipelineSignature) -> None:
+    for name in extra:
+        if name not in takes.names:
+            text = f"{takes.class_name} takes no {name!r}; leave extra_args.{name} out"
+            raise ApiError(400, text, code="invalid_value", param="extra_args")
+        if not _is_sendable(name, takes):
+            text = f"extra_args.{name} cannot be given over HTTP; leave it out"
+            raise ApiError(400, text, code="invalid_value", param="extra_args")

@@ -1,0 +1,211 @@
+"""From a body to a stored job: everything is checked before, by really building the request that the ranks will run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sqlite3
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from PIL import Image
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.engine.process.memory import limit_bytes
+from shardit.errors import InputError
+from shardit.params import seed_or_drawn
+from shardit.server import estimate
+from shardit.server.http.schema.errors import ApiError, busy, from_input_error
+from shardit.server.http.schema.fields import PICTURES, check_fields
+from shardit.server.http.schema.jobs import length
+from shardit.server.http.state.context import Context
+from shardit.server.http.submit.body import Body, read_body
+from shardit.server.http.submit.image_checks import check_header, check_whole
+from shardit.server.http.submit.input_images import input_pictures
+from shardit.server.http.submit.resolve import arguments, check_look, check_model, look_of, pipeline_names
+from shardit.server.jobs.admission import Conflict, QueueFull
+from shardit.server.jobs.job import Job, Kind, NewJob
+from shardit.server.jobs.job_request import build_request
+
+_LOADING_RETRY_S = 5.0
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A stored job, and how its answer is to look."""
+
+    job: Job
+    response_format: str
+
+
+def job_kind(takes: PipelineSignature) -> Kind:
+    """The kind of the jobs of a pipeline."""
+    return takes.kind if takes.kind in ("image", "video") else "generation"
+
+
+async def accept(
+    request: Request, context: Context, kind: Kind, model: type[BaseModel], *, waits: bool, needs_picture: bool = False
+) -> Accepted:
+    """Read, check and store a request. Raises ApiError."""
+    if context.board.stopping:
+        raise busy("the server is about to end; try again later", _LOADING_RETRY_S, "stopping")
+    key = _idempotency_key(request)
+    body = await read_body(request, model, context.options.limits)
+    info = context.board.info
+    if not info:
+        raise busy("the model is being loaded for the first time; try again soon", _LOADING_RETRY_S, "loading")
+    _check_kind(info["signature"], kind)
+    values = check_fields(model, body.values, pipeline_names(info))
+    check_model(values, context.options)
+    field, takes = _picture_field(values, body, info)
+    if needs_picture and field is None:
+        raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")
+    asked = arguments(values, takes, context.options)
+    check_look(values, takes)
+    pictures = {} if field is None else await _pictures(field, values, body, takes, context)
+    # A client that sends a key can ask again for the result, so that its job goes on without it.
+    waits = waits and key is None
+
+    def store() -> Job:
+        whose = owner(request)
+        new, work = _new_job(asked, values, pictures, takes, info, context, kind, waits=waits, key=key, owner=whose)
+        job, is_new = _store(context, new, work)
+        if is_new:
+            context.board.wake()
+        return job
+
+    job = await run_in_threadpool(store)
+    return Accepted(job, values.get("response_format", "auto"))
+
+
+def owner(request: Request) -> str | None:
+    """Whose request it is; see `guard.py`."""
+    return request.scope.get("state", {}).get("owner")
+
+
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not _KEY.fullmatch(key):
+        text = "the header Idempotency-Key must be 1 to 255 visible ASCII characters"
+        raise ApiError(400, text, code="invalid_value", param="Idempotency-Key")
+    return key
+
+
+def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
+    made = job_kind(takes)
+    if made != kind:
+        images = "edits" if takes.needs_image else "generations"
+        right = {"image": f"POST /v1/images/{images}", "video": "POST /v1/videos"}.get(made, "POST /v1/generations")
+        what = f"{made}s" if made != "generation" else takes.kind
+        raise ApiError(400, f"this server makes {what}; use {right}", code="wrong_kind", param="model")
+
+
+def _picture_field(
+    values: Mapping[str, Any], body: Body, info: Mapping[str, Any]
+) -> tuple[str | None, PipelineSignature]:
+    """The field in which input pictures came, if any, and the pipeline that will run then."""
+    plain, takes = info["signature"], info.get("signature_with_image") or info["signature"]
+    given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name)), None)
+    if given is None and plain.needs_image:
+        where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
+        text, name = f"{plain.class_name} needs a picture; give one in {where}", where.split()[0]
+        raise ApiError(400, text, code="missing_field", param=name)
+    if given is not None and takes.image_name is None:
+        text = f"{given}: {takes.class_name} takes no picture; leave it out, or use a model that takes one"
+        raise ApiError(400, text, code="invalid_value", param=given)
+    return given, plain if given is None else takes
+
+
+async def _pictures(
+    field: str, values: Mapping[str, Any], body: Body, takes: PipelineSignature, context: Context
+) -> dict[str, bytes]:
+    """Checked input pictures by file name."""
+    limits = context.options.limits
+    async with context.fetching if context.options.fetch_hosts else nullcontext():
+        found = await run_in_threadpool(input_pictures, values, body, context.options)
+    if len(found) > 1 and takes.one_image:
+        text = f"{field}: {takes.class_name} takes one picture, there are {len(found)}; give one"
+        raise ApiError(400, text, code="too_many_images", param=field)
+    suffixes = [check_header(data, limits, param) for param, data in found]
+    for param, data in found:
+        async with context.decoding:
+            await run_in_threadpool(check_whole, data, param)
+    return {f"input-{index}.{suffixes[index]}": data for index, (_, data) in enumerate(found)}
+
+
+def _new_job(
+    request: dict[str, Any],
+    values: Mapping[str, Any],
+    pictures: dict[str, bytes],
+    takes: PipelineSignature,
+    info: Mapping[str, Any],
+    context: Context,
+    kind: Kind,
+    *,
+    waits: bool,
+    key: str | None,
+    owner: str | None,
+) -> tuple[NewJob, estimate.Work]:
+    seed = seed_or_drawn(values.get("seed"))
+    stand_ins = [Image.new("RGB", (8, 8)) for _ in pictures]  # the real ones were decoded once, which is enough
+    try:
+        built = build_request(request, seed, stand_ins, info)
+        work = estimate.work_of(request, takes)
+    except InputError as error:
+        raise from_input_error(error, {*values, *takes.choices, "prompt", "size"}) from error
+    new = NewJob(
+        kind=kind,
+        request=request,
+        seed=seed,
+        cost=estimate.seconds(work, context.store.recall(estimate.SPEED)),
+        inputs=pictures,
+        view={**_view(request, takes, built.fps), **look_of(values)},
+        owner=owner,
+        priority=values.get("priority", 0),
+        waits=waits,
+        idempotency_key=key,
+        fingerprint=_fingerprint(kind, values, pictures),
+    )
+    return new, work
+
+
+def _view(request: Mapping[str, Any], takes: PipelineSignature, fps: float) -> dict[str, Any]:
+    width, height = (request.get(name) or takes.defaults.get(name) for name in ("width", "height"))
+    shown: dict[str, Any] = {
+        "size": f"{width}x{height}" if width and height else None,
+        "n": request.get("num_outputs_per_prompt", 1),
+    }
+    if takes.kind == "video":
+        frames = request.get("num_frames") or takes.defaults.get("num_frames")
+        shown |= {"fps": fps, "seconds": length(frames, fps) if frames else None}
+    return shown
+
+
+def _fingerprint(kind: Kind, values: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    digests = [hashlib.sha256(data).hexdigest() for data in pictures.values()]
+    asked = {name: value for name, value in values.items() if name not in ("image", "input_reference")}
+    text = json.dumps([kind, asked, digests], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _store(context: Context, new: NewJob, work: estimate.Work) -> tuple[Job, bool]:
+    options = context.options
+    try:
+        if not context.store.knows(new):
+            estimate.refuse_if_too_large(work, context.store.recall(estimate.MEMORY), limit_bytes(1))
+        return context.store.accept(new, queue_size=options.queue_size, of_owner=options.limits.jobs_per_key)
+    except QueueFull as error:
+        raise busy(str(error), error.retry_after_s, "queue_full", 429) from error
+    except InputError as error:
+        raise from_input_error(error, {"size"}) from error
+    except Conflict as error:
+        raise ApiError(409, str(error), code="idempotency_conflict", param="Idempotency-Key") from error
+    except (OSError, sqlite3.Error) as error:
+        raise busy(f"the job cannot be stored: {error}", 10, "storage") from error

@@ -1,0 +1,34 @@
+"""From a job's stored request to the `Request` that ranks run, the same whenever it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shardit.diffusion.request.build import build_requests
+from shardit.diffusion.request.request import Request
+
+if TYPE_CHECKING:
+    from shardit.diffusion.request.images import ImageSource
+
+
+def build_request(
+    request: Mapping[str, Any], seed: int, images: Sequence[ImageSource], info: Mapping[str, Any]
+) -> Request:
+    """The one request of a job. `request` holds the prompt and parameters under the names of `Omni.generate`, `info`
+    what the ranks have told of the model. Raises InputError where they do not fit each other.
+    """
+    entry: dict[str, Any] = {**request, "seed": seed}
+    if images:
+        entry["pil_image"] = list(images)
+    built = build_requests(
+        entry,
+        None,
+        prompt=None,
+        negative_prompt=None,
+        pil_image=None,
+        overrides={},
+        takes=info["signature"],
+        takes_with_image=info.get("signature_with_image"),
+    )
+    return built[0]

@@ -1,0 +1,1 @@
+"""Ranks of a server: on this machine, by Ray, by torchrun."""

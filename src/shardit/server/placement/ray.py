@@ -1,0 +1,186 @@
+"""Ranks that Ray places over nodes: one actor for each, in a placement group with one bundle per node."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shardit.engine.nodes.handshake import Reach
+from shardit.engine.nodes.node_facts import settings
+from shardit.engine.nodes.rank_port import RankPort, join_all, listen_for_ranks
+from shardit.engine.nodes.ray_rank import RayRank
+from shardit.engine.process.channel import Channel
+from shardit.engine.process.messages import SessionSpec
+from shardit.errors import InputError, RankError
+from shardit.server.options import ServeOptions
+from shardit.server.placement.ray_connection import RayConnection, one_line
+
+RESOURCES_S = 60.0
+"""Default of SHARDIT_RAY_WAIT: longest wait for Ray to give the CPUs and GPUs, in seconds."""
+ARRIVE_S = 300.0
+"""Longest wait for the actors to start and their ranks to arrive, in seconds. They do before they load the model."""
+SHUTDOWN_S = 3.0
+
+
+class RayPlacement:
+    """See `Placement`. Each start has new actors: those of the one before may hang."""
+
+    def __init__(self, options: ServeOptions):
+        if importlib.util.find_spec("ray") is None:
+            raise InputError('--executor ray needs Ray: pip install "shardit[ray]"')
+        self._nodes = options.num_nodes
+        self._wait_s = _resources_wait()
+        self._connection = RayConnection()
+        self._stopped = False
+        self._group: Any = None
+        self._actors: list[Any] = []
+        self._runs: list[Any] = []
+        self._port: RankPort | None = None
+
+    def start(self, spec: SessionSpec) -> list[Channel]:
+        """See `Placement`."""
+        try:
+            return self._start(spec)
+        except (InputError, RankError):
+            raise
+        except Exception as error:
+            raise RankError(-1, f"Ray: {one_line(error)}") from error
+
+    def kill(self) -> dict[int, str]:
+        """See `Placement`."""
+        if self._port is not None:
+            self._port.close()
+            self._port = None
+        actors, self._actors, self._runs = self._actors, [], []
+        group, self._group = self._group, None
+        if self._connection.is_open:
+            import ray
+            from ray.util import remove_placement_group
+
+            for actor in actors:
+                with contextlib.suppress(Exception):  # it may be gone, or Ray itself
+                    ray.kill(actor)
+            if group is not None:
+                with contextlib.suppress(Exception):
+                    remove_placement_group(group)
+        return {}
+
+    def stop(self, code: int = 0) -> None:
+        """See `Placement`."""
+        self._stopped = True
+        thread = threading.Thread(target=self._leave, daemon=True)
+        thread.start()
+        thread.join(SHUTDOWN_S)  # Ray may wait for a node that does not answer; the end of this process ends it, too
+
+    def stacks(self) -> dict[int, str]:
+        """See `Placement`."""
+        return {}
+
+    def _leave(self) -> None:
+        self.kill()
+        self._connection.close()
+
+    def _start(self, spec: SessionSpec) -> list[Channel]:
+        ray = self._connection.open()
+        size = spec.config.world_size
+        per_node, rest = divmod(size, self._nodes)
+        if rest:
+            raise InputError(f"{size} ranks cannot be spread evenly over {self._nodes} nodes; change one of the two")
+        gpus = _wants_gpus(ray, spec.device)
+        self._group = self._reserve(ray, per_node, gpus)
+        self._port = RankPort(listen_for_ranks(_own_address(ray)), [(rank, "rank") for rank in range(size)])
+        if self._stopped:
+            raise RankError(-1, "the server stops")
+        spec = replace(spec, model=_wherever(spec.model))
+        self._run_actors(ray, spec.model, size, per_node, gpus)
+        arrived = self._port.collect(ARRIVE_S, lambda: self._look(ray))
+        return join_all([arrived[rank, "rank"] for rank in range(size)], spec)
+
+    def _reserve(self, ray: Any, per_node: int, gpus: bool) -> Any:
+        from ray.util import placement_group, remove_placement_group
+
+        bundle = {"CPU": float(per_node), **({"GPU": float(per_node)} if gpus else {})}
+        strategy = "STRICT_SPREAD" if self._nodes > 1 else "PACK"
+        group = placement_group([bundle] * self._nodes, strategy=strategy)
+        if not group.wait(self._wait_s):
+            remove_placement_group(group)
+            raise InputError(
+                f"Ray has not given {self._nodes} node{'s' * (self._nodes > 1)} with {_amounts(bundle)} each within "
+                f"{self._wait_s:g} s (SHARDIT_RAY_WAIT): {_there_is(ray)}"
+            )
+        return group
+
+    def _run_actors(self, ray: Any, model: str, size: int, per_node: int, gpus: bool) -> None:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        assert self._port is not None
+        reach: Reach = self._port.reach(ray.util.get_node_ip_address())
+        actor_class = ray.remote(RayRank)
+        for rank in range(size):
+            place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank // per_node)
+            options = {"num_cpus": 1, "num_gpus": int(gpus), "max_restarts": 0, "scheduling_strategy": place}
+            self._actors.append(actor_class.options(**options).remote())
+        self._runs = [
+            actor.run.remote(rank, size, per_node, model, reach, gpus, settings())
+            for rank, actor in enumerate(self._actors)
+        ]
+
+    def _look(self, ray: Any) -> None:
+        """Raise what has ended an actor before its rank has arrived."""
+        ended, _ = ray.wait(self._runs, num_returns=1, timeout=0)
+        if not ended:
+            return
+        rank = self._runs.index(ended[0])
+        try:
+            code = ray.get(ended[0])
+        except Exception as error:
+            if "No module named 'shardit'" in str(error):
+                raise InputError("a node of the Ray cluster has no shardit; install the same on every node") from None
+            raise RankError(rank, f"its actor has failed: {one_line(error)}") from None
+        if self._port is not None and not self._port.has_arrived(rank):
+            raise RankError(rank, f"it has ended before it had arrived, with code {code}")
+
+
+def _wherever(model: str) -> str:
+    """The model under a name that holds in any folder: the working folder of actors is not this one."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
+def _resources_wait() -> float:
+    text = os.environ.get("SHARDIT_RAY_WAIT", "").strip()
+    try:
+        seconds = float(text) if text else RESOURCES_S
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise InputError(f"SHARDIT_RAY_WAIT must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+def _wants_gpus(ray: Any, device: str | None) -> bool:
+    """As ranks pick devices: GPUs where there are some, unless told otherwise."""
+    if device is not None:
+        return device.partition(":")[0] == "cuda"
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _own_address(ray: Any) -> str:
+    """Where to listen: at this machine's address alone if all nodes are on it, else at all of its addresses."""
+    own = ray.util.get_node_ip_address()
+    return own if all(node["NodeManagerAddress"] == own for node in ray.nodes() if node["Alive"]) else ""
+
+
+def _there_is(ray: Any) -> str:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    each = ", ".join(f"{node['NodeManagerHostname']} ({_amounts(node['Resources'])})" for node in nodes)
+    return f"it has {len(nodes)} node{'s' * (len(nodes) != 1)}: {each}; free are {_amounts(ray.available_resources())}"
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name in resources) or "none"

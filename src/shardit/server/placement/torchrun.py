@@ -1,0 +1,93 @@
+"""Ranks that torchrun has started: the supervisor as the child of rank 0's keeper, and what it says to all keepers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+
+from shardit.engine.nodes.handshake import Reach
+from shardit.engine.nodes.rank_port import RankPort, join_all
+from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.messages import SessionSpec
+from shardit.errors import RankError
+from shardit.server.options import ServeOptions
+
+RESTART = 75
+"""Exit code of keepers when all ranks are to be started anew; torchrun does so for any code but 0."""
+ARRIVE_S = 900.0
+"""Longest wait for all ranks to arrive, in seconds. They do before they load the model."""
+AGAIN_S = 60.0
+"""How long a supervisor lives on that waits to be ended because ranks are started anew, in seconds."""
+PATIENCE_S = 20.0
+"""How long a supervisor waits for the data folder and the port of the one before it, in seconds."""
+
+
+@dataclass(frozen=True)
+class Supervise:
+    """From the keeper of rank 0 to the supervisor, first of all. restarts: how often torchrun has started all anew."""
+
+    options: ServeOptions
+    reach: Reach
+    world_size: int
+    restarts: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """From the supervisor to keepers: end with this code; from the keeper of rank 0: have all keepers do so."""
+
+    code: int
+
+
+class TorchrunPlacement:
+    """See `Placement`. Ranks are started once: to start them anew, all processes end and torchrun starts others."""
+
+    def __init__(self, port: RankPort, world_size: int):
+        self._port, self._size = port, world_size
+        self._leashes: list[Channel] = []
+        self._left = threading.Lock()
+        self._started = False
+        self._over = threading.Event()
+
+    def start(self, spec: SessionSpec) -> list[Channel]:
+        """See `Placement`."""
+        if self._started:
+            self._over.wait(AGAIN_S)
+            raise RankError(-1, "torchrun has not started the ranks anew")
+        self._started = True
+        arrived = self._port.collect(ARRIVE_S)
+        self._leashes = [arrived[rank, "keeper"].channel for rank in range(self._size)]
+        return join_all([arrived[rank, "rank"] for rank in range(self._size)], spec)
+
+    def kill(self) -> dict[int, str]:
+        """See `Placement`. This ends the supervisor too: another one goes on with its jobs."""
+        if self._started:
+            self.leave(RESTART)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    def stop(self, code: int = 0) -> None:
+        """See `Placement`."""
+        self._over.set()
+        self.leave(code)
+        self._port.close()
+
+    def stacks(self) -> dict[int, str]:
+        """See `Placement`."""
+        return {}
+
+    def leave(self, code: int) -> None:
+        """Have all keepers end with `code`; the first call counts. 0 becomes RESTART where a keeper is gone already:
+        torchrun, which noticed, is about to start all anew and has therefore told us to end."""
+        if not self._left.acquire(blocking=False):
+            return
+        if code == 0 and self._leashes and wait([leash.socket for leash in self._leashes], 0):
+            code = RESTART
+        for leash in self._leashes:
+            with contextlib.suppress(Closed, OSError):
+                leash.socket.settimeout(1.0)
+                leash.send(Leave(code))

@@ -1,0 +1,88 @@
+"""A rank under torchrun, in the process that its keeper has forked, and how it learns where the supervisor is: rank 0
+writes it into torch.distributed's store.
+
+torchrun may keep one store over all its restarts, with what earlier ranks wrote. So what a rank reads may be out of
+date: it is tried, and read again. For the same reason ranks do not meet over this store (see `engine.connect.Join`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from shardit.engine.nodes.handshake import Reach
+from shardit.engine.process.channel import Channel
+from shardit.errors import RankError
+from shardit.server.options import ServeOptions
+from shardit.server.placement.torchrun_env import Seat, flags_of
+
+if TYPE_CHECKING:
+    from shardit.engine.nodes.remote_rank import RemoteRank
+
+KEY = "shardit/supervisor"
+STORE_WAIT_S = 600.0
+"""Longest wait for rank 0 to write, in seconds."""
+TRY_S = 2.0
+REACH_S = 60.0
+
+_kept: list[Any] = []  # without torchrun's own store rank 0 is its server, until the process ends
+
+
+def be_rank(options: ServeOptions, seat: Seat, reach: Reach | None, keeper: Channel) -> int:
+    """In the forked process: find the supervisor, tell the keeper how, and work. `reach`: known on rank 0."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
+    from shardit.engine.nodes.remote_rank import RemoteRank
+    from shardit.engine.process.process import threads_per_rank
+
+    rank = RemoteRank(seat.rank, options.model, flags_of(options))
+    if reach is not None:
+        tell(reach)
+        rank.arrive(reach, REACH_S)
+    else:
+        reach = found(rank)
+    keeper.send(reach)
+    return rank.work(seat.world_size, threads_per_rank(seat.local_size))
+
+
+def end_with(sock: socket.socket) -> None:
+    """In the rank, where the kernel does not do it: end when the keeper is gone."""
+    with contextlib.suppress(OSError):
+        sock.recv(1)
+    os._exit(1)
+
+
+def tell(reach: Reach) -> None:
+    """On rank 0: write down where the supervisor is."""
+    _store().set(KEY, json.dumps(dataclasses.asdict(reach)))
+
+
+def found(rank: RemoteRank) -> Reach:
+    """On other ranks: have `rank` arrive at the supervisor that the store names. Raises RankError."""
+    store, deadline = _store(), time.monotonic() + STORE_WAIT_S
+    while True:
+        try:
+            said = json.loads(store.get(KEY))
+        except RuntimeError as error:  # its server is gone, or nobody has written
+            text = str(error).splitlines()[0]
+            raise RankError(rank.rank, f"rank 0 has not said where the supervisor is ({text})") from None
+        reach = Reach(tuple(said["hosts"]), said["port"], said["token"])
+        try:
+            rank.arrive(reach, TRY_S)
+            return reach
+        except RankError:
+            if time.monotonic() > deadline:
+                raise
+
+
+def _store() -> Any:
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_WAIT_S)))
+    _kept.append(store)
+    return store

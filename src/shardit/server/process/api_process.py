@@ -1,0 +1,159 @@
+"""The supervisor's side of the API process: started at once, and anew when it ends or hangs, with the socket kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shardit.engine.process.channel import Channel
+from shardit.engine.process.process import command, describe_exit
+from shardit.server.messages import Ping, Pong, Step
+from shardit.server.options import ServeOptions
+from shardit.server.process.heartbeat import Pulse
+from shardit.server.process.loop import Loop, Pipe
+
+API = "shardit.server.http.main"
+"""The module that runs in the API process."""
+MAX_BACKLOG = 1000
+"""Messages that an API process which does not read may let pile up before it is told no more steps."""
+CALM_S = 5.0
+"""An API process that lives for so long is started anew at once when it ends."""
+MAX_PAUSE_S = 10.0
+STOP_S = 2.0
+
+
+@dataclass(frozen=True)
+class Started:
+    """An API process that imports what it needs, and then waits for its options."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+
+
+def start(listener: socket.socket) -> Started:
+    """Start an API process; returns at once."""
+    ours, theirs = socket.socketpair()
+    fds = [theirs.fileno(), listener.fileno()]
+    with theirs:
+        process = subprocess.Popen(
+            command(API, *fds, quick=True),
+            stdin=subprocess.DEVNULL,
+            pass_fds=fds,
+            start_new_session=True,  # Ctrl-C is for the supervisor, which then decides
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    return Started(process, Channel(ours))
+
+
+@contextlib.contextmanager
+def started(listener: socket.socket) -> Iterator[Started]:
+    """An API process, which is gone at the end."""
+    api = start(listener)
+    try:
+        yield api
+    finally:
+        api.process.kill()
+        api.process.wait()
+
+
+class ApiProcess:
+    """A running API process, or one that is to be started again.
+
+    on_message(message) is called in the loop for what it says, on_start() when a new one has been started.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        first: Started,
+        listener: socket.socket,
+        loop: Loop,
+        *,
+        on_message: Callable[[Any], None],
+        on_start: Callable[[], None],
+        log: Any,
+    ):
+        self._options, self._first, self._listener = options, first, listener
+        self._loop, self._log = loop, log
+        self._on_message, self._on_start = on_message, on_start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Pipe | None = None
+        self._pulse: Pulse | None = None
+        self._begun = 0.0
+        self._pause_s = 0.0
+        self._again = 0.0
+        self._leave_by = 0.0
+
+    def start(self) -> None:
+        """Give the process its options; returns at once."""
+        self._begin(self._first)
+
+    def _begin(self, api: Started) -> None:
+        self._process = api.process
+        pulse = self._pulse = Pulse(lambda: pipe.send(Ping()))
+        pipe = self._pipe = Pipe(api.channel, lambda message: self._heard(pulse, message), lambda: None)
+        pipe.send(self._options)
+        self._begun = time.monotonic()
+        self._on_start()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs."""
+        return self._process.pid if self._process is not None else None
+
+    def tell(self, message: Any) -> None:
+        """Send it a message; steps are left out while it does not read."""
+        if self._pipe is not None and not (isinstance(message, Step) and self._pipe.backlog > MAX_BACKLOG):
+            self._pipe.send(message)
+
+    def look_after(self) -> None:
+        """Start it anew if it has ended, end it if it hangs. One that ends again and again is started after a growing
+        pause."""
+        now = time.monotonic()
+        if self._process is not None and self._pulse is not None and self._pulse.hangs():
+            self._log.error("api_process_hangs", reason="it has not answered for some time; it is ended")
+            self._pulse = None
+            self._process.kill()
+        if self._process is not None and (code := self._process.poll()) is not None:
+            self._pause_s = 0.0 if now - self._begun > CALM_S else min(MAX_PAUSE_S, 2 * self._pause_s + 0.25)
+            self._log.warning("api_process_ended", reason=describe_exit(code), again_in_s=self._pause_s)
+            self._process, self._again = None, now + self._pause_s
+            if self._pipe is not None:
+                self._pipe.close()
+        if self._process is None and now >= self._again:
+            try:
+                self._begin(start(self._listener))
+            except OSError as error:  # no memory, no process numbers
+                self._again = now + MAX_PAUSE_S
+                self._log.error("api_process_not_started", reason=str(error), again_in_s=MAX_PAUSE_S)
+
+    def _heard(self, pulse: Pulse, message: Any) -> None:
+        # In the thread that reads: an answer counts although the loop has other things to do.
+        if isinstance(message, Pong):
+            pulse.answered()
+        else:
+            self._loop.call(self._on_message, message)
+
+    def leave(self) -> None:
+        """Have it finish its answers and end."""
+        if self._process is not None:
+            self._leave_by = time.monotonic() + STOP_S
+            self._process.terminate()
+
+    def stop(self) -> None:
+        """Wait until it has ended, after `leave`; end it by force some seconds after that."""
+        if self._process is None:
+            return
+        try:
+            self._process.wait(max(0.0, self._leave_by - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._pipe is not None:
+            self._pipe.close()

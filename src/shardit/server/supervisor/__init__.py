@@ -1,0 +1,1 @@
+"""The supervisor: jobs to ranks, and what they return."""

@@ -1,0 +1,63 @@
+"""What the supervisor learns from the jobs that run, kept in the store for the API process and the next start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shardit.server import estimate
+from shardit.server.estimate import Seen, Work
+from shardit.server.jobs.store import Store
+from shardit.server.options import ServeOptions
+
+_OF = "learned_of"
+_SHARE = 0.9
+"""Of the memory that there is: the rest is for what was not measured."""
+
+
+class Learned:
+    """Speed and memory of one model on one layout. What another layout has taught is forgotten."""
+
+    def __init__(self, store: Store, options: ServeOptions):
+        self._store = store
+        of = repr((options.model, options.config, options.dtype, options.device, options.loading))
+        if store.recall(_OF) != of:
+            for name in (estimate.SPEED, estimate.MEMORY):
+                store.remember(name, None)
+            store.remember(_OF, of)
+        self._speed: float | None = store.recall(estimate.SPEED)
+        memory = store.recall(estimate.MEMORY)
+        self._memory: dict[str, Any] | None = estimate.forgive(memory)
+        self._saved = (self._speed, memory)
+
+    def at_rest(self, memories: list[dict[str, Any]]) -> None:
+        """The ranks have loaded; per rank {"held": bytes, "limit": bytes or None}. The fullest counts."""
+        tightest = max(memories, key=lambda one: one["held"] / one["limit"] if one["limit"] else 0.0)
+        self._see(Seen(0, tightest["held"], tightest["limit"]))
+
+    def completed(self, work: Work, seconds: float, together: int, peak_bytes: int) -> None:
+        """A job took so long; the fullest rank held `peak_bytes` while `together` pixels were in flight."""
+        self._speed = estimate.learn_speed(self._speed, work, seconds)
+        self._see(Seen(together, peak_bytes))
+
+    def out_of_memory(self, together: int) -> None:
+        """So many pixels in flight did not fit."""
+        self._see(Seen(together, 0, out_of_memory=True))
+
+    def fits(self, together: int) -> bool:
+        """Whether so many pixels may be in flight at once."""
+        known = self._memory or {}
+        failed, limit = known.get("failed"), known.get("limit")
+        if failed and together >= failed:
+            return False
+        return not limit or estimate.expected_peak(together, known) <= _SHARE * limit
+
+    def save(self) -> None:
+        """Write down what is new."""
+        now = (self._speed, self._memory)
+        if now != self._saved:
+            self._store.remember(estimate.SPEED, self._speed)
+            self._store.remember(estimate.MEMORY, self._memory)
+            self._saved = now
+
+    def _see(self, seen: Seen) -> None:
+        self._memory = estimate.learn_memory(self._memory, seen)

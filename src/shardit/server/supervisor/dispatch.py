@@ -1,0 +1,290 @@
+"""Jobs to ranks, and what becomes of them: the decisions of the supervisor, all in its one loop."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import replace
+from typing import Any
+
+from shardit.engine.process.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
+from shardit.errors import InputError
+from shardit.server.estimate import Work, work_of
+from shardit.server.jobs.job import Job
+from shardit.server.jobs.store import Store
+from shardit.server.messages import Changed, Step
+from shardit.server.options import ServeOptions
+from shardit.server.process.loop import Loop
+from shardit.server.supervisor.cost_history import Learned
+from shardit.server.supervisor.finish import Ends, failure
+from shardit.server.supervisor.hangs import Vigil
+from shardit.server.supervisor.prefetch import Builder
+from shardit.server.supervisor.rank_group import Down, Fleet
+from shardit.server.supervisor.running import Running, in_flight
+
+SUSPECT_AFTER = 2
+"""How often ranks may die during a job before it runs alone, so that one can see whether it is the cause."""
+MAX_WRITING = 8
+"""Results that may wait to be written before no more jobs begin: they are held in memory."""
+
+
+class Dispatcher:
+    """Takes jobs from the store, keeps the replicas busy with them, and says how each ends.
+
+    tell(message) reaches the API process. `slots` is how many jobs one replica runs at the same time.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        store: Store,
+        fleet: Fleet,
+        loop: Loop,
+        writers: Executor,
+        tell: Callable[[Any], None],
+        log: Any,
+        gauges: Any,
+    ):
+        self.options, self.store, self.fleet, self.loop = options, store, fleet, loop
+        self.tell, self.log, self.gauges = tell, log, gauges
+        self.slots = 1
+        self.learned = Learned(store, options)
+        self.info: dict[str, Any] | None = None
+        self.running: dict[int, Running] = {}
+        self.ends = Ends(store, loop, writers, tell, log, gauges)
+        self.builder = Builder(store, loop, then=self.fill)
+        self.peaks: dict[int, int] = {}
+        """Peak memory of each rank during its newest job, in bytes."""
+        self._keys = itertools.count(1)
+        self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
+        self._replicas = options.config.data_parallel_size
+        self._together = fleet.size // self._replicas
+        self.vigil = Vigil(fleet, self.running, self._together, options.step_timeout_s)
+
+    # What happens.
+
+    def ready(self, infos: list[dict[str, Any]]) -> None:
+        """The ranks are up, and have told this of themselves."""
+        self.info = infos[0]
+        self.vigil.ready()
+        self.learned.at_rest([info["memory"] for info in infos])
+        self.fill()
+
+    def fill(self) -> None:
+        """Begin jobs while there are free slots."""
+        with self.ends.tolerant():
+            while self._begin_next():
+                pass
+
+    def wake(self) -> None:
+        """Something in the store has changed: a new job, or one that is to be cancelled."""
+        with self.ends.tolerant():
+            wanted = set(self.store.to_cancel())
+            for key, running in self.running.items():
+                if running.job.id in wanted and not running.cancelling:
+                    running.cancelling = True
+                    for rank in self._ranks_of(running.replica):
+                        self.fleet.send(rank, Cancel(key))
+        self.fill()
+
+    def heard(self, rank: int, message: Any) -> None:
+        """A rank has said something about a job."""
+        key = message.key if isinstance(message, (Left, OutOfMemory)) else message.index
+        running = self.running.get(key)
+        if running is None:
+            return
+        self.vigil.heard(running.replica)
+        if isinstance(message, Progress):
+            self._progress(running, message)
+        elif isinstance(message, Ended):
+            running.errors[rank] = message.reason
+            self._differ(running)
+        elif isinstance(message, OutOfMemory):
+            self.learned.out_of_memory(self._together_now(running.replica))
+            if running.beside == len(self._in_flight(running.replica)) == 1:
+                self.running.pop(key)
+                text = self._too_large(running, message.reason)
+                self.ends.end(running.job, "failed", error=failure("out_of_memory", text))
+        else:
+            self._left(key, running, rank, message)
+
+    def down(self, why: Down) -> None:
+        """The ranks are gone: what they worked on is queued again."""
+        self.info = None
+        died, alone = not why.memory, self.in_flight == 1
+        for running in self.running.values():
+            self.ends.again_or_never(running.job, why.reason, died=died and not running.ahead, alone=alone)
+        self.running.clear()
+
+    def look_after(self) -> None:
+        """What nobody reports: ranks that do not go on, messages that were lost, a disk that has room again. To be
+        called a few times per second."""
+        with self.ends.tolerant():
+            self.learned.save()
+        self.ends.write_again()
+        self.find_lost()
+        self.wake()
+        self.vigil.look()
+
+    def find_lost(self) -> None:
+        """Queue jobs again that are in progress although nobody works on them: a fault of ours must have lost them."""
+        if not self.ends.all_written:
+            return  # their ends are known
+        with self.ends.tolerant():
+            known = {running.job.id for running in self.running.values()} | self.ends.writing.keys()
+            for job in self.store.in_progress():
+                if job.id not in known:
+                    self.log.error("job_lost", request_id=job.id)
+                    reason = "the supervisor has a fault; its log says more"
+                    self.ends.again_or_never(job, reason, died=True, alone=not self.running)
+
+    def put_all_back(self) -> None:
+        """The server stops: what runs is queued again, and nothing begins any more."""
+        self.info = None
+        for running in self.running.values():
+            self.ends.put_back(running.job)
+        self.running.clear()
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs that have a slot."""
+        return sum(not running.ahead for running in self.running.values())
+
+    # How.
+
+    def _in_flight(self, replica: int) -> list[Running]:
+        return in_flight(self.running, replica)
+
+    def _ranks_of(self, replica: int) -> range:
+        return range(replica * self._together, (replica + 1) * self._together)
+
+    def _begin_next(self) -> bool:
+        if self.info is None or self.fleet.failing or len(self.ends.writing) >= MAX_WRITING:
+            return False
+        job = next(iter(self.store.queued(1)), None)
+        if job is None:
+            self.builder.forget()
+            return False
+        is_ready = self.builder.ready(job, self.info)  # while it waits for a slot, too
+        if not is_ready or self._must_be_alone(job) or (replica := self._free_replica(job)) is None:
+            return False
+        if self.store.start(job.id):
+            self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
+        return True
+
+    def _must_be_alone(self, job: Job) -> bool:
+        """Whether a job has to wait as it, or one that runs, may be what ranks die of: all die of it."""
+        beside = [running.job for running in self.running.values()]
+        return bool(beside) and any(one.deaths >= SUSPECT_AFTER for one in (job, *beside))
+
+    def _free_replica(self, job: Job) -> int | None:
+        """One with memory for the job and a slot that is free or, where none is, will be soon: the ranks then have the
+        next job when it is."""
+        taken, staying = [0] * self._replicas, [0] * self._replicas
+        for running in self.running.values():
+            taken[running.replica] += not running.ahead
+            staying[running.replica] += not running.leaving
+        best_first = sorted(range(self._replicas), key=lambda replica: (taken[replica], staying[replica]))
+        free = (replica for replica in best_first if staying[replica] < self.slots and self._fits(job, replica))
+        return next(free, None)
+
+    def _fits(self, job: Job, replica: int) -> bool:
+        """Whether the memory suffices for a job beside those that it will meet on the replica, whichever leave first.
+        One alone is tried in any case."""
+        here = [running for running in self.running.values() if running.replica == replica]
+        ends = max(0, len(here) + 1 - self.slots)
+        gone = sorted(running.work.size for running in here if running.leaving)[:ends]
+        beside = sum(running.work.size for running in here) - sum(gone)
+        try:
+            return beside == 0 or self.learned.fits(beside + self._work(job).size)
+        except (ValueError, TypeError):
+            return True  # `_begin` will say what is wrong with it
+
+    def _together_now(self, replica: int) -> int:
+        return sum(running.work.size for running in self._in_flight(replica))
+
+    def _work(self, job: Job) -> Work:
+        assert self.info is not None
+        return work_of(job.request, self.info["signature"])
+
+    def _begin(self, job: Job, replica: int) -> None:
+        assert self.info is not None
+        try:
+            request, work = self.builder.take(job, self.info), self._work(job)
+        except Exception as error:  # accepted for another model, or its files are gone
+            text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            self.ends.end(job, "failed", error=failure("invalid_request", text))
+            return
+        key = next(self._keys)
+        beside = len(self._in_flight(replica))
+        ahead = beside >= self.slots
+        self.running[key] = Running(job, request, replica, beside + (not ahead), work, ahead=ahead)
+        if not ahead:
+            self._enters(replica)
+        for rank in self._ranks_of(replica):
+            self.fleet.send(rank, Begin(key, request, job.id))
+        self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
+        self.tell(Changed(job.id))
+
+    def _enters(self, replica: int) -> None:
+        """A job has got a slot."""
+        first = len(self._in_flight(replica)) == 1
+        self._most[replica] = max(self._together_now(replica), 0 if first else self._most[replica])
+        if first:
+            self.vigil.begins(replica)
+
+    def _enters_next(self, replica: int) -> None:
+        """A slot is free: the ranks give it to the job that came first of those sent ahead."""
+        sent = (running for running in self.running.values() if running.replica == replica and running.ahead)
+        if (running := next(sent, None)) is not None and len(self._in_flight(replica)) < self.slots:
+            running.enters()
+            self._enters(replica)
+
+    def _progress(self, running: Running, message: Progress) -> None:
+        took = running.progress(message.step, message.total)
+        if took is not None:
+            self.gauges.step(took)
+        phase = "denoise" if message.step < message.total else "decode"
+        self.tell(Step(running.job.id, message.step, message.total, phase, running.seconds_per_step))
+        if running.leaving:
+            self.fill()
+
+    def _left(self, key: int, running: Running, rank: int, message: Left) -> None:
+        running.left[rank] = message
+        self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
+        self.gauges.rank(rank, message)
+        if self._differ(running) or len(running.left) < self._together:
+            return
+        together = self._most[running.replica]
+        del self.running[key]
+        self._enters_next(running.replica)
+        self.fill()  # the ranks go on while the result is written
+        first = running.left[self._ranks_of(running.replica)[0]]
+        if first.cancelled:
+            self.ends.end(running.job, "cancelled")
+        elif first.error is not None:
+            self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
+        else:
+            peaks = {rank: end.peak_bytes for rank, end in running.left.items()}
+            self.ends.write(running.job, first.output, peaks, then=self.fill)
+            self.vigil.patience.completed(running.size)
+            self.gauges.phases(running)
+            self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
+
+    def _differ(self, running: Running) -> bool:
+        """Whether a job has not gone the same way on its ranks, so far; they are then started anew."""
+        left, failed = running.left, running.errors.keys() - running.left.keys()
+        went = {(end.start, end.cancelled, end.error is None) for end in left.values()}
+        if len(went) < 2 and not (failed and any(good for *_, good in went)):
+            return False
+        ways = {rank: (end.start, end.cancelled, end.error) for rank, end in left.items()}
+        ways |= {rank: running.errors[rank] for rank in failed}
+        self.fleet.fail(f"ranks differ in how {running.job.id} went: {ways}")
+        return True
+
+    def _too_large(self, running: Running, reason: str) -> str:
+        asked = {name: running.request.kwargs.get(name) for name in ("width", "height", "num_frames")}
+        size = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+        return f"out of memory ({size or 'default size'}): {reason}; ask for a smaller size or fewer outputs"

@@ -1,0 +1,77 @@
+"""What the supervisor measures, for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+if TYPE_CHECKING:
+    from shardit.engine.process.messages import Left
+    from shardit.server.jobs.job import Job, State
+    from shardit.server.supervisor.running import Running
+
+disable_created_metrics()
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
+
+
+class Gauges:
+    """The supervisor's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+
+        def histogram(name: str, text: str, labels: tuple[str, ...] = ()) -> Histogram:
+            return Histogram(name, text, labels, buckets=_SECONDS, registry=registry)
+
+        self.queue = Gauge("shardit_queue_jobs", "Jobs that wait", registry=registry)
+        self.in_flight = Gauge("shardit_in_flight_jobs", "Jobs that the ranks work on", registry=registry)
+        self.slots = Gauge("shardit_slots", "Jobs that the ranks can work on at the same time", registry=registry)
+        self.restarts = Counter("shardit_restarts", "Restarts of the ranks", registry=registry)
+        self.api_restarts = Counter("shardit_api_restarts", "Restarts of the API process", registry=registry)
+        self._jobs = Counter("shardit_jobs", "Jobs that have ended, by state", ("state",), registry=registry)
+        self._steps = histogram("shardit_step_seconds", "Time between two steps of a job")
+        self._phases = histogram("shardit_phase_seconds", "Time of a job in a phase", ("phase",))
+        self._latency = histogram("shardit_job_seconds", "Time from acceptance to the end of a job", ("state",))
+        self._memory = Gauge(
+            "shardit_rank_peak_bytes", "Peak memory since the rank last had nothing to do", ("rank",), registry=registry
+        )
+        self._idle = Gauge(
+            "shardit_rank_idle_share",
+            "Share of its working time that a rank waited for messages, since its start",
+            ("rank",),
+            registry=registry,
+        )
+
+    def step(self, seconds: float) -> None:
+        """A step has been done, so long after the one before."""
+        self._steps.observe(seconds)
+
+    def rank(self, rank: int, left: Left) -> None:
+        """A rank is through with a job."""
+        if left.peak_bytes:
+            self._memory.labels(rank).set(left.peak_bytes)
+        if left.busy_s > 0:
+            self._idle.labels(rank).set(min(1.0, left.waited_s / left.busy_s))
+
+    def phases(self, running: Running) -> None:
+        """A job has been computed."""
+        if running.first_step is None or running.denoised is None:
+            return  # a pipeline without steps
+        self._phases.labels("encode").observe(running.first_step - running.begun)
+        self._phases.labels("denoise").observe(running.denoised - running.first_step)
+        self._phases.labels("decode").observe(time.monotonic() - running.denoised)
+
+    def ended(self, job: Job, state: State) -> None:
+        """A job has ended."""
+        self._jobs.labels(state).inc()
+        self._latency.labels(state).observe(max(0.0, time.time() - job.created_at))
+
+    def cancelled_waiting(self, count: int) -> None:
+        """So many jobs more were cancelled that waited."""
+        self._jobs.labels("cancelled").inc(count)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)

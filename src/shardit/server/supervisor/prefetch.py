@@ -1,0 +1,60 @@
+"""From a stored job to the request that ranks run. Input pictures are decoded beside the loop: large ones take long."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shardit.diffusion.request.request import Request
+from shardit.server.jobs.job import Job
+from shardit.server.jobs.job_request import build_request
+from shardit.server.jobs.store import Store
+from shardit.server.process.loop import Loop
+
+
+class Builder:
+    """Builds the request of the job that is to begin next. `then()` is called, in the loop, when one with pictures has
+    been built: one at a time, and the newest is kept until its job begins."""
+
+    def __init__(self, store: Store, loop: Loop, then: Callable[[], None]):
+        self._store, self._loop, self._then = store, loop, then
+        self._building = False
+        self._built: tuple[str, Request | Exception] | None = None
+
+    def ready(self, job: Job, info: Mapping[str, Any]) -> bool:
+        """Whether `take` can be called. If not, the pictures are on their way."""
+        if not job.inputs or (self._built is not None and self._built[0] == job.id):
+            return True
+        if not self._building:
+            self._building = True
+            threading.Thread(target=self._work, args=(job, info), daemon=True).start()
+        return False
+
+    def take(self, job: Job, info: Mapping[str, Any]) -> Request:
+        """The request of a job that is ready. Raises what is wrong with it: it was accepted for another model, or its
+        files are gone."""
+        if not job.inputs:
+            return build_request(job.request, job.seed, [], info)
+        assert self._built is not None, job.id
+        built, self._built = self._built[1], None
+        if isinstance(built, Exception):
+            raise built
+        return built
+
+    def forget(self) -> None:
+        """Let go of pictures that nobody will ask for."""
+        self._built = None
+
+    def _work(self, job: Job, info: Mapping[str, Any]) -> None:
+        images = [self._store.files_of(job.id) / name for name in job.inputs]
+        built: Request | Exception
+        try:
+            built = build_request(job.request, job.seed, images, info)
+        except Exception as error:
+            built = error
+        self._loop.call(self._note, job.id, built)
+
+    def _note(self, job_id: str, built: Request | Exception) -> None:
+        self._building, self._built = False, (job_id, built)
+        self._then()

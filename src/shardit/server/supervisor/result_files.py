@@ -1,0 +1,37 @@
+"""From what the ranks made to files in the job's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardit.diffusion.output.output import SUFFIXES as BY_KIND
+from shardit.diffusion.output.output import Output, savable
+
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+"""Of result files, by the names that OpenAI has for their formats."""
+
+
+def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Write what the output holds in the first place into a folder; returns the names of the files, and facts worth
+    keeping with the job. `look` may have "output_format" (png by default) and "output_compression" (quality from 0 to
+    100) of pictures.
+
+    Files appear complete or not at all. Raises InputError where they cannot be written (disk full, read-only).
+    """
+    output, lost = savable(output)
+    kind = output.kinds[0] if output.kinds else "image"
+    suffix = SUFFIXES[look.get("output_format", "png")] if kind == "image" else BY_KIND[kind][0]
+    target = folder / f"output{suffix}"
+    written = output.save(target, quality=look.get("output_compression"))
+    notes = [*output.notes, *lost, *(f"not in the file: {name}" for name in output.left_out(target))]
+    facts: dict[str, Any] = {"seconds": output.seconds, "notes": notes}
+    pictures = output.frames[0] if output.frames else output.pictures()
+    if pictures:
+        facts.update(width=pictures[0].width, height=pictures[0].height)
+    if output.audio is not None:
+        facts["sample_rate"] = output.sample_rate
+    if output.frames:
+        facts.update(num_frames=len(output.frames[0]), fps=output.fps)
+    return [path.name for path in written], facts

@@ -1,0 +1,91 @@
+"""What the supervisor knows of a job while the ranks work on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardit.diffusion.request.request import Request
+from shardit.engine.process.messages import Left
+from shardit.server.estimate import Work
+from shardit.server.jobs.job import Job
+
+Size = tuple[Any, ...]
+
+
+def size_of(request: Request) -> Size:
+    """What decides how long a step takes: requests of equal size are expected to behave alike."""
+    names = ("height", "width", "num_frames", "resolution", "layers")
+    sides = [request.kwargs.get(name) for name in names]
+    # Without a size of its own the result takes that of the picture.
+    pictures = len(request.images) if sides[0] and sides[1] else tuple(picture.size for picture in request.images)
+    return (request.pipeline, *sides, request.num_outputs, pictures)
+
+
+def in_flight(running: Mapping[int, Running], replica: int) -> list[Running]:
+    """The jobs that have a slot of a replica."""
+    return [one for one in running.values() if one.replica == replica and not one.ahead]
+
+
+@dataclass
+class Running:
+    """A job in flight on one replica. Times are those of the monotonic clock, in seconds."""
+
+    job: Job
+    request: Request
+    replica: int
+    beside: int
+    """Jobs in flight on the replica when it began, itself included."""
+    work: Work
+    begun: float = field(default_factory=time.monotonic)
+    step: int = 0
+    total: int = 0
+    first_step: float | None = None
+    """When denoising began."""
+    last_step: float | None = None
+    """When the newest step was done."""
+    denoised: float | None = None
+    """When the last step was done."""
+    cancelling: bool = False
+    ahead: bool = False
+    """Whether the ranks have it, but not yet a free slot for it."""
+    left: dict[int, Left] = field(default_factory=dict)
+    """By rank, what those have said that are through with it."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """By rank, why it failed there; it has to on all ranks."""
+
+    @property
+    def size(self) -> Size:
+        """See `size_of`."""
+        return size_of(self.request)
+
+    def progress(self, step: int, total: int) -> float | None:
+        """Note a step; returns the seconds since the one before, None for the first."""
+        now = time.monotonic()
+        before, self.last_step = self.last_step, now
+        self.step, self.total = step, total
+        if self.first_step is None:
+            self.first_step = now
+        if step >= total:
+            self.denoised = now
+        return now - before if before is not None and step > 0 else None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its last step is done, so that its slot will be free soon."""
+        return self.denoised is not None
+
+    def enters(self) -> None:
+        """It has a slot now."""
+        self.ahead = False
+        if self.first_step is None:  # a rank that is ahead of the others may have said so before
+            self.begun = time.monotonic()
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the steps so far."""
+        if self.first_step is None or self.last_step is None or not self.step:
+            return None
+        return (self.last_step - self.first_step) / self.step

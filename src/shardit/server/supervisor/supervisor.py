@@ -1,0 +1,260 @@
+"""The supervisor: the process of `shardit serve`, which keeps the API process and the ranks running until it is told to
+stop."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+import sqlite3
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from shardit.diffusion.loading.model_options import described
+from shardit.engine.process.messages import SESSION, SessionSpec
+from shardit.engine.process.process import give_way
+from shardit.errors import InputError, RankError
+from shardit.logs import logger
+from shardit.server.jobs.store import CANCELLED_WAITING, Store
+from shardit.server.messages import Measured, Ranks, RanksState, Scrape, Wake
+from shardit.server.options import ServeOptions
+from shardit.server.placement.local import Placement
+from shardit.server.process.api_process import ApiProcess, Started
+from shardit.server.process.forced_exit import LastResort, exit_code
+from shardit.server.process.loop import Loop
+from shardit.server.supervisor.dispatch import Dispatcher
+from shardit.server.supervisor.hangs import TIMES_SLOWEST
+from shardit.server.supervisor.metrics import Gauges
+from shardit.server.supervisor.rank_group import Down, Fleet
+
+LOAD_TIMEOUT_S = 3600.0
+_MODEL = "model"
+"""Name under which the store holds whose jobs it has."""
+MAX_PAUSE_S = 30.0
+MAX_FIRST_STARTS = 5
+"""Starts of ranks that have never been up, before the server gives up; later on it goes on trying."""
+STOP_S = 7.0
+LATER_S = 15.0
+"""How much later ranks give up on each other than the supervisor does on them, which can tell more of the cause."""
+RETAIN_EVERY_S = 60.0
+RETAIN_AT_MOST = 20
+"""Jobs that are forgotten at a time: files are removed in the loop, which has other things to do."""
+
+
+class Supervisor:
+    """Everything that the process owns, and what it does about events."""
+
+    _session = SESSION
+
+    def __init__(self, options: ServeOptions, api: Started, listener: socket.socket, placement: Placement):
+        self.options = options
+        self.log = logger("supervisor")
+        self.gauges = Gauges()
+        self.loop = Loop(self.tick, on_trouble=self.on_trouble)
+        self.store = Store(options.data_dir)
+        self.listener = listener
+        self.slots = options.max_in_flight or useful_slots(options)
+        spec = SessionSpec(
+            model=options.model,
+            config=options.config,
+            dtype=options.dtype,
+            device=options.device,
+            max_in_flight=self.slots,
+            timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # what `Vigil` decides comes first
+            session=self._session,
+            attention_backend=options.attention_backend,
+            options=options.loading,
+            live=True,
+        )
+        self.fleet = Fleet(
+            spec, placement, self.loop, on_up=self.on_up, on_down=self.on_down, on_message=self.on_rank_message
+        )
+        self.api = ApiProcess(
+            options, api, listener, self.loop, on_message=self.on_api_message, on_start=self.on_api_start, log=self.log
+        )
+        self.writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="writer", initializer=give_way)
+        self.jobs = Dispatcher(
+            options, self.store, self.fleet, self.loop, self.writers, self.api.tell, self.log, self.gauges
+        )
+        self.jobs.slots = self.slots
+        self.state = Ranks("loading")
+        self.error: InputError | RankError | None = None
+        self.code = 0
+        self.asked_to_stop = False
+        self._started = time.monotonic()
+        self._was_up = False
+        self._failed_starts = 0
+        self._pause_s = 0.0
+        self._start_ranks_at: float | None = None
+        self._retain_at = 0.0
+        self._api_starts = 0
+        self._cancelled = self.store.recall(CANCELLED_WAITING, 0)
+
+    def run(self) -> int:
+        """Until told to stop; returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: self.loop.call(self.stop, number))
+        self._check_model()
+        last_resort = LastResort(self.log)
+        self.store.recover()
+        repeat = self.store.to_repeat()
+        new = self.store.counts().get("queued", 0) - repeat
+        host, port = self.listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.log.info("serving", url=url, model=self.options.model, jobs_to_repeat=repeat, jobs_waiting=new)
+        if not self.options.api_key_hashes and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            self.log.warning("open_to_all", reason="other machines can use it without a key; --api-key sets one")
+        try:
+            self.api.start()
+            self.fleet.bring_up()
+            self.loop.run()
+        finally:
+            self.end()
+            last_resort.disarm()
+        if self.error is not None:
+            raise self.error
+        return self.code
+
+    def _check_model(self) -> None:
+        """Raise InputError where jobs wait for another model: they would get its pictures."""
+        folder, before = Path(self.options.model).expanduser(), self.store.recall(_MODEL)
+        model = str(folder.resolve()) if folder.is_dir() else self.options.model
+        if changes := described(self.options.loading):
+            model += f" with {changes}"
+        counts = self.store.counts()
+        waiting = counts.get("queued", 0) + counts.get("in_progress", 0)
+        if waiting and before not in (None, model):
+            raise InputError(
+                f"the data folder {self.options.data_dir} holds {waiting} unfinished job{'s' * (waiting > 1)} of "
+                f"{before}; serve that, or choose another folder with --data-dir"
+            )
+        if before != model:
+            self.store.remember(_MODEL, model)
+
+    # Events.
+
+    def tick(self) -> None:
+        """Look after what nobody reports."""
+        self.api.look_after()
+        self.jobs.look_after()
+        if self._of_ranks() != self.state.ranks:
+            self._set(self.state.state, reason=self.state.reason)
+        now = time.monotonic()
+        loads = self.state.state in ("loading", "restarting") and self._start_ranks_at is None
+        if loads and now - self._started > LOAD_TIMEOUT_S:
+            self.fleet.fail(f"not loaded after {LOAD_TIMEOUT_S:.0f} s")
+        if self._start_ranks_at is not None and now >= self._start_ranks_at:
+            self._start_ranks_at = None
+            self.fleet.bring_up()
+        if now >= self._retain_at:
+            self._retain_at = now + RETAIN_EVERY_S
+            gone = self.store.retain(self.options.keep_days * 86400, self.options.keep_bytes, RETAIN_AT_MOST)
+            if len(gone) == RETAIN_AT_MOST:
+                self._retain_at = now
+
+    def on_up(self, infos: list[dict[str, Any]]) -> None:
+        """All ranks have loaded."""
+        self._was_up, self._pause_s = True, 0.0
+        self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))
+        self._set("ready", info=infos[0])
+        self.jobs.ready(infos)
+
+    def on_down(self, down: Down) -> None:
+        """Ranks have failed: start all anew, after a growing pause where they never come up."""
+        self._failed_starts += not self._was_up
+        if not self._was_up and (down.users or self._failed_starts == MAX_FIRST_STARTS):
+            text = (
+                f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.reason.splitlines()[0]}"
+            )
+            self.error = InputError(down.reason) if down.users else RankError(-1, text)
+            self.loop.stop()
+            return
+        came_up = self.state.state == "ready"
+        self.log.error("ranks_down", reason=down.reason)
+        self.gauges.restarts.inc()
+        self._started = time.monotonic()
+        self._set("restarting", reason=down.reason.splitlines()[0], restarts=self.state.restarts + 1)
+        self.jobs.down(down)
+        self._pause_s = 0.0 if came_up else min(MAX_PAUSE_S, 2 * self._pause_s + 1.0)
+        self._start_ranks_at = time.monotonic() + self._pause_s
+        if not self._pause_s:
+            self.tick()
+
+    def on_rank_message(self, rank: int, message: Any) -> None:
+        """A rank has said something about a job."""
+        self.jobs.heard(rank, message)
+
+    def on_api_start(self) -> None:
+        """A new API process knows nothing yet."""
+        self._api_starts += 1
+        if self._api_starts > 1:
+            self.gauges.api_restarts.inc()
+        self.api.tell(self.state)
+
+    def on_trouble(self, error: Exception) -> None:
+        """Something went wrong in the loop, which goes on."""
+        foreseen = isinstance(error, (OSError, sqlite3.Error))
+        text = str(error) if foreseen else "".join(traceback.format_exception(error))
+        self.log.error("trouble" if foreseen else "fault", error=text)
+
+    def on_api_message(self, message: Any) -> None:
+        """The API process has something."""
+        if isinstance(message, Wake):
+            self.jobs.wake()
+        elif isinstance(message, Scrape):
+            cancelled, self._cancelled = self._cancelled, self.store.recall(CANCELLED_WAITING, 0)
+            self.gauges.cancelled_waiting(self._cancelled - cancelled)
+            self.gauges.queue.set(self.store.counts().get("queued", 0))
+            self.gauges.in_flight.set(self.jobs.in_flight)
+            self.gauges.slots.set(self.jobs.slots * self.options.config.data_parallel_size)
+            self.api.tell(Measured(self.gauges.text()))
+
+    # The end.
+
+    def stop(self, number: int) -> None:
+        """Take no more jobs, put back those that run, and leave."""
+        self.code = exit_code(number)
+        self.asked_to_stop = True
+        self.log.info("stopping", signal=signal.Signals(number).name)
+        self._set("stopping", reason="the server stops")
+        self.loop.stop()
+
+    def end(self) -> None:
+        """End all processes, within ten seconds. Results that are being written are waited for, for some of these."""
+        deadline = time.monotonic() + STOP_S
+        self.api.leave()
+        self.fleet.stop(0 if self.asked_to_stop else 2 if isinstance(self.error, InputError) else 1)
+        self.api.stop()  # before the store is written to, which a process that is stopped may have locked
+        self.jobs.put_all_back()
+        while self.jobs.ends.writing and time.monotonic() < deadline:
+            self.loop.step(0.1)
+        self.writers.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
+        if writing := self.jobs.ends.writing:  # Python would wait for these threads; their jobs run again
+            self.log.warning("results_not_written", jobs=list(writing))
+            os._exit(self.code)
+
+    def _of_ranks(self) -> tuple[dict[str, Any], ...]:
+        peaks = self.jobs.peaks
+        return tuple(
+            {"rank": rank, "state": state, "peak_bytes": peaks.get(rank)}
+            for rank, state in enumerate(self.fleet.states)
+        )
+
+    def _set(self, state: RanksState, **more: Any) -> None:
+        kept = {"info": self.state.info, "restarts": self.state.restarts, "ranks": self._of_ranks()}
+        self.state = Ranks(state, **{**kept, **more})
+        self.api.tell(self.state)
+
+
+def useful_slots(options: ServeOptions) -> int:
+    """Requests at a time beyond which a replica gets no faster: one per stage, or two where messages of one can
+    travel while another computes."""
+    config = options.config
+    if config.pipeline_parallel_size > 1:
+        return max(2, config.pipeline_parallel_size)
+    return 2 if config.world_size > config.data_parallel_size * config.cfg_parallel_size else 1

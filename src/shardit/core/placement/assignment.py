@@ -183,14 +183,15 @@ def assign(
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
         cut[name], note = assign_blocks(module, config, in_flight, plan, environ)
         notes += [note] if note else []
+        shares = sizes["tp"] if name in parts else 1
         for (_, block), owner in zip(find_blocks(module, plan), cut[name].placement.owners(), strict=True):
-            for member, stage in enumerate(stages):
-                load[member] += nbytes(block) // (sizes["tp"] if name in parts else 1) if stage == owner else 0
+            load = [
+                size + (stage == owner) * (nbytes(block) // shares) for size, stage in zip(load, stages, strict=True)
+            ]
     if pp_size > 1 and held is None and not any(nbytes(module) for module in modules.values()):
         raise UnsupportedError(f"{pipeline_class.__name__} has no weights to spread; use pipeline_parallel_size=1")
     loads = Loads(load, sizes["tp"])
-    has_vae = any(map(is_vae, modules.values()))
-    shares = config.vae_patch_parallel_size if has_vae or held is None else 1
+    shares = config.vae_patch_parallel_size if held is None or any(map(is_vae, modules.values())) else 1
     tiles = _shared_tiles(modules, pipeline_class.__name__, shares, loads)
     notes += [f"{name}: its tiles are shared by {len(members)} ranks" for name, members in tiles.items()]
     rest = {name: module for name, module in modules.items() if name not in cut and name not in tiles}
@@ -200,9 +201,8 @@ def assign(
     owned.update((name, members[0]) for name, members in tiles.items())
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
     if pp_size > 1:
-        notes.insert(
-            0, f"{'contiguous' if chunks == 1 else 'looped'} placement: up to {in_flight} micro-batches in flight"
-        )
+        how = "contiguous" if chunks == 1 else "looped"
+        notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
     # transformers loads a model whole or not at all, so what is read of an encoder comes from its owner.
     small = {name: small_tensors(modules[name]) for name in owned if not encodes(modules[name])}
     return Assignment(stages, cut, relayed, owned, tiles, small, parts, sizes["tp"], chunks, tuple(notes))

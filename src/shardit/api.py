@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.modules.hints import Plan
-from shardit.core.placement.assignment import Assignment, assign_blocks, denoises
+from shardit.core.placement.assignment import Assignment, Cut, assign_blocks, denoises
 from shardit.core.placement.slices import Owned
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.loading.attention_backends import use_attention_backend
@@ -28,8 +28,9 @@ from shardit.diffusion.sharding.connect import (
     spread_model,
     take_compilers,
 )
+from shardit.diffusion.sharding.decision import decided_alike, told_of_model, told_of_pipeline
 from shardit.diffusion.sharding.layout import place_components
-from shardit.diffusion.sharding.placed import placed_among
+from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
 from shardit.parallel.tensor.apply import ALONE, TensorPlan, owned_slices, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
@@ -65,24 +66,27 @@ def parallelize(
     given = modules if modules is not None else {ALONE: target}
     if modules is None and plan is not None and not isinstance(plan, Plan):
         raise InputError("plan: a single transformer takes one Plan, not one for each component")
-    earlier = placed_among(given, config, plan)
+    earlier = {name: placed for name, module in given.items() if (placed := placed_on(module)) is not None}
     fresh = {name: module for name, module in given.items() if name not in earlier}
+    for name, module in fresh.items():
+        refuse_overlap(name or type(module).__name__, module)
     runtime = next((placed.runtime for placed in earlier.values()), None)
     mesh = runtime.mesh if runtime else init_mesh(config, device=device_of(given), timeout_s=timeout_s)
     _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
         return module_or_pipeline
-    compilers = take_compilers(target, fresh)
-    refuse_hooks({name or type(target).__name__: module for name, module in fresh.items()}, mesh)
+    compilers: dict[str, Any] = {}
+
+    def check() -> None:
+        check_earlier(earlier, config, plan)
+        compilers.update(take_compilers(target, fresh))
+        refuse_hooks({name or type(target).__name__: module for name, module in fresh.items()}, mesh)
+
     runtime = runtime or Runtime.of(mesh, split_batch=config.split_batch)
     if modules is None:
-        for model in fresh.values():
-            _alone(model, runtime, config, plan if isinstance(plan, Plan) else None)
-    elif not fresh:
-        join(target, runtime)
+        _alone(target, runtime, config, plan if isinstance(plan, Plan) else None, check, bool(earlier))
     else:
-        held = [sum(placed.bytes_of(m) for placed in earlier.values()) for m in range(len(mesh.replica.ranks))]
-        _whole(target, fresh, runtime, config, plan, compilers, held if earlier else None)
+        _whole(target, fresh, runtime, config, plan, compilers, check, earlier)
     return module_or_pipeline
 
 
@@ -93,27 +97,56 @@ def _whole(
     config: DiffusionParallelConfig,
     plan: Plan | Mapping[str, Plan] | None,
     compilers: Mapping[str, Any],
-    held: list[float] | None,
+    check: Callable[[], None],
+    earlier: Mapping[str, Placed],
 ) -> None:
-    """Spread the given components of a pipeline."""
-    cuts, assignment = place_components(modules, type(pipe), config, plans=plan, held=held)
-    for name in assignment.relayed:
-        refuse_compiled(name, modules[name], modules[name].modules())
-    for name in assignment.cut:
-        refuse_compiled(name, modules[name], ())
+    """Spread the given components of a pipeline, next to those that were spread earlier."""
+
+    def decide() -> tuple[dict[str, TensorPlan], Assignment | None]:
+        check()
+        if not modules:
+            return {}, None
+        members = range(len(runtime.mesh.replica.ranks))
+        held = [sum(placed.bytes_of(member) for placed in earlier.values()) for member in members] if earlier else None
+        cuts, assignment = place_components(modules, type(pipe), config, plans=plan, held=held)
+        for name in assignment.relayed:
+            refuse_compiled(name, modules[name], modules[name].modules())
+        for name in assignment.cut:
+            refuse_compiled(name, modules[name], ())
+        return cuts, assignment
+
+    cuts, assignment = decided_alike(runtime.replica, type(pipe).__name__, decide, told_of_pipeline)
+    if assignment is None:
+        join(pipe, runtime)
+        return
     shard_components(modules, cuts, runtime.mesh)
     connect(pipe, assignment, runtime, config, cuts)
     for name, compiler in compilers.items():
         compile_part(name, modules[name], compiler)
 
 
-def _alone(model: nn.Module, runtime: Runtime, config: DiffusionParallelConfig, plan: Plan | None) -> None:
-    """Spread a transformer that is in no pipeline."""
-    refuse_compiled(type(model).__name__, model, ())
-    slices = plan_components({ALONE: model}, runtime.mesh.sizes["tp"])
-    shard_components({ALONE: model}, slices, runtime.mesh)
-    cut, _ = assign_blocks(model, config, 1, plan, os.environ)
-    spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
+def _alone(
+    model: nn.Module,
+    runtime: Runtime,
+    config: DiffusionParallelConfig,
+    plan: Plan | None,
+    check: Callable[[], None],
+    done: bool,
+) -> None:
+    """Spread a transformer that is in no pipeline, unless that is done."""
+
+    def decide() -> tuple[dict[str, TensorPlan], Cut | None]:
+        check()
+        if done:
+            return {}, None
+        refuse_compiled(type(model).__name__, model, ())
+        slices = plan_components({ALONE: model}, runtime.mesh.sizes["tp"])
+        return slices, assign_blocks(model, config, 1, plan, os.environ)[0]
+
+    slices, cut = decided_alike(runtime.replica, type(model).__name__, decide, told_of_model)
+    if cut is not None:
+        shard_components({ALONE: model}, slices, runtime.mesh)
+        spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
 
 
 def load(
@@ -206,6 +239,7 @@ def load_parallel(
         load_loras(pipe, options.lora)
         return pipe, found[0], None
     runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
+    decided_alike(runtime.replica, type(pipe).__name__, lambda: (cuts, found[0]), told_of_pipeline)
     refuse_shared_blocks(pipe, found[0])
     shard_components(pipe.components, cuts, mesh)
     connect(pipe, found[0], runtime, config, cuts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -79,7 +79,7 @@ class Assignment:
     replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
     that own it. tiles: the members that hold a VAE and share its tiles, its owner first. small: the tensors of owned
     components that every member has, by name. stages: the stage of each member of a replica (all ranks that work on the
-    same requests). notes: what a user may want to know."""
+    same requests). notes: what a user may want to know. held: about how many bytes each member has of a component."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
@@ -91,6 +91,7 @@ class Assignment:
     tp: int = 1
     chunks: int = 1
     notes: tuple[str, ...] = ()
+    held: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def owns(self, component: str, member: int) -> Callable[[str], bool]:
         """A predicate over parameter names of a component: does this member of a replica hold it?"""
@@ -108,6 +109,17 @@ class Assignment:
         others = {f"{b}." for b, owner in zip(cut.blocks, cut.placement.owners(), strict=True) if owner != stage}
         replicated = cut.plan.replicate if cut.plan else ()
         return lambda name: keeps(name, replicated) or not any(name.startswith(block) for block in others)
+
+    def counted(self, modules: Mapping[str, nn.Module]) -> Assignment:
+        """The same with `held`, counted on modules that are whole, so that it is the same on every rank: what is cut
+        has other sizes on each, and tied weights of which a rank has nothing are tied no more."""
+        held = {}
+        for name, module in modules.items():
+            sizes = {key: p.numel() * p.element_size() for key, p in module.named_parameters()}
+            shares = self.tp if name in self.sliced else 1
+            owned = (self.owns(name, member) for member in range(len(self.stages)))
+            held[name] = tuple(sum(size for key, size in sizes.items() if owns(key)) / shares for owns in owned)
+        return replace(self, held=held)
 
     def blocks(self, component: str, member: int) -> list[int]:
         """The numbers of the blocks of a component, or of the units of an encoder, that a member of a replica has."""
@@ -177,17 +189,14 @@ def assign(
     stages = tuple(coordinates(sizes, member)["pp"] for member in range(math.prod(sizes.values())))
     in_flight = max(1, branches(pipeline_class) // config.cfg_parallel_size) * max_in_flight
     notes, cut, load, parts = [], {}, list(held or [0.0] * len(stages)), frozenset(sliced)
-    for name, module in modules.items():
-        if not denoises(name, module):
-            continue
+    for name, module in ((name, module) for name, module in modules.items() if denoises(name, module)):
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
         cut[name], note = assign_blocks(module, config, in_flight, plan, environ)
         notes += [note] if note else []
         shares = sizes["tp"] if name in parts else 1
         for (_, block), owner in zip(find_blocks(module, plan), cut[name].placement.owners(), strict=True):
-            load = [
-                size + (stage == owner) * (nbytes(block) // shares) for size, stage in zip(load, stages, strict=True)
-            ]
+            more = nbytes(block) // shares
+            load = [size + (stage == owner) * more for size, stage in zip(load, stages, strict=True)]
     if pp_size > 1 and held is None and not any(nbytes(module) for module in modules.values()):
         raise UnsupportedError(f"{pipeline_class.__name__} has no weights to spread; use pipeline_parallel_size=1")
     loads = Loads(load, sizes["tp"])

@@ -38,4 +38,4 @@ def place_components(
         environ=os.environ,
         held=held,
     )
-    return cuts, assignment
+    return cuts, assignment.counted(modules)

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 KNOWN = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
 """Methods of models that change them in a way that is right: they put linears next to others, made of those, or bring
 all parameters (with `_apply`, which stands behind `to`, `half` ...) to another dtype or memory format."""
+
+
+_WITHIN: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
+"""The modules inside components that are spread: what messages call the component, and whether every rank has all of
+the module's own parameters."""
 
 
 @dataclass(eq=False)
@@ -62,6 +68,10 @@ class Placed:
         if own_fuse is not None:
             members["fuse_lora"] = fusing(own_fuse, self.runtime.replica, lambda model: [model])
         swap_class(self.module, {**members, "shardit_placed": property(lambda module: self)})
+        missing = self._not_everywhere()
+        for name, part in self.module.named_modules():
+            if part is not self.module:
+                _WITHIN[part] = (self.title, name not in missing)
         self.take()
 
     @property
@@ -156,12 +166,21 @@ class Placed:
             )
 
     def bytes_of(self, member: int) -> float:
-        """About how many bytes a member of a replica holds of it."""
-        if self.assignment is None:
-            return 0.0
-        owns = self.assignment.owns(self.name, member)
-        share = self.assignment.tp if self.slices is not None else 1
-        return sum(p.nbytes for name, p in self.module.named_parameters() if owns(name)) / share
+        """About how many bytes a member of a replica holds of it; 0 of a model that was spread by itself."""
+        return self.assignment.held[self.name][member] if self.assignment is not None else 0.0
+
+    def _not_everywhere(self) -> set[str]:
+        """The names of the modules that have parameters of their own which some rank has not, or a slice of only."""
+        names = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]
+        if self.assignment is not None:
+            members = range(len(self.assignment.stages))
+            owns = [self.assignment.owns(self.name, member) for member in members]
+        else:
+            inside = tuple(f"{name}." for name, _ in cut_blocks(self.module) if self.runtime.mesh.pp_size > 1)
+            owns = [lambda name: not name.startswith(inside)]
+        cuts = self.slices.cuts if self.slices is not None else {}
+        partial = [name for name in names if name in cuts or not all(owned(name) for owned in owns)]
+        return {name.rpartition(".")[0] for name in partial}
 
 
 def _dots(name: str) -> list[int]:
@@ -188,13 +207,12 @@ def placed_on(module: Any) -> Placed | None:
     return getattr(module, "shardit_placed", None) if isinstance(module, nn.Module) else None
 
 
-def placed_among(
-    modules: Mapping[str, nn.Module], config: DiffusionParallelConfig, plans: Plan | Mapping[str, Plan] | None
-) -> dict[str, Placed]:
-    """Those of the modules that are spread already. Raises InputError where that was done in another way than it is
-    asked for now, or where they come from pipelines that were spread without sharing anything."""
-    found = {name: placed for name, module in modules.items() if (placed := placed_on(module)) is not None}
-    for name, placed in found.items():
+def check_earlier(
+    earlier: Mapping[str, Placed], config: DiffusionParallelConfig, plans: Plan | Mapping[str, Plan] | None
+) -> None:
+    """Look at those of some modules that were spread `earlier`. Raises InputError where that was done in another way
+    than it is asked for now, or where they come from pipelines that were spread without sharing anything."""
+    for name, placed in earlier.items():
         what = name or type(placed.module).__name__
         if placed.config != config:
             raise InputError(
@@ -204,14 +222,27 @@ def placed_among(
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
         if plan is not None and plan != placed.plan:
             raise InputError(f"{what} is spread already, with {placed.plan}: leave out the plan, or load it again")
-    runtimes = {id(placed.runtime): name for name, placed in found.items()}
+    runtimes = {id(placed.runtime): name for name, placed in earlier.items()}
     if len(runtimes) > 1:
         first, second, *_ = runtimes.values()
         raise InputError(
             f"{first} and {second} were spread as parts of different pipelines, which take turns of their own: make "
             "the pipelines that share components before parallelize, or load the components again"
         )
-    return found
+
+
+def refuse_overlap(name: str, module: nn.Module) -> None:
+    """Raise UnsupportedError where a module that is not spread lies inside one that is, or the other way round, or uses
+    weights of it that some ranks do not have: it would be spread once more, by ranks that have a part of it only."""
+    remedy = "give each weights of its own (load it again, or copy.deepcopy it before parallelize)"
+    if module in _WITHIN:
+        raise UnsupportedError(f"{name} is a part of {_WITHIN[module][0]}, which is spread already: {remedy}")
+    for path, part in module.named_modules():
+        placed = placed_on(part)
+        title, everywhere = (placed.title, False) if placed is not None else _WITHIN.get(part, ("", True))
+        if not everywhere:
+            whose = title if placed is not None else f"a part of {title}"
+            raise UnsupportedError(f"{name}.{path} is {whose}, which is spread already: {remedy}")
 
 
 def _differences(one: DiffusionParallelConfig, other: DiffusionParallelConfig) -> str:

@@ -1,0 +1,74 @@
+"""Each rank decides by itself how something is spread; before anything is cut they compare what they have decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from shardit.core.comm.p2p import Comm
+from shardit.core.placement.assignment import Assignment, Cut
+from shardit.core.runtime.digests import short_hash
+from shardit.errors import InputError
+from shardit.parallel.tensor.plan import TensorPlan
+
+T = TypeVar("T")
+
+
+def decided_alike(
+    ranks: Comm, what: str, decide: Callable[[], T], told: Callable[[T], dict[str, str]] = lambda _: {}
+) -> T:
+    """What `decide` gives, which is the same on every rank. Collective, one small message.
+
+    told: the decision in words that are the same on every rank, by what messages call its parts. Raises InputError on
+    all ranks where they differ, or where any of them refuses: a rank alone would leave the others waiting.
+    """
+    found, refusal, words = None, None, {}
+    try:
+        found = decide()
+        words = told(found)
+    except InputError as error:
+        refusal = error
+    said = [repr(item).encode() for item in (str(refusal), *words.items())]
+    if len(set(ranks.gather_bytes(short_hash(*said)))) > 1:
+        everything = ranks.gather_objects((None if refusal is None else str(refusal), words))
+        if refusal is None:
+            raise InputError(_difference(what, everything))
+    if refusal is not None:
+        raise refusal
+    return found  # pyright: ignore[reportReturnType]
+
+
+def _difference(what: str, everything: list[tuple[str | None, dict[str, str]]]) -> str:
+    """One line about what ranks have decided in different ways."""
+    for rank, (refusal, _) in enumerate(everything):
+        if refusal is not None:
+            return f"rank {rank} refuses, others do not: {refusal}"
+    decisions = [words for _, words in everything]
+    names = dict.fromkeys(name for words in decisions for name in words)
+    wrong = [name for name in names if len({words.get(name) for words in decisions}) > 1]
+    return (
+        f"ranks would spread {', '.join(wrong) or 'the components'} of {what} in different ways: give every rank the "
+        "same components, in the same dtype, and the same arguments"
+    )
+
+
+def told_of_pipeline(decision: tuple[Mapping[str, TensorPlan], Assignment | None]) -> dict[str, str]:
+    """How each component of a pipeline is spread."""
+    cuts, assignment = decision
+    if assignment is None:
+        return {}
+    kept = {name: sorted(tensors) for name, tensors in assignment.small.items()}
+    by_name = (assignment.cut, assignment.relayed, assignment.owned, assignment.tiles, assignment.held, kept)
+    return {
+        name: repr([found.get(name) for found in by_name]) + _told_of_slices(cuts.get(name)) for name in assignment.held
+    }
+
+
+def told_of_model(decision: tuple[Mapping[str, TensorPlan], Cut | None]) -> dict[str, str]:
+    """How the blocks of a model that is spread by itself are spread."""
+    slices, cut = decision
+    return {"the blocks": repr(cut) + "".join(map(_told_of_slices, slices.values()))}
+
+
+def _told_of_slices(plan: TensorPlan | None) -> str:
+    return repr(sorted(plan.cuts.items(), key=lambda cut: cut[0])) if plan is not None else ""

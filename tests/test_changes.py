@@ -63,8 +63,8 @@ def blocks_compiled(spread: Spread) -> list[torch.Tensor]:
     return [*outs, run(pipe)]
 
 
-def lora(pipe: Any, broken: str = "") -> None:
-    draw, layers = torch.Generator().manual_seed(1), {}
+def lora(pipe: Any, broken: str = "", seed: int = 1, **options: Any) -> None:
+    draw, layers = torch.Generator().manual_seed(seed), {}
     for name, module in pipe.transformer.named_modules():
         if name.endswith(("attn.to_q", "attn.to_v")) and hasattr(module, "in_features"):
             rows = module.in_features
@@ -72,7 +72,22 @@ def lora(pipe: Any, broken: str = "") -> None:
             layers[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 4, generator=draw) * 0.1
             if name == broken:
                 layers[f"transformer.{name}.lora_B.weight"][0, 0] = torch.nan
-    pipe.load_lora_weights(layers)
+    pipe.load_lora_weights(layers, **options)
+
+
+def swapped(spread: Spread) -> list[torch.Tensor]:
+    """An adapter in the place of another one; of padded ones the first was there before."""
+    pipe = spread(pipeline("flux"))
+    lora(pipe, adapter_name="one")
+    outs = [run(pipe)]
+    lora(pipe, seed=2, adapter_name="one", hotswap=True)
+    outs.append(run(pipe))
+    pipe = pipeline("flux")
+    pipe.enable_lora_hotswap(target_rank=8)
+    lora(pipe, adapter_name="one")
+    outs.append(run(spread(pipe)))
+    lora(pipe, seed=2, adapter_name="one", hotswap=True)
+    return [*outs, run(pipe)]
 
 
 def fused_safely(spread: Spread) -> list[torch.Tensor]:
@@ -244,7 +259,7 @@ WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
     "stages": (
         *(compiled_before, compiled_after, blocks_compiled, fused_safely),
         *(new_scheduler, adapted, other_format, joined_projections, other_weights),
-        *(turned_by_a_setting, hooked_later, adapted_encoder, moved_adapters),
+        *(turned_by_a_setting, hooked_later, adapted_encoder, moved_adapters, swapped),
     ),
     "slices": (
         compiled_before,
@@ -318,6 +333,15 @@ def broken_adapter(pipe: Any) -> None:
     pipe.fuse_lora(safe_fusing=True)
 
 
+def padded_adapters(pipe: Any) -> None:
+    pipe.enable_lora_hotswap(target_rank=8)
+
+
+def padded_adapters_of_a_component(pipe: Any) -> None:
+    pipe.vae.enable_lora_hotswap(target_rank=8)
+    pipe.vae.load_lora_adapter({})
+
+
 def replaced_linear(pipe: Any) -> None:
     pipe.transformer.transformer_blocks[0].attn.to_q = torch.nn.Linear(64, 64)
     run(pipe)
@@ -347,6 +371,8 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
         compiled_decode: "vae.decode was replaced on the object after parallelize",
         new_tokens: "resize_token_embeddings cannot be combined.*before parallelize",
         broken_adapter: "NaNs detected",
+        padded_adapters: "transformer: enable_lora_hotswap pads adapters.*before parallelize",
+        padded_adapters_of_a_component: "vae: enable_lora_hotswap pads adapters.*before parallelize",
     },
     "slices": {
         replaced_linear: r"transformer_blocks\.0\.attn\.to_q became Linear after parallelize",

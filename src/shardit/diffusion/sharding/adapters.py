@@ -13,6 +13,7 @@ from shardit.core.comm.checkpoint import sendable
 from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.digests import named
 from shardit.diffusion.sharding.components import components_of
+from shardit.errors import UnsupportedError
 
 
 def fusing(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], Iterable[nn.Module]]) -> Any:
@@ -34,6 +35,45 @@ def fusing(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], 
                 raise failure
 
     return fuse_lora
+
+
+PADDING = {
+    "load_lora_adapter": ("enable_lora_hotswap", "_prepare_lora_hotswap_kwargs"),
+    "load_adapter": ("enable_peft_hotswap", "_prepare_peft_hotswap_kwargs"),
+}
+"""Methods of models that load adapters (of diffusers, of transformers), what has the first one padded to a number of
+rows that fits all later ones, and where that is noted until it is loaded."""
+
+
+def unpadded(cls: type, title: str, denoises: bool) -> dict[str, Any]:
+    """The methods of a class for a model of which some ranks have a part only: adapters are loaded as they are.
+
+    What is padded gets memory, which blocks of other ranks have not. denoises: whether it is the model that adapters
+    are for; a pipeline tells all that it has.
+    """
+    members: dict[str, Any] = {}
+    for load, (enable, noted) in PADDING.items():
+        why = (
+            f"{title}: {enable} pads adapters, of which each rank has a part: call it and load the first adapter "
+            "before parallelize, or swap adapters of the same rank (r) without it"
+        )
+        if hasattr(cls, load):
+            members[load] = _refused_if(getattr(cls, load), why, noted)
+        if hasattr(cls, enable) and denoises:
+            members[enable] = _refused_if(getattr(cls, enable), why, None)
+    return members
+
+
+def _refused_if(own_method: Callable[..., Any], why: str, noted: str | None) -> Callable[..., Any]:
+    """A method that raises UnsupportedError, always or where the attribute `noted` of its model is not None."""
+
+    @functools.wraps(own_method)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if noted is None or getattr(self, noted, None) is not None:
+            raise UnsupportedError(why)
+        return own_method(self, *args, **kwargs)
+
+    return method
 
 
 def moving(own_method: Callable[..., Any]) -> Any:

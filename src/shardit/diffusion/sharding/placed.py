@@ -19,7 +19,7 @@ from shardit.core.modules.patching import plain_class, swap_class
 from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.randomness import dropout_in_training
 from shardit.core.stages.runtime import Runtime
-from shardit.diffusion.sharding.adapters import fusing
+from shardit.diffusion.sharding.adapters import fusing, unpadded
 from shardit.diffusion.sharding.changes import cut_blocks, follow, unwrap_parts
 from shardit.errors import InputError, UnsupportedError
 
@@ -67,6 +67,8 @@ class Placed:
         own_fuse = getattr(type(self.module), "fuse_lora", None)
         if own_fuse is not None:
             members["fuse_lora"] = fusing(own_fuse, self.runtime.replica, lambda model: [model])
+        if not self.denoises or self.runtime.mesh.pp_size > 1:
+            members |= unpadded(type(self.module), self.title, self.denoises)
         swap_class(self.module, {**members, "shardit_placed": property(lambda module: self)})
         missing = self._not_everywhere()
         for name, part in self.module.named_modules():

@@ -17,6 +17,7 @@ from torch import nn
 from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.patching import swap_class
 from shardit.core.placement.slices import Shards
+from shardit.core.runtime.digests import named
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.forward import unless_whole
 from shardit.parallel.tensor.loads import take_slices
@@ -119,7 +120,7 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
 
     @functools.wraps(own_method)
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("hotswap") is True:
+        if _swaps(self, named(own_method, args, kwargs).get("hotswap")):
             raise UnsupportedError(f"hotswap does not work on cut linears: unload the adapter first, {ONE_RANK}")
         boundary = getattr(self, "shardit_boundary", None)  # of a component that one group of ranks runs
         try:
@@ -142,6 +143,13 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
         return out
 
     return load
+
+
+def _swaps(model: Any, asked: Any) -> bool:
+    """Whether an adapter that is loaded is to take the place of another one. Models of transformers decide by
+    themselves where nothing is asked: once that was enabled, from the second adapter on."""
+    by_itself = asked in (None, "auto") and getattr(model, "_hotswap_enabled", False)
+    return asked is True or bool(by_itself and getattr(model, "peft_config", None))
 
 
 @contextmanager

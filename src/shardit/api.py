@@ -12,12 +12,14 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.modules.hints import Plan
-from shardit.core.placement.assignment import Assignment, assign_blocks, denoises
+from shardit.core.placement.assignment import Assignment, assign_blocks
+from shardit.core.placement.roles import ALONE, Roles
 from shardit.core.placement.slices import Owned
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.loading.attention_backends import use_attention_backend
 from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
 from shardit.diffusion.loading.start_options import load_loras, use_vae_options
+from shardit.diffusion.roles import denoises
 from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.components import components_of, device_of, refuse_hooks
 from shardit.diffusion.sharding.connect import (
@@ -31,7 +33,7 @@ from shardit.diffusion.sharding.connect import (
 from shardit.diffusion.sharding.layout import place_components
 from shardit.diffusion.sharding.placed import placed_among
 from shardit.errors import InputError
-from shardit.parallel.tensor.apply import ALONE, TensorPlan, owned_slices, plan_components, shard_components
+from shardit.parallel.tensor.apply import TensorPlan, owned_slices, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def _whole(
 def _alone(model: nn.Module, runtime: Runtime, config: DiffusionParallelConfig, plan: Plan | None) -> None:
     """Spread a transformer that is in no pipeline."""
     refuse_compiled(type(model).__name__, model, ())
-    slices = plan_components({ALONE: model}, runtime.mesh.sizes["tp"])
+    slices = plan_components({ALONE: model}, Roles(type(model).__name__, frozenset({ALONE})), runtime.mesh.sizes["tp"])
     shard_components({ALONE: model}, slices, runtime.mesh)
     cut, _ = assign_blocks(model, config, 1, plan, os.environ)
     spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from torch import nn
@@ -12,7 +13,8 @@ from transformers import CLIPTextModel
 
 import shardit
 from shardit import DiffusionParallelConfig
-from shardit.core.placement.assignment import assign, encodes, is_vae, own_code, tiled_components
+from shardit.core.placement.assignment import assign
+from shardit.diffusion.roles import encodes, is_vae, own_code, roles_of
 from shardit.parallel.tensor.apply import plan_components
 from shardit.parallel.tensor.planner import plan_tensors
 from tests.encoder_models import ENCODERS
@@ -101,11 +103,11 @@ def test_what_is_derived_is_recognised() -> None:
     assert is_vae(modules["vae"])
     assert [encodes(module) for module in modules.values()] == [False, True, True, True]
     assert [own_code(module) for module in modules.values()] == [Brighter, None, None, Reading]
-    assert tiled_components(modules, "SomePipeline") == ("vae",)
-    assert plan_components(modules, 2).keys() == {"plain", "alias"}
+    assert roles_of(modules).tiled == ("vae",)
+    assert plan_components(modules, roles_of(modules), 2).keys() == {"plain", "alias"}
     del modules["vae"]
     config = DiffusionParallelConfig(pipeline_parallel_size=2)
-    found = assign(modules, entries()["StableDiffusionPipeline"].build().__class__, config, environ={})
+    found = assign(modules, roles_of(modules, StableDiffusionPipeline), config, environ={})
     assert found.relayed.keys() == {"plain", "alias"}
     assert "reading is whole on one rank: Reading has methods of its own, which may read any of its weights" in (
         found.notes

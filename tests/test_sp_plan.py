@@ -14,7 +14,7 @@ from torch import nn
 import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError, parallel_state
 from shardit.core.comm.collectives import Collectives, even_sizes
-from shardit.core.placement.assignment import denoises
+from shardit.diffusion.roles import denoises
 from shardit.models import tiny
 from shardit.parallel.sequence.declared.model import PlannedSequence
 from shardit.parallel.sequence.declared.rules import read_plan

@@ -19,9 +19,11 @@ import shardit
 from shardit import DiffusionParallelConfig
 from shardit.core.comm.collectives import Collectives, even_sizes
 from shardit.core.comm.mesh import Mesh, init_mesh
+from shardit.core.placement.roles import ALONE, Roles
 from shardit.core.placement.slices import Shards, Slice, even, shards
 from shardit.diffusion.loading.description import describe
 from shardit.diffusion.loading.pipeline import load_pipeline
+from shardit.diffusion.roles import roles_of
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import Session, check
@@ -34,6 +36,9 @@ from tests.ranks import RanksFailed, run_ranks
 from tests.survey_models import Draw, all_entries
 from tests.test_parallelize import quiet, run, write_lora
 from tests.whole_pipelines import Case, difference, make_requests, plain
+
+SINGLE = Roles("a model", frozenset({ALONE}))
+"""A model without a pipeline."""
 
 CLOSE = 1e-5
 """Relative L2 distance in float32 that cut sums may come to."""
@@ -176,9 +181,9 @@ def test_what_no_rule_knows_stays_whole() -> None:
 
 def test_refused() -> None:
     with pytest.raises(shardit.UnsupportedError, match=r"tensor_parallel_size=5 does not fit .*use 1 to 4"):
-        plan_components({"transformer": meta(wan)}, 5)
+        plan_components({"transformer": meta(wan)}, roles_of({"transformer": meta(wan)}), 5)
     with pytest.raises(shardit.UnsupportedError, match="has no attention or feed-forward"):
-        plan_components({"": nn.Linear(4, 4)}, 2)
+        plan_components({"": nn.Linear(4, 4)}, SINGLE, 2)
     spec = SessionSpec("tiny/flux", DiffusionParallelConfig(tensor_parallel_size=5), None, "cpu", 1, timeout_s=5)
     with pytest.raises(shardit.UnsupportedError, match="tensor_parallel_size=5"):
         check(spec)
@@ -202,13 +207,13 @@ def test_only_slices_are_read(name: str) -> None:
     for rank in (0, 1):
 
         def place(modules: dict[str, nn.Module], cls: type, rank: int = rank) -> Any:
-            plans = plan_components(modules, 2)
+            plans = plan_components(modules, roles_of(modules), 2)
             return {n: owned_slices(lambda _: True, plans.get(n), rank) for n in modules}
 
         pipes.append(load_pipeline(f"tiny/{name}", place=place, reads=reads[rank]))
     whole = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
     modules = {n: m for n, m in whole.components.items() if isinstance(m, nn.Module)}
-    plans = plan_components(modules, 2)
+    plans = plan_components(modules, roles_of(modules), 2)
     for component, module in modules.items():
         for key, tensor in module.state_dict(keep_vars=True).items():
             cut = plans[component].cuts.get(key) if component in plans else None
@@ -230,7 +235,7 @@ def test_slices_in_another_dtype_are_those_of_the_whole() -> None:
     plans: dict[str, Any] = {}
 
     def place(modules: dict[str, nn.Module], cls: type) -> Any:
-        plans.update(plan_components(modules, 3))
+        plans.update(plan_components(modules, roles_of(modules), 3))
         return {n: owned_slices(lambda _: True, plans.get(n), 1) for n in modules}
 
     pipe = load_pipeline("tiny/sd3.5", place=place, dtype="float16")
@@ -402,7 +407,7 @@ def survey(rank: int, count: int, method: str, ids: Sequence[str]) -> dict[str, 
         with torch.no_grad():
             expected = model(**entry.inputs(Draw(0, False)), **extra)
             try:
-                shard_tensors(model, plan_components({"": model}, count)[""], ranks)
+                shard_tensors(model, plan_components({"": model}, SINGLE, count)[""], ranks)
             except shardit.UnsupportedError as error:
                 found[entry.id] = str(error)
                 continue

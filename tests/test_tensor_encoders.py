@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from shardit.diffusion.roles import roles_of
 from shardit.errors import UnsupportedError
-from shardit.parallel.tensor.apply import plan_components, shard_components
+from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from tests.encoder_models import ENCODERS
 from tests.ranks import run_ranks
 from tests.test_tensor import tensor_mesh
@@ -21,13 +23,18 @@ KEPT_WHOLE = {"BertModel", "GPT2LMHeadModel", "ModernBertModel", "ClapModel", "C
 """Those whose attention has names that no rule knows: they are on one rank."""
 
 
+def planned(model: nn.Module, count: int) -> dict[str, TensorPlan]:
+    modules = {"text_encoder": model}
+    return plan_components(modules, roles_of(modules), count)
+
+
 def encode(rank: int, count: int, method: str) -> dict[str, tuple[float, int, dict[str, str]]]:
     logging.getLogger("shardit").setLevel(logging.ERROR)
     mesh = tensor_mesh(rank, count, method)
     found = {}
     for encoder in ENCODERS:
         plain, model = encoder.build(), encoder.build()
-        plans = plan_components({"text_encoder": model}, count)
+        plans = planned(model, count)
         if not plans:  # it stays on one rank
             found[encoder.name] = (0.0, 0, {})
             continue
@@ -54,7 +61,11 @@ def attentions(mesh: Any) -> None:
         model: Any = encoder.build()
         for m in (plain, model):
             m.set_attn_implementation(back_end)
-        shard_components({"text_encoder": model}, plan_components({"text_encoder": model}, 2), mesh)
+        shard_components(
+            {"text_encoder": model},
+            planned(model, 2),
+            mesh,
+        )
         with torch.no_grad():
             expected, got = (m(**encoder.inputs, output_attentions=True) for m in (plain, model))
         assert bool(model.shardit_checks.whole) == (back_end == "eager")
@@ -70,7 +81,7 @@ def renormalised(mesh: Any) -> None:
         tables = [m for whole in (plain, model) for m in whole.modules() if isinstance(m, torch.nn.Embedding)]
         for table in tables:
             table.max_norm = 0.5
-        plans = plan_components({"text_encoder": model}, 2)
+        plans = planned(model, 2)
         shard_components({"text_encoder": model}, plans, mesh)
         assert all("max_norm" in note for note in plans["text_encoder"].notes)
         assert not any(
@@ -83,7 +94,7 @@ def renormalised(mesh: Any) -> None:
                 assert float((expected - got).norm() / expected.norm()) <= CLOSE, name
     encoder = ENCODERS[0]
     model = encoder.build()
-    shard_components({"text_encoder": model}, plan_components({"text_encoder": model}, 2), mesh)
+    shard_components({"text_encoder": model}, planned(model, 2), mesh)
     model.get_submodule("embeddings.token_embedding").max_norm = 0.5  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnsupportedError, match="max_norm"):
         encoder.call(model, copy.copy(encoder.inputs))

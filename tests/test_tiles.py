@@ -17,8 +17,9 @@ from shardit.core.comm.p2p import Comm
 from shardit.core.comm.wire import ALIGN
 from shardit.core.modules.attributes import Attributes
 from shardit.core.modules.small_tensors import Everywhere
-from shardit.core.placement.assignment import tiled_components
+from shardit.core.placement.assignment import assign
 from shardit.core.runtime.pending import settle
+from shardit.diffusion.roles import roles_of
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError, UnsupportedError
 from shardit.models import tiny
@@ -238,11 +239,12 @@ def test_refusals() -> None:
         parallelize(torch.nn.Linear(1, 1), DiffusionParallelConfig(vae_patch_parallel_size=2, ring_degree=2))
     with torch.device("meta"):
         without, tiled = AsymmetricAutoencoderKL(), AutoencoderKL()
-    with pytest.raises(UnsupportedError, match="AsymmetricAutoencoderKL of SomePipeline cannot decode in tiles"):
-        tiled_components({"vae": without}, "SomePipeline")
-    with pytest.raises(UnsupportedError, match=r"SomePipeline has no VAE of .* use vae_patch_parallel_size=1"):
-        tiled_components({}, "SomePipeline")
-    assert tiled_components({"vae": tiled, "other": without}, "SomePipeline") == ("vae",)
+    config = DiffusionParallelConfig(vae_patch_parallel_size=2, cfg_parallel_size=2)
+    cannot = "AsymmetricAutoencoderKL of .* cannot decode in tiles"
+    for modules, why in (({"vae": without}, cannot), ({}, "has no VAE of")):
+        with pytest.raises(UnsupportedError, match=rf"{why}.*; use vae_patch_parallel_size=1"):
+            assign(modules, roles_of(modules), config, environ={})
+    assert roles_of({"vae": tiled, "other": without}).tiled == ("vae",)
 
 
 def test_inspect_shows_who_holds_the_vae() -> None:

@@ -12,12 +12,14 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.modules.hints import Plan
-from shardit.core.placement.assignment import Assignment, Cut, assign_blocks, denoises
+from shardit.core.placement.assignment import Assignment, Cut, assign_blocks
+from shardit.core.placement.roles import ALONE, Roles
 from shardit.core.placement.slices import Owned
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.loading.attention_backends import use_attention_backend
 from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
 from shardit.diffusion.loading.start_options import load_loras, use_vae_options
+from shardit.diffusion.roles import denoises
 from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.components import components_of, device_of, refuse_hooks
 from shardit.diffusion.sharding.connect import (
@@ -32,7 +34,7 @@ from shardit.diffusion.sharding.decision import decided_alike, told_of_model, to
 from shardit.diffusion.sharding.layout import place_components
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
-from shardit.parallel.tensor.apply import ALONE, TensorPlan, owned_slices, plan_components, shard_components
+from shardit.parallel.tensor.apply import TensorPlan, owned_slices, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
 
 if TYPE_CHECKING:
@@ -140,7 +142,8 @@ def _alone(
         if done:
             return {}, None
         refuse_compiled(type(model).__name__, model, ())
-        slices = plan_components({ALONE: model}, runtime.mesh.sizes["tp"])
+        roles = Roles(type(model).__name__, frozenset({ALONE}))
+        slices = plan_components({ALONE: model}, roles, runtime.mesh.sizes["tp"])
         return slices, assign_blocks(model, config, 1, plan, os.environ)[0]
 
     slices, cut = decided_alike(runtime.replica, type(model).__name__, decide, told_of_model)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardit.core.placement.assignment import denoises
 from shardit.diffusion.loading.model_options import NO_OPTIONS, WHOLE, ModelOptions, check_single_files
 from shardit.diffusion.loading.schedulers import changed_scheduler, wants_scheduler
+from shardit.diffusion.roles import denoises
 from shardit.errors import InputError, first_line
 from shardit.loading import index
 from shardit.loading.checkpoint import Checkpoint, check_variant

@@ -15,11 +15,12 @@ from shardit.core.components.layerwise import relay
 from shardit.core.components.owned import own
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.patching import plain_class, swap_class
-from shardit.core.placement.assignment import Assignment, Cut, denoises, left_whole
+from shardit.core.placement.assignment import Assignment, Cut
 from shardit.core.stages.entry import guard_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
+from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import fusing, moving
 from shardit.diffusion.sharding.callbacks import calling, interrupt_members
 from shardit.diffusion.sharding.changes import BLOCKWISE, compile_call, unwrap, unwrap_parts

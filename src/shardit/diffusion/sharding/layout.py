@@ -10,6 +10,7 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Assignment, assign
+from shardit.diffusion.roles import roles_of
 from shardit.parallel.tensor.apply import TensorPlan, owners_of_wholes, plan_components
 
 
@@ -27,10 +28,11 @@ def place_components(
 
     Raises InputError and UnsupportedError where the configuration does not fit the pipeline.
     """
-    cuts = plan_components(modules, config.tensor_parallel_size, owners_of_wholes(config))
+    roles = roles_of(modules, pipeline_class)
+    cuts = plan_components(modules, roles, config.tensor_parallel_size, owners_of_wholes(config))
     assignment = assign(
         modules,
-        pipeline_class,
+        roles,
         config,
         max_in_flight=max_in_flight,
         plans=plans,

@@ -15,8 +15,8 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import nbytes
 from shardit.core.modules.patching import Made, put, swap_class
-from shardit.core.placement.assignment import denoises, encodes, own_code
 from shardit.core.placement.balance import WHOLE_SHARE, beside
+from shardit.core.placement.roles import Roles
 from shardit.core.placement.slices import Owned, Shards, Slice
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import adapter_members, adapters_aside, cut_adapters
@@ -29,40 +29,36 @@ from shardit.parallel.tensor.planner import plan_tensors
 
 log = logging.getLogger(__name__)
 
-ALONE = ""
-"""The name of a module that is parallelized by itself."""
 
-
-def plan_components(modules: Mapping[str, nn.Module], size: int, members: int = 0) -> dict[str, TensorPlan]:
-    """How the components of a pipeline are cut: what denoises and what encodes; a VAE is left whole. So is an encoder
-    without attention or feed-forward that a rule knows (it would take its memory on every rank), and one with methods
-    of its own.
+def plan_components(
+    modules: Mapping[str, nn.Module], roles: Roles, size: int, members: int = 0
+) -> dict[str, TensorPlan]:
+    """How components are cut: those that are called in every step, and encoders; others are left whole. So is an
+    encoder without attention or feed-forward that a rule knows (it would take its memory on every rank).
 
     Where the `members` of a replica are the ranks of this axis alone, one that owns a large VAE gets less of the
-    encoders. Raises UnsupportedError where what denoises has too few heads.
+    encoders. Raises UnsupportedError where what is called in every step has too few heads.
     """
     if size == 1:
         return {}
-    denoisers = {n for n, m in modules.items() if denoises(n, m) or n == ALONE}
     shared = shared_modules(modules)
-    encoders = {n for n, m in modules.items() if n not in denoisers and _is_cut(m, size, shared)}
-    wholes = [nbytes(m) for n, m in modules.items() if n not in denoisers | encoders]
+    split = roles.encoders - roles.whole.keys() - roles.stepped
+    encoders = {n for n, m in modules.items() if n in split and _is_cut(m, size, shared)}
+    wholes = [nbytes(m) for n, m in modules.items() if n not in roles.stepped | encoders]
     sliced = sum(nbytes(modules[n]) for n in encoders)
     share = sum(nbytes(module) for module in modules.values()) / size
     uneven = members == size and encoders and max(wholes, default=0) > WHOLE_SHARE * share
     parts = beside(wholes, sliced, size) if uneven else size
     plans = {}
-    for name in (n for n in modules if n in denoisers | encoders):
+    for name in (n for n in modules if n in roles.stepped | encoders):
         with adapters_aside(modules[name]):
-            every_step = name in denoisers
+            every_step = name in roles.stepped
             plans[name] = plan_tensors(modules[name], size if every_step else parts, must_cut=every_step, kept=shared)
     return plans
 
 
 def _is_cut(module: nn.Module, size: int, shared: set[int]) -> bool:
-    """Whether an encoder is to be sliced."""
-    if not encodes(module) or own_code(module) is not None:
-        return False
+    """Whether an encoder has units that a rule knows."""
     with adapters_aside(module):
         return bool(plan_tensors(module, size, kept=shared).units)
 

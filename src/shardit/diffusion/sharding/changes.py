@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.modules.fingerprint import Change
+from shardit.core.modules.fingerprint import CLASS, CLASS_FORWARD, FORWARD, PROCESSOR, Change
+from shardit.core.modules.patching import SWAPPED
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import cut_adapters
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 COMPILED = "_orig_mod"
 """Where the module is inside the wrapper that torch.compile makes of one."""
-
-PROCESSOR = "processor"
-"""Where attention modules of diffusers have their processor."""
 
 BLOCKWISE = "call compile_repeated_blocks() on it instead"
 """What works for models of diffusers that are run by several ranks."""
@@ -95,6 +93,11 @@ def _same_module(placed: Placed, name: str, module: nn.Module) -> None:
             f"{placed.title}.{name} was replaced after parallelize, by a module that all ranks would run whole: "
             "replace it before"
         )
+    if SWAPPED not in {key for cls in type(module).__mro__ for key in vars(cls)}:
+        raise UnsupportedError(
+            f"{placed.title}.{name} was given another class after parallelize, which knows nothing of the other ranks: "
+            "do it before, or derive the class from type() of the block"
+        )
 
 
 def _follow_slices(placed: Placed, changes: list[Change]) -> None:
@@ -103,8 +106,14 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
     assert placed.slices is not None
     cut = {name.rpartition(".")[0] for name in placed.slices.cuts} | set(placed.slices.roles)
     places = {name.rpartition(".")[0].rpartition(".")[0] for name in placed.slices.cuts}
+    own = cut | set(placed.slices.units)
     for change in changes:
-        if change.name == "forward" and change.now is not None and change.module in cut:
+        if change.name in (CLASS, CLASS_FORWARD) and change.module in own:
+            raise UnsupportedError(
+                f"{placed.title}.{change.path} was changed after parallelize, but tensor ranks run a part of it in "
+                "their own way: do it before parallelize, or use tensor_parallel_size=1"
+            )
+        if change.name == FORWARD and change.now is not None and change.module in cut:
             _refuse_own_forward(placed, change)
         inside = change.module in places or any(f"{place}.".startswith(f"{change.path}.") for place in places)
         here = inside and change.name != PROCESSOR and isinstance(change.now, nn.Module)
@@ -113,6 +122,9 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
                 f"{placed.title}.{change.path} became {type(change.now).__name__} after parallelize, next to linears "
                 "that are cut over tensor ranks: do it before parallelize, or use tensor_parallel_size=1"
             )
+    checks = getattr(placed.module, "shardit_checks", None)
+    if checks is not None:
+        checks.forget()
     cut_adapters(placed.module, placed.slices, Collectives(placed.runtime.mesh, "tp"))
 
 

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection
+from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+from transformers.models.t5.modeling_t5 import T5Block
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError
 from shardit.core.modules.fingerprint import Fingerprint
 from shardit.models import tiny
 from tests.brought import pipeline
+from tests.pipelines.entry import entries
 from tests.ranks import run_ranks
 from tests.test_parallelize import join
 
@@ -255,11 +258,43 @@ def turned_by_a_setting(spread: Spread) -> list[torch.Tensor]:
     return [*outs, run(pipe)]
 
 
+def patched_class(spread: Spread) -> list[torch.Tensor]:
+    """As step caches and token mergers are installed: the forward of a class of blocks is replaced."""
+    pipe, plain = spread(pipeline("flux")), FluxTransformerBlock.forward
+    outs = [run(pipe)]
+
+    def forward(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **more: Any) -> Any:
+        text, image = plain(self, hidden_states, encoder_hidden_states, **more)
+        return text, image + 0.3 * image.mean(1, keepdim=True)
+
+    FluxTransformerBlock.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return [*outs, run(pipe), run(pipe)]
+    finally:
+        FluxTransformerBlock.forward = plain
+
+
+def derived_blocks(spread: Spread) -> list[torch.Tensor]:
+    pipe = spread(pipeline("flux"))
+    outs = [run(pipe)]
+    for block in pipe.transformer.transformer_blocks:
+        block.__class__ = _merging(type(block))
+    return [*outs, run(pipe), run(pipe)]
+
+
+def _merging(base: type) -> type:
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **more: Any) -> Any:
+        return base.forward(self, hidden_states + 0.3 * hidden_states.mean(1, keepdim=True), *args, **more)
+
+    return type(base.__name__, (base,), {"forward": forward})
+
+
 WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
     "stages": (
         *(compiled_before, compiled_after, blocks_compiled, fused_safely),
         *(new_scheduler, adapted, other_format, joined_projections, other_weights),
-        *(turned_by_a_setting, hooked_later, adapted_encoder, moved_adapters, swapped),
+        *(turned_by_a_setting, hooked_later, adapted_encoder, moved_adapters, patched_class, derived_blocks),
+        swapped,
     ),
     "slices": (
         compiled_before,
@@ -269,6 +304,8 @@ WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
         hooked_later,
         adapted_encoder,
         cast_with_lora,
+        patched_class,
+        derived_blocks,
     ),
     "ulysses": (compiled_after, fused_safely),
 }
@@ -347,6 +384,28 @@ def replaced_linear(pipe: Any) -> None:
     run(pipe)
 
 
+def class_of_another_block(pipe: Any) -> None:
+    """All blocks get a class that is derived from that of the first one, with what is done at its calls."""
+
+    class Derived(type(pipe.transformer.transformer_blocks[0])):
+        pass
+
+    for block in pipe.transformer.transformer_blocks:
+        block.__class__ = Derived
+    run(pipe)
+
+
+def other_forward_of_a_class(pipe: Any) -> None:
+    """Of an encoder's layers, which several ranks share."""
+    run(pipe)
+    plain = T5Block.forward
+    T5Block.forward = lambda self, *args, **kwargs: plain(self, *args, **kwargs)
+    try:
+        run(pipe)
+    finally:
+        T5Block.forward = plain
+
+
 def replaced_forward(pipe: Any) -> None:
     linear = pipe.transformer.transformer_blocks[0].attn.to_out[0]
     linear.forward = lambda x: torch.nn.functional.linear(x, linear.weight, linear.bias)
@@ -361,6 +420,21 @@ def other_forward(pipe: Any) -> None:
     run(pipe)
 
 
+def other_class_of_a_linear(pipe: Any) -> None:
+    linear = pipe.transformer.transformer_blocks[0].attn.to_q
+    linear.__class__ = type("Louder", (type(linear),), {})
+    run(pipe)
+
+
+def other_class_of_a_block(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks[0].__class__ = _merging(FluxTransformerBlock)
+    run(pipe)
+
+
+def mean_of_tokens(pipe: Any) -> None:
+    derived_blocks(lambda _: pipe)
+
+
 REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     "stages": {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
@@ -373,14 +447,21 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
         broken_adapter: "NaNs detected",
         padded_adapters: "transformer: enable_lora_hotswap pads adapters.*before parallelize",
         padded_adapters_of_a_component: "vae: enable_lora_hotswap pads adapters.*before parallelize",
+        class_of_another_block: r"transformer_blocks\.1 was given another class after parallelize",
+        other_forward_of_a_class: r"text_encoder_2\.encoder\.block\.0: the forward of its class was replaced after",
+        other_class_of_a_block: r"transformer_blocks\.0 was given another class after parallelize",
     },
     "slices": {
+        other_class_of_a_linear: r"transformer_blocks\.0\.attn\.to_q\.class was changed after parallelize",
         replaced_linear: r"transformer_blocks\.0\.attn\.to_q became Linear after parallelize",
         replaced_forward: r"transformer_blocks\.0\.attn\.to_out\.0\.forward was replaced after parallelize",
         other_forward: r"transformer_blocks\.0\.attn\.to_q\.forward was replaced after parallelize",
         broken_adapter: "NaNs detected",
     },
-    "ulysses": {replaced_block: r"transformer_blocks\.0 was replaced after parallelize"},
+    "ulysses": {
+        replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
+        mean_of_tokens: "no way was found to spread the tokens",
+    },
 }
 
 
@@ -417,6 +498,31 @@ def test_changes(axis: str) -> None:
     for act, pattern in REFUSED[axis].items():
         for _, said in results:
             assert re.search(pattern, said[act.__name__]), said[act.__name__]
+
+
+def perturbed(spread: Spread) -> list[torch.Tensor]:
+    """A pipeline that sets attention processors in its call: they take batches of three, which cannot be split."""
+    pipe = spread(entries()["StableDiffusionPipeline"].build())
+    other = AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True, pag_applied_layers=["mid"])
+    call = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt"}
+    outs = []
+    for one, more in ((pipe, {}), (other, {"pag_scale": 2.0}), (other, {"pag_scale": 2.0}), (pipe, {})):
+        outs.append(one(**call, **more, generator=torch.Generator().manual_seed(3)).images)
+    return outs
+
+
+def perturbed_on_ranks(rank: int, count: int, method: str) -> list[torch.Tensor]:
+    join(rank, count, method)
+    return perturbed(lambda pipe: shardit.parallelize(pipe, DiffusionParallelConfig(pipeline_parallel_size=2)))
+
+
+def test_processors_that_a_call_sets() -> None:
+    """Batches are split where that changes only last bits, as documented."""
+    expected = perturbed(lambda pipe: pipe)
+    for outs in run_ranks(2, perturbed_on_ranks):
+        for wanted, got in zip(expected, outs, strict=True):
+            assert float((wanted - got).norm() / wanted.norm()) < 1e-5
+    assert not torch.equal(expected[0], expected[1])
 
 
 def test_the_fingerprint_sees_what_computes() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardit.core.modules.fingerprint import PROCESSOR
+
 
 def fingerprint(block: nn.Module, ignored: Container[str] = ()) -> str:
     """A digest of everything that tells blocks apart: classes, parameters, and plain attributes of all submodules but
@@ -20,7 +22,7 @@ def fingerprint(block: nn.Module, ignored: Container[str] = ()) -> str:
     seen: list[Any] = [(name, tuple(p.shape), str(p.dtype)) for name, p in block.named_parameters()]
     for name, module in block.named_modules():
         seen.append((name, *_described(module, ignored)))
-        processor = getattr(module, "processor", None)
+        processor = getattr(module, PROCESSOR, None)
         if processor is not None:
             seen.append((name, *_described(processor, ignored)))
     return hashlib.sha256(repr(seen).encode()).hexdigest()

@@ -11,8 +11,14 @@ from typing import Any
 from torch import nn
 
 from shardit.core.modules.hooks import from_outside
+from shardit.core.modules.patching import plain_type
 
-ON_INSTANCE = ("forward", "_compiled_call_impl", "processor")
+PROCESSOR = "processor"
+"""The attribute in which an attention module has the code that computes it."""
+
+FORWARD = "forward"
+
+ON_INSTANCE = (FORWARD, "_compiled_call_impl", PROCESSOR)
 """Attributes of a module that say how it computes: its forward if one was put in place of its class's (by a hook), what
 torch.compile has made of its call, and the attention processor of diffusers."""
 
@@ -20,6 +26,9 @@ torch.compile has made of its call, and the attention processor of diffusers."""
 PLAIN = (bool, int, float, str, type(None))
 """Values of attributes that can be settings of a module."""
 
+
+CLASS, CLASS_FORWARD = "class", "class's forward"
+"""Names of changes: a module became one of another class; the forward that its class defines was replaced."""
 
 LISTS = (list, tuple, set, frozenset)
 LONGEST = 256
@@ -42,7 +51,8 @@ class Change:
 
 
 class Fingerprint:
-    """The submodules of a model, by identity, and how each computes. Values of parameters are no part of it.
+    """The submodules of a model, by identity, and how each computes: its class, with the forward that this has, and
+    what the module has in place of it. Values of parameters are no part of it.
 
     steering: names of modules whose plain attributes decide the course of the model's forward.
 
@@ -55,6 +65,10 @@ class Fingerprint:
         self._names = [name for name, _ in named]
         self._own = [vars(module) for _, module in named]  # these dicts live as long as their modules
         self._children = [own["_modules"] for own in self._own]
+        self._modules = [module for _, module in named]
+        self._classes = list(map(type, self._modules))
+        self._plain = {cls: plain_type(cls) for cls in self._classes}
+        self._forwards = _forwards(self._plain.values())
         self._taken = [dict(children) for children in self._children], self._ways()
         self._detail = [self._look(own) for own in self._own]
         self._hooks = [own[kind] for own in self._own for kind in ("_forward_hooks", "_forward_pre_hooks")]
@@ -63,6 +77,8 @@ class Fingerprint:
 
     def changed(self) -> bool:
         """Whether anything differs from when this was taken."""
+        if self._classes != list(map(type, self._modules)) or self._forwards != _forwards(self._forwards):
+            return True
         return (self._children, self._ways()) != self._taken or self._outside() != self._hooked
 
     def changes(self) -> list[Change]:
@@ -74,6 +90,12 @@ class Fingerprint:
             for key in {**before, **now}
             if before.get(key) is not now.get(key)
         ]
+        for name, module, cls in zip(self._names, self._modules, self._classes, strict=True):
+            was, now_class = self._plain[cls], plain_type(type(module))
+            if was is not now_class:
+                found.append(Change(name, CLASS, was, now_class))
+            elif self._forwards[was] is not getattr(was, FORWARD):
+                found.append(Change(name, CLASS_FORWARD, self._forwards[was], getattr(was, FORWARD)))
         before, now = self._hooked, self._outside()
         others = sorted({*before} ^ {*now})  # in the same order on every rank
         return found + [Change(name, "hooks", None, None) for name, _ in others]
@@ -113,3 +135,8 @@ class Fingerprint:
     @staticmethod
     def _look(own: dict[str, Any]) -> dict[str, Any]:
         return {**own["_modules"], **{name: own[name] for name in ON_INSTANCE if own.get(name) is not None}}
+
+
+def _forwards(classes: Iterable[type]) -> dict[type, Any]:
+    """The forward of each class."""
+    return {cls: getattr(cls, FORWARD) for cls in classes}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardit.core.modules.fingerprint import PROCESSOR
+
 _DEPTH = 8
 """How deep objects, dicts and lists are looked into."""
 
@@ -28,7 +30,7 @@ def keepers(model: nn.Module) -> list[str]:
 
 def _processors(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, part in module.named_modules():
-        processor = getattr(part, "processor", None)
+        processor = getattr(part, PROCESSOR, None)
         if processor is not None:
             yield path, processor
 

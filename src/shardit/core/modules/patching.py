@@ -60,7 +60,12 @@ def changing_methods(cls: type, first: Callable[[], None]) -> dict[str, Callable
 
 def plain_class(thing: Any) -> type:
     """The class that something had before `swap_class`."""
-    return next(cls for cls in type(thing).__mro__ if SWAPPED not in vars(cls))
+    return plain_type(type(thing))
+
+
+def plain_type(cls: type) -> type:
+    """The class from which `swap_class` has derived another."""
+    return next(one for one in cls.__mro__ if SWAPPED not in vars(one))
 
 
 Made = dict[tuple[Any, ...], type]

@@ -8,18 +8,19 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 
-def signature(arguments: Any, training: bool) -> tuple[Any, ...]:
+def signature(arguments: Any, code: Any) -> tuple[Any, ...]:
     """Shapes, strides, dtypes and structure of the arguments, values of what is not a tensor (but not of floats, which
-    change from step to step), and the modes that torch runs under."""
+    change from step to step), and the modes that torch runs under. `code`: what else decides how the model computes, as
+    training mode does."""
     leaves, spec = tree_flatten(arguments)
-    return (str(spec), tuple(describe_leaf(leaf) for leaf in leaves), modes(), training)
+    return (str(spec), tuple(describe_leaf(leaf) for leaf in leaves), modes(), code)
 
 
-def mode_key(arguments: Any, training: bool) -> tuple[Any, ...]:
+def mode_key(arguments: Any, code: Any) -> tuple[Any, ...]:
     """The signature without sizes: calls that share it take the same way through the forward, as far as can be seen."""
     leaves, spec = tree_flatten(arguments)
     kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves)
-    return (str(spec), kinds, modes(), training)
+    return (str(spec), kinds, modes(), code)
 
 
 def asks_for_gradients(arguments: Any) -> bool:

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from shardit.core.modules.blocks import drop_blocks, find_blocks
+from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.module_state import State, differences, state_of
 from shardit.core.modules.patching import changing_methods, fixed_place, install, swap_class
 from shardit.core.placement.partition import Placement
-from shardit.core.plans.call_plan import CallPlan
 from shardit.core.plans.course import DryCall
 from shardit.core.plans.known_plans import KnownPlans
 from shardit.core.plans.local_plan import LocalPlan
@@ -57,6 +57,7 @@ class Stages:
     _current: dict[str, Any] = field(default_factory=lambda: {"seam": None})
     _checked: set[Any] = field(default_factory=set)
     _splits: dict[Any, bool] = field(default_factory=dict)
+    _attentions: list[dict[str, Any]] | None = None
 
     @property
     def plans(self) -> list[LocalPlan]:
@@ -84,6 +85,7 @@ class Stages:
         self.known = KnownPlans()
         self._checked.clear()
         self._splits.clear()
+        self._attentions = None
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -101,6 +103,13 @@ class Stages:
         call = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, lambda index: None)
         return call.run(self._current, forward, arguments)[0]
 
+    def _code(self) -> Any:
+        """What of the model decides how it computes, besides its arguments: pipelines exchange attention processors in
+        the middle of a call."""
+        if self._attentions is None:
+            self._attentions = [own for module in self.model.modules() if PROCESSOR in (own := vars(module))]
+        return self.model.training, tuple(type(own.get(PROCESSOR)) for own in self._attentions)
+
     @property
     def _name(self) -> str:
         return type(self.model).__name__
@@ -112,7 +121,7 @@ class Stages:
         parts = min(samples, dealt * -(-runtime.mesh.pp_size // runtime.max_in_flight))
         if parts == 1:
             return self._one(forward, args, kwargs)
-        key = mode_key((args, kwargs), self.model.training), microbatch.pattern(args, kwargs), parts
+        key = mode_key((args, kwargs), self._code()), microbatch.pattern(args, kwargs), parts
         if key not in self._splits:
             return self._try_split(key, forward, args, kwargs, parts)
         if not self._splits[key]:
@@ -146,7 +155,7 @@ class Stages:
 
     def _one(self, forward: Any, args: Any, kwargs: Any) -> Any:
         arguments = (args, kwargs)
-        key = signature(arguments, self.model.training)
+        key = signature(arguments, self._code())
         local = self.known.find(key, arguments) or self._same_course(key, forward, arguments)
         if local is None:
             return self._first(key, forward, args, kwargs)
@@ -203,7 +212,7 @@ class Stages:
         self._refuse_counters(kept, forward, _own_containers(again))
         local = LocalPlan.of(plan, self.runtime.comm.rank)
         deciding = traced.trace.deciding
-        mode = mode_key(again, self.model.training), plan.course if deciding else None
+        mode = mode_key(again, self._code()), plan.course if deciding else None
         if mode not in self._checked and self.runtime.comm.size > 1:
             self._self_check(local, forward, _own_containers(again), out, before)
             set_states(moved(before, after), device, [])
@@ -338,6 +347,3 @@ def stage(
     }
     swap_class(model, members)
     return stages
-
-
-__all__ = ["CallPlan", "Runtime", "Stages", "stage"]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.modules.fingerprint import Change
+from shardit.core.modules.fingerprint import CLASS, CLASS_FORWARD, FORWARD, PROCESSOR, Change
+from shardit.core.modules.patching import SWAPPED
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import cut_adapters
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 COMPILED = "_orig_mod"
 """Where the module is inside the wrapper that torch.compile makes of one."""
-
-PROCESSOR = "processor"
-"""Where attention modules of diffusers have their processor."""
 
 BLOCKWISE = "call compile_repeated_blocks() on it instead"
 """What works for models of diffusers that are run by several ranks."""
@@ -73,6 +71,7 @@ def follow(placed: Placed, changes: list[Change]) -> None:
         refuse_compiled(placed.title, model, ())
         for name, block in cut_blocks(model):
             _same_module(placed, name, block)
+        _own_seams(placed)
     relayed = getattr(model, "shardit_relay", None)
     if relayed is not None:
         refuse_compiled(placed.title, model, model.modules())
@@ -80,6 +79,8 @@ def follow(placed: Placed, changes: list[Change]) -> None:
             _same_module(placed, name, unit)
     if placed.slices is not None:
         _follow_slices(placed, changes)
+    for change in changes:
+        _refuse_hidden(placed, change)
     for name in ("shardit_stages", "shardit_sequence", "shardit_overlap"):
         known = getattr(model, name, None)
         if known is not None:
@@ -97,14 +98,42 @@ def _same_module(placed: Placed, name: str, module: nn.Module) -> None:
         )
 
 
+def _own_seams(placed: Placed) -> None:
+    """Raise UnsupportedError where a block has lost its seam with its class, or has that of another block."""
+    seams: dict[Any, nn.Module] = {}
+    for name, block in cut_blocks(placed.module):
+        seam = next((c for c in type(block).__mro__ if SWAPPED in vars(c) and "__call__" in vars(c)), None)
+        if seam is None or seams.setdefault(seam, block) is not block:
+            raise UnsupportedError(
+                f"{placed.title}.{name} was given another class after parallelize, which knows nothing of the other "
+                "ranks: do it before, or derive the class from type() of the block"
+            )
+
+
+def _refuse_hidden(placed: Placed, change: Change) -> None:
+    """Raise UnsupportedError where what ranks do together hides the new forward of a module's class."""
+    classes = type(placed.module.get_submodule(change.module)).__mro__ if change.name == CLASS_FORWARD else ()
+    if any(SWAPPED in vars(cls) and FORWARD in vars(cls) for cls in classes):
+        raise UnsupportedError(
+            f"{placed.title}{'.' if change.module else ''}{change.module}: the forward of its class was replaced after "
+            "parallelize, but ranks share its calls, with the one before: replace it before parallelize"
+        )
+
+
 def _follow_slices(placed: Placed, changes: list[Change]) -> None:
     """Only what is known to be right may come next to linears that are cut: LoRA, and attention processors, of which
     tensor parallelism takes care itself."""
     assert placed.slices is not None
     cut = {name.rpartition(".")[0] for name in placed.slices.cuts} | set(placed.slices.roles)
     places = {name.rpartition(".")[0].rpartition(".")[0] for name in placed.slices.cuts}
+    own = cut | set(placed.slices.units)
     for change in changes:
-        if change.name == "forward" and change.now is not None and change.module in cut:
+        if change.name in (CLASS, CLASS_FORWARD) and change.module in own:
+            raise UnsupportedError(
+                f"{placed.title}.{change.path} was changed after parallelize, but tensor ranks run a part of it in "
+                "their own way: do it before parallelize, or use tensor_parallel_size=1"
+            )
+        if change.name == FORWARD and change.now is not None and change.module in cut:
             _refuse_own_forward(placed, change)
         inside = change.module in places or any(f"{place}.".startswith(f"{change.path}.") for place in places)
         here = inside and change.name != PROCESSOR and isinstance(change.now, nn.Module)
@@ -113,6 +142,9 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
                 f"{placed.title}.{change.path} became {type(change.now).__name__} after parallelize, next to linears "
                 "that are cut over tensor ranks: do it before parallelize, or use tensor_parallel_size=1"
             )
+    checks = getattr(placed.module, "shardit_checks", None)
+    if checks is not None:
+        checks.forget()
     cut_adapters(placed.module, placed.slices, Collectives(placed.runtime.mesh, "tp"))
 
 

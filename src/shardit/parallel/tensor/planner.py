@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.placement.slices import Parts, Shards, even, even_runs, shards
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor import rules as rules
@@ -30,7 +31,7 @@ from shardit.parallel.tensor.heads import (
     runs_as,
 )
 from shardit.parallel.tensor.plan import Cutter, NormPair, Role, TensorPlan
-from shardit.parallel.tensor.processors import PROCESSOR, processor_parts
+from shardit.parallel.tensor.processors import processor_parts
 
 
 def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False, kept: Container[int] = ()) -> TensorPlan:

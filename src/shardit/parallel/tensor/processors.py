@@ -12,15 +12,13 @@ import torch
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
+from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.placement.slices import Shards
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.heads import is_linear, join
 from shardit.parallel.tensor.loads import take_slices
 from shardit.parallel.tensor.modules import install_role
 from shardit.parallel.tensor.plan import Role, TensorPlan
-
-PROCESSOR = "processor"
-"""The attribute of attention modules that holds the processor."""
 
 
 def processor_parts(processor: nn.Module, query: Shards, keys: Shards) -> dict[str, Shards] | str:

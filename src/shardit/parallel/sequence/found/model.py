@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.comm.checkpoint import sendable
+from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.module_state import restore, state_of
 from shardit.core.modules.patching import swap_class
 from shardit.core.runtime.call_signature import modes
@@ -72,6 +73,7 @@ class SequenceParallel:
     checked: int = 0
     by_hand = False
     _fingerprints: list[Any] = field(default_factory=list)
+    _attentions: list[list[dict[str, Any]]] = field(default_factory=list)
     _owned: list[bool] = field(default_factory=list)
     _plans: dict[Any, list[tuple[BlockPlan, Any]]] = field(default_factory=dict)
     _steps: dict[Any, Step] = field(default_factory=dict)
@@ -151,7 +153,8 @@ class SequenceParallel:
 
     def _step(self, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> Step:
         shapes = [_shape(leaf) for leaf in leaves]
-        kind = (self._fingerprints[index], spec, tuple(map(value_key, leaves)), modes())
+        processors = tuple(type(own.get(PROCESSOR)) for own in self._attentions[index])
+        kind = (self._fingerprints[index], processors, spec, tuple(map(value_key, leaves)), modes())
         key = (kind, tuple(shapes))
         step = self._steps.get(key)
         if step is None:
@@ -213,11 +216,18 @@ class SequenceParallel:
         """The model has been changed: each kind of block call is looked at, and checked, again."""
         self._plans.clear()
         self._steps.clear()
+        self._look()
+
+    def _look(self) -> None:
+        """Take the blocks as they are. Their processors are asked for in each call: pipelines exchange them in the
+        middle of one."""
         self._fingerprints = [fingerprint(block) for _, block in self.blocks]
+        parts = [map(vars, block.modules()) for _, block in self.blocks]
+        self._attentions = [[own for own in of_block if PROCESSOR in own] for of_block in parts]
 
     def install(self) -> None:
         """Put the seam at the blocks, outside all others; those of other stages are on meta by now."""
-        self._fingerprints = [fingerprint(block) for _, block in self.blocks]
+        self._look()
         self._owned = [not any(p.is_meta for p in block.parameters()) for _, block in self.blocks]
         for index, (_, block) in enumerate(self.blocks):
             swap_class(block, {"__call__": _block_call(type(block).__call__, index, self)})

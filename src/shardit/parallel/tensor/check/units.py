@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import find_caches
+from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import Made, share_class, swap_class
 from shardit.core.runtime.call_signature import modes
 from shardit.core.runtime.coroutine import willing
@@ -32,7 +33,7 @@ from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_keeper
 from shardit.parallel.tensor.check.kept import hands_out
 from shardit.parallel.tensor.plan import TensorPlan
-from shardit.parallel.tensor.processors import PROCESSOR, adopt_processors, attentions_in, mark_cut
+from shardit.parallel.tensor.processors import adopt_processors, attentions_in, mark_cut
 from shardit.parallel.tensor.whole import whole_for_good
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,11 @@ class Checks:
             return nullcontext()
         adopt_processors(self._attentions, self.plan, self.ranks)
         return self._looking(key, bool(kwargs.get("output_attentions")))
+
+    def forget(self) -> None:
+        """The model has been changed: its units are compared again."""
+        self._calls.clear()
+        self._right.clear()
 
     @contextmanager
     def _looking(self, key: Any, attentions: bool) -> Iterator[None]:

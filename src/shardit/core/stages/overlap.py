@@ -158,8 +158,11 @@ class Overlap:
         settle(out)
         # A forward that keeps something on its modules may read it later, and the order of what draws random numbers
         # counts: neither is overlapped, until a call does not.
-        changed = key is not None and (differences(before, state_of(self.model)) or moved(drawn, states(device, [])))
-        if key is not None and not changed:
+        if key is None:
+            return out
+        now = state_of(self.model)
+        kept = differences(before, now) or differences(before, now, outside=True)
+        if not kept and not moved(drawn, states(device, [])):
             leaves, spec = tree_flatten(out)
             self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))
             if len(self._plans) > MAX_SIGNATURES:

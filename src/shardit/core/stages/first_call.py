@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,26 @@ def refuse_counters(name: str, found: list[list[str]]) -> None:
         raise UnsupportedError(
             f"{name} changes {names[0]} in each of its calls, of which stages and guidance ranks run a part: "
             "use pipeline_parallel_size=1 and cfg_parallel_size=1 (slices and spread tokens keep it right)"
+        )
+
+
+VALUES = (torch.Tensor, str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, enum.Enum)
+"""What a result may consist of: a later call returns the values of the first one, and the tensors of its own."""
+
+
+def object_in(out: Any) -> str | None:
+    """The class of an object in the result of a forward that may hold state, as a cache does."""
+    found = (leaf for leaf in tree_leaves(out) if not isinstance(leaf, VALUES))
+    return next((type(leaf).__name__ for leaf in found), None)
+
+
+def refuse_objects(name: str, out: Any) -> None:
+    """Raise UnsupportedError where a forward returns an object: each rank would have one of its own, and fill a part."""
+    found = object_in(out)
+    if found is not None:
+        raise UnsupportedError(
+            f"{name} returns a {found}, of which each rank would fill a part: use pipeline_parallel_size=1 and "
+            "cfg_parallel_size=1"
         )
 
 

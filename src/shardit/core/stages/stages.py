@@ -29,7 +29,7 @@ from shardit.core.runtime import microbatch
 from shardit.core.runtime.call_signature import asks_for_gradients, mode_key, signature
 from shardit.core.runtime.pending import settle
 from shardit.core.runtime.randomness import States, generators_kept, moved, set_states, states
-from shardit.core.stages.first_call import own_containers, refuse_counters, refuse_draws, same_bits
+from shardit.core.stages.first_call import own_containers, refuse_counters, refuse_draws, refuse_objects, same_bits
 from shardit.core.stages.guidance import RemoteCall
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.staged_call import StagedCall
@@ -209,6 +209,7 @@ class Stages:
         self.traced += 1
         out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
         after = states(device, [])
+        refuse_objects(self._name, out)
         refuse_draws(self._name, self.runtime.mesh.sizes, before, traced.drawn, after)
         self._refuse_counters(kept, forward, own_containers(again), out)
         local = LocalPlan.of(plan, self.runtime.comm.rank)

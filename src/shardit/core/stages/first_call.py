@@ -50,7 +50,7 @@ def object_in(out: Any) -> str | None:
 
 
 def refuse_objects(name: str, out: Any) -> None:
-    """Raise UnsupportedError where a forward returns an object: each rank would have one of its own, and fill a part."""
+    """Raise UnsupportedError where a forward returns an object: each rank would fill a part of one of its own."""
     found = object_in(out)
     if found is not None:
         raise UnsupportedError(

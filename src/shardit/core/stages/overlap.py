@@ -27,6 +27,7 @@ from shardit.core.runtime.coroutine import Coroutine, willing
 from shardit.core.runtime.pending import settle
 from shardit.core.runtime.randomness import any_moved, moved, states, torch_states
 from shardit.core.runtime.versions import check_unchanged, inputs_of
+from shardit.core.stages.first_call import object_in
 from shardit.core.stages.result import Result
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import scales_adapters
@@ -158,8 +159,11 @@ class Overlap:
         settle(out)
         # A forward that keeps something on its modules may read it later, and the order of what draws random numbers
         # counts: neither is overlapped, until a call does not.
-        changed = key is not None and (differences(before, state_of(self.model)) or moved(drawn, states(device, [])))
-        if key is not None and not changed:
+        if key is None or object_in(out) is not None:
+            return out
+        now = state_of(self.model)
+        kept = differences(before, now) or differences(before, now, outside=True)
+        if not kept and not moved(drawn, states(device, [])):
             leaves, spec = tree_flatten(out)
             self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))
             if len(self._plans) > MAX_SIGNATURES:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.hints import Plan
-from shardit.core.modules.module_state import State, differences, state_of
+from shardit.core.modules.module_state import State, differences, poison, restore, state_of
 from shardit.core.modules.patching import changing_methods, fixed_place, install, swap_class
 from shardit.core.placement.partition import Placement
 from shardit.core.plans.course import DryCall
@@ -29,6 +28,7 @@ from shardit.core.runtime import microbatch
 from shardit.core.runtime.call_signature import asks_for_gradients, mode_key, signature
 from shardit.core.runtime.pending import settle
 from shardit.core.runtime.randomness import States, generators_kept, moved, set_states, states
+from shardit.core.stages.first_call import own_containers, refuse_counters, refuse_draws, refuse_objects, same_bits
 from shardit.core.stages.guidance import RemoteCall
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.staged_call import StagedCall
@@ -133,7 +133,7 @@ class Stages:
         """Run a batched call whole and by sample, and keep splitting only if both give the same."""
         device = self.runtime.mesh.device
         before = states(device, [])
-        whole = self._one(forward, *_own_containers((args, kwargs)))
+        whole = self._one(forward, *own_containers((args, kwargs)))
         settle(whole)
         merged, error = None, None
         try:
@@ -177,7 +177,7 @@ class Stages:
             return None
         fits, read = [], set[int]()
         for local in candidates if "sp" not in self.runtime.mesh.axes else ():
-            args, kwargs = _own_containers(arguments)
+            args, kwargs = own_containers(arguments)
             dry = DryCall(local.plan, self.runtime.mesh.device)
             if dry.fits(self._current, lambda args=args, kwargs=kwargs: forward(*args, **kwargs), (args, kwargs)):
                 fits, read = [local], dry.trace.deciding
@@ -202,19 +202,22 @@ class Stages:
     def _first(self, key: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         """The first call of a signature: watched, block by block; then, for a new kind of call, checked."""
         arguments = (args, kwargs)
-        again, device = _own_containers(arguments), self.runtime.mesh.device
+        again, device = own_containers(arguments), self.runtime.mesh.device
         before, kept = states(device, []), state_of(self.model)
         traced = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, self._count)
         self.traced += 1
         out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
         after = states(device, [])
-        self._refuse_draws(before, traced.drawn, after)
-        self._refuse_counters(kept, forward, _own_containers(again))
+        refuse_objects(self._name, out)
+        refuse_draws(self._name, self.runtime.mesh.sizes, before, traced.drawn, after)
+        self._refuse_counters(kept, forward, own_containers(again), out)
         local = LocalPlan.of(plan, self.runtime.comm.rank)
         deciding = traced.trace.deciding
         mode = mode_key(again, self._code()), plan.course if deciding else None
         if mode not in self._checked and self.runtime.comm.size > 1:
-            self._self_check(local, forward, _own_containers(again), out, before)
+            kept = [thing for thing in state_of(self.model) if thing.outside]
+            self._self_check(local, forward, own_containers(again), out, before)
+            restore(kept)
             set_states(moved(before, after), device, [])
             self._checked.add(mode)
         self.known.learn(key, again, deciding, local)
@@ -226,41 +229,30 @@ class Stages:
             )
         return self.runtime.dealer.noticed(out, self.runtime.program)
 
-    def _refuse_draws(self, before: States, first: States, after: States) -> None:
-        """Raise UnsupportedError where a forward draws random numbers that other ranks do not: they run other branches,
-        or leave the forward after their last block. `first`: the generators at the first block call."""
-        sizes = self.runtime.mesh.sizes
-        if sizes["cfg"] > 1 and moved(before, after):
-            axis, why = "cfg", "each guidance rank runs other branches"
-        elif sizes["pp"] > 1 and moved(first, after):
-            axis, why = "pipeline", "stages leave it after their last block"
-        else:
-            return
-        raise UnsupportedError(
-            f"{self._name} draws random numbers in its forward, and {why}: call .eval() on it, take away what draws (a "
-            f"hook, say), or use {axis}_parallel_size=1"
-        )
-
-    def _refuse_counters(self, before: State, forward: Any, arguments: Any) -> None:
+    def _refuse_counters(self, before: State, forward: Any, arguments: Any, out: Any) -> None:
         """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
-        calls each. What one call sets and the next leaves alike (a table, say) is harmless. Collective."""
-        after = state_of(self.model)
-        if not any(self.runtime.comm.gather_objects(differences(before, after))):
+        calls each. What one call sets and the next leaves alike (a table, say) is harmless, and so is what hooks count
+        or collect without reading it: that is NaN in a second call, which must give the same. Collective."""
+        after, comm = state_of(self.model), self.runtime.comm
+        changed = [differences(before, after, outside) for outside in (False, True)]
+        if not any(any(of_rank) for of_rank in comm.gather_objects(changed)):
             return
         args, kwargs = arguments
+        of_users = [thing for thing in after if thing.outside]
+        poison(of_users, changed[1])
         try:
             with generators_kept(self.runtime.mesh.device), self.aside():
-                self.watched(lambda: forward(*args, **kwargs), arguments)
-            still = differences(after, state_of(self.model))
+                again = self.watched(lambda: forward(*args, **kwargs), arguments)
+            later = state_of(self.model)
+            still = differences(after, later)
+            counted = differences(after, later, outside=True) or changed[1]
+            still += counted if not same_bits(out, again) else []
+            if counted and not still and self.runtime.mesh.rank == 0:
+                log.warning("%s: its calls change %s, but each rank makes a part of them", self._name, counted[0])
         except UnsupportedError:  # the same call takes another course, on every rank
-            still = differences(before, after)
-        found = self.runtime.comm.gather_objects(still)
-        names = [name for of_rank in found for name in of_rank]
-        if names:
-            raise UnsupportedError(
-                f"{self._name} changes {names[0]} in each of its calls, of which stages and guidance ranks run a part: "
-                "use pipeline_parallel_size=1 and cfg_parallel_size=1 (slices and spread tokens keep it right)"
-            )
+            still = [*changed[0], *changed[1]]
+        restore(of_users)
+        refuse_counters(self._name, comm.gather_objects(still))
 
     def _self_check(self, local: LocalPlan, forward: Any, arguments: Any, expected: Any, drawn: States) -> None:
         """The same call again, pipelined, with NaN in every placeholder, from the same states of generators: it must
@@ -273,7 +265,7 @@ class Stages:
         self.runtime.schedule.drain(call)
         got = call.result()
         call.settle()
-        what = None if _same_bits(expected, got) else "its result changes"
+        what = None if same_bits(expected, got) else "its result changes"
         if call.failure is not None:
             what = f"it fails ({type(call.failure).__name__}: {call.failure})"
         found = [text for text in self.runtime.comm.gather_objects(what) if text]
@@ -286,24 +278,6 @@ class Stages:
 
     def _count(self, index: int) -> None:
         self.ran[index] += 1
-
-
-def _own_containers(arguments: Any) -> Any:
-    """The same arguments in lists and dicts of their own: a forward may empty those that it is given."""
-    return tree_map(lambda leaf: leaf, arguments)
-
-
-def _same_bits(expected: Any, got: Any) -> bool:
-    a, b = tree_leaves(expected), tree_leaves(got)
-    return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _equal(x: Any, y: Any) -> bool:
-    if not isinstance(x, torch.Tensor):
-        return not isinstance(y, torch.Tensor)
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) if x.ndim else x.equal(y)
 
 
 def scales_adapters(kwargs: dict[str, Any]) -> bool:

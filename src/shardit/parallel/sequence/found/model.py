@@ -182,11 +182,16 @@ class SequenceParallel:
             if self._owned[index]:
                 try:
                     kept = state_of(self.blocks[index][1])
+
+                    def run(*args: Any, **kwargs: Any) -> Any:
+                        restore(kept)  # so that all trials start alike
+                        return call(*args, **kwargs)
+
                     with generators_kept(self.attention.sp.mesh.device):
                         # In a context of its own: what collects outputs of blocks (transformers does, by hooks) is not
                         # to collect those of trials.
                         trial = Context().run
-                        plan = trial(find_plan, self._title(index), self.attention, call, whole, spec)
+                        plan = trial(find_plan, self._title(index), self.attention, run, whole, spec)
                     restore(kept)
                 except RankError:
                     raise

@@ -20,7 +20,7 @@ FORWARD = "forward"
 
 ON_INSTANCE = (FORWARD, "_compiled_call_impl", PROCESSOR)
 """Attributes of a module that say how it computes: its forward if one was put in place of its class's (by a hook), what
-torch.compile has made of its call, and the attention processor of diffusers."""
+torch.compile has made of its call, and its attention processor."""
 
 
 PLAIN = (bool, int, float, str, type(None))

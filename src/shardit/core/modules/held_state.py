@@ -22,10 +22,9 @@ def held_state(block: nn.Module) -> dict[str, Any]:
     return {path: _snapshot(attributes, _DEPTH) for path, attributes in found.items() if attributes is not None}
 
 
-def keepers(model: nn.Module) -> list[str]:
-    """The classes of attention processors that are not the library's, by name: they may keep what they see."""
-    found = (type(processor) for _, processor in _processors(model))
-    return sorted({cls.__name__ for cls in found if not cls.__module__.startswith("diffusers.models.")})
+def processor_classes(model: nn.Module) -> set[type]:
+    """The classes of a model's attention processors."""
+    return {type(processor) for _, processor in _processors(model)}
 
 
 def _processors(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-LIBRARIES = ("torch.", "transformers.", "peft.", "accelerate.")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 """Packages whose hooks belong to a module: they act on the rank that runs it. All other hooks were put there to see or
 to change something from outside."""
 
@@ -26,4 +26,5 @@ def from_outside(hook: Any) -> bool:
     """Whether a user, not a library, has put a hook on a module."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return not f"{getattr(hook, '__module__', None) or type(hook).__module__}.".startswith(LIBRARIES)
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return home.partition(".")[0] not in LIBRARIES

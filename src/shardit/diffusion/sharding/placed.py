@@ -13,7 +13,7 @@ from torch import nn
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.modules.fingerprint import PLAIN, Change, Fingerprint
-from shardit.core.modules.held_state import keepers
+from shardit.core.modules.held_state import processor_classes
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import plain_class, swap_class
 from shardit.core.placement.assignment import Assignment
@@ -154,7 +154,7 @@ class Placed:
         def set_attn_processor(module: Any, *args: Any, **kwargs: Any) -> Any:
             out = own_method(module, *args, **kwargs)
             stages = getattr(module, "shardit_stages", None)
-            if stages is not None and keepers(module):
+            if stages is not None and not all(map(_is_librarys, processor_classes(module))):
                 stages.forget()
             return out
 
@@ -183,6 +183,11 @@ class Placed:
         cuts = self.slices.cuts if self.slices is not None else {}
         partial = [name for name in names if name in cuts or not all(owned(name) for owned in owns)]
         return {name.rpartition(".")[0] for name in partial}
+
+
+def _is_librarys(processor: type) -> bool:
+    """Whether a class of attention processors is one of diffusers', which keep nothing from call to call."""
+    return processor.__module__.startswith("diffusers.models.")
 
 
 def _dots(name: str) -> list[int]:

@@ -17,11 +17,11 @@ test-full: install ## all tests, the long matrix too
 	$(BIN)/python -m pytest
 
 matrix: install ## every model on every axis; writes docs/supported-models.md
-	$(BIN)/python -m pytest tests/test_matrix.py
-	$(BIN)/python -m tests.matrix_page
+	$(BIN)/python -m pytest tests/pipelines/test_matrix.py
+	$(BIN)/python -m tests.support.matrix_page
 
 transformers: install ## every transformer of the survey on two ranks; writes its part of docs/supported-models.md
-	$(BIN)/python -m tests.transformers_page
+	$(BIN)/python -m tests.support.transformers_page
 
 survey: install ## every pipeline class on two ranks; writes its part of docs/supported-models.md
 	$(BIN)/python -m tests.pipelines.measure

@@ -34,7 +34,7 @@ def _no_groups_left() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of an image model (`http_fake.Served`)."""
-    from tests.http_fake import IMAGE, serving
+    from tests.support.http_fake import IMAGE, serving
 
     with serving(tmp_path_factory.mktemp("images"), IMAGE) as served:
         yield served
@@ -43,7 +43,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of an audio model (`http_fake.Served`)."""
-    from tests.http_fake import AUDIO, serving
+    from tests.support.http_fake import AUDIO, serving
 
     with serving(tmp_path_factory.mktemp("sounds"), AUDIO) as served:
         yield served
@@ -52,7 +52,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of a video model (`http_fake.Served`)."""
-    from tests.http_fake import VIDEO, serving
+    from tests.support.http_fake import VIDEO, serving
 
     with serving(tmp_path_factory.mktemp("videos"), VIDEO) as served:
         yield served
@@ -61,7 +61,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium (`playwright.sync_api.Browser`)."""
-    from tests.browser import chromium
+    from tests.support.browser import chromium
 
     with chromium() as browser:
         yield browser
@@ -70,7 +70,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser: Any, images: Any) -> Iterator[Any]:
     """The page of the image server in a browser (`browser.Visit`)."""
-    from tests.browser import visiting
+    from tests.support.browser import visiting
 
     with visiting(browser, images.url) as visit:
         yield visit
@@ -79,7 +79,7 @@ def visit(browser: Any, images: Any) -> Iterator[Any]:
 @pytest.fixture
 def servers(tmp_path: Any) -> Iterator[Any]:
     """The processes of a server on several nodes (`nodes.Servers`)."""
-    from tests.nodes import Servers
+    from tests.support.nodes import Servers
 
     made = Servers(tmp_path)
     try:

@@ -8,7 +8,7 @@ import torch
 
 from shardit import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams
 from shardit.models import tiny
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import AXES, KINDS, Outcome, plain_result, survey
-from tests.ranks import RanksFailed, run_ranks
+from tests.support.ranks import RanksFailed, run_ranks
 
 RESULTS = Path(__file__).parent.parent.parent / "build" / "pipelines"
 

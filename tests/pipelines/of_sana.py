@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tests import survey_models
 from tests.pipelines import parts
 from tests.pipelines.entry import PipelineEntry
 from tests.pipelines.of_ltx2 import video_vae
 from tests.pipelines.of_picture_dit import gemma2
+from tests.support import survey_models
 
 
 def deep_vae() -> Any:

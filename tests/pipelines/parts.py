@@ -15,8 +15,8 @@ from shardit.models.tiny.text import clip
 from shardit.models.tiny.tokens import build_tokenizer
 from shardit.models.tiny.weights import fill
 from shardit.models.tiny.words import VOCAB
-from tests import survey_models
 from tests.pipelines.entry import PipelineEntry
+from tests.support import survey_models
 
 WIDTH = 32
 """Width of every text embedding."""

@@ -6,10 +6,10 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 
-from tests.matrix_page import PAGE, SURVEY
 from tests.pipelines.entry import entries, not_built, pipeline_classes
 from tests.pipelines.measure import known
 from tests.pipelines.runs import AXES, Outcome
+from tests.support.matrix_page import PAGE, SURVEY
 
 HEAD = """
 

@@ -1,0 +1,95 @@
+"""State that a block leaves outside of tensors, on one rank only: found in the first call, and refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+import shardit
+from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.core.modules.held_state import held_state
+from shardit.models import tiny
+from tests.diffusion.test_parallelize import join
+from tests.support.brought import pipeline
+from tests.support.ranks import run_ranks
+
+CONFIGS = {
+    "stages": DiffusionParallelConfig(pipeline_parallel_size=2, split_batch=False),
+    "guidance": DiffusionParallelConfig(cfg_parallel_size=2, split_batch=False),
+}
+
+
+class Store:
+    def __init__(self) -> None:
+        self.maps: dict[str, list[torch.Tensor]] = {"seen": []}
+
+
+class Remembering(FluxAttnProcessor):
+    """Keeps what it computes in an object of the pipeline's, as attention stores do."""
+
+    def __init__(self, store: Store | None) -> None:
+        super().__init__()
+        self.store = store
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().__call__(*args, **kwargs)
+        if self.store is not None:
+            self.store.maps["seen"].append(out)
+        return out
+
+
+def latents(pipe: Any) -> torch.Tensor:
+    call = {**tiny.defaults("flux"), "prompt": "a cat", "output_type": "latent"}
+    return pipe(**call, generator=torch.Generator().manual_seed(3)).images
+
+
+def cases(rank: int, count: int, method: str, name: str) -> tuple[bool, list[str], bool]:
+    join(rank, count, method)
+    arguments: dict[str, Any] = {}
+    before = pipeline("flux")
+    before.transformer.register_forward_pre_hook(lambda _, __, given: arguments.update(given), with_kwargs=True)
+    plain = latents(before)
+    pipe = shardit.parallelize(pipeline("flux"), CONFIGS[name], timeout_s=60)
+    pipe.transformer.set_attn_processor(Remembering(None))
+    equal = torch.equal(latents(pipe), plain)
+    said = []
+    pipe.transformer.set_attn_processor(Remembering(Store()))  # after calls whose plan is known
+    with pytest.raises(UnsupportedError) as refused:
+        latents(pipe)
+    said.append(str(refused.value))
+    pipe.transformer.set_attn_processor(FluxAttnProcessor())
+    again = torch.equal(latents(pipe), plain)
+    arguments["hidden_states"] = arguments["hidden_states"].clone().requires_grad_()
+    with torch.enable_grad(), pytest.raises(UnsupportedError) as refused:
+        pipe.transformer(**arguments)
+    said.append(str(refused.value))
+    return equal, said, again
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_what_processors_keep_and_gradients_are_refused_on_all_ranks(name: str) -> None:
+    tiny.resolve("tiny/flux")
+    for equal, said, again in run_ranks(2, cases, name):
+        assert equal
+        assert again
+        assert "Remembering keeps what it sees" in said[0]
+        assert "is called for its gradients" in said[1]
+
+
+class Slotted:
+    __slots__ = ("kept", "unset")
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+
+
+def test_slots_are_looked_into() -> None:
+    block = torch.nn.Module()
+    block.processor = Slotted()
+    before = held_state(block)
+    assert held_state(block) == before
+    block.processor.kept.append(1)
+    assert held_state(block) != before

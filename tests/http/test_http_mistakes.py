@@ -1,0 +1,206 @@
+"""What is wrong with a request is named: fields, bodies, forms, addresses, methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from tests.support.http_calls import NOW, error_of
+from tests.support.http_fake import VIDEO, Served, form, picture, serving
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"size": "64"}, "size"),
+        ({"size": "0x64"}, "size"),
+        ({"size": "99999x99999"}, "size"),
+        ({"size": "64x64", "width": 32}, "size"),
+        ({"n": 0}, "n"),
+        ({"n": 11}, "n"),
+        ({"n": 2, "num_outputs_per_prompt": 3}, "n"),
+        ({"n": True}, "n"),
+        ({"num_inference_steps": 201}, "num_inference_steps"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps"),
+        ({"num_inference_steps": "4"}, "num_inference_steps"),
+        ({"sigmas": [0.5] * 201}, "sigmas"),
+        ({"sigmas": [-1.0]}, "sigmas"),
+        ({"sigmas": ["x"]}, "sigmas"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"seed": -2}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x" * 32_001}, "prompt"),
+        ({"prompt": "\ud800"}, None),
+        ({"max_sequence_length": 10**6}, "max_sequence_length"),
+        ({"width": 10**9, "height": 1}, "width"),
+        ({"quality": "hd"}, "quality"),
+        ({"quality": "high"}, "quality"),
+        ({"user": 5}, "user"),
+        ({"user": "x" * 513}, "user"),
+        ({"style": "vivid"}, "style"),
+        ({"moderation": "none"}, "moderation"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 101, "output_format": "jpeg"}, "output_compression"),
+        ({"output_compression": 51, "output_format": "png"}, "output_compression"),
+        ({"background": "transparent"}, "background"),
+        ({"output_compression": 50}, "output_compression"),
+        ({"stream": True}, "stream"),
+        ({"stream": 0}, "stream"),
+        ({"response_format": "path"}, "response_format"),
+        ({"promt": "x"}, "promt"),
+        ({"num_frames": 9}, "num_frames"),
+        ({"fps": 8}, "fps"),
+        ({"strength": 0.5}, "strength"),
+        ({"prompt_embeds": [1.0]}, "prompt_embeds"),
+        ({"extra_args": {"latents": [1.0]}}, "extra_args"),
+        ({"extra_args": {"nonsense": 1}}, "extra_args"),
+        ({"extra_args": {"width": 5}}, "extra_args"),
+        ({"generator": 5}, "generator"),
+        ({"output_type": "latent"}, "output_type"),
+        ({"pil_image": "/etc/passwd"}, "pil_image"),
+        ({"image": "/etc/passwd"}, "image"),
+        ({"image": "http://127.0.0.1/x.png"}, "image"),
+        ({"image": "data:image/png,xyz"}, "image"),
+        ({"image": "data:image/png;base64,!!!"}, "image"),
+        ({"image": "data:image/png;base64,AAAA"}, "image"),
+        ({"image": ["data:image/png;base64,AAAA"] * 17}, "image"),
+        ({"priority": 11}, "priority"),
+    ],
+)
+def test_mistakes_are_named(images: Served, fields: dict[str, Any], param: str | None) -> None:
+    error = error_of(images, NOW, {"prompt": "a cat", **fields}, 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert next(iter(fields)) in error["message"] or param is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seconds": "0"},
+        {"seconds": "1e9"},
+        {"seconds": 10**9},
+        {"seconds": -1},
+        {"num_frames": 1001},
+        {"fps": 0},
+        {"fps": 1000},
+        {"seconds": "1", "num_frames": 26},
+        {"response_format": "url"},
+        {"input_reference": {"file_id": "file-1"}},
+    ],
+)
+def test_mistakes_of_videos_are_named(videos: Served, fields: dict[str, Any]) -> None:
+    assert error_of(videos, "/v1/videos", {"prompt": "a cat", **fields}, 400)["param"] == next(iter(fields))
+
+
+def test_shapes_are_told_in_words(images: Served, videos: Served) -> None:
+    error = error_of(images, NOW, {"prompt": "a cat", "size": "64 x 64"}, 400)
+    assert error["message"] == 'size must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto", got \'64 x 64\''
+    error = error_of(videos, "/v1/videos", {"prompt": "a cat", "seconds": "4s"}, 400)
+    assert error["message"] == "seconds must be a number above 0, as in \"4\", got '4s'"
+    error = error_of(videos, "/v1/videos", {"prompt": "a cat", "input_reference": {"file_id": "file-1"}}, 400)
+    assert "an upload, a data: URL" in error["message"]
+
+
+def test_pictures_that_the_model_does_not_take(tmp_path: Path) -> None:
+    text_only = {**VIDEO, "signature_with_image": None}
+    data, kind = form({"prompt": "a cat", "input_reference": ("a.png", picture())})
+    with serving(tmp_path / "none", text_only, model="a/model") as served:
+        error = error_of(served, "/v1/videos", data, 400, {"Content-Type": kind})
+        assert (error["param"], "takes no picture" in error["message"]) == ("input_reference", True)
+    needs = {"signature": PipelineSignature("QwenImageEditPipeline", ("image", "prompt")), "notes": []}
+    with serving(tmp_path / "needs", needs, model="a/model") as served:
+        error = error_of(served, NOW, {"prompt": "a cat"}, 400)
+        assert (error["param"], "give one in image (POST /v1/images/edits)" in error["message"]) == ("image", True)
+        error = error_of(served, "/v1/videos", {"prompt": "a cat"}, 400)
+        assert error["message"] == "this server makes images; use POST /v1/images/edits"
+    data, kind = form({"prompt": "a cat", "image[]": [("a.png", picture())] * 2})
+    with serving(tmp_path / "one", VIDEO) as served:
+        error = error_of(served, "/v1/videos", data, 400, {"Content-Type": kind})
+        assert (error["param"], error["code"]) == ("image", "too_many_images")
+
+
+def test_unknown_fields_name_the_nearest(images: Served) -> None:
+    error = error_of(images, NOW, {"prompt": "a cat", "num_inference_step": 3}, 400)
+    assert error["message"] == "there is no field 'num_inference_step' (did you mean 'num_inference_steps'?)"
+    assert error["code"] == "unknown_field"
+    for name in ("scheduler", "flow_shift", "lora"):
+        error = error_of(images, NOW, {"prompt": "a cat", name: "x"}, 400)
+        assert error["message"].startswith(f"there is no field {name!r}; it is chosen for all requests when the server")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"\xff", "application/json", 400),
+        (b'{"prompt": "x", "seed": 1e999}', "application/json", 400),
+        (b'{"prompt": "x", "guidance_scale": NaN}', "application/json", 400),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "application/json", 400),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", 400),
+        (b"x", "text/plain", 415),
+        (b"prompt=x", "application/x-www-form-urlencoded", 415),
+        (b"--x\r\n", "multipart/form-data", 400),
+        (b"nonsense", "multipart/form-data; boundary=x", 400),
+    ],
+)
+def test_bodies_that_are_none(images: Served, data: bytes, kind: str, status: int) -> None:
+    error_of(images, NOW, data, status, {"Content-Type": kind})
+
+
+def test_forms_are_checked_like_json(videos: Served) -> None:
+    def ask(**fields: Any) -> Any:
+        data, kind = form({"prompt": "a cat", **fields})
+        return videos.call("POST", "/v1/videos", data, {"Content-Type": kind})[:2]
+
+    status, job = ask(num_frames="9", guidance_scale="2", size="64x32", quality="auto", user="7")
+    assert status == 200
+    assert job["parameters"]["num_frames"] == 9
+    assert ask(num_frames="nine")[1]["error"]["param"] == "num_frames"
+    assert ask(num_frame="9")[1]["error"]["param"] == "num_frame"
+    assert ask(quality="hd")[1]["error"]["param"] == "quality"
+    assert ask(mask=("m.png", picture()))[1]["error"]["param"] == "mask"
+    assert ask(other=("m.png", picture()))[1]["error"]["code"] == "unknown_field"
+    assert ask(**{"extra_args[attention_kwargs]": "{}"})[0] == 400  # it has a field of its own
+
+
+def test_forms_that_break_off_are_refused(images: Served) -> None:
+    data, kind = form({"prompt": "a cat", "image": ("a.png", picture()), "size": "16x16"})
+    for cut in (len(b"--limit--\r\n"), len(b"--limit--\r\n") + 2, 40, 100):
+        error = error_of(images, "/v1/images/edits", data[:-cut], 400, {"Content-Type": kind})
+        assert error["code"] == "invalid_form"
+
+
+def test_forms_are_read_in_one_way_only(images: Served) -> None:
+    data, kind = form({"prompt": "a cat", "size": "16x16"})
+    error = error_of(images, NOW, data.replace(b"a cat", b"a \xe9 cat"), 400, {"Content-Type": kind})
+    assert error["message"].endswith("prompt is not utf-8 text; send it as UTF-8.")
+    coded = data.replace(b'"prompt"\r\n', b'"prompt"\r\nContent-Transfer-Encoding: base64\r\n')
+    assert "base64" in error_of(images, NOW, coded, 400, {"Content-Type": kind})["message"]
+    assert images.call("POST", NOW, data, {"Content-Type": kind})[0] == 200
+
+
+def test_other_models_and_kinds(images: Served, videos: Served) -> None:
+    assert error_of(images, NOW, {"prompt": "x", "model": "sora"}, 404)["code"] == "model_not_found"
+    assert "POST /v1/videos" in error_of(videos, NOW, {"prompt": "x"}, 400)["message"]
+    assert error_of(images, "/v1/images/edits", {"prompt": "x"}, 400)["param"] == "image"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/images", "/v1/videos"])
+def test_ids_that_are_none(images: Served, path: str) -> None:
+    for job_id in ("image_" + "0" * 32, "..%2f..%2fjobs.sqlite", "%00", "image_" + "0" * 31 + "%0a", "a" * 3000):
+        status, answer, _ = images.call("GET", f"{path.rstrip('/')}/{job_id}")
+        assert status == 404
+        assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_methods_that_are_not_there(images: Served) -> None:
+    status, answer, headers = images.call("PUT", "/v1/images/generations", {})
+    assert (status, headers["allow"]) == (405, "POST")
+    assert answer["error"]["message"]

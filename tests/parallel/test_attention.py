@@ -1,0 +1,190 @@
+"""Attention over spread tokens against plain attention: Ulysses, Ring and both, with masks, uneven shards and heads."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.core.comm.mesh import init_mesh
+from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
+from shardit.parallel.attention.softmax_merge import _math, merge, partial_attention
+from shardit.parallel.attention.ulysses import ulysses_bytes
+from tests.support.ranks import run_ranks
+
+WIDTH = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call. mask: which one of `make_mask`."""
+
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    heads: int = 4
+    k_heads: int = 4
+    batch: int = 1
+    mask: str = "none"
+    dtype: torch.dtype = torch.float32
+
+
+def plain(q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
+    """The whole mask: over keys, over queries and keys, for each head, or one that hides all from some queries."""
+    rows, columns = sum(case.q_lens), sum(case.k_lens)
+    if case.mask == "none":
+        return None
+    if case.mask == "keys":
+        return torch.rand(case.batch, 1, 1, columns, generator=generator) > 0.4
+    if case.mask == "heads":
+        return torch.randn(1, case.heads, rows, columns, generator=generator)
+    mask = torch.rand(case.batch, 1, rows, columns, generator=generator) > 0.5
+    mask[:, :, ::3, : columns // 2] = False  # nothing to be seen in whole blocks of keys
+    if case.mask == "blind":
+        mask[:, :, 1] = False
+    return mask
+
+
+def one_case(attention: SequenceAttention, rank: int, case: Case) -> float:
+    """The relative difference of this rank's rows, after what went over the wire was right."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (case.batch, sum(case.q_lens), case.heads, WIDTH)
+    q = torch.randn(shape, generator=generator)
+    k, v = (torch.randn(case.batch, sum(case.k_lens), case.k_heads, WIDTH, generator=generator) for _ in range(2))
+    mask = make_mask(case, generator)
+    q, k, v = (t.to(case.dtype) for t in (q, k, v))
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(case.dtype)
+    expected = plain(q, k, v, mask).split(case.q_lens, 1)[rank]
+    local = q.split(case.q_lens, 1)[rank], *(t.split(case.k_lens, 1)[rank] for t in (k, v))
+    layout = Layout(case.q_lens, case.k_lens)
+    if mask is not None and case.mask == "keys":
+        mask, layout = mask.split(case.k_lens, 3)[rank], Layout(case.q_lens, case.k_lens, mask_columns=True)
+    elif mask is not None:
+        mask, layout = mask.split(case.q_lens, 2)[rank], Layout(case.q_lens, case.k_lens, mask_rows=True)
+    out = attention.attend(Call(*local, mask, plain), layout)
+    assert out.shape == expected.shape
+    assert out.dtype == case.dtype
+    assert torch.isfinite(out).all()
+    return float((out.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9))
+
+
+def all_cases(rank: int, count: int, method: str, degrees: dict, cases: list[Case]) -> list[float]:
+    mesh = init_mesh(DiffusionParallelConfig(**degrees), device="cpu", timeout_s=60, rank=rank, init_method=method)
+    attention = SequenceAttention(mesh)
+    return [one_case(attention, rank, case) for case in cases]
+
+
+def cases_for(count: int) -> list[Case]:
+    uneven = tuple((5, 3, 8, 2)[:count])
+    other = tuple((2, 7, 1, 4)[:count])
+    even = (6,) * count
+    heads = [(4, 4), (3, 3), (5, 5), (8, 2), (6, 3), (4, 1)]
+    cases = [Case(lens, lens, h, k) for lens in (uneven, even) for h, k in heads]
+    cases += [Case(uneven, other), Case(other, uneven, 5, 5), Case(uneven, other, 6, 3, batch=2)]
+    masks = ("keys", "rows", "heads", "blind")
+    cases += [
+        Case(uneven, lens, 5, 5, mask=mask, batch=b)
+        for mask, lens, b in itertools.product(masks, (uneven, other), (1, 2))
+    ]
+    cases += [Case((0, *uneven[1:]), (0, *uneven[1:])), Case(even, (*even[1:], 0), mask="keys")]
+    cases += [Case(uneven, uneven, 1, 1), Case(uneven, uneven, mask="keys", dtype=torch.bfloat16)]
+    return cases
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [{"ulysses_degree": 2}, {"ring_degree": 2}, {"ulysses_degree": 3}, {"ring_degree": 3}],
+    ids=lambda d: "-".join(f"{k}{v}" for k, v in d.items()),
+)
+def test_against_plain(degrees: dict) -> None:
+    (count,) = degrees.values()
+    check(count, degrees)
+
+
+def test_ring_of_ulysses() -> None:
+    check(4, {"ulysses_degree": 2, "ring_degree": 2})
+
+
+def check(count: int, degrees: dict) -> None:
+    cases = cases_for(count)
+    for errors in run_ranks(count, all_cases, degrees, cases, timeout=100):
+        for case, error in zip(cases, errors, strict=True):
+            assert error <= (1e-2 if case.dtype is torch.bfloat16 else 2e-6), (case, error)
+
+
+def counted(rank: int, count: int, method: str, lens: tuple[int, ...], heads: int, k_heads: int) -> tuple[int, int]:
+    config = DiffusionParallelConfig(ulysses_degree=count)
+    attention = SequenceAttention(init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method))
+    q = torch.randn(1, lens[rank], heads, WIDTH)
+    k = torch.randn(1, lens[rank], k_heads, WIDTH)
+    attention.attend(Call(q, k, k, None, plain), Layout(lens, lens))
+    assert attention.ulysses is not None
+    q_share, k_share = attention.ulysses.shares(heads, k_heads)
+    assert attention.ulysses.comm.messages == 2 * (count - 1)  # one to every other rank, one back
+    return attention.sent_bytes, ulysses_bytes(rank, lens, q_share, k_share, WIDTH, 4)
+
+
+def test_bytes_of_one_ulysses_attention() -> None:
+    for sent, formula in run_ranks(3, counted, (5, 3, 4), 6, 3):
+        assert sent == formula
+    # Even shards of S tokens and H heads on P ranks: 4 * S * H * D * (P - 1) / P**2 numbers for q, k, v and the result.
+    for sent, formula in run_ranks(2, counted, (6, 6), 4, 4):
+        assert sent == formula == 4 * 12 * 4 * WIDTH * 4 * (2 - 1) // 2**2
+
+
+def around(rank: int, count: int, method: str, lens: tuple[int, ...]) -> tuple[int, int]:
+    config = DiffusionParallelConfig(ring_degree=count)
+    attention = SequenceAttention(init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method))
+    q, k = torch.randn(1, lens[rank], 4, WIDTH), torch.randn(1, lens[rank], 2, WIDTH)
+    attention.attend(Call(q, k, k, None, plain), Layout(lens, lens))
+    assert attention.ring is not None
+    return attention.sent_bytes, attention.ring.messages
+
+
+@pytest.mark.parametrize("lens", [(6, 6), (4, 4, 4), (5, 3, 4)], ids=str)
+def test_bytes_of_one_ring_attention(lens: tuple[int, ...]) -> None:
+    """Keys and values of each rank's tokens travel to the next rank, P - 1 times; nothing else does."""
+    count = len(lens)
+    for rank, (sent, messages) in enumerate(run_ranks(count, around, lens)):
+        held = [lens[(rank - step) % count] for step in range(count - 1)]
+        assert sent == 2 * sum(held) * 2 * WIDTH * 4
+        assert messages == count - 1
+
+
+def refused(rank: int, count: int, method: str) -> None:
+    mesh = init_mesh(DiffusionParallelConfig(ring_degree=2), device="cpu", timeout_s=60, rank=rank, init_method=method)
+    q = torch.randn(1, 3, 2, WIDTH)
+    call = Call(q, q, q, None, plain, not_ring="causal attention")
+    with pytest.raises(UnsupportedError, match="ring_degree=2 does not work with causal attention"):
+        SequenceAttention(mesh).attend(call, Layout((3, 3), (3, 3)))
+
+
+def test_ring_refuses_what_it_cannot_merge() -> None:
+    run_ranks(2, refused)
+
+
+def test_partial_attention_and_merge() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 16) for n in (5, 9, 9))
+    mask = torch.rand(2, 1, 5, 9) > 0.4
+    mask[:, :, 0] = False
+    mask[:, :, 1, :4] = False
+    parts = [partial_attention(q, k[:, s], v[:, s], mask[..., s], None) for s in (slice(0, 4), slice(4, 9))]
+    out, lse = merge(*parts)
+    assert torch.isfinite(out).all()
+    assert (out[:, 0] == 0).all()
+    torch.testing.assert_close(out, plain(q, k, v, mask), atol=1e-6, rtol=1e-5)
+    scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT / 4).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
+    by_hand = _math(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.25)[0].transpose(1, 2)
+    torch.testing.assert_close(by_hand, plain(q, k, v, None), atol=1e-6, rtol=1e-5)

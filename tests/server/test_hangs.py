@@ -1,0 +1,250 @@
+"""Ranks that do not go on, played by the test: how long they may be silent, and one that fails alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shardit.core.runtime.request_loop import Interrupted, Program
+from shardit.core.runtime.schedule import Schedule
+from shardit.engine.process.messages import Begin, Ended, Left
+from shardit.engine.rank.serving import Live
+from shardit.server.supervisor import hangs as vigil
+from shardit.server.supervisor import running
+from shardit.server.supervisor.hangs import MAX_SIZES, MIN_PATIENCE_S, Patience
+from tests.support.played import Server, played_server
+
+
+@pytest.fixture
+def server(tmp_path: Path, request: Any) -> Iterator[Server]:
+    with played_server(tmp_path, **getattr(request, "param", {"pipeline_parallel_size": 2})) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The load average, as many times the number of cores."""
+    times = [0.5]
+    monkeypatch.setattr(vigil.os, "getloadavg", lambda: (times[0] * (os.cpu_count() or 1), 0.0, 0.0))
+    return times
+
+
+# Hangs.
+
+
+def test_ranks_of_a_loaded_machine_have_more_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch, load: list[float]
+) -> None:
+    now = [1000.0]
+    for module in (vigil, running):
+        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    server.put()
+    now[0] += 601
+    assert server.jobs.vigil.overdue() is not None
+    load[0] = 3.0
+    assert server.jobs.vigil.overdue() is None
+    now[0] += 1200
+    assert server.jobs.vigil.overdue() is not None
+
+
+def test_patience_is_learned() -> None:
+    patience = Patience(600)
+    small, large = ("small",), ("large",)
+    assert patience.bound([small]) == 600
+    patience.saw(small, 1.0)
+    assert patience.bound([small]) == 600  # it has not ended yet
+    patience.completed(small)
+    assert patience.bound([small]) == MIN_PATIENCE_S
+    patience.saw(small, 7.0)
+    patience.saw(small, 3.0)
+    assert patience.bound([small]) == 35
+    assert patience.bound([small, small]) == 70
+    assert patience.bound([small, large]) == 600
+
+
+def test_ranks_that_have_just_started_have_more_time() -> None:
+    patience = Patience(600)
+    first, quick = ("first",), ("quick",)
+    patience.saw(first, 40.0)  # it loaded kernels and connected
+    patience.completed(first)
+    patience.saw(quick, 0.1)
+    patience.completed(quick)
+    assert patience.bound([quick]) == MIN_PATIENCE_S
+    patience.cold = True
+    assert patience.bound([quick]) == pytest.approx(5 * 40.1)
+    patience.completed(quick)
+    assert patience.bound([quick]) == MIN_PATIENCE_S
+
+
+def test_a_hang_is_found(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    for module in (vigil, running):
+        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    assert server.jobs.vigil.overdue() is None
+    first = server.put()
+    now[0] += 599
+    assert server.jobs.vigil.overdue() is None
+    server.step(first)
+    now[0] += 599
+    assert server.jobs.vigil.overdue() is None
+    now[0] += 2
+    assert server.jobs.vigil.overdue() == "no sign of life for 601 s"
+    server.complete(first)
+    now[0] += 10_000  # idle ranks say nothing
+    assert server.jobs.vigil.overdue() is None
+    second = server.put()
+    assert server.jobs.vigil.overdue() is None
+    now[0] += 5 * 601 - 1  # the longest silence that was none, at this size
+    assert server.jobs.vigil.overdue() is None
+    now[0] += 2
+    assert server.jobs.vigil.overdue() is not None
+    server.die()
+    assert server.running() == [second]
+    assert server.jobs.vigil.overdue() is None
+
+
+def test_a_rank_that_fails_alone_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(vigil.time, "monotonic", lambda: now[0])
+    job_id = server.put()
+    server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
+    now[0] += 601
+    assert server.jobs.vigil.overdue() == "no sign of life for 601 s; rank 1 alone failed: KeyError: 'x'"
+
+
+@pytest.mark.parametrize("server", [{"data_parallel_size": 2}], indirect=True)
+def test_a_hang_of_one_replica_is_found(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(vigil.time, "monotonic", lambda: now[0])
+    first, _ = server.put(), server.put()
+    for _ in range(100):
+        now[0] += 7
+        server.step(first)
+    assert server.jobs.vigil.overdue() is not None
+
+
+def test_patience_forgets_sizes_of_long_ago() -> None:
+    patience = Patience(600)
+    often = ("often",)
+    for number in range(2 * MAX_SIZES):
+        patience.saw((number,), 3.0)
+        patience.completed((number,))
+        patience.saw(often, 4.0)
+        patience.completed(often)
+    assert patience.bound([often]) == 20
+    assert patience.bound([(2 * MAX_SIZES - 1,)]) == 15
+    assert patience.bound([(0,)]) == 600
+    assert len(patience._slowest) == len(patience._known) == MAX_SIZES
+
+
+# Ranks that fail alone.
+
+WAITS = 'Thread 0x1 (most recent call first):\n  File "/x/torch/distributed/distributed_c10d.py", line {} in recv\n'
+WORKS = 'Thread 0x1 (most recent call first):\n  File "/x/torch/nn/functional.py", line {} in linear\n'
+
+
+def look(server: Server, monkeypatch: pytest.MonkeyPatch, *stacks: str) -> None:
+    """The next look of the supervisor, which finds the ranks so."""
+    server.fleet.stacks = dict(enumerate(stacks))
+    monkeypatch.setattr(vigil, "DOUBT_S", 0.0)
+    server.jobs.look_after()
+
+
+def test_ranks_that_wait_for_one_that_failed_are_started_anew(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = server.put()
+    look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
+    assert server.fleet.looks == 0  # nobody has failed
+    server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
+    look(server, monkeypatch, WORKS.format(1), WAITS.format(2))  # it may come to fail, too
+    look(server, monkeypatch, WORKS.format(1), WAITS.format(2))
+    look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
+    look(server, monkeypatch, WAITS.format(3), WAITS.format(2))  # it has gone on
+    assert server.fleet.failures == []
+    look(server, monkeypatch, WAITS.format(3), WAITS.format(2))
+    assert server.fleet.failures == ["rank 1 alone failed: KeyError: 'x'"]
+    assert (server.state(job_id), server.job(job_id).deaths_alone) == ("queued", 1)
+
+
+@pytest.mark.parametrize("stacks", [("", ""), (WAITS.format(1), "")])
+def test_ranks_that_cannot_be_looked_at_have_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stacks: tuple[str, str]
+) -> None:
+    job_id = server.put()
+    server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
+    for _ in range(5):
+        look(server, monkeypatch, *stacks)
+    assert server.fleet.failures == []
+
+
+@pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
+def test_replicas_beside_it_may_work(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = server.put(), server.put()
+    server.jobs.heard(2, Ended(server.key(second), "KeyError: 'x'"))
+    for line in range(2):
+        look(server, monkeypatch, WORKS.format(line), WORKS.format(line), WAITS.format(1), WAITS.format(2))
+    assert server.fleet.failures == ["rank 2 alone failed: KeyError: 'x'"]
+    assert [server.state(one) for one in (first, second)] == ["queued", "queued"]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_rank_that_fails_where_another_is_through(server: Server, cancelled: bool, order: int) -> None:
+    job_id = server.put()
+    key = server.key(job_id)
+    for rank, message in [(0, Left(key, "sum", cancelled=cancelled)), (1, Ended(key, "KeyError: 'x'"))][::order]:
+        assert server.fleet.failures == []
+        server.jobs.heard(rank, message)
+    (reason,) = server.fleet.failures
+    assert "KeyError: 'x'" in reason
+
+
+def test_all_ranks_that_fail_alike_are_left_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = server.put()
+    key = server.key(job_id)
+    for rank in range(2):
+        server.jobs.heard(rank, Ended(key, "ValueError: height"))
+    for _ in range(5):
+        look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
+    server.jobs.heard(0, Left(key, "sum", error="ValueError: height"))
+    look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
+    server.jobs.heard(1, Left(key, "sum", error="ValueError: height"))
+    assert server.state(job_id) == "failed"
+    assert server.fleet.failures == []
+    assert server.fleet.looks == 0
+
+
+class _TwoSegments:
+    """A call in flight over two segments of one rank."""
+
+    owners = (0, 0)
+    finished = False
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_a_cancelled_job_leaves_when_its_calls_in_flight_have_ended() -> None:
+    schedule = Schedule(0)
+    flight: Any = _TwoSegments()
+    schedule.start(flight)
+    said: list[tuple[bool, bool]] = []
+    channel = SimpleNamespace(send=lambda left: said.append((left.cancelled, flight.finished)))
+    session = SimpleNamespace(
+        replica=None,
+        turns=SimpleNamespace(schedule=schedule),
+        mesh=SimpleNamespace(sizes={"pp": 2}, rank=0),
+        leads=False,
+        waited_s=0.0,
+    )
+    live = Live(session, channel)  # pyright: ignore[reportArgumentType]
+    program = Program(lambda: None, 1, error=Interrupted())
+    live.running[program] = Begin(7, SimpleNamespace())  # pyright: ignore[reportArgumentType]
+    live.begun[7] = 0.0
+    assert not flight.finished
+    live.leave(program)
+    assert said == [(True, True)]

@@ -42,7 +42,16 @@ GENERATE = ["generate", "--prompt", "a", "--model"]
         (["inspect", "tiny/flux", "--dtype=nope=float32"], "has no component 'nope' with weights"),
         (["inspect", "Qwen-Image", "--dtype=nope=float32"], "has no component 'nope' with weights"),
         (["inspect", "Qwen-Image", "--variant=fp16"], "there are no weight files of Qwen-Image here"),
+        ([*GENERATE, "no model"], "there is no folder no model: check the path"),
+        (["serve", "no model"], "there is no folder no model: check the path"),
         (["inspect", "no-model"], "there is no model 'no-model'"),
+        (["inspect", "no model"], "there is no model 'no model'"),
+        (["inspect", "/nope"], "there is no folder /nope: check the path"),
+        (["inspect", "./nope"], "there is no folder ./nope: check the path"),
+        (["inspect", "nope/"], "there is no folder nope/: check the path"),
+        (["inspect", "a/b/c"], "there is no folder a/b/c: check the path"),
+        (["inspect", "--model=a/b c"], "there is no folder a/b c: check the path"),
+        (["inspect", ""], "no model given"),
     ],
 )
 def test_mistakes_are_found_without_torch(tmp_path, words, text):

@@ -12,6 +12,7 @@ from typing import Any
 
 from shardit.config import did_you_mean
 from shardit.errors import InputError
+from shardit.loading.hub import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,6 @@ def _existing(path: str) -> str:
         raise InputError(f"lora {path} is no .safetensors file: pickles can run code, convert it first")
     if found.exists():
         return str(found.resolve())
-    if path.count("/") != 1 or path[0] in "./~" or path.endswith(".safetensors"):
+    if "/" not in path or not is_hub_id(path) or path.endswith(".safetensors"):
         raise InputError(f"lora {path} does not exist: correct the path")
     return path

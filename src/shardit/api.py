@@ -119,7 +119,7 @@ def _alone(model: nn.Module, runtime: Runtime, config: DiffusionParallelConfig, 
 
 
 def load(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] = "",  # as if it were required: so a wrong keyword in its place is named
     config: DiffusionParallelConfig | None = None,
     *,
     dtype: Any = None,
@@ -144,8 +144,10 @@ def load(
     `from_pretrained`. model_config to vae_slicing: as for `Omni`. parallel: fields of the configuration as keywords, in
     its place. Raises InputError/UnsupportedError with one line.
     """
-    own = ("config", "dtype", "device", "plan", "pipeline_class", "timeout_s", "model_config", *OPTION_NAMES)
+    own = ("model", "config", "dtype", "device", "plan", "pipeline_class", "timeout_s", "model_config", *OPTION_NAMES)
     config = config_of(config, parallel, "load", own)
+    if not model:
+        raise InputError("no model given: name a folder, a hub id or tiny/NAME")
     options = model_options(
         variant=variant,
         single_files=single_files,

@@ -57,7 +57,7 @@ class Omni:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] = "",  # as if it were required: so a wrong keyword in its place is named
         *,
         parallel_config: DiffusionParallelConfig | None = None,
         dtype: Any = None,
@@ -77,7 +77,7 @@ class Omni:
         **parallel: Any,
     ):
         self._closed = False
-        own = [name for name in inspect.signature(Omni).parameters if name not in ("model", "parallel")]
+        own = [name for name in inspect.signature(Omni).parameters if name != "parallel"]
         config = config_of(parallel_config, parallel, "Omni", own)
         options = model_options(
             variant=variant,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from shardit.config import DiffusionParallelConfig, config_of
+from shardit.config import DiffusionParallelConfig, config_of, idle_chunks
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Assignment, assign_blocks
@@ -30,7 +30,7 @@ from shardit.diffusion.sharding.connect import (
     spread_model,
     take_compilers,
 )
-from shardit.diffusion.sharding.layout import place_components
+from shardit.diffusion.sharding.layout import place_components, warn_of
 from shardit.diffusion.sharding.placed import placed_among
 from shardit.errors import InputError
 from shardit.parallel.tensor.apply import TensorPlan, owned_slices, plan_components, shard_components
@@ -73,6 +73,7 @@ def parallelize(
     mesh = runtime.mesh if runtime else init_mesh(config, device=device_of(given), timeout_s=timeout_s)
     _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
+        warn_of(filter(None, [idle_chunks(config)]), mesh)
         return module_or_pipeline
     compilers = take_compilers(target, fresh)
     refuse_hooks({name or type(target).__name__: module for name, module in fresh.items()}, mesh)
@@ -99,6 +100,7 @@ def _whole(
 ) -> None:
     """Spread the given components of a pipeline."""
     cuts, assignment = place_components(modules, type(pipe), config, plans=plan, held=held)
+    warn_of(assignment.unmet, runtime.mesh)
     for name in assignment.relayed:
         refuse_compiled(name, modules[name], modules[name].modules())
     for name in assignment.cut:
@@ -114,7 +116,8 @@ def _alone(model: nn.Module, runtime: Runtime, config: DiffusionParallelConfig, 
     refuse_compiled(type(model).__name__, model, ())
     slices = plan_components({ALONE: model}, Roles(type(model).__name__, frozenset({ALONE})), runtime.mesh.sizes["tp"])
     shard_components({ALONE: model}, slices, runtime.mesh)
-    cut, _ = assign_blocks(model, config, 1, plan, os.environ)
+    cut, note = assign_blocks(model, config, 1, plan, os.environ)
+    warn_of(filter(None, [note]), runtime.mesh)
     spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
 
 
@@ -201,6 +204,7 @@ def load_parallel(
         reads=reads,
         options=options,
     )
+    warn_of(found[0].unmet, mesh)
     use_vae_options(pipe, options)
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
     for name in found[0].cut:

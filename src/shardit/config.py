@@ -202,6 +202,16 @@ def partition_chunks(config: DiffusionParallelConfig, partition: Sequence[int], 
     return entries // stages
 
 
+def idle_chunks(config: DiffusionParallelConfig) -> str | None:
+    """What to say of `pipeline_chunks` that change nothing, since there is one stage."""
+    if config.pipeline_parallel_size > 1 or (config.pipeline_chunks or 1) == 1:
+        return None
+    return (
+        f"pipeline_chunks={config.pipeline_chunks} changes nothing with pipeline_parallel_size=1: leave it out, or use "
+        "more stages"
+    )
+
+
 def check_layer_partition(partition: Sequence[int], source: str, num_blocks: int, pp: int, chunks: int) -> None:
     """Compare a partition with the transformer at hand: its number of blocks, the stages and chunks per stage."""
     if len(partition) != pp * chunks:

@@ -36,7 +36,7 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature, sign
 from shardit.diffusion.request.processors import check_in_flight, processors_put_back
 from shardit.diffusion.request.progress import report_progress
 from shardit.diffusion.request.returned import sample_rate_of
-from shardit.diffusion.request.size_multiples import size_multiples
+from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.diffusion.sharding.layout import place_components
 from shardit.engine.nodes.node_facts import fingerprint, versions
 from shardit.engine.process.memory import held_bytes, limit_bytes
@@ -210,9 +210,8 @@ class Session:
 
 def _signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
     found = signature_of(type(pipe), index, sample_rate=rate)
-    return dataclasses.replace(
-        found, multiples=size_multiples(pipe), made_by=_made_by(spec), missing=missing(type(pipe))
-    )
+    sizes: dict[str, Any] = {"multiples": size_multiples(pipe), "least": least_sides(pipe)}
+    return dataclasses.replace(found, **sizes, made_by=_made_by(spec), missing=missing(type(pipe)))
 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class PipelineSignature:
     """Frames per second that the checkpoint was trained for, where its configuration tells."""
     multiples: Mapping[str, int] = field(default_factory=dict)
     """What the pipeline wants height and width to be multiples of, where it refuses others (`size_multiples`)."""
+    least: Mapping[str, int] = field(default_factory=dict)
+    """The least height and width of which latents are left (`least_sides`)."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
     outputs: tuple[str, ...] = ()
@@ -107,8 +109,12 @@ class PipelineSignature:
 
     def size_problem(self, name: str, value: Any) -> str | None:
         """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
-        step = self.multiples.get(name)
-        if step is None or not isinstance(value, int) or value % step == 0:
+        step, least = self.multiples.get(name), self.least.get(name, 1)
+        if not isinstance(value, int):
+            return None
+        if value < least and (step is None or value % step == 0):
+            return f"{name} must be at least {least}, got {value}: the model can make nothing smaller"
+        if step is None or value % step == 0:
             return None
         below, above = value // step * step, (value // step + 1) * step
         return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.diffusion.request.size_search import SIDES
 from shardit.models import tiny
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
@@ -85,7 +86,7 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
     _check_taken(given, values, takes)
     check_limits(given, takes, options.limits)
-    for name in takes.multiples:
+    for name in SIDES:
         if problem := takes.size_problem(name, given.get(name)):
             raise ApiError(400, problem, code="invalid_value", param=name if name in values else "size")
     return given

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shardit.errors import InputError
+from shardit.errors import InputError, UnsupportedError
 
 PARTITION_VARIABLES = ("SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
 """Environment variables that give a layer partition, the first that is set wins."""
@@ -222,6 +222,38 @@ def check_layer_partition(partition: Sequence[int], source: str, num_blocks: int
         raise InputError(
             f"{source} {','.join(map(str, partition))} adds up to {sum(partition)}, but the transformer has "
             f"{num_blocks} blocks; change the entries so that they add up to {num_blocks}"
+        )
+
+
+def fitting_partition(
+    config: DiffusionParallelConfig, environ: Mapping[str, str], num_blocks: int
+) -> tuple[int, ...] | None:
+    """The layer partition in force, None where none is given. Raises InputError and UnsupportedError where a
+    transformer with so many blocks does not go with it, or with the number of stages."""
+    partition, source = resolve_layer_partition(config, environ)
+    if partition is None:
+        check_stages(config.pipeline_parallel_size, num_blocks)
+        return None
+    chunks = partition_chunks(config, partition, source)
+    check_layer_partition(partition, source, num_blocks, config.pipeline_parallel_size, chunks)
+    return partition
+
+
+def check_stages(pp_size: int, num_blocks: int) -> None:
+    """Raise UnsupportedError where there are more stages than blocks."""
+    if num_blocks < pp_size:
+        raise UnsupportedError(
+            f"pipeline_parallel_size={pp_size} is more than the {num_blocks} blocks of the model; "
+            f"use at most {num_blocks}"
+        )
+
+
+def check_heads(tp_size: int, class_name: str, most: int) -> None:
+    """Raise UnsupportedError where a model has attention of `most` heads, which are fewer than there are ranks."""
+    if most < tp_size:
+        raise UnsupportedError(
+            f"tensor_parallel_size={tp_size} does not fit {class_name}: its attention has {most} heads "
+            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
         )
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from shardit.core.modules.patching import plain_class
 from shardit.core.placement.roles import Roles
+from shardit.diffusion.loading.diffusers_source import CUT_FOLDERS
 
-CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
+CUT_PACKAGES = tuple(f"diffusers.{folder.replace('/', '.')}" for folder in CUT_FOLDERS)
 """Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
 
 

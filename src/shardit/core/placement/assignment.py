@@ -9,13 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from shardit.config import (
-    DiffusionParallelConfig,
-    check_layer_partition,
-    idle_chunks,
-    partition_chunks,
-    resolve_layer_partition,
-)
+from shardit.config import DiffusionParallelConfig, fitting_partition, idle_chunks
 from shardit.core.comm.mesh import axis_sizes, coordinates
 from shardit.core.modules.blocks import find_blocks, keeps, nbytes
 from shardit.core.modules.hints import Plan
@@ -99,12 +93,10 @@ def assign_blocks(
     if not blocks:
         raise UnsupportedError(f"{name} has no block lists, so it cannot be cut; use pipeline_parallel_size=1")
     names = tuple(n for n, _ in blocks)
-    partition, source = resolve_layer_partition(config, environ)
+    partition = fitting_partition(config, environ, len(blocks))
     if partition is None and pp_size == 1:
         return Cut(names, Placement((len(names),), 1), plan), idle_chunks(config)
     if partition is not None:
-        chunks = partition_chunks(config, partition, source)
-        check_layer_partition(partition, source, len(blocks), pp_size, chunks)
         return Cut(names, Placement(tuple(partition), pp_size), plan), idle_chunks(config)
     wanted = config.pipeline_chunks or automatic_chunks(len(blocks), pp_size, in_flight)
     placement = place_blocks([block_cost(block) for _, block in blocks], pp_size, wanted)

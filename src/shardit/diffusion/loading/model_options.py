@@ -193,7 +193,11 @@ def _lora(value: Any) -> Lora:
     for name in more:
         if not isinstance(name, str) or name in ("adapter_name", "pretrained_model_name_or_path_or_dict", "hotswap"):
             raise InputError(f"lora {os.fspath(path)}: {name!r} cannot be given")
-    return Lora(_existing(os.fspath(path)), float(scale), more)
+    found = _existing(os.fspath(path))
+    inside = Path(found) / str(more.get("subfolder") or "")
+    if Path(found).is_dir() and not any(inside.glob("*.safetensors")):
+        raise InputError(f"lora {inside} has no .safetensors file: correct the path")
+    return Lora(found, float(scale), more)
 
 
 def parse_lora(text: str) -> tuple[str, float]:

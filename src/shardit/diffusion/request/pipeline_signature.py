@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shardit.diffusion.request.returned import PICTURES, VIDEO, Kind, declared_fields, kinds_of
+from shardit.diffusion.request.returned import MAPS, PICTURES, VIDEO, Kind, declared_fields, kinds_of
 
 # Set by shardit itself, so not among what a user can choose.
 _NOT_CHOICES = (
@@ -84,7 +84,10 @@ class PipelineSignature:
 
     def kinds_as(self, output_type: str | None) -> tuple[Kind, ...]:
         """What there is to save of a request with this `output_type`."""
-        return self.kinds if output_type in (None, "pil") else ("tensors", *self.kinds)
+        kinds = self.kinds
+        if output_type in ("latent", "np", "pt"):  # numbers in place of pictures, but for maps, which are made of them
+            kinds = tuple(kind for kind in kinds if kind not in ("image", "video") or {*MAPS} & {*self.outputs})
+        return tuple(dict.fromkeys((*kinds, "tensors")))
 
     @property
     def form(self) -> str | None:

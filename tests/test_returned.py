@@ -353,7 +353,9 @@ def test_a_class_of_ones_own():
     ],
 )
 def test_errors_of_libraries_come_with_what_to_change(text, words):
-    asked = dataclasses.replace(request(), made_by={"dtype": {"vae": "bfloat16"}}, kwargs={"height": 8 if words else 512})
+    asked = dataclasses.replace(
+        request(), made_by={"dtype": {"vae": "bfloat16"}}, kwargs={"height": 8 if words else 512}
+    )
     error = collect(asked, None, RuntimeError(text)).error or ""
     assert error.startswith(f"RuntimeError: {text}")
     assert (words in error) if words else error == f"RuntimeError: {text}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from shardit.diffusion.loading.model_options import WHOLE
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.diffusion.request.step_lists import listed
 from shardit.errors import InputError
 
 # Entries of a record that are not arguments of the pipeline.
@@ -47,8 +48,9 @@ def flags_of(
     """
     flags: dict[str, Any] = {}
     extra: dict[str, Any] = {}
+    own = (*_ABOUT, "scheduler_args", "single_files", *(["num_inference_steps"] if listed(record) else []))
     for name, value in record.items():
-        if name in (*_ABOUT, "scheduler_args", "single_files", *given) or value is None:
+        if name in (*own, *given) or value is None:
             continue
         if lacking := _not_held(value):
             advice = "use shardit.Omni" if lacking == "numbers" else f"add --extra {name}=PATH"

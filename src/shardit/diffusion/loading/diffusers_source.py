@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CUT_FOLDERS = ("models/transformers", "models/unets")
-"""Where the classes live that denoise."""
+from shardit.diffusion.class_homes import CUT_PACKAGES
 
 _NOT_PLAIN = object()
 """Stands for a default that is no literal."""
@@ -152,7 +151,8 @@ def init_defaults(model: str) -> dict[str, Any]:
 
 def denoises(model: str) -> bool:
     """Whether a class of that name is one of those that denoise."""
-    return any(definition(model, folder) is not None for folder in CUT_FOLDERS)
+    folders = (package.removeprefix("diffusers.").replace(".", "/") for package in CUT_PACKAGES)
+    return any(definition(model, within) is not None for within in folders)
 
 
 def has_method(pipeline: str, name: str) -> bool:

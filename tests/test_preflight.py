@@ -72,6 +72,8 @@ SHADOW = "import os; open(os.environ['SHADOW'], 'w').close(); raise ModuleNotFou
 NAMES = [
     ("SHARDIT_PP_LAYER_PARTITION=a,b", "", "'a' is not a number"),
     ("VLLM_PP_LAYER_PARTITION=1,2,3", "--pipeline-parallel-size=2", "VLLM_PP_LAYER_PARTITION has 3 entries"),
+    ("OMP_NUM_THREADS=abc", "", "OMP_NUM_THREADS must be a whole number of at least 1, got 'abc'"),
+    ("OMP_NUM_THREADS=0", "", "OMP_NUM_THREADS must be a whole number of at least 1, got '0'"),
     ("SHARDIT_CACHE=x.safetensors", "", "cannot write to the cache x.safetensors"),
     ("", "--attention-backend=nope", "there is no attention back end 'nope'"),
     ("", "--scheduler=Nope", "no scheduler 'Nope'; choose among DEIS"),

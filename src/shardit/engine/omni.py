@@ -239,7 +239,7 @@ class LocalRanks:
         try:
             yield
         except (Closed, TimeoutError) as error:
-            state = "did not answer in time"
+            state = f"did not answer in time: raise timeout_s (--timeout), which is {self.spec.timeout_s:g} s"
             if isinstance(error, Closed) and self._nursery is not None:
                 state = self._nursery.how_it_ended()
             self._end_ranks()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,17 @@ def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[
         for name in before
         if before[name] != versions.get(name)
     ]
+
+
+def other_pictures(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """Whether the input pictures, of these sizes, cannot be those that the file was made from."""
+    before, now = (
+        [f"{width}x{height}" for width, height in one] for one in (record.get("input_image_sizes", ()), sizes)
+    )
+    if before == now:
+        return []
+    there, here = (", ".join(one) or "none" for one in (before, now))
+    return [f"the file was made from input pictures of {there}, here: {here}: the result will differ"]
 
 
 def other_revision(record: Mapping[str, Any], made_by: Mapping[str, Any]) -> list[str]:

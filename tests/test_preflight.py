@@ -18,7 +18,7 @@ from shardit.diffusion.loading.model_options import model_options
 from shardit.diffusion.loading.required_packages import missing, missing_by_name
 from shardit.diffusion.preflight import preflight
 from shardit.diffusion.preflight.static_signature import static_signature, static_signatures_of_model
-from shardit.diffusion.request.size_multiples import size_multiples
+from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.errors import InputError
 from shardit.loading.index import component_class, components, pipeline_class
 from shardit.models import tiny
@@ -40,6 +40,7 @@ GENERATE = ["generate", "--prompt", "a", "--model"]
         ([*GENERATE, "tiny/wan2.2-i2v"], "needs an image"),
         ([*GENERATE, "tiny/fluxx"], "no tiny model 'fluxx'"),
         ([*GENERATE, "tiny/wan2.2-t2v", "--width=100"], "width must be a multiple of 16, got 100; use 96 or 112"),
+        ([*GENERATE, "tiny/qwen-image", "--width=8"], "width must be at least 16, got 8"),
         ([*GENERATE, "./nowhere"], "there is no folder"),
         (["serve", "./nowhere"], "there is no folder"),
         (["serve", "tiny/fluxx"], "no tiny model 'fluxx'"),
@@ -187,7 +188,7 @@ def test_sizes_and_blocks_from_files(name):
     pipe = tiny.load_plain(folder)
     for model in (f"tiny/{name}", folder):
         found, _ = static_signatures_of_model(model)
-        assert found.multiples == size_multiples(pipe)
+        assert (found.multiples, found.least) == (size_multiples(pipe), least_sides(pipe))
     for model in (part for key, part in pipe.components.items() if part and key.startswith("transformer")):
         shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         assert count_blocks(shapes) in (None, len(find_blocks(model)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardit.diffusion.loading.diffusers_source import definition, lineage, method, parameters
 from shardit.diffusion.loading.variants import image_pipeline_name
-from shardit.diffusion.preflight.static_sizes import configs_in, static_multiples, with_defaults
+from shardit.diffusion.preflight.static_sizes import configs_in, static_sizes, with_defaults
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_from
 
 
@@ -55,7 +55,8 @@ def static_signatures_of_model(
 
 
 def _sized(found: PipelineSignature | None, configs: Mapping[str, Mapping[str, Any]]) -> PipelineSignature | None:
-    return found and dataclasses.replace(found, multiples=static_multiples(found.class_name, configs))
+    sizes: dict[str, Any] = static_sizes(found.class_name, found.names, configs) if found else {}
+    return found and dataclasses.replace(found, **sizes)
 
 
 def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:

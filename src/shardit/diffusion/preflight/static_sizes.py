@@ -8,12 +8,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from shardit.diffusion.loading.diffusers_source import init_defaults, lineage, method
-from shardit.diffusion.request.size_search import SIDES, search
+from shardit.diffusion.request.size_search import SIDES, least_of, search
 from shardit.loading.index import Component
 
 _PLAIN = {"getattr": getattr, "hasattr": hasattr, "len": len, "sum": sum, "max": max, "min": min}
@@ -23,13 +23,17 @@ _SIDES = frozenset(SIDES)
 Check = tuple[ast.expr, dict[str, Any]]
 
 
-def static_multiples(class_name: str, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """What the installed diffusers' class of that name wants height and width to be multiples of; {} where its source
-    does not tell. configs: the configurations of its components, by name."""
+def static_sizes(
+    class_name: str, arguments: Container[str], configs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, int]]:
+    """What the installed diffusers' class of that name wants height and width to be `multiples` of, and their `least`
+    values; {} where its source does not tell. arguments: those that its call takes. configs: the configurations of its
+    components, by name."""
     nodes = list(lineage(class_name))
     made = _attributes(nodes, configs)
     checks = list(_checks(nodes, "__call__", made))
-    return search(lambda height, width: not any(_refuses(check, made, height, width) for check in checks))
+    multiples = search(lambda height, width: not any(_refuses(check, made, height, width) for check in checks))
+    return {"multiples": multiples, "least": least_of(vars(made), arguments)}
 
 
 def configs_in(parts: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
@@ -55,6 +59,10 @@ def _attributes(nodes: list[ast.ClassDef], configs: Mapping[str, Mapping[str, An
     init = next(filter(None, (method(node, "__init__") for node in nodes)), None)
     for line in [] if init is None else init.body:
         if isinstance(line, ast.Assign) and isinstance(target := line.targets[0], ast.Attribute):
+            if target.attr.endswith("_processor") and isinstance(line.value, ast.Call):
+                given = {word.arg: _value(word.value, {"self": made}) for word in line.value.keywords if word.arg}
+                setattr(made, target.attr, SimpleNamespace(config=SimpleNamespace(**given)))
+                continue
             value = _value(line.value, {"self": made})
             if isinstance(value, (int, float)):
                 setattr(made, target.attr, value)

@@ -87,7 +87,7 @@ class PipelineSignature:
         kinds = self.kinds
         if output_type in ("latent", "np", "pt"):  # numbers in place of pictures, but for maps, which are made of them
             kinds = tuple(kind for kind in kinds if kind not in ("image", "video") or {*MAPS} & {*self.outputs})
-        return tuple(dict.fromkeys((*kinds, "tensors")))
+        return kinds if "tensors" in kinds else (*kinds, "tensors")
 
     @property
     def form(self) -> str | None:

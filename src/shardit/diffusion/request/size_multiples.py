@@ -11,7 +11,7 @@ from typing import Any
 from diffusers.configuration_utils import ConfigMixin
 from PIL import Image
 
-from shardit.diffusion.request.size_search import SIDE, SIDES, search
+from shardit.diffusion.request.size_search import SIDE, least_of, search
 
 _AFTER_THE_CHECKS = ("encode", "_encode", "prepare", "_prepare", "get_", "_get_")
 """How the names of the methods begin that pipelines call when their arguments have been checked."""
@@ -28,18 +28,8 @@ def size_multiples(pipe: Any) -> dict[str, int]:
 
 
 def least_sides(pipe: Any) -> dict[str, int]:
-    """The least height and width of which latents are left, by name; empty where the pipeline does not tell.
-
-    Pipelines that round sizes down have a processor of pictures that rounds in the same steps.
-    """
-    steps = [
-        getattr(getattr(part, "config", None), "vae_scale_factor", None)
-        for name, part in vars(pipe).items()
-        if name.endswith("_processor")
-    ]
-    least = max((step for step in steps if isinstance(step, int)), default=1)
-    names = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
-    return {name: least for name in SIDES if name in names and least > 1}
+    """The least height and width of which latents are left, by name; empty where the pipeline does not tell."""
+    return least_of(vars(pipe), inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
 
 
 class _Checked(Exception):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 SIDES = ("height", "width")
 SIDE = 1024
@@ -22,3 +23,12 @@ def search(takes: Callable[[int, int], bool]) -> dict[str, int]:
         if (step := next(fits, 1)) > 1:
             found[name] = step
     return found
+
+
+def least_of(parts: Mapping[str, Any], arguments: Container[str]) -> dict[str, int]:
+    """The least height and width of which latents are left, by name, where a pipeline takes these arguments and has
+    these attributes: pipelines that round sizes down have a processor of pictures that rounds in the same steps."""
+    processors = (part for name, part in parts.items() if name.endswith("_processor"))
+    steps = (getattr(getattr(part, "config", None), "vae_scale_factor", None) for part in processors)
+    least = max((step for step in steps if isinstance(step, int)), default=1)
+    return {name: least for name in SIDES if name in arguments and least > 1}

@@ -84,10 +84,11 @@ class PipelineSignature:
 
     def kinds_as(self, output_type: str | None) -> tuple[Kind, ...]:
         """What there is to save of a request with this `output_type`."""
-        kinds = self.kinds
+        kinds: tuple[Kind, ...] = self.kinds
         if output_type in ("latent", "np", "pt"):  # numbers in place of pictures, but for maps, which are made of them
             kinds = tuple(kind for kind in kinds if kind not in ("image", "video") or {*MAPS} & {*self.outputs})
-        return kinds if "tensors" in kinds else (*kinds, "tensors")
+        numbers: tuple[Kind, ...] = () if "tensors" in kinds else ("tensors",)
+        return kinds + numbers
 
     @property
     def form(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from shardit.config import DiffusionParallelConfig, config_of
+from shardit.config import DiffusionParallelConfig, config_of, idle_chunks
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Assignment, Cut, assign_blocks
@@ -31,7 +31,7 @@ from shardit.diffusion.sharding.connect import (
     take_compilers,
 )
 from shardit.diffusion.sharding.decision import decided_alike, told_of_model, told_of_pipeline
-from shardit.diffusion.sharding.layout import place_components
+from shardit.diffusion.sharding.layout import place_components, warn_of
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
 from shardit.parallel.tensor.apply import TensorPlan, owned_slices, plan_components, shard_components
@@ -76,6 +76,7 @@ def parallelize(
     mesh = runtime.mesh if runtime else init_mesh(config, device=device_of(given), timeout_s=timeout_s)
     _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
+        warn_of(filter(None, [idle_chunks(config)]), mesh)
         return module_or_pipeline
     compilers: dict[str, Any] = {}
 
@@ -121,6 +122,7 @@ def _whole(
     if assignment is None:
         join(pipe, runtime)
         return
+    warn_of(assignment.unmet, runtime.mesh)
     shard_components(modules, cuts, runtime.mesh)
     connect(pipe, assignment, runtime, config, cuts)
     for name, compiler in compilers.items():
@@ -136,6 +138,7 @@ def _alone(
     done: bool,
 ) -> None:
     """Spread a transformer that is in no pipeline, unless that is done."""
+    notes: list[str] = []
 
     def decide() -> tuple[dict[str, TensorPlan], Cut | None]:
         check()
@@ -144,16 +147,19 @@ def _alone(
         refuse_compiled(type(model).__name__, model, ())
         roles = Roles(type(model).__name__, frozenset({ALONE}))
         slices = plan_components({ALONE: model}, roles, runtime.mesh.sizes["tp"])
-        return slices, assign_blocks(model, config, 1, plan, os.environ)[0]
+        cut, note = assign_blocks(model, config, 1, plan, os.environ)
+        notes.extend(filter(None, [note]))
+        return slices, cut
 
     slices, cut = decided_alike(runtime.replica, type(model).__name__, decide, told_of_model)
     if cut is not None:
+        warn_of(notes, runtime.mesh)
         shard_components({ALONE: model}, slices, runtime.mesh)
         spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
 
 
 def load(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] = "",  # as if it were required: so a wrong keyword in its place is named
     config: DiffusionParallelConfig | None = None,
     *,
     dtype: Any = None,
@@ -178,8 +184,10 @@ def load(
     `from_pretrained`. model_config to vae_slicing: as for `Omni`. parallel: fields of the configuration as keywords, in
     its place. Raises InputError/UnsupportedError with one line.
     """
-    own = ("config", "dtype", "device", "plan", "pipeline_class", "timeout_s", "model_config", *OPTION_NAMES)
+    own = ("model", "config", "dtype", "device", "plan", "pipeline_class", "timeout_s", "model_config", *OPTION_NAMES)
     config = config_of(config, parallel, "load", own)
+    if not model:
+        raise InputError("no model given: name a folder, a hub id or tiny/NAME")
     options = model_options(
         variant=variant,
         single_files=single_files,
@@ -233,6 +241,7 @@ def load_parallel(
         reads=reads,
         options=options,
     )
+    warn_of(found[0].unmet, mesh)
     use_vae_options(pipe, options)
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
     for name in found[0].cut:

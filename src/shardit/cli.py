@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from shardit.diffusion.output.from_file import differences, other_revision, read_record
+from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
 from shardit.diffusion.output.output import SUFFIXES, check_path, savable
+from shardit.diffusion.request.images import open_image
 from shardit.engine.nodes.node_facts import versions
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, as_command
@@ -226,7 +227,8 @@ def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], 
         flags = flags.completed()
         flags.check(writes=_is_first_rank())
         if flags.from_file is not None and _is_first_rank():
-            _note(differences(read_record(flags.from_file), versions()))
+            record, pictures = read_record(flags.from_file), map(open_image, flags.image or ())
+            _note([*differences(record, versions()), *other_pictures(record, [one.size for one in pictures])])
         run(flags)
 
     checked.__doc__ = run.__doc__

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shardit.errors import InputError
+from shardit.errors import InputError, UnsupportedError
 
 PARTITION_VARIABLES = ("SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
 """Environment variables that give a layer partition, the first that is set wins."""
@@ -183,6 +183,15 @@ def check_partition_variables(config: DiffusionParallelConfig, environ: Mapping[
             parse_layer_partition(text, name)
 
 
+def threads_asked(environ: Mapping[str, str]) -> int | None:
+    """The threads of a rank that OMP_NUM_THREADS asks for; None where it is not set. Raises InputError."""
+    text = environ.get("OMP_NUM_THREADS", "").strip()
+    wish = text.partition(",")[0].strip()  # further numbers are for nested regions
+    if text and not (wish.isdecimal() and int(wish) > 0):
+        raise InputError(f"OMP_NUM_THREADS must be a whole number of at least 1, got {text!r}; correct or unset it")
+    return int(wish) if text else None
+
+
 def partition_chunks(config: DiffusionParallelConfig, partition: Sequence[int], source: str) -> int:
     """Chunks per rank that a partition asks for; a partition with one entry per stage asks for contiguous stages."""
     stages, chunks, entries = config.pipeline_parallel_size, config.pipeline_chunks, len(partition)
@@ -202,6 +211,16 @@ def partition_chunks(config: DiffusionParallelConfig, partition: Sequence[int], 
     return entries // stages
 
 
+def idle_chunks(config: DiffusionParallelConfig) -> str | None:
+    """What to say of `pipeline_chunks` that change nothing, since there is one stage."""
+    if config.pipeline_parallel_size > 1 or (config.pipeline_chunks or 1) == 1:
+        return None
+    return (
+        f"pipeline_chunks={config.pipeline_chunks} changes nothing with pipeline_parallel_size=1: leave it out, or use "
+        "more stages"
+    )
+
+
 def check_layer_partition(partition: Sequence[int], source: str, num_blocks: int, pp: int, chunks: int) -> None:
     """Compare a partition with the transformer at hand: its number of blocks, the stages and chunks per stage."""
     if len(partition) != pp * chunks:
@@ -212,6 +231,38 @@ def check_layer_partition(partition: Sequence[int], source: str, num_blocks: int
         raise InputError(
             f"{source} {','.join(map(str, partition))} adds up to {sum(partition)}, but the transformer has "
             f"{num_blocks} blocks; change the entries so that they add up to {num_blocks}"
+        )
+
+
+def fitting_partition(
+    config: DiffusionParallelConfig, environ: Mapping[str, str], num_blocks: int
+) -> tuple[int, ...] | None:
+    """The layer partition in force, None where none is given. Raises InputError and UnsupportedError where a
+    transformer with so many blocks does not go with it, or with the number of stages."""
+    partition, source = resolve_layer_partition(config, environ)
+    if partition is None:
+        check_stages(config.pipeline_parallel_size, num_blocks)
+        return None
+    chunks = partition_chunks(config, partition, source)
+    check_layer_partition(partition, source, num_blocks, config.pipeline_parallel_size, chunks)
+    return partition
+
+
+def check_stages(pp_size: int, num_blocks: int) -> None:
+    """Raise UnsupportedError where there are more stages than blocks."""
+    if num_blocks < pp_size:
+        raise UnsupportedError(
+            f"pipeline_parallel_size={pp_size} is more than the {num_blocks} blocks of the model; "
+            f"use at most {num_blocks}"
+        )
+
+
+def check_heads(tp_size: int, class_name: str, most: int) -> None:
+    """Raise UnsupportedError where a model has attention of `most` heads, which are fewer than there are ranks."""
+    if most < tp_size:
+        raise UnsupportedError(
+            f"tensor_parallel_size={tp_size} does not fit {class_name}: its attention has {most} heads "
+            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
         )
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import shardit
 from shardit.config import DiffusionParallelConfig
 from shardit.core.placement.assignment import assign_blocks
 from shardit.core.placement.partition import (
@@ -22,6 +26,7 @@ from shardit.core.placement.partition import (
     place_blocks,
 )
 from shardit.errors import InputError, UnsupportedError
+from tests.ranks import run_ranks
 
 
 def all_cuts(count: int, parts: int) -> list[list[int]]:
@@ -193,6 +198,39 @@ def test_fewer_chunks_than_asked_for_are_noted() -> None:
     assert cut.placement.chunks == 2
     assert note == "Model: 2 chunks per rank instead of 8, since it has 5 blocks"
     assert assign_blocks(Model(16), config, 2, None, {})[1] is None
+
+
+def warned(rank: int, count: int, method: str, alone: bool, **options: int) -> list[str]:
+    """What is said when a model is loaded, or spread by hand."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("shardit").addHandler(handler)
+    config = DiffusionParallelConfig(pipeline_parallel_size=count, pipeline_chunks=100)
+    if count > 1:
+        dist.init_process_group("gloo", init_method=method, rank=rank, world_size=count)
+    if alone:
+        shardit.parallelize(Model(5), config)
+    else:
+        shardit.load("tiny/flux", config)
+    return lines
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_chunks_that_cannot_be_followed_are_said(alone: bool) -> None:
+    first, second = run_ranks(2, warned, alone)
+    assert len(first) == 1
+    assert re.search(r": [26] chunks per rank instead of 100, since it has (5|12) blocks", first[0])
+    assert second == []
+    [[only]] = run_ranks(1, warned, alone)
+    assert only.startswith("pipeline_chunks=100 changes nothing with pipeline_parallel_size=1: leave it out")
+
+
+def test_chunks_of_one_stage() -> None:
+    cut, note = assign_blocks(Model(5), DiffusionParallelConfig(pipeline_chunks=2), 2, None, {})
+    assert cut.placement.chunks == 1
+    assert "changes nothing" in str(note)
+    assert assign_blocks(Model(5), DiffusionParallelConfig(pipeline_chunks=1), 2, None, {})[1] is None
 
 
 def test_what_cannot_be_cut() -> None:

@@ -8,7 +8,14 @@ from PIL import Image
 
 from shardit.cli import main
 from shardit.diffusion.loading.model_options import model_options, recorded
-from shardit.diffusion.output.from_file import check_fits, differences, flags_of, other_revision, read_record
+from shardit.diffusion.output.from_file import (
+    check_fits,
+    differences,
+    flags_of,
+    other_pictures,
+    other_revision,
+    read_record,
+)
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
@@ -39,6 +46,15 @@ def test_flags_of_a_file(tmp_path, suffix):
     assert (flags.dtype, flags.num_outputs_per_prompt) == ("transformer=bfloat16", 2)
     params = flags.sampling_params()
     assert (params.strength, params.extra_args["caption"]) == (0.5, "x")
+
+
+def test_input_pictures_of_another_size_are_told():
+    record = {"input_image_sizes": [[160, 128]]}
+    assert other_pictures(record, [(160, 128)]) == []
+    assert other_pictures({}, []) == []
+    assert other_pictures(record, [(320, 256), (8, 8)]) == [
+        "the file was made from input pictures of 160x128, here: 320x256, 8x8: the result will differ"
+    ]
 
 
 def test_a_file_of_another_model(tmp_path, capsys):

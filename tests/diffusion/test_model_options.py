@@ -128,6 +128,7 @@ def test_the_file_of_a_variant() -> None:
         ({"scheduler_args": {"shift": "3"}}, "shift must be a number"),
         ({"flow_shift": 3.0}, "add use_dynamic_shifting=false"),
         ({"lora": "tiny-nothing/x.safetensors"}, "lora tiny-nothing/x.safetensors does not exist"),
+        ({"lora": "tiny nothing/x"}, "lora tiny nothing/x does not exist"),
         ({"lora": ("a/b", "much")}, "lora"),
         ({"scheduler_args": [1]}, "scheduler_args must be a dict"),
         ({"flow_shift": 0}, "flow_shift must be"),

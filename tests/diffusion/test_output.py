@@ -11,9 +11,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
+from shardit.diffusion.output.from_file import read_record
 from shardit.diffusion.output.output import Output, check_path
 from shardit.diffusion.request.images import open_image
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 
 SETTINGS = {"pipeline": "FakePipeline", "width": 16, "height": 12, "guidance_scale": 4.0}
@@ -163,6 +166,31 @@ def test_what_is_no_path(path):
 def test_path_that_fits(tmp_path):
     assert check_path(tmp_path / "cat.MP4", "video") == tmp_path / "cat.MP4"
     assert check_path(str(tmp_path / "cat.png")) == tmp_path / "cat.png"
+
+
+def test_pictures_and_videos_as_numbers(tmp_path):
+    red, blue = Image.new("RGB", (6, 4), "red"), Image.new("RGB", (6, 4), "blue")
+    made = Output(prompt="a", seed=1, images=[red, blue], settings={"width": 6, "model": "m"})
+    [path] = made.save(tmp_path / "a.safetensors")
+    assert load_file(path)["images"].shape == (2, 4, 6, 3)
+    assert load_file(path)["images"][1].tolist() == [[[0, 0, 255]] * 6] * 4
+    assert made.left_out(path) == []
+    assert read_record(path)["width"] == 6
+    [path] = Output(prompt="a", seed=1, frames=[[red, blue, red]]).save(tmp_path / "b.safetensors")
+    assert load_file(path)["frames.0"].shape == (3, 4, 6, 3)
+    [path] = Output(prompt="a", seed=1, images=[red, Image.new("RGBA", (2, 2))]).save(tmp_path / "c.safetensors")
+    assert {name: array.shape for name, array in load_file(path).items()} == {
+        "images.0": (4, 6, 3),
+        "images.1": (2, 2, 4),
+    }
+
+
+def test_the_extension_is_compared_with_the_output_type():
+    takes = PipelineSignature("P", ("prompt",))
+    assert takes.kinds_as(None) == ("image", "tensors")
+    assert takes.kinds_as("latent") == ("tensors",)
+    with pytest.raises(InputError, match=r"does not fit numbers; use an extension among \.safetensors"):
+        check_path("f.png", takes.kinds_as("latent"))
 
 
 def test_error_is_not_saved(tmp_path):

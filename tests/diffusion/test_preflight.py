@@ -10,12 +10,15 @@ import sys
 import pytest
 
 from shardit.config import DiffusionParallelConfig
+from shardit.core.modules.block_names import count_blocks
+from shardit.core.modules.blocks import find_blocks
 from shardit.diffusion.loading import diffusers_source
-from shardit.diffusion.loading.attention_backends import backend_names
+from shardit.diffusion.loading.attention_backends import backend_names, package_of
 from shardit.diffusion.loading.model_options import model_options
 from shardit.diffusion.loading.required_packages import missing, missing_by_name
 from shardit.diffusion.preflight import preflight
 from shardit.diffusion.preflight.static_signature import static_signature, static_signatures_of_model
+from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.errors import InputError
 from shardit.loading.index import component_class, components, pipeline_class
 from shardit.models import tiny
@@ -36,13 +39,24 @@ GENERATE = ["generate", "--prompt", "a", "--model"]
         ([*GENERATE, "tiny/flux", "--height", "0"], "height must be a whole number"),
         ([*GENERATE, "tiny/wan2.2-i2v"], "needs an image"),
         ([*GENERATE, "tiny/fluxx"], "no tiny model 'fluxx'"),
+        ([*GENERATE, "tiny/wan2.2-t2v", "--width=100"], "width must be a multiple of 16, got 100; use 96 or 112"),
+        ([*GENERATE, "tiny/qwen-image", "--width=8"], "width must be at least 16, got 8"),
         ([*GENERATE, "./nowhere"], "there is no folder"),
         (["serve", "./nowhere"], "there is no folder"),
         (["serve", "tiny/fluxx"], "no tiny model 'fluxx'"),
         (["inspect", "tiny/flux", "--dtype=nope=float32"], "has no component 'nope' with weights"),
         (["inspect", "Qwen-Image", "--dtype=nope=float32"], "has no component 'nope' with weights"),
         (["inspect", "Qwen-Image", "--variant=fp16"], "there are no weight files of Qwen-Image here"),
+        ([*GENERATE, "no model"], "there is no folder no model: check the path"),
+        (["serve", "no model"], "there is no folder no model: check the path"),
         (["inspect", "no-model"], "there is no model 'no-model'"),
+        (["inspect", "no model"], "there is no model 'no model'"),
+        (["inspect", "/nope"], "there is no folder /nope: check the path"),
+        (["inspect", "./nope"], "there is no folder ./nope: check the path"),
+        (["inspect", "nope/"], "there is no folder nope/: check the path"),
+        (["inspect", "a/b/c"], "there is no folder a/b/c: check the path"),
+        (["inspect", "--model=a/b c"], "there is no folder a/b c: check the path"),
+        (["inspect", ""], "no model given"),
     ],
 )
 def test_mistakes_are_found_without_torch(tmp_path, words, text):
@@ -59,6 +73,8 @@ SHADOW = "import os; open(os.environ['SHADOW'], 'w').close(); raise ModuleNotFou
 NAMES = [
     ("SHARDIT_PP_LAYER_PARTITION=a,b", "", "'a' is not a number"),
     ("VLLM_PP_LAYER_PARTITION=1,2,3", "--pipeline-parallel-size=2", "VLLM_PP_LAYER_PARTITION has 3 entries"),
+    ("OMP_NUM_THREADS=abc", "", "OMP_NUM_THREADS must be a whole number of at least 1, got 'abc'"),
+    ("OMP_NUM_THREADS=0", "", "OMP_NUM_THREADS must be a whole number of at least 1, got '0'"),
     ("SHARDIT_CACHE=x.safetensors", "", "cannot write to the cache x.safetensors"),
     ("", "--attention-backend=nope", "there is no attention back end 'nope'"),
     ("", "--scheduler=Nope", "no scheduler 'Nope'; choose among DEIS"),
@@ -68,6 +84,13 @@ NAMES = [
     ("", "--single-file=transfomer=x.safetensors", "no model 'transfomer' (did you mean 'transformer'?)"),
     ("", "--variant=fp16", "no component of the model has weights of variant 'fp16'"),
     ("", "--lora=x.safetensors", "lora needs peft"),
+    ("", "--lora=empty", "empty has no .safetensors file: correct the path"),
+    ("", "--attention-backend=flash", "'flash' needs flash_attn, which is not installed: pip install flash_attn"),
+    ("", "--attention-backend=Sage_Hub", "'Sage_Hub' needs kernels, which is not installed: pip install kernels"),
+    ("", "MODEL=model --pipeline-parallel-size=13", "is more than the 12 blocks of the model; use at most 12"),
+    ("", "MODEL=model --pipeline-parallel-size=2 --layer-partition=3,4", "adds up to 7, but the transformer has 12"),
+    ("SHARDIT_PP_LAYER_PARTITION=11", "MODEL=model", "SHARDIT_PP_LAYER_PARTITION 11 adds up to 11"),
+    ("", "MODEL=model --tensor-parallel-size=5", "its attention has 4 heads to deal out; use 1 to 4"),
     ("HF_HUB_OFFLINE=1", "MODEL=no/where", "no/where is not (wholly) in the cache and HF_HUB_OFFLINE is set"),
     ("HF_HUB_OFFLINE=1", "MODEL=x.safetensors --config=nowhere", "nowhere is not (wholly) in the cache"),
     ("HF_ENDPOINT=http://127.0.0.1:9", "HF_HUB_OFFLINE=0 MODEL=no/where", "cannot reach http://127.0.0.1:9"),
@@ -89,6 +112,7 @@ def place(tmp_path_factory):
     for name in ("no-vae", "no-shard", "no-weights", "no-entry"):
         shutil.copytree(home / "model", home / name)
     shutil.rmtree(home / "no-vae" / "vae")
+    (home / "empty").mkdir()
     next((home / "no-shard" / "transformer").glob("*-00002-*")).unlink()
     (home / "no-weights" / "text_encoder" / "model.safetensors").unlink()
     index = json.loads((home / "no-entry" / "model_index.json").read_text())
@@ -155,6 +179,36 @@ def test_schedulers_from_the_source(name):
     with pytest.raises(InputError) as read:
         check_scheduler_names(options, str(part.class_name), config, cls.__name__)
     assert str(read.value) == str(tried.value)
+
+
+@pytest.mark.parametrize("name", tiny.names())
+def test_sizes_and_blocks_from_files(name):
+    """What files tell is what the loaded model tells."""
+    folder = tiny.resolve(f"tiny/{name}")
+    pipe = tiny.load_plain(folder)
+    for model in (f"tiny/{name}", folder):
+        found, _ = static_signatures_of_model(model)
+        assert (found.multiples, found.least) == (size_multiples(pipe), least_sides(pipe))
+    for model in (part for key, part in pipe.components.items() if part and key.startswith("transformer")):
+        shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        assert count_blocks(shapes) in (None, len(find_blocks(model)))
+        assert (count_blocks(shapes) is None) == (name == "z-image")  # it has a sequence that names take for a list
+
+
+def test_blocks_that_names_do_not_tell():
+    assert count_blocks({"a.0.x.weight": (4,), "a.1.x.weight": (4,), "b.0.y.w": (2,), "out.weight": (3,)}) == 3
+    assert count_blocks({"a.0.x.weight": (400,), "a.1.x.weight": (400,), "b.0.y.w": (2,)}) == 2  # b is too small
+    assert count_blocks({"a.0.x.weight": (4,), "a.0.table": (4,)}) == 1
+    assert count_blocks({"a.0.x.weight": (4,), "a.2.x.weight": (4,)}) is None
+    assert count_blocks({"a.0.x.weight": (4,), "a.1.weight": (4,)}) is None
+    assert count_blocks({"a.0.0.x.weight": (4,)}) is None
+    assert count_blocks({"out.weight": (4,)}) == 0
+
+
+def test_packages_of_attention_back_ends():
+    assert [package_of(name) for name in ("flash", "xformers", "sage", "flash_hub", "native", "nope")] == [
+        *("flash_attn", "xformers", "sageattention", "kernels", None, None)
+    ]
 
 
 def test_attention_back_ends_from_the_source():

@@ -12,8 +12,9 @@ from PIL import Image
 
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.build import build_requests, params_of
-from shardit.diffusion.request.pipeline_signature import signature_of
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
 from shardit.errors import InputError
+from shardit.models import tiny
 from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
 
 Params = OmniDiffusionSamplingParams
@@ -217,6 +218,22 @@ def test_picture_arguments_of_real_pipelines():
     assert set(pictures("StableDiffusionXLControlNetInpaintPipeline")) >= {"mask_image", "control_image"}
     assert pictures("FluxPipeline") == ("ip_adapter_image", "negative_ip_adapter_image")
     assert pictures("QwenImagePipeline") == ()
+
+
+def test_steps_beside_a_list_of_another_length():
+    takes = PipelineSignature(
+        "P", ("prompt", "num_inference_steps", "sigmas", "timesteps"), {"num_inference_steps": 50}
+    )
+    rest = {"prompt": None, "negative_prompt": None, "pil_image": None, "takes": takes}
+    for name in ("sigmas", "timesteps"):
+        with pytest.raises(InputError, match=rf"num_inference_steps and {name} disagree \(7 and 2 entries\); give one"):
+            build_requests("a", None, overrides={name: [1.0, 0.5], "num_inference_steps": 7}, **rest)
+        assert build_requests("a", None, overrides={name: [1.0, 0.5], "num_inference_steps": 2}, **rest)
+        [request] = build_requests("a", None, overrides={name: [1.0, 0.5]}, **rest)
+        assert "num_inference_steps" not in request.settings()
+    [request] = build_requests("a", None, overrides={}, **rest)
+    assert request.settings()["num_inference_steps"] == 50
+    assert "num_inference_steps" not in tiny.filled_in("flux", ["sigmas"])
 
 
 def test_drawn_seeds_differ():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import pickle
@@ -353,7 +355,9 @@ def test_a_class_of_ones_own():
     ],
 )
 def test_errors_of_libraries_come_with_what_to_change(text, words):
-    asked = dataclasses.replace(request(), made_by={"dtype": {"vae": "bfloat16"}}, kwargs={"height": 8})
+    asked = dataclasses.replace(
+        request(), made_by={"dtype": {"vae": "bfloat16"}}, kwargs={"height": 8 if words else 512}
+    )
     error = collect(asked, None, RuntimeError(text)).error or ""
     assert error.startswith(f"RuntimeError: {text}")
     assert (words in error) if words else error == f"RuntimeError: {text}"
@@ -367,3 +371,23 @@ def test_long_warnings_are_cut():
         logging.getLogger("somebody").warning("cut: %s", "and on " * 2000)
         logging.getLogger("somebody").warning("")
     assert [len(line) for line in heard.lines] == [LONGEST_WARNING + 3, 0]
+
+
+def test_warnings_that_become_notes_are_not_printed():
+    log, printed = logging.getLogger("somebody.else"), io.StringIO()
+    handler = logging.StreamHandler(printed)
+    log.addHandler(handler)
+    turn = True
+    with warnings_of("somebody.else", lambda: turn) as heard:
+        log.warning("rounded")
+        log.warning("rounded")
+        turn = False
+        log.warning("of another request")
+    log.warning("later")
+    assert heard.lines == ["rounded"]
+    assert printed.getvalue().splitlines() == ["of another request", "later"]
+    with contextlib.suppress(ValueError), warnings_of("somebody.else", lambda: True):
+        log.warning("before it failed")
+        raise ValueError
+    log.removeHandler(handler)
+    assert printed.getvalue().splitlines()[2:] == ["before it failed"]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 
+from shardit.diffusion.request.advice import advice
 from shardit.diffusion.request.build import build_requests
 from shardit.diffusion.request.pipeline_signature import signature_of
-from shardit.diffusion.request.size_multiples import size_multiples
+from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.errors import InputError
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.schema.fields import check_fields, field_models
@@ -55,6 +56,34 @@ def test_multiples_of_real_pipelines(name, multiple):
 
     found = size_multiples(tiny.load_plain(tiny.resolve(f"tiny/{name}")))
     assert found == ({} if multiple is None else {"height": multiple, "width": multiple})
+
+
+@pytest.mark.parametrize(("name", "least"), [("qwen-image", 16), ("flux", 16), ("wan2.2-t2v", 8)])
+def test_the_least_sides_of_real_pipelines(name, least):
+    from shardit.models import tiny
+
+    assert least_sides(tiny.load_plain(tiny.resolve(f"tiny/{name}"))) == {"height": least, "width": least}
+
+
+def test_a_size_that_is_too_small():
+    takes = dataclasses.replace(signature_of(RoundingPipeline), least={"height": 16, "width": 16})
+    rest = {"prompt": None, "negative_prompt": None, "pil_image": None, "takes": takes}
+    with pytest.raises(InputError, match="width must be at least 16, got 8"):
+        build_requests("a", None, overrides={"height": 16, "width": 8}, **rest)
+    assert build_requests("a", None, overrides={"height": 16, "width": 17}, **rest)
+    for size, side in (("8x16", "width"), ("16x1", "height")):
+        with pytest.raises(ApiError, match=f"{side} must be at least 16") as caught:
+            arguments({"prompt": "a", "size": size}, takes, OPTIONS)
+        assert caught.value.param == "size"
+
+
+@pytest.mark.parametrize(("error", "told"), [(RuntimeError("shape"), True), (ValueError("no"), False)])
+def test_an_error_at_a_small_size_says_that_it_may_be_too_small(error, told):
+    rest = {"prompt": None, "negative_prompt": None, "pil_image": None, "takes": signature_of(RoundingPipeline)}
+    [request] = build_requests("a", None, overrides={"height": 32, "width": 512}, **rest)
+    assert ("too small for the model (height 32, width 512)" in advice(request, error)) is told
+    [request] = build_requests("a", None, overrides={"height": 512, "width": 512}, **rest)
+    assert advice(request, error) == ""
 
 
 def test_a_pipeline_of_pipelines_is_not_asked():

@@ -206,3 +206,11 @@ def test_wrong_keywords_of_the_entry_points():
         shardit.parallelize(object(), splitbatch=False)
     with pytest.raises(InputError, match="load: tensor_parallel_size is a field"):
         shardit.load("tiny/flux", DiffusionParallelConfig(), tensor_parallel_size=1)
+
+
+@pytest.mark.parametrize("function", ["Omni", "load"])
+def test_a_wrong_keyword_in_place_of_the_model_is_named(function):
+    with pytest.raises(InputError, match=rf"{function} takes no 'model_id' .did you mean 'model'"):
+        getattr(shardit, function)(model_id="tiny/flux")
+    with pytest.raises(InputError, match="model"):
+        getattr(shardit, function)()

@@ -60,6 +60,17 @@ def test_a_synchronous_video(videos: Served) -> None:
     assert (status, part) == (206, b"ftyp")
 
 
+@pytest.mark.parametrize("response_format", ["b64_json", "url"])
+def test_a_synchronous_answer_has_the_notes(images: Served, videos: Served, response_format: str) -> None:
+    asked = {"prompt": "a note", "response_format": response_format}
+    assert images.call("POST", NOW, asked)[1]["notes"] == ["it was rounded"]
+    assert images.call("POST", NOW, {**asked, "prompt": "a cat"})[1]["notes"] == []
+    _, _, headers = videos.call("POST", "/v1/videos/sync", {"prompt": "a note", "size": "64x32"})
+    assert json.loads(headers["x-shardit-notes"]) == ["it was rounded"]
+    _, _, headers = videos.call("POST", "/v1/videos/sync", {"prompt": "a cat", "size": "64x32"})
+    assert "x-shardit-notes" not in headers
+
+
 @pytest.mark.parametrize(
     ("asked", "status", "got"),
     [

@@ -186,6 +186,36 @@ def test_forms_are_read_in_one_way_only(images: Served) -> None:
     assert images.call("POST", NOW, data, {"Content-Type": kind})[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"prompt": "x", "prompt": "y"}', "prompt"),
+        (b'{"prompt": "x", "extra_args": {"a": 1, "a": 1}}', "a"),
+        (b'{"prompt": "x", "\\ud800": 1, "\\ud800": 2}', "?"),
+    ],
+)
+def test_a_name_that_is_given_twice(images: Served, body: bytes, name: str) -> None:
+    status, answer, _ = images.call("POST", NOW, body, {"Content-Type": "application/json"})
+    assert (status, answer["error"]["param"]) == (400, name)
+    assert f"{name!r} is given twice in one JSON object; give it once" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"stream": True}, "stream True has no meaning here; leave it out, or give null or false or 'auto'"),
+        ({"partial_images": 2}, "or give null or 0 or 'auto'"),
+        ({"sigmas": "abc"}, "sigmas must be a list of numbers, got 'abc'"),
+        ({"timesteps": 5}, "timesteps must be a list of numbers, got 5"),
+        ({"strength": "much"}, "strength must be a number, or a list of numbers, got 'much'"),
+    ],
+)
+def test_what_a_field_takes_is_said(images: Served, fields: dict[str, Any], text: str) -> None:
+    status, answer, _ = images.call("POST", NOW, {"prompt": "x", **fields})
+    assert status == 400
+    assert text in answer["error"]["message"]
+
+
 def test_other_models_and_kinds(images: Served, videos: Served) -> None:
     assert error_of(images, NOW, {"prompt": "x", "model": "sora"}, 404)["code"] == "model_not_found"
     assert "POST /v1/videos" in error_of(videos, NOW, {"prompt": "x"}, 400)["message"]

@@ -205,6 +205,8 @@ def test_tiling_can_be_changed_and_idle_ranks_are_told() -> None:
         f"{vae}.decode: number of tiles 1, ranks 2: some idle",
         f"{vae}.encode: number of tiles 1, ranks 2: some idle",
     ]
+    assert "lower vae_patch_parallel_size, or set smaller tiles of the VAE" in first["warned"][2]
+    assert "tile_sample_min_height=" in first["warned"][2]
     assert second["warned"] == []
 
 

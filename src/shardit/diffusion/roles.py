@@ -9,10 +9,7 @@ from torch import nn
 
 from shardit.core.modules.patching import plain_class
 from shardit.core.placement.roles import Roles
-
-CUT_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
-"""Where the classes live that denoise, and so are cut; everything else of a pipeline runs once or twice a request."""
-
+from shardit.diffusion.class_homes import CUT_PACKAGES
 
 CUT_NAMES = ("transformer", "unet", "denoiser", "dit")
 """How the names of components begin that denoise, where their classes are a user's own or a pipeline's own."""

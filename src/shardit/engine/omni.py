@@ -57,7 +57,7 @@ class Omni:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] = "",  # as if it were required: so a wrong keyword in its place is named
         *,
         parallel_config: DiffusionParallelConfig | None = None,
         dtype: Any = None,
@@ -77,7 +77,7 @@ class Omni:
         **parallel: Any,
     ):
         self._closed = False
-        own = [name for name in inspect.signature(Omni).parameters if name not in ("model", "parallel")]
+        own = [name for name in inspect.signature(Omni).parameters if name != "parallel"]
         config = config_of(parallel_config, parallel, "Omni", own)
         options = model_options(
             variant=variant,
@@ -91,7 +91,7 @@ class Omni:
         )
         model, options = split_model(model, model_config, options)
         spec = _spec(model, config, dtype, device, max_in_flight, timeout_s, attention_backend, options, self._session)
-        if self._session == SESSION:  # another one decides itself what a model is
+        if self._session == SESSION:
             preflight.check(spec.model, config, options, dtype=spec.dtype, attention_backend=spec.attention_backend)
         self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec)
         self._finalizer = weakref.finalize(self, self._ranks.close)
@@ -239,7 +239,7 @@ class LocalRanks:
         try:
             yield
         except (Closed, TimeoutError) as error:
-            state = "did not answer in time"
+            state = f"did not answer in time: raise timeout_s (--timeout), which is {self.spec.timeout_s:g} s"
             if isinstance(error, Closed) and self._nursery is not None:
                 state = self._nursery.how_it_ended()
             self._end_ranks()
@@ -305,7 +305,8 @@ def _spec(
     """Check the types of all arguments; what they mean is checked where the model is read."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
-    local_folder(model)
+    if session == SESSION:  # another one decides itself what a model is
+        local_folder(model)
     # torch's own type by name: this process need not import torch.
     known = isinstance(device, str) or (type(device).__module__, type(device).__name__) == ("torch", "device")
     if device is not None and not (known and str(device)):

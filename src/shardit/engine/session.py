@@ -36,7 +36,7 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature, sign
 from shardit.diffusion.request.processors import check_in_flight, processors_put_back
 from shardit.diffusion.request.progress import report_progress
 from shardit.diffusion.request.returned import sample_rate_of
-from shardit.diffusion.request.size_multiples import size_multiples
+from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.diffusion.sharding.layout import place_components
 from shardit.engine.nodes.node_facts import fingerprint, versions
 from shardit.engine.process.memory import held_bytes, limit_bytes
@@ -210,9 +210,8 @@ class Session:
 
 def _signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
     found = signature_of(type(pipe), index, sample_rate=rate)
-    return dataclasses.replace(
-        found, multiples=size_multiples(pipe), made_by=_made_by(spec), missing=missing(type(pipe))
-    )
+    sizes: dict[str, Any] = {"multiples": size_multiples(pipe), "least": least_sides(pipe)}
+    return dataclasses.replace(found, **sizes, made_by=_made_by(spec), missing=missing(type(pipe)))
 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:
@@ -242,19 +241,21 @@ def ranks_here(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
-LONGEST_WARNING = 300
+LONGEST_WARNING = 200
 """Characters of a warning that becomes a note."""
 
 
 class warnings_of:
     """Collects what a library's loggers warn of while a request has its turns, one line each (sizes that were rounded,
-    say). `listening` tells whether it is this request's turn."""
+    say). `listening` tells whether it is this request's turn. The library does not print them then: they come as notes,
+    or, where the request fails, in its last moment."""
 
     def __init__(self, library: str, listening: Callable[[], bool]):
         self._logger = logging.getLogger(library)
         self._handler = logging.Handler(logging.WARNING)
         self._handler.emit = self._keep  # type: ignore[method-assign]
         self._listening = listening
+        self._theirs: list[logging.Handler] = []
         self.lines: list[str] = []
 
     def _keep(self, record: logging.LogRecord) -> None:
@@ -264,9 +265,19 @@ class warnings_of:
         if self._listening() and line not in self.lines:
             self.lines.append(line)
 
+    def _is_not_kept(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING or not self._listening()
+
     def __enter__(self) -> warnings_of:
+        self._theirs = list(self._logger.handlers)
+        for handler in self._theirs:
+            handler.addFilter(self._is_not_kept)
         self._logger.addHandler(self._handler)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
         self._logger.removeHandler(self._handler)
+        for handler in self._theirs:
+            handler.removeFilter(self._is_not_kept)
+        for line in self.lines if error is not None else ():
+            self._logger.warning("%s", line)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -268,5 +267,11 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 def is_hub_id(model: str) -> bool:
     """Whether a text could be a hub id: a name, or owner/name."""
-    parts = model.split("/")
-    return len(parts) in (1, 2) and all(part and part[0] not in ".~" for part in parts) and os.sep not in parts
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True

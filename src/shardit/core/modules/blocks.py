@@ -7,12 +7,10 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
+from shardit.core.modules.block_names import SMALL_SHARE
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import put
 from shardit.errors import UnsupportedError
-
-SMALL_SHARE = 0.02
-"""Block lists with a smaller share of the parameters are kept whole on every rank."""
 
 
 def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, nn.Module]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from shardit.config import DiffusionParallelConfig, check_layer_partition, partition_chunks, resolve_layer_partition
+from shardit.config import DiffusionParallelConfig, fitting_partition, idle_chunks
 from shardit.core.comm.mesh import axis_sizes, coordinates
 from shardit.core.modules.blocks import find_blocks, keeps, nbytes
 from shardit.core.modules.hints import Plan
@@ -36,7 +36,8 @@ class Assignment:
     replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
     that own it. tiles: the members that hold a VAE and share its tiles, its owner first. small: the tensors of owned
     components that every member has, by name. stages: the stage of each member of a replica (all ranks that work on the
-    same requests). notes: what a user may want to know. held: about how many bytes each member has of a component."""
+    same requests). unmet: what was asked for and cannot be followed. notes: these, and what else a user may want to
+    know. held: about how many bytes each member has of a component."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Assignment:
     sliced: frozenset[str] = frozenset()
     tp: int = 1
     chunks: int = 1
+    unmet: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     held: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -92,22 +94,22 @@ class Assignment:
 def assign_blocks(
     model: nn.Module, config: DiffusionParallelConfig, in_flight: int, plan: Plan | None, environ: Mapping[str, str]
 ) -> tuple[Cut, str | None]:
-    """Place the blocks of one transformer; the note says where fewer chunks were made than asked for.
+    """Place the blocks of one transformer; the note says where chunks were not made as asked for.
 
     Raises InputError/UnsupportedError where partition, stages and blocks do not fit.
     """
     blocks = find_blocks(model, plan)
     pp_size, name = config.pipeline_parallel_size, type(model).__name__
     if not blocks and pp_size == 1:
-        return Cut((), Placement((), 1), plan), None
+        return Cut((), Placement((), 1), plan), idle_chunks(config)
     if not blocks:
         raise UnsupportedError(f"{name} has no block lists, so it cannot be cut; use pipeline_parallel_size=1")
     names = tuple(n for n, _ in blocks)
-    partition, source = resolve_layer_partition(config, environ)
+    partition = fitting_partition(config, environ, len(blocks))
+    if partition is None and pp_size == 1:
+        return Cut(names, Placement((len(names),), 1), plan), idle_chunks(config)
     if partition is not None:
-        chunks = partition_chunks(config, partition, source)
-        check_layer_partition(partition, source, len(blocks), pp_size, chunks)
-        return Cut(names, Placement(tuple(partition), pp_size), plan), None
+        return Cut(names, Placement(tuple(partition), pp_size), plan), idle_chunks(config)
     wanted = config.pipeline_chunks or automatic_chunks(len(blocks), pp_size, in_flight)
     placement = place_blocks([block_cost(block) for _, block in blocks], pp_size, wanted)
     note = None
@@ -138,11 +140,11 @@ def assign(
     sizes = {**axis_sizes(config), "dp": 1}
     stages = tuple(coordinates(sizes, member)["pp"] for member in range(math.prod(sizes.values())))
     in_flight = max(1, roles.branches // config.cfg_parallel_size) * max_in_flight
-    notes, cut, load, parts = [], {}, list(held or [0.0] * len(stages)), frozenset(sliced)
+    unmet, cut, load, parts = [], {}, list(held or [0.0] * len(stages)), frozenset(sliced)
     for name, module in ((n, m) for n, m in modules.items() if n in roles.stepped):
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
         cut[name], note = assign_blocks(module, config, in_flight, plan, environ)
-        notes += [note] if note else []
+        unmet += [note] if note and note not in unmet else []
         of_stage = _bytes_of_stages(module, cut[name], sizes["tp"] if name in parts else 1)
         load = [size + of_stage[stage] for size, stage in zip(load, stages, strict=True)]
     if pp_size > 1 and held is None and not any(nbytes(module) for module in modules.values()):
@@ -150,7 +152,7 @@ def assign(
     loads = Loads(load, sizes["tp"])
     shares = config.vae_patch_parallel_size if held is None or roles.vaes else 1
     tiles = _shared_tiles(modules, roles, shares, loads)
-    notes += [f"{name}: its tiles are shared by {len(members)} ranks" for name, members in tiles.items()]
+    notes = [*unmet, *(f"{name}: its tiles are shared by {len(members)} ranks" for name, members in tiles.items())]
     rest = {name: module for name, module in modules.items() if name not in cut and name not in tiles}
     share = sum(nbytes(module) for module in modules.values()) / len(stages)
     wholes, encoders = _outside_transformers(rest, roles, share, loads, parts)
@@ -163,7 +165,7 @@ def assign(
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
     # Encoders are loaded whole or not at all, so what is read of one comes from its owner.
     small = {name: small_tensors(modules[name]) for name in owned if name not in roles.encoders}
-    return Assignment(stages, cut, relayed, owned, tiles, small, parts, sizes["tp"], chunks, tuple(notes))
+    return Assignment(stages, cut, relayed, owned, tiles, small, parts, sizes["tp"], chunks, tuple(unmet), tuple(notes))
 
 
 def _bytes_of_stages(module: nn.Module, cut: Cut, shares: int) -> dict[int, int]:

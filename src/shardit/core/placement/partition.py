@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shardit.config import check_stages
 from shardit.errors import UnsupportedError
 
 MAX_CHUNKS = 8
@@ -104,10 +105,6 @@ def place_blocks(
     """
     if partition is not None:
         return Placement(tuple(partition), pp_size)
-    if len(costs) < pp_size:
-        raise UnsupportedError(
-            f"pipeline_parallel_size={pp_size} is more than the {len(costs)} blocks of the model; "
-            f"use at most {len(costs)}"
-        )
+    check_stages(pp_size, len(costs))
     chunks = max(1, min(chunks, len(costs) // pp_size))
     return Placement(tuple(balanced_cuts(costs, chunks * pp_size)), pp_size)

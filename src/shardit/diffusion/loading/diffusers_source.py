@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shardit.diffusion.class_homes import CUT_PACKAGES
+
 _NOT_PLAIN = object()
 """Stands for a default that is no literal."""
 
@@ -138,6 +140,19 @@ def optional_components(pipeline: str) -> list[str] | None:
         return None if value is None else list(ast.literal_eval(value))
     except ValueError:
         return None
+
+
+def init_defaults(model: str) -> dict[str, Any]:
+    """The plain defaults of the `__init__` of a model class: what its configuration says where it says nothing."""
+    node = definition(model, "models")
+    items = {} if node is None else parameters_of(node, "__init__")
+    return {name: item.default for name, item in items.items() if item.default not in (item.empty, _NOT_PLAIN)}
+
+
+def denoises(model: str) -> bool:
+    """Whether a class of that name is one of those that denoise."""
+    folders = (package.removeprefix("diffusers.").replace(".", "/") for package in CUT_PACKAGES)
+    return any(definition(model, within) is not None for within in folders)
 
 
 def has_method(pipeline: str, name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from shardit.config import did_you_mean
 from shardit.errors import InputError
+from shardit.loading.hub import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,11 @@ def _lora(value: Any) -> Lora:
     for name in more:
         if not isinstance(name, str) or name in ("adapter_name", "pretrained_model_name_or_path_or_dict", "hotswap"):
             raise InputError(f"lora {os.fspath(path)}: {name!r} cannot be given")
-    return Lora(_existing(os.fspath(path)), float(scale), more)
+    found = _existing(os.fspath(path))
+    inside = Path(found) / str(more.get("subfolder") or "")
+    if Path(found).is_dir() and not any(inside.glob("*.safetensors")):
+        raise InputError(f"lora {inside} has no .safetensors file: correct the path")
+    return Lora(found, float(scale), more)
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -212,6 +217,6 @@ def _existing(path: str) -> str:
         raise InputError(f"lora {path} is no .safetensors file: pickles can run code, convert it first")
     if found.exists():
         return str(found.resolve())
-    if path.count("/") != 1 or path[0] in "./~" or path.endswith(".safetensors"):
+    if "/" not in path or not is_hub_id(path) or path.endswith(".safetensors"):
         raise InputError(f"lora {path} does not exist: correct the path")
     return path

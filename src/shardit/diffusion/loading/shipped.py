@@ -51,15 +51,18 @@ def configurations(model: str | os.PathLike[str], variant: str | None = None) ->
 
 
 def _configurations(model: str | os.PathLike[str]) -> Path | None:
-    from shardit.loading.hub import cached
+    from shardit.loading.hub import cached, is_hub_id
+    from shardit.loading.source import local_folder
 
     name = os.fspath(model)
     path, folder = Path(name).expanduser(), shipped(name)
     if path.is_dir():
         has_weights = any(is_weights(file.name) for file in path.rglob("*"))
         return None if has_weights or not (path / INDEX).exists() else path
-    if path.exists() or name.startswith("tiny/") or cached(name):
+    if path.exists() or name.startswith("tiny/") or (is_hub_id(name) and cached(name)):
         return None
+    if "/" in name:
+        local_folder(model)  # says what is wrong with a path that leads nowhere
     if folder is None and "/" not in name:
         known = names()
         raise InputError(f"there is no model {name!r}{did_you_mean(name, known)}; known by name: {', '.join(known)}")

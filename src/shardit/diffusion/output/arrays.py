@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ def named_arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
     elif isinstance(value, (list, tuple)):
         for position, each in enumerate(value):
             yield from named_arrays(each, f"{name}.{position}")
+
+
+def pixels_of(pictures: Sequence[Image]) -> Any:
+    """Pictures as one array (N, height, width, channels), or as a list where they differ in size or mode."""
+    import numpy as np
+
+    arrays = [np.asarray(picture) for picture in pictures]
+    return np.stack(arrays) if len({(array.shape, array.dtype) for array in arrays}) == 1 else arrays
 
 
 def pictures_of_map(numbers: Any) -> list[Image]:

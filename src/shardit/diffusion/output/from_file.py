@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.loading.model_options import WHOLE
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.diffusion.request.step_lists import listed
 from shardit.errors import InputError
 
 # Entries of a record that are not arguments of the pipeline.
@@ -47,8 +48,9 @@ def flags_of(
     """
     flags: dict[str, Any] = {}
     extra: dict[str, Any] = {}
+    own = (*_ABOUT, "scheduler_args", "single_files", *(["num_inference_steps"] if listed(record) else []))
     for name, value in record.items():
-        if name in (*_ABOUT, "scheduler_args", "single_files", *given) or value is None:
+        if name in (*own, *given) or value is None:
             continue
         if lacking := _not_held(value):
             advice = "use shardit.Omni" if lacking == "numbers" else f"add --extra {name}=PATH"
@@ -93,6 +95,17 @@ def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[
         for name in before
         if before[name] != versions.get(name)
     ]
+
+
+def other_pictures(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """Whether the input pictures, of these sizes, cannot be those that the file was made from."""
+    before, now = (
+        [f"{width}x{height}" for width, height in one] for one in (record.get("input_image_sizes", ()), sizes)
+    )
+    if before == now:
+        return []
+    there, here = (", ".join(one) or "none" for one in (before, now))
+    return [f"the file was made from input pictures of {there}, here: {here}: the result will differ"]
 
 
 def other_revision(record: Mapping[str, Any], made_by: Mapping[str, Any]) -> list[str]:

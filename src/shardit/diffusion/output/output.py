@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardit.diffusion.output.arrays import named_arrays, pictures_of_map
+from shardit.diffusion.output.arrays import named_arrays, pictures_of_map, pixels_of
 from shardit.diffusion.output.encode import record_text, write_image, write_video
 from shardit.diffusion.output.sound import write_wav
 from shardit.diffusion.request.returned import MAPS, Kind
@@ -102,7 +102,7 @@ class Output:
             "image": bool(self.pictures()),
             "audio": self.audio is not None and bool(self.sample_rate),
             "text": bool(self.texts),
-            "tensors": bool(self._arrays()),
+            "tensors": bool(self.images or self.frames or self._numbers()),
         }
         return tuple(kind for kind, there in held.items() if there)
 
@@ -114,7 +114,8 @@ class Output:
 
     def save(self, path: str | os.PathLike[str], *, quality: int | None = None) -> list[Path]:
         """Write what fits the extension: pictures (.png, .jpg, .webp), videos with their sound (.mp4), sound (.wav),
-        text (.txt), or all numbers (`latents`, `audio`, `extra`) in one file by name (.safetensors).
+        text (.txt), or all numbers in one file by name (.safetensors): `latents`, `audio`, `extra`, and the pixels of
+        pictures, from 0 to 255, as `images` (number, height, width, channels) and of videos as `frames.0`, `frames.1`.
 
         quality: of JPEG and WebP, 0 to 100; None, and 100, for the best there is (95 without colour subsampling, and
         lossless).
@@ -145,8 +146,8 @@ class Output:
         kind = next((kind for kind in self.kinds if suffix in SUFFIXES[kind]), None)
         fields = {"frames": self.frames, "images": self.images, "texts": self.texts, **self.extra}
         written = {"video": ("frames",), "image": ("images", *MAPS), "text": ("texts",)}.get(kind or "", ())
-        arrays = self._arrays()
         if kind == "tensors":
+            arrays = self._arrays()
             written = [name for name in fields if any(f"{key}.".startswith(f"{name}.") for key in arrays)]
         sound = {} if self.audio is None or kind in ("video", "audio", "tensors") else {"audio": self.audio}
         return [name for name, value in {**fields, **sound}.items() if name not in written and _says(value)]
@@ -174,9 +175,15 @@ class Output:
             raise InputError("the model does not tell its sample rate; dataclasses.replace(output, sample_rate=...)")
         return waveform, self.sample_rate
 
-    def _arrays(self) -> dict[str, Any]:
+    def _numbers(self) -> dict[str, Any]:
         held = {"latents": self.latents, "audio": self.audio, **self.extra}
         return {name: array for field, value in held.items() for name, array in named_arrays(value, field)}
+
+    def _arrays(self) -> dict[str, Any]:
+        """All that a file of numbers holds; pictures and frames as their pixels, from 0 to 255."""
+        shown = {"images": pixels_of(self.images), "frames": [pixels_of(video) for video in self.frames or ()]}
+        pixels = {name: array for field, value in shown.items() for name, array in named_arrays(value, field)}
+        return {**self._numbers(), **pixels}
 
     def record(self) -> dict[str, Any]:
         """What is written into a file's metadata: enough to make it again."""

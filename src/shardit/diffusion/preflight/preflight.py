@@ -13,20 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardit.config import DiffusionParallelConfig, check_partition_variables
+from shardit.config import DiffusionParallelConfig, check_partition_variables, threads_asked
 from shardit.diffusion.loading import diffusers_source
 from shardit.diffusion.loading.attention_backends import check_attention_backend
 from shardit.diffusion.loading.model_options import WHOLE, ModelOptions, check_single_files
 from shardit.diffusion.loading.required_packages import check_frameworks, check_packages, missing_by_name
 from shardit.diffusion.loading.schedulers import no_scheduler, wants_scheduler
 from shardit.diffusion.loading.start_options import check_lora_support
+from shardit.diffusion.preflight.static_degrees import check_degrees
 from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
 from shardit.loading.checkpoint import Checkpoint, check_variant
 from shardit.loading.dtypes import Setting, check_components
 from shardit.loading.hub import check_cached, index_folder
 from shardit.loading.index import Component, check_complete, components, read_index
 from shardit.loading.source import local_folder
-from shardit.models.tiny.cache import check_cache
+from shardit.models.tiny.cache import check_cache, written_folder
 from shardit.models.tiny.catalog import recipe
 
 _NO_MODEL = re.compile("Tokenizer|Processor|Extractor|Scheduler")
@@ -65,11 +66,13 @@ def check(
         check_frameworks()
         check_attention_backend(attention_backend)
     check_partition_variables(config, os.environ)
+    threads_asked(os.environ)
     known = _known(model, files)
     name = known and known.class_name
     takes = diffusers_source.init_parameters(name) if name else {}
     if files and known is not None and known.folder is not None and takes:
-        _check_files(known, known.folder, takes, options)
+        checkpoints = _check_files(known, known.folder, takes, options)
+        check_degrees(config, {name: (known.parts[name], one) for name, one in checkpoints.items()})
     if files and os.fspath(model).startswith("tiny/"):
         check_cache(os.fspath(model).removeprefix("tiny/"))
     if known is not None and name:
@@ -89,9 +92,10 @@ def check(
 def _known(model: str | os.PathLike[str], files: bool) -> Known | None:
     """What names tell of a model; None where only the hub, or another machine, knows which version will be loaded."""
     text = os.fspath(model)
-    if text.startswith("tiny/"):
-        return _of_tiny(text.removeprefix("tiny/"))
-    folder = local_folder(model)
+    tiny = text.removeprefix("tiny/") if text.startswith("tiny/") else None
+    folder = local_folder(model) if tiny is None else written_folder(tiny)
+    if tiny is not None and folder is None:
+        return _of_tiny(tiny)
     found = folder or (index_folder(text) if files else None)
     if found is None:
         return None
@@ -126,15 +130,16 @@ def _scheduler_config(parts: Mapping[str, Component]) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_files(known: Known, folder: Path, takes: Mapping[str, Any], options: ModelOptions) -> None:
-    """Raise InputError where a component's folder, or a weight file, is missing."""
+def _check_files(known: Known, folder: Path, takes: Mapping[str, Any], options: ModelOptions) -> dict[str, Checkpoint]:
+    """The weight files of the components that come from the folder. Raises InputError where one, or a component's
+    folder, is missing."""
     name = str(known.class_name)
     optional = diffusers_source.optional_components(name)
     if optional is not None:
         check_complete(folder, name, takes, optional, known.parts)
     if WHOLE in options.single_files:
-        return  # which of the components are taken from the folder, the file decides
-    checkpoints = {}
+        return {}  # which of the components are taken from the folder, the file decides
+    checkpoints: dict[str, Checkpoint] = {}
     for component in known.models:
         part = known.parts[component]
         if component not in options.single_files and part.folder != folder:
@@ -143,6 +148,7 @@ def _check_files(known: Known, folder: Path, takes: Mapping[str, Any], options: 
                 checkpoint.header(file)
     if checkpoints:
         check_variant(options.variant, checkpoints)
+    return checkpoints
 
 
 def _check_scheduler(known: Known, options: ModelOptions) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from shardit.diffusion.loading.diffusers_source import definition, lineage, method, parameters
 from shardit.diffusion.loading.variants import image_pipeline_name
+from shardit.diffusion.preflight.static_sizes import configs_in, static_sizes, with_defaults
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_from
 
 
@@ -31,23 +32,31 @@ def static_signatures_of_model(
 
     Raises InputError where there is no such model.
     """
-    from shardit.loading.index import read_index
+    from shardit.loading.index import components, read_index
     from shardit.loading.source import local_folder
 
     folder, text = local_folder(model), os.fspath(model)
-    name, config = None, {}
+    name, config, configs = None, {}, {}
     if folder is not None:
         config = read_index(folder)
-        name = config["_class_name"]
+        name, configs = config["_class_name"], configs_in(components(folder))
     elif text.startswith("tiny/"):
         from shardit.models.tiny.catalog import recipe
 
         found = recipe(text.removeprefix("tiny/"))
         name, config = found.pipeline, found.config
+        configs = {key: with_defaults(part.cls, part.config) for key, part in found.parts.items() if part is not None}
     if not isinstance(name, str):
         return None, None
     with_image = image_pipeline_name(name, config)
-    return static_signature(name, config), static_signature(with_image, config) if with_image else None
+    return _sized(static_signature(name, config), configs), _sized(
+        static_signature(with_image, config) if with_image else None, configs
+    )
+
+
+def _sized(found: PipelineSignature | None, configs: Mapping[str, Mapping[str, Any]]) -> PipelineSignature | None:
+    sizes: dict[str, Any] = static_sizes(found.class_name, found.names, configs) if found else {}
+    return found and dataclasses.replace(found, **sizes)
 
 
 def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:

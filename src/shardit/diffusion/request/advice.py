@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 _OF_DTYPES = re.compile(r"bfloat16|\bhalf\b|float16|same dtype|scalar type", re.IGNORECASE)
 _OF_SIZES = re.compile(r"kernel size|output size is too small|padding size should be less", re.IGNORECASE)
+_OF_SHAPES = (RuntimeError, IndexError, ZeroDivisionError)
+"""What torch and Python raise of tensors without elements, in many words; classes of their own say what is wrong."""
+_SMALL = 64
+"""Pixels of a side of which few latents are left, whatever the model is."""
 
 
 def advice(request: Request, error: Exception) -> str:
@@ -22,7 +26,8 @@ def advice(request: Request, error: Exception) -> str:
             f"; the components have dtypes of their own ({given}), with which this pipeline does not run: give others"
         )
     sides = {name: request.kwargs[name] for name in ("height", "width") if name in request.kwargs}
-    if sides and _OF_SIZES.search(text):
+    small = type(error) in _OF_SHAPES and any(isinstance(side, int) and side < _SMALL for side in sides.values())
+    if sides and (small or _OF_SIZES.search(text)):
         given = ", ".join(f"{name} {value}" for name, value in sides.items())
         return f"; perhaps the result is too small for the model ({given}): ask for a larger one"
     return ""

@@ -12,6 +12,7 @@ from shardit.diffusion.request.images import open_image
 from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_count
 from shardit.diffusion.request.request import Request
+from shardit.diffusion.request.step_lists import listed, steps_problem
 from shardit.errors import InputError
 from shardit.params import OmniDiffusionSamplingParams, field_names, seed_or_drawn
 
@@ -132,6 +133,8 @@ def _build(
     for name, value in kwargs.items():
         if problem := takes.size_problem(name, value) or takes.tensor_problem(name, value):
             raise InputError(problem)
+    if problem := steps_problem(kwargs):
+        raise InputError(problem)
     _rename_frames(kwargs, takes)
     if takes.form is not None:
         kwargs.setdefault("output_type", takes.form)
@@ -157,9 +160,16 @@ def _build(
         count_name=takes.count_name,
         fps=_fps(params, kwargs, takes),
         sample_rate=takes.sample_rate,
-        defaults={name: takes.defaults[name] for name in takes.choices if takes.defaults.get(name) is not None},
+        defaults=_defaults(kwargs, takes),
         made_by=takes.made_by,
     )
+
+
+def _defaults(kwargs: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
+    """The defaults of the pipeline, but for the number of steps where a list says it."""
+    hidden = "num_inference_steps" if listed(kwargs) else None
+    names = [name for name in takes.choices if takes.defaults.get(name) is not None and name != hidden]
+    return {name: takes.defaults[name] for name in names}
 
 
 def _rename_frames(kwargs: dict[str, Any], takes: PipelineSignature) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shardit.diffusion.request.returned import PICTURES, VIDEO, Kind, declared_fields, kinds_of
+from shardit.diffusion.request.returned import MAPS, PICTURES, VIDEO, Kind, declared_fields, kinds_of
 
 # Set by shardit itself, so not among what a user can choose.
 _NOT_CHOICES = (
@@ -56,6 +56,8 @@ class PipelineSignature:
     """Frames per second that the checkpoint was trained for, where its configuration tells."""
     multiples: Mapping[str, int] = field(default_factory=dict)
     """What the pipeline wants height and width to be multiples of, where it refuses others (`size_multiples`)."""
+    least: Mapping[str, int] = field(default_factory=dict)
+    """The least height and width of which latents are left (`least_sides`)."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
     outputs: tuple[str, ...] = ()
@@ -82,7 +84,11 @@ class PipelineSignature:
 
     def kinds_as(self, output_type: str | None) -> tuple[Kind, ...]:
         """What there is to save of a request with this `output_type`."""
-        return self.kinds if output_type in (None, "pil") else ("tensors", *self.kinds)
+        kinds: tuple[Kind, ...] = self.kinds
+        if output_type in ("latent", "np", "pt"):  # numbers in place of pictures, but for maps, which are made of them
+            kinds = tuple(kind for kind in kinds if kind not in ("image", "video") or {*MAPS} & {*self.outputs})
+        numbers: tuple[Kind, ...] = () if "tensors" in kinds else ("tensors",)
+        return kinds + numbers
 
     @property
     def form(self) -> str | None:
@@ -107,8 +113,12 @@ class PipelineSignature:
 
     def size_problem(self, name: str, value: Any) -> str | None:
         """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
-        step = self.multiples.get(name)
-        if step is None or not isinstance(value, int) or value % step == 0:
+        step, least = self.multiples.get(name), self.least.get(name, 1)
+        if not isinstance(value, int):
+            return None
+        if value < least and (step is None or value % step == 0):
+            return f"{name} must be at least {least}, got {value}: the model can make nothing smaller"
+        if step is None or value % step == 0:
             return None
         below, above = value // step * step, (value // step + 1) * step
         return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"

@@ -11,9 +11,8 @@ from typing import Any
 from diffusers.configuration_utils import ConfigMixin
 from PIL import Image
 
-_SIDE = 1024
-"""A side, in pixels, that every known pipeline takes: a multiple of whatever a VAE and patches need."""
-_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+from shardit.diffusion.request.size_search import SIDE, least_of, search
+
 _AFTER_THE_CHECKS = ("encode", "_encode", "prepare", "_prepare", "get_", "_get_")
 """How the names of the methods begin that pipelines call when their arguments have been checked."""
 
@@ -21,19 +20,16 @@ _AFTER_THE_CHECKS = ("encode", "_encode", "prepare", "_prepare", "get_", "_get_"
 def size_multiples(pipe: Any) -> dict[str, int]:
     """The numbers that height and width must be multiples of, by name; empty where the pipeline takes any, rounds them
     itself, or cannot be asked (it is made of other pipelines, whose calls would run)."""
-    found: dict[str, int] = {}
     if any(
         isinstance(part, ConfigMixin) and hasattr(part, "components") for part in getattr(pipe, "__dict__", {}).values()
     ):
-        return found
-    if not _takes(pipe, _SIDE, _SIDE):
-        return found
-    for name in ("height", "width"):
-        sides = ({"height": _SIDE, "width": _SIDE, name: _SIDE + step} for step in _MULTIPLES)
-        fits = (step for step, side in zip(_MULTIPLES, sides, strict=True) if _takes(pipe, **side))
-        if (step := next(fits, 1)) > 1:
-            found[name] = step
-    return found
+        return {}
+    return search(lambda height, width: _takes(pipe, height, width))
+
+
+def least_sides(pipe: Any) -> dict[str, int]:
+    """The least height and width of which latents are left, by name; empty where the pipeline does not tell."""
+    return least_of(vars(pipe), inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
 
 
 class _Checked(Exception):
@@ -46,7 +42,7 @@ def _takes(pipe: Any, height: int, width: int) -> bool:
     names = inspect.signature(call).parameters
     if not {"height", "width"} <= names.keys():
         return False
-    picture = Image.new("RGB", (_SIDE, _SIDE))
+    picture = Image.new("RGB", (SIDE, SIDE))
     given = {"prompt": "a", "image": picture, "mask_image": picture, "height": height, "width": width}
     log = logging.getLogger("diffusers")
     level = log.level

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Assignment, assign
 from shardit.diffusion.roles import roles_of
 from shardit.parallel.tensor.apply import TensorPlan, owners_of_wholes, plan_components
+
+log = logging.getLogger(__name__)
 
 
 def place_components(
@@ -41,3 +45,9 @@ def place_components(
         held=held,
     )
     return cuts, assignment.counted(modules)
+
+
+def warn_of(unmet: Iterable[str], mesh: Mesh) -> None:
+    """Say once, on the first rank, what was asked for and cannot be followed."""
+    for note in unmet if mesh.rank == 0 else ():
+        log.warning("%s", note)

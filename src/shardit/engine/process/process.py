@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import shardit
+from shardit.config import threads_asked
 
 PR_SET_PDEATHSIG = 1
 _NICENESS = 10
@@ -94,10 +95,9 @@ def session_gives_way() -> None:
 
 
 def threads_per_rank(world_size: int) -> int:
-    """What the user set in OMP_NUM_THREADS, else an equal share of the cores."""
-    wish = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if wish.isdecimal() and int(wish) > 0:
-        return int(wish)
+    """What the user set in OMP_NUM_THREADS, else an equal share of the cores. Raises InputError for a wrong value."""
+    if (wish := threads_asked(os.environ)) is not None:
+        return wish
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // world_size)
 

@@ -63,9 +63,11 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def filled_in(name: str, given: Collection[str]) -> dict[str, Any]:
-    """What a tiny model runs with because it is not among the names in `given`."""
+    """What a tiny model runs with because it is not among the names in `given`. Noise levels and time steps that are
+    given say how many steps there are."""
     call = defaults(name)
-    return {argument: call[argument] for argument in _OWN_SIZE if argument in call and argument not in given}
+    told = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & {*given} else [])}
+    return {argument: call[argument] for argument in _OWN_SIZE if argument in call and argument not in told}
 
 
 def images(name: str) -> int:

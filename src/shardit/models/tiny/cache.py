@@ -22,9 +22,9 @@ def cached_folder(name: str) -> Path:
     """The folder of a tiny model in the cache, written first where it is missing."""
     from shardit.models.tiny import write
 
-    folder = cache_root() / "tiny" / f"{name}-{_fingerprint()}"
-    if (folder / "model_index.json").is_file():
-        return folder
+    if (there := written_folder(name)) is not None:
+        return there
+    folder = _folder(name)
     try:
         return write(name, folder)
     except InputError as error:
@@ -34,6 +34,16 @@ def cached_folder(name: str) -> Path:
         if not isinstance(why := error.__cause__, OSError):
             raise
         raise _not_writable(why) from error
+
+
+def written_folder(name: str) -> Path | None:
+    """The folder of a tiny model in the cache, None where it is still to be written."""
+    folder = _folder(name)
+    return folder if (folder / "model_index.json").is_file() else None
+
+
+def _folder(name: str) -> Path:
+    return cache_root() / "tiny" / f"{name}-{_fingerprint()}"
 
 
 def check_cache(name: str) -> None:

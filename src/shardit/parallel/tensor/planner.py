@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from shardit.config import check_heads
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.placement.slices import Parts, Shards, even, even_runs, shards
 from shardit.errors import UnsupportedError
@@ -45,11 +46,7 @@ def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False, kept
         if name not in cutter.done and not _is_shared(cutter, name, module, kept):
             _visit(cutter, name, module)
     if must_cut and cutter.too_few and not cutter.attentions:
-        most = max(cutter.too_few)
-        raise UnsupportedError(
-            f"tensor_parallel_size={cutter.size} does not fit {type(model).__name__}: its attention has {most} heads "
-            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
-        )
+        check_heads(cutter.size, type(model).__name__, max(cutter.too_few))
     cutter.agree_on_tied()
     if must_cut and not cutter.plan.cuts:
         raise UnsupportedError(

@@ -106,7 +106,8 @@ class Tiles:
             text = f"{self._name}.{name} runs on 1 of {ranks} ranks: its tiling is off"
         else:
             text = (
-                f"{self._name}.{name}: number of tiles {tiles}, ranks {ranks}: some idle; smaller tiles would be more"
+                f"{self._name}.{name}: number of tiles {tiles}, ranks {ranks}: some idle; lower "
+                f"vae_patch_parallel_size{_smaller(self.module)}"
             )
         if tiles < ranks and text not in self._said:
             self._said.add(text)
@@ -210,6 +211,12 @@ def _checked(tensor: torch.Tensor, leaf: Any) -> torch.Tensor:
     if tuple(tensor.shape) != leaf.size or tensor.dtype != leaf.dtype:
         raise Untileable(f"a tile is {tuple(tensor.shape)} {tensor.dtype}, not {leaf.size} {leaf.dtype}")
     return tensor
+
+
+def _smaller(module: nn.Module) -> str:
+    """How tiles are made smaller, from Python: by the attributes of the VAE that say how large they are."""
+    sizes = [f"{name}={value}" for name, value in vars(module).items() if name.startswith("tile_") and "min" in name]
+    return f", or set smaller tiles of the VAE with shardit.parallelize ({', '.join(sizes)})" if sizes else ""
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:

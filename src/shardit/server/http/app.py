@@ -58,7 +58,14 @@ def create_app(options: ServeOptions, store: Store, board: Board) -> FastAPI:
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer"],
-            expose_headers=["Location", "Retry-After", "X-Request-Id", "X-Shardit-Job", "X-Shardit-Seed"],
+            expose_headers=[
+                "Location",
+                "Retry-After",
+                "X-Request-Id",
+                "X-Shardit-Job",
+                "X-Shardit-Notes",
+                "X-Shardit-Seed",
+            ],
         )
     return app
 

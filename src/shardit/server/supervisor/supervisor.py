@@ -122,15 +122,19 @@ class Supervisor:
     def _check_model(self) -> None:
         """Raise InputError where jobs wait for another model: they would get its pictures."""
         folder, before = Path(self.options.model).expanduser(), self.store.recall(_MODEL)
-        model = str(folder.resolve()) if folder.is_dir() else self.options.model
-        if changes := described(self.options.loading):
-            model += f" with {changes}"
+        plain = str(folder.resolve()) if folder.is_dir() else self.options.model
+        changes = described(self.options.loading)
+        model = plain + (f" with {changes}" if changes else "")
         counts = self.store.counts()
         waiting = counts.get("queued", 0) + counts.get("in_progress", 0)
         if waiting and before not in (None, model):
+            what = f"the data folder {self.options.data_dir} holds {waiting} unfinished job{'s' * (waiting > 1)} of"
+            if str(before).partition(" with ")[0] != plain:
+                raise InputError(f"{what} {before}; serve that, or choose another folder with --data-dir")
+            earlier = str(before).partition(" with ")[2] or "no options of the model"
             raise InputError(
-                f"the data folder {self.options.data_dir} holds {waiting} unfinished job{'s' * (waiting > 1)} of "
-                f"{before}; serve that, or choose another folder with --data-dir"
+                f"{what} {plain} as served with {earlier}, now it is {changes or 'none'}; serve it as before, or "
+                "choose another folder with --data-dir"
             )
         if before != model:
             self.store.remember(_MODEL, model)

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from shardit.server.http.schema.errors import ApiError
-from shardit.server.http.schema.jobs import size_of
+from shardit.server.http.schema.jobs import notes_of, size_of
 from shardit.server.http.state.context import Context
 from shardit.server.jobs.job import Job
 
@@ -73,7 +73,7 @@ class ImageData(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """The pictures of a synchronous request, in OpenAI's shape; id and seed are ours."""
+    """The pictures of a synchronous request, in OpenAI's shape; id, seed and notes are ours."""
 
     created: int
     data: list[ImageData]
@@ -81,6 +81,7 @@ class ImagesAnswer(BaseModel):
     size: str | None
     id: str
     seed: int
+    notes: list[str] = Field(description="What differs from what was asked.")
 
 
 def file_answer(context: Context, job: Job, index: int) -> ResultFile:
@@ -99,6 +100,8 @@ def file_answer(context: Context, job: Job, index: int) -> ResultFile:
         raise ApiError(404, f"the files of {job.id} are gone", code="no_result") from None
     name = f"{job.id}-{index}{path.suffix}"
     headers = {"Cache-Control": "private, no-store", "X-Shardit-Seed": str(job.seed), "X-Shardit-Job": job.id}
+    if notes := notes_of(job):
+        headers["X-Shardit-Notes"] = json.dumps(notes)  # in ASCII, and in one line
     kind = _TYPES.get(path.suffix, "application/octet-stream")
     answer = ResultFile(
         path, media_type=kind, filename=name, content_disposition_type="inline", headers=headers, stat_result=found
@@ -117,6 +120,7 @@ def images_answer(context: Context, job: Job, response_format: str, base_url: st
         "size": size_of(job),
         "id": job.id,
         "seed": job.seed,
+        "notes": notes_of(job),
     }
     if response_format == "url":
         links = [{"url": f"{base_url}/v1/images/{job.id}/content/{index}"} for index in range(len(paths))]

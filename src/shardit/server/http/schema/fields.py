@@ -4,7 +4,7 @@ the server's."""
 from __future__ import annotations
 
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -188,7 +188,18 @@ def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
     return create_model(name, __config__=config, **fields)
 
 
+def _is_list(hint: Any) -> bool:
+    return any(typing.get_origin(one) is Sequence for one in typing.get_args(hint))
+
+
 _SHAPES = {
+    **{
+        name: "must be a number, or a list of numbers"
+        if float in typing.get_args(hint)
+        else "must be a list of numbers"
+        for name, hint in typing.get_type_hints(OmniDiffusionSamplingParams).items()
+        if _is_list(hint)
+    },
     "size": 'must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto"',
     "seconds": 'must be a number above 0, as in "4"',
     **dict.fromkeys(PICTURES, 'must be an upload, a data: URL, {"image_url": ...} with one, or a list of these'),
@@ -197,9 +208,10 @@ _SHAPES = {
 
 
 def _meant(kind: Any) -> str:
-    """The texts that a field without meaning may hold, and null."""
+    """What a field without meaning may hold, and null."""
+    plain = [word for one, word in ((_False, "false"), (_Zero, "0")) if one in typing.get_args(kind)]
     texts = [one for one in typing.get_args(kind) if isinstance(one, str)] or ["auto"]
-    return " or ".join(["null", *map(repr, texts)])
+    return " or ".join(["null", *plain, *map(repr, texts)])
 
 
 def _first_of(error: ValidationError) -> ApiError:

@@ -148,7 +148,7 @@ def view(
         "attempts": job.attempts,
         "cancel_requested": job.cancel_requested,
         "seconds_taken": None if not (job.finished_at and job.started_at) else job.finished_at - job.started_at,
-        "notes": [str(note) for note in job.facts.get("notes", ())],
+        "notes": notes_of(job),
         "parameters": {name: value for name, value in job.request.items() if name != "prompt"},
         "input_images": len(job.inputs),
     }
@@ -190,6 +190,11 @@ def _progress(job: Job, step: Step | None) -> int:
     if job.state == "completed":
         return 100
     return percent(step) if job.state == "in_progress" else 0
+
+
+def notes_of(job: Job) -> list[str]:
+    """What differs from what was asked, once the job has ended."""
+    return [str(note) for note in job.facts.get("notes", ())]
 
 
 def size_of(job: Job) -> str | None:

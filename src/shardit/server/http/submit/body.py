@@ -82,7 +82,19 @@ def check_text(value: Any, depth: int = 0) -> None:
 def _load(text: str) -> Any:
     if sum(text.count(mark) for mark in ",[{") > _MOST_MARKS:
         raise ValueError("it holds too many values")
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_given_once)
+
+
+def _given_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ApiError where it has a name twice: JSON would drop the first without a word."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            shown = name[:_LONGEST_NAME].encode(errors="replace").decode()
+            text = f"{shown!r} is given twice in one JSON object; give it once"
+            raise ApiError(400, text, code="invalid_json", param=shown)
+        found[name] = value
+    return found
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:

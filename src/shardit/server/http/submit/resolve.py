@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.diffusion.request.size_search import SIDES
+from shardit.diffusion.request.step_lists import steps_problem
 from shardit.models import tiny
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
@@ -80,12 +82,13 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         frames = _frames(float(seconds), float(given.get("fps") or takes.default_fps), options.limits)
         _put(given, "num_frames", frames, "seconds")
     if options.model.startswith("tiny/"):
-        named = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & set(given) else [])}
-        filled = tiny.filled_in(options.model.removeprefix("tiny/"), named)
+        filled = tiny.filled_in(options.model.removeprefix("tiny/"), given)
         given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
     _check_taken(given, values, takes)
     check_limits(given, takes, options.limits)
-    for name in takes.multiples:
+    if disagreement := steps_problem(given):
+        raise ApiError(400, disagreement, code="invalid_value", param="num_inference_steps")
+    for name in SIDES:
         if problem := takes.size_problem(name, given.get(name)):
             raise ApiError(400, problem, code="invalid_value", param=name if name in values else "size")
     return given

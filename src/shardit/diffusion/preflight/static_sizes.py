@@ -1,0 +1,109 @@
+"""Which heights and widths a pipeline takes, found in its source and in the configurations of its components.
+
+`size_multiples` asks the loaded pipeline, and so finds more; where both find something it is the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+from collections.abc import Container, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from shardit.diffusion.loading.diffusers_source import init_defaults, lineage, method
+from shardit.diffusion.request.size_search import SIDES, least_of, search
+from shardit.loading.index import Component
+
+_PLAIN = {"getattr": getattr, "hasattr": hasattr, "len": len, "sum": sum, "max": max, "min": min}
+_CHECKS = ("check_inputs",)
+_SIDES = frozenset(SIDES)
+
+Check = tuple[ast.expr, dict[str, Any]]
+
+
+def static_sizes(
+    class_name: str, arguments: Container[str], configs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, int]]:
+    """What the installed diffusers' class of that name wants height and width to be `multiples` of, and their `least`
+    values; {} where its source does not tell. arguments: those that its call takes. configs: the configurations of its
+    components, by name."""
+    nodes = list(lineage(class_name))
+    made = _attributes(nodes, configs)
+    checks = list(_checks(nodes, "__call__", made))
+    multiples = search(lambda height, width: not any(_refuses(check, made, height, width) for check in checks))
+    return {"multiples": multiples, "least": least_of(vars(made), arguments)}
+
+
+def configs_in(parts: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
+    """The configurations of the components of a folder, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, part in parts.items():
+        with contextlib.suppress(OSError, ValueError, TypeError):  # said where the model is read
+            given = json.loads((part.folder / "config.json").read_text())
+            found[name] = with_defaults(str(part.class_name), given)
+    return found
+
+
+def with_defaults(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's configuration with what its class adds to it."""
+    return {**init_defaults(class_name), **config}
+
+
+def _attributes(nodes: list[ast.ClassDef], configs: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The pipeline's object, as far as its `__init__` computes plain values of configurations."""
+    made = SimpleNamespace(
+        **{name: SimpleNamespace(**{**config, "config": SimpleNamespace(**config)}) for name, config in configs.items()}
+    )
+    init = next(filter(None, (method(node, "__init__") for node in nodes)), None)
+    for line in [] if init is None else init.body:
+        if isinstance(line, ast.Assign) and isinstance(target := line.targets[0], ast.Attribute):
+            if target.attr.endswith("_processor") and isinstance(line.value, ast.Call):
+                given = {word.arg: _value(word.value, {"self": made}) for word in line.value.keywords if word.arg}
+                setattr(made, target.attr, SimpleNamespace(config=SimpleNamespace(**given)))
+                continue
+            value = _value(line.value, {"self": made})
+            if isinstance(value, (int, float)):
+                setattr(made, target.attr, value)
+    return made
+
+
+def _checks(nodes: list[ast.ClassDef], name: str, made: Any, seen: frozenset[str] = frozenset()) -> Iterator[Check]:
+    """The conditions on height and width under which a method raises, up to where it changes one of them; each with the
+    plain values that were computed before. Those of the methods in _CHECKS that it calls come with them."""
+    function = next(filter(None, (method(node, name) for node in nodes)), None)
+    known: dict[str, Any] = {}
+    for line in [] if function is None else function.body:
+        if isinstance(line, ast.Assign) and isinstance(target := line.targets[0], ast.Name):
+            value = _value(line.value, {"self": made, **known})
+            if isinstance(value, (int, float)):
+                known[target.id] = value
+        names = {node.id: isinstance(node.ctx, ast.Store) for node in ast.walk(line) if isinstance(node, ast.Name)}
+        if isinstance(line, ast.If) and isinstance(line.body[-1], ast.Raise) and _SIDES & names.keys():
+            yield line.test, dict(known)
+        elif any(names.get(side) for side in _SIDES) and not _is_default(line):
+            return
+        for call in (node.attr for node in ast.walk(line) if isinstance(node, ast.Attribute)):
+            if call in _CHECKS and call not in seen:
+                yield from _checks(nodes, call, made, seen | {call})
+
+
+def _is_default(line: ast.stmt) -> bool:
+    """Whether a statement sets a side that was not given, and no other."""
+    text = ast.unparse(line)
+    return any(f"{side} = {side} or " in text or f"if {side} is None" in text for side in _SIDES)
+
+
+def _refuses(check: Check, made: Any, height: int, width: int) -> bool:
+    test, known = check
+    return bool(_value(test, {"self": made, **known, "height": height, "width": width}))
+
+
+def _value(expression: ast.expr, names: dict[str, Any]) -> Any:
+    """The value of an expression of diffusers, None where it takes more than the names that are known."""
+    code = compile(ast.Expression(expression), "diffusers", "eval")
+    try:
+        return eval(code, {"__builtins__": _PLAIN}, names)
+    except Exception:  # of any kind: most expressions need what only a loaded pipeline has
+        return None

@@ -170,6 +170,50 @@ def test_forms_are_checked_like_json(videos: Served) -> None:
     assert ask(**{"extra_args[attention_kwargs]": "{}"})[0] == 400  # it has a field of its own
 
 
+OWN = {
+    "signature": PipelineSignature(
+        "PixArtSigmaPipeline",
+        ("prompt", "num_inference_steps", "prior_num_inference_steps", "clean_caption", "use_en_prompt"),
+        {"num_inference_steps": 4, "prior_num_inference_steps": 4, "clean_caption": True, "use_en_prompt": True},
+        outputs=("images",),
+    ),
+    "signature_with_image": None,
+    "notes": [],
+}
+
+
+@pytest.mark.parametrize("name", ["clean_caption", "use_en_prompt"])
+@pytest.mark.parametrize("how", ["json", "form", "extra_args"])
+def test_texts_for_bools(tmp_path: Path, name: str, how: str) -> None:
+    """Whatever spelling a client's library has for a bool: any text would be true to the pipeline."""
+    if how == "extra_args" and name == "use_en_prompt":
+        return  # it has a field of its own
+
+    def ask(served: Served, value: str) -> tuple[int, Any]:
+        fields = {"extra_args": {name: value}} if how == "extra_args" else {name: value}
+        data, kind = form({"prompt": "a cat", **fields})
+        if how == "form":
+            return served.call("POST", NOW, data, {"Content-Type": kind, "Prefer": "respond-async"})[:2]
+        return served.call("POST", NOW, {"prompt": "a cat", **fields}, {"Prefer": "respond-async"})[:2]
+
+    with serving(tmp_path, info=OWN) as served:
+        for value, meant in (("true", True), ("False", False), ("off", False), ("YES", True)):
+            status, job = ask(served, value)
+            assert status == 202, job
+            held = job["parameters"]
+            assert {**held, **held.get("extra_args", {})}[name] is meant
+        status, answer = ask(served, "maybe")
+        assert (status, answer["error"]["param"]) == (400, name)
+
+
+def test_texts_for_numbers_do_not_pass_the_limits(tmp_path: Path) -> None:
+    with serving(tmp_path, info=OWN) as served:
+        for value in ("4", "100000", True):
+            error = error_of(served, NOW, {"prompt": "a cat", "prior_num_inference_steps": value}, 400)
+            assert error["param"] == "prior_num_inference_steps"
+            assert "must be a number" in error["message"]
+
+
 def test_forms_that_break_off_are_refused(images: Served) -> None:
     data, kind = form({"prompt": "a cat", "image": ("a.png", picture()), "size": "16x16"})
     for cut in (len(b"--limit--\r\n"), len(b"--limit--\r\n") + 2, 40, 100):

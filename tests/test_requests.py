@@ -136,6 +136,49 @@ def test_the_name_of_vllm_omni_for_params():
         params_of(one, [two])
 
 
+class FlagPipeline:
+    def __call__(self, prompt=None, clean_caption=True, num_steps=4, scale=0.5, guess=None):
+        """Has arguments of its own that are bools and numbers."""
+
+
+FLAGS = signature_of(FlagPipeline)
+
+
+@pytest.mark.parametrize(("given", "meant"), [
+    (True, True), (False, False), ("true", True), ("FALSE", False), ("False", False), ("on", True), ("Off", False),
+    ("YES", True), ("no", False), (np.bool_(False), False),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["prompt", "keyword", "extra_args"])
+def test_texts_for_bools_are_bools(where, given, meant):
+    prompt = {"prompt": "a", **({"clean_caption": given} if where == "prompt" else {})}
+    params = Params(extra_args={"clean_caption": given}) if where == "extra_args" else None
+    (request,) = build(prompt, params, FLAGS, **({"clean_caption": given} if where == "keyword" else {}))
+    assert request.kwargs["clean_caption"] is meant
+
+
+@pytest.mark.parametrize("value", ["maybe", "", 1, 0.0, None, [True], {}])
+def test_what_is_no_bool_is_refused(value):
+    refused("^clean_caption must be true or false, got", "a", Params(extra_args={"clean_caption": value}), FLAGS)
+
+
+@pytest.mark.parametrize("name", ["num_steps", "scale"])
+@pytest.mark.parametrize("value", ["4", "x", True, {}, [1, "2"]])
+def test_what_is_no_number_is_refused(name, value):
+    refused(f"^{name} must be a number, got", {"prompt": "a", name: value}, takes=FLAGS)
+
+
+def test_other_values_stay_as_they_are():
+    given = {"num_steps": None, "scale": [0.5, 1], "guess": "off"}
+    assert build({"prompt": "a", **given}, takes=FLAGS)[0].kwargs.items() >= given.items()
+
+
+def test_texts_for_bools_of_the_parameters():
+    assert Params(cfg_normalize="Off").cfg_normalize is False
+    assert Params(cfg_normalization="yes").cfg_normalization is True
+    with pytest.raises(InputError, match="cfg_normalize must be True or False, got 'maybe'"):
+        Params(cfg_normalize="maybe")
+
+
 class TensorPipeline:
     def __call__(self, prompt=None, latents: torch.Tensor | None = None, sigmas: list[float] | None = None):
         """Takes a tensor, and a list of numbers."""

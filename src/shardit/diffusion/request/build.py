@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.config import did_you_mean
 from shardit.diffusion.loading.required_packages import check_packages
+from shardit.diffusion.request.argument_values import checked_value
 from shardit.diffusion.request.images import open_image
 from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_count
@@ -128,7 +129,7 @@ def _build(
     params = _merge(base, values, takes)
     _check_taken(params, takes)
     kwargs = {name: value for name, value in params.given().items() if name not in _OWN_FIELDS}
-    kwargs.update(params.extra_args)
+    kwargs.update({name: checked_value(name, value, takes.defaults) for name, value in params.extra_args.items()})
     for name, value in kwargs.items():
         if problem := takes.size_problem(name, value) or takes.tensor_problem(name, value):
             raise InputError(problem)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from shardit.config import did_you_mean
 from shardit.diffusion.loading.model_options import OPTION_NAMES
-from shardit.params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names
+from shardit.params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names, text_as_flag
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.options import Limits
 
@@ -153,6 +153,8 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
             hint = Annotated[str, Field(max_length=limits.prompt_chars)]
         elif hint in (int, int | None):
             hint = _Whole
+        elif hint in (bool | None, bool | float | None):
+            hint = Annotated[hint, BeforeValidator(text_as_flag)]
         fields[name] = _optional(hint, "As in diffusers.")
     return {
         **fields,

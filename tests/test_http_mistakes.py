@@ -214,6 +214,34 @@ def test_texts_for_numbers_do_not_pass_the_limits(tmp_path: Path) -> None:
             assert "must be a number" in error["message"]
 
 
+RATE = {
+    "signature": PipelineSignature(
+        "LTX2Pipeline",
+        ("prompt", "num_frames", "frame_rate", "num_inference_steps"),
+        {"num_frames": 121, "frame_rate": 24.0, "num_inference_steps": 4},
+        outputs=("frames",),
+    ),
+    "signature_with_image": None,
+    "notes": [],
+}
+
+
+def test_the_models_own_name_for_fps(tmp_path: Path) -> None:
+    with serving(tmp_path, info=RATE) as served:
+        for rate in ({"fps": 8}, {"frame_rate": 8}, {"extra_args": {"frame_rate": 8}}):
+            status, job, _ = served.call("POST", "/v1/videos", {"prompt": "a cat", "seconds": "1", **rate})
+            assert status == 200, job
+            assert (job["parameters"]["num_frames"], job["seconds"]) == (9, "1"), rate
+        for wrong in ("x", "8", 0, -1, 0.01, 1e9, True):
+            error = error_of(served, "/v1/videos", {"prompt": "a cat", "frame_rate": wrong}, 400)
+            assert error["param"] == "frame_rate"
+            error = error_of(served, "/v1/videos", {"prompt": "a cat", "extra_args": {"frame_rate": wrong}}, 400)
+            assert error["param"] == "frame_rate"
+        data, kind = form({"prompt": "a cat", "frame_rate": "30fps"})
+        status, answer, _ = served.call("POST", "/v1/videos", data, {"Content-Type": kind})
+        assert (status, answer["error"]["param"]) == (400, "frame_rate")
+
+
 def test_forms_that_break_off_are_refused(images: Served) -> None:
     data, kind = form({"prompt": "a cat", "image": ("a.png", picture()), "size": "16x16"})
     for cut in (len(b"--limit--\r\n"), len(b"--limit--\r\n") + 2, 40, 100):

@@ -383,6 +383,13 @@ def test_frame_rate_argument():
     assert build("a", takes=takes)[0].fps == 25.0
     (request,) = build("a", takes=takes, fps=10)
     assert request.kwargs["frame_rate"] == 10
+    (request,) = build("a", takes=takes, frame_rate=8.0)
+    assert (repr(request.kwargs["frame_rate"]), request.fps) == ("8", 8.0)
+
+
+@pytest.mark.parametrize("value", ["30fps", "8", 0, -1, True, None, math.nan, math.inf])
+def test_frame_rate_under_the_models_own_name_is_checked(value):
+    refused("^frame_rate must be", "a", takes=signature_of(RatePipeline), frame_rate=value)
 
 
 def test_images(tmp_path):

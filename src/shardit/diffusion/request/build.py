@@ -14,7 +14,7 @@ from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_count
 from shardit.diffusion.request.request import Request
 from shardit.errors import InputError
-from shardit.params import OmniDiffusionSamplingParams, field_names, seed_or_drawn
+from shardit.params import OmniDiffusionSamplingParams, field_names, number, seed_or_drawn
 
 if TYPE_CHECKING:
     from shardit.diffusion.request.images import ImageSource
@@ -136,8 +136,7 @@ def _build(
     _rename_frames(kwargs, takes)
     if takes.form is not None:
         kwargs.setdefault("output_type", takes.form)
-    if params.fps is not None and takes.rate_name:
-        kwargs.setdefault(takes.rate_name, _like(params.fps, takes.defaults.get(takes.rate_name)))
+    _tell_rate(kwargs, params.fps, takes)
     seed = seed_or_drawn(params.seed)
     if "seed" in takes.names:
         kwargs["seed"] = seed  # it seeds generators of its own
@@ -170,6 +169,18 @@ def _rename_frames(kwargs: dict[str, Any], takes: PipelineSignature) -> None:
     frames = kwargs.pop("num_frames")
     if kwargs.setdefault(name, frames) != frames:
         raise InputError(f"num_frames and {name} disagree ({frames} and {kwargs[name]}); give one of them")
+
+
+def _tell_rate(kwargs: dict[str, Any], fps: float | None, takes: PipelineSignature) -> None:
+    """Give the model the frame rate, which may already be there under the model's own name."""
+    name = takes.rate_name
+    if name is None:
+        return
+    if name in kwargs:
+        number(above=0)(name, kwargs[name])
+    value = kwargs.get(name, fps)
+    if value is not None:
+        kwargs[name] = _like(value, takes.defaults.get(name))
 
 
 def _fps(params: OmniDiffusionSamplingParams, kwargs: Mapping[str, Any], takes: PipelineSignature) -> float:

@@ -53,6 +53,10 @@ PICTURES: tuple[str, ...] = ("image", "input_reference")
 """Fields that hold pictures: uploads in multipart requests, data: URLs in JSON."""
 
 
+FPS = (0.1, 240.0)
+"""The lowest and the highest frame rate of a file."""
+
+
 class ImageUrl(BaseModel):
     """A picture by its address."""
 
@@ -166,7 +170,7 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         "seed": _between(RANDOM_SEED, MAX_SEED, "Drawn, and told, where it is -1 or not given."),
         "max_sequence_length": _between(1, limits.prompt_tokens, "Longest prompt in tokens."),
         "layers": _between(1, limits.outputs, "Layers that a layered pipeline cuts a picture into."),
-        "fps": _optional(Annotated[float, Field(ge=0.1, le=240)], "Frames per second of the file."),
+        "fps": _optional(Annotated[float, Field(ge=FPS[0], le=FPS[1])], "Frames per second of the file."),
         "output_type": _optional(Literal["pil"], "Results are always pictures."),
         "extra_args": _optional(
             dict[str, Any], "Further arguments of the model's pipeline by name; they may also stand beside the fields."

@@ -10,9 +10,9 @@ from shardit.diffusion.request.argument_values import checked_value
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 from shardit.models import tiny
-from shardit.params import field_names
+from shardit.params import field_names, number
 from shardit.server.http.schema.errors import ApiError, from_input_error
-from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
+from shardit.server.http.schema.fields import FPS, LOOK, PICTURES, ROUTING
 from shardit.server.options import Limits, ServeOptions
 
 _SIDE = 1024
@@ -80,12 +80,7 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         _put(given, "width", width, "size")
         _put(given, "height", height, "size")
     if seconds != "auto":
-        _put(
-            given,
-            "num_frames",
-            _frames(float(seconds), float(given.get("fps") or takes.default_fps), options.limits),
-            "seconds",
-        )
+        _put(given, "num_frames", _frames(float(seconds), _fps(given, takes), options.limits), "seconds")
     if options.model.startswith("tiny/"):
         named = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & set(given) else [])}
         filled = tiny.filled_in(options.model.removeprefix("tiny/"), named)
@@ -105,9 +100,17 @@ def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, An
         values = {**given, **{name: checked_value(name, given[name], takes.defaults) for name in own}}
         extra = given.get("extra_args", {})
         checked = {name: checked_value(name, value, takes.defaults) for name, value in extra.items()}
+        if takes.rate_name in {**extra, **given}:
+            number(*FPS)(str(takes.rate_name), {**checked, **values}[takes.rate_name])
     except InputError as error:
         raise from_input_error(error, takes.names) from error
     return {**values, **({"extra_args": checked} if "extra_args" in given else {})}
+
+
+def _fps(given: Mapping[str, Any], takes: PipelineSignature) -> float:
+    """Frames per second as given, under our name or the model's own, or the model's."""
+    rate = {**given.get("extra_args", {}), **given}.get(takes.rate_name)
+    return float(given.get("fps") or rate or takes.default_fps)
 
 
 def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Limits) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from shardit.errors import InputError, UnsupportedError
+from shardit.errors import InputError, UnsupportedError, first_filled_line
 
 if TYPE_CHECKING:
     import torch
@@ -149,5 +149,5 @@ def _one_line(folder: str | os.PathLike) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        first = (str(cast(object, error)).strip().splitlines() or [type(error).__name__])[0]
+        first = first_filled_line(str(cast(object, error))) or type(error).__name__
         raise InputError(f"cannot build the model of {folder} from its config.json: {first}") from error

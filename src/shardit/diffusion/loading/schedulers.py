@@ -65,6 +65,11 @@ def _class_of(name: str, own: Any, asked: Asked) -> Any:
     raise InputError(f"scheduler: {why}; choose among {', '.join(known)}")
 
 
+def has_default(takes: Mapping[str, inspect.Parameter], name: str) -> bool:
+    """Whether a pipeline's class, whose `__init__` has these parameters, can make a component itself."""
+    return name in takes and takes[name].default is not inspect.Parameter.empty
+
+
 def no_scheduler() -> InputError:
     """The error of a pipeline without a scheduler."""
     return InputError("scheduler: this pipeline has no scheduler; leave scheduler, scheduler_args, flow_shift out")

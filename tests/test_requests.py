@@ -229,6 +229,56 @@ def test_paths_and_bytes_for_every_picture_argument(tmp_path):
             build({"prompt": "a", name: value}, takes=takes)
 
 
+class MaskedVideoPipeline:
+    def __call__(
+        self,
+        prompt=None,
+        video: list[Image.Image] | None = None,
+        mask: list[Image.Image | torch.Tensor] | None = None,
+        reference_images: "typing.Optional[typing.List[PIL.Image.Image]]" = None,  # noqa: F821
+        last_image: Image.Image | list[Image.Image] | None = None,
+    ):
+        """Wants a mask for each frame."""
+
+
+def test_a_mask_of_a_video_is_a_video_or_one_picture_for_all_frames(tmp_path):
+    takes = signature_of(MaskedVideoPipeline)
+    assert takes.listed == ("video", "mask", "reference_images")
+    frames = [Image.new("RGB", (32, 16), (40 * number, 0, 0)) for number in range(3)]
+    (clip,) = Output(prompt="", seed=1, frames=[frames], fps=8).save(tmp_path / "clip.mp4")
+    frames[1].save(still := tmp_path / "still.png")
+
+    def given(**values):
+        return build({"prompt": "a", **values}, takes=takes)[0].call_arguments()
+
+    both = given(video=clip, mask=clip)
+    assert [frame.size for frame in both["mask"]] == [frame.size for frame in both["video"]] == [(32, 16)] * 3
+    for mask in (still, str(still), still.read_bytes(), frames[1]):
+        held = given(video=clip, mask=mask)["mask"]
+        assert [one.tobytes() for one in held] == [frames[1].tobytes()] * 3
+    assert len(given(mask=still)["mask"]) == len(given(video=clip, mask=[still])["mask"]) == 1
+    assert [one.size for one in given(reference_images=still)["reference_images"]] == [(32, 16)]
+    assert given(last_image=still)["last_image"].size == (32, 16)
+    assert given(video=clip, mask=(numbers := torch.zeros(1, 3)))["mask"] is numbers
+
+
+def test_lists_of_pictures_of_real_pipelines():
+    import diffusers
+
+    from shardit.diffusion.preflight.static_signature import static_signature
+
+    for name in (
+        "WanVACEPipeline",
+        "WanAnimatePipeline",
+        "StableDiffusionInpaintPipeline",
+        "CosmosVideoToWorldPipeline",
+    ):
+        found = signature_of(getattr(diffusers, name)).listed
+        assert found == static_signature(name).listed or name.startswith("Cosmos")
+    assert signature_of(diffusers.WanVACEPipeline).listed == ("video", "mask", "reference_images")
+    assert signature_of(diffusers.StableDiffusionInpaintPipeline).listed == ()
+
+
 @pytest.mark.parametrize(("name", "words"), [("prompt", "prompt"), ("image", "pil_image"), ("pil_image", "pil_image")])
 def test_prompt_and_image_are_no_further_arguments(name, words):
     """They would be dropped without a word next to those that are given in their places."""

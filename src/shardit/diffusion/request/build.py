@@ -140,7 +140,7 @@ def _build(
     seed = seed_or_drawn(params.seed)
     if "seed" in takes.names:
         kwargs["seed"] = seed  # it seeds generators of its own
-    kwargs.update({name: open_pictures(name, kwargs[name]) for name in takes.pictures if name in kwargs})
+    kwargs.update(open_pictures(kwargs, takes))
     prompt = _prompt(values, kwargs, takes)
     _check_required(prompt, images, kwargs, takes)
     given = [*kwargs, *([takes.image_name] if images and takes.image_name else [])]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from shardit.cli import main
+from shardit.diffusion.preflight import preflight
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from tests.http_calls import NOW, error_of
 from tests.http_fake import VIDEO, Served, form, picture, serving
@@ -240,6 +242,24 @@ def test_the_models_own_name_for_fps(tmp_path: Path) -> None:
         data, kind = form({"prompt": "a cat", "frame_rate": "30fps"})
         status, answer, _ = served.call("POST", "/v1/videos", data, {"Content-Type": kind})
         assert (status, answer["error"]["param"]) == (400, "frame_rate")
+
+
+def test_models_that_need_what_no_request_holds(tmp_path: Path) -> None:
+    takes = PipelineSignature(
+        "FakeInpaintPipeline", ("prompt", "image", "mask_image"), pictures=("mask_image",), outputs=("images",)
+    )
+    with serving(tmp_path, info={"signature": takes, "signature_with_image": None, "notes": []}) as served:
+        error = error_of(served, NOW, {"prompt": "a cat"}, 400)
+        assert (error["param"], error["code"]) == ("model", "unsupported_model")
+        assert "needs mask_image, which the server cannot take" in error["message"]
+
+
+def test_such_models_are_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline"}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "check", lambda *_, **__: None)
+        assert main(["serve", str(tmp_path), "--data-dir", str(tmp_path / "data")]) == 2
+    assert "StableDiffusionInpaintPipeline needs mask_image, which the server" in capsys.readouterr().err
 
 
 def test_forms_that_break_off_are_refused(images: Served) -> None:

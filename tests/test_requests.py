@@ -229,6 +229,22 @@ def test_paths_and_bytes_for_every_picture_argument(tmp_path):
             build({"prompt": "a", name: value}, takes=takes)
 
 
+class FakeInpaintPipeline:
+    def __call__(self, prompt=None, image=None, mask_image=None, masked_image_latents=None):
+        """Fails late without a mask, though its signature does not say so."""
+
+
+def test_an_inpainting_pipeline_needs_a_mask():
+    takes, picture = signature_of(FakeInpaintPipeline), Image.new("RGB", (8, 8))
+    assert takes.needed_pictures == (takes.mask_name,) == ("mask_image",)
+    for mask in ({}, {"mask_image": None}):
+        asked = {"prompt": "a", **mask}
+        refused("^FakeInpaintPipeline needs mask_image; give it", asked, None, takes, pil_image=picture)
+    for mask in ({"mask_image": picture}, {"masked_image_latents": torch.zeros(1)}):
+        build({"prompt": "a", **mask}, takes=takes, pil_image=picture)
+    assert signature_of(PaintPipeline).needed_pictures == ()
+
+
 class MaskedVideoPipeline:
     def __call__(
         self,

@@ -26,6 +26,8 @@ _PROMPT_KEYS = ("prompt", "extra_args", *_IMAGE_KEYS)
 _OWN_FIELDS = ("num_outputs_per_prompt", "seed", "fps")
 # Further arguments of these names would be dropped for those that are given in their places.
 _IN_PLACES = {"prompt": "prompt (--prompt)", "image": "pil_image (--image)", "pil_image": "pil_image (--image)"}
+# What some inpainting pipelines take in place of a mask.
+_MASKED = "masked_image_latents"
 # Arguments of pipelines that shardit sets itself, and what to use instead.
 _RESERVED = {
     "generator": "give a seed instead",
@@ -277,8 +279,13 @@ def _check_required(
     if len(images) > 1 and takes.one_image:
         raise InputError(f"{takes.class_name} takes one image, got {len(images)}; give one")
     present = {*kwargs, takes.count_name, takes.image_name if images else "", "prompt" if prompt is not None else ""}
-    if missing := [name for name in takes.required if name not in present]:
-        raise InputError(f"{takes.class_name} needs {', '.join(missing)}; give it in the prompt's dict or extra_args")
+    masked = takes.mask_name is None or any(kwargs.get(name) is not None for name in (takes.mask_name, _MASKED))
+    needed = [*takes.required, *([] if masked else [str(takes.mask_name)])]
+    present -= set() if masked else {takes.mask_name}  # it may have been given as None
+    if missing := [name for name in dict.fromkeys(needed) if name not in present]:
+        raise InputError(
+            f"{takes.class_name} needs {', '.join(missing)}; give it in the prompt's dict or extra_args (--extra)"
+        )
 
 
 def _not_none(**values: Any) -> dict[str, Any]:

@@ -30,6 +30,8 @@ _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
 _NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
 # Most pipelines declare `image=None` and fail later without one; the names of their classes tell.
 _WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
+_WORDS_OF_MASKS = ("Inpaint", "Fill")
+_MASKS = ("mask_image", "control_mask")
 _TENSORS = {"Tensor", "FloatTensor", "LongTensor"}
 _OPTIONAL = {"Optional", "Union", "None", "NoneType", "class"}
 # Given several pictures for one prompt, these would take them for a batch. Classes that are not named may have a use
@@ -120,7 +122,7 @@ class PipelineSignature:
         """What is wrong with an argument that is to be a tensor: text and plain numbers, also in lists, are none."""
         parts = value if isinstance(value, (list, tuple)) else [value]
         wrong = any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
-        if name not in self.tensors or not wrong:
+        if name not in self.tensors or name == self.mask_name or not wrong:  # they take pictures, whatever they declare
             return None
         return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"
 
@@ -154,6 +156,19 @@ class PipelineSignature:
         """Whether the pipeline cannot run without an input picture."""
         by_name = any(word in self.class_name for word in _WORDS_OF_IMAGE_PIPELINES)
         return "image" in self.required or (self.image_name is not None and by_name)
+
+    @property
+    def mask_name(self) -> str | None:
+        """The argument that takes the mask of an inpainting pipeline, which declares `mask_image=None` and fails later
+        without one; None for other pipelines."""
+        paints = any(word in self.class_name for word in _WORDS_OF_MASKS)
+        return next((name for name in _MASKS if name in self.names), None) if paints else None
+
+    @property
+    def needed_pictures(self) -> tuple[str, ...]:
+        """Pictures and videos besides `image` without which the pipeline cannot run."""
+        required = tuple(name for name in self.required if name in self.pictures)
+        return tuple(dict.fromkeys([*required, *([self.mask_name] if self.mask_name else [])]))
 
     @property
     def one_image(self) -> bool:

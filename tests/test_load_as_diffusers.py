@@ -21,6 +21,7 @@ from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
+from shardit.loading.hub import HubRemote, weight_files
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.several import folders_of
 from tests.pipelines.entry import entries
@@ -106,3 +107,11 @@ def test_mistakes_in_several_nets_are_named(folders: dict[str, Path], tmp_path: 
     shutil.copy(folder / "controlnet" / "config.json", folder / "controlnet_1")
     with pytest.raises(InputError, match="controlnet_1"):
         describe(folder)
+
+
+def test_further_nets_are_fetched_from_the_hub(folders: dict[str, Path]) -> None:
+    folder = folders[NETS]
+    listing = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    remote = HubRemote("some/model", folder, [*listing, "other_1/config.json", "unet_x/config.json"])
+    weights = weight_files(remote)
+    assert {file.split("/")[0] for file in weights} == {"controlnet", "controlnet_1", "text_encoder", "unet", "vae"}

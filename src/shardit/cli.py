@@ -91,7 +91,9 @@ def _note(lines: Sequence[str]) -> None:
 def serve(flags: ServeFlags) -> int:
     """Serve a model over HTTP: OpenAI's interface, jobs that survive crashes, and a page."""
     from shardit.diffusion.preflight import preflight
+    from shardit.diffusion.preflight.static_signature import static_signatures_of_model
     from shardit.engine.process.process import started_by_torchrun
+    from shardit.server.unservable import unservable
 
     options = flags.options()
     local = options.executor == "local"
@@ -104,6 +106,9 @@ def serve(flags: ServeFlags) -> int:
         files=local,
         packages=local,
     )
+    takes, _ = static_signatures_of_model(options.model)
+    if takes is not None and (problem := unservable(takes)):
+        raise InputError(problem)
     if started_by_torchrun(os.environ):
         from shardit.server.entry.torchrun_agent import serve_as_rank
 

@@ -31,3 +31,8 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     count = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
     return " ".join(lines[:count]) or type(error).__name__
+
+
+def first_filled_line(text: str) -> str:
+    """The first line of a text with more than blanks in it; "" where there is none."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -82,6 +82,15 @@ def number_or_numbers(each: Check) -> Check:
     return lambda name, value: (listed if isinstance(value, (list, tuple)) else each)(name, value)
 
 
+_FLAG_TEXTS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+
+
+def text_as_flag(value: Any) -> Any:
+    """The bool that a text means, in any case of letters: forms and command lines have texts alone. Other values stay
+    as they are."""
+    return _FLAG_TEXTS.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def flag(name: str, value: Any) -> None:
     """A check for bools."""
     if not isinstance(value, bool):
@@ -264,6 +273,9 @@ class OmniDiffusionSamplingParams:
         object.__setattr__(self, "extra_args", dict(given))
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.metadata["check"] in (flag, flag_or_number):
+                value = text_as_flag(value)
+                object.__setattr__(self, item.name, value)
             if value is not None or item.default is not None:
                 item.metadata["check"](item.name, value)
         for name in self.extra_args:

@@ -13,12 +13,14 @@ import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import OPTION_NAMES, Lora, described, model_options, parse_lora
+from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.diffusion.loading.schedulers import changed_scheduler
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.loading.weight_names import choose
+from tests.pipelines.entry import entries
 from tests.support.brought import pipeline, run, write_lora
 from tests.support.ranks import run_ranks
 from tests.support.real_omni import started
@@ -172,6 +174,37 @@ def test_schedulers_that_do_not_take_what_the_pipeline_asks() -> None:
     changed_scheduler(euler, model_options(scheduler="UniPCMultistepScheduler"), diffusers.QwenImagePipeline)
     with pytest.raises(InputError, match="HeliosScheduler cannot take the place"):
         changed_scheduler(own, model_options(scheduler="HeliosScheduler"), diffusers.WanPipeline)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_schedulers_of_recipes_as_in_diffusers(name: str, tmp_path: Path) -> None:
+    """diffusers does not list them as compatible with any other."""
+    torch.manual_seed(0)
+    entry = entries()["StableDiffusionPipeline"]
+    entry.build().save_pretrained(tmp_path)
+    plain = diffusers.StableDiffusionPipeline.from_pretrained(str(tmp_path))
+    plain.scheduler = getattr(diffusers, name).from_config(plain.scheduler.config)
+    pipe = load_pipeline(tmp_path, place=lambda modules, _: {}, options=model_options(scheduler=name))
+    assert (type(pipe.scheduler), pipe.scheduler.config) == (type(plain.scheduler), plain.scheduler.config)
+    call = {**entry.call(), "output_type": "np"}
+    mine, theirs = (one(**call, generator=torch.Generator().manual_seed(5)).images for one in (pipe, plain))
+    assert (mine == theirs).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
+     "RePaintScheduler", "UnCLIPScheduler", "DDPMWuerstchenScheduler", "FlowMatchLCMScheduler"],
+)  # fmt: skip
+def test_schedulers_that_go_by_other_noise_or_the_other_way_are_refused(name: str) -> None:
+    own = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_end=0.012)
+    with pytest.raises(InputError, match=f"{name} cannot take the place of DDIMScheduler"):
+        changed_scheduler(own, model_options(scheduler=name), diffusers.StableDiffusionPipeline)
+    learned = diffusers.DDPMScheduler(variance_type="learned_range")
+    with pytest.raises(InputError, match="TCDScheduler cannot take the place of DDPMScheduler"):
+        changed_scheduler(learned, model_options(scheduler="TCDScheduler"), diffusers.StableDiffusionPipeline)
+    with pytest.raises(InputError, match="LCMScheduler cannot take the place of RePaintScheduler"):
+        changed_scheduler(diffusers.RePaintScheduler(), model_options(scheduler="LCMScheduler"))
 
 
 def test_schedulers_of_noise_models() -> None:

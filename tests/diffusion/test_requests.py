@@ -137,6 +137,49 @@ def test_the_name_of_vllm_omni_for_params():
         params_of(one, [two])
 
 
+class FlagPipeline:
+    def __call__(self, prompt=None, clean_caption=True, num_steps=4, scale=0.5, guess=None):
+        """Has arguments of its own that are bools and numbers."""
+
+
+FLAGS = signature_of(FlagPipeline)
+
+
+@pytest.mark.parametrize(("given", "meant"), [
+    (True, True), (False, False), ("true", True), ("FALSE", False), ("False", False), ("on", True), ("Off", False),
+    ("YES", True), ("no", False), (np.bool_(False), False),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["prompt", "keyword", "extra_args"])
+def test_texts_for_bools_are_bools(where, given, meant):
+    prompt = {"prompt": "a", **({"clean_caption": given} if where == "prompt" else {})}
+    params = Params(extra_args={"clean_caption": given}) if where == "extra_args" else None
+    (request,) = build(prompt, params, FLAGS, **({"clean_caption": given} if where == "keyword" else {}))
+    assert request.kwargs["clean_caption"] is meant
+
+
+@pytest.mark.parametrize("value", ["maybe", "", 1, 0.0, None, [True], {}])
+def test_what_is_no_bool_is_refused(value):
+    refused("^clean_caption must be true or false, got", "a", Params(extra_args={"clean_caption": value}), FLAGS)
+
+
+@pytest.mark.parametrize("name", ["num_steps", "scale"])
+@pytest.mark.parametrize("value", ["4", "x", True, {}, [1, "2"]])
+def test_what_is_no_number_is_refused(name, value):
+    refused(f"^{name} must be a number, got", {"prompt": "a", name: value}, takes=FLAGS)
+
+
+def test_other_values_stay_as_they_are():
+    given = {"num_steps": None, "scale": [0.5, 1], "guess": "off"}
+    assert build({"prompt": "a", **given}, takes=FLAGS)[0].kwargs.items() >= given.items()
+
+
+def test_texts_for_bools_of_the_parameters():
+    assert Params(cfg_normalize="Off").cfg_normalize is False
+    assert Params(cfg_normalization="yes").cfg_normalization is True
+    with pytest.raises(InputError, match="cfg_normalize must be True or False, got 'maybe'"):
+        Params(cfg_normalize="maybe")
+
+
 class TensorPipeline:
     def __call__(self, prompt=None, latents: torch.Tensor | None = None, sigmas: list[float] | None = None):
         """Takes a tensor, and a list of numbers."""
@@ -185,6 +228,72 @@ def test_paths_and_bytes_for_every_picture_argument(tmp_path):
         (tmp_path / "mask.txt").write_text("no video")
         with pytest.raises(InputError, match=words):
             build({"prompt": "a", name: value}, takes=takes)
+
+
+class FakeInpaintPipeline:
+    def __call__(self, prompt=None, image=None, mask_image=None, masked_image_latents=None):
+        """Fails late without a mask, though its signature does not say so."""
+
+
+def test_an_inpainting_pipeline_needs_a_mask():
+    takes, picture = signature_of(FakeInpaintPipeline), Image.new("RGB", (8, 8))
+    assert takes.needed_pictures == (takes.mask_name,) == ("mask_image",)
+    for mask in ({}, {"mask_image": None}):
+        asked = {"prompt": "a", **mask}
+        refused("^FakeInpaintPipeline needs mask_image; give it", asked, None, takes, pil_image=picture)
+    for mask in ({"mask_image": picture}, {"masked_image_latents": torch.zeros(1)}):
+        build({"prompt": "a", **mask}, takes=takes, pil_image=picture)
+    assert signature_of(PaintPipeline).needed_pictures == ()
+
+
+class MaskedVideoPipeline:
+    def __call__(
+        self,
+        prompt=None,
+        video: list[Image.Image] | None = None,
+        mask: list[Image.Image | torch.Tensor] | None = None,
+        reference_images: "typing.Optional[typing.List[PIL.Image.Image]]" = None,  # noqa: F821
+        last_image: Image.Image | list[Image.Image] | None = None,
+    ):
+        """Wants a mask for each frame."""
+
+
+def test_a_mask_of_a_video_is_a_video_or_one_picture_for_all_frames(tmp_path):
+    takes = signature_of(MaskedVideoPipeline)
+    assert takes.listed == ("video", "mask", "reference_images")
+    frames = [Image.new("RGB", (32, 16), (40 * number, 0, 0)) for number in range(3)]
+    (clip,) = Output(prompt="", seed=1, frames=[frames], fps=8).save(tmp_path / "clip.mp4")
+    frames[1].save(still := tmp_path / "still.png")
+
+    def given(**values):
+        return build({"prompt": "a", **values}, takes=takes)[0].call_arguments()
+
+    both = given(video=clip, mask=clip)
+    assert [frame.size for frame in both["mask"]] == [frame.size for frame in both["video"]] == [(32, 16)] * 3
+    for mask in (still, str(still), still.read_bytes(), frames[1]):
+        held = given(video=clip, mask=mask)["mask"]
+        assert [one.tobytes() for one in held] == [frames[1].tobytes()] * 3
+    assert len(given(mask=still)["mask"]) == len(given(video=clip, mask=[still])["mask"]) == 1
+    assert [one.size for one in given(reference_images=still)["reference_images"]] == [(32, 16)]
+    assert given(last_image=still)["last_image"].size == (32, 16)
+    assert given(video=clip, mask=(numbers := torch.zeros(1, 3)))["mask"] is numbers
+
+
+def test_lists_of_pictures_of_real_pipelines():
+    import diffusers
+
+    from shardit.diffusion.preflight.static_signature import static_signature
+
+    for name in (
+        "WanVACEPipeline",
+        "WanAnimatePipeline",
+        "StableDiffusionInpaintPipeline",
+        "CosmosVideoToWorldPipeline",
+    ):
+        found = signature_of(getattr(diffusers, name)).listed
+        assert found == static_signature(name).listed or name.startswith("Cosmos")
+    assert signature_of(diffusers.WanVACEPipeline).listed == ("video", "mask", "reference_images")
+    assert signature_of(diffusers.StableDiffusionInpaintPipeline).listed == ()
 
 
 @pytest.mark.parametrize(("name", "words"), [("prompt", "prompt"), ("image", "pil_image"), ("pil_image", "pil_image")])
@@ -357,6 +466,13 @@ def test_frame_rate_argument():
     assert build("a", takes=takes)[0].fps == 25.0
     (request,) = build("a", takes=takes, fps=10)
     assert request.kwargs["frame_rate"] == 10
+    (request,) = build("a", takes=takes, frame_rate=8.0)
+    assert (repr(request.kwargs["frame_rate"]), request.fps) == ("8", 8.0)
+
+
+@pytest.mark.parametrize("value", ["30fps", "8", 0, -1, True, None, math.nan, math.inf])
+def test_frame_rate_under_the_models_own_name_is_checked(value):
+    refused("^frame_rate must be", "a", takes=signature_of(RatePipeline), frame_rate=value)
 
 
 def test_images(tmp_path):

@@ -369,8 +369,7 @@ def test_long_warnings_are_cut():
     """A pipeline that cuts a prompt may repeat all of it."""
     with warnings_of("somebody", lambda: True) as heard:
         logging.getLogger("somebody").warning("cut: %s", "and on " * 2000)
-        logging.getLogger("somebody").warning("")
-    assert [len(line) for line in heard.lines] == [LONGEST_WARNING + 3, 0]
+    assert [len(line) for line in heard.lines] == [LONGEST_WARNING + 3]
 
 
 def test_warnings_that_become_notes_are_not_printed():
@@ -391,3 +390,10 @@ def test_warnings_that_become_notes_are_not_printed():
         raise ValueError
     log.removeHandler(handler)
     assert printed.getvalue().splitlines()[2:] == ["before it failed"]
+
+
+def test_warnings_are_their_first_line_that_is_not_empty():
+    with warnings_of("somebody", lambda: True) as heard:
+        for text in ("\nto use it: pip install x\nor else", "  \n", "", "first\nsecond"):
+            logging.getLogger("somebody").warning(text)
+    assert heard.lines == ["to use it: pip install x", "first"]

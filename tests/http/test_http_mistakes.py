@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from shardit.cli import main
+from shardit.diffusion.preflight import preflight
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from tests.support.http_calls import NOW, error_of
 from tests.support.http_fake import VIDEO, Served, form, picture, serving
@@ -168,6 +170,96 @@ def test_forms_are_checked_like_json(videos: Served) -> None:
     assert ask(mask=("m.png", picture()))[1]["error"]["param"] == "mask"
     assert ask(other=("m.png", picture()))[1]["error"]["code"] == "unknown_field"
     assert ask(**{"extra_args[attention_kwargs]": "{}"})[0] == 400  # it has a field of its own
+
+
+OWN = {
+    "signature": PipelineSignature(
+        "PixArtSigmaPipeline",
+        ("prompt", "num_inference_steps", "prior_num_inference_steps", "clean_caption", "use_en_prompt"),
+        {"num_inference_steps": 4, "prior_num_inference_steps": 4, "clean_caption": True, "use_en_prompt": True},
+        outputs=("images",),
+    ),
+    "signature_with_image": None,
+    "notes": [],
+}
+
+
+@pytest.mark.parametrize("name", ["clean_caption", "use_en_prompt"])
+@pytest.mark.parametrize("how", ["json", "form", "extra_args"])
+def test_texts_for_bools(tmp_path: Path, name: str, how: str) -> None:
+    """Whatever spelling a client's library has for a bool: any text would be true to the pipeline."""
+    if how == "extra_args" and name == "use_en_prompt":
+        return  # it has a field of its own
+
+    def ask(served: Served, value: str) -> tuple[int, Any]:
+        fields = {"extra_args": {name: value}} if how == "extra_args" else {name: value}
+        data, kind = form({"prompt": "a cat", **fields})
+        if how == "form":
+            return served.call("POST", NOW, data, {"Content-Type": kind, "Prefer": "respond-async"})[:2]
+        return served.call("POST", NOW, {"prompt": "a cat", **fields}, {"Prefer": "respond-async"})[:2]
+
+    with serving(tmp_path, info=OWN) as served:
+        for value, meant in (("true", True), ("False", False), ("off", False), ("YES", True)):
+            status, job = ask(served, value)
+            assert status == 202, job
+            held = job["parameters"]
+            assert {**held, **held.get("extra_args", {})}[name] is meant
+        status, answer = ask(served, "maybe")
+        assert (status, answer["error"]["param"]) == (400, name)
+
+
+def test_texts_for_numbers_do_not_pass_the_limits(tmp_path: Path) -> None:
+    with serving(tmp_path, info=OWN) as served:
+        for value in ("4", "100000", True):
+            error = error_of(served, NOW, {"prompt": "a cat", "prior_num_inference_steps": value}, 400)
+            assert error["param"] == "prior_num_inference_steps"
+            assert "must be a number" in error["message"]
+
+
+RATE = {
+    "signature": PipelineSignature(
+        "LTX2Pipeline",
+        ("prompt", "num_frames", "frame_rate", "num_inference_steps"),
+        {"num_frames": 121, "frame_rate": 24.0, "num_inference_steps": 4},
+        outputs=("frames",),
+    ),
+    "signature_with_image": None,
+    "notes": [],
+}
+
+
+def test_the_models_own_name_for_fps(tmp_path: Path) -> None:
+    with serving(tmp_path, info=RATE) as served:
+        for rate in ({"fps": 8}, {"frame_rate": 8}, {"extra_args": {"frame_rate": 8}}):
+            status, job, _ = served.call("POST", "/v1/videos", {"prompt": "a cat", "seconds": "1", **rate})
+            assert status == 200, job
+            assert (job["parameters"]["num_frames"], job["seconds"]) == (9, "1"), rate
+        for wrong in ("x", "8", 0, -1, 0.01, 1e9, True):
+            error = error_of(served, "/v1/videos", {"prompt": "a cat", "frame_rate": wrong}, 400)
+            assert error["param"] == "frame_rate"
+            error = error_of(served, "/v1/videos", {"prompt": "a cat", "extra_args": {"frame_rate": wrong}}, 400)
+            assert error["param"] == "frame_rate"
+        data, kind = form({"prompt": "a cat", "frame_rate": "30fps"})
+        status, answer, _ = served.call("POST", "/v1/videos", data, {"Content-Type": kind})
+        assert (status, answer["error"]["param"]) == (400, "frame_rate")
+
+
+def test_models_that_need_what_no_request_holds(tmp_path: Path) -> None:
+    takes = PipelineSignature(
+        "FakeInpaintPipeline", ("prompt", "image", "mask_image"), pictures=("mask_image",), outputs=("images",)
+    )
+    with serving(tmp_path, info={"signature": takes, "signature_with_image": None, "notes": []}) as served:
+        error = error_of(served, NOW, {"prompt": "a cat"}, 400)
+        assert (error["param"], error["code"]) == ("model", "unsupported_model")
+        assert "needs mask_image, which the server cannot take" in error["message"]
+
+
+def test_such_models_are_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline"}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "check", lambda *_, **__: None)
+        assert main(["serve", str(tmp_path), "--data-dir", str(tmp_path / "data")]) == 2
+    assert "StableDiffusionInpaintPipeline needs mask_image, which the server" in capsys.readouterr().err
 
 
 def test_forms_that_break_off_are_refused(images: Served) -> None:

@@ -40,7 +40,7 @@ from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.diffusion.sharding.layout import place_components
 from shardit.engine.nodes.node_facts import fingerprint, versions
 from shardit.engine.process.memory import held_bytes, limit_bytes
-from shardit.errors import InputError, RankError
+from shardit.errors import InputError, RankError, first_filled_line
 from shardit.loading.dtypes import check_components
 from shardit.loading.hub import cached
 from shardit.loading.safetensors_file import Reads
@@ -259,10 +259,10 @@ class warnings_of:
         self.lines: list[str] = []
 
     def _keep(self, record: logging.LogRecord) -> None:
-        line = (record.getMessage().splitlines() or [""])[0]
+        line = first_filled_line(record.getMessage())
         if len(line) > LONGEST_WARNING:  # some repeat all of a prompt
             line = f"{line[:LONGEST_WARNING]}..."
-        if self._listening() and line not in self.lines:
+        if line and self._listening() and line not in self.lines:
             self.lines.append(line)
 
     def _is_not_kept(self, record: logging.LogRecord) -> bool:

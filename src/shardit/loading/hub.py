@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -159,8 +160,14 @@ def _settings(remote: HubRemote) -> list[str]:
 
 
 def _component_folders(remote: HubRemote) -> set[str]:
-    """Folders of the listed components; one that is null in the index is left out."""
-    return {name for name, part in components(remote.folder).items() if not part.absent}
+    """Folders of the listed components; one that is null in the index is left out.
+
+    A component that is a list of models has further ones: NAME_1 and so on, which the index does not list.
+    """
+    listed = components(remote.folder)
+    found = {name for name, part in listed.items() if not part.absent}
+    further = {PurePosixPath(file).parts[0] for file in remote.listing()} - listed.keys()
+    return found | {folder for folder in further if re.sub(r"_[1-9][0-9]*$", "", folder) in found}
 
 
 def _index_name(remote: HubRemote, folder: str) -> str | None:

@@ -64,6 +64,17 @@ def _names_a_class(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
 
 
+def is_left_to_class(
+    part: Component, folder: Path, takes: Mapping[str, inspect.Parameter], optional: Collection[str]
+) -> bool:
+    """Whether a component of the model in `folder` has no files because the pipeline's class makes it.
+
+    It then has a default in `__init__`. diffusers hands such a class the entry of the index, and loads nothing.
+    """
+    default = takes[part.name].default if part.name in takes else inspect.Parameter.empty
+    return part.folder == folder and default is not inspect.Parameter.empty and part.name not in optional
+
+
 def check_complete(
     folder: Path,
     class_name: str,

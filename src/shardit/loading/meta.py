@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from shardit.errors import InputError, UnsupportedError
+from shardit.errors import InputError, UnsupportedError, first_filled_line
+from shardit.loading.several import class_in, folders_of, is_several
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,8 @@ def build(
 
     if not (Path(config_folder) / "config.json").is_file():
         raise InputError(f"{config_folder} has no config.json: download or copy the model again")
+    if issubclass(cls, ModelMixin) and is_several(cls):
+        return _build_several(cls, Path(config_folder), dtype)
     if issubclass(cls, ModelMixin):
         return _build_diffusers(cls, config_folder, dtype)
     if issubclass(cls, PreTrainedModel):
@@ -45,7 +48,15 @@ def build(
     raise UnsupportedError(f"{cls.__name__} is neither a diffusers nor a transformers model: it cannot be loaded here")
 
 
-def _build_diffusers(cls: Any, folder: str | os.PathLike, dtype: torch.dtype | None) -> nn.Module:
+def _build_several(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    parts = []
+    for one in folders_of(folder):
+        parts.append(_build_diffusers(class_in(one), one, dtype))
+        parts[-1].register_to_config(_name_or_path=str(one))
+    return cls(parts).eval()
+
+
+def _build_diffusers(cls: Any, folder: str | os.PathLike, dtype: torch.dtype | None) -> Any:
     with _one_line(folder):
         config = cls.load_config(str(folder))
     if config.get("quantization_config"):
@@ -149,5 +160,5 @@ def _one_line(folder: str | os.PathLike) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        first = (str(cast(object, error)).strip().splitlines() or [type(error).__name__])[0]
+        first = first_filled_line(str(cast(object, error))) or type(error).__name__
         raise InputError(f"cannot build the model of {folder} from its config.json: {first}") from error

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardit.core.placement.slices import Owned, Slice
-from shardit.errors import InputError
+from shardit.errors import InputError, first_filled_line
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import file_dtype
 from shardit.loading.safetensors_file import Reads, read_slice
@@ -137,7 +137,7 @@ def _convert(module: nn.Module, original: Original) -> Converted:
         except (KeyError, IndexError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             raise InputError(
                 f"{original.name} does not hold {type(module).__name__} in a form that diffusers converts "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+                f"({type(error).__name__}: {first_filled_line(str(error))})"
             ) from error
     held = module.state_dict()
     found = {name: tensor for name, tensor in tensors.items() if name in held}

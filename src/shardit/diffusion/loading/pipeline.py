@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.diffusion.loading.model_options import NO_OPTIONS, WHOLE, ModelOptions, check_single_files
-from shardit.diffusion.loading.schedulers import changed_scheduler, wants_scheduler
+from shardit.diffusion.loading.schedulers import changed_scheduler, has_default, wants_scheduler
 from shardit.diffusion.roles import denoises
 from shardit.errors import InputError, first_line
 from shardit.loading import index
@@ -21,6 +21,7 @@ from shardit.loading.index import Component
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
 from shardit.loading.safetensors_file import Reads
+from shardit.loading.several import Several, is_several
 from shardit.loading.single_file import Original, OriginalText, holds, load_original, loadable, text_encoder
 from shardit.loading.source import Source, locate
 from shardit.loading.transformers_model import load_transformers
@@ -124,7 +125,13 @@ def prepare(
     cls = wanted if isinstance(wanted, type) else index.pipeline_class(source.folder, wanted)
     accepted = inspect.signature(cls.__init__).parameters
     found = index.components(source.folder).items()
-    parts = {name: part for name, part in found if name in accepted and not part.absent}
+    parts = {
+        name: part
+        for name, part in found
+        if name in accepted
+        and not part.absent
+        and not index.is_left_to_class(part, source.folder, accepted, cls._optional_components)
+    }
     if not configs_only:
         index.check_complete(source.folder, cls.__name__, accepted, cls._optional_components, parts)
     checkpoints: dict[str, Checkpoint] = {}
@@ -136,15 +143,26 @@ def prepare(
                 # As from_single_file: dtypes change when all is loaded.
                 checkpoints[name], modules[name] = single
                 continue
-            if not configs_only:
-                checkpoints[name] = Checkpoint.open(part.folder, source.remote, options.variant)
-            stored = checkpoints[name].stored_dtype if name in checkpoints else None
-            modules[name] = build(kind, part.folder, dtype_of(dtype, name), stored)
+            kept, opens = dtype_of(dtype, name), not configs_only
+            checkpoint, modules[name] = _from_folder(kind, part.folder, source, kept, options.variant, opens)
+            if checkpoint is not None:
+                checkpoints[name] = checkpoint
     check_single_files(options, cls.__name__, modules)
     check_components(dtype, modules)
     _check_whole(cls, options, checkpoints, modules)
     check_variant(options.variant, checkpoints)
     return Prepared(source, cls, parts, checkpoints, modules)
+
+
+def _from_folder(
+    kind: Any, folder: Path, source: Source, dtype: torch.dtype | None, variant: str | None, opens: bool
+) -> tuple[Checkpoint | None, nn.Module]:
+    """The weights of a component, where its folder is to be opened for them, and the component on meta."""
+    if is_diffusers(kind) and is_several(kind):
+        module = build(kind, folder, dtype)
+        return Several.of(module, folder, source.remote, variant) if opens else None, module
+    checkpoint = Checkpoint.open(folder, source.remote, variant) if opens else None
+    return checkpoint, build(kind, folder, dtype, checkpoint.stored_dtype if checkpoint else None)
 
 
 def _single(kind: Any, part: Component, model: Path, options: ModelOptions) -> tuple[Checkpoint, nn.Module] | None:
@@ -155,6 +173,10 @@ def _single(kind: Any, part: Component, model: Path, options: ModelOptions) -> t
     if path is None:
         return None
     named = part.name in options.single_files
+    if is_diffusers(kind) and is_several(kind):
+        if named:
+            raise InputError(f"single_files: {part.name} is several models, which one file cannot hold; leave it out")
+        return None
     if is_diffusers(kind):
         if not named and loadable(kind) is None:
             return None
@@ -191,6 +213,8 @@ def check_scheduler(cls: type[Any], parts: Mapping[str, Component], options: Mod
     """Raise InputError where the options ask for a scheduler that the model, of pipeline class `cls`, cannot have."""
     if wants_scheduler(options):
         part = parts.get("scheduler")
+        if part is None and has_default(inspect.signature(cls.__init__).parameters, "scheduler"):
+            return  # the class makes one, which is there once the model is loaded
         kind: Any = None if part is None else index.component_class(part)
         changed_scheduler(None if part is None else kind.from_pretrained(str(part.folder)), options, cls)
 

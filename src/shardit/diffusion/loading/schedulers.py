@@ -9,6 +9,7 @@ from typing import Any
 
 from shardit.config import did_you_mean
 from shardit.diffusion.loading.model_options import ModelOptions, is_number
+from shardit.diffusion.loading.noise_schedules import can_replace
 from shardit.diffusion.loading.timesteps import Asked, asked_by, problem
 from shardit.errors import InputError, first_line
 
@@ -65,6 +66,11 @@ def _class_of(name: str, own: Any, asked: Asked) -> Any:
     raise InputError(f"scheduler: {why}; choose among {', '.join(known)}")
 
 
+def has_default(takes: Mapping[str, inspect.Parameter], name: str) -> bool:
+    """Whether a pipeline's class, whose `__init__` has these parameters, can make a component itself."""
+    return name in takes and takes[name].default is not inspect.Parameter.empty
+
+
 def no_scheduler() -> InputError:
     """The error of a pipeline without a scheduler."""
     return InputError("scheduler: this pipeline has no scheduler; leave scheduler, scheduler_args, flow_shift out")
@@ -103,14 +109,17 @@ def _silent() -> Iterator[None]:
 
 def _names_for(own: Any) -> list[str]:
     """Schedulers that a pipeline can have in place of its own: for flow-matching models all that know these, for
-    others those that diffusers calls compatible."""
+    others those that diffusers calls compatible, and those that go by the same noise."""
     import diffusers
 
+    found = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")}
+    classes = {name: cls for name, cls in found.items() if isinstance(cls, type)}
     if not _is_flow(own):
         names = {cls.__name__ for cls in own.compatibles if not _is_flow_class(cls)}
-        return sorted({type(own).__name__, *names})
-    classes = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")}
-    usable = {name for name, cls in classes.items() if isinstance(cls, type) and _knows_flow(cls)}
+        with _silent():
+            others = {name for name, cls in classes.items() if not _is_flow_class(cls) and can_replace(cls, own)}
+        return sorted({type(own).__name__, *names, *others})
+    usable = {name for name, cls in classes.items() if _knows_flow(cls)}
     return sorted({type(own).__name__, *usable})
 
 

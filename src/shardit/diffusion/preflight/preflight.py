@@ -18,14 +18,14 @@ from shardit.diffusion.loading import diffusers_source
 from shardit.diffusion.loading.attention_backends import check_attention_backend
 from shardit.diffusion.loading.model_options import WHOLE, ModelOptions, check_single_files
 from shardit.diffusion.loading.required_packages import check_frameworks, check_packages, missing_by_name
-from shardit.diffusion.loading.schedulers import no_scheduler, wants_scheduler
+from shardit.diffusion.loading.schedulers import has_default, no_scheduler, wants_scheduler
 from shardit.diffusion.loading.start_options import check_lora_support
 from shardit.diffusion.preflight.static_degrees import check_degrees
 from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
 from shardit.loading.checkpoint import Checkpoint, check_variant
 from shardit.loading.dtypes import Setting, check_components
 from shardit.loading.hub import check_cached, index_folder
-from shardit.loading.index import Component, check_complete, components, read_index
+from shardit.loading.index import Component, check_complete, components, is_left_to_class, read_index
 from shardit.loading.source import local_folder
 from shardit.models.tiny.cache import check_cache, written_folder
 from shardit.models.tiny.catalog import recipe
@@ -79,7 +79,7 @@ def check(
         check_single_files(options, name, known.models)
         check_components(dtype, known.models)
     if packages and known is not None and wants_scheduler(options):
-        _check_scheduler(known, options)
+        _check_scheduler(known, options, takes)
     if options.lora and packages:
         check_lora_support(str(name), not name or diffusers_source.has_method(name, "load_lora_weights"))
     for lora in options.lora if files else ():
@@ -102,6 +102,8 @@ def _known(model: str | os.PathLike[str], files: bool) -> Known | None:
     name = read_index(found)["_class_name"]
     takes = diffusers_source.init_parameters(name) if isinstance(name, str) else {}
     parts = {key: part for key, part in components(found).items() if not part.absent and (not takes or key in takes)}
+    optional = diffusers_source.optional_components(name) or () if isinstance(name, str) else ()
+    parts = {key: part for key, part in parts.items() if not is_left_to_class(part, found, takes, optional)}
     models = tuple(key for key, part in parts.items() if _is_model(part, found))
     return Known(name if isinstance(name, str) else None, parts, models, folder, _scheduler_config(parts))
 
@@ -151,8 +153,10 @@ def _check_files(known: Known, folder: Path, takes: Mapping[str, Any], options: 
     return checkpoints
 
 
-def _check_scheduler(known: Known, options: ModelOptions) -> None:
+def _check_scheduler(known: Known, options: ModelOptions, takes: Mapping[str, Any]) -> None:
     part = known.parts.get("scheduler")
+    if part is None and has_default(takes, "scheduler"):
+        return
     if part is None:
         raise no_scheduler()
     check_scheduler_names(options, str(part.class_name), known.scheduler_config, known.class_name)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.config import did_you_mean
 from shardit.diffusion.loading.required_packages import check_packages
+from shardit.diffusion.request.argument_values import checked_value
 from shardit.diffusion.request.images import open_image
 from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_count
 from shardit.diffusion.request.request import Request
 from shardit.diffusion.request.step_lists import listed, steps_problem
 from shardit.errors import InputError
-from shardit.params import OmniDiffusionSamplingParams, field_names, seed_or_drawn
+from shardit.params import OmniDiffusionSamplingParams, field_names, number, seed_or_drawn
 
 if TYPE_CHECKING:
     from shardit.diffusion.request.images import ImageSource
@@ -26,6 +27,8 @@ _PROMPT_KEYS = ("prompt", "extra_args", *_IMAGE_KEYS)
 _OWN_FIELDS = ("num_outputs_per_prompt", "seed", "fps")
 # Further arguments of these names would be dropped for those that are given in their places.
 _IN_PLACES = {"prompt": "prompt (--prompt)", "image": "pil_image (--image)", "pil_image": "pil_image (--image)"}
+# What some inpainting pipelines take in place of a mask.
+_MASKED = "masked_image_latents"
 # Arguments of pipelines that shardit sets itself, and what to use instead.
 _RESERVED = {
     "generator": "give a seed instead",
@@ -129,7 +132,7 @@ def _build(
     params = _merge(base, values, takes)
     _check_taken(params, takes)
     kwargs = {name: value for name, value in params.given().items() if name not in _OWN_FIELDS}
-    kwargs.update(params.extra_args)
+    kwargs.update({name: checked_value(name, value, takes.defaults) for name, value in params.extra_args.items()})
     for name, value in kwargs.items():
         if problem := takes.size_problem(name, value) or takes.tensor_problem(name, value):
             raise InputError(problem)
@@ -138,12 +141,11 @@ def _build(
     _rename_frames(kwargs, takes)
     if takes.form is not None:
         kwargs.setdefault("output_type", takes.form)
-    if params.fps is not None and takes.rate_name:
-        kwargs.setdefault(takes.rate_name, _like(params.fps, takes.defaults.get(takes.rate_name)))
+    _tell_rate(kwargs, params.fps, takes)
     seed = seed_or_drawn(params.seed)
     if "seed" in takes.names:
         kwargs["seed"] = seed  # it seeds generators of its own
-    kwargs.update({name: open_pictures(name, kwargs[name]) for name in takes.pictures if name in kwargs})
+    kwargs.update(open_pictures(kwargs, takes))
     prompt = _prompt(values, kwargs, takes)
     _check_required(prompt, images, kwargs, takes)
     given = [*kwargs, *([takes.image_name] if images and takes.image_name else [])]
@@ -179,6 +181,18 @@ def _rename_frames(kwargs: dict[str, Any], takes: PipelineSignature) -> None:
     frames = kwargs.pop("num_frames")
     if kwargs.setdefault(name, frames) != frames:
         raise InputError(f"num_frames and {name} disagree ({frames} and {kwargs[name]}); give one of them")
+
+
+def _tell_rate(kwargs: dict[str, Any], fps: float | None, takes: PipelineSignature) -> None:
+    """Give the model the frame rate, which may already be there under the model's own name."""
+    name = takes.rate_name
+    if name is None:
+        return
+    if name in kwargs:
+        number(above=0)(name, kwargs[name])
+    value = kwargs.get(name, fps)
+    if value is not None:
+        kwargs[name] = _like(value, takes.defaults.get(name))
 
 
 def _fps(params: OmniDiffusionSamplingParams, kwargs: Mapping[str, Any], takes: PipelineSignature) -> float:
@@ -275,8 +289,13 @@ def _check_required(
     if len(images) > 1 and takes.one_image:
         raise InputError(f"{takes.class_name} takes one image, got {len(images)}; give one")
     present = {*kwargs, takes.count_name, takes.image_name if images else "", "prompt" if prompt is not None else ""}
-    if missing := [name for name in takes.required if name not in present]:
-        raise InputError(f"{takes.class_name} needs {', '.join(missing)}; give it in the prompt's dict or extra_args")
+    masked = takes.mask_name is None or any(kwargs.get(name) is not None for name in (takes.mask_name, _MASKED))
+    needed = [*takes.required, *([] if masked else [str(takes.mask_name)])]
+    present -= set() if masked else {takes.mask_name}  # it may have been given as None
+    if missing := [name for name in dict.fromkeys(needed) if name not in present]:
+        raise InputError(
+            f"{takes.class_name} needs {', '.join(missing)}; give it in the prompt's dict or extra_args (--extra)"
+        )
 
 
 def _not_none(**values: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image, ImageOps
 
-from shardit.errors import InputError
+from shardit.errors import InputError, first_filled_line
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -131,4 +131,4 @@ def _reason(error: Exception) -> str:
         return "it is not a picture in a known format"
     if isinstance(error, IsADirectoryError):
         return "it is a folder"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_filled_line(str(error)) or type(error).__name__

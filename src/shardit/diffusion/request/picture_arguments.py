@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from PIL.Image import Image
+
 from shardit.diffusion.request.images import is_file, open_image, open_video
-from shardit.diffusion.request.pipeline_signature import is_video
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_mask_of_video, is_video
 from shardit.errors import InputError
 
 
-def open_pictures(name: str, value: Any) -> Any:
-    """A picture argument with paths and bytes in it read: as a picture, or as a list of frames where it is a video by
-    its name. Pictures, tensors and the like stay as they are. Raises InputError."""
+def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
+    """The picture arguments among those that are given, with paths and bytes in them read: as pictures, or as lists of
+    frames. Where a pipeline wants a list, one picture is a list of one, and of a mask it is that of all frames.
+
+    Pictures, tensors and the like stay as they are. Raises InputError.
+    """
+    found = {name: _opened(name, given[name], takes) for name in takes.pictures if name in given}
+    videos = [value for name, value in found.items() if is_video(name) and isinstance(value, list)]
+    for name, value in found.items():
+        one = isinstance(value, list) and len(value) == 1 and not isinstance(given[name], (list, tuple))
+        if one and videos and is_mask_of_video(name, takes):
+            found[name] = [value[0]] * len(videos[0])
+    return found
+
+
+def _opened(name: str, value: Any, takes: PipelineSignature) -> Any:
     try:
-        if is_file(value):
-            return open_video(value) if is_video(name) else open_image(value)
+        if is_file(value) and (is_video(name) or is_mask_of_video(name, takes)):
+            return open_video(value)
         if isinstance(value, (list, tuple)):
             return [open_image(entry) if is_file(entry) else entry for entry in value]
-        return value
+        picture = open_image(value) if is_file(value) else value
+        return [picture] if name in takes.listed and isinstance(picture, Image) else picture
     except InputError as error:
         raise InputError(f"{name}: {error}") from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
 _NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
 # Most pipelines declare `image=None` and fail later without one; the names of their classes tell.
 _WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
+_WORDS_OF_MASKS = ("Inpaint", "Fill")
+_MASKS = ("mask_image", "control_mask")
 _TENSORS = {"Tensor", "FloatTensor", "LongTensor"}
 _OPTIONAL = {"Optional", "Union", "None", "NoneType", "class"}
 # Given several pictures for one prompt, these would take them for a batch. Classes that are not named may have a use
@@ -50,6 +53,8 @@ class PipelineSignature:
     """Arguments without a default."""
     pictures: tuple[str, ...] = ()
     """Arguments besides `image` that are pictures or videos, by their names and annotations."""
+    listed: tuple[str, ...] = ()
+    """Those of them that are lists of pictures and nothing else, by their annotations."""
     tensors: tuple[str, ...] = ()
     """Arguments that are tensors and nothing else, by their annotations."""
     native_fps: float | None = None
@@ -127,7 +132,7 @@ class PipelineSignature:
         """What is wrong with an argument that is to be a tensor: text and plain numbers, also in lists, are none."""
         parts = value if isinstance(value, (list, tuple)) else [value]
         wrong = any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
-        if name not in self.tensors or not wrong:
+        if name not in self.tensors or name == self.mask_name or not wrong:  # they take pictures, whatever they declare
             return None
         return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"
 
@@ -161,6 +166,19 @@ class PipelineSignature:
         """Whether the pipeline cannot run without an input picture."""
         by_name = any(word in self.class_name for word in _WORDS_OF_IMAGE_PIPELINES)
         return "image" in self.required or (self.image_name is not None and by_name)
+
+    @property
+    def mask_name(self) -> str | None:
+        """The argument that takes the mask of an inpainting pipeline, which declares `mask_image=None` and fails later
+        without one; None for other pipelines."""
+        paints = any(word in self.class_name for word in _WORDS_OF_MASKS)
+        return next((name for name in _MASKS if name in self.names), None) if paints else None
+
+    @property
+    def needed_pictures(self) -> tuple[str, ...]:
+        """Pictures and videos besides `image` without which the pipeline cannot run."""
+        required = tuple(name for name in self.required if name in self.pictures)
+        return tuple(dict.fromkeys([*required, *([self.mask_name] if self.mask_name else [])]))
 
     @property
     def one_image(self) -> bool:
@@ -199,6 +217,11 @@ def is_video(name: str) -> bool:
     return name.endswith(("video", "videos", "conditioning_frames"))
 
 
+def is_mask_of_video(name: str, takes: PipelineSignature) -> bool:
+    """Whether an argument is a mask for each frame of a video."""
+    return name in takes.listed and name.endswith(("mask", "masks"))
+
+
 def _is_picture(item: inspect.Parameter) -> bool:
     found = _PICTURE.search(item.name) is not None or "Image" in str(item.annotation)
     return found and item.name != "image" and _NO_PICTURE.search(item.name) is None
@@ -207,6 +230,31 @@ def _is_picture(item: inspect.Parameter) -> bool:
 def _is_tensor(item: inspect.Parameter) -> bool:
     words = {word.rpartition(".")[2] for word in re.findall(r"[\w.]+", str(item.annotation))}
     return bool(words & _TENSORS) and words <= _TENSORS | _OPTIONAL
+
+
+def _is_list(item: inspect.Parameter) -> bool:
+    """Whether an argument is a list and nothing else, by its annotation."""
+    try:
+        kinds = list(_kinds(ast.parse(str(item.annotation), mode="eval").body))
+    except SyntaxError:  # how Python shows classes
+        return False
+    kinds = [kind for kind in kinds if kind not in _OPTIONAL]
+    return bool(kinds) and all(kind in ("list", "List") for kind in kinds)
+
+
+def _kinds(node: ast.expr) -> Iterator[str]:
+    """The names of the types in an annotation, without what they hold."""
+    if isinstance(node, ast.BinOp):
+        yield from (*_kinds(node.left), *_kinds(node.right))
+        return
+    outer = node.value if isinstance(node, ast.Subscript) else node
+    name = ast.unparse(outer).rpartition(".")[2]
+    if isinstance(node, ast.Subscript) and name in _OPTIONAL:
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        for one in inner:
+            yield from _kinds(one)
+    else:
+        yield name
 
 
 def signature_from(
@@ -232,6 +280,7 @@ def signature_from(
         defaults={item.name: item.default for item in found.values() if isinstance(item.default, simple)},
         required=tuple(item.name for item in found.values() if item.default is item.empty),
         pictures=tuple(item.name for item in found.values() if _is_picture(item)),
+        listed=tuple(item.name for item in found.values() if _is_picture(item) and _is_list(item)),
         tensors=tuple(item.name for item in found.values() if _is_tensor(item)),
         native_fps=24.0 if (model_index or {}).get("expand_timesteps") else None,
     )

@@ -23,7 +23,7 @@ from shardit.core.modules.attributes import Attributes
 from shardit.core.modules.patching import install, swap_class
 from shardit.core.modules.small_tensors import Everywhere
 from shardit.core.runtime.call_signature import signature
-from shardit.errors import InputError, RankError
+from shardit.errors import InputError, RankError, first_filled_line
 from shardit.parallel.vae.plan import TilePlan, find_tiles, placeholder
 from shardit.parallel.vae.watch import Untileable
 
@@ -90,7 +90,7 @@ class Tiles:
             try:
                 found = find_tiles(plain.__func__, self.module, (args, kwargs), self._current, len(self.ranks))
             except Exception as error:  # wrong arguments too: the VAE itself says so when it runs
-                found = (str(error).splitlines() or [type(error).__name__])[0]
+                found = first_filled_line(str(error)) or type(error).__name__
             self._plans[key] = found
         return self._plans[key]
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from shardit.config import did_you_mean
 from shardit.diffusion.loading.model_options import OPTION_NAMES
-from shardit.params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names
+from shardit.params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names, text_as_flag
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.options import Limits
 
@@ -51,6 +51,10 @@ ROUTING = ("model", "response_format", "priority", *LOOK, *NO_MEANING)
 
 PICTURES: tuple[str, ...] = ("image", "input_reference")
 """Fields that hold pictures: uploads in multipart requests, data: URLs in JSON."""
+
+
+FPS = (0.1, 240.0)
+"""The lowest and the highest frame rate of a file."""
 
 
 class ImageUrl(BaseModel):
@@ -153,6 +157,8 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
             hint = Annotated[str, Field(max_length=limits.prompt_chars)]
         elif hint in (int, int | None):
             hint = _Whole
+        elif hint in (bool | None, bool | float | None):
+            hint = Annotated[hint, BeforeValidator(text_as_flag)]
         fields[name] = _optional(hint, "As in diffusers.")
     return {
         **fields,
@@ -164,7 +170,7 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         "seed": _between(RANDOM_SEED, MAX_SEED, "Drawn, and told, where it is -1 or not given."),
         "max_sequence_length": _between(1, limits.prompt_tokens, "Longest prompt in tokens."),
         "layers": _between(1, limits.outputs, "Layers that a layered pipeline cuts a picture into."),
-        "fps": _optional(Annotated[float, Field(ge=0.1, le=240)], "Frames per second of the file."),
+        "fps": _optional(Annotated[float, Field(ge=FPS[0], le=FPS[1])], "Frames per second of the file."),
         "output_type": _optional(Literal["pil"], "Results are always pictures."),
         "extra_args": _optional(
             dict[str, Any], "Further arguments of the model's pipeline by name; they may also stand beside the fields."

@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from shardit.diffusion.request.argument_values import checked_value
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.diffusion.request.size_search import SIDES
 from shardit.diffusion.request.step_lists import steps_problem
+from shardit.errors import InputError
 from shardit.models import tiny
-from shardit.server.http.schema.errors import ApiError
-from shardit.server.http.schema.fields import LOOK, PICTURES, ROUTING
+from shardit.params import field_names, number
+from shardit.server.http.schema.errors import ApiError, from_input_error
+from shardit.server.http.schema.fields import FPS, LOOK, PICTURES, ROUTING
 from shardit.server.options import Limits, ServeOptions
 
 _SIDE = 1024
@@ -71,16 +74,15 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
     if given.get("prompt") == "" and "prompt" not in takes.names:
         del given["prompt"]  # it is a field of all models, and empty where a pipeline takes none
     _check_extra(given.get("extra_args", {}), takes)
-    _put(given, "num_outputs_per_prompt", given.pop("n", None), "n")
-    size = given.pop("size", "auto")
+    count, size, seconds = given.pop("n", None), given.pop("size", "auto"), given.pop("seconds", "auto")
+    given = _checked(given, takes)
+    _put(given, "num_outputs_per_prompt", count, "n")
     if size != "auto":
         width, height = (int(side) for side in size.split("x"))
         _put(given, "width", width, "size")
         _put(given, "height", height, "size")
-    seconds = given.pop("seconds", "auto")
     if seconds != "auto":
-        frames = _frames(float(seconds), float(given.get("fps") or takes.default_fps), options.limits)
-        _put(given, "num_frames", frames, "seconds")
+        _put(given, "num_frames", _frames(float(seconds), _fps(given, takes), options.limits), "seconds")
     if options.model.startswith("tiny/"):
         filled = tiny.filled_in(options.model.removeprefix("tiny/"), given)
         given = {**{name: value for name, value in filled.items() if name in takes.names}, **given}
@@ -92,6 +94,26 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
         if problem := takes.size_problem(name, given.get(name)):
             raise ApiError(400, problem, code="invalid_value", param=name if name in values else "size")
     return given
+
+
+def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
+    """The values with those of the pipeline's own arguments checked: before the limits, which look at numbers only."""
+    own = [name for name in given if name not in field_names()]
+    try:
+        values = {**given, **{name: checked_value(name, given[name], takes.defaults) for name in own}}
+        extra = given.get("extra_args", {})
+        checked = {name: checked_value(name, value, takes.defaults) for name, value in extra.items()}
+        if takes.rate_name in {**extra, **given}:
+            number(*FPS)(str(takes.rate_name), {**checked, **values}[takes.rate_name])
+    except InputError as error:
+        raise from_input_error(error, takes.names) from error
+    return {**values, **({"extra_args": checked} if "extra_args" in given else {})}
+
+
+def _fps(given: Mapping[str, Any], takes: PipelineSignature) -> float:
+    """Frames per second as given, under our name or the model's own, or the model's."""
+    rate = {**given.get("extra_args", {}), **given}.get(takes.rate_name)
+    return float(given.get("fps") or rate or takes.default_fps)
 
 
 def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Limits) -> None:

@@ -32,6 +32,7 @@ from shardit.server.http.submit.resolve import arguments, check_look, check_mode
 from shardit.server.jobs.admission import Conflict, QueueFull
 from shardit.server.jobs.job import Job, Kind, NewJob
 from shardit.server.jobs.job_request import build_request
+from shardit.server.unservable import unservable
 
 _LOADING_RETRY_S = 5.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -62,6 +63,8 @@ async def accept(
     if not info:
         raise busy("the model is being loaded for the first time; try again soon", _LOADING_RETRY_S, "loading")
     _check_kind(info["signature"], kind)
+    if problem := unservable(info["signature"]):
+        raise ApiError(400, problem, code="unsupported_model", param="model")
     values = check_fields(model, body.values, pipeline_names(info))
     check_model(values, context.options)
     field, takes = _picture_field(values, body, info)

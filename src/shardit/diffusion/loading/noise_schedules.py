@@ -1,0 +1,46 @@
+"""Schedulers that can take each other's place though diffusers does not list them as compatible, found by trying."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+_STEPS = 4
+_STEP = {"model_output", "timestep", "sample"}
+"""What pipelines hand to `step`, whatever their scheduler is."""
+
+
+def can_replace(cls: Any, own: Any) -> bool:
+    """Whether a scheduler of class `cls`, made of the configuration of a pipeline's `own`, denoises the same way.
+
+    It is told what the model predicts, it has the same share of noise at each time step, its steps go from noise to
+    picture, and `step` needs what every pipeline gives. So LCM and TCD are found, which recipes of distilled models put
+    in the place of DDIM, while schedulers for inversion, for other noise or for a pipeline of their own are not.
+    """
+    takes = inspect.signature(cls.__init__).parameters
+    needed = {"prediction_type"}
+    if str(own.config.get("variance_type", "")).startswith("learned"):
+        needed.add("variance_type")  # the model puts out more than its prediction
+    if not needed <= takes.keys() or not _required(cls) == _required(type(own)) == _STEP:
+        return False
+    try:
+        made, mine = cls.from_config(own.config), type(own).from_config(own.config)
+        return _same_noise(made, mine) and _goes_down(made) and _goes_down(mine)
+    except Exception:  # it lacks what it needs in this configuration
+        return False
+
+
+def _required(cls: Any) -> set[str]:
+    parameters = inspect.signature(cls.step).parameters.values() if hasattr(cls, "step") else ()
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {one.name for one in parameters if one.default is one.empty and one.kind not in kinds} - {"self"}
+
+
+def _same_noise(one: Any, other: Any) -> bool:
+    mine, theirs = (getattr(each, "alphas_cumprod", None) for each in (one, other))
+    return mine is not None and theirs is not None and mine.shape == theirs.shape and bool((mine == theirs).all())
+
+
+def _goes_down(scheduler: Any) -> bool:
+    scheduler.set_timesteps(_STEPS)
+    return bool(scheduler.timesteps[0] > scheduler.timesteps[-1])

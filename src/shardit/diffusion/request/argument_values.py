@@ -1,0 +1,35 @@
+"""Values of a pipeline's own arguments, which have no field of their own: their defaults tell what they have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardit.errors import InputError
+from shardit.params import text_as_flag
+
+
+def checked_value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
+    """The value of an argument, a text such as "off" as a bool where the default is one. Raises InputError.
+
+    To Python any text is true, so that "false" would switch an argument on without a word. Where the default is a
+    number, None stands for something else than a number in some pipelines, and is passed on.
+    """
+    default = defaults.get(name)
+    if isinstance(default, bool):
+        flag = text_as_flag(value)
+        if type(flag).__name__ in ("bool", "bool_"):  # of numpy
+            flag = bool(flag)
+        if not isinstance(flag, bool):
+            raise InputError(f"{name} must be true or false, got {_short(value)}")
+        return flag
+    if isinstance(default, (int, float)):
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(part, (str, bytes, bool, Mapping)) for part in parts):
+            raise InputError(f"{name} must be a number, got {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."

@@ -26,7 +26,7 @@ from shardit.core.placement.partition import (
     place_blocks,
 )
 from shardit.errors import InputError, UnsupportedError
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def all_cuts(count: int, parts: int) -> list[list[int]]:

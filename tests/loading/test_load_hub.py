@@ -126,12 +126,19 @@ def hub(tmp_path):
     thread.join()
 
 
+IMPORTS = """
+from shardit.diffusion.loading.description import describe
+from shardit.diffusion.loading.pipeline import load_pipeline
+from shardit.loading.source import fetch_weights, resolve
+"""
+
+
 def client(hub: Hub, home: Path, code: str, **env: str) -> list[str]:
     """Run code in a process of its own that sees the stand-in hub; returns the lines it printed."""
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     done = subprocess.run(
-        [sys.executable, "-c", f"import importlib; L = importlib.import_module('shardit.loading')\n{code}"],
+        [sys.executable, "-c", f"{IMPORTS}\n{code}"],
         env={**kept, **settings, **env},
         capture_output=True,
         text=True,
@@ -151,7 +158,7 @@ def needed(repo: Path, weights: bool) -> set[str]:
 
 def test_only_needed_files(hub, tmp_path):
     home = tmp_path / "home"
-    folder = Path(client(hub, home, "print(L.resolve('us/wan', weights=False))", HF_TOKEN="hf_secret")[0])
+    folder = Path(client(hub, home, "print(resolve('us/wan', weights=False))", HF_TOKEN="hf_secret")[0])
     repo = hub.repos["us/wan"]
     # GET is left out for files whose content came under another name, as transformer_2's config did.
     assert hub.files("HEAD") == needed(repo, weights=False)
@@ -161,33 +168,33 @@ def test_only_needed_files(hub, tmp_path):
     hub.asked.clear()
 
     file = next(f for f in sorted(needed(repo, weights=True)) if f.startswith("transformer/") and "safetensors" in f)
-    client(hub, home, f"L.fetch_weights('us/wan', {str(folder)!r}, [{file!r}])")
+    client(hub, home, f"fetch_weights('us/wan', {str(folder)!r}, [{file!r}])")
     assert hub.files("HEAD") == {file}
     assert (folder / file).read_bytes() == (repo / file).read_bytes()
     hub.asked.clear()
 
-    assert client(hub, home, "print(L.resolve('us/wan'))") == [str(folder)]
+    assert client(hub, home, "print(resolve('us/wan'))") == [str(folder)]
     held = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert held == needed(repo, weights=True)
     assert file not in hub.files("GET") | hub.files("HEAD")
     hub.asked.clear()
 
-    assert client(hub, home, "print(L.resolve('us/wan'))", HF_HUB_OFFLINE="1") == [str(folder)]
+    assert client(hub, home, "print(resolve('us/wan'))", HF_HUB_OFFLINE="1") == [str(folder)]
     assert not hub.asked
     hub.repos["us/wan"] = "500"  # the hub is down: the cache is used
-    assert client(hub, home, "print(L.resolve('us/wan'))") == [str(folder)]
+    assert client(hub, home, "print(resolve('us/wan'))") == [str(folder)]
 
 
 PIPELINE = """
 from pathlib import Path
-found = L.describe('us/wan')
+found = describe('us/wan')
 def held():
     return sorted({p.parent.name for p in found.folder.rglob('*.safetensors')})
 print(found.nbytes, held())
 def place(modules, cls):
     none = {name: lambda n: False for name in modules}
     return none | {'transformer': lambda n: n.split('.')[0] != 'blocks', 'vae': lambda n: True}
-pipe = L.load_pipeline('us/wan', place=place)
+pipe = load_pipeline('us/wan', place=place)
 print(pipe.config._name_or_path, held())
 import diffusers
 want = diffusers.DiffusionPipeline.from_pretrained('us/wan')
@@ -212,7 +219,7 @@ ERRORS = """
 from shardit.errors import InputError
 for model in {models!r}:
     try:
-        print('no error', L.resolve(model))
+        print('no error', resolve(model))
     except InputError as error:
         print(str(error).replace('\\n', 'NEWLINE'))
 """

@@ -247,14 +247,13 @@ def load_parallel(
     for name in found[0].cut:
         use_attention_backend(attention_backend, getattr(pipe, name))
     _tell([getattr(pipe, name) for name in found[0].cut], config, mesh)
-    if len(mesh.replica.ranks) == 1:
-        load_loras(pipe, options.lora)
-        return pipe, found[0], None
-    runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
-    decided_alike(runtime.replica, type(pipe).__name__, lambda: (cuts, found[0]), told_of_pipeline)
-    refuse_shared_blocks(pipe, found[0])
-    shard_components(pipe.components, cuts, mesh)
-    connect(pipe, found[0], runtime, config, cuts)
+    runtime = None
+    if len(mesh.replica.ranks) > 1:
+        runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
+        decided_alike(runtime.replica, type(pipe).__name__, lambda: (cuts, found[0]), told_of_pipeline)
+        refuse_shared_blocks(pipe, found[0])
+        shard_components(pipe.components, cuts, mesh)
+        connect(pipe, found[0], runtime, config, cuts)
     load_loras(pipe, options.lora)
     return pipe, found[0], runtime
 

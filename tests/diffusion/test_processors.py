@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shardit.core.runtime.request_loop import Interrupted
-from shardit.diffusion.request.processors import processors_put_back
+from shardit.diffusion.run.processors import processors_put_back
 from tests.pipelines.entry import entries
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shardit.diffusion.request.own_pipeline import own_pipeline
-from shardit.diffusion.request.prompt_lengths import is_tokenizer
+from shardit.diffusion.run.own_pipeline import own_pipeline
+from shardit.diffusion.run.prompt_lengths import is_tokenizer
 from shardit.models import tiny
 
 

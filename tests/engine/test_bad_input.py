@@ -22,7 +22,7 @@ from shardit import DiffusionParallelConfig, InputError, OmniDiffusionSamplingPa
 from shardit.cli import main
 from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.diffusion.output.from_file import read_record
-from shardit.diffusion.request.processors import check_in_flight
+from shardit.diffusion.run.processors import check_in_flight
 from shardit.engine.process.fork_client import FORK_SERVER
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check

@@ -232,7 +232,7 @@ def test_errors(hub, tmp_path):
         "us/plain": "is not a diffusers pipeline (no model_index.json)",
         "us/broken": "answered 500",
         "us/denied": "",
-        "bad--id!/x": "neither a folder nor a hub id",
+        "bad--id!/x": "there is no folder bad--id!/x",
     }
     lines = client(hub, tmp_path / "home", ERRORS.format(models=list(asked)))
     assert len(lines) == len(asked)
@@ -247,7 +247,7 @@ def test_errors(hub, tmp_path):
 
 
 EARLY = """
-from shardit import preflight
+from shardit.diffusion.preflight import preflight
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import model_options
 def check(**dtype):

@@ -31,12 +31,12 @@ from shardit.diffusion.loading.start_options import check_extras
 from shardit.diffusion.loading.variants import image_pipeline
 from shardit.diffusion.output.collect import collect
 from shardit.diffusion.output.output import Output
-from shardit.diffusion.request.own_pipeline import own_pipeline
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
-from shardit.diffusion.request.processors import check_in_flight, processors_put_back
-from shardit.diffusion.request.progress import report_progress
 from shardit.diffusion.request.returned import sample_rate_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
+from shardit.diffusion.run.own_pipeline import own_pipeline
+from shardit.diffusion.run.processors import check_in_flight, processors_put_back
+from shardit.diffusion.run.progress import report_progress
 from shardit.diffusion.sharding.layout import place_components
 from shardit.engine.nodes.node_facts import fingerprint, versions
 from shardit.engine.process.memory import held_bytes, limit_bytes

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from shardit.diffusion.request.prompt_lengths import is_tokenizer, telling_cuts
+from shardit.diffusion.run.prompt_lengths import is_tokenizer, telling_cuts
 
 
 def own_pipeline(pipe: Any, finish: Callable[[Any], None], tell: Callable[[str], None]) -> Any:

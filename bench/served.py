@@ -73,7 +73,7 @@ class Served:
         return False
 
     def child(self, words: str) -> int:
-        """The process of the server, or of its nursery, whose command line has these words; a rank for "rank"."""
+        """The process of the server, or of its fork server, whose command line has these words; a rank for "rank"."""
         ours = children(self._process.pid)
         if words == "rank":
             return max(children(self.child(FORK_SERVER)))

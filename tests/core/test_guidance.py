@@ -11,7 +11,7 @@ import torch
 
 from shardit import DiffusionParallelConfig, InputError, Omni, parallelize
 from shardit.core.comm.mesh import Mesh
-from shardit.core.stages.guidance import Dealer
+from shardit.core.stages.guidance import GuidanceScheduler
 from shardit.core.stages.result import Route
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join
@@ -29,45 +29,45 @@ class Request:
 
 
 def test_calls_are_dealt_in_turn() -> None:
-    dealer, first, second = Dealer(2, 0, 0), Request(), Request()
+    guidance, first, second = GuidanceScheduler(2, 0, 0), Request(), Request()
     for program in (first, second):
-        assert dealer.parts(program, 1) == 1
-        assert [dealer.next(program), dealer.next(program), dealer.next(program)] == [0, 1, 0]
+        assert guidance.parts(program, 1) == 1
+        assert [guidance.next(program), guidance.next(program), guidance.next(program)] == [0, 1, 0]
 
 
 def test_a_batch_is_cut_once_the_branches_of_a_step_are_known() -> None:
-    dealer, program = Dealer(2, 0, 0), Request()
-    assert dealer.parts(program, 4) == 1
-    dealer.waits(program)
-    assert dealer.parts(program, 4) == 2  # one call in a step: its samples are the work
-    dealer, program = Dealer(4, 0, 0), Request()
-    assert [dealer.parts(program, 2), dealer.parts(program, 2)] == [1, 1]
-    dealer.waits(program)
-    dealer.waits(program)  # for the second result of the same step
-    assert [dealer.parts(program, 2), dealer.parts(program, 2)] == [2, 2]
+    guidance, program = GuidanceScheduler(2, 0, 0), Request()
+    assert guidance.parts(program, 4) == 1
+    guidance.waits(program)
+    assert guidance.parts(program, 4) == 2  # one call in a step: its samples are the work
+    guidance, program = GuidanceScheduler(4, 0, 0), Request()
+    assert [guidance.parts(program, 2), guidance.parts(program, 2)] == [1, 1]
+    guidance.waits(program)
+    guidance.waits(program)  # for the second result of the same step
+    assert [guidance.parts(program, 2), guidance.parts(program, 2)] == [2, 2]
 
 
 def test_more_replicas_than_work_is_an_error() -> None:
-    dealer, program = Dealer(3, 0, 0), Request()
+    guidance, program = GuidanceScheduler(3, 0, 0), Request()
     said = r"cfg_parallel_size=3 is more than the 2 branches x 1 samples .* at most 2"
     for _ in range(2):
-        dealer.parts(program, 1)
+        guidance.parts(program, 1)
     with pytest.raises(InputError, match=said):  # also where there is one step only
-        dealer.waits(program)
+        guidance.waits(program)
     with pytest.raises(InputError, match=said):
-        dealer.parts(program, 1)
-    dealer.begin(program)  # another call of the pipeline may have more
-    assert [dealer.parts(program, 2), dealer.parts(program, 2)] == [1, 1]
-    dealer.waits(program)
-    assert [dealer.parts(program, 2), dealer.parts(program, 2)] == [2, 2]
+        guidance.parts(program, 1)
+    guidance.begin(program)  # another call of the pipeline may have more
+    assert [guidance.parts(program, 2), guidance.parts(program, 2)] == [1, 1]
+    guidance.waits(program)
+    assert [guidance.parts(program, 2), guidance.parts(program, 2)] == [2, 2]
 
 
 def test_an_idle_axis_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    dealer, program = Dealer(2, 0, 0), Request()
+    guidance, program = GuidanceScheduler(2, 0, 0), Request()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert dealer.parts(program, 1) == 1
-            dealer.waits(program)
+            assert guidance.parts(program, 1) == 1
+            guidance.waits(program)
     assert len(caplog.records) == 1
     assert "guidance_scale > 1" in caplog.text
 

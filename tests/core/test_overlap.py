@@ -114,7 +114,7 @@ def own_errors(rank: int, count: int, method: str) -> None:
             outs[0].sum()
 
 
-class Keeper(nn.Module):
+class Agent(nn.Module):
     """Its forward keeps something on itself, which a block reads; and what it returns depends on its call."""
 
     def __init__(self, keeps: bool, varies: bool):
@@ -146,13 +146,13 @@ class KeeperBlock(nn.Module):
         return x + self.ff(x) + self.shift
 
 
-def keeper(rank: int, count: int, method: str) -> None:
+def agent(rank: int, count: int, method: str) -> None:
     """Models whose calls cannot be in flight together run one after the other, or say what to do."""
     join(rank, count, method)
 
     def made(keeps: bool, varies: bool, plan: Plan | None = None) -> tuple[Any, Any]:
         torch.manual_seed(3)
-        plain = Keeper(keeps, varies)
+        plain = Agent(keeps, varies)
         other = copy.deepcopy(plain)
         config = DiffusionParallelConfig(tensor_parallel_size=2)
         return plain, shardit.parallelize(other, config, plan=plan, timeout_s=30)
@@ -172,14 +172,14 @@ def keeper(rank: int, count: int, method: str) -> None:
         assert other.shardit_overlap.overlapped == 0
         plain, other = made(False, True, Plan(overlap=True))
         outs = [other(x)[0] for x in xs[1:]]
-        with pytest.raises(UnsupportedError, match=r"Keeper returns other shapes or values .* Plan\(overlap=False\)"):
+        with pytest.raises(UnsupportedError, match=r"Agent returns other shapes or values .* Plan\(overlap=False\)"):
             outs[1].sum()
         plain, other = made(False, True, Plan(overlap=False))
         assert [other(x)[1] for x in xs[1:]] == [1, 0]
 
 
 def test_models_that_do_not_overlap() -> None:
-    run_ranks(2, keeper)
+    run_ranks(2, agent)
 
 
 def test_an_argument_changed_in_place() -> None:

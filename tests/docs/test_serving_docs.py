@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from shardit.server.http.state.metrics import HttpMetrics
-from shardit.server.supervisor.metrics import Gauges
+from shardit.server.supervisor.metrics import SupervisorMetrics
 from tests.support.http_fake import WAIT_S, Served, picture
 from tests.support.paths import ROOT
 
@@ -97,7 +97,7 @@ def test_the_program_with_openai(
 
 
 def test_the_list_of_metrics() -> None:
-    text = (Gauges().text() + HttpMetrics().text()).decode()
+    text = (SupervisorMetrics().text() + HttpMetrics().text()).decode()
     families = re.findall(r"^# TYPE (\w+)", text, re.MULTILINE)
     section = (ROOT / "docs/serving.md").read_text().split("## Observe")[1].split("\n## ")[0]
     assert sorted(re.findall(r"`(shardit_\w+)", section)) == sorted(families)

@@ -214,7 +214,7 @@ def test_bad_request_among_good_ones(flux, bad, place):
     """All three are in flight together; the bad one fails in both of two calls, the others are as if alone."""
     goods = [{"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2, "width": 96}]
     requests = [*goods[:place], {**BAD[bad], "seed": 3}, *goods[place:]]
-    ranks = flux._ranks._nursery.pids
+    ranks = flux._ranks._fork_server.pids
     outputs = flux.generate(requests, OmniDiffusionSamplingParams(**FLUX))
     failed = outputs.pop(place)
     assert failed.error
@@ -223,7 +223,7 @@ def test_bad_request_among_good_ones(flux, bad, place):
     for good, output in zip(goods, outputs, strict=True):
         assert output.error is None
         assert same(by_diffusers("flux", **good), output.images)
-    assert flux._ranks._nursery.pids == ranks
+    assert flux._ranks._fork_server.pids == ranks
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
@@ -283,7 +283,7 @@ def test_output_that_cannot_be_saved(flux, tmp_path):
 )
 def test_command_line(flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    before = nurseries()
+    before = fork_servers()
     assert main(["generate", "--prompt=x", "--num-inference-steps=1", *flags.split()]) == 2
     out, err = capsys.readouterr()
     assert says in err
@@ -291,14 +291,14 @@ def test_command_line(flags, says, tmp_path, monkeypatch, capsys):
     assert err.startswith("error: ")
     assert "Traceback" not in out + err
     assert list(tmp_path.iterdir()) == []
-    assert nurseries() == before
+    assert fork_servers() == before
 
 
 def test_fork_servers_are_found(flux):
-    assert nurseries()  # that none is left says nothing unless one is found while it runs
+    assert fork_servers()  # that none is left says nothing unless one is found while it runs
 
 
-def nurseries() -> set[str]:
+def fork_servers() -> set[str]:
     """Children of this process that start ranks."""
     found = set()
     for pid in pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():

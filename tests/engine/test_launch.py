@@ -18,7 +18,7 @@ from PIL import Image
 
 from bench.served import children
 from shardit.engine.process.channel import Channel
-from shardit.engine.process.fork_client import Nursery
+from shardit.engine.process.fork_client import ForkServer
 from shardit.engine.process.process import started_by_torchrun, threads_per_rank
 from tests.support.paths import SUPPORT
 
@@ -32,7 +32,7 @@ MARK = "only the user's main module has this"
 def say(**values):
     print(json.dumps(values), flush=True)
 def family(omni):
-    return [omni._ranks._nursery.process.pid, *omni._ranks._nursery.pids]
+    return [omni._ranks._fork_server.process.pid, *omni._ranks._fork_server.pids]
 def two(model="x", **options):
     return Omni(model, parallel_config=DiffusionParallelConfig(pipeline_parallel_size=2), **options)
 """
@@ -49,13 +49,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
 
 
-def family(nursery: int) -> list[int]:
-    """A nursery, and the ranks that it has now."""
-    return [nursery, *children(nursery)]
+def family(fork_server: int) -> list[int]:
+    """A fork server, and the ranks that it has now."""
+    return [fork_server, *children(fork_server)]
 
 
 def living(family: list[int]) -> list[str]:
-    """Command lines of a nursery, its ranks, and what is in their groups; zombies left out."""
+    """Command lines of a fork server, its ranks, and what is in their groups; zombies left out."""
     found = []
     for entry in pathlib.Path("/proc").iterdir():
         try:
@@ -155,7 +155,7 @@ def tell():
     while not (found := Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()):
         time.sleep(0.01)
     time.sleep(0.3)
-    say(nursery=int(found[0]))
+    say(fork_server=int(found[0]))
 from pathlib import Path
 threading.Thread(target=tell).start()
 """
@@ -167,7 +167,7 @@ threading.Thread(target=tell).start()
     }[moment]
     process, said = began(script)
     time.sleep(0.2)
-    members = said["family"] if "family" in said else family(said["nursery"])
+    members = said["family"] if "family" in said else family(said["fork_server"])
     assert len(living(members)) >= (1 if moment == "imports" else 3)
     process.kill()
     process.communicate(timeout=10)
@@ -200,8 +200,8 @@ def test_interrupt_during_the_start():
     assert process.stdout is not None
     process.stdout.readline()
     time.sleep(0.6)
-    (nursery,) = children(process.pid)
-    members = family(nursery)
+    (fork_server,) = children(process.pid)
+    members = family(fork_server)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert b"KeyboardInterrupt" in err
@@ -292,9 +292,9 @@ def test_torchrun_is_recognised_by_its_environment():
     assert not started_by_torchrun({"RANK": "0", "WORLD_SIZE": "2"})
 
 
-def test_a_nursery_whose_imports_hang_can_be_stopped():
-    nursery = Nursery(timeout_s=5)
+def test_a_fork_server_whose_imports_hang_can_be_stopped():
+    fork_server = ForkServer(timeout_s=5)
     begin = time.monotonic()
-    nursery.stop()
+    fork_server.stop()
     assert time.monotonic() - begin < 2
-    assert_gone([nursery.process.pid])
+    assert_gone([fork_server.process.pid])

@@ -112,9 +112,9 @@ def test_a_killed_rank_and_a_new_start() -> None:
     with live_ranks("flux", pipeline_parallel_size=2) as ranks:
         ranks.begin(1, seed=1, num_inference_steps=200)
         ranks.wait(lambda: 2 in ranks.steps(1))
-        nursery = ranks.fleet.placement._nursery  # pyright: ignore
-        assert nursery is not None
-        os.kill(nursery.pids[1], signal.SIGKILL)
+        fork_server = ranks.rank_group.placement._fork_server  # pyright: ignore
+        assert fork_server is not None
+        os.kill(fork_server.pids[1], signal.SIGKILL)
         ranks.wait(lambda: bool(ranks.downs))
         assert "rank" in ranks.downs[0].reason
         ranks.downs.clear()

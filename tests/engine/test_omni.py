@@ -152,7 +152,7 @@ def test_fault_on_one_rank(flux, prompt):
 
 def test_killed_from_outside(flux):
     flux.generate("a", params())
-    ranks = flux._ranks._nursery.pids
+    ranks = flux._ranks._fork_server.pids
     threading.Timer(0.2, os.kill, (ranks[1], signal.SIGKILL)).start()
     with pytest.raises(RankError, match="SIGKILL"):
         flux.generate([{"prompt": "a", "seed": 1}] * 12, params(num_inference_steps=20))
@@ -266,8 +266,8 @@ def test_interrupted_command_line(tmp_path):
     while "1/5000" not in seen:  # it runs
         seen += process.stderr.read(1)
         assert process.poll() is None
-    members = [member for nursery in children(process.pid) for member in family(nursery)]
-    assert len(members) >= 3  # a nursery and two ranks
+    members = [member for fork_server in children(process.pid) for member in family(fork_server)]
+    assert len(members) >= 3  # a fork server and two ranks
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130

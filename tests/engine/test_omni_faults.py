@@ -36,12 +36,12 @@ def omni():
     assert_gone(family_of(omni))
 
 
-def nursery_of(omni: Omni):
-    return omni._ranks._nursery  # type: ignore[union-attr]
+def fork_server_of(omni: Omni):
+    return omni._ranks._fork_server  # type: ignore[union-attr]
 
 
 def family_of(omni: Omni) -> list[int]:
-    return [nursery_of(omni).process.pid, *nursery_of(omni).pids]
+    return [fork_server_of(omni).process.pid, *fork_server_of(omni).pids]
 
 
 def assert_works(omni: Omni) -> None:
@@ -60,7 +60,7 @@ def failure(omni: Omni, prompt: str) -> RankError:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_killed_from_outside_during_generate(omni, rank):
-    pid = nursery_of(omni).pids[rank]
+    pid = fork_server_of(omni).pids[rank]
     threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
     error = failure(omni, "sleep:30")
     assert error.rank == rank
@@ -69,7 +69,7 @@ def test_rank_killed_from_outside_during_generate(omni, rank):
 
 @pytest.mark.parametrize("wait", [0, 0.3])
 def test_idle_rank_killed(omni, wait):
-    os.kill(nursery_of(omni).pids[1], signal.SIGKILL)
+    os.kill(fork_server_of(omni).pids[1], signal.SIGKILL)
     time.sleep(wait)
     error = failure(omni, "hello")
     assert error.rank == 1
@@ -77,7 +77,7 @@ def test_idle_rank_killed(omni, wait):
 
 
 def test_all_ranks_killed(omni):
-    for pid in nursery_of(omni).pids:
+    for pid in fork_server_of(omni).pids:
         os.kill(pid, signal.SIGKILL)
     assert "SIGKILL" in failure(omni, "hello").reason
 
@@ -93,13 +93,13 @@ def test_rank_killed_during_the_start():
 @pytest.mark.parametrize("moment", [0.0, 0.01, 0.02, 0.05])
 def test_rank_killed_while_ranks_start_anew(omni, moment):
     omni._ranks._end_ranks()
-    first = nursery_of(omni).pids
+    first = fork_server_of(omni).pids
 
     def kill_when_it_is_there():
-        while nursery_of(omni).pids == first:
+        while fork_server_of(omni).pids == first:
             time.sleep(0.001)
         time.sleep(moment)
-        os.kill(nursery_of(omni).pids[1], signal.SIGKILL)
+        os.kill(fork_server_of(omni).pids[1], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_when_it_is_there)
     killer.start()
@@ -108,13 +108,13 @@ def test_rank_killed_while_ranks_start_anew(omni, moment):
     assert error.rank == 1
 
 
-def test_nursery_killed(omni):
-    nursery = nursery_of(omni)
-    threading.Timer(0.3, nursery.process.kill).start()
+def test_fork_server_killed(omni):
+    fork_server = fork_server_of(omni)
+    threading.Timer(0.3, fork_server.process.kill).start()
     error = failure(omni, "sleep:30")
     assert error.rank == -1
     assert "SIGKILL" in error.reason
-    assert_gone([nursery.process.pid, *nursery.pids])
+    assert_gone([fork_server.process.pid, *fork_server.pids])
 
 
 def test_exception_on_one_rank_while_another_waits(omni):
@@ -201,19 +201,19 @@ def test_check_that_breaks_is_ours():
 
 
 def test_input_error_of_all_ranks_keeps_them(omni):
-    pids = nursery_of(omni).pids
+    pids = fork_server_of(omni).pids
     with pytest.raises(InputError, match="more stages"):
         omni.generate("refuse")
     assert_works(omni)
-    assert nursery_of(omni).pids == pids
+    assert fork_server_of(omni).pids == pids
 
 
 def test_input_error_of_one_rank_renews_them(omni):
-    pids = nursery_of(omni).pids
+    pids = fork_server_of(omni).pids
     with pytest.raises(InputError, match="more stages"):
         omni.generate("refuse:1 hang:0")
     assert_works(omni)
-    assert nursery_of(omni).pids != pids
+    assert fork_server_of(omni).pids != pids
 
 
 class Unknown:
@@ -268,7 +268,7 @@ def test_close():
 
 def test_forgotten_omni_ends():
     omni = make()
-    family, folder = family_of(omni), nursery_of(omni).directory
+    family, folder = family_of(omni), fork_server_of(omni).directory
     assert os.path.isdir(folder)
     del omni
     assert_gone(family)

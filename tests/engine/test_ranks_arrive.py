@@ -24,7 +24,7 @@ from shardit.errors import InputError, RankError
 from shardit.server.entry.torchrun_agent import serve_as_rank
 from shardit.server.flags import Executor, ServeFlags
 from shardit.server.placement.ray import RayPlacement
-from shardit.server.placement.torchrun_env import LOOPBACK, Seat, hosts_of
+from shardit.server.placement.torchrun_env import LOOPBACK, RankEnv, hosts_of
 
 PLACES = [(rank, "rank") for rank in range(2)]
 
@@ -184,9 +184,9 @@ def test_flags():
 
 
 def test_where_rank_0_says_it_can_be_reached():
-    assert hosts_of(Seat(0, 2, 2, "node-0.example", 0)) == LOOPBACK
-    assert hosts_of(Seat(0, 2, 1, "127.0.0.1", 0)) == LOOPBACK
-    hosts = hosts_of(Seat(0, 2, 1, "203.0.113.7", 0))
+    assert hosts_of(RankEnv(0, 2, 2, "node-0.example", 0)) == LOOPBACK
+    assert hosts_of(RankEnv(0, 2, 1, "127.0.0.1", 0)) == LOOPBACK
+    hosts = hosts_of(RankEnv(0, 2, 1, "203.0.113.7", 0))
     assert {"203.0.113.7", socket.gethostname()} <= set(hosts)
     assert not any(host.startswith("127.") for host in hosts)
 

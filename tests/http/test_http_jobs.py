@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from shardit.server.http.answers import events as http_events
-from shardit.server.http.state.board import Board
+from shardit.server.http.state.live_state import LiveState
 from shardit.server.jobs.job import NewJob
 from shardit.server.jobs.store import Store
 from tests.support.http_calls import LATER, NOW, events, open_job
@@ -251,7 +251,7 @@ def test_silent_streams_show_that_they_live(tmp_path: Path, monkeypatch: pytest.
     job, _ = store.accept(new, queue_size=9)
 
     async def follow() -> list[bytes]:
-        context: Any = SimpleNamespace(store=store, board=Board(lambda message: None))
+        context: Any = SimpleNamespace(store=store, live_state=LiveState(lambda message: None))
         got = []
         async for piece in http_events.events(context, job):
             got.append(piece)

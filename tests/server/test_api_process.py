@@ -18,24 +18,24 @@ import pytest
 from shardit.engine.process.channel import Channel
 from shardit.logs import logger
 from shardit.server.entry.serve import listening
-from shardit.server.http.state.supervisor_link import Link
+from shardit.server.http.state.supervisor_link import SupervisorClient
 from shardit.server.messages import Ping, Pong
 from shardit.server.options import ServeOptions
-from shardit.server.process import heartbeat as pulse
+from shardit.server.process import heartbeat as heartbeat
 from shardit.server.process.api_process import ApiProcess, start
-from shardit.server.process.heartbeat import ASK_EVERY_S, MAX_STEP_S, PATIENCE_S, START_S, Pulse
+from shardit.server.process.heartbeat import ASK_EVERY_S, MAX_STEP_S, PATIENCE_S, START_S, Heartbeat
 from shardit.server.process.loop import Loop
 
 WAIT_S = 120.0
 
 
 class Asked:
-    """A pulse on a clock of the test."""
+    """A heartbeat on a clock of the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now, self.asked = 1000.0, 0
-        monkeypatch.setattr(pulse.time, "monotonic", lambda: self.now)
-        self.pulse = Pulse(self.ask)
+        monkeypatch.setattr(heartbeat.time, "monotonic", lambda: self.now)
+        self.heartbeat = Heartbeat(self.ask)
 
     def ask(self) -> None:
         self.asked += 1
@@ -44,20 +44,20 @@ class Asked:
         until, hangs = self.now + seconds, False
         while self.now < until:
             self.now += every_s
-            hangs = self.pulse.hangs()
+            hangs = self.heartbeat.hangs()
         return hangs
 
 
 def test_a_silent_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(monkeypatch)
     assert not asked.hangs_after(START_S)  # it starts
-    asked.pulse.answered()
+    asked.heartbeat.answered()
     for _ in range(5):
         before = asked.asked
         assert not asked.hangs_after(ASK_EVERY_S + 0.25)
         assert asked.asked == before + 1
         assert not asked.hangs_after(PATIENCE_S - 1.5)
-        asked.pulse.answered()
+        asked.heartbeat.answered()
     assert not asked.hangs_after(PATIENCE_S)
     assert asked.hangs_after(1.0)
 
@@ -69,7 +69,7 @@ def test_a_process_that_never_answers_hangs(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_supervisor_that_stood_still_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(monkeypatch)
     asked.hangs_after(1.0)
-    asked.pulse.answered()
+    asked.heartbeat.answered()
     asked.hangs_after(ASK_EVERY_S)
     assert not asked.hangs_after(3600.0, every_s=3600.0)
     assert not asked.hangs_after(PATIENCE_S - MAX_STEP_S - 1.0)  # time to answer
@@ -80,7 +80,7 @@ def test_the_event_loop_answers_not_a_thread() -> None:
     ours, theirs = (Channel(end, 10.0) for end in socket.socketpair())
     loop = asyncio.new_event_loop()
     delivered: list[Any] = []
-    Link(theirs, lambda: None).start(loop, delivered.append)
+    SupervisorClient(theirs, lambda: None).start(loop, delivered.append)
     ours.send(Ping())
     ours.send("news")
     assert not wait([ours], 0.3)  # the loop does not run
@@ -137,7 +137,7 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
 
 
 def test_a_hung_api_process_is_started_anew(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "PATIENCE_S", 3.0)
+    monkeypatch.setattr(heartbeat, "PATIENCE_S", 3.0)
     kept.until(kept.answers)
     first = kept.api.pid
     assert first is not None

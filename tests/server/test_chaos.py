@@ -29,7 +29,7 @@ def test_kills_at_random(tmp_path: Path) -> None:
         ids = [submit(server, number, asked) for number in range(JOBS - LATE)]
         hit: dict[str, int] = {}
         for number in range(KILLS):
-            what = chance.choice(("supervisor", "api", "nursery", "rank 0", "rank 1"))
+            what = chance.choice(("supervisor", "api", "fork_server", "rank 0", "rank 1"))
             server.wait(lambda what=what: what in server.pids(), what)
             time.sleep(chance.choice((0.1, 1.0, 6.0)) * chance.random())
             while not kill(server, what):

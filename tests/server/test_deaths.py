@@ -29,7 +29,7 @@ def test_ranks_that_differ_are_started_anew(server: Server) -> None:
     key = server.key(first)
     server.jobs.heard(0, Left(key, "one sum"))
     server.jobs.heard(1, Left(key, "another"))
-    (reason,) = server.fleet.failures
+    (reason,) = server.rank_group.failures
     assert first in reason
     assert [server.state(one) for one in (first, second)] == ["queued", "queued"]
 
@@ -98,17 +98,17 @@ def test_stops_and_restarts_do_not_count(server: Server) -> None:
     for _ in range(20):
         server.jobs.put_all_back()
         assert server.state(job_id) == "queued"
-        server.jobs.ready([INFO] * server.fleet.size)
+        server.jobs.ready([INFO] * server.rank_group.size)
     server.die()
     assert server.state(job_id) == "in_progress"
     assert (server.job(job_id).attempts, server.job(job_id).deaths_alone) == (22, 1)
 
 
 def out_of_memory(server: Server, job_id: str) -> None:
-    """As the fleet does it."""
+    """As the rank group does it."""
     server.jobs.heard(0, OutOfMemory(server.key(job_id), "tried to allocate 9 GiB"))
     server.jobs.down(Down("rank 0 ran out of memory", memory=True))
-    server.jobs.ready([INFO] * server.fleet.size)
+    server.jobs.ready([INFO] * server.rank_group.size)
 
 
 def test_out_of_memory_fails_that_job_only(server: Server) -> None:

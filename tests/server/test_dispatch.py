@@ -12,7 +12,7 @@ import pytest
 from shardit.engine.process.messages import Begin, Cancel, Left, Progress
 from shardit.server.estimate import work_of
 from shardit.server.messages import Changed, Step
-from shardit.server.supervisor import prefetch as builder
+from shardit.server.supervisor import prefetch as prefetcher
 from shardit.server.supervisor.rank_group import Down
 from tests.support.http_fake import picture
 from tests.support.played import INFO, SIGNATURE, Server, played_server
@@ -31,7 +31,7 @@ def test_slots_are_filled_in_order(server: Server) -> None:
     ids = [server.put() for _ in range(4)]
     assert server.running() == ids[:2]
     assert [server.state(one) for one in ids] == ["in_progress"] * 2 + ["queued"] * 2
-    begins = [(rank, message.key) for rank, message in server.fleet.sent if isinstance(message, Begin)]
+    begins = [(rank, message.key) for rank, message in server.rank_group.sent if isinstance(message, Begin)]
     assert begins == [(0, 1), (1, 1), (0, 2), (1, 2)]
     server.leave(ids[1])
     assert server.running() == [ids[0], ids[2]]  # before its result is written
@@ -135,10 +135,10 @@ def test_a_replica_with_memory_comes_before_one_with_none(server: Server) -> Non
 
 
 def test_nothing_begins_before_the_ranks_are_up_or_while_they_fail(server: Server) -> None:
-    server.fleet.failing = True
+    server.rank_group.failing = True
     first = server.put()
     assert server.running() == []
-    server.fleet.failing = False
+    server.rank_group.failing = False
     server.jobs.down(Down("rank 0 has ended"))
     server.jobs.wake()
     assert server.state(first) == "queued"
@@ -197,20 +197,20 @@ def test_a_request_that_fails_on_all_ranks(server: Server) -> None:
 
 def test_pictures_are_decoded_beside_the_loop(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
-    real = builder.build_request
+    real = prefetcher.build_request
 
     def slow(*given: Any) -> Any:
         assert go_on.wait(60)
         return real(*given)
 
-    monkeypatch.setattr(builder, "build_request", slow)
+    monkeypatch.setattr(prefetcher, "build_request", slow)
     job_id = server.put(inputs={"input-0.png": picture()})  # returns
     assert server.state(job_id) == "queued"
     for _ in range(5):
         server.jobs.wake()
     go_on.set()
     server.until(lambda: server.running() == [job_id])
-    (sent,) = [message for rank, message in server.fleet.sent if isinstance(message, Begin) and rank == 1]
+    (sent,) = [message for rank, message in server.rank_group.sent if isinstance(message, Begin) and rank == 1]
     assert [image.size for image in sent.request.images] == [(32, 24)]
     server.complete(job_id)
     assert server.state(job_id) == "completed"
@@ -218,7 +218,7 @@ def test_pictures_are_decoded_beside_the_loop(server: Server, monkeypatch: pytes
 
 def test_pictures_are_there_when_a_slot_is_free(server: Server) -> None:
     ids = [server.put(), server.put(), server.put(inputs={"input-0.png": picture()})]
-    server.until(lambda: server.jobs.builder._built)
+    server.until(lambda: server.jobs.prefetcher._built)
     server.complete(ids[0])
     assert server.running() == ids[1:]
 
@@ -240,7 +240,7 @@ def test_pictures_that_cannot_be_read(server: Server, how: str) -> None:
 def test_a_job_that_overtakes_one_whose_pictures_are_decoded(server: Server) -> None:
     server.put(), server.put()
     slow = server.put(cost=100.0, inputs={"input-0.png": picture()})
-    server.until(lambda: server.jobs.builder._built)
+    server.until(lambda: server.jobs.prefetcher._built)
     quick = server.put(inputs={"input-0.png": picture(), "input-1.png": picture()})
     for _ in range(2):
         server.complete(server.running()[0])
@@ -252,10 +252,10 @@ def test_a_job_that_overtakes_one_whose_pictures_are_decoded(server: Server) -> 
 def test_pictures_of_cancelled_jobs_are_let_go(server: Server) -> None:
     first, second = server.put(), server.put()
     job_id = server.put(inputs={"input-0.png": picture()})
-    server.until(lambda: server.jobs.builder._built)
+    server.until(lambda: server.jobs.prefetcher._built)
     server.store.request_cancel(job_id)
     server.jobs.wake()
-    assert server.jobs.builder._built is None
+    assert server.jobs.prefetcher._built is None
     assert server.running() == [first, second]
 
 
@@ -285,7 +285,7 @@ def test_cancel_in_flight(server: Server) -> None:
     server.store.request_cancel(ids[0])
     for _ in range(3):
         server.jobs.wake()
-    sent = [(rank, message) for rank, message in server.fleet.sent if isinstance(message, Cancel)]
+    sent = [(rank, message) for rank, message in server.rank_group.sent if isinstance(message, Cancel)]
     assert sent == [(0, Cancel(key)), (1, Cancel(key))]  # once for each rank
     assert server.state(ids[0]) == "in_progress"
     server.leave(ids[0], cancelled=True)

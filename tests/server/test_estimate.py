@@ -14,7 +14,7 @@ from shardit.server import estimate
 from shardit.server.estimate import Seen, Work, work_of
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
-from shardit.server.supervisor.cost_history import Learned
+from shardit.server.supervisor.cost_history import CostHistory
 from tests.support.http_fake import IMAGE, VIDEO
 
 GIB = 2**30
@@ -108,10 +108,10 @@ def test_what_has_fitted_is_not_refused_until_it_does_not(
 def test_a_new_start_is_another_chance_which_all_processes_see(tmp_path: Path) -> None:
     store = Store(tmp_path)
     options = ServeOptions("tiny/flux", tmp_path)
-    first = Learned(store, options)
+    first = CostHistory(store, options)
     first.out_of_memory(1000)
     first.save()
     assert store.recall(estimate.MEMORY)["failed"] == 1000
-    Learned(store, options).save()
+    CostHistory(store, options).save()
     assert store.recall(estimate.MEMORY)["failed"] is None
     store.close()

@@ -48,7 +48,7 @@ def test_a_store_that_fails_altogether_for_a_while(server: Server, monkeypatch: 
         server.write()
         server.jobs.wake()
         server.jobs.down(Down("rank 0 has ended"))
-        server.jobs.ready([INFO] * server.fleet.size)
+        server.jobs.ready([INFO] * server.rank_group.size)
         server.jobs.ends.write_again()
         assert not server.jobs.running
     server.jobs.ends.write_again()

@@ -14,7 +14,7 @@ from shardit.core.runtime.request_loop import Interrupted, Program
 from shardit.core.runtime.schedule import Schedule
 from shardit.engine.process.messages import Begin, Ended, Left
 from shardit.engine.rank.serving import Live
-from shardit.server.supervisor import hangs as vigil
+from shardit.server.supervisor import hangs as hang_detector
 from shardit.server.supervisor import running
 from shardit.server.supervisor.hangs import MAX_SIZES, MIN_PATIENCE_S, Patience
 from tests.support.played import Server, played_server
@@ -30,7 +30,7 @@ def server(tmp_path: Path, request: Any) -> Iterator[Server]:
 def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The load average, as many times the number of cores."""
     times = [0.5]
-    monkeypatch.setattr(vigil.os, "getloadavg", lambda: (times[0] * (os.cpu_count() or 1), 0.0, 0.0))
+    monkeypatch.setattr(hang_detector.os, "getloadavg", lambda: (times[0] * (os.cpu_count() or 1), 0.0, 0.0))
     return times
 
 
@@ -41,15 +41,15 @@ def test_ranks_of_a_loaded_machine_have_more_time(
     server: Server, monkeypatch: pytest.MonkeyPatch, load: list[float]
 ) -> None:
     now = [1000.0]
-    for module in (vigil, running):
+    for module in (hang_detector, running):
         monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     server.put()
     now[0] += 601
-    assert server.jobs.vigil.overdue() is not None
+    assert server.jobs.hang_detector.overdue() is not None
     load[0] = 3.0
-    assert server.jobs.vigil.overdue() is None
+    assert server.jobs.hang_detector.overdue() is None
     now[0] += 1200
-    assert server.jobs.vigil.overdue() is not None
+    assert server.jobs.hang_detector.overdue() is not None
 
 
 def test_patience_is_learned() -> None:
@@ -83,49 +83,49 @@ def test_ranks_that_have_just_started_have_more_time() -> None:
 
 def test_a_hang_is_found(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    for module in (vigil, running):
+    for module in (hang_detector, running):
         monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    assert server.jobs.vigil.overdue() is None
+    assert server.jobs.hang_detector.overdue() is None
     first = server.put()
     now[0] += 599
-    assert server.jobs.vigil.overdue() is None
+    assert server.jobs.hang_detector.overdue() is None
     server.step(first)
     now[0] += 599
-    assert server.jobs.vigil.overdue() is None
+    assert server.jobs.hang_detector.overdue() is None
     now[0] += 2
-    assert server.jobs.vigil.overdue() == "no sign of life for 601 s"
+    assert server.jobs.hang_detector.overdue() == "no sign of life for 601 s"
     server.complete(first)
     now[0] += 10_000  # idle ranks say nothing
-    assert server.jobs.vigil.overdue() is None
+    assert server.jobs.hang_detector.overdue() is None
     second = server.put()
-    assert server.jobs.vigil.overdue() is None
+    assert server.jobs.hang_detector.overdue() is None
     now[0] += 5 * 601 - 1  # the longest silence that was none, at this size
-    assert server.jobs.vigil.overdue() is None
+    assert server.jobs.hang_detector.overdue() is None
     now[0] += 2
-    assert server.jobs.vigil.overdue() is not None
+    assert server.jobs.hang_detector.overdue() is not None
     server.die()
     assert server.running() == [second]
-    assert server.jobs.vigil.overdue() is None
+    assert server.jobs.hang_detector.overdue() is None
 
 
 def test_a_rank_that_fails_alone_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(vigil.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hang_detector.time, "monotonic", lambda: now[0])
     job_id = server.put()
     server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
     now[0] += 601
-    assert server.jobs.vigil.overdue() == "no sign of life for 601 s; rank 1 alone failed: KeyError: 'x'"
+    assert server.jobs.hang_detector.overdue() == "no sign of life for 601 s; rank 1 alone failed: KeyError: 'x'"
 
 
 @pytest.mark.parametrize("server", [{"data_parallel_size": 2}], indirect=True)
 def test_a_hang_of_one_replica_is_found(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(vigil.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hang_detector.time, "monotonic", lambda: now[0])
     first, _ = server.put(), server.put()
     for _ in range(100):
         now[0] += 7
         server.step(first)
-    assert server.jobs.vigil.overdue() is not None
+    assert server.jobs.hang_detector.overdue() is not None
 
 
 def test_patience_forgets_sizes_of_long_ago() -> None:
@@ -150,23 +150,23 @@ WORKS = 'Thread 0x1 (most recent call first):\n  File "/x/torch/nn/functional.py
 
 def look(server: Server, monkeypatch: pytest.MonkeyPatch, *stacks: str) -> None:
     """The next look of the supervisor, which finds the ranks so."""
-    server.fleet.stacks = dict(enumerate(stacks))
-    monkeypatch.setattr(vigil, "DOUBT_S", 0.0)
+    server.rank_group.stacks = dict(enumerate(stacks))
+    monkeypatch.setattr(hang_detector, "DOUBT_S", 0.0)
     server.jobs.look_after()
 
 
 def test_ranks_that_wait_for_one_that_failed_are_started_anew(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = server.put()
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
-    assert server.fleet.looks == 0  # nobody has failed
+    assert server.rank_group.looks == 0  # nobody has failed
     server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
     look(server, monkeypatch, WORKS.format(1), WAITS.format(2))  # it may come to fail, too
     look(server, monkeypatch, WORKS.format(1), WAITS.format(2))
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
     look(server, monkeypatch, WAITS.format(3), WAITS.format(2))  # it has gone on
-    assert server.fleet.failures == []
+    assert server.rank_group.failures == []
     look(server, monkeypatch, WAITS.format(3), WAITS.format(2))
-    assert server.fleet.failures == ["rank 1 alone failed: KeyError: 'x'"]
+    assert server.rank_group.failures == ["rank 1 alone failed: KeyError: 'x'"]
     assert (server.state(job_id), server.job(job_id).deaths_alone) == ("queued", 1)
 
 
@@ -178,7 +178,7 @@ def test_ranks_that_cannot_be_looked_at_have_time(
     server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
     for _ in range(5):
         look(server, monkeypatch, *stacks)
-    assert server.fleet.failures == []
+    assert server.rank_group.failures == []
 
 
 @pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
@@ -187,7 +187,7 @@ def test_replicas_beside_it_may_work(server: Server, monkeypatch: pytest.MonkeyP
     server.jobs.heard(2, Ended(server.key(second), "KeyError: 'x'"))
     for line in range(2):
         look(server, monkeypatch, WORKS.format(line), WORKS.format(line), WAITS.format(1), WAITS.format(2))
-    assert server.fleet.failures == ["rank 2 alone failed: KeyError: 'x'"]
+    assert server.rank_group.failures == ["rank 2 alone failed: KeyError: 'x'"]
     assert [server.state(one) for one in (first, second)] == ["queued", "queued"]
 
 
@@ -197,9 +197,9 @@ def test_a_rank_that_fails_where_another_is_through(server: Server, cancelled: b
     job_id = server.put()
     key = server.key(job_id)
     for rank, message in [(0, Left(key, "sum", cancelled=cancelled)), (1, Ended(key, "KeyError: 'x'"))][::order]:
-        assert server.fleet.failures == []
+        assert server.rank_group.failures == []
         server.jobs.heard(rank, message)
-    (reason,) = server.fleet.failures
+    (reason,) = server.rank_group.failures
     assert "KeyError: 'x'" in reason
 
 
@@ -214,8 +214,8 @@ def test_all_ranks_that_fail_alike_are_left_alone(server: Server, monkeypatch: p
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
     server.jobs.heard(1, Left(key, "sum", error="ValueError: height"))
     assert server.state(job_id) == "failed"
-    assert server.fleet.failures == []
-    assert server.fleet.looks == 0
+    assert server.rank_group.failures == []
+    assert server.rank_group.looks == 0
 
 
 class _TwoSegments:

@@ -14,13 +14,13 @@ from shardit.config import DiffusionParallelConfig
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import Ready, SessionSpec
 from shardit.server.process.loop import Loop
-from shardit.server.supervisor.rank_group import Down, Fleet
+from shardit.server.supervisor.rank_group import Down, RankGroup
 
 STACK = 'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in wait\n  File "y.py", line 2 in run\n'
 
 
 class Played:
-    """Two ranks, and what the fleet says of them. `stacks` is what the placement answers, once `answer` is set."""
+    """Two ranks, and what the rank group says of them. `stacks` is what the placement answers, once `answer` is set."""
 
     def __init__(self) -> None:
         self.stacks_now: Any = {0: STACK, 1: ""}
@@ -30,7 +30,7 @@ class Played:
         self.downs: list[Down] = []
         self.loop = Loop(lambda: None)
         spec = SessionSpec("x", DiffusionParallelConfig(pipeline_parallel_size=2), live=True)
-        self.fleet = Fleet(
+        self.rank_group = RankGroup(
             spec, self, self.loop, on_up=self.ups.append, on_down=self.downs.append, on_message=lambda *_: None
         )
 
@@ -67,19 +67,19 @@ class Played:
 @pytest.fixture
 def played() -> Any:
     one = Played()
-    one.fleet.bring_up()
-    one.until(lambda: one.fleet._pipes)
+    one.rank_group.bring_up()
+    one.until(lambda: one.rank_group._pipes)
     for end in one.ends:
         end.send(Ready({}))
     one.until(lambda: one.ups)
     yield one
     one.answer.set()
-    one.fleet.stop()
+    one.rank_group.stop()
 
 
 def test_a_hang_tells_where_ranks_are_and_holds_up_nobody(played: Played) -> None:
-    played.fleet.hang("no sign of life for 12 s")
-    assert played.fleet.failing
+    played.rank_group.hang("no sign of life for 12 s")
+    assert played.rank_group.failing
     assert played.downs == []  # the answer takes its time, the loop goes on
     played.answer.set()
     played.until(lambda: played.downs)
@@ -87,17 +87,17 @@ def test_a_hang_tells_where_ranks_are_and_holds_up_nobody(played: Played) -> Non
     assert down.reason == 'no sign of life for 12 s; rank 0: File "x.py", line 1 in wait; rank 1: it does not react'
 
 
-@pytest.mark.parametrize("stacks", [{}, OSError("the nursery is gone"), ValueError("half a message")])
+@pytest.mark.parametrize("stacks", [{}, OSError("the fork server is gone"), ValueError("half a message")])
 def test_a_hang_of_ranks_that_cannot_be_looked_at(played: Played, stacks: Any) -> None:
     played.stacks_now = stacks
     played.answer.set()
-    played.fleet.hang("no sign of life for 12 s")
+    played.rank_group.hang("no sign of life for 12 s")
     played.until(lambda: played.downs)
     assert [down.reason for down in played.downs] == ["no sign of life for 12 s"]
 
 
 def test_a_rank_that_ends_meanwhile_is_told_once(played: Played) -> None:
-    played.fleet.hang("no sign of life for 12 s")
+    played.rank_group.hang("no sign of life for 12 s")
     played.ends[1].close()
     played.settled()
     played.answer.set()
@@ -108,7 +108,7 @@ def test_a_rank_that_ends_meanwhile_is_told_once(played: Played) -> None:
 
 def test_what_was_seen_of_ranks_that_are_gone_is_not_told(played: Played) -> None:
     seen: list[Any] = []
-    played.fleet.look(seen.append)
+    played.rank_group.look(seen.append)
     played.ends[1].close()
     played.until(lambda: played.downs)
     assert played.downs[0].reason == "rank 1 has ended"

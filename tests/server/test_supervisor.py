@@ -50,20 +50,21 @@ def test_ranks_come_before_http(server: RealServer) -> None:
         assert os.getsid(pids["api"]) == pids["api"]
     if sys.version_info >= (3, 11):  # threads that write results give way to ranks
         assert {os.getsid(pids[f"rank {rank}"]) for rank in (0, 1)} == {os.getsid(pids["supervisor"])}
-    assert os.getpgid(pids["nursery"]) == pids["nursery"]
+    assert os.getpgid(pids["fork_server"]) == pids["fork_server"]
 
 
 @pytest.mark.parametrize(
-    "what", ["rank 1", pytest.param("rank 0", marks=pytest.mark.full), pytest.param("nursery", marks=pytest.mark.full)]
+    "what",
+    ["rank 1", pytest.param("rank 0", marks=pytest.mark.full), pytest.param("fork_server", marks=pytest.mark.full)],
 )
-def test_a_killed_rank_or_nursery(server: RealServer, what: str) -> None:
+def test_a_killed_rank_or_fork_server(server: RealServer, what: str) -> None:
     before, first = len(downs(server)), server.pids()
     jobs = {seed: server.submit(seed, **LONG) for seed in (1, 2)}
     server.stepping(jobs[1])
     killed = server.kill(what)
     line = server.wait(lambda: downs(server)[before:], "ranks_down")[0]
     assert at(line) - killed < 1.0
-    if what != "nursery":
+    if what != "fork_server":
         assert what in line["reason"]
     server.wait(lambda: server.call("GET", "/ready")[1]["restarts"] > before, "/ready tells of it", 10)
     for seed, job_id in jobs.items():
@@ -145,7 +146,7 @@ def test_a_killed_supervisor_then_a_polite_end(shared: RealServer) -> None:
     jobs = {seed: server.submit(seed, **LONG) for seed in (1, 2, 5)}
     server.stepping(jobs[1])
     pids = server.pids()
-    assert set(pids) == {"supervisor", "api", "nursery", "rank 0", "rank 1"}
+    assert set(pids) == {"supervisor", "api", "fork_server", "rank 0", "rank 1"}
     server.kill("supervisor")
     assert server.process is not None
     server.process.wait(10)
@@ -269,7 +270,7 @@ def test_the_end_beside_stopped_processes_and_the_end_of_all_at_once(tmp_path: P
         jobs = {seed: server.submit(seed, **LONG) for seed in (1, 2, 5)}
         server.stepping(jobs[1])
         pids = server.pids()
-        for what in ("api", "rank 1", "nursery"):
+        for what in ("api", "rank 1", "fork_server"):
             server.kill(what, signal.SIGSTOP)
         begin = time.monotonic()
         assert server.stop() == 0
@@ -372,7 +373,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: py
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     with real_server("flux", tmp_path / "data", *STAGES) as server:
-        server.kill("nursery")
+        server.kill("fork_server")
         server.wait(lambda: downs(server), "ranks_down")
         server.wait_ready()
         assert server.stop() == 0

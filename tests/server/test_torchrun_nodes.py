@@ -29,7 +29,7 @@ def test_two_nodes_of_torchrun(servers):
 
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "keeper 0", "keeper 1", "supervisor", "hung rank"])
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent 0", "agent 1", "supervisor", "hung rank"])
 def test_torchrun_starts_all_anew(servers, victim):
     """Whoever dies in the middle of a job, torchrun starts all ranks anew, and the job has its bits."""
     steps = {"num_inference_steps": 200}
@@ -41,11 +41,11 @@ def test_torchrun_starts_all_anew(servers, victim):
     agents = [process.pid for process in servers.processes]
     rank = next(pid for pid in ranks if parent(parent(pid)) == agents["1" in victim or "hung" in victim])
     if victim == "supervisor":
-        keeper = parent(next(pid for pid in ranks if parent(parent(pid)) == agents[0]))
-        children = pathlib.Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        agent = parent(next(pid for pid in ranks if parent(parent(pid)) == agents[0]))
+        children = pathlib.Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
         (target,) = (int(pid) for pid in children if int(pid) not in ranks)
     else:
-        target = parent(rank) if "keeper" in victim else rank
+        target = parent(rank) if "agent" in victim else rank
     os.kill(target, signal.SIGSTOP if "hung" in victim else signal.SIGKILL)
     picture = servers.result(job_id)
     assert servers.store.get(job_id).attempts >= 2

@@ -1,4 +1,4 @@
-"""Ranks of a server without the server: a `Fleet` whose messages a test can wait for."""
+"""Ranks of a server without the server: a `RankGroup` whose messages a test can wait for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardit.models import tiny
 from shardit.server.jobs.job_request import build_request
 from shardit.server.placement.local import LocalPlacement
 from shardit.server.process.loop import Loop
-from shardit.server.supervisor.rank_group import Down, Fleet
+from shardit.server.supervisor.rank_group import Down, RankGroup
 
 WAIT_S = 240.0
 
@@ -33,7 +33,7 @@ class LiveRanks:
         spec = SessionSpec(
             f"tiny/{model}", config, max_in_flight=max_in_flight, session=session, live=True, timeout_s=60
         )
-        self.fleet = Fleet(
+        self.rank_group = RankGroup(
             spec,
             LocalPlacement(60),
             self.loop,
@@ -47,7 +47,7 @@ class LiveRanks:
     def start(self) -> None:
         """Start the ranks, or start them anew, and wait until they are up."""
         before = len(self.ups)
-        self.loop.call(self.fleet.bring_up)
+        self.loop.call(self.rank_group.bring_up)
         self.wait(lambda: len(self.ups) > before or bool(self.downs))
         assert len(self.ups) > before, self.downs
 
@@ -55,13 +55,13 @@ class LiveRanks:
         """Send a request to all ranks of the first replica."""
         call = {**tiny.defaults(self.model), "prompt": "a cat", **chosen}
         request = build_request(call, seed, [], self.ups[-1][0])
-        for rank in range(self.fleet.size):
-            self.loop.call(self.fleet.send, rank, Begin(key, request))
+        for rank in range(self.rank_group.size):
+            self.loop.call(self.rank_group.send, rank, Begin(key, request))
 
     def cancel(self, key: int) -> None:
         """Cancel it on all ranks."""
-        for rank in range(self.fleet.size):
-            self.loop.call(self.fleet.send, rank, Cancel(key))
+        for rank in range(self.rank_group.size):
+            self.loop.call(self.rank_group.send, rank, Cancel(key))
 
     def ends(self, key: int) -> list[Left]:
         """Wait until all ranks are through with a request; what they said, the first rank's first."""
@@ -69,7 +69,7 @@ class LiveRanks:
         def found() -> list[tuple[int, Left]]:
             return [(rank, m) for rank, m in list(self.said) if isinstance(m, Left) and m.key == key]
 
-        self.wait(lambda: len(found()) == self.fleet.size or bool(self.downs))
+        self.wait(lambda: len(found()) == self.rank_group.size or bool(self.downs))
         assert not self.downs, self.downs
         return [message for _, message in sorted(found(), key=lambda entry: entry[0])]
 
@@ -87,7 +87,7 @@ class LiveRanks:
 
     def stop(self) -> None:
         """End everything."""
-        self.loop.call(self.fleet.stop)
+        self.loop.call(self.rank_group.stop)
         self.loop.call(self.loop.stop)
         self._thread.join(30)
 

@@ -22,7 +22,7 @@ from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
 from shardit.server.process.loop import Loop
 from shardit.server.supervisor.dispatch import Dispatcher
-from shardit.server.supervisor.metrics import Gauges
+from shardit.server.supervisor.metrics import SupervisorMetrics
 from shardit.server.supervisor.rank_group import Down
 
 SIGNATURE = PipelineSignature("FakePipeline", ("prompt", "image", "height", "width", "num_inference_steps"))
@@ -30,7 +30,7 @@ INFO = {"signature": SIGNATURE, "memory": {"held": 1, "limit": None}}
 
 
 class FakeFleet:
-    """Plays the part of `Fleet`: nothing runs, and what ranks say is up to the test."""
+    """Plays the part of `RankGroup`: nothing runs, and what ranks say is up to the test."""
 
     def __init__(self, size: int, on_down: Callable[[Down], None]):
         self.size, self.on_down = size, on_down
@@ -95,7 +95,7 @@ class Server:
 
     store: Store
     jobs: Dispatcher
-    fleet: FakeFleet
+    rank_group: FakeFleet
     writer: ManualWriter
     log: Log
     told: list[Any]
@@ -160,10 +160,10 @@ class Server:
         """The ranks die and come back."""
         self.jobs.down(Down(reason))
         assert not self.jobs.running
-        self.jobs.ready([INFO] * self.fleet.size)
+        self.jobs.ready([INFO] * self.rank_group.size)
 
     def cancels(self) -> set[int]:
-        return {message.key for _, message in self.fleet.sent if isinstance(message, Cancel)}
+        return {message.key for _, message in self.rank_group.sent if isinstance(message, Cancel)}
 
     def finish_all(self) -> None:
         for _ in range(200):
@@ -179,12 +179,12 @@ def played_server(folder: Path, **sizes: int) -> Iterator[Server]:
     config = DiffusionParallelConfig(**sizes)
     options = ServeOptions("x", folder, config)
     store, loop = Store(folder), Loop(lambda: None)
-    fleet = FakeFleet(config.world_size, on_down=lambda down: jobs.down(down))
+    rank_group = FakeFleet(config.world_size, on_down=lambda down: jobs.down(down))
     writer, log, told = ManualWriter(), Log(), []
-    jobs = Dispatcher(options, store, fleet, loop, writer, told.append, log, Gauges())  # type: ignore[arg-type]
+    jobs = Dispatcher(options, store, rank_group, loop, writer, told.append, log, SupervisorMetrics())  # type: ignore[arg-type]
     jobs.slots = 2
-    jobs.ready([INFO] * fleet.size)
-    yield Server(store, jobs, fleet, writer, log, told, loop, fleet.size // config.data_parallel_size)
+    jobs.ready([INFO] * rank_group.size)
+    yield Server(store, jobs, rank_group, writer, log, told, loop, rank_group.size // config.data_parallel_size)
     ends = log.ends()
     assert len({job_id for job_id, _ in ends}) == len(ends), "two ends"
     store.close()

@@ -185,7 +185,7 @@ class RealServer:
     # Processes.
 
     def pids(self) -> dict[str, int]:
-        """Its living processes by what they are: supervisor, api, nursery, rank 0, rank 1, ..."""
+        """Its living processes by what they are: supervisor, api, fork server, rank 0, rank 1, ..."""
         assert self.process is not None
         found = {"supervisor": self.process.pid}
         for pid in children(self.process.pid):
@@ -193,7 +193,7 @@ class RealServer:
             if API in what:
                 found["api"] = pid
             elif FORK_SERVER in what:
-                found["nursery"] = pid
+                found["fork_server"] = pid
                 for rank, one in enumerate(sorted(children(pid))):
                     found[f"rank {rank}"] = one
         return found

@@ -15,9 +15,9 @@ from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import ModelOptions, model_options, split_model
 from shardit.diffusion.preflight import preflight
 from shardit.engine.process.channel import Channel, Closed, encode
-from shardit.engine.process.fork_client import Nursery
+from shardit.engine.process.fork_client import ForkServer
 from shardit.engine.process.messages import SESSION, Done, Generate, Outputs, Progress, Ready, SessionSpec
-from shardit.engine.process.monitor import Watch
+from shardit.engine.process.monitor import Monitor
 from shardit.engine.process.process import started_by_torchrun
 from shardit.engine.rank.worker import JoinedRanks, in_order, with_peaks
 from shardit.errors import InputError, RankError
@@ -168,18 +168,18 @@ class LocalRanks:
         self.spec = spec
         self.info: dict[str, Any] = {}
         self.owner = os.getpid()
-        self._nursery: Nursery | None = None
+        self._fork_server: ForkServer | None = None
         self._channels: list[Channel] = []
         self._lock = threading.RLock()
 
     def start(self) -> None:
         """Start the ranks and wait until they have loaded the model."""
         with self._lock, self._ending_ranks_on_error():
-            if self._nursery is None or not self._nursery.alive:
-                self._nursery = Nursery(self.spec.timeout_s)
-                self._nursery.check(self.spec)
-            self._channels = self._nursery.start(self.spec, self.spec.config.world_size)
-            ready = Watch(self._nursery, self._channels, self.spec.timeout_s).collect(Ready)
+            if self._fork_server is None or not self._fork_server.alive:
+                self._fork_server = ForkServer(self.spec.timeout_s)
+                self._fork_server.check(self.spec)
+            self._channels = self._fork_server.start(self.spec, self.spec.config.world_size)
+            ready = Monitor(self._fork_server, self._channels, self.spec.timeout_s).collect(Ready)
             self.info = ready[0].info
 
     def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
@@ -198,20 +198,20 @@ class LocalRanks:
 
     def close(self) -> None:
         """End everything."""
-        if self._nursery is None or os.getpid() != self.owner:
+        if self._fork_server is None or os.getpid() != self.owner:
             return  # nothing is there, or this is a fork of the process that made it
         if not self._lock.acquire(timeout=0.1):
-            self._nursery.stop()  # another thread is in `generate`, which fails by this
+            self._fork_server.stop()  # another thread is in `generate`, which fails by this
             return
         try:
             if self._channels:
                 self._end_ranks(CLOSE_GRACE_S)
-            self._nursery.stop()
+            self._fork_server.stop()
         finally:
             self._lock.release()
 
     def _run(self, message: list[Any], on_progress: OnProgress) -> list[Output] | InputError:
-        assert self._nursery is not None
+        assert self._fork_server is not None
         outputs: dict[int, Output] = {}
 
         def on_message(message: Any) -> None:
@@ -225,7 +225,7 @@ class LocalRanks:
             with contextlib.suppress(Closed, TimeoutError):
                 channel.send_encoded(message)
         together = len(self._channels) // self.spec.config.data_parallel_size
-        watch = Watch(self._nursery, self._channels, self.spec.timeout_s, together)
+        watch = Monitor(self._fork_server, self._channels, self.spec.timeout_s, together)
         try:
             done = watch.collect(Done, on_message)
         except InputError as error:
@@ -240,8 +240,8 @@ class LocalRanks:
             yield
         except (Closed, TimeoutError) as error:
             state = f"did not answer in time: raise timeout_s (--timeout), which is {self.spec.timeout_s:g} s"
-            if isinstance(error, Closed) and self._nursery is not None:
-                state = self._nursery.how_it_ended()
+            if isinstance(error, Closed) and self._fork_server is not None:
+                state = self._fork_server.how_it_ended()
             self._end_ranks()
             raise RankError(-1, f"the process that starts ranks {state}") from None
         except BaseException:
@@ -252,8 +252,8 @@ class LocalRanks:
         channels, self._channels = self._channels, []
         for channel in channels:
             channel.close()
-        if self._nursery is not None:
-            self._nursery.kill(grace_s)
+        if self._fork_server is not None:
+            self._fork_server.kill(grace_s)
 
 
 class Bars:

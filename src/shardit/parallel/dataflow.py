@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Taint(TorchDispatchMode):
+class Dataflow(TorchDispatchMode):
     """Marks the memory of some tensors, and of all that operations compute from it."""
 
     def __init__(self, marked: Iterable[torch.Tensor]):

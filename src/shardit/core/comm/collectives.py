@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from shardit.core.comm.mesh import AxisGroup, Mesh
-from shardit.core.runtime.coroutine import give_way
+from shardit.core.runtime.coroutine import yield_while_waiting
 from shardit.errors import RankError
 
 
@@ -30,7 +30,7 @@ class Collectives:
         """The sum over all ranks, in place; the same bits on every rank."""
         self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size)
         work = self._guard(lambda: dist.all_reduce(tensor, group=self.members.group, async_op=True), "all-reduce")
-        give_way()
+        yield_while_waiting()
         self._wait([work], "all-reduce", tensor)
         return tensor
 
@@ -64,7 +64,7 @@ class Collectives:
 
         def wait() -> None:
             if works:
-                give_way()
+                yield_while_waiting()
                 self._wait(works, "rotate", (send, receive))
 
         return wait
@@ -81,7 +81,7 @@ class Collectives:
                 ops.append(dist.P2POp(dist.irecv, receives[source], self.members.ranks[source], self.members.group))
         if ops:
             works = self._guard(lambda: dist.batch_isend_irecv(ops), "exchange")
-            give_way()
+            yield_while_waiting()
             self._wait(works, "exchange", ops)
 
     def _wait(self, works: Sequence[Any], what: str, alive: Any) -> None:

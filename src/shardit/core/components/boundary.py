@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.hooks import hooks_below
-from shardit.core.modules.patching import SWAPPED, fixed_place, swap_class
+from shardit.core.modules.patching import SWAPPED, fixed_place, subclass_in_place
 from shardit.core.runtime.call_signature import asks_for_gradients
 from shardit.core.runtime.pending import PendingTensor, settle
 from shardit.core.runtime.randomness import GENERATORS
@@ -83,7 +83,7 @@ class Boundary:
         for name, value in list(vars(module).items()):
             if _replaces_method(cls, name, value):
                 vars(module)[name] = self._replaced(module, path, name, value)
-        swap_class(module, members)
+        subclass_in_place(module, members)
         if hasattr(cls, "__iter__") or hasattr(cls, "__getitem__"):
             for name, child in module.named_children():
                 self.put(child, f"{path}.{name}" if path else name)

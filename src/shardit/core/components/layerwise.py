@@ -21,7 +21,7 @@ from shardit.core.components.boundary import Boundary
 from shardit.core.components.kv_stand_ins import find_caches, replace_layers, state_of, taken_since
 from shardit.core.components.owned import Held, call_on, fetched, held_here
 from shardit.core.modules.hooks import hooks_below
-from shardit.core.modules.patching import put, swap_class
+from shardit.core.modules.patching import put, subclass_in_place
 from shardit.core.runtime.call_signature import mode_key
 from shardit.core.runtime.pending import PendingTensor
 from shardit.core.runtime.randomness import generators_in
@@ -160,14 +160,14 @@ def relay(
             for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
                 if not parameter.is_meta and id(parameter) not in shared:
                     put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
-        swap_class(unit, {"forward": _seam(made, index, type(unit).forward)})
+        subclass_in_place(unit, {"forward": _seam(made, index, type(unit).forward)})
     device = comm.mesh.device
     for module in model.modules():
         if isinstance(getattr(type(module), "device", None), property):
-            swap_class(module, {"device": property(lambda self: device)})
+            subclass_in_place(module, {"device": property(lambda self: device)})
     read = functools.partial(made.read, cut=cut)
     Boundary(device, made.call, read, on_all=True, alone=alone).put(model, "")
-    swap_class(model, {"shardit_relay": property(lambda self: made)})
+    subclass_in_place(model, {"shardit_relay": property(lambda self: made)})
     return made
 
 

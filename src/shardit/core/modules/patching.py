@@ -24,7 +24,7 @@ class Seam(Protocol):
         ...
 
 
-def swap_class(module: Any, members: dict[str, Any]) -> None:
+def subclass_in_place(module: Any, members: dict[str, Any]) -> None:
     """Give a module a subclass of its own class, with the same name and the given members, in place.
 
     The seam is a class, not a wrapper: names, indices, isinstance, LoRA keys and checkpoints stay as they are. And it
@@ -59,24 +59,24 @@ def changing_methods(cls: type, first: Callable[[], None]) -> dict[str, Callable
 
 
 def plain_class(thing: Any) -> type:
-    """The class that something had before `swap_class`."""
+    """The class that something had before `subclass_in_place`."""
     return plain_type(type(thing))
 
 
 def plain_type(cls: type) -> type:
-    """The class from which `swap_class` has derived another."""
+    """The class from which `subclass_in_place` has derived another."""
     return next(one for one in cls.__mro__ if SWAPPED not in vars(one))
 
 
 Made = dict[tuple[Any, ...], type]
-"""Classes made by `share_class`, by what they were made of."""
+"""Classes made by `share_subclass`, by what they were made of."""
 
 
-def share_class(module: Any, made: Made, key: tuple[Any, ...], members: Callable[[], dict[str, Any]]) -> None:
-    """As `swap_class`, with one class for all modules of a class and key: what torch compiles for one fits all."""
+def share_subclass(module: Any, made: Made, key: tuple[Any, ...], members: Callable[[], dict[str, Any]]) -> None:
+    """As `subclass_in_place`, with one class for all modules of a class and key: what is compiled for one fits all."""
     key = (type(module), *key)
     if key not in made:
-        swap_class(module, members())
+        subclass_in_place(module, members())
         made[key] = type(module)
     module.__class__ = made[key]
 
@@ -100,7 +100,7 @@ def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[...
 def install(blocks: list[tuple[str, nn.Module]], current: dict[str, Seam | None]) -> None:
     """Put the seam at every block. While `current["seam"]` is None blocks behave as if nothing had been done."""
     for index, (_, block) in enumerate(blocks):
-        swap_class(block, {"__call__": _seam_call(type(block).__call__, index, current)})
+        subclass_in_place(block, {"__call__": _seam_call(type(block).__call__, index, current)})
 
 
 def _seam_call(own_call: Any, index: int, current: dict[str, Seam | None]) -> Any:

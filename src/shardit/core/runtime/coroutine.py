@@ -164,7 +164,7 @@ willing: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("shar
 """The coroutine that runs, if it lets others compute while it would only wait."""
 
 
-def give_way() -> None:
+def yield_while_waiting() -> None:
     """Called between the start of something slow and the wait for it: let others compute meanwhile, if any may."""
     coroutine = willing.get()
     if coroutine is not None:

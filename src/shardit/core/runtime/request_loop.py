@@ -128,7 +128,7 @@ class Turns:
             self.current = self._installed = None
             outer.install()
 
-    def breathe(self) -> None:
+    def yield_turn(self) -> None:
         """Give the others a turn, if the program that runs has had no pause since it was here last. Programs that
         never wait for a result do so once per step, so that others can run beside them, and they can be ended."""
         program = self.current

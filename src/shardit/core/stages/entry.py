@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.call_signature import signature
 from shardit.core.runtime.digests import named
@@ -58,4 +58,4 @@ def guard_entry(
             if alone:
                 end()
 
-    swap_class(model, {"__call__": __call__})
+    subclass_in_place(model, {"__call__": __call__})

@@ -69,7 +69,7 @@ class Step:
 
 
 @dataclass
-class Dealer:
+class GuidanceScheduler:
     """Deals calls to the replicas of the guidance axis, in turn; the same on every rank.
 
     A step ends where its program first waits for a result: the calls before that are its branches.

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from shardit.core.modules.module_state import differences, state_of
-from shardit.core.modules.patching import changing_methods, swap_class
+from shardit.core.modules.patching import changing_methods, subclass_in_place
 from shardit.core.plans.call_plan import ResultPlan, describe_result
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.call_signature import signature
@@ -172,8 +172,8 @@ class Overlap:
 
 
 def overlap(model: nn.Module, runtime: Runtime, alone: bool = False) -> Overlap:
-    """Let calls of a model be in flight together, in place. Its messages must give way (`coroutine.give_way`). `alone`:
-    see Overlap."""
+    """Let calls of a model be in flight together, in place. Its messages must `yield_while_waiting`. `alone`: see
+    Overlap."""
     calls = Overlap(model, runtime, alone)
     own_call = type(model).__call__
 
@@ -186,7 +186,7 @@ def overlap(model: nn.Module, runtime: Runtime, alone: bool = False) -> Overlap:
             runtime.schedule.drain()
 
     members = {"__call__": __call__, "shardit_overlap": property(lambda self: calls)}
-    swap_class(model, {**changing_methods(type(model), end), **members})
+    subclass_in_place(model, {**changing_methods(type(model), end), **members})
     return calls
 
 

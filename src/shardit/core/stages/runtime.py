@@ -12,7 +12,7 @@ from shardit.core.comm.mesh import Mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.request_loop import Turns
 from shardit.core.runtime.schedule import Flight, Schedule
-from shardit.core.stages.guidance import Dealer
+from shardit.core.stages.guidance import GuidanceScheduler
 from shardit.core.stages.result import Route
 
 
@@ -29,7 +29,7 @@ class Runtime:
     replica: Comm
     peers: Comm
     route: Route
-    dealer: Dealer
+    guidance: GuidanceScheduler
     schedule: Schedule
     turns: Turns
     agreement: Agreement
@@ -42,10 +42,10 @@ class Runtime:
         schedule = Schedule(mesh.pp_rank)
         comms = {id(groups): Comm(mesh, groups) for groups in (mesh.pipeline, mesh.replica, mesh.peers)}
         comm, replica, peers = (comms[id(groups)] for groups in (mesh.pipeline, mesh.replica, mesh.peers))
-        dealer = Dealer(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
+        guidance = GuidanceScheduler(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
         route, turns = Route.of(mesh, replica), Turns(schedule)
         alike = Agreement(replica)
-        return Runtime(mesh, comm, replica, peers, route, dealer, schedule, turns, alike, max_in_flight, split_batch)
+        return Runtime(mesh, comm, replica, peers, route, guidance, schedule, turns, alike, max_in_flight, split_batch)
 
     @property
     def program(self) -> object:
@@ -56,7 +56,7 @@ class Runtime:
     def pipeline_call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
         """Enclose a call of a pipeline, which all ranks of the replica make alike. It is compared here unless it is a
         request, which the session compares. Raises InputError as `Agreement.call` does."""
-        self.dealer.begin(self.program)
+        self.guidance.begin(self.program)
         alone = nullcontext() if self.turns.current is not None else self.agreement.call(name, arguments)
         with alone:
             yield
@@ -75,7 +75,7 @@ class Runtime:
 
     def wait_for(self, flight: Flight) -> None:
         """Return when `flight` is virtually done."""
-        self.dealer.waits(self.program)
+        self.guidance.waits(self.program)
         self.turns.wait_for(flight)
 
     def flush(self) -> None:

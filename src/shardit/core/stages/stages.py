@@ -18,7 +18,7 @@ from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.module_state import State, differences, poison, restore, state_of
-from shardit.core.modules.patching import changing_methods, fixed_place, install, swap_class
+from shardit.core.modules.patching import changing_methods, fixed_place, install, subclass_in_place
 from shardit.core.placement.partition import Placement
 from shardit.core.plans.course import DryCall
 from shardit.core.plans.known_plans import KnownPlans
@@ -117,7 +117,7 @@ class Stages:
     def _micro_batches(self, forward: Any, args: Any, kwargs: Any, exclusive: bool = False) -> Any:
         runtime = self.runtime
         samples = microbatch.batch_size(args, kwargs) if runtime.split_batch and not exclusive else 1
-        dealt = runtime.dealer.parts(runtime.program, samples)
+        dealt = runtime.guidance.parts(runtime.program, samples)
         parts = min(samples, dealt * -(-runtime.mesh.pp_size // runtime.max_in_flight))
         if parts == 1:
             return self._one(forward, args, kwargs)
@@ -160,8 +160,8 @@ class Stages:
         if local is None:
             return self._first(key, forward, args, kwargs)
         runtime = self.runtime
-        replica = runtime.dealer.next(runtime.program)
-        if replica == runtime.dealer.index:
+        replica = runtime.guidance.next(runtime.program)
+        if replica == runtime.guidance.index:
             return self._start(local, lambda: forward(*args, **kwargs), arguments).result()
         call = RemoteCall(local.plan, runtime.route, replica, runtime.wait_for)
         runtime.schedule.start(call)
@@ -190,7 +190,7 @@ class Stages:
 
     def _start(self, local: LocalPlan, forward: Any, arguments: Any, poison: bool = False) -> StagedCall:
         runtime = self.runtime
-        route = runtime.route.of_one(runtime.dealer.index) if poison else runtime.route
+        route = runtime.route.of_one(runtime.guidance.index) if poison else runtime.route
         wait = runtime.turns.wait_for if poison else runtime.wait_for
         drew = functools.partial(runtime.agreement.drawing.add, self._name)
         call = StagedCall(
@@ -227,7 +227,7 @@ class Stages:
                 self._name,
                 self.traced,
             )
-        return self.runtime.dealer.noticed(out, self.runtime.program)
+        return self.runtime.guidance.noticed(out, self.runtime.program)
 
     def _refuse_counters(self, before: State, forward: Any, arguments: Any, out: Any) -> None:
         """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
@@ -319,5 +319,5 @@ def stage(
         "to": fixed_place(type(model).to, runtime.mesh.device),
         "shardit_stages": property(lambda self: stages),
     }
-    swap_class(model, members)
+    subclass_in_place(model, members)
     return stages

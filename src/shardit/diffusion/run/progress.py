@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 
 
 class Steps:
@@ -45,4 +45,4 @@ def report_progress(pipe: Any, index: int, on_progress: Callable[[int, int, int]
         items = list(iterable) if iterable is not None else []
         return Steps(index, total if total is not None else len(items), on_progress, items)
 
-    swap_class(pipe, {"progress_bar": progress_bar})
+    subclass_in_place(pipe, {"progress_bar": progress_bar})

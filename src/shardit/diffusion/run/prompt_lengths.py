@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 
 
 def is_tokenizer(value: Any) -> bool:
@@ -30,7 +30,7 @@ def telling_cuts(tokenizer: Any, tell: Callable[[str], None]) -> Any:
                     tell(f"a prompt of {tokens} tokens was cut to the first {limit}: {one[:40]!r} ...")
         return own_call(self, text, *args, **kwargs)
 
-    swap_class(own, {"__call__": __call__})
+    subclass_in_place(own, {"__call__": __call__})
     return own
 
 

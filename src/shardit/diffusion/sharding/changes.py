@@ -60,8 +60,8 @@ def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> 
 
 def cut_blocks(model: Any) -> list[tuple[str, nn.Module]]:
     """The blocks of a model at whose calls it is cut, by name."""
-    keepers = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
-    return [pair for keeper in keepers for pair in getattr(keeper, "blocks", ())]
+    agents = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
+    return [pair for agent in agents for pair in getattr(agent, "blocks", ())]
 
 
 def follow(placed: Placed, changes: list[Change]) -> None:

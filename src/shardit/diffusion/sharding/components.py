@@ -11,7 +11,7 @@ from torch import nn
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 from shardit.errors import InputError, UnsupportedError
 from shardit.mixins import CFGParallelMixin
 
@@ -138,7 +138,7 @@ def guard(module: Any, name: str, mesh: Mesh) -> None:
         members["enable_cache"] = enable_cache
     if getattr(module, "is_cache_enabled", False):
         _decide_together(module, mesh)
-    swap_class(module, members)
+    subclass_in_place(module, members)
 
 
 def _decide_together(model: nn.Module, mesh: Mesh) -> None:

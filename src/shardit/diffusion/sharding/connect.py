@@ -14,7 +14,7 @@ from shardit.core.comm.p2p import Comm
 from shardit.core.components.layerwise import relay
 from shardit.core.components.owned import own
 from shardit.core.modules.blocks import find_blocks
-from shardit.core.modules.patching import plain_class, swap_class
+from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment, Cut
 from shardit.core.stages.entry import guard_entry
 from shardit.core.stages.overlap import overlap
@@ -149,7 +149,7 @@ def join(pipe: Any, runtime: Runtime) -> None:
     slices = {key: placed.slices for key, placed in found.items() if placed is not None and placed.slices is not None}
     members.update(pipeline_members(cls, slices))
     members = {name: member for name, member in members.items() if hasattr(cls, name)}
-    swap_class(pipe, {**members, **interrupt_members(cls), "shardit_runtime": runtime})
+    subclass_in_place(pipe, {**members, **interrupt_members(cls), "shardit_runtime": runtime})
 
 
 def begin_parts(pipe: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.modules.fingerprint import PLAIN, Change, Fingerprint
 from shardit.core.modules.held_state import processor_classes
 from shardit.core.modules.hints import Plan
-from shardit.core.modules.patching import plain_class, swap_class
+from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.randomness import dropout_in_training
 from shardit.core.stages.runtime import Runtime
@@ -69,7 +69,7 @@ class Placed:
             members["fuse_lora"] = fusing(own_fuse, self.runtime.replica, lambda model: [model])
         if not self.denoises or self.runtime.mesh.pp_size > 1:
             members |= unpadded(type(self.module), self.title, self.denoises)
-        swap_class(self.module, {**members, "shardit_placed": property(lambda module: self)})
+        subclass_in_place(self.module, {**members, "shardit_placed": property(lambda module: self)})
         missing = self._not_everywhere()
         for name, part in self.module.named_modules():
             if part is not self.module:

@@ -21,7 +21,7 @@ MAX_UNPROVEN = 256
 """Connections at a time that have not proved themselves yet; more are closed at once."""
 
 Place = tuple[int, str]
-"""A rank's number, and what the connection is for: "rank" carries its messages, "keeper" ends it."""
+"""A rank's number, and what the connection is for: "rank" carries its messages, "agent" ends it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A rank that is not forked by the supervisor's nursery: it goes to the supervisor, wherever that is, and joins in."""
+"""A rank that no fork server of the supervisor has forked: it connects to the supervisor and joins."""
 
 from __future__ import annotations
 

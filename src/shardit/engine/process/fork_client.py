@@ -1,4 +1,4 @@
-"""The user's side of the nursery: starts it, has ranks forked and ended."""
+"""The user's side of the fork server: starts it, has ranks forked and ended."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ IMPORT_WAIT_S = 120.0
 """The imports may take longer than a short timeout, which is about ranks that hang, allows."""
 
 
-class Nursery:
-    """A running nursery process. Nothing of it is left after `stop`, nor after the end of this process."""
+class ForkServer:
+    """A running fork server process. Nothing of it is left after `stop`, nor after the end of this process."""
 
     def __init__(self, timeout_s: float):
         if not hasattr(os, "fork") or not hasattr(socket, "send_fds"):
@@ -50,7 +50,7 @@ class Nursery:
                 command(FORK_SERVER, theirs.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,  # a script may be read from standard input
                 pass_fds=[theirs.fileno()],
-                env=nursery_environment(),
+                env=fork_server_environment(),
                 **OWN_GROUP,
             )
 
@@ -92,7 +92,7 @@ class Nursery:
         return self.receive(Stacks).by_rank
 
     def kill(self, grace_s: float = 0.0) -> None:
-        """End the ranks; the nursery stays. Where that fails, everything ends."""
+        """End the ranks; the fork server stays. Where that fails, everything ends."""
         if not self._checked:
             self.stop()
             return
@@ -107,7 +107,7 @@ class Nursery:
                 raise
 
     def stop(self) -> None:
-        """End the nursery, which ends the ranks; the kernel ends them (Linux) if the nursery has to be killed."""
+        """End the fork server, which ends the ranks; if it has to be killed, the kernel ends them (Linux)."""
         with contextlib.suppress(OSError):
             self.control.socket.shutdown(socket.SHUT_RDWR)
         if not self._checked:
@@ -124,7 +124,7 @@ class Nursery:
                 shutil.rmtree(self.directory, ignore_errors=True)
 
     def how_it_ended(self) -> str:
-        """For a nursery that has closed its socket."""
+        """For a fork server that has closed its socket."""
         try:
             code = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -138,8 +138,8 @@ class Nursery:
         return message
 
 
-def nursery_environment() -> dict[str, str]:
-    """What keeps the nursery fit to be forked: one thread, and GPUs counted without a CUDA context."""
+def fork_server_environment() -> dict[str, str]:
+    """What keeps the fork server fit to be forked: one thread, and GPUs counted without a CUDA context."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -1,4 +1,4 @@
-"""What the user's process, the nursery and the ranks say to each other."""
+"""What the user's process, the fork server and the ranks say to each other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SessionSpec:
     """Whether requests come and go one by one (`Begin`, `Cancel`) rather than in batches (`Generate`)."""
 
 
-# From the user's process to the nursery.
+# From the user's process to the fork server.
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Kill:
     grace_s: float = 0.0
 
 
-# From the nursery to the user's process.
+# From the fork server to the user's process.
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Refused:
-    """The user's mistake, found by the nursery or a rank."""
+    """The user's mistake, found by the fork server or a rank."""
 
     text: str
     unsupported: bool = False
@@ -215,7 +215,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Failed:
-    """An exception ended the rank (or the nursery's check); `of_peer` means that it speaks of another rank's end."""
+    """An exception ended the rank (or the fork server's check); `of_peer`: it speaks of another rank's end."""
 
     reason: str
     of_peer: bool = False

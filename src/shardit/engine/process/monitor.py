@@ -13,7 +13,7 @@ from typing import Any
 
 import shardit
 from shardit.engine.process.channel import Channel, Closed
-from shardit.engine.process.fork_client import Nursery
+from shardit.engine.process.fork_client import ForkServer
 from shardit.engine.process.messages import Ended, Exited, Failed, Refused
 from shardit.engine.process.process import describe_exit
 from shardit.errors import RankError
@@ -39,15 +39,15 @@ class Failure:
     weight: int = 0
 
 
-class Watch:
+class Monitor:
     """Waits until every rank has answered; raises RankError or InputError where one cannot.
 
     `together`: how many consecutive ranks work on the same requests (default: all).
     """
 
-    def __init__(self, nursery: Nursery, channels: list[Channel], timeout_s: float, together: int | None = None):
+    def __init__(self, fork_server: ForkServer, channels: list[Channel], timeout_s: float, together: int | None = None):
         self.together = together or len(channels)
-        self.nursery = nursery
+        self.fork_server = fork_server
         self.timeout_s = timeout_s
         self.open = dict(enumerate(channels))
         self.silent = set(self.open)
@@ -65,7 +65,7 @@ class Watch:
         """One message of type `wanted` per rank, in the order of ranks; all others go to `on_message`."""
         while self.silent:
             left = min(self.patience, self.grace, self.doubt) - time.monotonic()
-            ready = readable([self.nursery.control, *self.open.values()], max(0.0, left))
+            ready = readable([self.fork_server.control, *self.open.values()], max(0.0, left))
             if not ready and self.doubt < min(self.patience, self.grace):
                 self._look()
                 continue
@@ -75,7 +75,7 @@ class Watch:
             for rank, channel in list(self.open.items()):
                 if channel in ready:
                     self._read(rank, wanted, on_message)
-            if self.nursery.control in ready:
+            if self.fork_server.control in ready:
                 self._read_control(wanted, on_message)
         self._raise_verdict()
         return [self.answers[rank] for rank in sorted(self.answers)]
@@ -84,7 +84,7 @@ class Watch:
         try:
             message = self.open[rank].recv()
         except Closed:
-            # The nursery will say how it ended. If it does not, the rank closed the channel and lives.
+            # The fork server will say how it ended. If it does not, the rank closed the channel and lives.
             del self.open[rank]
             if rank in self.silent:
                 self._hurry(PEER_GRACE_S)
@@ -108,9 +108,9 @@ class Watch:
 
     def _read_control(self, wanted: type, on_message: Callable[[Any], None] | None) -> None:
         try:
-            message = self.nursery.control.recv()
+            message = self.fork_server.control.recv()
         except Closed:
-            self._fail(Failure(-1, f"the process that starts ranks {self.nursery.how_it_ended()}"))
+            self._fail(Failure(-1, f"the process that starts ranks {self.fork_server.how_it_ended()}"))
             self.silent.clear()
             return
         if isinstance(message, Exited):
@@ -131,7 +131,7 @@ class Watch:
 
     def _look(self) -> None:
         """Whether a request that has ended on some ranks only has left all ranks waiting for each other."""
-        before, self._stacks = self._stacks, self.nursery.stacks()
+        before, self._stacks = self._stacks, self.fork_server.stacks()
         self.doubt = time.monotonic() + DOUBT_S
         stuck = all(waits_for_peer(self._stacks.get(rank, "")) for rank in self.silent)
         if stuck and self._stacks == before:
@@ -168,7 +168,7 @@ class Watch:
             raise RankError(root.rank, root.reason)
 
     def _hang(self, peer: Failure | None) -> RankError:
-        stacks = self.nursery.stacks()
+        stacks = self.fork_server.stacks()
         rank = suspect(stacks, self.silent)
         waited = f"no progress for {self.timeout_s:g} s" if peer is None else "it hangs and its peers gave up"
         where = f"where it was:\n{stacks[rank].rstrip()}" if stacks.get(rank) else "it does not react (stopped?)"

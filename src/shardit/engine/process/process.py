@@ -71,7 +71,7 @@ def started_by_torchrun(environ: Mapping[str, str]) -> bool:
     return environ["WORLD_SIZE"] != "1" or "TORCHELASTIC_RUN_ID" in environ
 
 
-def give_way(niceness: int = _NICENESS) -> None:
+def lower_priority(niceness: int = _NICENESS) -> None:
     """Let ranks come before this thread, and those that it starts, where processors are short. Linux only: elsewhere
     priority belongs to processes."""
     if sys.platform == "linux":
@@ -79,10 +79,10 @@ def give_way(niceness: int = _NICENESS) -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
-def session_gives_way() -> None:
-    """`give_way` for a process that leads a session of its own. Where Linux has autogroups, niceness of a thread counts
-    only within its session: sessions share processors equally unless they have a niceness themselves (man 7 sched)."""
-    give_way(_SESSION_NICENESS)
+def lower_session_priority() -> None:
+    """`lower_priority` for a process that leads a session of its own. Where Linux has autogroups, niceness of a thread
+    counts only within its session: sessions share processors equally unless they have a niceness (man 7 sched)."""
+    lower_priority(_SESSION_NICENESS)
     for _ in range(10):
         try:
             Path("/proc/self/autogroup").write_text(str(_SESSION_NICENESS))
@@ -103,7 +103,7 @@ def threads_per_rank(world_size: int) -> int:
 
 
 def set_threads(threads: int) -> None:
-    """Undo the nursery's limit of one thread."""
+    """Undo the fork server's limit of one thread."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)

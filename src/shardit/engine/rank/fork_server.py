@@ -1,4 +1,4 @@
-"""The nursery: a process with torch and diffusers imported that forks rank processes, so that a rank starts at once.
+"""The fork server: it has torch and diffusers imported and forks rank processes, so that a rank starts at once.
 
 It never touches an accelerator and runs no threaded operation: a fork copies neither a CUDA context nor threads. It
 ends, and its ranks with it, when the user's process is gone.
@@ -55,17 +55,17 @@ def main(control_fd: int, parent: int) -> None:
     die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         return
-    nursery = Nursery(Channel(socket.socket(fileno=control_fd)), parent)
+    fork_server = ForkServer(Channel(socket.socket(fileno=control_fd)), parent)
     try:
-        nursery.serve()
+        fork_server.serve()
     except Closed:
         pass
     finally:
-        nursery.kill()
+        fork_server.kill()
 
 
-class Nursery:
-    """The loop of the nursery process, and the ranks that it has forked and not yet buried."""
+class ForkServer:
+    """The loop of the fork server process, and the ranks that it has forked and not yet reaped."""
 
     def __init__(self, control: Channel, parent: int):
         self.control = control
@@ -134,7 +134,7 @@ class Nursery:
             os.close(fd)
 
     def become_rank(self, message: Start, rank: int, fds: list[int]) -> None:
-        """In the forked process: leave the nursery's things behind and run the rank. Never returns."""
+        """In the forked process: leave the fork server's things behind and run the rank. Never returns."""
         code = 1
         try:
             parent = os.getppid()
@@ -167,7 +167,7 @@ class Nursery:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
                 sys.stderr.flush()
-            # Not sys.exit: what the nursery registered to happen at its own exit is not for ranks.
+            # Not sys.exit: what the fork server registered to happen at its own exit is not for ranks.
             os._exit(code)
 
     def report_exits(self) -> None:
@@ -190,18 +190,18 @@ class Nursery:
 
     def kill(self, grace_s: float = 0.0) -> None:
         """End all ranks and what they started, and remove their folder."""
-        self.bury(grace_s)
+        self.reap(grace_s)
         # The group also holds what ranks have started. Without a rank in it, its number may be another's by now.
         if self.pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.group, signal.SIGKILL)
-        self.bury(KILL_WAIT_S)
+        self.reap(KILL_WAIT_S)
         self.pids, self.group = {}, 0
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory = None
 
-    def bury(self, patience_s: float) -> None:
+    def reap(self, patience_s: float) -> None:
         """Wait for ranks to end, `patience_s` at most."""
         deadline = time.monotonic() + patience_s
         while True:

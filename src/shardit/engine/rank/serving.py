@@ -151,7 +151,7 @@ class Live:
         def report(_: int, step: int, total: int) -> None:
             if self.session.leads:
                 self.channel.send(Progress(key, step, total))
-            self.session.turns.breathe()
+            self.session.turns.yield_turn()
 
         return report
 

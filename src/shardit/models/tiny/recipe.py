@@ -10,7 +10,7 @@ from typing import Any
 class Part:
     """One component: the class that model_index.json names, and what it is built from.
 
-    `kind` picks the builder in `writer`: "model", "text", "tokenizer", "processor" or "scheduler".
+    `kind` picks the prefetcher in `writer`: "model", "text", "tokenizer", "processor" or "scheduler".
     """
 
     kind: str

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 from shardit.errors import UnsupportedError
 from shardit.parallel.attention.sequence_attention import Call, Layout, SequenceAttention
-from shardit.parallel.dataflow import Taint
+from shardit.parallel.dataflow import Dataflow
 
 FAILED, ATTENDING, DONE = 0, 1, 2
 """What a rank says when all say where they are."""
@@ -24,14 +24,14 @@ class OutOfStep(Exception):
 class BlockRun:
     """Handles the attention calls of one block call (a `seam.Handler`).
 
-    spread[n]: whether queries and whether keys of attention call n are spread over ranks; found if `taint` is given.
+    spread[n]: whether queries and whether keys of attention call n are spread over ranks; found if `dataflow` is given.
     layouts: of the calls whose keys are spread; None = not known for these sizes yet, ranks tell each other.
     """
 
     attention: SequenceAttention
     spread: list[tuple[bool, bool]]
     layouts: list[Layout] | None = None
-    taint: Taint | None = None
+    dataflow: Dataflow | None = None
     learned: list[Layout] = field(default_factory=list)
     _calls: int = 0
     _spread_calls: int = 0
@@ -39,19 +39,21 @@ class BlockRun:
     def attend(self, call: Call) -> torch.Tensor:
         """See `seam.Handler`."""
         spread_q, spread_k = self._spread_of(call)
-        if self.taint is None:
+        if self.dataflow is None:
             return self._compute(call, spread_q, spread_k)
         with without_modes():  # some attention functions cannot be watched from inside, and need not be
             out = self._compute(call, spread_q, spread_k)
         if spread_q:
-            self.taint.mark(out)
+            self.dataflow.mark(out)
         return out
 
     def _spread_of(self, call: Call) -> tuple[bool, bool]:
         n = self._calls
         self._calls += 1
-        if self.taint is not None:
-            self.spread.append((self.taint.marked(call.q), self.taint.marked(call.k) or self.taint.marked(call.v)))
+        if self.dataflow is not None:
+            self.spread.append(
+                (self.dataflow.marked(call.q), self.dataflow.marked(call.k) or self.dataflow.marked(call.v))
+            )
         if n >= len(self.spread):
             raise UnsupportedError("a block calls attention more often than when its kind was first seen")
         return self.spread[n]

@@ -18,7 +18,7 @@ from torch import nn
 
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import find_blocks
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.stages.stages import Stages
 from shardit.errors import InputError, UnsupportedError
 from shardit.parallel.attention.sequence_attention import SequenceAttention
@@ -74,7 +74,7 @@ def spread_tokens(
 
     members: dict[str, Any] = {"__call__": __call__}
     members["shardit_sequence"] = property(lambda self: spread.way)
-    swap_class(model, members)
+    subclass_in_place(model, members)
     spread.way.stages = cut() if cut is not None else None
     spread.way.install()
     return spread.way

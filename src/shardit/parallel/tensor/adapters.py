@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.placement.slices import Shards
 from shardit.core.runtime.digests import named
 from shardit.errors import UnsupportedError
@@ -67,7 +67,7 @@ def _cut_pair(into: nn.Linear, out: nn.Linear, cut: Shards, rank: int) -> None:
     if cut.dim == 1:
         _cut_part(into, "weight", cut, rank)
         if out.bias is not None and rank > 0 and PLAIN not in vars(type(out)):
-            swap_class(out, {"forward": unless_whole(_without_bias), PLAIN: type(out)})
+            subclass_in_place(out, {"forward": unless_whole(_without_bias), PLAIN: type(out)})
         return
     for name, _ in list(out.named_parameters()):
         _cut_part(out, name, cut, rank)
@@ -98,7 +98,7 @@ def _finish_once(layer: nn.Module, finish: Callable[[torch.Tensor], torch.Tensor
         return finish(part)
 
     members = {"forward": functools.wraps(own_forward)(unless_whole(forward)), "_finishes": True, PLAIN: type(layer)}
-    swap_class(layer, members)
+    subclass_in_place(layer, members)
 
 
 def adapter_members(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import nbytes
-from shardit.core.modules.patching import Made, put, swap_class
+from shardit.core.modules.patching import Made, put, subclass_in_place
 from shardit.core.placement.balance import WHOLE_SHARE, beside
 from shardit.core.placement.roles import Roles
 from shardit.core.placement.slices import Owned, Shards, Slice
@@ -117,7 +117,7 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
             for note in notes_together(plan.notes) if mesh.rank == 0 else ():
                 log.warning("%s: %s", name or type(components[name]).__name__, note)
             watch_units(name or type(components[name]).__name__, components[name], plan, ranks)
-            swap_class(components[name], adapter_members(components[name], plan, ranks))
+            subclass_in_place(components[name], adapter_members(components[name], plan, ranks))
 
 
 def refuse_own_forwards(component: str, module: nn.Module, plan: TensorPlan) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.modules.patching import Made, share_class
+from shardit.core.modules.patching import Made, share_subclass
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.forward import together, unless_whole
 from shardit.parallel.tensor.norms import across_heads
@@ -22,7 +22,7 @@ from shardit.parallel.tensor.plan import PLAIN, Role
 def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Made) -> None:
     """Give a module whose weight is cut the forward that goes with its role, in place."""
     plain = {PLAIN: type(module)}
-    share_class(module, made, (role,), lambda: {"forward": unless_whole(_FORWARDS[role.kind](role, ranks)), **plain})
+    share_subclass(module, made, (role,), lambda: {"forward": unless_whole(_FORWARDS[role.kind](role, ranks)), **plain})
 
 
 Finish = Callable[[torch.Tensor], torch.Tensor]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.modules.patching import Made, share_class
+from shardit.core.modules.patching import Made, share_subclass
 from shardit.parallel.tensor.forward import together, unless_whole
 from shardit.parallel.tensor.plan import PLAIN, Role
 
@@ -82,7 +82,7 @@ def install_pair(
     for module, forward in ((key_linear, linear), (query_norm, first), (key_norm, second)):
         module.shardit_ahead = ahead  # pyright: ignore[reportArgumentType]
         members = {"forward": unless_whole(forward), PLAIN: type(module)}
-        share_class(module, made, (forward.__name__, roles), lambda: members)  # noqa: B023
+        share_subclass(module, made, (forward.__name__, roles), lambda: members)  # noqa: B023
 
 
 def _squares(hidden_states: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from shardit.core.comm.wire import Layout, dump_with_tensors, pack_layout
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.call_plan import Leaf, span_bytes
 from shardit.core.runtime.call_signature import signature
 from shardit.parallel.vae.watch import Untileable, Watch
@@ -171,7 +171,7 @@ def shape_of(module: nn.Module) -> nn.Module:
     """A copy of a VAE that has shapes and no data. Blending two tiles, a loop over rows of pixels, gives the second."""
     tensors = [leaf for part in module.modules() for leaf in _held(part) if isinstance(leaf, torch.Tensor)]
     copied = copy.deepcopy(module, {id(tensor): _on_meta(tensor) for tensor in tensors})
-    swap_class(copied, {"device": torch.device("meta")})
+    subclass_in_place(copied, {"device": torch.device("meta")})
     for name in dir(type(module)):
         if name.startswith("blend_"):
             setattr(copied, name, lambda first, second, *_: (first.detach(), second.detach())[1])

@@ -20,7 +20,7 @@ from shardit.core.comm.wire import view_bytes
 from shardit.core.components.boundary import Boundary
 from shardit.core.components.owned import empty, reader, run_on
 from shardit.core.modules.attributes import Attributes
-from shardit.core.modules.patching import install, swap_class
+from shardit.core.modules.patching import install, subclass_in_place
 from shardit.core.modules.small_tensors import Everywhere
 from shardit.core.runtime.call_signature import signature
 from shardit.errors import InputError, RankError, first_filled_line
@@ -254,5 +254,5 @@ def spread_tiles(
     tiles = Tiles(module, comm, ranks, small, Attributes(lambda: boundary.reached))
     boundary = Boundary(comm.mesh.device, tiles.call, reader(module, comm, ranks[0], small), alone=alone)
     boundary.put(module, "")
-    swap_class(module, {"shardit_tiles": property(lambda self: tiles)})
+    subclass_in_place(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

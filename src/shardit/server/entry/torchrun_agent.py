@@ -1,8 +1,8 @@
 """A process that torchrun has started under `shardit serve`: it keeps one rank, and on rank 0 the supervisor too.
 
-The rank itself is a fork of this process, so that a keeper, which has neither torch nor threads, always reacts: it
+The rank itself is a fork of this process, so that an agent, which has neither torch nor threads, always reacts: it
 ends a rank that hangs, and it ends with the code that the supervisor names, by which torchrun knows whether to start
-all ranks anew. Supervisor and keepers never outlive each other.
+all ranks anew. Supervisor and agents never outlive each other.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ from shardit.engine.rank.fork_server import join_group
 from shardit.errors import InputError, RankError
 from shardit.server.options import ServeOptions
 from shardit.server.placement.torchrun import RESTART, Leave, Supervise
-from shardit.server.placement.torchrun_env import LOOPBACK, Seat, hosts_of
+from shardit.server.placement.torchrun_env import LOOPBACK, RankEnv, hosts_of
 from shardit.server.placement.torchrun_rank import be_rank, end_with
 
 WORD_WAIT_S = 5.0
 """After the end of a rank, or a signal: time for the supervisor to say with which code to end."""
 SUPERVISOR_STOP_S = 9.0
-LEASH_S = 6.0
+CONTROL_S = 6.0
 KILL_S = 5.0
 
 
 def serve_as_rank(options: ServeOptions) -> int:
     """Keep this process's rank until the server stops or all ranks are to be started anew; returns the exit code.
     Raises InputError where torchrun has started another number of ranks than the flags ask for."""
-    seat, wanted = Seat.of_environment(), options.config.world_size
-    if seat.world_size != wanted:
+    rank_env, wanted = RankEnv.of_environment(), options.config.world_size
+    if rank_env.world_size != wanted:
         raise InputError(
-            f"torchrun has started {seat.world_size} ranks, but the parallel sizes need {wanted}; "
+            f"torchrun has started {rank_env.world_size} ranks, but the parallel sizes need {wanted}; "
             f"make --nnodes times --nproc-per-node {wanted}, or change the parallel sizes"
         )
     if options.executor != "local":
         raise InputError(f"torchrun and --executor {options.executor} both place ranks; use one of them")
-    return Keeper(options, seat).run()
+    return Agent(options, rank_env).run()
 
 
-class Keeper:
-    """One keeper and what it has started."""
+class Agent:
+    """One agent and what it has started."""
 
-    def __init__(self, options: ServeOptions, seat: Seat):
-        self.options, self.seat = options, seat
+    def __init__(self, options: ServeOptions, rank_env: RankEnv):
+        self.options, self.rank_env = options, rank_env
         self.supervisor: subprocess.Popen[bytes] | None = None
         self.control: Channel | None = None
-        self.leash: Channel | None = None
+        self.control_channel: Channel | None = None
         self.rank_pid: int | None = None
         self.from_rank: Channel | None = None
         self._heard = False
@@ -74,7 +74,7 @@ class Keeper:
         code = RESTART
         self._hear_signals()
         try:
-            reach = self._start_supervisor() if self.seat.rank == 0 else None
+            reach = self._start_supervisor() if self.rank_env.rank == 0 else None
             self._fork_rank(reach)
             code = self._watch()
         finally:
@@ -95,7 +95,7 @@ class Keeper:
     # Starting.
 
     def _start_supervisor(self) -> Reach:
-        hosts = hosts_of(self.seat)
+        hosts = hosts_of(self.rank_env)
         listener = listen_for_ranks(hosts[0] if hosts == LOOPBACK else "")
         reach = Reach(hosts, listener.getsockname()[1], secrets.token_hex(32))
         ours, theirs = socket.socketpair()
@@ -105,29 +105,29 @@ class Keeper:
                 command("shardit.server.entry.torchrun_supervisor", *fds, os.getpid()),
                 stdin=subprocess.DEVNULL,
                 pass_fds=fds,
-                start_new_session=True,  # torchrun's signals are for the keeper, which passes them on
+                start_new_session=True,  # torchrun's signals are for the agent, which passes them on
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         self.control = Channel(ours)
-        self.control.send(Supervise(self.options, reach, self.seat.world_size, self.seat.restarts))
+        self.control.send(Supervise(self.options, reach, self.rank_env.world_size, self.rank_env.restarts))
         return reach
 
     def _fork_rank(self, reach: Reach | None) -> None:
         ours, theirs = socket.socketpair()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        keeper = os.getpid()
+        agent = os.getpid()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
                 ours.close()
-                self._become_rank(Channel(theirs), keeper)
-                code = be_rank(self.options, self.seat, reach, Channel(theirs))
+                self._become_rank(Channel(theirs), agent)
+                code = be_rank(self.options, self.rank_env, reach, Channel(theirs))
             except (InputError, RankError) as error:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             except BaseException as error:
-                print(f"error: rank {self.seat.rank}: {type(error).__name__}: {error}", file=sys.stderr)
+                print(f"error: rank {self.rank_env.rank}: {type(error).__name__}: {error}", file=sys.stderr)
             finally:
                 with contextlib.suppress(Exception):
                     sys.stdout.flush()
@@ -136,21 +136,21 @@ class Keeper:
         theirs.close()
         self.rank_pid, self.from_rank = pid, Channel(ours)
 
-    def _become_rank(self, to_keeper: Channel, keeper: int) -> None:
-        join_group(0, 0)  # torchrun signals the keeper's group
+    def _become_rank(self, to_agent: Channel, agent: int) -> None:
+        join_group(0, 0)  # torchrun signals the agent's group
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         faulthandler.register(signal.SIGUSR1)  # tells where it is
         die_with_parent(signal.SIGKILL)
-        if os.getppid() != keeper:
+        if os.getppid() != agent:
             os._exit(1)
         if self.control is not None:
             self.control.close()
         for end in (self._wakeup, self._woken):
             end.close()
-        threading.Thread(target=end_with, args=(to_keeper.socket,), daemon=True).start()
+        threading.Thread(target=end_with, args=(to_agent.socket,), daemon=True).start()
 
     # Waiting.
 
@@ -159,20 +159,24 @@ class Keeper:
             left = self._deadline - time.monotonic()
             sockets = {"signal": self._wakeup}
             from_rank = None if self._heard else self.from_rank
-            for name, channel in (("leash", self.leash), ("rank", from_rank), ("control", self.control)):
+            for name, channel in (
+                ("control_channel", self.control_channel),
+                ("rank", from_rank),
+                ("control", self.control),
+            ):
                 if channel is not None:
                     sockets[name] = channel.socket
             found = wait(list(sockets.values()), None if left == math.inf else max(0.0, left))
             ready = {name for name, sock in sockets.items() if sock in found}
-            if "leash" in ready:
-                return _code_from(self.leash)
+            if "control_channel" in ready:
+                return _code_from(self.control_channel)
             if "rank" in ready:
                 self._hear_rank()
             if "signal" in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._wakeup.recv(4096)
                 self._on_signal()
-                self._bury_rank()
+                self._reap_rank()
             elif "control" in ready:  # the supervisor says nothing here: it is gone
                 return self._code_of_supervisor()
             if time.monotonic() >= self._deadline:
@@ -182,13 +186,13 @@ class Keeper:
         assert self.from_rank is not None
         try:
             reach = self.from_rank.recv()
-            hello = {**facts(self.seat.rank), "role": "keeper"}
-            self.leash, _ = connect(reach, hello, LEASH_S)
+            hello = {**facts(self.rank_env.rank), "role": "agent"}
+            self.control_channel, _ = connect(reach, hello, CONTROL_S)
         except (Closed, OSError):
             pass  # it has ended; a signal says so
         except RankError:
             self._end_by(0.0, RESTART)
-        # It stays open: its end tells the rank that the keeper is gone.
+        # It stays open: its end tells the rank that the agent is gone.
         self._heard = True
 
     def _on_signal(self) -> None:
@@ -202,10 +206,10 @@ class Keeper:
         else:
             self._end_by(WORD_WAIT_S, 128 + number)
 
-    def _bury_rank(self) -> None:
+    def _reap_rank(self) -> None:
         if self.rank_pid is not None and os.waitpid(self.rank_pid, os.WNOHANG)[0]:
             self.rank_pid = None
-            self._end_by(WORD_WAIT_S if self.leash is not None else 0.0, RESTART)
+            self._end_by(WORD_WAIT_S if self.control_channel is not None else 0.0, RESTART)
 
     def _end_by(self, seconds: float, code: int) -> None:
         if self._deadline == math.inf:
@@ -241,10 +245,10 @@ class Keeper:
         return code
 
 
-def _code_from(leash: Channel | None) -> int:
-    assert leash is not None
+def _code_from(control_channel: Channel | None) -> int:
+    assert control_channel is not None
     try:
-        message = leash.recv()
+        message = control_channel.recv()
     except (Closed, OSError):
         return RESTART
     return message.code

@@ -16,19 +16,19 @@ from shardit.errors import InputError
 from shardit.server.placement.torchrun import PATIENCE_S, Supervise, TorchrunPlacement
 
 
-def main(control_fd: int, listener_fd: int, keeper: int) -> int:
+def main(control_fd: int, listener_fd: int, agent: int) -> int:
     """The supervisor's process under torchrun; returns its exit code."""
     from shardit.server.entry.serve import serve
 
     die_with_parent(signal.SIGKILL)
-    if os.getppid() != keeper:
+    if os.getppid() != agent:
         return 1
     control = Channel(socket.socket(fileno=control_fd))
     try:
         start: Supervise = control.recv()
     except Closed:
         return 1
-    places = [(rank, role) for rank in range(start.world_size) for role in ("rank", "keeper")]
+    places = [(rank, role) for rank in range(start.world_size) for role in ("rank", "agent")]
     port = RankPort(socket.socket(fileno=listener_fd), places, start.reach.token)
     placement = TorchrunPlacement(port, start.world_size)
     threading.Thread(target=_obey, args=(control, placement), daemon=True).start()
@@ -41,7 +41,7 @@ def main(control_fd: int, listener_fd: int, keeper: int) -> int:
 
 
 def _obey(control: Channel, placement: TorchrunPlacement) -> None:
-    """Stop when the keeper says so; where it is gone, at once: what is left undone is done again."""
+    """Stop when the agent says so; where it is gone, at once: what is left undone is done again."""
     with contextlib.suppress(Closed, OSError):
         while True:
             placement.leave(control.recv().code)

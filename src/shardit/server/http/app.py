@@ -24,8 +24,8 @@ from shardit.server.http.routes.videos import video_routes
 from shardit.server.http.schema.errors import ApiError, ErrorBody, busy
 from shardit.server.http.schema.fields import ImageUrl, field_models
 from shardit.server.http.schema.openapi import describe
-from shardit.server.http.state.board import Board
 from shardit.server.http.state.context import Context
+from shardit.server.http.state.live_state import LiveState
 from shardit.server.http.state.metrics import HttpMetrics
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
@@ -34,9 +34,9 @@ _LOG = logger("api")
 _OPEN = ("/health", "/ready", "/favicon.ico")
 
 
-def create_app(options: ServeOptions, store: Store, board: Board) -> FastAPI:
-    """The application; `board` must be fed in the event loop in which it runs."""
-    context = Context(options, store, board, field_models(options.limits), HttpMetrics())
+def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> FastAPI:
+    """The application; `live_state` must be fed in the event loop in which it runs."""
+    context = Context(options, store, live_state, field_models(options.limits), HttpMetrics())
     app = FastAPI(title="shardit", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     files = page_files()
     routes = (image_routes, video_routes, generation_routes, about_routes)

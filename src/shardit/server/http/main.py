@@ -13,12 +13,12 @@ from typing import Any
 import uvicorn
 
 from shardit.engine.process.channel import Channel, Closed
-from shardit.engine.process.process import die_with_parent, session_gives_way
+from shardit.engine.process.process import die_with_parent, lower_session_priority
 from shardit.logs import logger, take_over
 from shardit.server.http.app import create_app
 from shardit.server.http.state import model_info as info
-from shardit.server.http.state.board import Board
-from shardit.server.http.state.supervisor_link import Link
+from shardit.server.http.state.live_state import LiveState
+from shardit.server.http.state.supervisor_link import SupervisorClient
 from shardit.server.http.timeouts import PatientProtocol
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
@@ -40,17 +40,17 @@ def main(control_fd: int, listen_fd: int) -> None:
         return
     assert isinstance(options, ServeOptions), options
     store = Store(options.data_dir)
-    asyncio.run(_serve(options, store, Link(channel, _supervisor_gone), listener))
+    asyncio.run(_serve(options, store, SupervisorClient(channel, _supervisor_gone), listener))
 
 
-async def _serve(options: ServeOptions, store: Store, link: Link, listener: socket.socket) -> None:
+async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
 
     def keep(told: dict[str, Any]) -> None:
         loop.run_in_executor(None, info.remember, store, options.model, told)
 
-    board = Board(link.send, info=info.recall(store, options.model), on_info=keep)
-    link.start(loop, board.deliver)
+    live_state = LiveState(link.send, info=info.recall(store, options.model), on_info=keep)
+    link.start(loop, live_state.deliver)
     try:
         dropped = await loop.run_in_executor(None, store.drop_waiting)
     except sqlite3.Error as error:  # a full disk, say: requests are told
@@ -58,18 +58,18 @@ async def _serve(options: ServeOptions, store: Store, link: Link, listener: sock
         dropped = 0
     if dropped:
         _LOG.info("dropped", jobs=dropped, reason="their clients waited on a connection that is gone")
-        board.wake()
+        live_state.wake()
     take_over(_LOG)
-    server = _Server(_config(options, store, board), board)
+    server = _Server(_config(options, store, live_state), live_state)
     gc.freeze()
     gc.enable()  # it was off during the imports
-    session_gives_way()  # only now: the start shall be quick
+    lower_session_priority()  # only now: the start shall be quick
     await server.serve(sockets=[listener])
 
 
-def _config(options: ServeOptions, store: Store, board: Board) -> uvicorn.Config:
+def _config(options: ServeOptions, store: Store, live_state: LiveState) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(options, store, board),
+        create_app(options, store, live_state),
         http=PatientProtocol,
         log_config=None,
         access_log=False,
@@ -84,9 +84,9 @@ def _config(options: ServeOptions, store: Store, board: Board) -> uvicorn.Config
 class _Server(uvicorn.Server):
     """Tells who waits for jobs that the end has come, which would otherwise take the whole grace."""
 
-    def __init__(self, config: uvicorn.Config, board: Board):
+    def __init__(self, config: uvicorn.Config, live_state: LiveState):
         super().__init__(config)
-        self._board = board
+        self._live_state = live_state
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve, then say so."""
@@ -96,7 +96,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what can still be answered, then end."""
-        self._board.stop()
+        self._live_state.stop()
         await super().shutdown(sockets)
 
 

@@ -7,7 +7,7 @@ import threading
 from typing import Protocol
 
 from shardit.engine.process.channel import Channel
-from shardit.engine.process.fork_client import STOP_WAIT_S, Nursery
+from shardit.engine.process.fork_client import STOP_WAIT_S, ForkServer
 from shardit.engine.process.messages import Exited, Gone, Kill, SessionSpec
 from shardit.engine.process.process import describe_exit
 
@@ -33,13 +33,13 @@ class Placement(Protocol):
 
 
 class LocalPlacement:
-    """Ranks on this machine, forked by a nursery."""
+    """Ranks on this machine, forked by a fork server."""
 
     def __init__(self, timeout_s: float):
         self._timeout_s = timeout_s
-        self._nursery: Nursery | None = None
+        self._fork_server: ForkServer | None = None
         self._stopped = False
-        self._talking = threading.Lock()  # one question to the nursery at a time
+        self._talking = threading.Lock()  # one question to the fork server at a time
 
     def start(self, spec: SessionSpec) -> list[Channel]:
         """See `Placement`."""
@@ -47,14 +47,14 @@ class LocalPlacement:
             return self._start(spec)
 
     def _start(self, spec: SessionSpec) -> list[Channel]:
-        if self._nursery is None or not self._nursery.alive:
-            if self._nursery is not None:
-                self._nursery.stop()  # what it has left behind
-            self._nursery = Nursery(self._timeout_s)
+        if self._fork_server is None or not self._fork_server.alive:
+            if self._fork_server is not None:
+                self._fork_server.stop()  # what it has left behind
+            self._fork_server = ForkServer(self._timeout_s)
             if self._stopped:
-                self._nursery.stop()
-            self._nursery.check(spec)
-        return self._nursery.start(spec, spec.config.world_size)
+                self._fork_server.stop()
+            self._fork_server.check(spec)
+        return self._fork_server.start(spec, spec.config.world_size)
 
     def kill(self) -> dict[int, str]:
         """See `Placement`."""
@@ -62,10 +62,10 @@ class LocalPlacement:
             return self._kill()
 
     def _kill(self) -> dict[int, str]:
-        if self._nursery is None or not self._nursery.alive:
+        if self._fork_server is None or not self._fork_server.alive:
             return {}
         ends: dict[int, str] = {}
-        control = self._nursery.control
+        control = self._fork_server.control
         try:
             control.socket.settimeout(STOP_WAIT_S)
             control.send(Kill())
@@ -74,19 +74,19 @@ class LocalPlacement:
                     ends[message.rank] = describe_exit(message.code)
             control.socket.settimeout(self._timeout_s)
         except Exception:  # a message that was cut off by an earlier timeout may read as anything
-            self._nursery.stop()
+            self._fork_server.stop()
         return ends
 
     def stop(self, code: int = 0) -> None:
         """See `Placement`."""
         self._stopped = True
-        if self._nursery is not None:
-            self._nursery.stop()
+        if self._fork_server is not None:
+            self._fork_server.stop()
 
     def stacks(self) -> dict[int, str]:
         """See `Placement`."""
         with self._talking, contextlib.suppress(OSError, EOFError):
-            if self._nursery is not None and self._nursery.alive:
-                self._nursery.control.socket.settimeout(STOP_WAIT_S)
-                return self._nursery.stacks()
+            if self._fork_server is not None and self._fork_server.alive:
+                self._fork_server.control.socket.settimeout(STOP_WAIT_S)
+                return self._fork_server.stacks()
         return {}

@@ -1,4 +1,4 @@
-"""Ranks that torchrun has started: the supervisor as the child of rank 0's keeper, and what it says to all keepers."""
+"""Ranks that torchrun has started: the supervisor as the child of rank 0's agent, and what it says to all agents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shardit.errors import RankError
 from shardit.server.options import ServeOptions
 
 RESTART = 75
-"""Exit code of keepers when all ranks are to be started anew; torchrun does so for any code but 0."""
+"""Exit code of agents when all ranks are to be started anew; torchrun does so for any code but 0."""
 ARRIVE_S = 900.0
 """Longest wait for all ranks to arrive, in seconds. They do before they load the model."""
 AGAIN_S = 60.0
@@ -28,7 +28,7 @@ PATIENCE_S = 20.0
 
 @dataclass(frozen=True)
 class Supervise:
-    """From the keeper of rank 0 to the supervisor, first of all. restarts: how often torchrun has started all anew."""
+    """From the agent of rank 0 to the supervisor, first of all. restarts: how often torchrun has started all anew."""
 
     options: ServeOptions
     reach: Reach
@@ -38,7 +38,7 @@ class Supervise:
 
 @dataclass(frozen=True)
 class Leave:
-    """From the supervisor to keepers: end with this code; from the keeper of rank 0: have all keepers do so."""
+    """From the supervisor to agents: end with this code; from the agent of rank 0: have all agents do so."""
 
     code: int
 
@@ -48,7 +48,7 @@ class TorchrunPlacement:
 
     def __init__(self, port: RankPort, world_size: int):
         self._port, self._size = port, world_size
-        self._leashes: list[Channel] = []
+        self._control_channels: list[Channel] = []
         self._left = threading.Lock()
         self._started = False
         self._over = threading.Event()
@@ -60,7 +60,7 @@ class TorchrunPlacement:
             raise RankError(-1, "torchrun has not started the ranks anew")
         self._started = True
         arrived = self._port.collect(ARRIVE_S)
-        self._leashes = [arrived[rank, "keeper"].channel for rank in range(self._size)]
+        self._control_channels = [arrived[rank, "agent"].channel for rank in range(self._size)]
         return join_all([arrived[rank, "rank"] for rank in range(self._size)], spec)
 
     def kill(self) -> dict[int, str]:
@@ -81,13 +81,17 @@ class TorchrunPlacement:
         return {}
 
     def leave(self, code: int) -> None:
-        """Have all keepers end with `code`; the first call counts. 0 becomes RESTART where a keeper is gone already:
+        """Have all agents end with `code`; the first call counts. 0 becomes RESTART where an agent is gone already:
         torchrun, which noticed, is about to start all anew and has therefore told us to end."""
         if not self._left.acquire(blocking=False):
             return
-        if code == 0 and self._leashes and wait([leash.socket for leash in self._leashes], 0):
+        if (
+            code == 0
+            and self._control_channels
+            and wait([control_channel.socket for control_channel in self._control_channels], 0)
+        ):
             code = RESTART
-        for leash in self._leashes:
+        for control_channel in self._control_channels:
             with contextlib.suppress(Closed, OSError):
-                leash.socket.settimeout(1.0)
-                leash.send(Leave(code))
+                control_channel.socket.settimeout(1.0)
+                control_channel.send(Leave(code))

@@ -15,7 +15,7 @@ LOOPBACK = ("127.0.0.1",)
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankEnv:
     """This rank's place among those that torchrun has started."""
 
     rank: int
@@ -25,7 +25,7 @@ class Seat:
     restarts: int
 
     @classmethod
-    def of_environment(cls) -> Seat:
+    def of_environment(cls) -> RankEnv:
         """As torchrun tells it."""
         size = int(os.environ["WORLD_SIZE"])
         return cls(
@@ -37,14 +37,18 @@ class Seat:
         )
 
 
-def hosts_of(seat: Seat) -> tuple[str, ...]:
+def hosts_of(rank_env: RankEnv) -> tuple[str, ...]:
     """On rank 0: by which names ranks may reach this machine; LOOPBACK where all ranks are on it."""
-    if seat.local_size == seat.world_size or seat.master in ("localhost", "::1") or seat.master.startswith("127."):
+    if (
+        rank_env.local_size == rank_env.world_size
+        or rank_env.master in ("localhost", "::1")
+        or rank_env.master.startswith("127.")
+    ):
         return LOOPBACK
     # torchrun may name another machine than this one, and a machine's own name may lead to 127.0.1.1 on itself.
-    towards = address_towards(seat.master, 1)
+    towards = address_towards(rank_env.master, 1)
     own = [towards] if towards and not towards.startswith("127.") else []
-    return tuple(dict.fromkeys([*own, seat.master, socket.gethostname()]))
+    return tuple(dict.fromkeys([*own, rank_env.master, socket.gethostname()]))
 
 
 def flags_of(options: ServeOptions) -> dict[str, Any]:

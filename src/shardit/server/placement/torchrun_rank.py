@@ -1,4 +1,4 @@
-"""A rank under torchrun, in the process that its keeper has forked, and how it learns where the supervisor is: rank 0
+"""A rank under torchrun, in the process that its agent has forked, and how it learns where the supervisor is: rank 0
 writes it into torch.distributed's store.
 
 torchrun may keep one store over all its restarts, with what earlier ranks wrote. So what a rank reads may be out of
@@ -20,7 +20,7 @@ from shardit.engine.nodes.handshake import Reach
 from shardit.engine.process.channel import Channel
 from shardit.errors import RankError
 from shardit.server.options import ServeOptions
-from shardit.server.placement.torchrun_env import Seat, flags_of
+from shardit.server.placement.torchrun_env import RankEnv, flags_of
 
 if TYPE_CHECKING:
     from shardit.engine.nodes.remote_rank import RemoteRank
@@ -34,24 +34,24 @@ REACH_S = 60.0
 _kept: list[Any] = []  # without torchrun's own store rank 0 is its server, until the process ends
 
 
-def be_rank(options: ServeOptions, seat: Seat, reach: Reach | None, keeper: Channel) -> int:
-    """In the forked process: find the supervisor, tell the keeper how, and work. `reach`: known on rank 0."""
+def be_rank(options: ServeOptions, rank_env: RankEnv, reach: Reach | None, agent: Channel) -> int:
+    """In the forked process: find the supervisor, tell the agent how, and work. `reach`: known on rank 0."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
     from shardit.engine.nodes.remote_rank import RemoteRank
     from shardit.engine.process.process import threads_per_rank
 
-    rank = RemoteRank(seat.rank, options.model, flags_of(options))
+    rank = RemoteRank(rank_env.rank, options.model, flags_of(options))
     if reach is not None:
         tell(reach)
         rank.arrive(reach, REACH_S)
     else:
         reach = found(rank)
-    keeper.send(reach)
-    return rank.work(seat.world_size, threads_per_rank(seat.local_size))
+    agent.send(reach)
+    return rank.work(rank_env.world_size, threads_per_rank(rank_env.local_size))
 
 
 def end_with(sock: socket.socket) -> None:
-    """In the rank, where the kernel does not do it: end when the keeper is gone."""
+    """In the rank, where the kernel does not do it: end when the agent is gone."""
     with contextlib.suppress(OSError):
         sock.recv(1)
     os._exit(1)

@@ -15,7 +15,7 @@ from shardit.engine.process.channel import Channel
 from shardit.engine.process.process import command, describe_exit
 from shardit.server.messages import Ping, Pong, Step
 from shardit.server.options import ServeOptions
-from shardit.server.process.heartbeat import Pulse
+from shardit.server.process.heartbeat import Heartbeat
 from shardit.server.process.loop import Loop, Pipe
 
 API = "shardit.server.http.main"
@@ -84,7 +84,7 @@ class ApiProcess:
         self._on_message, self._on_start = on_message, on_start
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Pipe | None = None
-        self._pulse: Pulse | None = None
+        self._heartbeat: Heartbeat | None = None
         self._begun = 0.0
         self._pause_s = 0.0
         self._again = 0.0
@@ -96,8 +96,8 @@ class ApiProcess:
 
     def _begin(self, api: Started) -> None:
         self._process = api.process
-        pulse = self._pulse = Pulse(lambda: pipe.send(Ping()))
-        pipe = self._pipe = Pipe(api.channel, lambda message: self._heard(pulse, message), lambda: None)
+        heartbeat = self._heartbeat = Heartbeat(lambda: pipe.send(Ping()))
+        pipe = self._pipe = Pipe(api.channel, lambda message: self._heard(heartbeat, message), lambda: None)
         pipe.send(self._options)
         self._begun = time.monotonic()
         self._on_start()
@@ -116,9 +116,9 @@ class ApiProcess:
         """Start it anew if it has ended, end it if it hangs. One that ends again and again is started after a growing
         pause."""
         now = time.monotonic()
-        if self._process is not None and self._pulse is not None and self._pulse.hangs():
+        if self._process is not None and self._heartbeat is not None and self._heartbeat.hangs():
             self._log.error("api_process_hangs", reason="it has not answered for some time; it is ended")
-            self._pulse = None
+            self._heartbeat = None
             self._process.kill()
         if self._process is not None and (code := self._process.poll()) is not None:
             self._pause_s = 0.0 if now - self._begun > CALM_S else min(MAX_PAUSE_S, 2 * self._pause_s + 0.25)
@@ -133,10 +133,10 @@ class ApiProcess:
                 self._again = now + MAX_PAUSE_S
                 self._log.error("api_process_not_started", reason=str(error), again_in_s=MAX_PAUSE_S)
 
-    def _heard(self, pulse: Pulse, message: Any) -> None:
+    def _heard(self, heartbeat: Heartbeat, message: Any) -> None:
         # In the thread that reads: an answer counts although the loop has other things to do.
         if isinstance(message, Pong):
-            pulse.answered()
+            heartbeat.answered()
         else:
             self._loop.call(self._on_message, message)
 

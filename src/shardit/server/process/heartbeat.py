@@ -15,7 +15,7 @@ MAX_STEP_S = 5.0
 did not answer), the process has to get a chance to answer first."""
 
 
-class Pulse:
+class Heartbeat:
     """Asks again and again, with `ask()`; `answered` is to be called, from any thread, when an answer comes."""
 
     def __init__(self, ask: Callable[[], None]):

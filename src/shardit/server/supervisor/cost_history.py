@@ -14,7 +14,7 @@ _SHARE = 0.9
 """Of the memory that there is: the rest is for what was not measured."""
 
 
-class Learned:
+class CostHistory:
     """Speed and memory of one model on one layout. What another layout has taught is forgotten."""
 
     def __init__(self, store: Store, options: ServeOptions):

@@ -17,11 +17,11 @@ from shardit.server.jobs.store import Store
 from shardit.server.messages import Changed, Step
 from shardit.server.options import ServeOptions
 from shardit.server.process.loop import Loop
-from shardit.server.supervisor.cost_history import Learned
-from shardit.server.supervisor.finish import Ends, failure
-from shardit.server.supervisor.hangs import Vigil
-from shardit.server.supervisor.prefetch import Builder
-from shardit.server.supervisor.rank_group import Down, Fleet
+from shardit.server.supervisor.cost_history import CostHistory
+from shardit.server.supervisor.finish import JobFinisher, failure
+from shardit.server.supervisor.hangs import HangDetector
+from shardit.server.supervisor.prefetch import Prefetcher
+from shardit.server.supervisor.rank_group import Down, RankGroup
 from shardit.server.supervisor.running import Running, in_flight
 
 SUSPECT_AFTER = 2
@@ -40,35 +40,35 @@ class Dispatcher:
         self,
         options: ServeOptions,
         store: Store,
-        fleet: Fleet,
+        rank_group: RankGroup,
         loop: Loop,
         writers: Executor,
         tell: Callable[[Any], None],
         log: Any,
-        gauges: Any,
+        metrics: Any,
     ):
-        self.options, self.store, self.fleet, self.loop = options, store, fleet, loop
-        self.tell, self.log, self.gauges = tell, log, gauges
+        self.options, self.store, self.rank_group, self.loop = options, store, rank_group, loop
+        self.tell, self.log, self.metrics = tell, log, metrics
         self.slots = 1
-        self.learned = Learned(store, options)
+        self.learned = CostHistory(store, options)
         self.info: dict[str, Any] | None = None
         self.running: dict[int, Running] = {}
-        self.ends = Ends(store, loop, writers, tell, log, gauges)
-        self.builder = Builder(store, loop, then=self.fill)
+        self.ends = JobFinisher(store, loop, writers, tell, log, metrics)
+        self.prefetcher = Prefetcher(store, loop, then=self.fill)
         self.peaks: dict[int, int] = {}
         """Peak memory of each rank during its newest job, in bytes."""
         self._keys = itertools.count(1)
         self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
         self._replicas = options.config.data_parallel_size
-        self._together = fleet.size // self._replicas
-        self.vigil = Vigil(fleet, self.running, self._together, options.step_timeout_s)
+        self._together = rank_group.size // self._replicas
+        self.hang_detector = HangDetector(rank_group, self.running, self._together, options.step_timeout_s)
 
     # What happens.
 
     def ready(self, infos: list[dict[str, Any]]) -> None:
         """The ranks are up, and have told this of themselves."""
         self.info = infos[0]
-        self.vigil.ready()
+        self.hang_detector.ready()
         self.learned.at_rest([info["memory"] for info in infos])
         self.fill()
 
@@ -86,7 +86,7 @@ class Dispatcher:
                 if running.job.id in wanted and not running.cancelling:
                     running.cancelling = True
                     for rank in self._ranks_of(running.replica):
-                        self.fleet.send(rank, Cancel(key))
+                        self.rank_group.send(rank, Cancel(key))
         self.fill()
 
     def heard(self, rank: int, message: Any) -> None:
@@ -95,7 +95,7 @@ class Dispatcher:
         running = self.running.get(key)
         if running is None:
             return
-        self.vigil.heard(running.replica)
+        self.hang_detector.heard(running.replica)
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, Ended):
@@ -126,7 +126,7 @@ class Dispatcher:
         self.ends.write_again()
         self.find_lost()
         self.wake()
-        self.vigil.look()
+        self.hang_detector.look()
 
     def find_lost(self) -> None:
         """Queue jobs again that are in progress although nobody works on them: a fault of ours must have lost them."""
@@ -161,13 +161,13 @@ class Dispatcher:
         return range(replica * self._together, (replica + 1) * self._together)
 
     def _begin_next(self) -> bool:
-        if self.info is None or self.fleet.failing or len(self.ends.writing) >= MAX_WRITING:
+        if self.info is None or self.rank_group.failing or len(self.ends.writing) >= MAX_WRITING:
             return False
         job = next(iter(self.store.queued(1)), None)
         if job is None:
-            self.builder.forget()
+            self.prefetcher.forget()
             return False
-        is_ready = self.builder.ready(job, self.info)  # while it waits for a slot, too
+        is_ready = self.prefetcher.ready(job, self.info)  # while it waits for a slot, too
         if not is_ready or self._must_be_alone(job) or (replica := self._free_replica(job)) is None:
             return False
         if self.store.start(job.id):
@@ -212,7 +212,7 @@ class Dispatcher:
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None
         try:
-            request, work = self.builder.take(job, self.info), self._work(job)
+            request, work = self.prefetcher.take(job, self.info), self._work(job)
         except Exception as error:  # accepted for another model, or its files are gone
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             self.ends.end(job, "failed", error=failure("invalid_request", text))
@@ -224,7 +224,7 @@ class Dispatcher:
         if not ahead:
             self._enters(replica)
         for rank in self._ranks_of(replica):
-            self.fleet.send(rank, Begin(key, request, job.id))
+            self.rank_group.send(rank, Begin(key, request, job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
         self.tell(Changed(job.id))
 
@@ -233,7 +233,7 @@ class Dispatcher:
         first = len(self._in_flight(replica)) == 1
         self._most[replica] = max(self._together_now(replica), 0 if first else self._most[replica])
         if first:
-            self.vigil.begins(replica)
+            self.hang_detector.begins(replica)
 
     def _enters_next(self, replica: int) -> None:
         """A slot is free: the ranks give it to the job that came first of those sent ahead."""
@@ -245,7 +245,7 @@ class Dispatcher:
     def _progress(self, running: Running, message: Progress) -> None:
         took = running.progress(message.step, message.total)
         if took is not None:
-            self.gauges.step(took)
+            self.metrics.step(took)
         phase = "denoise" if message.step < message.total else "decode"
         self.tell(Step(running.job.id, message.step, message.total, phase, running.seconds_per_step))
         if running.leaving:
@@ -254,7 +254,7 @@ class Dispatcher:
     def _left(self, key: int, running: Running, rank: int, message: Left) -> None:
         running.left[rank] = message
         self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
-        self.gauges.rank(rank, message)
+        self.metrics.rank(rank, message)
         if self._differ(running) or len(running.left) < self._together:
             return
         together = self._most[running.replica]
@@ -269,8 +269,8 @@ class Dispatcher:
         else:
             peaks = {rank: end.peak_bytes for rank, end in running.left.items()}
             self.ends.write(running.job, first.output, peaks, then=self.fill)
-            self.vigil.patience.completed(running.size)
-            self.gauges.phases(running)
+            self.hang_detector.patience.completed(running.size)
+            self.metrics.phases(running)
             self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
 
     def _differ(self, running: Running) -> bool:
@@ -281,7 +281,7 @@ class Dispatcher:
             return False
         ways = {rank: (end.start, end.cancelled, end.error) for rank, end in left.items()}
         ways |= {rank: running.errors[rank] for rank in failed}
-        self.fleet.fail(f"ranks differ in how {running.job.id} went: {ways}")
+        self.rank_group.fail(f"ranks differ in how {running.job.id} went: {ways}")
         return True
 
     def _too_large(self, running: Running, reason: str) -> str:

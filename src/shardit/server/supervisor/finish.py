@@ -22,12 +22,14 @@ MAX_DEATHS_ALONE = 3
 SAY_AGAIN_S = 10.0
 
 
-class Ends:
+class JobFinisher:
     """Everything that happens to a job after the ranks, in the loop. tell(message) reaches the API process."""
 
-    def __init__(self, store: Store, loop: Loop, writers: Executor, tell: Callable[[Any], None], log: Any, gauges: Any):
+    def __init__(
+        self, store: Store, loop: Loop, writers: Executor, tell: Callable[[Any], None], log: Any, metrics: Any
+    ):
         self._store, self._loop, self._writers = store, loop, writers
-        self._tell, self._log, self._gauges = tell, log, gauges
+        self._tell, self._log, self._metrics = tell, log, metrics
         self.writing: dict[str, Future[Any]] = {}
         """By job, results on their way to the disk."""
         self._unwritten: list[Callable[[], None]] = []
@@ -74,7 +76,7 @@ class Ends:
                 for name in more.get("files", ()):
                     (self._store.files_of(job.id) / name).unlink(missing_ok=True)
             if ended:
-                self._gauges.ended(job, end)
+                self._metrics.ended(job, end)
                 error = {name: value for name, value in facts.items() if name == "error"}
                 self._log.info("job_ended", request_id=job.id, state=end, **error)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from shardit.engine.process.monitor import waits_for_peer
-from shardit.server.supervisor.rank_group import Fleet
+from shardit.server.supervisor.rank_group import RankGroup
 from shardit.server.supervisor.running import Running, Size, in_flight
 
 MIN_PATIENCE_S = 10.0
@@ -60,13 +60,13 @@ class Patience:
         return max(MIN_PATIENCE_S, TIMES_SLOWEST * (start + sum(self._slowest[size] for size in sizes)))
 
 
-class Vigil:
+class HangDetector:
     """Looks after the jobs in flight (`running`, which the dispatcher keeps) and has the ranks started anew where they
     do not go on. `together` ranks are one replica."""
 
-    def __init__(self, fleet: Fleet, running: Mapping[int, Running], together: int, first_s: float):
+    def __init__(self, rank_group: RankGroup, running: Mapping[int, Running], together: int, first_s: float):
         self.patience = Patience(first_s)
-        self._fleet, self._running, self._together = fleet, running, together
+        self._rank_group, self._running, self._together = rank_group, running, together
         self._last_sign: dict[int, float] = {}
         self._looking = False
         self._look_at = 0.0
@@ -91,15 +91,15 @@ class Vigil:
 
     def look(self) -> None:
         """Notice ranks that do not go on. To be called a few times per second."""
-        if self._fleet.failing:
+        if self._rank_group.failing:
             return
         if (reason := self.overdue()) is not None:
-            self._fleet.hang(reason)
+            self._rank_group.hang(reason)
         elif not self._failed_alone():
             self._stacks = {}
         elif not self._looking and time.monotonic() >= self._look_at:
             self._looking = True
-            self._fleet.look(self._seen)
+            self._rank_group.look(self._seen)
 
     def overdue(self) -> str | None:
         """Why ranks are taken to hang, if they have been silent for too long."""
@@ -126,5 +126,5 @@ class Vigil:
         for running in self._failed_alone():
             ranks = range(running.replica * self._together, (running.replica + 1) * self._together)
             if all(waits_for_peer(stacks.get(rank, "")) and stacks[rank] == before.get(rank) for rank in ranks):
-                self._fleet.fail(self._alone(running))
+                self._rank_group.fail(self._alone(running))
                 return

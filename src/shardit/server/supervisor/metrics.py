@@ -16,7 +16,7 @@ disable_created_metrics()
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
-class Gauges:
+class SupervisorMetrics:
     """The supervisor's metrics, in a registry of their own."""
 
     def __init__(self) -> None:

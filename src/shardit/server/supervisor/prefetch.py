@@ -13,7 +13,7 @@ from shardit.server.jobs.store import Store
 from shardit.server.process.loop import Loop
 
 
-class Builder:
+class Prefetcher:
     """Builds the request of the job that is to begin next. `then()` is called, in the loop, when one with pictures has
     been built: one at a time, and the newest is kept until its job begins."""
 

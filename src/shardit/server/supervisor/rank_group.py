@@ -34,7 +34,7 @@ class Down:
     weight: int = 0
 
 
-class Fleet:
+class RankGroup:
     """The ranks of one server.
 
     on_up(infos) when all have loaded; on_down(Down) when one has failed or could not start, once per start; then

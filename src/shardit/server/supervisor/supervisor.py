@@ -16,7 +16,7 @@ from typing import Any
 
 from shardit.diffusion.loading.model_options import described
 from shardit.engine.process.messages import SESSION, SessionSpec
-from shardit.engine.process.process import give_way
+from shardit.engine.process.process import lower_priority
 from shardit.errors import InputError, RankError
 from shardit.logs import logger
 from shardit.server.jobs.store import CANCELLED_WAITING, Store
@@ -28,8 +28,8 @@ from shardit.server.process.forced_exit import LastResort, exit_code
 from shardit.server.process.loop import Loop
 from shardit.server.supervisor.dispatch import Dispatcher
 from shardit.server.supervisor.hangs import TIMES_SLOWEST
-from shardit.server.supervisor.metrics import Gauges
-from shardit.server.supervisor.rank_group import Down, Fleet
+from shardit.server.supervisor.metrics import SupervisorMetrics
+from shardit.server.supervisor.rank_group import Down, RankGroup
 
 LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"
@@ -53,7 +53,7 @@ class Supervisor:
     def __init__(self, options: ServeOptions, api: Started, listener: socket.socket, placement: Placement):
         self.options = options
         self.log = logger("supervisor")
-        self.gauges = Gauges()
+        self.metrics = SupervisorMetrics()
         self.loop = Loop(self.tick, on_trouble=self.on_trouble)
         self.store = Store(options.data_dir)
         self.listener = listener
@@ -64,21 +64,21 @@ class Supervisor:
             dtype=options.dtype,
             device=options.device,
             max_in_flight=self.slots,
-            timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # what `Vigil` decides comes first
+            timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # what `HangDetector` decides comes first
             session=self._session,
             attention_backend=options.attention_backend,
             options=options.loading,
             live=True,
         )
-        self.fleet = Fleet(
+        self.rank_group = RankGroup(
             spec, placement, self.loop, on_up=self.on_up, on_down=self.on_down, on_message=self.on_rank_message
         )
         self.api = ApiProcess(
             options, api, listener, self.loop, on_message=self.on_api_message, on_start=self.on_api_start, log=self.log
         )
-        self.writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="writer", initializer=give_way)
+        self.writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="writer", initializer=lower_priority)
         self.jobs = Dispatcher(
-            options, self.store, self.fleet, self.loop, self.writers, self.api.tell, self.log, self.gauges
+            options, self.store, self.rank_group, self.loop, self.writers, self.api.tell, self.log, self.metrics
         )
         self.jobs.slots = self.slots
         self.state = Ranks("loading")
@@ -110,7 +110,7 @@ class Supervisor:
             self.log.warning("open_to_all", reason="other machines can use it without a key; --api-key sets one")
         try:
             self.api.start()
-            self.fleet.bring_up()
+            self.rank_group.bring_up()
             self.loop.run()
         finally:
             self.end()
@@ -150,10 +150,10 @@ class Supervisor:
         now = time.monotonic()
         loads = self.state.state in ("loading", "restarting") and self._start_ranks_at is None
         if loads and now - self._started > LOAD_TIMEOUT_S:
-            self.fleet.fail(f"not loaded after {LOAD_TIMEOUT_S:.0f} s")
+            self.rank_group.fail(f"not loaded after {LOAD_TIMEOUT_S:.0f} s")
         if self._start_ranks_at is not None and now >= self._start_ranks_at:
             self._start_ranks_at = None
-            self.fleet.bring_up()
+            self.rank_group.bring_up()
         if now >= self._retain_at:
             self._retain_at = now + RETAIN_EVERY_S
             gone = self.store.retain(self.options.keep_days * 86400, self.options.keep_bytes, RETAIN_AT_MOST)
@@ -179,7 +179,7 @@ class Supervisor:
             return
         came_up = self.state.state == "ready"
         self.log.error("ranks_down", reason=down.reason)
-        self.gauges.restarts.inc()
+        self.metrics.restarts.inc()
         self._started = time.monotonic()
         self._set("restarting", reason=down.reason.splitlines()[0], restarts=self.state.restarts + 1)
         self.jobs.down(down)
@@ -196,7 +196,7 @@ class Supervisor:
         """A new API process knows nothing yet."""
         self._api_starts += 1
         if self._api_starts > 1:
-            self.gauges.api_restarts.inc()
+            self.metrics.api_restarts.inc()
         self.api.tell(self.state)
 
     def on_trouble(self, error: Exception) -> None:
@@ -211,11 +211,11 @@ class Supervisor:
             self.jobs.wake()
         elif isinstance(message, Scrape):
             cancelled, self._cancelled = self._cancelled, self.store.recall(CANCELLED_WAITING, 0)
-            self.gauges.cancelled_waiting(self._cancelled - cancelled)
-            self.gauges.queue.set(self.store.counts().get("queued", 0))
-            self.gauges.in_flight.set(self.jobs.in_flight)
-            self.gauges.slots.set(self.jobs.slots * self.options.config.data_parallel_size)
-            self.api.tell(Measured(self.gauges.text()))
+            self.metrics.cancelled_waiting(self._cancelled - cancelled)
+            self.metrics.queue.set(self.store.counts().get("queued", 0))
+            self.metrics.in_flight.set(self.jobs.in_flight)
+            self.metrics.slots.set(self.jobs.slots * self.options.config.data_parallel_size)
+            self.api.tell(Measured(self.metrics.text()))
 
     # The end.
 
@@ -231,7 +231,7 @@ class Supervisor:
         """End all processes, within ten seconds. Results that are being written are waited for, for some of these."""
         deadline = time.monotonic() + STOP_S
         self.api.leave()
-        self.fleet.stop(0 if self.asked_to_stop else 2 if isinstance(self.error, InputError) else 1)
+        self.rank_group.stop(0 if self.asked_to_stop else 2 if isinstance(self.error, InputError) else 1)
         self.api.stop()  # before the store is written to, which a process that is stopped may have locked
         self.jobs.put_all_back()
         while self.jobs.ends.writing and time.monotonic() < deadline:
@@ -246,7 +246,7 @@ class Supervisor:
         peaks = self.jobs.peaks
         return tuple(
             {"rank": rank, "state": state, "peak_bytes": peaks.get(rank)}
-            for rank, state in enumerate(self.fleet.states)
+            for rank, state in enumerate(self.rank_group.states)
         )
 
     def _set(self, state: RanksState, **more: Any) -> None:

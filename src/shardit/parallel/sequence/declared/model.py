@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from shardit.core.modules.module_state import restore, state_of
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.call_signature import signature
 from shardit.core.runtime.coroutine import willing
 from shardit.core.runtime.microbatch import CLOSE
@@ -246,7 +246,7 @@ class PlannedSequence:
         """Put the seam at the modules of the plan, outside all others."""
         for rules in self.rules:
             if rules.module is not self.model:
-                swap_class(rules.module, {"__call__": _module_call(type(rules.module).__call__, rules, self)})
+                subclass_in_place(rules.module, {"__call__": _module_call(type(rules.module).__call__, rules, self)})
 
     @property
     def _own(self) -> ModuleRules | None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardit.core.comm.checkpoint import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.module_state import restore, state_of
-from shardit.core.modules.patching import swap_class
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.call_signature import modes
 from shardit.core.runtime.pending import PendingTensor, settle
 from shardit.core.runtime.randomness import generators_kept
@@ -235,7 +235,7 @@ class SequenceParallel:
         self._look()
         self._owned = [not any(p.is_meta for p in block.parameters()) for _, block in self.blocks]
         for index, (_, block) in enumerate(self.blocks):
-            swap_class(block, {"__call__": _block_call(type(block).__call__, index, self)})
+            subclass_in_place(block, {"__call__": _block_call(type(block).__call__, index, self)})
 
 
 def _shape(leaf: Any) -> Shape | None:

@@ -19,7 +19,7 @@ from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfSt
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.compare import disturbed, same
-from shardit.parallel.dataflow import Taint
+from shardit.parallel.dataflow import Dataflow
 from shardit.parallel.sequence.shards.lazy import gather
 from shardit.parallel.sequence.shards.token_dims import (
     Candidate,
@@ -102,8 +102,8 @@ class _Attempt:
             leaf if split is None else cut(leaf, split, self.totals, sp.index, sp.size).clone()
             for leaf, split in zip(leaves, self.candidate.splits, strict=True)
         ]
-        taint = Taint(s for s, split in zip(shards, self.candidate.splits, strict=True) if split is not None)
-        block = BlockRun(self.attention, [], taint=taint)
+        dataflow = Dataflow(s for s, split in zip(shards, self.candidate.splits, strict=True) if split is not None)
+        block = BlockRun(self.attention, [], dataflow=dataflow)
         outs = self._outputs(block, call, shards, spec)
         splits = None if outs is None else self._out_splits(outs)
         if outs is None or splits is None:
@@ -118,9 +118,9 @@ class _Attempt:
         """The output leaves; None where it failed on any rank. No rank waits for one that has failed."""
         outs: list[Any] = []
         code = FAILED
-        assert block.taint is not None
+        assert block.dataflow is not None
         try:
-            with attention_goes_to(block), block.taint:
+            with attention_goes_to(block), block.dataflow:
                 outs, out_spec = tree_flatten(_call(call, shards, spec))
             code = DONE if out_spec == self.out_spec and len(outs) == len(self.expected) else FAILED
         except OutOfStep:

@@ -56,7 +56,7 @@ class Comparison:
         unit, leaves = self.model.get_submodule(self.name), tree_flatten((self.args, self.kwargs))[0]
         with without_modes(), torch.no_grad():
             twins, before, generators = _copies(leaves), state_of(unit), _random_state()
-            kept = [(leaf, dict(vars(leaf))) for leaf in leaves if is_keeper(leaf)]
+            kept = [(leaf, dict(vars(leaf))) for leaf in leaves if is_agent(leaf)]
             caches = [(cache, empty_layers_kept(cache)) for cache in find_caches(self.args, self.kwargs)]
         out = error = None
         try:
@@ -173,12 +173,12 @@ def _copies(leaves: list[Any]) -> list[Any]:
     made: dict[int, Any] = {}
     for leaf in leaves:
         if id(leaf) not in made:
-            kept = copy.deepcopy(leaf) if is_keeper(leaf) else leaf
+            kept = copy.deepcopy(leaf) if is_agent(leaf) else leaf
             made[id(leaf)] = leaf.detach().clone() if isinstance(leaf, torch.Tensor) else kept
     return [made[id(leaf)] for leaf in leaves]
 
 
-def is_keeper(leaf: Any) -> bool:
+def is_agent(leaf: Any) -> bool:
     """Whether an argument is an object that a unit may keep something in, such as a cache of keys."""
     return hasattr(leaf, "__dict__") and not isinstance(leaf, (torch.Tensor, nn.Module, type)) and not callable(leaf)
 

@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import find_caches
 from shardit.core.modules.fingerprint import PROCESSOR
-from shardit.core.modules.patching import Made, share_class, swap_class
+from shardit.core.modules.patching import Made, share_subclass, subclass_in_place
 from shardit.core.runtime.call_signature import modes
 from shardit.core.runtime.coroutine import willing
 from shardit.core.runtime.pending import settle
 from shardit.parallel.attention.hook import attention_is_taken
 from shardit.parallel.block_signature import fingerprint, value_key
-from shardit.parallel.tensor.check.compare import Comparison, is_keeper
+from shardit.parallel.tensor.check.compare import Comparison, is_agent
 from shardit.parallel.tensor.check.kept import hands_out
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.processors import adopt_processors, attentions_in, mark_cut
@@ -178,8 +178,8 @@ def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         keys = [getattr(layer, "keys", None) for layer in layers]
         if any(isinstance(found, torch.Tensor) and found.numel() for found in keys):
             return True
-    keepers = (leaf for leaf in tree_leaves((args, kwargs)) if is_keeper(leaf) and not hasattr(leaf, "layers"))
-    values = (value for leaf in keepers for value in tree_leaves(list(vars(leaf).values())))
+    agents = (leaf for leaf in tree_leaves((args, kwargs)) if is_agent(leaf) and not hasattr(leaf, "layers"))
+    values = (value for leaf in agents for value in tree_leaves(list(vars(leaf).values())))
     return any(isinstance(value, torch.Tensor) and value.numel() for value in values)
 
 
@@ -193,7 +193,7 @@ def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectiv
         unit: Any = model.get_submodule(name)
         vars(unit)[NAME] = name
         plain = type(unit)
-        share_class(unit, made, (), lambda: {"forward": _seam(checks, plain.forward)})  # noqa: B023
+        share_subclass(unit, made, (), lambda: {"forward": _seam(checks, plain.forward)})  # noqa: B023
         _keep_known(plain, type(unit))
     own_call = type(model).__call__
 
@@ -202,7 +202,7 @@ def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectiv
         with checks.begin(args, kwargs):
             return own_call(self, *args, **kwargs)
 
-    swap_class(model, {"__call__": __call__, "shardit_checks": property(lambda self: checks)})
+    subclass_in_place(model, {"__call__": __call__, "shardit_checks": property(lambda self: checks)})
     return checks
 
 

@@ -25,14 +25,14 @@ async def events(context: Context, job: Job) -> AsyncIterator[bytes]:
     """The events of a job from now on."""
     told: tuple[str, Any] | None = None
     spoke = time.monotonic()
-    with context.board.watching(job.id, steps=True) as watch:
+    with context.live_state.watching(job.id, steps=True) as watch:
         while True:
             found = await run_in_threadpool(context.store.get, job.id)
             event = await _event(context, found)
             if event is not None and event != told:
                 told, spoke = event, time.monotonic()
                 yield f"event: {event[0]}\ndata: {json.dumps(event[1])}\n\n".encode()
-            if found is None or found.ended or context.board.stopping:
+            if found is None or found.ended or context.live_state.stopping:
                 return
             if time.monotonic() - spoke >= HEARTBEAT_S:
                 spoke = time.monotonic()
@@ -47,5 +47,5 @@ async def _event(context: Context, job: Job | None) -> tuple[str, dict[str, Any]
         return "finished", {"status": job.state, "error": job.error}
     if job.state == "queued":
         return "queued", {"position": await run_in_threadpool(context.store.position, job)}
-    step = context.board.step(job.id)
+    step = context.live_state.step(job.id)
     return None if step is None else ("step", {**progress_of(step), "progress": percent(step)})

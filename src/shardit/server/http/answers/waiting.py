@@ -22,9 +22,9 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
     """
     gone = asyncio.ensure_future(_gone(request))
     try:
-        with context.board.watching(job.id, steps=False) as watch:
+        with context.live_state.watching(job.id, steps=False) as watch:
             while not job.ended:
-                if context.board.stopping:
+                if context.live_state.stopping:
                     raise busy("the server is about to end; send the request again later", 5, "stopping")
                 if gone.done():
                     raise ClientGone
@@ -39,7 +39,7 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
     except (ClientGone, asyncio.CancelledError):
         if job.waits:
             await asyncio.shield(run_in_threadpool(context.store.request_cancel, job.id))
-            context.board.changed_here(job.id)
+            context.live_state.changed_here(job.id)
         raise
     finally:
         gone.cancel()

@@ -81,7 +81,7 @@ def about_routes(context: Context) -> APIRouter:
     @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness, "description": "Not yet."}})
     async def ready(request: Request) -> Any:
         """Whether the ranks can run jobs now; 503 until they can."""
-        ranks = context.board.ranks
+        ranks = context.live_state.ranks
         shown = _readiness(ranks)
         if getattr(request.state, "stranger", False):  # of whom nothing is known but the name they use for this server
             shown |= {"reason": "", "ranks": []}
@@ -93,7 +93,7 @@ def about_routes(context: Context) -> APIRouter:
     async def metrics() -> Response:
         """Metrics in prometheus' text format."""
         ours = context.metrics.text()
-        return Response(ours + (await context.board.measured() or b""), media_type=CONTENT_TYPE)
+        return Response(ours + (await context.live_state.measured() or b""), media_type=CONTENT_TYPE)
 
     @router.get("/v1/models", response_model=Models, responses=answers(401), tags=["models"])
     async def list_models() -> Any:
@@ -125,10 +125,10 @@ def _readiness(ranks: Ranks) -> dict[str, Any]:
 
 
 def _server(context: Context) -> dict[str, Any]:
-    info, options, counts = context.board.info, context.options, context.store.counts()
+    info, options, counts = context.live_state.info, context.options, context.store.counts()
     takes, with_image = info.get("signature"), info.get("signature_with_image")
     return {
-        **_readiness(context.board.ranks),
+        **_readiness(context.live_state.ranks),
         "model": options.name,
         "kind": job_kind(takes) if takes else None,
         "takes_image": bool((takes and takes.image_name) or with_image),
@@ -154,10 +154,10 @@ def _most_images(takes: PipelineSignature | None, limits: Limits) -> int:
 def _defaults(context: Context) -> dict[str, Any]:
     from shardit.models import tiny
 
-    takes, options = context.board.info.get("signature"), context.options
+    takes, options = context.live_state.info.get("signature"), context.options
     if takes is None:
         return {}
-    names = set(pipeline_names(context.board.info))
+    names = set(pipeline_names(context.live_state.info))
     shown = {name: value for name, value in takes.defaults.items() if name in names and value is not None}
     filled = tiny.filled_in(options.model.removeprefix("tiny/"), ()) if options.model.startswith("tiny/") else {}
     return {**shown, **filled}

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from shardit.server.http.schema.fields import FieldModels
-from shardit.server.http.state.board import Board
+from shardit.server.http.state.live_state import LiveState
 from shardit.server.http.state.metrics import HttpMetrics
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
@@ -19,7 +19,7 @@ class Context:
 
     options: ServeOptions
     store: Store
-    board: Board
+    live_state: LiveState
     fields: FieldModels
     metrics: HttpMetrics
     started_at: float = field(default_factory=time.time)

@@ -12,7 +12,7 @@ from shardit.engine.process.channel import Channel
 from shardit.server.messages import Ping, Pong
 
 
-class Link:
+class SupervisorClient:
     """Hands what comes over `channel` to `deliver`, in `loop`; `on_end` is called, in a thread, when the supervisor is
     gone. `Ping` is answered in `loop`, so that the supervisor knows of a loop that hangs."""
 

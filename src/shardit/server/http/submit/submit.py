@@ -55,11 +55,11 @@ async def accept(
     request: Request, context: Context, kind: Kind, model: type[BaseModel], *, waits: bool, needs_picture: bool = False
 ) -> Accepted:
     """Read, check and store a request. Raises ApiError."""
-    if context.board.stopping:
+    if context.live_state.stopping:
         raise busy("the server is about to end; try again later", _LOADING_RETRY_S, "stopping")
     key = _idempotency_key(request)
     body = await read_body(request, model, context.options.limits)
-    info = context.board.info
+    info = context.live_state.info
     if not info:
         raise busy("the model is being loaded for the first time; try again soon", _LOADING_RETRY_S, "loading")
     _check_kind(info["signature"], kind)
@@ -81,7 +81,7 @@ async def accept(
         new, work = _new_job(asked, values, pictures, takes, info, context, kind, waits=waits, key=key, owner=whose)
         job, is_new = _store(context, new, work)
         if is_new:
-            context.board.wake()
+            context.live_state.wake()
         return job
 
     job = await run_in_threadpool(store)

@@ -28,7 +28,7 @@ class Watch:
         self._event.set()
 
 
-class Board:
+class LiveState:
     """Belongs to one event loop: all methods but `wake` are called there.
 
     `send` hands a message to the supervisor. `on_info` is given what the ranks tell of the model, when they do.

@@ -311,7 +311,9 @@ MEMORY = """
 import re, sys, torch
 from pathlib import Path
 from diffusers import FluxTransformer2DModel
-from shardit.loading import Checkpoint, build, load_module
+from shardit.loading.checkpoint import Checkpoint
+from shardit.loading.meta import build
+from shardit.loading.weights import load_module
 
 def mib(what):
     return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

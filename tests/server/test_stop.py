@@ -15,7 +15,7 @@ from shardit.server.jobs.store import Store
 SERVE = """
 import os, signal, sqlite3, sys, threading, time
 from pathlib import Path
-from shardit.server import last_resort, supervisor
+from shardit.server.process import forced_exit
 from shardit.server.options import ServeOptions
 from shardit.server.entry.serve import serve
 from shardit.server.supervisor.supervisor import Supervisor
@@ -42,20 +42,20 @@ def prepare(self):
 """
 
 STUCK_LOOP = """
-last_resort.END_S = 2.0
+forced_exit.END_S = 2.0
 def prepare(self):
     self.loop.call(time.sleep, 100)
 """
 
 STUCK_RANKS = """
-last_resort.END_S = 2.0
+forced_exit.END_S = 2.0
 def prepare(self):
     placement.stop = lambda *_: time.sleep(100)
 """
 
 # As by an API process that was stopped in the middle of a transaction.
 STUCK_STORE = """
-last_resort.END_S = 2.0
+forced_exit.END_S = 2.0
 def prepare(self):
     db = sqlite3.connect(folder / "jobs.sqlite", isolation_level=None, check_same_thread=False)
     threading.Timer(0.5, lambda: db.execute("BEGIN IMMEDIATE")).start()
@@ -63,7 +63,7 @@ def prepare(self):
 """
 
 STUCK_LOG = """
-last_resort.END_S = 2.0
+forced_exit.END_S = 2.0
 def prepare(self):
     reads, writes = os.pipe()
     os.dup2(writes, 2)

@@ -118,10 +118,10 @@ class PipelineSignature:
 
     def size_problem(self, name: str, value: Any) -> str | None:
         """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
-        step, least = self.multiples.get(name), self.least.get(name, 1)
+        step, least = self.multiples.get(name), self.least.get(name)
         if not isinstance(value, int):
             return None
-        if value < least and (step is None or value % step == 0):
+        if least is not None and value < least and (step is None or value % step == 0):
             return f"{name} must be at least {least}, got {value}: the model can make nothing smaller"
         if step is None or value % step == 0:
             return None

@@ -141,6 +141,7 @@ def arrivals(**of_second: Any) -> list[Arrival]:
     [
         ({"flags": {"model": "n"}}, "rank 1 on far was started with model n, rank 0 on near with m"),
         ({"versions": {**facts(0)["versions"], "torch": "1.0"}}, "rank 1 on far has torch 1.0, rank 0 on near has"),
+        ({"versions": {**facts(0)["versions"], "shardit sources": "0"}}, "rank 1 on far has shardit sources 0, rank 0"),
         ({"model": "digest"}, "there is no folder /m for rank 0 on near, but there is one for rank 1 on far"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -10,6 +11,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import shardit
 
 PACKAGES = ("shardit", "torch", "diffusers", "transformers")
 SMALL = 1 << 20
@@ -27,7 +30,7 @@ def facts(rank: int, model: str = "", flags: Mapping[str, Any] | None = None) ->
         "rank": rank,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "versions": versions(),
+        "versions": {**versions(), "shardit sources": sources()},
         "model": fingerprint(model),
         "flags": {name: str(value) for name, value in {**(flags or {}), **settings()}.items()},
     }
@@ -49,6 +52,16 @@ def versions() -> dict[str, str]:
             if name != "shardit":  # it may be run from its source folder
                 found[name] = "none"
     return found
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of the package's Python files: two checkouts may have the same version."""
+    folder, digest = Path(shardit.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def fingerprint(model: str) -> str | None:

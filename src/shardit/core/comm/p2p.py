@@ -1,4 +1,4 @@
-"""Messages between ranks that work together. With `mesh` and `collectives` all that talks to torch.distributed."""
+"""Messages between ranks that work together: from one to another, and small ones that all exchange."""
 
 from __future__ import annotations
 

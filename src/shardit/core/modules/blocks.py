@@ -106,5 +106,5 @@ def _outside(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> set[int]:
 
 
 def nbytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and persistent buffers, on meta or not."""
+    """Bytes of a module's parameters, on meta or not."""
     return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -23,7 +23,7 @@ from shardit.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Cut:
-    """A transformer over the stages: its block names in execution order, their sizes in bytes, and where they go."""
+    """A transformer over the stages: its block names in execution order, and where they go."""
 
     blocks: tuple[str, ...]
     placement: Placement

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full matrix survey transformers lint size bench bench-serve install clean
+.PHONY: demo test test-full matrix survey transformers lint api size bench bench-serve install clean
 
 demo: install ## two stages make a video; compared with one rank
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,9 @@ lint: install ## style and types
 	$(BIN)/ruff check src tests bench examples
 	$(BIN)/ruff format --check src tests bench examples
 	$(BIN)/pyright
+
+api: install ## writes docs/api.md from the docstrings
+	$(BIN)/python -m tests.support.api_page
 
 size: install ## lines of code of each folder
 	$(BIN)/python -m bench.size

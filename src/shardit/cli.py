@@ -21,6 +21,7 @@ from shardit.engine.nodes.node_facts import versions
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, as_command
 from shardit.loading.dtypes import setting
+from shardit.logs import FORMAT_VARIABLE
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
@@ -96,6 +97,7 @@ def serve(flags: ServeFlags) -> int:
     from shardit.server.unservable import unservable
 
     options = flags.options()
+    os.environ[FORMAT_VARIABLE] = flags.log_format.value  # all processes of the server inherit it
     local = options.executor == "local"
     preflight.check(
         options.model,

@@ -1,13 +1,17 @@
-"""Structured logs: one JSON object per line on standard error, or readable lines on a terminal."""
+"""Structured logs on standard error: one JSON object per line, or readable lines with colours on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+FORMAT_VARIABLE = "SHARDIT_LOG_FORMAT"
+"""The variable by which the processes of a server know the form of their lines: "auto", "text" or "json"."""
 
 
 def logger(process: str) -> Any:
@@ -30,18 +34,38 @@ class _Later:
 def _log(process: str) -> Any:
     import structlog  # takes a tenth of a second, which a starting server has not
 
-    pretty = sys.stderr.isatty()
-    # What clients send (paths, say) must not reach the terminal as escape sequences.
-    readable = structlog.dev.ConsoleRenderer(repr_native_str=True) if pretty else None
-    renderer: Any = readable or structlog.processors.JSONRenderer()
+    chosen = os.environ.get(FORMAT_VARIABLE) or "auto"
+    if chosen == "text" or (chosen == "auto" and sys.stderr.isatty()):
+        times, renderer = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False), _readable()
+    else:
+        times, renderer = structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.JSONRenderer()
     return structlog.wrap_logger(
-        _Lines(),
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        process=process,
+        _Lines(), processors=[structlog.processors.add_log_level, times, renderer], process=process
+    )
+
+
+def _readable() -> Any:
+    """Lines of time, process, level, event and fields."""
+    from structlog import dev
+
+    colours = sys.stderr.isatty()
+    styles = dev.ConsoleRenderer.get_default_level_styles(colors=colours)
+    dim, bright, key, reset = (dev.DIM, dev.BRIGHT, dev.CYAN, dev.RESET_ALL) if colours else ("", "", "", "")
+
+    def column(style: str, width: int, show: Callable[[object], str] = str) -> Any:
+        return dev.KeyValueColumnFormatter(
+            key_style=None, value_style=style, reset_style=reset, value_repr=show, width=width
+        )
+
+    # What clients send (paths, say) must not reach the terminal as escape sequences: fields are shown by their repr.
+    return dev.ConsoleRenderer(
+        columns=[
+            dev.Column("timestamp", column(dim, 0)),
+            dev.Column("process", column(bright, 10)),
+            dev.Column("level", dev.LogLevelColumnFormatter(level_styles=styles, reset_style=reset, width=7)),
+            dev.Column("event", column(bright, 24)),
+            dev.Column("", dev.KeyValueColumnFormatter(key, "", reset, value_repr=repr)),
+        ]
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -59,6 +60,30 @@ def test_nothing_that_a_client_sends_reaches_the_terminal_raw(monkeypatch: pytes
     assert r"/\x1b]0;evil\x07" in said
     assert r"one\ntwo\x9b31m" in said
     assert len(said.splitlines()) == 2
+
+
+def line_in(chosen: str, stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setenv(logs.FORMAT_VARIABLE, chosen)
+    logs._log.cache_clear()
+    try:
+        logs.logger("supervisor").info("job_started", request_id="image_1", seconds=1.5)
+    finally:
+        logs._log.cache_clear()
+    return stderr.getvalue()
+
+
+def test_forms_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chosen, stderr in (("json", Terminal()), ("auto", io.StringIO()), ("json", io.StringIO())):
+        assert json.loads(line_in(chosen, stderr, monkeypatch))["event"] == "job_started"
+    plain = line_in("text", io.StringIO(), monkeypatch)
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d supervisor +\[info *\] job_started +request_id='image_1' seconds=1.5\n", plain
+    ), plain
+    for chosen in ("text", "auto"):
+        coloured = line_in(chosen, Terminal(), monkeypatch)
+        assert "\x1b[" in coloured
+        assert re.sub(r"\x1b\[\d+m", "", coloured).split()[1:] == plain.split()[1:]
 
 
 class Terminal(io.StringIO):

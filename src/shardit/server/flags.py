@@ -17,6 +17,7 @@ from shardit.errors import InputError
 from shardit.flags import DtypeFlag, ParallelFlags
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
+from shardit.logs import FORMAT_VARIABLE
 from shardit.server.keys import digest
 from shardit.server.options import Limits, ServeOptions
 
@@ -26,6 +27,14 @@ class Executor(Enum):
 
     local = "local"
     ray = "ray"
+
+
+class LogFormat(Enum):
+    """Values of --log-format."""
+
+    auto = "auto"
+    text = "text"
+    json = "json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,10 @@ class ServeFlags(ModelFlags, ParallelFlags):
         float, Option(help="Longest time without a step at a size that has not run before, in seconds.")
     ] = 600.0
 
+    log_format: Annotated[
+        LogFormat,
+        Option(help="Lines of the log; auto: text on a terminal, else JSON.", envvar=FORMAT_VARIABLE),
+    ] = LogFormat.auto
     executor: Annotated[Executor, Option(help="Who places the ranks; under torchrun, torchrun does.")] = Executor.local
     num_nodes: Annotated[int, Option(help="Machines to spread the ranks over, with --executor ray.")] = 1
 

@@ -29,6 +29,8 @@ _BODY_S = 600.0
 _DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 _PROBES = ("/health", "/ready", "/metrics")
+_POLLED = ("/v1/server", "/v1/images", "/v1/videos", "/v1/generations")
+"""Routes that the page reads again and again."""
 _FOR_ANY_HOST = ("/health", "/ready")
 """Routes for probes, which may know the server by another name or by none: they tell only whether it works."""
 _SAFE = {
@@ -147,7 +149,7 @@ class Guard:
         counted = method if method in _METHODS else "other"
         self._metrics.requests.labels(counted, path, str(status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
-        if path in _PROBES and status < 400:
+        if status < 400 and (path in _PROBES or (method == "GET" and path in _POLLED)):
             return  # asked for all the time
         _LOG.info(
             "request",

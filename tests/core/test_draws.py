@@ -51,13 +51,16 @@ def block_left_out_at_random(model: Any) -> None:
     block.forward = forward
 
 
+CALLS: list[int] = []
+
+
 def rare_noise(model: Any) -> None:
-    """Nothing is drawn in the first calls."""
-    calls = []
+    """Nothing is drawn in the first calls. The count is no variable that the hook encloses: nobody looks for it."""
+    CALLS.clear()
 
     def hook(_: Any, __: Any, out: Any) -> Any:
-        calls.append(1)
-        return (out[0], out[1] + 0.1 * torch.randn(out[1].shape)) if len(calls) > 4 else out
+        CALLS.append(1)
+        return (out[0], out[1] + 0.1 * torch.randn(out[1].shape)) if len(CALLS) > 4 else out
 
     model.transformer_blocks[0].register_forward_hook(hook)
 

@@ -15,7 +15,7 @@ def test_unknown_name() -> None:
 
 
 def test_back_end_that_this_machine_lacks() -> None:
-    with pytest.raises(InputError, match="attention_backend='sage' cannot be used for WanTransformer3DModel"):
+    with pytest.raises(InputError, match="attention_backend='sage' needs sageattention"):
         Omni("tiny/wan2.2-ti2v", attention_backend="sage")
 
 

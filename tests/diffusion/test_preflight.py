@@ -1,5 +1,6 @@
 """What is wrong whatever the weights are is found before torch is imported."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -231,7 +232,9 @@ def test_signatures_from_the_source(name):
 
     found, with_image = static_signatures_of_model(f"tiny/{name}")
     cls = getattr(diffusers, recipe(name).pipeline)
-    assert found == signature_of(cls, recipe(name).config)
+    assert found is not None
+    without_sizes = dataclasses.replace(found, multiples={}, least={})  # the folder tells them, not the class
+    assert without_sizes == signature_of(cls, recipe(name).config)
     assert (with_image is not None) == (name == "wan2.2-ti2v")
 
 

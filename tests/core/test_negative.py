@@ -36,6 +36,7 @@ def _inputs(seed: int, length: int, with_list: bool) -> tuple[Any, ...]:
 
 def _try(name: str, runtime: Runtime, chunks: int, after_first: Callable[[], Any] = lambda: None) -> str:
     """What becomes of a model: "right", "wrong", "refused: ..." or the error's type."""
+    torch.manual_seed(0)  # biases keep a part of what they are made with
     model = randomise(MODELS[name]()).eval()
     lists = "more" in inspect.signature(model.forward).parameters
     calls = [_inputs(*call, lists) for call in ((0, 5), (1, 5), (2, 5), (3, 7), (4, 7))]
@@ -105,7 +106,7 @@ def _sends(change: Callable[[torch.Tensor], torch.Tensor], on: list[bool]) -> It
 
 def _one_byte(message: torch.Tensor) -> torch.Tensor:
     changed = message.clone()
-    changed[0] ^= 1
+    changed[1] ^= 1  # the last bit of a float may vanish in the next sum
     return changed
 
 

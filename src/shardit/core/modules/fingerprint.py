@@ -98,7 +98,11 @@ class Fingerprint:
                 found.append(Change(name, CLASS_FORWARD, self._forwards[was], getattr(was, FORWARD)))
         before, now = self._hooked, self._outside()
         others = sorted({*before} ^ {*now})  # in the same order on every rank
-        return found + [Change(name, "hooks", None, None) for name, _ in others]
+        found += [Change(name, "hooks", None, None) for name, _ in others]
+        if not found:  # classes that this package has derived since
+            self._classes = list(map(type, self._modules))
+            self._plain = {cls: plain_type(cls) for cls in self._classes}
+        return found
 
     def settings(self) -> dict[str, Any]:
         """The plain attributes of the modules that steer, collections of them as text."""

@@ -149,7 +149,8 @@ class Guard:
         counted = method if method in _METHODS else "other"
         self._metrics.requests.labels(counted, path, str(status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
-        if status < 400 and (path in _PROBES or (method == "GET" and path in _POLLED)):
+        polled = path in _PROBES or (method == "GET" and path in _POLLED)
+        if polled and (status < 400 or status == 503):  # 503: not ready yet
             return  # asked for all the time
         _LOG.info(
             "request",

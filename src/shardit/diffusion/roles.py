@@ -9,19 +9,10 @@ from torch import nn
 
 from shardit.core.modules.patching import plain_class
 from shardit.core.placement.roles import Roles
-from shardit.diffusion.class_homes import CUT_PACKAGES
+from shardit.diffusion.class_homes import CUT_PACKAGES, ENCODERS, VAE_PACKAGE
 
 CUT_NAMES = ("transformer", "unet", "denoiser", "dit")
 """How the names of components begin that denoise, where their classes are a user's own or a pipeline's own."""
-
-
-VAE_PACKAGE = "diffusers.models.autoencoders"
-"""Where the classes of VAEs live."""
-
-
-ENCODERS = "transformers."
-"""Where the classes of text and image encoders live."""
-
 
 LIBRARIES = ("builtins.", "abc.", "typing.", "torch.", "transformers.", "diffusers.", "huggingface_hub.")
 """Where the classes live that a component may have for bases and still be cut if it is no denoiser."""

@@ -48,6 +48,15 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     return table
 
 
+def read_config(part: Component) -> dict[str, Any] | None:
+    """The config.json of a component; None where it has none that can be read, which loading it will say."""
+    try:
+        found = json.loads((part.folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def components(folder: str | os.PathLike) -> dict[str, Component]:
     """The components by name, in the order of the index; plain values (boundary_ratio) are not components."""
     folder = Path(folder)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.core.comm.checkpoint import meet
 from shardit.core.comm.p2p import Comm
+from shardit.core.comm.same_point import meet
 from shardit.core.components.boundary import Boundary
 from shardit.core.components.kv_stand_ins import find_caches, replace_layers, state_of, taken_since
 from shardit.core.components.owned import Held, call_on, fetched, held_here

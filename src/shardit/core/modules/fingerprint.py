@@ -17,15 +17,14 @@ PROCESSOR = "processor"
 """The attribute in which an attention module has the code that computes it."""
 
 FORWARD = "forward"
+"""The name of what a module computes, in its class or in place of it."""
 
 ON_INSTANCE = (FORWARD, "_compiled_call_impl", PROCESSOR)
 """Attributes of a module that say how it computes: its forward if one was put in place of its class's (by a hook), what
 torch.compile has made of its call, and its attention processor."""
 
-
 PLAIN = (bool, int, float, str, type(None))
 """Values of attributes that can be settings of a module."""
-
 
 CLASS, CLASS_FORWARD = "class", "class's forward"
 """Names of changes: a module became one of another class; the forward that its class defines was replaced."""

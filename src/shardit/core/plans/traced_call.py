@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as _without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from shardit.core.comm.checkpoint import meet, sendable
 from shardit.core.comm.p2p import Comm
+from shardit.core.comm.same_point import meet, sendable
 from shardit.core.comm.wire import (
     dump_with_tensors,
     first_byte,

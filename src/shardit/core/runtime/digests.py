@@ -117,10 +117,12 @@ def checksum(tensor: torch.Tensor, summed: int | None = None) -> bytes:
 
 
 def state_bytes(state: Any) -> bytes:
+    """The state of a generator as bytes."""
     return state.numpy().tobytes() if isinstance(state, torch.Tensor) else pickle.dumps(state)
 
 
 def short_hash(*parts: bytes) -> bytes:
+    """A hash of eight bytes over parts, which cannot be cut in another way to the same hash."""
     made = hashlib.blake2b(digest_size=8)
     for part in parts:
         made.update(len(part).to_bytes(8, "little"))

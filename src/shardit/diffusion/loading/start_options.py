@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from shardit.diffusion.class_homes import VAE_PACKAGE
 from shardit.diffusion.loading.model_options import Lora, ModelOptions
 from shardit.errors import InputError, first_line
 from shardit.loading.hub import unreachable
@@ -94,4 +95,4 @@ def _vaes(cls: Any, modules: Mapping[str, Any], option: str, method: str) -> lis
 
 
 def _is_vae(module: Any) -> bool:
-    return type(module).__module__.startswith("diffusers.models.autoencoders") or hasattr(module, "decode")
+    return type(module).__module__.startswith(VAE_PACKAGE) or hasattr(module, "decode")

@@ -5,7 +5,6 @@ Where they do not tell, the degrees are compared with the model itself, on ranks
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 
@@ -13,7 +12,7 @@ from shardit.config import DiffusionParallelConfig, check_heads, fitting_partiti
 from shardit.core.modules.block_names import count_blocks
 from shardit.diffusion.loading.diffusers_source import denoises
 from shardit.loading.checkpoint import Checkpoint
-from shardit.loading.index import Component
+from shardit.loading.index import Component, read_config
 
 
 def check_degrees(config: DiffusionParallelConfig, models: Mapping[str, tuple[Component, Checkpoint]]) -> None:
@@ -33,10 +32,6 @@ def check_degrees(config: DiffusionParallelConfig, models: Mapping[str, tuple[Co
 
 def _heads(part: Component) -> int | None:
     """The heads of a model's attention, where its configuration has one number of them."""
-    try:
-        found = json.loads((part.folder / "config.json").read_text())
-        numbers = {key: value for key, value in found.items() if "head" in key and "dim" not in key}
-    except (OSError, ValueError, AttributeError):
-        return None  # said where the model is read
+    numbers = {key: value for key, value in (read_config(part) or {}).items() if "head" in key and "dim" not in key}
     heads = numbers.get("num_attention_heads")
     return heads if len(numbers) == 1 and isinstance(heads, int) else None

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import json
 from collections.abc import Container, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from shardit.diffusion.loading.diffusers_source import init_defaults, lineage, method
 from shardit.diffusion.request.size_search import SIDES, least_of, search
-from shardit.loading.index import Component
+from shardit.loading.index import Component, read_config
 
 _PLAIN = {"getattr": getattr, "hasattr": hasattr, "len": len, "sum": sum, "max": max, "min": min}
 _CHECKS = ("check_inputs",)
@@ -38,12 +36,8 @@ def static_sizes(
 
 def configs_in(parts: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
     """The configurations of the components of a folder, by name."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, part in parts.items():
-        with contextlib.suppress(OSError, ValueError, TypeError):  # said where the model is read
-            given = json.loads((part.folder / "config.json").read_text())
-            found[name] = with_defaults(str(part.class_name), given)
-    return found
+    read = {name: read_config(part) for name, part in parts.items()}
+    return {name: with_defaults(str(parts[name].class_name), one) for name, one in read.items() if one is not None}
 
 
 def with_defaults(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:

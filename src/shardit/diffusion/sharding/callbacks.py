@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from shardit.core.comm.checkpoint import sendable
 from shardit.core.comm.p2p import Comm
+from shardit.core.comm.same_point import sendable
 from shardit.core.components.owned import call_on
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.pending import settle

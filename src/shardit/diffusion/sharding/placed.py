@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,10 @@ from shardit.core.modules.held_state import processor_classes
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment
+from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import dropout_in_training
 from shardit.core.stages.runtime import Runtime
+from shardit.diffusion.class_homes import MODELS
 from shardit.diffusion.sharding.adapters import fusing, unpadded
 from shardit.diffusion.sharding.changes import cut_blocks, follow, unwrap_parts
 from shardit.errors import InputError, UnsupportedError
@@ -127,7 +128,7 @@ class Placed:
         return changes + [Change("", name, before.get(name), now.get(name)) for name in names]
 
     def _record(self, *changes: str) -> None:
-        self._history = hashlib.blake2b("\n".join((self._history.hex(), *changes)).encode(), digest_size=8).digest()
+        self._history = short_hash(self._history, *(change.encode() for change in changes))
 
     def _known(self, name: str) -> Callable[..., Any]:
         """A method that changes the model, and does so right however it is spread."""
@@ -187,7 +188,7 @@ class Placed:
 
 def _is_librarys(processor: type) -> bool:
     """Whether a class of attention processors is one of diffusers', which keep nothing from call to call."""
-    return processor.__module__.startswith("diffusers.models.")
+    return processor.__module__.startswith(MODELS)
 
 
 def _dots(name: str) -> list[int]:

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,8 @@ def versions() -> dict[str, str]:
 @functools.cache
 def sources() -> str:
     """A digest of the package's Python files: two checkouts may have the same version."""
-    folder, digest = Path(shardit.__file__).parent, hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    folder = Path(shardit.__file__).parent
+    return _digest(folder, folder.rglob("*.py"))[:12]
 
 
 def fingerprint(model: str) -> str | None:
@@ -70,8 +67,12 @@ def fingerprint(model: str) -> str | None:
     folder = Path(model).expanduser()
     if not model or model.startswith("tiny/") or not folder.is_dir():
         return None
+    return _digest(folder, (path for path in folder.rglob("*") if path.is_file()))
+
+
+def _digest(folder: Path, paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(paths):
         name = path.relative_to(folder)
         if any(part.startswith(".") for part in name.parts):
             continue  # left by downloads

@@ -12,12 +12,12 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig, config_of, idle_chunks
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.modules.hints import Plan
-from shardit.core.placement.assignment import Assignment, Cut, assign_blocks
+from shardit.core.placement.assignment import Cut, assign_blocks
 from shardit.core.placement.roles import ALONE, Roles
-from shardit.core.placement.slices import Owned
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.loading.attention_backends import use_attention_backend
 from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
+from shardit.diffusion.loading.pipeline import load_pipeline, prepare
 from shardit.diffusion.loading.start_options import load_loras, use_vae_options
 from shardit.diffusion.roles import denoises
 from shardit.diffusion.sharding.changes import refuse_compiled
@@ -31,13 +31,15 @@ from shardit.diffusion.sharding.connect import (
     take_compilers,
 )
 from shardit.diffusion.sharding.decision import decided_alike, told_of_model, told_of_pipeline
-from shardit.diffusion.sharding.layout import place_components, warn_of
+from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
-from shardit.parallel.tensor.apply import TensorPlan, owned_slices, plan_components, shard_components
+from shardit.loading.dtypes import setting
+from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
 
 if TYPE_CHECKING:
+    from shardit.core.placement.assignment import Assignment
     from shardit.loading.safetensors_file import Reads
 
 T = TypeVar("T")
@@ -105,26 +107,26 @@ def _whole(
 ) -> None:
     """Spread the given components of a pipeline, next to those that were spread earlier."""
 
-    def decide() -> tuple[dict[str, TensorPlan], Assignment | None]:
+    def decide() -> Layout | None:
         check()
         if not modules:
-            return {}, None
+            return None
         members = range(len(runtime.mesh.replica.ranks))
         held = [sum(placed.bytes_of(member) for placed in earlier.values()) for member in members] if earlier else None
-        cuts, assignment = place_components(modules, type(pipe), config, plans=plan, held=held)
-        for name in assignment.relayed:
+        found = lay_out(modules, type(pipe), config, plans=plan, held=held)
+        for name in found.assignment.relayed:
             refuse_compiled(name, modules[name], modules[name].modules())
-        for name in assignment.cut:
+        for name in found.assignment.cut:
             refuse_compiled(name, modules[name], ())
-        return cuts, assignment
+        return found
 
-    cuts, assignment = decided_alike(runtime.replica, type(pipe).__name__, decide, told_of_pipeline)
-    if assignment is None:
+    layout = decided_alike(runtime.replica, type(pipe).__name__, decide, told_of_pipeline)
+    if layout is None:
         join(pipe, runtime)
         return
-    warn_of(assignment.unmet, runtime.mesh)
-    shard_components(modules, cuts, runtime.mesh)
-    connect(pipe, assignment, runtime, config, cuts)
+    warn_of(layout.assignment.unmet, runtime.mesh)
+    shard_components(modules, layout.cuts, runtime.mesh)
+    connect(pipe, layout, runtime, config)
     for name, compiler in compilers.items():
         compile_part(name, modules[name], compiler)
 
@@ -220,42 +222,25 @@ def load_parallel(
     options: ModelOptions = NO_OPTIONS,
 ) -> tuple[Any, Assignment, Runtime | None]:
     """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
-    from shardit.diffusion.loading.pipeline import load_pipeline
-
-    found: list[Assignment] = []
-    cuts: dict[str, TensorPlan] = {}
-
-    def place(modules: dict[str, nn.Module], cls: type) -> dict[str, Owned]:
-        slices, assignment = place_components(modules, cls, config, max_in_flight=max_in_flight, plans=plan)
-        cuts.update(slices)
-        found.append(assignment)
-        owns = {name: found[0].owns(name, mesh.member()) for name in modules}
-        return {name: owned_slices(owns[name], cuts.get(name), mesh.coords["tp"]) for name in modules}
-
-    pipe: Any = load_pipeline(
-        model,
-        dtype=dtype,
-        device=mesh.device,
-        place=place,
-        pipeline_class=pipeline_class,
-        reads=reads,
-        options=options,
-    )
-    warn_of(found[0].unmet, mesh)
+    prepared = prepare(model, pipeline_class, setting(dtype), options)
+    layout = lay_out(prepared.modules, prepared.cls, config, max_in_flight=max_in_flight, plans=plan)
+    pipe: Any = load_pipeline(prepared, layout.owned(prepared.modules, mesh.member()), device=mesh.device, reads=reads)
+    assignment = layout.assignment
+    warn_of(assignment.unmet, mesh)
     use_vae_options(pipe, options)
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
-    for name in found[0].cut:
+    for name in assignment.cut:
         use_attention_backend(attention_backend, getattr(pipe, name))
-    _tell([getattr(pipe, name) for name in found[0].cut], config, mesh)
+    _tell([getattr(pipe, name) for name in assignment.cut], config, mesh)
     runtime = None
     if len(mesh.replica.ranks) > 1:
         runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
-        decided_alike(runtime.replica, type(pipe).__name__, lambda: (cuts, found[0]), told_of_pipeline)
-        refuse_shared_blocks(pipe, found[0])
-        shard_components(pipe.components, cuts, mesh)
-        connect(pipe, found[0], runtime, config, cuts)
+        decided_alike(runtime.replica, type(pipe).__name__, lambda: layout, told_of_pipeline)
+        refuse_shared_blocks(pipe, assignment)
+        shard_components(pipe.components, layout.cuts, mesh)
+        connect(pipe, layout, runtime, config)
     load_loras(pipe, options.lora)
-    return pipe, found[0], runtime
+    return pipe, assignment, runtime
 
 
 def _tell(models: Iterable[Any], config: DiffusionParallelConfig, mesh: Mesh) -> None:

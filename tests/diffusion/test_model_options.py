@@ -13,7 +13,6 @@ import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import OPTION_NAMES, Lora, described, model_options, parse_lora
-from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.diffusion.loading.schedulers import changed_scheduler
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
@@ -22,6 +21,7 @@ from shardit.errors import InputError
 from shardit.loading.weight_names import choose
 from tests.pipelines.entry import entries
 from tests.support.brought import pipeline, run, write_lora
+from tests.support.loading import loaded
 from tests.support.ranks import run_ranks
 from tests.support.real_omni import started
 
@@ -184,7 +184,7 @@ def test_schedulers_of_recipes_as_in_diffusers(name: str, tmp_path: Path) -> Non
     entry.build().save_pretrained(tmp_path)
     plain = diffusers.StableDiffusionPipeline.from_pretrained(str(tmp_path))
     plain.scheduler = getattr(diffusers, name).from_config(plain.scheduler.config)
-    pipe = load_pipeline(tmp_path, place=lambda modules, _: {}, options=model_options(scheduler=name))
+    pipe = loaded(tmp_path, options=model_options(scheduler=name))
     assert (type(pipe.scheduler), pipe.scheduler.config) == (type(plain.scheduler), plain.scheduler.config)
     call = {**entry.call(), "output_type": "np"}
     mine, theirs = (one(**call, generator=torch.Generator().manual_seed(5)).images for one in (pipe, plain))

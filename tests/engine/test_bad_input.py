@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from shardit import DiffusionParallelConfig, InputError, OmniDiffusionSamplingParams
 from shardit.cli import main
-from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.diffusion.output.from_file import read_record
 from shardit.diffusion.run.processors import check_in_flight
 from shardit.engine.process.fork_client import FORK_SERVER
@@ -29,6 +28,7 @@ from shardit.engine.session import check
 from shardit.flags import GenerateFlags
 from shardit.loading.dtypes import setting
 from shardit.models import tiny
+from tests.support.loading import loaded
 from tests.support.real_omni import by_diffusers, same, started
 
 FLUX = tiny.defaults("flux")
@@ -125,15 +125,15 @@ def test_damaged_text_encoder(tmp_path):
     tensors = load_file(weights)
     name = sorted(tensors)[0]
     save_file({k: v for k, v in tensors.items() if k != name}, weights, metadata={"format": "pt"})
-    refused(r"text_encoder has no tensor \S+ for CLIPTextModel", load_pipeline, folder, place=lambda *_: {})
+    refused(r"text_encoder has no tensor \S+ for CLIPTextModel", loaded, folder)
     save_file({**tensors, name: torch.ones(3)}, weights, metadata={"format": "pt"})
-    refused(r"has shape \[3\], but CLIPTextModel needs", load_pipeline, folder, place=lambda *_: {})
+    refused(r"has shape \[3\], but CLIPTextModel needs", loaded, folder)
 
 
 def test_damaged_tokenizer_is_named(tmp_path):
     folder = shutil.copytree(tiny.resolve("tiny/flux"), tmp_path / "flux")
     (folder / "tokenizer_2" / "tokenizer.json").write_text('{"a')
-    refused(r"tokenizer_2/tokenizer\.json is damaged", load_pipeline, folder, place=lambda *_: {})
+    refused(r"tokenizer_2/tokenizer\.json is damaged", loaded, folder)
 
 
 def test_pipelines_that_change_the_model_take_one_request_at_a_time():

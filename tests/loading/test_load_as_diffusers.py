@@ -17,7 +17,6 @@ from shardit import Omni
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.description import describe
 from shardit.diffusion.loading.model_options import model_options
-from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
@@ -26,6 +25,7 @@ from shardit.loading.safetensors_file import Reads
 from shardit.loading.several import folders_of
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import arrays_of
+from tests.support.loading import loaded
 
 SOUND, NETS = "LongCatAudioDiTPipeline", "StableDiffusionControlNetInpaintPipeline"
 """A pipeline whose class makes its scheduler, of which no folder is written; one with two ControlNets."""
@@ -64,7 +64,7 @@ def test_a_class_that_makes_its_scheduler_can_have_another(folders: dict[str, Pa
     options = model_options(scheduler="FlowMatchLCMScheduler")
     assert "scheduler" not in describe(folders[SOUND]).components
     check(SessionSpec(model=str(folders[SOUND]), config=DiffusionParallelConfig(), options=options))
-    pipe = load_pipeline(folders[SOUND], place=lambda modules, _: {}, options=options)
+    pipe = loaded(folders[SOUND], options=options)
     assert type(pipe.scheduler).__name__ == "FlowMatchLCMScheduler"
 
 
@@ -78,16 +78,16 @@ def test_other_components_without_a_folder_are_missing(folders: dict[str, Path],
 def test_several_nets_are_read_as_far_as_they_are_owned(folders: dict[str, Path]) -> None:
     folder, reads = folders[NETS], Reads()
     theirs = DiffusionPipeline.from_pretrained(str(folder)).controlnet
-    whole = load_pipeline(folder, place=lambda modules, _: {}).controlnet
+    whole = loaded(folder).controlnet
     assert [type(net) for net in whole.nets] == [type(net) for net in theirs.nets]
     assert [net.config for net in whole.nets] == [net.config for net in theirs.nets]
     assert whole.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in theirs.state_dict().items())
 
-    def second(modules: dict[str, nn.Module], _: type) -> dict[str, Any]:
+    def second(modules: dict[str, nn.Module]) -> dict[str, Any]:
         return {**dict.fromkeys(modules, lambda _: False), "controlnet": lambda name: name.startswith("nets.1.")}
 
-    part = load_pipeline(folder, place=second, reads=reads).controlnet
+    part = loaded(folder, owned=second, reads=reads).controlnet
     assert {name.split(".")[1] for name, one in part.named_parameters() if not one.is_meta} == {"1"}
     held = sum(one.nbytes for one in part.nets[1].parameters())
     assert reads.bytes == held

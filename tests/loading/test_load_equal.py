@@ -13,17 +13,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.loading.dtypes import as_dtype
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
 from shardit.models.processor import build_processor, is_needed
+from tests.support.loading import loaded
 
 DTYPES = [torch.float32, torch.bfloat16, None]
-
-
-def own_everything(modules, cls):
-    return {name: lambda _: True for name in modules}
 
 
 def reference(folder: Path, dtype, cls=DiffusionPipeline):
@@ -82,7 +78,7 @@ def assert_same_pipeline(ours, theirs) -> None:
 def test_equal_to_from_pretrained(name, dtype):
     folder = tiny.resolve(f"tiny/{name}")
     reads = Reads()
-    ours = load_pipeline(f"tiny/{name}", place=own_everything, dtype=dtype, reads=reads)
+    ours = loaded(f"tiny/{name}", dtype=dtype, reads=reads)
     assert_same_pipeline(ours, reference(folder, dtype))
     weights = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     assert 0.9 * weights < reads.bytes <= weights
@@ -90,7 +86,7 @@ def test_equal_to_from_pretrained(name, dtype):
 
 def test_float16_keeps_what_the_class_keeps_in_float32():
     folder = tiny.resolve("tiny/wan2.2-t2v")
-    ours = load_pipeline(folder, place=own_everything, dtype="float16")
+    ours = loaded(folder, dtype="float16")
     assert_same_pipeline(ours, reference(folder, torch.float16))
     assert {p.dtype for p in ours.transformer.parameters()} == {torch.float16, torch.float32}
 
@@ -104,7 +100,7 @@ BY_COMPONENT = [
 @pytest.mark.parametrize("dtype", BY_COMPONENT, ids=["named", "default"])
 def test_a_dtype_for_each_component(dtype):
     """The rest is float32, as in diffusers, unless there is a default."""
-    ours = load_pipeline("tiny/wan2.2-t2v", place=own_everything, dtype=dtype)
+    ours = loaded("tiny/wan2.2-t2v", dtype=dtype)
     assert_same_pipeline(
         ours,
         reference(tiny.resolve("tiny/wan2.2-t2v"), {name: as_dtype(value) for name, value in dtype.items()}),
@@ -115,7 +111,7 @@ def test_a_dtype_for_each_component(dtype):
 def test_unowned_modules_answer_like_loaded_ones(dtype):
     for name in ("tiny/wan2.2-t2v", "tiny/sd3.5", "tiny/qwen-image"):
         theirs = reference(tiny.resolve(name), dtype)
-        ours = load_pipeline(name, place=lambda modules, _: {m: lambda _: False for m in modules}, dtype=dtype)
+        ours = loaded(name, owned=lambda modules: {m: lambda _: False for m in modules}, dtype=dtype)
         assert dict(ours.config) == dict(theirs.config)
         for key, module in ours.components.items():
             if isinstance(module, torch.nn.Module):
@@ -137,7 +133,7 @@ def test_absent_component(tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     index["transformer_2"], index["boundary_ratio"] = [None, None], None
     (folder / "model_index.json").write_text(json.dumps(index))
-    ours = load_pipeline(folder, place=own_everything)
+    ours = loaded(folder)
     assert ours.transformer_2 is None
     assert_same_pipeline(ours, reference(folder, None))
 
@@ -145,7 +141,7 @@ def test_absent_component(tmp_path):
 def test_quick():
     def seconds() -> float:
         start = time.perf_counter()
-        load_pipeline("tiny/qwen-image", place=own_everything)
+        loaded("tiny/qwen-image")
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) < 1.0

@@ -128,7 +128,7 @@ def hub(tmp_path):
 
 IMPORTS = """
 from shardit.diffusion.loading.description import describe
-from shardit.diffusion.loading.pipeline import load_pipeline
+from shardit.diffusion.loading.pipeline import load_pipeline, prepare
 from shardit.loading.source import fetch_weights, resolve
 """
 
@@ -191,10 +191,10 @@ found = describe('us/wan')
 def held():
     return sorted({p.parent.name for p in found.folder.rglob('*.safetensors')})
 print(found.nbytes, held())
-def place(modules, cls):
-    none = {name: lambda n: False for name in modules}
-    return none | {'transformer': lambda n: n.split('.')[0] != 'blocks', 'vae': lambda n: True}
-pipe = load_pipeline('us/wan', place=place)
+prepared = prepare('us/wan')
+owned = {name: lambda n: False for name in prepared.modules}
+owned |= {'transformer': lambda n: n.split('.')[0] != 'blocks', 'vae': lambda n: True}
+pipe = load_pipeline(prepared, owned)
 print(pipe.config._name_or_path, held())
 import diffusers
 want = diffusers.DiffusionPipeline.from_pretrained('us/wan')

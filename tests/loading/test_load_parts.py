@@ -16,7 +16,6 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from shardit.diffusion.loading.description import describe
-from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.errors import InputError, UnsupportedError
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.meta import build
@@ -24,6 +23,7 @@ from shardit.loading.safetensors_file import Reads
 from shardit.loading.transformers_model import module_keys
 from shardit.loading.weights import load_module
 from shardit.models import tiny
+from tests.support.loading import loaded
 
 
 def everything(_: str) -> bool:
@@ -40,7 +40,7 @@ def shard(folder: Path, cls) -> Path:
     return folder / "cut"
 
 
-def halves(modules, cls):
+def halves(modules):
     """First half of the transformer's blocks, the whole VAE, no text encoder."""
 
     def mine(name: str) -> bool:
@@ -53,17 +53,16 @@ def halves(modules, cls):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_only_owned_bytes_are_read(dtype):
-    calls, reads = [], Reads()
+    reads = Reads()
 
-    def place(modules, cls):
-        calls.append(cls.__name__)
+    def place(modules):
         assert all(p.is_meta for module in modules.values() for p in module.parameters())
-        return halves(modules, cls)
+        return halves(modules)
 
-    pipe = load_pipeline("tiny/wan2.2-t2v", place=place, dtype=dtype, reads=reads)
-    assert calls == ["WanPipeline"]
-    whole = load_pipeline("tiny/wan2.2-t2v", place=lambda modules, _: {}, dtype=dtype)
-    mine = halves({"transformer": pipe.transformer}, None)["transformer"]
+    pipe = loaded("tiny/wan2.2-t2v", owned=place, dtype=dtype, reads=reads)
+    assert type(pipe).__name__ == "WanPipeline"
+    whole = loaded("tiny/wan2.2-t2v", dtype=dtype)
+    mine = halves({"transformer": pipe.transformer})["transformer"]
     owned = 0
     for name, parameter in pipe.transformer.named_parameters():
         want = whole.transformer.get_parameter(name)
@@ -80,7 +79,7 @@ def test_only_owned_bytes_are_read(dtype):
 
 def test_place_is_checked():
     with pytest.raises(InputError, match="has no module 'transfomer'"):
-        load_pipeline("tiny/flux", place=lambda modules, _: {"transfomer": everything})
+        loaded("tiny/flux", owned=lambda _: {"transfomer": everything})
 
 
 def test_sharded_files_of_other_ranks_are_not_opened(tmp_path):
@@ -227,7 +226,7 @@ def test_errors_of_a_pipeline(tmp_path):
 
     def fails(says):
         with pytest.raises(InputError, match=says) as error:
-            load_pipeline(folder, place=lambda modules, _: {})
+            loaded(folder)
         assert "\n" not in str(error.value)
 
     weights = folder / "text_encoder" / "model.safetensors"
@@ -253,7 +252,7 @@ def test_dtype_none_without_a_dtype_in_the_config(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v.half() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     for owned in (True, False):
-        pipe = load_pipeline(folder.parent, place=lambda modules, _, owned=owned: {"text_encoder": lambda _: owned})
+        pipe = loaded(folder.parent, owned=lambda _, owned=owned: {"text_encoder": lambda _: owned})
         assert pipe.text_encoder.dtype == torch.float16
 
 
@@ -295,7 +294,7 @@ def test_module_keys_of_qwen(tmp_path, layout):
 @pytest.mark.parametrize("name", ["qwen-image", "wan2.2-t2v", "sd3.5"])
 def test_describe(name):
     found = describe(f"tiny/{name}")
-    pipe = load_pipeline(f"tiny/{name}", place=lambda modules, _: {})
+    pipe = loaded(f"tiny/{name}")
     assert found.pipeline_class is type(pipe)
     assert set(found.modules) == {n for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     for part_name, module in found.modules.items():

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import model_options, split_model
-from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
+from tests.support.loading import loaded
 
 WAN = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -73,7 +73,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_transformer_from_a_single_file(files: dict[str, Path], name: str, cls: Any, dtype: str) -> None:
     folder = folder_of(name)
     options = model_options(single_files={"transformer": files[name]})
-    pipe: Any = load_pipeline(folder, place=lambda modules, cls: {}, dtype=dtype, options=options)
+    pipe: Any = loaded(folder, dtype=dtype, options=options)
     plain = cls.from_single_file(
         str(files[name]), config=str(folder), subfolder="transformer", torch_dtype=getattr(torch, dtype)
     )
@@ -91,11 +91,11 @@ def test_only_owned_tensors_are_read(files: dict[str, Path]) -> None:
     folder, reads, owned = folder_of("z-image"), Reads(), "layers.0.attention."
     options = model_options(single_files={"transformer": files["z-image"]})
 
-    def place(modules: Any, cls: Any) -> Any:
+    def place(modules: Any) -> Any:
         nothing = dict.fromkeys(modules, lambda key: False)
         return {**nothing, "transformer": lambda key: key.startswith(owned)}
 
-    pipe: Any = load_pipeline(folder, place=place, reads=reads, options=options)
+    pipe: Any = loaded(folder, owned=place, reads=reads, options=options)
     held = {key: one for key, one in pipe.transformer.named_parameters() if not one.is_meta}
     assert held
     assert all(key.startswith(owned) for key in held)
@@ -116,7 +116,7 @@ def test_a_model_that_is_one_file(files: dict[str, Path]) -> None:
     arguments = GenerateFlags(model=str(path), prompt="p", config=str(folder)).omni_arguments()
     model, options = split_model(arguments["model"], arguments["model_config"], model_options())
     check(SessionSpec(str(model), arguments["parallel_config"], options=options))
-    pipe: Any = load_pipeline(model, place=lambda modules, cls: {}, dtype="float32", options=options)
+    pipe: Any = loaded(model, dtype="float32", options=options)
     expected = weights_of("wan2.2-ti2v")
     assert all(torch.equal(one, expected[key]) for key, one in pipe.transformer.state_dict().items())
     assert not any(one.is_meta for one in pipe.vae.parameters())  # which the file has not: it is the folder's

@@ -22,7 +22,6 @@ from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.placement.roles import ALONE, Roles
 from shardit.core.placement.slices import Shards, Slice, even, shards
 from shardit.diffusion.loading.description import describe
-from shardit.diffusion.loading.pipeline import load_pipeline
 from shardit.diffusion.roles import roles_of
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
@@ -33,6 +32,7 @@ from shardit.parallel.tensor.apply import owned_slices, plan_components, shard_t
 from shardit.parallel.tensor.planner import plan_tensors
 from tests.diffusion.test_parallelize import quiet, run, write_lora
 from tests.support import survey_models
+from tests.support.loading import loaded
 from tests.support.ranks import RanksFailed, run_ranks
 from tests.support.survey_models import Draw, all_entries
 from tests.support.whole_pipelines import Case, difference, make_requests, plain
@@ -206,11 +206,11 @@ def test_only_slices_are_read(name: str) -> None:
     pipes, reads, owned = [], [Reads(), Reads()], [0, 0]
     for rank in (0, 1):
 
-        def place(modules: dict[str, nn.Module], cls: type, rank: int = rank) -> Any:
+        def place(modules: dict[str, nn.Module], rank: int = rank) -> Any:
             plans = plan_components(modules, roles_of(modules), 2)
             return {n: owned_slices(lambda _: True, plans.get(n), rank) for n in modules}
 
-        pipes.append(load_pipeline(f"tiny/{name}", place=place, reads=reads[rank]))
+        pipes.append(loaded(f"tiny/{name}", owned=place, reads=reads[rank]))
     whole = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
     modules = {n: m for n, m in whole.components.items() if isinstance(m, nn.Module)}
     plans = plan_components(modules, roles_of(modules), 2)
@@ -234,11 +234,11 @@ def test_only_slices_are_read(name: str) -> None:
 def test_slices_in_another_dtype_are_those_of_the_whole() -> None:
     plans: dict[str, Any] = {}
 
-    def place(modules: dict[str, nn.Module], cls: type) -> Any:
+    def place(modules: dict[str, nn.Module]) -> Any:
         plans.update(plan_components(modules, roles_of(modules), 3))
         return {n: owned_slices(lambda _: True, plans.get(n), 1) for n in modules}
 
-    pipe = load_pipeline("tiny/sd3.5", place=place, dtype="float16")
+    pipe = loaded("tiny/sd3.5", owned=place, dtype="float16")
     whole = tiny.load_plain(tiny.resolve("tiny/sd3.5"), dtype="float16")
     for component, plan in plans.items():
         for key, tensor in getattr(whole, component).named_parameters():

@@ -13,9 +13,9 @@ from shardit.core.placement.slices import Owned, Slice
 from shardit.diffusion.loading.description import Description, describe, describe_configs
 from shardit.diffusion.loading.model_options import model_options
 from shardit.diffusion.loading.shipped import configurations, shipped
-from shardit.diffusion.sharding.layout import place_components
+from shardit.diffusion.sharding.layout import lay_out
 from shardit.loading.dtypes import Setting, check_components, dtype_of
-from shardit.parallel.tensor.apply import describe_plan, owned_slices
+from shardit.parallel.tensor.apply import describe_plan
 
 if TYPE_CHECKING:
     import torch
@@ -38,18 +38,16 @@ def inspect_model(
     configs = configurations(model, variant)
     found = describe(model, options=model_options(variant=variant)) if configs is None else describe_configs(configs)
     check_components(dtype, found.modules)
-    cuts, assignment = place_components(found.modules, found.pipeline_class, config, max_in_flight=max_in_flight)
+    layout = lay_out(found.modules, found.pipeline_class, config, max_in_flight=max_in_flight)
+    cuts, assignment = layout.cuts, layout.assignment
     sizes = axis_sizes(config)
     ranks = []
     for rank in range(config.world_size):
-        coords = coordinates(sizes, rank)
         member = rank % len(assignment.stages)
-        owns = {
-            name: owned_slices(assignment.owns(name, member), cuts.get(name), coords["tp"]) for name in found.modules
-        }
+        owns = layout.owned(found.modules, member)
         components = {name: _component(found, assignment, name, member, owned, dtype) for name, owned in owns.items()}
         held = {name: part for name, part in components.items() if part["parameters"]}
-        ranks.append({"rank": rank, "coords": coords, "components": held})
+        ranks.append({"rank": rank, "coords": coordinates(sizes, rank), "components": held})
     everything = sum(_component(found, assignment, name, 0, lambda _: True, dtype)["bytes"] for name in found.modules)
     notes = [line for name, cut in cuts.items() for line in describe_plan(name, found.modules[name], cut)]
     if configs is not None and shipped(os.fspath(model)) is None and dtype is None:

@@ -37,7 +37,7 @@ from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.diffusion.run.own_pipeline import own_pipeline
 from shardit.diffusion.run.processors import check_in_flight, processors_put_back
 from shardit.diffusion.run.progress import report_progress
-from shardit.diffusion.sharding.layout import place_components
+from shardit.diffusion.sharding.layout import lay_out
 from shardit.engine.nodes.node_facts import fingerprint, versions
 from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.errors import InputError, RankError, first_filled_line
@@ -65,7 +65,7 @@ def check(spec: SessionSpec) -> None:
     check_components(spec.dtype, found.modules)
     check_packages(found.pipeline_class.__name__, missing(found.pipeline_class))
     check_processors(part for name, part in found.components.items() if name not in found.modules)
-    place_components(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight)
+    lay_out(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight)
     check_in_flight(found.pipeline_class, spec.max_in_flight)
 
 

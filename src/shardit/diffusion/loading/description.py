@@ -44,7 +44,7 @@ def describe(
 ) -> Description:
     """Describe a folder, hub id or "tiny/NAME" from configs and weight headers alone.
 
-    Of a hub id no weights are downloaded. Raises what `load_pipeline` raises for models that cannot be loaded.
+    Of a hub id no weights are downloaded. Raises what loading raises for models that cannot be loaded.
     """
     found = prepare(model, pipeline_class, options=options)
     sizes = {name: _sizes(module, found.checkpoints[name]) for name, module in found.modules.items()}

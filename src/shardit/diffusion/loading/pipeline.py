@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from shardit.diffusion.loading.model_options import NO_OPTIONS, WHOLE, ModelOptions, check_single_files
@@ -16,7 +17,7 @@ from shardit.diffusion.roles import denoises
 from shardit.errors import InputError, first_line
 from shardit.loading import index
 from shardit.loading.checkpoint import Checkpoint, check_variant
-from shardit.loading.dtypes import Setting, check_components, dtype_of, setting
+from shardit.loading.dtypes import Setting, check_components, dtype_of
 from shardit.loading.index import Component
 from shardit.loading.meta import build
 from shardit.loading.quiet import quiet
@@ -32,78 +33,19 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from torch import nn
 
-Place = Callable[[dict[str, "nn.Module"], type], dict[str, Owned]]
-
-
-def load_pipeline(
-    model: str | os.PathLike,
-    *,
-    place: Place,
-    dtype: str | torch.dtype | Mapping[str, Any] | None = None,
-    device: torch.device | str = "cpu",
-    pipeline_class: str | type | None = None,
-    reads: Reads | None = None,
-    options: ModelOptions = NO_OPTIONS,
-) -> DiffusionPipeline:
-    """The pipeline of a model folder, hub id or "tiny/NAME", with only the owned weights in memory.
-
-    `place(modules, cls)` is called once with all module components on meta and the pipeline class; for each module
-    it returns a predicate over parameter names (as in named_parameters; also asked about persistent buffers) that
-    says what this rank owns. A module it leaves out is owned whole. Keep names from it, not module objects:
-    transformers models that are owned are built anew. With everything owned the result equals
-    `DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)`.
-
-    `dtype`: "float32", "bfloat16", "float16", a torch dtype, None (diffusers' and the configs' default), or a dict of
-    these by component, with "default" for the others (without it: float32).
-    `options` choose the files and the scheduler; adapters and how the VAE works are the caller's business.
-    `reads` counts the bytes of weights that were read. Raises InputError and UnsupportedError, one line each.
-    """
-    chosen = setting(dtype)
-    found = prepare(model, pipeline_class, chosen, options)
-    owners = place(dict(found.modules), found.cls)
-    unknown = sorted(set(owners) - set(found.modules))
-    if unknown:
-        raise InputError(f"{found.cls.__name__} has no module {unknown[0]!r}: it has {', '.join(found.modules)}")
-    loaded: dict[str, Any] = {}
-    for name, module in found.modules.items():
-        owned, kind = owners.get(name, _everything), dtype_of(chosen, name)
-        loaded[name] = _load(module, found.checkpoints[name], owned, kind, device, reads)
-    pipe = _construct(found.cls, found.source, {**loaded, **_processors(found.parts)})
-    if wants_scheduler(options):
-        pipe.register_modules(scheduler=changed_scheduler(getattr(pipe, "scheduler", None), options, found.cls))
-    return pipe
-
-
-def _load(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    owned: Owned,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    reads: Reads | None,
-) -> nn.Module:
-    if isinstance(checkpoint, OriginalText):
-        return checkpoint.load(module, owned, dtype=dtype, device=device)
-    if isinstance(checkpoint, Original):
-        return load_original(module, checkpoint, owned, dtype=dtype, device=device, reads=reads)
-    load = load_module if is_diffusers(type(module)) else load_transformers
-    return load(module, checkpoint, owned, dtype=dtype, device=device, reads=reads)
-
-
-def _everything(_: str) -> bool:
-    return True
-
 
 @dataclass(frozen=True)
 class Prepared:
     """A pipeline before its weights: where it lies, its class, the components the class takes, and of the models
-    among them the checkpoint and the module on meta."""
+    among them the checkpoint and the module on meta; and the dtypes and options that it was asked for with."""
 
     source: Source
     cls: type[Any]
     parts: dict[str, Component]
     checkpoints: dict[str, Checkpoint]
     modules: dict[str, nn.Module]
+    dtype: Setting
+    options: ModelOptions
 
 
 def prepare(
@@ -114,7 +56,11 @@ def prepare(
     *,
     configs_only: bool = False,
 ) -> Prepared:
-    """Everything about a pipeline that can be had without reading weights; errors as in `load_pipeline`.
+    """Everything about the pipeline of a model folder, hub id or "tiny/NAME" that can be had without reading weights.
+
+    `dtype`: one dtype, None (diffusers' and the configs' default), or a dict of these by component, with "default" for
+    the others (without it: float32). `options` choose the files and the scheduler; adapters and how the VAE works are
+    the caller's business. Raises InputError and UnsupportedError, one line each.
 
     configs_only: the folder holds nothing but configurations, so there are no checkpoints.
     """
@@ -151,7 +97,7 @@ def prepare(
     check_components(dtype, modules)
     _check_whole(cls, options, checkpoints, modules)
     check_variant(options.variant, checkpoints)
-    return Prepared(source, cls, parts, checkpoints, modules)
+    return Prepared(source, cls, parts, checkpoints, modules, dtype, options)
 
 
 def _from_folder(
@@ -207,6 +153,55 @@ def _check_whole(
     kinds = [type(module) for module in wanted.values()]
     if len(set(kinds)) < len(kinds):
         raise InputError(f"single file {path} is one model, but {cls.__name__} has {' and '.join(wanted)}: {advice}")
+
+
+def load_pipeline(
+    prepared: Prepared,
+    owned: Mapping[str, Owned] = MappingProxyType({}),
+    *,
+    device: torch.device | str = "cpu",
+    reads: Reads | None = None,
+) -> DiffusionPipeline:
+    """The pipeline with only the owned weights in memory; `prepared` is used up.
+
+    `owned` has for each module a predicate over parameter names (as in named_parameters; also asked about persistent
+    buffers); a module that is not there is owned whole. With everything owned the result equals
+    `DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)`.
+
+    `reads` counts the bytes of weights that were read. Raises InputError and UnsupportedError, one line each.
+    """
+    cls, modules, options = prepared.cls, prepared.modules, prepared.options
+    unknown = sorted(set(owned) - set(modules))
+    if unknown:
+        raise InputError(f"{cls.__name__} has no module {unknown[0]!r}: it has {', '.join(modules)}")
+    loaded: dict[str, Any] = {}
+    for name, module in modules.items():
+        mine, kind = owned.get(name, _everything), dtype_of(prepared.dtype, name)
+        loaded[name] = _load(module, prepared.checkpoints[name], mine, kind, device, reads)
+    pipe = _construct(cls, prepared.source, {**loaded, **_processors(prepared.parts)})
+    if wants_scheduler(options):
+        pipe.register_modules(scheduler=changed_scheduler(getattr(pipe, "scheduler", None), options, cls))
+    return pipe
+
+
+def _load(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    owned: Owned,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    reads: Reads | None,
+) -> nn.Module:
+    if isinstance(checkpoint, OriginalText):
+        return checkpoint.load(module, owned, dtype=dtype, device=device)
+    if isinstance(checkpoint, Original):
+        return load_original(module, checkpoint, owned, dtype=dtype, device=device, reads=reads)
+    load = load_module if is_diffusers(type(module)) else load_transformers
+    return load(module, checkpoint, owned, dtype=dtype, device=device, reads=reads)
+
+
+def _everything(_: str) -> bool:
+    return True
 
 
 def check_scheduler(cls: type[Any], parts: Mapping[str, Component], options: ModelOptions) -> None:

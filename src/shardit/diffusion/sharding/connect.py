@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,7 @@ from shardit.diffusion.sharding.components import (
     refused,
     shared_tensors,
 )
+from shardit.diffusion.sharding.layout import Layout
 from shardit.diffusion.sharding.placed import Placed, placed_on
 from shardit.errors import UnsupportedError
 from shardit.parallel.sequence.choose import spread_tokens
@@ -47,13 +48,13 @@ log = logging.getLogger(__name__)
 
 def connect(
     pipe: Any,
-    assignment: Assignment,
+    layout: Layout,
     runtime: Runtime,
     config: DiffusionParallelConfig,
-    cuts: Mapping[str, TensorPlan],
 ) -> None:
     """Turn the assigned components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with
     them. Components that another pipeline shares with it are parallel already, over the same runtime."""
+    cuts, assignment = layout.cuts, layout.assignment
     shared = shared_tensors(components_of(pipe) or {})
 
     def alone() -> bool:

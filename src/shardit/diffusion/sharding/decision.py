@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from shardit.core.comm.p2p import Comm
-from shardit.core.placement.assignment import Assignment, Cut
+from shardit.core.placement.assignment import Cut
 from shardit.core.runtime.digests import short_hash
+from shardit.diffusion.sharding.layout import Layout
 from shardit.errors import InputError
 from shardit.parallel.tensor.plan import TensorPlan
 
@@ -52,11 +53,11 @@ def _difference(what: str, everything: list[tuple[str | None, dict[str, str]]]) 
     )
 
 
-def told_of_pipeline(decision: tuple[Mapping[str, TensorPlan], Assignment | None]) -> dict[str, str]:
+def told_of_pipeline(layout: Layout | None) -> dict[str, str]:
     """How each component of a pipeline is spread."""
-    cuts, assignment = decision
-    if assignment is None:
+    if layout is None:
         return {}
+    cuts, assignment = layout.cuts, layout.assignment
     kept = {name: sorted(tensors) for name, tensors in assignment.small.items()}
     by_name = (assignment.cut, assignment.relayed, assignment.owned, assignment.tiles, assignment.held, kept)
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,13 +13,27 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Assignment, assign
+from shardit.core.placement.slices import Owned
 from shardit.diffusion.roles import roles_of
-from shardit.parallel.tensor.apply import TensorPlan, owners_of_wholes, plan_components
+from shardit.parallel.tensor.apply import TensorPlan, owned_slices, owners_of_wholes, plan_components
 
 log = logging.getLogger(__name__)
 
 
-def place_components(
+@dataclass(frozen=True)
+class Layout:
+    """The slices of components that are split, by name, and the owners of blocks, encoders and VAEs."""
+
+    cuts: dict[str, TensorPlan]
+    assignment: Assignment
+
+    def owned(self, modules: Iterable[str], member: int) -> dict[str, Owned]:
+        """What a member of a replica holds of each of these components, by parameter name."""
+        neighbour = member % self.assignment.tp
+        return {n: owned_slices(self.assignment.owns(n, member), self.cuts.get(n), neighbour) for n in modules}
+
+
+def lay_out(
     modules: Mapping[str, nn.Module],
     pipeline_class: type,
     config: DiffusionParallelConfig,
@@ -26,9 +41,9 @@ def place_components(
     max_in_flight: int = 1,
     plans: Plan | Mapping[str, Plan] | None = None,
     held: Sequence[float] | None = None,
-) -> tuple[dict[str, TensorPlan], Assignment]:
-    """The slices of components, and the owners of blocks, encoders and VAEs. Reads shapes alone. The arguments by name
-    are those of `assign`.
+) -> Layout:
+    """Decide how components are sliced and who owns what, from shapes alone. The arguments by name are those of
+    `assign`.
 
     Raises InputError and UnsupportedError where the configuration does not fit the pipeline.
     """
@@ -44,7 +59,7 @@ def place_components(
         environ=os.environ,
         held=held,
     )
-    return cuts, assignment.counted(modules)
+    return Layout(cuts, assignment.counted(modules))
 
 
 def warn_of(unmet: Iterable[str], mesh: Mesh) -> None:

@@ -1,0 +1,25 @@
+"""Models loaded in part or whole, without ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shardit.core.placement.slices import Owned
+from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
+from shardit.diffusion.loading.pipeline import load_pipeline, prepare
+from shardit.loading.dtypes import setting
+from shardit.loading.safetensors_file import Reads
+
+
+def loaded(
+    model: Any,
+    owned: Callable[[dict[str, Any]], Mapping[str, Owned]] = lambda modules: {},
+    *,
+    dtype: Any = None,
+    reads: Reads | None = None,
+    options: ModelOptions = NO_OPTIONS,
+) -> Any:
+    """The pipeline of a model with what `owned` gives for its modules on meta: whole by default."""
+    prepared = prepare(model, None, setting(dtype), options)
+    return load_pipeline(prepared, owned(prepared.modules), reads=reads)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MODEL, PROMPT, SEED = "tiny/wan2.2-t2v", "two cats boxing on a stage", 1
@@ -25,19 +29,24 @@ def generate(target: Path, stages: int) -> str:
     return done.stdout
 
 
-def plain_video(target: Path) -> None:
+def plain_video(target: Path, spent: dict[str, float]) -> None:
     """The same call of plain diffusers, in this process, saved by the same encoder."""
-    import torch
+    with timed(spent, "imports"):
+        import diffusers.pipelines.wan
+        import torch
 
-    from shardit import Output
-    from shardit.models import tiny
+        from shardit import Output
+        from shardit.models import tiny
 
     torch.set_num_threads(1)
-    pipe = tiny.load_plain(tiny.resolve(MODEL))
+    with timed(spent, "model"):
+        pipe = tiny.load_plain(tiny.resolve(MODEL))
+    assert isinstance(pipe, diffusers.pipelines.wan.WanPipeline)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(SEED)
     length = tiny.defaults("wan2.2-t2v")["max_sequence_length"]  # the command line takes it for a tiny model, too
-    frames = pipe(prompt=PROMPT, generator=generator, output_type="pil", max_sequence_length=length, **CALL).frames
+    with timed(spent, "plain diffusers"):
+        frames = pipe(prompt=PROMPT, generator=generator, output_type="pil", max_sequence_length=length, **CALL).frames
     Output(prompt=PROMPT, seed=SEED, frames=frames, fps=16).save(target)
 
 
@@ -49,20 +58,35 @@ def decoded(path: Path) -> list[bytes]:
         return [frame.to_ndarray(format="rgb24").tobytes() for frame in video.decode(video=0)]
 
 
+@contextmanager
+def timed(spent: dict[str, float], what: str) -> Iterator[None]:
+    """Add the seconds that the block takes."""
+    begin = time.perf_counter()
+    yield
+    spent[what] = time.perf_counter() - begin
+
+
 def main() -> None:
     """Make the video on two ranks and on one, and compare both with plain diffusers."""
-    subprocess.run(
-        [sys.executable, "-m", "shardit", "inspect", "--model", MODEL, "--pipeline-parallel-size", "2"], check=True
-    )
-    generate(TARGET, stages=2)
+    spent: dict[str, float] = {}
+    if started := os.environ.get("DEMO_STARTED"):  # when `make demo` began
+        spent["environment"] = time.time() - int(started)
     with tempfile.TemporaryDirectory() as folder:
         one_rank, plain = Path(folder, "one-rank.mp4"), Path(folder, "plain.mp4")
-        generate(one_rank, stages=1)
-        plain_video(plain)
+        inspect = [sys.executable, "-m", "shardit", "inspect", "--model", MODEL, "--pipeline-parallel-size", "2"]
+        with subprocess.Popen(inspect) as inspecting:  # it reads no weights; meanwhile this process imports and runs
+            plain_video(plain, spent)
+        if inspecting.returncode:
+            sys.exit(inspecting.returncode)
+        with timed(spent, "two stages"):
+            generate(TARGET, stages=2)
+        with timed(spent, "one rank"):
+            generate(one_rank, stages=1)
         frames = [decoded(path) for path in (TARGET, one_rank, plain)]
     equal = frames[0] == frames[1] == frames[2]
     print(f"{TARGET.resolve()}: {len(frames[0])} frames made by two stages")
     print(f"two stages, one rank and plain diffusers give {'the same frames, bit by bit' if equal else 'OTHER FRAMES'}")
+    print(f"seconds: {', '.join(f'{what} {took:.1f}' for what, took in spent.items())}")
     sys.exit(0 if equal else 1)
 
 

@@ -66,11 +66,25 @@ def test_it_is_up_soon(tmp_path: Path) -> None:
         assert (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK") < 3  # a second, had it a core to itself
 
 
-def test_while_ranks_load(tmp_path: Path) -> None:
-    with serving(tmp_path, VIDEO, state="loading") as served:
+def test_jobs_wait_while_the_model_is_loaded(tmp_path: Path) -> None:
+    with serving(tmp_path, VIDEO, state="loading", held=True) as served:
         status, ready, headers = served.call("GET", "/ready")
         assert (status, ready["state"]) == (503, "loading")
         assert int(headers["retry-after"]) >= 1
+        shown = served.call("GET", "/v1/server")[1]
+        assert (shown["state"], shown["kind"], shown["takes_image"]) == ("loading", "video", True)
+        assert error_of(served, "/v1/videos", {"prompt": "a cat", "steps": 3}, 400)["param"] == "steps"
+        assert error_of(served, "/v1/images/generations", {"prompt": "a cat"}, 400)["code"] == "wrong_kind"
+        status, job, _ = served.call("POST", "/v1/videos", {"prompt": "a cat", "seed": 1})
+        assert (status, job["status"]) == (200, "queued")
+        served.supervisor.tell(Ranks("ready", info=VIDEO))
+        served.wait_for("/ready")
+        served.supervisor.held = False
+        assert served.until(f"/v1/videos/{job['id']}", "completed", "failed")["status"] == "completed"
+
+
+def test_a_model_that_is_not_known_before_it_is_loaded(tmp_path: Path) -> None:
+    with serving(tmp_path, VIDEO, state="loading", model="somebody/something") as served:
         status, answer, headers = served.call("POST", "/v1/videos", {"prompt": "a cat"})
         assert (status, answer["error"]["code"]) == (503, "loading")
         assert "retry-after" in headers
@@ -78,7 +92,7 @@ def test_while_ranks_load(tmp_path: Path) -> None:
         served.supervisor.tell(Ranks("ready", info=VIDEO))
         served.wait_for("/ready")
         assert served.call("POST", "/v1/videos", {"prompt": "a cat"})[0] == 200
-    with serving(tmp_path, VIDEO, state="restarting") as served:  # what it knew, it knows still
+    with serving(tmp_path, VIDEO, state="restarting", model="somebody/something") as served:  # it is remembered
         assert served.call("GET", "/ready")[0] == 503
         assert served.call("POST", "/v1/videos", {"prompt": "a cat"})[0] == 200
 

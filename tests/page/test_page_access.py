@@ -81,7 +81,8 @@ def test_with_an_api_key(browser: Browser, tmp_path: Path) -> None:
 def test_states_of_the_ranks(browser: Browser, tmp_path: Path) -> None:
     from shardit.server.messages import Ranks
 
-    with serving(tmp_path, IMAGE, state="loading") as served, visiting(browser, served.url) as visit:
+    unknown = serving(tmp_path, IMAGE, state="loading", model="somebody/something")
+    with unknown as served, visiting(browser, served.url) as visit:
         state = visit.page.locator("#state")
         expect(state).to_have_text("Loading the model")
         expect(visit.page.get_by_role("button", name="Generate")).to_be_disabled()  # nobody knows yet what it takes

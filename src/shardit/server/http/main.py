@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import signal
@@ -49,7 +50,12 @@ async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, li
     def keep(told: dict[str, Any]) -> None:
         loop.run_in_executor(None, info.remember, store, options.model, told)
 
-    live_state = LiveState(link.send, info=info.recall(store, options.model), on_info=keep)
+    live_state = LiveState(
+        link.send,
+        info=info.recall(store, options.model),
+        on_info=keep,
+        foresee=functools.partial(info.from_files, options.model),
+    )
     link.start(loop, live_state.deliver)
     try:
         dropped = await loop.run_in_executor(None, store.drop_waiting)

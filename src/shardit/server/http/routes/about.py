@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.server.http.schema.errors import ApiError, answers
@@ -108,9 +109,10 @@ def about_routes(context: Context) -> APIRouter:
         return model
 
     @router.get("/v1/server", response_model=ServerInfo, responses=answers(401))
-    def server() -> Any:
+    async def server() -> Any:
         """All that a page needs to know. Ours, not OpenAI's."""
-        return _server(context)
+        await context.live_state.known()
+        return await run_in_threadpool(_server, context)
 
     return router
 

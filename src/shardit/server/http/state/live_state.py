@@ -32,6 +32,8 @@ class LiveState:
     """Belongs to one event loop: all methods but `wake` are called there.
 
     `send` hands a message to the supervisor. `on_info` is given what the ranks tell of the model, when they do.
+    `foresee` reads the same from files, as far as they have it, for the time before the model is loaded; it runs in a
+    thread.
     """
 
     def __init__(
@@ -40,12 +42,15 @@ class LiveState:
         *,
         info: dict[str, Any] | None = None,
         on_info: Callable[[dict[str, Any]], None] | None = None,
+        foresee: Callable[[], dict[str, Any]] | None = None,
     ):
         self.ranks = Ranks("loading")
         self.info: dict[str, Any] = info or {}
-        """What is known of the model, from these ranks or from earlier ones; empty before the first have loaded."""
+        """Signatures and notes of the model, from these ranks, from earlier ones or from its files; else empty."""
         self._send = send
         self._on_info = on_info
+        self._foresee = foresee
+        self._foreseen: asyncio.Future[dict[str, Any]] | None = None
         self._steps: dict[str, Step] = {}
         self._watches: dict[str, set[Watch]] = {}
         self._scrapes: set[asyncio.Future[bytes]] = set()
@@ -69,6 +74,15 @@ class LiveState:
     def stopping(self) -> bool:
         """Whether the server is about to end."""
         return self.ranks.state == "stopping"
+
+    async def known(self) -> dict[str, Any]:
+        """`info`, read from the files of the model if no ranks have loaded it yet."""
+        if not self.info and self._foresee is not None:
+            if self._foreseen is None:
+                self._foreseen = asyncio.get_running_loop().run_in_executor(None, self._foresee)
+            foreseen = await asyncio.shield(self._foreseen)
+            self.info = self.info or foreseen  # the ranks may have been faster, and know more
+        return self.info
 
     def step(self, job_id: str) -> Step | None:
         """The last step of a job in progress."""

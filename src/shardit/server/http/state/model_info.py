@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from shardit.diffusion.preflight.static_signature import static_signatures_of_model
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.errors import InputError
 from shardit.server.jobs.store import Store
 
 _NAME = "model_info"
@@ -32,6 +34,15 @@ def recall(store: Store, model: str) -> dict[str, Any]:
     for name in _SIGNATURES:
         info[name] = None if kept[name] is None else _signature(kept[name])
     return info
+
+
+def from_files(model: str) -> dict[str, Any]:
+    """Read the signatures from the files of `model`, before it is loaded; empty if they do not suffice."""
+    try:
+        plain, with_image = static_signatures_of_model(model)
+    except (InputError, OSError):  # the ranks report it
+        return {}
+    return {} if plain is None else {"signature": plain, "signature_with_image": with_image, "notes": []}
 
 
 def _signature(kept: Mapping[str, Any]) -> PipelineSignature:

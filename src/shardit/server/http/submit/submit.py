@@ -59,9 +59,13 @@ async def accept(
         raise busy("the server is about to end; try again later", _LOADING_RETRY_S, "stopping")
     key = _idempotency_key(request)
     body = await read_body(request, model, context.options.limits)
-    info = context.live_state.info
+    info = await context.live_state.known()
     if not info:
-        raise busy("the model is being loaded for the first time; try again soon", _LOADING_RETRY_S, "loading")
+        raise busy(
+            "the model is being loaded, and its files do not say what it takes; try again soon",
+            _LOADING_RETRY_S,
+            "loading",
+        )
     _check_kind(info["signature"], kind)
     if problem := unservable(info["signature"]):
         raise ApiError(400, problem, code="unsupported_model", param="model")

@@ -59,7 +59,7 @@ def test_ranks_arrive_and_are_channels():
             assert channel.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
-@pytest.mark.parametrize("token", ["00" * 32, secrets.token_hex(32)])
+@pytest.mark.parametrize("token", ["00" * 32, secrets.token_hex(32)], ids=["zeros", "random"])
 def test_a_wrong_token_is_refused(token):
     with port() as (ranks, reach):
         with pytest.raises(RankError, match="cannot reach the supervisor within"):

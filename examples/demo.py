@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,11 +35,14 @@ def plain_video(target: Path, spent: dict[str, float]) -> None:
     with timed(spent, "imports"):
         import diffusers.pipelines.wan
         import torch
+        import transformers
 
         from shardit import Output
         from shardit.models import tiny
 
     torch.set_num_threads(1)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     with timed(spent, "model"):
         pipe = tiny.load_plain(tiny.resolve(MODEL))
     assert isinstance(pipe, diffusers.pipelines.wan.WanPipeline)
@@ -66,6 +70,15 @@ def timed(spent: dict[str, float], what: str) -> Iterator[None]:
     spent[what] = time.perf_counter() - begin
 
 
+def inspect_and_generate(target: Path, spent: dict[str, float]) -> None:
+    """Print what each of two ranks would hold, then make the video on one rank."""
+    command = [sys.executable, "-m", "shardit", "inspect", "--model", MODEL, "--pipeline-parallel-size", "2"]
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)
+    with timed(spent, "one rank"):
+        generate(target, stages=1)
+
+
 def main() -> None:
     """Make the video on two ranks and on one, and compare both with plain diffusers."""
     spent: dict[str, float] = {}
@@ -73,15 +86,12 @@ def main() -> None:
         spent["environment"] = time.time() - int(started)
     with tempfile.TemporaryDirectory() as folder:
         one_rank, plain = Path(folder, "one-rank.mp4"), Path(folder, "plain.mp4")
-        inspect = [sys.executable, "-m", "shardit", "inspect", "--model", MODEL, "--pipeline-parallel-size", "2"]
-        with subprocess.Popen(inspect) as inspecting:  # it reads no weights; meanwhile this process imports and runs
+        with ThreadPoolExecutor(1) as meanwhile:  # the comparisons take both cores of a small machine
+            others = meanwhile.submit(inspect_and_generate, one_rank, spent)
             plain_video(plain, spent)
-        if inspecting.returncode:
-            sys.exit(inspecting.returncode)
+            others.result()
         with timed(spent, "two stages"):
             generate(TARGET, stages=2)
-        with timed(spent, "one rank"):
-            generate(one_rank, stages=1)
         frames = [decoded(path) for path in (TARGET, one_rank, plain)]
     equal = frames[0] == frames[1] == frames[2]
     print(f"{TARGET.resolve()}: {len(frames[0])} frames made by two stages")

@@ -1,8 +1,8 @@
 """A component as code outside of it sees it: calls of it and of its parts, and what is read of it.
 
 While a method of the component runs where it is to run, all of its modules are of their own classes; outside, those
-that were reached have a seam. It is put on a part when somebody takes that from the part above (`vae.decoder`), so what
-nobody touches stays as it is.
+that were reached have an interceptor. A part gets it when it is read from the part above (`vae.decoder`); the others stay
+as they are.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ Read = Callable[[str, torch.Tensor], torch.Tensor]
 
 @dataclass(eq=False)
 class Boundary:
-    """One component with its seams.
+    """One component with its interceptors.
 
     on_all: `run` runs a method on every rank, so that hooks are called there. alone: whether a call is made by no
     pipeline but by a user's own program, of which some ranks alone may use the result (to save it, say); it then
-    arrives at once. inside: one of its methods runs now, and seams let everything pass. reached: the parts that have a
-    seam, by name.
+    arrives at once. inside: one of its methods runs now, and interceptors let everything pass. reached: the parts that
+    have an interceptor, by name.
     """
 
     device: torch.device
@@ -66,7 +66,7 @@ class Boundary:
     _plain: list[tuple[nn.Module, type]] = field(default_factory=list)
 
     def put(self, module: nn.Module, path: str) -> None:
-        """Put the seam on a part, in place, and on the elements of a list of parts."""
+        """Put the interceptor on a part, in place, and on the elements of a list of parts."""
         if any(module is known for known, _ in self._plain):
             return
         cls = type(module)
@@ -89,7 +89,7 @@ class Boundary:
                 self.put(child, f"{path}.{name}" if path else name)
 
     def reach(self, values: Iterable[Any]) -> None:
-        """Put the seam on those of some values that are parts of the component."""
+        """Put the interceptor on those of some values that are parts of the component."""
         paths = {id(part): path for path, part in self._plain[0][0].named_modules()}
         for value in values:
             if isinstance(value, nn.Module) and id(value) in paths:
@@ -98,7 +98,7 @@ class Boundary:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Meanwhile a method of the component runs, on modules of their own classes."""
-        seams = [type(module) for module, _ in self._plain]
+        patched = [type(module) for module, _ in self._plain]
         for module, cls in self._plain:
             module.__class__ = cls
         self.inside = True
@@ -106,8 +106,8 @@ class Boundary:
             yield
         finally:
             self.inside = False
-            for (module, _), seam in zip(self._plain, seams, strict=True):
-                module.__class__ = seam
+            for (module, _), cls in zip(self._plain, patched, strict=True):
+                module.__class__ = cls
 
     def _call(
         self, module: nn.Module, path: str, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -188,7 +188,7 @@ def computing(cls: type) -> dict[str, Function]:
     """The methods of a class of modules that may compute from its weights.
 
     Left out are those of base classes without a forward and of mixins: they change or describe a module. Where they do
-    compute (a mixin of a user's own), they do so on every rank, by calls and reads that have a seam.
+    compute (a mixin of a user's own), they do so on every rank, by calls and reads that have an interceptor.
     """
     own = next(base for base in cls.__mro__ if not vars(base).get(SWAPPED))
     found: dict[str, Function] = {}
@@ -207,7 +207,7 @@ _FRAMEWORK = frozenset(vars(nn.Module))
 
 def _seen(module: nn.Module, name: str, args: Any, kwargs: Any) -> bool:
     """Whether something outside is called in the course of a call: hooks, or other modules that it is given. Hooks of
-    a part itself run around its forward, which has a seam, too."""
+    a part itself run around its forward, which has an interceptor, too."""
     if name == "__call__" and (module._forward_hooks or module._forward_pre_hooks):
         return True
     return bool(hooks_below(module)) or any(isinstance(leaf, nn.Module) for leaf in tree_leaves((args, kwargs)))

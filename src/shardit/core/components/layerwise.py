@@ -79,7 +79,7 @@ class Relay:
         return next((i for i, (unit, _) in enumerate(self.units) if name.startswith(f"{unit}.")), None)
 
     def unit_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The seam: the owner runs the unit, all get its outputs, with pending tensors."""
+        """The interceptor: the owner runs the unit, all get its outputs, with pending tensors."""
         self._meet(self.units[index][0])
         owner, arguments, caches = self.owners[index], list(_tensors((args, kwargs))), find_caches(args, kwargs)
         for tensor in arguments:
@@ -147,11 +147,11 @@ def relay(
     shared: Collection[int] = (),
     alone: Callable[[], bool] = lambda: False,
 ) -> Relay:
-    """Cut an encoder in place: keep the units of this rank, and put the seam at all of them. `cut`: parameters of which
+    """Cut an encoder in place: keep the units of this rank, and intercept the calls of all. `cut`: parameters of which
     owners hold slices; code outside that reads one gets an UnsupportedError. `shared`: ids of the tensors that another
     component has, too; every rank keeps them. `alone`: see Boundary.
 
-    The seam is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
+    The interceptor is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
     states by hooks on the layers, which have to see what the layers of other ranks give, too.
     """
     made = Relay(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
@@ -160,7 +160,7 @@ def relay(
             for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
                 if not parameter.is_meta and id(parameter) not in shared:
                     put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
-        subclass_in_place(unit, {"forward": _seam(made, index, type(unit).forward)})
+        subclass_in_place(unit, {"forward": _intercepted(made, index, type(unit).forward)})
     device = comm.mesh.device
     for module in model.modules():
         if isinstance(getattr(type(module), "device", None), property):
@@ -171,7 +171,7 @@ def relay(
     return made
 
 
-def _seam(made: Relay, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _intercepted(made: Relay, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return made.unit_call(index, plain.__get__(self), args, kwargs)

@@ -1,4 +1,4 @@
-"""Call sites: finding the block lists of a model, and the seam at each block's `__call__`."""
+"""Call sites: finding the block lists of a model, and the interceptor at each block's `__call__`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Patches modules in place: a subclass of the own class, calls of blocks that go through a seam, tensors replaced."""
+"""Patches modules in place: a subclass of the own class, calls of blocks that can be intercepted, tensors replaced."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +17,8 @@ SWAPPED = "shardit_swapped"
 """An attribute of the classes that are made here."""
 
 
-class Seam(Protocol):
-    """Whoever decides what a block call does while a forward of its model runs."""
+class Interceptor(Protocol):
+    """Decides what a block call does while a forward of its model runs."""
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called instead of block number `index`; `call` is the block's own `__call__`."""
@@ -27,7 +28,7 @@ class Seam(Protocol):
 def subclass_in_place(module: Any, members: dict[str, Any]) -> None:
     """Give a module a subclass of its own class, with the same name and the given members, in place.
 
-    The seam is a class, not a wrapper: names, indices, isinstance, LoRA keys and checkpoints stay as they are. And it
+    The subclass is no wrapper: names, indices, isinstance, LoRA keys and checkpoints stay as they are. And it
     is at `__call__`, outside everything that replaces `forward` (compile, accelerate and cache hooks).
     """
     cls = type(module)
@@ -97,18 +98,37 @@ def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[...
     return to
 
 
-def install(blocks: list[tuple[str, nn.Module]], current: dict[str, Seam | None]) -> None:
-    """Put the seam at every block. While `current["seam"]` is None blocks behave as if nothing had been done."""
+class BlockCalls:
+    """The calls of the blocks of one model. interceptor: gets them now; None lets blocks run as if nothing had been
+    done."""
+
+    __slots__ = ("interceptor",)
+
+    def __init__(self) -> None:
+        self.interceptor: Interceptor | None = None
+
+    @contextmanager
+    def intercepted_by(self, interceptor: Interceptor | None) -> Iterator[None]:
+        """Hand the calls to another interceptor for a while."""
+        before, self.interceptor = self.interceptor, interceptor
+        try:
+            yield
+        finally:
+            self.interceptor = before
+
+
+def install(blocks: list[tuple[str, nn.Module]], calls: BlockCalls) -> None:
+    """Make the calls of all blocks interceptable."""
     for index, (_, block) in enumerate(blocks):
-        subclass_in_place(block, {"__call__": _seam_call(type(block).__call__, index, current)})
+        subclass_in_place(block, {"__call__": _interceptable(type(block).__call__, index, calls)})
 
 
-def _seam_call(own_call: Any, index: int, current: dict[str, Seam | None]) -> Any:
+def _interceptable(own_call: Any, index: int, calls: BlockCalls) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        seam = current["seam"]
-        if seam is None:
+        interceptor = calls.interceptor
+        if interceptor is None:
             return own_call(self, *args, **kwargs)
-        return seam.block_call(index, own_call.__get__(self), args, kwargs)
+        return interceptor.block_call(index, own_call.__get__(self), args, kwargs)
 
     return __call__
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from shardit.core.modules.patching import BlockCalls
 from shardit.core.plans.call_plan import CallPlan, describe_result
 from shardit.core.plans.derive import derive
 from shardit.core.plans.stand_ins import blank, stand_ins
@@ -25,7 +26,7 @@ class _Differs(BaseException):
 
 
 class DryCall:
-    """The seam of block calls while a forward runs without blocks.
+    """The interceptor of block calls while a forward runs without blocks.
 
     trace: the operations outside blocks. Its `deciding`: the arguments whose values the
     forward has read.
@@ -36,12 +37,11 @@ class DryCall:
         self.trace = Trace()
         self._watch = Watch(self.trace, lambda tensor: tensor)
 
-    def fits(self, current: dict[str, Any], forward: Callable[[], Any], arguments: Any) -> bool:
+    def fits(self, calls: BlockCalls, forward: Callable[[], Any], arguments: Any) -> bool:
         """Whether the plan holds for this call. Sends nothing."""
         self.trace.begin(arguments)
-        current["seam"] = self
         try:
-            with torch.no_grad(), generators_kept(self.device), self._watch:
+            with calls.intercepted_by(self), torch.no_grad(), generators_kept(self.device), self._watch:
                 out = forward()
             leaves, spec = tree_flatten(out)
             found = derive(self.trace, leaves, spec, tuple(describe_result(leaf) for leaf in leaves))
@@ -50,11 +50,9 @@ class DryCall:
             raise
         except (Exception, _Differs):  # the first call, which follows, says what is wrong with it, if anything is
             return False
-        finally:
-            current["seam"] = None
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The seam: what the block gave in the first call, without data."""
+        """The interceptor: what the block gave in the first call, without data."""
         with self._watch.paused():
             n = len(self.trace.sites)
             arguments, _ = tree_flatten((args, kwargs))

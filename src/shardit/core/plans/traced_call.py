@@ -23,7 +23,7 @@ from shardit.core.comm.wire import (
 )
 from shardit.core.modules.blocks import inner_tensors
 from shardit.core.modules.held_state import held_state
-from shardit.core.modules.patching import put
+from shardit.core.modules.patching import BlockCalls, put
 from shardit.core.plans.call_plan import CallPlan, Leaf, Site, describe_result
 from shardit.core.plans.derive import derive
 from shardit.core.plans.trace import Trace, Watch
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class TracedCall:
-    """The seam of block calls while a first call runs: the owner runs the block and broadcasts what it gives.
+    """The interceptor of block calls while a first call runs: the owner runs the block and broadcasts what it gives.
 
     drawn: the states of the generators at the first block call.
     """
@@ -58,24 +58,21 @@ class TracedCall:
         self.drawn: States = {}
         self._shared = False  # every rank has the error that is being raised
 
-    def run(self, current: dict[str, Any], forward: Callable[[], Any], arguments: Any) -> tuple[Any, CallPlan]:
+    def run(self, calls: BlockCalls, forward: Callable[[], Any], arguments: Any) -> tuple[Any, CallPlan]:
         """The forward's result, the same on every rank, and the plan of what later calls carry.
 
         Collective. Raises what the forward raises, on every rank, and UnsupportedError where it cannot be cut.
         """
         given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
         self.trace.begin(arguments)
-        current["seam"] = self
         try:
-            with torch.no_grad(), self.watch:
+            with calls.intercepted_by(self), torch.no_grad(), self.watch:
                 out = forward()
             self._meet("the end")
         except Exception as error:
             if not self._shared and not isinstance(error, RankError):
                 self._meet(error)
             raise
-        finally:
-            current["seam"] = None
         if not self.trace.sites:
             raise UnsupportedError("the forward calls none of the model's blocks")
         if self.trace.mutated_input:
@@ -92,7 +89,7 @@ class TracedCall:
         return out, plan
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The seam: run the block on its owner, share its output and what it changed."""
+        """The interceptor: run the block on its owner, share its output and what it changed."""
         with self.watch.paused():
             self._meet(f"block {self.blocks[index][0]}")
             self.drawn = self.drawn or states(self.comm.mesh.device, [])

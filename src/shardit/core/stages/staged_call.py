@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.comm.p2p import Comm, Transfer
 from shardit.core.comm.wire import first_byte, storage_bytes
+from shardit.core.modules.patching import BlockCalls
 from shardit.core.plans.call_plan import Address, Hop, Item, Leaf, Site
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.stand_ins import blank, is_float, same_memory, stand_ins
@@ -26,7 +27,7 @@ class _Leave(BaseException):
 
 
 class StagedCall:
-    """A forward in flight (a `schedule.Flight`), and the seam of its block calls while it runs.
+    """A forward in flight (a `schedule.Flight`), and the interceptor of its block calls while it runs.
 
     drew: called where it draws random numbers that other ranks do not.
     """
@@ -36,7 +37,7 @@ class StagedCall:
         local: LocalPlan,
         comm: Comm,
         route: Route,
-        current: dict[str, Any],
+        block_calls: BlockCalls,
         forward: Callable[[], Any],
         arguments: Any,
         wait: Callable[[StagedCall], None],
@@ -50,7 +51,7 @@ class StagedCall:
         self.finished = False
         self.failure: BaseException | None = None  # of a self-check
         self._sent: set[int] = set()
-        self._current, self._forward, self._wait, self._count, self._drew = current, forward, wait, count, drew
+        self._block_calls, self._forward, self._wait, self._count, self._drew = block_calls, forward, wait, count, drew
         self._generators: list[torch.Tensor] = []
         self._poison = poison
         self._site = 0
@@ -130,7 +131,7 @@ class StagedCall:
             self.comm.send(torch.zeros(hop.layout.total, dtype=torch.uint8, device=self._device), hop.target)
 
     def _resume(self) -> None:
-        self._current["seam"] = self
+        self._block_calls.interceptor = self
         self._generators = torch_states(self._device)
         try:
             self._coroutine.resume()
@@ -143,7 +144,7 @@ class StagedCall:
                 raise  # in the prologue, which every rank runs: the caller's error
             raise RankError(self.comm.mesh.rank, traceback.format_exc()) from error
         finally:
-            self._current["seam"] = None
+            self._block_calls.interceptor = None
 
     def _run(self) -> None:
         try:
@@ -159,7 +160,7 @@ class StagedCall:
             view.copy_(leaves[number])
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The seam: run the block if it is ours, else hand back placeholders; send and wait at the ends of segments."""
+        """Run the block if it is ours, else hand back placeholders; send and wait at the ends of segments."""
         n = self._site
         self._site = n + 1
         if n == 0 and self.comm.mesh.sizes["cfg"] == 1:  # before that all ranks draw alike
@@ -181,10 +182,10 @@ class StagedCall:
         return out
 
     def _own(self, n: int, site: Site, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._current["seam"] = None  # a block's own inner modules are no call sites
+        self._block_calls.interceptor = None  # a block's own inner modules are no call sites
         given = tree_leaves((args, kwargs)) if any(leaf.kind == "arg" for leaf in site.leaves) else ()
         out = call(*args, **kwargs)
-        self._current["seam"] = self
+        self._block_calls.interceptor = self
         self._count(index)
         if n in self.local.checked:
             leaves, _ = tree_flatten(out)

@@ -18,7 +18,7 @@ from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.module_state import State, differences, poison, restore, state_of
-from shardit.core.modules.patching import changing_methods, fixed_place, install, subclass_in_place
+from shardit.core.modules.patching import BlockCalls, changing_methods, fixed_place, install, subclass_in_place
 from shardit.core.placement.partition import Placement
 from shardit.core.plans.course import DryCall
 from shardit.core.plans.known_plans import KnownPlans
@@ -54,7 +54,7 @@ class Stages:
     known: KnownPlans = field(default_factory=KnownPlans)
     ran: Counter[int] = field(default_factory=Counter)
     traced: int = 0
-    _current: dict[str, Any] = field(default_factory=lambda: {"seam": None})
+    _block_calls: BlockCalls = field(default_factory=BlockCalls)
     _checked: set[Any] = field(default_factory=set)
     _splits: dict[Any, bool] = field(default_factory=dict)
     _attentions: list[dict[str, Any]] | None = None
@@ -66,7 +66,7 @@ class Stages:
 
     def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer: returns at once with pending tensors, except the first of each signature."""
-        if self._current["seam"] is not None:  # the forward calls the model itself
+        if self._block_calls.interceptor is not None:  # the forward calls the model itself
             return forward(*args, **kwargs)
         settle((args, kwargs))
         if asks_for_gradients((args, kwargs)):
@@ -90,18 +90,14 @@ class Stages:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Meanwhile a block call runs the block itself, wherever the forward is, and nothing is watched."""
-        seam, self._current["seam"] = self._current["seam"], None
-        try:
-            with without_modes():
-                yield
-        finally:
-            self._current["seam"] = seam
+        with self._block_calls.intercepted_by(None), without_modes():
+            yield
 
     def watched(self, forward: Callable[[], Any], arguments: Any) -> Any:
         """The result of a forward that runs block by block on all stages at once, of which nothing is remembered. Only
         inside `aside`; collective over the stages."""
         call = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, lambda index: None)
-        return call.run(self._current, forward, arguments)[0]
+        return call.run(self._block_calls, forward, arguments)[0]
 
     def _code(self) -> Any:
         """What of the model decides how it computes, besides its arguments: pipelines exchange attention processors in
@@ -179,7 +175,7 @@ class Stages:
         for local in candidates if "sp" not in self.runtime.mesh.axes else ():
             args, kwargs = own_containers(arguments)
             dry = DryCall(local.plan, self.runtime.mesh.device)
-            if dry.fits(self._current, lambda args=args, kwargs=kwargs: forward(*args, **kwargs), (args, kwargs)):
+            if dry.fits(self._block_calls, lambda args=args, kwargs=kwargs: forward(*args, **kwargs), (args, kwargs)):
                 fits, read = [local], dry.trace.deciding
                 break
         found = [local.plan.digest() for local in fits]
@@ -194,7 +190,7 @@ class Stages:
         wait = runtime.turns.wait_for if poison else runtime.wait_for
         drew = functools.partial(runtime.agreement.drawing.add, self._name)
         call = StagedCall(
-            local, runtime.comm, route, self._current, forward, arguments, wait, self._count, drew, poison
+            local, runtime.comm, route, self._block_calls, forward, arguments, wait, self._count, drew, poison
         )
         runtime.schedule.start(call)
         return call
@@ -206,7 +202,7 @@ class Stages:
         before, kept = states(device, []), state_of(self.model)
         traced = TracedCall(self.model, self.blocks, self.owners, self.runtime.comm, self._count)
         self.traced += 1
-        out, plan = traced.run(self._current, lambda: forward(*args, **kwargs), arguments)
+        out, plan = traced.run(self._block_calls, lambda: forward(*args, **kwargs), arguments)
         after = states(device, [])
         refuse_objects(self._name, out)
         refuse_draws(self._name, self.runtime.mesh.sizes, before, traced.drawn, after)
@@ -296,12 +292,12 @@ def stage(
     plan: Plan | None = None,
     shared: Collection[int] = (),
 ) -> Stages:
-    """Cut a transformer in place: keep the blocks of this rank, put the seam at all of them and at the model's call.
+    """Cut a transformer in place: keep the blocks of this rank, intercept the calls of all and of the model.
     `shared`: ids of the tensors that another component has, too; every rank keeps them."""
     blocks = find_blocks(model, plan)
     stages = Stages(model, runtime, blocks, placement.owners())
     drop_blocks(model, blocks, stages.owners, runtime.comm.rank, plan, shared)
-    install(blocks, stages._current)
+    install(blocks, stages._block_calls)
     own_call = type(model).__call__
 
     @functools.wraps(own_call)
@@ -309,7 +305,7 @@ def stage(
         return stages.call(own_call.__get__(self), args, kwargs)
 
     def end() -> None:
-        if stages._current["seam"] is None:
+        if stages._block_calls.interceptor is None:
             runtime.schedule.drain()
 
     members = {

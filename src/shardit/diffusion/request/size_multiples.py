@@ -38,7 +38,7 @@ class _Checked(Exception):
 
 def _takes(pipe: Any, height: int, width: int) -> bool:
     """Whether the pipeline's call gets past its own checks of a size. Nothing of a model is run."""
-    call = inspect.unwrap(type(pipe).__call__)  # without the seams, and without the modes, of a parallel pipeline
+    call = inspect.unwrap(type(pipe).__call__)  # without what a parallel pipeline puts around it
     names = inspect.signature(call).parameters
     if not {"height", "width"} <= names.keys():
         return False

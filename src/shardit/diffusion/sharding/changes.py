@@ -71,7 +71,7 @@ def follow(placed: Placed, changes: list[Change]) -> None:
         refuse_compiled(placed.title, model, ())
         for name, block in cut_blocks(model):
             _same_module(placed, name, block)
-        _own_seams(placed)
+        _own_interceptors(placed)
     relayed = getattr(model, "shardit_relay", None)
     if relayed is not None:
         refuse_compiled(placed.title, model, model.modules())
@@ -98,12 +98,12 @@ def _same_module(placed: Placed, name: str, module: nn.Module) -> None:
         )
 
 
-def _own_seams(placed: Placed) -> None:
-    """Raise UnsupportedError where a block has lost its seam with its class, or has that of another block."""
-    seams: dict[Any, nn.Module] = {}
+def _own_interceptors(placed: Placed) -> None:
+    """Raise UnsupportedError where a block has lost its interceptor with its class, or has that of another block."""
+    found: dict[Any, nn.Module] = {}
     for name, block in cut_blocks(placed.module):
-        seam = next((c for c in type(block).__mro__ if SWAPPED in vars(c) and "__call__" in vars(c)), None)
-        if seam is None or seams.setdefault(seam, block) is not block:
+        own = next((c for c in type(block).__mro__ if SWAPPED in vars(c) and "__call__" in vars(c)), None)
+        if own is None or found.setdefault(own, block) is not block:
             raise UnsupportedError(
                 f"{placed.title}.{name} was given another class after parallelize, which knows nothing of the other "
                 "ranks: do it before, or derive the class from type() of the block"

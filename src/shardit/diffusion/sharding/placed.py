@@ -203,7 +203,7 @@ def _told(change: Change) -> str:
 
 
 def _own_methods(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that replace methods of its class, and so hide the seam at calls from outside."""
+    """Attributes of a module that replace methods of its class, and so hide the interceptor at calls from outside."""
     cls = type(module)
     return {
         name: value for name, value in vars(module).items() if callable(value) and callable(getattr(cls, name, None))

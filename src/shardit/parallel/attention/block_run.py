@@ -22,7 +22,7 @@ class OutOfStep(Exception):
 
 @dataclass
 class BlockRun:
-    """Handles the attention calls of one block call (a `seam.Handler`).
+    """Handles the attention calls of one block call (a `hook.Handler`).
 
     spread[n]: whether queries and whether keys of attention call n are spread over ranks; found if `dataflow` is given.
     layouts: of the calls whose keys are spread; None = not known for these sizes yet, ranks tell each other.
@@ -37,7 +37,7 @@ class BlockRun:
     _spread_calls: int = 0
 
     def attend(self, call: Call) -> torch.Tensor:
-        """See `seam.Handler`."""
+        """See `hook.Handler`."""
         spread_q, spread_k = self._spread_of(call)
         if self.dataflow is None:
             return self._compute(call, spread_q, spread_k)

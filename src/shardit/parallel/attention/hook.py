@@ -1,4 +1,4 @@
-"""The seam around attention: every attention call of a block that runs goes to whoever runs the block.
+"""The hook around attention: every attention call of a block that runs goes to whoever runs the block.
 
 Models of diffusers end in `torch.nn.functional.scaled_dot_product_attention`, most through `dispatch_attention_fn`,
 whose registry also holds the other back ends. The first is replaced while a block runs (a function mode would cost

@@ -60,8 +60,8 @@ def spread_tokens(
 ) -> SequenceParallel | PlannedSequence:
     """Spread the tokens of a transformer over the "sp" axis of the mesh, in place.
 
-    cut: what also cuts it into pipeline stages; it is called in the middle. The seam at the model's call must lie
-    inside that of the stages, which may run a forward in pieces, and the seams at its modules outside theirs, so that
+    cut: what also cuts it into pipeline stages; it is called in the middle. The interceptor of the model's call must
+    lie inside that of the stages, which may run a forward in pieces, and those of its modules outside theirs, so that
     stages see and send shards only. Raises InputError where a declared plan does not fit the model, UnsupportedError
     where nothing is declared and the model has no block lists.
     """

@@ -35,7 +35,7 @@ class TakeSlices:
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """As it is held, without the seams that say what code outside may read."""
+    """As it is held, without the interceptors that say what code outside may read."""
     holder = part_at(module, owner_of(name))
     return holder._parameters.get(name.rpartition(".")[2]) if holder is not None else None
 

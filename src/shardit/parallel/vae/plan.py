@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from shardit.core.comm.wire import Layout, dump_with_tensors, pack_layout
-from shardit.core.modules.patching import subclass_in_place
+from shardit.core.modules.patching import BlockCalls, subclass_in_place
 from shardit.core.plans.call_plan import Leaf, span_bytes
 from shardit.core.runtime.call_signature import signature
 from shardit.parallel.vae.watch import Untileable, Watch
@@ -85,7 +85,7 @@ def deal(costs: Sequence[int], ranks: int) -> tuple[int, ...]:
 
 
 class Planner:
-    """The seam of part calls while a VAE call runs on shapes: notes the calls and what joins them."""
+    """The interceptor of part calls while a VAE call runs on shapes: notes the calls and what joins them."""
 
     def __init__(self, watch: Watch):
         self.watch = watch
@@ -146,8 +146,10 @@ class Planner:
         return TilePlan.of(calls, costs, ranks)
 
 
-def find_tiles(method: Callable[..., Any], module: nn.Module, arguments: Any, current: Any, ranks: int) -> TilePlan:
-    """The plan of `method(module, *args, **kwargs)`, whose parts' seam is `current`. Computes nothing.
+def find_tiles(
+    method: Callable[..., Any], module: nn.Module, arguments: Any, calls: BlockCalls, ranks: int
+) -> TilePlan:
+    """The plan of `method(module, *args, **kwargs)`, whose parts are called through `calls`. Computes nothing.
 
     Raises Untileable where tiles could not be told apart, and whatever the method raises on such arguments.
     """
@@ -156,11 +158,9 @@ def find_tiles(method: Callable[..., Any], module: nn.Module, arguments: Any, cu
         args, kwargs = tree_map_only(torch.Tensor, _on_meta, arguments)
         before = [_held(part) for part in shapes.modules()][1:]
         with Watch(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)) as watch:
-            current["seam"] = planner = Planner(watch)
-            try:
+            planner = Planner(watch)
+            with calls.intercepted_by(planner):
                 watch.result(dump_with_tensors(method(shapes, *args, **kwargs))[1])
-            finally:
-                current["seam"] = None
     after = [_held(part) for part in shapes.modules()][1:]
     if not all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(before, after, strict=True)):
         raise Untileable("a part of it keeps something from one call to the next")

@@ -20,7 +20,7 @@ from shardit.core.comm.wire import view_bytes
 from shardit.core.components.boundary import Boundary
 from shardit.core.components.owned import empty, reader, run_on
 from shardit.core.modules.attributes import Attributes
-from shardit.core.modules.patching import install, subclass_in_place
+from shardit.core.modules.patching import BlockCalls, install, subclass_in_place
 from shardit.core.modules.small_tensors import Everywhere
 from shardit.core.runtime.call_signature import signature
 from shardit.errors import InputError, RankError, first_filled_line
@@ -49,11 +49,11 @@ class Tiles:
         self.module, self.comm, self.ranks, self.small, self.attributes = module, comm, ranks, small, attributes
         self.place = ranks.index(comm.rank) if comm.rank in ranks else None
         self.ran: Counter[int] = Counter()
-        self._current: dict[str, Any] = {"seam": None}
+        self._part_calls = BlockCalls()
         self._plans: dict[Any, TilePlan | str] = {}
         self._said: set[str] = set()
         parts = [(name, getattr(module, name, None)) for name in PARTS]
-        install([(name, part) for name, part in parts if isinstance(part, nn.Module)], self._current)
+        install([(name, part) for name, part in parts if isinstance(part, nn.Module)], self._part_calls)
 
     def call(
         self, path: str, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -88,7 +88,7 @@ class Tiles:
         key = (name, signature((args, kwargs), self.module.training), _settings(self.module))
         if key not in self._plans:
             try:
-                found = find_tiles(plain.__func__, self.module, (args, kwargs), self._current, len(self.ranks))
+                found = find_tiles(plain.__func__, self.module, (args, kwargs), self._part_calls, len(self.ranks))
             except Exception as error:  # wrong arguments too: the VAE itself says so when it runs
                 found = first_filled_line(str(error)) or type(error).__name__
             self._plans[key] = found
@@ -116,22 +116,19 @@ class Tiles:
     def _compute(self, plan: TilePlan, run: Callable[[], Any]) -> torch.Tensor:
         """Run the call up to this rank's last tile; returns the message with what it computed."""
         assert self.place is not None
-        seam = _Compute(plan, self.place, self.comm.mesh.device, self.ran)
-        if seam.last < 0:
-            return seam.message
-        self._current["seam"] = seam
+        compute = _Compute(plan, self.place, self.comm.mesh.device, self.ran)
+        if compute.last < 0:
+            return compute.message
         try:
-            with _kept(self.module), torch.no_grad():
+            with self._part_calls.intercepted_by(compute), _kept(self.module), torch.no_grad():
                 run()
         except _Leave:
-            return seam.message
+            return compute.message
         except RankError:
             raise
         except Exception as error:  # the others wait for these tiles
             raise RankError(self.comm.mesh.rank, traceback.format_exc()) from error
-        finally:
-            self._current["seam"] = None
-        raise RankError(self.comm.mesh.rank, f"{self._name} made {seam.number} part calls of {len(plan.calls)}")
+        raise RankError(self.comm.mesh.rank, f"{self._name} made {compute.number} part calls of {len(plan.calls)}")
 
     def _replay(self, plan: TilePlan, own: torch.Tensor, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """On the first rank: take what the others computed, and run the call with it in place of the parts."""
@@ -139,12 +136,8 @@ class Tiles:
         pairs = zip(others, self.ranks[1:], strict=True)
         for transfer in [self.comm.receive(message, rank) for message, rank in pairs if message.numel()]:
             self.comm.wait(transfer)
-        self._current["seam"] = _Replay(plan, [own, *others])
-        try:
-            with torch.no_grad():
-                return plain(*args, **kwargs)
-        finally:
-            self._current["seam"] = None
+        with self._part_calls.intercepted_by(_Replay(plan, [own, *others])), torch.no_grad():
+            return plain(*args, **kwargs)
 
     @property
     def _name(self) -> str:
@@ -152,7 +145,7 @@ class Tiles:
 
 
 class _Compute:
-    """The seam of part calls that computes the tiles of one rank; the others' are placeholders."""
+    """The interceptor of part calls that computes the tiles of one rank; the others' are placeholders."""
 
     def __init__(self, plan: TilePlan, place: int, device: torch.device, ran: Counter[int]):
         self.plan, self.place, self.device, self.ran = plan, place, device, ran
@@ -179,7 +172,7 @@ class _Compute:
 
 
 class _Replay:
-    """The seam of part calls that hands out what all ranks have computed."""
+    """The interceptor of part calls that hands out what all ranks have computed."""
 
     def __init__(self, plan: TilePlan, messages: list[torch.Tensor]):
         self.plan, self.messages = plan, messages

@@ -243,7 +243,7 @@ class PlannedSequence:
         return call_module(running.current, rules, call, args, kwargs)
 
     def install(self) -> None:
-        """Put the seam at the modules of the plan, outside all others."""
+        """Put the interceptor at the modules of the plan, outside all others."""
         for rules in self.rules:
             if rules.module is not self.model:
                 subclass_in_place(rules.module, {"__call__": _module_call(type(rules.module).__call__, rules, self)})

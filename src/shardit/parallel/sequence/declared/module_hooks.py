@@ -1,4 +1,4 @@
-"""The seam at a module that a declared plan names: inputs are split before its forward, outputs split or gathered
+"""Intercepts a module that a declared plan names: inputs are split before its forward, outputs split or gathered
 after it.
 
 Types and dimensions are only known here, at a call.

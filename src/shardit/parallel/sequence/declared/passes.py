@@ -1,7 +1,7 @@
 """One forward under a declared plan: whole, to see what it does, or over the ranks.
 
 `WholePass` and `SpreadPass` answer the same questions: what becomes of a tensor that is to be split or gathered, and of
-an attention call (`seam.Handler`).
+an attention call (`hook.Handler`).
 """
 
 from __future__ import annotations

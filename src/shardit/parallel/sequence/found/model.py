@@ -231,7 +231,7 @@ class SequenceParallel:
         self._attentions = [[own for own in of_block if PROCESSOR in own] for of_block in parts]
 
     def install(self) -> None:
-        """Put the seam at the blocks, outside all others; those of other stages are on meta by now."""
+        """Put the interceptor at the blocks, outside all others; those of other stages are on meta by now."""
         self._look()
         self._owned = [not any(p.is_meta for p in block.parameters()) for _, block in self.blocks]
         for index, (_, block) in enumerate(self.blocks):

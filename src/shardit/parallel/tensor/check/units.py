@@ -193,7 +193,7 @@ def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectiv
         unit: Any = model.get_submodule(name)
         vars(unit)[NAME] = name
         plain = type(unit)
-        share_subclass(unit, made, (), lambda: {"forward": _seam(checks, plain.forward)})  # noqa: B023
+        share_subclass(unit, made, (), lambda: {"forward": _intercepted(checks, plain.forward)})  # noqa: B023
         _keep_known(plain, type(unit))
     own_call = type(model).__call__
 
@@ -216,7 +216,7 @@ def _keep_known(plain: type, cls: type) -> None:
         return
 
 
-def _seam(checks: Checks, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _intercepted(checks: Checks, plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if checks.pending and self.shardit_unit in checks.pending:

@@ -175,7 +175,7 @@ def _spans(blocks: Any) -> str:
 
 
 def tiny(
-    name: Annotated[str, Argument(help="Which tiny model, such as wan2.2-t2v.")],
+    name: Annotated[str, Argument(help="Name of the tiny model, such as wan2.2-t2v.")],
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder to write, new or empty.")],
 ) -> None:
     """Write a tiny checkpoint, a complete diffusers folder to try things on."""
@@ -252,7 +252,7 @@ def _app() -> typer.Typer:
     @app.callback(invoke_without_command=True)
     def about(
         context: typer.Context,
-        version: Annotated[bool, Option("--version", help="Print the version and leave.")] = False,
+        version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
     ) -> None:
         """Run diffusers pipelines on many devices, with the same result."""
         if version:

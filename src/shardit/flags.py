@@ -40,15 +40,38 @@ DtypeFlag = Annotated[
 class ParallelFlags:
     """How a model is spread over ranks."""
 
-    pipeline_parallel_size: Annotated[int, Option(help="Ranks that the transformer's blocks are cut over.")] = 1
-    tensor_parallel_size: Annotated[int, Option(help="Ranks that each linear layer is cut over.")] = 1
-    ulysses_degree: Annotated[int, Option("--ulysses-degree", "--usp", help="Ranks that heads are dealt to.")] = 1
-    ring_degree: Annotated[int, Option("--ring-degree", "--ring", help="Ranks that keys and values travel around.")] = 1
-    cfg_parallel_size: Annotated[int, Option(help="Ranks that the branches of guidance are dealt to.")] = 1
-    data_parallel_size: Annotated[int, Option(help="Copies of the model that share the requests.")] = 1
-    vae_patch_parallel_size: Annotated[int, Option(help="Ranks that the tiles of the VAE are dealt to.")] = 1
+    pipeline_parallel_size: Annotated[
+        int, Option(help="Number of pipeline stages that the blocks of the transformer are split into.")
+    ] = 1
+    tensor_parallel_size: Annotated[int, Option(help="Number of ranks that each linear layer is split across.")] = 1
+    ulysses_degree: Annotated[
+        int,
+        Option(
+            "--ulysses-degree",
+            "--usp",
+            help="Ulysses degree: number of ranks that split the tokens, and the heads within attention.",
+        ),
+    ] = 1
+    ring_degree: Annotated[
+        int,
+        Option(
+            "--ring-degree",
+            "--ring",
+            help="Ring attention degree: number of ranks that split the tokens and pass keys and values around.",
+        ),
+    ] = 1
+    cfg_parallel_size: Annotated[
+        int, Option(help="Number of ranks that compute the branches of classifier-free guidance.")
+    ] = 1
+    data_parallel_size: Annotated[
+        int, Option(help="Number of replicas of the model; each runs its share of the requests.")
+    ] = 1
+    vae_patch_parallel_size: Annotated[
+        int, Option(help="Number of ranks that the tiles of the VAE are split across.")
+    ] = 1
     pipeline_chunks: Annotated[
-        int | None, Option(help="Chunks of blocks per rank; 1 is contiguous. [default: automatic]")
+        int | None,
+        Option(help="Chunks of blocks per rank; 1 gives each rank one contiguous range. [default: automatic]"),
     ] = None
     layer_partition: Annotated[
         str | None, Option(help='Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]')
@@ -70,7 +93,7 @@ class InspectFlags(ParallelFlags):
         str | None,
         Argument(
             metavar="[MODEL]",
-            help=f"What --model takes, or a configuration that comes along: {', '.join(shipped.names())}.",
+            help=f"A model as for --model, or a configuration that shardit ships: {', '.join(shipped.names())}.",
         ),
     ] = None
     model: Annotated[str | None, Option(help="Hub id, diffusers folder or tiny/NAME.")] = None
@@ -93,42 +116,48 @@ class GenerateFlags(ModelFlags, ParallelFlags):
     model: Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", show_default=False)] = ""
     from_file: Annotated[
         Path | None,
-        Option(metavar="<path>", help="File of shardit to make again: its model and settings, unless flags say more."),
+        Option(
+            metavar="<path>",
+            help="File made by shardit, to generate again with its model and settings; flags override them.",
+        ),
     ] = None
-    prompt: Annotated[str | None, Option(help="What to show.", show_default=False)] = None
-    negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None
+    prompt: Annotated[str | None, Option(help="Text prompt.", show_default=False)] = None
+    negative_prompt: Annotated[str | None, Option(help="Negative prompt.")] = None
     image: Annotated[
         list[Path] | None, Option(metavar="<path>", help="Input picture; repeat the flag for several.")
     ] = None
     output: Annotated[
         Path | None, Option(help="File to write. [default: output with .png, .mp4, .wav, .txt or .safetensors]")
     ] = None
-    width: Annotated[int | None, Option(help="Pixels.")] = None
-    height: Annotated[int | None, Option(help="Pixels.")] = None
-    num_frames: Annotated[int | None, Option(help="Frames of a video.")] = None
+    width: Annotated[int | None, Option(help="Width in pixels.")] = None
+    height: Annotated[int | None, Option(help="Height in pixels.")] = None
+    num_frames: Annotated[int | None, Option(help="Number of frames of a video.")] = None
     fps: Annotated[float | None, Option(help="Frames per second of a video. [default: the model's]")] = None
-    num_inference_steps: Annotated[int | None, Option(help="Denoising steps.")] = None
-    guidance_scale: Annotated[float | None, Option(help="Guidance strength.")] = None
+    num_inference_steps: Annotated[int | None, Option(help="Number of denoising steps.")] = None
+    guidance_scale: Annotated[float | None, Option(help="Guidance scale.")] = None
     guidance_scale_2: Annotated[
-        float | None, Option("--guidance-scale-2", help="Guidance strength of a second expert.")
+        float | None, Option("--guidance-scale-2", help="Guidance scale of the second expert.")
     ] = None
-    true_cfg_scale: Annotated[float | None, Option(help="Guidance strength against the negative prompt.")] = None
+    true_cfg_scale: Annotated[
+        float | None,
+        Option(help="Scale of classifier-free guidance with the negative prompt, for models with distilled guidance."),
+    ] = None
     seed: Annotated[
         int | None, Option(help="Seed, from 0; -1 for a random one. [default: drawn, printed and recorded]")
     ] = None
-    num_outputs_per_prompt: Annotated[int | None, Option(help="Pictures or videos to make. [default: 1]")] = None
+    num_outputs_per_prompt: Annotated[int | None, Option(help="Number of outputs for each prompt. [default: 1]")] = None
     extra: Annotated[
         list[str] | None,
         Option(
             metavar="<name=value>",
-            help="Any further argument of the pipeline, its value as JSON or plain text; repeat the flag for several.",
+            help="Any other argument of the pipeline, with a value in JSON or plain text; repeat the flag for several.",
         ),
     ] = None
     dtype: DtypeFlag = None
     attention_backend: Annotated[
         str | None, Option(help="Attention back end, as set_attention_backend in diffusers. [default: native]")
     ] = None
-    timeout: Annotated[float, Option(help="Longest wait for another rank, in seconds.")] = 600.0
+    timeout: Annotated[float, Option(help="Timeout for a message of another rank, in seconds.")] = 600.0
 
     def completed(self) -> GenerateFlags:
         """These flags with what --from-file adds to them. Raises InputError where no model is named."""

@@ -42,52 +42,57 @@ class ServeFlags(ModelFlags, ParallelFlags):
     """What `shardit serve` was asked for."""
 
     model: Annotated[str, Argument(metavar="MODEL", help="Hub id, diffusers folder or tiny/NAME.")]
-    omni: Annotated[bool, Option("--omni", help="Accepted and without effect, as other servers ask for it.")] = False
-    host: Annotated[
-        str, Option(help="Address to listen on; 0.0.0.0 for all of this machine.", envvar="SHARDIT_HOST")
-    ] = "127.0.0.1"
-    port: Annotated[int, Option(help="TCP port; 0 takes a free one.", envvar="SHARDIT_PORT")] = 8091
+    omni: Annotated[bool, Option("--omni", help="Has no effect; accepted for compatibility with other servers.")] = (
+        False
+    )
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.", envvar="SHARDIT_HOST")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Option(help="TCP port; 0 selects a free one.", envvar="SHARDIT_PORT")] = 8091
     api_key: Annotated[
         list[str] | None,
         Option(help="Key that clients must send; repeat the flag for several. [default: SHARDIT_API_KEY, else none]"),
     ] = None
     served_model_name: Annotated[str | None, Option(help="The model's name for clients. [default: MODEL]")] = None
-    max_in_flight: Annotated[
-        int | None, Option(help="Requests at the same time per copy of the model. [default: what helps and fits]")
+    max_in_flight: Annotated[int | None, Option(help="Requests in flight per replica. [default: automatic]")] = None
+    queue_size: Annotated[int, Option(help="Maximum number of waiting jobs; further requests get status 429.")] = 128
+    jobs_per_key: Annotated[
+        int | None, Option(help="Maximum number of unfinished jobs per API key. [default: no limit]")
     ] = None
-    queue_size: Annotated[int, Option(help="Jobs that may wait; more are answered with 429.")] = 128
-    jobs_per_key: Annotated[int | None, Option(help="Open jobs of one API key. [default: no limit]")] = None
     data_dir: Annotated[
         Path | None,
         Option(
-            help="Folder of jobs and results. [default: one per model in ~/.local/share]", envvar="SHARDIT_DATA_DIR"
+            help="Folder for jobs and results. [default: one per model in ~/.local/share]", envvar="SHARDIT_DATA_DIR"
         ),
     ] = None
-    keep_days: Annotated[float, Option(help="Age in days at which ended jobs are forgotten.")] = 30.0
-    keep_gib: Annotated[float, Option(help="Size of all files at which the oldest are forgotten.")] = 50.0
-    max_pixels: Annotated[int, Option(help="Width x height of a result or input picture at most.")] = Limits.pixels
-    max_frames: Annotated[int, Option(help="Frames of a video at most.")] = Limits.frames
-    max_steps: Annotated[int, Option(help="Denoising steps at most.")] = Limits.steps
+    keep_days: Annotated[float, Option(help="Days after which finished jobs are deleted.")] = 30.0
+    keep_gib: Annotated[
+        float, Option(help="Total size of files in GiB above which the oldest finished jobs are deleted.")
+    ] = 50.0
+    max_pixels: Annotated[int, Option(help="Maximum width x height of a result or input image.")] = Limits.pixels
+    max_frames: Annotated[int, Option(help="Maximum number of frames of a video.")] = Limits.frames
+    max_steps: Annotated[int, Option(help="Maximum number of denoising steps.")] = Limits.steps
     cors_origin: Annotated[
-        list[str] | None, Option(help="Origin whose pages may use the server; repeat the flag for several.")
+        list[str] | None,
+        Option(help="Origin that browsers may send requests from (CORS); repeat the flag for several."),
     ] = None
     fetch_host: Annotated[
-        list[str] | None, Option(help="Host that input pictures may be fetched from by URL; repeat for several.")
+        list[str] | None, Option(help="Host that input images may be downloaded from; repeat the flag for several.")
     ] = None
     dtype: DtypeFlag = None
     attention_backend: Annotated[
         str | None, Option(help="Attention back end, as set_attention_backend in diffusers. [default: native]")
     ] = None
-    step_timeout: Annotated[
-        float, Option(help="Longest time without a step at a size that has not run before, in seconds.")
-    ] = 600.0
+    step_timeout: Annotated[float, Option(help="Timeout for a step at a size that has not run before, in seconds.")] = (
+        600.0
+    )
 
     log_format: Annotated[
         LogFormat,
-        Option(help="Lines of the log; auto: text on a terminal, else JSON.", envvar=FORMAT_VARIABLE),
+        Option(help="Format of the log; auto: text on a terminal, JSON otherwise.", envvar=FORMAT_VARIABLE),
     ] = LogFormat.auto
-    executor: Annotated[Executor, Option(help="Who places the ranks; under torchrun, torchrun does.")] = Executor.local
-    num_nodes: Annotated[int, Option(help="Machines to spread the ranks over, with --executor ray.")] = 1
+    executor: Annotated[Executor, Option(help="Launcher of the ranks; leave it out under torchrun.")] = Executor.local
+    num_nodes: Annotated[int, Option(help="Number of machines, with --executor ray.")] = 1
 
     def options(self) -> ServeOptions:
         """All of it, checked. Raises InputError."""

@@ -1,7 +1,7 @@
 """A component as code outside of it sees it: calls of it and of its parts, and what is read of it.
 
 While a method of the component runs where it is to run, all of its modules are of their own classes; outside, those
-that were reached have an interceptor. A part gets it when it is read from the part above (`vae.decoder`); the others stay
+that were reached have an interceptor. A part gets it when it is read from the part above (`vae.decoder`); others stay
 as they are.
 """
 

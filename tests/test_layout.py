@@ -134,14 +134,14 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1200,
-    "core": 4600,
-    "diffusion": 3500,
-    "engine": 1800,
-    "loading": 1300,
-    "models": 850,
-    "parallel": 3450,
-    "server": 4600,
+    ".": 1210,
+    "core": 4450,
+    "diffusion": 3430,
+    "engine": 1710,
+    "loading": 1280,
+    "models": 800,
+    "parallel": 3310,
+    "server": 4470,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

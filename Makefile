@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export DEMO_STARTED := $(shell date +%s)
-# Tests wait for processes as much as they compute, so there are more workers than a small machine has cores.
-WORKERS ?= 3
+# Processes that run tests, each a whole file: while one waits, another computes.
+WORKERS ?= 2
 
 .PHONY: demo test test-full matrix survey transformers lint api size bench bench-serve install clean
 

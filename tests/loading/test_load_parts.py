@@ -55,11 +55,11 @@ def halves(modules):
 def test_only_owned_bytes_are_read(dtype):
     reads = Reads()
 
-    def place(modules):
+    def owned_halves(modules):
         assert all(p.is_meta for module in modules.values() for p in module.parameters())
         return halves(modules)
 
-    pipe = loaded("tiny/wan2.2-t2v", owned=place, dtype=dtype, reads=reads)
+    pipe = loaded("tiny/wan2.2-t2v", owned=owned_halves, dtype=dtype, reads=reads)
     assert type(pipe).__name__ == "WanPipeline"
     whole = loaded("tiny/wan2.2-t2v", dtype=dtype)
     mine = halves({"transformer": pipe.transformer})["transformer"]
@@ -77,7 +77,7 @@ def test_only_owned_bytes_are_read(dtype):
         assert all(p.is_meta for p in getattr(pipe, name).parameters())
 
 
-def test_place_is_checked():
+def test_unknown_modules_are_refused():
     with pytest.raises(InputError, match="has no module 'transfomer'"):
         loaded("tiny/flux", owned=lambda _: {"transfomer": everything})
 

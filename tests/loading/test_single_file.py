@@ -91,11 +91,11 @@ def test_only_owned_tensors_are_read(files: dict[str, Path]) -> None:
     folder, reads, owned = folder_of("z-image"), Reads(), "layers.0.attention."
     options = model_options(single_files={"transformer": files["z-image"]})
 
-    def place(modules: Any) -> Any:
+    def owned_part(modules: Any) -> Any:
         nothing = dict.fromkeys(modules, lambda key: False)
         return {**nothing, "transformer": lambda key: key.startswith(owned)}
 
-    pipe: Any = loaded(folder, owned=place, reads=reads, options=options)
+    pipe: Any = loaded(folder, owned=owned_part, reads=reads, options=options)
     held = {key: one for key, one in pipe.transformer.named_parameters() if not one.is_meta}
     assert held
     assert all(key.startswith(owned) for key in held)

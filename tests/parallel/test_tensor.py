@@ -206,11 +206,11 @@ def test_only_slices_are_read(name: str) -> None:
     pipes, reads, owned = [], [Reads(), Reads()], [0, 0]
     for rank in (0, 1):
 
-        def place(modules: dict[str, nn.Module], rank: int = rank) -> Any:
+        def owned_by(modules: dict[str, nn.Module], rank: int = rank) -> Any:
             plans = plan_components(modules, roles_of(modules), 2)
             return {n: owned_slices(lambda _: True, plans.get(n), rank) for n in modules}
 
-        pipes.append(loaded(f"tiny/{name}", owned=place, reads=reads[rank]))
+        pipes.append(loaded(f"tiny/{name}", owned=owned_by, reads=reads[rank]))
     whole = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
     modules = {n: m for n, m in whole.components.items() if isinstance(m, nn.Module)}
     plans = plan_components(modules, roles_of(modules), 2)
@@ -234,11 +234,11 @@ def test_only_slices_are_read(name: str) -> None:
 def test_slices_in_another_dtype_are_those_of_the_whole() -> None:
     plans: dict[str, Any] = {}
 
-    def place(modules: dict[str, nn.Module]) -> Any:
+    def owned_by(modules: dict[str, nn.Module]) -> Any:
         plans.update(plan_components(modules, roles_of(modules), 3))
         return {n: owned_slices(lambda _: True, plans.get(n), 1) for n in modules}
 
-    pipe = loaded("tiny/sd3.5", owned=place, dtype="float16")
+    pipe = loaded("tiny/sd3.5", owned=owned_by, dtype="float16")
     whole = tiny.load_plain(tiny.resolve("tiny/sd3.5"), dtype="float16")
     for component, plan in plans.items():
         for key, tensor in getattr(whole, component).named_parameters():

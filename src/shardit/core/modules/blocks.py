@@ -1,4 +1,4 @@
-"""Call sites: finding the block lists of a model, and the interceptor at each block's `__call__`."""
+"""Finds the block lists of a model, and puts the blocks of other ranks on meta."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ async function look() {
     const server = await json("v1/server");
     showServer(server);
     fit(server);
-    $("send").disabled = server.kind === null; // the model is being loaded for the first time
+    $("send").disabled = server.kind === null; // not known before the model is loaded
     if (server.kind !== null) {
       folder = `v1/${server.kind}s`; // images, videos or generations
       await readJobs();

@@ -1,4 +1,5 @@
-"""What the ranks tell of the model, kept in the store so that a server that starts again can check requests at once."""
+"""Signatures and notes of the model before its ranks have loaded it, so that requests can be checked at once: kept in
+the store by an earlier start, or read from the files of the model."""
 
 from __future__ import annotations
 

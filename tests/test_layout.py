@@ -137,11 +137,11 @@ BUDGET = {
     ".": 1210,
     "core": 4450,
     "diffusion": 3430,
-    "engine": 1710,
+    "engine": 2070,
     "loading": 1280,
     "models": 800,
     "parallel": 3310,
-    "server": 4470,
+    "server": 4170,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -214,7 +214,7 @@ def test_bad_request_among_good_ones(flux, bad, place):
     """All three are in flight together; the bad one fails in both of two calls, the others are as if alone."""
     goods = [{"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2, "width": 96}]
     requests = [*goods[:place], {**BAD[bad], "seed": 3}, *goods[place:]]
-    ranks = flux._ranks._fork_server.pids
+    ranks = flux._ranks.placement.fork_server.pids
     outputs = flux.generate(requests, OmniDiffusionSamplingParams(**FLUX))
     failed = outputs.pop(place)
     assert failed.error
@@ -223,7 +223,7 @@ def test_bad_request_among_good_ones(flux, bad, place):
     for good, output in zip(goods, outputs, strict=True):
         assert output.error is None
         assert same(by_diffusers("flux", **good), output.images)
-    assert flux._ranks._fork_server.pids == ranks
+    assert flux._ranks.placement.fork_server.pids == ranks
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])

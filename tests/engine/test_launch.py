@@ -32,7 +32,7 @@ MARK = "only the user's main module has this"
 def say(**values):
     print(json.dumps(values), flush=True)
 def family(omni):
-    return [omni._ranks._fork_server.process.pid, *omni._ranks._fork_server.pids]
+    return [omni._ranks.placement.fork_server.process.pid, *omni._ranks.placement.fork_server.pids]
 def two(model="x", **options):
     return Omni(model, parallel_config=DiffusionParallelConfig(pipeline_parallel_size=2), **options)
 """
@@ -152,11 +152,14 @@ def test_killed_user_process_leaves_nothing(moment):
     start = """
 import threading, time
 def tell():
-    while not (found := Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()):
+    while not (found := children(os.getpid())):
         time.sleep(0.01)
     time.sleep(0.3)
     say(fork_server=int(found[0]))
 from pathlib import Path
+def children(pid):
+    files = Path(f"/proc/{pid}/task").glob("*/children")  # of each thread
+    return [word for file in files for word in file.read_text().split()]
 threading.Thread(target=tell).start()
 """
     script = {
@@ -166,9 +169,13 @@ threading.Thread(target=tell).start()
         "stubborn": generate.format("stop:1 orphan:0 sleep:30"),
     }[moment]
     process, said = began(script)
-    time.sleep(0.2)
-    members = said["family"] if "family" in said else family(said["fork_server"])
-    assert len(living(members)) >= (1 if moment == "imports" else 3)
+    deadline = time.monotonic() + 10
+    while True:
+        members = said["family"] if "family" in said else family(said["fork_server"])
+        if len(living(members)) >= (1 if moment == "imports" else 3):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     process.kill()
     process.communicate(timeout=10)
     assert_gone(members)

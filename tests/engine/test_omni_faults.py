@@ -12,6 +12,7 @@ import pytest
 
 from shardit.config import DiffusionParallelConfig
 from shardit.engine.omni import Omni
+from shardit.engine.process.failure import Timeouts
 from shardit.errors import InputError, RankError, UnsupportedError
 from tests.engine.test_launch import assert_gone, living
 from tests.support.paths import SUPPORT
@@ -21,6 +22,7 @@ from tests.support.paths import SUPPORT
 def stand_in(monkeypatch):
     monkeypatch.setattr(Omni, "_session", "fake_session:Session")
     monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
+    monkeypatch.setattr(Omni, "_timeouts", Timeouts(peer_s=1.5))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -37,7 +39,7 @@ def omni():
 
 
 def fork_server_of(omni: Omni):
-    return omni._ranks._fork_server  # type: ignore[union-attr]
+    return omni._ranks.placement.fork_server  # type: ignore[union-attr]
 
 
 def family_of(omni: Omni) -> list[int]:
@@ -131,8 +133,7 @@ def test_the_root_is_named_not_what_followed(omni):
 
 
 @pytest.mark.parametrize(("deed", "words"), [("abort", "SIGABRT"), ("exit", "exited with code 3")])
-def test_other_ends(omni, monkeypatch, deed, words):
-    monkeypatch.setattr("shardit.engine.process.monitor.PEER_GRACE_S", 1.5)
+def test_other_ends(omni, deed, words):
     error = failure(omni, f"{deed}:1 hang:0")
     assert error.rank == 1
     assert words in error.reason
@@ -149,8 +150,7 @@ def test_hang_past_the_timeout(deed, words):
         assert_works(omni)
 
 
-def test_peers_give_up_on_a_rank_that_hangs(omni, monkeypatch):
-    monkeypatch.setattr("shardit.engine.process.monitor.PEER_GRACE_S", 1.5)
+def test_peers_give_up_on_a_rank_that_hangs(omni):
     error = failure(omni, "peer:0 hang:1")
     assert error.rank == 1
     assert "it hangs" in error.reason

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from shardit.engine.process.channel import Channel
+from shardit.engine.process.loop import Loop
 from shardit.logs import logger
 from shardit.server.entry.serve import listening
 from shardit.server.http.state.supervisor_link import SupervisorClient
@@ -24,7 +25,6 @@ from shardit.server.options import ServeOptions
 from shardit.server.process import heartbeat as heartbeat
 from shardit.server.process.api_process import ApiProcess, start
 from shardit.server.process.heartbeat import ASK_EVERY_S, MAX_STEP_S, PATIENCE_S, START_S, Heartbeat
-from shardit.server.process.loop import Loop
 
 WAIT_S = 120.0
 

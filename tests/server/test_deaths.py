@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.process.messages import Left, OutOfMemory
+from shardit.engine.process.failure import Failure
+from shardit.engine.process.messages import OutOfMemory, RequestFinished
 from shardit.server.supervisor.dispatch import SUSPECT_AFTER
 from shardit.server.supervisor.finish import MAX_DEATHS_ALONE
-from shardit.server.supervisor.rank_group import Down
 from tests.support.played import INFO, Server, played_server
 
 
@@ -27,8 +27,8 @@ def server(tmp_path: Path, request: Any) -> Iterator[Server]:
 def test_ranks_that_differ_are_started_anew(server: Server) -> None:
     first, second = server.put(), server.put()
     key = server.key(first)
-    server.jobs.heard(0, Left(key, "one sum"))
-    server.jobs.heard(1, Left(key, "another"))
+    server.jobs.heard(0, RequestFinished(key, "one sum"))
+    server.jobs.heard(1, RequestFinished(key, "another"))
     (reason,) = server.rank_group.failures
     assert first in reason
     assert [server.state(one) for one in (first, second)] == ["queued", "queued"]
@@ -107,7 +107,7 @@ def test_stops_and_restarts_do_not_count(server: Server) -> None:
 def out_of_memory(server: Server, job_id: str) -> None:
     """As the rank group does it."""
     server.jobs.heard(0, OutOfMemory(server.key(job_id), "tried to allocate 9 GiB"))
-    server.jobs.down(Down("rank 0 ran out of memory", memory=True))
+    server.jobs.down(Failure("rank 0 ran out of memory", memory=True))
     server.jobs.ready([INFO] * server.rank_group.size)
 
 

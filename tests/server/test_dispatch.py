@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.process.messages import Begin, Cancel, Left, Progress
+from shardit.engine.process.failure import Failure
+from shardit.engine.process.messages import Begin, Cancel, Progress, RequestFinished
 from shardit.server.estimate import work_of
 from shardit.server.messages import Changed, Step
 from shardit.server.supervisor import prefetch as prefetcher
-from shardit.server.supervisor.rank_group import Down
 from tests.support.http_fake import picture
 from tests.support.played import INFO, SIGNATURE, Server, played_server
 
@@ -139,7 +139,7 @@ def test_nothing_begins_before_the_ranks_are_up_or_while_they_fail(server: Serve
     first = server.put()
     assert server.running() == []
     server.rank_group.failing = False
-    server.jobs.down(Down("rank 0 has ended"))
+    server.jobs.down(Failure("rank 0 has ended"))
     server.jobs.wake()
     assert server.state(first) == "queued"
     server.jobs.ready([INFO, INFO])
@@ -211,7 +211,7 @@ def test_pictures_are_decoded_beside_the_loop(server: Server, monkeypatch: pytes
     go_on.set()
     server.until(lambda: server.running() == [job_id])
     (sent,) = [message for rank, message in server.rank_group.sent if isinstance(message, Begin) and rank == 1]
-    assert [image.size for image in sent.request.images] == [(32, 24)]
+    assert [image.size for image in sent.load().images] == [(32, 24)]
     server.complete(job_id)
     assert server.state(job_id) == "completed"
 
@@ -336,9 +336,9 @@ def test_deleted_at_any_moment(server: Server, moment: str) -> None:
 def test_a_rank_that_answers_late_changes_nothing(server: Server) -> None:
     job_id = server.put()
     key = server.key(job_id)
-    server.jobs.heard(0, Left(key, "sum"))
+    server.jobs.heard(0, RequestFinished(key, "sum"))
     server.die()
-    server.jobs.heard(1, Left(key, "sum"))
+    server.jobs.heard(1, RequestFinished(key, "sum"))
     server.jobs.heard(0, Progress(key, 3, 4))
     assert server.key(job_id) != key
-    assert server.jobs.running[server.key(job_id)].left == {}
+    assert server.jobs.running[server.key(job_id)].on_ranks.finished == {}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from shardit.server.process.loop import Loop
-from shardit.server.supervisor.rank_group import Down
+from shardit.engine.process.failure import Failure
+from shardit.engine.process.loop import Loop
 from tests.support.played import INFO, Server, broken, played_server
 
 
@@ -47,7 +47,7 @@ def test_a_store_that_fails_altogether_for_a_while(server: Server, monkeypatch: 
         server.leave(ids[0])
         server.write()
         server.jobs.wake()
-        server.jobs.down(Down("rank 0 has ended"))
+        server.jobs.down(Failure("rank 0 has ended"))
         server.jobs.ready([INFO] * server.rank_group.size)
         server.jobs.ends.write_again()
         assert not server.jobs.running

@@ -12,11 +12,12 @@ import pytest
 
 from shardit.core.runtime.request_loop import Interrupted, Program
 from shardit.core.runtime.schedule import Schedule
-from shardit.engine.process.messages import Begin, Ended, Left
-from shardit.engine.rank.serving import Live
-from shardit.server.supervisor import hangs as hang_detector
+from shardit.engine.process import hangs as hang_detector
+from shardit.engine.process.messages import RequestFailed, RequestFinished
+from shardit.engine.rank.serving import ServingWorker, Taken
+from shardit.server.supervisor import patience as patience_module
 from shardit.server.supervisor import running
-from shardit.server.supervisor.hangs import MAX_SIZES, MIN_PATIENCE_S, Patience
+from shardit.server.supervisor.patience import MAX_SIZES, MIN_PATIENCE_S, Patience
 from tests.support.played import Server, played_server
 
 
@@ -30,7 +31,7 @@ def server(tmp_path: Path, request: Any) -> Iterator[Server]:
 def load(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The load average, as many times the number of cores."""
     times = [0.5]
-    monkeypatch.setattr(hang_detector.os, "getloadavg", lambda: (times[0] * (os.cpu_count() or 1), 0.0, 0.0))
+    monkeypatch.setattr(patience_module.os, "getloadavg", lambda: (times[0] * (os.cpu_count() or 1), 0.0, 0.0))
     return times
 
 
@@ -93,7 +94,7 @@ def test_a_hang_is_found(server: Server, monkeypatch: pytest.MonkeyPatch) -> Non
     now[0] += 599
     assert server.jobs.hang_detector.overdue() is None
     now[0] += 2
-    assert server.jobs.hang_detector.overdue() == "no sign of life for 601 s"
+    assert server.jobs.hang_detector.overdue() == ("no progress for 601 s", [0, 1])
     server.complete(first)
     now[0] += 10_000  # idle ranks say nothing
     assert server.jobs.hang_detector.overdue() is None
@@ -112,9 +113,10 @@ def test_a_rank_that_fails_alone_is_named(server: Server, monkeypatch: pytest.Mo
     now = [1000.0]
     monkeypatch.setattr(hang_detector.time, "monotonic", lambda: now[0])
     job_id = server.put()
-    server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
+    server.jobs.heard(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
     now[0] += 601
-    assert server.jobs.hang_detector.overdue() == "no sign of life for 601 s; rank 1 alone failed: KeyError: 'x'"
+    reason = "no progress for 601 s; rank 1 alone ended a request: KeyError: 'x'"
+    assert server.jobs.hang_detector.overdue() == (reason, [0, 1])
 
 
 @pytest.mark.parametrize("server", [{"data_parallel_size": 2}], indirect=True)
@@ -151,7 +153,6 @@ WORKS = 'Thread 0x1 (most recent call first):\n  File "/x/torch/nn/functional.py
 def look(server: Server, monkeypatch: pytest.MonkeyPatch, *stacks: str) -> None:
     """The next look of the supervisor, which finds the ranks so."""
     server.rank_group.stacks = dict(enumerate(stacks))
-    monkeypatch.setattr(hang_detector, "DOUBT_S", 0.0)
     server.jobs.look_after()
 
 
@@ -159,14 +160,14 @@ def test_ranks_that_wait_for_one_that_failed_are_started_anew(server: Server, mo
     job_id = server.put()
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
     assert server.rank_group.looks == 0  # nobody has failed
-    server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
+    server.jobs.heard(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
     look(server, monkeypatch, WORKS.format(1), WAITS.format(2))  # it may come to fail, too
     look(server, monkeypatch, WORKS.format(1), WAITS.format(2))
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
     look(server, monkeypatch, WAITS.format(3), WAITS.format(2))  # it has gone on
     assert server.rank_group.failures == []
     look(server, monkeypatch, WAITS.format(3), WAITS.format(2))
-    assert server.rank_group.failures == ["rank 1 alone failed: KeyError: 'x'"]
+    assert server.rank_group.failures == ["rank 1 failed: it alone ended a request: KeyError: 'x'"]
     assert (server.state(job_id), server.job(job_id).deaths_alone) == ("queued", 1)
 
 
@@ -175,7 +176,7 @@ def test_ranks_that_cannot_be_looked_at_have_time(
     server: Server, monkeypatch: pytest.MonkeyPatch, stacks: tuple[str, str]
 ) -> None:
     job_id = server.put()
-    server.jobs.heard(1, Ended(server.key(job_id), "KeyError: 'x'"))
+    server.jobs.heard(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
     for _ in range(5):
         look(server, monkeypatch, *stacks)
     assert server.rank_group.failures == []
@@ -184,10 +185,10 @@ def test_ranks_that_cannot_be_looked_at_have_time(
 @pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
 def test_replicas_beside_it_may_work(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = server.put(), server.put()
-    server.jobs.heard(2, Ended(server.key(second), "KeyError: 'x'"))
+    server.jobs.heard(2, RequestFailed(server.key(second), "KeyError: 'x'"))
     for line in range(2):
         look(server, monkeypatch, WORKS.format(line), WORKS.format(line), WAITS.format(1), WAITS.format(2))
-    assert server.rank_group.failures == ["rank 2 alone failed: KeyError: 'x'"]
+    assert server.rank_group.failures == ["rank 2 failed: it alone ended a request: KeyError: 'x'"]
     assert [server.state(one) for one in (first, second)] == ["queued", "queued"]
 
 
@@ -196,7 +197,10 @@ def test_replicas_beside_it_may_work(server: Server, monkeypatch: pytest.MonkeyP
 def test_a_rank_that_fails_where_another_is_through(server: Server, cancelled: bool, order: int) -> None:
     job_id = server.put()
     key = server.key(job_id)
-    for rank, message in [(0, Left(key, "sum", cancelled=cancelled)), (1, Ended(key, "KeyError: 'x'"))][::order]:
+    for rank, message in [
+        (0, RequestFinished(key, "sum", cancelled=cancelled)),
+        (1, RequestFailed(key, "KeyError: 'x'")),
+    ][::order]:
         assert server.rank_group.failures == []
         server.jobs.heard(rank, message)
     (reason,) = server.rank_group.failures
@@ -207,12 +211,12 @@ def test_all_ranks_that_fail_alike_are_left_alone(server: Server, monkeypatch: p
     job_id = server.put()
     key = server.key(job_id)
     for rank in range(2):
-        server.jobs.heard(rank, Ended(key, "ValueError: height"))
+        server.jobs.heard(rank, RequestFailed(key, "ValueError: height"))
     for _ in range(5):
         look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
-    server.jobs.heard(0, Left(key, "sum", error="ValueError: height"))
+    server.jobs.heard(0, RequestFinished(key, "sum", error="ValueError: height"))
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
-    server.jobs.heard(1, Left(key, "sum", error="ValueError: height"))
+    server.jobs.heard(1, RequestFinished(key, "sum", error="ValueError: height"))
     assert server.state(job_id) == "failed"
     assert server.rank_group.failures == []
     assert server.rank_group.looks == 0
@@ -240,11 +244,11 @@ def test_a_cancelled_job_leaves_when_its_calls_in_flight_have_ended() -> None:
         mesh=SimpleNamespace(sizes={"pp": 2}, rank=0),
         leads=False,
         waited_s=0.0,
+        spec=SimpleNamespace(of_server=True),
     )
-    live = Live(session, channel)  # pyright: ignore[reportArgumentType]
+    worker = ServingWorker(session, channel)  # pyright: ignore[reportArgumentType]
     program = Program(lambda: None, 1, error=Interrupted())
-    live.running[program] = Begin(7, SimpleNamespace())  # pyright: ignore[reportArgumentType]
-    live.begun[7] = 0.0
+    worker.running[program] = Taken(7, SimpleNamespace())
     assert not flight.finished
-    live.leave(program)
+    worker.finish(program)
     assert said == [(True, True)]

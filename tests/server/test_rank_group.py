@@ -12,9 +12,10 @@ import pytest
 
 from shardit.config import DiffusionParallelConfig
 from shardit.engine.process.channel import Channel
+from shardit.engine.process.failure import Failure, Timeouts
+from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import Ready, SessionSpec
-from shardit.server.process.loop import Loop
-from shardit.server.supervisor.rank_group import Down, RankGroup
+from shardit.engine.process.rank_group import RankGroup
 
 STACK = 'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in wait\n  File "y.py", line 2 in run\n'
 
@@ -27,20 +28,26 @@ class Played:
         self.answer = threading.Event()
         self.ends: list[Channel] = []
         self.ups: list[Any] = []
-        self.downs: list[Down] = []
+        self.downs: list[Failure] = []
         self.loop = Loop(lambda: None)
-        spec = SessionSpec("x", DiffusionParallelConfig(pipeline_parallel_size=2), live=True)
+        spec = SessionSpec("x", DiffusionParallelConfig(pipeline_parallel_size=2), of_server=True)
         self.rank_group = RankGroup(
-            spec, self, self.loop, on_up=self.ups.append, on_down=self.downs.append, on_message=lambda *_: None
+            spec,
+            self,
+            self.loop,
+            on_up=self.ups.append,
+            on_down=self.downs.append,
+            on_message=lambda *_: None,
+            timeouts=Timeouts(closed_s=0.2),
         )
 
-    def start(self, spec: SessionSpec) -> list[Channel]:
+    def start(self, spec: SessionSpec, report: Any) -> list[Channel]:
         pairs = [socket.socketpair() for _ in range(2)]
         self.ends = [Channel(theirs) for _, theirs in pairs]
         return [Channel(ours) for ours, _ in pairs]
 
-    def kill(self) -> dict[int, str]:
-        return {}
+    def kill(self) -> None:
+        pass
 
     def stop(self, code: int = 0) -> None:
         pass
@@ -78,32 +85,32 @@ def played() -> Any:
 
 
 def test_a_hang_tells_where_ranks_are_and_holds_up_nobody(played: Played) -> None:
-    played.rank_group.hang("no sign of life for 12 s")
+    played.rank_group.hang("no progress for 12 s", [0, 1])
     assert played.rank_group.failing
     assert played.downs == []  # the answer takes its time, the loop goes on
     played.answer.set()
     played.until(lambda: played.downs)
     (down,) = played.downs
-    assert down.reason == 'no sign of life for 12 s; rank 0: File "x.py", line 1 in wait; rank 1: it does not react'
+    assert down.reason == 'no progress for 12 s; rank 0: File "x.py", line 1 in wait; rank 1: it does not react'
 
 
 @pytest.mark.parametrize("stacks", [{}, OSError("the fork server is gone"), ValueError("half a message")])
 def test_a_hang_of_ranks_that_cannot_be_looked_at(played: Played, stacks: Any) -> None:
     played.stacks_now = stacks
     played.answer.set()
-    played.rank_group.hang("no sign of life for 12 s")
+    played.rank_group.hang("no progress for 12 s", [0, 1])
     played.until(lambda: played.downs)
-    assert [down.reason for down in played.downs] == ["no sign of life for 12 s"]
+    assert [down.reason for down in played.downs] == ["no progress for 12 s"]
 
 
 def test_a_rank_that_ends_meanwhile_is_told_once(played: Played) -> None:
-    played.rank_group.hang("no sign of life for 12 s")
+    played.rank_group.hang("no progress for 12 s", [0, 1])
     played.ends[1].close()
     played.settled()
     played.answer.set()
     played.until(lambda: played.downs)
     played.settled()
-    assert [down.reason[:24] for down in played.downs] == ["no sign of life for 12 s"]
+    assert [down.reason[:20] for down in played.downs] == ["no progress for 12 s"]
 
 
 def test_what_was_seen_of_ranks_that_are_gone_is_not_told(played: Played) -> None:
@@ -111,7 +118,7 @@ def test_what_was_seen_of_ranks_that_are_gone_is_not_told(played: Played) -> Non
     played.rank_group.look(seen.append)
     played.ends[1].close()
     played.until(lambda: played.downs)
-    assert played.downs[0].reason == "rank 1 has ended"
+    assert played.downs[0].text == "rank 1 failed: its connection has closed"
     played.answer.set()
     played.settled()
     assert seen == []

@@ -17,6 +17,8 @@ from PIL import Image
 
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.engine.process.channel import Channel
+from shardit.engine.process.messages import Progress, RequestFinished
 from shardit.errors import InputError, UnsupportedError
 
 PRELOAD = ()  # neither torch nor diffusers: these tests start many processes
@@ -36,7 +38,25 @@ class Session:
         self.info = {"signature": SIGNATURE, "notes": [init_method]}
         act(spec.model, "start", rank)
 
-    def generate(self, requests: list[Any], on_progress: Any, on_error: Any = None) -> dict[int, Any]:
+    def serve(self, channel: Channel) -> None:
+        """One request after the other. An InputError is as one that cannot be loaded."""
+        while True:
+            begin = channel.recv()
+
+            def report(_: int, step: int, total: int, key: int = begin.key) -> None:
+                if self.leads:
+                    channel.send(Progress(key, step, total))
+
+            try:
+                output = self.generate([begin.load()], report)
+            except InputError as error:
+                channel.send(RequestFinished(begin.key, None, error=str(error), refused=True))
+            else:
+                channel.send(
+                    RequestFinished(begin.key, "start", output=next(iter(output.values()), None), peak_bytes=1)
+                )
+
+    def generate(self, requests: list[Any], on_progress: Any) -> dict[int, Any]:
         outputs = {}
         for request in requests:
             steps = request.kwargs.get("num_inference_steps", 2)

@@ -17,7 +17,7 @@ class Session(fake_session.Session):
         dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
         super().__init__(spec, rank=rank, world_size=world_size, init_method=init_method)
 
-    def generate(self, requests: list[Any], on_progress: Any, on_error: Any = None) -> dict[int, Any]:
+    def generate(self, requests: list[Any], on_progress: Any) -> dict[int, Any]:
         total = torch.tensor([self.rank + 1.0])
         dist.all_reduce(total)
         outputs = super().generate(requests, on_progress)

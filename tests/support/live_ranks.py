@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig
-from shardit.engine.process.messages import SESSION, Begin, Cancel, Left, Progress, SessionSpec
+from shardit.engine.process.channel import Packed
+from shardit.engine.process.failure import Failure
+from shardit.engine.process.loop import Loop
+from shardit.engine.process.messages import SESSION, Begin, Cancel, Progress, RequestFinished, SessionSpec
+from shardit.engine.process.placement import LocalPlacement
+from shardit.engine.process.rank_group import RankGroup
 from shardit.models import tiny
 from shardit.server.jobs.job_request import build_request
-from shardit.server.placement.local import LocalPlacement
-from shardit.server.process.loop import Loop
-from shardit.server.supervisor.rank_group import Down, RankGroup
 
 WAIT_S = 240.0
 
@@ -26,12 +28,12 @@ class LiveRanks:
         self.model = model
         self.said: list[tuple[int, Any]] = []
         self.ups: list[list[dict[str, Any]]] = []
-        self.downs: list[Down] = []
+        self.downs: list[Failure] = []
         self._changed = threading.Condition()
         self.loop = Loop(lambda: None)
         config = DiffusionParallelConfig(**sizes)
         spec = SessionSpec(
-            f"tiny/{model}", config, max_in_flight=max_in_flight, session=session, live=True, timeout_s=60
+            f"tiny/{model}", config, max_in_flight=max_in_flight, session=session, of_server=True, timeout_s=60
         )
         self.rank_group = RankGroup(
             spec,
@@ -55,19 +57,17 @@ class LiveRanks:
         """Send a request to all ranks of the first replica."""
         call = {**tiny.defaults(self.model), "prompt": "a cat", **chosen}
         request = build_request(call, seed, [], self.ups[-1][0])
-        for rank in range(self.rank_group.size):
-            self.loop.call(self.rank_group.send, rank, Begin(key, request))
+        self.loop.call(self.rank_group.send, range(self.rank_group.size), Begin(key, Packed.of(request)))
 
     def cancel(self, key: int) -> None:
         """Cancel it on all ranks."""
-        for rank in range(self.rank_group.size):
-            self.loop.call(self.rank_group.send, rank, Cancel(key))
+        self.loop.call(self.rank_group.send, range(self.rank_group.size), Cancel(key))
 
-    def ends(self, key: int) -> list[Left]:
+    def ends(self, key: int) -> list[RequestFinished]:
         """Wait until all ranks are through with a request; what they said, the first rank's first."""
 
-        def found() -> list[tuple[int, Left]]:
-            return [(rank, m) for rank, m in list(self.said) if isinstance(m, Left) and m.key == key]
+        def found() -> list[tuple[int, RequestFinished]]:
+            return [(rank, m) for rank, m in list(self.said) if isinstance(m, RequestFinished) and m.key == key]
 
         self.wait(lambda: len(found()) == self.rank_group.size or bool(self.downs))
         assert not self.downs, self.downs
@@ -75,7 +75,7 @@ class LiveRanks:
 
     def steps(self, key: int) -> list[int]:
         """The steps that were reported so far."""
-        return [m.step for _, m in list(self.said) if isinstance(m, Progress) and m.index == key]
+        return [m.step for _, m in list(self.said) if isinstance(m, Progress) and m.key == key]
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Until something holds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,14 @@ from PIL import Image
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
-from shardit.engine.process.messages import Cancel, Left, Progress
+from shardit.engine.process.failure import Failure, Timeouts
+from shardit.engine.process.loop import Loop
+from shardit.engine.process.messages import Cancel, Progress, RequestFinished
 from shardit.server.jobs.job import Job, NewJob
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
-from shardit.server.process.loop import Loop
 from shardit.server.supervisor.dispatch import Dispatcher
 from shardit.server.supervisor.metrics import SupervisorMetrics
-from shardit.server.supervisor.rank_group import Down
 
 SIGNATURE = PipelineSignature("FakePipeline", ("prompt", "image", "height", "width", "num_inference_steps"))
 INFO = {"signature": SIGNATURE, "memory": {"held": 1, "limit": None}}
@@ -32,22 +32,25 @@ INFO = {"signature": SIGNATURE, "memory": {"held": 1, "limit": None}}
 class FakeFleet:
     """Plays the part of `RankGroup`: nothing runs, and what ranks say is up to the test."""
 
-    def __init__(self, size: int, on_down: Callable[[Down], None]):
+    def __init__(self, size: int, on_down: Callable[[Failure], None]):
         self.size, self.on_down = size, on_down
         self.failing = False
+        self.timeouts = Timeouts(doubt_s=0.0)
+        self.explain: Any = None
         self.sent: list[tuple[int, Any]] = []
         self.failures: list[str] = []
         self.stacks: dict[int, str] = {}
         self.looks = 0
 
-    def send(self, rank: int, message: Any) -> None:
-        self.sent.append((rank, message))
+    def send(self, ranks: Iterable[int], message: Any) -> None:
+        self.sent += [(rank, message) for rank in ranks]
 
-    def fail(self, reason: str) -> None:
-        self.failures.append(reason)
-        self.on_down(Down(reason))
+    def fail(self, reason: str, rank: int = -1) -> None:
+        failure = Failure(reason, rank=rank)
+        self.failures.append(failure.text)
+        self.on_down(failure)
 
-    def hang(self, reason: str) -> None:
+    def hang(self, reason: str, silent: Iterable[int]) -> None:
         self.fail(reason)
 
     def look(self, seen: Callable[[dict[int, str]], None]) -> None:
@@ -138,7 +141,7 @@ class Server:
         for rank in ranks:
             good = rank == ranks[0] and not more
             output = Output("a cat", 1, [Image.new("RGB", (8, 8))]) if good else None
-            self.jobs.heard(rank, Left(key, None if more.get("cancelled") else "sum", output=output, **more))
+            self.jobs.heard(rank, RequestFinished(key, None if more.get("cancelled") else "sum", output=output, **more))
 
     def complete(self, job_id: str) -> None:
         self.leave(job_id)
@@ -158,7 +161,7 @@ class Server:
 
     def die(self, reason: str = "rank 1 has ended") -> None:
         """The ranks die and come back."""
-        self.jobs.down(Down(reason))
+        self.jobs.down(Failure(reason))
         assert not self.jobs.running
         self.jobs.ready([INFO] * self.rank_group.size)
 

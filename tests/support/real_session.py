@@ -1,11 +1,11 @@
 """The real session, with faults on demand: words of a prompt such as "raise:1:2" mean: on rank 1, after 2 steps, raise.
 
-"keep:4" in the first prompt: keep 4 plans during that call. The outputs tell how many there are.
+"keep:4" in a prompt: keep 4 plans from that request on. "plans?": the last warning of the output tells how many there
+are.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import time
@@ -21,13 +21,10 @@ MAX_SIGNATURES = known_plans.MAX_SIGNATURES
 
 
 class Session(session.Session):
-    def generate(self, requests: list[Any], *callbacks: Any) -> dict[int, Any]:
-        words = (requests[0].prompt or "").partition("keep:")[2].split()
+    def program(self, request: Any, on_progress: Any) -> Any:
+        words = (request.prompt or "").partition("keep:")[2].split()
         known_plans.MAX_SIGNATURES = int(words[0]) if words else MAX_SIGNATURES
-        outputs = super().generate(requests, *callbacks)
-        kept = [len(getattr(self._pipe, name).shardit_stages.plans) for name in self._assignment.cut]
-        more = {"plans": max(kept)}
-        return {i: dataclasses.replace(o, metrics={**o.metrics, **more}) for i, o in outputs.items()}
+        return super().program(request, on_progress)
 
     def _function(self, request: Any, on_progress: Any) -> Any:
         deeds = [word.split(":") for word in (request.prompt or "").split() if word.count(":") == 2]
@@ -38,7 +35,16 @@ class Session(session.Session):
                 if int(rank) == self.mesh.rank and int(at) == step:
                     DEEDS[deed]()
 
-        return super()._function(request, progress)
+        run = super()._function(request, progress)
+
+        def with_plans() -> Any:
+            result, seconds, lines = run()
+            if "plans?" in (request.prompt or ""):
+                kept = [len(getattr(self._pipe, name).shardit_stages.plans) for name in self._assignment.cut]
+                lines = [*lines, f"plans {max(kept)}"]
+            return result, seconds, lines
+
+        return with_plans
 
 
 def fail() -> None:

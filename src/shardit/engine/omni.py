@@ -6,21 +6,19 @@ import contextlib
 import functools
 import inspect
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import ModelOptions, model_options, split_model
 from shardit.diffusion.preflight import preflight
-from shardit.engine.process.channel import Channel, Closed, encode
-from shardit.engine.process.fork_client import ForkServer
-from shardit.engine.process.messages import SESSION, Done, Generate, Outputs, Progress, Ready, SessionSpec
-from shardit.engine.process.monitor import Monitor
+from shardit.engine.local_ranks import LocalRanks
+from shardit.engine.process.failure import Timeouts
+from shardit.engine.process.messages import SESSION, SessionSpec
 from shardit.engine.process.process import started_by_torchrun
-from shardit.engine.rank.worker import JoinedRanks, in_order, with_peaks
-from shardit.errors import InputError, RankError
+from shardit.engine.rank.worker import JoinedRanks
+from shardit.errors import InputError
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
     from shardit.diffusion.request.pipeline_signature import PipelineSignature
 
-OnProgress = Callable[[int, int, int], None]
-CLOSE_GRACE_S = 1.0
 MAX_TIMEOUT_S = 1_000_000
 """Eleven days; poll() counts milliseconds in 31 bits."""
 
@@ -53,7 +49,8 @@ class Omni:
     rank fails. Under torchrun no processes are started, and every rank makes its own Omni with the same arguments.
     """
 
-    _session = SESSION  # tests put a stand-in here
+    _session = SESSION  # tests put a stand-in here, and shorter times
+    _timeouts = Timeouts()
 
     def __init__(
         self,
@@ -93,7 +90,7 @@ class Omni:
         spec = _spec(model, config, dtype, device, max_in_flight, timeout_s, attention_backend, options, self._session)
         if self._session == SESSION:
             preflight.check(spec.model, config, options, dtype=spec.dtype, attention_backend=spec.attention_backend)
-        self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec)
+        self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec, self._timeouts)
         self._finalizer = weakref.finalize(self, self._ranks.close)
         try:
             self._ranks.start()
@@ -161,101 +158,6 @@ class Omni:
         self.close()
 
 
-class LocalRanks:
-    """Rank processes on this machine. They are ended when one of them fails, and started anew when needed."""
-
-    def __init__(self, spec: SessionSpec):
-        self.spec = spec
-        self.info: dict[str, Any] = {}
-        self.owner = os.getpid()
-        self._fork_server: ForkServer | None = None
-        self._channels: list[Channel] = []
-        self._lock = threading.RLock()
-
-    def start(self) -> None:
-        """Start the ranks and wait until they have loaded the model."""
-        with self._lock, self._ending_ranks_on_error():
-            if self._fork_server is None or not self._fork_server.alive:
-                self._fork_server = ForkServer(self.spec.timeout_s)
-                self._fork_server.check(self.spec)
-            self._channels = self._fork_server.start(self.spec, self.spec.config.world_size)
-            ready = Monitor(self._fork_server, self._channels, self.spec.timeout_s).collect(Ready)
-            self.info = ready[0].info
-
-    def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
-        """Run the requests that `build` makes on all ranks."""
-        if os.getpid() != self.owner:
-            raise InputError("this Omni was made by another process; make one in the process that uses it")
-        message = _encode(Generate(build()))
-        with self._lock:
-            if not self._channels:
-                self.start()
-            with self._ending_ranks_on_error():
-                result = self._run(message, on_progress)
-        if isinstance(result, InputError):
-            raise result
-        return result
-
-    def close(self) -> None:
-        """End everything."""
-        if self._fork_server is None or os.getpid() != self.owner:
-            return  # nothing is there, or this is a fork of the process that made it
-        if not self._lock.acquire(timeout=0.1):
-            self._fork_server.stop()  # another thread is in `generate`, which fails by this
-            return
-        try:
-            if self._channels:
-                self._end_ranks(CLOSE_GRACE_S)
-            self._fork_server.stop()
-        finally:
-            self._lock.release()
-
-    def _run(self, message: list[Any], on_progress: OnProgress) -> list[Output] | InputError:
-        assert self._fork_server is not None
-        outputs: dict[int, Output] = {}
-
-        def on_message(message: Any) -> None:
-            if isinstance(message, Progress):
-                on_progress(message.index, message.step, message.total)
-            elif isinstance(message, Outputs):
-                outputs.update(message.outputs)
-
-        for channel in self._channels:
-            # A rank that is gone or stuck is found, and named, by the watch.
-            with contextlib.suppress(Closed, TimeoutError):
-                channel.send_encoded(message)
-        together = len(self._channels) // self.spec.config.data_parallel_size
-        watch = Monitor(self._fork_server, self._channels, self.spec.timeout_s, together)
-        try:
-            done = watch.collect(Done, on_message)
-        except InputError as error:
-            if watch.silent or watch.failures or watch.answers:
-                raise
-            return error  # all ranks refused alike and wait for the next request
-        return with_peaks(in_order(outputs), [answer.peak_bytes for answer in done])
-
-    @contextlib.contextmanager
-    def _ending_ranks_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except (Closed, TimeoutError) as error:
-            state = f"did not answer in time: raise timeout_s (--timeout), which is {self.spec.timeout_s:g} s"
-            if isinstance(error, Closed) and self._fork_server is not None:
-                state = self._fork_server.how_it_ended()
-            self._end_ranks()
-            raise RankError(-1, f"the process that starts ranks {state}") from None
-        except BaseException:
-            self._end_ranks()
-            raise
-
-    def _end_ranks(self, grace_s: float = 0.0) -> None:
-        channels, self._channels = self._channels, []
-        for channel in channels:
-            channel.close()
-        if self._fork_server is not None:
-            self._fork_server.kill(grace_s)
-
-
 class Bars:
     """A progress bar for each request."""
 
@@ -282,13 +184,6 @@ class Bars:
         """Leave the bars as they are and end their lines."""
         for bar in self._bars.values():
             bar.close()
-
-
-def _encode(message: Generate) -> list[Any]:
-    try:
-        return encode(message)
-    except Exception as error:
-        raise InputError(f"a request holds an object that cannot be sent to the ranks: {error}") from error
 
 
 def _spec(

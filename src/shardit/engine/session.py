@@ -39,7 +39,9 @@ from shardit.diffusion.run.processors import check_in_flight, processors_put_bac
 from shardit.diffusion.run.progress import report_progress
 from shardit.diffusion.sharding.layout import lay_out
 from shardit.engine.nodes.node_facts import fingerprint, versions
+from shardit.engine.process.channel import Channel
 from shardit.engine.process.memory import held_bytes, limit_bytes
+from shardit.engine.rank.serving import serve
 from shardit.errors import InputError, RankError, first_filled_line
 from shardit.loading.dtypes import check_components
 from shardit.loading.hub import cached
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from shardit.engine.process.messages import SessionSpec
 
 OnProgress = Callable[[int, int, int], None]
-OnError = Callable[[int, Exception], None]
 
 
 def check(spec: SessionSpec) -> None:
@@ -106,16 +107,15 @@ class Session:
             "memory": {"held": held_bytes(), "limit": limit_bytes(ranks_here(self.mesh.world_size))},
         }
 
-    def generate(
-        self, requests: list[Request], on_progress: OnProgress, on_error: OnError | None = None
-    ) -> dict[int, Output]:
-        """Run the requests, several at once. The outputs of a replica of the data axis, by the number of the request,
-        are on its first rank; the others get {}.
+    def serve(self, channel: Channel) -> None:
+        """Run the requests that arrive at a channel until it is closed."""
+        serve(self, channel)
 
-        `on_error` is told what ends a request on this rank, before the ranks compare notes: if it ends here alone, the
-        others may never come to do so.
+    def generate(self, requests: list[Request], on_progress: OnProgress) -> dict[int, Output]:
+        """Run requests that all ranks have, several at once, without a process that watches the ranks (torchrun). The
+        outputs of a replica of the data axis, by the number of the request, are on its first rank; the others get {}.
 
-        What a request does wrong ends that request alone. Raises RankError where ranks come to differ.
+        A mistake in a request ends that request alone. Raises RankError if ranks come to differ.
         """
         outputs: dict[int, Output] = {}
         programs = {}
@@ -125,13 +125,11 @@ class Session:
             replicas = self.mesh.sizes["dp"]
             for position in range(self.mesh.coords["dp"], len(requests), replicas):
                 program = self.program(requests[position], on_progress)
-                programs[id(program)] = position
+                programs[program] = position
                 yield program
 
         for program in self.turns.run(make(), self.spec.max_in_flight):
-            position = programs.pop(id(program))
-            if program.error is not None and on_error is not None:
-                on_error(position, program.error)
+            position = programs.pop(program)
             if program.error is not None:
                 self.agree((position, type(program.error).__name__), f"here: {program.error!r}")
             starts.append((position, program.start))

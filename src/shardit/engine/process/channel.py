@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _COUNT = struct.Struct("<I")
@@ -21,6 +22,26 @@ def encode(message: object) -> list[Any]:
     parts = [pickler.dumps(message), *(buffer.raw() for buffer in buffers)]
     header = _COUNT.pack(len(parts)) + b"".join(_LENGTH.pack(len(part)) for part in parts)
     return [header + parts[0], *parts[1:]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A pickled object within a message, which its receiver unpickles by itself: a failure to do so spoils this object
+    alone. Large buffers are not copied."""
+
+    parts: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, value: object) -> Packed:
+        """Pickle an object."""
+        buffers: list[pickle.PickleBuffer] = []
+        data = _Pickler(buffers.append).dumps(value)
+        return cls((pickle.PickleBuffer(data), *buffers))
+
+    def load(self) -> Any:
+        """The object."""
+        data, *buffers = self.parts
+        return pickle.loads(data, buffers=buffers)
 
 
 class Closed(EOFError):

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.messages import (
     Check,
+    Checked,
     Dump,
+    Exited,
     Failed,
-    Gone,
     Kill,
+    RanksStopped,
     Refused,
     SessionSpec,
     Stacks,
@@ -30,21 +36,32 @@ FORK_SERVER = "shardit.engine.rank.fork_server"
 """The module that runs in the process which forks the ranks."""
 STOP_WAIT_S = 6.0
 IMPORT_WAIT_S = 120.0
-"""The imports may take longer than a short timeout, which is about ranks that hang, allows."""
 
 
 class ForkServer:
-    """A running fork server process. Nothing of it is left after `stop`, nor after the end of this process."""
+    """A running fork server process. Nothing of it is left after `stop`, nor after the end of this process.
 
-    def __init__(self, timeout_s: float):
+    on_exit(rank, code) when a rank has ended; on_end(how) when the fork server itself has. Both are called in the
+    thread that reads its messages.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        on_exit: Callable[[int, int], None] = lambda *_: None,
+        on_end: Callable[[str], None] = lambda _: None,
+    ):
         if not hasattr(os, "fork") or not hasattr(socket, "send_fds"):
             raise InputError("rank processes need fork, which this system does not have; use Linux or macOS")
         self.timeout_s = timeout_s
         self.pids: list[int] = []
         self.directory: str | None = None
+        self._on_exit, self._on_end = on_exit, on_end
         self._checked = False
+        self._asking = threading.Lock()  # one question at a time
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         ours, theirs = socket.socketpair()
-        self.control = Channel(ours, timeout_s)
+        self.control = Channel(ours)
         with theirs:
             self.process = subprocess.Popen(
                 command(FORK_SERVER, theirs.fileno(), os.getpid()),
@@ -53,6 +70,7 @@ class ForkServer:
                 env=fork_server_environment(),
                 **OWN_GROUP,
             )
+        threading.Thread(target=self._read, daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -61,10 +79,8 @@ class ForkServer:
 
     def check(self, spec: SessionSpec) -> None:
         """Import what ranks need; raise InputError for mistakes that show before there are ranks."""
-        self.control.socket.settimeout(max(self.timeout_s, IMPORT_WAIT_S))
-        self.control.send(Check(spec))
-        answer = self.control.recv()
-        self.control.socket.settimeout(self.timeout_s)
+        # The imports may take longer than a short timeout, which is about ranks that hang, allows.
+        answer = self._ask(Check(spec), max(self.timeout_s, IMPORT_WAIT_S), Checked, Refused, Failed)
         self._checked = True
         if isinstance(answer, Refused):
             raise answer.error()
@@ -74,37 +90,63 @@ class ForkServer:
     def start(self, spec: SessionSpec, world_size: int) -> list[Channel]:
         """Fork the ranks; returns a channel to each."""
         pairs = [socket.socketpair() for _ in range(world_size)]
+        message = Start(spec, world_size, threads_per_rank(world_size))
         try:
-            self.control.send(Start(spec, world_size, threads_per_rank(world_size)))
-            socket.send_fds(self.control.socket, [b"."], [theirs.fileno() for _, theirs in pairs])
-        except OSError as error:
-            raise Closed(str(error)) from error
+            started = self._ask(message, self.timeout_s, Started, fds=[theirs.fileno() for _, theirs in pairs])
         finally:
             for _, theirs in pairs:
                 theirs.close()
-        started = self.receive(Started)
         self.pids, self.directory = started.pids, started.directory
-        return [Channel(ours, spec.timeout_s) for ours, _ in pairs]
+        return [Channel(ours) for ours, _ in pairs]
 
-    def stacks(self) -> dict[int, str]:
-        """Where each living rank is."""
-        self.control.send(Dump())
-        return self.receive(Stacks).by_rank
+    def stacks(self, timeout_s: float) -> dict[int, str]:
+        """The stack of each living rank."""
+        return self._ask(Dump(), timeout_s, Stacks).by_rank
 
     def kill(self, grace_s: float = 0.0) -> None:
-        """End the ranks; the fork server stays. Where that fails, everything ends."""
+        """End the ranks; the fork server stays. If that fails, everything ends."""
         if not self._checked:
             self.stop()
             return
         try:
-            self.control.socket.settimeout(STOP_WAIT_S + grace_s)
-            self.control.send(Kill(grace_s))
-            self.receive(Gone)
-            self.control.socket.settimeout(self.timeout_s)
+            self._ask(Kill(grace_s), STOP_WAIT_S + grace_s, RanksStopped)
         except BaseException as error:
             self.stop()
             if not isinstance(error, Exception):
                 raise
+
+    def _ask(self, message: Any, timeout_s: float, *wanted: type, fds: Sequence[int] = ()) -> Any:
+        """Send a message and wait for the answer. Raises Closed, TimeoutError."""
+        with self._asking:
+            try:
+                self.control.send(message)
+                if fds:
+                    socket.send_fds(self.control.socket, [b"."], list(fds))
+            except OSError as error:
+                raise Closed(str(error)) from error
+            deadline = time.monotonic() + timeout_s
+            while True:
+                try:
+                    answer = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    raise TimeoutError("the fork server does not answer") from None
+                if answer is _END:
+                    self._answers.put(_END)  # for those who ask later
+                    raise Closed("the fork server is gone")
+                if isinstance(answer, wanted):  # another is the late answer to a question that was given up
+                    return answer
+
+    def _read(self) -> None:
+        with contextlib.suppress(Closed, OSError):
+            while True:
+                message = self.control.recv()
+                if isinstance(message, Exited):
+                    self._on_exit(message.rank, message.code)
+                else:
+                    self._answers.put(message)
+        self.control.close()
+        self._answers.put(_END)
+        self._on_end(self.how_it_ended())
 
     def stop(self) -> None:
         """End the fork server, which ends the ranks; if it has to be killed, the kernel ends them (Linux)."""
@@ -131,11 +173,8 @@ class ForkServer:
             return "closed its socket"
         return describe_exit(code)
 
-    def receive(self, wanted: type) -> Any:
-        """Wait for one kind of message; exits of ranks seen meanwhile show as the end of their channels."""
-        while not isinstance(message := self.control.recv(), wanted):
-            pass
-        return message
+
+_END = object()
 
 
 def fork_server_environment() -> dict[str, str]:

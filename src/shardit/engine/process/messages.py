@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shardit.diffusion.loading.model_options import ModelOptions
+from shardit.engine.process.channel import Packed
 from shardit.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ class SessionSpec:
     session: str = SESSION
     attention_backend: str | None = None
     options: ModelOptions = field(default_factory=ModelOptions)
-    live: bool = False
-    """Whether requests come and go one by one (`Begin`, `Cancel`) rather than in batches (`Generate`)."""
+    of_server: bool = False
+    """Whether the ranks belong to a server: they log as JSON, and outputs have arrays in place of tensors, as its
+    supervisor imports no torch."""
 
 
 # From the user's process to the fork server.
@@ -59,7 +61,7 @@ class Dump:
 
 @dataclass(frozen=True)
 class Kill:
-    """End the ranks, those that do not leave by themselves within `grace_s` by SIGKILL; answered by Gone."""
+    """End the ranks, those that do not leave by themselves within `grace_s` by SIGKILL; answered by RanksStopped."""
 
     grace_s: float = 0.0
 
@@ -96,7 +98,7 @@ class Stacks:
 
 
 @dataclass(frozen=True)
-class Gone:
+class RanksStopped:
     """No rank is left."""
 
 
@@ -104,21 +106,24 @@ class Gone:
 
 
 @dataclass(frozen=True)
-class Generate:
-    """Run these requests; answered by Done, Refused or Failed from every rank."""
-
-    requests: list[Any]
-
-
-@dataclass(frozen=True)
 class Begin:
-    """Take up a request beside those in flight; answered by `Left`. All ranks of a replica get the same `Begin` and
-    `Cancel` messages in the same order, and act on them in the same round."""
+    """Start a request next to those in flight; answered by `RequestFinished`. All ranks of a replica get the same
+    `Begin` and `Cancel` messages in the same order, and act on them in the same round."""
 
     key: int
-    request: Any
+    request: Packed
     request_id: str = ""
     """For logs."""
+
+    def load(self) -> Any:
+        """The request. Raises InputError if this process cannot unpickle it."""
+        try:
+            return self.request.load()
+        except Exception as error:
+            raise InputError(
+                f"a request holds an object that the rank processes cannot load ({error}); pass plain values, "
+                "or objects whose class or function is in an importable module"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -140,26 +145,27 @@ class Ready:
 
 @dataclass(frozen=True)
 class Progress:
-    """Request `index` has finished `step` of `total` steps (rank 0 only)."""
+    """A request has finished `step` of `total` steps (first rank of a replica only)."""
 
-    index: int
+    key: int
     step: int
     total: int
 
 
 @dataclass(frozen=True)
-class Ended:
-    """Request `index` has ended with an error on this rank; it has to on all of them."""
+class RequestFailed:
+    """A request has ended with an error on this rank; it has to on all of them."""
 
-    index: int
+    key: int
     reason: str
 
 
 @dataclass(frozen=True)
-class Left:
+class RequestFinished:
     """A request has ended on this rank: with `output` (first rank of a replica; None on the others), or by `error`.
 
     start: a checksum of what its first transformer call was given, to be the same on all ranks of the replica.
+    refused: the rank could not load the request, by a mistake of the user.
     busy_s, waited_s: seconds since the rank's start in which requests were in flight, and of these the ones that it
     waited for messages.
     """
@@ -168,6 +174,7 @@ class Left:
     start: str | None
     cancelled: bool = False
     error: str | None = None
+    refused: bool = False
     output: Any = None
     peak_bytes: int = 0
     busy_s: float = 0.0
@@ -180,20 +187,6 @@ class OutOfMemory:
 
     key: int
     reason: str
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Results by the number of the request, from the first rank of each replica of the data axis."""
-
-    outputs: dict[int, Any]
-
-
-@dataclass(frozen=True)
-class Done:
-    """The rank has finished the requests; `peak_bytes` is the most memory that it held meanwhile."""
-
-    peak_bytes: int
 
 
 @dataclass(frozen=True)

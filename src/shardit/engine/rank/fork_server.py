@@ -30,8 +30,8 @@ from shardit.engine.process.messages import (
     Dump,
     Exited,
     Failed,
-    Gone,
     Kill,
+    RanksStopped,
     Refused,
     SessionSpec,
     Stacks,
@@ -100,8 +100,9 @@ class ForkServer:
     def answer(self, message: Any) -> None:
         """Do what one message asks."""
         if isinstance(message, Check):
-            self.control.send(check(message.spec))
-            die_with_parent(0)
+            answer = check(message.spec)
+            die_with_parent(0)  # before the answer, which may be all that the thread has waited for
+            self.control.send(answer)
             # What was imported is never freed; kept out of the collector's sight, its pages stay shared.
             gc.collect()
             gc.freeze()
@@ -114,7 +115,7 @@ class ForkServer:
             self.control.send(self.stacks())
         elif isinstance(message, Kill):
             self.kill(message.grace_s)
-            self.control.send(Gone())
+            self.control.send(RanksStopped())
 
     def start(self, message: Start, fds: list[int]) -> None:
         """Fork one process per rank; each keeps only its own channel."""

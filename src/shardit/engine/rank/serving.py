@@ -1,4 +1,4 @@
-"""A rank of a server: requests come and go one by one, at the boundaries of rounds.
+"""The requests that a rank runs: they arrive and finish one by one, at the boundaries of rounds.
 
 Every rank of a replica reads the same commands in the same order from a channel of its own. What must be agreed on is
 only when: for each round the first rank of the replica says how many commands count from now on, in eight bytes. Stages
@@ -13,6 +13,7 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shardit.core.runtime.request_loop import Interrupted, Program, is_out_of_memory
@@ -20,27 +21,39 @@ from shardit.diffusion.output.collect import collect, one_line, with_arrays
 from shardit.diffusion.request.advice import advice
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.memory import peak_bytes, reset_peak
-from shardit.engine.process.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
+from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFailed, RequestFinished
+from shardit.errors import InputError
 from shardit.logs import logger, take_over
 
 
-def serve_live(session: Any, channel: Channel) -> None:
+def serve(session: Any, channel: Channel) -> None:
     """Run requests until the channel is closed."""
-    live = Live(session, channel)
-    take_over(live.log, live.now)
+    worker = ServingWorker(session, channel)
+    if session.spec.of_server:
+        take_over(worker.log, worker.current_request)
     try:
-        for program in session.turns.rounds(live.enter, live.rest):
-            live.leave(program)
+        for program in session.turns.rounds(worker.admit, worker.keep_serving):
+            worker.finish(program)
     except Closed:
         pass
     except Exception as error:
         program = session.turns.last
-        if is_out_of_memory(error) and program is not None and program in live.running:
-            channel.send(OutOfMemory(live.running[program].key, one_line(error)))
+        if is_out_of_memory(error) and program is not None and program in worker.running:
+            channel.send(OutOfMemory(worker.running[program].key, one_line(error)))
         raise
 
 
-class Live:
+@dataclass(frozen=True)
+class Taken:
+    """A request that the rank has received; begun: when its program has joined the others, by `perf_counter`."""
+
+    key: int
+    request: Any
+    request_id: str = ""
+    begun: float = 0.0
+
+
+class ServingWorker:
     """The commands that have come, the programs that run, and the count of each round."""
 
     def __init__(self, session: Any, channel: Channel):
@@ -48,58 +61,60 @@ class Live:
         self.channel = channel
         self.counts = Counts(session)
         self.commands: deque[Any] = deque()
-        self.waiting: deque[Begin] = deque()
-        self.running: dict[Program, Begin] = {}
-        self.begun: dict[int, float] = {}
+        self.waiting: deque[Taken] = deque()
+        self.running: dict[Program, Taken] = {}
         self.busy_s = 0.0
         self.log = logger("rank").bind(rank=session.mesh.rank)
         self._since = time.perf_counter()
 
-    def enter(self, active: int) -> Program | None:
+    def admit(self, active: int) -> Program | None:
         """At the beginning of a round: act on the commands that count from now on; a program that is to join."""
         if not self.counts.ahead:
             self._read()
         for _ in range(self.counts.take()):
             self._act(self._next_command())
         has_room = active < self.session.spec.max_in_flight
-        begin = self.waiting.popleft() if self.waiting and has_room else None
-        if begin is None and active == 0:
+        taken = self.waiting.popleft() if self.waiting and has_room else None
+        if taken is None and active == 0:
             self.busy_s += time.perf_counter() - self._since
             readable(self.channel, None)
             self._since = time.perf_counter()
         if self.counts.ahead:
             self._read()
-        if begin is None:
+        if taken is None:
             return None
         if active == 0:
             reset_peak()
-        program = self.session.program(begin.request, self._progress(begin.key))
-        self.running[program] = begin
-        self.begun[begin.key] = time.perf_counter()
+        program = self.session.program(taken.request, self._progress(taken.key))
+        self.running[program] = replace(taken, begun=time.perf_counter())
         return program
 
-    def rest(self, active: int) -> bool:
-        """At the end of a round: go on, for ever."""
+    def keep_serving(self, active: int) -> bool:
+        """At the end of a round: serve until the channel closes."""
         return True
 
-    def leave(self, program: Program) -> None:
-        """Tell how a program has ended. One that failed has to have failed on all ranks: they meet, or stay here."""
-        begin = self.running.pop(program)
+    def finish(self, program: Program) -> None:
+        """Report the outcome of a program. One that failed must have failed on all ranks: they compare it, or wait."""
+        taken = self.running.pop(program)
         cancelled = isinstance(program.error, Interrupted)
         error = None
         if cancelled:  # what it has left in flight may take long, which is not to count against those that follow
             self.session.turns.schedule.drain()
         if program.error is not None and not cancelled:
             kind = type(program.error).__name__
-            error = one_line(program.error) + advice(begin.request, program.error)
-            self.channel.send(Ended(begin.key, error))  # if it is the only rank, nobody may ever come to meet it
-            self.session.agree((begin.key, kind), f"here: {program.error!r}")
+            error = one_line(program.error) + advice(taken.request, program.error)
+            self.channel.send(
+                RequestFailed(taken.key, error)
+            )  # if it is the only rank, nobody may ever come to meet it
+            self.session.agree((taken.key, kind), f"here: {program.error!r}")
         output = None
-        if self.session.leads and program.error is None:
-            output = with_arrays(collect(begin.request, program.value, None))  # the supervisor imports no torch
+        if self.session.leads and not cancelled:
+            output = collect(taken.request, program.value, program.error)
+            if self.session.spec.of_server:
+                output = with_arrays(output)
         self.channel.send(
-            Left(
-                key=begin.key,
+            RequestFinished(
+                key=taken.key,
                 start=program.start,
                 cancelled=cancelled,
                 error=error,
@@ -109,18 +124,19 @@ class Live:
                 waited_s=self.session.waited_s,
             )
         )
-        self.log.info(
-            "request_left",
-            request_id=begin.request_id,
-            how="cancelled" if cancelled else error or "completed",
-            seconds=round(time.perf_counter() - self.begun.pop(begin.key), 3),
-            peak_bytes=peak_bytes(),
-        )
+        if self.session.spec.of_server:
+            self.log.info(
+                "request_finished",
+                request_id=taken.request_id,
+                how="cancelled" if cancelled else error or "completed",
+                seconds=round(time.perf_counter() - taken.begun, 3),
+                peak_bytes=peak_bytes(),
+            )
 
-    def now(self) -> dict[str, str]:
-        """Whose turn it is, for the log."""
-        begin = self.running.get(self.session.turns.current)
-        return {"request_id": begin.request_id} if begin is not None else {}
+    def current_request(self) -> dict[str, str]:
+        """The id of the request that has its turn, for the log."""
+        taken = self.running.get(self.session.turns.current)
+        return {"request_id": taken.request_id} if taken is not None else {}
 
     def _read(self) -> None:
         """On the first rank: what has come counts from the next `take` on."""
@@ -136,15 +152,18 @@ class Live:
 
     def _act(self, command: Any) -> None:
         if isinstance(command, Begin):
-            self.waiting.append(command)
+            try:
+                self.waiting.append(Taken(command.key, command.load(), command.request_id))
+            except InputError as error:
+                self.channel.send(RequestFinished(key=command.key, start=None, error=str(error), refused=True))
             return
         assert isinstance(command, Cancel)
-        for begin in list(self.waiting):
-            if begin.key == command.key:
-                self.waiting.remove(begin)
-                self.channel.send(Left(key=begin.key, start=None, cancelled=True))
-        for program, begin in self.running.items():
-            if begin.key == command.key:
+        for taken in list(self.waiting):
+            if taken.key == command.key:
+                self.waiting.remove(taken)
+                self.channel.send(RequestFinished(key=taken.key, start=None, cancelled=True))
+        for program, taken in self.running.items():
+            if taken.key == command.key:
                 program.interrupted = True
 
     def _progress(self, key: int) -> Any:

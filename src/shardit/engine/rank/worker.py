@@ -1,4 +1,4 @@
-"""A rank: it loads its share of the model and runs the requests that it is sent or (under torchrun) makes itself."""
+"""A rank: it loads its share of the model and runs the requests that it receives or (under torchrun) makes itself."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.memory import peak_bytes, reset_peak
-from shardit.engine.process.messages import (
-    Done,
-    Ended,
-    Failed,
-    Generate,
-    Outputs,
-    Progress,
-    Ready,
-    Refused,
-    SessionSpec,
-)
+from shardit.engine.process.messages import Failed, Ready, Refused, SessionSpec
 from shardit.engine.process.process import set_threads
 from shardit.errors import InputError, RankError
 from shardit.loading.missing import missing_package
@@ -57,19 +47,14 @@ def main(
     of a refusal, which may be true on one machine only."""
     try:
         set_threads(threads)
-        if spec.live:
+        if spec.of_server:
             log_as_server(rank)
         try:
             session = open_session(spec, rank=rank, world_size=world_size, init_method=rendezvous)
         except ImportError as error:
             raise missing_package(error) from error
         channel.send(Ready(session.info))
-        if spec.live:
-            from shardit.engine.rank.serving import serve_live
-
-            serve_live(session, channel)
-        else:
-            serve(session, channel)
+        session.serve(channel)
     except InputError as error:
         refused = Refused.from_error(error)
         channel.send(dataclasses.replace(refused, text=where + refused.text))
@@ -91,36 +76,6 @@ def log_as_server(rank: int) -> None:
     from shardit.logs import logger, take_over
 
     take_over(logger("rank").bind(rank=rank))
-
-
-def serve(session: Any, channel: Channel) -> None:
-    """Run requests until the user's process closes its channel."""
-    while (message := receive(channel)) is not None:
-        try:
-            if isinstance(message, InputError):
-                raise message
-            reset_peak()
-            on_progress = reporter(channel) if session.leads else ignore_progress
-            outputs = session.generate(message.requests, on_progress, on_error(channel))
-        except InputError as error:
-            channel.send(Refused.from_error(error))
-            continue
-        if session.leads:
-            channel.send(Outputs(outputs))
-        channel.send(Done(peak_bytes()))
-
-
-def receive(channel: Channel) -> Generate | InputError | None:
-    """The next message; None at the end, an error where a request cannot be unpickled here."""
-    try:
-        return channel.recv()
-    except Closed:
-        return None
-    except Exception as error:
-        return InputError(
-            f"a request holds an object that the rank processes cannot load ({error}); pass plain values, "
-            "or objects whose class or function is in an importable module"
-        )
 
 
 class JoinedRanks:
@@ -177,16 +132,6 @@ def open_session(spec: SessionSpec, *, rank: int, world_size: int, init_method: 
     module, _, name = spec.session.partition(":")
     session_class = getattr(importlib.import_module(module), name)
     return session_class(spec, rank=rank, world_size=world_size, init_method=init_method)
-
-
-def reporter(channel: Channel) -> Callable[[int, int, int], None]:
-    """The progress callback of the first rank of a replica."""
-    return lambda index, step, total: channel.send(Progress(index, step, total))
-
-
-def on_error(channel: Channel) -> Callable[[int, Exception], None]:
-    """Tells the user's process of a request that has ended with an error here."""
-    return lambda index, error: channel.send(Ended(index, describe(error)))
 
 
 def ignore_progress(index: int, step: int, total: int) -> None:

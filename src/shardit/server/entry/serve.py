@@ -19,7 +19,7 @@ from shardit.server.options import ServeOptions
 from shardit.server.process import api_process
 
 if TYPE_CHECKING:
-    from shardit.server.placement.local import Placement
+    from shardit.engine.process.placement import Placement
 
 LEFT_BEHIND_S = 6.0
 """After a server was killed: time for its processes to let go of the port."""
@@ -54,7 +54,7 @@ def _placement_for(options: ServeOptions) -> Placement:
         from shardit.server.placement.ray import RayPlacement
 
         return RayPlacement(options)
-    from shardit.server.placement.local import LocalPlacement
+    from shardit.engine.process.placement import LocalPlacement
 
     return LocalPlacement(options.step_timeout_s)
 

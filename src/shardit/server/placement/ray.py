@@ -16,6 +16,7 @@ from shardit.engine.nodes.rank_port import RankPort, join_all, listen_for_ranks
 from shardit.engine.nodes.ray_rank import RayRank
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import SessionSpec
+from shardit.engine.process.placement import Report
 from shardit.errors import InputError, RankError
 from shardit.server.options import ServeOptions
 from shardit.server.placement.ray_connection import RayConnection, one_line
@@ -42,8 +43,8 @@ class RayPlacement:
         self._runs: list[Any] = []
         self._port: RankPort | None = None
 
-    def start(self, spec: SessionSpec) -> list[Channel]:
-        """See `Placement`."""
+    def start(self, spec: SessionSpec, report: Report) -> list[Channel]:
+        """See `Placement`. Processes on other machines are not watched: a closed connection is all that is known."""
         try:
             return self._start(spec)
         except (InputError, RankError):
@@ -51,7 +52,7 @@ class RayPlacement:
         except Exception as error:
             raise RankError(-1, f"Ray: {one_line(error)}") from error
 
-    def kill(self) -> dict[int, str]:
+    def kill(self) -> None:
         """See `Placement`."""
         if self._port is not None:
             self._port.close()
@@ -68,7 +69,6 @@ class RayPlacement:
             if group is not None:
                 with contextlib.suppress(Exception):
                     remove_placement_group(group)
-        return {}
 
     def stop(self, code: int = 0) -> None:
         """See `Placement`."""

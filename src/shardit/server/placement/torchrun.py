@@ -13,6 +13,7 @@ from shardit.engine.nodes.handshake import Reach
 from shardit.engine.nodes.rank_port import RankPort, join_all
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.messages import SessionSpec
+from shardit.engine.process.placement import Report
 from shardit.errors import RankError
 from shardit.server.options import ServeOptions
 
@@ -53,8 +54,8 @@ class TorchrunPlacement:
         self._started = False
         self._over = threading.Event()
 
-    def start(self, spec: SessionSpec) -> list[Channel]:
-        """See `Placement`."""
+    def start(self, spec: SessionSpec, report: Report) -> list[Channel]:
+        """See `Placement`. Processes on other machines are not watched: a closed connection is all that is known."""
         if self._started:
             self._over.wait(AGAIN_S)
             raise RankError(-1, "torchrun has not started the ranks anew")
@@ -63,12 +64,11 @@ class TorchrunPlacement:
         self._control_channels = [arrived[rank, "agent"].channel for rank in range(self._size)]
         return join_all([arrived[rank, "rank"] for rank in range(self._size)], spec)
 
-    def kill(self) -> dict[int, str]:
+    def kill(self) -> None:
         """See `Placement`. This ends the supervisor too: another one goes on with its jobs."""
         if self._started:
             self.leave(RESTART)
             os.kill(os.getpid(), signal.SIGTERM)
-        return {}
 
     def stop(self, code: int = 0) -> None:
         """See `Placement`."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardit.engine.process.channel import Channel
+from shardit.engine.process.loop import Loop, Pipe
 from shardit.engine.process.process import command, describe_exit
 from shardit.server.messages import Ping, Pong, Step
 from shardit.server.options import ServeOptions
 from shardit.server.process.heartbeat import Heartbeat
-from shardit.server.process.loop import Loop, Pipe
 
 API = "shardit.server.http.main"
 """The module that runs in the API process."""

@@ -9,19 +9,23 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
-from shardit.engine.process.messages import Begin, Cancel, Ended, Left, OutOfMemory, Progress
+from shardit.engine.process.channel import Packed
+from shardit.engine.process.failure import Failure
+from shardit.engine.process.hangs import HangDetector
+from shardit.engine.process.in_flight import InFlight
+from shardit.engine.process.loop import Loop
+from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFinished
+from shardit.engine.process.rank_group import RankGroup
 from shardit.errors import InputError
 from shardit.server.estimate import Work, work_of
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.store import Store
 from shardit.server.messages import Changed, Step
 from shardit.server.options import ServeOptions
-from shardit.server.process.loop import Loop
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
-from shardit.server.supervisor.hangs import HangDetector
+from shardit.server.supervisor.patience import Patience, slowdown
 from shardit.server.supervisor.prefetch import Prefetcher
-from shardit.server.supervisor.rank_group import Down, RankGroup
 from shardit.server.supervisor.running import Running, in_flight
 
 SUSPECT_AFTER = 2
@@ -61,14 +65,21 @@ class Dispatcher:
         self._most: dict[int, int] = {}  # by replica: pixels in flight at most, since it last had none
         self._replicas = options.config.data_parallel_size
         self._together = rank_group.size // self._replicas
-        self.hang_detector = HangDetector(rank_group, self.running, self._together, options.step_timeout_s)
+        self.patience = Patience(options.step_timeout_s)
+        self.hang_detector = HangDetector(
+            rank_group,
+            lambda: [running.on_ranks for running in self.running.values()],
+            lambda replica: slowdown() * self.patience.bound([one.size for one in self._in_flight(replica)]),
+            rank_group.timeouts.doubt_s,
+        )
 
     # What happens.
 
     def ready(self, infos: list[dict[str, Any]]) -> None:
         """The ranks are up, and have told this of themselves."""
         self.info = infos[0]
-        self.hang_detector.ready()
+        self.hang_detector.reset()
+        self.patience.cold = True
         self.learned.at_rest([info["memory"] for info in infos])
         self.fill()
 
@@ -85,37 +96,41 @@ class Dispatcher:
             for key, running in self.running.items():
                 if running.job.id in wanted and not running.cancelling:
                     running.cancelling = True
-                    for rank in self._ranks_of(running.replica):
-                        self.rank_group.send(rank, Cancel(key))
+                    self.rank_group.send(running.on_ranks.ranks, Cancel(key))
         self.fill()
 
     def heard(self, rank: int, message: Any) -> None:
-        """A rank has said something about a job."""
-        key = message.key if isinstance(message, (Left, OutOfMemory)) else message.index
-        running = self.running.get(key)
+        """A rank has sent a message about a job."""
+        running = self.running.get(message.key)
         if running is None:
             return
-        self.hang_detector.heard(running.replica)
+        silence = self.hang_detector.heard(running.replica)
+        for one in self._in_flight(running.replica):
+            self.patience.saw(one.size, silence)
         if isinstance(message, Progress):
             self._progress(running, message)
-        elif isinstance(message, Ended):
-            running.errors[rank] = message.reason
-            self._differ(running)
         elif isinstance(message, OutOfMemory):
             self.learned.out_of_memory(self._together_now(running.replica))
             if running.beside == len(self._in_flight(running.replica)) == 1:
-                self.running.pop(key)
+                self.running.pop(message.key)
                 text = self._too_large(running, message.reason)
                 self.ends.end(running.job, "failed", error=failure("out_of_memory", text))
         else:
-            self._left(key, running, rank, message)
+            running.on_ranks.take(rank, message)
+            if isinstance(message, RequestFinished):
+                self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
+                self.metrics.rank(rank, message)
+            if (outcomes := running.on_ranks.difference()) is not None:
+                self.rank_group.fail(f"ranks differ in how {running.job.id} went: {outcomes}")
+            elif running.on_ranks.complete:
+                self._finished(message.key, running)
 
-    def down(self, why: Down) -> None:
+    def down(self, why: Failure) -> None:
         """The ranks are gone: what they worked on is queued again."""
         self.info = None
         died, alone = not why.memory, self.in_flight == 1
         for running in self.running.values():
-            self.ends.again_or_never(running.job, why.reason, died=died and not running.ahead, alone=alone)
+            self.ends.again_or_never(running.job, why.text, died=died and not running.ahead, alone=alone)
         self.running.clear()
 
     def look_after(self) -> None:
@@ -156,9 +171,6 @@ class Dispatcher:
 
     def _in_flight(self, replica: int) -> list[Running]:
         return in_flight(self.running, replica)
-
-    def _ranks_of(self, replica: int) -> range:
-        return range(replica * self._together, (replica + 1) * self._together)
 
     def _begin_next(self) -> bool:
         if self.info is None or self.rank_group.failing or len(self.ends.writing) >= MAX_WRITING:
@@ -220,11 +232,11 @@ class Dispatcher:
         key = next(self._keys)
         beside = len(self._in_flight(replica))
         ahead = beside >= self.slots
-        self.running[key] = Running(job, request, replica, beside + (not ahead), work, ahead=ahead)
+        ranks = range(replica * self._together, (replica + 1) * self._together)
+        self.running[key] = Running(job, request, InFlight(replica, ranks), beside + (not ahead), work, ahead=ahead)
         if not ahead:
             self._enters(replica)
-        for rank in self._ranks_of(replica):
-            self.rank_group.send(rank, Begin(key, request, job.id))
+        self.rank_group.send(ranks, Begin(key, Packed.of(request), job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
         self.tell(Changed(job.id))
 
@@ -251,38 +263,22 @@ class Dispatcher:
         if running.leaving:
             self.fill()
 
-    def _left(self, key: int, running: Running, rank: int, message: Left) -> None:
-        running.left[rank] = message
-        self.peaks[rank] = message.peak_bytes or self.peaks.get(rank, 0)
-        self.metrics.rank(rank, message)
-        if self._differ(running) or len(running.left) < self._together:
-            return
+    def _finished(self, key: int, running: Running) -> None:
         together = self._most[running.replica]
         del self.running[key]
         self._enters_next(running.replica)
         self.fill()  # the ranks go on while the result is written
-        first = running.left[self._ranks_of(running.replica)[0]]
+        first = running.on_ranks.first
         if first.cancelled:
             self.ends.end(running.job, "cancelled")
         elif first.error is not None:
             self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
         else:
-            peaks = {rank: end.peak_bytes for rank, end in running.left.items()}
+            peaks = {rank: end.peak_bytes for rank, end in running.on_ranks.finished.items()}
             self.ends.write(running.job, first.output, peaks, then=self.fill)
-            self.hang_detector.patience.completed(running.size)
+            self.patience.completed(running.size)
             self.metrics.phases(running)
             self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
-
-    def _differ(self, running: Running) -> bool:
-        """Whether a job has not gone the same way on its ranks, so far; they are then started anew."""
-        left, failed = running.left, running.errors.keys() - running.left.keys()
-        went = {(end.start, end.cancelled, end.error is None) for end in left.values()}
-        if len(went) < 2 and not (failed and any(good for *_, good in went)):
-            return False
-        ways = {rank: (end.start, end.cancelled, end.error) for rank, end in left.items()}
-        ways |= {rank: running.errors[rank] for rank in failed}
-        self.rank_group.fail(f"ranks differ in how {running.job.id} went: {ways}")
-        return True
 
     def _too_large(self, running: Running, reason: str) -> str:
         asked = {name: running.request.kwargs.get(name) for name in ("width", "height", "num_frames")}

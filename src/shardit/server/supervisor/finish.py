@@ -10,11 +10,11 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 from shardit.diffusion.output.output import Output
+from shardit.engine.process.loop import Loop
 from shardit.errors import InputError
 from shardit.server.jobs.job import Job, State
 from shardit.server.jobs.store import Store
 from shardit.server.messages import Changed
-from shardit.server.process.loop import Loop
 from shardit.server.supervisor.result_files import write_results
 
 MAX_DEATHS_ALONE = 3

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 if TYPE_CHECKING:
-    from shardit.engine.process.messages import Left
+    from shardit.engine.process.messages import RequestFinished
     from shardit.server.jobs.job import Job, State
     from shardit.server.supervisor.running import Running
 
@@ -48,7 +48,7 @@ class SupervisorMetrics:
         """A step has been done, so long after the one before."""
         self._steps.observe(seconds)
 
-    def rank(self, rank: int, left: Left) -> None:
+    def rank(self, rank: int, left: RequestFinished) -> None:
         """A rank is through with a job."""
         if left.peak_bytes:
             self._memory.labels(rank).set(left.peak_bytes)

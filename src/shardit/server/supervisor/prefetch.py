@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardit.diffusion.request.request import Request
+from shardit.engine.process.loop import Loop
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.job_request import build_request
 from shardit.server.jobs.store import Store
-from shardit.server.process.loop import Loop
 
 
 class Prefetcher:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardit.diffusion.request.request import Request
-from shardit.engine.process.messages import Left
+from shardit.engine.process.in_flight import InFlight
 from shardit.server.estimate import Work
 from shardit.server.jobs.job import Job
 
@@ -35,7 +35,7 @@ class Running:
 
     job: Job
     request: Request
-    replica: int
+    on_ranks: InFlight
     beside: int
     """Jobs in flight on the replica when it began, itself included."""
     work: Work
@@ -51,10 +51,11 @@ class Running:
     cancelling: bool = False
     ahead: bool = False
     """Whether the ranks have it, but not yet a free slot for it."""
-    left: dict[int, Left] = field(default_factory=dict)
-    """By rank, what those have said that are through with it."""
-    errors: dict[int, str] = field(default_factory=dict)
-    """By rank, why it failed there; it has to on all ranks."""
+
+    @property
+    def replica(self) -> int:
+        """The replica that runs it."""
+        return self.on_ranks.replica
 
     @property
     def size(self) -> Size:

@@ -15,21 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.loading.model_options import described
+from shardit.engine.process.failure import Failure
+from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import SESSION, SessionSpec
+from shardit.engine.process.placement import Placement
 from shardit.engine.process.process import lower_priority
+from shardit.engine.process.rank_group import RankGroup
 from shardit.errors import InputError, RankError
 from shardit.logs import logger
 from shardit.server.jobs.store import CANCELLED_WAITING, Store
 from shardit.server.messages import Measured, Ranks, RanksState, Scrape, Wake
 from shardit.server.options import ServeOptions
-from shardit.server.placement.local import Placement
 from shardit.server.process.api_process import ApiProcess, Started
 from shardit.server.process.forced_exit import LastResort, exit_code
-from shardit.server.process.loop import Loop
 from shardit.server.supervisor.dispatch import Dispatcher
-from shardit.server.supervisor.hangs import TIMES_SLOWEST
 from shardit.server.supervisor.metrics import SupervisorMetrics
-from shardit.server.supervisor.rank_group import Down, RankGroup
+from shardit.server.supervisor.patience import TIMES_SLOWEST
 
 LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"
@@ -68,10 +69,16 @@ class Supervisor:
             session=self._session,
             attention_backend=options.attention_backend,
             options=options.loading,
-            live=True,
+            of_server=True,
         )
         self.rank_group = RankGroup(
-            spec, placement, self.loop, on_up=self.on_up, on_down=self.on_down, on_message=self.on_rank_message
+            spec,
+            placement,
+            self.loop,
+            on_up=self.on_up,
+            on_down=self.on_down,
+            on_message=self.on_rank_message,
+            on_exit=lambda rank, how: self.log.info("rank_ended", rank=rank, how=how),
         )
         self.api = ApiProcess(
             options, api, listener, self.loop, on_message=self.on_api_message, on_start=self.on_api_start, log=self.log
@@ -167,21 +174,19 @@ class Supervisor:
         self._set("ready", info=infos[0])
         self.jobs.ready(infos)
 
-    def on_down(self, down: Down) -> None:
+    def on_down(self, down: Failure) -> None:
         """Ranks have failed: start all anew, after a growing pause where they never come up."""
         self._failed_starts += not self._was_up
-        if not self._was_up and (down.users or self._failed_starts == MAX_FIRST_STARTS):
-            text = (
-                f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.reason.splitlines()[0]}"
-            )
-            self.error = InputError(down.reason) if down.users else RankError(-1, text)
+        if not self._was_up and (down.refusal or self._failed_starts == MAX_FIRST_STARTS):
+            text = f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.text.splitlines()[0]}"
+            self.error = InputError(down.reason) if down.refusal else RankError(-1, text)
             self.loop.stop()
             return
         came_up = self.state.state == "ready"
-        self.log.error("ranks_down", reason=down.reason)
+        self.log.error("ranks_down", reason=down.text)
         self.metrics.restarts.inc()
         self._started = time.monotonic()
-        self._set("restarting", reason=down.reason.splitlines()[0], restarts=self.state.restarts + 1)
+        self._set("restarting", reason=down.text.splitlines()[0], restarts=self.state.restarts + 1)
         self.jobs.down(down)
         self._pause_s = 0.0 if came_up else min(MAX_PAUSE_S, 2 * self._pause_s + 1.0)
         self._start_ranks_at = time.monotonic() + self._pause_s

@@ -1,15 +1,17 @@
-"""The supervisor's one thread of decisions, and the threads that read and write sockets for it."""
+"""One thread of decisions, and the threads that read and write sockets for it."""
 
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.channel import Channel, Closed, encode
 
 
 class Loop:
@@ -24,20 +26,26 @@ class Loop:
     ):
         self._tick, self._every_s, self._on_trouble = tick, every_s, on_trouble
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
         self._stopped = False
 
     def call(self, function: Callable[..., None], *args: Any) -> None:
         """Have `function(*args)` run in the loop. May be called from any thread and from signal handlers."""
         self._queue.put(lambda: function(*args))
 
+    def later(self, seconds: float, function: Callable[..., None], *args: Any) -> None:
+        """Have `function(*args)` run in the loop after some seconds. To be called in the loop."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), lambda: function(*args)))
+
     def stop(self) -> None:
         """Leave `run` after what is running now."""
         self._stopped = True
 
-    def run(self) -> None:
-        """Work until `stop`."""
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Work until `stop`, or until a condition holds."""
         due = time.monotonic()
-        while not self._stopped:
+        while not self._stopped and not until():
             self.step(max(0.0, due - time.monotonic()))
             if time.monotonic() >= due:
                 self._try(self._tick)
@@ -45,6 +53,11 @@ class Loop:
 
     def step(self, timeout_s: float) -> None:
         """Do one thing, if there is one within `timeout_s`."""
+        if self._timers and (wait_s := self._timers[0][0] - time.monotonic()) <= timeout_s:
+            if wait_s <= 0:
+                self._try(heapq.heappop(self._timers)[2])
+                return
+            timeout_s = wait_s
         try:
             function = self._queue.get(timeout=timeout_s)
         except queue.Empty:
@@ -80,7 +93,11 @@ class Pipe:
 
     def send(self, message: Any) -> None:
         """Send a message, soon."""
-        self._out.put(message)
+        self.send_encoded(encode(message))
+
+    def send_encoded(self, parts: Sequence[Any]) -> None:
+        """Send what `encode` made, soon: a message for several receivers is pickled once."""
+        self._out.put(parts)
 
     def close(self) -> None:
         """Let go of the channel; what was not sent is lost."""
@@ -100,7 +117,7 @@ class Pipe:
         try:
             with contextlib.suppress(Closed, OSError):
                 while (message := self._out.get()) is not _END:
-                    self._channel.send(message)
+                    self._channel.send_encoded(message)
         finally:
             self._channel.close()
 

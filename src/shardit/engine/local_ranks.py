@@ -1,0 +1,175 @@
+"""The ranks of an `Omni` on this machine: it begins all requests of a call, and waits until they have finished."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from shardit.engine.process.channel import Packed
+from shardit.engine.process.failure import Failure, Timeouts
+from shardit.engine.process.hangs import HangDetector
+from shardit.engine.process.in_flight import InFlight
+from shardit.engine.process.loop import Loop
+from shardit.engine.process.messages import Begin, Progress, Refused, RequestFailed, RequestFinished, SessionSpec
+from shardit.engine.process.placement import LocalPlacement
+from shardit.engine.process.rank_group import RankGroup
+from shardit.errors import InputError
+
+if TYPE_CHECKING:
+    from shardit.diffusion.output.output import Output
+
+OnProgress = Callable[[int, int, int], None]
+CLOSE_GRACE_S = 1.0
+LOOK_EVERY_S = 0.1
+
+
+class LocalRanks:
+    """Rank processes on this machine. They are ended when one of them fails, and started again when needed.
+
+    All decisions are made in the thread that calls `start` or `generate`.
+    """
+
+    def __init__(self, spec: SessionSpec, timeouts: Timeouts):
+        self.spec = spec
+        self.info: dict[str, Any] = {}
+        self.owner = os.getpid()
+        self.placement = LocalPlacement(spec.timeout_s)
+        self._lock = threading.RLock()
+        self._loop = Loop(self._look, LOOK_EVERY_S)
+        self._group = RankGroup(
+            spec,
+            self.placement,
+            self._loop,
+            on_up=self._set_up,
+            on_down=self._set_down,
+            on_message=self._take,
+            timeouts=timeouts,
+        )
+        self._together = spec.config.world_size // spec.config.data_parallel_size
+        self._in_flight: dict[int, InFlight] = {}
+        self._hangs = HangDetector(self._group, self._in_flight.values, lambda _: self.spec.timeout_s, timeouts.doubt_s)
+        self._up = False
+        self._failure: Failure | None = None
+        self._on_step: Callable[[Progress], None] = lambda _: None
+        self._keys = itertools.count(1)
+
+    def start(self) -> None:
+        """Start the ranks and wait until they have loaded the model."""
+        with self._lock, self._ending_ranks_on_error():
+            self._failure = None
+            self._group.bring_up()
+            self._run_until(lambda: self._up)
+
+    def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
+        """Run the requests that `build` makes on all ranks."""
+        if os.getpid() != self.owner:
+            raise InputError("this Omni was made by another process; make one in the process that uses it")
+        begins = [Begin(next(self._keys), _packed(request)) for request in build()]
+        with self._lock:
+            if not self._up:
+                self.start()
+            with self._ending_ranks_on_error():
+                finished = self._run(begins, on_progress)
+        refusals = [one.first.error for one in finished if one.first.refused]
+        if refusals:
+            raise InputError(refusals[0])
+        peaks = [
+            max((one.finished[rank].peak_bytes for one in finished if rank in one.finished), default=0)
+            for rank in range(self._group.size)
+        ]
+        return [replace(one.first.output, peak_bytes=peaks) for one in finished]
+
+    def close(self) -> None:
+        """End everything."""
+        if os.getpid() != self.owner:
+            return  # this is a fork of the process that made it
+        if not self._lock.acquire(timeout=0.1):
+            self.placement.stop()  # another thread is in `generate`, which fails by this
+            return
+        try:
+            if self._up:
+                self._end_ranks(CLOSE_GRACE_S)
+            self._group.stop()
+        finally:
+            self._lock.release()
+
+    def _run(self, begins: list[Begin], on_progress: OnProgress) -> list[InFlight]:
+        numbers = {begin.key: number for number, begin in enumerate(begins)}
+        self._on_step = lambda message: on_progress(numbers[message.key], message.step, message.total)
+        requests: list[InFlight] = []
+        for number, begin in enumerate(begins):
+            replica = number % self.spec.config.data_parallel_size
+            ranks = range(replica * self._together, (replica + 1) * self._together)
+            requests.append(InFlight(replica, ranks))
+            self._in_flight[begin.key] = requests[-1]
+            self._hangs.begins(replica)
+            self._group.send(ranks, begin)
+        self._run_until(lambda: not self._in_flight)
+        return requests
+
+    def _run_until(self, condition: Callable[[], bool]) -> None:
+        """Run the loop until something holds. Raises InputError, RankError if the ranks fail before."""
+        self._loop.run(lambda: condition() or self._failure is not None)
+        if self._failure is not None:
+            raise self._failure.error()
+
+    def _set_up(self, infos: list[dict[str, Any]]) -> None:
+        self.info, self._up = infos[0], True
+        self._hangs.reset()
+
+    def _set_down(self, failure: Failure) -> None:
+        self._failure = failure
+
+    def _take(self, rank: int, message: Any) -> None:
+        one = self._in_flight.get(message.key)
+        if one is None:
+            return
+        self._hangs.heard(one.replica)
+        if isinstance(message, Progress):
+            self._on_step(message)
+        elif isinstance(message, (RequestFailed, RequestFinished)):
+            one.take(rank, message)
+            if isinstance(message, RequestFinished) and message.refused:
+                self._loop.later(self._group.timeouts.own_s, self._refused_alone, message)
+            if (outcomes := one.difference()) is not None:
+                self._group.fail(f"ranks differ in how a request went: {outcomes}")
+            elif one.complete:
+                del self._in_flight[message.key]
+
+    def _refused_alone(self, message: RequestFinished) -> None:
+        """The other ranks, if they run the request, wait for one that never will."""
+        if message.key in self._in_flight:
+            self._failure = Failure.of_refusal(Refused(message.error or ""))
+
+    def _look(self) -> None:
+        since, timeout_s = self._group.loading_since, self.spec.timeout_s
+        if since is not None and time.monotonic() - since > timeout_s and not self._group.failing:
+            self._group.hang(f"no progress for {timeout_s:g} s", self._group.loading)
+        self._hangs.look()
+
+    @contextlib.contextmanager
+    def _ending_ranks_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._end_ranks()
+            raise
+
+    def _end_ranks(self, grace_s: float = 0.0) -> None:
+        self._up = False
+        self._in_flight.clear()
+        self._group.leave()
+        self.placement.kill(grace_s)
+
+
+def _packed(request: Any) -> Packed:
+    try:
+        return Packed.of(request)
+    except Exception as error:
+        raise InputError(f"a request holds an object that cannot be sent to the ranks: {error}") from error

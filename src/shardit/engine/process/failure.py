@@ -1,0 +1,86 @@
+"""Failures of ranks: of several, which one is the likely root."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+from shardit.engine.process.messages import Refused
+from shardit.engine.process.process import describe_exit
+from shardit.errors import InputError, RankError
+
+
+class Cause(IntEnum):
+    """Kinds of failures. The lowest of several is the likely root; of equal ones, the first."""
+
+    CERTAIN = 0
+    """Found by the process that watches the ranks, or memory that did not suffice: it explains the others."""
+    OWN = 1
+    """An error, a signal or an exit of the rank itself."""
+    REFUSED = 2
+    """The rank refused what the user asked for."""
+    CLOSED = 3
+    """The connection has closed, and nothing is known of the process."""
+    ABORTED = 4
+    """SIGABRT: torch aborts a process whose peers have left."""
+    PEER = 5
+    """The error names the end of another rank."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the ranks are not up. rank: -1 if it is none in particular. refusal: the model or the options are at fault,
+    and another start is of no use. memory: it did not suffice."""
+
+    reason: str
+    cause: Cause = Cause.CERTAIN
+    rank: int = -1
+    refusal: Refused | None = None
+    memory: bool = False
+
+    @classmethod
+    def of_exit(cls, rank: int, code: int) -> Failure:
+        """The end of a rank's process, by its return code as `subprocess` counts it."""
+        cause = Cause.ABORTED if code == -signal.SIGABRT else Cause.OWN
+        return cls(describe_exit(code), cause, rank)
+
+    @classmethod
+    def of_refusal(cls, refusal: Refused, rank: int = -1) -> Failure:
+        """A mistake of the user that a rank, or the check before there are ranks, has found."""
+        return cls(refusal.text, Cause.REFUSED, rank, refusal)
+
+    def error(self) -> InputError | RankError:
+        """The exception for the user."""
+        return RankError(self.rank, self.reason) if self.refusal is None else self.refusal.error()
+
+    @property
+    def text(self) -> str:
+        """The reason with the rank."""
+        return str(self.error())
+
+
+def root_of(failures: Iterable[Failure]) -> Failure:
+    """The likely root of several failures, in the order in which they arrived."""
+    return min(failures, key=lambda failure: failure.cause)
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds to wait, after a failure, for one that came before it to arrive too: after a rank's own, after a closed
+    connection, and after one that names a peer. doubt_s: between two looks at ranks of which some have failed a
+    request."""
+
+    own_s: float = 0.5
+    closed_s: float = 1.0
+    peer_s: float = 4.0
+    doubt_s: float = 0.5
+
+    def after(self, cause: Cause) -> float:
+        """The seconds for one kind of failure."""
+        if cause is Cause.CERTAIN:
+            return 0.0
+        if cause in (Cause.OWN, Cause.REFUSED):
+            return self.own_s
+        return self.closed_s if cause is Cause.CLOSED else self.peer_s

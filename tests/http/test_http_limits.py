@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.server import estimate
 from shardit.server.estimate import Seen
@@ -16,7 +17,7 @@ from shardit.server.options import Limits
 from tests.support.http_calls import NOW, error_of
 from tests.support.http_fake import VIDEO, Served, form, picture, serving
 
-WAN: PipelineSignature = VIDEO["signature"]
+WAN = VIDEO.signature
 SMALL = Limits(pixels=512 * 512, frames=17, steps=10)
 FITS = {"width": 512, "height": 512, "num_frames": 17, "num_inference_steps": 10}
 FURTHER = PipelineSignature("SomePipeline", ("prompt", "width", "prior_num_inference_steps", "base_num_frames"))
@@ -89,4 +90,4 @@ def test_a_key_gives_its_job_whatever_was_learned_since(tmp_path: Path) -> None:
 
 def test_no_argument_names_a_file_of_this_machine() -> None:
     names = ("audio_file", "raw_path", "url", "profile", "mask_image", "steps_per_url_list")
-    assert pipeline_names({"signature": PipelineSignature("P", ("prompt", *names))}) == ["prompt", "profile", "seed"]
+    assert pipeline_names(ModelInfo(PipelineSignature("P", ("prompt", *names)))) == ["prompt", "profile", "seed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from shardit.cli import main
 from shardit.diffusion.preflight import preflight
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from tests.support.http_calls import NOW, error_of
 from tests.support.http_fake import VIDEO, Served, form, picture, serving
@@ -110,12 +112,12 @@ def test_shapes_are_told_in_words(images: Served, videos: Served) -> None:
 
 
 def test_pictures_that_the_model_does_not_take(tmp_path: Path) -> None:
-    text_only = {**VIDEO, "signature_with_image": None}
+    text_only = dataclasses.replace(VIDEO, signature_with_image=None)
     data, kind = form({"prompt": "a cat", "input_reference": ("a.png", picture())})
     with serving(tmp_path / "none", text_only, model="a/model") as served:
         error = error_of(served, "/v1/videos", data, 400, {"Content-Type": kind})
         assert (error["param"], "takes no picture" in error["message"]) == ("input_reference", True)
-    needs = {"signature": PipelineSignature("QwenImageEditPipeline", ("image", "prompt")), "notes": []}
+    needs = ModelInfo(PipelineSignature("QwenImageEditPipeline", ("image", "prompt")))
     with serving(tmp_path / "needs", needs, model="a/model") as served:
         error = error_of(served, NOW, {"prompt": "a cat"}, 400)
         assert (error["param"], "give one in image (POST /v1/images/edits)" in error["message"]) == ("image", True)
@@ -172,16 +174,14 @@ def test_forms_are_checked_like_json(videos: Served) -> None:
     assert ask(**{"extra_args[attention_kwargs]": "{}"})[0] == 400  # it has a field of its own
 
 
-OWN = {
-    "signature": PipelineSignature(
+OWN = ModelInfo(
+    signature=PipelineSignature(
         "PixArtSigmaPipeline",
         ("prompt", "num_inference_steps", "prior_num_inference_steps", "clean_caption", "use_en_prompt"),
         {"num_inference_steps": 4, "prior_num_inference_steps": 4, "clean_caption": True, "use_en_prompt": True},
         outputs=("images",),
     ),
-    "signature_with_image": None,
-    "notes": [],
-}
+)
 
 
 @pytest.mark.parametrize("name", ["clean_caption", "use_en_prompt"])
@@ -216,16 +216,14 @@ def test_texts_for_numbers_do_not_pass_the_limits(tmp_path: Path) -> None:
             assert "must be a number" in error["message"]
 
 
-RATE = {
-    "signature": PipelineSignature(
+RATE = ModelInfo(
+    signature=PipelineSignature(
         "LTX2Pipeline",
         ("prompt", "num_frames", "frame_rate", "num_inference_steps"),
         {"num_frames": 121, "frame_rate": 24.0, "num_inference_steps": 4},
         outputs=("frames",),
     ),
-    "signature_with_image": None,
-    "notes": [],
-}
+)
 
 
 def test_the_models_own_name_for_fps(tmp_path: Path) -> None:
@@ -248,7 +246,7 @@ def test_models_that_need_what_no_request_holds(tmp_path: Path) -> None:
     takes = PipelineSignature(
         "FakeInpaintPipeline", ("prompt", "image", "mask_image"), pictures=("mask_image",), outputs=("images",)
     )
-    with serving(tmp_path, info={"signature": takes, "signature_with_image": None, "notes": []}) as served:
+    with serving(tmp_path, info=ModelInfo(takes)) as served:
         error = error_of(served, NOW, {"prompt": "a cat"}, 400)
         assert (error["param"], error["code"]) == ("model", "unsupported_model")
         assert "needs mask_image, which the server cannot take" in error["message"]

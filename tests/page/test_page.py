@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from tests.support.browser import Visit, real_server, visiting
 from tests.support.http_fake import Served, picture, serving
@@ -184,7 +185,7 @@ def test_notes_are_there_for_who_wants_them(visit: Visit) -> None:
 
 def test_a_model_that_needs_a_picture(browser: Browser, tmp_path: Path) -> None:
     names = ("image", "prompt", "num_inference_steps")
-    info = {"signature": PipelineSignature("QwenImageEditPipeline", names), "notes": []}
+    info = ModelInfo(PipelineSignature("QwenImageEditPipeline", names))
     with serving(tmp_path, info, model="a/model") as served, visiting(browser, served.url) as visit:
         expect(visit.page.get_by_label("Steps")).to_be_visible()
         expect(visit.page.get_by_label("Width")).to_be_hidden()

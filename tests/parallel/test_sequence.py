@@ -109,7 +109,7 @@ def session(rank: int, count: int, method: str, case: Case, degrees: dict) -> li
     config = DiffusionParallelConfig(**degrees)
     spec = SessionSpec(f"tiny/{case.name}", config, None, "cpu", case.in_flight, timeout_s=60)
     running = Session(spec, rank=rank, world_size=count, init_method=method)
-    requests = make_requests(case, running.info["signature"], running.info["signature_with_image"])
+    requests = make_requests(case, running.info.signature, running.info.signature_with_image)
     outputs = [output for _, output in sorted(running.generate(requests, lambda *_: None).items())]
     assert [output.error for output in outputs] == [None] * len(outputs)
     return [np.asarray(output.latents) for output in outputs]

@@ -446,12 +446,12 @@ def session(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     config = DiffusionParallelConfig(pipeline_parallel_size=case.pp, tensor_parallel_size=count // case.pp)
     spec = SessionSpec(f"tiny/{case.name}", config, case.dtype, "cpu", case.in_flight, timeout_s=60)
     made = Session(spec, rank=rank, world_size=count, init_method=method)
-    requests = make_requests(case, made.info["signature"], made.info["signature_with_image"])
+    requests = make_requests(case, made.info.signature, made.info.signature_with_image)
     outputs = [output for _, output in sorted(made.generate(requests, lambda *_: None).items())]
     return {
         "errors": [output.error for output in outputs],
         "arrays": [np.asarray(output.latents) for output in outputs],
-        "read": made.info["bytes_read"],
+        "read": made.info.bytes_read,
     }
 
 

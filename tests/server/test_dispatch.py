@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.messages import Begin, Cancel, Progress, RequestFinished
 from shardit.server.estimate import work_of
@@ -148,7 +149,7 @@ def test_nothing_begins_before_the_ranks_are_up_or_while_they_fail(server: Serve
 
 def test_measured_memory_decides_how_many_run(server: Server) -> None:
     learned, work = server.jobs.learned, work_of({"height": 8, "width": 8}, SIGNATURE)
-    learned.at_rest([{"held": 100, "limit": 10_000}, {"held": 50, "limit": 10_000}])
+    learned.at_rest([ModelInfo(SIGNATURE, held_bytes=held, limit_bytes=10_000) for held in (100, 50)])
     learned.completed(work, 1.0, 64, 8_500)  # pixels of one job; two have not been seen
     ids = [server.put() for _ in range(4)]
     assert server.running() == ids[:1]
@@ -157,7 +158,7 @@ def test_measured_memory_decides_how_many_run(server: Server) -> None:
     learned.completed(work, 1.0, 128, 8_900)
     server.jobs.wake()
     assert server.running() == ids[1:3]
-    learned.at_rest([{"held": 100, "limit": 9_000}])
+    learned.at_rest([ModelInfo(SIGNATURE, held_bytes=100, limit_bytes=9_000)])
     server.complete(ids[1])
     assert server.running() == ids[2:3]
     server.complete(ids[2])

@@ -25,7 +25,7 @@ def work(size: int) -> Work:
 
 
 def test_work_follows_the_request_and_the_defaults_of_the_pipeline() -> None:
-    takes = VIDEO["signature"]
+    takes = VIDEO.signature
     assert work_of({}, takes) == Work(832, 480, 81, 50, 1, guided=True)
     asked = {"width": 64, "height": 32, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 1.0}
     assert work_of({**asked, "num_outputs_per_prompt": 2}, takes) == Work(64, 32, 9, 4, 2, guided=False)
@@ -33,7 +33,7 @@ def test_work_follows_the_request_and_the_defaults_of_the_pipeline() -> None:
 
 
 def test_guidance_doubles_the_work_where_it_is_computed() -> None:
-    takes = IMAGE["signature"]  # true_cfg_scale, which counts only with a negative prompt
+    takes = IMAGE.signature  # true_cfg_scale, which counts only with a negative prompt
     assert not work_of({}, takes).guided
     assert work_of({"negative_prompt": ""}, takes).guided
     assert not work_of({"negative_prompt": "", "true_cfg_scale": 1.0}, takes).guided

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.request.model_info import ModelInfo
+from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.failure import Failure, Timeouts
 from shardit.engine.process.loop import Loop
@@ -77,7 +79,7 @@ def played() -> Any:
     one.rank_group.bring_up()
     one.until(lambda: one.rank_group._pipes)
     for end in one.ends:
-        end.send(Ready({}))
+        end.send(Ready(ModelInfo(PipelineSignature("FakePipeline", ("prompt",)))))
     one.until(lambda: one.ups)
     yield one
     one.answer.set()

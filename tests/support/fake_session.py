@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import Progress, RequestFinished
@@ -35,7 +36,7 @@ class Session:
         self.rank = rank
         self.leads = rank == 0
         self.world_size = world_size
-        self.info = {"signature": SIGNATURE, "notes": [init_method]}
+        self.info = ModelInfo(SIGNATURE, notes=(init_method,))
         act(spec.model, "start", rank)
 
     def serve(self, channel: Channel) -> None:

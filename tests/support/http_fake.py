@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.channel import Channel, Closed
 from shardit.server import estimate
@@ -67,37 +68,34 @@ _QWEN = [
 ]
 _QWEN_DEFAULTS = {"height": None, "width": None, "num_inference_steps": 50, "true_cfg_scale": 4.0}
 
-AUDIO = {
-    "signature": PipelineSignature(
+AUDIO = ModelInfo(
+    signature=PipelineSignature(
         "StableAudioPipeline",
         ("prompt", "num_inference_steps", "audio_end_in_s", "num_waveforms_per_prompt", "output_type"),
         {"num_inference_steps": 2, "output_type": "pt"},
         outputs=("audios",),
         sample_rate=16000,
     ),
-    "signature_with_image": None,
-    "notes": [],
-}
-VIDEO = {
-    "signature": PipelineSignature(
+)
+VIDEO = ModelInfo(
+    signature=PipelineSignature(
         "WanPipeline", (*_WAN, "num_videos_per_prompt", *_SHARED), _WAN_DEFAULTS, native_fps=24.0
     ),
-    "signature_with_image": PipelineSignature(
+    signature_with_image=PipelineSignature(
         "WanImageToVideoPipeline",
         ("image", *_WAN, "num_videos_per_prompt", *_SHARED, "last_image"),
         _WAN_DEFAULTS,
         required=("image",),
         native_fps=24.0,
     ),
-    "notes": ["a note of the ranks"],
-}
-IMAGE = {
-    "signature": PipelineSignature("QwenImagePipeline", (*_QWEN, "num_images_per_prompt", *_SHARED), _QWEN_DEFAULTS),
-    "signature_with_image": PipelineSignature(
+    notes=("a note of the ranks",),
+)
+IMAGE = ModelInfo(
+    signature=PipelineSignature("QwenImagePipeline", (*_QWEN, "num_images_per_prompt", *_SHARED), _QWEN_DEFAULTS),
+    signature_with_image=PipelineSignature(
         "QwenImageEditPlusPipeline", ("image", *_QWEN, "num_images_per_prompt", *_SHARED), _QWEN_DEFAULTS
     ),
-    "notes": [],
-}
+)
 
 
 class FakeSupervisor:
@@ -107,7 +105,7 @@ class FakeSupervisor:
     `held` leaves jobs in the queue; `lossy` sends no news.
     """
 
-    def __init__(self, channel: Channel, store: Store, info: dict[str, Any]):
+    def __init__(self, channel: Channel, store: Store, info: ModelInfo):
         self.channel, self.store, self.info = channel, store, info
         self.held = False
         self.lossy = False
@@ -172,14 +170,14 @@ class FakeSupervisor:
         pictures = [
             Image.new("RGB", size, (job.seed % 256, 80, 80 + count % 100)) for count in range(request.num_outputs)
         ]
-        video = self.info["signature"].kind == "video"
+        video = self.info.signature.kind == "video"
         output = Output(
             prompt=request.prompt,
             seed=job.seed,
-            images=() if video or self.info["signature"].kind != "image" else pictures,
-            audio=np.zeros((len(pictures), 1, 160), np.float32) if self.info["signature"].kind == "audio" else None,
+            images=() if video or self.info.signature.kind != "image" else pictures,
+            audio=np.zeros((len(pictures), 1, 160), np.float32) if self.info.signature.kind == "audio" else None,
             sample_rate=request.sample_rate,
-            texts=[prompt] if self.info["signature"].kind == "text" else [],
+            texts=[prompt] if self.info.signature.kind == "text" else [],
             extra={"flags": [True], "embeds": np.ones((1, 2))} if "more" in prompt else {},
             frames=[[picture] * 3 for picture in pictures] if video else None,
             fps=request.fps,
@@ -193,7 +191,7 @@ class FakeSupervisor:
 class Served:
     """A running API process and its fake supervisor."""
 
-    def __init__(self, options: ServeOptions, info: dict[str, Any], state: str, held: bool):
+    def __init__(self, options: ServeOptions, info: ModelInfo, state: str, held: bool):
         self.options = options
         self.store = Store(options.data_dir)
         self.log = options.data_dir / "api.log"
@@ -211,7 +209,7 @@ class Served:
         channel.send(options)
         self.supervisor = FakeSupervisor(channel, self.store, info)
         self.supervisor.held = held
-        told = info if state == "ready" else {}
+        told = info if state == "ready" else None
         ranks = ({"rank": 0, "state": state, "pid": 1, "peak_bytes": 0},)
         channel.send(Ranks(state, info=told, ranks=ranks))  # pyright: ignore[reportArgumentType]
         self.supervisor.start()
@@ -278,7 +276,7 @@ def _read(status: int, headers: Any, data: bytes) -> tuple[int, Any, dict[str, s
 @contextmanager
 def serving(
     folder: Path,
-    info: dict[str, Any] | None = None,
+    info: ModelInfo | None = None,
     state: str = "ready",
     memory: Any = None,
     held: bool = False,

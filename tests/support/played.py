@@ -15,6 +15,7 @@ from PIL import Image
 
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.failure import Failure, Timeouts
 from shardit.engine.process.loop import Loop
@@ -26,7 +27,7 @@ from shardit.server.supervisor.dispatch import Dispatcher
 from shardit.server.supervisor.metrics import SupervisorMetrics
 
 SIGNATURE = PipelineSignature("FakePipeline", ("prompt", "image", "height", "width", "num_inference_steps"))
-INFO = {"signature": SIGNATURE, "memory": {"held": 1, "limit": None}}
+INFO = ModelInfo(SIGNATURE, held_bytes=1)
 
 
 class FakeFleet:

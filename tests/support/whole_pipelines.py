@@ -132,7 +132,7 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     for pipe in session._variants.values():
         change_scheduler(pipe, case.scheduler)
     switch_tiling(session._pipe, case)
-    requests = make_requests(case, session.info["signature"], session.info["signature_with_image"])
+    requests = make_requests(case, session.info.signature, session.info.signature_with_image)
     outputs = session.generate(requests, lambda *_: None)
     parts = {name: getattr(session._pipe, name) for name in session._assignment.cut}
     stages = {name: part.shardit_stages for name, part in parts.items() if hasattr(part, "shardit_stages")}

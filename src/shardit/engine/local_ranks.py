@@ -23,6 +23,7 @@ from shardit.errors import InputError
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
+    from shardit.diffusion.request.model_info import ModelInfo
 
 OnProgress = Callable[[int, int, int], None]
 CLOSE_GRACE_S = 1.0
@@ -37,7 +38,7 @@ class LocalRanks:
 
     def __init__(self, spec: SessionSpec, timeouts: Timeouts):
         self.spec = spec
-        self.info: dict[str, Any] = {}
+        self.info: ModelInfo | None = None
         self.owner = os.getpid()
         self.placement = LocalPlacement(spec.timeout_s)
         self._lock = threading.RLock()
@@ -119,7 +120,7 @@ class LocalRanks:
         if self._failure is not None:
             raise self._failure.error()
 
-    def _set_up(self, infos: list[dict[str, Any]]) -> None:
+    def _set_up(self, infos: list[ModelInfo]) -> None:
         self.info, self._up = infos[0], True
         self._hangs.reset()
 

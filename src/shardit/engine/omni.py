@@ -24,6 +24,7 @@ from shardit.loading.source import local_folder
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
+    from shardit.diffusion.request.model_info import ModelInfo
     from shardit.diffusion.request.pipeline_signature import PipelineSignature
 
 MAX_TIMEOUT_S = 1_000_000
@@ -121,7 +122,6 @@ class Omni:
 
         if self._closed:
             raise InputError("this Omni is closed; make a new one")
-        info = self._ranks.info
         build = functools.partial(
             build_requests,
             prompts,
@@ -130,21 +130,26 @@ class Omni:
             negative_prompt=negative_prompt,
             pil_image=pil_image,
             overrides=overrides,
-            takes=info["signature"],
-            takes_with_image=info.get("signature_with_image"),
+            takes=self._info.signature,
+            takes_with_image=self._info.signature_with_image,
         )
         with contextlib.closing(Bars()) as bars:
             return self._ranks.generate(build, bars.update)
 
     @property
+    def _info(self) -> ModelInfo:
+        assert self._ranks.info is not None  # it was started
+        return self._ranks.info
+
+    @property
     def takes(self) -> PipelineSignature:
         """What the model's pipeline takes and makes."""
-        return self._ranks.info["signature"]
+        return self._info.signature
 
     @property
     def notes(self) -> list[str]:
         """What the ranks had to say about the model and how it was cut."""
-        return list(self._ranks.info.get("notes", ()))
+        return list(self._info.notes)
 
     def close(self) -> None:
         """End the ranks; may be called twice. Happens by itself at the end of the program."""

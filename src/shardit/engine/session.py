@@ -31,6 +31,7 @@ from shardit.diffusion.loading.start_options import check_extras
 from shardit.diffusion.loading.variants import image_pipeline
 from shardit.diffusion.output.collect import collect
 from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
 from shardit.diffusion.request.returned import sample_rate_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
@@ -99,13 +100,14 @@ class Session:
         if with_image is not None:
             self._variants[type(with_image).__name__] = with_image
         index, rate = dict(self._pipe.config), sample_rate_of(self._pipe.components)
-        self.info: dict[str, Any] = {
-            "signature": _signature(self._pipe, spec, index, rate),
-            "signature_with_image": None if with_image is None else _signature(with_image, spec, index),
-            "notes": list(self._assignment.notes),
-            "bytes_read": self._reads.bytes,
-            "memory": {"held": held_bytes(), "limit": limit_bytes(ranks_here(self.mesh.world_size))},
-        }
+        self.info = ModelInfo(
+            _signature(self._pipe, spec, index, rate),
+            None if with_image is None else _signature(with_image, spec, index),
+            notes=tuple(map(str, self._assignment.notes)),
+            bytes_read=self._reads.bytes,
+            held_bytes=held_bytes(),
+            limit_bytes=limit_bytes(ranks_here(self.mesh.world_size)),
+        )
 
     def serve(self, channel: Channel) -> None:
         """Run the requests that arrive at a channel until it is closed."""

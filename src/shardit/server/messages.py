@@ -6,8 +6,10 @@ worth storing (progress). A lost message loses no job.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from shardit.diffusion.request.model_info import ModelInfo
 
 RanksState = Literal["loading", "ready", "restarting", "failed", "stopping"]
 
@@ -41,13 +43,13 @@ class Ping:
 class Ranks:
     """State of the ranks, sent at every change and when an API process starts.
 
-    info: what sessions tell of the model (`signature`, `signature_with_image`, `notes`), once known. ranks: per rank
+    info: what the first rank reports of the model, once it is loaded. ranks: per rank
     {"rank", "state", "peak_bytes"}. restarts: how often they were started anew since the server started.
     """
 
     state: RanksState
     reason: str = ""
-    info: dict[str, Any] = field(default_factory=dict)
+    info: ModelInfo | None = None
     ranks: tuple[dict[str, Any], ...] = ()
     restarts: int = 0
 

@@ -11,6 +11,7 @@ from shardit.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from shardit.config import DiffusionParallelConfig
+    from shardit.diffusion.request.model_info import ModelInfo
     from shardit.loading.dtypes import Setting
 
 SESSION = "shardit.engine.session:Session"
@@ -140,7 +141,7 @@ class Cancel:
 class Ready:
     """The rank has loaded its share."""
 
-    info: dict[str, Any] = field(default_factory=dict)
+    info: ModelInfo
 
 
 @dataclass(frozen=True)

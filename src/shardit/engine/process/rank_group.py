@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.channel import Channel, encode
 from shardit.engine.process.failure import Cause, Failure, Timeouts, root_of
 from shardit.engine.process.loop import Loop, Pipe
@@ -35,7 +36,7 @@ class RankGroup:
         placement: Placement,
         loop: Loop,
         *,
-        on_up: Callable[[list[dict[str, Any]]], None],
+        on_up: Callable[[list[ModelInfo]], None],
         on_down: Callable[[Failure], None],
         on_message: Callable[[int, Any], None],
         on_exit: Callable[[int, str], None] = lambda *_: None,
@@ -45,7 +46,7 @@ class RankGroup:
         self._on_up, self._on_down, self._on_message, self._on_exit = on_up, on_down, on_message, on_exit
         self._generation = 0
         self._pipes: list[Pipe] = []
-        self._infos: dict[int, dict[str, Any]] = {}
+        self._infos: dict[int, ModelInfo] = {}
         self._failures: dict[Failure, float] = {}  # when the root is decided, if no other is before
         self._exits: dict[int, Failure] = {}  # of processes whose last messages have not arrived yet
         self._closed: set[int] = set()

@@ -19,6 +19,7 @@ from shardit.loading.missing import missing_package
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
+    from shardit.diffusion.request.model_info import ModelInfo
 
 # How gloo, NCCL and their stores speak of another rank's end; they raise plain RuntimeErrors in places.
 _OF_PEER = (
@@ -83,7 +84,7 @@ class JoinedRanks:
 
     def __init__(self, spec: SessionSpec):
         self.spec = spec
-        self.info: dict[str, Any] = {}
+        self.info: ModelInfo | None = None
         self.rank = int(os.environ["RANK"])
         self._session: Any = None
         world_size, wanted = int(os.environ["WORLD_SIZE"]), spec.config.world_size

@@ -9,15 +9,15 @@ import os
 import signal
 import socket
 import sqlite3
-from typing import Any
 
 import uvicorn
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.process import die_with_parent, lower_session_priority
 from shardit.logs import logger, take_over
 from shardit.server.http.app import create_app
-from shardit.server.http.state import model_info as info
+from shardit.server.http.state import model_info
 from shardit.server.http.state.live_state import LiveState
 from shardit.server.http.state.supervisor_link import SupervisorClient
 from shardit.server.http.timeouts import PatientProtocol
@@ -47,14 +47,14 @@ def main(control_fd: int, listen_fd: int) -> None:
 async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
 
-    def keep(told: dict[str, Any]) -> None:
-        loop.run_in_executor(None, info.remember, store, options.model, told)
+    def keep(reported: ModelInfo) -> None:
+        loop.run_in_executor(None, model_info.remember, store, options.model, reported)
 
     live_state = LiveState(
         link.send,
-        info=info.recall(store, options.model),
+        info=model_info.recall(store, options.model),
         on_info=keep,
-        foresee=functools.partial(info.from_files, options.model),
+        foresee=functools.partial(model_info.from_files, options.model),
     )
     link.start(loop, live_state.deliver)
     try:

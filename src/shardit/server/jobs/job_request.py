@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardit.diffusion.request.build import build_requests
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.request import Request
 
 if TYPE_CHECKING:
     from shardit.diffusion.request.images import ImageSource
 
 
-def build_request(
-    request: Mapping[str, Any], seed: int, images: Sequence[ImageSource], info: Mapping[str, Any]
-) -> Request:
+def build_request(request: Mapping[str, Any], seed: int, images: Sequence[ImageSource], info: ModelInfo) -> Request:
     """The one request of a job. `request` holds the prompt and parameters under the names of `Omni.generate`, `info`
-    what the ranks have told of the model. Raises InputError where they do not fit each other.
+    what is known of the model. Raises InputError if they do not fit each other.
     """
     entry: dict[str, Any] = {**request, "seed": seed}
     if images:
@@ -28,7 +27,7 @@ def build_request(
         negative_prompt=None,
         pil_image=None,
         overrides={},
-        takes=info["signature"],
-        takes_with_image=info.get("signature_with_image"),
+        takes=info.signature,
+        takes_with_image=info.signature_with_image,
     )
     return built[0]

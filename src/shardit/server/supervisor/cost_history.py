@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.server import estimate
 from shardit.server.estimate import Seen, Work
 from shardit.server.jobs.store import Store
@@ -29,10 +30,10 @@ class CostHistory:
         self._memory: dict[str, Any] | None = estimate.forgive(memory)
         self._saved = (self._speed, memory)
 
-    def at_rest(self, memories: list[dict[str, Any]]) -> None:
-        """The ranks have loaded; per rank {"held": bytes, "limit": bytes or None}. The fullest counts."""
-        tightest = max(memories, key=lambda one: one["held"] / one["limit"] if one["limit"] else 0.0)
-        self._see(Seen(0, tightest["held"], tightest["limit"]))
+    def at_rest(self, infos: list[ModelInfo]) -> None:
+        """The ranks have loaded. The fullest counts."""
+        tightest = max(infos, key=lambda one: one.held_bytes / one.limit_bytes if one.limit_bytes else 0.0)
+        self._see(Seen(0, tightest.held_bytes, tightest.limit_bytes))
 
     def completed(self, work: Work, seconds: float, together: int, peak_bytes: int) -> None:
         """A job took so long; the fullest rank held `peak_bytes` while `together` pixels were in flight."""

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.channel import Packed
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.hangs import HangDetector
@@ -55,7 +56,7 @@ class Dispatcher:
         self.tell, self.log, self.metrics = tell, log, metrics
         self.slots = 1
         self.learned = CostHistory(store, options)
-        self.info: dict[str, Any] | None = None
+        self.info: ModelInfo | None = None
         self.running: dict[int, Running] = {}
         self.ends = JobFinisher(store, loop, writers, tell, log, metrics)
         self.prefetcher = Prefetcher(store, loop, then=self.fill)
@@ -75,12 +76,12 @@ class Dispatcher:
 
     # What happens.
 
-    def ready(self, infos: list[dict[str, Any]]) -> None:
+    def ready(self, infos: list[ModelInfo]) -> None:
         """The ranks are up, and have told this of themselves."""
         self.info = infos[0]
         self.hang_detector.reset()
         self.patience.cold = True
-        self.learned.at_rest([info["memory"] for info in infos])
+        self.learned.at_rest(infos)
         self.fill()
 
     def fill(self) -> None:
@@ -219,7 +220,7 @@ class Dispatcher:
 
     def _work(self, job: Job) -> Work:
         assert self.info is not None
-        return work_of(job.request, self.info["signature"])
+        return work_of(job.request, self.info.signature)
 
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.request import Request
 from shardit.engine.process.loop import Loop
 from shardit.server.jobs.job import Job
@@ -22,7 +22,7 @@ class Prefetcher:
         self._building = False
         self._built: tuple[str, Request | Exception] | None = None
 
-    def ready(self, job: Job, info: Mapping[str, Any]) -> bool:
+    def ready(self, job: Job, info: ModelInfo) -> bool:
         """Whether `take` can be called. If not, the pictures are on their way."""
         if not job.inputs or (self._built is not None and self._built[0] == job.id):
             return True
@@ -31,7 +31,7 @@ class Prefetcher:
             threading.Thread(target=self._work, args=(job, info), daemon=True).start()
         return False
 
-    def take(self, job: Job, info: Mapping[str, Any]) -> Request:
+    def take(self, job: Job, info: ModelInfo) -> Request:
         """The request of a job that is ready. Raises what is wrong with it: it was accepted for another model, or its
         files are gone."""
         if not job.inputs:
@@ -46,7 +46,7 @@ class Prefetcher:
         """Let go of pictures that nobody will ask for."""
         self._built = None
 
-    def _work(self, job: Job, info: Mapping[str, Any]) -> None:
+    def _work(self, job: Job, info: ModelInfo) -> None:
         images = [self._store.files_of(job.id) / name for name in job.inputs]
         built: Request | Exception
         try:

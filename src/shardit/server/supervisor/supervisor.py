@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.loading.model_options import described
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import SESSION, SessionSpec
@@ -167,7 +168,7 @@ class Supervisor:
             if len(gone) == RETAIN_AT_MOST:
                 self._retain_at = now
 
-    def on_up(self, infos: list[dict[str, Any]]) -> None:
+    def on_up(self, infos: list[ModelInfo]) -> None:
         """All ranks have loaded."""
         self._was_up, self._pause_s = True, 0.0
         self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))

@@ -128,7 +128,8 @@ def _readiness(ranks: Ranks) -> dict[str, Any]:
 
 def _server(context: Context) -> dict[str, Any]:
     info, options, counts = context.live_state.info, context.options, context.store.counts()
-    takes, with_image = info.get("signature"), info.get("signature_with_image")
+    takes = info.signature if info else None
+    with_image = info.signature_with_image if info else None
     return {
         **_readiness(context.live_state.ranks),
         "model": options.name,
@@ -143,7 +144,7 @@ def _server(context: Context) -> dict[str, Any]:
         "in_progress": counts.get("in_progress", 0),
         "queue_size": options.queue_size,
         "limits": vars(options.limits),
-        "notes": [str(note) for note in info.get("notes", ())],
+        "notes": list(info.notes) if info else [],
     }
 
 
@@ -156,10 +157,10 @@ def _most_images(takes: PipelineSignature | None, limits: Limits) -> int:
 def _defaults(context: Context) -> dict[str, Any]:
     from shardit.models import tiny
 
-    takes, options = context.live_state.info.get("signature"), context.options
-    if takes is None:
+    info, options = context.live_state.info, context.options
+    if info is None:
         return {}
-    names = set(pipeline_names(context.live_state.info))
-    shown = {name: value for name, value in takes.defaults.items() if name in names and value is not None}
+    names = set(pipeline_names(info))
+    shown = {name: value for name, value in info.signature.defaults.items() if name in names and value is not None}
     filled = tiny.filled_in(options.model.removeprefix("tiny/"), ()) if options.model.startswith("tiny/") else {}
     return {**shown, **filled}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Wake
 
 
@@ -31,7 +31,7 @@ class Watch:
 class LiveState:
     """Belongs to one event loop: all methods but `wake` are called there.
 
-    `send` hands a message to the supervisor. `on_info` is given what the ranks tell of the model, when they do.
+    `send` hands a message to the supervisor. `on_info` is given what the ranks report of the model, when they do.
     `foresee` reads the same from files, as far as they have it, for the time before the model is loaded; it runs in a
     thread.
     """
@@ -40,17 +40,17 @@ class LiveState:
         self,
         send: Callable[[object], None],
         *,
-        info: dict[str, Any] | None = None,
-        on_info: Callable[[dict[str, Any]], None] | None = None,
-        foresee: Callable[[], dict[str, Any]] | None = None,
+        info: ModelInfo | None = None,
+        on_info: Callable[[ModelInfo], None] | None = None,
+        foresee: Callable[[], ModelInfo | None] | None = None,
     ):
         self.ranks = Ranks("loading")
-        self.info: dict[str, Any] = info or {}
-        """Signatures and notes of the model, from these ranks, from earlier ones or from its files; else empty."""
+        self.info = info
+        """Signatures and notes of the model, from these ranks, from earlier ones or from its files; else None."""
         self._send = send
         self._on_info = on_info
         self._foresee = foresee
-        self._foreseen: asyncio.Future[dict[str, Any]] | None = None
+        self._foreseen: asyncio.Future[ModelInfo | None] | None = None
         self._steps: dict[str, Step] = {}
         self._watches: dict[str, set[Watch]] = {}
         self._scrapes: set[asyncio.Future[bytes]] = set()
@@ -75,9 +75,9 @@ class LiveState:
         """Whether the server is about to end."""
         return self.ranks.state == "stopping"
 
-    async def known(self) -> dict[str, Any]:
+    async def known(self) -> ModelInfo | None:
         """`info`, read from the files of the model if no ranks have loaded it yet."""
-        if not self.info and self._foresee is not None:
+        if self.info is None and self._foresee is not None:
             if self._foreseen is None:
                 self._foreseen = asyncio.get_running_loop().run_in_executor(None, self._foresee)
             foreseen = await asyncio.shield(self._foreseen)
@@ -129,7 +129,7 @@ class LiveState:
 
     def _take(self, ranks: Ranks) -> None:
         another, self.ranks = ranks.state != self.ranks.state, ranks
-        if ranks.info.get("signature") is not None and ranks.info != self.info:
+        if ranks.info is not None and ranks.info != self.info:
             self.info = ranks.info
             if self._on_info is not None:
                 self._on_info(ranks.info)

@@ -8,42 +8,40 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardit.diffusion.preflight.static_signature import static_signatures_of_model
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 from shardit.server.jobs.store import Store
 
 _NAME = "model_info"
-_SIGNATURES = ("signature", "signature_with_image")
 
 
-def remember(store: Store, model: str, info: Mapping[str, Any]) -> None:
+def remember(store: Store, model: str, info: ModelInfo) -> None:
     """Keep what is known of `model`."""
-    kept: dict[str, Any] = {"model": model, "notes": list(info.get("notes", ()))}
-    for name in _SIGNATURES:
-        signature = info.get(name)
-        kept[name] = None if signature is None else dataclasses.asdict(signature)
+    kept = {
+        "model": model,
+        "notes": list(info.notes),
+        "signatures": [dataclasses.asdict(signature) for signature in info.signatures],
+    }
     if store.recall(_NAME) != kept:
         store.remember(_NAME, kept)
 
 
-def recall(store: Store, model: str) -> dict[str, Any]:
-    """What was kept of `model`; empty where that is nothing."""
+def recall(store: Store, model: str) -> ModelInfo | None:
+    """What was kept of `model`, if anything."""
     kept = store.recall(_NAME)
-    if not isinstance(kept, dict) or kept.get("model") != model:
-        return {}
-    info: dict[str, Any] = {"notes": kept["notes"]}
-    for name in _SIGNATURES:
-        info[name] = None if kept[name] is None else _signature(kept[name])
-    return info
+    if not isinstance(kept, dict) or kept.get("model") != model or "signatures" not in kept:
+        return None
+    return ModelInfo(*map(_signature, kept["signatures"]), notes=tuple(kept["notes"]))
 
 
-def from_files(model: str) -> dict[str, Any]:
-    """Read the signatures from the files of `model`, before it is loaded; empty if they do not suffice."""
+def from_files(model: str) -> ModelInfo | None:
+    """Read the signatures from the files of `model`, before it is loaded; None if they do not suffice."""
     try:
         plain, with_image = static_signatures_of_model(model)
     except (InputError, OSError):  # the ranks report it
-        return {}
-    return {} if plain is None else {"signature": plain, "signature_with_image": with_image, "notes": []}
+        return None
+    return None if plain is None else ModelInfo(plain, with_image)
 
 
 def _signature(kept: Mapping[str, Any]) -> PipelineSignature:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardit.diffusion.request.argument_values import checked_value
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.diffusion.request.size_search import SIDES
 from shardit.diffusion.request.step_lists import steps_problem
@@ -26,12 +27,11 @@ _NOT_SENDABLE = re.compile(
 )
 
 
-def pipeline_names(info: Mapping[str, Any]) -> list[str]:
+def pipeline_names(info: ModelInfo | None) -> list[str]:
     """Arguments of the model's pipelines that a client can give by name."""
     names: dict[str, None] = {}
-    for signature in (info.get("signature"), info.get("signature_with_image")):
-        if signature is not None:
-            names.update(dict.fromkeys(name for name in signature.choices if _is_sendable(name, signature)))
+    for signature in info.signatures if info is not None else ():
+        names.update(dict.fromkeys(name for name in signature.choices if _is_sendable(name, signature)))
     return list(names)
 
 

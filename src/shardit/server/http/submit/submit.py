@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.memory import limit_bytes
 from shardit.errors import InputError
@@ -60,14 +61,14 @@ async def accept(
     key = _idempotency_key(request)
     body = await read_body(request, model, context.options.limits)
     info = await context.live_state.known()
-    if not info:
+    if info is None:
         raise busy(
             "the model is being loaded, and its files do not say what it takes; try again soon",
             _LOADING_RETRY_S,
             "loading",
         )
-    _check_kind(info["signature"], kind)
-    if problem := unservable(info["signature"]):
+    _check_kind(info.signature, kind)
+    if problem := unservable(info.signature):
         raise ApiError(400, problem, code="unsupported_model", param="model")
     values = check_fields(model, body.values, pipeline_names(info))
     check_model(values, context.options)
@@ -114,11 +115,9 @@ def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
         raise ApiError(400, f"this server makes {what}; use {right}", code="wrong_kind", param="model")
 
 
-def _picture_field(
-    values: Mapping[str, Any], body: Body, info: Mapping[str, Any]
-) -> tuple[str | None, PipelineSignature]:
+def _picture_field(values: Mapping[str, Any], body: Body, info: ModelInfo) -> tuple[str | None, PipelineSignature]:
     """The field in which input pictures came, if any, and the pipeline that will run then."""
-    plain, takes = info["signature"], info.get("signature_with_image") or info["signature"]
+    plain, takes = info.signature, info.signature_with_image or info.signature
     given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name)), None)
     if given is None and plain.needs_image:
         where = "image (POST /v1/images/edits)" if plain.kind == "image" else "input_reference"
@@ -152,7 +151,7 @@ def _new_job(
     values: Mapping[str, Any],
     pictures: dict[str, bytes],
     takes: PipelineSignature,
-    info: Mapping[str, Any],
+    info: ModelInfo,
     context: Context,
     kind: Kind,
     *,

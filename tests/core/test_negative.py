@@ -56,7 +56,7 @@ def _try(name: str, runtime: Runtime, chunks: int, after_first: Callable[[], Any
         raise
     except Exception as error:
         return type(error).__name__
-    strangers = any(stages.owners[i] != runtime.comm.rank for i in stages.ran)
+    strangers = any(stages.cut.owners[i] != runtime.comm.rank for i in stages.cut.ran)
     return "right" if all(equal) and not strangers else f"wrong {equal} {strangers}"
 
 

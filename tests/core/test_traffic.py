@@ -53,7 +53,7 @@ def sent(rank: int, count: int, method: str, axes: dict[str, int]) -> dict[str, 
         "stage": runtime.mesh.pp_rank,
         "hidden": TOKENS * width * 4,
         "result": out.numel() * 4,
-        "ran": model.shardit_stages.ran.total(),
+        "ran": model.shardit_stages.cut.ran.total(),
     }
 
 

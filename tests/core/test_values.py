@@ -107,7 +107,7 @@ def _all(rank: int, size: int, method: str) -> dict[str, tuple[list[bool], int, 
     for name, model, calls in runs:
         for chunks in (1, 2):
             equal, stages = _calls(model, runtime, calls, chunks)
-            found[f"{name}/{chunks}"] = equal, stages.traced, len(stages.plans), len(stages.known.found)
+            found[f"{name}/{chunks}"] = equal, stages.first.traced, len(stages.plans), len(stages.known.found)
             model = (
                 entry("Lumina2Transformer2DModel").build() if name == "lumina2" else randomise(MODELS[name]()).eval()
             )
@@ -172,7 +172,7 @@ def _lumina_on(rank: int, size: int, method: str, axes: dict[str, int]) -> tuple
         together.append(torch.equal(ended.value, plain[programs.index(ended)]))
     stages.runtime.flush()
     stages.runtime.replica.barrier()
-    return alone, together, stages.traced
+    return alone, together, stages.first.traced
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def whole_pipeline(rank: int, count: int, method: str, name: str) -> None:
         out = run(pipe, name)
         assert type(out) is torch.Tensor
         assert torch.equal(out, expected)
-    held = [p for b in pipe.transformer.shardit_stages.blocks for p in b[1].parameters() if not p.is_meta]
-    everything = [p for b in pipe.transformer.shardit_stages.blocks for p in b[1].parameters()]
+    held = [p for b in pipe.transformer.shardit_stages.cut.blocks for p in b[1].parameters() if not p.is_meta]
+    everything = [p for b in pipe.transformer.shardit_stages.cut.blocks for p in b[1].parameters()]
     assert len(held) * count == len(everything)
     loaded = quiet(shardit.load(f"tiny/{name}", DiffusionParallelConfig(pipeline_parallel_size=count)))
     assert torch.equal(run(loaded, name), expected)

@@ -103,9 +103,9 @@ def staged(model: nn.Module, runtime: Runtime, chunks: int, plan: Plan | None = 
 def record(outcome: Outcome, stages: Stages) -> None:
     """Which blocks this rank ran."""
     rank = stages.runtime.comm.rank
-    own = {i for i, owner in enumerate(stages.owners) if owner == rank}
-    outcome.strangers = tuple(sorted(set(stages.ran) - own))
-    outcome.ran, outcome.own = len(set(stages.ran) & own), len(own)
+    own = {i for i, owner in enumerate(stages.cut.owners) if owner == rank}
+    outcome.strangers = tuple(sorted(set(stages.cut.ran) - own))
+    outcome.ran, outcome.own = len(set(stages.cut.ran) & own), len(own)
     outcome.hops = [len(local.plan.hops) for local in stages.plans]
 
 

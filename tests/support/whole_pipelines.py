@@ -136,15 +136,15 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     outputs = session.generate(requests, lambda *_: None)
     parts = {name: getattr(session._pipe, name) for name in session._assignment.cut}
     stages = {name: part.shardit_stages for name, part in parts.items() if hasattr(part, "shardit_stages")}
-    stage = session.mesh.pp_rank
+    cuts, stage = {name: s.cut for name, s in stages.items()}, session.mesh.pp_rank
     tiles = getattr(session._pipe.vae, "shardit_tiles", None)
     return {
         "tiles": {} if tiles is None else dict(tiles.ran),
         "errors": {index: output.error for index, output in outputs.items()},
         "arrays": {index: np.asarray(output.latents) for index, output in outputs.items() if output.error is None},
-        "strangers": [(name, block) for name, s in stages.items() for block in s.ran if s.owners[block] != stage],
-        "calls": {name: s.ran.total() for name, s in stages.items()},
-        "ran": {name: len(s.ran) for name, s in stages.items()},
+        "strangers": [(name, block) for name, cut in cuts.items() for block in cut.ran if cut.owners[block] != stage],
+        "calls": {name: cut.ran.total() for name, cut in cuts.items()},
+        "ran": {name: len(cut.ran) for name, cut in cuts.items()},
         "in_flight": max((s.runtime.schedule.most_in_flight for s in stages.values()), default=0),
         "splits": [dict(s._splits) for s in stages.values()],
     }

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_place, subclass_in_place
-from shardit.core.runtime.call_signature import asks_for_gradients
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor, settle
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
@@ -118,7 +118,7 @@ class Boundary:
             return function(*args, **kwargs)
         if not self.on_all and _seen(module, name, args, kwargs):
             return function(*args, **kwargs)
-        if asks_for_gradients((args, kwargs)):
+        if FlatCall.of(args, kwargs).asks_for_gradients():
             kind = type(self._plain[0][0]).__name__
             raise UnsupportedError(
                 f"{kind} is called for its gradients, but it runs on one rank, without: detach what "

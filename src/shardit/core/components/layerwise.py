@@ -22,7 +22,7 @@ from shardit.core.components.kv_stand_ins import find_caches, replace_layers, st
 from shardit.core.components.owned import Held, call_on, fetched, held_here
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import put, subclass_in_place
-from shardit.core.runtime.call_signature import mode_key
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor
 from shardit.core.runtime.randomness import generators_in
 from shardit.core.runtime.versions import changed, mark
@@ -59,7 +59,7 @@ class Relay:
                 raise UnsupportedError(
                     f"{unit_name}.{hooked[0]} of {self._name} has a hook, and runs on one rank: put it on {unit_name}"
                 )
-        kind = (path, name, mode_key((args, kwargs), self.model.training))
+        kind = (path, name, FlatCall.of(args, kwargs).mode_key(self.model.training))
         self._meeting = kind not in self._known
         try:
             out = function(*args, **kwargs)

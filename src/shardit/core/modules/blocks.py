@@ -1,16 +1,46 @@
-"""Finds the block lists of a model, and puts the blocks of other ranks on meta."""
+"""A model that is cut at the calls of its blocks: finds its block lists, puts the blocks of other ranks on meta."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
+from shardit.core.modules.block_calls import BlockCalls
 from shardit.core.modules.block_names import SMALL_SHARE
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import put
 from shardit.errors import UnsupportedError
+
+
+@dataclass
+class CutModel:
+    """A model whose blocks lie on several stages.
+
+    owners[i]: stage of block i. ran[i]: how often this rank ran block i (never, if it is another's).
+    """
+
+    model: nn.Module
+    blocks: list[tuple[str, nn.Module]]
+    owners: list[int]
+    calls: BlockCalls = field(default_factory=BlockCalls)
+    ran: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def name(self) -> str:
+        """The class of the model."""
+        return type(self.model).__name__
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Meanwhile a block call runs the block itself, wherever the forward is, and nothing is watched."""
+        with self.calls.intercepted_by(None), without_modes():
+            yield
 
 
 def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, nn.Module]]:

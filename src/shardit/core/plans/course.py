@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardit.core.modules.patching import BlockCalls
+from shardit.core.modules.block_calls import BlockCalls
 from shardit.core.plans.call_plan import CallPlan, describe_result
 from shardit.core.plans.derive import derive
 from shardit.core.plans.stand_ins import blank, stand_ins
 from shardit.core.plans.trace import Trace, Watch
-from shardit.core.runtime.call_signature import describe_leaf
+from shardit.core.runtime.flat_call import FlatCall, describe_leaf
 from shardit.core.runtime.randomness import generators_kept
 from shardit.errors import RankError
 
@@ -37,12 +37,12 @@ class DryCall:
         self.trace = Trace()
         self._watch = Watch(self.trace, lambda tensor: tensor)
 
-    def fits(self, calls: BlockCalls, forward: Callable[[], Any], arguments: Any) -> bool:
+    def fits(self, calls: BlockCalls, forward: Callable[..., Any], call: FlatCall) -> bool:
         """Whether the plan holds for this call. Sends nothing."""
-        self.trace.begin(arguments)
+        self.trace.begin(call.leaves)
         try:
             with calls.intercepted_by(self), torch.no_grad(), generators_kept(self.device), self._watch:
-                out = forward()
+                out = forward(*call.args, **call.kwargs)
             leaves, spec = tree_flatten(out)
             found = derive(self.trace, leaves, spec, tuple(describe_result(leaf) for leaf in leaves))
             return len(self.trace.sites) == len(self.plan.sites) and found.digest() == self.plan.digest()

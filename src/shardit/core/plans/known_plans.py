@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from shardit.core.plans.local_plan import LocalPlan
 
@@ -32,11 +31,11 @@ class KnownPlans:
     deciding: dict[Any, tuple[int, ...]] = field(default_factory=dict)
     found: OrderedDict[tuple[Any, bytes], str] = field(default_factory=OrderedDict)
 
-    def find(self, key: Any, arguments: Any) -> LocalPlan | None:
-        """The plan of a call, or None where it is not known."""
+    def find(self, key: Any, leaves: Sequence[Any]) -> LocalPlan | None:
+        """The plan of a call with these leaves, or None where it is not known."""
         if key not in self.deciding:
             return None
-        where = key, self._contents(key, arguments)
+        where = key, self._contents(key, leaves)
         plan = self.plans.get((key, self.found.get(where, "")))
         if plan is not None:
             self.found.move_to_end(where)
@@ -47,14 +46,14 @@ class KnownPlans:
         """The plans that calls of a signature have had, the last one first."""
         return [plan for (of, _), plan in reversed(self.plans.items()) if of == key]
 
-    def learn(self, key: Any, arguments: Any, deciding: Iterable[int], plan: LocalPlan) -> None:
+    def learn(self, key: Any, leaves: Sequence[Any], deciding: Iterable[int], plan: LocalPlan) -> None:
         """Remember the plan of a call, and which leaves of its arguments have decided."""
         before, digest = self.deciding.get(key, ()), plan.plan.digest()
         self.deciding[key] = tuple(sorted({*before, *deciding}))
         if self.deciding[key] != before:  # what was remembered says nothing about the new leaves
             for where in [where for where in self.found if where[0] == key]:
                 del self.found[where]
-        self.found[key, self._contents(key, arguments)] = digest
+        self.found[key, self._contents(key, leaves)] = digest
         self.plans.setdefault((key, digest), plan)
         self.plans.move_to_end((key, digest))
         if len(self.found) > MAX_CONTENTS:
@@ -64,8 +63,10 @@ class KnownPlans:
             if not self.of_signature(key):
                 del self.deciding[key]
 
-    def _contents(self, key: Any, arguments: Any) -> bytes:
-        leaves, digest = tree_leaves(arguments), hashlib.blake2b(digest_size=16)
+    def _contents(self, key: Any, leaves: Sequence[Any]) -> bytes:
+        if not self.deciding[key]:
+            return b""
+        digest = hashlib.blake2b(digest_size=16)
         for q in self.deciding[key]:
             digest.update(leaves[q].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.digest()

@@ -66,9 +66,9 @@ class Trace:
     # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
     _refs: list[StorageWeakRef] = field(default_factory=list)
 
-    def begin(self, arguments: Any) -> None:
-        """Take note of what the forward is called with."""
-        for q, leaf in enumerate(tree_leaves(arguments)):
+    def begin(self, arguments: Iterable[Any]) -> None:
+        """Take note of what the forward is called with, leaf by leaf."""
+        for q, leaf in enumerate(arguments):
             if isinstance(leaf, torch.Tensor):
                 self.inputs.add(self.number(leaf))
                 self.sources.setdefault(self.number(leaf), set()).add(q)

@@ -21,13 +21,13 @@ from shardit.core.comm.wire import (
     view_bytes,
     view_near,
 )
-from shardit.core.modules.blocks import inner_tensors
+from shardit.core.modules.blocks import CutModel, inner_tensors
 from shardit.core.modules.held_state import held_state
-from shardit.core.modules.patching import BlockCalls, put
+from shardit.core.modules.patching import put
 from shardit.core.plans.call_plan import CallPlan, Leaf, Site, describe_result
 from shardit.core.plans.derive import derive
 from shardit.core.plans.trace import Trace, Watch
-from shardit.core.runtime.call_signature import describe_leaf
+from shardit.core.runtime.flat_call import FlatCall, describe_leaf
 from shardit.core.runtime.randomness import States, moved, states
 from shardit.core.runtime.versions import changed, mark
 from shardit.errors import RankError, UnsupportedError
@@ -41,33 +41,24 @@ class TracedCall:
     drawn: the states of the generators at the first block call.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: list[tuple[str, nn.Module]],
-        owners: list[int],
-        comm: Comm,
-        count: Callable[[int], None],
-    ):
-        self.owners, self.blocks, self.comm = owners, blocks, comm
+    def __init__(self, cut: CutModel, comm: Comm):
+        self.cut, self.owners, self.blocks, self.comm = cut, cut.owners, cut.blocks, comm
         self.trace = Trace()
         self.watch = Watch(self.trace, self._fetch)
-        self._count = count
-        self._inner = inner_tensors(model, blocks)
+        self._inner = inner_tensors(cut.model, cut.blocks)
         self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.drawn: States = {}
         self._shared = False  # every rank has the error that is being raised
 
-    def run(self, calls: BlockCalls, forward: Callable[[], Any], arguments: Any) -> tuple[Any, CallPlan]:
+    def run(self, forward: Callable[..., Any], call: FlatCall) -> tuple[Any, CallPlan]:
         """The forward's result, the same on every rank, and the plan of what later calls carry.
 
         Collective. Raises what the forward raises, on every rank, and UnsupportedError where it cannot be cut.
         """
-        given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-        self.trace.begin(arguments)
+        self.trace.begin(call.leaves)
         try:
-            with calls.intercepted_by(self), torch.no_grad(), self.watch:
-                out = forward()
+            with self.cut.calls.intercepted_by(self), torch.no_grad(), self.watch:
+                out = forward(*call.args, **call.kwargs)
             self._meet("the end")
         except Exception as error:
             if not self._shared and not isinstance(error, RankError):
@@ -77,8 +68,12 @@ class TracedCall:
             raise UnsupportedError("the forward calls none of the model's blocks")
         if self.trace.mutated_input:
             raise UnsupportedError("the forward writes into one of its arguments")
-        known = {id(tensor) for tensor in given}
-        added = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and id(leaf) not in known]
+        known = set(map(id, call.leaves))
+        added = [
+            leaf
+            for leaf in tree_leaves((call.args, call.kwargs))
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in known
+        ]
         if any(self.trace.knows(leaf) and self.trace.number(leaf) in self.trace.derived for leaf in added):
             raise UnsupportedError("the forward puts what derives from a block into a list or dict that it is given")
         leaves, spec = tree_flatten(out)
@@ -182,7 +177,7 @@ class TracedCall:
             self.comm.broadcast_object(sendable(error), self.comm.rank)
             self._shared = True
             raise
-        self._count(index)
+        self.cut.ran[index] += 1
         mutated = [q for q, t in enumerate(arguments) if t is not None and changed(t, before[q])]
         blob, tensors = dump_with_tensors(out)
         leaves = _describe(tensors, arguments)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor, Source
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -24,17 +25,17 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 1
 
 
-def split(args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of `count` micro-batches, of nearly equal size and in order.
+def split(call: FlatCall, count: int) -> list[FlatCall]:
+    """The calls of `count` micro-batches, of nearly equal size and in order.
 
     What has one entry per sample (a tensor's first dimension, or a list) is cut; everything else goes to all.
     """
-    batch = batch_size(args, kwargs)
+    batch = batch_size(call.args, call.kwargs)
     bounds = [batch * i // count for i in range(count + 1)]
     return [
-        (
-            tuple(_cut(value, batch, low, high) for value in args),
-            {name: _cut(value, batch, low, high) for name, value in kwargs.items()},
+        FlatCall.of(
+            tuple(_cut(value, batch, low, high) for value in call.args),
+            {name: _cut(value, batch, low, high) for name, value in call.kwargs.items()},
         )
         for low, high in itertools.pairwise(bounds)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -180,6 +180,11 @@ def _basic_index(index: Any) -> bool:
 
 def settle(tree: Any) -> None:
     """Wait for every pending tensor in nested containers; they become plain tensors in place."""
-    for leaf in tree_leaves(tree):
+    settle_leaves(tree_leaves(tree))
+
+
+def settle_leaves(leaves: Iterable[Any]) -> None:
+    """Wait for the pending tensors among some values; they become plain tensors in place."""
+    for leaf in leaves:
         if isinstance(leaf, PendingTensor):
             leaf._source.wait()

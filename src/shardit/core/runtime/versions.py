@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from shardit.errors import RankError
 
@@ -13,9 +13,9 @@ Inputs = list[tuple[torch.Tensor, int]]
 """Tensors and the versions that they had."""
 
 
-def inputs_of(arguments: Any) -> Inputs:
-    """The tensors that a call in flight was given, with their versions, where torch counts them."""
-    return [(t, t._version) for t in tree_leaves(arguments) if isinstance(t, torch.Tensor) and not t.is_inference()]
+def inputs_of(leaves: Iterable[Any]) -> Inputs:
+    """The tensors among the arguments of a call in flight, with their versions, where torch counts them."""
+    return [(t, t._version) for t in leaves if isinstance(t, torch.Tensor) and not t.is_inference()]
 
 
 def check_unchanged(inputs: Inputs, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The entry of a model that denoises: checks before its call begins, on every rank."""
+"""The entry of a model that denoises: its calls are flattened, and compared on all ranks before they begin."""
 
 from __future__ import annotations
 
@@ -11,51 +11,68 @@ from torch import nn
 
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.known_plans import MAX_SIGNATURES
-from shardit.core.runtime.call_signature import signature
 from shardit.core.runtime.digests import named
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.flat_call import FlatCall
+from shardit.core.runtime.pending import settle_leaves
 from shardit.core.stages.runtime import Runtime
 
-_inside: ContextVar[nn.Module | None] = ContextVar("shardit_entered", default=None)
+Forward = Callable[..., Any]
+
+inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)
 """The model whose call runs, in this context."""
 
 
-def guard_entry(
-    model: nn.Module, runtime: Runtime, begin: Callable[[], Mapping[str, Any]], end: Callable[[], None]
-) -> None:
-    """Compare, in place, what ranks give to a model: the first call of each pipeline call, and of a model that is used
-    by itself the first call of each signature.
+class Entry:
+    """The interceptor of the calls of a model, outside all others. run: makes a call, given the model's own `__call__`;
+    None: as the model does itself."""
 
-    begin, end: called before and after a call of the model by itself (pipelines do so themselves); what `begin`
-    returns is compared, too.
-    """
-    cls, known = type(model), {}
-    own_call, forward = cls.__call__, cls.forward
+    def __init__(self, model: nn.Module, run: Callable[[Forward, FlatCall], Any] | None = None):
+        self._name, self._forward = type(model).__name__, type(model).forward
+        self._runtime: Runtime | None = None
+        self._known: dict[Any, None] = {}
+        own_call = type(model).__call__
 
-    def compare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        alike = begin()
-        key = signature((args, kwargs), model.training), tuple(map(str, alike.items()))
-        if key not in known:
-            runtime.agreement.compare(cls.__name__, {**named(forward, args, kwargs), **alike})
-            known[key] = None
-            if len(known) > MAX_SIGNATURES:
-                known.pop(next(iter(known)))
+        @functools.wraps(own_call)
+        def __call__(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if inside.get() is model:  # the forward calls the model itself
+                return own_call(model, *args, **kwargs)
+            token = inside.set(model)
+            alone = self._runtime is not None and not self._runtime.in_pipeline
+            try:
+                call = FlatCall.of(args, kwargs)
+                settle_leaves(call.leaves)
+                if self._runtime is not None:
+                    self._compare(self._runtime, model, call, alone)
+                return own_call(model, *args, **kwargs) if run is None else run(own_call.__get__(model), call)
+            finally:
+                inside.reset(token)
+                if alone:
+                    self._end()
 
-    @functools.wraps(own_call)
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _inside.get() is self:  # the forward calls the model itself
-            return own_call(self, *args, **kwargs)
-        token, alone = _inside.set(self), not runtime.in_pipeline
-        try:
-            settle((args, kwargs))
-            if alone:
-                compare(args, kwargs)
-            else:
-                runtime.mark_start(cls.__name__, lambda: named(forward, args, kwargs))
-            return own_call(self, *args, **kwargs)
-        finally:
-            _inside.reset(token)
-            if alone:
-                end()
+        subclass_in_place(model, {"__call__": __call__, "shardit_entry": property(lambda model: self)})
 
-    subclass_in_place(model, {"__call__": __call__})
+    def guard(self, runtime: Runtime, begin: Callable[[], Mapping[str, Any]], end: Callable[[], None]) -> None:
+        """Compare from now on what ranks give to the model: in the first call of each pipeline call, and, of a model
+        that is used alone, in the first call of each signature.
+
+        begin, end: called before and after a call of the model alone (pipelines do so themselves); what `begin`
+        returns is compared, too.
+        """
+        self._runtime, self._begin, self._end = runtime, begin, end
+
+    def _compare(self, runtime: Runtime, model: nn.Module, call: FlatCall, alone: bool) -> None:
+        if not alone:
+            runtime.mark_start(self._name, lambda: named(self._forward, call.args, call.kwargs))
+            return
+        alike = self._begin()
+        key = call.signature(model.training), tuple(map(str, alike.items()))
+        if key not in self._known:
+            runtime.agreement.compare(self._name, {**named(self._forward, call.args, call.kwargs), **alike})
+            self._known[key] = None
+            if len(self._known) > MAX_SIGNATURES:
+                self._known.pop(next(iter(self._known)))
+
+
+def entry_of(model: nn.Module) -> Entry:
+    """The entry of a model; it gets one if it has none."""
+    return getattr(model, "shardit_entry", None) or Entry(model)

@@ -1,16 +1,126 @@
-"""Checks of the first call of a kind: a forward must not depend on things that other ranks do not have."""
+"""First calls: traced block by block, and of a new kind of call checked, on all stages at once.
+
+A forward must not depend on things that other ranks do not have.
+"""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from shardit.core.runtime.randomness import States, moved
+from shardit.core.modules.blocks import CutModel
+from shardit.core.modules.module_state import State, differences, poison, restore, state_of
+from shardit.core.plans.local_plan import LocalPlan
+from shardit.core.plans.traced_call import TracedCall
+from shardit.core.runtime.flat_call import FlatCall
+from shardit.core.runtime.randomness import States, generators_kept, moved, set_states, states
+from shardit.core.stages.runtime import Runtime
+from shardit.core.stages.staged_call import StagedCall
 from shardit.errors import UnsupportedError
+
+log = logging.getLogger(__name__)
+
+WARN_SIGNATURES = 16
+"""Signatures after which a warning says that calls keep changing shape, which makes each first one slow."""
+
+
+@dataclass
+class FirstCalls:
+    """The first calls of one transformer over the stages. All methods are collective over them.
+
+    traced: how many there were. checked: the kinds of calls that were compared with a pipelined one.
+    """
+
+    cut: CutModel
+    runtime: Runtime
+    traced: int = 0
+    checked: set[Any] = field(default_factory=set)
+
+    def run(self, forward: Callable[..., Any], call: FlatCall, code: Any) -> tuple[Any, LocalPlan, set[int]]:
+        """The result of a call, the plan of those that follow, and the leaves of its arguments whose values decide."""
+        name, device = self.cut.name, self.runtime.mesh.device
+        before, kept = states(device, []), state_of(self.cut.model)
+        traced = TracedCall(self.cut, self.runtime.comm)
+        self.traced += 1
+        out, plan = traced.run(forward, call)
+        after = states(device, [])
+        refuse_objects(name, out)
+        refuse_draws(name, self.runtime.mesh.sizes, before, traced.drawn, after)
+        self._refuse_counters(kept, forward, call.again(), out)
+        local, deciding = LocalPlan.of(plan, self.runtime.comm.rank), traced.trace.deciding
+        mode = call.mode_key(code), plan.course if deciding else None
+        if mode not in self.checked and self.runtime.comm.size > 1:
+            kept = [thing for thing in state_of(self.cut.model) if thing.outside]
+            self._self_check(local, forward, call.again(), out, before)
+            restore(kept)
+            set_states(moved(before, after), device, [])
+            self.checked.add(mode)
+        if self.traced == WARN_SIGNATURES and self.runtime.mesh.rank == 0:
+            text = "%s: %d different signatures so far; the first call of each runs without overlap"
+            log.warning(text, name, self.traced)
+        return out, local, deciding
+
+    def watched(self, forward: Callable[[], Any], arguments: Any) -> Any:
+        """The result of a forward that runs block by block on all stages at once, of which nothing is remembered. Only
+        inside `CutModel.aside`."""
+        uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm)
+        return uncounted.run(lambda *_: forward(), FlatCall.of((arguments,), {}))[0]
+
+    def _refuse_counters(self, before: State, forward: Callable[..., Any], call: FlatCall, out: Any) -> None:
+        """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
+        calls each. What one call sets and the next leaves alike (a table, say) is harmless, and so is what hooks count
+        or collect without reading it: that is NaN in a second call, which must give the same."""
+        model, comm = self.cut.model, self.runtime.comm
+        after = state_of(model)
+        changed = [differences(before, after, outside) for outside in (False, True)]
+        if not any(any(of_rank) for of_rank in comm.gather_objects(changed)):
+            return
+        of_users = [thing for thing in after if thing.outside]
+        poison(of_users, changed[1])
+        try:
+            with generators_kept(self.runtime.mesh.device), self.cut.aside():
+                again = self.watched(lambda: forward(*call.args, **call.kwargs), (call.args, call.kwargs))
+            later = state_of(model)
+            still = differences(after, later)
+            counted = differences(after, later, outside=True) or changed[1]
+            still += counted if not same_bits(out, again) else []
+            if counted and not still and self.runtime.mesh.rank == 0:
+                log.warning("%s: its calls change %s, but each rank makes a part of them", self.cut.name, counted[0])
+        except UnsupportedError:  # the same call takes another course, on every rank
+            still = [*changed[0], *changed[1]]
+        restore(of_users)
+        refuse_counters(self.cut.name, comm.gather_objects(still))
+
+    def _self_check(
+        self, local: LocalPlan, forward: Callable[..., Any], call: FlatCall, expected: Any, drawn: States
+    ) -> None:
+        """The same call again, pipelined, with NaN in every placeholder, from the same states of generators: it must
+        give the same bits on every rank."""
+        device = self.runtime.mesh.device
+        now = states(device, [])
+        set_states({name: drawn[name] for name in moved(drawn, now)}, device, [])
+        flight = StagedCall(local, self.cut, self.runtime, forward, call, poison=True)
+        self.runtime.schedule.start(flight)
+        self.runtime.schedule.drain(flight)
+        got = flight.result()
+        flight.settle()
+        what = None if same_bits(expected, got) else "its result changes"
+        if flight.failure is not None:
+            what = f"it fails ({type(flight.failure).__name__}: {flight.failure})"
+        found = [text for text in self.runtime.comm.gather_objects(what) if text]
+        if found:
+            raise UnsupportedError(
+                f"{self.cut.name} cannot be cut at its block calls: with placeholders for the blocks of other stages "
+                f"{max(found, key=len)}, so something that crosses a cut is neither an argument nor an output of a "
+                "block"
+            )
 
 
 def refuse_draws(name: str, sizes: Mapping[str, int], before: States, first: States, after: States) -> None:
@@ -57,11 +167,6 @@ def refuse_objects(name: str, out: Any) -> None:
             f"{name} returns a {found}, of which each rank would fill a part: use pipeline_parallel_size=1 and "
             "cfg_parallel_size=1"
         )
-
-
-def own_containers(arguments: Any) -> Any:
-    """The same arguments in lists and dicts of their own: a forward may empty those that it is given."""
-    return tree_map(lambda leaf: leaf, arguments)
 
 
 def same_bits(expected: Any, got: Any) -> bool:

@@ -7,47 +7,43 @@ The order is that of the calls, the same on every rank, whether or not a message
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from shardit.core.modules.module_state import differences, state_of
 from shardit.core.modules.patching import changing_methods, subclass_in_place
 from shardit.core.plans.call_plan import ResultPlan, describe_result
 from shardit.core.plans.known_plans import MAX_SIGNATURES
-from shardit.core.runtime.call_signature import signature
 from shardit.core.runtime.coroutine import Coroutine, willing
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import settle
 from shardit.core.runtime.randomness import any_moved, moved, states, torch_states
 from shardit.core.runtime.versions import check_unchanged, inputs_of
+from shardit.core.stages.entry import Entry, inside
 from shardit.core.stages.first_call import object_in
 from shardit.core.stages.result import Result
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import scales_adapters
 from shardit.errors import RankError, UnsupportedError
 
-_inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)
-"""The model whose forward runs, in this context."""
-
 
 class OverlappedCall:
     """A forward in flight (a `schedule.Flight`). It has a segment for each time it waited, known as it goes."""
 
     def __init__(
-        self, model: nn.Module, plan: ResultPlan, runtime: Runtime, forward: Callable[[], Any], arguments: Any
+        self, model: nn.Module, plan: ResultPlan, runtime: Runtime, forward: Callable[..., Any], call: FlatCall
     ):
         self.finished = False
         self.owners = [runtime.mesh.pp_rank]
         self.failure: Exception | None = None
-        self._model, self._forward, self._runtime = model, forward, runtime
-        self._inputs = inputs_of(arguments)
+        self._model, self._forward, self._call, self._runtime = model, forward, call, runtime
+        self._inputs = inputs_of(call.leaves)
         self._result = Result(plan, runtime.mesh.device, self._settle)
         self._coroutine = Coroutine(self._run)
 
@@ -87,14 +83,13 @@ class OverlappedCall:
             raise self.failure
 
     def _run(self) -> None:
-        _inside.set(self._model)
         willing.set(self._coroutine)
         device, program = self._runtime.mesh.device, self._runtime.turns.current
         before = torch_states(device)
         with torch.no_grad():
-            forward = self._forward
-            del self._forward
-            leaves, _ = tree_flatten(forward())
+            forward, call = self._forward, self._call
+            del self._forward, self._call
+            leaves, _ = tree_flatten(forward(*call.args, **call.kwargs))
             settle(leaves)
             if self._runtime.turns.current is program and any_moved(before, torch_states(device)):
                 raise UnsupportedError(
@@ -125,37 +120,33 @@ class Overlap:
     overlapped: int = 0
     _plans: OrderedDict[Any, ResultPlan] = field(default_factory=OrderedDict)
 
-    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, forward: Callable[..., Any], call: FlatCall) -> Any:
         """A call of the model: returns at once with pending tensors, except the first of each signature."""
-        if _inside.get() is self.model:  # the forward calls the model itself
-            return forward(*args, **kwargs)
-        settle((args, kwargs))
         # A cache keeps a call's state on the model, and a scale multiplies weights for the length of the forward.
-        alone = getattr(self.model, "is_cache_enabled", False) or scales_adapters(kwargs) or torch.is_grad_enabled()
-        alone = alone or not all(map(_plain, tree_leaves((args, kwargs))))
+        alone = (
+            getattr(self.model, "is_cache_enabled", False) or scales_adapters(call.kwargs) or torch.is_grad_enabled()
+        )
+        alone = alone or not all(map(_plain, call.leaves))
         alone = alone or not (self.alone or self.runtime.in_pipeline)
-        key = None if alone else signature((args, kwargs), self.model.training)
+        key = None if alone else call.signature(self.model.training)
         plan = self._plans.get(key)
         if plan is None:
             self.runtime.schedule.drain()
-            return self._first(key, forward, args, kwargs)
+            return self._first(key, forward, call)
         self._plans.move_to_end(key)
         self.overlapped += 1
-        call = OverlappedCall(self.model, plan, self.runtime, lambda: forward(*args, **kwargs), (args, kwargs))
-        self.runtime.schedule.start(call)
-        return call.result()
+        flight = OverlappedCall(self.model, plan, self.runtime, forward, call)
+        self.runtime.schedule.start(flight)
+        return flight.result()
 
     def forget(self) -> None:
         """The model has been changed: what its calls return is found again."""
         self._plans.clear()
 
-    def _first(self, key: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token, device = _inside.set(self.model), self.runtime.mesh.device
+    def _first(self, key: Any, forward: Callable[..., Any], call: FlatCall) -> Any:
+        device = self.runtime.mesh.device
         before, drawn = (state_of(self.model), states(device, [])) if key is not None else ([], {})
-        try:
-            out = forward(*args, **kwargs)
-        finally:
-            _inside.reset(token)
+        out = forward(*call.args, **call.kwargs)
         settle(out)
         # A forward that keeps something on its modules may read it later, and the order of what draws random numbers
         # counts: neither is overlapped, until a call does not.
@@ -175,18 +166,14 @@ def overlap(model: nn.Module, runtime: Runtime, alone: bool = False) -> Overlap:
     """Let calls of a model be in flight together, in place. Its messages must `yield_while_waiting`. `alone`: see
     Overlap."""
     calls = Overlap(model, runtime, alone)
-    own_call = type(model).__call__
-
-    @functools.wraps(own_call)
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return calls.call(own_call.__get__(self), args, kwargs)
+    Entry(model, calls.call)
 
     def end() -> None:
-        if _inside.get() is None:
+        if inside.get() is None:
             runtime.schedule.drain()
 
-    members = {"__call__": __call__, "shardit_overlap": property(lambda self: calls)}
-    subclass_in_place(model, {**changing_methods(type(model), end), **members})
+    members = {**changing_methods(type(model), end), "shardit_overlap": property(lambda self: calls)}
+    subclass_in_place(model, members)
     return calls
 
 

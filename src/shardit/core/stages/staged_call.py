@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from shardit.core.comm.p2p import Comm, Transfer
+from shardit.core.comm.p2p import Transfer
 from shardit.core.comm.wire import first_byte, storage_bytes
-from shardit.core.modules.patching import BlockCalls
+from shardit.core.modules.blocks import CutModel
 from shardit.core.plans.call_plan import Address, Hop, Item, Leaf, Site
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.stand_ins import blank, is_float, same_memory, stand_ins
 from shardit.core.runtime.coroutine import Coroutine
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.randomness import any_moved, torch_states
 from shardit.core.runtime.versions import check_unchanged, inputs_of
-from shardit.core.stages.result import Result, Route
+from shardit.core.stages.result import Result
+from shardit.core.stages.runtime import Runtime
 from shardit.errors import RankError
 
 
@@ -29,29 +31,25 @@ class _Leave(BaseException):
 class StagedCall:
     """A forward in flight (a `schedule.Flight`), and the interceptor of its block calls while it runs.
 
-    drew: called where it draws random numbers that other ranks do not.
+    poison: of a self-check, which every guidance replica makes on its own, with NaN in what has not arrived.
     """
 
     def __init__(
         self,
         local: LocalPlan,
-        comm: Comm,
-        route: Route,
-        block_calls: BlockCalls,
-        forward: Callable[[], Any],
-        arguments: Any,
-        wait: Callable[[StagedCall], None],
-        count: Callable[[int], None],
-        drew: Callable[[], None],
+        cut: CutModel,
+        runtime: Runtime,
+        forward: Callable[..., Any],
+        call: FlatCall,
         poison: bool = False,
     ):
-        self.local, self.plan, self.comm, self._route = local, local.plan, comm, route
+        self.local, self.plan, self.comm = local, local.plan, runtime.comm
         self.owners = self.plan.owners
-        self._replica = comm.mesh.coords["cfg"]
+        self._route = runtime.route.of_one(runtime.guidance.index) if poison else runtime.route
         self.finished = False
         self.failure: BaseException | None = None  # of a self-check
         self._sent: set[int] = set()
-        self._block_calls, self._forward, self._wait, self._count, self._drew = block_calls, forward, wait, count, drew
+        self._cut, self._block_calls, self._runtime, self._forward, self._call = cut, cut.calls, runtime, forward, call
         self._generators: list[torch.Tensor] = []
         self._poison = poison
         self._site = 0
@@ -60,8 +58,8 @@ class StagedCall:
         self._copies: dict[tuple[int, int], torch.Tensor] = {}  # (hop, item) -> what is sent, though written to since
         self._receives: dict[int, Transfer] = {}
         self._sends: list[Transfer] = []
-        self._inputs = inputs_of(arguments)
-        self._device = comm.mesh.device
+        self._inputs = inputs_of(call.leaves)
+        self._device = self.comm.mesh.device
         self._result = Result(self.plan.result, self._device, self._settle)
         self._result_receive: Transfer | None = None
         self._coroutine = Coroutine(self._run)
@@ -77,7 +75,7 @@ class StagedCall:
         self._result.source.wait()
 
     def _settle(self) -> None:
-        self._wait(self)
+        (self._runtime.turns if self._poison else self._runtime).wait_for(self)
         if self._result_receive is not None:
             self._take(self._result_receive)
 
@@ -112,7 +110,7 @@ class StagedCall:
         if self.local.rank == last:
             self._route.send(self._result.memory.clone())  # the caller may write to its result while it is being sent
         else:
-            self._result_receive = self._route.receive(self._replica, last, self._result.memory)
+            self._result_receive = self._route.receive(self._runtime.guidance.index, last, self._result.memory)
 
     # The forward, in its coroutine.
 
@@ -136,7 +134,7 @@ class StagedCall:
         try:
             self._coroutine.resume()
             if any_moved(self._generators, torch_states(self._device)):
-                self._drew()
+                self._runtime.agreement.drawing.add(self._cut.name)
         except RankError:
             raise
         except Exception as error:
@@ -149,7 +147,7 @@ class StagedCall:
     def _run(self) -> None:
         try:
             with torch.no_grad():
-                out = self._forward()
+                out = self._forward(*self._call.args, **self._call.kwargs)
         except _Leave:
             return
         if self._site < len(self.plan.sites):
@@ -186,7 +184,7 @@ class StagedCall:
         given = tree_leaves((args, kwargs)) if any(leaf.kind == "arg" for leaf in site.leaves) else ()
         out = call(*args, **kwargs)
         self._block_calls.interceptor = self
-        self._count(index)
+        self._cut.ran[index] += 1
         if n in self.local.checked:
             leaves, _ = tree_flatten(out)
             if len(leaves) != len(site.leaves):

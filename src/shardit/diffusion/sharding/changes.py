@@ -60,8 +60,8 @@ def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> 
 
 def cut_blocks(model: Any) -> list[tuple[str, nn.Module]]:
     """The blocks of a model at whose calls it is cut, by name."""
-    agents = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
-    return [pair for agent in agents for pair in getattr(agent, "blocks", ())]
+    stages, sequence = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
+    return [*getattr(getattr(stages, "cut", None), "blocks", ()), *getattr(sequence, "blocks", ())]
 
 
 def follow(placed: Placed, changes: list[Change]) -> None:

@@ -16,7 +16,7 @@ from shardit.core.components.owned import own
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment, Cut
-from shardit.core.stages.entry import guard_entry
+from shardit.core.stages.entry import entry_of
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
@@ -122,7 +122,7 @@ def spread_model(
         overlap(model, runtime, alone=cut.plan is not None)
     guard(model, name or type(model).__name__, mesh)
     placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
-    guard_entry(model, runtime, placed.begin, placed.end)
+    entry_of(model).guard(runtime, placed.begin, placed.end)
 
 
 def join(pipe: Any, runtime: Runtime) -> None:

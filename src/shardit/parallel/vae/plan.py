@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from shardit.core.comm.wire import Layout, dump_with_tensors, pack_layout
-from shardit.core.modules.patching import BlockCalls, subclass_in_place
+from shardit.core.modules.block_calls import BlockCalls
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.call_plan import Leaf, span_bytes
-from shardit.core.runtime.call_signature import signature
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.parallel.vae.watch import Untileable, Watch
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
@@ -114,7 +115,7 @@ class Planner:
 
     def _run(self, index: int, call: Any, args: Any, kwargs: Any) -> Any:
         """Run a part, or where one like it has been run, only repeat what came out and what its caches became."""
-        key = (index, signature((args, kwargs), False))
+        key = (index, FlatCall.of(args, kwargs).signature(False))
         boxes = _containers((args, kwargs))
         if key not in self._known:
             out = call(*args, **kwargs)

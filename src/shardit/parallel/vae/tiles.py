@@ -20,9 +20,10 @@ from shardit.core.comm.wire import view_bytes
 from shardit.core.components.boundary import Boundary
 from shardit.core.components.owned import empty, reader, run_on
 from shardit.core.modules.attributes import Attributes
-from shardit.core.modules.patching import BlockCalls, install, subclass_in_place
+from shardit.core.modules.block_calls import BlockCalls, install
+from shardit.core.modules.patching import subclass_in_place
 from shardit.core.modules.small_tensors import Everywhere
-from shardit.core.runtime.call_signature import signature
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.errors import InputError, RankError, first_filled_line
 from shardit.parallel.vae.plan import TilePlan, find_tiles, placeholder
 from shardit.parallel.vae.watch import Untileable
@@ -85,7 +86,7 @@ class Tiles:
         return plan
 
     def _plan(self, name: str, plain: MethodType, args: Any, kwargs: Any) -> TilePlan | str:
-        key = (name, signature((args, kwargs), self.module.training), _settings(self.module))
+        key = (name, FlatCall.of(args, kwargs).signature(self.module.training), _settings(self.module))
         if key not in self._plans:
             try:
                 found = find_tiles(plain.__func__, self.module, (args, kwargs), self._part_calls, len(self.ranks))

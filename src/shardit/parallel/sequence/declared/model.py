@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from shardit.core.modules.module_state import restore, state_of
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.runtime.call_signature import signature
 from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
 from shardit.core.runtime.pending import settle
 from shardit.core.stages.stages import Stages
@@ -99,7 +99,7 @@ class PlannedSequence:
         if running is not None and running.owner is self:  # the forward calls the model itself
             return call(*args, **kwargs)
         settle((args, kwargs))
-        key = signature((args, kwargs), self.model.training)
+        key = FlatCall.of(args, kwargs).signature(self.model.training)
         if key not in self._steps:
             self._learn(key, call, args, kwargs, noise=True)
         self._steps.move_to_end(key)
@@ -166,8 +166,8 @@ class PlannedSequence:
         if self.stages is None:
             yield lambda forward, arguments: forward()
         else:
-            with self.stages.aside():
-                yield self.stages.watched
+            with self.stages.cut.aside():
+                yield self.stages.first.watched
 
     def _whole(self, run: Any, call: Forward, leaves: list[Any], spec: Any) -> tuple[Any, list[Seen]]:
         whole = WholePass()

@@ -21,7 +21,7 @@ from shardit.core.comm.same_point import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.module_state import restore, state_of
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.runtime.call_signature import modes
+from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.pending import PendingTensor, settle
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import Stages
@@ -198,7 +198,7 @@ class SequenceParallel:
                 except Exception as failure:  # every rank of the model is told
                     error = failure
             if self.stages is not None:
-                comm, owner = self.stages.runtime.comm, self.stages.owners[index]
+                comm, owner = self.stages.runtime.comm, self.stages.cut.owners[index]
                 plan, error = comm.broadcast_object((plan, error and sendable(error)), owner)
         if error is not None:
             raise error
@@ -207,7 +207,7 @@ class SequenceParallel:
         return plan
 
     def _aside(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.stages is None else self.stages.aside()
+        return nullcontext() if self.stages is None else self.stages.cut.aside()
 
     def _title(self, index: int) -> str:
         name, block = self.blocks[index]

@@ -25,8 +25,8 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import find_caches
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import Made, share_subclass, subclass_in_place
-from shardit.core.runtime.call_signature import modes
 from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.pending import settle
 from shardit.parallel.attention.hook import attention_is_taken
 from shardit.parallel.block_signature import fingerprint, value_key

@@ -1,0 +1,66 @@
+"""The arguments of one call, flattened once, and what calls must have in common to share a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True)
+class FlatCall:
+    """One call: its arguments as they were given, and their leaves and structure as they were before it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
+        """Flatten the arguments of a call."""
+        leaves, spec = tree_flatten((args, kwargs))
+        return FlatCall(args, kwargs, tuple(leaves), spec)
+
+    def again(self) -> FlatCall:
+        """The same call with lists and dicts of its own: a forward may empty those that it is given."""
+        args, kwargs = tree_unflatten(list(self.leaves), self.spec)
+        return FlatCall(args, kwargs, self.leaves, self.spec)
+
+    def signature(self, code: Any) -> tuple[Any, ...]:
+        """Shapes, strides, dtypes and structure of the arguments, values of what is not a tensor (but not of floats,
+        which change from step to step), and the modes that torch runs under. `code`: what else decides how the model
+        computes, as training mode does."""
+        return (str(self.spec), tuple(map(describe_leaf, self.leaves)), modes(), code)
+
+    def mode_key(self, code: Any) -> tuple[Any, ...]:
+        """The signature without sizes: calls that share it take the same way through the forward, as far as can be
+        seen."""
+        kinds = [
+            (leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in self.leaves
+        ]
+        return (str(self.spec), tuple(kinds), modes(), code)
+
+    def asks_for_gradients(self) -> bool:
+        """Whether the call is to be differentiated with respect to its arguments."""
+        return torch.is_grad_enabled() and any(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in self.leaves
+        )
+
+
+def modes() -> tuple[Any, ...]:
+    """Inference and autocast modes (grad mode does not change what a staged forward does: it runs without)."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    autocast = torch.is_autocast_enabled(kind)
+    return (torch.is_inference_mode_enabled(), torch.get_autocast_dtype(kind) if autocast else None)
+
+
+def describe_leaf(leaf: Any) -> Any:
+    """What a plan depends on of one argument: of a tensor all but its data."""
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), leaf.device.type)
+    if isinstance(leaf, (bool, int, str, bytes, type(None), torch.dtype, torch.device)):
+        return (type(leaf).__name__, leaf)
+    return type(leaf).__name__

@@ -16,10 +16,9 @@ from typer import Argument, Option
 
 from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
 from shardit.diffusion.output.output import SUFFIXES, check_path, savable
-from shardit.diffusion.request.images import open_image
 from shardit.engine.nodes.node_facts import versions
 from shardit.errors import InputError
-from shardit.flags import GenerateFlags, InspectFlags, as_command
+from shardit.flags import GenerateFlags, InspectFlags, options_of
 from shardit.loading.dtypes import setting
 from shardit.logs import FORMAT_VARIABLE
 
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_script(run: Callable[[GenerateFlags], None], output: str, arguments: Sequence[str] | None = None) -> int:
     """Run a script that takes the flags of `shardit generate`; `output` is its default for --output."""
     app = _new_app()
-    app.command()(as_command(_checked(run), output=Path(output)))
+    app.command()(_command(_checked(run), GenerateFlags, output=Path(output)))
     return run_app(app, arguments, Path(sys.argv[0]).name)
 
 
@@ -52,8 +51,8 @@ def generate(flags: GenerateFlags) -> None:
     """Make pictures, a video, sound or whatever else the pipeline makes."""
     from shardit import Omni
 
-    if (filled_in := flags.filled_in()) and _is_first_rank():
-        print("note: a tiny model, run with", ", ".join(f"{name}={value}" for name, value in filled_in.items()))
+    if flags.filled_in and _is_first_rank():
+        print("note: a tiny model, run with", ", ".join(f"{name}={value}" for name, value in flags.filled_in.items()))
     with Omni(**flags.omni_arguments()) as omni:
         check_kind(omni, flags)
         if flags.from_file is not None and _is_first_rank():
@@ -234,12 +233,24 @@ def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], 
         flags = flags.completed()
         flags.check(writes=_is_first_rank())
         if flags.from_file is not None and _is_first_rank():
-            record, pictures = read_record(flags.from_file), map(open_image, flags.image or ())
-            _note([*differences(record, versions()), *other_pictures(record, [one.size for one in pictures])])
+            record = read_record(flags.from_file)
+            _note([*differences(record, versions()), *other_pictures(record, [one.size for one in flags.pictures])])
         run(flags)
 
     checked.__doc__ = run.__doc__
     return checked
+
+
+def _command(run: Callable[[Any], int | None], flags: type, *, output: Path | None = None) -> Callable[..., int | None]:
+    """A function for typer that calls `run` with an object of class `flags`; `output` is the default of --output."""
+
+    def command(**values: Any) -> int | None:
+        return run(flags(**values))
+
+    command.__doc__ = run.__doc__
+    command.__annotations__, signature = options_of(flags, output=output)
+    command.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    return command
 
 
 def _new_app() -> typer.Typer:
@@ -263,11 +274,11 @@ def _app() -> typer.Typer:
         if context.invoked_subcommand is None:
             print(context.get_help())
 
-    app.command("generate")(as_command(_checked(generate)))
+    app.command("generate")(_command(_checked(generate), GenerateFlags))
     from shardit.server.flags import ServeFlags
 
-    app.command("serve")(as_command(serve, ServeFlags))
-    app.command("inspect")(as_command(inspect, InspectFlags))
+    app.command("serve")(_command(serve, ServeFlags))
+    app.command("inspect")(_command(inspect, InspectFlags))
     app.command("tiny")(tiny)
     return app
 

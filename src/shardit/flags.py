@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from PIL.Image import Image
 from typer import Argument, Option
 
 from shardit.config import DiffusionParallelConfig, parse_layer_partition
@@ -20,7 +21,7 @@ from shardit.diffusion.loading.model_flags import ModelFlags, parse_values
 from shardit.diffusion.loading.model_options import split_model
 from shardit.diffusion.output.from_file import check_fits, flags_of, read_record
 from shardit.diffusion.output.output import check_path
-from shardit.diffusion.request.images import open_image
+from shardit.diffusion.request.images import open_image, read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 from shardit.loading.dtypes import setting
@@ -190,8 +191,8 @@ class GenerateFlags(ModelFlags, ParallelFlags):
         prompts, params = self.prompts(), self.sampling_params()
         takes, with_image = static_signatures_of_model(split_model(self.model, self.config, self.model_options())[0])
         if takes is None:
-            for image in self.image or []:
-                open_image(image)
+            for picture in self.pictures:
+                open_image(picture)
             return
         if writes and self.output is not None:
             check_path(self.output, takes.kinds_as(params.output_type), transparent=takes.image_mode == "RGBA")
@@ -230,21 +231,31 @@ class GenerateFlags(ModelFlags, ParallelFlags):
         if self.negative_prompt is not None:
             entry["negative_prompt"] = self.negative_prompt
         if self.image:
-            entry["pil_image"] = [str(path) for path in self.image]
+            entry["pil_image"] = self.pictures
         return entry
+
+    @functools.cached_property
+    def pictures(self) -> list[Image]:
+        """The files of --image, read. Raises InputError where one is missing or no picture."""
+        return [read_image(path) for path in self.image or ()]
 
     def sampling_params(self) -> OmniDiffusionSamplingParams:
         """The second argument of `Omni.generate`."""
+        return self._params
+
+    @functools.cached_property
+    def _params(self) -> OmniDiffusionSamplingParams:
         given, extra = self._given(), self.extra_arguments()
         if repeated := sorted(given.keys() & extra.keys()):
             raise InputError(f"{repeated[0]} is given twice, by its own flag and by --extra; give one of them")
         fields = {name: extra.pop(name) for name in list(extra) if name in field_names() and name != "extra_args"}
-        return OmniDiffusionSamplingParams(**given, **fields, **self.filled_in(), extra_args=extra)
+        return OmniDiffusionSamplingParams(**given, **fields, **self.filled_in, extra_args=extra)
 
     def extra_arguments(self) -> dict[str, Any]:
         """The values of --extra by name. Raises InputError for what is not NAME=VALUE, or given twice."""
         return parse_values("--extra", self.extra, "use_resolution_binning=false")
 
+    @functools.cached_property
     def filled_in(self) -> dict[str, Any]:
         """What a tiny model runs with because no flag says otherwise; nothing for other models."""
         if not self.model.startswith("tiny/"):
@@ -258,13 +269,9 @@ class GenerateFlags(ModelFlags, ParallelFlags):
         return {name: value for name, value in vars(self).items() if name in names and value is not None}
 
 
-def as_command(
-    run: Callable[[Any], int | None], flags: type = GenerateFlags, *, output: Path | None = None
-) -> Callable[..., int | None]:
-    """Make of `run`, which takes an object of class `flags`, a function with one keyword argument per flag, from which
-    typer builds its options.
-
-    `output` is the default of --output.
+def options_of(flags: type, *, output: Path | None = None) -> tuple[dict[str, Any], inspect.Signature]:
+    """The annotations and the signature of a function with one keyword argument per flag of a class, from which typer
+    builds its options. `output` is the default of --output.
     """
     hints = typing.get_type_hints(flags, include_extras=True)
     rest = [item.name for kind in (ModelFlags, ParallelFlags) for item in dataclasses.fields(kind)]
@@ -282,11 +289,4 @@ def as_command(
         )
         for name in defaults
     ]
-
-    def command(**values: Any) -> int | None:
-        return run(flags(**values))
-
-    command.__doc__ = run.__doc__
-    command.__annotations__ = hints
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    return command
+    return hints, inspect.Signature(parameters)

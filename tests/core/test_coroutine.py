@@ -14,7 +14,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardit.core.runtime.coroutine import Coroutine, Generators, TorchState
+from shardit.core.runtime.coroutine import Coroutine
+from shardit.core.runtime.thread_state import Generators, TorchState
 
 
 class CountFunctions(TorchFunctionMode):

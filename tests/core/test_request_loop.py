@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardit.core.runtime.pending import Source
-from shardit.core.runtime.request_loop import Program, Turns
-from shardit.core.runtime.schedule import Schedule
+from shardit.core.runtime.request_loop import Program, Schedule, Turns
 from shardit.errors import RankError
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardit.core.placement.partition import bound
-from shardit.core.runtime.schedule import Schedule
+from shardit.core.runtime.request_loop import Schedule
 from shardit.core.simulate.record import RankLog
 from shardit.core.simulate.replay import (
     GROUPINGS,

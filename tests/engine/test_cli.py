@@ -14,6 +14,7 @@ import shardit
 from shardit.cli import check_kind, main, table
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.output.output import Output
+from shardit.diffusion.request.images import read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError, RankError
 from shardit.flags import GenerateFlags
@@ -104,7 +105,7 @@ def test_every_flag_arrives(omni, tmp_path):
     )
     rest = {"dtype": "bfloat16", "timeout_s": 30.0, "attention_backend": "native"}
     assert made.arguments == {"model": "m", "parallel_config": config, **rest}
-    assert made.prompts == {"prompt": "a", "negative_prompt": "b", "pil_image": ["in.png", "in.png"]}
+    assert made.prompts == {"prompt": "a", "negative_prompt": "b", "pil_image": [read_image("in.png")] * 2}
     assert made.params == OmniDiffusionSamplingParams(
         width=64,
         height=32,

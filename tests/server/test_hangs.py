@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from shardit.core.runtime.request_loop import Interrupted, Program
-from shardit.core.runtime.schedule import Schedule
+from shardit.core.runtime.request_loop import Interrupted, Program, Schedule
 from shardit.engine.process import hangs as hang_detector
 from shardit.engine.process.messages import RequestFailed, RequestFinished
 from shardit.engine.rank.serving import ServingWorker, Taken

@@ -20,8 +20,7 @@ from shardit.core.comm.agreement import told
 from shardit.core.comm.mesh import init_mesh, pick_device
 from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.randomness import states
-from shardit.core.runtime.request_loop import Program, Turns
-from shardit.core.runtime.schedule import Schedule
+from shardit.core.runtime.request_loop import Program, Schedule, Turns
 from shardit.diffusion.loading.attention_backends import check_attention_backend
 from shardit.diffusion.loading.description import describe
 from shardit.diffusion.loading.model_options import recorded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,11 @@ class FlatCall:
         """Shapes, strides, dtypes and structure of the arguments, values of what is not a tensor (but not of floats,
         which change from step to step), and the modes that torch runs under. `code`: what else decides how the model
         computes, as training mode does."""
-        return (str(self.spec), tuple(map(describe_leaf, self.leaves)), modes(), code)
+        return (*self._described, modes(), code)
+
+    @functools.cached_property
+    def _described(self) -> tuple[str, tuple[Any, ...]]:
+        return str(self.spec), tuple(map(describe_leaf, self.leaves))
 
     def mode_key(self, code: Any) -> tuple[Any, ...]:
         """The signature without sizes: calls that share it take the same way through the forward, as far as can be

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from shardit.core.runtime.request_loop import Program, Turns
-from shardit.core.runtime.schedule import Flight, Schedule
+from shardit.core.runtime.request_loop import Flight, Program, Schedule, Turns
 
 
 @dataclass(frozen=True)

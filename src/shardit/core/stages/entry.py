@@ -1,4 +1,4 @@
-"""The entry of a model that denoises: its calls are flattened, and compared on all ranks before they begin."""
+"""The entries of a pipeline and of the models that denoise in it: ranks begin their calls alike."""
 
 from __future__ import annotations
 
@@ -9,17 +9,52 @@ from typing import Any
 
 from torch import nn
 
+from shardit.core.comm.p2p import Comm
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.pending import settle_leaves
+from shardit.core.runtime.pending import settle, settle_leaves
 from shardit.core.stages.runtime import Runtime
+from shardit.errors import InputError
 
 Forward = Callable[..., Any]
 
 inside: ContextVar[nn.Module | None] = ContextVar("shardit_inside", default=None)
 """The model whose call runs, in this context."""
+
+
+def pipeline_entry(
+    own_call: Forward,
+    runtime: Runtime,
+    begin: Callable[[Any], Mapping[str, Any]],
+    share: Callable[[Any, tuple[Any, ...], dict[str, Any], Comm], dict[str, Any]],
+    end: Callable[[Any], None],
+) -> Forward:
+    """A pipeline's `__call__` that ranks begin alike, and whose results are plain tensors.
+
+    begin: given the pipeline before anything else happens; what it returns is compared with the arguments. If it
+    refuses on some ranks, all of them raise. share: returns the keyword arguments with callbacks that all ranks share.
+    end: given the pipeline after the call, however that went.
+    """
+
+    def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            alike, refusal = begin(pipe), None
+        except InputError as error:
+            alike, refusal = {f"parts ({error})": None}, error
+        with runtime.pipeline_call(type(pipe).__name__, lambda: {**named(own_call, args, kwargs), **alike}):
+            if refusal is not None:
+                raise refusal
+            kwargs = share(pipe, args, kwargs, runtime.replica)
+            try:
+                out = own_call(pipe, *args, **kwargs)
+            finally:
+                end(pipe)
+            settle(out)
+        return out
+
+    return __call__
 
 
 class Entry:

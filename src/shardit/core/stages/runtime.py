@@ -10,8 +10,7 @@ from typing import Any
 from shardit.core.comm.agreement import Agreement
 from shardit.core.comm.mesh import Mesh
 from shardit.core.comm.p2p import Comm
-from shardit.core.runtime.request_loop import Turns
-from shardit.core.runtime.schedule import Flight, Schedule
+from shardit.core.runtime.request_loop import Flight, Schedule, Turns
 from shardit.core.stages.guidance import GuidanceScheduler
 from shardit.core.stages.result import Route
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,11 +33,24 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
 
     Raises `InputError` naming the file where it is missing or no picture.
     """
-    name = _name_of(source)
-    try:
+    with _naming(source):
         picture = _to_mode(_to_eight_bits(_load_upright(source)), mode)
         picture.info = {}  # EXIF data, colour profiles: nothing reads them, and they would travel to every rank
         return picture
+
+
+def read_image(source: ImageSource) -> Image.Image:
+    """Read a file once, for `open_image` to convert it, perhaps several times. Raises `InputError` as that does."""
+    with _naming(source):
+        return _load_upright(source)
+
+
+@contextmanager
+def _naming(source: ImageSource) -> Iterator[None]:
+    """Turn errors into InputErrors that name the file."""
+    name = _name_of(source)
+    try:
+        yield
     except InputError:
         raise
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,22 +9,22 @@ import torch
 from shardit.core.comm.p2p import Comm
 from shardit.core.comm.same_point import sendable
 from shardit.core.components.owned import call_on
-from shardit.core.runtime.digests import named
 from shardit.core.runtime.pending import settle
 from shardit.core.runtime.randomness import generators_in, moved, set_states, states
-from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 
 
-def shared_callback(args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
-    """The keyword arguments of a pipeline's call with a callback whose outcome is the same on all of `ranks`.
+def shared_callback(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
+    """The keyword arguments of a pipeline's call that begins, with a callback whose outcome is the same on all of
+    `ranks`.
 
     Each rank runs its own. What rank 0's makes of the tensors and of random generators counts, an interrupt of any rank
     stops all at this step, and an error of any rank is raised on all.
     """
     callback = kwargs.get(CALLBACK)
+    pipe.__dict__.update(_heard=callback is not None, _asked=False)
     if callback is None:
         return kwargs
     asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
@@ -92,34 +91,6 @@ def interrupt_members(cls: type) -> dict[str, Any]:
     return {"_interrupt": property(get, put)}
 
 
-def calling(
-    own_call: Callable[..., Any],
-    runtime: Runtime,
-    begin: Callable[[Any], Mapping[str, Any]],
-    end: Callable[[Any], None],
-) -> Callable[..., Any]:
-    """A pipeline's `__call__` that ranks begin alike, whose callbacks are shared and whose results are plain tensors.
-
-    begin: given the pipeline before anything else happens; what it returns is compared with the arguments. Where it
-    refuses on some ranks, all of them raise. end: given the pipeline after the call, however that went.
-    """
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            alike, refusal = begin(self), None
-        except InputError as error:
-            alike, refusal = {f"parts ({error})": None}, error
-        with runtime.pipeline_call(type(self).__name__, lambda: {**named(own_call, args, kwargs), **alike}):
-            if refusal is not None:
-                raise refusal
-            kwargs = shared_callback(args, kwargs, runtime.replica)
-            self.__dict__.update(_heard=kwargs.get(CALLBACK) is not None, _asked=False)
-            try:
-                out = own_call(self, *args, **kwargs)
-            finally:
-                self.__dict__["_heard"] = None
-                end(self)
-            settle(out)
-        return out
-
-    return __call__
+def end_callbacks(pipe: Any) -> None:
+    """After the call of a pipeline: interrupts count at once again."""
+    pipe.__dict__["_heard"] = None

@@ -16,13 +16,13 @@ from shardit.core.components.owned import own
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment, Cut
-from shardit.core.stages.entry import entry_of
+from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import fusing, moving
-from shardit.diffusion.sharding.callbacks import calling, interrupt_members
+from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
 from shardit.diffusion.sharding.changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
 from shardit.diffusion.sharding.components import (
     BEFORE,
@@ -137,7 +137,7 @@ def join(pipe: Any, runtime: Runtime) -> None:
             component.to(*args, **kwargs)
         return self
 
-    call = calling(cls.__call__, runtime, begin_parts, end_parts)
+    call = pipeline_entry(cls.__call__, runtime, begin_parts, shared_callback, end_parts)
     functools.update_wrapper(call, cls.__call__)  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
@@ -181,6 +181,7 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
 
 def end_parts(pipe: Any) -> None:
     """After a call of a pipeline, however it went."""
+    end_callbacks(pipe)
     for part in (modules_of(pipe) or {}).values():
         placed = placed_on(part)
         if placed is not None:

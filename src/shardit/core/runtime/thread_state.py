@@ -1,0 +1,96 @@
+"""State that a coroutine takes with it: what torch keeps for each thread, and the global random generators."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils import _device
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
+
+
+@dataclass
+class TorchState:
+    """Grad, inference and autocast modes, function and dispatch modes of one coroutine, while it is not running.
+
+    default_device: what `torch.set_default_device` remembers beside the function mode that does the work.
+    """
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast_cache: bool
+    function_modes: tuple[Any, ...]
+    dispatch_modes: tuple[Any, ...]
+    default_device: tuple[Any, Any]
+
+    @staticmethod
+    def capture() -> TorchState:
+        """The state of the running coroutine."""
+        return TorchState(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()),
+            torch.is_autocast_cache_enabled(),
+            tuple(_get_current_function_mode_stack()),
+            tuple(_get_current_dispatch_mode_stack()),
+            (getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None), _device.CURRENT_DEVICE),
+        )
+
+    def install(self) -> None:
+        """Make this the state of the running coroutine (inference mode is set by the caller's guard)."""
+        torch.set_grad_enabled(self.grad)
+        for kind, enabled, dtype in self.autocast:
+            if enabled != torch.is_autocast_enabled(kind):
+                torch.set_autocast_enabled(kind, enabled)
+            if dtype != torch.get_autocast_dtype(kind):
+                torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self.autocast_cache)
+        _replace(_get_current_function_mode_stack(), self.function_modes, _pop_mode, _push_mode)
+        _replace(_get_current_dispatch_mode_stack(), self.dispatch_modes, _pop_dispatch_mode, _push_dispatch_mode)
+        torch._GLOBAL_DEVICE_CONTEXT.device_context, _device.CURRENT_DEVICE = self.default_device
+
+
+def _kinds() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _replace(current: Any, wanted: tuple[Any, ...], pop: Callable[[], Any], push: Callable[[Any], Any]) -> None:
+    current = list(current)
+    if len(current) == len(wanted) and all(a is b for a, b in zip(current, wanted, strict=True)):
+        return
+    for _ in current:
+        pop()
+    for mode in wanted:
+        push(mode)
+
+
+@dataclass
+class Generators:
+    """States of the global random generators that belong to one request."""
+
+    torch_cpu: torch.Tensor
+    devices: tuple[torch.Tensor, ...]
+    python: Any
+    numpy: Any
+
+    @staticmethod
+    def capture() -> Generators:
+        """The states as they are now."""
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        return Generators(torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state())
+
+    def install(self) -> None:
+        """Set the global generators to these states."""
+        torch.set_rng_state(self.torch_cpu)
+        if self.devices:
+            torch.cuda.set_rng_state_all(list(self.devices))
+        random.setstate(self.python)
+        numpy.random.set_state(self.numpy)

@@ -1,8 +1,7 @@
-"""The `shardit` command: generate, serve, inspect, tiny."""
+"""The `shardit` command: generate, and the way to the others."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -12,19 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
+from shardit.commands import inspect, serve, tiny
 from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
 from shardit.diffusion.output.output import SUFFIXES, check_path, savable
 from shardit.engine.nodes.node_facts import versions
+from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags, options_of
-from shardit.loading.dtypes import setting
-from shardit.logs import FORMAT_VARIABLE
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
-    from shardit.server.flags import ServeFlags
 
 OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
@@ -51,11 +49,11 @@ def generate(flags: GenerateFlags) -> None:
     """Make pictures, a video, sound or whatever else the pipeline makes."""
     from shardit import Omni
 
-    if flags.filled_in and _is_first_rank():
+    if flags.filled_in and is_first_rank(os.environ):
         print("note: a tiny model, run with", ", ".join(f"{name}={value}" for name, value in flags.filled_in.items()))
     with Omni(**flags.omni_arguments()) as omni:
         check_kind(omni, flags)
-        if flags.from_file is not None and _is_first_rank():
+        if flags.from_file is not None and is_first_rank(os.environ):
             flags.check_file(omni.takes)
             _note(other_revision(read_record(flags.from_file), omni.takes.made_by))
         report(omni.generate(flags.prompts(), flags.sampling_params()), flags.output)
@@ -63,7 +61,7 @@ def generate(flags: GenerateFlags) -> None:
 
 def check_kind(omni: Any, flags: GenerateFlags) -> None:
     """Compare --output with what the loaded pipeline makes, before it starts to."""
-    if flags.output is not None and _is_first_rank():
+    if flags.output is not None and is_first_rank(os.environ):
         kinds = omni.takes.kinds_as(flags.sampling_params().output_type)
         check_path(flags.output, kinds, transparent=omni.takes.image_mode == "RGBA")
         if flags.output.suffix.lower() in SUFFIXES["audio"] and omni.takes.sample_rate is None:
@@ -86,103 +84,6 @@ def report(outputs: Sequence[Output], path: Path | None) -> None:
 def _note(lines: Sequence[str]) -> None:
     for line in lines:
         print(f"note: {line}")
-
-
-def serve(flags: ServeFlags) -> int:
-    """Serve a model over HTTP: OpenAI's interface, jobs that survive crashes, and a page."""
-    from shardit.diffusion.preflight import preflight
-    from shardit.diffusion.preflight.static_signature import static_signatures_of_model
-    from shardit.engine.process.process import started_by_torchrun
-    from shardit.server.unservable import unservable
-
-    options = flags.options()
-    os.environ[FORMAT_VARIABLE] = flags.log_format.value  # all processes of the server inherit it
-    local = options.executor == "local"
-    preflight.check(
-        options.model,
-        options.config,
-        options.loading,
-        dtype=options.dtype,
-        attention_backend=options.attention_backend,
-        files=local,
-        packages=local,
-    )
-    takes, _ = static_signatures_of_model(options.model)
-    if takes is not None and (problem := unservable(takes)):
-        raise InputError(problem)
-    if started_by_torchrun(os.environ):
-        from shardit.server.entry.torchrun_agent import serve_as_rank
-
-        return serve_as_rank(options)
-    from shardit.server.entry.serve import serve as run
-
-    return run(options)
-
-
-def inspect(flags: InspectFlags) -> None:
-    """Show what each rank would hold; reads no weights."""
-    config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package that it misses
-    from shardit.diffusion.loading.model_options import model_options
-    from shardit.diffusion.loading.shipped import configurations
-    from shardit.diffusion.preflight import preflight
-
-    options, configs = model_options(variant=flags.variant), configurations(flags.what(), flags.variant)
-    if configs is None:
-        preflight.check(flags.what(), config, options, dtype=dtype, packages=False)
-    else:
-        preflight.check(configs, config, model_options(), dtype=dtype, files=False, packages=False)
-    from shardit.engine.inspect import inspect_model
-
-    document = inspect_model(flags.what(), config, dtype=dtype, variant=flags.variant)
-    if _is_first_rank():
-        print(json.dumps(document) if flags.as_json else table(document))
-
-
-def table(document: dict[str, Any]) -> str:
-    """The document of `shardit inspect --json` for people."""
-    rows = [("rank", "component", "blocks", "parameters", "MiB")]
-    for rank in document["ranks"]:
-        for name, part in rank["components"].items():
-            size = f"{part['bytes'] / 1024**2:,.1f}"
-            rows.append((str(rank["rank"]), name, _spans(part["blocks"]), f"{part['parameters']:,}", size))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column in (0, 3, 4) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    totals = [sum(part["bytes"] for part in rank["components"].values()) / 1024**2 for rank in document["ranks"]]
-    whole = document["bytes"] / 1024**2
-    fullest = f"fullest rank: {max(totals):,.1f} MiB, {max(totals) / whole:.1%} of the {whole:,.1f} MiB of the model"
-    return "\n".join([*lines, "", fullest, f"chunks per rank: {document['chunks']}", *map(str, document["notes"])])
-
-
-def _spans(blocks: Any) -> str:
-    """Block numbers with neighbours joined: 0-3, 8-11; a count as it is."""
-    if not isinstance(blocks, (list, tuple)) or not all(isinstance(block, int) for block in blocks):
-        return ", ".join(map(str, blocks)) if isinstance(blocks, (list, tuple)) else str(blocks or "-")
-    spans: list[list[int]] = []
-    for block in sorted(blocks):
-        if spans and block == spans[-1][1] + 1:
-            spans[-1][1] = block
-        else:
-            spans.append([block, block])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans) or "-"
-
-
-def tiny(
-    name: Annotated[str, Argument(help="Name of the tiny model, such as wan2.2-t2v.")],
-    folder: Annotated[Path, Argument(metavar="DIR", help="Folder to write, new or empty.")],
-) -> None:
-    """Write a tiny checkpoint, a complete diffusers folder to try things on."""
-    from shardit.models import tiny as checkpoints
-
-    written = checkpoints.write(name, folder)
-    if _is_first_rank():
-        print(written or folder)
 
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
@@ -208,7 +109,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
 
 def _failed(text: str, code: int, every_rank: bool = False) -> int:
     # Under torchrun every rank finds the same mistake; only what can differ is worth printing from each.
-    if every_rank or _is_first_rank():
+    if every_rank or is_first_rank(os.environ):
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
     else:
         time.sleep(RANK_0_FIRST_S)
@@ -223,16 +124,11 @@ def _in_one_line(error: Exception) -> str:
     return named if len(lines) == 1 else f"{named} (SHARDIT_DEBUG=1 shows all of it)"
 
 
-def _is_first_rank() -> bool:
-    # RANK alone may be left over from something else; torchrun sets both.
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
-
-
 def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], None]:
     def checked(flags: GenerateFlags) -> None:
         flags = flags.completed()
-        flags.check(writes=_is_first_rank())
-        if flags.from_file is not None and _is_first_rank():
+        flags.check(writes=is_first_rank(os.environ))
+        if flags.from_file is not None and is_first_rank(os.environ):
             record = read_record(flags.from_file)
             _note([*differences(record, versions()), *other_pictures(record, [one.size for one in flags.pictures])])
         run(flags)

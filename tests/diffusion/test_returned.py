@@ -33,7 +33,7 @@ from shardit.diffusion.preflight.static_signature import static_signature
 from shardit.diffusion.request.build import build_requests
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
 from shardit.diffusion.request.returned import sample_rate_of
-from shardit.engine.session import LONGEST_WARNING, warnings_of
+from shardit.engine.library_warnings import LONGEST_WARNING, warnings_of
 from shardit.errors import InputError
 from shardit.params import OmniDiffusionSamplingParams
 

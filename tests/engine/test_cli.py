@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import shardit
-from shardit.cli import check_kind, main, table
+from shardit.cli import check_kind, main
+from shardit.commands import table
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.images import read_image

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from shardit.api import load_parallel
-from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.agreement import told
 from shardit.core.comm.mesh import init_mesh, pick_device
 from shardit.core.comm.p2p import Comm
@@ -23,7 +20,6 @@ from shardit.core.runtime.randomness import states
 from shardit.core.runtime.request_loop import Program, Schedule, Turns
 from shardit.diffusion.loading.attention_backends import check_attention_backend
 from shardit.diffusion.loading.description import describe
-from shardit.diffusion.loading.model_options import recorded
 from shardit.diffusion.loading.pipeline import check_scheduler
 from shardit.diffusion.loading.required_packages import check_packages, check_processors, missing
 from shardit.diffusion.loading.start_options import check_extras
@@ -31,20 +27,18 @@ from shardit.diffusion.loading.variants import image_pipeline
 from shardit.diffusion.output.collect import collect
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.model_info import ModelInfo
-from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
 from shardit.diffusion.request.returned import sample_rate_of
-from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.diffusion.run.own_pipeline import own_pipeline
 from shardit.diffusion.run.processors import check_in_flight, processors_put_back
 from shardit.diffusion.run.progress import report_progress
 from shardit.diffusion.sharding.layout import lay_out
-from shardit.engine.nodes.node_facts import fingerprint, versions
+from shardit.engine.library_warnings import warnings_of
+from shardit.engine.loaded_signature import loaded_signature
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.engine.rank.serving import serve
-from shardit.errors import InputError, RankError, first_filled_line
+from shardit.errors import InputError, RankError
 from shardit.loading.dtypes import check_components
-from shardit.loading.hub import cached
 from shardit.loading.safetensors_file import Reads
 from shardit.parallel_state import destroy_model_parallel
 
@@ -100,8 +94,8 @@ class Session:
             self._variants[type(with_image).__name__] = with_image
         index, rate = dict(self._pipe.config), sample_rate_of(self._pipe.components)
         self.info = ModelInfo(
-            _signature(self._pipe, spec, index, rate),
-            None if with_image is None else _signature(with_image, spec, index),
+            loaded_signature(self._pipe, spec, index, rate),
+            None if with_image is None else loaded_signature(with_image, spec, index),
             notes=tuple(map(str, self._assignment.notes)),
             bytes_read=self._reads.bytes,
             held_bytes=held_bytes(),
@@ -207,76 +201,6 @@ class Session:
             dist.destroy_process_group()
 
 
-def _signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
-    found = signature_of(type(pipe), index, sample_rate=rate)
-    sizes: dict[str, Any] = {"multiples": size_multiples(pipe), "least": least_sides(pipe)}
-    return dataclasses.replace(found, **sizes, made_by=_made_by(spec), missing=missing(type(pipe)))
-
-
-def _made_by(spec: SessionSpec) -> dict[str, Any]:
-    """What a file is to say of the model, under the names of `Omni`."""
-    hub = None if spec.model.startswith("tiny/") or os.path.exists(spec.model) else cached(spec.model)
-    values = {
-        "model": spec.model,
-        "revision": hub.parent.name if hub is not None else fingerprint(spec.model),
-        "dtype": spec.dtype,
-        "attention_backend": spec.attention_backend,
-        "versions": versions(),
-        "parallel": _not_default(spec.config),
-        **recorded(spec.options),
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _not_default(config: DiffusionParallelConfig) -> dict[str, Any] | None:
-    """How the ranks were arranged, as far as that was chosen: some arrangements give other last bits."""
-    plain = DiffusionParallelConfig()
-    chosen = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()} or None
-
-
 def ranks_here(world_size: int) -> int:
     """How many ranks share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-
-
-LONGEST_WARNING = 200
-"""Characters of a warning that becomes a note."""
-
-
-class warnings_of:
-    """Collects what a library's loggers warn of while a request has its turns, one line each (sizes that were rounded,
-    say). `listening` tells whether it is this request's turn. The library does not print them then: they come as notes,
-    or, where the request fails, in its last moment."""
-
-    def __init__(self, library: str, listening: Callable[[], bool]):
-        self._logger = logging.getLogger(library)
-        self._handler = logging.Handler(logging.WARNING)
-        self._handler.emit = self._keep  # type: ignore[method-assign]
-        self._listening = listening
-        self._theirs: list[logging.Handler] = []
-        self.lines: list[str] = []
-
-    def _keep(self, record: logging.LogRecord) -> None:
-        line = first_filled_line(record.getMessage())
-        if len(line) > LONGEST_WARNING:  # some repeat all of a prompt
-            line = f"{line[:LONGEST_WARNING]}..."
-        if line and self._listening() and line not in self.lines:
-            self.lines.append(line)
-
-    def _is_not_kept(self, record: logging.LogRecord) -> bool:
-        return record.levelno < logging.WARNING or not self._listening()
-
-    def __enter__(self) -> warnings_of:
-        self._theirs = list(self._logger.handlers)
-        for handler in self._theirs:
-            handler.addFilter(self._is_not_kept)
-        self._logger.addHandler(self._handler)
-        return self
-
-    def __exit__(self, _: object, error: object, __: object) -> None:
-        self._logger.removeHandler(self._handler)
-        for handler in self._theirs:
-            handler.removeFilter(self._is_not_kept)
-        for line in self.lines if error is not None else ():
-            self._logger.warning("%s", line)

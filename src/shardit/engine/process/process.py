@@ -71,6 +71,12 @@ def started_by_torchrun(environ: Mapping[str, str]) -> bool:
     return environ["WORLD_SIZE"] != "1" or "TORCHELASTIC_RUN_ID" in environ
 
 
+def is_first_rank(environ: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, or not one of several."""
+    # RANK alone may be left over from something else; torchrun sets both.
+    return environ.get("RANK", "0") == "0" or environ.get("WORLD_SIZE", "1") == "1"
+
+
 def lower_priority(niceness: int = _NICENESS) -> None:
     """Let ranks come before this thread, and those that it starts, where processors are short. Linux only: elsewhere
     priority belongs to processes."""

@@ -1,0 +1,116 @@
+"""The commands next to `shardit generate`: serve, inspect, tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument
+
+from shardit.engine.process.process import is_first_rank
+from shardit.errors import InputError
+from shardit.flags import InspectFlags
+from shardit.loading.dtypes import setting
+from shardit.logs import FORMAT_VARIABLE
+
+if TYPE_CHECKING:
+    from shardit.server.flags import ServeFlags
+
+
+def serve(flags: ServeFlags) -> int:
+    """Serve a model over HTTP: OpenAI's interface, jobs that survive crashes, and a page."""
+    from shardit.diffusion.preflight import preflight
+    from shardit.diffusion.preflight.static_signature import static_signatures_of_model
+    from shardit.engine.process.process import started_by_torchrun
+    from shardit.server.unservable import unservable
+
+    options = flags.options()
+    os.environ[FORMAT_VARIABLE] = flags.log_format.value  # all processes of the server inherit it
+    local = options.executor == "local"
+    preflight.check(
+        options.model,
+        options.config,
+        options.loading,
+        dtype=options.dtype,
+        attention_backend=options.attention_backend,
+        files=local,
+        packages=local,
+    )
+    takes, _ = static_signatures_of_model(options.model)
+    if takes is not None and (problem := unservable(takes)):
+        raise InputError(problem)
+    if started_by_torchrun(os.environ):
+        from shardit.server.entry.torchrun_agent import serve_as_rank
+
+        return serve_as_rank(options)
+    from shardit.server.entry.serve import serve as run
+
+    return run(options)
+
+
+def inspect(flags: InspectFlags) -> None:
+    """Show what each rank would hold; reads no weights."""
+    config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package that it misses
+    from shardit.diffusion.loading.model_options import model_options
+    from shardit.diffusion.loading.shipped import configurations
+    from shardit.diffusion.preflight import preflight
+
+    options, configs = model_options(variant=flags.variant), configurations(flags.what(), flags.variant)
+    if configs is None:
+        preflight.check(flags.what(), config, options, dtype=dtype, packages=False)
+    else:
+        preflight.check(configs, config, model_options(), dtype=dtype, files=False, packages=False)
+    from shardit.engine.inspect import inspect_model
+
+    document = inspect_model(flags.what(), config, dtype=dtype, variant=flags.variant)
+    if is_first_rank(os.environ):
+        print(json.dumps(document) if flags.as_json else table(document))
+
+
+def table(document: dict[str, Any]) -> str:
+    """The document of `shardit inspect --json` for people."""
+    rows = [("rank", "component", "blocks", "parameters", "MiB")]
+    for rank in document["ranks"]:
+        for name, part in rank["components"].items():
+            size = f"{part['bytes'] / 1024**2:,.1f}"
+            rows.append((str(rank["rank"]), name, _spans(part["blocks"]), f"{part['parameters']:,}", size))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column in (0, 3, 4) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    totals = [sum(part["bytes"] for part in rank["components"].values()) / 1024**2 for rank in document["ranks"]]
+    whole = document["bytes"] / 1024**2
+    fullest = f"fullest rank: {max(totals):,.1f} MiB, {max(totals) / whole:.1%} of the {whole:,.1f} MiB of the model"
+    return "\n".join([*lines, "", fullest, f"chunks per rank: {document['chunks']}", *map(str, document["notes"])])
+
+
+def _spans(blocks: Any) -> str:
+    """Block numbers with neighbours joined: 0-3, 8-11; a count as it is."""
+    if not isinstance(blocks, (list, tuple)) or not all(isinstance(block, int) for block in blocks):
+        return ", ".join(map(str, blocks)) if isinstance(blocks, (list, tuple)) else str(blocks or "-")
+    spans: list[list[int]] = []
+    for block in sorted(blocks):
+        if spans and block == spans[-1][1] + 1:
+            spans[-1][1] = block
+        else:
+            spans.append([block, block])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans) or "-"
+
+
+def tiny(
+    name: Annotated[str, Argument(help="Name of the tiny model, such as wan2.2-t2v.")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder to write, new or empty.")],
+) -> None:
+    """Write a tiny checkpoint, a complete diffusers folder to try things on."""
+    from shardit.models import tiny as checkpoints
+
+    written = checkpoints.write(name, folder)
+    if is_first_rank(os.environ):
+        print(written or folder)

@@ -1,0 +1,47 @@
+"""What a loaded pipeline takes, with its sizes and what its outputs record of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any
+
+from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.loading.model_options import recorded
+from shardit.diffusion.loading.required_packages import missing
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
+from shardit.diffusion.request.size_multiples import least_sides, size_multiples
+from shardit.engine.nodes.node_facts import fingerprint, versions
+from shardit.loading.hub import cached
+
+if TYPE_CHECKING:
+    from shardit.engine.process.messages import SessionSpec
+
+
+def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
+    """The signature of a pipeline with this index; rate: samples per second of the sound that it makes."""
+    found = signature_of(type(pipe), index, sample_rate=rate)
+    sizes: dict[str, Any] = {"multiples": size_multiples(pipe), "least": least_sides(pipe)}
+    return dataclasses.replace(found, **sizes, made_by=_made_by(spec), missing=missing(type(pipe)))
+
+
+def _made_by(spec: SessionSpec) -> dict[str, Any]:
+    """What a file is to say of the model, under the names of `Omni`."""
+    hub = None if spec.model.startswith("tiny/") or os.path.exists(spec.model) else cached(spec.model)
+    values = {
+        "model": spec.model,
+        "revision": hub.parent.name if hub is not None else fingerprint(spec.model),
+        "dtype": spec.dtype,
+        "attention_backend": spec.attention_backend,
+        "versions": versions(),
+        "parallel": _not_default(spec.config),
+        **recorded(spec.options),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _not_default(config: DiffusionParallelConfig) -> dict[str, Any] | None:
+    """How the ranks were arranged, as far as that was chosen: some arrangements give other last bits."""
+    plain = DiffusionParallelConfig()
+    chosen = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()} or None

@@ -11,24 +11,21 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
-from shardit.diffusion.loading.model_options import ModelOptions, model_options, split_model
+from shardit.diffusion.loading.model_options import model_options, split_model
 from shardit.diffusion.preflight import preflight
+from shardit.engine.joined_ranks import JoinedRanks
 from shardit.engine.local_ranks import LocalRanks
 from shardit.engine.process.failure import Timeouts
-from shardit.engine.process.messages import SESSION, SessionSpec
+from shardit.engine.process.messages import SESSION
 from shardit.engine.process.process import started_by_torchrun
-from shardit.engine.rank.worker import JoinedRanks
+from shardit.engine.progress_bars import Bars
+from shardit.engine.session_spec import session_spec
 from shardit.errors import InputError
-from shardit.loading.dtypes import setting
-from shardit.loading.source import local_folder
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
     from shardit.diffusion.request.model_info import ModelInfo
     from shardit.diffusion.request.pipeline_signature import PipelineSignature
-
-MAX_TIMEOUT_S = 1_000_000
-"""Eleven days; poll() counts milliseconds in 31 bits."""
 
 
 class Omni:
@@ -88,7 +85,9 @@ class Omni:
             vae_slicing=vae_slicing,
         )
         model, options = split_model(model, model_config, options)
-        spec = _spec(model, config, dtype, device, max_in_flight, timeout_s, attention_backend, options, self._session)
+        spec = session_spec(
+            model, config, dtype, device, max_in_flight, timeout_s, attention_backend, options, self._session
+        )
         if self._session == SESSION:
             preflight.check(spec.model, config, options, dtype=spec.dtype, attention_backend=spec.attention_backend)
         self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec, self._timeouts)
@@ -161,73 +160,3 @@ class Omni:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Bars:
-    """A progress bar for each request."""
-
-    def __init__(self) -> None:
-        self._bars: dict[int, Any] = {}
-        self._off = os.environ.get("SHARDIT_PROGRESS") == "0"
-
-    def update(self, index: int, step: int, total: int) -> None:
-        """Show that request `index` has finished `step` of `total` steps."""
-        if self._off:
-            return
-        if index not in self._bars:
-            from tqdm import tqdm
-
-            # Seconds per step even where tqdm would turn to steps per second.
-            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-            self._bars[index] = tqdm(total=total, desc=f"request {index}", unit="step", bar_format=form)
-        bar = self._bars[index]
-        bar.update(step - bar.n)
-        if step >= total:
-            bar.close()
-
-    def close(self) -> None:
-        """Leave the bars as they are and end their lines."""
-        for bar in self._bars.values():
-            bar.close()
-
-
-def _spec(
-    model: Any,
-    config: DiffusionParallelConfig,
-    dtype: Any,
-    device: Any,
-    max_in_flight: Any,
-    timeout_s: Any,
-    attention_backend: Any,
-    options: ModelOptions,
-    session: str,
-) -> SessionSpec:
-    """Check the types of all arguments; what they mean is checked where the model is read."""
-    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
-        raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
-    if session == SESSION:  # another one decides itself what a model is
-        local_folder(model)
-    # torch's own type by name: this process need not import torch.
-    known = isinstance(device, str) or (type(device).__module__, type(device).__name__) == ("torch", "device")
-    if device is not None and not (known and str(device)):
-        raise InputError(f"device must be a name, a torch.device or None, got {device!r}")
-    if not isinstance(max_in_flight, int) or isinstance(max_in_flight, bool) or max_in_flight < 1:
-        raise InputError(f"max_in_flight must be a whole number of at least 1, got {max_in_flight!r}")
-    number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
-    if not (number and 0 < timeout_s <= MAX_TIMEOUT_S):
-        raise InputError(
-            f"timeout_s must be a number of seconds, above 0 and at most {MAX_TIMEOUT_S}, got {timeout_s!r}"
-        )
-    if attention_backend is not None and not isinstance(attention_backend, str):
-        raise InputError(f"attention_backend must be a name or None, got {attention_backend!r}")
-    return SessionSpec(
-        model=os.fspath(model) if isinstance(model, os.PathLike) else model,
-        config=config,
-        dtype=setting(dtype),
-        device=None if device is None else str(device),
-        max_in_flight=max_in_flight,
-        timeout_s=float(timeout_s),
-        session=session,
-        attention_backend=attention_backend,
-        options=options,
-    )

@@ -34,12 +34,13 @@ from shardit.diffusion.run.progress import report_progress
 from shardit.diffusion.sharding.layout import lay_out
 from shardit.engine.library_warnings import warnings_of
 from shardit.engine.loaded_signature import loaded_signature
-from shardit.engine.process.channel import Channel
+from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.memory import held_bytes, limit_bytes
-from shardit.engine.rank.serving import serve
+from shardit.engine.rank.serving import ServingWorker
 from shardit.errors import InputError, RankError
 from shardit.loading.dtypes import check_components
 from shardit.loading.safetensors_file import Reads
+from shardit.logs import take_over
 from shardit.parallel_state import destroy_model_parallel
 
 if TYPE_CHECKING:
@@ -104,7 +105,17 @@ class Session:
 
     def serve(self, channel: Channel) -> None:
         """Run the requests that arrive at a channel until it is closed."""
-        serve(self, channel)
+        worker = ServingWorker(self, channel)
+        if self.spec.of_server:
+            take_over(worker.log, worker.current_request)
+        try:
+            for program in self.turns.rounds(worker.admit, worker.keep_serving):
+                worker.finish(program)
+        except Closed:
+            pass
+        except Exception as error:
+            worker.report(error)
+            raise
 
     def generate(self, requests: list[Request], on_progress: OnProgress) -> dict[int, Output]:
         """Run requests that all ranks have, several at once, without a process that watches the ranks (torchrun). The

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class RemoteCall:
-    """A call that another replica runs (a `schedule.Flight`): this rank only gets its result."""
+    """A call that another replica runs (a `Flight`): this rank only gets its result."""
 
     def __init__(self, plan: CallPlan, route: Route, replica: int, wait: Callable[[Flight], None]):
         self.owners, self.finished = plan.owners, False

@@ -34,7 +34,7 @@ from shardit.errors import RankError, UnsupportedError
 
 
 class OverlappedCall:
-    """A forward in flight (a `schedule.Flight`). It has a segment for each time it waited, known as it goes."""
+    """A forward in flight (a `Flight`). It has a segment for each time it waited, known as it goes."""
 
     def __init__(
         self, model: nn.Module, plan: ResultPlan, runtime: Runtime, forward: Callable[..., Any], call: FlatCall

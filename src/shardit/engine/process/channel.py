@@ -1,13 +1,17 @@
-"""Messages over a socket between processes of ours: pickled, with large buffers beside, which are not copied."""
+"""Messages over a socket between processes of ours: pickled, with large buffers beside, which are not copied. Threads
+read and write for a process that must not wait."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
+import queue
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +99,58 @@ class Channel:
                 raise Closed("the other side is gone")
             position += received
         return data
+
+
+class Pipe:
+    """A channel with a thread that reads it and one that writes to it, so that neither side ever waits for the other.
+
+    `on_message(message)` and, once, `on_closed()` are called in the reading thread.
+    """
+
+    def __init__(self, channel: Channel, on_message: Callable[[Any], None], on_closed: Callable[[], None]):
+        self._channel, self._on_message, self._on_closed = channel, on_message, on_closed
+        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        channel.socket.settimeout(None)
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True).start()
+
+    @property
+    def backlog(self) -> int:
+        """Messages that the other side has not taken yet."""
+        return self._out.qsize()
+
+    def send(self, message: Any) -> None:
+        """Send a message, soon."""
+        self.send_encoded(encode(message))
+
+    def send_encoded(self, parts: Sequence[Any]) -> None:
+        """Send what `encode` made, soon: a message for several receivers is pickled once."""
+        self._out.put(parts)
+
+    def close(self) -> None:
+        """Let go of the channel; what was not sent is lost."""
+        self._out.put(_END)
+        with contextlib.suppress(OSError):
+            self._channel.socket.shutdown(2)
+
+    def _read(self) -> None:
+        try:
+            with contextlib.suppress(Closed, OSError):
+                while True:
+                    self._on_message(self._channel.recv())
+        finally:  # whatever came: who is no longer heard is gone
+            self._on_closed()
+
+    def _write(self) -> None:
+        try:
+            with contextlib.suppress(Closed, OSError):
+                while (message := self._out.get()) is not _END:
+                    self._channel.send_encoded(message)
+        finally:
+            self._channel.close()
+
+
+_END = object()
 
 
 class _Pickler(pickle.Pickler):

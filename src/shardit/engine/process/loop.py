@@ -1,17 +1,13 @@
-"""One thread of decisions, and the threads that read and write sockets for it."""
+"""One thread of decisions."""
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-
-from shardit.engine.process.channel import Channel, Closed, encode
 
 
 class Loop:
@@ -71,55 +67,3 @@ class Loop:
             if self._on_trouble is None:
                 raise
             self._on_trouble(error)
-
-
-class Pipe:
-    """A channel with a thread that reads it and one that writes to it, so that neither side ever waits for the other.
-
-    `on_message(message)` and, once, `on_closed()` are called in the reading thread.
-    """
-
-    def __init__(self, channel: Channel, on_message: Callable[[Any], None], on_closed: Callable[[], None]):
-        self._channel, self._on_message, self._on_closed = channel, on_message, on_closed
-        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        channel.socket.settimeout(None)
-        for work in (self._read, self._write):
-            threading.Thread(target=work, daemon=True).start()
-
-    @property
-    def backlog(self) -> int:
-        """Messages that the other side has not taken yet."""
-        return self._out.qsize()
-
-    def send(self, message: Any) -> None:
-        """Send a message, soon."""
-        self.send_encoded(encode(message))
-
-    def send_encoded(self, parts: Sequence[Any]) -> None:
-        """Send what `encode` made, soon: a message for several receivers is pickled once."""
-        self._out.put(parts)
-
-    def close(self) -> None:
-        """Let go of the channel; what was not sent is lost."""
-        self._out.put(_END)
-        with contextlib.suppress(OSError):
-            self._channel.socket.shutdown(2)
-
-    def _read(self) -> None:
-        try:
-            with contextlib.suppress(Closed, OSError):
-                while True:
-                    self._on_message(self._channel.recv())
-        finally:  # whatever came: who is no longer heard is gone
-            self._on_closed()
-
-    def _write(self) -> None:
-        try:
-            with contextlib.suppress(Closed, OSError):
-                while (message := self._out.get()) is not _END:
-                    self._channel.send_encoded(message)
-        finally:
-            self._channel.close()
-
-
-_END = object()

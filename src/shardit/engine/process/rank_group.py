@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from shardit.diffusion.request.model_info import ModelInfo
-from shardit.engine.process.channel import Channel, encode
+from shardit.engine.process.channel import Channel, Pipe, encode
 from shardit.engine.process.failure import Cause, Failure, Timeouts, root_of
-from shardit.engine.process.loop import Loop, Pipe
+from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import Failed, OutOfMemory, Ready, Refused, SessionSpec
 from shardit.engine.process.placement import Placement
 from shardit.engine.process.stacks import described, suspect

@@ -19,28 +19,11 @@ from typing import Any
 from shardit.core.runtime.request_loop import Interrupted, Program, is_out_of_memory
 from shardit.diffusion.output.collect import collect, one_line, with_arrays
 from shardit.diffusion.request.advice import advice
-from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.process.channel import Channel
 from shardit.engine.process.memory import peak_bytes, reset_peak
 from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFailed, RequestFinished
 from shardit.errors import InputError
-from shardit.logs import logger, take_over
-
-
-def serve(session: Any, channel: Channel) -> None:
-    """Run requests until the channel is closed."""
-    worker = ServingWorker(session, channel)
-    if session.spec.of_server:
-        take_over(worker.log, worker.current_request)
-    try:
-        for program in session.turns.rounds(worker.admit, worker.keep_serving):
-            worker.finish(program)
-    except Closed:
-        pass
-    except Exception as error:
-        program = session.turns.last
-        if is_out_of_memory(error) and program is not None and program in worker.running:
-            channel.send(OutOfMemory(worker.running[program].key, one_line(error)))
-        raise
+from shardit.logs import logger
 
 
 @dataclass(frozen=True)
@@ -132,6 +115,12 @@ class ServingWorker:
                 seconds=round(time.perf_counter() - taken.begun, 3),
                 peak_bytes=peak_bytes(),
             )
+
+    def report(self, error: Exception) -> None:
+        """Before an error ends this rank: name the request that took too much memory, if one did."""
+        program = self.session.turns.last
+        if is_out_of_memory(error) and program is not None and program in self.running:
+            self.channel.send(OutOfMemory(self.running[program].key, one_line(error)))
 
     def current_request(self) -> dict[str, str]:
         """The id of the request that has its turn, for the log."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from shardit.engine.process.channel import Channel
-from shardit.engine.process.loop import Loop, Pipe
+from shardit.engine.process.channel import Channel, Pipe
+from shardit.engine.process.loop import Loop
 from shardit.engine.process.process import command, describe_exit
 from shardit.server.messages import Ping, Pong, Step
 from shardit.server.options import ServeOptions

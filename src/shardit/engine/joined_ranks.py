@@ -1,0 +1,122 @@
+"""The ranks that torchrun has started, one of which is this process: all of them make the same requests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from shardit.engine.process.memory import peak_bytes, reset_peak
+from shardit.engine.process.messages import Refused, SessionSpec
+from shardit.engine.rank.worker import open_session
+from shardit.errors import InputError, RankError
+
+if TYPE_CHECKING:
+    from shardit.diffusion.output.output import Output
+    from shardit.diffusion.request.model_info import ModelInfo
+
+
+class JoinedRanks:
+    """This process is one of the ranks that torchrun has started."""
+
+    def __init__(self, spec: SessionSpec):
+        self.spec = spec
+        self.info: ModelInfo | None = None
+        self.rank = int(os.environ["RANK"])
+        self._session: Any = None
+        world_size, wanted = int(os.environ["WORLD_SIZE"]), spec.config.world_size
+        if world_size != wanted:
+            raise InputError(
+                f"torchrun has started {world_size} ranks, but parallel_config needs {wanted}; "
+                f"use --nproc-per-node {wanted} or change the parallel sizes"
+            )
+
+    def start(self) -> None:
+        """Load this rank's share of the model."""
+        with self._naming_this_rank():
+            self._session = open_session(
+                self.spec, rank=self.rank, world_size=self.spec.config.world_size, init_method="env://"
+            )
+        self.info = self._session.info
+
+    def generate(self, build: Callable[[], list[Any]], on_progress: Callable[[int, int, int], None]) -> list[Output]:
+        """Run the requests that `build` makes on rank 0, which draws seeds and reads pictures, on all ranks."""
+        with self._naming_this_rank():
+            requests = from_rank_0(lambda: made_or_error(build))
+            if isinstance(requests, InputError):
+                raise requests
+            reset_peak()
+            outputs = self._session.generate(requests, on_progress if self.rank == 0 else ignore_progress)
+            return with_peaks(in_order(collected(outputs)), gather(peak_bytes()))
+
+    def close(self) -> None:
+        """Leave."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    @contextlib.contextmanager
+    def _naming_this_rank(self) -> Iterator[None]:
+        try:
+            yield
+        except (InputError, RankError):
+            raise
+        except Exception as error:
+            raise RankError(self.rank, f"{type(error).__name__}: {error}") from error
+
+
+def ignore_progress(index: int, step: int, total: int) -> None:
+    """The progress callback of all other ranks."""
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in the order of ranks."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():  # one rank needs no group
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def collected(outputs: dict[int, Output]) -> dict[int, Output]:
+    """The outputs of all replicas on rank 0, none on the others. Collective."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return outputs
+    boxes: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(outputs, boxes if dist.get_rank() == 0 else None)
+    return {index: output for box in boxes if box for index, output in box.items()}
+
+
+def in_order(outputs: dict[int, Output]) -> list[Output]:
+    """The outputs of all requests, in the order of the requests."""
+    return [outputs[index] for index in sorted(outputs)]
+
+
+def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError:
+    """The requests, or why there are none, for all ranks to know."""
+    try:
+        return build()
+    except InputError as error:
+        return Refused.from_error(error).error()
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes; where ranks have no group, each makes its own."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return make()
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def with_peaks(outputs: list[Output], peaks: list[int]) -> list[Output]:
+    """The outputs with the peak memory of each rank filled in."""
+    return [dataclasses.replace(output, peak_bytes=peaks) for output in outputs]

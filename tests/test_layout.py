@@ -137,7 +137,7 @@ BUDGET = {
     ".": 1210,
     "core": 4465,
     "diffusion": 3415,
-    "engine": 2070,
+    "engine": 2080,
     "loading": 1280,
     "models": 800,
     "parallel": 3310,

@@ -109,9 +109,12 @@ def test_files_named_in_docs_exist() -> None:
             assert (ROOT / name).exists() or (repository / name).exists(), (page.name, name)
 
 
-def test_core_knows_no_model_family() -> None:
-    for path in (ROOT / "core").rglob("*.py"):
-        assert not re.search(r"\b(diffusers|transformers)\.(?!$)", path.read_text("utf-8"), re.M), path
+def test_core_and_parallel_know_no_model_family() -> None:
+    for path in (*(ROOT / "core").rglob("*.py"), *(ROOT / "parallel").rglob("*.py")):
+        text = path.read_text("utf-8")
+        assert not re.search(r"\b(diffusers|transformers)\.\w|import (diffusers|transformers)", text), path
+        # Names of classes, as models have them; names of attributes are rules.
+        assert not re.search(r"\"\w+(Transformer\w*Model|TransformerBlock|Pipeline|Processor\w*)\"", text), path
     for name in trees():
         if name.startswith("shardit.core."):
             assert all(re.match(r"shardit\.(core|config|errors)\b", one) for one in imports(name)), name
@@ -135,13 +138,13 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1210,
-    "core": 4465,
-    "diffusion": 3415,
+    "core": 4470,
+    "diffusion": 3490,
     "engine": 2080,
     "loading": 1280,
     "models": 800,
-    "parallel": 3310,
-    "server": 4170,
+    "parallel": 3260,
+    "server": 4160,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -15,6 +15,7 @@ from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Cut, assign_blocks
 from shardit.core.placement.roles import ALONE, Roles
 from shardit.core.stages.runtime import Runtime
+from shardit.diffusion.family import FAMILY
 from shardit.diffusion.loading.attention_backends import use_attention_backend
 from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
 from shardit.diffusion.loading.pipeline import load_pipeline, prepare
@@ -148,7 +149,7 @@ def _alone(
             return {}, None
         refuse_compiled(type(model).__name__, model, ())
         roles = Roles(type(model).__name__, frozenset({ALONE}))
-        slices = plan_components({ALONE: model}, roles, runtime.mesh.sizes["tp"])
+        slices = plan_components({ALONE: model}, roles, runtime.mesh.sizes["tp"], FAMILY)
         cut, note = assign_blocks(model, config, 1, plan, os.environ)
         notes.extend(filter(None, [note]))
         return slices, cut

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel
 import shardit
 from shardit import DiffusionParallelConfig
 from shardit.core.placement.assignment import assign
+from shardit.diffusion.family import FAMILY
 from shardit.diffusion.roles import encodes, is_vae, own_code, roles_of
 from shardit.parallel.tensor.apply import plan_components
 from shardit.parallel.tensor.planner import plan_tensors
@@ -104,7 +105,7 @@ def test_what_is_derived_is_recognised() -> None:
     assert [encodes(module) for module in modules.values()] == [False, True, True, True]
     assert [own_code(module) for module in modules.values()] == [Brighter, None, None, Reading]
     assert roles_of(modules).tiled == ("vae",)
-    assert plan_components(modules, roles_of(modules), 2).keys() == {"plain", "alias"}
+    assert plan_components(modules, roles_of(modules), 2, FAMILY).keys() == {"plain", "alias"}
     del modules["vae"]
     config = DiffusionParallelConfig(pipeline_parallel_size=2)
     found = assign(modules, roles_of(modules, StableDiffusionPipeline), config, environ={})
@@ -117,4 +118,4 @@ def test_what_is_derived_is_recognised() -> None:
 def test_what_is_noted_of_a_class_holds_for_those_derived_from_it() -> None:
     ltx = entry("LTXVideoTransformer3DModel").build()
     ltx.__class__ = Renamed
-    assert any("its rotary tables span all heads" in note for note in plan_tensors(ltx, 2).notes)
+    assert any("its rotary tables span all heads" in note for note in plan_tensors(ltx, 2, FAMILY).notes)

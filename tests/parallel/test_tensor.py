@@ -21,6 +21,7 @@ from shardit.core.comm.collectives import Collectives, even_sizes
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.placement.roles import ALONE, Roles
 from shardit.core.placement.slices import Shards, Slice, even, shards
+from shardit.diffusion.family import FAMILY
 from shardit.diffusion.loading.description import describe
 from shardit.diffusion.roles import roles_of
 from shardit.engine.inspect import inspect_model
@@ -116,7 +117,7 @@ def segments_cover(cut: Shards) -> bool:
 @pytest.mark.parametrize("make", [flux, wan, lambda: qwen3(8, 4), lambda: wan(5)], ids=["flux", "wan", "qwen3", "wan5"])
 def test_slices_cover_every_element_once(make: Any, size: int) -> None:
     model = meta(make)
-    plan = plan_tensors(model, size)
+    plan = plan_tensors(model, size, FAMILY)
     assert not plan.notes
     for name, parameter in model.named_parameters():
         if name in plan.cuts:
@@ -129,9 +130,11 @@ def test_slices_cover_every_element_once(make: Any, size: int) -> None:
 
 
 def test_uneven_heads() -> None:
-    heads = {size: plan_tensors(meta(lambda: wan(30)), size).attributes["blocks.0.attn1"]["heads"] for size in (2, 4)}
+    heads = {
+        size: plan_tensors(meta(lambda: wan(30)), size, FAMILY).attributes["blocks.0.attn1"]["heads"] for size in (2, 4)
+    }
     assert heads == {2: (15, 15), 4: (8, 8, 7, 7)}
-    plan = plan_tensors(meta(lambda: wan(5)), 2)
+    plan = plan_tensors(meta(lambda: wan(5)), 2, FAMILY)
     assert plan.attributes["blocks.0.attn1"] == {"heads": (3, 2), "inner_dim": (36, 24), "kv_inner_dim": (36, 24)}
     assert plan.cuts["blocks.0.attn1.to_q.weight"] == Shards(0, 60, (((0, 36),), ((36, 24),)))
     assert plan.cuts["blocks.0.attn1.to_out.0.weight"] == Shards(1, 60, (((0, 36),), ((36, 24),)))
@@ -141,7 +144,7 @@ def test_uneven_heads() -> None:
 
 
 def test_query_heads_go_with_their_key_heads() -> None:
-    plan = plan_tensors(meta(qwen3), 2)
+    plan = plan_tensors(meta(qwen3), 2, FAMILY)
     assert plan.cuts["layers.0.self_attn.k_proj.weight"].lengths == (16, 8)
     assert plan.cuts["layers.0.self_attn.q_proj.weight"].lengths == (32, 16)
     assert plan.cuts["layers.0.self_attn.o_proj.weight"].lengths == (32, 16)
@@ -150,13 +153,13 @@ def test_query_heads_go_with_their_key_heads() -> None:
 
 
 def test_halves_of_a_gate_are_segments() -> None:
-    plan = plan_tensors(FeedForward(6, inner_dim=10, activation_fn="geglu"), 3)
+    plan = plan_tensors(FeedForward(6, inner_dim=10, activation_fn="geglu"), 3, FAMILY)
     assert plan.cuts["net.0.proj.weight"].ranks == (((0, 4), (10, 4)), ((4, 3), (14, 3)), ((7, 3), (17, 3)))
     assert plan.cuts["net.2.weight"].ranks == (((0, 4),), ((4, 3),), ((7, 3),))
 
 
 def test_side_by_side_rows_are_two_segments() -> None:
-    plan = plan_tensors(meta(flux), 2)
+    plan = plan_tensors(meta(flux), 2, FAMILY)
     cut = plan.cuts["single_transformer_blocks.0.proj_out.weight"]
     assert cut == Shards(1, 320, (((0, 32), (64, 128)), ((32, 32), (192, 128))))
     assert plan.roles["single_transformer_blocks.0.norm.linear"].kind == "gathered"
@@ -174,16 +177,16 @@ class Odd(nn.Module):
 
 
 def test_what_no_rule_knows_stays_whole() -> None:
-    plan = plan_tensors(nn.ModuleDict({"odd": Odd(), "free": nn.Linear(4, 4)}), 2)
+    plan = plan_tensors(nn.ModuleDict({"odd": Odd(), "free": nn.Linear(4, 4)}), 2, FAMILY)
     assert not plan.cuts
     assert plan.notes == ["odd is whole on every rank: no rule knows to_mix.weight"]
 
 
 def test_refused() -> None:
     with pytest.raises(shardit.UnsupportedError, match=r"tensor_parallel_size=5 does not fit .*use 1 to 4"):
-        plan_components({"transformer": meta(wan)}, roles_of({"transformer": meta(wan)}), 5)
+        plan_components({"transformer": meta(wan)}, roles_of({"transformer": meta(wan)}), 5, FAMILY)
     with pytest.raises(shardit.UnsupportedError, match="has no attention or feed-forward"):
-        plan_components({"": nn.Linear(4, 4)}, SINGLE, 2)
+        plan_components({"": nn.Linear(4, 4)}, SINGLE, 2, FAMILY)
     spec = SessionSpec("tiny/flux", DiffusionParallelConfig(tensor_parallel_size=5), None, "cpu", 1, timeout_s=5)
     with pytest.raises(shardit.UnsupportedError, match="tensor_parallel_size=5"):
         check(spec)
@@ -207,13 +210,13 @@ def test_only_slices_are_read(name: str) -> None:
     for rank in (0, 1):
 
         def owned_by(modules: dict[str, nn.Module], rank: int = rank) -> Any:
-            plans = plan_components(modules, roles_of(modules), 2)
+            plans = plan_components(modules, roles_of(modules), 2, FAMILY)
             return {n: owned_slices(lambda _: True, plans.get(n), rank) for n in modules}
 
         pipes.append(loaded(f"tiny/{name}", owned=owned_by, reads=reads[rank]))
     whole = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
     modules = {n: m for n, m in whole.components.items() if isinstance(m, nn.Module)}
-    plans = plan_components(modules, roles_of(modules), 2)
+    plans = plan_components(modules, roles_of(modules), 2, FAMILY)
     for component, module in modules.items():
         for key, tensor in module.state_dict(keep_vars=True).items():
             cut = plans[component].cuts.get(key) if component in plans else None
@@ -235,7 +238,7 @@ def test_slices_in_another_dtype_are_those_of_the_whole() -> None:
     plans: dict[str, Any] = {}
 
     def owned_by(modules: dict[str, nn.Module]) -> Any:
-        plans.update(plan_components(modules, roles_of(modules), 3))
+        plans.update(plan_components(modules, roles_of(modules), 3, FAMILY))
         return {n: owned_slices(lambda _: True, plans.get(n), 1) for n in modules}
 
     pipe = loaded("tiny/sd3.5", owned=owned_by, dtype="float16")
@@ -280,7 +283,7 @@ def cut_models(rank: int, count: int, method: str) -> dict[str, Any]:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             expected = model(**calls(model), return_dict=False)[0]
-            shard_tensors(model, plan_tensors(model, count), ranks)
+            shard_tensors(model, plan_tensors(model, count, FAMILY), ranks)
             ranks.sent_bytes = ranks.messages = 0
             got = model(**calls(model), return_dict=False)[0]
         found[name] = (distance(expected, got), ranks.sent_bytes, ranks.messages)
@@ -321,7 +324,7 @@ def wrong_on_purpose(rank: int, count: int, method: str, wrong: str) -> float:
     x = torch.randn(1, 3, 8)
     with torch.no_grad():
         expected = layer(x)
-        shard_tensors(layer, plan_tensors(layer, count), ranks)
+        shard_tensors(layer, plan_tensors(layer, count, FAMILY), ranks)
         assert distance(expected, layer(x)) <= CLOSE
         if wrong == "no sum":
             ranks.all_reduce = lambda tensor: tensor  # type: ignore[method-assign]
@@ -338,7 +341,7 @@ def test_the_comparison_notices(wrong: str) -> None:
 def no_backward(rank: int, count: int, method: str) -> None:
     ranks = Collectives(tensor_mesh(rank, count, method), "tp")
     layer = FeedForward(8, activation_fn="geglu")
-    shard_tensors(layer, plan_tensors(layer, count), ranks)
+    shard_tensors(layer, plan_tensors(layer, count, FAMILY), ranks)
     out = layer(torch.randn(1, 3, 8))
     with pytest.raises(shardit.UnsupportedError, match="no backward"):
         out.sum().backward()
@@ -407,7 +410,7 @@ def survey(rank: int, count: int, method: str, ids: Sequence[str]) -> dict[str, 
         with torch.no_grad():
             expected = model(**entry.inputs(Draw(0, False)), **extra)
             try:
-                shard_tensors(model, plan_components({"": model}, SINGLE, count)[""], ranks)
+                shard_tensors(model, plan_components({"": model}, SINGLE, count, FAMILY)[""], ranks)
             except shardit.UnsupportedError as error:
                 found[entry.id] = str(error)
                 continue

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from shardit.diffusion.family import FAMILY
 from shardit.diffusion.roles import roles_of
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
@@ -25,7 +26,7 @@ KEPT_WHOLE = {"BertModel", "GPT2LMHeadModel", "ModernBertModel", "ClapModel", "C
 
 def planned(model: nn.Module, count: int) -> dict[str, TensorPlan]:
     modules = {"text_encoder": model}
-    return plan_components(modules, roles_of(modules), count)
+    return plan_components(modules, roles_of(modules), count, FAMILY)
 
 
 def encode(rank: int, count: int, method: str) -> dict[str, tuple[float, int, dict[str, str]]]:

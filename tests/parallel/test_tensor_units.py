@@ -24,6 +24,7 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
+from shardit.diffusion.family import FAMILY
 from shardit.parallel.tensor.planner import plan_tensors
 from tests.diffusion.test_parallelize import join
 from tests.support import survey_models, units
@@ -129,7 +130,7 @@ def test_units_that_are_something_else() -> None:
 
 def test_what_is_derived_stays_whole_and_is_named() -> None:
     for name, (make, at_plan, _) in units.CASES.items():
-        plan = plan_tensors(make(), 2)
+        plan = plan_tensors(make(), 2, FAMILY)
         assert len(plan.notes) == (0 if not at_plan else 1 if at_plan == ("table",) else 2), (name, plan.notes)
         assert all(" is whole on every rank: " in note for note in plan.notes)
         assert name != "scaled head" or "lm_head.weight" not in plan.cuts

@@ -20,6 +20,7 @@ from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
+from shardit.diffusion.family import wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import fusing, moving
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
@@ -114,6 +115,7 @@ def spread_model(
     stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared)) if pieces else None
     overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
     if "sp" in mesh.axes:
+        wrap_attention_back_ends()
         way = spread_tokens(model, mesh, stages, cut.plan)
         overlaps = overlaps and not way.by_hand  # a result may then have another shape in each call
     elif stages is not None:

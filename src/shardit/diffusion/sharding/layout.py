@@ -14,6 +14,7 @@ from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Assignment, assign
 from shardit.core.placement.slices import Owned
+from shardit.diffusion.family import FAMILY
 from shardit.diffusion.roles import roles_of
 from shardit.parallel.tensor.apply import TensorPlan, owned_slices, owners_of_wholes, plan_components
 
@@ -48,7 +49,7 @@ def lay_out(
     Raises InputError and UnsupportedError where the configuration does not fit the pipeline.
     """
     roles = roles_of(modules, pipeline_class)
-    cuts = plan_components(modules, roles, config.tensor_parallel_size, owners_of_wholes(config))
+    cuts = plan_components(modules, roles, config.tensor_parallel_size, FAMILY, owners_of_wholes(config))
     assignment = assign(
         modules,
         roles,

@@ -1,9 +1,8 @@
 """The hook around attention: every attention call of a block that runs goes to whoever runs the block.
 
-Models of diffusers end in `torch.nn.functional.scaled_dot_product_attention`, most through `dispatch_attention_fn`,
-whose registry also holds the other back ends. The first is replaced while a block runs (a function mode would cost
-several microseconds at each operation), the others once and for good. Both do nothing unless a block of a sharded
-model is running in the same context.
+Most models end in `torch.nn.functional.scaled_dot_product_attention`, which is replaced while a block runs (a function
+mode would cost several microseconds at each operation). Other attention functions that a library keeps in a registry
+are wrapped there by whoever knows it. Both do nothing unless a block of a sharded model is running in the same context.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ _handler: ContextVar[Handler | None] = ContextVar("shardit_attention", default=N
 def attention_goes_to(handler: Handler) -> Iterator[None]:
     """While this is entered, attention calls in this context go to `handler`."""
     global _plain_sdpa, _users
-    _wrap_back_ends()
     if F.scaled_dot_product_attention is not _sdpa:
         _plain_sdpa = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = _sdpa
@@ -95,19 +93,9 @@ def _hand_over(handler: Handler, call: Call) -> torch.Tensor:
         _handler.reset(token)
 
 
-@functools.cache
-def _wrap_back_ends() -> None:
-    """Wrap every back end of diffusers that does not end in torch's own function."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
-
-    own = {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}
-    for name, function in list(registry._backends.items()):
-        if name.value not in own:
-            registry._backends[name] = _wrapped(name.value, function)
-
-
-def _wrapped(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A back end of diffusers, called by keyword with [batch, tokens, heads, width]."""
+def wrapped_back_end(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An attention function that does not end in torch's own, called by keyword with [batch, tokens, heads, width], for
+    the registry that it is in."""
 
     @functools.wraps(function)
     def backend(**kwargs: Any) -> torch.Tensor:

@@ -112,7 +112,7 @@ def adapter_members(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> d
 
 
 LOAD = ("load_lora_adapter", "load_adapter")
-"""Methods of models that load adapters: that of diffusers, and that of transformers."""
+"""Methods of models that load adapters."""
 
 
 def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Callable[..., Any]:
@@ -130,12 +130,8 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, UnsupportedError) as error:
-            from diffusers.utils.peft_utils import recurse_remove_peft_layers
-
-            recurse_remove_peft_layers(self)  # half loaded it would compute something else than it says
             others = list(getattr(self, "peft_config", {}))
-            vars(self).pop("peft_config", None)
-            self._hf_peft_config_loaded = False
+            plan.family.unload_adapters(self)  # half loaded it would compute something else than it says
             lost = f"; with it {', '.join(others)} of this model were unloaded" if others else ""
             if isinstance(error, UnsupportedError):
                 raise UnsupportedError(f"{error}{lost}") from error

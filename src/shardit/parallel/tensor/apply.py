@@ -26,12 +26,13 @@ from shardit.parallel.tensor.modules import install_role
 from shardit.parallel.tensor.norms import install_pair
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.planner import plan_tensors
+from shardit.parallel.tensor.rules import Family
 
 log = logging.getLogger(__name__)
 
 
 def plan_components(
-    modules: Mapping[str, nn.Module], roles: Roles, size: int, members: int = 0
+    modules: Mapping[str, nn.Module], roles: Roles, size: int, family: Family, members: int = 0
 ) -> dict[str, TensorPlan]:
     """How components are cut: those that are called in every step, and encoders; others are left whole. So is an
     encoder without attention or feed-forward that a rule knows (it would take its memory on every rank).
@@ -43,7 +44,7 @@ def plan_components(
         return {}
     shared = shared_modules(modules)
     split = roles.encoders - roles.whole.keys() - roles.stepped
-    encoders = {n for n, m in modules.items() if n in split and _is_cut(m, size, shared)}
+    encoders = {n for n, m in modules.items() if n in split and _is_cut(m, size, family, shared)}
     wholes = [nbytes(m) for n, m in modules.items() if n not in roles.stepped | encoders]
     sliced = sum(nbytes(modules[n]) for n in encoders)
     share = sum(nbytes(module) for module in modules.values()) / size
@@ -53,14 +54,15 @@ def plan_components(
     for name in (n for n in modules if n in roles.stepped | encoders):
         with adapters_aside(modules[name]):
             every_step = name in roles.stepped
-            plans[name] = plan_tensors(modules[name], size if every_step else parts, must_cut=every_step, kept=shared)
+            ways = size if every_step else parts
+            plans[name] = plan_tensors(modules[name], ways, family, must_cut=every_step, kept=shared)
     return plans
 
 
-def _is_cut(module: nn.Module, size: int, shared: set[int]) -> bool:
+def _is_cut(module: nn.Module, size: int, family: Family, shared: set[int]) -> bool:
     """Whether an encoder has units that a rule knows."""
     with adapters_aside(module):
-        return bool(plan_tensors(module, size, kept=shared).units)
+        return bool(plan_tensors(module, size, family, kept=shared).units)
 
 
 def shared_modules(modules: Mapping[str, nn.Module]) -> set[int]:

@@ -28,7 +28,7 @@ class Heads:
         return even(self.queries * self.size, parts, unit=self.queries // self.keys * self.size)
 
 
-def read_heads(module: nn.Module, names: rules.Attention, out: bool = True) -> Heads | str:
+def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, out: bool = True) -> Heads | str:
     """The heads of an attention module, or why its parts do not add up to attention that can be cut.
 
     out: whether the linear behind the heads is its own, rather than one of the block around it.
@@ -56,10 +56,10 @@ def read_heads(module: nn.Module, names: rules.Attention, out: bool = True) -> H
     heads = Heads(query.out_features // size, keys.out_features // size, size)
     if (count is not None and count != heads.queries) or heads.queries % heads.keys:
         return "its number of heads is not known"
-    return _misfit(module, names, heads, out) or heads
+    return _misfit(module, names, heads, family, out) or heads
 
 
-def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, out: bool) -> str | None:
+def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, family: rules.Family, out: bool) -> str | None:
     """The first part of an attention module whose size does not go with the heads."""
     query, keys = heads.queries * heads.size, heads.keys * heads.size
     widths = [(part, "out_features", query) for part in names.query]
@@ -78,7 +78,7 @@ def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, out: bool) 
         size = norm_size(norm)
         if size is None and not any(True for _ in norm.parameters()):  # of one head or of all: the first call tells
             continue
-        if size != heads.size and not (size == across and _is_rms(norm)):
+        if size != heads.size and not (size == across and _is_rms(norm, family)):
             return f"{part} is a norm of another kind"
     return None
 
@@ -92,9 +92,9 @@ def norm_size(norm: Any) -> int | None:
     return weight.numel() if isinstance(weight, nn.Parameter) else None
 
 
-def _is_rms(norm: Any) -> bool:
+def _is_rms(norm: Any, family: rules.Family) -> bool:
     """Whether a norm across all heads can be cut: x * rsqrt(mean(x^2) + eps) * weight, and no more."""
-    known = any(runs_as(norm, name) for name in rules.RMS_NORMS) and not has_hooks(norm)
+    known = any(runs_as(norm, name) for name in (rules.RMS_NORM, *family.rms_norms)) and not has_hooks(norm)
     return known and norm.weight is not None and getattr(norm, "bias", None) is None
 
 

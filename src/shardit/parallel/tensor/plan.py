@@ -52,9 +52,11 @@ class TensorPlan:
     name. pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank.
     units: names of the modules between whose cut linears code of theirs runs, which is taken to work on slices as it
     does on the whole: attention, feed-forward and their like. notes: what was left whole against expectation, and why.
+    family: the rules for classes of the library that the model comes from.
     """
 
     size: int
+    family: rules.Family = field(default_factory=rules.Family, repr=False)
     cuts: dict[str, Shards] = field(default_factory=dict)
     roles: dict[str, Role] = field(default_factory=dict)
     pairs: list[NormPair] = field(default_factory=list)
@@ -79,10 +81,11 @@ class Cutter:
     numbers of heads of those that have fewer than there are ranks.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts):
+    def __init__(self, model: nn.Module, parts: Parts, family: rules.Family):
         self.model, self.parts = model, parts
         self.size = parts if isinstance(parts, int) else len(parts)
-        self.plan = TensorPlan(self.size)
+        self.family = family
+        self.plan = TensorPlan(self.size, family)
         self.done: set[str] = set()
         self.attentions = 0
         self.too_few: list[int] = []

@@ -1,4 +1,4 @@
-"""Which parameters of a model are cut over the ranks of the tensor axis, and how: found from `tensor_rules`.
+"""Which parameters of a model are cut over the ranks of the tensor axis, and how: found from `rules` and a `Family`.
 
 The scheme is that of Megatron-LM (Shoeybi et al., 2019): linears into heads or hidden channels by columns, linears out
 of them by rows, one sum over the ranks behind each. Where shapes and names do not fit a rule exactly, nothing is cut.
@@ -33,15 +33,18 @@ from shardit.parallel.tensor.heads import (
 )
 from shardit.parallel.tensor.plan import Cutter, NormPair, Role, TensorPlan
 from shardit.parallel.tensor.processors import processor_parts
+from shardit.parallel.tensor.rules import Family
 
 
-def plan_tensors(model: nn.Module, parts: Parts, *, must_cut: bool = False, kept: Container[int] = ()) -> TensorPlan:
+def plan_tensors(
+    model: nn.Module, parts: Parts, family: Family, *, must_cut: bool = False, kept: Container[int] = ()
+) -> TensorPlan:
     """Plan the cut of a whole model (on meta or not) into `parts`, one for each rank; the same on every rank.
 
     `kept`: ids of modules that stay whole, since other components have them, too. `must_cut`: raise UnsupportedError
     where nothing can be cut, or where no attention has a head for every rank.
     """
-    cutter = Cutter(model, parts)
+    cutter = Cutter(model, parts, family)
     for name, module in model.named_modules():
         if name not in cutter.done and not _is_shared(cutter, name, module, kept):
             _visit(cutter, name, module)
@@ -78,7 +81,7 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     names = next((n for n in rules.ATTENTIONS if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
     if names is None:
         return _added_alone(cutter, name, module)
-    heads = _noted(rules.KEPT_ATTENTION, cutter.model) or read_heads(module, names)
+    heads = _noted(cutter.family.kept_attentions, cutter.model) or read_heads(module, names, cutter.family)
     if isinstance(heads, str):
         return cutter.left_whole(name, heads)
     if heads.keys < cutter.size:
@@ -101,9 +104,9 @@ def _added_alone(cutter: Cutter, name: str, module: nn.Module) -> bool:
 def _cut_processor(cutter: Cutter, name: str, module: nn.Module, heads: Heads) -> str | None:
     """Cut the linears of a processor that has some; or why they, and so the attention, cannot be."""
     processor = getattr(module, PROCESSOR, None)
-    if (why := _noted(rules.KEPT_PROCESSORS, processor)) is not None:
+    if (why := _noted(cutter.family.kept_processors, processor)) is not None:
         return why
-    if (key := hands_out(processor)) is not None:
+    if (key := hands_out(processor, cutter.family)) is not None:
         return f"{type(processor).__name__} may hand out what it computes of each head, in {key!r}"
     if not isinstance(processor, nn.Module):
         return None
@@ -160,7 +163,7 @@ def _set_heads(cutter: Cutter, name: str, module: nn.Module, heads: Heads, query
 
 def _fused_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     """Attention with one linear for queries, keys and values: three segments for each rank."""
-    for names in rules.FUSED_ATTENTIONS:
+    for names in cutter.family.fused_attentions:
         into, out = part_of(module, names.into), part_of(module, names.out)
         count = number_of(module, rules.HEAD_COUNTS)
         if not (type(module).__name__ in names.classes and is_linear(into) and is_linear(out) and count):
@@ -184,7 +187,7 @@ def _fused_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
     """Attention and feed-forward side by side, whose outputs lie one behind the other before one linear."""
-    for names in rules.PARALLEL_BLOCKS:
+    for names in cutter.family.parallel_blocks:
         attention, into, out = (part_of(module, n) for n in (names.attention, names.into, names.out))
         if attention is None or not (is_linear(into) and is_linear(out)):
             continue
@@ -192,7 +195,7 @@ def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
         cutter.done.add(join(name, names.out))
         if type(module).__name__ not in names.classes:
             return cutter.left_whole(name, "whether attention or feed-forward comes first is not known")
-        heads = read_heads(attention, rules.ATTENTIONS[0], out=False)
+        heads = read_heads(attention, rules.ATTENTIONS[0], cutter.family, out=False)
         if isinstance(heads, str):
             return cutter.left_whole(name, heads)
         inner = heads.queries * heads.size
@@ -219,7 +222,7 @@ def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
     """Two linears, or three with a gate, with something elementwise between them."""
-    for names in rules.FEED_FORWARDS:
+    for names in (*cutter.family.feed_forwards, *rules.FEED_FORWARDS):
         out = part_of(module, names.out)
         into = [part_of(module, part) for part in names.into]
         fits = not names.classes or type(module).__name__ in names.classes

@@ -1,8 +1,14 @@
-"""What tensor parallelism knows of models: names of children, as data. A new naming convention is a new entry here."""
+"""What tensor parallelism knows of models: names of submodules, as data. A new naming convention is a new entry here.
+
+Rules that hold for some classes only belong to the `Family` of these classes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Attention:
 
 
 ATTENTIONS = (
-    Attention(  # diffusers
+    Attention(
         query=("to_q", "add_q_proj", "to_gate"),
         key_value=("to_k", "to_v", "add_k_proj", "add_v_proj"),
         out=("to_out.0", "to_out", "to_add_out"),
@@ -33,15 +39,15 @@ ATTENTIONS = (
         key_norms=("norm_k", "norm_added_k"),
         full_input=("norm_cross", "group_norm"),
     ),
-    Attention(  # Llama, Qwen, CLIP and their like
+    Attention(
         query=("q_proj",),
         key_value=("k_proj", "v_proj"),
         out=("o_proj", "out_proj"),
         query_norms=("q_norm",),
         key_norms=("k_norm", "v_norm"),
     ),
-    Attention(query=("q",), key_value=("k", "v"), out=("o",), per_head=("relative_attention_bias",)),  # T5
-    Attention(  # Kandinsky 5
+    Attention(query=("q",), key_value=("k", "v"), out=("o",), per_head=("relative_attention_bias",)),
+    Attention(
         query=("to_query",),
         key_value=("to_key", "to_value"),
         out=("out_layer",),
@@ -62,24 +68,6 @@ class FusedAttention:
     out: str
     classes: tuple[str, ...]
 
-
-FUSED_ATTENTIONS = (
-    FusedAttention("qkv", "proj", ("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention")),
-)
-
-KEPT_ATTENTION = {
-    "LTXVideoTransformer3DModel": "its rotary tables span all heads",
-    "LTX2VideoTransformer3DModel": "its rotary tables span all heads",
-    "SanaWMLTX2RefinerTransformer3DModel": "its rotary tables span all heads",
-    "MochiTransformer3DModel": "its rotary tables differ by head",
-    "PriorTransformer": "its mask is repeated for all heads",
-    "OmniGenTransformer2DModel": "it reshapes to the width of all heads",
-    "EasyAnimateTransformer3DModel": "one of its outputs passes no linear",
-}
-"""Models whose attention is left whole, and why: other code of theirs counts on all heads."""
-
-KEPT_PROCESSORS = {"AttnAddedKVProcessor2_0": "its processor reshapes to the width of all heads"}
-"""The same of classes of attention processors."""
 
 HEAD_SIZES = ("head_dim", "key_value_proj_dim")
 """Attributes that give the channels of one head; without them they follow from the number of heads."""
@@ -114,12 +102,6 @@ class FeedForward:
 
 
 FEED_FORWARDS = (
-    FeedForward(
-        ("net.0.proj",),
-        "net.2",
-        whole=tuple(f"diffusers.models.activations.{name}" for name in ("GELU", "ApproximateGELU", "LinearActivation")),
-        halves=tuple(f"diffusers.models.activations.{name}" for name in ("GEGLU", "SwiGLU")),
-    ),
     FeedForward(("w1", "w3"), "w2"),
     FeedForward(("gate_proj", "up_proj"), "down_proj"),
     FeedForward(("gate", "up"), "down"),
@@ -127,7 +109,6 @@ FEED_FORWARDS = (
     FeedForward(("wi",), "wo"),
     FeedForward(("fc1",), "fc2"),
     FeedForward(("in_layer",), "out_layer"),
-    FeedForward(("linear_1",), "linear_2", classes=("TimestepEmbedding", "PixArtAlphaTextProjection")),
 )
 
 FEED_FORWARD_KEPT = ("cond_proj",)
@@ -142,9 +123,6 @@ ELEMENTWISE = (
 
 EMBEDDING = "torch.nn.modules.sparse.Embedding"
 """The table whose rows can be dealt."""
-
-RMS_NORMS = ("torch.nn.modules.normalization.RMSNorm", "diffusers.models.normalization.RMSNorm")
-"""Norms across all heads that can be cut."""
 
 
 @dataclass(frozen=True)
@@ -162,27 +140,6 @@ class ParallelBlock:
     classes: tuple[str, ...]
 
 
-PARALLEL_BLOCKS = (
-    ParallelBlock(
-        "attn",
-        "proj_mlp",
-        "proj_out",
-        "mlp_hidden_dim",
-        classes=(
-            "FluxSingleTransformerBlock",
-            "LongCatImageSingleTransformerBlock",
-            "OvisImageSingleTransformerBlock",
-            "ChromaSingleTransformerBlock",
-            "BriaSingleTransformerBlock",
-            "BriaFiboSingleTransformerBlock",
-            "HunyuanVideoSingleTransformerBlock",
-            "HunyuanVideoTokenReplaceSingleTransformerBlock",
-            "HunyuanImageSingleTransformerBlock",
-            "MotifVideoSingleTransformerBlock",
-        ),
-    ),
-)
-
 GATHERED = (
     r"(^|\.)norm\w*\.linear$",
     r"(^|\.)adaLN_modulation(\.\d+)?$",
@@ -196,3 +153,29 @@ list only says where it pays."""
 
 VOCABULARY = 1024
 """Embeddings with at least so many rows are cut by rows."""
+
+RMS_NORM = "torch.nn.modules.normalization.RMSNorm"
+"""The norm of torch across all heads that can be cut."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tensor parallelism needs to know of the library that models come from; the task that runs them hands it in.
+
+    feed_forwards, fused_attentions, parallel_blocks: rules that hold for its classes. kept_attentions: models whose
+    attention is left whole, and why: other code of theirs counts on all heads; kept_processors: the same of classes of
+    attention processors. rms_norms: full names of norms across all heads that can be cut, as torch's can. processors:
+    the package of attention processors that keep nothing of what they compute. register: called with a class and a
+    subclass of it that a cut module got, for registries that look up classes. unload_adapters: removes all adapters
+    from a model, also those that were loaded in part.
+    """
+
+    feed_forwards: tuple[FeedForward, ...] = ()
+    fused_attentions: tuple[FusedAttention, ...] = ()
+    parallel_blocks: tuple[ParallelBlock, ...] = ()
+    kept_attentions: Mapping[str, str] = field(default_factory=dict)
+    kept_processors: Mapping[str, str] = field(default_factory=dict)
+    rms_norms: tuple[str, ...] = ()
+    processors: str = ""
+    register: Callable[[type, type], None] = lambda plain, cls: None
+    unload_adapters: Callable[[nn.Module], None] = lambda model: None

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.module_state import OWN, State
+from shardit.parallel.tensor.rules import Family
 
 HARMLESS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor, nn.Module, type)
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
@@ -32,10 +33,10 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def hands_out(processor: Any) -> str | None:
-    """The attribute through which a processor that is not diffusers' own may hand to others what it computes: an object
-    that nobody can look into, or undo. None where there is none."""
-    if processor is None or type(processor).__module__.startswith("diffusers.models."):
+def hands_out(processor: Any, family: Family) -> str | None:
+    """The attribute through which a processor of unknown code may hand out what it computes: an object that cannot be
+    compared or restored. None if there is none."""
+    if processor is None or (family.processors and type(processor).__module__.startswith(family.processors)):
         return None
     for key, value in getattr(processor, "__dict__", {}).items():
         leaves = tree_leaves(value) if isinstance(value, CONTAINERS) else [value]

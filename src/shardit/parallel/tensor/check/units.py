@@ -7,7 +7,6 @@ or the slices fail, such units are whole on every rank from then on, and are nam
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import sys
@@ -34,6 +33,7 @@ from shardit.parallel.tensor.check.compare import Comparison, is_agent
 from shardit.parallel.tensor.check.kept import hands_out
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.processors import adopt_processors, attentions_in, mark_cut
+from shardit.parallel.tensor.rules import Family
 from shardit.parallel.tensor.whole import whole_for_good
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Checks:
             return plain(unit, *args, **kwargs)
         token, self._comparing = willing.set(None), True  # no other call may meet modules that are whole for now
         try:
-            why = hands_out_within(unit)
+            why = hands_out_within(unit, self.plan.family)
             if why is None:
                 comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
                 out, why = comparison.sliced(), comparison.why
@@ -164,9 +164,9 @@ def _elsewhere(unit: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in unit.parameters())
 
 
-def hands_out_within(unit: nn.Module) -> str | None:
+def hands_out_within(unit: nn.Module, family: Family) -> str | None:
     """Why a unit is not even compared: a processor of it hands out what it computes for each head."""
-    keys = [hands_out(getattr(module, PROCESSOR, None)) for module in unit.modules()]
+    keys = [hands_out(getattr(module, PROCESSOR, None), family) for module in unit.modules()]
     return next((f"may hand out what it computes of each head, in {key!r}" for key in keys if key), None)
 
 
@@ -194,7 +194,7 @@ def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectiv
         vars(unit)[NAME] = name
         plain = type(unit)
         share_subclass(unit, made, (), lambda: {"forward": _intercepted(checks, plain.forward)})  # noqa: B023
-        _keep_known(plain, type(unit))
+        plan.family.register(plain, type(unit))
     own_call = type(model).__call__
 
     @functools.wraps(own_call)
@@ -204,16 +204,6 @@ def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectiv
 
     subclass_in_place(model, {"__call__": __call__, "shardit_checks": property(lambda self: checks)})
     return checks
-
-
-def _keep_known(plain: type, cls: type) -> None:
-    """Step caches of diffusers know blocks by their very class."""
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-
-    try:
-        TransformerBlockRegistry.register(cls, copy.copy(TransformerBlockRegistry.get(plain)))
-    except ValueError:
-        return
 
 
 def _intercepted(checks: Checks, plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,101 @@
+"""Classes of diffusers and transformers that tensor parallelism has rules for, as data, and their registries."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from shardit.diffusion.class_homes import MODELS
+from shardit.parallel.attention.hook import wrapped_back_end
+from shardit.parallel.tensor.rules import Family, FeedForward, FusedAttention, ParallelBlock
+
+FEED_FORWARDS = (
+    FeedForward(
+        ("net.0.proj",),
+        "net.2",
+        whole=tuple(f"diffusers.models.activations.{name}" for name in ("GELU", "ApproximateGELU", "LinearActivation")),
+        halves=tuple(f"diffusers.models.activations.{name}" for name in ("GEGLU", "SwiGLU")),
+    ),
+    FeedForward(("linear_1",), "linear_2", classes=("TimestepEmbedding", "PixArtAlphaTextProjection")),
+)
+
+FUSED_ATTENTIONS = (
+    FusedAttention("qkv", "proj", ("VisionAttention", "Qwen2_5_VLVisionAttention", "Qwen3VLVisionAttention")),
+)
+
+KEPT_ATTENTIONS = {
+    "LTXVideoTransformer3DModel": "its rotary tables span all heads",
+    "LTX2VideoTransformer3DModel": "its rotary tables span all heads",
+    "SanaWMLTX2RefinerTransformer3DModel": "its rotary tables span all heads",
+    "MochiTransformer3DModel": "its rotary tables differ by head",
+    "PriorTransformer": "its mask is repeated for all heads",
+    "OmniGenTransformer2DModel": "it reshapes to the width of all heads",
+    "EasyAnimateTransformer3DModel": "one of its outputs passes no linear",
+}
+
+KEPT_PROCESSORS = {"AttnAddedKVProcessor2_0": "its processor reshapes to the width of all heads"}
+
+PARALLEL_BLOCKS = (
+    ParallelBlock(
+        "attn",
+        "proj_mlp",
+        "proj_out",
+        "mlp_hidden_dim",
+        classes=(
+            "FluxSingleTransformerBlock",
+            "LongCatImageSingleTransformerBlock",
+            "OvisImageSingleTransformerBlock",
+            "ChromaSingleTransformerBlock",
+            "BriaSingleTransformerBlock",
+            "BriaFiboSingleTransformerBlock",
+            "HunyuanVideoSingleTransformerBlock",
+            "HunyuanVideoTokenReplaceSingleTransformerBlock",
+            "HunyuanImageSingleTransformerBlock",
+            "MotifVideoSingleTransformerBlock",
+        ),
+    ),
+)
+
+
+def register(plain: type, cls: type) -> None:
+    """Step caches of diffusers look up blocks by their class: treat a subclass as the class itself."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    try:
+        TransformerBlockRegistry.register(cls, copy.copy(TransformerBlockRegistry.get(plain)))
+    except ValueError:
+        return
+
+
+@functools.cache
+def wrap_attention_back_ends() -> None:
+    """Let attention functions that do not end in torch's own be spread in sharded blocks, too: once and for good."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    own = {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}
+    for name, function in list(registry._backends.items()):
+        if name.value not in own:
+            registry._backends[name] = wrapped_back_end(name.value, function)
+
+
+def unload_adapters(model: Any) -> None:
+    """Remove all adapters of PEFT from a model, also those that were loaded in part."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+    recurse_remove_peft_layers(model)
+    vars(model).pop("peft_config", None)
+    model._hf_peft_config_loaded = False
+
+
+FAMILY = Family(
+    feed_forwards=FEED_FORWARDS,
+    fused_attentions=FUSED_ATTENTIONS,
+    parallel_blocks=PARALLEL_BLOCKS,
+    kept_attentions=KEPT_ATTENTIONS,
+    kept_processors=KEPT_PROCESSORS,
+    rms_norms=("diffusers.models.normalization.RMSNorm",),
+    processors=MODELS,
+    register=register,
+    unload_adapters=unload_adapters,
+)

@@ -49,7 +49,8 @@ class JoinedRanks:
                 raise requests
             reset_peak()
             outputs = self._session.generate(requests, on_progress if self.rank == 0 else ignore_progress)
-            return with_peaks(in_order(collected(outputs)), gather(peak_bytes()))
+            outputs, peaks = collected(outputs), gather(peak_bytes())
+            return [dataclasses.replace(outputs[index], peak_bytes=peaks) for index in sorted(outputs)]
 
     def close(self) -> None:
         """Leave."""
@@ -93,11 +94,6 @@ def collected(outputs: dict[int, Output]) -> dict[int, Output]:
     return {index: output for box in boxes if box for index, output in box.items()}
 
 
-def in_order(outputs: dict[int, Output]) -> list[Output]:
-    """The outputs of all requests, in the order of the requests."""
-    return [outputs[index] for index in sorted(outputs)]
-
-
 def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError:
     """The requests, or why there are none, for all ranks to know."""
     try:
@@ -115,8 +111,3 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     box = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def with_peaks(outputs: list[Output], peaks: list[int]) -> list[Output]:
-    """The outputs with the peak memory of each rank filled in."""
-    return [dataclasses.replace(output, peak_bytes=peaks) for output in outputs]

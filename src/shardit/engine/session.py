@@ -109,7 +109,7 @@ class Session:
         if self.spec.of_server:
             take_over(worker.log, worker.current_request)
         try:
-            for program in self.turns.rounds(worker.admit, worker.keep_serving):
+            for program in self.turns.rounds(worker.admit):
                 worker.finish(program)
         except Closed:
             pass

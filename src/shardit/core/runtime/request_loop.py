@@ -5,12 +5,10 @@ Each request is a program that runs until it needs a pending result, then the ne
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy
 import torch
 
 from shardit.core.runtime.coroutine import Coroutine
@@ -253,11 +251,7 @@ class Turns:
         if self._installed is not None:
             self._installed.generators = Generators.capture()
         if program.generators is None:
-            torch.default_generator.manual_seed(program.seed)
-            if torch.cuda.is_initialized():  # asking every kind of device, as torch.manual_seed does, takes a while
-                torch.cuda.manual_seed_all(program.seed)
-            random.seed(program.seed)
-            numpy.random.seed(program.seed % 2**32)
+            Generators.seed(program.seed)
         else:
             program.generators.install()
         self._installed = program

@@ -87,6 +87,15 @@ class Generators:
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
         return Generators(torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state())
 
+    @staticmethod
+    def seed(seed: int) -> None:
+        """Seed the global generators."""
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # asking every kind of device, as torch.manual_seed does, takes a while
+            torch.cuda.manual_seed_all(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+
     def install(self) -> None:
         """Set the global generators to these states."""
         torch.set_rng_state(self.torch_cpu)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL.Image import Image
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,6 @@ class ServingWorker:
         self.running[program] = replace(taken, begun=time.perf_counter())
         return program
 
-    def keep_serving(self, active: int) -> bool:
-        """At the end of a round: serve until the channel closes."""
-        return True
-
     def finish(self, program: Program) -> None:
         """Report the outcome of a program. One that failed must have failed on all ranks: they compare it, or wait."""
         taken = self.running.pop(program)

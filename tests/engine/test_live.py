@@ -13,7 +13,6 @@ import pytest
 
 from shardit.engine.process.messages import RequestFinished
 from tests.support.live_ranks import LiveRanks, live_ranks
-from tests.support.paths import SUPPORT
 from tests.support.real_omni import by_diffusers, same
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -25,10 +24,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=list(SIZES))
 def ranks(request: Any) -> Iterator[LiveRanks]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(SUPPORT))
-        with live_ranks("wan2.2-t2v", session="real_session:Session", **SIZES[request.param]) as started:
-            yield started
+    with live_ranks("wan2.2-t2v", session="real_session:Session", **SIZES[request.param]) as started:
+        yield started
 
 
 def frames(left: list[RequestFinished]) -> Any:

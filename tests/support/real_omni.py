@@ -14,20 +14,20 @@ from PIL import Image
 
 from shardit import DiffusionParallelConfig, Omni
 from shardit.models import tiny
-from tests.support.paths import SUPPORT
+from tests.support.fork_servers import kept_fork_server
 
 
 @contextlib.contextmanager
 def started(name: str, ranks: int = 2, **options: Any) -> Iterator[Omni]:
     """An Omni whose ranks run tests/support/real_session.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Omni, "_session", "real_session:Session")
-        patch.setenv("PYTHONPATH", str(SUPPORT))
-        config = DiffusionParallelConfig(pipeline_parallel_size=ranks)
-        made = Omni(f"tiny/{name}", parallel_config=config, **{"timeout_s": 60, **options})
-    with made as omni, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARDIT_PROGRESS", "0")
-        yield omni
+    config = DiffusionParallelConfig(pipeline_parallel_size=ranks)
+    with kept_fork_server():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Omni, "_session", "real_session:Session")
+            made = Omni(f"tiny/{name}", parallel_config=config, **{"timeout_s": 60, **options})
+        with made as omni, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SHARDIT_PROGRESS", "0")
+            yield omni
 
 
 @functools.lru_cache(maxsize=4)

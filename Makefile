@@ -16,7 +16,7 @@ demo: install ## two stages make a video; compared with one rank
 	$(BIN)/python examples/demo.py
 
 test: install ## the fast tests
-	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: install ## all tests, the long matrix too
 	$(BIN)/python -m pytest

@@ -4,53 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from shardit.engine.process.fork_client import STOP_WAIT_S, ForkServer
-from shardit.engine.process.messages import Gone, Kill
+from shardit.engine.process.fork_client import ForkServer
 from tests.support.paths import SUPPORT
 
-_idle: list[tuple[dict[str, str], dict[str, Any]]] = []
-"""At most one that runs without ranks: the environment that it was started in, and its attributes."""
+_idle: list[tuple[dict[str, str], ForkServer]] = []
+"""At most one that runs without ranks, and the environment that it was started in."""
 
 
-class KeptForkServer(ForkServer):
-    """Is kept when its user is done with it, without its ranks, for the next user in the same environment."""
+class KeptForkServer:
+    """A `ForkServer` that is kept when its user is done with it, without its ranks, for the next user in the same
+    environment."""
 
-    def __init__(self, timeout_s: float):
+    def __init__(self, timeout_s: float, on_exit: Callable[[int, int], None], on_end: Callable[[str], None]):
         self._given_back = False
-        self._started_in = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        self._environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         while _idle:
-            environment, attributes = _idle.pop()
-            self.__dict__.update(attributes, timeout_s=timeout_s)
-            if environment == self._started_in and self.alive:
+            environment, self._own = _idle.pop()
+            if environment == self._environment and self._own.alive:
+                self._own.timeout_s, self._own._on_exit, self._own._on_end = timeout_s, on_exit, on_end
                 return
-            super().stop()
-        super().__init__(timeout_s)
+            self._own.stop()
+        self._own = ForkServer(timeout_s, on_exit, on_end)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
 
     def stop(self) -> None:
         """End the ranks, and keep the process if it answers."""
         if self._given_back:
             return
         self._given_back = True
-        if not self._checked or not self.alive:
-            super().stop()
-            return
-        try:
-            self.control.socket.settimeout(STOP_WAIT_S)
-            self.control.send(Kill())
-            self.receive(Gone)
-        except Exception:
-            super().stop()
-            return
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        kept = {"process": self.process, "control": self.control, "_checked": True, "pids": [], "directory": None}
-        _idle.append((self._started_in, kept))
+        self._own._on_exit = self._own._on_end = lambda *_: None
+        self._own.kill()
+        if self._own.alive:
+            _idle.append((self._environment, self._own))
 
 
 @contextlib.contextmanager
@@ -59,6 +51,5 @@ def kept_fork_server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), *(part for part in path if part != str(SUPPORT))]))
-        patch.setattr("shardit.engine.omni.ForkServer", KeptForkServer)
-        patch.setattr("shardit.server.placement.local.ForkServer", KeptForkServer)
+        patch.setattr("shardit.engine.process.placement.ForkServer", KeptForkServer)
         yield

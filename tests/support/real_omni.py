@@ -40,6 +40,17 @@ def plain(name: str, dtype: str | None = None) -> Any:
 
 def by_diffusers(name: str, seed: int, *, dtype: str | None = None, **call: Any) -> list[Image.Image]:
     """Pictures, or the frames of the first video, of one call of plain diffusers."""
+    known = all(isinstance(value, (str, int, float)) for value in call.values())
+    made = _made_once(name, seed, dtype, tuple(sorted(call.items()))) if known else _made(name, seed, dtype, call)
+    return list(made)
+
+
+@functools.lru_cache(maxsize=100)
+def _made_once(name: str, seed: int, dtype: str | None, call: tuple[tuple[str, Any], ...]) -> list[Image.Image]:
+    return _made(name, seed, dtype, dict(call))
+
+
+def _made(name: str, seed: int, dtype: str | None, call: dict[str, Any]) -> list[Image.Image]:
     pipe = plain(name, dtype)
     generator = torch.Generator("cpu").manual_seed(seed)
     made = pipe(generator=generator, output_type="pil", **{**tiny.defaults(name), **call})

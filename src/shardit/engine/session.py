@@ -68,14 +68,8 @@ def check(spec: SessionSpec) -> None:
 
 
 _checked: list[tuple[SessionSpec, Prepared]] = []
-"""What `check` was last called with, and the pipeline that it has built on meta. In the fork server every rank gets a
-copy of it, and need not build it again."""
-
-
-def _prepared(spec: SessionSpec) -> Prepared | None:
-    """What `check` has built for a specification; once, since loading uses it up."""
-    found = _checked.pop() if _checked else None
-    return found[1] if found is not None and found[0] == spec else None
+"""What `check` was last called with, and the pipeline that it has built on meta. A rank that the fork server forks gets
+a copy of it, which loading uses up."""
 
 
 class Session:
@@ -90,6 +84,7 @@ class Session:
         self.mesh = init_mesh(
             spec.config, device=spec.device, timeout_s=spec.timeout_s, rank=rank, init_method=init_method
         )
+        checked, prepared = _checked.pop() if _checked else (None, None)
         self._pipe, self._assignment, self.runtime = load_parallel(
             spec.model,
             spec.config,
@@ -99,7 +94,7 @@ class Session:
             reads=self._reads,
             attention_backend=spec.attention_backend,
             options=spec.options,
-            prepared=_prepared(spec),
+            prepared=prepared if checked == spec else None,
         )
         check_in_flight(type(self._pipe), spec.max_in_flight)
         self.turns = self.runtime.turns if self.runtime else Turns(Schedule(0))

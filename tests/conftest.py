@@ -23,19 +23,20 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = (
-    "diffusion/test_changes.py",
     "server/test_supervisor.py",
-    "parallel/test_sequence.py",
     "pipelines/test_pipelines.py",
-    "engine/test_live.py",
+    "diffusion/test_changes.py",
+    "parallel/test_sequence.py",
     "engine/test_omni.py",
-    "pipelines/test_products.py",
+    "engine/test_live.py",
     "loading/test_tiny.py",
+    "pipelines/test_products.py",
     "parallel/test_sp_plan.py",
     "parallel/test_tiles.py",
+    "diffusion/test_model_options.py",
     "parallel/test_tensor.py",
-    "page/test_page_access.py",
     "page/test_page.py",
+    "page/test_page_access.py",
     "core/test_guidance.py",
 )
 """Files whose tests take longest: if they came last, all other processes would wait for them."""

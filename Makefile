@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
+# Every rank, server and worker would compile the same modules, where an image says that bytecode is not to be kept.
+unexport PYTHONDONTWRITEBYTECODE
 # Processes that run tests, each a whole file: while one waits, another computes.
 WORKERS ?= 2
 
@@ -14,7 +16,7 @@ demo: install ## two stages make a video; compared with one rank
 	$(BIN)/python examples/demo.py
 
 test: install ## the fast tests
-	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: install ## all tests, the long matrix too
 	$(BIN)/python -m pytest

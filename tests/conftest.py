@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+TESTS = Path(__file__).parent
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +21,31 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONGEST_FIRST = (
+    "server/test_supervisor.py",
+    "pipelines/test_pipelines.py",
+    "diffusion/test_changes.py",
+    "parallel/test_sequence.py",
+    "engine/test_omni.py",
+    "engine/test_live.py",
+    "loading/test_tiny.py",
+    "pipelines/test_products.py",
+    "parallel/test_sp_plan.py",
+    "parallel/test_tiles.py",
+    "diffusion/test_model_options.py",
+    "parallel/test_tensor.py",
+    "page/test_page.py",
+    "page/test_page_access.py",
+    "core/test_guidance.py",
+)
+"""Files whose tests take longest: if they came last, all other processes would wait for them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first."""
+    places = {str(TESTS / name): place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.family import FAMILY
 from shardit.diffusion.loading.attention_backends import use_attention_backend
 from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
-from shardit.diffusion.loading.pipeline import load_pipeline, prepare
+from shardit.diffusion.loading.pipeline import Prepared, load_pipeline, prepare
 from shardit.diffusion.loading.start_options import load_loras, use_vae_options
 from shardit.diffusion.roles import denoises
 from shardit.diffusion.sharding.changes import refuse_compiled
@@ -221,9 +221,11 @@ def load_parallel(
     reads: Reads | None = None,
     attention_backend: str | None = None,
     options: ModelOptions = NO_OPTIONS,
+    prepared: Prepared | None = None,
 ) -> tuple[Any, Assignment, Runtime | None]:
-    """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank)."""
-    prepared = prepare(model, pipeline_class, setting(dtype), options)
+    """`load` over a mesh that exists; also returns who owns what, and the runtime (None with one rank). `prepared` is
+    what `prepare` gives for these arguments, if that is known."""
+    prepared = prepared or prepare(model, pipeline_class, setting(dtype), options)
     layout = lay_out(prepared.modules, prepared.cls, config, max_in_flight=max_in_flight, plans=plan)
     pipe: Any = load_pipeline(prepared, layout.owned(prepared.modules, mesh.member()), device=mesh.device, reads=reads)
     assignment = layout.assignment

@@ -18,6 +18,7 @@ from tests.diffusion.test_parallelize import join
 from tests.parallel.test_tiles import Heard
 from tests.pipelines.test_pipelines import BATCHED, compare, guidance, reference
 from tests.support import brought
+from tests.support.fork_servers import kept_fork_server
 from tests.support.ranks import run_ranks
 from tests.support.whole_pipelines import Case, difference, joined, staged
 
@@ -182,7 +183,7 @@ def test_copies_of_pipelines_with_guidance() -> None:
 
 def test_omni_spreads_requests_and_keeps_their_order() -> None:
     config = DiffusionParallelConfig(data_parallel_size=2)
-    with Omni("tiny/wan2.2-ti2v", parallel_config=config) as omni:
+    with kept_fork_server(), Omni("tiny/wan2.2-ti2v", parallel_config=config) as omni:
         call = {**tiny.defaults("wan2.2-ti2v"), "output_type": "latent"}
         prompts: list[Any] = [{"prompt": text, "seed": 5} for text in ("a cat", "a dog", "a cat")]
         # Refused by the pipeline, as there is a prompt: this request alone fails.

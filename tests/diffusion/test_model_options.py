@@ -200,6 +200,9 @@ def test_schedulers_that_go_by_other_noise_or_the_other_way_are_refused(name: st
     own = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_end=0.012)
     with pytest.raises(InputError, match=f"{name} cannot take the place of DDIMScheduler"):
         changed_scheduler(own, model_options(scheduler=name), diffusers.StableDiffusionPipeline)
+
+
+def test_schedulers_of_other_steps_are_refused() -> None:
     learned = diffusers.DDPMScheduler(variance_type="learned_range")
     with pytest.raises(InputError, match="TCDScheduler cannot take the place of DDPMScheduler"):
         changed_scheduler(learned, model_options(scheduler="TCDScheduler"), diffusers.StableDiffusionPipeline)

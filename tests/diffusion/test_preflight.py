@@ -23,9 +23,15 @@ from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.errors import InputError
 from shardit.loading.index import component_class, components, pipeline_class
 from shardit.models import tiny
+from tests.support.light import light_commands
 
-RUN = "import sys; from shardit.cli import main; code = main(); sys.exit(99 if 'torch' in sys.modules else code)"
 GENERATE = ["generate", "--prompt", "a", "--model"]
+
+
+@pytest.fixture(scope="module")
+def commands():
+    with light_commands() as made:
+        yield made
 
 
 @pytest.mark.parametrize(
@@ -60,8 +66,8 @@ GENERATE = ["generate", "--prompt", "a", "--model"]
         (["inspect", ""], "no model given"),
     ],
 )
-def test_mistakes_are_found_without_torch(tmp_path, words, text):
-    done = subprocess.run([sys.executable, "-c", RUN, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+def test_mistakes_are_found_without_torch(commands, tmp_path, words, text):
+    done = commands.run(words, tmp_path)
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.returncode == 2
@@ -126,22 +132,25 @@ def place(tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="module")
+def commands_with_shadow(place):
+    with light_commands(place / "shadow") as made:
+        yield made
+
+
 @pytest.mark.parametrize("command", ["generate", "serve"])
 @pytest.mark.parametrize(("setting", "flags", "text"), NAMES)
-def test_names_are_checked_before_torch_is_imported(place, tmp_path, command, setting, flags, text):
+def test_names_are_checked_before_torch_is_imported(
+    commands_with_shadow, place, tmp_path, command, setting, flags, text
+):
     env = dict(pair.split("=", 1) for pair in (setting, *flags.split()) if pair and not pair.startswith("-"))
     model = env.pop("MODEL", "model" if "variant" in flags else "tiny/flux")
     words = (
         [*GENERATE, model] if command == "generate" else ["serve", model, "--port=0", f"--data-dir={tmp_path / 'd'}"]
     )
     words += [flag for flag in flags.split() if flag.startswith("-") and (command, flag[:7]) != ("serve", "--image")]
-    # As where peft is not installed.
-    code = "import sys; sys.modules['peft'] = None; from shardit.cli import main; sys.exit(main())"
-    path = os.pathsep.join([str(place / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "SHADOW": str(tmp_path / "imported"), "HF_HOME": str(tmp_path), "PYTHONPATH": path, **env}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=place, env=env, capture_output=True, text=True, timeout=60
-    )
+    env = {**os.environ, "SHADOW": str(tmp_path / "imported"), "HF_HOME": str(tmp_path), **env}
+    done = commands_with_shadow.run(words, place, env, lacks=["peft"])
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.returncode == 2

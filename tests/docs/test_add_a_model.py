@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.support.paths import DOCS
+from tests.support.ranks import run_ranks
 
 PAGE = DOCS / "add-a-model.md"
 
@@ -27,7 +32,21 @@ def _run(script: str, folder: Path) -> list[tuple[int, int]]:
     printed = [path.read_text("utf-8") for path in sorted(logs.rglob("stdout.log"))]
     errors = [path.read_text("utf-8")[-2000:] for path in sorted(logs.rglob("stderr.log"))]
     assert done.returncode == 0, errors or done.stderr[-2000:]
+    return _numbers(printed)
+
+
+def _numbers(printed: list[str]) -> list[tuple[int, int]]:
     return sorted((int(m), int(b)) for out in printed for m, b in re.findall(r"(\d+) messages, (\d+) bytes", out))
+
+
+def _executed(rank: int, count: int, method: str, script: str, port: int) -> str:
+    """What a rank prints that has the environment that torchrun sets."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(script, {"__name__": "__main__"})
+    return printed.getvalue()
 
 
 def test_the_script_of_the_page(tmp_path: Path) -> None:
@@ -37,4 +56,6 @@ def test_the_script_of_the_page(tmp_path: Path) -> None:
     assert all(sent > 0 for _, sent in plain)
     ordered = script.replace("plan = None  # or ", "plan = ")
     assert ordered != script
-    assert [messages for messages, _ in _run(ordered, tmp_path)] == [1, 1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert [messages for messages, _ in _numbers(run_ranks(2, _executed, ordered, port))] == [1, 1]

@@ -13,7 +13,6 @@ import pytest
 
 from shardit.engine.process.messages import RequestFinished
 from tests.support.live_ranks import LiveRanks, live_ranks
-from tests.support.paths import SUPPORT
 from tests.support.real_omni import by_diffusers, same
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -21,14 +20,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "stages": {"pipeline_parallel_size": 2},
     "guidance": {"cfg_parallel_size": 2},
 }
+SMALL, WIDE = {"height": 64, "width": 64}, {"height": 64, "width": 96}
 
 
 @pytest.fixture(scope="module", params=list(SIZES))
 def ranks(request: Any) -> Iterator[LiveRanks]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(SUPPORT))
-        with live_ranks("wan2.2-t2v", session="real_session:Session", **SIZES[request.param]) as started:
-            yield started
+    with live_ranks("wan2.2-t2v", session="real_session:Session", **SIZES[request.param]) as started:
+        yield started
 
 
 def frames(left: list[RequestFinished]) -> Any:
@@ -39,17 +37,17 @@ def frames(left: list[RequestFinished]) -> Any:
 
 
 def test_requests_come_and_go(ranks: LiveRanks) -> None:
-    ranks.begin(1, seed=1)
+    ranks.begin(1, seed=1, **WIDE)
     ranks.wait(lambda: 1 in ranks.steps(1))
-    ranks.begin(2, seed=2, prompt="a dog", height=64, width=64)
-    ranks.begin(3, seed=3, num_inference_steps=60)
+    ranks.begin(2, seed=2, prompt="a dog", **SMALL)
+    ranks.begin(3, seed=3, num_inference_steps=60, **WIDE)
     ranks.wait(lambda: 2 in ranks.steps(3))
     ranks.cancel(3)
     (gone, *others) = ranks.ends(3)
     assert all(one.cancelled for one in (gone, *others))
     reached = max(ranks.steps(3))
-    ranks.begin(4, seed=4)
-    for key, prompt, size in ((1, "a cat", {}), (2, "a dog", {"height": 64, "width": 64}), (4, "a cat", {})):
+    ranks.begin(4, seed=4, **WIDE)
+    for key, prompt, size in ((1, "a cat", WIDE), (2, "a dog", SMALL), (4, "a cat", WIDE)):
         expected = by_diffusers("wan2.2-t2v", key, prompt=prompt, **size)
         assert same(expected, frames(ranks.ends(key))), key
     assert max(ranks.steps(3)) == reached < 50
@@ -57,9 +55,9 @@ def test_requests_come_and_go(ranks: LiveRanks) -> None:
 
 def test_a_request_that_comes_while_all_slots_are_taken(ranks: LiveRanks) -> None:
     for key in (41, 42, 43):
-        ranks.begin(key, seed=key, num_inference_steps=30)
+        ranks.begin(key, seed=key, num_inference_steps=30, **SMALL)
     for key in (44, 45, 46):
-        ranks.begin(key, seed=key)
+        ranks.begin(key, seed=key, **SMALL)
     ranks.cancel(45)  # it waits
     ranks.wait(lambda: all(5 in ranks.steps(key) for key in (41, 42, 43)))
     assert ranks.steps(44) == []
@@ -67,11 +65,11 @@ def test_a_request_that_comes_while_all_slots_are_taken(ranks: LiveRanks) -> Non
     ranks.cancel(42)
     ranks.ends(42)
     for key in (44, 46):
-        assert same(by_diffusers("wan2.2-t2v", key, prompt="a cat"), frames(ranks.ends(key))), key
+        assert same(by_diffusers("wan2.2-t2v", key, prompt="a cat", **SMALL), frames(ranks.ends(key))), key
     ends = [m.key for rank, m in ranks.said if isinstance(m, RequestFinished) and rank == 0 and m.key > 40]
     assert ends[:3] == [45, 42, 44]
     for key in (41, 43):
-        expected = by_diffusers("wan2.2-t2v", key, prompt="a cat", num_inference_steps=30)
+        expected = by_diffusers("wan2.2-t2v", key, prompt="a cat", num_inference_steps=30, **SMALL)
         assert same(expected, frames(ranks.ends(key))), key
 
 
@@ -139,16 +137,16 @@ def test_a_killed_rank_and_a_new_start() -> None:
 )
 def test_requests_come_and_go_on_other_axes(sizes: dict[str, int]) -> None:
     with live_ranks("wan2.2-t2v", **sizes) as ranks:
-        ranks.begin(1, seed=1, num_inference_steps=20)
+        ranks.begin(1, seed=1, num_inference_steps=20, **WIDE)
         ranks.wait(lambda: 1 in ranks.steps(1))
-        ranks.begin(2, seed=2, prompt="a dog", height=64, width=64)
-        ranks.begin(3, seed=3, num_inference_steps=200)
+        ranks.begin(2, seed=2, prompt="a dog", **SMALL)
+        ranks.begin(3, seed=3, num_inference_steps=200, **WIDE)
         ranks.wait(lambda: 2 in ranks.steps(3))
         ranks.cancel(3)
         assert all(one.cancelled for one in ranks.ends(3))
         expected = {
-            1: by_diffusers("wan2.2-t2v", 1, prompt="a cat", num_inference_steps=20),
-            2: by_diffusers("wan2.2-t2v", 2, prompt="a dog", height=64, width=64),
+            1: by_diffusers("wan2.2-t2v", 1, prompt="a cat", num_inference_steps=20, **WIDE),
+            2: by_diffusers("wan2.2-t2v", 2, prompt="a dog", **SMALL),
         }
         for key, wanted in expected.items():
             for ours, theirs in zip(frames(ranks.ends(key)), wanted, strict=True):

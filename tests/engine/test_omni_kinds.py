@@ -12,6 +12,7 @@ import torch
 from shardit import Omni
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import arrays_of
+from tests.support.fork_servers import kept_fork_server
 
 KINDS = ("MarigoldDepthPipeline", "FluxPriorReduxPipeline", "KandinskyV22CombinedPipeline")
 """A progress bar of its own, a call without generator, a pipeline of pipelines."""
@@ -34,7 +35,7 @@ def test_a_kind(name: str, tmp_path: Path) -> None:
     expected = arrays_of(pipe(**{**call, **output_type, **generator}))
     call = {**entry.call(), **output_type}
     pictures = {"pil_image": call.pop("image")} if "image" in call else {}
-    with Omni(str(tmp_path), pipeline_parallel_size=2, split_batch=False, timeout_s=100) as omni:
+    with kept_fork_server(), Omni(str(tmp_path), pipeline_parallel_size=2, split_batch=False, timeout_s=100) as omni:
         (output,) = omni.generate(call.pop("prompt", None), seed=5, **pictures, **call)
     assert output.error is None
     got = returned(output)

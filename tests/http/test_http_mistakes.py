@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,36 +185,40 @@ OWN = ModelInfo(
 )
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("own"), info=OWN) as served:
+        yield served
+
+
 @pytest.mark.parametrize("name", ["clean_caption", "use_en_prompt"])
 @pytest.mark.parametrize("how", ["json", "form", "extra_args"])
-def test_texts_for_bools(tmp_path: Path, name: str, how: str) -> None:
+def test_texts_for_bools(own: Served, name: str, how: str) -> None:
     """Whatever spelling a client's library has for a bool: any text would be true to the pipeline."""
     if how == "extra_args" and name == "use_en_prompt":
         return  # it has a field of its own
 
-    def ask(served: Served, value: str) -> tuple[int, Any]:
+    def ask(value: str) -> tuple[int, Any]:
         fields = {"extra_args": {name: value}} if how == "extra_args" else {name: value}
         data, kind = form({"prompt": "a cat", **fields})
         if how == "form":
-            return served.call("POST", NOW, data, {"Content-Type": kind, "Prefer": "respond-async"})[:2]
-        return served.call("POST", NOW, {"prompt": "a cat", **fields}, {"Prefer": "respond-async"})[:2]
+            return own.call("POST", NOW, data, {"Content-Type": kind, "Prefer": "respond-async"})[:2]
+        return own.call("POST", NOW, {"prompt": "a cat", **fields}, {"Prefer": "respond-async"})[:2]
 
-    with serving(tmp_path, info=OWN) as served:
-        for value, meant in (("true", True), ("False", False), ("off", False), ("YES", True)):
-            status, job = ask(served, value)
-            assert status == 202, job
-            held = job["parameters"]
-            assert {**held, **held.get("extra_args", {})}[name] is meant
-        status, answer = ask(served, "maybe")
-        assert (status, answer["error"]["param"]) == (400, name)
+    for value, meant in (("true", True), ("False", False), ("off", False), ("YES", True)):
+        status, job = ask(value)
+        assert status == 202, job
+        held = job["parameters"]
+        assert {**held, **held.get("extra_args", {})}[name] is meant
+    status, answer = ask("maybe")
+    assert (status, answer["error"]["param"]) == (400, name)
 
 
-def test_texts_for_numbers_do_not_pass_the_limits(tmp_path: Path) -> None:
-    with serving(tmp_path, info=OWN) as served:
-        for value in ("4", "100000", True):
-            error = error_of(served, NOW, {"prompt": "a cat", "prior_num_inference_steps": value}, 400)
-            assert error["param"] == "prior_num_inference_steps"
-            assert "must be a number" in error["message"]
+def test_texts_for_numbers_do_not_pass_the_limits(own: Served) -> None:
+    for value in ("4", "100000", True):
+        error = error_of(own, NOW, {"prompt": "a cat", "prior_num_inference_steps": value}, 400)
+        assert error["param"] == "prior_num_inference_steps"
+        assert "must be a number" in error["message"]
 
 
 RATE = ModelInfo(

@@ -25,6 +25,7 @@ from shardit.loading.safetensors_file import Reads
 from shardit.loading.several import folders_of
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import arrays_of
+from tests.support.fork_servers import kept_fork_server
 from tests.support.loading import loaded
 
 SOUND, NETS = "LongCatAudioDiTPipeline", "StableDiffusionControlNetInpaintPipeline"
@@ -52,7 +53,8 @@ def expected(name: str, folder: Path) -> list[Any]:
 def test_two_stages(name: str, folders: dict[str, Path]) -> None:
     call = {**entries()[name].call(), "output_type": "np"}
     pictures = {"pil_image": call.pop("image")} if "image" in call else {}
-    with Omni(str(folders[name]), pipeline_parallel_size=2, split_batch=False, timeout_s=100) as omni:
+    config = {"pipeline_parallel_size": 2, "split_batch": False, "timeout_s": 100}
+    with kept_fork_server(), Omni(str(folders[name]), **config) as omni:
         (output,) = omni.generate(call.pop("prompt", None), seed=5, **pictures, **call)
     assert output.error is None
     got = output.latents if output.latents is not None else output.audio

@@ -126,11 +126,7 @@ def hub(tmp_path):
     thread.join()
 
 
-IMPORTS = """
-from shardit.diffusion.loading.description import describe
-from shardit.diffusion.loading.pipeline import load_pipeline, prepare
-from shardit.loading.source import fetch_weights, resolve
-"""
+IMPORTS = "from shardit.loading.source import fetch_weights, resolve"
 
 
 def client(hub: Hub, home: Path, code: str, **env: str) -> list[str]:
@@ -187,6 +183,8 @@ def test_only_needed_files(hub, tmp_path):
 
 PIPELINE = """
 from pathlib import Path
+from shardit.diffusion.loading.description import describe
+from shardit.diffusion.loading.pipeline import load_pipeline, prepare
 found = describe('us/wan')
 def held():
     return sorted({p.parent.name for p in found.folder.rglob('*.safetensors')})

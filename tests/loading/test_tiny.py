@@ -141,14 +141,22 @@ def test_write_refuses_a_folder_in_use(tmp_path: Path) -> None:
 
 
 def test_resolve_in_two_processes_at_once(tmp_path: Path) -> None:
-    code = "from shardit.models import tiny; print(tiny.resolve('tiny/flux'))"
+    code = """
+import os, sys
+import diffusers, transformers
+from shardit.models import tiny
+
+diffusers.FluxPipeline, transformers.T5EncoderModel, transformers.CLIPTextModel
+other = os.fork()  # after the imports, so that both write at the same time
+os.write(1, f"{tiny.resolve('tiny/flux')}\\n".encode())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) if other else 0)
+"""
     env = {**os.environ, "SHARDIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    jobs = [
-        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    paths = {job.communicate(timeout=120)[0].strip() for job in jobs}
-    assert [job.returncode for job in jobs] == [0, 0]
-    assert len(paths) == 1
+    job = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert job.returncode == 0
+    lines = job.stdout.splitlines()
+    paths = set(lines)
+    assert (len(lines), len(paths)) == (2, 1)
     written = Path(paths.pop())
     assert written.is_relative_to(tmp_path / "cache")
     assert [path.name for path in written.parent.iterdir()] == [written.name]

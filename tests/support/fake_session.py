@@ -63,9 +63,11 @@ class Session:
             steps = request.kwargs.get("num_inference_steps", 2)
             for step in range(steps):
                 on_progress(request.index, step + 1, steps)
+            begin = time.monotonic()
             act(request.prompt, "run", self.rank)
             metrics = {
                 "pid": os.getpid(),
+                "span": (begin, time.monotonic()),
                 "main": sorted(vars(sys.modules["__main__"])),
                 "threads": os.environ["OMP_NUM_THREADS"],
             }

@@ -201,6 +201,7 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}"
         channel = Channel(mine)
         code = f"from shardit.server.http.main import main; main({theirs.fileno()}, {self.listener.fileno()})"
+        code = f"import gc; gc.disable(); {code}"  # as the supervisor starts it
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code], pass_fds=(theirs.fileno(), self.listener.fileno()), stderr=log

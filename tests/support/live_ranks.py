@@ -17,6 +17,7 @@ from shardit.engine.process.placement import LocalPlacement
 from shardit.engine.process.rank_group import RankGroup
 from shardit.models import tiny
 from shardit.server.jobs.job_request import build_request
+from tests.support.fork_servers import kept_fork_server
 
 WAIT_S = 240.0
 
@@ -103,9 +104,10 @@ class LiveRanks:
 @contextlib.contextmanager
 def live_ranks(model: str, **options: Any) -> Iterator[LiveRanks]:
     """Ranks that are up."""
-    ranks = LiveRanks(model, **options)
-    try:
-        ranks.start()
-        yield ranks
-    finally:
-        ranks.stop()
+    with kept_fork_server():
+        ranks = LiveRanks(model, **options)
+        try:
+            ranks.start()
+            yield ranks
+        finally:
+            ranks.stop()

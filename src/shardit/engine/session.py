@@ -19,8 +19,8 @@ from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.randomness import states
 from shardit.core.runtime.request_loop import Program, Schedule, Turns
 from shardit.diffusion.loading.attention_backends import check_attention_backend
-from shardit.diffusion.loading.description import describe
-from shardit.diffusion.loading.pipeline import check_scheduler
+from shardit.diffusion.loading.description import description_of
+from shardit.diffusion.loading.pipeline import Prepared, check_scheduler, prepare
 from shardit.diffusion.loading.required_packages import check_packages, check_processors, missing
 from shardit.diffusion.loading.start_options import check_extras
 from shardit.diffusion.loading.variants import image_pipeline
@@ -55,7 +55,8 @@ def check(spec: SessionSpec) -> None:
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
     check_attention_backend(spec.attention_backend)
-    found = describe(spec.model, options=spec.options)
+    prepared = prepare(spec.model, None, spec.dtype, spec.options)
+    found = description_of(prepared)
     check_scheduler(found.pipeline_class, found.components, spec.options)
     check_extras(found.pipeline_class, found.modules, spec.options)
     check_components(spec.dtype, found.modules)
@@ -63,6 +64,12 @@ def check(spec: SessionSpec) -> None:
     check_processors(part for name, part in found.components.items() if name not in found.modules)
     lay_out(found.modules, found.pipeline_class, spec.config, max_in_flight=spec.max_in_flight)
     check_in_flight(found.pipeline_class, spec.max_in_flight)
+    _checked[:] = [(spec, prepared)]
+
+
+_checked: list[tuple[SessionSpec, Prepared]] = []
+"""What `check` was last called with, and the pipeline that it has built on meta. A rank that the fork server forks gets
+a copy of it, which loading uses up."""
 
 
 class Session:
@@ -77,6 +84,7 @@ class Session:
         self.mesh = init_mesh(
             spec.config, device=spec.device, timeout_s=spec.timeout_s, rank=rank, init_method=init_method
         )
+        checked, prepared = _checked.pop() if _checked else (None, None)
         self._pipe, self._assignment, self.runtime = load_parallel(
             spec.model,
             spec.config,
@@ -86,6 +94,7 @@ class Session:
             reads=self._reads,
             attention_backend=spec.attention_backend,
             options=spec.options,
+            prepared=prepared if checked == spec else None,
         )
         check_in_flight(type(self._pipe), spec.max_in_flight)
         self.turns = self.runtime.turns if self.runtime else Turns(Schedule(0))

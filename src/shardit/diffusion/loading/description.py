@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
-from shardit.diffusion.loading.pipeline import is_diffusers, prepare
+from shardit.diffusion.loading.pipeline import Prepared, is_diffusers, prepare
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.index import Component
 from shardit.loading.single_file import Original, OriginalText
@@ -46,7 +46,11 @@ def describe(
 
     Of a hub id no weights are downloaded. Raises what loading raises for models that cannot be loaded.
     """
-    found = prepare(model, pipeline_class, options=options)
+    return description_of(prepare(model, pipeline_class, options=options))
+
+
+def description_of(found: Prepared) -> Description:
+    """Describe a pipeline that is not loaded yet."""
     sizes = {name: _sizes(module, found.checkpoints[name]) for name, module in found.modules.items()}
     return Description(found.source.folder, found.cls, found.parts, found.modules, sizes)
 

@@ -106,6 +106,7 @@ class ForkServer:
             # What was imported is never freed; kept out of the collector's sight, its pages stay shared.
             gc.collect()
             gc.freeze()
+            gc.enable()  # it was off during the imports
         elif isinstance(message, Start):
             fds = receive_fds(self.control, message.world_size)
             self.start(message, fds)

@@ -79,6 +79,6 @@ def _comm() -> Collectives | None:
     mesh = own_mesh()
     if mesh is None or "sp" not in mesh.axes:
         return None
-    if not _alone or _alone[0].mesh is not mesh:
-        _alone[:] = [Collectives(mesh, "sp")]
+    if not _alone or _alone[0].group is not mesh.axes["sp"]:
+        _alone[:] = [Collectives(mesh.axes["sp"])]
     return _alone[0]

@@ -186,18 +186,18 @@ def test_results_that_nobody_looks_at_do_not_hang_later_calls() -> None:
 def exchange(rank: int, count: int, method: str) -> dict[str, Any]:
     """Everything that `Comm` offers, once."""
     mesh = join(rank, count, method)
-    comm = Comm(mesh, max_outstanding=3)
+    comm = Comm(mesh.pipeline, max_outstanding=3)
     check_p2p(mesh)
     seen: dict[str, Any] = {"mixed": mixed_dtypes(comm), "many": many(comm)}
     blobs = [b"", b"x", bytes(range(256)) * 100]
-    seen["blobs"] = [comm.broadcast_blob(b if rank == count - 1 else b"ignored", count - 1) == b for b in blobs]
-    seen["object"] = comm.broadcast_object({"from": rank, "x": [1, None]}, 1)
-    seen["gathered"] = comm.gather_objects(f"rank {rank}")
+    seen["blobs"] = [comm.group.broadcast_object(b if rank == count - 1 else b"ignored", count - 1) == b for b in blobs]
+    seen["object"] = comm.group.broadcast_object({"from": rank, "x": [1, None]}, 1)
+    seen["gathered"] = comm.group.gather_objects(f"rank {rank}")
     tensors = [torch.full((3, 2), float(rank)), torch.full((5,), rank, dtype=torch.int64), torch.empty(0)]
     for tensor in tensors:
         comm.broadcast(tensor, 1)
     seen["broadcast"] = [t.tolist() for t in tensors]
-    comm.barrier()
+    comm.group.barrier()
     comm.flush()
     seen["held"] = len(comm._outstanding)
     seen["sent"] = comm.sent_bytes
@@ -250,7 +250,7 @@ def many(comm: Comm) -> bool:
 
 def counts_ahead(rank: int, count: int, method: str) -> list[int]:
     """Numbers are sent ahead of a message that their receivers look at first."""
-    comm = Comm(join(rank, count, method, timeout_s=10), max_outstanding=1)
+    comm = Comm(join(rank, count, method, timeout_s=10).pipeline, max_outstanding=1)
     numbers, box = [3, 0, 5], torch.zeros(1, dtype=torch.uint8)
     if rank == 0:
         for number in numbers:
@@ -285,7 +285,7 @@ BOUND_S = 2.0
 
 def waits_in_vain(rank: int, count: int, method: str) -> list[Any]:
     """Rank 0 waits for what nobody sends, while rank 1 lives; then sends what nobody takes."""
-    comm = Comm(join(rank, count, method, BOUND_S))
+    comm = Comm(join(rank, count, method, BOUND_S).pipeline)
     if rank != 0:
         time.sleep(2 * BOUND_S + 1)
         return []
@@ -312,7 +312,7 @@ def test_every_wait_is_bounded() -> None:
 
 
 def peer_dies(rank: int, count: int, method: str) -> str:
-    comm = Comm(join(rank, count, method, 20))
+    comm = Comm(join(rank, count, method, 20).pipeline)
     if rank == 1:
         return "gone"
     try:

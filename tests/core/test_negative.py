@@ -64,7 +64,7 @@ def _all_awkward(rank: int, size: int, method: str) -> dict[tuple[str, int], str
     runtime = runtime_of(rank, size, method)
     found = {(name, chunks): _try(name, runtime, chunks) for name in MODELS for chunks in CHUNKS}
     runtime.comm.flush()
-    runtime.comm.barrier()
+    runtime.comm.group.barrier()
     return found
 
 
@@ -133,7 +133,7 @@ def _all_broken(rank: int, size: int, method: str) -> dict[str, str]:
             found[f"dropped item in {name}"] = _try(name, runtime, 1)
     found["not broken"] = _try("Plain", runtime, 2)
     runtime.comm.flush()
-    runtime.comm.barrier()
+    runtime.comm.group.barrier()
     return found
 
 

@@ -41,7 +41,7 @@ def join(rank: int, size: int, method: str) -> None:
 
 def comm() -> Comm:
     mesh = init_mesh(DiffusionParallelConfig(cfg_parallel_size=2), device="cpu", timeout_s=60)
-    return Comm(mesh, mesh.replica)
+    return Comm(mesh.replica)
 
 
 IDS = torch.arange(14).view(2, 7) + 5

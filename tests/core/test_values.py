@@ -112,7 +112,7 @@ def _all(rank: int, size: int, method: str) -> dict[str, tuple[list[bool], int, 
                 entry("Lumina2Transformer2DModel").build() if name == "lumina2" else randomise(MODELS[name]()).eval()
             )
     runtime.comm.flush()
-    runtime.comm.barrier()
+    runtime.comm.group.barrier()
     return found
 
 
@@ -171,7 +171,7 @@ def _lumina_on(rank: int, size: int, method: str, axes: dict[str, int]) -> tuple
         settle(ended.value)
         together.append(torch.equal(ended.value, plain[programs.index(ended)]))
     stages.runtime.flush()
-    stages.runtime.replica.barrier()
+    stages.runtime.replica.group.barrier()
     return alone, together, stages.first.traced
 
 

@@ -274,7 +274,7 @@ def calls(model: nn.Module) -> Any:
 
 
 def cut_models(rank: int, count: int, method: str) -> dict[str, Any]:
-    ranks = Collectives(tensor_mesh(rank, count, method), "tp")
+    ranks = Collectives(tensor_mesh(rank, count, method).axes["tp"])
     found: dict[str, Any] = {}
     for name, make in {"wan": lambda: wan(5), "qwen3": qwen3, "t5": t5}.items():
         torch.manual_seed(0)
@@ -318,7 +318,7 @@ def wan_bytes(count: int, rank: int, width: int = 60, tokens: int = 16, text: in
 
 
 def wrong_on_purpose(rank: int, count: int, method: str, wrong: str) -> float:
-    ranks = Collectives(tensor_mesh(rank, count, method), "tp")
+    ranks = Collectives(tensor_mesh(rank, count, method).axes["tp"])
     torch.manual_seed(0)
     layer = FeedForward(8, activation_fn="geglu").eval()
     x = torch.randn(1, 3, 8)
@@ -339,7 +339,7 @@ def test_the_comparison_notices(wrong: str) -> None:
 
 
 def no_backward(rank: int, count: int, method: str) -> None:
-    ranks = Collectives(tensor_mesh(rank, count, method), "tp")
+    ranks = Collectives(tensor_mesh(rank, count, method).axes["tp"])
     layer = FeedForward(8, activation_fn="geglu")
     shard_tensors(layer, plan_tensors(layer, count, FAMILY), ranks)
     out = layer(torch.randn(1, 3, 8))
@@ -402,7 +402,7 @@ NOTHING_TO_CUT = ("no attention or feed-forward", "its attention has 1 heads")
 
 
 def survey(rank: int, count: int, method: str, ids: Sequence[str]) -> dict[str, float | str]:
-    ranks = Collectives(tensor_mesh(rank, count, method), "tp")
+    ranks = Collectives(tensor_mesh(rank, count, method).axes["tp"])
     found: dict[str, float | str] = {}
     for entry in map(survey_models.entry, ids):
         model = entry.build()

@@ -37,7 +37,7 @@ MODEL_TABLE = ("wan2.1", "wan2.2", "qwen", "kl", "kl without quant", "flux2")
 def comm_of(rank: int, size: int, method: str) -> Comm:
     config = DiffusionParallelConfig(ulysses_degree=size)
     mesh = init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method)
-    return Comm(mesh, mesh.replica)
+    return Comm(mesh.replica)
 
 
 def spread(rank: int, size: int, method: str, names: list[str], ranks: tuple[int, ...]) -> list[dict[str, Any]]:

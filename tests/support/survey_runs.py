@@ -67,7 +67,7 @@ def survey(rank: int, size: int, method: str, ids: Sequence[str], chunks: Sequen
             except Exception:
                 outcome.error = traceback.format_exc()
     runtime.comm.flush()
-    runtime.comm.barrier()
+    runtime.comm.group.barrier()
     return outcomes
 
 
@@ -78,7 +78,7 @@ def _compare(entry: Entry, runtime: Runtime, chunks: int, outcome: Outcome) -> N
         with torch.no_grad():
             plain = [model(**entry.inputs(Draw(*call)), **extra) for call in CALLS]
     finally:  # a rank on which the plain model fails must not be missed by the others
-        runtime.comm.barrier()
+        runtime.comm.group.barrier()
     stages = staged(model, runtime, chunks, Plan(order=entry.order, replicate=entry.replicate))
     got: list[Any] = [model(**entry.inputs(Draw(*CALLS[0])), **extra)]
     got += [model(**entry.inputs(Draw(*CALLS[i])), **extra) for i in (1, 2)]  # both start before any is looked at

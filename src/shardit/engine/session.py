@@ -192,7 +192,7 @@ class Session:
         """
         if self.runtime is None:
             return
-        values = self.runtime.replica.gather_objects(value)
+        values = self.runtime.replica.group.gather_objects(value)
         if any(other != values[0] for other in values):
             raise RankError(self.mesh.rank, f"ranks differ in how requests went ({what}): {values}")
 

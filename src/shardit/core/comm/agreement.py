@@ -56,7 +56,7 @@ class Agreement:
             with self._deeper():
                 yield
             return
-        device, self.marked = self.ranks.mesh.device, False
+        device, self.marked = self.ranks.group.device, False
         self.drawing.clear()
         before = states(device, [])
         self.differ = self._compare(name, digests(arguments()), before)
@@ -95,10 +95,10 @@ class Agreement:
         """Compare, and return the kinds of `generators` in which ranks differ. Raises InputError where `values` do."""
         parts = [short_hash(*(f"{k}={v!r}".encode() for k, v in values.items()))]
         parts += [short_hash(state_bytes(generators[kind])) if kind in generators else b"\0" * 8 for kind in KINDS]
-        told = self.ranks.gather_bytes(b"".join(parts))
+        told = self.ranks.group.gather_bytes(b"".join(parts))
         differ = [len({one[i : i + 8] for one in told}) > 1 for i in range(0, 8 * len(parts), 8)]
         if differ[0]:
-            known = self.ranks.gather_objects(values)
+            known = self.ranks.group.gather_objects(values)
             names = dict.fromkeys(key for one in known for key in one)
             wrong = [key for key in names if len({one.get(key) for one in known}) > 1]
             also = f"; {KINDS[self.differ[0]]} differs, too" if self.differ else ""
@@ -114,7 +114,9 @@ class Agreement:
         drawn = moved(before, after)
         mine = [short_hash(b"drawing") if self.drawing else _UNUSED]
         mine += [_bytes_of(kind, drawn, after, kind in self.differ) for kind in KINDS]
-        told = [[one[i : i + 8] for i in range(0, len(one), 8)] for one in self.ranks.gather_bytes(b"".join(mine))]
+        told = [
+            [one[i : i + 8] for i in range(0, len(one), 8)] for one in self.ranks.group.gather_bytes(b"".join(mine))
+        ]
         if any(one[0] != _UNUSED for one in told):
             raise UnsupportedError(f"{name} called a model that {DRAWS}")
         for number, kind in enumerate(KINDS, start=1):

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from shardit.core.comm.mesh import AxisGroup, Mesh
+from shardit.core.comm.group import GroupCoordinator
 from shardit.core.runtime.coroutine import yield_while_waiting
-from shardit.errors import RankError
 
 
 class Collectives:
-    """What the ranks of one axis do together. Every wait is bounded by the mesh's timeout and ends in RankError.
+    """What the ranks of one axis do together with shards. Every wait is bounded and ends in RankError.
 
     sent_bytes, messages: what this rank has sent to others, and in how many calls.
     """
 
-    def __init__(self, mesh: Mesh, axis: str):
-        self.mesh, self.axis = mesh, axis
-        self.members: AxisGroup = mesh.axes[axis]
-        self.index, self.size = self.members.index, self.members.size
+    def __init__(self, group: GroupCoordinator):
+        self.group = group
+        self.index, self.size = group.rank_in_group, group.world_size
         self.sent_bytes = 0
         self.messages = 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; the same bits on every rank."""
         self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size)
-        work = self._guard(lambda: dist.all_reduce(tensor, group=self.members.group, async_op=True), "all-reduce")
+        work = self.group.guard(
+            lambda: dist.all_reduce(tensor, group=self.group.device_group, async_op=True), "all-reduce"
+        )
         yield_while_waiting()
-        self._wait([work], "all-reduce", tensor)
+        self.group.wait([work], "all-reduce", tensor)
         return tensor
 
     def all_gather(self, shard: torch.Tensor, sizes: Sequence[int], dim: int) -> torch.Tensor:
@@ -54,18 +53,18 @@ class Collectives:
         """Start sending to the next rank and receiving from the previous one; returns what waits for both.
 
         Empty tensors do not travel: both sides know that they are empty."""
-        ranks, group = self.members.ranks, self.members.group
+        ranks, group = self.group.ranks, self.group.device_group
         after, before = ranks[(self.index + 1) % self.size], ranks[(self.index - 1) % self.size]
         ops = [dist.P2POp(dist.irecv, receive, before, group)] if receive.numel() else []
         if send.numel():
             self._count(send.numel() * send.element_size())
             ops.insert(0, dist.P2POp(dist.isend, send, after, group))
-        works = self._guard(lambda: dist.batch_isend_irecv(ops), "rotate") if ops else []
+        works = self.group.guard(lambda: dist.batch_isend_irecv(ops), "rotate") if ops else []
 
         def wait() -> None:
             if works:
                 yield_while_waiting()
-                self._wait(works, "rotate", (send, receive))
+                self.group.wait(works, "rotate", (send, receive))
 
         return wait
 
@@ -76,31 +75,17 @@ class Collectives:
             to, source = (self.index + step) % self.size, (self.index - step) % self.size
             if sends[to].numel():
                 self._count(sends[to].numel() * sends[to].element_size())
-                ops.append(dist.P2POp(dist.isend, sends[to], self.members.ranks[to], self.members.group))
+                ops.append(dist.P2POp(dist.isend, sends[to], self.group.ranks[to], self.group.device_group))
             if receives[source].numel():
-                ops.append(dist.P2POp(dist.irecv, receives[source], self.members.ranks[source], self.members.group))
+                ops.append(dist.P2POp(dist.irecv, receives[source], self.group.ranks[source], self.group.device_group))
         if ops:
-            works = self._guard(lambda: dist.batch_isend_irecv(ops), "exchange")
+            works = self.group.guard(lambda: dist.batch_isend_irecv(ops), "exchange")
             yield_while_waiting()
-            self._wait(works, "exchange", ops)
-
-    def _wait(self, works: Sequence[Any], what: str, alive: Any) -> None:
-        """Wait; `alive` holds the memory of the messages until then."""
-        for work in works:
-            self._guard(lambda: work.wait(self.mesh.timeout), what)  # noqa: B023
-        del alive
+            self.group.wait(works, "exchange", ops)
 
     def _count(self, nbytes: int) -> None:
         self.sent_bytes += nbytes
         self.messages += 1
-
-    def _guard(self, act: Callable[[], Any], what: str) -> Any:
-        try:
-            return act()
-        except RuntimeError as error:
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = f"communication failed ({what} along {self.axis}): {text}"
-            raise RankError(self.mesh.rank, reason) from error
 
 
 def even_sizes(total: int, parts: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.malloc import keep_freed_memory
 from shardit.errors import InputError, RankError, UnsupportedError
 
@@ -23,41 +24,6 @@ AXES = ("dp", "cfg", "pp", "ring", "ulysses", "tp")
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """Communication back end by device type; ROCm devices call themselves cuda."""
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Process groups of ranks that work together; `ranks[i]` is the global rank of member i.
-
-    `forward[(a, b)]` carries what flows from member a to member b of a chain of stages, `back` the results, and
-    `control` small host-side objects (always gloo). They are separate so that no message waits behind one of another
-    kind. A member alone has no groups.
-    """
-
-    ranks: tuple[int, ...]
-    forward: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict, repr=False)
-    back: dist.ProcessGroup | None = field(default=None, repr=False)
-    control: dist.ProcessGroup | None = field(default=None, repr=False)
-
-    def edge(self, source: int, target: int) -> dist.ProcessGroup | None:
-        """The group for a hop between two stages; hops off the ring share `back`."""
-        return self.forward.get((source, target), self.back)
-
-
-@dataclass(frozen=True)
-class AxisGroup:
-    """The ranks that differ from this one on one axis alone, in the order of that axis; `index`: this rank's place.
-    `group` carries tensors on the device, `control` host objects (gloo)."""
-
-    ranks: tuple[int, ...]
-    index: int
-    group: dist.ProcessGroup = field(repr=False)
-    control: dist.ProcessGroup = field(repr=False)
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return len(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -73,10 +39,10 @@ class Mesh:
     rank: int
     device: torch.device
     timeout: timedelta
-    pipeline: Groups = field(default=Groups((0,)), repr=False)
-    replica: Groups = field(default=Groups((0,)), repr=False)
-    peers: Groups = field(default=Groups((0,)), repr=False)
-    axes: dict[str, AxisGroup] = field(default_factory=dict, repr=False)
+    pipeline: GroupCoordinator = field(repr=False)
+    replica: GroupCoordinator = field(repr=False)
+    peers: GroupCoordinator = field(repr=False)
+    axes: dict[str, GroupCoordinator] = field(default_factory=dict, repr=False)
 
     @property
     def world_size(self) -> int:
@@ -100,7 +66,9 @@ class Mesh:
         names = tuple(axis for axis in AXES if self.sizes[axis] > 1)
         if not names:
             raise InputError("there is one rank, which has no DeviceMesh")
-        groups: list[Any] = [self.pipeline.back if axis == "pp" else self.axes[axis].group for axis in names]
+        groups: list[Any] = [
+            self.pipeline.device_group if axis == "pp" else self.axes[axis].device_group for axis in names
+        ]
         ranks = torch.arange(self.world_size).view([self.sizes[axis] for axis in names])
         return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
 
@@ -178,7 +146,9 @@ def init_mesh(
     timeout = timedelta(seconds=timeout_s)
     wanted = config.world_size
     if wanted == 1 and not dist.is_initialized():
-        return Mesh(sizes, 0, pick_device(device, 0), timeout)
+        place = pick_device(device, 0)
+        alone = GroupCoordinator(0, (0,), place, timeout)
+        return Mesh(sizes, 0, place, timeout, alone, alone, alone)
     local_rank = int(os.environ.get("LOCAL_RANK", rank if rank is not None else os.environ.get("RANK", 0)))
     place = pick_device(device, local_rank)
     if not dist.is_initialized():
@@ -210,53 +180,45 @@ def _start(place: torch.device, world_size: int, timeout: timedelta, rank: int |
 
 def _make_groups(
     sizes: dict[str, int], place: torch.device, timeout: timedelta
-) -> tuple[Groups, Groups, Groups, dict[str, AxisGroup]]:
+) -> tuple[GroupCoordinator, GroupCoordinator, GroupCoordinator, dict[str, GroupCoordinator]]:
     """All groups of all axes, made on every rank in the same order; returns those that this rank is in."""
-    axes: dict[str, AxisGroup] = {}
+    axes: dict[str, GroupCoordinator] = {}
     for name, members in {**{axis: (axis,) for axis in AXES if axis != "pp"}, "sp": ("ring", "ulysses")}.items():
         spread = [axis for axis in members if sizes[axis] > 1]
         if name == "sp" and len(spread) == 1:  # the other axis is 1: the ranks are the same
-            axes["sp"] = axes[spread[0]]
+            axes["sp"] = replace(axes[spread[0]], axis="sp")
         elif spread:
-            axes[name] = _axis_group(axis_ranks(sizes, *members), place, timeout)
-    made: dict[tuple[str, ...], Groups] = {}
+            axes[name] = _join(axis_ranks(sizes, *members), place, timeout, axis=name)
+    made: dict[tuple[str, ...], GroupCoordinator] = {}
     for members in (("pp",), AXES[1:-1], AXES[1:]):
         spread = tuple(axis for axis in members if sizes[axis] > 1)
         if spread not in made:
-            made[spread] = _groups_of(sizes, spread, timeout)
+            made[spread] = _join(axis_ranks(sizes, *spread), place, timeout, chain=spread == ("pp",))
     pipeline, peers, replica = (
         made[tuple(axis for axis in members if sizes[axis] > 1)] for members in (("pp",), AXES[1:-1], AXES[1:])
     )
     return pipeline, replica, peers, axes
 
 
-def _axis_group(of_axis: list[tuple[int, ...]], place: torch.device, timeout: timedelta) -> AxisGroup:
-    mine: AxisGroup | None = None
-    me = dist.get_rank()
-    for ranks in of_axis:
-        group: Any = dist.new_group(list(ranks), timeout=timeout)
-        control: Any = group
-        if place.type != "cpu":
-            control = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
-        if me in ranks:
-            mine = AxisGroup(ranks, ranks.index(me), group, control)
-    assert mine is not None
-    return mine
-
-
-def _groups_of(sizes: dict[str, int], axes: tuple[str, ...], timeout: timedelta) -> Groups:
-    mine = Groups((dist.get_rank(),))
-    for ranks in axis_ranks(sizes, *axes):
+def _join(
+    groups: list[tuple[int, ...]], place: torch.device, timeout: timedelta, *, axis: str = "", chain: bool = False
+) -> GroupCoordinator:
+    """Make the torch groups of all `groups` of ranks; returns the one that this rank is in. chain: its ranks are stages
+    of a pipeline."""
+    mine = GroupCoordinator(dist.get_rank(), (dist.get_rank(),), place, timeout)
+    for ranks in groups:
         size = len(ranks)
         if size == 1:
             continue
         # One communicator per directed edge: with two stages, 0 -> 1 and 1 -> 0 never queue behind each other.
-        edges = [(s, (s + 1) % size) for s in range(size)] if axes == ("pp",) else []
-        forward = {(a, b): dist.new_group([ranks[a], ranks[b]], timeout=timeout) for a, b in edges}
-        back = dist.new_group(list(ranks), timeout=timeout)
-        control = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
-        if dist.get_rank() in ranks:
-            mine = Groups(ranks, forward, back, control)  # pyright: ignore[reportArgumentType]
+        hops = [(s, (s + 1) % size) for s in range(size)] if chain else []
+        edges: Any = {(a, b): dist.new_group([ranks[a], ranks[b]], timeout=timeout) for a, b in hops}
+        group: Any = dist.new_group(list(ranks), timeout=timeout)
+        control: Any = group  # all ranks of an axis do the same in the same order: objects need no group of their own
+        if not axis or place.type != "cpu":
+            control = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+        if mine.rank in ranks:
+            mine = replace(mine, ranks=ranks, device_group=group, cpu_group=control, edges=edges, axis=axis)
     return mine
 
 
@@ -265,8 +227,8 @@ def check_p2p(mesh: Mesh) -> None:
 
     Raises RankError where the device's back end cannot do it. Used for device types that were opted in.
     """
-    groups = mesh.replica
-    me, size = groups.ranks.index(mesh.rank), len(groups.ranks)
+    group = mesh.replica
+    me, size = group.rank_in_group, group.world_size
     if size == 1:
         return
     bound = min(mesh.timeout, timedelta(seconds=30))
@@ -276,8 +238,8 @@ def check_p2p(mesh: Mesh) -> None:
         got = torch.empty_like(out)
         try:
             works = [
-                dist.irecv(got, groups.ranks[source], group=groups.back),
-                dist.isend(out, groups.ranks[to], group=groups.back),
+                dist.irecv(got, group.ranks[source], group=group.device_group),
+                dist.isend(out, group.ranks[to], group=group.device_group),
             ]
             for work in works:
                 if work is not None:

@@ -14,7 +14,7 @@ class RemoteError(Exception):
 def meet(comm: Comm, here: str | Exception) -> str | None:
     """Wait until all ranks have come to a place, or failed. None where all are at the same place, or all have failed
     (each then raises its own error); else how they differ, the same text on every rank."""
-    reached = comm.gather_objects(sendable(here) if isinstance(here, Exception) else here)
+    reached = comm.group.gather_objects(sendable(here) if isinstance(here, Exception) else here)
     errors = {rank: value for rank, value in enumerate(reached) if isinstance(value, Exception)}
     if len(errors) == comm.size:
         return None

@@ -161,7 +161,7 @@ def relay(
                 if not parameter.is_meta and id(parameter) not in shared:
                     put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
         subclass_in_place(unit, {"forward": _intercepted(made, index, type(unit).forward)})
-    device = comm.mesh.device
+    device = comm.group.device
     for module in model.modules():
         if isinstance(getattr(type(module), "device", None), property):
             subclass_in_place(module, {"device": property(lambda self: device)})

@@ -53,7 +53,7 @@ def own(
     small = Everywhere(module, everywhere)
     attributes = Attributes(lambda: boundary.reached)
     boundary = Boundary(
-        comm.mesh.device,
+        comm.group.device,
         lambda path, name, function, args, kwargs: run_on(comm, stage, function, args, kwargs, small, attributes),
         reader(module, comm, stage, small, cut),
         alone=alone,
@@ -198,17 +198,17 @@ def call_on(
     """
     given = list(generators)
     if comm.rank != stage:
-        message, news = comm.broadcast_object(None, stage)
-        set_states(news, comm.mesh.device, given)
+        message, news = comm.group.broadcast_object(None, stage)
+        set_states(news, comm.group.device, given)
         if isinstance(message, Exception):
             raise message
         blob, parts = message
         return load_with_tensors(blob, [arguments[p] if isinstance(p, int) else _room(comm, stage, *p) for p in parts])
-    before = states(comm.mesh.device, given)
+    before = states(comm.group.device, given)
     try:
         blob, tensors = dump_with_tensors(function())
     except Exception as error:
-        comm.broadcast_object((sendable(error), moved(before, states(comm.mesh.device, given))), stage)
+        comm.group.broadcast_object((sendable(error), moved(before, states(comm.group.device, given))), stage)
         raise
     places = {id(t): number for number, t in enumerate(arguments)}
     parts, own = [], []
@@ -221,7 +221,7 @@ def call_on(
         parts.append((tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), _misalignment(tensor)))
         # The owner takes part in the broadcast when its own program first uses the tensor: there it is pending, too.
         own.append(Held(comm, stage, _memory_of(tensor)).wrap(tensor))
-    comm.broadcast_object(((blob, parts), moved(before, states(comm.mesh.device, given))), stage)
+    comm.group.broadcast_object(((blob, parts), moved(before, states(comm.group.device, given))), stage)
     return load_with_tensors(blob, own)
 
 
@@ -233,7 +233,7 @@ def _memory_of(tensor: torch.Tensor) -> torch.Tensor:
 def _room(
     comm: Comm, stage: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], skew: int
 ) -> torch.Tensor:
-    memory = torch.empty(skew + span(size, stride) * dtype.itemsize, dtype=torch.uint8, device=comm.mesh.device)[skew:]
+    memory = torch.empty(skew + span(size, stride) * dtype.itemsize, dtype=torch.uint8, device=comm.group.device)[skew:]
     return Held(comm, stage, memory).wrap(view_bytes(memory, 0, dtype, size, stride))
 
 

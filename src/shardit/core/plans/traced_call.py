@@ -78,7 +78,7 @@ class TracedCall:
             raise UnsupportedError("the forward puts what derives from a block into a list or dict that it is given")
         leaves, spec = tree_flatten(out)
         plan = derive(self.trace, leaves, spec, tuple(describe_result(leaf) for leaf in leaves))
-        digests = self.comm.gather_objects(plan.digest())
+        digests = self.comm.group.gather_objects(plan.digest())
         if len(set(digests)) > 1:
             raise UnsupportedError("ranks found different plans: the forward does not do the same on every rank")
         return out, plan
@@ -87,7 +87,7 @@ class TracedCall:
         """The interceptor: run the block on its owner, share its output and what it changed."""
         with self.watch.paused():
             self._meet(f"block {self.blocks[index][0]}")
-            self.drawn = self.drawn or states(self.comm.mesh.device, [])
+            self.drawn = self.drawn or states(self.comm.group.device, [])
             given, _ = tree_flatten((args, kwargs))
             looks = tuple(map(describe_leaf, given))
             arguments = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in given]
@@ -134,7 +134,7 @@ class TracedCall:
         name, block = self.blocks[index]
         self.watch.recorder.paused = True
         self._meet(f"parameter {name}.{path}")
-        dense = torch.empty_like(tensor, device=self.comm.mesh.device, memory_format=torch.contiguous_format)
+        dense = torch.empty_like(tensor, device=self.comm.group.device, memory_format=torch.contiguous_format)
         if self.owners[index] == self.comm.rank:
             dense.copy_(tensor)
         self.comm.broadcast(dense, self.owners[index])
@@ -154,7 +154,7 @@ class TracedCall:
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
         before, held = [mark(t) for t in arguments], held_state(self.blocks[index][1])
         given, outline = tree_flatten((args, kwargs))
-        drawn, device = states(self.comm.mesh.device, []), self.comm.mesh.device
+        drawn, device = states(self.comm.group.device, []), self.comm.group.device
         try:
             with _without_modes():  # what the block compiles must not see that it is watched
                 out = call(*args, **kwargs)
@@ -174,28 +174,28 @@ class TracedCall:
                     "pipeline_parallel_size=1 and cfg_parallel_size=1"
                 )
         except Exception as error:
-            self.comm.broadcast_object(sendable(error), self.comm.rank)
+            self.comm.group.broadcast_object(sendable(error), self.comm.rank)
             self._shared = True
             raise
         self.cut.ran[index] += 1
         mutated = [q for q, t in enumerate(arguments) if t is not None and changed(t, before[q])]
         blob, tensors = dump_with_tensors(out)
         leaves = _describe(tensors, arguments)
-        self.comm.broadcast_object((blob, leaves, mutated), self.comm.rank)
+        self.comm.group.broadcast_object((blob, leaves, mutated), self.comm.rank)
         for storage in _first_of_storage(leaves):
             tensor = tensors[storage]
             self.comm.broadcast(storage_bytes(tensor, 0, tensor.untyped_storage().nbytes()), self.comm.rank)
         return out, {id(t): leaf for t, leaf in zip(tensors, leaves, strict=True)}, mutated
 
     def _other(self, owner: int, arguments: list[torch.Tensor | None]) -> tuple[Any, dict[int, Leaf], list[int]]:
-        message = self.comm.broadcast_object(None, owner)
+        message = self.comm.group.broadcast_object(None, owner)
         if isinstance(message, Exception):
             self._shared = True
             raise message
         blob, leaves, mutated = message
         memory: dict[int, torch.Tensor] = {}
         for number in _first_of_storage(leaves):
-            buffer = torch.empty(leaves[number].nbytes, dtype=torch.uint8, device=self.comm.mesh.device)
+            buffer = torch.empty(leaves[number].nbytes, dtype=torch.uint8, device=self.comm.group.device)
             self.comm.broadcast(buffer, owner)
             memory[leaves[number].storage] = buffer
         tensors: list[torch.Tensor] = []

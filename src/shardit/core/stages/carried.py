@@ -19,7 +19,7 @@ class Carried:
 
     def __init__(self, local: LocalPlan, comm: Comm, poison: bool):
         self.local, self.comm, self.hops = local, comm, local.plan.hops
-        self._poison, self._device = poison, comm.mesh.device
+        self._poison, self._device = poison, comm.group.device
         self._handles: dict[Address, torch.Tensor] = {}
         self._messages: dict[int, torch.Tensor] = {}
         self._copies: dict[tuple[int, int], torch.Tensor] = {}  # (hop, item) -> what is sent, though written to since

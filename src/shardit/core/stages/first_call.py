@@ -80,7 +80,7 @@ class FirstCalls:
         model, comm = self.cut.model, self.runtime.comm
         after = state_of(model)
         changed = [differences(before, after, outside) for outside in (False, True)]
-        if not any(any(of_rank) for of_rank in comm.gather_objects(changed)):
+        if not any(any(of_rank) for of_rank in comm.group.gather_objects(changed)):
             return
         of_users = [thing for thing in after if thing.outside]
         poison(of_users, changed[1])
@@ -96,7 +96,7 @@ class FirstCalls:
         except UnsupportedError:  # the same call takes another course, on every rank
             still = [*changed[0], *changed[1]]
         restore(of_users)
-        refuse_counters(self.cut.name, comm.gather_objects(still))
+        refuse_counters(self.cut.name, comm.group.gather_objects(still))
 
     def _self_check(
         self, local: LocalPlan, forward: Callable[..., Any], call: FlatCall, expected: Any, drawn: States
@@ -114,7 +114,7 @@ class FirstCalls:
         what = None if same_bits(expected, got) else "its result changes"
         if flight.failure is not None:
             what = f"it fails ({type(flight.failure).__name__}: {flight.failure})"
-        found = [text for text in self.runtime.comm.gather_objects(what) if text]
+        found = [text for text in self.runtime.comm.group.gather_objects(what) if text]
         if found:
             raise UnsupportedError(
                 f"{self.cut.name} cannot be cut at its block calls: with placeholders for the blocks of other stages "

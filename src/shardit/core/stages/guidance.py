@@ -28,7 +28,7 @@ class RemoteCall:
         self.owners, self.finished = plan.owners, False
         self._route, self._replica, self._wait = route, replica, wait
         self._receive: Transfer | None = None
-        self._result = Result(plan.result, route.comm.mesh.device, self._settle)
+        self._result = Result(plan.result, route.comm.group.device, self._settle)
 
     def result(self) -> Any:
         """What forward returns, with pending tensors."""

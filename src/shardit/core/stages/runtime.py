@@ -39,7 +39,7 @@ class Runtime:
     def of(mesh: Mesh, max_in_flight: int = 1, split_batch: bool = True) -> Runtime:
         """Make the shared state of a pipeline over a mesh."""
         schedule = Schedule(mesh.pp_rank)
-        comms = {id(groups): Comm(mesh, groups) for groups in (mesh.pipeline, mesh.replica, mesh.peers)}
+        comms = {id(groups): Comm(groups) for groups in (mesh.pipeline, mesh.replica, mesh.peers)}
         comm, replica, peers = (comms[id(groups)] for groups in (mesh.pipeline, mesh.replica, mesh.peers))
         guidance = GuidanceScheduler(mesh.sizes["cfg"], mesh.coords["cfg"], mesh.rank)
         route, turns = Route.of(mesh, replica), Turns(schedule)

@@ -102,7 +102,7 @@ class Stages:
                 fits, read = [local], dry.trace.deciding
                 break
         found = [local.plan.digest() for local in fits]
-        if any(other != found for other in self.runtime.replica.gather_objects(found)) or not fits:
+        if any(other != found for other in self.runtime.replica.group.gather_objects(found)) or not fits:
             return None
         self.known.learn(key, call.leaves, read, fits[0])
         return fits[0]
@@ -134,7 +134,7 @@ class Stages:
         except Exception as failure:  # a model that takes no such batch: it is kept whole
             error = failure
         close = error is None and microbatch.close(whole, merged)
-        self._splits[key] = all(self.runtime.replica.gather_objects(close))
+        self._splits[key] = all(self.runtime.replica.group.gather_objects(close))
         if not self._splits[key] and self.runtime.mesh.rank == 0:
             why = error or "it differs"
             log.warning("%s: a batch cannot be split by sample (%s); it stays whole", self.cut.name, why)

@@ -30,7 +30,7 @@ def fusing(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], 
                 own_method(self, *args, **kwargs)
             except Exception as failure:
                 error = sendable(failure)
-        for failure in ranks.gather_objects(error):
+        for failure in ranks.group.gather_objects(error):
             if failure is not None:
                 raise failure
 

@@ -28,7 +28,7 @@ def shared_callback(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ra
     if callback is None:
         return kwargs
     asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
-    device, generators = ranks.mesh.device, generators_in((args, kwargs))
+    device, generators = ranks.group.device, generators_in((args, kwargs))
 
     def shared(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         settle(given)
@@ -43,7 +43,7 @@ def shared_callback(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ra
         changed = [name for name in {**before, **made} if _changed(name, before, made)]
         interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_asked", False)
         after = states(device, generators)
-        said = ranks.gather_objects((error, interrupt, changed, moved(drawn, after), list(made)))
+        said = ranks.group.gather_objects((error, interrupt, changed, moved(drawn, after), list(made)))
         # What rank 0's callback drew counts: another's is taken back.
         set_states({name: drawn[name] for name in moved(drawn, after)} | said[0][3], device, generators)
         for failure, *_ in said:

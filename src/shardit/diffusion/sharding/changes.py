@@ -145,7 +145,7 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
     checks = getattr(placed.module, "shardit_checks", None)
     if checks is not None:
         checks.forget()
-    cut_adapters(placed.module, placed.slices, Collectives(placed.runtime.mesh, "tp"))
+    cut_adapters(placed.module, placed.slices, Collectives(placed.runtime.mesh.axes["tp"]))
 
 
 def _refuse_own_forward(placed: Placed, change: Change) -> None:

@@ -145,7 +145,7 @@ def _decide_together(model: nn.Module, mesh: Mesh) -> None:
     """What a cache decides from data: it computes where any tensor rank would, so that all stay in step."""
     if "tp" not in mesh.axes:
         return
-    ranks = Collectives(mesh, "tp")
+    ranks = Collectives(mesh.axes["tp"])
     for hook in _hooks(model):
         own_decision = getattr(hook, "_should_compute_remaining_blocks", None)
         if own_decision is not None:
@@ -153,7 +153,7 @@ def _decide_together(model: nn.Module, mesh: Mesh) -> None:
 
 
 def _any_rank(ranks: Collectives, decide: Callable[[torch.Tensor], bool], residual: torch.Tensor) -> bool:
-    return bool(ranks.all_reduce(torch.tensor([float(decide(residual))], device=ranks.mesh.device)).item())
+    return bool(ranks.all_reduce(torch.tensor([float(decide(residual))], device=ranks.group.device)).item())
 
 
 def refused(name: str) -> Callable[..., None]:

@@ -30,8 +30,8 @@ def decided_alike(
     except InputError as error:
         refusal = error
     said = [repr(item).encode() for item in (str(refusal), *words.items())]
-    if len(set(ranks.gather_bytes(short_hash(*said)))) > 1:
-        everything = ranks.gather_objects((None if refusal is None else str(refusal), words))
+    if len(set(ranks.group.gather_bytes(short_hash(*said)))) > 1:
+        everything = ranks.group.gather_objects((None if refusal is None else str(refusal), words))
         if refusal is None:
             raise InputError(_difference(what, everything))
     if refusal is not None:

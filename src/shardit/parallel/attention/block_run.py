@@ -81,7 +81,7 @@ class BlockRun:
 
 def agree(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
     """What every rank says, in rank order. Collective over "sp"; all say as many numbers."""
-    mine = torch.tensor([list(values)], dtype=torch.int64, device=attention.sp.mesh.device)
+    mine = torch.tensor([list(values)], dtype=torch.int64, device=attention.sp.group.device)
     return attention.sp.all_gather(mine, [1] * attention.sp.size, 0).tolist()
 
 

@@ -50,9 +50,9 @@ class SequenceAttention:
     softmax does not mind, and masks are brought into the same order."""
 
     def __init__(self, mesh: Mesh):
-        self.sp = Collectives(mesh, "sp")
-        self.ulysses = Ulysses(Collectives(mesh, "ulysses")) if "ulysses" in mesh.axes else None
-        self.ring = Collectives(mesh, "ring") if "ring" in mesh.axes else None
+        self.sp = Collectives(mesh.axes["sp"])
+        self.ulysses = Ulysses(Collectives(mesh.axes["ulysses"])) if "ulysses" in mesh.axes else None
+        self.ring = Collectives(mesh.axes["ring"]) if "ring" in mesh.axes else None
         self._in_ring = mesh.coords["ring"]
         self._ulysses_size = mesh.sizes["ulysses"]
 

@@ -110,7 +110,7 @@ def notes_together(notes: Iterable[str]) -> list[str]:
 def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPlan], mesh: Mesh) -> None:
     """Cut the components of a pipeline that have a plan, in place, and the adapters that are on them."""
     if plans:
-        ranks = Collectives(mesh, "tp")  # one for all, so that what they send is counted together
+        ranks = Collectives(mesh.axes["tp"])  # one for all, so that what they send is counted together
         for name, plan in plans.items():
             with adapters_aside(components[name]):
                 refuse_own_forwards(name, components[name], plan)

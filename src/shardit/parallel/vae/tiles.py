@@ -79,7 +79,7 @@ class Tiles:
     def _agree(self, name: str, plain: MethodType, args: Any, kwargs: Any) -> TilePlan | str | None:
         """The plan of a call, or why there is none. Every rank that has tiles finds it; all compare hashes of it."""
         plan = None if self.place is None else self._plan(name, plain, args, kwargs)
-        told = self.comm.gather_objects(plan.digest if isinstance(plan, TilePlan) else plan)
+        told = self.comm.group.gather_objects(plan.digest if isinstance(plan, TilePlan) else plan)
         if len({told[rank] for rank in self.ranks}) > 1:
             reason = f"{self._name}.{name} falls into different tiles on different ranks"
             raise InputError(f"{reason}: call enable_tiling and disable_tiling alike on all of them")
@@ -117,7 +117,7 @@ class Tiles:
     def _compute(self, plan: TilePlan, run: Callable[[], Any]) -> torch.Tensor:
         """Run the call up to this rank's last tile; returns the message with what it computed."""
         assert self.place is not None
-        compute = _Compute(plan, self.place, self.comm.mesh.device, self.ran)
+        compute = _Compute(plan, self.place, self.comm.group.device, self.ran)
         if compute.last < 0:
             return compute.message
         try:
@@ -128,8 +128,8 @@ class Tiles:
         except RankError:
             raise
         except Exception as error:  # the others wait for these tiles
-            raise RankError(self.comm.mesh.rank, traceback.format_exc()) from error
-        raise RankError(self.comm.mesh.rank, f"{self._name} made {compute.number} part calls of {len(plan.calls)}")
+            raise RankError(self.comm.group.rank, traceback.format_exc()) from error
+        raise RankError(self.comm.group.rank, f"{self._name} made {compute.number} part calls of {len(plan.calls)}")
 
     def _replay(self, plan: TilePlan, own: torch.Tensor, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """On the first rank: take what the others computed, and run the call with it in place of the parts."""
@@ -246,7 +246,7 @@ def spread_tiles(
     module.enable_tiling()  # pyright: ignore[reportCallIssue]
     small = Everywhere(module, everywhere)
     tiles = Tiles(module, comm, ranks, small, Attributes(lambda: boundary.reached))
-    boundary = Boundary(comm.mesh.device, tiles.call, reader(module, comm, ranks[0], small), alone=alone)
+    boundary = Boundary(comm.group.device, tiles.call, reader(module, comm, ranks[0], small), alone=alone)
     boundary.put(module, "")
     subclass_in_place(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

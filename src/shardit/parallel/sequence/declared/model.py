@@ -219,14 +219,14 @@ class PlannedSequence:
     def _bound(self) -> float:
         """How much a result may differ: as much as the shortest floats in it make it."""
         kinds = {p.dtype for p in self.model.parameters()} | {torch.float32}
-        device = self.attention.sp.mesh.device.type
+        device = self.attention.sp.group.device.type
         if torch.is_autocast_enabled(device):
             kinds.add(torch.get_autocast_dtype(device))
         return SLACK * max(CLOSE.get(kind, 0.0) for kind in kinds)
 
     @property
     def _devices(self) -> list[torch.device]:
-        device = self.attention.sp.mesh.device
+        device = self.attention.sp.group.device
         return [] if device.type == "cpu" else [device]
 
     @property

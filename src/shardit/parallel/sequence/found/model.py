@@ -187,7 +187,7 @@ class SequenceParallel:
                         restore(kept)  # so that all trials start alike
                         return call(*args, **kwargs)
 
-                    with generators_kept(self.attention.sp.mesh.device):
+                    with generators_kept(self.attention.sp.group.device):
                         # In a context of its own: what collects outputs of blocks (transformers does, by hooks) is not
                         # to collect those of trials.
                         trial = Context().run
@@ -199,7 +199,7 @@ class SequenceParallel:
                     error = failure
             if self.stages is not None:
                 comm, owner = self.stages.runtime.comm, self.stages.cut.owners[index]
-                plan, error = comm.broadcast_object((plan, error and sendable(error)), owner)
+                plan, error = comm.group.broadcast_object((plan, error and sendable(error)), owner)
         if error is not None:
             raise error
         if plan is not None:

@@ -119,7 +119,7 @@ class Comparison:
 
     def _everywhere(self, flags: list[bool]) -> list[bool]:
         with without_modes(), torch.no_grad():
-            told = self.ranks.all_reduce(torch.tensor([float(f) for f in flags], device=self.ranks.mesh.device))
+            told = self.ranks.all_reduce(torch.tensor([float(f) for f in flags], device=self.ranks.group.device))
             return [count == self.ranks.size for count in told.tolist()]
 
     def _is_right(self, unit: nn.Module, out: Any, twins: list[Any], before: State, generators: Any) -> bool:
@@ -162,7 +162,7 @@ class Comparison:
         return [self._whole_of(leaf) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
 
     def _whole_of(self, part: torch.Tensor) -> torch.Tensor:
-        size = torch.tensor([part.shape[1]], device=self.ranks.mesh.device)
+        size = torch.tensor([part.shape[1]], device=self.ranks.group.device)
         lengths = self.ranks.all_gather(size, [1] * self.ranks.size, 0).tolist()
         starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
         return gathered(part, shards(1, sum(lengths), [list(zip(starts, lengths, strict=True))]), self.ranks)

@@ -144,7 +144,7 @@ class Checks:
             self.plan.units.remove(other)
             self.pending.discard(other)
             self.whole[other] = why
-        if self.ranks.mesh.rank == 0:
+        if self.ranks.group.rank == 0:
             more = f" and {len(alike) - 1} more like it" if len(alike) > 1 else ""
             log.warning("%s: %s%s are whole on every tensor rank from now on: %s", self.title, name, more, why)
 

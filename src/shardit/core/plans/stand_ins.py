@@ -9,6 +9,7 @@ import torch
 
 from shardit.core.comm.wire import first_byte, view_bytes, view_near
 from shardit.core.plans.call_plan import Leaf, Site
+from shardit.core.runtime.storages import storage_key
 
 Memory = Callable[[Leaf], tuple[torch.Tensor, int]]
 """Memory for the new storage of a leaf, and the byte of the storage at which that begins."""
@@ -41,12 +42,12 @@ def same_memory(site: Site, leaves: Sequence[Any], arguments: Sequence[Any]) -> 
     for leaf, got in zip(site.leaves, leaves, strict=True):
         if leaf.kind == "value":
             continue
-        storage = got.untyped_storage()._cdata
+        storage = storage_key(got)
         if leaf.kind == "tensor" and storages.setdefault(leaf.storage, storage) != storage:
             return False
         if leaf.kind == "arg":
             base = arguments[leaf.arg]
-            if storage != base.untyped_storage()._cdata or first_byte(got) - first_byte(base) != leaf.offset:
+            if storage != storage_key(base) or first_byte(got) - first_byte(base) != leaf.offset:
                 return False
     return True
 

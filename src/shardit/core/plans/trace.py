@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from shardit.core.comm.wire import first_byte, span
 from shardit.core.plans.call_plan import Address, Site
+from shardit.core.runtime.storages import Storages, storage_key, tensors_of, written
 from shardit.errors import UnsupportedError
 
 # Operations whose result decides what Python does next, or how large the next tensor is.
@@ -62,9 +62,7 @@ class Trace:
     mutated_input: bool = False
     sources: dict[int, set[int]] = field(default_factory=dict)  # storage -> leaves of the arguments it was made from
     deciding: set[int] = field(default_factory=set)  # leaves of the arguments whose values Python has read
-    _numbers: dict[int, int] = field(default_factory=dict)
-    # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
-    _refs: list[StorageWeakRef] = field(default_factory=list)
+    _storages: Storages = field(default_factory=Storages)
 
     def begin(self, arguments: Iterable[Any]) -> None:
         """Take note of what the forward is called with, leaf by leaf."""
@@ -80,16 +78,11 @@ class Trace:
 
     def number(self, tensor: torch.Tensor) -> int:
         """The number of the storage under a tensor."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._numbers:
-            self._numbers[key] = len(self._refs)
-            self._refs.append(StorageWeakRef(storage))
-        return self._numbers[key]
+        return self._storages.number(tensor)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether the storage under a tensor was seen before."""
-        return tensor.untyped_storage()._cdata in self._numbers
+        return tensor in self._storages
 
     def operation(self, name: str, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor]) -> None:
         """Record an operation outside blocks."""
@@ -159,18 +152,15 @@ class Recorder(TorchDispatchMode):
         if self.paused:
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(torch.Tensor, self.fetch, (args, kwargs))
-        reads = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        reads = tensors_of((args, kwargs))
         self._check(func, reads, args)
         out = func(*args, **kwargs)
-        seen = {t.untyped_storage()._cdata for t in reads}
-        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        outputs = tensors_of(out)
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            written = [a for a, spec in zip(args, func._schema.arguments, strict=False) if _writes(spec)]
-            written += [kwargs[s.name] for s in func._schema.arguments if _writes(s) and s.name in kwargs]
-            written = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
-            self.trace.operation(str(func), reads, written + outputs)
+            self.trace.operation(str(func), reads, written(func, args, kwargs) + outputs)
         else:
-            fresh = [t for t in outputs if t.untyped_storage()._cdata not in seen]
+            seen = set(map(storage_key, reads))
+            fresh = [t for t in outputs if storage_key(t) not in seen]
             if fresh or not outputs:  # what is left out are views: they read no data
                 self.trace.operation(str(func), reads, fresh)
         return out
@@ -198,10 +188,6 @@ def _deciding(func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> li
     if func is torch.ops.aten.index.Tensor:
         return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
     return reads
-
-
-def _writes(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 _READS = frozenset(

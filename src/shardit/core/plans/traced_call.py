@@ -29,6 +29,7 @@ from shardit.core.plans.derive import derive
 from shardit.core.plans.trace import Trace, Watch
 from shardit.core.runtime.flat_call import FlatCall, describe_leaf
 from shardit.core.runtime.randomness import States, moved, states
+from shardit.core.runtime.storages import storage_key
 from shardit.core.runtime.versions import changed, mark
 from shardit.errors import RankError, UnsupportedError
 
@@ -223,11 +224,11 @@ def _describe(tensors: list[torch.Tensor], arguments: list[torch.Tensor | None])
     owned_by_argument: dict[int, int] = {}
     for q, tensor in enumerate(arguments):
         if tensor is not None:
-            owned_by_argument.setdefault(tensor.untyped_storage()._cdata, q)
+            owned_by_argument.setdefault(storage_key(tensor), q)
     storages: dict[int, int] = {}
     leaves = []
     for tensor in tensors:
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor)
         shape = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
         if key in owned_by_argument:
             q = next((q for q, t in enumerate(arguments) if t is tensor), owned_by_argument[key])

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardit.parallel.dataflow import tensors_of, written
+from shardit.core.runtime.storages import Storages, tensors_of, written
 
 
 class Untileable(Exception):
@@ -28,8 +27,7 @@ class Watch(TorchDispatchMode):
         self._outputs: dict[int, set[tuple[int, int]]] = {}  # storage -> (call, leaf) that lie in it
         self._hidden: set[int] = set()  # storages that a call made and did not return
         self._read: set[tuple[int, int]] = set()
-        # A weak reference keeps the address of a dead storage from being used again.
-        self._refs: dict[int, StorageWeakRef] = {}
+        self._key = Storages().number
         self._arguments = {self._key(tensor) for tensor in arguments}
 
     @contextmanager
@@ -70,7 +68,7 @@ class Watch(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
             raise Untileable("it draws random numbers")
         out = func(*args, **kwargs)
-        read, wrote = tensors_of((args, kwargs)), written(func, args)
+        read, wrote = tensors_of((args, kwargs)), written(func, args, kwargs)
         if any(self._key(t) in self._arguments for t in wrote):
             raise Untileable("it writes to its arguments")  # and would do so again when it runs again
         if self._inside is None:
@@ -93,11 +91,6 @@ class Watch(TorchDispatchMode):
         for tensor in made if sources else []:
             key = self._key(tensor)
             self._from[key] = self._from.get(key, frozenset()) | sources
-
-    def _key(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        self._refs.setdefault(storage._cdata, StorageWeakRef(storage))
-        return storage._cdata
 
 
 def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,0 +1,53 @@
+"""Which memory tensors lie in, and what operations read and write: what dispatch modes follow dataflow by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+
+class Storages:
+    """Numbers the storages under tensors in order of appearance."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
+        self._refs: list[StorageWeakRef] = []
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The number of the storage under a tensor; a new one gets the next."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._numbers:
+            self._numbers[storage._cdata] = len(self._refs)
+            self._refs.append(StorageWeakRef(storage))
+        return self._numbers[storage._cdata]
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        """Whether the storage under a tensor has a number."""
+        return storage_key(tensor) in self._numbers
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """What tells the storage under a tensor from others as long as it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The arguments that an operation writes to."""
+    if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
+        return []
+    specs = func._schema.arguments
+    values = [a for a, spec in zip(args, specs, strict=False) if _writes(spec)]
+    return tensors_of(values + [kwargs[spec.name] for spec in specs if _writes(spec) and spec.name in kwargs])
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write

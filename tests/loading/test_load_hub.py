@@ -138,7 +138,7 @@ def client(hub: Hub, home: Path, code: str, **env: str) -> list[str]:
         env={**kept, **settings, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

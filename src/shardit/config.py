@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from shardit.errors import InputError, UnsupportedError
@@ -25,6 +25,24 @@ _DEGREES = (
 _DEGREES_OF_OWN_RANKS = tuple(name for name in _DEGREES if name != "vae_patch_parallel_size")
 
 
+def _is_int(value: object) -> bool:
+    # bool is an int to Python, but True given as a number of ranks is a mistake.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _setting(
+    default: Any, help: str | None, *, check: Callable[[str, Any], None] | None = _require_positive, short: str = ""
+) -> Any:
+    """A field with the help of its flag (None: there is no flag), the flag's second name, and the check of values that
+    are not None."""
+    return field(default=default, metadata={"help": help, "check": check, "short": short})
+
+
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
     """Degrees of parallelism. Every degree is a number of ranks, at least 1; 1 switches the axis off.
@@ -32,42 +50,54 @@ class DiffusionParallelConfig:
     Wrong values raise `InputError`.
     """
 
-    pipeline_parallel_size: int = 1
+    pipeline_parallel_size: int = _setting(
+        1, "Number of pipeline stages that the blocks of the transformer are split into."
+    )
     """Ranks that the blocks of a transformer are cut over. Default 1. Error: more ranks than blocks (at load)."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = _setting(1, "Number of ranks that each linear layer is split across.")
     """Ranks that the linears inside the blocks, and those of text encoders, are cut over. Default 1. Error: more ranks
     than heads, or a transformer whose parts no rule knows (at load)."""
 
-    ulysses_degree: int = 1
+    ulysses_degree: int = _setting(
+        1, "Ulysses degree: number of ranks that split the tokens, and the heads within attention.", short="--usp"
+    )
     """Ranks that the tokens are cut over and, within attention, the heads (Ulysses). Default 1. Error: below 1, or a
     model whose blocks cannot be cut by tokens (at the first call)."""
 
-    ring_degree: int = 1
+    ring_degree: int = _setting(
+        1,
+        "Ring attention degree: number of ranks that split the tokens and pass keys and values around.",
+        short="--ring",
+    )
     """Ranks that the tokens are cut over, with keys and values that travel around (Ring attention). Default 1. Error:
     below 1, a model whose blocks cannot be cut by tokens, or an attention back end that is not native (at the first
     call)."""
 
-    sequence_parallel_size: int | None = None
+    sequence_parallel_size: int | None = _setting(None, None)
     """Ranks that the tokens are cut over. Default None = ulysses_degree x ring_degree. Error: any other product."""
 
-    cfg_parallel_size: int = 1
+    cfg_parallel_size: int = _setting(1, "Number of ranks that compute the branches of classifier-free guidance.")
     """Ranks that the branches of guidance, or the samples of a batch, are dealt to. Default 1. Error: more than the
     branches x samples of a step (in the first step)."""
 
-    data_parallel_size: int = 1
+    data_parallel_size: int = _setting(1, "Number of replicas of the model; each runs its share of the requests.")
     """Copies of the model that share the requests. Default 1. Error: below 1."""
 
-    vae_patch_parallel_size: int = 1
+    vae_patch_parallel_size: int = _setting(1, "Number of ranks that the tiles of the VAE are split across.")
     """Ranks that the tiles of the VAE are dealt to; these ranks are not extra ones. More than 1 switches the VAE's
     tiling on. Default 1. Error: more than the ranks that work on one request (all axes but data_parallel_size), or (at
     load) a VAE that cannot work in tiles."""
 
-    pipeline_chunks: int | None = None
+    pipeline_chunks: int | None = _setting(
+        None, "Chunks of blocks per rank; 1 gives each rank one contiguous range. [default: automatic]"
+    )
     """Chunks of blocks per pipeline rank. Default None = chosen at load from what can be in flight; 1 = contiguous
     stages; more = looped placement. Error: below 1."""
 
-    layer_partition: Sequence[int] | None = None
+    layer_partition: Sequence[int] | None = _setting(
+        None, 'Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]', check=None
+    )
     """Blocks per stage (pipeline_parallel_size entries, contiguous) or per chunk in chunk order
     (pipeline_parallel_size x pipeline_chunks entries), counted over a transformer's block lists in the order of a
     forward. Default None = the environment (see `resolve_layer_partition`), else balanced by cost. Error: an entry
@@ -82,11 +112,10 @@ class DiffusionParallelConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in _DEGREES:
-            _require_positive(name, getattr(self, name))
-        for name in ("sequence_parallel_size", "pipeline_chunks"):
-            if getattr(self, name) is not None:
-                _require_positive(name, getattr(self, name))
+        for item in fields(self):
+            value, check = getattr(self, item.name), item.metadata.get("check")
+            if check is not None and (value is not None or item.default is not None):
+                check(item.name, value)
         if not isinstance(self.split_batch, bool):
             raise InputError(f"split_batch must be True or False, got {self.split_batch!r}")
         self._check_sequence_parallel_size()
@@ -296,16 +325,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The text " (did you mean 'x'?)" for the nearest known name, or nothing."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
-
-
-def _is_int(value: object) -> bool:
-    # bool is an int to Python, but True given as a number of ranks is a mistake.
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _as_partition(entries: object, source: str) -> tuple[int, ...]:

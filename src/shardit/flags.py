@@ -37,46 +37,28 @@ DtypeFlag = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParallelFlags:
-    """How a model is spread over ranks."""
+def _parallel_flag(item: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
+    names = (f"--{item.name.replace('_', '-')}", item.metadata["short"]) if item.metadata["short"] else ()
+    # The command line gives a list as text, with commas.
+    kind = str | None if item.name == "layer_partition" else int | None if item.default is None else int
+    return (
+        item.name,
+        Annotated[kind, Option(*names, help=item.metadata["help"])],
+        dataclasses.field(default=item.default),
+    )
 
-    pipeline_parallel_size: Annotated[
-        int, Option(help="Number of pipeline stages that the blocks of the transformer are split into.")
-    ] = 1
-    tensor_parallel_size: Annotated[int, Option(help="Number of ranks that each linear layer is split across.")] = 1
-    ulysses_degree: Annotated[
-        int,
-        Option(
-            "--ulysses-degree",
-            "--usp",
-            help="Ulysses degree: number of ranks that split the tokens, and the heads within attention.",
-        ),
-    ] = 1
-    ring_degree: Annotated[
-        int,
-        Option(
-            "--ring-degree",
-            "--ring",
-            help="Ring attention degree: number of ranks that split the tokens and pass keys and values around.",
-        ),
-    ] = 1
-    cfg_parallel_size: Annotated[
-        int, Option(help="Number of ranks that compute the branches of classifier-free guidance.")
-    ] = 1
-    data_parallel_size: Annotated[
-        int, Option(help="Number of replicas of the model; each runs its share of the requests.")
-    ] = 1
-    vae_patch_parallel_size: Annotated[
-        int, Option(help="Number of ranks that the tiles of the VAE are split across.")
-    ] = 1
-    pipeline_chunks: Annotated[
-        int | None,
-        Option(help="Chunks of blocks per rank; 1 gives each rank one contiguous range. [default: automatic]"),
-    ] = None
-    layer_partition: Annotated[
-        str | None, Option(help='Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]')
-    ] = None
+
+_Degrees: Any = dataclasses.make_dataclass(
+    "_Degrees",
+    [_parallel_flag(item) for item in dataclasses.fields(DiffusionParallelConfig) if item.metadata.get("help")],
+    frozen=True,
+    kw_only=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelFlags(_Degrees):
+    """How a model is spread over ranks: the fields of `DiffusionParallelConfig` that have a help text."""
 
     def parallel_config(self) -> DiffusionParallelConfig:
         """The configuration that the flags ask for."""

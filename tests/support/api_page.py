@@ -97,7 +97,10 @@ def _fields(cls: type) -> Iterator[tuple[str, str, str, str]]:
         kind = node.annotation
         if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
             kind = kind.slice.elts[0] if isinstance(kind.slice, ast.Tuple) else kind
-        default = ast.unparse(node.value) if node.value is not None else ""
+        value = node.value
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "_setting":
+            value = value.args[0]
+        default = ast.unparse(value) if value is not None else ""
         yield node.target.id, ast.unparse(kind), default, _flat(str(text))
 
 

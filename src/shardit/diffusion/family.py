@@ -6,9 +6,12 @@ import copy
 import functools
 from typing import Any
 
+from shardit.core.modules import hooks
 from shardit.diffusion.class_homes import MODELS
 from shardit.parallel.attention.hook import wrapped_back_end
 from shardit.parallel.tensor.rules import Family, FeedForward, FusedAttention, ParallelBlock
+
+hooks.LIBRARIES.update(("transformers", "peft", "accelerate"))
 
 FEED_FORWARDS = (
     FeedForward(

@@ -106,7 +106,7 @@ class Checkpoint:
             path = self.folder / file
             if not path.exists():
                 raise InputError(f"{path} is missing: download or copy the model again")
-            # Read anew: a header that came from the hub does not say where the data starts in the file.
+            # Read again: a header that came from the hub does not say where the data starts in the file.
             self._headers[file] = Header.read(path, reads)
 
     def stored_dtype(self) -> torch.dtype | None:

@@ -44,7 +44,7 @@ class Ranks:
     """State of the ranks, sent at every change and when an API process starts.
 
     info: what the first rank reports of the model, once it is loaded. ranks: per rank
-    {"rank", "state", "peak_bytes"}. restarts: how often they were started anew since the server started.
+    {"rank", "state", "peak_bytes"}. restarts: how often they were restarted since the server started.
     """
 
     state: RanksState

@@ -12,7 +12,7 @@ _KEPT_BY_OLD = 32 << 20  # older glibc takes no more
 
 def keep_freed_memory() -> None:
     """Let malloc keep freed blocks of up to 1 GiB. Every hop and every large activation is allocated and freed, and the
-    kernel's work of mapping and clearing their pages anew each time took about 7 % of the CPU time of a looped schedule
+    kernel's work of mapping and clearing their pages each time took about 7 % of the CPU time of a looped schedule
     and a quarter of that of a video's decoding. Does nothing without glibc.
     """
     if not sys.platform.startswith("linux"):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+LIBRARIES = {"torch"}
 """Packages whose hooks belong to a module: they act on the rank that runs it. All other hooks were put there to see or
-to change something from outside."""
+to change something from outside. A model family adds its own packages when it is imported."""
 
 
 def hooks_below(module: nn.Module) -> list[str]:

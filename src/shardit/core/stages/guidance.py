@@ -82,7 +82,7 @@ class GuidanceScheduler:
     told: bool = False
 
     def begin(self, program: object) -> None:
-        """A pipeline is called anew: how many branches its steps have is not known yet."""
+        """A pipeline is called again: how many branches its steps have is not known yet."""
         self.steps.pop(program, None)
 
     def parts(self, program: object, samples: int) -> int:

@@ -26,7 +26,7 @@ Place = tuple[int, str]
 
 @dataclass(frozen=True)
 class Arrival:
-    """A connection of a rank, and what it has told of itself (`engine.facts`)."""
+    """A connection of a rank, and its facts (`engine/nodes/node_facts.py`)."""
 
     channel: Channel
     facts: dict[str, Any]

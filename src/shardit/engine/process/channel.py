@@ -138,7 +138,7 @@ class Pipe:
             with contextlib.suppress(Closed, OSError):
                 while True:
                     self._on_message(self._channel.recv())
-        finally:  # whatever came: who is no longer heard is gone
+        finally:  # whatever the error: without its messages the other side is gone
             self._on_closed()
 
     def _write(self) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 class Loop:
     """Runs what other threads hand over, one after the other, and `tick` about every `every_s` seconds.
 
-    on_trouble(error) is told what goes wrong: the system or the disk refuses something, or there is a fault of ours.
-    The loop goes on.
+    on_trouble(error) is called with errors: the system or the disk refuses something, or there is a fault of ours. The
+    loop goes on.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def reset_peak() -> None:
-    """Start to measure `peak_bytes` anew."""
+    """Start to measure `peak_bytes` again."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -43,7 +43,7 @@ def held_bytes() -> int:
 
 
 def limit_bytes(ranks_here: int) -> int | None:
-    """The most that this rank can hold, None where that cannot be told: its accelerator's memory, or an equal share of
+    """The most that this rank can hold, None if it is not known: its accelerator's memory, or an equal share of
     this machine's (or container's) for each of `ranks_here` ranks."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Processes of shardit: how one is started, ends with its parent, and how its end is told."""
+"""Processes of shardit: how one is started, exits with its parent, and how its exit is described."""
 
 from __future__ import annotations
 

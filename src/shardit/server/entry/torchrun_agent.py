@@ -2,7 +2,7 @@
 
 The rank itself is a fork of this process, so that an agent, which has neither torch nor threads, always reacts: it
 ends a rank that hangs, and it ends with the code that the supervisor names, by which torchrun knows whether to start
-all ranks anew. Supervisor and agents never outlive each other.
+all ranks again. Supervisor and agents never outlive each other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KILL_S = 5.0
 
 
 def serve_as_rank(options: ServeOptions) -> int:
-    """Keep this process's rank until the server stops or all ranks are to be started anew; returns the exit code.
+    """Keep this process's rank until the server stops or all ranks are to be restarted; returns the exit code.
     Raises InputError where torchrun has started another number of ranks than the flags ask for."""
     rank_env, wanted = RankEnv.of_environment(), options.config.world_size
     if rank_env.world_size != wanted:

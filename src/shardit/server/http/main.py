@@ -59,7 +59,7 @@ async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, li
     link.start(loop, live_state.deliver)
     try:
         dropped = await loop.run_in_executor(None, store.drop_waiting)
-    except sqlite3.Error as error:  # a full disk, say: requests are told
+    except sqlite3.Error as error:  # a full disk, say: requests report it
         _LOG.error("storage", error=str(error))
         dropped = 0
     if dropped:

@@ -39,7 +39,7 @@ class NewJob:
     """A client waits on its connection for the result: without it the job is cancelled."""
     idempotency_key: str | None = None
     fingerprint: str = ""
-    """Digest of the request, by which a repeated idempotency key is told from a misused one."""
+    """Digest of the request, which tells a repeated idempotency key from a misused one."""
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def _resources_wait() -> float:
 
 
 def _wants_gpus(ray: Any, device: str | None) -> bool:
-    """As ranks pick devices: GPUs where there are some, unless told otherwise."""
+    """As ranks pick devices: GPUs if there are any, by default."""
     if device is not None:
         return device.partition(":")[0] == "cuda"
     return ray.cluster_resources().get("GPU", 0) > 0

@@ -18,18 +18,18 @@ from shardit.errors import RankError
 from shardit.server.options import ServeOptions
 
 RESTART = 75
-"""Exit code of agents when all ranks are to be started anew; torchrun does so for any code but 0."""
+"""Exit code of agents when all ranks are to be restarted; torchrun does so for any code but 0."""
 ARRIVE_S = 900.0
 """Longest wait for all ranks to arrive, in seconds. They do before they load the model."""
 AGAIN_S = 60.0
-"""How long a supervisor lives on that waits to be ended because ranks are started anew, in seconds."""
+"""How long a supervisor lives on that waits to be ended because ranks are restarted, in seconds."""
 PATIENCE_S = 20.0
 """How long a supervisor waits for the data folder and the port of the one before it, in seconds."""
 
 
 @dataclass(frozen=True)
 class Supervise:
-    """From the agent of rank 0 to the supervisor, first of all. restarts: how often torchrun has started all anew."""
+    """From the agent of rank 0 to the supervisor, first of all. restarts: how often torchrun has restarted all."""
 
     options: ServeOptions
     reach: Reach
@@ -45,7 +45,7 @@ class Leave:
 
 
 class TorchrunPlacement:
-    """See `Placement`. Ranks are started once: to start them anew, all processes end and torchrun starts others."""
+    """See `Placement`. Ranks are started once: to restart them, all processes end and torchrun starts others."""
 
     def __init__(self, port: RankPort, world_size: int):
         self._port, self._size = port, world_size
@@ -58,7 +58,7 @@ class TorchrunPlacement:
         """See `Placement`. Processes on other machines are not watched: a closed connection is all that is known."""
         if self._started:
             self._over.wait(AGAIN_S)
-            raise RankError(-1, "torchrun has not started the ranks anew")
+            raise RankError(-1, "torchrun has not restarted the ranks")
         self._started = True
         arrived = self._port.collect(ARRIVE_S)
         self._control_channels = [arrived[rank, "agent"].channel for rank in range(self._size)]
@@ -82,7 +82,7 @@ class TorchrunPlacement:
 
     def leave(self, code: int) -> None:
         """Have all agents end with `code`; the first call counts. 0 becomes RESTART where an agent is gone already:
-        torchrun, which noticed, is about to start all anew and has therefore told us to end."""
+        torchrun, which noticed, is about to restart all and has therefore sent a signal to end."""
         if not self._left.acquire(blocking=False):
             return
         if (

@@ -1,4 +1,4 @@
-"""The supervisor's side of the API process: started at once, and anew when it ends or hangs, with the socket kept."""
+"""The supervisor's side of the API process: started at once, and again when it ends or hangs, with the socket kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ API = "shardit.server.http.main"
 MAX_BACKLOG = 1000
 """Messages that an API process which does not read may let pile up before it is told no more steps."""
 CALM_S = 5.0
-"""An API process that lives for so long is started anew at once when it ends."""
+"""An API process that lives for so long is restarted at once when it ends."""
 MAX_PAUSE_S = 10.0
 STOP_S = 2.0
 
@@ -113,7 +113,7 @@ class ApiProcess:
             self._pipe.send(message)
 
     def look_after(self) -> None:
-        """Start it anew if it has ended, end it if it hangs. One that ends again and again is started after a growing
+        """Start it again if it has ended, end it if it hangs. One that ends again and again is started after a growing
         pause."""
         now = time.monotonic()
         if self._process is not None and self._heartbeat is not None and self._heartbeat.hangs():

@@ -77,7 +77,7 @@ class Dispatcher:
     # What happens.
 
     def ready(self, infos: list[ModelInfo]) -> None:
-        """The ranks are up, and have told this of themselves."""
+        """All ranks have loaded; `infos` by rank."""
         self.info = infos[0]
         self.hang_detector.reset()
         self.patience.cold = True

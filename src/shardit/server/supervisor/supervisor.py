@@ -1,5 +1,5 @@
-"""The supervisor: the process of `shardit serve`, which keeps the API process and the ranks running until it is told to
-stop."""
+"""The supervisor: the process of `shardit serve`, which keeps the API process and the ranks running until it receives a
+signal to stop."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Supervisor:
         self._cancelled = self.store.recall(CANCELLED_WAITING, 0)
 
     def run(self) -> int:
-        """Until told to stop; returns the exit code."""
+        """Serve until a signal arrives; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.loop.call(self.stop, number))
         self._check_model()
@@ -176,7 +176,7 @@ class Supervisor:
         self.jobs.ready(infos)
 
     def on_down(self, down: Failure) -> None:
-        """Ranks have failed: start all anew, after a growing pause where they never come up."""
+        """Ranks have failed: restart all, after a growing pause where they never come up."""
         self._failed_starts += not self._was_up
         if not self._was_up and (down.refusal or self._failed_starts == MAX_FIRST_STARTS):
             text = f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.text.splitlines()[0]}"

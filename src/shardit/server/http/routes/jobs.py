@@ -61,7 +61,7 @@ def add_job_routes(
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> Any:
-        """A page of jobs, the newest first unless told otherwise."""
+        """A page of jobs, the newest first by default."""
         try:
             jobs, more = context.store.page(kind, owner=owner(request), after=after, limit=limit, order=order)
         except InputError as error:

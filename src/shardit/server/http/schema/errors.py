@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: one shape, that of OpenAI, for every error."""
+"""Error responses: one shape, that of OpenAI, for every error."""
 
 from __future__ import annotations
 

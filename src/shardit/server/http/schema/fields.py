@@ -167,7 +167,7 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         "num_frames": _between(1, limits.frames, "Frames of a video."),
         "num_inference_steps": _between(1, limits.steps, "Denoising steps."),
         "num_outputs_per_prompt": _between(1, limits.outputs, "The same as n."),
-        "seed": _between(RANDOM_SEED, MAX_SEED, "Drawn, and told, where it is -1 or not given."),
+        "seed": _between(RANDOM_SEED, MAX_SEED, "Drawn, and returned, if it is -1 or not given."),
         "max_sequence_length": _between(1, limits.prompt_tokens, "Longest prompt in tokens."),
         "layers": _between(1, limits.outputs, "Layers that a layered pipeline cuts a picture into."),
         "fps": _optional(Annotated[float, Field(ge=FPS[0], le=FPS[1])], "Frames per second of the file."),

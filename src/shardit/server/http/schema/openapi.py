@@ -40,7 +40,7 @@ def binary(media_type: str) -> dict[str, Any]:
 
 
 def body(name: str) -> dict[str, Any]:
-    """Arguments of a route that takes one of the bodies that `describe` is told of."""
+    """Arguments of a route that takes one of the bodies that `describe` is given."""
     return {"requestBody": {"$ref": f"#/components/requestBodies/{name}"}}
 
 

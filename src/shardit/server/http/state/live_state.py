@@ -1,4 +1,4 @@
-"""What is going on now, as this process was told: the state of the ranks, the last step of each job, and who waits."""
+"""Last known state of the ranks and jobs, and the requests that wait for news of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Wake
 
 
 class Watch:
-    """Wakes who waits for news of one job; of its `steps` only where told so."""
+    """Wakes a request that waits for news of one job; of its `steps` only if asked for."""
 
     def __init__(self, steps: bool) -> None:
         self.steps = steps

@@ -36,7 +36,7 @@ class SupervisorClient:
                         loop.call_soon_threadsafe(self.send, Pong())
                     else:
                         loop.call_soon_threadsafe(deliver, message)
-            except Exception:  # whatever it is, nothing more would be heard
+            except Exception:  # whatever it is, nothing more would arrive
                 self._on_end()
 
         def write() -> None:

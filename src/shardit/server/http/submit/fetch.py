@@ -1,4 +1,4 @@
-"""Fetching an input picture from a host that the server was told to trust, and from nowhere else."""
+"""Fetching an input picture from a trusted host, and from nowhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input pictures of a request: uploads, data: URLs, and addresses on hosts that the server was told to trust."""
+"""Input pictures of a request: uploads, data: URLs, and addresses on trusted hosts."""
 
 from __future__ import annotations
 

@@ -52,11 +52,12 @@ class ServingWorker:
 
     def admit(self, active: int) -> Program | None:
         """At the beginning of a round: act on the commands that count from now on; a program that is to join."""
-        if not self.counts.ahead:
-            self._read()
-        for _ in range(self.counts.take()):
-            self._act(self._next_command())
         has_room = active < self.session.spec.max_in_flight
+        if self._listens(has_room):
+            if not self.counts.ahead:
+                self._read()
+            for _ in range(self.counts.take()):
+                self._act(self._next_command())
         taken = self.waiting.popleft() if self.waiting and has_room else None
         if taken is None and active == 0:
             self.busy_s += time.perf_counter() - self._since
@@ -123,6 +124,11 @@ class ServingWorker:
         taken = self.running.get(self.session.turns.current)
         return {"request_id": taken.request_id} if taken is not None else {}
 
+    def _listens(self, has_room: bool) -> bool:
+        """Whether commands count in this round. Without a server nothing is cancelled, and a request could not begin
+        yet: the exchange would cost each of the many rounds of a step."""
+        return self.counts.ahead or self.session.spec.of_server or (has_room and not self.waiting)
+
     def _read(self) -> None:
         """On the first rank: what has come counts from the next `take` on."""
         if self.session.leads:
@@ -155,7 +161,8 @@ class ServingWorker:
         def report(_: int, step: int, total: int) -> None:
             if self.session.leads:
                 self.channel.send(Progress(key, step, total))
-            self.session.turns.yield_turn()
+            if self.session.spec.of_server:  # other requests wait for an answer, and this one may be cancelled
+                self.session.turns.yield_turn()
 
         return report
 

@@ -114,7 +114,7 @@ def test_a_rank_that_fails_alone_is_named(server: Server, monkeypatch: pytest.Mo
     job_id = server.put()
     server.jobs.heard(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
     now[0] += 601
-    reason = "no progress for 601 s; rank 1 alone ended a request: KeyError: 'x'"
+    reason = "no progress for 601 s; rank 1 failed: it alone ended a request: KeyError: 'x'"
     assert server.jobs.hang_detector.overdue() == (reason, [0, 1])
 
 

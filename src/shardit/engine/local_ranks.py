@@ -55,6 +55,7 @@ class LocalRanks:
         self._together = spec.config.world_size // spec.config.data_parallel_size
         self._in_flight: dict[int, InFlight] = {}
         self._hangs = HangDetector(self._group, self._in_flight.values, lambda _: self.spec.timeout_s, timeouts.doubt_s)
+        self._held: list[int] = []
         self._up = False
         self._failure: Failure | None = None
         self._on_step: Callable[[Progress], None] = lambda _: None
@@ -81,8 +82,8 @@ class LocalRanks:
         if refusals:
             raise InputError(refusals[0])
         peaks = [
-            max((one.finished[rank].peak_bytes for one in finished if rank in one.finished), default=0)
-            for rank in range(self._group.size)
+            max((one.finished[rank].peak_bytes for one in finished if rank in one.finished), default=held)
+            for rank, held in enumerate(self._held)
         ]
         return [replace(one.first.output, peak_bytes=peaks) for one in finished]
 
@@ -122,6 +123,7 @@ class LocalRanks:
 
     def _set_up(self, infos: list[ModelInfo]) -> None:
         self.info, self._up = infos[0], True
+        self._held = [info.held_bytes for info in infos]  # the peak of a rank that had no request
         self._hangs.reset()
 
     def _set_down(self, failure: Failure) -> None:

@@ -34,8 +34,7 @@ class HangDetector:
 
     def explain(self) -> Failure | None:
         """The failure of a rank on which alone a request has failed, if there is one: its peers may give up on it."""
-        found = [one.alone for one in self._failed_alone()]
-        return Failure(f"it alone ended a request: {found[0][1]}", rank=found[0][0]) if found and found[0] else None
+        return next((failure for one in self._in_flight() if (failure := _alone(one)) is not None), None)
 
     def reset(self) -> None:
         """The ranks have just started."""
@@ -58,7 +57,7 @@ class HangDetector:
             return
         if (found := self.overdue()) is not None:
             self._rank_group.hang(*found)
-        elif not self._failed_alone():
+        elif self.explain() is None:
             self._stacks = {}
         elif not self._looking and time.monotonic() >= self._look_at:
             self._looking = True
@@ -72,25 +71,21 @@ class HangDetector:
             if silence > self._bound(replica):
                 here = [one for one in self._in_flight() if one.replica == replica]
                 silent = [rank for rank in here[0].ranks if any(rank not in one.finished for one in here)]
-                alone = "".join(f"; {_alone(one)}" for one in self._failed_alone()[:1])
-                return f"no progress for {silence:.0f} s{alone}", silent
+                alone = self.explain()
+                return f"no progress for {silence:.0f} s" + (f"; {alone.text}" if alone else ""), silent
         return None
-
-    def _failed_alone(self) -> list[InFlight]:
-        return [one for one in self._in_flight() if one.alone is not None]
 
     def _seen(self, stacks: dict[int, str]) -> None:
         self._looking, self._look_at = False, time.monotonic() + self._doubt_s
         before, self._stacks = self._stacks, stacks
-        for one in self._failed_alone():
-            assert one.alone is not None
-            if all(waits_for_peer(stacks.get(rank, "")) and stacks[rank] == before.get(rank) for rank in one.ranks):
-                rank, reason = one.alone
-                self._rank_group.fail(f"it alone ended a request: {reason}", rank)
+        for one in self._in_flight():
+            alone = _alone(one)
+            stuck = all(waits_for_peer(stacks.get(rank, "")) and stacks[rank] == before.get(rank) for rank in one.ranks)
+            if alone is not None and stuck:
+                self._rank_group.fail(alone.reason, alone.rank)
                 return
 
 
-def _alone(one: InFlight) -> str:
-    assert one.alone is not None
-    rank, reason = one.alone
-    return f"rank {rank} alone ended a request: {reason}"
+def _alone(one: InFlight) -> Failure | None:
+    """The failure of a rank on which alone a request has failed."""
+    return None if one.alone is None else Failure(f"it alone ended a request: {one.alone[1]}", rank=one.alone[0])

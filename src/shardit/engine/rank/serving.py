@@ -3,9 +3,9 @@
 Every rank of a replica reads the same commands in the same order from a channel of its own. What must be agreed on is
 only when: for each round the first rank of the replica says how many commands count from now on, in eight bytes. Stages
 go through a step in several rounds, and not in step: there it says so a round ahead, so that nobody waits for it. Other
-ranks take a step per round, all at once: there it says so when the round begins, so that a request that is cancelled
-ends with the step that it is in. While nothing runs, ranks wait at their channels. A request that comes while all slots
-are taken enters in the round after one has ended.
+ranks say so when the round begins, so that a request that is cancelled ends with the step that it is in; if no server
+can cancel one, only in rounds in which another could begin. While nothing runs, ranks wait at their channels. A request
+that comes while all slots are taken enters in the round after one has ended.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ class ServingWorker:
         if program.error is not None and not cancelled:
             kind = type(program.error).__name__
             error = one_line(program.error) + advice(taken.request, program.error)
-            self.channel.send(
-                RequestFailed(taken.key, error)
-            )  # if it is the only rank, nobody may ever come to meet it
+            # Before the comparison: if it fails on this rank alone, the others may never come to compare.
+            self.channel.send(RequestFailed(taken.key, error))
             self.session.agree((taken.key, kind), f"here: {program.error!r}")
         output = None
         if self.session.leads and not cancelled:

@@ -54,7 +54,7 @@ class Worker:
         with self._one_mesh():
             session = Session(spec, rank=self.rank, world_size=self.count, init_method=self.method)
         self._sessions[name] = session
-        return {"chunks": session._assignment.chunks, "bytes_read": session.info.bytes_read}
+        return {"chunks": session.model.assignment.chunks, "bytes_read": session.info.bytes_read}
 
     @contextlib.contextmanager
     def _one_mesh(self) -> Iterator[None]:

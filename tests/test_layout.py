@@ -164,7 +164,7 @@ BUDGET = {
     ".": 1210,
     "core": 4470,
     "diffusion": 3490,
-    "engine": 2080,
+    "engine": 2120,
     "loading": 1280,
     "models": 800,
     "parallel": 3260,

@@ -27,13 +27,13 @@ from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusion
 from PIL import Image
 from safetensors.numpy import load_file
 
-from shardit.diffusion.output.collect import collect, with_arrays
+from shardit.diffusion.output.collect import collect, error_text, with_arrays
 from shardit.diffusion.output.output import Output, savable
 from shardit.diffusion.preflight.static_signature import static_signature
 from shardit.diffusion.request.build import build_requests
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
 from shardit.diffusion.request.returned import sample_rate_of
-from shardit.engine.library_warnings import LONGEST_WARNING, warnings_of
+from shardit.engine.tasks.library_warnings import LONGEST_WARNING, warnings_of
 from shardit.errors import InputError
 from shardit.params import OmniDiffusionSamplingParams
 
@@ -358,11 +358,11 @@ def test_errors_of_libraries_come_with_what_to_change(text, words):
     asked = dataclasses.replace(
         request(), made_by={"dtype": {"vae": "bfloat16"}}, kwargs={"height": 8 if words else 512}
     )
-    error = collect(asked, None, RuntimeError(text)).error or ""
+    error = error_text(asked, RuntimeError(text))
     assert error.startswith(f"RuntimeError: {text}")
     assert (words in error) if words else error == f"RuntimeError: {text}"
     plain = dataclasses.replace(asked, made_by={"dtype": "bfloat16"}, kwargs={})
-    assert collect(plain, None, RuntimeError(text)).error == f"RuntimeError: {text}"
+    assert error_text(plain, RuntimeError(text)) == f"RuntimeError: {text}"
 
 
 def test_long_warnings_are_cut():

@@ -297,11 +297,24 @@ cut = pipe("a", generator=torch.Generator("cpu").manual_seed(1), **call).images[
 assert np.array_equal(np.asarray(loaded), np.asarray(cut))
 loaded.save(f"{folder}/load-{rank}.png")
 params = OmniDiffusionSamplingParams(**call)
+
+
+class Unread:
+    def __getattribute__(self, name):
+        raise KeyError("cannot be read")
+
+
 with Omni("tiny/flux", parallel_config=config, max_in_flight=2) as omni:
     try:
         omni.generate("a", nonsense=1) if rank == 0 else omni.generate("a")  # what rank 0 says counts
     except InputError as error:
         assert "takes no 'nonsense'" in str(error), error
+    else:
+        raise AssertionError("not refused")
+    try:
+        omni.generate({"prompt": "a", "image": Unread()})
+    except shardit.RankError as error:
+        assert "rank 0 failed: KeyError: 'cannot be read'" in str(error), error
     else:
         raise AssertionError("not refused")
     outputs = omni.generate([{"prompt": "a", "seed": 1}, "b"], params)

@@ -21,7 +21,7 @@ def loaded(rank: int, count: int, method: str) -> list[str]:
     check(SPEC)
     with mock.patch("shardit.api.prepare", side_effect=AssertionError("built again")):
         session = Session(SPEC, rank=rank, world_size=count, init_method=method)
-        parts = [part for part in session._pipe.components.values() if isinstance(part, torch.nn.Module)]
+        parts = [part for part in session.model.pipe.components.values() if isinstance(part, torch.nn.Module)]
         with pytest.raises(AssertionError, match="built again"):  # it is used up
             Session(SPEC, rank=rank, world_size=count, init_method=f"{method}-2")
         check(SPEC)

@@ -40,7 +40,7 @@ class Session(session.Session):
         def with_plans() -> Any:
             result, seconds, lines = run()
             if "plans?" in (request.prompt or ""):
-                kept = [len(getattr(self._pipe, name).shardit_stages.plans) for name in self._assignment.cut]
+                kept = [len(getattr(self.model.pipe, name).shardit_stages.plans) for name in self.model.assignment.cut]
                 lines = [*lines, f"plans {max(kept)}"]
             return result, seconds, lines
 

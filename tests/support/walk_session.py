@@ -26,9 +26,9 @@ WALK_FILE = "WALK_FILE"
 class Session(session.Session):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        (name, cut), *_ = self._assignment.cut.items()
+        (name, cut), *_ = self.model.assignment.cut.items()
         if self.mesh.rank == 0:
-            write_calls(getattr(self._pipe, name).get_submodule(cut.blocks[0]), Path(os.environ[WALK_FILE]))
+            write_calls(getattr(self.model.pipe, name).get_submodule(cut.blocks[0]), Path(os.environ[WALK_FILE]))
 
 
 def write_calls(block: Any, path: Path) -> None:

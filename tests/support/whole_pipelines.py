@@ -129,15 +129,15 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
     """One case on this rank."""
     spec = SessionSpec(f"tiny/{case.name}", case.config(), case.dtype, "cpu", case.in_flight, timeout_s=60)
     session = Session(spec, rank=rank, world_size=count, init_method=method)
-    for pipe in session._variants.values():
+    for pipe in session.model.variants.values():
         change_scheduler(pipe, case.scheduler)
-    switch_tiling(session._pipe, case)
+    switch_tiling(session.model.pipe, case)
     requests = make_requests(case, session.info.signature, session.info.signature_with_image)
     outputs = session.generate(requests, lambda *_: None)
-    parts = {name: getattr(session._pipe, name) for name in session._assignment.cut}
+    parts = {name: getattr(session.model.pipe, name) for name in session.model.assignment.cut}
     stages = {name: part.shardit_stages for name, part in parts.items() if hasattr(part, "shardit_stages")}
     cuts, stage = {name: s.cut for name, s in stages.items()}, session.mesh.pp_rank
-    tiles = getattr(session._pipe.vae, "shardit_tiles", None)
+    tiles = getattr(session.model.pipe.vae, "shardit_tiles", None)
     return {
         "tiles": {} if tiles is None else dict(tiles.ran),
         "errors": {index: output.error for index, output in outputs.items()},

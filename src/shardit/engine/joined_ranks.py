@@ -45,7 +45,7 @@ class JoinedRanks:
         """Run the requests that `build` makes on rank 0, which draws seeds and reads pictures, on all ranks."""
         with self._naming_this_rank():
             requests = from_rank_0(lambda: made_or_error(build))
-            if isinstance(requests, InputError):
+            if isinstance(requests, (InputError, RankError)):
                 raise requests
             reset_peak()
             outputs = self._session.generate(requests, on_progress if self.rank == 0 else ignore_progress)
@@ -94,12 +94,14 @@ def collected(outputs: dict[int, Output]) -> dict[int, Output]:
     return {index: output for box in boxes if box for index, output in box.items()}
 
 
-def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError:
-    """The requests, or why there are none, for all ranks to know."""
+def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError | RankError:
+    """The requests, or why there are none, for all ranks to know: they would wait for the first one."""
     try:
         return build()
     except InputError as error:
         return Refused.from_error(error).error()
+    except Exception as error:
+        return RankError(0, f"{type(error).__name__}: {error}")
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:

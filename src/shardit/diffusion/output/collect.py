@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shardit.diffusion.request.request import Request
 
 
-def collect(request: Request, value: tuple[Any, float, list[str]] | None, error: Exception | None) -> Output:
+def collect(request: Request, value: tuple[Any, float, list[str]] | None, error: str | None) -> Output:
     """The output of a request that has ended, with its result or its error.
 
     Never raises for what a pipeline may return: this runs on one rank, and the others would wait for it.
@@ -36,8 +36,7 @@ def collect(request: Request, value: tuple[Any, float, list[str]] | None, error:
         "settings": request.settings(),
     }
     if value is None:
-        assert error is not None
-        return Output(error=one_line(error) + advice(request, error), **common)
+        return Output(error=error, **common)
     result, seconds, warnings = value
     try:
         made, left_out = _read(result, request)
@@ -186,6 +185,11 @@ def _portable(value: Any, name: str, left_out: list[str]) -> Any:
         return [part for part in listed if part is not _LEFT_OUT]
     left_out.append(f"{name}, a {type(value).__name__}, cannot be sent and was left out of the output")
     return _LEFT_OUT
+
+
+def error_text(request: Request, error: Exception) -> str:
+    """An error of a request in one line, with what a user can change if that is known."""
+    return one_line(error) + advice(request, error)
 
 
 def one_line(error: Exception) -> str:

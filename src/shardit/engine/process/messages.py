@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from shardit.diffusion.request.model_info import ModelInfo
     from shardit.loading.dtypes import Setting
 
+TASK = "shardit.engine.tasks.pipelines"
+"""The kind of model: a module that is a `Task`."""
+
 SESSION = "shardit.engine.session:Session"
 """What a rank runs, as "module:class"."""
 
@@ -28,6 +31,7 @@ class SessionSpec:
     device: str | None = None
     max_in_flight: int = 1
     timeout_s: float = 600.0
+    task: str = TASK
     session: str = SESSION
     attention_backend: str | None = None
     options: ModelOptions = field(default_factory=ModelOptions)

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shardit.core.runtime.request_loop import Interrupted, Program, is_out_of_memory
-from shardit.diffusion.output.collect import collect, one_line, with_arrays
-from shardit.diffusion.request.advice import advice
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.memory import peak_bytes, reset_peak
 from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFailed, RequestFinished
@@ -82,15 +80,13 @@ class ServingWorker:
             self.session.turns.schedule.drain()
         if program.error is not None and not cancelled:
             kind = type(program.error).__name__
-            error = one_line(program.error) + advice(taken.request, program.error)
+            error = self.session.model.error_text(taken.request, program.error)
             # Before the comparison: if it fails on this rank alone, the others may never come to compare.
             self.channel.send(RequestFailed(taken.key, error))
             self.session.agree((taken.key, kind), f"here: {program.error!r}")
         output = None
         if self.session.leads and not cancelled:
-            output = collect(taken.request, program.value, program.error)
-            if self.session.spec.of_server:
-                output = with_arrays(output)
+            output = self.session.model.collect(taken.request, program.value, error)
         self.channel.send(
             RequestFinished(
                 key=taken.key,
@@ -116,7 +112,8 @@ class ServingWorker:
         """Before an error ends this rank: name the request that took too much memory, if one did."""
         program = self.session.turns.last
         if is_out_of_memory(error) and program is not None and program in self.running:
-            self.channel.send(OutOfMemory(self.running[program].key, one_line(error)))
+            taken = self.running[program]
+            self.channel.send(OutOfMemory(taken.key, self.session.model.error_text(taken.request, error)))
 
     def current_request(self) -> dict[str, str]:
         """The id of the request that has its turn, for the log."""

@@ -1,0 +1,193 @@
+"""A decoder over stages: the calls of its blocks."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardit.core.comm.same_point import sendable
+from shardit.core.decoder.link import Link
+from shardit.core.decoder.shapes import Returned, leaf_of, narrowed, sizes, strides, structure
+from shardit.core.decoder.stage_tensor import Memory, StageTensor
+from shardit.core.modules.patching import subclass_in_place
+from shardit.core.runtime.versions import changed, mark
+from shardit.errors import RankError, UnsupportedError
+
+
+class Books(Protocol):
+    """Keeps what the caches among the arguments of blocks say of layers that other ranks have."""
+
+    def enter(self, index: int, arguments: Sequence[Any], own: bool) -> None:
+        """Before block number `index` is called, or would be if it was this rank's own."""
+        ...
+
+
+@dataclass
+class DecoderStages:
+    """A decoder cut at the calls of its blocks (embedding, layers, head). owners[i]: stage of block i. ran[i]: how often
+    this rank ran it."""
+
+    model: nn.Module
+    link: Link
+    blocks: list[tuple[str, nn.Module]]
+    owners: list[int]
+    books: Books
+    ran: Counter[int] = field(default_factory=Counter)
+    _known: dict[Any, Returned] = field(default_factory=dict)
+    _inside: bool = False
+
+    def install(self) -> None:
+        """Intercept the calls of all blocks, at `forward`: hooks see what blocks of other ranks give, too."""
+        for index, (_, block) in enumerate(self.blocks):
+            own = type(block).forward
+            subclass_in_place(block, {"forward": self._intercepted(index, own)})
+
+    def _intercepted(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return own(block, *args, **kwargs)
+            return self.block_call(index, own.__get__(block), args, kwargs)
+
+        return forward
+
+    def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The owner runs the block, the others get stage tensors for its results."""
+        owner, link = self.owners[index], self.link
+        arguments, spec = tree_flatten((args, kwargs))
+        for leaf in arguments:
+            if type(leaf) is StageTensor:
+                leaf.bring((owner,))
+        self.books.enter(index, arguments, owner == link.rank)
+        key = index, structure(arguments, spec)
+        known = self._known.get(key)
+        expected = None if known is None else sizes(known, arguments)
+        if owner != link.rank:
+            if expected is None:
+                known, expected = self._told(key, known, owner)
+            assert known is not None
+            for q in known.writes:
+                link.comm.broadcast(arguments[q], owner)
+            return self._absent(known, expected, arguments, owner)
+        return self._own(key, call, arguments, spec, known, expected)
+
+    def _own(
+        self,
+        key: Any,
+        call: Callable[..., Any],
+        arguments: list[Any],
+        spec: Any,
+        known: Returned | None,
+        expected: list[tuple[int, ...] | None] | None,
+    ) -> Any:
+        link, index = self.link, key[0]
+        plain = [leaf.data_here if type(leaf) is StageTensor else leaf for leaf in arguments]
+        before = [mark(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in plain]
+        own_args, own_kwargs = tree_unflatten(plain, spec)
+        self._inside = True
+        try:
+            with torch.no_grad():
+                out = call(*own_args, **own_kwargs)
+        except Exception as error:
+            if expected is None:
+                link.comm.group.broadcast_object(sendable(error), link.rank)
+                raise
+            raise RankError(link.rank, f"{self.blocks[index][0]}: {type(error).__name__}: {error}") from error
+        finally:
+            self._inside = False
+        self.ran[index] += 1
+        leaves, out_spec = tree_flatten(out)
+        writes = [q for q, leaf in enumerate(plain) if isinstance(leaf, torch.Tensor) and changed(leaf, before[q])]
+        self._written(writes, arguments)
+        if expected is None:
+            found = self._describe(index, leaves, out_spec, plain, [q for q in writes if type(arguments[q]) is not StageTensor])
+            link.comm.group.broadcast_object(found, link.rank)
+            if isinstance(found, Exception):
+                raise found
+            self._learn(key, known, found)
+        else:
+            assert known is not None
+            self._check(index, leaves, out_spec, known, expected)
+        for q in writes:
+            if type(arguments[q]) is not StageTensor:
+                link.comm.broadcast(arguments[q], link.rank)
+        places = {id(leaf): number for number, leaf in enumerate(plain) if isinstance(leaf, torch.Tensor)}
+        holders = frozenset((link.rank,))
+        wrapped = [
+            leaf
+            if not isinstance(leaf, torch.Tensor)
+            else arguments[places[id(leaf)]]
+            if id(leaf) in places
+            else StageTensor.of(leaf, Memory(holders), link)
+            for leaf in leaves
+        ]
+        return tree_unflatten(wrapped, out_spec)
+
+    def _written(self, writes: list[int], arguments: list[Any]) -> None:
+        if any(type(arguments[q]) is StageTensor for q in writes):
+            raise UnsupportedError("a block writes into an argument that another block has given")
+
+    def _describe(self, index: int, leaves: list[Any], spec: Any, arguments: list[Any], writes: list[int]) -> Any:
+        """What all ranks learn of a result, or why they cannot."""
+        name = self.blocks[index][0]
+        found = []
+        for leaf in leaves:
+            described = leaf_of(leaf, arguments)
+            if described is None:
+                return UnsupportedError(f"{name} returns a {type(leaf).__name__}, which other ranks cannot know")
+            if isinstance(leaf, torch.Tensor) and described.dims is not None:
+                if tuple(leaf.stride()) != strides(tuple(leaf.shape), described.order) and leaf.numel():
+                    return UnsupportedError(f"{name} returns a tensor with gaps: {tuple(leaf.shape)}, {leaf.stride()}")
+            found.append(described)
+        return Returned(spec, tuple(found), tuple(writes))
+
+    def _told(self, key: Any, known: Returned | None, owner: int) -> tuple[Returned, list[tuple[int, ...] | None]]:
+        found = self.link.comm.group.broadcast_object(None, owner)
+        if isinstance(found, Exception):
+            raise found
+        self._learn(key, known, found)
+        # Of this call the lengths are known, whatever else they might have been.
+        now = [None if leaf.dims is None else tuple(_length(one) for one in leaf.dims) for leaf in found.leaves]
+        return found, now
+
+    def _learn(self, key: Any, known: Returned | None, found: Returned) -> None:
+        try:
+            self._known[key] = found if known is None else narrowed(known, found)
+        except ValueError as error:
+            raise UnsupportedError(f"{self.blocks[key[0]][0]} cannot run on one rank alone: {error}") from None
+
+    def _check(
+        self, index: int, leaves: list[Any], spec: Any, known: Returned, expected: list[tuple[int, ...] | None]
+    ) -> None:
+        """The other ranks go by what was learned."""
+        same = spec == known.spec and len(leaves) == len(known.leaves)
+        for leaf, described, size in zip(leaves, known.leaves, expected, strict=True) if same else ():
+            if described.dims is None:
+                same &= isinstance(leaf, torch.Tensor) or described.arg >= 0 or leaf == described.value
+            else:
+                same &= isinstance(leaf, torch.Tensor) and tuple(leaf.shape) == size and leaf.dtype == described.dtype
+        if not same:
+            raise RankError(self.link.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
+
+    def _absent(
+        self, known: Returned, expected: list[tuple[int, ...] | None], arguments: list[Any], owner: int
+    ) -> Any:
+        leaves, holders = [], frozenset((owner,))
+        for leaf, size in zip(known.leaves, expected, strict=True):
+            if size is not None:
+                empty = torch.empty_strided(size, strides(size, leaf.order), dtype=leaf.dtype, device="meta")
+                leaves.append(StageTensor.of(empty, Memory(holders), self.link))
+            else:
+                leaves.append(arguments[leaf.arg] if leaf.arg >= 0 else leaf.value)
+        return tree_unflatten(leaves, known.spec)
+
+
+def _length(candidates: frozenset[Any]) -> int:
+    return next(one for one in candidates if isinstance(one, int))

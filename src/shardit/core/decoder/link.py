@@ -1,8 +1,8 @@
-"""Messages between the stages of a decoder, in the order of the program that all ranks run."""
+"""Messages between the stages of a decoder, in the order of the programs that all ranks run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,46 +14,56 @@ from shardit.core.runtime.pending import Source
 class Link:
     """Sends and receives tensors of which all ranks know the shape.
 
-    pause: called before a rank waits for a message, so that other programs of this rank can compute meanwhile.
+    others_turn: called after each message, on every rank whether it takes part or not: programs that run at the same
+    time take turns there. So all ranks are in the same order at the same messages, and while a message is under way
+    others compute.
     """
 
-    def __init__(self, comm: Comm, pause: Callable[[], None] = lambda: None):
+    def __init__(self, comm: Comm, others_turn: Callable[[], None] = lambda: None):
         self.comm, self.rank, self.size, self.device = comm, comm.rank, comm.size, comm.group.device
         self.everyone = frozenset(range(comm.size))
-        self._pause = pause
+        self._others_turn = others_turn
 
-    def send(self, tensor: torch.Tensor, ranks: frozenset[int], later: bool = False) -> None:
-        """Send a tensor to some ranks; does not wait. It may be written to afterwards. later: for `receive_later`."""
-        message = tensor.detach().clone(memory_format=torch.contiguous_format)
-        flat = storage_bytes(message, 0, message.numel() * message.element_size())
-        if flat.numel():
-            for rank in sorted(ranks):
-                self.comm.send(flat, rank, result=later)
-
-    def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
-        """The tensor that a rank sends, with the strides of `like`. Waits."""
-        message, transfer = self._post(like, source, later=False)
-        self._pause()
-        self._take(transfer)
-        return strided_as(like, message)
-
-    def receive_later(self, like: torch.Tensor, source: int) -> torch.Tensor:
-        """A pending tensor: what a rank sends, contiguous."""
-        message, transfer = self._post(like, source, later=True)
-
-        def settle() -> None:
-            self._pause()
+    def move(self, tensors: Sequence[tuple[torch.Tensor, int, frozenset[int]]]) -> list[torch.Tensor]:
+        """Send tensors from one rank each to others. (tensor, source, targets): on targets a tensor on meta, in whose
+        place the data comes, with the same strides. Every rank calls this alike. Waits for what comes."""
+        coming: dict[int, tuple[torch.Tensor, Transfer | None]] = {}
+        for number, (tensor, source, targets) in enumerate(tensors):
+            if self.rank == source:
+                self._send(tensor, targets)
+            elif self.rank in targets:
+                coming[number] = self._post(tensor, source)
+        self._others_turn()
+        out = [tensor for tensor, _, _ in tensors]
+        for number, (message, transfer) in coming.items():
             self._take(transfer)
+            out[number] = strided_as(out[number], message)
+        return out
 
-        return Source(settle).wrap(message)
+    def share(self, tensor: torch.Tensor, holders: frozenset[int]) -> torch.Tensor:
+        """A small tensor that some ranks have (on others: one on meta), for all; pending on those that get it."""
+        source = min(holders)
+        if self.rank in holders:
+            if self.rank == source:
+                self._send(tensor, self.everyone - holders, pending=True)
+            self._others_turn()
+            return tensor
+        message, transfer = self._post(tensor, source, pending=True)
+        self._others_turn()
+        return Source(lambda: self._take(transfer)).wrap(message)
 
-    def _post(self, like: torch.Tensor, source: int, later: bool) -> tuple[torch.Tensor, Transfer | None]:
+    def _send(self, tensor: torch.Tensor, ranks: frozenset[int], pending: bool = False) -> None:
+        message = tensor.detach().clone(memory_format=torch.contiguous_format)  # it may be written to
+        flat = storage_bytes(message, 0, message.numel() * message.element_size())
+        for rank in sorted(ranks) if flat.numel() else ():
+            self.comm.send(flat, rank, result=pending)
+
+    def _post(self, like: torch.Tensor, source: int, pending: bool = False) -> tuple[torch.Tensor, Transfer | None]:
         message = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         flat = storage_bytes(message, 0, message.numel() * message.element_size())
-        return message, self.comm.receive(flat, source, result=later) if flat.numel() else None
+        return message, self.comm.receive(flat, source, result=pending) if flat.numel() else None
 
     def _take(self, transfer: Transfer | None) -> None:
-        """Wait for a message. Its sender has taken what this rank sent before, so that memory can go."""
         if transfer is not None:
             self.comm.wait(transfer)
 

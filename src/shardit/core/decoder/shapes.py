@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class Returned:
     spec: TreeSpec
     leaves: tuple[Leaf, ...]
     writes: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def lone(self) -> bool:
+        """Whether it is one new tensor."""
+        return self.spec.is_leaf() and self.leaves[0].dims is not None and not self.writes
 
 
 def structure(leaves: Sequence[Any], spec: Any) -> Any:

@@ -1,8 +1,9 @@
 """Tensors whose data some stages have: code outside blocks computes with them on every rank, with data where it is.
 
-All ranks run the same operations in the same order, so each knows which rank has which tensor. An operation runs with
-data on the ranks that have all of its operands, and on meta elsewhere. Data moves when an operation would otherwise run
-nowhere, when Python reads a value, and when small integers result, such as sampled tokens: all ranks get those at once.
+All ranks run the same operations in the same order, so each knows which ranks have which tensor. An operation runs with
+data on the ranks that have all of its operands; the others know the shapes of its results. Data moves when an operation
+would otherwise run nowhere, when Python reads a value, and when small integers result, such as sampled tokens: all
+ranks get those at once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +36,13 @@ class Memory:
 
 
 class StageTensor(torch.Tensor):
-    """A tensor whose data the ranks of `holders` have.
+    """A tensor of which some ranks have the data.
 
-    data: the tensor itself where this rank has it, else one on meta.
+    data: the tensor itself where this rank has it, else None. copy_ranks: the ranks that have a copy of this tensor
+    without its storage; copy: the number of that copy, which views of it share.
     """
 
-    data_here: torch.Tensor
+    data_here: torch.Tensor | None
     memory: Memory
     link: Link
     copy_ranks: frozenset[int]
@@ -48,73 +50,73 @@ class StageTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
-    @staticmethod
-    def of(tensor: torch.Tensor, memory: Memory, link: Link) -> StageTensor:
-        """A stage tensor over a tensor of this rank, or over one on meta."""
-        out: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            StageTensor,
-            tensor.shape,
-            strides=tensor.stride(),
-            storage_offset=tensor.storage_offset(),
-            dtype=tensor.dtype,
-            device=link.device,
-        )
-        out.data_here, out.memory, out.link, out.copy_ranks, out.copy = tensor, memory, link, frozenset(), 0
-        return out
-
     @property
     def holders(self) -> frozenset[int]:
         """The ranks that have the data."""
         return self.memory.holders | self.copy_ranks if self.copy_ranks else self.memory.holders
-
-    def bring(self, ranks: Iterable[int]) -> None:
-        """Let more ranks have the data. Every rank calls this; the first one that has the data sends it."""
-        holders = self.holders
-        missing = frozenset(ranks) - holders
-        if not missing:
-            return
-        source = min(holders)
-        if self.link.rank == source:
-            self.link.send(self.data_here, missing)
-        elif self.link.rank in missing:
-            self.data_here = self.link.receive(self.data_here, source)
-        self.copy = self.copy or next(_copies)
-        self.copy_ranks |= missing
-        self.memory.copied.add(self)
-
-    def written_by(self, ranks: frozenset[int]) -> None:
-        """Some ranks have written to the memory: those alone have what it holds now."""
-        here = self.link.rank
-        for other in list(self.memory.copied):
-            kept = other.copy_ranks & ranks if other.copy == self.copy else frozenset[int]()
-            if here in other.copy_ranks - kept and here not in self.memory.holders:
-                other.data_here = on_meta(other.data_here)
-            other.copy_ranks = kept
-        self.memory.holders &= ranks
-        if here not in self.holders:
-            self.data_here = on_meta(self.data_here)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
 
-def on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape and strides without data."""
-    if tensor.is_meta:
-        return tensor
-    if tensor.storage_offset():
-        base = torch.empty(0, dtype=tensor.dtype, device="meta")
-        size = tensor.untyped_storage().nbytes() // tensor.element_size()
-        base = torch.empty(size, dtype=tensor.dtype, device="meta")
-        return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+Look = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
+"""Size, strides, offset in the storage and dtype of a tensor."""
+
+
+def look_of(tensor: torch.Tensor) -> Look:
+    """What a tensor looks like without its data."""
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype
+
+
+def stage_tensor(look: Look, data: torch.Tensor | None, memory: Memory, link: Link) -> StageTensor:
+    """A stage tensor over a tensor of this rank, or over nothing."""
+    size, strides, offset, dtype = look
+    out: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+        StageTensor, size, strides=strides, storage_offset=offset, dtype=dtype, device=link.device
+    )
+    out.data_here, out.memory, out.link, out.copy_ranks, out.copy = data, memory, link, frozenset(), 0
+    return out
+
+
+def bring(tensors: Sequence[StageTensor], ranks: frozenset[int]) -> None:
+    """Let more ranks have the data. Every rank calls this; of the ranks that have a tensor the first sends it."""
+    moving = [(tensor, missing) for tensor in dict.fromkeys(tensors) if (missing := ranks - tensor.holders)]
+    if not moving:
+        return
+    link = moving[0][0].link
+    data = link.move([(_or_meta(tensor), min(tensor.holders), missing) for tensor, missing in moving])
+    for (tensor, missing), here in zip(moving, data, strict=True):
+        tensor.data_here = None if here.is_meta else here
+        tensor.copy = tensor.copy or next(_copies)
+        tensor.copy_ranks |= missing
+        tensor.memory.copied.add(tensor)
+
+
+def written(tensor: StageTensor, ranks: frozenset[int]) -> None:
+    """Some ranks have written to the memory of a tensor: they alone have what it holds now."""
+    here = tensor.link.rank
+    for other in [tensor, *tensor.memory.copied]:
+        other.copy_ranks = other.copy_ranks & ranks if other.copy == tensor.copy else frozenset()
+    tensor.memory.holders &= ranks
+    for other in [tensor, *tensor.memory.copied]:
+        if here not in other.holders:
+            other.data_here = None
+
+
+def settled(tree: Any) -> Any:
+    """Nested containers with plain tensors for stage tensors: all ranks get their data."""
+    staged = [leaf for leaf in tree_leaves(tree) if type(leaf) is StageTensor]
+    if not staged:
+        return tree
+    bring(staged, staged[0].link.everyone)
+    return tree_map(_data, tree)
 
 
 @dataclass(frozen=True)
 class _Kind:
     """What an operation does. writes: names and numbers of the arguments that it writes to; view: whether its result
-    shares memory with its first argument."""
+    shares memory with its first argument; without_data: whether only the shapes of its operands matter."""
 
     writes: tuple[int | str, ...]
     view: bool
@@ -134,41 +136,41 @@ def _kind(func: Any) -> _Kind:
     reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
     draws = torch.Tag.nondeterministic_seeded in func.tags
     name = func._overloadpacket.__name__
-    fresh = name.startswith("new_") or (name.endswith("_like") and name != "expand_like")
+    fresh = name.startswith("new_") or name.endswith("_like")
     return _Kind(tuple(writes), view, reads, draws, fresh)
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kind = _kind(func)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    staged: list[StageTensor] = [tensor for tensor in tensors if type(tensor) is StageTensor]
+    leaves = tree_leaves((args, kwargs)) if kwargs else tree_leaves(args)
+    staged: list[StageTensor] = [leaf for leaf in leaves if type(leaf) is StageTensor]
     link = staged[0].link
     if kind.without_data:
         return func(*tree_map(_example, args), **kwargs)
-    written = [args[w] if isinstance(w, int) else kwargs.get(w) for w in kind.writes if not isinstance(w, int) or w < len(args)]
-    if kind.reads_values or any(type(one) is not StageTensor for one in tree_leaves(written)):
-        for tensor in staged:
-            tensor.bring(link.everyone)
+    changed = [args[w] if isinstance(w, int) else kwargs[w] for w in kind.writes if w in kwargs or isinstance(w, int)]
+    if kind.reads_values or any(type(leaf) is not StageTensor for leaf in tree_leaves(changed)):
+        bring(staged, link.everyone)
         out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
-        for one in tree_leaves(written):
-            if type(one) is StageTensor:
-                one.written_by(link.everyone)
-        return written[0] if len(written) == 1 else out
+        for leaf in tree_leaves(changed):
+            if type(leaf) is StageTensor:
+                written(leaf, link.everyone)
+        return _result(changed) if changed else out
     ranks = _ranks(staged)
-    if link.rank in ranks:
-        before: States = states(link.device, []) if kind.draws else {}
-        out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
-    else:
-        before = {}
-        meta_args, meta_kwargs = tree_map(_as_meta, (args, kwargs))
-        out = func(*meta_args, **meta_kwargs)
     if kind.draws:
-        _same_generators(link, ranks, before)
-    if written:
-        for one in written:
-            one.written_by(ranks)
-        return written[0] if len(written) == 1 else tuple(written)
-    return _wrapped(out, kind, staged[0], ranks, link)
+        out = _drawn(func, args, kwargs, ranks, link)
+    elif link.rank in ranks:
+        out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
+    elif changed:
+        out = None
+    else:
+        out = _shapes(func, args, kwargs)
+    for leaf in tree_leaves(changed):
+        written(leaf, ranks)
+    return _result(changed) if changed else _wrapped(out, kind, staged[0], ranks, link)
+
+
+def _result(changed: list[Any]) -> Any:
+    return changed[0] if len(changed) == 1 else tuple(changed)
 
 
 def _ranks(staged: Sequence[StageTensor]) -> frozenset[int]:
@@ -178,67 +180,94 @@ def _ranks(staged: Sequence[StageTensor]) -> frozenset[int]:
     for tensor in staged[1:]:
         ranks = ranks & tensor.holders
     if not ranks:
-        target = max(min(tensor.holders) for tensor in staged)
-        for tensor in staged:
-            tensor.bring((target,))
-        ranks = frozenset((target,))
+        ranks = frozenset((max(min(tensor.holders) for tensor in staged),))
+        bring(staged, ranks)
     return ranks
 
 
 def _wrapped(out: Any, kind: _Kind, base: StageTensor, ranks: frozenset[int], link: Link) -> Any:
-    def wrap(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.Tensor):
-            return tensor
+    def wrap(made: Any) -> Any:
+        if not isinstance(made, (torch.Tensor, _Shape)):
+            return made
+        look, data = (made.look, None) if isinstance(made, _Shape) else (look_of(made), made)
         if kind.view:
-            view = StageTensor.of(tensor, base.memory, link)
+            view = stage_tensor(look, data, base.memory, link)
             if base.copy_ranks:
                 view.copy_ranks, view.copy = base.copy_ranks, base.copy
                 base.memory.copied.add(view)
             return view
-        if not tensor.is_floating_point() and tensor.numel() <= SMALL:
-            return shared(tensor, ranks, link)
-        return StageTensor.of(tensor, Memory(ranks), link)
+        if not look[3].is_floating_point and look[0].numel() <= SMALL:
+            return data if len(ranks) == link.size else link.share(_meta(look) if data is None else data, ranks)
+        return stage_tensor(look, data, Memory(ranks), link)
 
-    return wrap(out) if isinstance(out, torch.Tensor) else tree_map(wrap, out)
-
-
-def shared(tensor: torch.Tensor, ranks: frozenset[int], link: Link) -> torch.Tensor:
-    """A small tensor that some ranks have, for all of them; pending on the others."""
-    if len(ranks) == link.size:
-        return tensor
-    source = min(ranks)
-    if link.rank == source:
-        link.send(tensor, link.everyone - ranks, later=True)
-    return tensor if link.rank in ranks else link.receive_later(tensor, source)
+    return wrap(out) if isinstance(out, (torch.Tensor, _Shape)) else tree_map(wrap, out)
 
 
-def _same_generators(link: Link, ranks: frozenset[int], before: States) -> None:
-    """After an operation that draws: the global generators of all ranks move as those of the ranks that ran it."""
-    if len(ranks) == link.size:
-        return
-    if link.rank == min(ranks):
-        news = moved(before, states(link.device, []))
-        link.comm.group.broadcast_object(news, link.rank)
+def _drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: frozenset[int], link: Link) -> Any:
+    """The result of an operation that draws; the global generators of all ranks move as those of the ranks that run
+    it."""
+    if link.rank in ranks:
+        before: States = states(link.device, [])
+        out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
     else:
-        news = link.comm.group.broadcast_object(None, min(ranks))
+        before, out = {}, _shapes(func, args, kwargs)
+    if len(ranks) < link.size:
+        source = min(ranks)
+        news = moved(before, states(link.device, [])) if link.rank == source else None
+        news = link.comm.group.broadcast_object(news, source)
         if link.rank not in ranks:
             set_states(news, link.device, [])
+    return out
 
 
-def settled(tree: Any) -> Any:
-    """Nested containers with plain tensors for stage tensors: all ranks get their data."""
+@dataclass(frozen=True)
+class _Shape:
+    """A tensor of a result that this rank does not have."""
 
-    def plain(leaf: Any) -> Any:
-        if type(leaf) is StageTensor:
-            leaf.bring(leaf.link.everyone)
-            return leaf.data_here
-        return leaf
+    look: Look
 
-    return tree_map(plain, tree)
+
+_known_shapes: dict[Any, Any] = {}
+
+
+def _shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation with a `_Shape` for each tensor. Meta kernels find it, once for operands of a look:
+    many are Python code and take ten times as long as the operation itself."""
+    key = (func, _key(args), _key(tuple(kwargs.items())))
+    try:
+        return _known_shapes[key]
+    except (KeyError, TypeError) as error:
+        meta_args, meta_kwargs = tree_map(_as_meta, (args, kwargs))
+        out = func(*meta_args, **meta_kwargs)
+        out = tree_map(lambda leaf: _Shape(look_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf, out)
+        if isinstance(error, KeyError):
+            if len(_known_shapes) >= MAX_SHAPES:
+                _known_shapes.clear()
+            _known_shapes[key] = out
+        return out
+
+
+MAX_SHAPES = 4096
+"""Results whose shapes are remembered."""
+
+
+def _key(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(
+        look_of(value)
+        if isinstance(value, torch.Tensor)
+        else _key(value)
+        if isinstance(value, (list, tuple))
+        else (type(value), value)
+        for value in values
+    )
 
 
 def _data(leaf: Any) -> Any:
     return leaf.data_here if type(leaf) is StageTensor else leaf
+
+
+def _or_meta(tensor: StageTensor) -> torch.Tensor:
+    return _meta(look_of(tensor)) if tensor.data_here is None else tensor.data_here
 
 
 def _example(leaf: Any) -> Any:
@@ -250,5 +279,13 @@ def _example(leaf: Any) -> Any:
 
 def _as_meta(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return on_meta(_data(leaf))
+        return leaf if leaf.is_meta else _meta(look_of(leaf))
     return torch.device("meta") if isinstance(leaf, torch.device) else leaf
+
+
+def _meta(look: Look) -> torch.Tensor:
+    size, strides, offset, dtype = look
+    if not offset:
+        return torch.empty_strided(size, strides, dtype=dtype, device="meta")
+    last = offset + sum((length - 1) * step for length, step in zip(size, strides, strict=True))
+    return torch.empty(max(last + 1, 0), dtype=dtype, device="meta").as_strided(size, strides, offset)

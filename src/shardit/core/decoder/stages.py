@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardit.core.comm.same_point import sendable
 from shardit.core.decoder.link import Link
 from shardit.core.decoder.shapes import Returned, leaf_of, narrowed, sizes, strides, structure
-from shardit.core.decoder.stage_tensor import Memory, StageTensor
+from shardit.core.decoder.stage_tensor import Memory, StageTensor, bring, look_of, stage_tensor
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.versions import changed, mark
 from shardit.errors import RankError, UnsupportedError
@@ -27,6 +27,60 @@ class Books(Protocol):
     def enter(self, index: int, arguments: Sequence[Any], own: bool) -> None:
         """Before block number `index` is called, or would be if it was this rank's own."""
         ...
+
+
+@dataclass
+class Given:
+    """What a block is called with. Most blocks of a forward are given the same, but for the first argument."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    spec: Any
+    structure: Any
+    tensors: list[int]
+    staged: list[StageTensor]
+    first_alone: bool
+    _sizes: dict[int, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """Look at the arguments of a call."""
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [q for q, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        staged = [leaf for leaf in leaves if type(leaf) is StageTensor]
+        first_alone = bool(args) and len(staged) == 1 and staged[0] is args[0]
+        return Given(args, kwargs, leaves, spec, structure(leaves, spec), tensors, staged, first_alone)
+
+    def same(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether another call is given the same, but for the data of a first argument; if so, this is that call now."""
+        if not self.first_alone or len(args) != len(self.args) or len(kwargs) != len(self.kwargs):
+            return False
+        first, before = args[0], self.args[0]
+        if type(first) is not StageTensor or first.dtype != before.dtype or first.shape != before.shape:
+            return False
+        own = self.kwargs
+        for name, value in kwargs.items():
+            if name not in own or own[name] is not value:
+                return False
+        if any(a is not b for a, b in zip(args[1:], self.args[1:], strict=True)):
+            return False
+        self.args, self.kwargs, self.leaves[0], self.staged[0] = args, kwargs, first, first
+        return True
+
+    def sizes(self, known: Returned) -> list[tuple[int, ...] | None] | None:
+        """The sizes of new tensors among what a block returns, or None."""
+        if id(known) not in self._sizes:
+            self._sizes[id(known)] = sizes(known, self.leaves), known  # which must live as long as its id is used
+        return self._sizes[id(known)][0]
+
+    def plain(self) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+        """Leaves, arguments and keyword arguments on a rank that has the data of all."""
+        leaves = [leaf.data_here if type(leaf) is StageTensor else leaf for leaf in self.leaves]
+        if self.first_alone:
+            return leaves, (leaves[0], *self.args[1:]), self.kwargs
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return leaves, args, kwargs
 
 
 @dataclass
@@ -42,6 +96,11 @@ class DecoderStages:
     ran: Counter[int] = field(default_factory=Counter)
     _known: dict[Any, Returned] = field(default_factory=dict)
     _inside: bool = False
+    _given: Given = field(default_factory=lambda: Given.of((), {}))
+
+    def __post_init__(self) -> None:
+        self._each = [frozenset((rank,)) for rank in range(self.link.size)]
+        self._me = self._each[self.link.rank]
 
     def install(self) -> None:
         """Intercept the calls of all blocks, at `forward`: hooks see what blocks of other ranks give, too."""
@@ -61,36 +120,34 @@ class DecoderStages:
     def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The owner runs the block, the others get stage tensors for its results."""
         owner, link = self.owners[index], self.link
-        arguments, spec = tree_flatten((args, kwargs))
-        for leaf in arguments:
-            if type(leaf) is StageTensor:
-                leaf.bring((owner,))
-        self.books.enter(index, arguments, owner == link.rank)
-        key = index, structure(arguments, spec)
+        given = self._given
+        if not given.same(args, kwargs):
+            given = self._given = Given.of(args, kwargs)
+        bring(given.staged, self._each[owner])
+        self.books.enter(index, given.leaves, owner == link.rank)
+        key = index, given.structure
         known = self._known.get(key)
-        expected = None if known is None else sizes(known, arguments)
-        if owner != link.rank:
-            if expected is None:
-                known, expected = self._told(key, known, owner)
-            assert known is not None
-            for q in known.writes:
-                link.comm.broadcast(arguments[q], owner)
-            return self._absent(known, expected, arguments, owner)
-        return self._own(key, call, arguments, spec, known, expected)
+        expected = None if known is None else given.sizes(known)
+        if owner == link.rank:
+            return self._own(key, call, given, known, expected)
+        if expected is None:
+            known, expected = self._told(key, known, owner)
+        assert known is not None
+        for q in known.writes:
+            link.comm.broadcast(given.leaves[q], owner)
+        return self._absent(known, expected, given.leaves, owner)
 
     def _own(
         self,
         key: Any,
         call: Callable[..., Any],
-        arguments: list[Any],
-        spec: Any,
+        given: Given,
         known: Returned | None,
         expected: list[tuple[int, ...] | None] | None,
     ) -> Any:
-        link, index = self.link, key[0]
-        plain = [leaf.data_here if type(leaf) is StageTensor else leaf for leaf in arguments]
-        before = [mark(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in plain]
-        own_args, own_kwargs = tree_unflatten(plain, spec)
+        link, index, arguments = self.link, key[0], given.leaves
+        plain, own_args, own_kwargs = given.plain()
+        before = [mark(plain[q]) for q in given.tensors]
         self._inside = True
         try:
             with torch.no_grad():
@@ -103,9 +160,12 @@ class DecoderStages:
         finally:
             self._inside = False
         self.ran[index] += 1
-        leaves, out_spec = tree_flatten(out)
-        writes = [q for q, leaf in enumerate(plain) if isinstance(leaf, torch.Tensor) and changed(leaf, before[q])]
+        writes = [q for q, marked in zip(given.tensors, before, strict=True) if changed(plain[q], marked)]
         self._written(writes, arguments)
+        if known is not None and expected is not None and known.lone and type(out) is torch.Tensor and not writes:
+            if tuple(out.shape) == expected[0] and out.dtype == known.leaves[0].dtype:
+                return stage_tensor(look_of(out), out, Memory(self._me), link)
+        leaves, out_spec = tree_flatten(out)
         if expected is None:
             found = self._describe(index, leaves, out_spec, plain, [q for q in writes if type(arguments[q]) is not StageTensor])
             link.comm.group.broadcast_object(found, link.rank)
@@ -119,13 +179,12 @@ class DecoderStages:
             if type(arguments[q]) is not StageTensor:
                 link.comm.broadcast(arguments[q], link.rank)
         places = {id(leaf): number for number, leaf in enumerate(plain) if isinstance(leaf, torch.Tensor)}
-        holders = frozenset((link.rank,))
         wrapped = [
             leaf
             if not isinstance(leaf, torch.Tensor)
             else arguments[places[id(leaf)]]
             if id(leaf) in places
-            else StageTensor.of(leaf, Memory(holders), link)
+            else stage_tensor(look_of(leaf), leaf, Memory(self._me), link)
             for leaf in leaves
         ]
         return tree_unflatten(wrapped, out_spec)
@@ -179,13 +238,16 @@ class DecoderStages:
     def _absent(
         self, known: Returned, expected: list[tuple[int, ...] | None], arguments: list[Any], owner: int
     ) -> Any:
-        leaves, holders = [], frozenset((owner,))
+        leaves, holders = [], self._each[owner]
         for leaf, size in zip(known.leaves, expected, strict=True):
-            if size is not None:
-                empty = torch.empty_strided(size, strides(size, leaf.order), dtype=leaf.dtype, device="meta")
-                leaves.append(StageTensor.of(empty, Memory(holders), self.link))
-            else:
+            if size is None:
                 leaves.append(arguments[leaf.arg] if leaf.arg >= 0 else leaf.value)
+                continue
+            assert leaf.dtype is not None
+            look = torch.Size(size), strides(size, leaf.order), 0, leaf.dtype
+            leaves.append(stage_tensor(look, None, Memory(holders), self.link))
+        if known.lone:
+            return leaves[0]
         return tree_unflatten(leaves, known.spec)
 
 

@@ -1,39 +1,111 @@
-"""`generate` and calls of a causal language model over stages: the code of transformers runs on every rank."""
+"""Calls and `generate` of a causal language model over stages: the code of transformers runs on every rank alike."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
-from shardit.core.decoder.link import Link
 from shardit.core.decoder.stage_tensor import settled
+from shardit.core.decoder.stages import DecoderStages
+from shardit.core.runtime.digests import named
+from shardit.core.stages.runtime import Runtime
+from shardit.errors import UnsupportedError
+
+OF_TOKENS = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
+"""Stopping criteria that look at the tokens alone, which all ranks have."""
+
+FROM_BLOCKS = ("output_attentions", "output_router_logits")
+"""What transformers collects inside of blocks, on their owners alone."""
 
 
-def members_of(model: Any, link: Link) -> dict[str, Any]:
-    """The methods that a model gets."""
-    own_call, own_generate = type(model).__call__, type(model).generate
-    generating: list[bool] = []
+def members_of(model: Any, stages: DecoderStages, runtime: Runtime) -> dict[str, Callable[..., Any]]:
+    """The methods that a model over stages gets."""
+    cls = type(model)
+    return {
+        "__call__": _call(cls, stages, runtime),
+        "generate": _generate(cls, runtime),
+        "_get_stopping_criteria": _stopping(cls, stages),
+    }
+
+
+def _call(cls: type, stages: DecoderStages, runtime: Runtime) -> Callable[..., Any]:
+    own_call: Any = cls.__call__
 
     @functools.wraps(own_call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            out = own_call(self, *args, **kwargs)
-        return out if generating else plain(out)
+        for name in FROM_BLOCKS:
+            if kwargs.get(name) or (name not in kwargs and getattr(self.config, name, False)):
+                raise UnsupportedError(
+                    f"{name}: the layers of {cls.__name__} lie on several ranks; use pipeline_parallel_size=1"
+                )
+        if runtime.in_pipeline:
+            with torch.no_grad():
+                return own_call(self, *args, **kwargs)
+        with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
+            try:
+                return _plain(own_call(self, *args, **kwargs))
+            finally:
+                stages.forget_call()
+
+    return __call__
+
+
+def _generate(cls: Any, runtime: Runtime) -> Callable[..., Any]:
+    own_generate = cls.generate
 
     @functools.wraps(own_generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        generating.append(True)
-        try:
-            return plain(own_generate(self, *args, **kwargs))
-        finally:
-            generating.pop()
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name):
+                raise UnsupportedError(f"{name}: assisted decoding does not run over stages; leave it out")
+        streamer = kwargs.pop("streamer", None)
+        with runtime.pipeline_call(f"{cls.__name__}.generate", lambda: named(own_generate, args, kwargs)):
+            if runtime.mesh.rank == 0 and streamer is not None:  # one rank prints
+                kwargs["streamer"] = streamer
+            try:
+                return _plain(own_generate(self, *args, **kwargs))
+            finally:
+                self.shardit_stages.forget_call()
 
-    return {"__call__": __call__, "generate": generate}
+    return generate
 
 
-def plain(out: Any) -> Any:
+def _stopping(cls: Any, stages: DecoderStages) -> Callable[..., Any]:
+    own = cls._get_stopping_criteria
+
+    @functools.wraps(own)
+    def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
+        criteria = own(self, *args, **kwargs)
+        if all(isinstance(one, OF_TOKENS) for one in criteria):
+            return criteria
+        return FirstRankDecides(criteria, stages)
+
+    return _get_stopping_criteria
+
+
+class FirstRankDecides(StoppingCriteriaList):
+    """Criteria that may look at a clock or count their calls: all ranks stop where the first one does."""
+
+    def __init__(self, criteria: StoppingCriteriaList, stages: DecoderStages):
+        super().__init__(criteria)
+        self._link = stages.link
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Whether each sequence is done."""
+        done = super().__call__(input_ids, scores, **kwargs)
+        return self._link.share(done, frozenset((0,)))
+
+
+def _plain(out: Any) -> Any:
     """A result with plain tensors on every rank."""
     if isinstance(out, dict):  # a ModelOutput
         for name, value in list(out.items()):

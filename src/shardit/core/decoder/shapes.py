@@ -1,4 +1,7 @@
-"""What a block returns, known before it has run: learned once for calls of a structure, with sizes read off the call."""
+"""What a block returns, known before it has run.
+
+Learned once for calls of a structure, with sizes read off the arguments of a call.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from shardit.errors import UnsupportedError
 
 Dim = int | tuple[int, int]
 """A length, or the number of an argument and that of its dim that is as long."""
+
+Sizes = list[tuple[int, ...] | None] | None
+"""The size of each leaf of a result that is a new tensor; None where several are possible."""
+
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Returned:
-    """The result of a block call. writes: the tensors among its arguments that it writes to."""
+    """The result of a block call. writes: the numbers of the arguments that it writes to."""
 
     spec: TreeSpec
     leaves: tuple[Leaf, ...]
@@ -37,7 +47,15 @@ class Returned:
     @functools.cached_property
     def lone(self) -> bool:
         """Whether it is one new tensor."""
-        return self.spec.is_leaf() and self.leaves[0].dims is not None and not self.writes
+        return self.spec.is_leaf() and self.leaves[0].dims is not None
+
+    def sizes_then(self) -> Sizes:
+        """The sizes in the call that it describes."""
+        return [None if leaf.dims is None else tuple(map(_length, leaf.dims)) for leaf in self.leaves]
+
+
+def _length(candidates: frozenset[Dim]) -> int:
+    return next(one for one in candidates if isinstance(one, int))
 
 
 def structure(leaves: Sequence[Any], spec: Any) -> Any:
@@ -49,23 +67,30 @@ def structure(leaves: Sequence[Any], spec: Any) -> Any:
             found.append((leaf.dtype, *[length == 1 for length in leaf.shape]))
         elif type(leaf) is int and leaf > 1:
             found.append(int)
-        elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
-            found.append(leaf)
         else:
-            found.append(type(leaf))
+            found.append(leaf if isinstance(leaf, PLAIN) else type(leaf))
     return tuple(found)
 
 
-def leaf_of(value: Any, arguments: Sequence[Any]) -> Leaf | None:
-    """The description of a leaf of a result; None for what cannot be known before the block has run."""
-    for number, argument in enumerate(arguments):
-        if argument is value and value is not None and not isinstance(value, (bool, int, float, str)):
-            return Leaf(arg=number)
+def describe(name: str, out: Any, arguments: Sequence[Any], writes: tuple[int, ...]) -> Returned:
+    """What a block has returned. Raises UnsupportedError for what other ranks cannot know before it has run."""
+    leaves, spec = tree_flatten(out)
+    return Returned(spec, tuple(_leaf(name, leaf, arguments) for leaf in leaves), writes)
+
+
+def _leaf(name: str, value: Any, arguments: Sequence[Any]) -> Leaf:
+    if not isinstance(value, PLAIN):
+        for number, argument in enumerate(arguments):
+            if argument is value:
+                return Leaf(arg=number)
     if isinstance(value, torch.Tensor):
-        order = tuple(sorted(range(value.ndim), key=lambda d: (-value.stride(d), d)))
-        dims = tuple(_candidates(length, arguments) for length in value.shape)
-        return Leaf(dims, value.dtype, order)
-    return Leaf(value=value) if value is None or isinstance(value, (bool, int, str)) else None
+        order = _order(value)
+        if not _dense(value, order):
+            raise UnsupportedError(f"{name} returns a tensor with gaps: {tuple(value.shape)}, {value.stride()}")
+        return Leaf(tuple(_candidates(length, arguments) for length in value.shape), value.dtype, order)
+    if isinstance(value, PLAIN) and not isinstance(value, float):
+        return Leaf(value=value)
+    raise UnsupportedError(f"{name} returns a {type(value).__name__}, which other ranks cannot know")
 
 
 def _candidates(length: int, arguments: Sequence[Any]) -> frozenset[Dim]:
@@ -79,23 +104,24 @@ def _candidates(length: int, arguments: Sequence[Any]) -> frozenset[Dim]:
 
 def narrowed(known: Returned, found: Returned) -> Returned:
     """What two calls of a structure have in common. Raises ValueError if they are of different kinds."""
-    if known.spec != found.spec or known.writes != found.writes:
-        raise ValueError("it returns other values than before")
-    leaves = []
-    for one, other in zip(known.leaves, found.leaves, strict=True):
-        if one.dims is None or other.dims is None:
-            if one != other:
-                raise ValueError("it returns other values than before")
-            leaves.append(one)
-            continue
-        if (one.dtype, one.order, len(one.dims)) != (other.dtype, other.order, len(other.dims)):
-            raise ValueError("it returns another kind of tensor than before")
-        leaves.append(Leaf(tuple(a & b for a, b in zip(one.dims, other.dims, strict=True)), one.dtype, one.order))
+
+    def kind(leaf: Leaf) -> Any:
+        return leaf if leaf.dims is None else (leaf.dtype, leaf.order, len(leaf.dims))
+
+    same = (known.spec, known.writes) == (found.spec, found.writes)
+    if not same or list(map(kind, known.leaves)) != list(map(kind, found.leaves)):
+        raise ValueError("what it returns changes from call to call")
+    leaves = [
+        one
+        if one.dims is None or other.dims is None
+        else Leaf(tuple(a & b for a, b in zip(one.dims, other.dims, strict=True)), one.dtype, one.order)
+        for one, other in zip(known.leaves, found.leaves, strict=True)
+    ]
     return Returned(known.spec, tuple(leaves), known.writes)
 
 
-def sizes(returned: Returned, arguments: Sequence[Any]) -> list[tuple[int, ...] | None] | None:
-    """The size of each new tensor among the leaves; None where what is known leaves several possible."""
+def sizes(returned: Returned, arguments: Sequence[Any]) -> Sizes:
+    """The sizes of new tensors in a call with these arguments; None if what is known leaves several possible."""
     found: list[tuple[int, ...] | None] = []
     for leaf in returned.leaves:
         if leaf.dims is None:
@@ -109,6 +135,45 @@ def sizes(returned: Returned, arguments: Sequence[Any]) -> list[tuple[int, ...] 
             size.append(lengths.pop())
         found.append(tuple(size))
     return found
+
+
+def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: Sizes) -> bool:
+    """Whether a result is what the other ranks take it for."""
+    assert known is not None and expected is not None
+    if known.lone and type(out) is torch.Tensor:
+        return writes == known.writes and tuple(out.shape) == expected[0] and _as_known(out, known.leaves[0])
+    leaves, spec = tree_flatten(out)
+    if (spec, writes) != (known.spec, known.writes):
+        return False
+    for got, leaf, size in zip(leaves, known.leaves, expected, strict=True):
+        if size is not None:
+            if not isinstance(got, torch.Tensor) or tuple(got.shape) != size or not _as_known(got, leaf):
+                return False
+        elif leaf.arg < 0 and got != leaf.value:
+            return False
+    return True
+
+
+def _as_known(tensor: torch.Tensor, leaf: Leaf) -> bool:
+    return tensor.dtype == leaf.dtype and _dense(tensor, leaf.order)
+
+
+def _order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dims from the outermost in memory to the innermost; those of length 1 stay next to the dim that follows."""
+    found = sorted((dim for dim in range(tensor.ndim) if tensor.shape[dim] != 1), key=lambda d: (-tensor.stride(d), d))
+    for dim in reversed(range(tensor.ndim)):
+        if tensor.shape[dim] == 1:
+            found.insert(found.index(dim + 1) if dim + 1 < tensor.ndim else len(found), dim)
+    return tuple(found)
+
+
+def _dense(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
+    """Whether a tensor has no gaps in memory, and its dims lie in this order. The stride of a dim of length 1 means
+    nothing."""
+    found, expected = tensor.stride(), strides(tuple(tensor.shape), order)
+    return not tensor.numel() or all(
+        length == 1 or one == other for length, one, other in zip(tensor.shape, found, expected, strict=True)
+    )
 
 
 def strides(size: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:

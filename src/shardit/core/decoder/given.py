@@ -1,0 +1,71 @@
+"""The arguments of a block call, looked at once for blocks that are given the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardit.core.decoder.shapes import Returned, Sizes, sizes, structure
+from shardit.core.decoder.stage_tensor import StageTensor
+
+
+@dataclass
+class Given:
+    """What a block is called with. Most blocks of a forward are given the same objects, but for the first argument.
+
+    tensors: numbers of the leaves that are tensors. staged: those whose data some ranks have. first_alone: whether the
+    first argument is the only one of these.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    spec: Any
+    structure: Any
+    tensors: list[int]
+    staged: list[StageTensor]
+    first_alone: bool
+    _sizes: dict[int, tuple[Sizes, Returned]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """Look at the arguments of a call."""
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [q for q, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        staged = [leaf for leaf in leaves if type(leaf) is StageTensor]
+        first_alone = bool(args) and len(staged) == 1 and staged[0] is args[0]
+        return Given(args, kwargs, leaves, spec, structure(leaves, spec), tensors, staged, first_alone)
+
+    def moves_to(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether another call is given the same objects, and a first argument that differs in its data alone. If so,
+        this is that call from now on."""
+        if not self.first_alone or len(args) != len(self.args) or len(kwargs) != len(self.kwargs):
+            return False
+        first, before = args[0], self.args[0]
+        if type(first) is not StageTensor or first.dtype != before.dtype or first.shape != before.shape:
+            return False
+        own = self.kwargs
+        if any(name not in own or own[name] is not value for name, value in kwargs.items()):
+            return False
+        if any(one is not other for one, other in zip(args[1:], self.args[1:], strict=True)):
+            return False
+        self.args, self.kwargs, self.leaves[0], self.staged[0] = args, kwargs, first, first
+        return True
+
+    def sizes(self, known: Returned) -> Sizes:
+        """The sizes of the new tensors that a block returns, as far as they are known."""
+        found = self._sizes.get(id(known))
+        if found is None:
+            found = self._sizes[id(known)] = sizes(known, self.leaves), known  # its id must not become another's
+        return found[0]
+
+    def with_data(self) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+        """Leaves, arguments and keyword arguments with plain tensors, on a rank that has all data."""
+        leaves = [leaf.data_here if type(leaf) is StageTensor else leaf for leaf in self.leaves]
+        if self.first_alone:
+            return leaves, (leaves[0], *self.args[1:]), self.kwargs
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return leaves, args, kwargs

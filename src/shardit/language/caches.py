@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
+from shardit.core.components.kv_stand_ins import state_of, taken_since
+from shardit.core.decoder.shapes import PLAIN
+from shardit.core.modules.held_state import snapshot
 from shardit.errors import UnsupportedError
 
 CHANGES = (
@@ -31,64 +36,117 @@ OWN = "_shardit_layer"
 
 
 class StageCaches:
-    """The books of caches that the blocks of a decoder are given. layers[i]: the number of block i among the layers of
-    a cache, None for a block without one."""
+    """The books of caches that the blocks of a decoder are given.
 
-    def __init__(self, blocks: Sequence[nn.Module], owners: Sequence[int], rank: int):
-        self.layers = [layer_number(block) for block in blocks]
-        self._own = sorted({n for n, owner in zip(self.layers, owners, strict=True) if n is not None and owner == rank})
-        numbers = [n for n in self.layers if n is not None]
-        self._count = max(numbers, default=-1) + 1
+    slots[i]: the layers of a cache that block i updates, found when it first runs.
+    """
+
+    def __init__(self, owners: Sequence[int], rank: int):
+        self.slots: dict[int, tuple[int, ...]] = {}
+        self._owners, self._rank = owners, rank
+        self._new: list[tuple[Any, torch.Size]] = []
 
     def enter(self, index: int, arguments: Sequence[Any], own: bool) -> None:
-        """Before a block call: let a cache that comes for the first time answer for layers of other ranks; advance
-        the books of a layer that nothing answers for."""
-        for leaf in arguments:
-            if isinstance(leaf, Cache):
-                left = getattr(leaf, OWN, None)
-                if left is None:
-                    left = self._join(leaf)
-                if not own and self.layers[index] in left:
-                    hidden = next(one for one in arguments if isinstance(one, torch.Tensor))
-                    _advance(leaf, self.layers[index], hidden.shape[0], hidden.shape[1])
+        """Before a block call: advance the books of layers that the block of another rank updates, and that nothing
+        here answers for. A cache that comes for the first time gets what answers for layers of other ranks, or if it
+        is not known yet which these are, at the end of the call."""
+        for cache in caches_in(arguments):
+            left = getattr(cache, OWN, None)
+            if left is None:
+                if len(self.slots) == len(self._owners):
+                    left = self._join(cache)
+                else:
+                    self._remember(cache, arguments)
+                    continue
+            if not own and left:
+                for number in self.slots.get(index, ()):
+                    if number in left:
+                        _advance(cache, number, _first(arguments).shape)
+
+    def look(self, arguments: Sequence[Any]) -> Any:
+        """On the owner, before the first call of a structure: what caches and other objects hold."""
+        caches = caches_in(arguments)
+        others = [leaf for leaf in arguments if _may_hold_state(leaf)]
+        return [(cache, state_of(cache)) for cache in caches], [(one, snapshot(one)) for one in others]
+
+    def changes(self, name: str, look: Any) -> tuple[int, ...]:
+        """After the call: the layers of caches that the block has updated. Raises UnsupportedError where it keeps
+        something that other ranks would need."""
+        caches, others = look
+        for one, before in others:
+            if snapshot(one) != before:
+                raise UnsupportedError(f"{name} keeps state in a {type(one).__name__}, which other ranks would not see")
+        slots = [tuple(taken_since(state, cache)) for cache, state in caches]
+        return tuple(sorted({number for one in slots for number in one}))
+
+    def learn(self, index: int, slots: tuple[int, ...]) -> None:
+        """On every rank: which layers block number `index` updates."""
+        self.slots[index] = tuple(sorted({*self.slots.get(index, ()), *slots}))
+
+    def leave(self) -> None:
+        """At the end of a call of the model: caches of a first call get what answers for layers of other ranks."""
+        for cache, shape in self._new:
+            for number in sorted(self._join(cache)):
+                _advance(cache, number, shape)
+        self._new.clear()
+
+    def _remember(self, cache: Any, arguments: Sequence[Any]) -> None:
+        if all(cache is not one for one, _ in self._new):
+            self._new.append((cache, _first(arguments).shape))
 
     def _join(self, cache: Any) -> set[int]:
         """Put stand-ins for layers of other ranks into a cache; the numbers of the layers that have none."""
+        own = {n for index, numbers in self.slots.items() if self._owners[index] == self._rank for n in numbers}
+        foreign = {n for index, numbers in self.slots.items() if self._owners[index] != self._rank for n in numbers}
+        if own & foreign:
+            raise UnsupportedError(f"blocks of several ranks update layer {min(own & foreign)} of the cache")
         if cache.layer_class_to_replicate is not None:
-            while len(cache.layers) < self._count:
+            while len(cache.layers) <= max((*own, *foreign), default=-1):
                 cache.layers.append(cache.layer_class_to_replicate())
         left: set[int] = set()
-        kinds = {_kind(cache.layers[n]): cache.layers[n] for n in reversed(self._own) if n < len(cache.layers)}
-        for number in range(min(self._count, len(cache.layers))):
-            if number not in self._own:
-                answering = kinds.get(_kind(cache.layers[number]))
-                if answering is None:
-                    left.add(number)
-                else:
-                    cache.layers[number] = elsewhere(answering)
+        kinds = {_kind(cache.layers[n]): cache.layers[n] for n in sorted(own, reverse=True)}
+        for number in sorted(foreign):
+            answering = kinds.get(_kind(cache.layers[number]))
+            if answering is None:
+                left.add(number)
+            else:
+                cache.layers[number] = elsewhere(answering)
         setattr(cache, OWN, left)
         return left
 
 
-def layer_number(block: nn.Module) -> int | None:
-    """The number that a block has for caches."""
-    for module in block.modules():
-        if isinstance(number := getattr(module, "layer_idx", None), int):
-            return number
-    return None
+def caches_in(arguments: Sequence[Any]) -> list[Any]:
+    """The caches among the arguments of a block."""
+    found = []
+    for leaf in arguments:
+        if isinstance(leaf, EncoderDecoderCache):
+            found += [leaf.self_attention_cache, leaf.cross_attention_cache]
+        elif isinstance(leaf, Cache):
+            found.append(leaf)
+    return found
+
+
+def _may_hold_state(leaf: Any) -> bool:
+    known = (torch.Tensor, Cache, PreTrainedConfig, nn.Module, *PLAIN)
+    return not isinstance(leaf, known) and hasattr(leaf, "__dict__") and not callable(leaf)
+
+
+def _first(arguments: Sequence[Any]) -> torch.Tensor:
+    return next(one for one in arguments if isinstance(one, torch.Tensor))
 
 
 def _kind(layer: Any) -> tuple[Any, ...]:
-    """What cache layers have in common that advance together."""
-    plain = {name: value for name, value in vars(layer).items() if isinstance(value, (bool, int, str))}
+    """What cache layers have in common that advance together: their class and what it was made with."""
+    made_with = [name for name in inspect.signature(type(layer).__init__).parameters if hasattr(layer, name)]
+    plain = {name: value for name in made_with if isinstance(value := getattr(layer, name), (bool, int, str))}
     return (type(layer), *sorted(plain.items()))
 
 
-def _advance(cache: Any, number: int | None, batch: int, length: int) -> None:
-    assert number is not None
+def _advance(cache: Any, number: int, shape: torch.Size) -> None:
+    """Let a layer that another rank updates keep its books. shape: that of the hidden states."""
     layer = cache.layers[number]
     if isinstance(layer, CacheLayerMixin):
-        nothing = torch.zeros(batch, 1, length, 1)
+        nothing = torch.zeros(shape[0], 1, shape[1], 1)
         layer.update(nothing, nothing)
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for state in list(layer.has_previous_state):

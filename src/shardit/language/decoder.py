@@ -61,7 +61,7 @@ def over_stages(model: Any, runtime: Runtime, partition: Sequence[int] | None = 
     blocks = blocks_of(model)
     owners = owners_of(model, blocks, runtime.mesh.pp_size, partition)
     rank, device = runtime.comm.rank, torch.device(runtime.mesh.device)
-    caches = StageCaches([block for _, block in blocks], owners, rank)
+    caches = StageCaches(owners, rank)
     stages = DecoderStages(model, Link(runtime.comm, runtime.turns.let_others), blocks, owners, caches)
     drop_blocks(model, blocks, owners, rank, None)
     stages.install()

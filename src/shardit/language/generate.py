@@ -47,14 +47,13 @@ def _call(cls: type, stages: DecoderStages, runtime: Runtime) -> Callable[..., A
                 raise UnsupportedError(
                     f"{name}: the layers of {cls.__name__} lie on several ranks; use pipeline_parallel_size=1"
                 )
-        if runtime.in_pipeline:
-            with torch.no_grad():
-                return own_call(self, *args, **kwargs)
+        alone = not runtime.in_pipeline
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
             try:
-                return _plain(own_call(self, *args, **kwargs))
+                out = own_call(self, *args, **kwargs)
             finally:
-                stages.forget_call()
+                stages.end_call()
+            return _plain(out) if alone else out
 
     return __call__
 
@@ -71,10 +70,7 @@ def _generate(cls: Any, runtime: Runtime) -> Callable[..., Any]:
         with runtime.pipeline_call(f"{cls.__name__}.generate", lambda: named(own_generate, args, kwargs)):
             if runtime.mesh.rank == 0 and streamer is not None:  # one rank prints
                 kwargs["streamer"] = streamer
-            try:
-                return _plain(own_generate(self, *args, **kwargs))
-            finally:
-                self.shardit_stages.forget_call()
+            return _plain(own_generate(self, *args, **kwargs))
 
     return generate
 
@@ -99,7 +95,7 @@ class FirstRankDecides(StoppingCriteriaList):
         super().__init__(criteria)
         self._link = stages.link
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Whether each sequence is done."""
         done = super().__call__(input_ids, scores, **kwargs)
         return self._link.share(done, frozenset((0,)))

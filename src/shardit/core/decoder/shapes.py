@@ -38,11 +38,13 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Returned:
-    """The result of a block call. writes: the numbers of the arguments that it writes to."""
+    """The result of a block call. writes: the numbers of the arguments that it writes to. calls: how many are known; a
+    length that no argument has may be a constant, or that of a cache, which the second call shows."""
 
     spec: TreeSpec
     leaves: tuple[Leaf, ...]
     writes: tuple[int, ...] = ()
+    calls: int = 1
 
     @functools.cached_property
     def lone(self) -> bool:
@@ -117,7 +119,10 @@ def narrowed(known: Returned, found: Returned) -> Returned:
         else Leaf(tuple(a & b for a, b in zip(one.dims, other.dims, strict=True)), one.dtype, one.order)
         for one, other in zip(known.leaves, found.leaves, strict=True)
     ]
-    return Returned(known.spec, tuple(leaves), known.writes)
+    return Returned(known.spec, tuple(leaves), known.writes, known.calls + 1)
+
+
+_ONE = frozenset((1,))
 
 
 def sizes(returned: Returned, arguments: Sequence[Any]) -> Sizes:
@@ -129,6 +134,8 @@ def sizes(returned: Returned, arguments: Sequence[Any]) -> Sizes:
             continue
         size = []
         for candidates in leaf.dims:
+            if returned.calls == 1 and len(candidates) == 1 and candidates != _ONE:
+                return None
             lengths = {one if isinstance(one, int) else arguments[one[0]].shape[one[1]] for one in candidates}
             if len(lengths) != 1:
                 return None

@@ -29,6 +29,23 @@ class Books(Protocol):
         """Before block number `index` is called, on its owner (`own`) and on the others."""
         ...
 
+    def look(self, arguments: Sequence[Any]) -> Any:
+        """On the owner, before the first call of a structure."""
+        ...
+
+    def changes(self, name: str, look: Any) -> tuple[int, ...]:
+        """On the owner, after that call: the layers of caches that the block called `name` has updated. Raises
+        UnsupportedError where it keeps something else that other ranks would need."""
+        ...
+
+    def learn(self, index: int, slots: tuple[int, ...]) -> None:
+        """On every rank: the layers of caches that block number `index` updates."""
+        ...
+
+    def leave(self) -> None:
+        """At the end of a call of the model, on every rank."""
+        ...
+
 
 @dataclass
 class DecoderStages:
@@ -55,8 +72,9 @@ class DecoderStages:
         for index, (_, block) in enumerate(self.blocks):
             subclass_in_place(block, {"forward": self._intercepted(index, type(block).forward)})
 
-    def forget_call(self) -> None:
-        """Let go of what blocks were given: caches and masks may be large."""
+    def end_call(self) -> None:
+        """At the end of a call of the model: let go of what blocks were given, as caches and masks may be large."""
+        self.books.leave()
         self._given = Given.of((), {})
 
     def _intercepted(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,6 +108,7 @@ class DecoderStages:
         link, index, first = self.link, key[0], known is None or expected is None
         plain, args, kwargs = given.with_data()
         before = [mark(plain[q]) for q in given.tensors]
+        look = self.books.look(plain) if first else None
         self._inside = True
         try:
             with torch.no_grad():
@@ -104,7 +123,7 @@ class DecoderStages:
         self.ran[index] += 1
         writes = tuple(q for q, marked in zip(given.tensors, before, strict=True) if changed(plain[q], marked))
         if first:
-            self._teach(key, known, out, plain, given, writes)
+            self._teach(key, known, out, plain, given, writes, look)
         elif not fits(out, writes, known, expected):
             raise RankError(link.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
         for q in writes:
@@ -138,7 +157,14 @@ class DecoderStages:
         return leaves[0] if known.lone else tree_unflatten(leaves, known.spec)
 
     def _teach(
-        self, key: Any, known: Returned | None, out: Any, plain: list[Any], given: Given, writes: tuple[int, ...]
+        self,
+        key: Any,
+        known: Returned | None,
+        out: Any,
+        plain: list[Any],
+        given: Given,
+        writes: tuple[int, ...],
+        look: Any,
     ) -> None:
         """On the owner, in the first calls of a structure: tell all ranks what a block returns."""
         name = self.blocks[key[0]][0]
@@ -146,20 +172,23 @@ class DecoderStages:
             if any(type(given.leaves[q]) is StageTensor for q in writes):
                 raise UnsupportedError(f"{name} writes into an argument that another block has given")
             found: Any = describe(name, out, plain, writes)
+            slots = self.books.changes(name, look)
         except UnsupportedError as error:
             self.link.comm.group.broadcast_object(error, self.link.rank)
             raise
-        self.link.comm.group.broadcast_object(found, self.link.rank)
-        self._remember(key, known, found)
+        self.link.comm.group.broadcast_object((found, slots), self.link.rank)
+        self._remember(key, known, found, slots)
 
     def _learn_from_owner(self, key: Any, known: Returned | None, owner: int) -> tuple[Returned, Sizes]:
-        found = self.link.comm.group.broadcast_object(None, owner)
-        if isinstance(found, Exception):
-            raise found
-        self._remember(key, known, found)
+        told = self.link.comm.group.broadcast_object(None, owner)
+        if isinstance(told, Exception):
+            raise told
+        found, slots = told
+        self._remember(key, known, found, slots)
         return found, found.sizes_then()
 
-    def _remember(self, key: Any, known: Returned | None, found: Returned) -> None:
+    def _remember(self, key: Any, known: Returned | None, found: Returned, slots: tuple[int, ...]) -> None:
+        self.books.learn(key[0], slots)
         try:
             self._known[key] = found if known is None else narrowed(known, found)
         except ValueError as error:

@@ -22,6 +22,11 @@ def held_state(block: nn.Module) -> dict[str, Any]:
     return {path: _snapshot(attributes, _DEPTH) for path, attributes in found.items() if attributes is not None}
 
 
+def snapshot(value: Any) -> Any:
+    """A snapshot of an object with what it holds."""
+    return _snapshot(value, _DEPTH)
+
+
 def processor_classes(model: nn.Module) -> set[type]:
     """The classes of a model's attention processors."""
     return {type(processor) for _, processor in _processors(model)}

@@ -34,7 +34,8 @@ from shardit.diffusion.sharding.connect import (
 from shardit.diffusion.sharding.decision import decided_alike, told_of_model, told_of_pipeline
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
-from shardit.errors import InputError
+from shardit.errors import InputError, UnsupportedError
+from shardit.language.sharding import is_decoder, over_stages, owners_of
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
@@ -65,6 +66,9 @@ def parallelize(
     """
     config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline
+    if (spread := getattr(target, "shardit_decoder", None)) is not None:
+        spread.check_again(config)
+        return module_or_pipeline
     modules = components_of(target)
     if modules is None and config.vae_patch_parallel_size > 1:
         raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
@@ -89,7 +93,9 @@ def parallelize(
         refuse_hooks({name or type(target).__name__: module for name, module in fresh.items()}, mesh)
 
     runtime = runtime or Runtime.of(mesh, split_batch=config.split_batch)
-    if modules is None:
+    if modules is None and mesh.pp_size > 1 and is_decoder(target):
+        _decoder(target, runtime, config, check)
+    elif modules is None:
         _alone(target, runtime, config, plan if isinstance(plan, Plan) else None, check, bool(earlier))
     else:
         _whole(target, fresh, runtime, config, plan, compilers, check, earlier)
@@ -159,6 +165,24 @@ def _alone(
         warn_of(notes, runtime.mesh)
         shard_components({ALONE: model}, slices, runtime.mesh)
         spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
+
+
+def _decoder(model: Any, runtime: Runtime, config: DiffusionParallelConfig, check: Callable[[], None]) -> None:
+    """Spread a causal language model over stages."""
+    name = type(model).__name__
+
+    def decide() -> list[int]:
+        check()
+        refuse_compiled(name, model, ())
+        if config.tensor_parallel_size > 1:
+            raise UnsupportedError(
+                f"{name}: tensor_parallel_size={config.tensor_parallel_size} together with stages is not there yet; "
+                "use one of them"
+            )
+        return owners_of(model, config)
+
+    owners = decided_alike(runtime.replica, name, decide, lambda found: {"the layers": repr(found)})
+    over_stages(model, runtime, owners, config)
 
 
 def load(

@@ -146,7 +146,8 @@ def sizes(returned: Returned, arguments: Sequence[Any]) -> Sizes:
 
 def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: Sizes) -> bool:
     """Whether a result is what the other ranks take it for."""
-    assert known is not None and expected is not None
+    assert known is not None
+    assert expected is not None
     if known.lone and type(out) is torch.Tensor:
         return writes == known.writes and tuple(out.shape) == expected[0] and _as_known(out, known.leaves[0])
     leaves, spec = tree_flatten(out)

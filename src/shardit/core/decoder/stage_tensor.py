@@ -29,10 +29,10 @@ _copies = itertools.count(1)
 
 @dataclass(eq=False)
 class Memory:
-    """A storage: the ranks that have it, and the tensors of which further ranks have copies."""
+    """A storage: the ranks that have it, and by their ids the tensors of which further ranks have copies."""
 
     holders: frozenset[int]
-    copied: weakref.WeakSet[StageTensor] = field(default_factory=weakref.WeakSet)
+    copied: weakref.WeakValueDictionary[int, StageTensor] = field(default_factory=weakref.WeakValueDictionary)
 
 
 class StageTensor(torch.Tensor):
@@ -90,16 +90,16 @@ def bring(tensors: Sequence[StageTensor], ranks: frozenset[int]) -> None:
         tensor.data_here = None if here.is_meta else here
         tensor.copy = tensor.copy or next(_copies)
         tensor.copy_ranks |= missing
-        tensor.memory.copied.add(tensor)
+        tensor.memory.copied[id(tensor)] = tensor
 
 
 def written(tensor: StageTensor, ranks: frozenset[int]) -> None:
     """Some ranks have written to the memory of a tensor: they alone have what it holds now."""
     here = tensor.link.rank
-    for other in [tensor, *tensor.memory.copied]:
+    for other in [tensor, *tensor.memory.copied.values()]:
         other.copy_ranks = other.copy_ranks & ranks if other.copy == tensor.copy else frozenset()
     tensor.memory.holders &= ranks
-    for other in [tensor, *tensor.memory.copied]:
+    for other in [tensor, *tensor.memory.copied.values()]:
         if here not in other.holders:
             other.data_here = None
 
@@ -194,7 +194,7 @@ def _wrapped(out: Any, kind: _Kind, base: StageTensor, ranks: frozenset[int], li
             view = stage_tensor(look, data, base.memory, link)
             if base.copy_ranks:
                 view.copy_ranks, view.copy = base.copy_ranks, base.copy
-                base.memory.copied.add(view)
+                base.memory.copied[id(view)] = view
             return view
         if not look[3].is_floating_point and look[0].numel() <= SMALL:
             return data if len(ranks) == link.size else link.share(_meta(look) if data is None else data, ranks)

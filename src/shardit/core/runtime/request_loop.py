@@ -229,7 +229,7 @@ class Turns:
         program.breathed = program.turns
 
     def let_others(self) -> None:
-        """Give the other programs a turn, if there are any. All ranks must call this at the same points of a program."""
+        """Give other programs a turn, if there are any. All ranks must call this at the same points of a program."""
         program = self.current
         if program is not None and self.active > 1:
             assert program.coroutine is not None

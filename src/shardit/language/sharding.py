@@ -1,0 +1,129 @@
+"""A causal language model becomes one over stages, in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardit.config import DiffusionParallelConfig, fitting_partition
+from shardit.core.decoder.link import Link
+from shardit.core.decoder.stages import DecoderStages
+from shardit.core.modules.blocks import drop_blocks, find_blocks
+from shardit.core.modules.patching import fixed_place, subclass_in_place
+from shardit.core.placement.partition import balanced_cuts
+from shardit.core.runtime.request_loop import Program
+from shardit.core.stages.runtime import Runtime
+from shardit.errors import InputError, UnsupportedError
+from shardit.language.caches import StageCaches
+from shardit.language.generate import members_of
+
+
+def blocks_of(model: Any) -> list[tuple[str, nn.Module]]:
+    """Embedding, layers and head of a causal language model, in the order in which a forward runs them."""
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = find_blocks(model)
+    if not layers:
+        raise UnsupportedError(f"{type(model).__name__} has no list of layers, and cannot be cut into stages")
+    embedding, head = (
+        [one] if one is not None else [] for one in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    return [*((names[id(one)], one) for one in embedding), *layers, *((names[id(one)], one) for one in head)]
+
+
+def owners_of(model: Any, config: DiffusionParallelConfig) -> list[int]:
+    """The stage of each block: contiguous stages with even bytes. A partition counts layers; then the embedding is in
+    the first stage and the head in the last. A vocabulary may be the largest part of a model.
+
+    Raises InputError and UnsupportedError where the configuration does not fit the model.
+    """
+    check_axes(config)
+    blocks, layers = blocks_of(model), {name for name, _ in find_blocks(model)}
+    partition = fitting_partition(config, os.environ, len(layers))
+    if partition is not None:
+        of_layers = [stage for stage, count in enumerate(partition) for _ in range(count)]
+        before = next(number for number, (name, _) in enumerate(blocks) if name in layers)
+        return [*[0] * before, *of_layers, *[len(partition) - 1] * (len(blocks) - before - len(layers))]
+    costs = [float(sum(p.numel() * p.element_size() for p in block.parameters())) for _, block in blocks]
+    cuts = balanced_cuts(costs, config.pipeline_parallel_size)
+    return [stage for stage, count in enumerate(cuts) for _ in range(count)]
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether this is a model of transformers that generates token by token, without an encoder."""
+    kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}
+    generates = kinds.get("GenerationMixin", "").startswith("transformers.")
+    return generates and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def check_axes(config: DiffusionParallelConfig) -> None:
+    """Raise UnsupportedError for axes that a language model does not have."""
+    for name in ("ulysses_degree", "ring_degree", "cfg_parallel_size", "vae_patch_parallel_size"):
+        if getattr(config, name) > 1:
+            raise UnsupportedError(
+                f"{name}={getattr(config, name)}: a language model runs over pipeline_parallel_size, "
+                "tensor_parallel_size and data_parallel_size; set it to 1"
+            )
+    if config.pipeline_chunks not in (None, 1):
+        raise UnsupportedError(
+            f"pipeline_chunks={config.pipeline_chunks}: the stages of a language model are contiguous; leave it out"
+        )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A language model that is spread, and how."""
+
+    name: str
+    config: DiffusionParallelConfig
+    stages: DecoderStages
+
+    def check_again(self, config: DiffusionParallelConfig) -> None:
+        """Raise InputError where a second call asks for another configuration."""
+        if config != self.config:
+            raise InputError(
+                f"{self.name} is spread with {self.config}: each rank has only its own layers, so load it again to use "
+                "another configuration"
+            )
+
+
+def over_stages(model: Any, runtime: Runtime, owners: Sequence[int], config: DiffusionParallelConfig) -> DecoderStages:
+    """Cut a causal language model in place: keep the blocks of this rank, intercept the calls of all. owners: the stage
+    of each block, as `owners_of` has it."""
+    blocks, owners = blocks_of(model), list(owners)
+    rank, device = runtime.comm.rank, torch.device(runtime.mesh.device)
+    caches = StageCaches(owners, rank)
+    stages = DecoderStages(model, Link(runtime.comm, runtime.turns.let_others), blocks, owners, caches)
+    drop_blocks(model, blocks, owners, rank, None)
+    stages.install()
+    decoder = Decoder(type(model).__name__, config, stages)
+    members = {
+        **members_of(model, stages, runtime),
+        **{name: _refused(name) for name in ("save_pretrained", "push_to_hub") if hasattr(model, name)},
+        "device": property(lambda self: device),
+        "to": fixed_place(type(model).to, device),
+        "shardit_decoder": property(lambda self: decoder),
+    }
+    subclass_in_place(model, members)
+    return stages
+
+
+def _refused(name: str) -> Callable[..., None]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(f"{name}: each rank holds only its own layers; save the model before parallelize")
+
+    return method
+
+
+def at_once(runtime: Runtime, functions: Sequence[Callable[[], Any]], seeds: Sequence[int]) -> list[Any]:
+    """What functions return that call models over these stages: while one waits for a message, others compute. Raises
+    what one of them raises."""
+    programs = [Program(function, seed) for function, seed in zip(functions, seeds, strict=True)]
+    for program in runtime.turns.run(iter(programs), len(programs)):
+        if program.error is not None:
+            raise program.error
+    return [program.value for program in programs]

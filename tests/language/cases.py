@@ -1,0 +1,63 @@
+"""What is generated with each family, and the comparison with one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.language.families import VOCABULARY
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of `generate`. padded: the first prompt of the batch has three tokens of padding on its left."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    length: int = 9
+    padded: bool = False
+
+    def __call__(self, model: Any) -> Any:
+        """What a model generates, with the logits of each step."""
+        ids = torch.randint(3, VOCABULARY, (2, self.length), generator=torch.Generator().manual_seed(1))
+        mask = torch.ones_like(ids)
+        if self.padded:
+            ids[0, :3] = mask[0, :3] = 0
+        torch.manual_seed(3)
+        options = {"max_new_tokens": 6, "do_sample": False, **self.options}
+        return model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options)
+
+
+CASES = (
+    Case("greedy"),
+    Case("again"),
+    Case("longer", length=13),
+    Case("no cache", {"use_cache": False}),
+    Case("sampling", {"do_sample": True, "top_k": 20, "top_p": 0.9}),
+    Case("beams", {"num_beams": 3}),
+    Case("padded", padded=True),
+    Case("static cache", {"cache_implementation": "static", "disable_compile": True}),
+    Case("hidden states", {"output_hidden_states": True}),
+)
+
+
+def compare(plain: Any, spread: Any, case: Case) -> str:
+    """ "right", "not on one rank", "WRONG", or the error of the spread model."""
+    try:
+        expected = case(plain)
+    except Exception:
+        return "not on one rank"
+    got = case(spread)
+    same = torch.equal(expected.sequences, got.sequences) and same_bits(expected.logits, got.logits)
+    return "right" if same and same_bits(expected.hidden_states, got.hidden_states) else "WRONG"
+
+
+def same_bits(expected: Any, got: Any) -> bool:
+    """Whether nested tuples of tensors are equal."""
+    if isinstance(expected, (tuple, list)):
+        return len(expected) == len(got) and all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+    if expected is None:
+        return got is None
+    return type(got) is torch.Tensor and torch.equal(expected, got)

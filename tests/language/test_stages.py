@@ -1,0 +1,249 @@
+"""Language models over stages: unmodified `generate` on every rank gives the bits of one rank."""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+from contextlib import redirect_stdout
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import shardit
+from shardit import DiffusionParallelConfig, InputError, UnsupportedError
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.stages.runtime import Runtime
+from shardit.language.sharding import at_once, over_stages, owners_of
+from tests.language import families
+from tests.language.cases import CASES, compare
+from tests.support.ranks import run_ranks
+
+FAST = ("llama", "gemma2", "gpt_oss", "mamba", "qwen3_next", "deepseek_v3", "gpt2")
+"""Attention with few key heads, sliding windows, experts, states, a mix of these, latent attention, positions that are
+learned."""
+
+TWO = DiffusionParallelConfig(pipeline_parallel_size=2)
+
+
+def started(rank: int, count: int, method: str) -> Runtime:
+    config = DiffusionParallelConfig(pipeline_parallel_size=count)
+    return Runtime.of(init_mesh(config, device="cpu", timeout_s=30, rank=rank, init_method=method), split_batch=False)
+
+
+def spread(name: str, runtime: Runtime, **changes: Any) -> Any:
+    model = families.make(name, **changes)
+    config = DiffusionParallelConfig(pipeline_parallel_size=runtime.mesh.pp_size)
+    over_stages(model, runtime, owners_of(model, config), config)
+    return model
+
+
+def of_families(rank: int, count: int, method: str, names: tuple[str, ...]) -> list[Any]:
+    runtime, found = started(rank, count, method), []
+    for name in names:
+        model = spread(name, runtime)
+        results = {case.name: compare(families.make(name), model, case) for case in CASES}
+        stages = model.shardit_decoder.stages
+        own = {index for index, owner in enumerate(stages.owners) if owner == rank}
+        held = sum(p.numel() for p in model.parameters() if not p.is_meta)
+        found.append((name, results, set(stages.ran) == own, held, families.parameters(model)))
+    return found
+
+
+@pytest.mark.parametrize(("count", "names"), [(2, FAST), (3, ("llama", "falcon_h1"))])
+def test_every_bit_is_that_of_one_rank(count: int, names: tuple[str, ...]) -> None:
+    of_ranks = run_ranks(count, of_families, names)
+    for found in of_ranks:
+        for name, results, ran_own, held, whole in found:
+            allowed = {"right", "not on one rank"}
+            assert {case: how for case, how in results.items() if how not in allowed} == {}, name
+            assert list(results.values()).count("right") >= len(CASES) - 1, (name, results)
+            assert ran_own, name
+            assert held < 0.8 * whole, (name, held, whole)
+
+
+def with_another_layer(rank: int, count: int, method: str) -> str:
+    """As the control: a layer of the last stage has other weights there."""
+    model = spread("llama", started(rank, count, method))
+    if rank == count - 1:
+        model.model.layers[-1].mlp.up_proj.weight.data += 0.5
+    return compare(families.make("llama"), model, CASES[0])
+
+
+def test_other_weights_on_one_rank_are_seen() -> None:
+    assert run_ranks(2, with_another_layer) == ["WRONG", "WRONG"]
+
+
+class Clock(StoppingCriteria):
+    """Stops at another step on each rank, as one that reads the time does."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.steps -= 1
+        return torch.full((input_ids.shape[0],), self.steps <= 0)
+
+
+class Printer(BaseStreamer):
+    def put(self, value: torch.Tensor) -> None:
+        print(value.tolist())
+
+    def end(self) -> None:
+        print("end")
+
+
+class Reader(LogitsProcessor):
+    """Decides by values that it reads in Python."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row in range(scores.shape[0]):
+            best = int(scores[row].argmax())
+            scores[row, best] = float("-inf") if best % 2 else scores[row, best]
+        return scores
+
+
+def used(rank: int, count: int, method: str) -> dict[str, Any]:
+    """Options of `generate`, and calls of the model, on one rank and over stages."""
+    runtime = started(rank, count, method)
+    plain, model = families.make("llama"), spread("llama", runtime)
+    ids = torch.randint(3, families.VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(2))
+    call = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
+    found: dict[str, Any] = {}
+
+    stopped = model.generate(ids, stopping_criteria=StoppingCriteriaList([Clock(3 + 2 * rank)]), **call)
+    found["steps"] = stopped.shape[1] - ids.shape[1]
+    began = time.monotonic()
+    model.generate(ids, **{**call, "max_new_tokens": 100_000, "max_time": 0.2})
+    found["time"] = time.monotonic() - began
+
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        model.generate(ids[:1], streamer=Printer(), do_sample=False, max_new_tokens=3)
+    found["printed"] = printed.getvalue().count("end")
+
+    reads = LogitsProcessorList([Reader()])
+    expected = plain.generate(ids, logits_processor=reads, **call)
+    found["processor"] = torch.equal(expected, model.generate(ids, logits_processor=reads, **call))
+
+    with torch.no_grad():
+        first, own = plain(ids), model(ids)
+        again, own_again = copy.deepcopy(first.cache), copy.deepcopy(own.cache)
+        token = ids[:, :1]
+        found["calls"] = torch.equal(first.logits, own.logits) and type(own.logits) is torch.Tensor
+        second, own_second = plain(token, past_key_values=first.cache), model(token, past_key_values=own.cache)
+        found["next call"] = torch.equal(second.logits, own_second.logits)
+        other = plain(token + 1, past_key_values=again).logits
+        found["copied cache"] = torch.equal(other, model(token + 1, past_key_values=own_again).logits)
+        embedded = plain.get_input_embeddings()(ids)
+        found["inputs_embeds"] = torch.equal(first.logits, model(inputs_embeds=embedded).logits)
+
+    for name, wrong in {
+        "attentions": lambda: model(ids, output_attentions=True),
+        "assistant": lambda: model.generate(ids, assistant_model=plain, **call),
+        "other prompts": lambda: model.generate(ids + rank, **call),
+        "save": lambda: model.save_pretrained("nowhere"),
+    }.items():
+        try:
+            wrong()
+            found[name] = None
+        except (UnsupportedError, InputError) as error:
+            found[name] = str(error)
+    found["right after errors"] = torch.equal(plain.generate(ids, **call), model.generate(ids, **call))
+    return found
+
+
+def test_options_of_generate_and_calls() -> None:
+    first, second = run_ranks(2, used)
+    assert first["steps"] == second["steps"] == 3
+    assert first["time"] < 5
+    assert (first["printed"], second["printed"]) == (1, 0)
+    for found in (first, second):
+        for name in ("processor", "calls", "next call", "copied cache", "inputs_embeds", "right after errors"):
+            assert found[name], name
+        assert "output_attentions: the layers of LlamaForCausalLM lie on several ranks" in found["attentions"]
+        assert "assistant_model: assisted decoding does not run over stages" in found["assistant"]
+        assert "ranks differ in inputs of LlamaForCausalLM.generate" in found["other prompts"]
+        assert "save_pretrained: each rank holds only its own layers" in found["save"]
+
+
+def in_groups(rank: int, count: int, method: str) -> list[bool]:
+    """Groups of prompts at once, greedy and with a seed each, against each group alone on one rank."""
+    runtime = started(rank, count, method)
+    plain, model = families.make("llama"), spread("llama", runtime)
+    generator = torch.Generator().manual_seed(4)
+    groups = [torch.randint(3, families.VOCABULARY, (3, length), generator=generator) for length in (5, 11, 8)]
+    found = []
+    for sampling in (False, True):
+        options = {"do_sample": sampling, "max_new_tokens": 7}
+
+        def run(model: Any, ids: torch.Tensor, options: dict[str, Any] = options) -> torch.Tensor:
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+        expected = []
+        for seed, ids in enumerate(groups):
+            torch.manual_seed(seed)
+            expected.append(run(plain, ids))
+        made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1, 2])
+        found += [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_groups_in_flight_have_the_bits_of_each_alone(count: int) -> None:
+    assert run_ranks(count, in_groups) == [[True] * 6] * count
+
+
+def by_parallelize(rank: int, count: int, method: str) -> list[Any]:
+    init_mesh(TWO, device="cpu", timeout_s=30, rank=rank, init_method=method)
+    model = shardit.parallelize(families.make("qwen3"), TWO, timeout_s=30)
+    again = shardit.parallelize(model, TWO, timeout_s=30)
+    found: list[Any] = [again is model, compare(families.make("qwen3"), model, CASES[0])]
+    try:
+        shardit.parallelize(model, pipeline_parallel_size=2, data_parallel_size=2)
+    except InputError as error:
+        found.append(str(error))
+    for config in (
+        DiffusionParallelConfig(pipeline_parallel_size=2, layer_partition=[1, 3]),
+        DiffusionParallelConfig(pipeline_parallel_size=2, layer_partition=[1, 2]),
+    ):
+        other = families.make("qwen3")
+        try:
+            stages = shardit.parallelize(other, config, timeout_s=30).shardit_decoder.stages
+            found.append(stages.owners)
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def test_parallelize() -> None:
+    for same, bits, changed, owners, wrong in run_ranks(2, by_parallelize):
+        assert same
+        assert bits == "right"
+        assert "is spread with DiffusionParallelConfig" in changed
+        assert owners == [0, 0, 1, 1, 1, 1]
+        assert "layer_partition" in wrong
+        assert "4" in wrong
+
+
+def test_a_large_vocabulary_counts_where_stages_are_cut() -> None:
+    config = families.config_of("llama")
+    config.vocab_size, config.num_hidden_layers, config.hidden_size = 50_000, 8, 64
+    with torch.device("meta"):
+        model = families.transformers.AutoModelForCausalLM.from_config(config)
+    owners = owners_of(model, DiffusionParallelConfig(pipeline_parallel_size=4))
+    assert owners[0] == 0
+    assert owners[1] == 1  # the embedding alone is more than a fourth
+    assert owners[-1] == 3
+    assert owners[-2] == 2
+
+
+def test_what_a_language_model_has_not() -> None:
+    model = families.make("llama")
+    with pytest.raises(UnsupportedError, match="ulysses_degree=2: a language model runs over pipeline_parallel_size"):
+        owners_of(model, DiffusionParallelConfig(pipeline_parallel_size=2, ulysses_degree=2))
+    with pytest.raises(UnsupportedError, match="pipeline_parallel_size=8 is more than the 4 blocks"):
+        owners_of(model, DiffusionParallelConfig(pipeline_parallel_size=8))

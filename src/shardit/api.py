@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -35,7 +36,8 @@ from shardit.diffusion.sharding.decision import decided_alike, told_of_model, to
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError, UnsupportedError
-from shardit.language.sharding import is_decoder, over_stages, owners_of
+from shardit.language.loading import PreparedDecoder, check_decoder_options, decoder_folder
+from shardit.language.sharding import blocks_of, is_decoder, over_stages, owners_of
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
@@ -206,6 +208,7 @@ def load(
     **parallel: Any,
 ) -> Any:
     """The parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it owns.
+    Of a folder with a causal language model of transformers: that model, over stages.
 
     Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
     `from_pretrained`. model_config to vae_slicing: as for `Omni`. parallel: fields of the configuration as keywords, in
@@ -225,12 +228,33 @@ def load(
         vae_tiling=vae_tiling,
         vae_slicing=vae_slicing,
     )
+    folder = decoder_folder(model)
+    if folder is not None:
+        given = {"plan": plan, "pipeline_class": pipeline_class, "model_config": model_config}
+        check_decoder_options(folder, given, options)
+        return _load_decoder(folder, config, dtype, device, timeout_s)
     model, options = split_model(model, model_config, options)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     pipe, _, _ = load_parallel(
         model, config, mesh, dtype=dtype, plan=plan, pipeline_class=pipeline_class, options=options
     )
     return pipe
+
+
+def _load_decoder(folder: Path, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float) -> Any:
+    """The language model of a folder; over stages, each rank reads its own layers."""
+    prepared = PreparedDecoder(folder, setting(dtype))
+    if config.tensor_parallel_size > 1 and config.pipeline_parallel_size == 1:
+        model = prepared.load_whole("cpu" if device is None else device)
+        return parallelize(model, config, timeout_s=timeout_s)
+    owners = owners_of(prepared.module, config)
+    mesh = init_mesh(config, device=device, timeout_s=timeout_s)
+    _tell([prepared.module], config, mesh)
+    blocks = [name for name, _ in blocks_of(prepared.module)]
+    model = prepared.load(blocks, owners, mesh.pp_rank, mesh.device)
+    if mesh.pp_size > 1:
+        over_stages(model, Runtime.of(mesh, split_batch=False), owners, config)
+    return model
 
 
 def load_parallel(

@@ -66,9 +66,9 @@ def test_sharded_files(tmp_path: Path) -> None:
 
 def test_options_of_pipelines_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "llama", False, False)
-    with pytest.raises(InputError, match="scheduler: .* holds a language model, which takes none"):
+    with pytest.raises(InputError, match=r"scheduler: .* holds a language model, which takes none"):
         shardit.load(tmp_path, scheduler="EulerDiscreteScheduler")
-    with pytest.raises(InputError, match="pipeline_class: .* holds a language model"):
+    with pytest.raises(InputError, match=r"pipeline_class: .* holds a language model"):
         shardit.load(tmp_path, pipeline_class="FluxPipeline")
 
 

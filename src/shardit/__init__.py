@@ -1,4 +1,4 @@
-"""Unmodified diffusers pipelines on many devices, with the same result.
+"""Unmodified diffusers pipelines and language models on many devices, with the same result.
 
 Names are imported when they are first used: importing this package imports neither torch nor diffusers.
 """
@@ -15,15 +15,25 @@ if TYPE_CHECKING:
     from shardit.config import get_pp_indices as get_pp_indices
     from shardit.core.modules.hints import Plan as Plan
     from shardit.diffusion.output.output import Output as Output
+    from shardit.engine.llm import LLM as LLM
+    from shardit.engine.llm import EngineArgs as EngineArgs
     from shardit.engine.omni import Omni as Omni
     from shardit.errors import InputError as InputError
     from shardit.errors import RankError as RankError
     from shardit.errors import UnsupportedError as UnsupportedError
+    from shardit.language.outputs import CompletionOutput as CompletionOutput
+    from shardit.language.outputs import RequestOutput as RequestOutput
+    from shardit.language.sampling_params import SamplingParams as SamplingParams
     from shardit.params import OmniDiffusionSamplingParams as OmniDiffusionSamplingParams
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "CompletionOutput": "shardit.language.outputs",
+    "EngineArgs": "shardit.engine.llm",
+    "LLM": "shardit.engine.llm",
+    "RequestOutput": "shardit.language.outputs",
+    "SamplingParams": "shardit.language.sampling_params",
     "DiffusionParallelConfig": "shardit.config",
     "InputError": "shardit.errors",
     "Omni": "shardit.engine.omni",
@@ -38,13 +48,18 @@ _PLACES = {
 }
 
 __all__ = [
+    "LLM",
+    "CompletionOutput",
     "DiffusionParallelConfig",
+    "EngineArgs",
     "InputError",
     "Omni",
     "OmniDiffusionSamplingParams",
     "Output",
     "Plan",
     "RankError",
+    "RequestOutput",
+    "SamplingParams",
     "UnsupportedError",
     "__version__",
     "get_pp_indices",

@@ -81,7 +81,7 @@ def _stopping(cls: Any, stages: DecoderStages) -> Callable[..., Any]:
     @functools.wraps(own)
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = own(self, *args, **kwargs)
-        if all(isinstance(one, OF_TOKENS) for one in criteria):
+        if all(isinstance(one, OF_TOKENS) or getattr(one, "of_tokens", False) for one in criteria):
             return criteria
         return FirstRankDecides(criteria, stages)
 

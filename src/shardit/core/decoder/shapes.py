@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from shardit.errors import UnsupportedError
 
@@ -46,6 +46,11 @@ class Returned:
     writes: tuple[int, ...] = ()
     calls: int = 1
 
+    def __reduce__(self) -> Any:
+        # A specification of pytree warns where it is unpickled: send an example of the result in its place.
+        example = tree_unflatten(list(range(len(self.leaves))), self.spec)
+        return _returned_as, (example, self.leaves, self.writes, self.calls)
+
     @functools.cached_property
     def lone(self) -> bool:
         """Whether it is one new tensor."""
@@ -54,6 +59,10 @@ class Returned:
     def sizes_then(self) -> Sizes:
         """The sizes in the call that it describes."""
         return [None if leaf.dims is None else tuple(map(_length, leaf.dims)) for leaf in self.leaves]
+
+
+def _returned_as(example: Any, leaves: tuple[Leaf, ...], writes: tuple[int, ...], calls: int) -> Returned:
+    return Returned(tree_flatten(example)[1], leaves, writes, calls)
 
 
 def _length(candidates: frozenset[Dim]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,17 @@ def settled(tree: Any) -> Any:
         return tree
     bring(staged, staged[0].link.everyone)
     return tree_map(_data, tree)
+
+
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """What a function makes of a tensor, with the same shape and dtype: it runs on the ranks that have the data."""
+    if type(tensor) is not StageTensor:
+        return function(tensor)
+    data = None if tensor.data_here is None else function(tensor.data_here)
+    shape, _, _, dtype = look_of(tensor)
+    return stage_tensor(
+        look_of(torch.empty(shape, dtype=dtype, device="meta")), data, Memory(tensor.holders), tensor.link
+    )
 
 
 @dataclass(frozen=True)

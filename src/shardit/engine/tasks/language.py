@@ -1,0 +1,107 @@
+"""Causal language models as a task: a request is a group of prompts that one `generate` continues."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shardit.core.comm.mesh import Mesh, pick_device
+from shardit.core.stages.runtime import Runtime
+from shardit.engine.process.memory import held_bytes, limit_bytes
+from shardit.engine.tasks.task import OnProgress
+from shardit.errors import InputError, first_line
+from shardit.language.generation import continued
+from shardit.language.info import LanguageInfo, end_tokens, room_of
+from shardit.language.loading import PreparedDecoder, decoder_folder
+from shardit.language.outputs import GroupOutput
+from shardit.language.request import PromptGroup
+from shardit.language.sharding import blocks_of, over_stages, owners_of
+from shardit.loading.safetensors_file import Reads
+
+if TYPE_CHECKING:
+    from shardit.engine.process.messages import SessionSpec
+
+
+def prepared_for(spec: SessionSpec) -> PreparedDecoder:
+    """The model of a specification on meta. Raises InputError."""
+    folder = decoder_folder(spec.model)
+    if folder is None:
+        raise InputError(f"{spec.model} is no folder of a language model: it needs a config.json of transformers")
+    return PreparedDecoder(folder, spec.dtype)
+
+
+def check(spec: SessionSpec) -> None:
+    """Find mistakes before ranks start. Raises InputError. Reads no weights."""
+    if spec.device is not None or torch.cuda.is_available():
+        pick_device(spec.device, spec.config.world_size - 1)
+    owners_of(prepared_for(spec).module, spec.config)
+
+
+def load(spec: SessionSpec, mesh: Mesh) -> LoadedDecoder:
+    """Load this rank's share of a language model. Collective."""
+    return LoadedDecoder(spec, mesh)
+
+
+class LoadedDecoder:
+    """A language model of which this rank holds its share, and its tokenizer."""
+
+    def __init__(self, spec: SessionSpec, mesh: Mesh):
+        from transformers import AutoTokenizer, GenerationConfig
+
+        prepared, reads = prepared_for(spec), Reads()
+        owners = owners_of(prepared.module, spec.config)
+        blocks = [name for name, _ in blocks_of(prepared.module)]
+        self.model: Any = prepared.load(blocks, owners, mesh.pp_rank, mesh.device, reads)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(prepared.checkpoint.folder))
+        self.runtime = Runtime.of(mesh, spec.max_in_flight, split_batch=False) if len(mesh.replica.ranks) > 1 else None
+        if self.runtime is not None and mesh.pp_size > 1:
+            over_stages(self.model, self.runtime, owners, spec.config)
+        own = self.model.generation_config
+        self._ends = end_tokens(own, self.tokenizer)
+        self._pad = next((one for one in (self.tokenizer.pad_token_id, own.pad_token_id) if one is not None), 0)
+        defaults = own.to_diff_dict()
+        # What the file says of sampling are defaults of the caller's parameters, and must not count twice.
+        self.model.generation_config = GenerationConfig(pad_token_id=self._pad)
+        self.info = LanguageInfo(
+            room=room_of(self.model.config),
+            defaults=defaults,
+            bytes_read=reads.bytes,
+            held_bytes=held_bytes(),
+            limit_bytes=limit_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))),
+        )
+
+    @contextmanager
+    def opened(
+        self, request: PromptGroup, on_progress: OnProgress, has_turn: Callable[[], bool]
+    ) -> Iterator[tuple[Callable[[], Any], list[str]]]:
+        """The call that continues the prompts of a group."""
+        yield functools.partial(self._continue, request), []
+
+    def _continue(self, group: PromptGroup) -> Any:
+        rows = continued(self.model, group, self._ends, self._pad, self._decode)
+        if self.runtime is not None and any(row.params.logprobs is not None for row in group.rows):
+            logits = self.runtime.comm.size - 1
+            rows = self.runtime.comm.group.broadcast_object(rows, logits)
+        return rows
+
+    def _decode(self, ids: Any, skip_special: bool) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+    def error_text(self, request: PromptGroup, error: Exception) -> str:
+        """An error of a group in one line."""
+        text = first_line(error)
+        return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+    def collect(
+        self, request: PromptGroup, value: tuple[Any, float, list[str]] | None, error: str | None
+    ) -> GroupOutput:
+        """What a group has given."""
+        if value is None:
+            return GroupOutput(error=error)
+        rows, seconds, _ = value
+        return GroupOutput(rows, seconds=seconds)

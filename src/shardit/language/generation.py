@@ -1,0 +1,80 @@
+"""A group of prompts through `generate`: padded on the left, each row with its own parameters and its own end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from shardit.language.request import PromptGroup, Row
+from shardit.language.sampling import RowSampler
+
+Decode = Callable[[Sequence[int], bool], str]
+"""The text of token ids, given whether special tokens are left out."""
+
+Ended = tuple[int, str, int | str | None]
+"""How many tokens of a row count, why it has ended, and the stop text or token that ended it."""
+
+
+class RowsEnd(StoppingCriteria):
+    """Ends rows at end tokens, stop texts and their numbers of tokens. Looks at tokens alone, which all ranks have.
+
+    ended: of each row, None while it goes on.
+    """
+
+    of_tokens = True
+
+    def __init__(self, rows: Sequence[Row], ends: frozenset[int], prompt_length: int, decode: Decode):
+        self.rows, self.ends, self.prompt_length, self.decode = rows, ends, prompt_length, decode
+        self.ended: list[Ended | None] = [None] * len(rows)
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Whether each row has ended."""
+        made = input_ids[:, self.prompt_length :].tolist()
+        for number, row in enumerate(self.rows):
+            if self.ended[number] is None:
+                self.ended[number] = self._end(row, made[number])
+        return torch.tensor([one is not None for one in self.ended], device=input_ids.device)
+
+    def _end(self, row: Row, made: list[int]) -> Ended | None:
+        params, count, token = row.params, len(made), made[-1]
+        if count >= max(params.min_tokens, 1):
+            if token in (params.stop_token_ids or ()):
+                return count, "stop", token
+            if token in self.ends and not params.ignore_eos:
+                return count, "stop", None
+            text = self.decode(made, params.skip_special_tokens) if params.stops else ""
+            found = min(((text.find(stop), stop) for stop in params.stops if stop in text), default=None)
+            if found is not None:
+                return count, "stop", found[1]
+        assert params.max_tokens is not None
+        return (count, "length", None) if count >= params.max_tokens else None
+
+
+def continued(model: Any, group: PromptGroup, ends: frozenset[int], pad: int, decode: Decode) -> list[Any]:
+    """The rows of a group: token ids, why each has ended, what ended it, logprobs on the ranks that have the logits."""
+    length = max(len(row.prompt) for row in group.rows)
+    ids = torch.tensor([[pad] * (length - len(row.prompt)) + list(row.prompt) for row in group.rows])
+    mask = torch.tensor([[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in group.rows])
+    sampler = RowSampler(group.rows, ends, length)
+    criteria = RowsEnd(group.rows, ends, length, decode)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max(row.params.max_tokens or 1 for row in group.rows), pad_token_id=pad
+    )
+    out = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([sampler]),
+        stopping_criteria=StoppingCriteriaList([criteria]),
+        disable_compile=True,
+    )
+    made, found = out[:, length:].tolist(), []
+    for number, ended in enumerate(criteria.ended):
+        assert ended is not None
+        count, reason, stop = ended
+        logprobs = sampler.logprobs[number][:count] if sampler.logprobs[number] else None
+        found.append((tuple(made[number][:count]), reason, stop, logprobs))
+    return found

@@ -1,0 +1,165 @@
+"""`LLM`: prompts are dealt into groups over stages, and each gives what it gives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shardit import LLM, EngineArgs, InputError, SamplingParams
+from tests.language.folders import TURN, tokenizer, write
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = ["x" * length + "y" for length in (1, 2, 3, 5, 9, 17, 33, 40)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("llama"), eos_token_id=[1, 2])
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Iterator[LLM]:
+    with LLM(folder, pipeline_parallel_size=2, device="cpu", timeout_s=60) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> list[tuple[int, ...]]:
+    """What transformers continues each prompt with, alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = []
+    for prompt in PROMPTS:
+        ids = tokenizer()(prompt, return_tensors="pt")
+        out = model.generate(**ids, do_sample=False, max_new_tokens=12, eos_token_id=None)
+        found.append(tuple(out[0, ids["input_ids"].shape[1] :].tolist()))
+    return found
+
+
+def tokens(llm: LLM, prompts: list[str], params: SamplingParams = GREEDY) -> list[tuple[int, ...]]:
+    return [one.outputs[0].token_ids for one in llm.generate(prompts, params)]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(two: LLM, plain: list[tuple[int, ...]]) -> None:
+    assert tokens(two, PROMPTS) == plain
+    assert tokens(two, PROMPTS[::-1]) == plain[::-1]
+    assert [tokens(two, [prompt])[0] for prompt in PROMPTS] == plain
+    assert len(set(plain)) > 4  # as the control: rows that change places are seen
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_other_numbers_of_stages(folder: Path, two: LLM, plain: list[tuple[int, ...]], stages: int) -> None:
+    seeded = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, seed=42, max_tokens=10, ignore_eos=True)
+    expected = tokens(two, PROMPTS[:3], seeded)
+    args = EngineArgs(str(folder), pipeline_parallel_size=stages, device="cpu", max_num_seqs=3, timeout_s=60)
+    with LLM(**args.as_kwargs()) as llm:
+        assert tokens(llm, PROMPTS) == plain
+        assert tokens(llm, PROMPTS[:3], seeded) == expected
+
+
+def test_seeds_belong_to_a_request(two: LLM) -> None:
+    seeded = SamplingParams(temperature=0.9, seed=42, max_tokens=10, ignore_eos=True)
+    free = SamplingParams(temperature=0.9, max_tokens=10, ignore_eos=True)
+    alone = tokens(two, ["ab"], seeded)[0]
+    for _ in range(2):
+        outputs = two.generate(["cd", "ab", "cd", "ab"], [free, seeded, free, seeded])
+        made = [one.outputs[0].token_ids for one in outputs]
+        assert made[1] == made[3] == alone
+        assert made[0] != made[2]
+    several = two.generate("ab", SamplingParams(temperature=0.9, seed=42, max_tokens=10, n=3, ignore_eos=True))[0]
+    assert [one.index for one in several.outputs] == [0, 1, 2]
+    assert several.outputs[0].token_ids == alone
+    assert len({one.token_ids for one in several.outputs}) == 3
+
+
+def test_texts_end(two: LLM) -> None:
+    free = two.generate("xxy", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))[0].outputs[0]
+    assert free.finish_reason == "length"
+    text = free.text
+    assert len(text) > 8
+    stop = text[4:6]
+    cut = two.generate("xxy", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=[stop, "never"]))
+    first = text.index(stop)
+    assert (cut[0].outputs[0].text, cut[0].outputs[0].finish_reason, cut[0].outputs[0].stop_reason) == (
+        text[:first],
+        "stop",
+        stop,
+    )
+    token = free.token_ids[3]
+    ended = two.generate("xxy", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop_token_ids=[token]))
+    assert ended[0].outputs[0].stop_reason == token
+    assert ended[0].outputs[0].token_ids == free.token_ids[: free.token_ids.index(token) + 1]
+
+
+@pytest.mark.parametrize("end", [1, 2])
+def test_end_tokens_of_both_places_end_a_text(two: LLM, end: int) -> None:
+    """The end token of the tokenizer, and one of the generation configuration: made likely by a large penalty of all
+    others is not possible, so a temperature at which all tokens come."""
+    params = SamplingParams(temperature=50.0, seed=0, max_tokens=200, n=20)
+    outputs = two.generate("x", params)[0].outputs
+    ended = [one for one in outputs if one.finish_reason == "stop" and one.token_ids[-1] == end]
+    assert ended
+    assert all(one.stop_reason is None and TURN not in one.text for one in ended)
+    free = two.generate("x", SamplingParams(temperature=50.0, seed=0, max_tokens=200, n=20, ignore_eos=True))[0].outputs
+    assert all(one.finish_reason == "length" for one in free)
+    late = two.generate("x", SamplingParams(temperature=50.0, seed=0, max_tokens=200, n=20, min_tokens=100))[0].outputs
+    assert all(len(one.token_ids) > 100 for one in late)
+
+
+def test_logprobs(two: LLM, folder: Path) -> None:
+    output = two.generate("xy", SamplingParams(temperature=0, max_tokens=3, logprobs=2, ignore_eos=True))[0].outputs[0]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer()("xy", return_tensors="pt")["input_ids"]
+    assert output.logprobs is not None
+    for token, found in zip(output.token_ids, output.logprobs, strict=True):
+        with torch.no_grad():
+            likely = torch.log_softmax(model(ids).logits[0, -1], -1)
+        best = likely.topk(2).indices.tolist()
+        assert set(found) == {token, *best}
+        assert all(abs(float(likely[one]) - value) < 1e-4 for one, value in found.items())
+        ids = torch.cat([ids, torch.tensor([[token]])], 1)
+
+
+def test_chat(two: LLM) -> None:
+    message = {"role": "user", "content": "hi"}
+    answer = two.chat([message], GREEDY)[0]
+    assert bytes(answer.prompt_token_ids) and answer.prompt is None
+    assert tokenizer().decode(answer.prompt_token_ids) == "<user>hi<assistant>"
+    assert two.generate("<user>hi<assistant>", GREEDY)[0].outputs == answer.outputs
+    with pytest.raises(InputError, match="the chat template refuses the messages: roles must alternate"):
+        two.chat([message, message], GREEDY)
+
+
+def test_mistakes(two: LLM, folder: Path) -> None:
+    with pytest.raises(InputError, match="prompt 0 has 300 tokens, and the model has room for 256"):
+        two.generate("x" * 300)
+    assert len(two.generate("x" * 250, SamplingParams(max_tokens=100, ignore_eos=True))[0].outputs[0].token_ids) == 6
+    with pytest.raises(InputError, match="one for each of the 2 prompts"):
+        two.generate(["a", "b"], [GREEDY])
+    with pytest.raises(InputError, match="prompt 0 has no tokens"):
+        two.generate("")
+    with pytest.raises(InputError, match="top_p must be at most 1"):
+        SamplingParams(top_p=2)
+    with pytest.raises(InputError, match="max_token"):
+        SamplingParams(max_token=2)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(InputError, match=r"min_tokens=9 is more than max_tokens=3"):
+        SamplingParams(min_tokens=9, max_tokens=3)
+    with pytest.raises(InputError, match="no folder of a language model|must be a folder of a language model"):
+        LLM("nowhere")
+    with pytest.raises(InputError, match="pipeline_parallel_size=9 is more than the 4 blocks"):
+        LLM(folder, pipeline_parallel_size=9, device="cpu")
+
+
+def test_defaults_of_the_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path, do_sample=True, temperature=0.5, top_k=7, repetition_penalty=1.3, eos_token_id=1)
+    with LLM(folder, device="cpu", timeout_s=60) as llm:
+        found = llm.get_default_sampling_params()
+        assert (found.temperature, found.top_k, found.repetition_penalty) == (0.5, 7, 1.3)
+        free = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        ids = tokenizer()("xy", return_tensors="pt")
+        expected = model.generate(**ids, do_sample=False, repetition_penalty=1.0, max_new_tokens=6, eos_token_id=None)
+        assert tokens(llm, ["xy"], free)[0] == tuple(expected[0, 2:].tolist())

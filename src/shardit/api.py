@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -35,9 +34,9 @@ from shardit.diffusion.sharding.connect import (
 from shardit.diffusion.sharding.decision import decided_alike, told_of_model, told_of_pipeline
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
-from shardit.errors import InputError, UnsupportedError
-from shardit.language.loading import PreparedDecoder, check_decoder_options, decoder_folder
-from shardit.language.sharding import blocks_of, is_decoder, over_stages, owners_of
+from shardit.errors import InputError
+from shardit.language.loading import check_decoder_options, decoder_folder
+from shardit.language.parallel import is_decoder, load_decoder, parallelize_decoder
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
@@ -68,9 +67,8 @@ def parallelize(
     """
     config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline
-    if (spread := getattr(target, "shardit_decoder", None)) is not None:
-        spread.check_again(config)
-        return module_or_pipeline
+    if is_decoder(target) and config.pipeline_parallel_size > 1:
+        return parallelize_decoder(target, config, plan, timeout_s)
     modules = components_of(target)
     if modules is None and config.vae_patch_parallel_size > 1:
         raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
@@ -95,9 +93,7 @@ def parallelize(
         refuse_hooks({name or type(target).__name__: module for name, module in fresh.items()}, mesh)
 
     runtime = runtime or Runtime.of(mesh, split_batch=config.split_batch)
-    if modules is None and mesh.pp_size > 1 and is_decoder(target):
-        _decoder(target, runtime, config, check)
-    elif modules is None:
+    if modules is None:
         _alone(target, runtime, config, plan if isinstance(plan, Plan) else None, check, bool(earlier))
     else:
         _whole(target, fresh, runtime, config, plan, compilers, check, earlier)
@@ -169,24 +165,6 @@ def _alone(
         spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
 
 
-def _decoder(model: Any, runtime: Runtime, config: DiffusionParallelConfig, check: Callable[[], None]) -> None:
-    """Spread a causal language model over stages."""
-    name = type(model).__name__
-
-    def decide() -> list[int]:
-        check()
-        refuse_compiled(name, model, ())
-        if config.tensor_parallel_size > 1:
-            raise UnsupportedError(
-                f"{name}: tensor_parallel_size={config.tensor_parallel_size} together with stages is not there yet; "
-                "use one of them"
-            )
-        return owners_of(model, config)
-
-    owners = decided_alike(runtime.replica, name, decide, lambda found: {"the layers": repr(found)})
-    over_stages(model, runtime, owners, config)
-
-
 def load(
     model: str | os.PathLike[str] = "",  # as if it were required: so a wrong keyword in its place is named
     config: DiffusionParallelConfig | None = None,
@@ -232,29 +210,15 @@ def load(
     if folder is not None:
         given = {"plan": plan, "pipeline_class": pipeline_class, "model_config": model_config}
         check_decoder_options(folder, given, options)
-        return _load_decoder(folder, config, dtype, device, timeout_s)
+        one_stage = config.tensor_parallel_size > 1 and config.pipeline_parallel_size == 1
+        found = load_decoder(folder, config, dtype, device, timeout_s)
+        return parallelize(found, config, timeout_s=timeout_s) if one_stage else found
     model, options = split_model(model, model_config, options)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     pipe, _, _ = load_parallel(
         model, config, mesh, dtype=dtype, plan=plan, pipeline_class=pipeline_class, options=options
     )
     return pipe
-
-
-def _load_decoder(folder: Path, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float) -> Any:
-    """The language model of a folder; over stages, each rank reads its own layers."""
-    prepared = PreparedDecoder(folder, setting(dtype))
-    if config.tensor_parallel_size > 1 and config.pipeline_parallel_size == 1:
-        model = prepared.load_whole("cpu" if device is None else device)
-        return parallelize(model, config, timeout_s=timeout_s)
-    owners = owners_of(prepared.module, config)
-    mesh = init_mesh(config, device=device, timeout_s=timeout_s)
-    _tell([prepared.module], config, mesh)
-    blocks = [name for name, _ in blocks_of(prepared.module)]
-    model = prepared.load(blocks, owners, mesh.pp_rank, mesh.device)
-    if mesh.pp_size > 1:
-        over_stages(model, Runtime.of(mesh, split_batch=False), owners, config)
-    return model
 
 
 def load_parallel(

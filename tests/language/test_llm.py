@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def two(folder: Path) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> list[tuple[int, ...]]:
     """What transformers continues each prompt with, alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     found = []
     for prompt in PROMPTS:
         ids = tokenizer()(prompt, return_tensors="pt")
@@ -96,8 +97,8 @@ def test_texts_end(two: LLM) -> None:
 
 @pytest.mark.parametrize("end", [1, 2])
 def test_end_tokens_of_both_places_end_a_text(two: LLM, end: int) -> None:
-    """The end token of the tokenizer, and one of the generation configuration: made likely by a large penalty of all
-    others is not possible, so a temperature at which all tokens come."""
+    """The end token of the tokenizer, and one of the generation configuration, at a temperature at which all tokens
+    come."""
     params = SamplingParams(temperature=50.0, seed=0, max_tokens=200, n=20)
     outputs = two.generate("x", params)[0].outputs
     ended = [one for one in outputs if one.finish_reason == "stop" and one.token_ids[-1] == end]
@@ -126,8 +127,8 @@ def test_logprobs(two: LLM, folder: Path) -> None:
 def test_chat(two: LLM) -> None:
     message = {"role": "user", "content": "hi"}
     answer = two.chat([message], GREEDY)[0]
-    assert bytes(answer.prompt_token_ids) and answer.prompt is None
-    assert tokenizer().decode(answer.prompt_token_ids) == "<user>hi<assistant>"
+    assert answer.prompt is None
+    assert tokenizer().decode(list(answer.prompt_token_ids)) == "<user>hi<assistant>"
     assert two.generate("<user>hi<assistant>", GREEDY)[0].outputs == answer.outputs
     with pytest.raises(InputError, match="the chat template refuses the messages: roles must alternate"):
         two.chat([message, message], GREEDY)
@@ -147,7 +148,7 @@ def test_mistakes(two: LLM, folder: Path) -> None:
         SamplingParams(max_token=2)  # pyright: ignore[reportCallIssue]
     with pytest.raises(InputError, match=r"min_tokens=9 is more than max_tokens=3"):
         SamplingParams(min_tokens=9, max_tokens=3)
-    with pytest.raises(InputError, match="no folder of a language model|must be a folder of a language model"):
+    with pytest.raises(InputError, match="must be a folder of a language model"):
         LLM("nowhere")
     with pytest.raises(InputError, match="pipeline_parallel_size=9 is more than the 4 blocks"):
         LLM(folder, pipeline_parallel_size=9, device="cpu")
@@ -159,7 +160,7 @@ def test_defaults_of_the_folder(tmp_path: Path) -> None:
         found = llm.get_default_sampling_params()
         assert (found.temperature, found.top_k, found.repetition_penalty) == (0.5, 7, 1.3)
         free = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
         ids = tokenizer()("xy", return_tensors="pt")
         expected = model.generate(**ids, do_sample=False, repetition_penalty=1.0, max_new_tokens=6, eos_token_id=None)
         assert tokens(llm, ["xy"], free)[0] == tuple(expected[0, 2:].tolist())

@@ -83,7 +83,7 @@ class Clock(StoppingCriteria):
     def __init__(self, steps: int):
         self.steps = steps
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         self.steps -= 1
         return torch.full((input_ids.shape[0],), self.steps <= 0)
 

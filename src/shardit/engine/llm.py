@@ -193,8 +193,10 @@ class LLM:
             raise InputError("max_tokens must be given: the model says of no limit")
         most = wanted if room is None else min(wanted, room)
         seed = self._seed if params.seed is None else params.seed
-        drawn = seed is None or seed == RANDOM_SEED
-        first = secrets.randbelow(DRAWN_SEEDS) if drawn else seed + (0 if params.seed is not None else number)
+        if seed is None or seed == RANDOM_SEED:
+            first = secrets.randbelow(DRAWN_SEEDS)
+        else:
+            first = seed + (0 if params.seed is not None else number)
         return [Row(tokens, replace(params, max_tokens=most), first + copy) for copy in range(params.n)]
 
     def _run(self, rows: list[Row]) -> list[Any]:

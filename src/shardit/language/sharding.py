@@ -53,13 +53,6 @@ def owners_of(model: Any, config: DiffusionParallelConfig) -> list[int]:
     return [stage for stage, count in enumerate(cuts) for _ in range(count)]
 
 
-def is_decoder(model: Any) -> bool:
-    """Whether this is a model of transformers that generates token by token, without an encoder."""
-    kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}
-    generates = kinds.get("GenerationMixin", "").startswith("transformers.")
-    return generates and not getattr(model.config, "is_encoder_decoder", False)
-
-
 def check_axes(config: DiffusionParallelConfig) -> None:
     """Raise UnsupportedError for axes that a language model does not have."""
     for name in ("ulysses_degree", "ring_degree", "cfg_parallel_size", "vae_patch_parallel_size"):
@@ -68,6 +61,11 @@ def check_axes(config: DiffusionParallelConfig) -> None:
                 f"{name}={getattr(config, name)}: a language model runs over pipeline_parallel_size, "
                 "tensor_parallel_size and data_parallel_size; set it to 1"
             )
+    if config.tensor_parallel_size > 1 and config.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            f"tensor_parallel_size={config.tensor_parallel_size} with pipeline_parallel_size="
+            f"{config.pipeline_parallel_size}: a language model runs over one of them so far; set the other to 1"
+        )
     if config.pipeline_chunks not in (None, 1):
         raise UnsupportedError(
             f"pipeline_chunks={config.pipeline_chunks}: the stages of a language model are contiguous; leave it out"

@@ -118,10 +118,8 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tenso
     if type(tensor) is not StageTensor:
         return function(tensor)
     data = None if tensor.data_here is None else function(tensor.data_here)
-    shape, _, _, dtype = look_of(tensor)
-    return stage_tensor(
-        look_of(torch.empty(shape, dtype=dtype, device="meta")), data, Memory(tensor.holders), tensor.link
-    )
+    look = look_of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    return stage_tensor(look, data, Memory(tensor.holders), tensor.link)
 
 
 @dataclass(frozen=True)

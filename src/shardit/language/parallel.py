@@ -1,0 +1,61 @@
+"""`parallelize` and `load` for causal language models over stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.stages.runtime import Runtime
+from shardit.diffusion.sharding.changes import refuse_compiled
+from shardit.diffusion.sharding.decision import decided_alike
+from shardit.errors import InputError
+from shardit.language.loading import PreparedDecoder
+from shardit.language.sharding import blocks_of, over_stages, owners_of
+from shardit.loading.dtypes import setting
+from shardit.parallel_state import set_mesh_of_model
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether this is a model of transformers that generates token by token, without an encoder."""
+    kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}
+    generates = kinds.get("GenerationMixin", "").startswith("transformers.")
+    return generates and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, timeout_s: float) -> Any:
+    """Spread a language model over stages, in place, unless that is done; the model. Collective."""
+    name = type(model).__name__
+    if plan is not None:
+        raise InputError(f"plan: the layers of {name} need none; leave it out")
+    if (spread := getattr(model, "shardit_decoder", None)) is not None:
+        spread.check_again(config)
+        return model
+    mesh = init_mesh(config, device=next(model.parameters()).device, timeout_s=timeout_s)
+    runtime = Runtime.of(mesh, split_batch=False)
+
+    def decide() -> list[int]:
+        refuse_compiled(name, model, ())
+        return owners_of(model, config)
+
+    owners = decided_alike(runtime.replica, name, decide, lambda found: {"the layers": repr(found)})
+    set_mesh_of_model(mesh)
+    over_stages(model, runtime, owners, config)
+    return model
+
+
+def load_decoder(folder: Path, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float) -> nn.Module:
+    """The language model of a folder; over stages, each rank reads its own layers and has been spread. Collective."""
+    prepared = PreparedDecoder(folder, setting(dtype))
+    if config.pipeline_parallel_size == 1:
+        return prepared.load_whole("cpu" if device is None else device)
+    owners = owners_of(prepared.module, config)
+    mesh = init_mesh(config, device=device, timeout_s=timeout_s)
+    set_mesh_of_model(mesh)
+    blocks = [name for name, _ in blocks_of(prepared.module)]
+    model = prepared.load(blocks, owners, mesh.pp_rank, mesh.device)
+    over_stages(model, Runtime.of(mesh, split_batch=False), owners, config)
+    return model

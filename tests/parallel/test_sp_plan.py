@@ -22,6 +22,7 @@ from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from shardit.sp_sharding import sp_gather, sp_shard
 from tests.diffusion.test_parallelize import join
 from tests.parallel.test_sequence import CLOSE, RING, ULYSSES, distance, run
+from tests.support import brought
 from tests.support.plan_models import (
     GATHER,
     PADDED,
@@ -412,9 +413,9 @@ def test_stages_with_padding_and_refusals() -> None:
 
 def of_diffusers(rank: int, count: int, method: str, name: str, ways: list[dict[str, int]], call: dict) -> None:
     join(rank, count, method)
-    expected = run(tiny.load_plain(tiny.resolve(f"tiny/{name}")), name, **call)
+    expected = run(brought.pipeline(name), name, **call)
     for way in ways:
-        pipe = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
+        pipe = brought.pipeline(name)
         for part in (pipe.transformer, getattr(pipe, "transformer_2", None)):
             if part is not None:
                 part._sp_plan = part._cp_plan  # asked for

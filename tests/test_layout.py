@@ -169,6 +169,7 @@ BUDGET = {
     "models": 800,
     "parallel": 3260,
     "server": 4160,
+    "settings": 180,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -17,7 +17,7 @@ from shardit.core.placement.roles import ALONE, Roles
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.family import FAMILY
 from shardit.diffusion.loading.attention_backends import use_attention_backend
-from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, model_options, split_model
+from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, split_model, take_options
 from shardit.diffusion.loading.pipeline import Prepared, load_pipeline, prepare
 from shardit.diffusion.loading.start_options import load_loras, use_vae_options
 from shardit.diffusion.roles import denoises
@@ -175,37 +175,20 @@ def load(
     pipeline_class: str | type | None = None,
     timeout_s: float = 600,
     model_config: str | os.PathLike[str] | None = None,
-    single_files: Mapping[str, Any] | None = None,
-    variant: str | None = None,
-    scheduler: str | None = None,
-    scheduler_args: Mapping[str, Any] | None = None,
-    flow_shift: float | None = None,
-    lora: Any = None,
-    vae_tiling: bool = False,
-    vae_slicing: bool = False,
-    **parallel: Any,
+    **settings: Any,
 ) -> Any:
     """The parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it owns.
     Of a folder with a causal language model of transformers: that model, over stages.
 
     Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
-    `from_pretrained`. model_config to vae_slicing: as for `Omni`. parallel: fields of the configuration as keywords, in
-    its place. Raises InputError/UnsupportedError with one line.
+    `from_pretrained`. model_config: as for `Omni`. settings: how the model is loaded (as for `Omni`), and fields of the
+    configuration in its place. Raises InputError/UnsupportedError with one line.
     """
+    options = take_options(settings)
     own = ("model", "config", "dtype", "device", "plan", "pipeline_class", "timeout_s", "model_config", *OPTION_NAMES)
-    config = config_of(config, parallel, "load", own)
+    config = config_of(config, settings, "load", own)
     if not model:
         raise InputError("no model given: name a folder, a hub id or tiny/NAME")
-    options = model_options(
-        variant=variant,
-        single_files=single_files,
-        scheduler=scheduler,
-        scheduler_args=scheduler_args,
-        flow_shift=flow_shift,
-        lora=lora,
-        vae_tiling=vae_tiling,
-        vae_slicing=vae_slicing,
-    )
     folder = decoder_folder(model)
     if folder is not None:
         given = {"plan": plan, "pipeline_class": pipeline_class, "model_config": model_config}

@@ -101,10 +101,18 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
             traceback.print_exc()
         # Usage errors: typer has its own copy of click's classes, or click's, depending on its version.
         if hasattr(error, "format_message"):
-            return _failed(error.format_message(), USERS)  # pyright: ignore[reportAttributeAccessIssue]
+            return _failed(_usage(error), USERS)
         if isinstance(error, InputError):
             return _failed(str(error), USERS)
         return _failed(_in_one_line(error), OURS, every_rank=True)
+
+
+def _usage(error: Any) -> str:
+    """The message of a usage error; of an unknown flag it names --extra, where the command has that."""
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    further = name.isidentifier() and any(one.name == "extra" for one in error.ctx.command.params)
+    more = f" An argument of the pipeline that has no flag is given as --extra {name}=VALUE." if further else ""
+    return error.format_message() + more
 
 
 def _failed(text: str, code: int, every_rank: bool = False) -> int:

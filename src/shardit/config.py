@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from shardit.errors import InputError, UnsupportedError
+from shardit.settings.checks import FLAG, numbers, whole
+from shardit.settings.declare import Flag, check_declared, declare
 
 PARTITION_VARIABLES = ("SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
 """Environment variables that give a layer partition, the first that is set wins."""
 
-_DEGREES = (
-    "pipeline_parallel_size",
-    "tensor_parallel_size",
-    "ulysses_degree",
-    "ring_degree",
-    "cfg_parallel_size",
-    "data_parallel_size",
-    "vae_patch_parallel_size",
-)
-# The patches of one VAE call are dealt to ranks that exist anyway, so this degree adds no ranks.
-_DEGREES_OF_OWN_RANKS = tuple(name for name in _DEGREES if name != "vae_patch_parallel_size")
+DEGREES = {
+    "dp": "data_parallel_size",
+    "cfg": "cfg_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "ring": "ring_degree",
+    "ulysses": "ulysses_degree",
+    "tp": "tensor_parallel_size",
+}
+"""The degree of each axis, outermost first: neighbouring ranks share `tp`, so that the axis that talks most gets the
+fastest links."""
 
-
-def _is_int(value: object) -> bool:
-    # bool is an int to Python, but True given as a number of ranks is a mistake.
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _setting(
-    default: Any, help: str | None, *, check: Callable[[str, Any], None] | None = _require_positive, short: str = ""
-) -> Any:
-    """A field with the help of its flag (None: there is no flag), the flag's second name, and the check of values that
-    are not None."""
-    return field(default=default, metadata={"help": help, "check": check, "short": short})
+PARTITION = numbers(whole(1))
+"""The check of a layer partition."""
 
 
 @dataclass(frozen=True)
@@ -50,81 +37,87 @@ class DiffusionParallelConfig:
     Wrong values raise `InputError`.
     """
 
-    pipeline_parallel_size: int = _setting(
-        1, "Number of pipeline stages that the blocks of the transformer are split into."
+    pipeline_parallel_size: int = declare(
+        1, "Number of pipeline stages that the blocks of the transformer are split into.", whole(1)
     )
-    """Ranks that the blocks of a transformer are cut over. Default 1. Error: more ranks than blocks (at load)."""
+    """Error: more ranks than blocks (at load)."""
 
-    tensor_parallel_size: int = _setting(1, "Number of ranks that each linear layer is split across.")
-    """Ranks that the linears inside the blocks, and those of text encoders, are cut over. Default 1. Error: more ranks
-    than heads, or a transformer whose parts no rule knows (at load)."""
+    tensor_parallel_size: int = declare(1, "Number of ranks that each linear layer is split across.", whole(1))
+    """The linears inside the blocks of the transformer, and those of text encoders. Error: more ranks than heads, or a
+    transformer whose parts no rule knows (at load)."""
 
-    ulysses_degree: int = _setting(
-        1, "Ulysses degree: number of ranks that split the tokens, and the heads within attention.", short="--usp"
+    ulysses_degree: int = declare(
+        1,
+        "Ulysses degree: number of ranks that split the tokens, and the heads within attention.",
+        whole(1),
+        flag=Flag(short="--usp"),
     )
-    """Ranks that the tokens are cut over and, within attention, the heads (Ulysses). Default 1. Error: below 1, or a
-    model whose blocks cannot be cut by tokens (at the first call)."""
+    """Error: a model whose blocks cannot be cut by tokens (at the first call)."""
 
-    ring_degree: int = _setting(
+    ring_degree: int = declare(
         1,
         "Ring attention degree: number of ranks that split the tokens and pass keys and values around.",
-        short="--ring",
+        whole(1),
+        flag=Flag(short="--ring"),
     )
-    """Ranks that the tokens are cut over, with keys and values that travel around (Ring attention). Default 1. Error:
-    below 1, a model whose blocks cannot be cut by tokens, or an attention back end that is not native (at the first
+    """Error: a model whose blocks cannot be cut by tokens, or an attention back end that is not native (at the first
     call)."""
 
-    sequence_parallel_size: int | None = _setting(None, None)
-    """Ranks that the tokens are cut over. Default None = ulysses_degree x ring_degree. Error: any other product."""
-
-    cfg_parallel_size: int = _setting(1, "Number of ranks that compute the branches of classifier-free guidance.")
-    """Ranks that the branches of guidance, or the samples of a batch, are dealt to. Default 1. Error: more than the
-    branches x samples of a step (in the first step)."""
-
-    data_parallel_size: int = _setting(1, "Number of replicas of the model; each runs its share of the requests.")
-    """Copies of the model that share the requests. Default 1. Error: below 1."""
-
-    vae_patch_parallel_size: int = _setting(1, "Number of ranks that the tiles of the VAE are split across.")
-    """Ranks that the tiles of the VAE are dealt to; these ranks are not extra ones. More than 1 switches the VAE's
-    tiling on. Default 1. Error: more than the ranks that work on one request (all axes but data_parallel_size), or (at
-    load) a VAE that cannot work in tiles."""
-
-    pipeline_chunks: int | None = _setting(
-        None, "Chunks of blocks per rank; 1 gives each rank one contiguous range. [default: automatic]"
+    sequence_parallel_size: int | None = declare(
+        None, "Number of ranks that split the tokens. [default: ulysses_degree x ring_degree]", whole(1), flag=None
     )
-    """Chunks of blocks per pipeline rank. Default None = chosen at load from what can be in flight; 1 = contiguous
-    stages; more = looped placement. Error: below 1."""
+    """Error: any other product."""
 
-    layer_partition: Sequence[int] | None = _setting(
-        None, 'Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]', check=None
+    cfg_parallel_size: int = declare(
+        1, "Number of ranks that compute the branches of classifier-free guidance.", whole(1)
+    )
+    """Or the samples of a batch. Error: more ranks than branches x samples of a step (in the first step)."""
+
+    data_parallel_size: int = declare(
+        1, "Number of replicas of the model; each runs its share of the requests.", whole(1)
+    )
+
+    vae_patch_parallel_size: int = declare(1, "Number of ranks that the tiles of the VAE are split across.", whole(1))
+    """These ranks are not extra ones. More than 1 switches the VAE's tiling on. Error: more than the ranks that work on
+    one request (all axes but data_parallel_size), or (at load) a VAE that cannot work in tiles."""
+
+    pipeline_chunks: int | None = declare(
+        None, "Chunks of blocks per rank; 1 gives each rank one contiguous range. [default: automatic]", whole(1)
+    )
+    """Automatic: chosen at load from what can be in flight. More than 1: looped placement."""
+
+    layer_partition: Sequence[int] | None = declare(
+        None,
+        'Blocks per stage or chunk, such as "8,12,12,8". [default: balanced]',
+        PARTITION,
+        flag=Flag(kind=str | None, read=lambda text: parse_layer_partition(text, "--layer-partition")),
     )
     """Blocks per stage (pipeline_parallel_size entries, contiguous) or per chunk in chunk order
     (pipeline_parallel_size x pipeline_chunks entries), counted over a transformer's block lists in the order of a
-    forward. Default None = the environment (see `resolve_layer_partition`), else balanced by cost. Error: an entry
-    below 1, a wrong number of entries, or (at load) a wrong sum."""
+    forward. Where it is None, the environment decides (see `resolve_layer_partition`), else blocks are balanced by
+    cost. Error: a wrong number of entries, or (at load) a wrong sum."""
 
-    split_batch: bool = True
-    """Whether a batched transformer call (batched guidance, several outputs per prompt) is split by sample where that
-    fills the pipeline. False keeps the batch whole, which keeps the last bits too. Default True. Error: not a bool."""
+    split_batch: bool = declare(
+        True,
+        "Whether a batched transformer call (batched guidance, several outputs per prompt) is split by sample where "
+        "that fills the pipeline.",
+        FLAG,
+        flag=None,
+    )
+    """False keeps the batch whole, which keeps the last bits too."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DiffusionParallelConfig:
         reject_unknown_names(cls.__name__, kwargs, [item.name for item in fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, check = getattr(self, item.name), item.metadata.get("check")
-            if check is not None and (value is not None or item.default is not None):
-                check(item.name, value)
-        if not isinstance(self.split_batch, bool):
-            raise InputError(f"split_batch must be True or False, got {self.split_batch!r}")
+        check_declared(self)
         self._check_sequence_parallel_size()
         self._check_vae_patch_parallel_size()
         if self.layer_partition is not None:
-            partition = _as_partition(self.layer_partition, "layer_partition")
             # A tuple, whatever was given: a frozen object must not change through its caller's list.
-            object.__setattr__(self, "layer_partition", partition)
-            partition_chunks(self, partition, "layer_partition")
+            object.__setattr__(self, "layer_partition", tuple(self.layer_partition))
+            partition_chunks(self, self.layer_partition, "layer_partition")
 
     def _check_sequence_parallel_size(self) -> None:
         product = self.ulysses_degree * self.ring_degree
@@ -146,10 +139,7 @@ class DiffusionParallelConfig:
     @property
     def world_size(self) -> int:
         """Number of ranks that this configuration needs."""
-        product = 1
-        for name in _DEGREES_OF_OWN_RANKS:
-            product *= getattr(self, name)
-        return product
+        return math.prod(getattr(self, name) for name in DEGREES.values())
 
 
 def config_of(
@@ -182,7 +172,8 @@ def parse_layer_partition(text: str, source: str) -> tuple[int, ...]:
                 f"{source}={text!r} must be whole numbers with commas between them, such as 8,12,12,8; "
                 f"{entry!r} is not a number"
             )
-    return _as_partition([int(entry) for entry in entries], source)
+    PARTITION(source, partition := tuple(map(int, entries)))
+    return partition
 
 
 def resolve_layer_partition(
@@ -301,10 +292,9 @@ def get_pp_indices(num_layers: int, pp_rank: int, pp_size: int) -> tuple[int, in
     Sizes differ by at most one. The stages just before the last take what is left over, because the last one also
     runs what follows the blocks.
     """
-    _require_positive("num_layers", num_layers)
-    _require_positive("pp_size", pp_size)
-    if not _is_int(pp_rank) or not 0 <= pp_rank < pp_size:
-        raise InputError(f"pp_rank must be a whole number from 0 to {pp_size - 1}, got {pp_rank!r}")
+    whole(1)("num_layers", num_layers)
+    whole(1)("pp_size", pp_size)
+    whole(0, pp_size - 1)("pp_rank", pp_rank)
     if num_layers < pp_size:
         raise InputError(f"{num_layers} layers cannot fill {pp_size} stages; use at most {num_layers} stages")
     size, left_over = divmod(num_layers, pp_size)
@@ -325,11 +315,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The text " (did you mean 'x'?)" for the nearest known name, or nothing."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
-
-
-def _as_partition(entries: object, source: str) -> tuple[int, ...]:
-    if isinstance(entries, str) or not isinstance(entries, Sequence):
-        raise InputError(f"{source} must be a list of whole numbers such as [8, 12, 12, 8], got {entries!r}")
-    if not entries or not all(_is_int(entry) and entry >= 1 for entry in entries):
-        raise InputError(f"{source} must hold whole numbers of at least 1, got {list(entries)!r}")
-    return tuple(entries)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,63 +14,57 @@ from typing import Annotated, Any
 from PIL.Image import Image
 from typer import Argument, Option
 
-from shardit.config import DiffusionParallelConfig, parse_layer_partition
+from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading import shipped
-from shardit.diffusion.loading.model_flags import ModelFlags, parse_values
-from shardit.diffusion.loading.model_options import split_model
+from shardit.diffusion.loading.model_options import ModelOptions, given_options, model_options, split_model
 from shardit.diffusion.output.from_file import check_fits, flags_of, read_record
 from shardit.diffusion.output.output import check_path
 from shardit.diffusion.request.images import open_image, read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError
-from shardit.loading.dtypes import setting
 from shardit.params import OmniDiffusionSamplingParams, field_names
+from shardit.settings.flag_class import check_flags, flag_class, parse_values, values_of
 
-DtypeFlag = Annotated[
-    str | None,
-    Option(
-        metavar="<dtype>",
-        help="Data type, as torch_dtype= in diffusers, or one for each component: transformer=bfloat16,vae=float32. "
-        "[default: as diffusers loads]",
-    ),
-]
-
-
-def _parallel_flag(item: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
-    names = (f"--{item.name.replace('_', '-')}", item.metadata["short"]) if item.metadata["short"] else ()
-    # The command line gives a list as text, with commas.
-    kind = str | None if item.name == "layer_partition" else int | None if item.default is None else int
-    return (
-        item.name,
-        Annotated[kind, Option(*names, help=item.metadata["help"])],
-        dataclasses.field(default=item.default),
-    )
-
-
-_Degrees: Any = dataclasses.make_dataclass(
-    "_Degrees",
-    [_parallel_flag(item) for item in dataclasses.fields(DiffusionParallelConfig) if item.metadata.get("help")],
-    frozen=True,
-    kw_only=True,
-)
+_Degrees = flag_class("_Degrees", DiffusionParallelConfig)
+_Options = flag_class("_Options", ModelOptions)
+_Variant = flag_class("_Variant", ModelOptions, only=("variant",))
+_Dtype = flag_class("_Dtype", SessionSpec, only=("dtype",))
+_Timeout = flag_class("_Timeout", SessionSpec, only=("timeout_s",))
+_Sampling = flag_class("_Sampling", OmniDiffusionSamplingParams, unset=True)
+LaunchFlags = flag_class("LaunchFlags", SessionSpec, only=("dtype", "attention_backend"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelFlags(_Degrees):
-    """How a model is spread over ranks: the fields of `DiffusionParallelConfig` that have a help text."""
+    """How a model is spread over ranks."""
 
     def parallel_config(self) -> DiffusionParallelConfig:
         """The configuration that the flags ask for."""
-        given = {item.name: getattr(self, item.name) for item in dataclasses.fields(ParallelFlags)}
-        if self.layer_partition is not None:
-            given["layer_partition"] = parse_layer_partition(self.layer_partition, "--layer-partition")
-        return DiffusionParallelConfig(**given)
+        return DiffusionParallelConfig(**values_of(self, DiffusionParallelConfig))
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectFlags(ParallelFlags):
-    """What `shardit inspect` was asked for."""
+class _Config:
+    config: Annotated[
+        str | None,
+        Option(
+            metavar="<folder>", help="Where the model is one file: folder or hub id of the pipeline's configuration."
+        ),
+    ] = None
 
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(_Options, _Config):
+    """How a model is loaded."""
+
+    def model_options(self) -> ModelOptions:
+        """The options that the flags ask for. Raises InputError."""
+        return model_options(**values_of(self, ModelOptions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
     name: Annotated[
         str | None,
         Argument(
@@ -80,9 +73,12 @@ class InspectFlags(ParallelFlags):
         ),
     ] = None
     model: Annotated[str | None, Option(help="Hub id, diffusers folder or tiny/NAME.")] = None
-    dtype: DtypeFlag = None
-    variant: Annotated[str | None, Option(help="Variant of the weight files, such as fp16, as in diffusers.")] = None
     as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags(ParallelFlags, _Variant, _Dtype, _Looked):
+    """What `shardit inspect` was asked for."""
 
     def what(self) -> str:
         """The model to look at. Raises InputError where none is given, or two are."""
@@ -93,9 +89,7 @@ class InspectFlags(ParallelFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateFlags(ModelFlags, ParallelFlags):
-    """What `shardit generate` was asked for. None means the pipeline's own default."""
-
+class _Asked:
     model: Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", show_default=False)] = ""
     from_file: Annotated[
         Path | None,
@@ -105,30 +99,16 @@ class GenerateFlags(ModelFlags, ParallelFlags):
         ),
     ] = None
     prompt: Annotated[str | None, Option(help="Text prompt.", show_default=False)] = None
-    negative_prompt: Annotated[str | None, Option(help="Negative prompt.")] = None
     image: Annotated[
         list[Path] | None, Option(metavar="<path>", help="Input picture; repeat the flag for several.")
     ] = None
     output: Annotated[
         Path | None, Option(help="File to write. [default: output with .png, .mp4, .wav, .txt or .safetensors]")
     ] = None
-    width: Annotated[int | None, Option(help="Width in pixels.")] = None
-    height: Annotated[int | None, Option(help="Height in pixels.")] = None
-    num_frames: Annotated[int | None, Option(help="Number of frames of a video.")] = None
-    fps: Annotated[float | None, Option(help="Frames per second of a video. [default: the model's]")] = None
-    num_inference_steps: Annotated[int | None, Option(help="Number of denoising steps.")] = None
-    guidance_scale: Annotated[float | None, Option(help="Guidance scale.")] = None
-    guidance_scale_2: Annotated[
-        float | None, Option("--guidance-scale-2", help="Guidance scale of the second expert.")
-    ] = None
-    true_cfg_scale: Annotated[
-        float | None,
-        Option(help="Scale of classifier-free guidance with the negative prompt, for models with distilled guidance."),
-    ] = None
-    seed: Annotated[
-        int | None, Option(help="Seed, from 0; -1 for a random one. [default: drawn, printed and recorded]")
-    ] = None
-    num_outputs_per_prompt: Annotated[int | None, Option(help="Number of outputs for each prompt. [default: 1]")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Extra:
     extra: Annotated[
         list[str] | None,
         Option(
@@ -136,11 +116,11 @@ class GenerateFlags(ModelFlags, ParallelFlags):
             help="Any other argument of the pipeline, with a value in JSON or plain text; repeat the flag for several.",
         ),
     ] = None
-    dtype: DtypeFlag = None
-    attention_backend: Annotated[
-        str | None, Option(help="Attention back end, as set_attention_backend in diffusers. [default: native]")
-    ] = None
-    timeout: Annotated[float, Option(help="Timeout for a message of another rank, in seconds.")] = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(ParallelFlags, ModelFlags, _Timeout, LaunchFlags, _Extra, _Sampling, _Asked):
+    """What `shardit generate` was asked for. None means the pipeline's own default."""
 
     def completed(self) -> GenerateFlags:
         """These flags with what --from-file adds to them. Raises InputError where no model is named."""
@@ -165,8 +145,7 @@ class GenerateFlags(ModelFlags, ParallelFlags):
         from shardit.diffusion.preflight.static_signature import static_signatures_of_model
         from shardit.diffusion.request.build import build_requests
 
-        if not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise InputError(f"--timeout must be more than 0 seconds, got {self.timeout}")
+        check_flags(self, SessionSpec)
         if writes:
             check_path(self.output or "output.png")
         self.omni_arguments()
@@ -198,14 +177,10 @@ class GenerateFlags(ModelFlags, ParallelFlags):
 
     def omni_arguments(self) -> dict[str, Any]:
         """The arguments of `shardit.Omni`."""
-        return {
-            "model": self.model,
-            "parallel_config": self.parallel_config(),
-            "dtype": setting(self.dtype, "--dtype"),
-            "timeout_s": self.timeout,
-            "attention_backend": self.attention_backend,
-            **self.model_arguments(),
-        }
+        config = {"model_config": self.config} if self.config is not None else {}
+        options = given_options(self.model_options())
+        launch = {"dtype": None, "attention_backend": None, **values_of(self, SessionSpec)}
+        return {"model": self.model, "parallel_config": self.parallel_config(), **launch, **options, **config}
 
     def prompts(self) -> dict[str, Any]:
         """The first argument of `Omni.generate`."""
@@ -256,19 +231,16 @@ def options_of(flags: type, *, output: Path | None = None) -> tuple[dict[str, An
     builds its options. `output` is the default of --output.
     """
     hints = typing.get_type_hints(flags, include_extras=True)
-    rest = [item.name for kind in (ModelFlags, ParallelFlags) for item in dataclasses.fields(kind)]
-    # What the model does comes first, then how it is loaded and spread.
-    items = sorted(dataclasses.fields(flags), key=lambda item: rest.index(item.name) if item.name in rest else -1)
-    defaults = {item.name: item.default for item in items}
+    defaults = {item.name: item.default for item in dataclasses.fields(flags)}
     if output is not None:
         defaults["output"] = output
     parameters = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if defaults[name] is dataclasses.MISSING else defaults[name],
+            default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
             annotation=hints[name],
         )
-        for name in defaults
+        for name, default in defaults.items()
     ]
     return hints, inspect.Signature(parameters)

@@ -23,6 +23,7 @@ from shardit.core.placement.slices import even
 from shardit.core.stages.stages import Runtime
 from shardit.loading.safetensors_file import Reads
 from shardit.models import tiny
+from tests.support import brought
 from tests.support.ranks import run_ranks
 
 NAMES = ("wan2.2-t2v", "flux", "z-image", "qwen-image-edit")
@@ -72,7 +73,7 @@ def compare(encoder: Any, plain: Any) -> None:
 def encoders(rank: int, count: int, method: str, names: tuple[str, ...], dtype: Any) -> None:
     config = join(rank, count, method)
     for name in names:
-        plain = tiny.load_plain(tiny.resolve(f"tiny/{name}"), dtype=dtype)
+        plain = brought.pipeline(name, dtype)
         pipe, assignment, _ = load_parallel(f"tiny/{name}", config, init_mesh(config), dtype=dtype)
         assert assignment.relayed, name
         for part, found in assignment.relayed.items():
@@ -103,7 +104,7 @@ def test_more_ranks_and_types(count: int, dtype: str) -> None:
 
 def text_is_written(rank: int, count: int, method: str) -> None:
     config = join(rank, count, method)
-    plain = tiny.load_plain(tiny.resolve("tiny/qwen-image-edit")).text_encoder
+    plain = brought.pipeline("qwen-image-edit").text_encoder
     encoder = shardit.load("tiny/qwen-image-edit", config).text_encoder
     for call in calls(plain)[1::2]:
         wanted = {"max_new_tokens": 6, "do_sample": False}
@@ -133,7 +134,7 @@ def test_no_rank_reads_the_layers_of_another() -> None:
 
 def broken(rank: int, count: int, method: str) -> None:
     config = join(rank, count, method)
-    plain = tiny.load_plain(tiny.resolve("tiny/wan2.2-t2v")).text_encoder
+    plain = brought.pipeline("wan2.2-t2v").text_encoder
     encoder = shardit.load("tiny/wan2.2-t2v", config).text_encoder
     Held.bring = lambda self, member: self.holders.append(member)  # nothing is handed on
     with torch.no_grad():
@@ -149,7 +150,7 @@ def test_without_the_relay_it_would_be_noticed() -> None:
 def whole_pipeline(rank: int, count: int, method: str, axes: dict[str, int], close: bool) -> None:
     config = join(rank, count, method, **axes)
     call = {**tiny.defaults("wan2.2-t2v"), "prompt": "a cat", "output_type": "latent"}
-    pipes = tiny.load_plain(tiny.resolve("tiny/wan2.2-t2v")), shardit.load("tiny/wan2.2-t2v", config)
+    pipes = brought.pipeline("wan2.2-t2v"), shardit.load("tiny/wan2.2-t2v", config)
     assert hasattr(pipes[1].text_encoder, "shardit_relay")
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)

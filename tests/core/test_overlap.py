@@ -16,6 +16,7 @@ from shardit.core.comm.group import GroupCoordinator
 from shardit.core.runtime.pending import PendingTensor, settle
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join
+from tests.support import brought
 from tests.support.ranks import run_ranks
 
 WAYS = {"ulysses": {"ulysses_degree": 2}, "ring": {"ring_degree": 2}, "slices": {"tensor_parallel_size": 2}}
@@ -24,7 +25,7 @@ WAYS = {"ulysses": {"ulysses_degree": 2}, "ring": {"ring_degree": 2}, "slices": 
 def open_model(rank: int, count: int, method: str, way: str) -> tuple[Any, list[dict[str, Any]]]:
     """Tiny Wan (its norms run across heads), and the arguments of three calls, the last of another length."""
     join(rank, count, method)
-    model = tiny.load_plain(tiny.resolve("tiny/wan2.2-t2v")).transformer
+    model = brought.pipeline("wan2.2-t2v").transformer
     torch.manual_seed(0)
     calls = [
         {

@@ -24,9 +24,9 @@ from shardit.core.modules.units import find_units
 from shardit.core.runtime.pending import PendingTensor
 from shardit.engine.inspect import inspect_model
 from shardit.loading.safetensors_file import Reads
-from shardit.models import tiny
 from tests.pipelines.entry import entries
 from tests.pipelines.runs import distance, run
+from tests.support import brought
 from tests.support.ranks import run_ranks
 
 STAGES = DiffusionParallelConfig(pipeline_parallel_size=2, split_batch=False)
@@ -199,7 +199,7 @@ def replace_methods(vae: Any) -> None:
 def uses(rank: int, count: int, method: str) -> None:
     join(rank, count, method)
     torch.set_grad_enabled(False)
-    load, ranks = functools.partial(tiny.load_plain, tiny.resolve("tiny/flux")), comm()
+    load, ranks = functools.partial(brought.pipeline, "flux"), comm()
     plain, vae = _vae(load()), _vae(load())
     for one in (plain, vae):
         replace_methods(one)
@@ -239,14 +239,14 @@ def used_on_one_rank(rank: int, count: int, method: str) -> list[torch.Tensor]:
     """A program that calls a VAE and a text encoder itself, and of which one rank alone looks at what they give."""
     join(rank, count, method)
     torch.set_grad_enabled(False)
-    pipe = shardit.parallelize(tiny.load_plain(tiny.resolve("tiny/flux")), STAGES, timeout_s=10)
+    pipe = shardit.parallelize(brought.pipeline("flux"), STAGES, timeout_s=10)
     picture = pipe.vae.decode(_noise(1, 16, 4, 4)).sample
     words = pipe.text_encoder(IDS).last_hidden_state
     return [picture * 2, words * 2] if rank == 1 else []
 
 
 def test_results_that_one_rank_uses() -> None:
-    plain = tiny.load_plain(tiny.resolve("tiny/flux"))
+    plain = brought.pipeline("flux")
     with torch.no_grad():
         expected = [plain.vae.decode(_noise(1, 16, 4, 4)).sample * 2, plain.text_encoder(IDS).last_hidden_state * 2]
     _, got = run_ranks(2, used_on_one_rank)

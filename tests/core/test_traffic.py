@@ -12,6 +12,7 @@ import shardit
 from shardit import DiffusionParallelConfig
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join, quiet
+from tests.support import brought
 from tests.support.ranks import run_ranks
 
 NAME, TOKENS, TEXT = "wan2.2-t2v", 144, 5
@@ -21,7 +22,7 @@ VIDEO = (3, 12, 16)  # latent frames, height, width: patches of 1 x 2 x 2 make 1
 def sent(rank: int, count: int, method: str, axes: dict[str, int]) -> dict[str, Any]:
     """What a step with two branches makes this rank send: hops of its chain, results to others."""
     join(rank, count, method)
-    pipe = quiet(tiny.load_plain(tiny.resolve(f"tiny/{NAME}")))
+    pipe = quiet(brought.pipeline(NAME))
     model = pipe.transformer
     config = DiffusionParallelConfig(**axes, pipeline_chunks=1)
     shardit.parallelize(model, config, timeout_s=60)

@@ -197,7 +197,8 @@ def test_schedulers_of_recipes_as_in_diffusers(name: str, tmp_path: Path) -> Non
      "RePaintScheduler", "UnCLIPScheduler", "DDPMWuerstchenScheduler", "FlowMatchLCMScheduler"],
 )  # fmt: skip
 def test_schedulers_that_go_by_other_noise_or_the_other_way_are_refused(name: str) -> None:
-    own = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_end=0.012)
+    # Few time steps: to name what can be chosen, every class is tried, and some compute long for each of them.
+    own = diffusers.DDIMScheduler(num_train_timesteps=100, beta_schedule="scaled_linear", beta_end=0.012)
     with pytest.raises(InputError, match=f"{name} cannot take the place of DDIMScheduler"):
         changed_scheduler(own, model_options(scheduler=name), diffusers.StableDiffusionPipeline)
 
@@ -211,7 +212,7 @@ def test_schedulers_of_other_steps_are_refused() -> None:
 
 
 def test_schedulers_of_noise_models() -> None:
-    own = diffusers.DDIMScheduler(beta_end=0.5)
+    own = diffusers.DDIMScheduler(num_train_timesteps=100, beta_end=0.5)
     made = changed_scheduler(own, model_options(scheduler="EulerDiscreteScheduler", scheduler_args={"beta_start": 0.1}))
     assert (type(made).__name__, made.config.beta_end, made.config.beta_start) == ("EulerDiscreteScheduler", 0.5, 0.1)
     for name in ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteSchedulr"):

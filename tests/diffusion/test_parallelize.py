@@ -11,6 +11,7 @@ import torch
 import shardit
 from shardit import DiffusionParallelConfig
 from shardit.models import tiny
+from tests.support import brought
 from tests.support.ranks import run_ranks
 
 CALL = {"prompt": "a cat", "output_type": "latent"}
@@ -36,7 +37,7 @@ def run(pipe: Any, name: str, **more: Any) -> torch.Tensor:
 
 def whole_pipeline(rank: int, count: int, method: str, name: str) -> None:
     join(rank, count, method)
-    pipe = quiet(tiny.load_plain(tiny.resolve(f"tiny/{name}")))
+    pipe = quiet(brought.pipeline(name))
     expected = run(pipe, name)
     same = shardit.parallelize(pipe, DiffusionParallelConfig(pipeline_parallel_size=count))
     assert same is pipe
@@ -59,7 +60,7 @@ def test_pipeline_in_place_and_loaded(name: str) -> None:
 
 def module_alone(rank: int, count: int, method: str) -> None:
     join(rank, count, method)
-    model = tiny.load_plain(tiny.resolve("tiny/sd3.5")).transformer
+    model = brought.pipeline("sd3.5").transformer
     torch.manual_seed(0)
     arguments = {
         "hidden_states": torch.randn(1, model.config.in_channels, 8, 8),
@@ -91,7 +92,7 @@ def write_lora(folder: Path) -> None:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipe = tiny.load_plain(tiny.resolve("tiny/flux"))
+    pipe = brought.pipeline("flux")
     pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp"]))
     torch.manual_seed(5)
     for name, parameter in pipe.transformer.named_parameters():
@@ -102,13 +103,13 @@ def write_lora(folder: Path) -> None:
 
 def with_lora(rank: int, count: int, method: str, folder: str, when: str) -> None:
     join(rank, count, method)
-    plain = quiet(tiny.load_plain(tiny.resolve("tiny/flux")))
+    plain = quiet(brought.pipeline("flux"))
     without = run(plain, "flux")
     plain.load_lora_weights(folder)
     scaled = {"joint_attention_kwargs": {"scale": 0.5}}
     expected, expected_scaled = run(plain, "flux"), run(plain, "flux", **scaled)
     assert not torch.equal(without, expected)
-    pipe = quiet(tiny.load_plain(tiny.resolve("tiny/flux")))
+    pipe = quiet(brought.pipeline("flux"))
     if when == "before":
         pipe.load_lora_weights(folder)
     shardit.parallelize(pipe, DiffusionParallelConfig(pipeline_parallel_size=count))
@@ -137,8 +138,8 @@ def refused(rank: int, count: int, method: str) -> None:
         shardit.parallelize(torch.nn.Linear(2, 2), two)
     with pytest.raises(shardit.InputError, match="not int"):
         shardit.parallelize(5, two)
-    pipe = tiny.load_plain(tiny.resolve("tiny/flux"))
-    cached = tiny.load_plain(tiny.resolve("tiny/flux")).transformer
+    pipe = brought.pipeline("flux")
+    cached = brought.pipeline("flux").transformer
     from diffusers import FirstBlockCacheConfig
 
     cached.enable_cache(FirstBlockCacheConfig(threshold=0.1))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from shardit.diffusion.run.own_pipeline import own_pipeline
 from shardit.diffusion.run.prompt_lengths import is_tokenizer
-from shardit.models import tiny
+from tests.support import brought
 
 
 def test_cut_prompts_are_told_of() -> None:
-    pipe = tiny.load_plain(tiny.resolve("tiny/flux"))
+    pipe = brought.pipeline("flux")
     said: list[str] = []
     own = own_pipeline(pipe, lambda pipe: None, said.append)
     assert is_tokenizer(pipe.tokenizer_2)

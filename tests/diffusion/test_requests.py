@@ -16,6 +16,7 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature, sign
 from shardit.errors import InputError
 from shardit.models import tiny
 from shardit.params import MAX_SEED, OmniDiffusionSamplingParams
+from shardit.settings.declare import declared
 
 Params = OmniDiffusionSamplingParams
 
@@ -173,11 +174,28 @@ def test_other_values_stay_as_they_are():
     assert build({"prompt": "a", **given}, takes=FLAGS)[0].kwargs.items() >= given.items()
 
 
-def test_texts_for_bools_of_the_parameters():
-    assert Params(cfg_normalize="Off").cfg_normalize is False
-    assert Params(cfg_normalization="yes").cfg_normalization is True
-    with pytest.raises(InputError, match="cfg_normalize must be True or False, got 'maybe'"):
-        Params(cfg_normalize="maybe")
+class FamilyPipeline:
+    def __call__(self, prompt=None, cfg_normalize=True, cfg_normalization=False, layers=4):
+        """Has arguments of single families."""
+
+
+def test_arguments_of_one_family_are_further_arguments():
+    takes = signature_of(FamilyPipeline)
+    params = Params(cfg_normalize="Off", cfg_normalization="yes", layers=2)
+    assert params.extra_args == {"cfg_normalize": "Off", "cfg_normalization": "yes", "layers": 2}
+    assert params == Params(extra_args=params.extra_args)
+    for keywords in ({"params": params}, {"cfg_normalize": "Off", "cfg_normalization": "yes", "layers": 2}):
+        (request,) = build("a", takes=takes, **keywords)
+        assert request.kwargs == {"cfg_normalize": False, "cfg_normalization": True, "layers": 2}
+    assert build("a", Params(cfg_normalization=0.5), takes)[0].kwargs["cfg_normalization"] == 0.5
+    for name, value in (("cfg_normalize", "maybe"), ("cfg_normalize", 1), ("layers", "2"), *BAD_NORMS):
+        refused(f"^{name} must be a number|^{name} must be true or false", "a", Params(**{name: value}), takes)
+    refused("DrawPipeline takes no 'layers'", "a", Params(layers=2))
+    with pytest.raises(InputError, match="extra_args repeats 'layers'"):
+        Params(layers=2, extra_args={"layers": 2})
+
+
+BAD_NORMS = [("cfg_normalization", value) for value in (-1, math.nan, math.inf, "4")]
 
 
 class TensorPipeline:
@@ -529,7 +547,7 @@ def test_counts(name, value):
         Params(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["guidance_scale", "guidance_scale_2", "true_cfg_scale", "cfg_normalization"])
+@pytest.mark.parametrize("name", ["guidance_scale", "guidance_scale_2", "true_cfg_scale"])
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "4"])
 def test_scales(name, value):
     with pytest.raises(InputError, match=name):
@@ -539,7 +557,7 @@ def test_scales(name, value):
 @pytest.mark.parametrize("fields", [
     {"seed": -2}, {"seed": 2**63}, {"seed": True}, {"seed": 1.0}, {"fps": 0}, {"fps": -1}, {"fps": math.nan},
     {"sigmas": []}, {"sigmas": "1"}, {"sigmas": [1.0, math.nan]}, {"strength": 1.1}, {"negative_prompt": 5},
-    {"cfg_normalize": 1}, {"output_type": "jpg"}, {"attention_kwargs": [1]}, {"extra_args": [1]},
+    {"output_type": "jpg"}, {"attention_kwargs": [1]}, {"extra_args": [1]},
     {"extra_args": {1: 2}}, {"extra_args": {"height": 16}}, {"num_outputs_per_prompt": None},
 ])  # fmt: skip
 def test_other_wrong_values(fields):
@@ -573,10 +591,8 @@ def test_params_keep_no_callers_dict():
 
 
 def test_every_field_is_documented():
-    import inspect
-
-    source = inspect.getsource(Params)
-    assert source.count("Error:") >= len(Params.__dataclass_fields__)
+    assert [item.name for item in declared(Params)] == list(Params.__dataclass_fields__)
+    assert all(item.metadata["help"] and item.metadata["check"].meaning for item in declared(Params))
 
 
 def test_fields_are_arguments_of_real_pipelines():

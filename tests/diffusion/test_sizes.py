@@ -17,6 +17,7 @@ from shardit.server.http.schema.errors import ApiError
 from shardit.server.http.schema.fields import check_fields, field_models
 from shardit.server.http.submit.resolve import arguments
 from shardit.server.options import Limits, ServeOptions
+from tests.support import brought
 
 
 class PickyPipeline:
@@ -52,17 +53,15 @@ def test_multiples_are_found_by_asking():
     ("name", "multiple"), [("sd3.5", 16), ("z-image", 16), ("wan2.2-i2v", 16), ("qwen-image", None)]
 )
 def test_multiples_of_real_pipelines(name, multiple):
-    from shardit.models import tiny
 
-    found = size_multiples(tiny.load_plain(tiny.resolve(f"tiny/{name}")))
+    found = size_multiples(brought.pipeline(name))
     assert found == ({} if multiple is None else {"height": multiple, "width": multiple})
 
 
 @pytest.mark.parametrize(("name", "least"), [("qwen-image", 16), ("flux", 16), ("wan2.2-t2v", 8)])
 def test_the_least_sides_of_real_pipelines(name, least):
-    from shardit.models import tiny
 
-    assert least_sides(tiny.load_plain(tiny.resolve(f"tiny/{name}"))) == {"height": least, "width": least}
+    assert least_sides(brought.pipeline(name)) == {"height": least, "width": least}
 
 
 def test_a_size_that_is_too_small():

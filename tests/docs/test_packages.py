@@ -192,10 +192,10 @@ def test_the_readme_from_its_install_lines(tmp_path):
         assert ran.returncode == 0, f"{line}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}"
 
     text = (ROOT / "README.md").read_text()
-    for line in (line for block in _blocks(text, "") for line in block if line.startswith("pip install")):
+    for line in (line for block in _blocks(text, "sh") for line in block if line.startswith("pip install")):
         run(line.split("#")[0])
     run("python examples/demo.py")
-    served = next(block for block in _blocks(text, "") if any(line.startswith("shardit serve") for line in block))
+    served = next(block for block in _blocks(text, "sh") if any(line.startswith("shardit serve") for line in block))
     for number, block in enumerate(_blocks(text, "python")):
         script = folder / f"readme_{number}.py"
         script.write_text("\n".join(block))
@@ -203,7 +203,7 @@ def test_the_readme_from_its_install_lines(tmp_path):
         runs = "torchrun --nproc-per-node 2" if spread else "python"
         with_server = "openai" in script.read_text()
         run(_served(served, f"python {script.name}") if with_server else f"{runs} {script.name}")
-    for block in _blocks(text, ""):
+    for block in _blocks(text, "sh"):
         for line in block:
             if line.startswith(("shardit generate", "shardit inspect", "shardit tiny", "python examples/")):
                 run(line)

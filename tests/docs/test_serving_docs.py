@@ -16,14 +16,11 @@ from PIL import Image
 
 from shardit.server.http.state.metrics import HttpMetrics
 from shardit.server.supervisor.metrics import SupervisorMetrics
+from tests.support.code_blocks import blocks, commands
 from tests.support.http_fake import WAIT_S, Served, picture
 from tests.support.paths import ROOT
 
-SECTION = (ROOT / "docs/serving.md").read_text().split("## The HTTP interface")[1].split("\n### ")[0]
-BLOCKS = re.findall(r"```(?:python)?\n(.*?)```", SECTION, re.DOTALL)
-README = re.findall(
-    r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text().split("## Serve it")[1].split("\n## ")[0], re.DOTALL
-)
+OF_README, OF_SERVING = (block.text for block in blocks() if block.language == "python" and "OpenAI(" in block.text)
 CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on the PATH")
 
 
@@ -34,7 +31,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 @CURL
-@pytest.mark.parametrize("line", [*BLOCKS[1].splitlines(), *README[-1].splitlines()])
+@pytest.mark.parametrize("line", commands("curl"))
 def test_commands_of_the_docs(line: str, images: Served, videos: Served, tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(picture())
     served = images if "/v1/images" in line else videos
@@ -54,21 +51,14 @@ def test_the_program_of_the_docs(
     images: Served, videos: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    head, of_images, of_videos = re.split(r"# From .*\n", BLOCKS[0])
+    head, of_images, of_videos = re.split(r"# From .*\n", OF_SERVING)
     for served, rest in ((images, of_images), (videos, of_videos)):
         exec(head.replace("localhost:8091", f"localhost:{served.port}") + rest, {})
     Image.open("cat.png").close()
     av.open("cat.mp4").close()
     Path("cat.mp4").unlink()
-    exec(README[-2].replace("localhost:8091", f"localhost:{videos.port}"), {})
+    exec(OF_README.replace("localhost:8091", f"localhost:{videos.port}"), {})
     av.open("cat.mp4").close()
-
-
-@pytest.mark.full
-def test_the_offline_program_of_the_docs(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(BLOCKS[-1])
-    run([sys.executable, "program.py"], tmp_path)
-    Image.open(tmp_path / "cat.png").close()
 
 
 @CURL

@@ -177,6 +177,7 @@ def test_tiny_models_run_at_their_size(omni, capsys):
         (["--dtype=int8"], "--dtype"),
         (["--width=wide"], "--width"),
         (["--widht=8"], "--width"),
+        (["--cfg-normalize=true"], "given as --extra cfg_normalize=VALUE"),
         (["extra"], "extra"),
     ],
 )

@@ -22,7 +22,8 @@ from shardit.engine.process.channel import Closed
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError, RankError
 from shardit.server.entry.torchrun_agent import serve_as_rank
-from shardit.server.flags import Executor, ServeFlags
+from shardit.server.flags import ServeFlags
+from shardit.server.options import Executor
 from shardit.server.placement.ray import RayPlacement
 from shardit.server.placement.torchrun_env import LOOPBACK, RankEnv, hosts_of
 

@@ -21,6 +21,7 @@ from shardit.engine.session import Session
 from shardit.models import tiny
 from shardit.parallel.sequence.shards.token_dims import Split, candidates, cut
 from tests.diffusion.test_parallelize import join, quiet, write_lora
+from tests.support import brought
 from tests.support.ranks import run_ranks
 from tests.support.whole_pipelines import Case, make_requests
 from tests.support.whole_pipelines import plain as plain_pipeline
@@ -54,7 +55,7 @@ def pipelines(rank: int, count: int, method: str, names: list[str], ways: list[d
     for name in names:
         expected = None
         for way in ways:
-            pipe = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
+            pipe = brought.pipeline(name)
             if expected is None:
                 expected = run(pipe, name, **call)
             assert shardit.parallelize(pipe, DiffusionParallelConfig(**way), timeout_s=60) is pipe
@@ -137,7 +138,7 @@ def test_several_requests_in_flight(degrees: dict) -> None:
 
 def alone(name: str, way: dict) -> tuple[nn.Module, nn.Module]:
     """A tiny transformer, plain and over ranks."""
-    plain, other = (tiny.load_plain(tiny.resolve(f"tiny/{name}")).transformer for _ in range(2))
+    plain, other = (brought.pipeline(name).transformer for _ in range(2))
     return plain, shardit.parallelize(other, DiffusionParallelConfig(**way), timeout_s=60)
 
 
@@ -249,7 +250,7 @@ def test_other_attention_back_ends(way: dict) -> None:
 def with_lora(rank: int, count: int, method: str, folder: str, way: dict) -> None:
     """Adapters that are loaded after the model was made parallel, and their scale."""
     join(rank, count, method)
-    plain, pipe = (quiet(tiny.load_plain(tiny.resolve("tiny/flux"))) for _ in range(2))
+    plain, pipe = (quiet(brought.pipeline("flux")) for _ in range(2))
     without = run(plain, "flux")
     plain.load_lora_weights(folder)
     expected = run(plain, "flux")
@@ -394,7 +395,7 @@ def watched(rank: int, count: int, method: str, way: dict) -> tuple[set[int], se
 @pytest.mark.parametrize("way", [ULYSSES, RING, {"tensor_parallel_size": 2}], ids=["ulysses", "ring", "slices"])
 def test_no_rank_runs_heads_or_tokens_of_another(way: dict) -> None:
     """24 tokens of video, 5 of text; Ring attends without the function that is watched."""
-    config = tiny.load_plain(tiny.resolve("tiny/wan2.2-t2v")).transformer.config
+    config = brought.pipeline("wan2.2-t2v").transformer.config
     found, heads = run_ranks(2, watched, way), config.num_attention_heads
     whole, spread = heads - heads // 2, "tensor_parallel_size" not in way
     for (rows, attended), own in zip(found, (whole, heads - whole), strict=True):

@@ -22,7 +22,7 @@ from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from shardit.sp_sharding import sp_gather, sp_shard
 from tests.diffusion.test_parallelize import join
 from tests.parallel.test_sequence import CLOSE, RING, ULYSSES, distance, run
-from tests.support.paths import DOCS
+from tests.support import brought
 from tests.support.plan_models import (
     GATHER,
     PADDED,
@@ -413,9 +413,9 @@ def test_stages_with_padding_and_refusals() -> None:
 
 def of_diffusers(rank: int, count: int, method: str, name: str, ways: list[dict[str, int]], call: dict) -> None:
     join(rank, count, method)
-    expected = run(tiny.load_plain(tiny.resolve(f"tiny/{name}")), name, **call)
+    expected = run(brought.pipeline(name), name, **call)
     for way in ways:
-        pipe = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
+        pipe = brought.pipeline(name)
         for part in (pipe.transformer, getattr(pipe, "transformer_2", None)):
             if part is not None:
                 part._sp_plan = part._cp_plan  # asked for
@@ -518,7 +518,7 @@ def test_plan_of_diffusers_takes_over() -> None:
     run_ranks(2, taken_over)
 
 
-# What authors can ask, in a session; the page's example.
+# What authors can ask, in a session.
 
 
 def told(rank: int, count: int, method: str) -> list[Any]:
@@ -535,20 +535,3 @@ def told(rank: int, count: int, method: str) -> list[Any]:
 def test_degrees_in_a_session() -> None:
     tiny.resolve("tiny/wan2.2-ti2v")
     assert run_ranks(2, told) == [[0, 2, False], [1, 2, False]]
-
-
-PAGE = DOCS / "sequence-plans.md"
-
-
-def example(rank: int, count: int, method: str) -> None:
-    join(rank, count, method)
-    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(code) == 2
-    names: dict[str, Any] = {"__name__": "example"}
-    for part in code:
-        exec(part, names)
-        parallel_state.destroy_model_parallel()
-
-
-def test_example_of_the_page() -> None:
-    run_ranks(2, example)

@@ -32,7 +32,7 @@ from shardit.models import tiny
 from shardit.parallel.tensor.apply import owned_slices, plan_components, shard_tensors
 from shardit.parallel.tensor.planner import plan_tensors
 from tests.diffusion.test_parallelize import quiet, run, write_lora
-from tests.support import survey_models
+from tests.support import brought, survey_models
 from tests.support.loading import loaded
 from tests.support.ranks import RanksFailed, run_ranks
 from tests.support.survey_models import Draw, all_entries
@@ -214,7 +214,7 @@ def test_only_slices_are_read(name: str) -> None:
             return {n: owned_slices(lambda _: True, plans.get(n), rank) for n in modules}
 
         pipes.append(loaded(f"tiny/{name}", owned=owned_by, reads=reads[rank]))
-    whole = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
+    whole = brought.pipeline(name)
     modules = {n: m for n, m in whole.components.items() if isinstance(m, nn.Module)}
     plans = plan_components(modules, roles_of(modules), 2, FAMILY)
     for component, module in modules.items():
@@ -242,7 +242,7 @@ def test_slices_in_another_dtype_are_those_of_the_whole() -> None:
         return {n: owned_slices(lambda _: True, plans.get(n), 1) for n in modules}
 
     pipe = loaded("tiny/sd3.5", owned=owned_by, dtype="float16")
-    whole = tiny.load_plain(tiny.resolve("tiny/sd3.5"), dtype="float16")
+    whole = brought.pipeline("sd3.5", "float16")
     for component, plan in plans.items():
         for key, tensor in getattr(whole, component).named_parameters():
             expected = plan.cuts[key].of(1).take(tensor) if key in plan.cuts else tensor
@@ -353,7 +353,7 @@ def test_backward_is_refused() -> None:
 
 def in_place(rank: int, count: int, method: str) -> float:
     torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=count)
-    pipe = tiny.load_plain(tiny.resolve("tiny/sd3.5"))
+    pipe = brought.pipeline("sd3.5")
     pipe.set_progress_bar_config(disable=True)
     before = pipe.transformer.transformer_blocks[0].attn.to_q.weight
     call = {**tiny.defaults("sd3.5"), "prompt": "a cat", "output_type": "latent", "num_inference_steps": 2}
@@ -373,7 +373,7 @@ def test_pipeline_in_place() -> None:
 
 def with_lora(rank: int, count: int, method: str, folder: str) -> float:
     torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=count)
-    plain_pipe, cut, later = (quiet(tiny.load_plain(tiny.resolve("tiny/flux"))) for _ in range(3))
+    plain_pipe, cut, later = (quiet(brought.pipeline("flux")) for _ in range(3))
     config = DiffusionParallelConfig(tensor_parallel_size=count)
     for pipe in (plain_pipe, cut):
         pipe.load_lora_weights(folder)

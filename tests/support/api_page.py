@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
 import shardit
+from shardit.diffusion.loading.model_options import ModelOptions
+from shardit.engine.process.messages import SessionSpec
+from shardit.settings.checks import FLAG, NAME, TEXT
+from shardit.settings.declare import declared
 from tests.support.paths import DOCS
 
 PAGE = DOCS / "api.md"
@@ -28,7 +33,9 @@ Made from the docstrings by `make api`. The command line and HTTP have pages of 
 def page() -> str:
     """The text of the page."""
     parts = [HEAD, "## `shardit`\n"]
-    parts += [_entry(name, getattr(shardit, name)) for name in sorted(shardit.__all__) if not name.startswith("__")]
+    for name in sorted(shardit.__all__):
+        parts += [_entry(name, getattr(shardit, name))] if not name.startswith("__") else []
+        parts += [_settings()] if name == "Omni" else []
     for name in MODULES:
         module = importlib.import_module(name)
         parts.append(f"## `{name}`\n\n{inspect.getdoc(module)}\n")
@@ -51,9 +58,7 @@ def _entry(name: str, value: Any) -> str:
     known = {one for one, *_ in fields}
     given = _signature(value.__init__, bound=True) if inspect.isfunction(value.__init__) and not fields else ""
     lines = [f"### `{name}`\n", *([_code(f"class {name}{given}")] if given else []), f"{inspect.getdoc(value)}\n"]
-    for one, kind, default, text in fields:
-        lines.append(f"* `{one}: {kind}{f' = {default}' if default else ''}`{f': {text}' if text else ''}")
-    lines += [""] if fields else []
+    lines += [*_lines(fields), ""] if fields else []
     for one, member in vars(value).items():
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if one.startswith("_") or one in known or not inspect.isfunction(function) or not inspect.getdoc(function):
@@ -61,6 +66,18 @@ def _entry(name: str, value: Any) -> str:
         head = f"property `{one}`" if isinstance(member, property) else f"`{one}{_signature(function, bound=True)}`"
         lines.append(f"* {head}: {_flat(inspect.getdoc(function))}")
     return "\n".join(lines) + "\n"
+
+
+def _settings() -> str:
+    lines = [line for kind in (SessionSpec, ModelOptions) for line in _lines(_fields(kind, only_declared=True))]
+    return "\n".join(["### Settings of `Omni`\n", *lines]) + "\n"
+
+
+def _lines(found: Iterable[tuple[str, str, str, str]]) -> list[str]:
+    return [
+        f"* `{one}: {kind}{f' = {default}' if default else ''}`{f': {text}' if text else ''}"
+        for one, kind, default, text in found
+    ]
 
 
 def _code(text: str) -> str:
@@ -86,22 +103,36 @@ def _source(thing: Any) -> str:
     return textwrap.dedent(inspect.getsource(inspect.unwrap(thing)))
 
 
-def _fields(cls: type) -> Iterator[tuple[str, str, str, str]]:
-    """Annotated attributes in the body of a class: name, type, default and the text below."""
+def _fields(cls: type, *, only_declared: bool = False) -> Iterator[tuple[str, str, str, str]]:
+    """Annotated attributes in the body of a class: name, type, default and what is said of it. Of a declared setting
+    that is its help, the values that it takes, and the text below."""
     tree = ast.parse(_source(cls)).body[0]
     assert isinstance(tree, ast.ClassDef)
+    settings = {item.name: item for item in declared(cls)} if dataclasses.is_dataclass(cls) else {}
     for node, after in zip(tree.body, [*tree.body[1:], ast.Pass()], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.target.id[0] == "_":
             continue
-        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+        name, text = node.target.id, ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            text = str(after.value.value)
         kind = node.annotation
         if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
             kind = kind.slice.elts[0] if isinstance(kind.slice, ast.Tuple) else kind
-        value = node.value
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "_setting":
-            value = value.args[0]
-        default = ast.unparse(value) if value is not None else ""
-        yield node.target.id, ast.unparse(kind), default, _flat(str(text))
+        default = ast.unparse(node.value) if node.value is not None else ""
+        if name in settings:
+            default, text = _declaration(settings[name], text)
+        if name in settings or not only_declared:
+            yield name, ast.unparse(kind), default, _flat(text)
+
+
+def _declaration(item: dataclasses.Field[Any], more: str) -> tuple[str, str]:
+    """The default of a declared setting, and its meaning."""
+    check, factory = item.metadata["check"], item.default_factory
+    default = item.default if factory is dataclasses.MISSING else factory()
+    help, _, unset = item.metadata["help"].partition(" [default: ")
+    plain = check in (None, TEXT, NAME, FLAG)  # which the type says, too
+    values = "" if plain else f"{check.meaning[0].upper()}{check.meaning[1:]}."
+    return repr(default), f"{help} {values} {more} {f'Default: {unset[:-1]}.' if unset else ''}"
 
 
 def _flat(text: str | None) -> str:

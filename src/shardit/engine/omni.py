@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 import weakref
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
-from shardit.diffusion.loading.model_options import model_options, split_model
+from shardit.diffusion.loading.model_options import OPTION_NAMES, split_model, take_options
 from shardit.diffusion.preflight import preflight
 from shardit.engine.joined_ranks import JoinedRanks
 from shardit.engine.local_ranks import LocalRanks
@@ -19,7 +17,7 @@ from shardit.engine.process.failure import Timeouts
 from shardit.engine.process.messages import SESSION
 from shardit.engine.process.process import started_by_torchrun
 from shardit.engine.progress_bars import Bars
-from shardit.engine.session_spec import session_spec
+from shardit.engine.session_spec import LAUNCH_NAMES, session_spec
 from shardit.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,17 +29,9 @@ if TYPE_CHECKING:
 class Omni:
     """A diffusers pipeline on as many devices as `parallel_config` says; a context manager.
 
-    model: hub id, folder or "tiny/NAME". dtype: "bfloat16", "float16", "float32", a torch dtype, None for what
-    diffusers would choose for each component, or a dict of dtypes by component, as in diffusers. device: "cuda", "cpu"
-    or None for what there is. max_in_flight: requests that run at the same time. timeout_s: longest time without any
-    progress, in seconds. attention_backend: a name that diffusers' set_attention_backend takes, None for its default.
-    model_config: where `model` is one .safetensors file in a format of its authors, the folder or hub id with the
-    pipeline's configuration. single_files: such files by the component that they replace, {"transformer": path}.
-    variant: infix of the weight files, such as "fp16". scheduler, scheduler_args, flow_shift: the class name of a
-    scheduler of diffusers in place of the model's, arguments of it, its shift. lora: adapters that stay active: a path
-    or hub id (with ":SCALE" at its end, if need be), (path, scale), {"path": ..., "scale": ...}, or a list of these.
-    vae_tiling, vae_slicing: whether the VAE works tile by tile, picture by picture, to take less memory.
-    parallel: fields of `parallel_config` as keywords, in its place: Omni(model, pipeline_parallel_size=2).
+    model: hub id, folder or "tiny/NAME". model_config: where `model` is one .safetensors file in a format of its
+    authors, the folder or hub id with the pipeline's configuration. settings: how the model is loaded and run (see
+    "Settings of `Omni`"), and fields of `parallel_config` in its place: Omni(model, pipeline_parallel_size=2).
 
     Returns when every rank has loaded its share. Raises InputError for what can be corrected and RankError where a
     rank fails. Under torchrun no processes are started, and every rank makes its own Omni with the same arguments.
@@ -55,39 +45,16 @@ class Omni:
         model: str | os.PathLike[str] = "",  # as if it were required: so a wrong keyword in its place is named
         *,
         parallel_config: DiffusionParallelConfig | None = None,
-        dtype: Any = None,
-        device: Any = None,
-        max_in_flight: int = 1,
-        timeout_s: float = 600,
-        attention_backend: str | None = None,
         model_config: str | os.PathLike[str] | None = None,
-        single_files: Mapping[str, Any] | None = None,
-        variant: str | None = None,
-        scheduler: str | None = None,
-        scheduler_args: Mapping[str, Any] | None = None,
-        flow_shift: float | None = None,
-        lora: Any = None,
-        vae_tiling: bool = False,
-        vae_slicing: bool = False,
-        **parallel: Any,
+        **settings: Any,
     ):
         self._closed = False
-        own = [name for name in inspect.signature(Omni).parameters if name != "parallel"]
-        config = config_of(parallel_config, parallel, "Omni", own)
-        options = model_options(
-            variant=variant,
-            single_files=single_files,
-            scheduler=scheduler,
-            scheduler_args=scheduler_args,
-            flow_shift=flow_shift,
-            lora=lora,
-            vae_tiling=vae_tiling,
-            vae_slicing=vae_slicing,
-        )
+        options = take_options(settings)
+        launch = {name: settings.pop(name) for name in LAUNCH_NAMES if name in settings}
+        own = ("model", "parallel_config", "model_config", *LAUNCH_NAMES, *OPTION_NAMES)
+        config = config_of(parallel_config, settings, "Omni", own)
         model, options = split_model(model, model_config, options)
-        spec = session_spec(
-            model, config, dtype, device, max_in_flight, timeout_s, attention_backend, options, self._session
-        )
+        spec = session_spec(model, config, options, self._session, **launch)
         if self._session == SESSION:
             preflight.check(spec.model, config, options, dtype=spec.dtype, attention_backend=spec.attention_backend)
         self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec, self._timeouts)

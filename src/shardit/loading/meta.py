@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,7 +81,7 @@ def _build_transformers(
         raise UnsupportedError(f"{folder} holds quantized weights: use a folder with plain weights")
     chosen = dtype or _own_dtype(config) or (stored_dtype and stored_dtype()) or torch.float32
     config.name_or_path = str(folder)
-    with _one_line(folder), parameters_on_meta():
+    with _one_line(folder), parameters_on_meta(), _no_values_for_meta():
         module = cls._from_config(config, dtype=chosen)
     _keep_some_in_float32(module, chosen)
     return module.eval()
@@ -133,6 +135,25 @@ def parameters_on_meta() -> Iterator[None]:
             nn.Module.register_parameter = register
             for name, init in inits.items():
                 setattr(nn.init, name, init)
+
+
+@contextmanager
+def _no_values_for_meta() -> Iterator[None]:
+    """While this lasts, transformers gives tensors on meta no first values: torch computes these in Python there, for
+    as long as all else of a build takes. transformers 5 keeps functions of `torch.nn.init` of its own."""
+    kept: dict[str, Callable[..., Any]]
+    kept = getattr(sys.modules.get("transformers.initialization"), "TORCH_INIT_FUNCTIONS", {})
+    before = dict(kept)
+    with _ONE_AT_A_TIME:
+        kept.update({name: functools.partial(_unless_on_meta, init) for name, init in before.items()})
+        try:
+            yield
+        finally:
+            kept.update(before)
+
+
+def _unless_on_meta(init: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return tensor if tensor.is_meta else init(tensor, *args, **kwargs)
 
 
 def _leave_as_is(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import MISSING, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Literal
 
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import ModelOptions
+from shardit.errors import InputError
 from shardit.loading.dtypes import Setting
+from shardit.settings.checks import number, whole
+from shardit.settings.declare import Flag, declare
+
+
+class Executor(Enum):
+    """Values of --executor."""
+
+    local = "local"
+    ray = "ray"
 
 
 @dataclass(frozen=True)
@@ -17,12 +29,11 @@ class Limits:
 
     body_bytes: int = 64 * 1024**2
     """Size of a request, uploads included."""
-    pixels: int = 4096 * 4096
-    """Width x height of a result, and of each input picture."""
-    frames: int = 1000
-    """Frames of a video."""
-    steps: int = 200
-    """Denoising steps."""
+    pixels: int = declare(
+        4096 * 4096, "Maximum width x height of a result or input image.", whole(1), flag=Flag("max_pixels")
+    )
+    frames: int = declare(1000, "Maximum number of frames of a video.", whole(1), flag=Flag("max_frames"))
+    steps: int = declare(200, "Maximum number of denoising steps.", whole(1), flag=Flag("max_steps"))
     outputs: int = 10
     """Results of one request."""
     input_images: int = 16
@@ -31,8 +42,12 @@ class Limits:
     """Tokens to which a prompt may be padded (`max_sequence_length`)."""
     prompt_chars: int = 32_000
     """Characters of a prompt."""
-    jobs_per_key: int | None = None
-    """Open jobs of one API key; None: no limit of its own."""
+    jobs_per_key: int | None = declare(
+        None, "Maximum number of unfinished jobs per API key. [default: no limit]", whole(1)
+    )
+
+
+_POSITIVE = number(above=0, maximum=1e6)
 
 
 @dataclass(frozen=True)
@@ -40,38 +55,72 @@ class ServeOptions:
     """All that a server is started with."""
 
     model: str
-    data_dir: Path
+    data_dir: Path = declare(
+        MISSING,
+        "Folder for jobs and results. [default: one per model in ~/.local/share]",
+        flag=Flag(kind=Path | None, envvar="SHARDIT_DATA_DIR"),
+    )
     config: DiffusionParallelConfig = field(default_factory=DiffusionParallelConfig)
     dtype: Setting = None
     device: str | None = None
     attention_backend: str | None = None
     loading: ModelOptions = field(default_factory=ModelOptions)
-    host: str = "127.0.0.1"
-    port: int = 8091
-    served_model_name: str | None = None
+    host: str = declare(
+        "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.", flag=Flag(envvar="SHARDIT_HOST")
+    )
+    port: int = declare(8091, "TCP port; 0 selects a free one.", whole(0, 65535), flag=Flag(envvar="SHARDIT_PORT"))
+    served_model_name: str | None = declare(None, "The model's name for clients. [default: MODEL]")
     api_key_hashes: tuple[str, ...] = ()
     """As `keys.digest` makes them; none: everybody may use the server."""
-    max_in_flight: int | None = None
-    """Requests that one copy of the model runs at the same time; None: as many as are of use and fit the memory."""
-    queue_size: int = 128
-    """Jobs that may wait; more are answered with 429."""
-    step_timeout_s: float = 600.0
-    """Longest time without a step at a size that has not run before, in seconds."""
+    max_in_flight: int | None = declare(None, "Requests in flight per replica. [default: automatic]", whole(1))
+    """Automatic: as many as are of use and fit the memory."""
+    queue_size: int = declare(128, "Maximum number of waiting jobs; further requests get status 429.", whole(1))
+    step_timeout_s: float = declare(
+        600.0,
+        "Timeout for a step at a size that has not run before, in seconds.",
+        _POSITIVE,
+        flag=Flag("step_timeout"),
+    )
     limits: Limits = field(default_factory=Limits)
-    keep_days: float = 30.0
-    """Age at which ended jobs are forgotten."""
-    keep_bytes: int = 50 * 1024**3
-    """Size of all jobs' files at which the oldest are forgotten."""
-    cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may use the server from a browser; none by default."""
-    fetch_hosts: tuple[str, ...] = ()
-    """Hosts from which input pictures may be fetched by URL; none by default."""
-    executor: Literal["local", "ray"] = "local"
-    """Who places the ranks; under torchrun it is torchrun."""
-    num_nodes: int = 1
-    """Machines that Ray spreads the ranks over."""
+    keep_days: float = declare(30.0, "Days after which finished jobs are deleted.", _POSITIVE)
+    keep_bytes: int = declare(
+        50 * 1024**3,
+        "Total size of files in GiB above which the oldest finished jobs are deleted.",
+        _POSITIVE,
+        flag=Flag("keep_gib", kind=float, default=50.0, read=lambda gib: int(gib * 1024**3)),
+    )
+    cors_origins: tuple[str, ...] = declare(
+        (),
+        "Origin that browsers may send requests from (CORS).",
+        flag=Flag("cors_origin", kind=list[str] | None, read=lambda origins: tuple(map(_origin, origins))),
+    )
+    fetch_hosts: tuple[str, ...] = declare(
+        (),
+        "Host that input images may be downloaded from.",
+        flag=Flag("fetch_host", kind=list[str] | None, read=lambda hosts: tuple(map(_host, hosts))),
+    )
+    executor: Literal["local", "ray"] = declare(
+        "local",
+        "Launcher of the ranks; leave it out under torchrun.",
+        flag=Flag(kind=Executor, default=Executor.local, read=lambda executor: executor.value),
+    )
+    num_nodes: int = declare(1, "Number of machines, with --executor ray.", whole(1))
 
     @property
     def name(self) -> str:
         """The model's name for clients."""
         return self.served_model_name or self.model
+
+
+def _origin(text: str) -> str:
+    """As browsers write an origin."""
+    found = re.fullmatch(r"(https?://[^/?#@\s*]+)/?", text.lower())
+    if found is None:
+        raise InputError(f"--cors-origin must be as in https://example.org:8443, got {text!r}")
+    return found[1]
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9.-]+", text.lower()):
+        raise InputError(f"--fetch-host must be a name as in images.example.org, got {text!r}")
+    return text.lower()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardit.config import DEGREES
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.malloc import keep_freed_memory
 from shardit.errors import InputError, RankError, UnsupportedError
@@ -19,8 +20,7 @@ from shardit.errors import InputError, RankError, UnsupportedError
 if TYPE_CHECKING:
     from shardit.config import DiffusionParallelConfig
 
-AXES = ("dp", "cfg", "pp", "ring", "ulysses", "tp")
-"""Outermost first: neighbouring ranks share `tp`, so that the axis that talks most gets the fastest links."""
+AXES = tuple(DEGREES)
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """Communication back end by device type; ROCm devices call themselves cuda."""
@@ -85,14 +85,7 @@ class Mesh:
 
 def axis_sizes(config: DiffusionParallelConfig) -> dict[str, int]:
     """The size of each axis, in the order of `AXES`."""
-    return {
-        "dp": config.data_parallel_size,
-        "cfg": config.cfg_parallel_size,
-        "pp": config.pipeline_parallel_size,
-        "ring": config.ring_degree,
-        "ulysses": config.ulysses_degree,
-        "tp": config.tensor_parallel_size,
-    }
+    return {axis: getattr(config, degree) for axis, degree in DEGREES.items()}
 
 
 def coordinates(sizes: dict[str, int], rank: int) -> dict[str, int]:

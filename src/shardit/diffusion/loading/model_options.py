@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,9 @@ from typing import Any
 from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.loading.hub import is_hub_id
+from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, is_number, number
+from shardit.settings.declare import Flag, check_declared, declare
+from shardit.settings.flag_class import parse_values
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,45 @@ class Lora:
 class ModelOptions:
     """What `Omni`, `load` and the command line take for a model; each field is off by default."""
 
-    variant: str | None = None
-    """Infix of the weight files to load, such as "fp16", as in diffusers."""
-    single_files: Mapping[str, str] = field(default_factory=dict)
-    """Files in the formats that from_single_file reads, by the component that they replace; "*": by all that they
-    hold."""
-    scheduler: str | None = None
-    """Class name of a scheduler of diffusers, in place of the model's own."""
-    scheduler_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the scheduler's `__init__` that replace those of its configuration."""
-    flow_shift: float | None = None
-    """Shift of the noise levels of a flow-matching scheduler."""
-    lora: tuple[Lora, ...] = ()
-    """Adapters that are loaded at start and stay active."""
-    vae_tiling: bool = False
-    """Whether the VAE works tile by tile, which takes less memory."""
-    vae_slicing: bool = False
-    """Whether the VAE works picture by picture, which takes less memory."""
+    single_files: Mapping[str, str] = declare(
+        dict,
+        "File in a format that from_single_file reads, in place of a component.",
+        flag=Flag(
+            name="single_file",
+            kind=list[str] | None,
+            metavar="<component=path>",
+            read=lambda files: parse_values("--single-file", files, "transformer=flux.safetensors"),
+        ),
+    )
+    """Paths by the component that they replace, {"transformer": path}; "*": by all that they hold."""
+    variant: str | None = declare(None, "Variant of the weight files, such as fp16, as in diffusers.", NAME)
+    scheduler: str | None = declare(
+        None, "Scheduler of diffusers by its class name. [default: the model's]", NAME, flag=Flag(metavar="<class>")
+    )
+    flow_shift: float | None = declare(
+        None, "Shift of a flow-matching scheduler. [default: the model's]", number(above=0)
+    )
+    scheduler_args: Mapping[str, Any] = declare(
+        dict,
+        "Argument of the scheduler, as in use_karras_sigmas=true.",
+        NAMED_VALUES,
+        flag=Flag(
+            name="scheduler_arg",
+            kind=list[str] | None,
+            metavar="<name=value>",
+            read=lambda values: parse_values("--scheduler-arg", values, "use_karras_sigmas=true"),
+        ),
+    )
+    """Arguments of the scheduler's `__init__` that replace those of its configuration, by name."""
+    lora: tuple[Lora, ...] = declare(
+        (),
+        "LoRA to load at start: a file, folder or hub id.",
+        flag=Flag(kind=list[str] | None, metavar="<path[:scale]>"),
+    )
+    """Adapters that stay active: a path or hub id (with ":SCALE" at its end, if need be), (path, scale),
+    {"path": ..., "scale": ...}, or a list of these."""
+    vae_tiling: bool = declare(False, "Let the VAE work tile by tile, with less memory.", FLAG)
+    vae_slicing: bool = declare(False, "Let the VAE work picture by picture, with less memory.", FLAG)
 
 
 WHOLE = "*"
@@ -61,21 +85,15 @@ def model_options(**given: Any) -> ModelOptions:
     dict with "path", "scale" and further arguments of `load_lora_weights`. Raises InputError.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    for name in ("variant", "scheduler"):
-        if name in chosen and (not isinstance(chosen[name], str) or not chosen[name]):
-            raise InputError(f"{name} must be a name, got {chosen[name]!r}")
-    for name in ("vae_tiling", "vae_slicing"):
-        if name in chosen and not isinstance(chosen[name], bool):
-            raise InputError(f"{name} must be True or False, got {chosen[name]!r}")
-    if "flow_shift" in chosen and not (is_number(chosen["flow_shift"]) and chosen["flow_shift"] > 0):
-        raise InputError(f"flow_shift must be a finite number greater than 0, got {chosen['flow_shift']!r}")
-    arguments = chosen.get("scheduler_args", {})
-    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
-        raise InputError(f"scheduler_args must be a dict with names as keys, got {arguments!r}")
-    chosen["scheduler_args"] = dict(arguments)
     chosen["single_files"] = _single_files(chosen.get("single_files", {}))
     chosen["lora"] = _loras(chosen.get("lora", ()))
-    return ModelOptions(**chosen)
+    check_declared(options := ModelOptions(**chosen))
+    return dataclasses.replace(options, scheduler_args=dict(options.scheduler_args))
+
+
+def take_options(keywords: dict[str, Any]) -> ModelOptions:
+    """The options among keywords, which are removed there. Raises InputError."""
+    return model_options(**{name: keywords.pop(name) for name in OPTION_NAMES if name in keywords})
 
 
 def split_model(model: Any, model_config: Any, options: ModelOptions) -> tuple[Any, ModelOptions]:
@@ -156,11 +174,6 @@ def recorded(options: ModelOptions) -> dict[str, Any]:
             for lora in options.lora
         ]
     return chosen
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _loras(value: Any) -> tuple[Lora, ...]:

@@ -16,7 +16,7 @@ from shardit.diffusion.output.encode import record_text, write_image, write_vide
 from shardit.diffusion.output.sound import write_wav
 from shardit.diffusion.request.returned import MAPS, Kind
 from shardit.errors import InputError
-from shardit.params import whole
+from shardit.settings.checks import whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardit.errors import InputError
-from shardit.params import text_as_flag
+from shardit.settings.checks import is_number, text_as_flag
+
+_BOOLS_OR_NUMBERS = ("cfg_normalization",)
+"""Z-Image takes its limit of a norm as a number, too, though the default is False."""
 
 
 def checked_value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
@@ -20,7 +23,7 @@ def checked_value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
         flag = text_as_flag(value)
         if type(flag).__name__ in ("bool", "bool_"):  # of numpy
             flag = bool(flag)
-        if not isinstance(flag, bool):
+        if not isinstance(flag, bool) and not (name in _BOOLS_OR_NUMBERS and is_number(flag) and flag >= 0):
             raise InputError(f"{name} must be true or false, got {_short(value)}")
         return flag
     if isinstance(default, (int, float)):

@@ -15,7 +15,8 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_c
 from shardit.diffusion.request.request import Request
 from shardit.diffusion.request.step_lists import listed, steps_problem
 from shardit.errors import InputError
-from shardit.params import OmniDiffusionSamplingParams, field_names, number, seed_or_drawn
+from shardit.params import OmniDiffusionSamplingParams, field_names, seed_or_drawn
+from shardit.settings.checks import number
 
 if TYPE_CHECKING:
     from shardit.diffusion.request.images import ImageSource

@@ -5,20 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.engine.process.channel import Packed
 from shardit.errors import InputError, UnsupportedError
+from shardit.loading.dtypes import Setting, setting
+from shardit.settings.checks import TEXT, is_number, matching, whole
+from shardit.settings.declare import Flag, declare
 
 if TYPE_CHECKING:
-    from shardit.config import DiffusionParallelConfig
     from shardit.diffusion.request.model_info import ModelInfo
-    from shardit.loading.dtypes import Setting
 
 TASK = "shardit.engine.tasks.pipelines"
 """The kind of model: a module that is a `Task`."""
 
 SESSION = "shardit.engine.session:Session"
 """What a rank runs, as "module:class"."""
+
+MAX_TIMEOUT_S = 1_000_000
+"""Eleven days; poll() counts milliseconds in 31 bits."""
+
+TIMEOUT = matching(
+    f"more than 0 and at most {MAX_TIMEOUT_S} seconds", lambda value: is_number(value) and 0 < value <= MAX_TIMEOUT_S
+)
+"""The check of a timeout."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +37,23 @@ class SessionSpec:
 
     model: str
     config: DiffusionParallelConfig
-    dtype: Setting = None
-    device: str | None = None
-    max_in_flight: int = 1
-    timeout_s: float = 600.0
+    dtype: Setting = declare(
+        None,
+        "Data type, as torch_dtype= in diffusers, or one for each component: transformer=bfloat16,vae=float32. "
+        "[default: as diffusers loads]",
+        flag=Flag(kind=str | None, metavar="<dtype>", read=lambda text: setting(text, "--dtype")),
+    )
+    """A name, a torch dtype, or a dict of these by component."""
+    device: str | None = declare(None, "Device of the ranks, cuda or cpu. [default: cuda if there is one]", flag=None)
+    max_in_flight: int = declare(1, "Requests that run at the same time.", whole(1), flag=None)
+    timeout_s: float = declare(
+        600.0, "Timeout for a message of another rank, in seconds.", TIMEOUT, flag=Flag("timeout")
+    )
     task: str = TASK
     session: str = SESSION
-    attention_backend: str | None = None
+    attention_backend: str | None = declare(
+        None, "Attention back end, as set_attention_backend in diffusers. [default: native]", TEXT
+    )
     options: ModelOptions = field(default_factory=ModelOptions)
     of_server: bool = False
     """Whether the ranks belong to a server: they log as JSON, and outputs have arrays in place of tensors, as its

@@ -12,9 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from shardit.config import did_you_mean
 from shardit.diffusion.loading.model_options import OPTION_NAMES
-from shardit.params import MAX_SEED, RANDOM_SEED, OmniDiffusionSamplingParams, field_names, text_as_flag
+from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.options import Limits
+from shardit.settings.declare import declared
 
 
 def _is_false(value: Any) -> Any:
@@ -151,26 +152,27 @@ def _between(minimum: int, maximum: int, description: str) -> tuple[Any, Any]:
 
 
 def _diffusers_fields(limits: Limits) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(OmniDiffusionSamplingParams).items():
+    most = {
+        "width": limits.pixels,
+        "height": limits.pixels,
+        "num_frames": limits.frames,
+        "num_inference_steps": limits.steps,
+        "num_outputs_per_prompt": limits.outputs,
+        "max_sequence_length": limits.prompt_tokens,
+    }
+    hints, fields = typing.get_type_hints(OmniDiffusionSamplingParams), {}
+    for item in declared(OmniDiffusionSamplingParams):
+        hint, check = hints[item.name], item.metadata["check"]
         if hint == str | None:
             hint = Annotated[str, Field(max_length=limits.prompt_chars)]
         elif hint in (int, int | None):
-            hint = _Whole
-        elif hint in (bool | None, bool | float | None):
-            hint = Annotated[hint, BeforeValidator(text_as_flag)]
-        fields[name] = _optional(hint, "As in diffusers.")
+            hint = Annotated[_Whole, Field(ge=check.minimum, le=most.get(item.name, check.maximum))]
+        elif hint == float | None:
+            lowest, highest = FPS if item.name == "fps" else (check.minimum, None)
+            hint = Annotated[float, Field(ge=lowest, le=highest)]
+        fields[item.name] = _optional(hint, item.metadata["help"])
     return {
         **fields,
-        "width": _between(1, limits.pixels, "Pixels."),
-        "height": _between(1, limits.pixels, "Pixels."),
-        "num_frames": _between(1, limits.frames, "Frames of a video."),
-        "num_inference_steps": _between(1, limits.steps, "Denoising steps."),
-        "num_outputs_per_prompt": _between(1, limits.outputs, "The same as n."),
-        "seed": _between(RANDOM_SEED, MAX_SEED, "Drawn, and returned, if it is -1 or not given."),
-        "max_sequence_length": _between(1, limits.prompt_tokens, "Longest prompt in tokens."),
-        "layers": _between(1, limits.outputs, "Layers that a layered pipeline cuts a picture into."),
-        "fps": _optional(Annotated[float, Field(ge=FPS[0], le=FPS[1])], "Frames per second of the file."),
         "output_type": _optional(Literal["pil"], "Results are always pictures."),
         "extra_args": _optional(
             dict[str, Any], "Further arguments of the model's pipeline by name; they may also stand beside the fields."

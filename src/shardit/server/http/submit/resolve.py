@@ -13,14 +13,15 @@ from shardit.diffusion.request.size_search import SIDES
 from shardit.diffusion.request.step_lists import steps_problem
 from shardit.errors import InputError
 from shardit.models import tiny
-from shardit.params import field_names, number
+from shardit.params import field_names
 from shardit.server.http.schema.errors import ApiError, from_input_error
 from shardit.server.http.schema.fields import FPS, LOOK, PICTURES, ROUTING
 from shardit.server.options import Limits, ServeOptions
+from shardit.settings.checks import is_number, number
 
 _SIDE = 1024
 """Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
-_COUNTED = re.compile("steps|frames|tokens|length")
+_COUNTED = re.compile("steps|frames|tokens|length|^layers$")
 # Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be, and files of this machine.
 _NOT_SENDABLE = re.compile(
     r"^output_type$|embeds|latents|mask|image|video|callback|generator|guess|processor|(^|_)(file|path|url)s?($|_)"
@@ -128,17 +129,22 @@ def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Lim
     asked = {name: value for name, value in {**takes.defaults, **extra, **given}.items() if value is not None}
     if "num_inference_steps" not in {**extra, **given} and ("sigmas" in asked or "timesteps" in asked):
         asked.pop("num_inference_steps", None)  # which the pipeline then does not look at
-    sides = {name: asked[name] for name in ("width", "height", "resolution") if _is_number(asked.get(name))}
+    sides = {name: asked[name] for name in ("width", "height", "resolution") if is_number(asked.get(name))}
     if "width" in sides or "height" in sides:
         _at_most("size", sides.get("width", _SIDE) * sides.get("height", _SIDE), limits.pixels, "pixels")
     _at_most("resolution", sides.get("resolution", 0) ** 2, limits.pixels, "pixels")
-    bounds = {"steps": limits.steps, "frames": limits.frames, "tokens": limits.prompt_tokens}
+    bounds = {
+        "steps": limits.steps,
+        "frames": limits.frames,
+        "tokens": limits.prompt_tokens,
+        "layers": limits.outputs,
+    }
     for name, value in asked.items():
         if name.endswith(("sigmas", "timesteps")):
             _at_most(name, len(value) if isinstance(value, list) else 0, limits.steps, "steps")
         elif (found := _COUNTED.search(name)) is not None:
             unit = "tokens" if found[0] == "length" else found[0]
-            _at_most(name, max((one for one in _flat(value) if _is_number(one)), default=0), bounds[unit], unit)
+            _at_most(name, max((one for one in _flat(value) if is_number(one)), default=0), bounds[unit], unit)
 
 
 def _at_most(name: str, value: float, limit: int, unit: str) -> None:
@@ -149,10 +155,6 @@ def _at_most(name: str, value: float, limit: int, unit: str) -> None:
 
 def _flat(value: Any) -> list[Any]:
     return [one for entry in value for one in _flat(entry)] if isinstance(value, list) else [value]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:

@@ -1,0 +1,1 @@
+"""Settings, each declared once: with its default, help and check. Flags, request fields and docs follow."""

@@ -1,0 +1,111 @@
+"""What values a setting takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from shardit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Check:
+    """What values a setting takes. A call with the setting's name and a value raises InputError for any other value."""
+
+    meaning: str
+    """The values in words, as in "a whole number of at least 1"."""
+    problem: Callable[[Any], str | None]
+    """What a value must be in place of what it is; None for a right value."""
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    """A lower limit that is excluded."""
+    each: Check | None = None
+    """The check of the entries of a list."""
+
+    def __call__(self, name: str, value: Any) -> None:
+        if wrong := self.problem(value):
+            raise InputError(f"{name} must be {wrong}, got {value!r:.200}")
+        if self.each is not None and isinstance(value, (list, tuple)):
+            for position, entry in enumerate(value):
+                self.each(f"{name}[{position}]", entry)
+
+    @property
+    def limits(self) -> str:
+        """The limits of a number alone, as in "at least 1"."""
+        if self.above is not None or self.minimum is None:
+            return self.meaning if self.above is None else f"above {self.above:g}"
+        return f"at least {self.minimum}" if self.maximum is None else f"from {self.minimum} to {self.maximum}"
+
+
+def matching(meaning: str, fits: Callable[[Any], bool]) -> Check:
+    """A check by a condition; `meaning` says what fits."""
+    return Check(meaning, lambda value: None if fits(value) else meaning)
+
+
+def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> Check:
+    """A check for whole numbers from `minimum` to `maximum`; bools are refused."""
+    limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    meaning = meaning or f"a whole number {limits}"
+
+    def problem(value: Any) -> str | None:
+        fits = isinstance(value, Integral) and not isinstance(value, bool)
+        return None if fits and minimum <= int(value) <= (math.inf if maximum is None else maximum) else meaning
+
+    return Check(meaning, problem, minimum, maximum)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(minimum: float | None = None, maximum: float | None = None, *, above: float | None = None) -> Check:
+    """A check for finite numbers within the limits (`above` excludes the limit itself); bools are refused."""
+
+    def problem(value: Any) -> str | None:
+        if not is_number(value):
+            return "a finite number"
+        amount = float(value)
+        if above is not None and not amount > above:
+            return f"greater than {above:g}"
+        if minimum is not None and amount < minimum:
+            return f"at least {minimum:g}"
+        return f"at most {maximum:g}" if maximum is not None and amount > maximum else None
+
+    limits = [(" greater than", above), (" of at least", minimum), (", at most", maximum)]
+    words = "".join(f"{text} {limit:g}" for text, limit in limits if limit is not None)
+    return Check(f"a finite number{words}", problem, minimum, maximum, above)
+
+
+def numbers(each: Check, *, or_one: bool = False) -> Check:
+    """A check for a list that is not empty, every entry of which passes `each`, or with `or_one` for one such value."""
+
+    def problem(value: Any) -> str | None:
+        if or_one and not isinstance(value, (list, tuple)):
+            return each.problem(value)
+        listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and value
+        return None if listed else "a list of numbers that is not empty"
+
+    one = f"{each.meaning}, or " if or_one else ""
+    return Check(f"{one}a list of at least one entry, each {each.meaning}", problem, each=each)
+
+
+FLAG = matching("True or False", lambda value: isinstance(value, bool))
+TEXT = matching("a string", lambda value: isinstance(value, str))
+NAME = matching("a name", lambda value: isinstance(value, str) and value != "")
+NAMED_VALUES = matching(
+    "a dict with names as keys",
+    lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
+)
+
+_FLAG_TEXTS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+
+
+def text_as_flag(value: Any) -> Any:
+    """The bool that a text means, in any case of letters: forms and command lines have texts alone. Other values stay
+    as they are."""
+    return _FLAG_TEXTS.get(value.strip().lower(), value) if isinstance(value, str) else value

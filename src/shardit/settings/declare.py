@@ -1,0 +1,47 @@
+"""A setting is declared as a dataclass field with its help and its check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, field, fields
+from typing import Any, NamedTuple
+
+from shardit.settings.checks import Check
+
+
+class Flag(NamedTuple):
+    """How a setting is given on the command line, where that does not follow from its field."""
+
+    name: str = ""
+    """The flag's name, with underscores, where it is not the field's."""
+    short: str = ""
+    """A second, shorter flag."""
+    kind: Any = None
+    """The type of the flag's value, where it is not the setting's."""
+    default: Any = None
+    """The flag's default, where its type is not the setting's."""
+    metavar: str | None = None
+    envvar: str | None = None
+    read: Callable[[Any], Any] | None = None
+    """Makes the value of the setting from the flag's."""
+
+
+def declare(default: Any, help: str, check: Check | None = None, *, flag: Flag | None = Flag()) -> Any:
+    """A field with its default (or a class to make it), its help text, the check of values that are not None, and its
+    flag (None: there is no flag)."""
+    metadata = {"help": help, "check": check, "flag": flag}
+    made = isinstance(default, type)
+    return field(default_factory=default, metadata=metadata) if made else field(default=default, metadata=metadata)
+
+
+def declared(cls: type) -> list[Field[Any]]:
+    """The fields of a class that were made by `declare`."""
+    return [item for item in fields(cls) if "help" in item.metadata]
+
+
+def check_declared(settings: Any) -> None:
+    """Check all values of a dataclass with declared fields. None is a value where the default is another."""
+    for item in declared(type(settings)):
+        value, check = getattr(settings, item.name), item.metadata["check"]
+        if check is not None and (value is not None or item.default is not None):
+            check(item.name, value)

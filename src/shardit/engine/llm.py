@@ -36,7 +36,7 @@ DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 class LLM:
     """A causal language model on as many devices as the configuration says; a context manager.
 
-    model: a folder of transformers (config.json, weights as safetensors, tokenizer). parallel_config: a
+    model: a folder of transformers (config.json, weights as safetensors, tokenizer), or "tiny/NAME". parallel_config: a
     DiffusionParallelConfig, or its fields as keywords: LLM(model, pipeline_parallel_size=2). dtype: None for that of
     the weights. max_model_len: the most tokens of a prompt and its text together, None for what the model has room for.
     max_num_seqs: the most prompts that one batch has. seed: of prompts without one of their own; None draws one for
@@ -65,7 +65,7 @@ class LLM:
         config = config_of(parallel_config, parallel, "LLM", [item.name for item in fields(EngineArgs)])
         folder = decoder_folder(model) if model else None
         if folder is None:
-            raise InputError(f"model must be a folder of a language model (one that holds config.json), got {model!r}")
+            raise InputError(f'model must be a folder of a language model (with config.json) or "tiny/NAME", got {model!r}')
         self._max_num_seqs, self._seed, self._groups = max_num_seqs, seed, config.pipeline_parallel_size
         spec = SessionSpec(
             model=str(folder),

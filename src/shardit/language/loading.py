@@ -17,6 +17,7 @@ from shardit.loading.meta import build
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.transformers_model import load_transformers
 from shardit.loading.weights import Owned
+from shardit.models.tiny.language import language_folder
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,9 @@ CONFIG = "config.json"
 
 
 def decoder_folder(model: str | os.PathLike[str]) -> Path | None:
-    """The folder of a model of transformers; None for all else, such as a folder of diffusers."""
+    """The folder of a model of transformers, or of a tiny one; None for all else, such as a folder of diffusers."""
+    if (tiny := language_folder(os.fspath(model))) is not None:
+        return tiny
     folder = Path(model).expanduser()
     return folder if (folder / CONFIG).is_file() and not (folder / INDEX).is_file() else None
 

@@ -43,7 +43,7 @@ def written_folder(name: str) -> Path | None:
 
 
 def _folder(name: str) -> Path:
-    return cache_root() / "tiny" / f"{name}-{_fingerprint()}"
+    return cache_root() / "tiny" / f"{name}-{fingerprint()}"
 
 
 def check_cache(name: str) -> None:
@@ -63,7 +63,7 @@ def _not_writable(why: OSError) -> InputError:
 
 
 @lru_cache(maxsize=1)
-def _fingerprint() -> str:
+def fingerprint() -> str:
     """Changes with this package's source and with the versions of diffusers and transformers."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):

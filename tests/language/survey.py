@@ -1,0 +1,92 @@
+"""Every causal language model of transformers that can be built tiny, over two stages: a table of what is right.
+
+Run it with `python -m tests.language.survey [FAMILY ...]`; it prints a line for each family, and the sums.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+
+import torch
+import transformers
+
+from shardit import DiffusionParallelConfig, RankError
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.stages.runtime import Runtime
+from shardit.language.sharding import over_stages, owners_of
+from tests.language import families
+from tests.language.cases import CASES, compare
+from tests.support.ranks import RanksFailed, run_ranks
+
+AT_ONCE = 10
+"""Families that a group of ranks runs before it is started again."""
+
+
+def measure(rank: int, count: int, method: str, names: list[str]) -> list[tuple[str, list[str]]]:
+    """The results of families on this rank, up to one that ends the ranks."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    config = DiffusionParallelConfig(pipeline_parallel_size=count)
+    mesh = init_mesh(config, device="cpu", timeout_s=30, rank=rank, init_method=method)
+    runtime, found = Runtime.of(mesh, split_batch=False), []
+    for name in names:
+        results: list[str] = []
+        found.append((name, results))
+        try:
+            plain, model = families.make(name), families.make(name)
+            over_stages(model, runtime, owners_of(model, config), config)
+            for case in CASES:
+                try:
+                    results.append(compare(plain, model, case))
+                except RankError:
+                    raise
+                except Exception as error:
+                    results.append(f"{type(error).__name__}: {error}")
+        except Exception as error:
+            results.append(f"ended: {error}")
+            if isinstance(error, RankError):
+                break
+    return found
+
+
+def buildable() -> list[str]:
+    """The families that can be built small and generate on one rank."""
+    found = []
+    for name in families.classes():
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(families.config_of(name))
+            if families.parameters(model) < 3_000_000:
+                CASES[0](families.make(name))
+                found.append(name)
+        except Exception as error:
+            print(f"{name}: not built ({type(error).__name__}: {str(error).splitlines()[0][:100]})", flush=True)
+    return found
+
+
+def main(names: list[str]) -> None:
+    """Measure families, and print a line for each."""
+    todo, sums = names or buildable(), Counter[str]()
+    while todo:
+        try:
+            of_ranks = run_ranks(2, measure, todo[:AT_ONCE], timeout=600)
+        except RanksFailed as error:
+            of_ranks = [[(todo[0], [f"ended: {str(error).splitlines()[-1]}"])]] * 2
+        for one, other in zip(*of_ranks, strict=False):
+            name, results = one[0], one[1] if one[1] == other[1] else ["WRONG: ranks differ"]
+            kinds = {result.partition(":")[0] for result in results}
+            verdict = next((kind for kind in ("WRONG", "ended") if kind in kinds), "right")
+            refused = [result for result in results if result.startswith(("UnsupportedError", "InputError"))]
+            verdict = "refused" if verdict == "right" and refused else verdict
+            failed = [r for r in results if r not in ("right", "not on one rank") and r not in refused]
+            verdict = "failed" if verdict == "right" and failed else verdict
+            sums[verdict] += 1
+            print(f"{name}: {verdict} {'' if verdict == 'right' else (failed or refused)[0][:200]}", flush=True)
+            todo.remove(name)
+    print(dict(sums))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

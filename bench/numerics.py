@@ -36,7 +36,7 @@ def distance(folder: str, size: Size, dtype: str, options: dict[str, Any], join:
     from diffusers import WanTransformer3DModel
 
     import shardit
-    from shardit.core.runtime.pending import settle
+    from shardit.core.runtime.pending import materialize
 
     def load() -> Any:
         return WanTransformer3DModel.from_pretrained(Path(folder) / "transformer", torch_dtype=getattr(torch, dtype))
@@ -52,6 +52,6 @@ def distance(folder: str, size: Size, dtype: str, options: dict[str, Any], join:
         if options:
             join()
             shardit.parallelize(model, shardit.DiffusionParallelConfig(**options))
-            settle(model(video, steps, text, return_dict=False))  # the first call of a kind finds the plan
+            materialize(model(video, steps, text, return_dict=False))  # the first call of a kind finds the plan
         got = model(video, steps, text, return_dict=False)[0] * 1
     return float((got.double() - expected).norm() / expected.norm())

@@ -28,10 +28,10 @@ from shardit.diffusion.sharding.connect import (
     connect,
     join,
     refuse_shared_blocks,
-    spread_model,
+    shard_model,
     take_compilers,
 )
-from shardit.diffusion.sharding.decision import decided_alike, told_of_model, told_of_pipeline
+from shardit.diffusion.sharding.decision import decided_alike, describe_blocks, describe_layout
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
@@ -110,7 +110,7 @@ def _whole(
     check: Callable[[], None],
     earlier: Mapping[str, Placed],
 ) -> None:
-    """Spread the given components of a pipeline, next to those that were spread earlier."""
+    """Spread the given components of a pipeline, next to those that were sharded earlier."""
 
     def decide() -> Layout | None:
         check()
@@ -119,13 +119,13 @@ def _whole(
         members = range(len(runtime.mesh.replica.ranks))
         held = [sum(placed.bytes_of(member) for placed in earlier.values()) for member in members] if earlier else None
         found = lay_out(modules, type(pipe), config, plans=plan, held=held)
-        for name in found.assignment.relayed:
+        for name in found.assignment.layerwise:
             refuse_compiled(name, modules[name], modules[name].modules())
         for name in found.assignment.cut:
             refuse_compiled(name, modules[name], ())
         return found
 
-    layout = decided_alike(runtime.replica, type(pipe).__name__, decide, told_of_pipeline)
+    layout = decided_alike(runtime.replica, type(pipe).__name__, decide, describe_layout)
     if layout is None:
         join(pipe, runtime)
         return
@@ -158,11 +158,11 @@ def _alone(
         notes.extend(filter(None, [note]))
         return slices, cut
 
-    slices, cut = decided_alike(runtime.replica, type(model).__name__, decide, told_of_model)
+    slices, cut = decided_alike(runtime.replica, type(model).__name__, decide, describe_blocks)
     if cut is not None:
         warn_of(notes, runtime.mesh)
         shard_components({ALONE: model}, slices, runtime.mesh)
-        spread_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
+        shard_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
 
 
 def load(
@@ -233,7 +233,7 @@ def load_parallel(
     runtime = None
     if len(mesh.replica.ranks) > 1:
         runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
-        decided_alike(runtime.replica, type(pipe).__name__, lambda: layout, told_of_pipeline)
+        decided_alike(runtime.replica, type(pipe).__name__, lambda: layout, describe_layout)
         refuse_shared_blocks(pipe, assignment)
         shard_components(pipe.components, layout.cuts, mesh)
         connect(pipe, layout, runtime, config)

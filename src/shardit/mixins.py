@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 
 
 class CFGParallelMixin:
@@ -87,5 +87,5 @@ class PipelineParallelMixin:
 
     def scheduler_step(self, noise_pred: torch.Tensor, t: Any, latents: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """See `CFGParallelMixin.scheduler_step`."""
-        settle(noise_pred)
+        materialize(noise_pred)
         return super().scheduler_step(noise_pred, t, latents, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

@@ -27,7 +27,7 @@ _alone: list[Collectives] = []
 def sp_shard(x: torch.Tensor, dim: int) -> torch.Tensor:
     """This rank's part of `x` along `dim`: neighbouring tokens, in the order of the ranks.
 
-    Lengths need not divide: the first ranks have one token more. The same tensor where tokens are not spread. `x` is
+    Lengths need not divide: the first ranks have one token more. The same tensor where tokens are not sharded. `x` is
     the same on all ranks. Raises InputError where `x` has no such dimension, UnsupportedError inside a model that
     declares no plan.
     """
@@ -44,7 +44,7 @@ def sp_shard(x: torch.Tensor, dim: int) -> torch.Tensor:
 def sp_gather(x: torch.Tensor, dim: int, total: int | None = None) -> torch.Tensor:
     """The shards of all ranks, one after the other along `dim`: undoes `sp_shard`. Collective.
 
-    Shards may have any lengths. The same tensor where tokens are not spread. Inside a model they are learned once for
+    Shards may have any lengths. The same tensor where tokens are not sharded. Inside a model they are learned once for
     each shape. Outside of one they are exchanged at every call (8 bytes), unless `total` is given, the length of what
     `sp_shard` split. Raises as `sp_shard` does, and InputError where `total` does not fit.
     """

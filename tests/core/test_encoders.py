@@ -15,7 +15,7 @@ import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.api import load_parallel
 from shardit.core.comm.mesh import init_mesh
-from shardit.core.components.layerwise import relay
+from shardit.core.components.layerwise import cut_layerwise
 from shardit.core.components.owned import Held
 from shardit.core.modules.units import Unit, find_units
 from shardit.core.placement.balance import Loads, distribute, in_runs
@@ -75,12 +75,12 @@ def encoders(rank: int, count: int, method: str, names: tuple[str, ...], dtype: 
     for name in names:
         plain = brought.pipeline(name, dtype)
         pipe, assignment, _ = load_parallel(f"tiny/{name}", config, init_mesh(config), dtype=dtype)
-        assert assignment.relayed, name
-        for part, found in assignment.relayed.items():
+        assert assignment.layerwise, name
+        for part, found in assignment.layerwise.items():
             encoder = getattr(pipe, part)
             compare(encoder, getattr(plain, part))
             mine = {i for i, owner in enumerate(found.owners) if owner == rank}
-            assert set(encoder.shardit_relay.ran) <= mine
+            assert set(encoder.shardit_layerwise.ran) <= mine
             assert len(mine) < len(found.owners)
             assert encoder.device == torch.device("cpu")
 
@@ -119,7 +119,7 @@ def test_generate_keeps_the_caches_where_the_layers_are() -> None:
 def parts_are_read(rank: int, count: int, method: str) -> tuple[int, int]:
     config, reads = join(rank, count, method), Reads()
     pipe, found, _ = load_parallel("tiny/wan2.2-t2v", config, init_mesh(config), reads=reads)
-    units = found.relayed["text_encoder"]
+    units = found.layerwise["text_encoder"]
     mine = tuple(f"{unit}." for unit, owner in zip(units.units, units.owners, strict=True) if owner == rank)
     for name, parameter in pipe.text_encoder.named_parameters(remove_duplicate=False):
         assert parameter.is_meta != name.startswith(mine), name
@@ -151,7 +151,7 @@ def whole_pipeline(rank: int, count: int, method: str, axes: dict[str, int], clo
     config = join(rank, count, method, **axes)
     call = {**tiny.defaults("wan2.2-t2v"), "prompt": "a cat", "output_type": "latent"}
     pipes = brought.pipeline("wan2.2-t2v"), shardit.load("tiny/wan2.2-t2v", config)
-    assert hasattr(pipes[1].text_encoder, "shardit_relay")
+    assert hasattr(pipes[1].text_encoder, "shardit_layerwise")
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     expected, out = (pipe(**call, generator=torch.Generator("cpu").manual_seed(1)).frames for pipe in pipes)
@@ -207,7 +207,7 @@ def odd(rank: int, count: int, method: str) -> None:
     x = torch.arange(8.0).view(2, 4)
     for peeks in (False, True):
         model, plain = Odd(peeks), Odd(peeks)
-        made = relay(model, comm, [f"layers.{i}" for i in range(4)], [0, 0, 1, 0])
+        made = cut_layerwise(model, comm, [f"layers.{i}" for i in range(4)], [0, 0, 1, 0])
         with torch.no_grad():
             if peeks:
                 with pytest.raises(UnsupportedError, match="outside of them rank 1 fails"):
@@ -243,10 +243,10 @@ def test_units() -> None:
 def test_balance() -> None:
     layers = [Unit((f"layers.{i}",), 10, ((f"layers.{i}.a", 4), (f"layers.{i}.b", 6))) for i in range(11)]
     loads = Loads([0.0] * 4, 1)
-    wholes, relayed = distribute(loads, {"vae": 12}, {"text": [Unit(("table",), 30), *layers]}, frozenset())
+    wholes, layerwise = distribute(loads, {"vae": 12}, {"text": [Unit(("table",), 30), *layers]}, frozenset())
     assert sum(loads.bytes) == 152
     assert max(loads.bytes) - min(loads.bytes) <= 4
-    owners = relayed["text"].owners
+    owners = layerwise["text"].owners
     assert sum(a != b for a, b in pairwise(owners)) <= 7
     assert wholes["vae"] in range(4)
     sliced = Loads([0.0] * 4, 2)

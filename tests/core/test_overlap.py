@@ -1,4 +1,4 @@
-"""Calls of one model in flight together over slices or spread tokens: the same bits as one after the other."""
+"""Calls of one model in flight together over slices or sharded tokens: the same bits as one after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import shardit
 from shardit import DiffusionParallelConfig, Plan, RankError, UnsupportedError
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.group import GroupCoordinator
-from shardit.core.runtime.pending import PendingTensor, settle
+from shardit.core.runtime.pending import PendingTensor, materialize
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join
 from tests.support import brought
@@ -39,7 +39,7 @@ def open_model(rank: int, count: int, method: str, way: str) -> tuple[Any, list[
     shardit.parallelize(model, DiffusionParallelConfig(**WAYS[way]), plan=Plan(overlap=True), timeout_s=60)
     with torch.no_grad():
         for call in calls:  # the first of each signature
-            settle(model(**call))
+            materialize(model(**call))
     return model, calls
 
 
@@ -48,7 +48,7 @@ def alone(model: Any, calls: list[dict[str, Any]]) -> list[torch.Tensor]:
         outs = []
         for call in calls:
             (out,) = model(**call)
-            settle(out)
+            materialize(out)
             outs.append(out)
     return outs
 
@@ -57,7 +57,7 @@ def together(model: Any, calls: list[dict[str, Any]]) -> list[torch.Tensor]:
     with torch.no_grad():
         outs = [model(**call)[0] for call in calls]
         assert all(type(out) is PendingTensor for out in outs)
-        settle(outs)
+        materialize(outs)
     return outs
 
 

@@ -17,7 +17,7 @@ from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.api import load_parallel
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import Comm
-from shardit.core.components.layerwise import relay
+from shardit.core.components.layerwise import cut_layerwise
 from shardit.core.components.owned import own
 from shardit.core.modules.small_tensors import SMALL_BYTES, small_tensors
 from shardit.core.modules.units import find_units
@@ -219,7 +219,7 @@ def uses(rank: int, count: int, method: str) -> None:
     assert (rank == 1) != next(vae.decoder.parameters()).is_meta
     for spread in (
         lambda e: own(e, ranks, 0),
-        lambda e: relay(e, ranks, [n for u in find_units(e) for n in u.names], alternating(e)),
+        lambda e: cut_layerwise(e, ranks, [n for u in find_units(e) for n in u.names], alternating(e)),
     ):
         expected, encoder = load().text_encoder, load().text_encoder
         spread(encoder)

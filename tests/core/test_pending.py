@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardit.core.runtime.pending import PendingTensor, Source, settle
+from shardit.core.runtime.pending import PendingTensor, Source, materialize
 
 VALUES = torch.arange(24.0).reshape(2, 3, 4)
 
@@ -140,7 +140,7 @@ REAL: dict[str, Callable[[torch.Tensor], Any]] = {
 
 def plain(value: Any) -> Any:
     """Without pending tensors, for comparison."""
-    settle(value)
+    materialize(value)
     return value
 
 
@@ -212,7 +212,7 @@ def test_after_the_wait_everything_is_plain() -> None:
     wire.source.wait()
     wire.source.wait()
     assert wire.waits == 1
-    assert wire.source.settled
+    assert wire.source.ready
     assert {type(t) for t in [wire.tensor, *views]} == {torch.Tensor}
     assert not hasattr(wire.tensor, "_source")
     assert type(wire.source.wrap(torch.zeros(1))) is torch.Tensor
@@ -241,7 +241,7 @@ def test_save_and_pickle() -> None:
         assert torch.equal(got, VALUES)
 
 
-def test_settle_looks_into_containers() -> None:
+def test_materialize_looks_into_containers() -> None:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     Pair = namedtuple("Pair", "a b")
@@ -254,7 +254,7 @@ def test_settle_looks_into_containers() -> None:
         lambda t: Transformer2DModelOutput(sample=t),
     ):
         wire = Wire()
-        settle(wrap(wire.tensor))
+        materialize(wrap(wire.tensor))
         assert wire.waits == 1
         assert type(wire.tensor) is torch.Tensor
 
@@ -280,7 +280,7 @@ def test_under_modes(mode) -> None:
         assert torch.equal(first + second, VALUES[:1] + VALUES[1:])
 
 
-def test_a_failure_is_raised_and_leaves_nothing_half_settled() -> None:
+def test_a_failure_is_raised_and_leaves_nothing_half_filled() -> None:
     errors: list[Exception] = [ValueError("lost"), TimeoutError("late")]
     buffer = torch.zeros(4)
 
@@ -295,8 +295,8 @@ def test_a_failure_is_raised_and_leaves_nothing_half_settled() -> None:
     with pytest.raises(ValueError, match="lost"):
         tensor + 1
     with pytest.raises(TimeoutError, match="late"):
-        settle([view, tensor])
-    assert not source.settled
+        materialize([view, tensor])
+    assert not source.ready
     assert type(tensor) is type(view) is PendingTensor
     assert tensor.shape == (4,)
     assert (view + 1).tolist() == [4, 4, 4]

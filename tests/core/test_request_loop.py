@@ -45,11 +45,11 @@ class Machine:
         buffer = torch.full((2,), float("nan"))
         self.turns.schedule.start(flight)
 
-        def settle() -> None:
+        def materialize() -> None:
             self.turns.wait_for(flight)
             buffer.fill_(value)
 
-        return Source(settle).wrap(buffer)
+        return Source(materialize).wrap(buffer)
 
     def request(self, name: str, steps: int, work: Callable[[int], Any] | None = None) -> Callable[[], list[Any]]:
         """A program of `steps` steps, each of which uses a pending tensor."""

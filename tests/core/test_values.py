@@ -14,7 +14,7 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.request_loop import Program
 from shardit.core.stages.stages import Runtime, Stages
 from tests.pipelines.entry import entries
@@ -168,7 +168,7 @@ def _lumina_on(rank: int, size: int, method: str, axes: dict[str, int]) -> tuple
     for ended in stages.runtime.turns.run(iter(programs), 3):
         if ended.error is not None:
             raise ended.error
-        settle(ended.value)
+        materialize(ended.value)
         together.append(torch.equal(ended.value, plain[programs.index(ended)]))
     stages.runtime.flush()
     stages.runtime.replica.group.barrier()

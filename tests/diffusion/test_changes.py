@@ -481,7 +481,7 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     },
     "ulysses": {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
-        mean_of_tokens: "no way was found to spread the tokens",
+        mean_of_tokens: "no way was found to shard the tokens",
     },
 }
 

@@ -1,4 +1,4 @@
-"""Pipelines that share components, and `parallelize` on what is spread already."""
+"""Pipelines that share components, and `parallelize` on what is already sharded."""
 
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ def test_parts_that_are_spread_already(config: DiffusionParallelConfig) -> None:
     for text, pattern in zip(
         one["errors"],
         (
-            r"is spread already, with .*_parallel_size=\d .now",
-            "FluxTransformer2DModel is spread already, with None: leave out the plan",
+            r"is already sharded, with .*_parallel_size=\d .now",
+            "FluxTransformer2DModel is already sharded, with None: leave out the plan",
             "different pipelines",
             "vae was put into the pipeline after parallelize",
-            "vae belongs to a pipeline that was spread by itself",
+            "vae belongs to a pipeline that was sharded by itself",
         ),
         strict=True,
     ):

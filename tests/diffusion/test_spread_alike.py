@@ -94,12 +94,12 @@ def a_part_alone(spread: Callable[[Any], Any]) -> None:
 
 
 REFUSED: dict[Callable[[Callable[[Any], Any]], None], str] = {
-    half_vae: "ranks would spread .*vae.* of FluxPipeline in different ways",
+    half_vae: "ranks would shard .*vae.* of FluxPipeline in different ways",
     offloaded_on_one: "vae is offloaded",
     other_blocks: "FluxTransformer2DModel in different ways",
-    one_of_two: "controlnet is a part of controlnet, which is spread already: give each weights of its own",
-    two_of_one: r"controlnet\.nets\.0 is controlnet, which is spread already: give each weights of its own",
-    a_part_alone: "FluxTransformerBlock is a part of transformer, which is spread already",
+    one_of_two: "controlnet is a part of controlnet, which is already sharded: give each weights of its own",
+    two_of_one: r"controlnet\.nets\.0 is controlnet, which is already sharded: give each weights of its own",
+    a_part_alone: "FluxTransformerBlock is a part of transformer, which is already sharded",
 }
 
 

@@ -57,7 +57,7 @@ ADAPTER_MODELS = ("sd3.5", "wan2.2-ti2v", "qwen-image", "z-image")
 CACHED: dict[tuple[str, ...], str] = {
     ("stages", "looped"): "a step cache does not work over stages",
     ("guidance",): "a step cache does not work over guidance ranks",
-    SPREAD: "a step cache does not work over spread tokens",
+    SPREAD: "a step cache does not work over sharded tokens",
 }
 SPLIT = (*STAGED, "slices", *SPREAD)
 CACHE_BOUND = {"TaylorSeerCacheConfig": 1e-3}

@@ -1,4 +1,4 @@
-"""Attention over spread tokens against plain attention: Ulysses, Ring and both, with masks, uneven shards and heads."""
+"""Attention over sharded tokens against plain attention: Ulysses, Ring and both, masks, uneven shards and heads."""
 
 from __future__ import annotations
 

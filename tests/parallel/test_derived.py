@@ -109,7 +109,7 @@ def test_what_is_derived_is_recognised() -> None:
     del modules["vae"]
     config = DiffusionParallelConfig(pipeline_parallel_size=2)
     found = assign(modules, roles_of(modules, StableDiffusionPipeline), config, environ={})
-    assert found.relayed.keys() == {"plain", "alias"}
+    assert found.layerwise.keys() == {"plain", "alias"}
     assert "reading is whole on one rank: Reading has methods of its own, which may read any of its weights" in (
         found.notes
     )

@@ -13,7 +13,7 @@ from torch import nn
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.comm.collectives import Collectives
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.diffusion.loading.variants import image_pipeline
 from shardit.diffusion.request.pipeline_signature import signature_of
 from shardit.engine.process.messages import SessionSpec
@@ -358,7 +358,7 @@ def gathers(rank: int, count: int, method: str) -> list[int]:
     with torch.no_grad():
         other(*arguments)
         before = sequence.attention.sp.messages, sequence.attention.ulysses.comm.messages
-        settle(other(*arguments))
+        materialize(other(*arguments))
     after = sequence.attention.sp.messages, sequence.attention.ulysses.comm.messages
     return [after[0] - before[0], after[1] - before[1], len(sequence.blocks)]
 
@@ -385,10 +385,10 @@ def watched(rank: int, count: int, method: str, way: dict) -> tuple[set[int], se
     with torch.no_grad():
         for block in other.blocks:
             block.ffn.register_forward_pre_hook(lambda module, args: rows.add(args[0].shape[1]))
-        settle(other(*arguments))  # looked at and checked
+        materialize(other(*arguments))  # looked at and checked
         rows.clear()
         torch.nn.functional.scaled_dot_product_attention = noted
-        settle(other(*arguments))
+        materialize(other(*arguments))
     return rows, attended
 
 

@@ -18,13 +18,13 @@ from shardit.core.comm.wire import ALIGN
 from shardit.core.modules.attributes import Attributes
 from shardit.core.modules.small_tensors import Everywhere
 from shardit.core.placement.assignment import assign
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.diffusion.roles import roles_of
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError, UnsupportedError
 from shardit.models import tiny
 from shardit.parallel.vae.plan import deal
-from shardit.parallel.vae.tiles import Tiles, spread_tiles
+from shardit.parallel.vae.tiles import Tiles, shard_tiles
 from tests.support.ranks import run_ranks
 from tests.support.vae_models import ENTRIES, Entry, inputs, outputs
 from tests.support.whole_pipelines import Case, difference, joined, staged
@@ -45,14 +45,14 @@ def spread(rank: int, size: int, method: str, names: list[str], ranks: tuple[int
     comm, found = comm_of(rank, size, method), []
     for entry in (ENTRIES[name] for name in names):
         vae = entry.build()
-        tiles = spread_tiles(vae, comm, ranks)
+        tiles = shard_tiles(vae, comm, ranks)
         entry.switch_on(vae)
         result = {}
         for name, call in entry.calls(vae).items():
             tiles.ran.clear()
             before = comm.sent_bytes
             out = call()
-            settle(out)
+            materialize(out)
             result[name] = {"out": out, "ran": dict(tiles.ran), "sent": comm.sent_bytes - before}
         plans = {key[0]: plan for key, plan in tiles._plans.items() if not isinstance(plan, str)}
         dealt = {name: ([call.tile for call in plan.calls], plan.owners) for name, plan in plans.items()}
@@ -142,21 +142,21 @@ def switched(rank: int, size: int, method: str) -> dict[str, Any]:
     """One VAE whose tiling is changed between calls; then broken messages, wrong arguments, ranks that differ."""
     comm, heard, entry = comm_of(rank, size, method), Heard(), ENTRIES["qwen"]
     vae = entry.build()
-    spread_tiles(vae, comm, (0, 1))
+    shard_tiles(vae, comm, (0, 1))
     found: dict[str, Any] = {"outs": [], "ran": []}
     for change in CHANGES:
         change(vae)
         for _ in range(2):
             vae.shardit_tiles.ran.clear()
             found["outs"].append(outputs(entry, vae)["decode"])
-            settle(found["outs"])
+            materialize(found["outs"])
             found["ran"].append(len(vae.shardit_tiles.ran))
     found["warned"] = heard.lines
     entry.switch_on(vae)
     send = Comm.send
     with mock.patch.object(Comm, "send", lambda self, m, *a, **k: send(self, torch.zeros_like(m), *a, **k)):
         found["zeros"] = outputs(entry, vae)["decode"]
-        settle(found)
+        materialize(found)
     wrong = torch.zeros(1, 3, 1, 8, 10)  # channels
     for name, act in {"wrong": lambda: vae.decode(wrong), "differ": lambda: differ(vae)}.items():
         try:

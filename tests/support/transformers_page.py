@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from shardit import DiffusionParallelConfig, InputError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.modules.hints import Plan
-from shardit.core.runtime.pending import settle
-from shardit.parallel.sequence.choose import spread_tokens
+from shardit.core.runtime.pending import materialize
+from shardit.parallel.sequence.choose import shard_tokens
 from tests.parallel import test_tensor
 from tests.support import survey_models
 from tests.support.matrix_page import PAGE
@@ -54,9 +54,9 @@ def spread(rank: int, count: int, method: str, ids: Sequence[str], config: dict[
         with torch.no_grad():
             expected = model(**entry.inputs(Draw(0, False)), **extra)
             try:
-                spread_tokens(model, mesh, None, Plan(order=entry.order, replicate=entry.replicate))
+                shard_tokens(model, mesh, None, Plan(order=entry.order, replicate=entry.replicate))
                 got = model(**entry.inputs(Draw(0, False)), **extra)
-                settle(got)
+                materialize(got)
             except InputError as error:
                 found[entry.id] = str(error)
                 continue
@@ -77,7 +77,7 @@ def stages_cell(outcomes: list[Outcome]) -> str:
 
 
 def number_cell(found: float | str) -> str:
-    """What the table says of a class over slices or spread tokens."""
+    """What the table says of a class over slices or sharded tokens."""
     if isinstance(found, str):
         return FAILED if found.startswith(FAILED) else "refused"
     return f"{found:.0e}" if found else "="
@@ -95,7 +95,7 @@ def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str,
     reasons += [(n, way, text) for way, found in shown.items() for n, text in found.items() if isinstance(text, str)]
     lines = [f"- {name}, {way}: {reason}" for name, way, reason in sorted(set(reasons))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    heading = "\n\nRefused, with the error (that of spread tokens lists every try, and is left out here):\n\n"
+    heading = "\n\nRefused, with the error (that of sharded tokens lists every try, and is left out here):\n\n"
     return HEAD + table + (heading + "\n".join(lines) if lines else "") + "\n"
 
 

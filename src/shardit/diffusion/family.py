@@ -73,7 +73,7 @@ def register(plain: type, cls: type) -> None:
 
 @functools.cache
 def wrap_attention_back_ends() -> None:
-    """Let attention functions that do not end in torch's own be spread in sharded blocks, too: once and for good."""
+    """Hook attention functions that do not call torch's own, so that they work in sharded blocks. Permanent."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
     own = {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}

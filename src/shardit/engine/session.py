@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from shardit.core.comm.agreement import told
+from shardit.core.comm.agreement import checksum
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.randomness import states
@@ -103,7 +103,7 @@ class Session:
             if self.runtime is not None:
                 self.runtime.agreement.refuse_draws()
             if mine is not None:  # compared with the other ranks: what draws in a model may do so on one of them only
-                mine.start = f"{mine.start}, generators {told(states(self.mesh.device, []))}"
+                mine.start = f"{mine.start}, generators {checksum(states(self.mesh.device, []))}"
             return out, time.perf_counter() - start, notes
 
         return run

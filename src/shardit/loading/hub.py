@@ -177,7 +177,7 @@ def _index_name(remote: HubRemote, folder: str) -> str | None:
     try:
         choice = choose(names, folder, remote.variant)
     except InputError:
-        return None  # said when the weights are asked for
+        return None  # reported when the weights are requested
     return choice.name if choice.sharded else None
 
 

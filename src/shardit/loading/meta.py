@@ -175,7 +175,7 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def _one_line(folder: str | os.PathLike) -> Iterator[None]:
-    """What a config can be wrong about, said in one line."""
+    """Turn errors in a config into one line."""
     try:
         yield
     except (InputError, MemoryError):

@@ -30,7 +30,7 @@ KINDS = {
 """The global generators, each with what seeds it."""
 
 _UNUSED = b"\0" * 8
-"""What ranks tell of a generator that they have not used."""
+"""Sent for a generator that a rank has not used."""
 
 
 @dataclass
@@ -95,8 +95,8 @@ class Agreement:
         """Compare, and return the kinds of `generators` in which ranks differ. Raises InputError where `values` do."""
         parts = [short_hash(*(f"{k}={v!r}".encode() for k, v in values.items()))]
         parts += [short_hash(state_bytes(generators[kind])) if kind in generators else b"\0" * 8 for kind in KINDS]
-        told = self.ranks.group.gather_bytes(b"".join(parts))
-        differ = [len({one[i : i + 8] for one in told}) > 1 for i in range(0, 8 * len(parts), 8)]
+        gathered = self.ranks.group.gather_bytes(b"".join(parts))
+        differ = [len({one[i : i + 8] for one in gathered}) > 1 for i in range(0, 8 * len(parts), 8)]
         if differ[0]:
             known = self.ranks.group.gather_objects(values)
             names = dict.fromkeys(key for one in known for key in one)
@@ -114,13 +114,13 @@ class Agreement:
         drawn = moved(before, after)
         mine = [short_hash(b"drawing") if self.drawing else _UNUSED]
         mine += [_bytes_of(kind, drawn, after, kind in self.differ) for kind in KINDS]
-        told = [
+        gathered = [
             [one[i : i + 8] for i in range(0, len(one), 8)] for one in self.ranks.group.gather_bytes(b"".join(mine))
         ]
-        if any(one[0] != _UNUSED for one in told):
+        if any(one[0] != _UNUSED for one in gathered):
             raise UnsupportedError(f"{name} called a model that {DRAWS}")
         for number, kind in enumerate(KINDS, start=1):
-            values = {one[number] for one in told}
+            values = {one[number] for one in gathered}
             if kind in self.differ and values != {_UNUSED}:
                 raise InputError(f"{name} drew from {KINDS[kind]}, which ranks have in different states: {SEEDS}")
             if kind not in self.differ and len(values) > 1:
@@ -128,12 +128,13 @@ class Agreement:
 
 
 def _bytes_of(kind: str, drawn: States, after: States, differs: bool) -> bytes:
-    """What ranks tell of a generator at the end: whether it was used, where its states differ anyway, or its state."""
+    """Sent for a generator at the end of a call: a checksum of its state; if states differed before, whether it was
+    used."""
     if kind not in drawn:
         return _UNUSED
     return short_hash(kind.encode() if differs else state_bytes(after[kind]))
 
 
-def told(generators: States) -> str:
+def checksum(generators: States) -> str:
     """A checksum of the states of generators."""
     return short_hash(*(kind.encode() + state_bytes(state) for kind, state in generators.items())).hex()

@@ -84,7 +84,7 @@ class GroupCoordinator:
 
     @property
     def device_communicator(self) -> GroupCoordinator:
-        """What the collective operations are called on: this object."""
+        """The object with the collective operations: this one."""
         return self
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ class GroupCoordinator:
         return total.chunk(self.world_size, dim)[self.rank_in_group].contiguous()
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """What rank `src` of the group has, in place."""
+        """Broadcast the tensor of rank `src` of the group, in place."""
         if self.world_size > 1:
             self.guard(lambda: dist.broadcast(tensor, self.ranks[src], group=self.device_group), "broadcast")
         return tensor
@@ -174,25 +174,25 @@ class GroupCoordinator:
         return tensor
 
     def isend_tensor_dict(self, values: dict[str, Any], dst: int | None = None) -> Callable[[], None]:
-        """Start sending a dict of tensors and picklable values; returns what waits until all is taken."""
+        """Start sending a dict of tensors and picklable values; returns a function that waits until all is taken."""
         target = self.next_rank if dst is None else self.ranks[dst]
         described = _describe(values)
-        said = torch.frombuffer(bytearray(pickle.dumps(described)), dtype=torch.uint8)
-        head = [torch.tensor([len(said)]), said]
+        header = torch.frombuffer(bytearray(pickle.dumps(described)), dtype=torch.uint8)
+        head = [torch.tensor([len(header)]), header]
         tensors = [values[name].contiguous() for name in described[1]]
         parts = [(part, self.cpu_group) for part in head] + [(tensor, self.device_group) for tensor in tensors]
         works = [self.guard(lambda: dist.isend(part, target, group=group), "send") for part, group in parts]  # noqa: B023
         return lambda: self.wait(works, "send", head + tensors)
 
     def irecv_tensor_dict(self, src: int | None = None) -> tuple[dict[str, Any], Callable[[], None]]:
-        """The dict that the other rank sends, and what waits until its tensors are filled. What the dict looks like is
-        waited for at once."""
+        """The dict that the other rank sends, and a function that waits until its tensors are filled. Waits at once for
+        the description of the dict."""
         source = self.prev_rank if src is None else self.ranks[src]
         length = torch.zeros(1, dtype=torch.int64)
         self.guard(lambda: dist.recv(length, source, group=self.cpu_group), "receive")
-        said = torch.empty(int(length), dtype=torch.uint8)
-        self.guard(lambda: dist.recv(said, source, group=self.cpu_group), "receive")
-        described = pickle.loads(said.numpy().tobytes())
+        header = torch.empty(int(length), dtype=torch.uint8)
+        self.guard(lambda: dist.recv(header, source, group=self.cpu_group), "receive")
+        described = pickle.loads(header.numpy().tobytes())
         values = _empty(described, self.device)
         tensors = [values[name] for name in described[1]]
         works = [self.guard(lambda: dist.irecv(t, source, group=self.device_group), "receive") for t in tensors]  # noqa: B023
@@ -210,7 +210,7 @@ class GroupCoordinator:
         del alive
 
     def guard(self, act: Callable[[], Any], what: str) -> Any:
-        """What a function of torch.distributed returns. Raises RankError if it fails."""
+        """Call a function of torch.distributed; raises RankError if it fails."""
         try:
             return act()
         except RuntimeError as error:
@@ -220,7 +220,7 @@ class GroupCoordinator:
 
 
 def _describe(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, torch.dtype]]]:
-    """What is no tensor, and shape and dtype of what is."""
+    """The plain values, and shape and dtype of each tensor."""
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in values.items() if name not in tensors}
     return plain, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}

@@ -177,16 +177,16 @@ def _make_groups(
     """All groups of all axes, made on every rank in the same order; returns those that this rank is in."""
     axes: dict[str, GroupCoordinator] = {}
     for name, members in {**{axis: (axis,) for axis in AXES if axis != "pp"}, "sp": ("ring", "ulysses")}.items():
-        spread = [axis for axis in members if sizes[axis] > 1]
-        if name == "sp" and len(spread) == 1:  # the other axis is 1: the ranks are the same
-            axes["sp"] = replace(axes[spread[0]], axis="sp")
-        elif spread:
+        wide = [axis for axis in members if sizes[axis] > 1]
+        if name == "sp" and len(wide) == 1:  # the other axis is 1: the ranks are the same
+            axes["sp"] = replace(axes[wide[0]], axis="sp")
+        elif wide:
             axes[name] = _join(axis_ranks(sizes, *members), place, timeout, axis=name)
     made: dict[tuple[str, ...], GroupCoordinator] = {}
     for members in (("pp",), AXES[1:-1], AXES[1:]):
-        spread = tuple(axis for axis in members if sizes[axis] > 1)
-        if spread not in made:
-            made[spread] = _join(axis_ranks(sizes, *spread), place, timeout, chain=spread == ("pp",))
+        wide = tuple(axis for axis in members if sizes[axis] > 1)
+        if wide not in made:
+            made[wide] = _join(axis_ranks(sizes, *wide), place, timeout, chain=wide == ("pp",))
     pipeline, peers, replica = (
         made[tuple(axis for axis in members if sizes[axis] > 1)] for members in (("pp",), AXES[1:-1], AXES[1:])
     )

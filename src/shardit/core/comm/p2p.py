@@ -115,7 +115,7 @@ class Comm:
 
     def receive_count(self) -> int:
         """The next number that the first stage has sent. Always one more is expected already: gloo sends nothing before
-        the other side has said that it expects it, which takes milliseconds where all processors are busy."""
+        the other side has announced the receive, which takes milliseconds where all processors are busy."""
         while len(self._expected) < 2:
             number = torch.empty(1, dtype=torch.int64)
             root, group, what = self.group.ranks[0], self.group.cpu_group, "receive from 0"

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_place, subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.pending import PendingTensor, settle
+from shardit.core.runtime.pending import PendingTensor, materialize
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
 
@@ -125,12 +125,12 @@ class Boundary:
                 "it is given, or load it once more for this"
             )
         for tensor in list(_pending((args, kwargs))):
-            settle(tensor)
+            materialize(tensor)
         with self.entered():
             out = self.run(path, name, function, args, kwargs)
         if self.alone():
             for tensor in list(_pending(out)):
-                settle(tensor)
+                materialize(tensor)
         return out
 
     def _method(self, path: str, name: str, plain: Function) -> Function:

@@ -30,7 +30,7 @@ from shardit.errors import RankError, UnsupportedError
 
 
 @dataclass
-class Relay:
+class LayerwiseEncoder:
     """One encoder cut into units.
 
     owners[i]: the rank of `comm` that runs unit i. ran[i]: how often this rank ran it (never, if it is another's).
@@ -138,7 +138,7 @@ def gives_attentions(model: nn.Module) -> bool:
     return not names or "eager" in names
 
 
-def relay(
+def cut_layerwise(
     model: nn.Module,
     comm: Comm,
     units: Sequence[str],
@@ -146,7 +146,7 @@ def relay(
     cut: Collection[str] = (),
     shared: Collection[int] = (),
     alone: Callable[[], bool] = lambda: False,
-) -> Relay:
+) -> LayerwiseEncoder:
     """Cut an encoder in place: keep the units of this rank, and intercept the calls of all. `cut`: parameters of which
     owners hold slices; code outside that reads one gets an UnsupportedError. `shared`: ids of the tensors that another
     component has, too; every rank keeps them. `alone`: see Boundary.
@@ -154,7 +154,7 @@ def relay(
     The interceptor is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
     states by hooks on the layers, which have to see what the layers of other ranks give, too.
     """
-    made = Relay(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
+    made = LayerwiseEncoder(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
     for index, (_, unit) in enumerate(made.units):
         if made.owners[index] != comm.rank:
             for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
@@ -167,11 +167,11 @@ def relay(
             subclass_in_place(module, {"device": property(lambda self: device)})
     read = functools.partial(made.read, cut=cut)
     Boundary(device, made.call, read, on_all=True, alone=alone).put(model, "")
-    subclass_in_place(model, {"shardit_relay": property(lambda self: made)})
+    subclass_in_place(model, {"shardit_layerwise": property(lambda self: made)})
     return made
 
 
-def _intercepted(made: Relay, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _intercepted(made: LayerwiseEncoder, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return made.unit_call(index, plain.__get__(self), args, kwargs)

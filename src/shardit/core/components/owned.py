@@ -25,7 +25,7 @@ from shardit.core.components.boundary import Boundary, Read
 from shardit.core.modules.attributes import Attributes, Found
 from shardit.core.modules.patching import put
 from shardit.core.modules.small_tensors import Everywhere
-from shardit.core.runtime.pending import PendingTensor, Source, settle
+from shardit.core.runtime.pending import PendingTensor, Source, materialize
 from shardit.core.runtime.randomness import Generator, generators_in, moved, set_states, states
 from shardit.core.runtime.versions import changed, mark
 from shardit.errors import UnsupportedError
@@ -110,7 +110,7 @@ def run_on(
     out, written, news, left = call_on(comm, stage, run, arguments, generators_in((args, kwargs)))
     for q in written:
         Held.written(comm, stage, arguments[q])
-    settle((news, left))
+    materialize((news, left))
     if comm.rank != stage:
         small.take(news)
         attributes.take(left)
@@ -151,7 +151,7 @@ class Held(Source):
 
     def bring(self, rank: int) -> None:
         """Let one more rank have the data. Every rank calls this, two take part."""
-        if self.settled or rank in self.holders:
+        if self.ready or rank in self.holders:
             return
         comm, source = self.comm, self.holders[0]
         if comm.rank == source and self.memory.numel():
@@ -179,7 +179,7 @@ def held_here(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         for tensor, source in lent:
-            if not source.settled:
+            if not source.ready:
                 tensor.__class__ = PendingTensor
 
 

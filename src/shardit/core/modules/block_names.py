@@ -1,4 +1,4 @@
-"""How many blocks a model has, told by the names and shapes of its parameters alone."""
+"""The number of blocks of a model, from the names and shapes of its parameters."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class CutModel:
         return type(self.model).__name__
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def untraced(self) -> Iterator[None]:
         """Meanwhile a block call runs the block itself, wherever the forward is, and nothing is watched."""
         with self.calls.intercepted_by(None), without_modes():
             yield

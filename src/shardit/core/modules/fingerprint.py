@@ -1,4 +1,4 @@
-"""The modules of a model, noted when it is spread, so that later changes are noticed."""
+"""The modules of a model, noted when it is sharded, so that later changes are noticed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from shardit.core.modules.blocks import find_blocks, keeps, nbytes
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.small_tensors import small_tensors
 from shardit.core.modules.units import Unit, find_units
-from shardit.core.placement.balance import WHOLE_SHARE, Loads, Relayed, distribute
+from shardit.core.placement.balance import WHOLE_SHARE, LayerOwners, Loads, distribute
 from shardit.core.placement.partition import Placement, automatic_chunks, block_cost, place_blocks
 from shardit.core.placement.roles import Roles
 from shardit.errors import UnsupportedError
@@ -32,7 +32,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """cut: transformers, by component name. relayed: encoders whose units several members own. owned: the member of a
+    """cut: transformers, by component name. layerwise: encoders whose units several members own. owned: the member of a
     replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
     that own it. tiles: the members that hold a VAE and share its tiles, its owner first. small: the tensors of owned
     components that every member has, by name. stages: the stage of each member of a replica (all ranks that work on the
@@ -41,7 +41,7 @@ class Assignment:
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
-    relayed: dict[str, Relayed] = field(default_factory=dict)
+    layerwise: dict[str, LayerOwners] = field(default_factory=dict)
     owned: dict[str, int] = field(default_factory=dict)
     tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
     small: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -58,8 +58,8 @@ class Assignment:
         if component in self.owned:
             holders, small = self.tiles.get(component, (self.owned[component],)), self.small.get(component, ())
             return lambda name: first in holders or name in small
-        if component in self.relayed:
-            found = self.relayed[component]
+        if component in self.layerwise:
+            found = self.layerwise[component]
             foreign = tuple(f"{u}." for u, owner in zip(found.units, found.owners, strict=True) if owner != first)
             return lambda name: not name.startswith(foreign)
         cut, stage = self.cut.get(component), self.stages[member]
@@ -85,8 +85,8 @@ class Assignment:
         owners, me = [], self.stages[member]
         if component in self.cut:
             owners = self.cut[component].placement.owners()
-        elif component in self.relayed:
-            owners = self.relayed[component].owners
+        elif component in self.layerwise:
+            owners = self.layerwise[component].owners
             me = member - member % self.tp if component in self.sliced else member
         return [number for number, owner in enumerate(owners) if owner == me]
 
@@ -133,7 +133,7 @@ def assign(
 
     Transformers are cut into blocks, large encoders into units; units and other components go where the fewest bytes
     are so far, or where they are among the `sliced` to the tensor neighbours with the fewest. A VAE whose tiles are
-    shared goes to several ranks. `held`: bytes that each member has of components of the pipeline that are spread
+    shared goes to several ranks. `held`: bytes that each member has of components of the pipeline that are sharded
     already, and are not among the modules.
     """
     pp_size = config.pipeline_parallel_size
@@ -148,7 +148,7 @@ def assign(
         of_stage = _bytes_of_stages(module, cut[name], sizes["tp"] if name in parts else 1)
         load = [size + of_stage[stage] for size, stage in zip(load, stages, strict=True)]
     if pp_size > 1 and held is None and not any(nbytes(module) for module in modules.values()):
-        raise UnsupportedError(f"{roles.title} has no weights to spread; use pipeline_parallel_size=1")
+        raise UnsupportedError(f"{roles.title} has no weights to shard; use pipeline_parallel_size=1")
     loads = Loads(load, sizes["tp"])
     shares = config.vae_patch_parallel_size if held is None or roles.vaes else 1
     tiles = _shared_tiles(modules, roles, shares, loads)
@@ -157,7 +157,7 @@ def assign(
     share = sum(nbytes(module) for module in modules.values()) / len(stages)
     wholes, encoders = _outside_transformers(rest, roles, share, loads, parts)
     notes += [f"{name} is whole on one rank: {roles.whole[name]}" for name in wholes if name in roles.whole]
-    owned, relayed = distribute(loads, wholes, encoders, parts)
+    owned, layerwise = distribute(loads, wholes, encoders, parts)
     owned.update((name, members[0]) for name, members in tiles.items())
     chunks = max((c.placement.chunks for c in cut.values()), default=1)
     if pp_size > 1:
@@ -165,7 +165,9 @@ def assign(
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
     # Encoders are loaded whole or not at all, so what is read of one comes from its owner.
     small = {name: small_tensors(modules[name]) for name in owned if name not in roles.encoders}
-    return Assignment(stages, cut, relayed, owned, tiles, small, parts, sizes["tp"], chunks, tuple(unmet), tuple(notes))
+    return Assignment(
+        stages, cut, layerwise, owned, tiles, small, parts, sizes["tp"], chunks, tuple(unmet), tuple(notes)
+    )
 
 
 def _bytes_of_stages(module: nn.Module, cut: Cut, shares: int) -> dict[int, int]:

@@ -23,7 +23,7 @@ SAME_SIZE = 0.05
 
 
 @dataclass(frozen=True)
-class Relayed:
+class LayerOwners:
     """An encoder over the ranks of a replica: names of its units, and for each the member that owns it (the first of
     the tensor neighbours that do)."""
 
@@ -58,7 +58,7 @@ class Loads:
 
 def distribute(
     loads: Loads, wholes: Mapping[str, float], encoders: Mapping[str, Sequence[Unit]], sliced: frozenset[str]
-) -> tuple[dict[str, int], dict[str, Relayed]]:
+) -> tuple[dict[str, int], dict[str, LayerOwners]]:
     """Owners of whole components and of the units of encoders: largest first, to where least is so far.
 
     The same on every rank. Neighbouring units of a size end up in runs, so that few outputs have to travel.
@@ -70,7 +70,7 @@ def distribute(
         width = loads.tp if name in sliced else 1
         owners[name, number] = loads.emptiest(width)
         loads.put(size, owners[name, number], width)
-    relayed = {}
+    layerwise = {}
     for name, units in encoders.items():
         width = loads.tp if name in sliced else 1
         of_units = in_runs([unit.nbytes for unit in units], [owners[name, i] for i in range(len(units))])
@@ -78,8 +78,8 @@ def distribute(
             loads.put(-unit.nbytes, owners[name, i], width)
             loads.put(unit.nbytes, of_units[i], width)
         named = _split_some(loads, units, of_units, width)
-        relayed[name] = Relayed(tuple(part for part, _ in named), tuple(owner for _, owner in named))
-    return {name: owners[name, -1] for name in wholes}, relayed
+        layerwise[name] = LayerOwners(tuple(part for part, _ in named), tuple(owner for _, owner in named))
+    return {name: owners[name, -1] for name in wholes}, layerwise
 
 
 def _split_some(loads: Loads, units: Sequence[Unit], owners: Sequence[int], width: int) -> list[tuple[str, int]]:
@@ -111,8 +111,8 @@ def _split_some(loads: Loads, units: Sequence[Unit], owners: Sequence[int], widt
     return named
 
 
-def beside(wholes: Sequence[float], sliced: float, ranks: int) -> tuple[float, ...]:
-    """The shares of what is `sliced` that even out what the ranks own whole, where `distribute` puts that."""
+def even_shares(wholes: Sequence[float], sliced: float, ranks: int) -> tuple[float, ...]:
+    """The share of the `sliced` bytes for each rank, so that ranks that own whole components get less."""
     loads = Loads([0.0] * ranks, 1)
     for size in sorted(wholes, reverse=True):
         loads.put(size, loads.emptiest(1), 1)

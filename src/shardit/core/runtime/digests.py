@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import torch
 
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import GENERATORS, state_in
 
 SAMPLES = 4096
@@ -56,7 +56,7 @@ def digests(arguments: Mapping[str, Any], summed: int | None = None) -> dict[str
     functions, which ranks may have each of their own) by their kind alone. Of tensors with more than `summed` bytes
     (None: no limit) only samples count.
     """
-    settle(list(arguments.values()))
+    materialize(list(arguments.values()))
     return {name: short_hash(*_described(arguments[name], summed)) for name in sorted(arguments)}
 
 

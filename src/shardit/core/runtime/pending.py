@@ -87,20 +87,20 @@ VIEWS = {
 
 
 class Source:
-    """What pending tensors wait for. `settle` fills their memory; after it they are plain tensors."""
+    """What pending tensors wait for. `materialize` fills their memory; after it they are plain tensors."""
 
-    def __init__(self, settle: Callable[[], None]):
-        self._settle: Callable[[], None] | None = settle
+    def __init__(self, materialize: Callable[[], None]):
+        self._materialize: Callable[[], None] | None = materialize
         self._tensors: list[weakref.ref[PendingTensor]] = []
 
     @property
-    def settled(self) -> bool:
+    def ready(self) -> bool:
         """Whether the data is here."""
-        return self._settle is None
+        return self._materialize is None
 
     def wrap(self, buffer: torch.Tensor) -> torch.Tensor:
         """A pending tensor over `buffer`, or `buffer` itself where the data is here already."""
-        if self.settled:
+        if self.ready:
             return buffer
         tensor = buffer.as_subclass(PendingTensor)
         tensor._source = self
@@ -109,10 +109,10 @@ class Source:
 
     def wait(self) -> None:
         """Wait for the data, once; every tensor of this source then becomes a plain one."""
-        if self._settle is None:
+        if self._materialize is None:
             return
-        self._settle()  # may raise; then the source stays unsettled
-        self._settle = None
+        self._materialize()  # may raise; then the source stays pending
+        self._materialize = None
         for ref in self._tensors:
             tensor = ref()
             if tensor is not None:
@@ -138,7 +138,7 @@ class PendingTensor(torch.Tensor):
             if out is not None:
                 return out
         # No guard is held here: waiting may switch to another coroutine.
-        settle((args, kwargs))
+        materialize((args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -152,7 +152,7 @@ class Fetched(torch.Tensor):
                 "assigning to .data of a parameter that one rank owns has no effect: write into it (.data.copy_), or "
                 "assign an nn.Parameter to the module"
             )
-        settle((args, kwargs))
+        materialize((args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -178,12 +178,12 @@ def _basic_index(index: Any) -> bool:
     return all(i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int for i in items)
 
 
-def settle(tree: Any) -> None:
+def materialize(tree: Any) -> None:
     """Wait for every pending tensor in nested containers; they become plain tensors in place."""
-    settle_leaves(tree_leaves(tree))
+    materialize_leaves(tree_leaves(tree))
 
 
-def settle_leaves(leaves: Iterable[Any]) -> None:
+def materialize_leaves(leaves: Iterable[Any]) -> None:
     """Wait for the pending tensors among some values; they become plain tensors in place."""
     for leaf in leaves:
         if isinstance(leaf, PendingTensor):

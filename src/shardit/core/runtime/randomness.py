@@ -1,4 +1,4 @@
-"""Random generators that all ranks move alike: what one rank alone draws, the others are told."""
+"""Random generators that all ranks advance alike: the states after draws of one rank are sent to the others."""
 
 from __future__ import annotations
 

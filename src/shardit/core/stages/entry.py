@@ -14,7 +14,7 @@ from shardit.core.modules.patching import subclass_in_place
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.digests import named
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.pending import settle, settle_leaves
+from shardit.core.runtime.pending import materialize, materialize_leaves
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError
 
@@ -51,7 +51,7 @@ def pipeline_entry(
                 out = own_call(pipe, *args, **kwargs)
             finally:
                 end(pipe)
-            settle(out)
+            materialize(out)
         return out
 
     return __call__
@@ -75,7 +75,7 @@ class Entry:
             alone = self._runtime is not None and not self._runtime.in_pipeline
             try:
                 call = FlatCall.of(args, kwargs)
-                settle_leaves(call.leaves)
+                materialize_leaves(call.leaves)
                 if self._runtime is not None:
                     self._compare(self._runtime, model, call, alone)
                 return own_call(model, *args, **kwargs) if run is None else run(own_call.__get__(model), call)

@@ -69,7 +69,7 @@ class FirstCalls:
 
     def watched(self, forward: Callable[[], Any], arguments: Any) -> Any:
         """The result of a forward that runs block by block on all stages at once, of which nothing is remembered. Only
-        inside `CutModel.aside`."""
+        inside `CutModel.untraced`."""
         uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm)
         return uncounted.run(lambda *_: forward(), FlatCall.of((arguments,), {}))[0]
 
@@ -85,7 +85,7 @@ class FirstCalls:
         of_users = [thing for thing in after if thing.outside]
         poison(of_users, changed[1])
         try:
-            with generators_kept(self.runtime.mesh.device), self.cut.aside():
+            with generators_kept(self.runtime.mesh.device), self.cut.untraced():
                 again = self.watched(lambda: forward(*call.args, **call.kwargs), (call.args, call.kwargs))
             later = state_of(model)
             still = differences(after, later)
@@ -110,7 +110,7 @@ class FirstCalls:
         self.runtime.schedule.start(flight)
         self.runtime.schedule.drain(flight)
         got = flight.result()
-        flight.settle()
+        flight.materialize()
         what = None if same_bits(expected, got) else "its result changes"
         if flight.failure is not None:
             what = f"it fails ({type(flight.failure).__name__}: {flight.failure})"
@@ -145,7 +145,7 @@ def refuse_counters(name: str, found: list[list[str]]) -> None:
     if names:
         raise UnsupportedError(
             f"{name} changes {names[0]} in each of its calls, of which stages and guidance ranks run a part: "
-            "use pipeline_parallel_size=1 and cfg_parallel_size=1 (slices and spread tokens keep it right)"
+            "use pipeline_parallel_size=1 and cfg_parallel_size=1 (slices and sharded tokens keep it right)"
         )
 
 

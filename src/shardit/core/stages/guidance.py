@@ -28,13 +28,13 @@ class RemoteCall:
         self.owners, self.finished = plan.owners, False
         self._route, self._replica, self._wait = route, replica, wait
         self._receive: Transfer | None = None
-        self._result = Result(plan.result, route.comm.group.device, self._settle)
+        self._result = Result(plan.result, route.comm.group.device, self._materialize)
 
     def result(self) -> Any:
         """What forward returns, with pending tensors."""
         return self._result.tree()
 
-    def _settle(self) -> None:
+    def _materialize(self) -> None:
         self._wait(self)
         if self._receive is not None:
             self._route.comm.wait(self._receive)
@@ -79,14 +79,14 @@ class GuidanceScheduler:
     index: int
     rank: int
     steps: WeakKeyDictionary[Any, Step] = field(default_factory=WeakKeyDictionary)
-    told: bool = False
+    warned: bool = False
 
     def begin(self, program: object) -> None:
         """A pipeline is called again: how many branches its steps have is not known yet."""
         self.steps.pop(program, None)
 
     def parts(self, program: object, samples: int) -> int:
-        """Into how many pieces a call of `samples` samples is cut so that every replica has work (1 in the first step).
+        """The number of pieces for a call of `samples` samples, so that every replica has work (1 in the first step).
 
         Raises InputError where there are more replicas than pieces of work.
         """
@@ -101,7 +101,7 @@ class GuidanceScheduler:
         """Whether there is something to share."""
         work = branches * samples
         if work == 1:
-            self._tell()
+            self._warn_idle()
         elif work < self.size:
             raise InputError(
                 f"cfg_parallel_size={self.size} is more than the {branches} branches x {samples} samples of a step; "
@@ -115,15 +115,15 @@ class GuidanceScheduler:
         step.dealt += 1
         return (step.dealt - 1) % self.size
 
-    def noticed(self, out: Any, program: object) -> Any:
-        """A result that is there already, so that its first use is noticed all the same."""
+    def mark_used(self, out: Any, program: object) -> Any:
+        """Wrap a finished result so that its first use still ends the step."""
         if self.size == 1:
             return out
         source = Source(lambda: self.waits(program))
         return tree_map_only(torch.Tensor, source.wrap, out)
 
     def waits(self, program: object) -> None:
-        """The program waits for a result. Raises InputError as `parts` does, where this ends the first step."""
+        """Note that the program waits for a result. Raises InputError as `parts` does if this ends the first step."""
         step = self._step(program)
         calls, step.calls = step.calls, 0
         if calls and step.branches is None:
@@ -134,12 +134,12 @@ class GuidanceScheduler:
     def _step(self, program: object) -> Step:
         return self.steps.setdefault(program, Step())
 
-    def _tell(self) -> None:
-        if not self.told and self.rank == 0:
+    def _warn_idle(self) -> None:
+        if not self.warned and self.rank == 0:
             log.warning(
                 "cfg_parallel_size=%d idles: a step has one branch of one sample. Guidance needs guidance_scale > 1, "
                 "or where the pipeline has it true_cfg_scale > 1 and a negative prompt; with split_batch=False a batch "
                 "counts as one sample",
                 self.size,
             )
-        self.told = True
+        self.warned = True

@@ -1,4 +1,4 @@
-"""Calls that wait for messages inside their blocks (slices, spread tokens): while one waits, another computes.
+"""Calls that wait for messages inside their blocks (slices, sharded tokens): while one waits, another computes.
 
 The two branches of guidance, or several requests, are in flight together. A forward runs until it has started to send
 something, then the next one goes on; so messages travel, and ranks that are behind catch up, while everybody computes.
@@ -22,7 +22,7 @@ from shardit.core.plans.call_plan import ResultPlan, describe_result
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.coroutine import Coroutine, willing
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import any_moved, moved, states, torch_states
 from shardit.core.runtime.versions import check_unchanged, inputs_of
 from shardit.core.stages.entry import Entry, inside
@@ -44,7 +44,7 @@ class OverlappedCall:
         self.failure: Exception | None = None
         self._model, self._forward, self._call, self._runtime = model, forward, call, runtime
         self._inputs = inputs_of(call.leaves)
-        self._result = Result(plan, runtime.mesh.device, self._settle)
+        self._result = Result(plan, runtime.mesh.device, self._materialize)
         self._coroutine = Coroutine(self._run)
 
     def result(self) -> Any:
@@ -56,7 +56,7 @@ class OverlappedCall:
         self._resume()
 
     def run(self, segment: int) -> None:
-        """Go on to the next message. What is wrong is told to whoever uses the result: this is somebody else's turn."""
+        """Go on to the next message. A failure is raised when the result is used: now another request has its turn."""
         check_unchanged(self._inputs, self._runtime.mesh.rank)
         try:
             self._resume()
@@ -77,7 +77,7 @@ class OverlappedCall:
         if not self._coroutine.done:
             self.owners.append(self.owners[0])
 
-    def _settle(self) -> None:
+    def _materialize(self) -> None:
         self._runtime.wait_for(self)
         if self.failure is not None:
             raise self.failure
@@ -90,7 +90,7 @@ class OverlappedCall:
             forward, call = self._forward, self._call
             del self._forward, self._call
             leaves, _ = tree_flatten(forward(*call.args, **call.kwargs))
-            settle(leaves)
+            materialize(leaves)
             if self._runtime.turns.current is program and any_moved(before, torch_states(device)):
                 raise UnsupportedError(
                     f"{type(self._model).__name__} draws random numbers in some of its calls, several of which are in "
@@ -147,7 +147,7 @@ class Overlap:
         device = self.runtime.mesh.device
         before, drawn = (state_of(self.model), states(device, [])) if key is not None else ([], {})
         out = forward(*call.args, **call.kwargs)
-        settle(out)
+        materialize(out)
         # A forward that keeps something on its modules may read it later, and the order of what draws random numbers
         # counts: neither is overlapped, until a call does not.
         if key is None or object_in(out) is not None:

@@ -45,13 +45,13 @@ class Route:
 
 
 class Result:
-    """What a call returns. The buffer is filled by the call or received, at the latest when `settle` returns."""
+    """What a call returns. The buffer is filled by the call or received, at the latest when `materialize` returns."""
 
-    def __init__(self, plan: ResultPlan, device: torch.device, settle: Callable[[], None]):
+    def __init__(self, plan: ResultPlan, device: torch.device, materialize: Callable[[], None]):
         self.plan = plan
         # NaN until it is here: torch.tensor and its like look at a tensor's memory without asking the tensor.
         self.memory = torch.full((plan.layout.total,), 0xFF, dtype=torch.uint8, device=device)
-        self.source = Source(settle)
+        self.source = Source(materialize)
 
     def tree(self) -> Any:
         """The value that the caller gets."""

@@ -52,7 +52,7 @@ class StagedCall:
         self._inputs = inputs_of(call.leaves)
         self._generators: list[torch.Tensor] = []
         self._carried = Carried(local, runtime.comm, poison)
-        self._result = Result(self.plan.result, runtime.mesh.device, self._settle)
+        self._result = Result(self.plan.result, runtime.mesh.device, self._materialize)
         self._result_receive: Transfer | None = None
         self._coroutine = Coroutine(self._run)
 
@@ -62,11 +62,11 @@ class StagedCall:
         """What forward returns, with pending tensors over the memory that the last stage fills."""
         return self._result.tree()
 
-    def settle(self) -> None:
+    def materialize(self) -> None:
         """Wait for the result."""
         self._result.source.wait()
 
-    def _settle(self) -> None:
+    def _materialize(self) -> None:
         (self._runtime.turns if self._poison else self._runtime).wait_for(self)
         if self._result_receive is not None:
             self._carried.take(self._result_receive)

@@ -21,7 +21,7 @@ from shardit.core.plans.known_plans import KnownPlans
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.runtime import microbatch
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import generators_kept, moved, states
 from shardit.core.stages.entry import Entry, Forward
 from shardit.core.stages.first_call import FirstCalls
@@ -78,7 +78,7 @@ class Stages:
         if local is None:
             out, local, deciding = self.first.run(forward, call, code)
             self.known.learn(key, call.leaves, deciding, local)
-            return runtime.guidance.noticed(out, runtime.program)
+            return runtime.guidance.mark_used(out, runtime.program)
         replica = runtime.guidance.next(runtime.program)
         if replica == runtime.guidance.index:
             flight = StagedCall(local, self.cut, runtime, forward, call)
@@ -121,14 +121,14 @@ class Stages:
         device = self.runtime.mesh.device
         before = states(device, [])
         whole = self._whole(forward, call.again(), code)
-        settle(whole)
+        materialize(whole)
         merged, error = None, None
         try:
             if moved(before, states(device, [])):
                 raise UnsupportedError("it draws random numbers")
             with generators_kept(device):
                 merged = in_parts()
-                settle(merged)
+                materialize(merged)
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as failure:  # a model that takes no such batch: it is kept whole

@@ -13,7 +13,7 @@ _STEP = {"model_output", "timestep", "sample"}
 def can_replace(cls: Any, own: Any) -> bool:
     """Whether a scheduler of class `cls`, made of the configuration of a pipeline's `own`, denoises the same way.
 
-    It is told what the model predicts, it has the same share of noise at each time step, its steps go from noise to
+    It supports the prediction type of the model, has the same share of noise at each time step, steps from noise to
     picture, and `step` needs what every pipeline gives. So LCM and TCD are found, which recipes of distilled models put
     in the place of DDIM, while schedulers for inversion, for other noise or for a pipeline of their own are not.
     """

@@ -90,7 +90,7 @@ def _problem(cls: Any, own: Any, asked: Asked) -> str:
             return ""
         try:
             made = cls.from_config(own.config, **_carried(own, cls))
-        except Exception:  # it depends on further arguments, and is told when those are known
+        except Exception:  # it depends on further arguments; the error comes when those are known
             return ""
         return problem(made, asked)
 
@@ -140,7 +140,7 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 def _carried(own: Any, cls: Any) -> dict[str, Any]:
-    """What another class of flow-matching scheduler is to be told besides the common configuration."""
+    """Arguments of another class of flow-matching scheduler, in addition to the common configuration."""
     if cls is type(own) or not _is_flow(own):
         return {}
     takes = inspect.signature(cls.__init__).parameters

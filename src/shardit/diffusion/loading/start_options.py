@@ -31,7 +31,7 @@ def use_vae_options(pipe: Any, options: ModelOptions) -> None:
 
 
 def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
-    """Load adapters into a pipeline, which may be spread over ranks, and set their scales. Raises InputError."""
+    """Load adapters into a pipeline, which may be sharded over ranks, and set their scales. Raises InputError."""
     if not loras:
         return
     _check_lora(type(pipe), loras)

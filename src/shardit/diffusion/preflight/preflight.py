@@ -128,7 +128,7 @@ def _scheduler_config(parts: Mapping[str, Component]) -> Mapping[str, Any]:
     try:
         found = json.loads((parts["scheduler"].folder / "scheduler_config.json").read_text())
     except (KeyError, OSError, ValueError):
-        return {}  # said where the model is read
+        return {}  # reported when the model is read
     return found if isinstance(found, dict) else {}
 
 

@@ -87,8 +87,8 @@ def _is_flow_class(name: str) -> bool:
 
 
 def _is_flow(name: str, config: Mapping[str, Any]) -> bool:
-    told = {key: item.default for key, item in _init(name).items()} | dict(config)
-    flow = told.get("prediction_type") == "flow_prediction" or told.get("use_flow_sigmas") is True
+    values = {key: item.default for key, item in _init(name).items()} | dict(config)
+    flow = values.get("prediction_type") == "flow_prediction" or values.get("use_flow_sigmas") is True
     return _is_flow_class(name) or flow
 
 

@@ -197,11 +197,11 @@ def _tell_rate(kwargs: dict[str, Any], fps: float | None, takes: PipelineSignatu
 
 
 def _fps(params: OmniDiffusionSamplingParams, kwargs: Mapping[str, Any], takes: PipelineSignature) -> float:
-    """Frames per second of the file: as given, as the model is told, or its own."""
+    """Frames per second of the file: as given, the frame-rate argument of the model, or its default."""
     if params.fps is not None:
         return float(params.fps)
-    told = kwargs.get(takes.rate_name or "")
-    return takes.default_fps if told is None else float(told)
+    rate = kwargs.get(takes.rate_name or "")
+    return takes.default_fps if rate is None else float(rate)
 
 
 def _like(value: float, default: Any) -> float:

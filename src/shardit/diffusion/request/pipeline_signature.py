@@ -143,7 +143,7 @@ class PipelineSignature:
 
     @property
     def rate_name(self) -> str | None:
-        """The argument through which the model is told the frame rate, or None."""
+        """The name of the frame-rate argument, or None."""
         return next(filter(_RATE.fullmatch, self.names), None)
 
     @property
@@ -188,8 +188,8 @@ class PipelineSignature:
     @property
     def default_fps(self) -> float:
         """Frames per second where the user gives none: the model's own, else 16 for Wan and 24 for others."""
-        told = self.native_fps or self.defaults.get(self.rate_name or "")
-        return float(told) if told else (16.0 if self.class_name.startswith("Wan") else 24.0)
+        rate = self.native_fps or self.defaults.get(self.rate_name or "")
+        return float(rate) if rate else (16.0 if self.class_name.startswith("Wan") else 24.0)
 
 
 def signature_of(
@@ -198,7 +198,7 @@ def signature_of(
     """Read the signature of any class with `__call__`.
 
     `model_index` is the content of the checkpoint's model_index.json; with it Wan2.2-TI2V (24 frames per second) is
-    told from the other Wans (16), which have the same pipeline class. `sample_rate` is what `sample_rate_of` finds.
+    unlike the other Wans (16), which have the same pipeline class. `sample_rate` is what `sample_rate_of` finds.
     """
     is_module = any(base.__module__ == "torch.nn.modules.module" for base in pipeline_class.__mro__)
     method = "forward" if is_module else "__call__"

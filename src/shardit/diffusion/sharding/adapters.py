@@ -17,7 +17,7 @@ from shardit.errors import UnsupportedError
 
 
 def fusing(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], Iterable[nn.Module]]) -> Any:
-    """A `fuse_lora` for what is spread. `models`: those of the object whose method it is."""
+    """A `fuse_lora` for what is sharded. `models`: those of the object whose method it is."""
 
     @functools.wraps(own_method)
     def fuse_lora(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -77,7 +77,7 @@ def _refused_if(own_method: Callable[..., Any], why: str, noted: str | None) -> 
 
 
 def moving(own_method: Callable[..., Any]) -> Any:
-    """A `set_lora_device` of a pipeline that is spread: each rank moves the adapters that it has."""
+    """A `set_lora_device` of a pipeline that is sharded: each rank moves the adapters that it has."""
 
     @functools.wraps(own_method)
     def set_lora_device(self: Any, *args: Any, **kwargs: Any) -> None:

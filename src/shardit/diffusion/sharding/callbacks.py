@@ -1,4 +1,4 @@
-"""What happens between the steps of a pipeline's loop, and must happen on every rank alike: callbacks, interrupts."""
+"""Callbacks and interrupts between the steps of a pipeline, with the same outcome on every rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from shardit.core.comm.p2p import Comm
 from shardit.core.comm.same_point import sendable
 from shardit.core.components.owned import call_on
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import generators_in, moved, set_states, states
 from shardit.errors import InputError, UnsupportedError
 
@@ -31,7 +31,7 @@ def shared_callback(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ra
     device, generators = ranks.group.device, generators_in((args, kwargs))
 
     def shared(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        settle(given)
+        materialize(given)
         before = {name: (value, _version(value)) for name, value in given.items()}
         drawn, made, error = states(device, generators), {}, None
         try:
@@ -43,15 +43,15 @@ def shared_callback(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ra
         changed = [name for name in {**before, **made} if _changed(name, before, made)]
         interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_asked", False)
         after = states(device, generators)
-        said = ranks.group.gather_objects((error, interrupt, changed, moved(drawn, after), list(made)))
+        gathered = ranks.group.gather_objects((error, interrupt, changed, moved(drawn, after), list(made)))
         # What rank 0's callback drew counts: another's is taken back.
-        set_states({name: drawn[name] for name in moved(drawn, after)} | said[0][3], device, generators)
-        for failure, *_ in said:
+        set_states({name: drawn[name] for name in moved(drawn, after)} | gathered[0][3], device, generators)
+        for failure, *_ in gathered:
             if failure is not None:
                 raise failure
-        if any(interrupt for _, interrupt, *_ in said):
+        if any(interrupt for _, interrupt, *_ in gathered):
             pipe.__dict__["_interrupt"] = True
-        known, kept = {name for one in said for name in one[2]}, said[0][-1]
+        known, kept = {name for one in gathered for name in one[2]}, gathered[0][-1]
         news = call_on(ranks, 0, lambda: {name: made[name] for name in kept if name in known}) if known else {}
         return {name: news[name] if name in known else made[name] for name in kept}
 
@@ -66,13 +66,13 @@ def _changed(name: str, before: dict[str, tuple[Any, Any]], made: dict[str, Any]
 
 
 def _version(value: Any) -> int | None:
-    """None where nobody counts the versions."""
+    """The version counter of a tensor; None if there is none."""
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
 def interrupt_members(cls: type) -> dict[str, Any]:
-    """`_interrupt` of a pipeline. What is set during a call counts from the next callback on, where all ranks hear of
-    it: a rank that stopped by itself would leave the others waiting."""
+    """`_interrupt` of a pipeline. What is set during a call counts from the next callback on, where ranks exchange it:
+    a rank that stopped alone would leave the others waiting."""
     if not hasattr(cls, "interrupt"):
         return {}
 

@@ -1,4 +1,4 @@
-"""What was changed of a spread component since it was spread: followed where that is right, refused where it is not.
+"""What was changed of a sharded component since it was sharded: followed where that is right, refused where it is not.
 
 A change is made alike on every rank, as everything is, so all ranks come to the same end here, without a message.
 """
@@ -72,10 +72,10 @@ def follow(placed: Placed, changes: list[Change]) -> None:
         for name, block in cut_blocks(model):
             _same_module(placed, name, block)
         _own_interceptors(placed)
-    relayed = getattr(model, "shardit_relay", None)
-    if relayed is not None:
+    layerwise = getattr(model, "shardit_layerwise", None)
+    if layerwise is not None:
         refuse_compiled(placed.title, model, model.modules())
-        for name, unit in relayed.units:
+        for name, unit in layerwise.units:
             _same_module(placed, name, unit)
     if placed.slices is not None:
         _follow_slices(placed, changes)

@@ -1,4 +1,4 @@
-"""What a pipeline is made of, and what may not be done to it when it is spread."""
+"""What a pipeline is made of, and what may not be done to it when it is sharded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CACHES = (
 
 
 def components_of(target: Any) -> dict[str, nn.Module] | None:
-    """The modules of a pipeline by name, the outermost ones; None for a module that is to be spread by itself.
+    """The modules of a pipeline by name, the outermost ones; None for a module that is to be sharded by itself.
 
     A pipeline has `components` (as those of diffusers have), or its modules are its attributes. Raises InputError
     where there are none.
@@ -83,7 +83,7 @@ def device_of(modules: dict[str, nn.Module]) -> torch.device:
 
 
 def refuse_hooks(modules: dict[str, nn.Module], mesh: Mesh) -> None:
-    """Raise UnsupportedError for what cannot be kept when modules are spread."""
+    """Raise UnsupportedError for what cannot be kept when modules are sharded."""
     for name, module in modules.items():
         if getattr(module, "is_cache_enabled", False):
             check_cache(mesh, getattr(module, "_cache_config", None), name)
@@ -110,12 +110,12 @@ def _kinds(module: nn.Module) -> set[str]:
 
 def check_cache(mesh: Mesh, config: Any, name: str) -> None:
     """Raise UnsupportedError where ranks would come to decide differently: caches decide from data, or keep it, and
-    under stages, guidance ranks and spread tokens a rank has a part of that only."""
+    under stages, guidance ranks and sharded tokens a rank has a part of that only."""
     for size, axis in ((mesh.pp_size, "stages"), (mesh.sizes["cfg"], "guidance ranks")):
         if size > 1:
             raise UnsupportedError(f"{name}: a step cache does not work over {axis}: call disable_cache()")
     if "sp" in mesh.axes:
-        raise UnsupportedError(f"{name}: a step cache does not work over spread tokens: call disable_cache()")
+        raise UnsupportedError(f"{name}: a step cache does not work over sharded tokens: call disable_cache()")
     if type(config).__name__ not in CACHES:
         known = ", ".join(kind.removesuffix("Config") for kind in CACHES)
         raise UnsupportedError(f"{name}: {type(config).__name__} does not work over tensor ranks; {known} do")

@@ -11,7 +11,7 @@ from torch import nn
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.p2p import Comm
-from shardit.core.components.layerwise import relay
+from shardit.core.components.layerwise import cut_layerwise
 from shardit.core.components.owned import own
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.patching import plain_class, subclass_in_place
@@ -39,10 +39,10 @@ from shardit.diffusion.sharding.components import (
 from shardit.diffusion.sharding.layout import Layout
 from shardit.diffusion.sharding.placed import Placed, placed_on
 from shardit.errors import UnsupportedError
-from shardit.parallel.sequence.choose import spread_tokens
+from shardit.parallel.sequence.choose import shard_tokens
 from shardit.parallel.tensor.adapters import pipeline_members
 from shardit.parallel.tensor.apply import TensorPlan
-from shardit.parallel.vae.tiles import spread_tiles
+from shardit.parallel.vae.tiles import shard_tiles
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +62,19 @@ def connect(
         return not runtime.in_pipeline
 
     for name, cut in assignment.cut.items():
-        spread_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment, shared)
+        shard_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment, shared)
     for name, owner in assignment.owned.items():
         comm, width = _among(name, assignment, runtime)
         small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
         if name in assignment.tiles:
-            spread_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared, alone)
+            shard_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared, alone)
         else:
             own(getattr(pipe, name), comm, owner // width, small, cut, shared, alone)
-    for name, found in assignment.relayed.items():
+    for name, found in assignment.layerwise.items():
         comm, width = _among(name, assignment, runtime)
         owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
-        relay(getattr(pipe, name), comm, found.units, owners, cut, shared, alone)
-    for name in (*assignment.owned, *assignment.relayed):
+        cut_layerwise(getattr(pipe, name), comm, found.units, owners, cut, shared, alone)
+    for name in (*assignment.owned, *assignment.layerwise):
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
         guard(part, name, runtime.mesh)
@@ -98,7 +98,7 @@ def refuse_shared_blocks(pipe: Any, assignment: Assignment) -> None:
                 )
 
 
-def spread_model(
+def shard_model(
     model: nn.Module,
     name: str,
     runtime: Runtime,
@@ -116,7 +116,7 @@ def spread_model(
     overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
     if "sp" in mesh.axes:
         wrap_attention_back_ends()
-        way = spread_tokens(model, mesh, stages, cut.plan)
+        way = shard_tokens(model, mesh, stages, cut.plan)
         overlaps = overlaps and not way.by_hand  # a result may then have another shape in each call
     elif stages is not None:
         stages()
@@ -128,7 +128,7 @@ def spread_model(
 
 
 def join(pipe: Any, runtime: Runtime) -> None:
-    """Give a pipeline whose components are spread the methods that go with it; nothing if it has them."""
+    """Give a pipeline whose components are sharded the methods that go with it; nothing if it has them."""
     if getattr(type(pipe), "shardit_runtime", None) is runtime:
         return
     _join_those_made_of_spread_parts()
@@ -174,7 +174,7 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
             )
         if placed.runtime is not pipe.shardit_runtime:
             raise UnsupportedError(
-                f"{name} belongs to a pipeline that was spread by itself, and takes turns with that one alone: make "
+                f"{name} belongs to a pipeline that was sharded by itself, and takes turns with that one alone: make "
                 "the pipelines that share components before parallelize"
             )
         alike.update(placed.begin())
@@ -214,7 +214,7 @@ def compile_part(name: str, part: Any, compiler: Any) -> None:
         for _, block in find_blocks(part):
             compile_call(block, compiler)
         log.info("%s: torch.compile compiles its blocks, each by itself", name)
-    elif hasattr(part, "shardit_relay"):
+    elif hasattr(part, "shardit_layerwise"):
         log.warning("%s is not compiled: its layers lie on several ranks", name)
     else:
         compile_call(part, compiler)
@@ -222,7 +222,7 @@ def compile_part(name: str, part: Any, compiler: Any) -> None:
 
 @functools.cache
 def _join_those_made_of_spread_parts() -> None:
-    """Have pipelines of diffusers that are made of spread components later (`from_pipe`, or by hand) join them."""
+    """Have pipelines of diffusers that are made of sharded components later (`from_pipe`, or by hand) join them."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     own_register, own_from_pipe = DiffusionPipeline.register_modules, DiffusionPipeline.from_pipe.__func__
@@ -237,7 +237,7 @@ def _join_those_made_of_spread_parts() -> None:
 
     @functools.wraps(own_from_pipe)
     def from_pipe(cls: Any, pipeline: Any, **kwargs: Any) -> Any:
-        # It takes over what is of exactly the class that it expects, which is not that of a spread component.
+        # It takes over what is of exactly the class that it expects, which is not that of a sharded component.
         expected, types = cls._get_signature_keys(cls)[0], cls._get_signature_types()
         for name, part in pipeline.components.items():
             if placed_on(part) is not None and name in expected and plain_class(part) in types.get(name, ()):

@@ -1,4 +1,4 @@
-"""Each rank decides by itself how something is spread; before anything is cut they compare what they have decided."""
+"""Comparison of the decisions of ranks on how something is sharded, before anything is cut."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ T = TypeVar("T")
 
 
 def decided_alike(
-    ranks: Comm, what: str, decide: Callable[[], T], told: Callable[[T], dict[str, str]] = lambda _: {}
+    ranks: Comm, what: str, decide: Callable[[], T], describe: Callable[[T], dict[str, str]] = lambda _: {}
 ) -> T:
-    """What `decide` gives, which is the same on every rank. Collective, one small message.
+    """Return the result of `decide`, which is the same on every rank. Collective, one small message.
 
-    told: the decision in words that are the same on every rank, by what messages call its parts. Raises InputError on
+    describe: the parts of the decision as text, by their names in messages. Raises InputError on
     all ranks where they differ, or where any of them refuses: a rank alone would leave the others waiting.
     """
     found, refusal, words = None, None, {}
     try:
         found = decide()
-        words = told(found)
+        words = describe(found)
     except InputError as error:
         refusal = error
-    said = [repr(item).encode() for item in (str(refusal), *words.items())]
-    if len(set(ranks.group.gather_bytes(short_hash(*said)))) > 1:
+    encoded = [repr(item).encode() for item in (str(refusal), *words.items())]
+    if len(set(ranks.group.gather_bytes(short_hash(*encoded)))) > 1:
         everything = ranks.group.gather_objects((None if refusal is None else str(refusal), words))
         if refusal is None:
             raise InputError(_difference(what, everything))
@@ -48,28 +48,29 @@ def _difference(what: str, everything: list[tuple[str | None, dict[str, str]]]) 
     names = dict.fromkeys(name for words in decisions for name in words)
     wrong = [name for name in names if len({words.get(name) for words in decisions}) > 1]
     return (
-        f"ranks would spread {', '.join(wrong) or 'the components'} of {what} in different ways: give every rank the "
+        f"ranks would shard {', '.join(wrong) or 'the components'} of {what} in different ways: give every rank the "
         "same components, in the same dtype, and the same arguments"
     )
 
 
-def told_of_pipeline(layout: Layout | None) -> dict[str, str]:
-    """How each component of a pipeline is spread."""
+def describe_layout(layout: Layout | None) -> dict[str, str]:
+    """How each component of a pipeline is sharded."""
     if layout is None:
         return {}
     cuts, assignment = layout.cuts, layout.assignment
     kept = {name: sorted(tensors) for name, tensors in assignment.small.items()}
-    by_name = (assignment.cut, assignment.relayed, assignment.owned, assignment.tiles, assignment.held, kept)
+    by_name = (assignment.cut, assignment.layerwise, assignment.owned, assignment.tiles, assignment.held, kept)
     return {
-        name: repr([found.get(name) for found in by_name]) + _told_of_slices(cuts.get(name)) for name in assignment.held
+        name: repr([found.get(name) for found in by_name]) + _describe_slices(cuts.get(name))
+        for name in assignment.held
     }
 
 
-def told_of_model(decision: tuple[Mapping[str, TensorPlan], Cut | None]) -> dict[str, str]:
-    """How the blocks of a model that is spread by itself are spread."""
+def describe_blocks(decision: tuple[Mapping[str, TensorPlan], Cut | None]) -> dict[str, str]:
+    """How the blocks of a model that is sharded by itself are sharded."""
     slices, cut = decision
-    return {"the blocks": repr(cut) + "".join(map(_told_of_slices, slices.values()))}
+    return {"the blocks": repr(cut) + "".join(map(_describe_slices, slices.values()))}
 
 
-def _told_of_slices(plan: TensorPlan | None) -> str:
+def _describe_slices(plan: TensorPlan | None) -> str:
     return repr(sorted(plan.cuts.items(), key=lambda cut: cut[0])) if plan is not None else ""

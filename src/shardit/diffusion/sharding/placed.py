@@ -1,4 +1,4 @@
-"""Notes on components that are spread, for pipelines that share them and for changes that come later."""
+"""Notes on components that are sharded, for pipelines that share them and for changes that come later."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ all parameters (with `_apply`, which stands behind `to`, `half` ...) to another 
 
 
 _WITHIN: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
-"""The modules inside components that are spread: what messages call the component, and whether every rank has all of
+"""The modules inside components that are sharded: what messages call the component, and whether every rank has all of
 the module's own parameters."""
 
 
 @dataclass(eq=False)
 class Placed:
-    """One component that is spread.
+    """One component that is sharded.
 
-    name: in the pipeline with which it was spread. denoises: all ranks take part in each of its calls, which begin at
+    name: in the pipeline with which it was sharded. denoises: all ranks take part in each of its calls, which begin at
     its `__call__`; else one rank, or one for each of its units, runs its methods. assignment: None for a model that was
-    spread by itself. slices: how its linears are cut over tensor ranks.
+    sharded by itself. slices: how its linears are cut over tensor ranks.
     """
 
     name: str
@@ -92,16 +92,16 @@ class Placed:
         """`check`, before a call; what all ranks must have alike, by what messages call it: hooks that users have put
         on modules, and a hash of all changes so far."""
         self.check()
-        said: dict[str, Any] = {f"changes of {self.title}": self._history} if self._history else {}
+        found: dict[str, Any] = {f"changes of {self.title}": self._history} if self._history else {}
         hooked = self._taken.hooked()
-        return {**said, f"hooks of {self.title}": hooked} if hooked else said
+        return {**found, f"hooks of {self.title}": hooked} if hooked else found
 
     def end(self) -> None:
         """Take the settings as they are after a call for what is right: a forward may count its calls in one."""
         self._settings = self._taken.settings()
 
     def check(self) -> None:
-        """Follow what was changed since it was spread, or raise UnsupportedError, on every rank alike."""
+        """Follow what was changed since it was sharded, or raise UnsupportedError, on every rank alike."""
         changes = self._changes()
         if changes:
             unwrap_parts(self.module)
@@ -131,7 +131,7 @@ class Placed:
         self._history = short_hash(self._history, *(change.encode() for change in changes))
 
     def _known(self, name: str) -> Callable[..., Any]:
-        """A method that changes the model, and does so right however it is spread."""
+        """A method that changes the model, and does so right however it is sharded."""
         own_method = getattr(type(self.module), name)
 
         @functools.wraps(own_method)
@@ -169,7 +169,7 @@ class Placed:
             )
 
     def bytes_of(self, member: int) -> float:
-        """About how many bytes a member of a replica holds of it; 0 of a model that was spread by itself."""
+        """About how many bytes a member of a replica holds of it; 0 of a model that was sharded by itself."""
         return self.assignment.held[self.name][member] if self.assignment is not None else 0.0
 
     def _not_everywhere(self) -> set[str]:
@@ -211,46 +211,46 @@ def _own_methods(module: nn.Module) -> dict[str, Any]:
 
 
 def placed_on(module: Any) -> Placed | None:
-    """How a module is spread; None where it is not."""
+    """How a module is sharded; None where it is not."""
     return getattr(module, "shardit_placed", None) if isinstance(module, nn.Module) else None
 
 
 def check_earlier(
     earlier: Mapping[str, Placed], config: DiffusionParallelConfig, plans: Plan | Mapping[str, Plan] | None
 ) -> None:
-    """Look at those of some modules that were spread `earlier`. Raises InputError where that was done in another way
-    than it is asked for now, or where they come from pipelines that were spread without sharing anything."""
+    """Look at those of some modules that were sharded `earlier`. Raises InputError where that was done in another way
+    than it is asked for now, or where they come from pipelines that were sharded without sharing anything."""
     for name, placed in earlier.items():
         what = name or type(placed.module).__name__
         if placed.config != config:
             raise InputError(
-                f"{what} is spread already, with {_differences(placed.config, config)}: use the same configuration for "
-                "all pipelines that share it, or load it again"
+                f"{what} is already sharded, with {_differences(placed.config, config)}: use the same configuration "
+                "for all pipelines that share it, or load it again"
             )
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
         if plan is not None and plan != placed.plan:
-            raise InputError(f"{what} is spread already, with {placed.plan}: leave out the plan, or load it again")
+            raise InputError(f"{what} is already sharded, with {placed.plan}: leave out the plan, or load it again")
     runtimes = {id(placed.runtime): name for name, placed in earlier.items()}
     if len(runtimes) > 1:
         first, second, *_ = runtimes.values()
         raise InputError(
-            f"{first} and {second} were spread as parts of different pipelines, which take turns of their own: make "
+            f"{first} and {second} were sharded as parts of different pipelines, which take turns of their own: make "
             "the pipelines that share components before parallelize, or load the components again"
         )
 
 
 def refuse_overlap(name: str, module: nn.Module) -> None:
-    """Raise UnsupportedError where a module that is not spread lies inside one that is, or the other way round, or uses
-    weights of it that some ranks do not have: it would be spread once more, by ranks that have a part of it only."""
+    """Raise UnsupportedError if a module that is not sharded is inside one that is, or the other way round, or uses
+    weights of it that some ranks do not have: it would be sharded once more, by ranks that have a part of it only."""
     remedy = "give each weights of its own (load it again, or copy.deepcopy it before parallelize)"
     if module in _WITHIN:
-        raise UnsupportedError(f"{name} is a part of {_WITHIN[module][0]}, which is spread already: {remedy}")
+        raise UnsupportedError(f"{name} is a part of {_WITHIN[module][0]}, which is already sharded: {remedy}")
     for path, part in module.named_modules():
         placed = placed_on(part)
         title, everywhere = (placed.title, False) if placed is not None else _WITHIN.get(part, ("", True))
         if not everywhere:
             whose = title if placed is not None else f"a part of {title}"
-            raise UnsupportedError(f"{name}.{path} is {whose}, which is spread already: {remedy}")
+            raise UnsupportedError(f"{name}.{path} is {whose}, which is already sharded: {remedy}")
 
 
 def _differences(one: DiffusionParallelConfig, other: DiffusionParallelConfig) -> str:

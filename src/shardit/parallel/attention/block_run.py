@@ -24,58 +24,58 @@ class OutOfStep(Exception):
 class BlockRun:
     """Handles the attention calls of one block call (a `hook.Handler`).
 
-    spread[n]: whether queries and whether keys of attention call n are spread over ranks; found if `dataflow` is given.
-    layouts: of the calls whose keys are spread; None = not known for these sizes yet, ranks tell each other.
+    sharded[n]: whether queries and whether keys of attention call n are sharded; found if `dataflow` is given.
+    layouts: of the calls whose keys are sharded; None = not known for these sizes yet, ranks tell each other.
     """
 
     attention: SequenceAttention
-    spread: list[tuple[bool, bool]]
+    sharded: list[tuple[bool, bool]]
     layouts: list[Layout] | None = None
     dataflow: Dataflow | None = None
     learned: list[Layout] = field(default_factory=list)
     _calls: int = 0
-    _spread_calls: int = 0
+    _sharded_calls: int = 0
 
     def attend(self, call: Call) -> torch.Tensor:
         """See `hook.Handler`."""
-        spread_q, spread_k = self._spread_of(call)
+        sharded_q, sharded_k = self._is_sharded(call)
         if self.dataflow is None:
-            return self._compute(call, spread_q, spread_k)
+            return self._compute(call, sharded_q, sharded_k)
         with without_modes():  # some attention functions cannot be watched from inside, and need not be
-            out = self._compute(call, spread_q, spread_k)
-        if spread_q:
+            out = self._compute(call, sharded_q, sharded_k)
+        if sharded_q:
             self.dataflow.mark(out)
         return out
 
-    def _spread_of(self, call: Call) -> tuple[bool, bool]:
+    def _is_sharded(self, call: Call) -> tuple[bool, bool]:
         n = self._calls
         self._calls += 1
         if self.dataflow is not None:
-            self.spread.append(
+            self.sharded.append(
                 (self.dataflow.marked(call.q), self.dataflow.marked(call.k) or self.dataflow.marked(call.v))
             )
-        if n >= len(self.spread):
+        if n >= len(self.sharded):
             raise UnsupportedError("a block calls attention more often than when its kind was first seen")
-        return self.spread[n]
+        return self.sharded[n]
 
-    def _compute(self, call: Call, spread_q: bool, spread_k: bool) -> torch.Tensor:
-        if not spread_k:  # every rank has all keys
+    def _compute(self, call: Call, sharded_q: bool, sharded_k: bool) -> torch.Tensor:
+        if not sharded_k:  # every rank has all keys
             return call.inner(call.q, call.k, call.v, call.mask)
         layout = self._layout(call)
-        return (self.attention.attend if spread_q else self.attention.attend_to_all)(call, layout)
+        return (self.attention.attend if sharded_q else self.attention.attend_to_all)(call, layout)
 
     def _layout(self, call: Call) -> Layout:
         if self.layouts is not None:
-            layout = self.layouts[self._spread_calls]
-            self._spread_calls += 1
+            layout = self.layouts[self._sharded_calls]
+            self._sharded_calls += 1
             return layout
         mask = call.mask
         rows, columns = (1, 1) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
         here = [call.q.shape[1], call.k.shape[1], int(mask is not None), rows, columns]
-        told = agree(self.attention, [ATTENDING, *here])
-        if any(code != ATTENDING for code, *_ in told):
+        gathered = agree(self.attention, [ATTENDING, *here])
+        if any(code != ATTENDING for code, *_ in gathered):
             raise OutOfStep
-        self.learned.append(_layout_of(told))
+        self.learned.append(_layout_of(gathered))
         return self.learned[-1]
 
 
@@ -85,8 +85,8 @@ def agree(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]
     return attention.sp.all_gather(mine, [1] * attention.sp.size, 0).tolist()
 
 
-def _layout_of(told: list[list[int]]) -> Layout:
-    _, q_lens, k_lens, masked, rows, columns = (tuple(column) for column in zip(*told, strict=True))
+def _layout_of(gathered: list[list[int]]) -> Layout:
+    _, q_lens, k_lens, masked, rows, columns = (tuple(column) for column in zip(*gathered, strict=True))
     if not masked[0]:
         return Layout(q_lens, k_lens)
     total = sum(k_lens)

@@ -25,7 +25,7 @@ _users = 0
 
 
 class Handler(Protocol):
-    """Whoever runs a block of which each attention call is to be spread."""
+    """Whoever runs a block of which each attention call is to be sharded."""
 
     def attend(self, call: Call) -> torch.Tensor:
         """The attention output, [batch, tokens, heads, width]."""

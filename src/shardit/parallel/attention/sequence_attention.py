@@ -1,4 +1,4 @@
-"""Attention over tokens that are spread over ranks: Ulysses inside, Ring outside, or one of them alone."""
+"""Attention over tokens that are sharded over ranks: Ulysses inside, Ring outside, or one of them alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one attention call is spread: tokens of queries and of keys on each rank of "sp", and whether the mask has
+    """How one attention call is sharded: tokens of queries and of keys on each rank of "sp", and whether the mask has
     only the rows of own queries or the columns of own keys."""
 
     q_lens: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Spreading the tokens of a transformer: the way that is declared, the way that is found, or that of diffusers.
 
-1. `_sp_plan` on the model: its author has said it, so nothing is looked for.
+1. `_sp_plan` on the model: declared by its author, so nothing is searched for.
 2. What is found in its block calls (`sequence.py`). It knows uneven lengths, masks and sizes that coincide, and
    is checked at each kind of block, so it comes before a plan that was written for another engine.
 3. `_cp_plan`, diffusers' own, where nothing is found. To have it first: `model._sp_plan = model._cp_plan`.
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Spread:
-    """The way in which a transformer is spread. other: makes the one that takes over if this one refuses a call."""
+class Choice:
+    """The chosen way to shard the tokens of a transformer. other: makes the fallback if this one refuses a call."""
 
     way: SequenceParallel | PlannedSequence
     other: Callable[[], PlannedSequence] | None = None
@@ -46,7 +46,7 @@ class Spread:
             if self.other is None or self.way.stages is not None:
                 raise
             name = type(self.way.model).__name__
-            log.warning("%s is spread as its %s says, since %s", name, OF_DIFFUSERS, refused)
+            log.warning("%s is sharded as its %s says, since %s", name, OF_DIFFUSERS, refused)
             self.way, self.other = self.other(), None
             self.way.install()
             try:
@@ -55,39 +55,39 @@ class Spread:
                 raise refused from also
 
 
-def spread_tokens(
+def shard_tokens(
     model: nn.Module, mesh: Mesh, cut: Callable[[], Stages] | None = None, plan: Any = None
 ) -> SequenceParallel | PlannedSequence:
-    """Spread the tokens of a transformer over the "sp" axis of the mesh, in place.
+    """Choice the tokens of a transformer over the "sp" axis of the mesh, in place.
 
     cut: what also cuts it into pipeline stages; it is called in the middle. The interceptor of the model's call must
     lie inside that of the stages, which may run a forward in pieces, and those of its modules outside theirs, so that
     stages see and send shards only. Raises InputError where a declared plan does not fit the model, UnsupportedError
     where nothing is declared and the model has no block lists.
     """
-    spread = _choose(model, SequenceAttention(mesh), plan)
+    choice = _choose(model, SequenceAttention(mesh), plan)
     own_call = type(model).__call__
 
     @functools.wraps(own_call)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return spread.forward(own_call.__get__(self), args, kwargs)
+        return choice.forward(own_call.__get__(self), args, kwargs)
 
     members: dict[str, Any] = {"__call__": __call__}
-    members["shardit_sequence"] = property(lambda self: spread.way)
+    members["shardit_sequence"] = property(lambda self: choice.way)
     subclass_in_place(model, members)
-    spread.way.stages = cut() if cut is not None else None
-    spread.way.install()
-    return spread.way
+    choice.way.stages = cut() if cut is not None else None
+    choice.way.install()
+    return choice.way
 
 
-def _choose(model: nn.Module, attention: SequenceAttention, plan: Any) -> Spread:
+def _choose(model: nn.Module, attention: SequenceAttention, plan: Any) -> Choice:
     if getattr(model, DECLARED, None) is not None:
-        return Spread(read_planned(model, DECLARED, attention))
+        return Choice(read_planned(model, DECLARED, attention))
     has_other = getattr(model, OF_DIFFUSERS, None) is not None
     blocks = find_blocks(model, plan)
     if blocks:
         other = (lambda: read_planned(model, OF_DIFFUSERS, attention)) if has_other else None
-        return Spread(SequenceParallel(model, attention, blocks), other)
+        return Choice(SequenceParallel(model, attention, blocks), other)
     if has_other:
-        return Spread(read_planned(model, OF_DIFFUSERS, attention))
-    raise UnsupportedError(f"{type(model).__name__} has no block lists, so its tokens cannot be spread: {REMEDY}")
+        return Choice(read_planned(model, OF_DIFFUSERS, attention))
+    raise UnsupportedError(f"{type(model).__name__} has no block lists, so its tokens cannot be sharded: {REMEDY}")

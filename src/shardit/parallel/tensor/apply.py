@@ -15,7 +15,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import nbytes
 from shardit.core.modules.patching import Made, put, subclass_in_place
-from shardit.core.placement.balance import WHOLE_SHARE, beside
+from shardit.core.placement.balance import WHOLE_SHARE, even_shares
 from shardit.core.placement.roles import Roles
 from shardit.core.placement.slices import Owned, Shards, Slice
 from shardit.errors import UnsupportedError
@@ -49,7 +49,7 @@ def plan_components(
     sliced = sum(nbytes(modules[n]) for n in encoders)
     share = sum(nbytes(module) for module in modules.values()) / size
     uneven = members == size and encoders and max(wholes, default=0) > WHOLE_SHARE * share
-    parts = beside(wholes, sliced, size) if uneven else size
+    parts = even_shares(wholes, sliced, size) if uneven else size
     plans = {}
     for name in (n for n in modules if n in roles.stepped | encoders):
         with adapters_aside(modules[name]):

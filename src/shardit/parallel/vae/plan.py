@@ -67,7 +67,7 @@ class TilePlan:
         return hashlib.sha256(repr((self.calls, self.owners, self.messages)).encode()).hexdigest()
 
     @property
-    def spread(self) -> bool:
+    def sharded(self) -> bool:
         """Whether any rank but the first has a tile."""
         return any(self.owners)
 
@@ -152,7 +152,7 @@ def find_tiles(
 ) -> TilePlan:
     """The plan of `method(module, *args, **kwargs)`, whose parts are called through `calls`. Computes nothing.
 
-    Raises Untileable where tiles could not be told apart, and whatever the method raises on such arguments.
+    Raises Untileable if tiles could not be distinguished, and whatever the method raises on such arguments.
     """
     with torch.inference_mode(False), torch.no_grad():
         shapes = shape_of(module)

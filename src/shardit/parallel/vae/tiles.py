@@ -65,7 +65,7 @@ class Tiles:
         if path or not isinstance(plain, MethodType):  # of a replaced method nobody knows what it does
             return run_on(self.comm, first, plain, args, kwargs, self.small, self.attributes)
         plan = self._agree(name, plain, args, kwargs)
-        if not isinstance(plan, TilePlan) or not plan.spread:
+        if not isinstance(plan, TilePlan) or not plan.sharded:
             task: Callable[..., Any] = plain
         else:
             own = self._compute(plan, lambda: plain(*args, **kwargs))
@@ -79,8 +79,8 @@ class Tiles:
     def _agree(self, name: str, plain: MethodType, args: Any, kwargs: Any) -> TilePlan | str | None:
         """The plan of a call, or why there is none. Every rank that has tiles finds it; all compare hashes of it."""
         plan = None if self.place is None else self._plan(name, plain, args, kwargs)
-        told = self.comm.group.gather_objects(plan.digest if isinstance(plan, TilePlan) else plan)
-        if len({told[rank] for rank in self.ranks}) > 1:
+        gathered = self.comm.group.gather_objects(plan.digest if isinstance(plan, TilePlan) else plan)
+        if len({gathered[rank] for rank in self.ranks}) > 1:
             reason = f"{self._name}.{name} falls into different tiles on different ranks"
             raise InputError(f"{reason}: call enable_tiling and disable_tiling alike on all of them")
         return plan
@@ -230,7 +230,7 @@ def _kept(module: nn.Module) -> Iterator[None]:
         vars(module).update(before)
 
 
-def spread_tiles(
+def shard_tiles(
     module: nn.Module,
     comm: Comm,
     ranks: tuple[int, ...],

@@ -104,7 +104,7 @@ def learn_gather(
 ) -> GatherStep:
     """Which rows are whose in a gather. Collective over "sp"; UnsupportedError where they do not make up the whole."""
     real = _real_rows([tensor], dim, padded)
-    counts = [said[1] for said in _tell(attention, [GATHERING, len(real)])]
+    counts = [codes[1] for codes in _tell(attention, [GATHERING, len(real)])]
     total = whole.sizes[0]
     if sum(counts) != total:
         why = "it is not split here" if set(counts) == {total} else "tokens that every rank has must be left out before"
@@ -115,8 +115,10 @@ def learn_gather(
 def learn_attention(seen: Seen, whole: Seen, call: Call, attention: SequenceAttention, padded: bool) -> AttentionStep:
     """Whose rows are whose in an attention call. Collective over "sp"; UnsupportedError where lengths do not fit."""
     real_q, real_k = _real_rows([call.q], 1, padded), _real_rows([call.k, call.v], 1, padded)
-    told = _tell(attention, [ATTENDING, *seen.sizes, len(real_q), len(real_k)])
-    q_lens, k_lens, rows, columns, q_real, k_real = (list(c) for c in zip(*(said[1:7] for said in told), strict=True))
+    gathered = _tell(attention, [ATTENDING, *seen.sizes, len(real_q), len(real_k)])
+    q_lens, k_lens, rows, columns, q_real, k_real = (
+        list(c) for c in zip(*(codes[1:7] for codes in gathered), strict=True)
+    )
     q_whole, k_whole, whole_rows, whole_columns = whole.sizes
     k = _rows([call.k, call.v], k_whole, k_lens, k_real, real_k, attention)
     same = (q_whole, q_lens, q_real, real_q) == (k_whole, k_lens, k_real, real_k)
@@ -215,7 +217,7 @@ def _real_rows(tensors: Sequence[torch.Tensor], dim: int, padded: bool) -> list[
 
 def _tell(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
     """What every rank says, if all are at the same place."""
-    told = agree(attention, [*values, *[0] * (WIDTH - len(values))])
-    if any(said[0] != values[0] for said in told):
+    gathered = agree(attention, [*values, *[0] * (WIDTH - len(values))])
+    if any(codes[0] != values[0] for codes in gathered):
         raise OutOfStep
-    return told
+    return gathered

@@ -24,7 +24,7 @@ from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.coroutine import willing
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.core.stages.stages import Stages
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.parallel.attention.block_run import DONE, FAILED, agree
@@ -33,7 +33,7 @@ from shardit.parallel.attention.sequence_attention import SequenceAttention
 from shardit.parallel.compare import disturbed, same
 from shardit.parallel.sequence.declared.attention_steps import WIDTH, Seen, Step
 from shardit.parallel.sequence.declared.module_hooks import call_module
-from shardit.parallel.sequence.declared.passes import Differs, Pass, SpreadPass, WholePass
+from shardit.parallel.sequence.declared.passes import Differs, Pass, ShardedPass, WholePass
 from shardit.parallel.sequence.declared.rules import ModuleRules, read_plan
 
 MAX_SIGNATURES = 1024
@@ -98,13 +98,13 @@ class PlannedSequence:
         running = _running.get()
         if running is not None and running.owner is self:  # the forward calls the model itself
             return call(*args, **kwargs)
-        settle((args, kwargs))
+        materialize((args, kwargs))
         key = FlatCall.of(args, kwargs).signature(self.model.training)
         if key not in self._steps:
             self._learn(key, call, args, kwargs, noise=True)
         self._steps.move_to_end(key)
         try:
-            return self._run(SpreadPass(self.attention, self._steps[key]), call, args, kwargs)
+            return self._run(ShardedPass(self.attention, self._steps[key]), call, args, kwargs)
         except Differs as error:  # lengths depend on values; all ranks see it at the same place
             if self.stages is not None:
                 raise UnsupportedError(
@@ -112,7 +112,7 @@ class PlannedSequence:
                     "cannot follow: set pipeline_parallel_size=1 and cfg_parallel_size=1"
                 ) from error
             self._learn(key, call, args, kwargs, noise=False)
-            return self._run(SpreadPass(self.attention, self._steps[key]), call, args, kwargs)
+            return self._run(ShardedPass(self.attention, self._steps[key]), call, args, kwargs)
 
     def forget(self) -> None:
         """The model has been changed: each shape is learned, and compared with the whole model, again."""
@@ -123,8 +123,8 @@ class PlannedSequence:
         try:
             with torch.no_grad(), attention_goes_to(how):
                 out = call(*args, **kwargs) if self._own is None else call_module(how, self._own, call, args, kwargs)
-                settle(out)
-            if isinstance(how, SpreadPass):
+                materialize(out)
+            if isinstance(how, ShardedPass):
                 how.finish()
             return out
         finally:
@@ -144,7 +144,7 @@ class PlannedSequence:
 
     def _learn_from(self, key: Any, call: Forward, leaves: list[Any], spec: Any, noise: bool) -> None:
         kept = state_of(self.model)
-        with self._aside() as run:
+        with self._untraced() as run:
             given, expected = disturbed(leaves) if noise else leaves, None
             try:
                 expected = self._whole(run, call, given, spec)
@@ -161,12 +161,12 @@ class PlannedSequence:
             self._steps.popitem(last=False)
 
     @contextmanager
-    def _aside(self) -> Iterator[Callable[[Forward, Any], Any]]:
+    def _untraced(self) -> Iterator[Callable[[Forward, Any], Any]]:
         """Runs of the model of which stages know nothing; what runs one, on all stages."""
         if self.stages is None:
             yield lambda forward, arguments: forward()
         else:
-            with self.stages.cut.aside():
+            with self.stages.cut.untraced():
                 yield self.stages.first.watched
 
     def _whole(self, run: Any, call: Forward, leaves: list[Any], spec: Any) -> tuple[Any, list[Seen]]:
@@ -186,25 +186,25 @@ class PlannedSequence:
         self.checked += 1
         given = tree_map_only(torch.Tensor, torch.clone, leaves)
         args, kwargs = tree_unflatten(given, spec)
-        spread, error, got = SpreadPass(self.attention, [], events, self.padded), None, None
+        sharded, error, got = ShardedPass(self.attention, [], events, self.padded), None, None
         try:
             with torch.random.fork_rng(self._devices):
-                got = run(lambda: self._run(spread, call, args, kwargs), given)
+                got = run(lambda: self._run(sharded, call, args, kwargs), given)
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as failure:  # a model that cannot take such shards may say so in any way
             error = failure
-        if spread.told:
+        if sharded.peer_failed:
             self._refuse("another rank fails", error)
         self._agree(error is None, "it fails" if error is not None else "another rank fails", error)
         what = _difference(expected, got, self._bound())
         self._agree(what is None, what or "another rank gets a wrong result", None)
-        return spread.steps
+        return sharded.steps
 
     def _agree(self, good: bool, what: str, error: Exception | None) -> None:
         """Go on if all ranks find it good; else raise on all of them."""
-        told = agree(self.attention, [DONE if good else FAILED, *[0] * (WIDTH - 1)])
-        if any(said[0] != DONE for said in told):
+        gathered = agree(self.attention, [DONE if good else FAILED, *[0] * (WIDTH - 1)])
+        if any(codes[0] != DONE for codes in gathered):
             self._refuse(what, error)
 
     def _refuse(self, what: str, error: Exception | None) -> NoReturn:

@@ -1,6 +1,6 @@
 """One forward under a declared plan: whole, to see what it does, or over the ranks.
 
-`WholePass` and `SpreadPass` answer the same questions: what becomes of a tensor that is to be split or gathered, and of
+`WholePass` and `ShardedPass` have the same methods: for a tensor that is to be split or gathered, and for
 an attention call (`hook.Handler`).
 """
 
@@ -59,18 +59,18 @@ class WholePass:
 
 
 @dataclass
-class SpreadPass:
+class ShardedPass:
     """Every rank runs its own tokens. steps: what happens, in order. whole: where the steps are learned, what happened
     in the whole forward (else None). padded: whether the plan pads anything.
 
-    told: another rank has said that it failed, and all know.
+    peer_failed: another rank has failed, and all ranks know it.
     """
 
     attention: SequenceAttention
     steps: list[Step]
     whole: list[Seen] | None = None
     padded: bool = False
-    told: bool = False
+    peer_failed: bool = False
     _next: int = 0
     _cache: Cache = field(init=False)
 
@@ -140,7 +140,7 @@ class SpreadPass:
         try:
             return learn(seen, self._in_whole(seen), *args, self.attention, self.padded)
         except OutOfStep:
-            self.told = True
+            self.peer_failed = True
             raise
 
     def _in_whole(self, seen: Seen) -> Seen:
@@ -159,4 +159,4 @@ class SpreadPass:
         return self.steps[n]
 
 
-Pass = WholePass | SpreadPass
+Pass = WholePass | ShardedPass

@@ -61,13 +61,13 @@ def read_plan(model: nn.Module, attribute: str, padding: bool) -> list[ModuleRul
     if not isinstance(plan, Mapping):
         raise InputError(f"{where} must be a dict of module names, got {type(plan).__name__}")
     found: dict[int, ModuleRules] = {}
-    for key, said in plan.items():
+    for key, entry in plan.items():
         if not isinstance(key, str):
             raise InputError(f'{where}: {key!r} is no module name; "" is the model itself')
         modules = list(_find(model, key, f"{where}: {key!r}"))
         for path, module in modules:
             rules = found.setdefault(id(module), ModuleRules(where, path or name, module, _positions(module)))
-            _add(rules, said, f"{where}[{key!r}]", len(modules) > 1)
+            _add(rules, entry, f"{where}[{key!r}]", len(modules) > 1)
     if not padding:
         for rule in (r for rules in found.values() for r in rules.splits()):
             if rule.pad:
@@ -121,10 +121,10 @@ def _positions(module: nn.Module) -> dict[str, int]:
     return positions
 
 
-def _add(rules: ModuleRules, said: Any, where: str, repeated: bool) -> None:
+def _add(rules: ModuleRules, entry: Any, where: str, repeated: bool) -> None:
     """Add what a plan says of a module to its rules."""
-    if isinstance(said, Mapping):
-        for key, value in said.items():
+    if isinstance(entry, Mapping):
+        for key, value in entry.items():
             if isinstance(key, int) and not isinstance(key, bool):
                 rules.outputs[key] = _output(rules, key, value, where)
             elif isinstance(key, str):
@@ -132,8 +132,8 @@ def _add(rules: ModuleRules, said: Any, where: str, repeated: bool) -> None:
             else:
                 raise InputError(f"{where}: {key!r} is neither a parameter name nor the number of an output")
         return
-    several = isinstance(said, (list, tuple))
-    entries: list[Any] = list(said) if several else [said]
+    several = isinstance(entry, (list, tuple))
+    entries: list[Any] = list(entry) if several else [entry]
     gathers = []
     for number, value in enumerate(entries):
         if value is not None and _kind(value) != "output":

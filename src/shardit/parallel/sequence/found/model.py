@@ -22,7 +22,7 @@ from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.module_state import restore, state_of
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.flat_call import modes
-from shardit.core.runtime.pending import PendingTensor, settle
+from shardit.core.runtime.pending import PendingTensor, materialize
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import Stages
 from shardit.errors import RankError, UnsupportedError
@@ -61,7 +61,7 @@ _flow: ContextVar[Flow | None] = ContextVar("shardit_flow", default=None)
 
 @dataclass
 class SequenceParallel:
-    """One transformer whose tokens are spread over "sp".
+    """One transformer whose tokens are sharded over "sp".
 
     checked: block calls that were compared with the whole block (one for each kind).
     """
@@ -85,12 +85,12 @@ class SequenceParallel:
         running = _flow.get()
         if running is not None and running.owner is self:  # the forward calls the model itself
             return call(*args, **kwargs)
-        settle((args, kwargs))
+        materialize((args, kwargs))
         token = _flow.set(Flow(self, Cache(self.attention.sp)))
         try:
             with torch.no_grad():
                 out = call(*args, **kwargs)
-            settle(out)
+            materialize(out)
             return out
         finally:
             _flow.reset(token)
@@ -103,7 +103,7 @@ class SequenceParallel:
         leaves, spec = tree_flatten((args, kwargs))
         step = self._step(index, call, leaves, spec)
         if step.plan is None:
-            settle(leaves)
+            materialize(leaves)
             return call(*args, **kwargs)
         args, kwargs = tree_unflatten(self._shards(flow, step, leaves), spec)
         flow.in_block = True
@@ -120,7 +120,7 @@ class SequenceParallel:
             if split is not None:
                 leaf = flow.cache.shard_of(leaf, split, step.totals, keep=q not in candidate.streams)
             elif isinstance(leaf, PendingTensor):
-                settle(leaf)
+                materialize(leaf)
             shards.append(leaf)
         return shards
 
@@ -128,7 +128,7 @@ class SequenceParallel:
         assert step.plan is not None
         if not self._owned[index]:  # another stage runs it
             return call()
-        run = BlockRun(self.attention, list(step.plan.spread), step.layouts)
+        run = BlockRun(self.attention, list(step.plan.sharded), step.layouts)
         with attention_goes_to(run):
             out = call()
         if step.layouts is None:
@@ -176,9 +176,9 @@ class SequenceParallel:
     ) -> BlockPlan | None:
         plan, error = None, None
         self.checked += 1
-        settle([leaf for leaf in leaves if _spread(leaf) is None])
-        with self._aside():  # what is spread stays so here: a gather that nobody watches would be missing later
-            whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_spread(leaf)]]
+        materialize([leaf for leaf in leaves if _shard_source(leaf) is None])
+        with self._untraced():  # what is sharded stays so here: a gather that nobody watches would be missing later
+            whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_shard_source(leaf)]]
             if self._owned[index]:
                 try:
                     kept = state_of(self.blocks[index][1])
@@ -195,7 +195,7 @@ class SequenceParallel:
                     restore(kept)
                 except RankError:
                     raise
-                except Exception as failure:  # every rank of the model is told
+                except Exception as failure:  # sent to every rank of the model
                     error = failure
             if self.stages is not None:
                 comm, owner = self.stages.runtime.comm, self.stages.cut.owners[index]
@@ -206,8 +206,8 @@ class SequenceParallel:
             self._plans.setdefault(kind, []).append((plan, plan.candidate.pattern(shapes)))
         return plan
 
-    def _aside(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.stages is None else self.stages.cut.aside()
+    def _untraced(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stages is None else self.stages.cut.untraced()
 
     def _title(self, index: int) -> str:
         name, block = self.blocks[index]
@@ -239,13 +239,13 @@ class SequenceParallel:
 
 
 def _shape(leaf: Any) -> Shape | None:
-    source = _spread(leaf)
+    source = _shard_source(leaf)
     if source is not None:
         return source.full
     return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None
 
 
-def _spread(leaf: Any) -> ShardSource | None:
+def _shard_source(leaf: Any) -> ShardSource | None:
     """Where the shards of an argument are, if it is the whole output of a block and not gathered yet."""
     if type(leaf) is PendingTensor and isinstance(leaf._source, ShardSource) and leaf._source.is_whole(leaf):
         return leaf._source
@@ -253,7 +253,7 @@ def _spread(leaf: Any) -> ShardSource | None:
 
 
 def automatic() -> bool:
-    """Whether a forward is running whose tokens are spread as was found."""
+    """Whether a forward is running whose tokens are sharded as was found."""
     return _flow.get() is not None
 
 

@@ -1,4 +1,4 @@
-"""Finding how a kind of block call is spread: candidates are tried against the whole block, on all ranks at once.
+"""Finding how a kind of block call is sharded: candidates are tried against the whole block, on all ranks at once.
 
 What passes computes the same as the whole block does, on arguments that were disturbed so that it is not by chance
 (masks that hide nothing, text that is all padding).
@@ -39,20 +39,20 @@ REMEDY = (
     "set ulysses_degree=1 and ring_degree=1, or say in the model's _sp_plan where its tensors are split "
     "(docs/sequence-plans.md)"
 )
-"""What to do about a model whose tokens cannot be spread by what is found."""
+"""What to do about a model whose tokens cannot be sharded by what is found."""
 
 
 class Refused(UnsupportedError):
-    """No way was found to spread a model."""
+    """No way was found to shard a model."""
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How a kind of block call is spread. outs: how each output leaf is cut. spread: see `BlockRun`."""
+    """How a kind of block call is sharded. outs: how each output leaf is cut. sharded: see `BlockRun`."""
 
     candidate: Candidate
     outs: tuple[Split | None, ...]
-    spread: tuple[tuple[bool, bool], ...]
+    sharded: tuple[tuple[bool, bool], ...]
 
 
 def find_plan(
@@ -81,7 +81,7 @@ def find_plan(
     why = f"; {failures[0]}" if failures and isinstance(failures[0], UnsupportedError) else ""
     sizes = ", ".join(str(list(shape)) for shape in shapes if shape is not None)
     raise Refused(
-        f"no way was found to spread the tokens of {name} over {attention.sp.size} ranks (its arguments have the "
+        f"no way was found to shard the tokens of {name} over {attention.sp.size} ranks (its arguments have the "
         f"shapes {sizes}; {len(found)} ways were tried{why}): {REMEDY}"
     )
 
@@ -112,7 +112,7 @@ class _Attempt:
         right = all(_close(x, y) for x, y in zip(self.expected, wholes, strict=True))
         if not self._all([right]):
             return None
-        return BlockPlan(self.candidate, tuple(splits), tuple(block.spread))
+        return BlockPlan(self.candidate, tuple(splits), tuple(block.sharded))
 
     def _outputs(self, block: BlockRun, call: Callable[..., Any], shards: list[Any], spec: Any) -> list[Any] | None:
         """The output leaves; None where it failed on any rank. No rank waits for one that has failed."""
@@ -129,8 +129,8 @@ class _Attempt:
             raise
         except Exception as error:  # a block that cannot take such shards may say so in any way
             self.failures.append(error)
-        told = agree(self.attention, [code, 0, 0, 0, 0, 0])
-        return outs if all(said[0] == DONE for said in told) else None
+        gathered = agree(self.attention, [code, 0, 0, 0, 0, 0])
+        return outs if all(codes[0] == DONE for codes in gathered) else None
 
     def _out_splits(self, outs: list[Any]) -> list[Split | None] | None:
         """For each output leaf the first reading of its shape that is right on every rank."""
@@ -139,8 +139,8 @@ class _Attempt:
         for full, shard in zip(shapes_of(self.expected), shapes_of(outs), strict=True):
             options = [None] if full is None else out_options(full, self.totals)
             fits = [shard == (full and local_shape(full, o, self.totals, sp.index, sp.size)) for o in options]
-            told = agree(self.attention, [int(fit) for fit in fits])
-            good = [o for o, said in zip(options, zip(*told, strict=True), strict=True) if all(said)]
+            gathered = agree(self.attention, [int(fit) for fit in fits])
+            good = [o for o, codes in zip(options, zip(*gathered, strict=True), strict=True) if all(codes)]
             if not good:
                 return None
             chosen.append(good[0])
@@ -152,7 +152,7 @@ class _Attempt:
         return gather(out, split.dim, [self.totals[p] for p in split.parts], self.attention.sp)
 
     def _all(self, flags: Sequence[bool]) -> bool:
-        return all(all(said) for said in agree(self.attention, [int(flag) for flag in flags]))
+        return all(all(codes) for codes in agree(self.attention, [int(flag) for flag in flags]))
 
 
 def _call(call: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:

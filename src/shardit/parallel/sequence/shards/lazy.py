@@ -15,7 +15,7 @@ from shardit.parallel.sequence.shards.token_dims import Shape, Split, cut
 
 
 class ShardSource(Source):
-    """A whole tensor that is spread over ranks: the shard of this one, and how the whole is cut.
+    """A whole tensor that is sharded over ranks: the shard of this one, and how the whole is cut.
 
     Waiting for it gathers it. All ranks run the same program, so all come to do so at the same point.
     """

@@ -119,8 +119,8 @@ class Comparison:
 
     def _everywhere(self, flags: list[bool]) -> list[bool]:
         with without_modes(), torch.no_grad():
-            told = self.ranks.all_reduce(torch.tensor([float(f) for f in flags], device=self.ranks.group.device))
-            return [count == self.ranks.size for count in told.tolist()]
+            gathered = self.ranks.all_reduce(torch.tensor([float(f) for f in flags], device=self.ranks.group.device))
+            return [count == self.ranks.size for count in gathered.tolist()]
 
     def _is_right(self, unit: nn.Module, out: Any, twins: list[Any], before: State, generators: Any) -> bool:
         sums, spec = self._sums, tree_flatten((self.args, self.kwargs))[1]

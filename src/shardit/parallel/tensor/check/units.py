@@ -26,7 +26,7 @@ from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import Made, share_subclass, subclass_in_place
 from shardit.core.runtime.coroutine import willing
 from shardit.core.runtime.flat_call import modes
-from shardit.core.runtime.pending import settle
+from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.hook import attention_is_taken
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_agent
@@ -105,7 +105,7 @@ class Checks:
             return plain(unit, *args, **kwargs)
         self.pending.discard(name)
         leaves, spec = tree_flatten((args, kwargs))
-        settle(leaves)
+        materialize(leaves)
         kind = (self._kind(name), str(spec), tuple(map(value_key, leaves)), modes(), unit.training, self._asked)
         if kind in self._right or _filled(unit, args, kwargs):
             return plain(unit, *args, **kwargs)

@@ -161,15 +161,16 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1210,
-    "core": 4470,
-    "diffusion": 3490,
-    "engine": 2120,
-    "loading": 1280,
-    "models": 800,
-    "parallel": 3260,
-    "server": 4160,
-    "settings": 180,
+    ".": 1130,
+    "core": 4980,
+    "diffusion": 3440,
+    "engine": 2330,
+    "language": 540,
+    "loading": 1290,
+    "models": 850,
+    "parallel": 3250,
+    "server": 4140,
+    "settings": 140,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -24,7 +24,7 @@ RANDOM_SEED = -1
 DRAWN_SEEDS = 2**32
 """Seeds are drawn below this."""
 
-_SEED = whole(RANDOM_SEED, MAX_SEED, meaning=f"a whole number from 0 to {MAX_SEED}, or {RANDOM_SEED} for a random one")
+SEED = whole(RANDOM_SEED, MAX_SEED, meaning=f"a whole number from 0 to {MAX_SEED}, or {RANDOM_SEED} for a random one")
 _OUTPUT_TYPE = matching(
     "'pil' (pictures), 'np' or 'pt' (pixels as numbers) or 'latent' (latents before the VAE), or, of pipelines that "
     "make them, 'mesh', 'text' or 'seq'",
@@ -77,7 +77,7 @@ class OmniDiffusionSamplingParams:
         number(0),
     )
 
-    seed: int | None = declare(None, "Seed, from 0; -1 for a random one. [default: drawn, printed and recorded]", _SEED)
+    seed: int | None = declare(None, "Seed, from 0; -1 for a random one. [default: drawn, printed and recorded]", SEED)
     """Seed of a torch CPU generator."""
 
     fps: float | None = declare(None, "Frames per second of a video. [default: the model's]", number(above=0))

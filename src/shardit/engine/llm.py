@@ -65,9 +65,7 @@ class LLM:
         config = config_of(parallel_config, parallel, "LLM", [item.name for item in fields(EngineArgs)])
         folder = decoder_folder(model) if model else None
         if folder is None:
-            raise InputError(
-                f'model must be a folder of a language model (with config.json) or "tiny/NAME", got {model!r}'
-            )
+            raise InputError(f'model must be a folder of a language model or "tiny/NAME", got {model!r}')
         self._max_num_seqs, self._seed, self._groups = max_num_seqs, seed, config.pipeline_parallel_size
         spec = SessionSpec(
             model=str(folder),

@@ -85,9 +85,10 @@ def test_exceptions_exist() -> None:
 
 
 def python(kind: str) -> list[Block]:
-    """The Python blocks whose ranks are processes of an `Omni`, or are started by torchrun."""
+    """The Python blocks whose ranks are processes of an `Omni` or `LLM`, or are started by torchrun."""
     of_python = [block for block in blocks() if block.language == "python" and "OpenAI(" not in block.text]
-    return [block for block in of_python if ("Omni(" in block.text) == (kind == "omni")]
+    starts = [any(f"{name}(" in block.text for name in ("Omni", "LLM")) for block in of_python]
+    return [block for block, starting in zip(of_python, starts, strict=True) if starting == (kind == "omni")]
 
 
 def test_programs_with_omni(folder: Path) -> None:

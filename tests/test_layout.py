@@ -161,16 +161,16 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1130,
+    ".": 1090,
     "core": 4980,
-    "diffusion": 3440,
+    "diffusion": 3430,
     "engine": 2330,
     "language": 540,
     "loading": 1290,
     "models": 850,
     "parallel": 3250,
-    "server": 4140,
-    "settings": 140,
+    "server": 4120,
+    "settings": 160,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

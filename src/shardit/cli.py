@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import time
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from shardit.commands import inspect, serve, tiny
+from shardit import commands
 from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
 from shardit.diffusion.output.output import SUFFIXES, check_path, savable
 from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
-from shardit.flags import GenerateFlags, InspectFlags, options_of
+from shardit.flags import GenerateFlags, InspectFlags
+from shardit.settings.flag_class import options_of
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
@@ -151,9 +153,10 @@ def _command(run: Callable[[Any], int | None], flags: type, *, output: Path | No
     def command(**values: Any) -> int | None:
         return run(flags(**values))
 
+    options = [one.replace(default=output) if output and one.name == "output" else one for one in options_of(flags)]
     command.__doc__ = run.__doc__
-    command.__annotations__, signature = options_of(flags, output=output)
-    command.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {one.name: one.annotation for one in options}
+    command.__signature__ = inspect.Signature(options)  # pyright: ignore[reportFunctionMemberAccess]
     return command
 
 
@@ -181,9 +184,9 @@ def _app() -> typer.Typer:
     app.command("generate")(_command(_checked(generate), GenerateFlags))
     from shardit.server.flags import ServeFlags
 
-    app.command("serve")(_command(serve, ServeFlags))
-    app.command("inspect")(_command(inspect, InspectFlags))
-    app.command("tiny")(tiny)
+    app.command("serve")(_command(commands.serve, ServeFlags))
+    app.command("inspect")(_command(commands.inspect, InspectFlags))
+    app.command("tiny")(commands.tiny)
     return app
 
 

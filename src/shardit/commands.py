@@ -67,7 +67,7 @@ def inspect(flags: InspectFlags) -> None:
 
     document = inspect_model(flags.what(), config, dtype=dtype, variant=flags.variant)
     if is_first_rank(os.environ):
-        print(json.dumps(document) if flags.as_json else table(document))
+        print(json.dumps(document) if flags.json else table(document))
 
 
 def table(document: dict[str, Any]) -> str:

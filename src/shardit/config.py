@@ -241,19 +241,6 @@ def idle_chunks(config: DiffusionParallelConfig) -> str | None:
     )
 
 
-def check_layer_partition(partition: Sequence[int], source: str, num_blocks: int, pp: int, chunks: int) -> None:
-    """Compare a partition with the transformer at hand: its number of blocks, the stages and chunks per stage."""
-    if len(partition) != pp * chunks:
-        raise InputError(
-            f"{source} has {len(partition)} entries, but {pp} stages with {chunks} chunks each need {pp * chunks}"
-        )
-    if sum(partition) != num_blocks:
-        raise InputError(
-            f"{source} {','.join(map(str, partition))} adds up to {sum(partition)}, but the transformer has "
-            f"{num_blocks} blocks; change the entries so that they add up to {num_blocks}"
-        )
-
-
 def fitting_partition(
     config: DiffusionParallelConfig, environ: Mapping[str, str], num_blocks: int
 ) -> tuple[int, ...] | None:
@@ -263,8 +250,12 @@ def fitting_partition(
     if partition is None:
         check_stages(config.pipeline_parallel_size, num_blocks)
         return None
-    chunks = partition_chunks(config, partition, source)
-    check_layer_partition(partition, source, num_blocks, config.pipeline_parallel_size, chunks)
+    partition_chunks(config, partition, source)
+    if sum(partition) != num_blocks:
+        raise InputError(
+            f"{source} {','.join(map(str, partition))} adds up to {sum(partition)}, but the transformer has "
+            f"{num_blocks} blocks; change the entries so that they add up to {num_blocks}"
+        )
     return partition
 
 

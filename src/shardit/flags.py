@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from PIL.Image import Image
-from typer import Argument, Option
 
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading import shipped
@@ -24,19 +21,15 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError
 from shardit.params import OmniDiffusionSamplingParams, field_names
+from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, parse_values, values_of
 
-_Degrees = flag_class("_Degrees", DiffusionParallelConfig)
-_Options = flag_class("_Options", ModelOptions)
-_Variant = flag_class("_Variant", ModelOptions, only=("variant",))
-_Dtype = flag_class("_Dtype", SessionSpec, only=("dtype",))
-_Timeout = flag_class("_Timeout", SessionSpec, only=("timeout_s",))
-_Sampling = flag_class("_Sampling", OmniDiffusionSamplingParams, unset=True)
-LaunchFlags = flag_class("LaunchFlags", SessionSpec, only=("dtype", "attention_backend"))
+MODEL = "Hub id, diffusers folder or tiny/NAME."
+LaunchFlags = flag_class(SessionSpec, only=("dtype", "attention_backend"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelFlags(_Degrees):
+class ParallelFlags(flag_class(DiffusionParallelConfig)):
     """How a model is spread over ranks."""
 
     def parallel_config(self) -> DiffusionParallelConfig:
@@ -45,18 +38,14 @@ class ParallelFlags(_Degrees):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Config:
-    config: Annotated[
-        str | None,
-        Option(
-            metavar="<folder>", help="Where the model is one file: folder or hub id of the pipeline's configuration."
-        ),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags(_Options, _Config):
+class ModelFlags(flag_class(ModelOptions)):
     """How a model is loaded."""
+
+    config: str | None = declare(
+        None,
+        "Where the model is one file: folder or hub id of the pipeline's configuration.",
+        flag=Flag(metavar="<folder>"),
+    )
 
     def model_options(self) -> ModelOptions:
         """The options that the flags ask for. Raises InputError."""
@@ -64,21 +53,18 @@ class ModelFlags(_Options, _Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Looked:
-    name: Annotated[
-        str | None,
-        Argument(
-            metavar="[MODEL]",
-            help=f"A model as for --model, or a configuration that shardit ships: {', '.join(shipped.names())}.",
-        ),
-    ] = None
-    model: Annotated[str | None, Option(help="Hub id, diffusers folder or tiny/NAME.")] = None
-    as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectFlags(ParallelFlags, _Variant, _Dtype, _Looked):
+class InspectFlags(
+    ParallelFlags, flag_class(ModelOptions, only=("variant",)), flag_class(SessionSpec, only=("dtype",))
+):
     """What `shardit inspect` was asked for."""
+
+    name: str | None = declare(
+        None,
+        f"A model as for --model, or a configuration that shardit ships: {', '.join(shipped.names())}.",
+        flag=Flag(metavar="[MODEL]", positional=True),
+    )
+    model: str | None = declare(None, MODEL)
+    json: bool = declare(False, "Print one JSON document.")
 
     def what(self) -> str:
         """The model to look at. Raises InputError where none is given, or two are."""
@@ -89,38 +75,28 @@ class InspectFlags(ParallelFlags, _Variant, _Dtype, _Looked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
-    model: Annotated[str, Option(help="Hub id, diffusers folder or tiny/NAME.", show_default=False)] = ""
-    from_file: Annotated[
-        Path | None,
-        Option(
-            metavar="<path>",
-            help="File made by shardit, to generate again with its model and settings; flags override them.",
-        ),
-    ] = None
-    prompt: Annotated[str | None, Option(help="Text prompt.", show_default=False)] = None
-    image: Annotated[
-        list[Path] | None, Option(metavar="<path>", help="Input picture; repeat the flag for several.")
-    ] = None
-    output: Annotated[
-        Path | None, Option(help="File to write. [default: output with .png, .mp4, .wav, .txt or .safetensors]")
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Extra:
-    extra: Annotated[
-        list[str] | None,
-        Option(
-            metavar="<name=value>",
-            help="Any other argument of the pipeline, with a value in JSON or plain text; repeat the flag for several.",
-        ),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateFlags(ParallelFlags, ModelFlags, _Timeout, LaunchFlags, _Extra, _Sampling, _Asked):
+class GenerateFlags(
+    ParallelFlags,
+    ModelFlags,
+    flag_class(SessionSpec, only=("dtype", "attention_backend", "timeout_s")),
+    flag_class(OmniDiffusionSamplingParams, unset=True),
+):
     """What `shardit generate` was asked for. None means the pipeline's own default."""
+
+    model: str = declare("", MODEL)
+    from_file: Path | None = declare(
+        None,
+        "File made by shardit, to generate again with its model and settings; flags override them.",
+        flag=Flag(metavar="<path>"),
+    )
+    prompt: str | None = declare(None, "Text prompt.")
+    image: list[Path] | None = declare(None, "Input picture.", flag=Flag(metavar="<path>"))
+    output: Path | None = declare(None, "File to write. [default: output with .png, .mp4, .wav, .txt or .safetensors]")
+    extra: list[str] | None = declare(
+        None,
+        "Any other argument of the pipeline, with a value in JSON or plain text.",
+        flag=Flag(metavar="<name=value>"),
+    )
 
     def completed(self) -> GenerateFlags:
         """These flags with what --from-file adds to them. Raises InputError where no model is named."""
@@ -158,16 +134,7 @@ class GenerateFlags(ParallelFlags, ModelFlags, _Timeout, LaunchFlags, _Extra, _S
         if writes and self.output is not None:
             check_path(self.output, takes.kinds_as(params.output_type), transparent=takes.image_mode == "RGBA")
         self.check_file(with_image if self.image and with_image else takes)
-        build_requests(
-            prompts,
-            params,
-            prompt=None,
-            negative_prompt=None,
-            pil_image=None,
-            overrides={},
-            takes=takes,
-            takes_with_image=with_image,
-        )
+        build_requests(prompts, params, takes=takes, takes_with_image=with_image)
 
     def check_file(self, takes: PipelineSignature) -> None:
         """Raise InputError where --from-file names a file of another model that does not go with this one."""
@@ -222,25 +189,5 @@ class GenerateFlags(ParallelFlags, ModelFlags, _Timeout, LaunchFlags, _Extra, _S
         return tiny.filled_in(self.model.removeprefix("tiny/"), {**self._given(), **self.extra_arguments()})
 
     def _given(self) -> dict[str, Any]:
-        names = {item.name for item in dataclasses.fields(OmniDiffusionSamplingParams)} - {"negative_prompt"}
-        return {name: value for name, value in vars(self).items() if name in names and value is not None}
-
-
-def options_of(flags: type, *, output: Path | None = None) -> tuple[dict[str, Any], inspect.Signature]:
-    """The annotations and the signature of a function with one keyword argument per flag of a class, from which typer
-    builds its options. `output` is the default of --output.
-    """
-    hints = typing.get_type_hints(flags, include_extras=True)
-    defaults = {item.name: item.default for item in dataclasses.fields(flags)}
-    if output is not None:
-        defaults["output"] = output
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
-            annotation=hints[name],
-        )
-        for name, default in defaults.items()
-    ]
-    return hints, inspect.Signature(parameters)
+        found = values_of(self, OmniDiffusionSamplingParams)
+        return {name: value for name, value in found.items() if name != "negative_prompt"}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import shardit
 from shardit.config import (
     DiffusionParallelConfig,
-    check_layer_partition,
     config_of,
+    fitting_partition,
     get_pp_indices,
     parse_layer_partition,
     partition_chunks,
@@ -124,11 +124,12 @@ def test_wrong_variable_is_named(text, variable):
 
 
 def test_partition_against_the_model():
-    check_layer_partition((3, 5), OURS, num_blocks=8, pp=2, chunks=1)
+    config = DiffusionParallelConfig(pipeline_parallel_size=2)
+    assert fitting_partition(config, {OURS: "3,5"}, 8) == (3, 5)
     with pytest.raises(InputError, match=f"{OURS} 3,5 adds up to 8, but the transformer has 9 blocks"):
-        check_layer_partition((3, 5), OURS, num_blocks=9, pp=2, chunks=1)
-    with pytest.raises(InputError, match="need 4"):
-        check_layer_partition((3, 5), OURS, num_blocks=8, pp=2, chunks=2)
+        fitting_partition(config, {OURS: "3,5"}, 9)
+    with pytest.raises(InputError, match="needs 4"):
+        fitting_partition(dataclasses.replace(config, pipeline_chunks=2), {OURS: "3,5"}, 8)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=16))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
-
-from typer import Argument, Option
 
 from shardit.diffusion.loading.model_options import WHOLE, split_model
 from shardit.errors import InputError
-from shardit.flags import LaunchFlags, ModelFlags, ParallelFlags
+from shardit.flags import MODEL, LaunchFlags, ModelFlags, ParallelFlags
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 from shardit.logs import FORMAT_VARIABLE
 from shardit.server.keys import digest
 from shardit.server.options import Executor, Limits, ServeOptions
+from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, values_of
 
 
@@ -31,28 +29,17 @@ class LogFormat(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Served:
-    model: Annotated[str, Argument(metavar="MODEL", help="Hub id, diffusers folder or tiny/NAME.")]
-    omni: Annotated[bool, Option("--omni", help="Has no effect; accepted for compatibility with other servers.")] = (
-        False
-    )
-    api_key: Annotated[
-        list[str] | None,
-        Option(help="Key that clients must send; repeat the flag for several. [default: SHARDIT_API_KEY, else none]"),
-    ] = None
-    log_format: Annotated[
-        LogFormat,
-        Option(help="Format of the log; auto: text on a terminal, JSON otherwise.", envvar=FORMAT_VARIABLE),
-    ] = LogFormat.auto
-
-
-_Limits = flag_class("_Limits", Limits)
-_Options = flag_class("_Options", ServeOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, _Limits, _Options, _Served):
+class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), flag_class(ServeOptions)):
     """What `shardit serve` was asked for."""
+
+    model: str = declare(MISSING, MODEL, flag=Flag(metavar="MODEL", positional=True))
+    omni: bool = declare(False, "Has no effect; accepted for compatibility with other servers.")
+    api_key: list[str] | None = declare(None, "Key that clients must send. [default: SHARDIT_API_KEY, else none]")
+    log_format: LogFormat = declare(
+        LogFormat.auto,
+        "Format of the log; auto: text on a terminal, JSON otherwise.",
+        flag=Flag(envvar=FORMAT_VARIABLE),
+    )
 
     def options(self) -> ServeOptions:
         """All of it, checked. Raises InputError."""

@@ -92,12 +92,12 @@ class ServeOptions:
     cors_origins: tuple[str, ...] = declare(
         (),
         "Origin that browsers may send requests from (CORS).",
-        flag=Flag("cors_origin", kind=list[str] | None, read=lambda origins: tuple(map(_origin, origins))),
+        flag=Flag("cors_origin", each=lambda text: _origin(text)),
     )
     fetch_hosts: tuple[str, ...] = declare(
         (),
         "Host that input images may be downloaded from.",
-        flag=Flag("fetch_host", kind=list[str] | None, read=lambda hosts: tuple(map(_host, hosts))),
+        flag=Flag("fetch_host", each=lambda text: _host(text)),
     )
     executor: Literal["local", "ray"] = declare(
         "local",

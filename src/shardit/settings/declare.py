@@ -17,13 +17,18 @@ class Flag(NamedTuple):
     short: str = ""
     """A second, shorter flag."""
     kind: Any = None
-    """The type of the flag's value, where it is not the setting's."""
+    """The type of the flag's value, where it is not the setting's; the default is then that of the flag."""
     default: Any = None
-    """The flag's default, where its type is not the setting's."""
     metavar: str | None = None
     envvar: str | None = None
+    positional: bool = False
+    """Whether it is given by its place alone."""
     read: Callable[[Any], Any] | None = None
     """Makes the value of the setting from the flag's."""
+    each: Callable[[str], Any] | None = None
+    """Of a flag that is repeated: makes one value of one text, and a tuple of all."""
+    example: str = ""
+    """Of a flag that is repeated with texts such as "name=value", which make a dict: one of them."""
 
 
 def declare(default: Any, help: str, check: Check | None = None, *, flag: Flag | None = Flag()) -> Any:

@@ -3,40 +3,68 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import typing
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from shardit.errors import InputError
-from shardit.settings.declare import declared
+from shardit.settings.declare import Flag, declared
 
 
-def flag_class(name: str, cls: type, *, only: Collection[str] = (), unset: bool = False) -> Any:
-    """A dataclass with a field for each flag of the settings that `cls` declares; typer makes its options from it.
+def flag_class(cls: type, *, only: Collection[str] = (), unset: bool = False) -> Any:
+    """A dataclass with a field for each flag of the settings that `cls` declares.
 
     only: names of settings, where not all are wanted. unset: all flags are None by default, and so tell what was given.
     """
     items = [item for item in declared(cls) if item.metadata["flag"] is not None and (not only or item.name in only)]
-    made = [_flag(cls, item, unset) for item in items]
-    return dataclasses.make_dataclass(name, made, frozen=True, kw_only=True)
+    hints = typing.get_type_hints(cls)
+    made = [_field(item, hints[item.name], unset) for item in items]
+    return dataclasses.make_dataclass(f"FlagsOf{cls.__name__}", made, frozen=True, kw_only=True)
 
 
-def _flag(cls: type, item: dataclasses.Field[Any], unset: bool) -> tuple[str, Any, Any]:
-    flag, help = item.metadata["flag"], item.metadata["help"]
-    name = flag.name or item.name
-    kind, default = typing.get_type_hints(cls)[item.name], item.default
-    if flag.kind is not None:
+def _field(item: dataclasses.Field[Any], kind: Any, unset: bool) -> tuple[str, Any, Any]:
+    flag, help, default = item.metadata["flag"], item.metadata["help"], item.default
+    if flag.each or flag.example:
+        kind, default = list[str] | None, None
+    elif flag.kind is not None:
         kind, default = flag.kind, flag.default
-    if kind == list[str] | None:
-        help = f"{help.removesuffix('.')}; repeat the flag for several."
     if unset:
         help, kind, default = help + (f" [default: {default}]" if default is not None else ""), kind | None, None
-    names = [f"--{name.replace('_', '-')}", *([flag.short] if flag.short else [])]
-    option = Option(*names, help=help, metavar=flag.metavar, envvar=flag.envvar)
-    return name, Annotated[kind, option], dataclasses.field(default=default)
+    return flag.name or item.name, kind, dataclasses.field(default=default, metadata={**item.metadata, "help": help})
+
+
+def options_of(flags: type) -> list[inspect.Parameter]:
+    """An argument for each field of a class of flags, from which typer makes an option; the class's own come first."""
+    hints, own = typing.get_type_hints(flags), inspect.get_annotations(flags)
+    return [
+        inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if item.default is dataclasses.MISSING else item.default,
+            annotation=Annotated[hints[item.name], _option(item, hints[item.name])],
+        )
+        for item in sorted(dataclasses.fields(flags), key=lambda item: item.name not in own)
+    ]
+
+
+def _option(item: dataclasses.Field[Any], kind: Any) -> Any:
+    flag, help = item.metadata["flag"], item.metadata["help"]
+    if flag.positional:
+        return Argument(metavar=flag.metavar, help=help)
+    if any(typing.get_origin(one) is list for one in typing.get_args(kind)):
+        text, _, default = help.partition(" [")
+        help = f"{text.removesuffix('.')}; repeat the flag for several.{default and f' [{default}'}"
+    names = [_spelt(item.name), *([flag.short] if flag.short else [])]
+    shown = item.default != ""
+    return Option(*names, help=help, metavar=flag.metavar, envvar=flag.envvar, show_default=shown)
+
+
+def _spelt(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def values_of(flags: Any, cls: type) -> dict[str, Any]:
@@ -46,19 +74,27 @@ def values_of(flags: Any, cls: type) -> dict[str, Any]:
         if (flag := item.metadata["flag"]) is None:
             continue
         if (value := getattr(flags, flag.name or item.name)) is not None:
-            found[item.name] = value if flag.read is None else flag.read(value)
+            found[item.name] = _read(flag, flag.name or item.name, value)
     return found
+
+
+def _read(flag: Flag, name: str, value: Any) -> Any:
+    if flag.each is not None:
+        return tuple(map(flag.each, value))
+    if flag.example:
+        return parse_values(_spelt(name), value, flag.example)
+    return value if flag.read is None else flag.read(value)
 
 
 def check_flags(flags: Any, *classes: type) -> None:
     """Check the values of flags by what the settings of `classes` take. Raises InputError, which names the flag."""
     for item in (item for cls in classes for item in declared(cls)):
         flag, check = item.metadata["flag"], item.metadata["check"]
-        if flag is None or check is None or flag.kind == list[str] | None:
+        if flag is None or check is None:
             continue
         name = flag.name or item.name
         if (value := getattr(flags, name)) is not None and check.problem(value):
-            raise InputError(f"--{name.replace('_', '-')} must be {check.limits}, got {value}")
+            raise InputError(f"{_spelt(name)} must be {check.limits}, got {value}")
 
 
 def parse_values(flag: str, entries: Sequence[str] | None, example: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from shardit.errors import InputError
 from shardit.loading.hub import is_hub_id
 from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, is_number, number
 from shardit.settings.declare import Flag, check_declared, declare
-from shardit.settings.flag_class import parse_values
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,7 @@ class ModelOptions:
     single_files: Mapping[str, str] = declare(
         dict,
         "File in a format that from_single_file reads, in place of a component.",
-        flag=Flag(
-            name="single_file",
-            kind=list[str] | None,
-            metavar="<component=path>",
-            read=lambda files: parse_values("--single-file", files, "transformer=flux.safetensors"),
-        ),
+        flag=Flag("single_file", metavar="<component=path>", example="transformer=flux.safetensors"),
     )
     """Paths by the component that they replace, {"transformer": path}; "*": by all that they hold."""
     variant: str | None = declare(None, "Variant of the weight files, such as fp16, as in diffusers.", NAME)
@@ -52,12 +46,7 @@ class ModelOptions:
         dict,
         "Argument of the scheduler, as in use_karras_sigmas=true.",
         NAMED_VALUES,
-        flag=Flag(
-            name="scheduler_arg",
-            kind=list[str] | None,
-            metavar="<name=value>",
-            read=lambda values: parse_values("--scheduler-arg", values, "use_karras_sigmas=true"),
-        ),
+        flag=Flag("scheduler_arg", metavar="<name=value>", example="use_karras_sigmas=true"),
     )
     """Arguments of the scheduler's `__init__` that replace those of its configuration, by name."""
     lora: tuple[Lora, ...] = declare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import did_you_mean
@@ -43,12 +44,12 @@ def build_requests(
     prompts: object,
     params: object,
     *,
-    prompt: str | None,
-    negative_prompt: str | None,
-    pil_image: object,
-    overrides: Mapping[str, Any],
     takes: PipelineSignature,
     takes_with_image: PipelineSignature | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    pil_image: object = None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Request]:
     """The requests of one `Omni.generate` call (which see for the arguments), in order; nothing is started here.
 

@@ -20,14 +20,4 @@ def build_request(request: Mapping[str, Any], seed: int, images: Sequence[ImageS
     entry: dict[str, Any] = {**request, "seed": seed}
     if images:
         entry["pil_image"] = list(images)
-    built = build_requests(
-        entry,
-        None,
-        prompt=None,
-        negative_prompt=None,
-        pil_image=None,
-        overrides={},
-        takes=info.signature,
-        takes_with_image=info.signature_with_image,
-    )
-    return built[0]
+    return build_requests(entry, None, takes=info.signature, takes_with_image=info.signature_with_image)[0]

@@ -213,6 +213,32 @@ def test_what_is_no_tensor_is_refused(value):
         build("a", Params(sigmas=[1.0], extra_args={"latents": fine}), takes=takes)
 
 
+class LastPipeline:
+    def __call__(self, image=None, last_image: torch.Tensor | None = None, mask: torch.Tensor | None = None):
+        """Takes pictures, of which the last one is declared as a tensor, and a mask that is one."""
+
+
+def test_a_picture_that_is_declared_as_a_tensor(tmp_path):
+    takes, path = signature_of(LastPipeline), tmp_path / "last.png"
+    picture = Image.new("RGB", (8, 6), "red")
+    picture.save(path)
+    for source in (str(path), path, path.read_bytes(), picture):
+        (request,) = build({"last_image": source}, takes=takes)
+        assert list(request.kwargs["last_image"].getdata()) == list(picture.getdata())
+    with pytest.raises(InputError, match="last_image: image nowhere does not exist"):
+        build({"last_image": "nowhere"}, takes=takes)
+    with pytest.raises(InputError, match="mask must be a tensor"):
+        build({"mask": str(path)}, takes=takes)
+
+
+def test_what_is_given_twice_in_one_prompt():
+    refused(
+        "^scale is given twice, by its name and in extra_args",
+        {"prompt": "a", "scale": 1, "extra_args": {"scale": 2}},
+        takes=FLAGS,
+    )
+
+
 class PaintPipeline:
     def __call__(self, image=None, prompt=None, mask_image=None, control_video=None, ip_adapter_image=None, strength=1):
         """Takes pictures and a video besides the image."""

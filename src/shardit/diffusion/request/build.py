@@ -227,7 +227,11 @@ def _images(values: Mapping[str, Any]) -> list[ImageSource]:
 def _merge(
     base: OmniDiffusionSamplingParams, values: Mapping[str, Any], takes: PipelineSignature
 ) -> OmniDiffusionSamplingParams:
-    fields, extra = {}, {**base.extra_args, **_extra_args_of(values)}
+    own = _extra_args_of(values)
+    for name in own:
+        if name in values and name not in (*_IN_PLACES, *field_names()):
+            raise InputError(f"{name} is given twice, by its name and in extra_args; give one of them")
+    fields, extra = {}, {**base.extra_args, **own}
     for name, value in values.items():
         if name in field_names() and name != "extra_args":
             fields[name] = value

@@ -27,6 +27,7 @@ _RATE = re.compile(r"([a-z]+_)?(fps|frame_rate)")
 # What pipelines call the number of frames of a video.
 _FRAMES = ("num_frames", "frames", "video_length")
 _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
+_IMAGE = re.compile(r"(^|_)images?$")
 _NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
 # Most pipelines declare `image=None` and fail later without one; the names of their classes tell.
 _WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
@@ -132,7 +133,7 @@ class PipelineSignature:
         """What is wrong with an argument that is to be a tensor: text and plain numbers, also in lists, are none."""
         parts = value if isinstance(value, (list, tuple)) else [value]
         wrong = any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
-        if name not in self.tensors or name == self.mask_name or not wrong:  # they take pictures, whatever they declare
+        if name not in self.tensors or _IMAGE.search(name) or not wrong:  # images are opened, whatever is declared
             return None
         return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"
 

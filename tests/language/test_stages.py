@@ -22,9 +22,9 @@ from tests.language import families
 from tests.language.cases import CASES, compare
 from tests.support.ranks import run_ranks
 
-FAST = ("llama", "gemma2", "gpt_oss", "mamba", "qwen3_next", "deepseek_v3", "gpt2")
+FAST = ("llama", "gemma2", "gpt_oss", "mamba", "qwen3_next", "deepseek_v3", "gpt2", "gemma4_text")
 """Attention with few key heads, sliding windows, experts, states, a mix of these, latent attention, positions that are
-learned."""
+learned, keys that layers share."""
 
 TWO = DiffusionParallelConfig(pipeline_parallel_size=2)
 

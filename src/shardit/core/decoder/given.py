@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,8 @@ class Given:
     """What a block is called with. Most blocks of a forward are given the same objects, but for the first argument.
 
     tensors: numbers of the leaves that are tensors. staged: those whose data some ranks have. first_alone: whether the
-    first argument is the only one of these.
+    first argument is the only one of these. mappings: dicts among the arguments, into which blocks may put what later
+    ones read (keys and values that layers share); `args` and `kwargs` have copies of them.
     """
 
     args: tuple[Any, ...]
@@ -28,16 +31,20 @@ class Given:
     tensors: list[int]
     staged: list[StageTensor]
     first_alone: bool
+    mappings: list[MutableMapping[Any, Any]]
     _sizes: dict[int, tuple[Sizes, Returned]] = field(default_factory=dict)
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         """Look at the arguments of a call."""
+        mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+        if mappings:
+            args, kwargs = tuple(map(_as_dict, args)), {name: _as_dict(value) for name, value in kwargs.items()}
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [q for q, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         staged = [leaf for leaf in leaves if type(leaf) is StageTensor]
-        first_alone = bool(args) and len(staged) == 1 and staged[0] is args[0]
-        return Given(args, kwargs, leaves, spec, structure(leaves, spec), tensors, staged, first_alone)
+        first_alone = bool(args) and len(staged) == 1 and staged[0] is args[0] and not mappings
+        return Given(args, kwargs, leaves, spec, structure(leaves, spec), tensors, staged, first_alone, mappings)
 
     def moves_to(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether another call is given the same objects, and a first argument that differs in its data alone. If so,
@@ -69,3 +76,32 @@ class Given:
             return leaves, (leaves[0], *self.args[1:]), self.kwargs
         args, kwargs = tree_unflatten(leaves, self.spec)
         return leaves, args, kwargs
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any], before: list[dict[Any, Any]]) -> list[Any]:
+        """What a block has put into each of the mappings that it was given."""
+        now = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+        return [
+            {name: value for name, value in one.items() if name not in old or value is not old[name]}
+            for one, old in zip(now, before, strict=True)
+        ]
+
+
+def of_kind(
+    args: tuple[Any, ...], kwargs: dict[str, Any], mappings: list[Any]
+) -> tuple[Any, Any, list[dict[Any, Any]]]:
+    """Arguments with mappings of the classes that the block expects, in place of dicts; and what these held."""
+    left, held = iter(mappings), []
+
+    def made(value: Any) -> Any:
+        if not isinstance(value, MutableMapping):
+            return value
+        held.append(dict(value))
+        one = copy.copy(next(left))
+        one.update(value)
+        return one
+
+    return tuple(map(made, args)), {name: made(value) for name, value in kwargs.items()}, held
+
+
+def _as_dict(value: Any) -> Any:
+    return dict(value) if isinstance(value, MutableMapping) else value

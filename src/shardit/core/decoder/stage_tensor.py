@@ -19,7 +19,6 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from shardit.core.decoder.link import Link
-from shardit.core.runtime.randomness import States, moved, set_states, states
 
 SMALL = 4096
 """Elements of the largest integer results that all ranks get at once."""
@@ -213,20 +212,26 @@ def _wrapped(out: Any, kind: _Kind, base: StageTensor, ranks: frozenset[int], li
 
 
 def _drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: frozenset[int], link: Link) -> Any:
-    """The result of an operation that draws; the global generators of all ranks move as those of the ranks that run
+    """The result of an operation that draws. The generator that it draws from moves on all ranks as on those that run
     it."""
+    generator = kwargs.get("generator") or global_generator(link.device)
     if link.rank in ranks:
-        before: States = states(link.device, [])
         out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
     else:
-        before, out = {}, _shapes(func, args, kwargs)
+        out = _shapes(func, args, {name: value for name, value in kwargs.items() if name != "generator"})
     if len(ranks) < link.size:
-        source = min(ranks)
-        news = moved(before, states(link.device, [])) if link.rank == source else None
-        news = link.comm.group.broadcast_object(news, source)
+        state = generator.get_state()
+        shared = link.share(state if link.rank in ranks else state.to("meta"), ranks)
         if link.rank not in ranks:
-            set_states(news, link.device, [])
+            generator.set_state(shared.clone().cpu())
     return out
+
+
+def global_generator(device: torch.device) -> torch.Generator:
+    """Torch's own generator of a device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
 
 
 @dataclass(frozen=True)

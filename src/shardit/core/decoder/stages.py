@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.comm.same_point import sendable
-from shardit.core.decoder.given import Given
+from shardit.core.decoder.given import Given, of_kind
 from shardit.core.decoder.link import Link
 from shardit.core.decoder.shapes import Returned, Sizes, describe, fits, narrowed, strides
 from shardit.core.decoder.stage_tensor import Memory, StageTensor, bring, look_of, stage_tensor
@@ -97,22 +97,33 @@ class DecoderStages:
         known = self._known.get(key)
         expected = None if known is None else given.sizes(known)
         if owner == link.rank:
-            return self._own(key, call, given, known, expected)
-        if known is None or expected is None:
-            known, expected = self._learn_from_owner(key, known, owner)
-        for q in known.writes:
-            link.comm.broadcast(given.leaves[q], owner)
-        return self._absent(known, expected, given.leaves, owner)
+            out = self._own(key, call, given, known, expected)
+        else:
+            if known is None or expected is None:
+                known, expected = self._learn_from_owner(key, known, owner)
+            for q in known.writes:
+                link.comm.broadcast(given.leaves[q], owner)
+            out = self._absent(known, expected, given.leaves, owner)
+        if given.mappings:
+            out, written = out
+            for mapping, entries in zip(given.mappings, written, strict=True):
+                mapping.update(entries)
+        return out
 
     def _own(self, key: Any, call: Callable[..., Any], given: Given, known: Returned | None, expected: Sizes) -> Any:
         link, index, first = self.link, key[0], known is None or expected is None
         plain, args, kwargs = given.with_data()
         before = [mark(plain[q]) for q in given.tensors]
         look = self.books.look(plain) if first else None
+        held: list[dict[Any, Any]] = []
+        if given.mappings:
+            args, kwargs, held = of_kind(args, kwargs, given.mappings)
         self._inside = True
         try:
             with torch.no_grad():
                 out = call(*args, **kwargs)
+            if given.mappings:
+                out = out, given.written(args, kwargs, held)
         except Exception as error:
             if first:
                 link.comm.group.broadcast_object(sendable(error), link.rank)

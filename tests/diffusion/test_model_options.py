@@ -12,7 +12,15 @@ import torch
 import shardit
 from shardit.cli import main
 from shardit.config import DiffusionParallelConfig
-from shardit.diffusion.loading.model_options import OPTION_NAMES, Lora, described, model_options, parse_lora
+from shardit.diffusion.loading.model_options import (
+    OPTION_NAMES,
+    WHOLE,
+    Lora,
+    described,
+    model_options,
+    parse_lora,
+    split_model,
+)
 from shardit.diffusion.loading.schedulers import changed_scheduler
 from shardit.engine.inspect import inspect_model
 from shardit.engine.process.messages import SessionSpec
@@ -249,11 +257,32 @@ def test_a_lora_of_another_model_is_refused(loras: list[str], tmp_path: Path) ->
     save_file({**lora, first: lora[first][:-1].contiguous()}, str(tmp_path / "shape.safetensors"))
     with pytest.raises(InputError, match=r"lora .*shape\.safetensors .*FluxTransformer2DModel: size mismatch for "):
         shardit.load("tiny/flux", lora=tmp_path / "shape.safetensors")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"lora .*empty\.safetensors"):
+        shardit.load("tiny/flux", lora=tmp_path / "empty.safetensors")
     with pytest.raises(InputError, match="takes no LoRA"):
         check(SessionSpec("tiny/longcat-image-edit", DiffusionParallelConfig(), options=model_options(lora=loras[0])))
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"no \.safetensors file"):
         model_options(lora=tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("name", ["flow_shift", "shift"])
+def test_a_shift_that_is_given_twice(name: str) -> None:
+    with pytest.raises(InputError, match=f"as flow_shift 3 and in scheduler_args as {name} 4; give one"):
+        model_options(flow_shift=3, scheduler_args={name: 4})
+    assert model_options(flow_shift=3, scheduler_args={name: 3.0}).flow_shift == 3
+
+
+def test_a_file_of_the_model_that_is_given_twice(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").touch()
+    options = model_options(single_files={WHOLE: tmp_path / "one.safetensors"})
+    with pytest.raises(
+        InputError, match=r"as model .*two\.safetensors and in single_files as .*one\.safetensors; give one"
+    ):
+        split_model(tmp_path / "two.safetensors", "tiny/flux", options)
+    assert split_model(tmp_path / "one.safetensors", "tiny/flux", options) == ("tiny/flux", options)
 
 
 @pytest.mark.parametrize("more", [{}, {"weight_name": "x.safetensors"}])

@@ -45,6 +45,13 @@ def commands():
         ([*GENERATE, "tiny/flux", "--extra", "latents=x.pt"], "latents must be a tensor, got 'x.pt'"),
         ([*GENERATE, "tiny/flux", "--height", "0"], "height must be a whole number"),
         ([*GENERATE, "tiny/wan2.2-i2v"], "needs an image"),
+        ([*GENERATE, "tiny/wan2.2-t2v", "--extra", "num_frames=1000000"], "num_frames is 1000000 frames, the limit is"),
+        ([*GENERATE, "tiny/flux", "--width=100000", "--height=9999"], "width x height is 999900000 pixels, the limit"),
+        ([*GENERATE, "tiny/flux", "--num-inference-steps=1000000"], "num_inference_steps is 1000000 steps, the limit"),
+        (
+            [*GENERATE, "tiny/flux", "--flow-shift=3", "--scheduler-arg=shift=4"],
+            "as flow_shift 3.0 and in scheduler_args",
+        ),
         ([*GENERATE, "tiny/fluxx"], "no tiny model 'fluxx'"),
         ([*GENERATE, "tiny/wan2.2-t2v", "--width=100"], "width must be a multiple of 16, got 100; use 96 or 112"),
         ([*GENERATE, "tiny/qwen-image", "--width=8"], "width must be at least 16, got 8"),
@@ -87,6 +94,8 @@ NAMES = [
     ("", "--scheduler=Nope", "no scheduler 'Nope'; choose among DEIS"),
     ("", "--scheduler-arg=shft=1", "takes no 'shft' (did you mean 'shift'?)"),
     ("", "--scheduler=DDIMScheduler --flow-shift=3", "DDIMScheduler has no shift"),
+    ("", "--scheduler=EulerDiscreteScheduler", "EulerDiscreteScheduler cannot take the place of FlowMatchEuler"),
+    ("", "--flow-shift=3", "shifts by the size of the picture; add use_dynamic_shifting=false"),
     ("", "--dtype=transformer=bfloat16,nope=float32", "has no component 'nope' with weights"),
     ("", "--single-file=transfomer=x.safetensors", "no model 'transfomer' (did you mean 'transformer'?)"),
     ("", "--variant=fp16", "no component of the model has weights of variant 'fp16'"),
@@ -174,13 +183,15 @@ def test_what_other_machines_have_is_left_to_them(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("scheduler", ["Nope", "DDIMScheduler", "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("name", tiny.names())
-def test_schedulers_from_the_source(name):
-    """Those that are proposed for a name that diffusers does not have are those that are found by trying."""
+def test_schedulers_from_the_source(name, scheduler):
+    """Those that are proposed for one that diffusers does not have, or that does not go with the model, are those
+    that are found by trying."""
     from shardit.diffusion.loading.schedulers import changed_scheduler
     from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
 
-    folder, options = tiny.resolve(f"tiny/{name}"), model_options(scheduler="Nope")
+    folder, options = tiny.resolve(f"tiny/{name}"), model_options(scheduler=scheduler)
     part = components(folder)["scheduler"]
     cls = pipeline_class(folder)
     with pytest.raises(InputError) as tried:
@@ -293,3 +304,25 @@ def test_a_missing_package_is_told_once_with_the_way_to_install_it(tmp_path, mod
     assert done.returncode == 2
     assert f"pip install {module}" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("more", [{}, {"weight_name": "two.safetensors"}, {"subfolder": "sub"}])
+def test_damaged_adapters_and_single_files(more, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "check_lora_support", lambda *_: None)
+    folder = tmp_path / str(more.get("subfolder", ""))
+    folder.mkdir(exist_ok=True)
+    file = folder / more.get("weight_name", "one.safetensors")
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match=f"^lora {file} is empty"):
+        preflight.check("tiny/flux", DiffusionParallelConfig(), model_options(lora={"path": tmp_path, **more}))
+    for options, text in (({"lora": file}, "lora "), ({"single_files": {"transformer": file}}, "")):
+        with pytest.raises(InputError, match=f"^{text}{file} is empty"):
+            preflight.check("tiny/flux", DiffusionParallelConfig(), model_options(**options))
+
+
+def test_a_folder_of_adapters_of_which_one_is_damaged(tmp_path, monkeypatch):
+    """Which one is read, diffusers decides."""
+    monkeypatch.setattr(preflight, "check_lora_support", lambda *_: None)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    preflight.check("tiny/flux", DiffusionParallelConfig(), model_options(lora=tmp_path))

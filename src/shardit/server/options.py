@@ -10,6 +10,7 @@ from typing import Literal
 
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import ModelOptions
+from shardit.diffusion.request.result_limits import ResultLimits
 from shardit.errors import InputError
 from shardit.loading.dtypes import Setting
 from shardit.settings.checks import number, whole
@@ -24,7 +25,7 @@ class Executor(Enum):
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(ResultLimits):
     """What a request may ask for at most; checked before anything is decoded."""
 
     body_bytes: int = 64 * 1024**2

@@ -74,6 +74,13 @@ def model_options(**given: Any) -> ModelOptions:
     dict with "path", "scale" and further arguments of `load_lora_weights`. Raises InputError.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
+    arguments = chosen.get("scheduler_args", {})
+    for name in ("flow_shift", "shift") if "flow_shift" in chosen else ():
+        if isinstance(arguments, Mapping) and arguments.get(name, chosen["flow_shift"]) != chosen["flow_shift"]:
+            raise InputError(
+                f"the shift is given twice, as flow_shift {chosen['flow_shift']} and in scheduler_args as {name} "
+                f"{arguments[name]}; give one of them"
+            )
     chosen["single_files"] = _single_files(chosen.get("single_files", {}))
     chosen["lora"] = _loras(chosen.get("lora", ()))
     check_declared(options := ModelOptions(**chosen))
@@ -104,6 +111,11 @@ def split_model(model: Any, model_config: Any, options: ModelOptions) -> tuple[A
         raise InputError(
             f"{os.fspath(model)} is a single file: give a diffusers folder or hub id with its configuration, too "
             "(model_config=, --config on the command line)"
+        )
+    if options.single_files.get(WHOLE, files[WHOLE]) != files[WHOLE]:
+        raise InputError(
+            f"the file of the model is given twice, as model {os.fspath(model)} and in single_files as "
+            f"{options.single_files[WHOLE]}; give one of them"
         )
     return model_config, dataclasses.replace(options, single_files={**files, **options.single_files})
 

@@ -48,7 +48,7 @@ def changed_scheduler(own: Any, options: ModelOptions, pipeline_class: Any = Non
         what = "needs flow matching, which this is not" if _is_flow(own) else "knows no flow matching, which this is"
         raise InputError(f"scheduler: the model {what} ({cls.__name__} with these arguments); leave them out")
     if options.flow_shift is not None:
-        _check_shift(made, cls)
+        check_shift(cls.__name__, made.config, _is_flow(made))
     return made
 
 
@@ -63,8 +63,7 @@ def _class_of(name: str, own: Any, asked: Asked) -> Any:
     known = [each for each in known if not _problem(getattr(diffusers, each, type(own)), own, asked)]
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise unknown_scheduler(name, known)
-    why = f"{name} cannot take the place of {type(own).__name__} in this pipeline"
-    raise InputError(f"scheduler: {why}; choose among {', '.join(known)}")
+    raise unfit_scheduler(name, type(own).__name__, known)
 
 
 def has_default(takes: Mapping[str, inspect.Parameter], name: str) -> bool:
@@ -81,6 +80,12 @@ def unknown_scheduler(name: str, known: list[str]) -> InputError:
     """The error for a name that diffusers does not have; `known` are those that go with the model."""
     choice = f"; choose among {', '.join(known)}" if known else "; check the name"
     return InputError(f"scheduler: diffusers has no scheduler {name!r}{did_you_mean(name, known)}{choice}")
+
+
+def unfit_scheduler(name: str, own: str, known: list[str]) -> InputError:
+    """The error for a scheduler that cannot replace the pipeline's `own`; `known` are those that can."""
+    why = f"{name} cannot take the place of {own} in this pipeline"
+    return InputError(f"scheduler: {why}; choose among {', '.join(known)}")
 
 
 def _problem(cls: Any, own: Any, asked: Asked) -> str:
@@ -176,12 +181,13 @@ def shift_name(class_name: str, takes: Collection[str]) -> str:
     return name
 
 
-def _check_shift(made: Any, cls: Any) -> None:
-    """Raise InputError where a scheduler would not look at its shift."""
-    if made.config.get("use_dynamic_shifting"):
+def check_shift(class_name: str, config: Mapping[str, Any], flow: bool) -> None:
+    """Raise InputError where a scheduler with this configuration would not look at its shift. flow: whether it is one
+    of flow-matching models."""
+    if config.get("use_dynamic_shifting"):
         raise InputError(
-            f"flow_shift: this {cls.__name__} shifts by the size of the picture; add use_dynamic_shifting=false to "
+            f"flow_shift: this {class_name} shifts by the size of the picture; add use_dynamic_shifting=false to "
             "scheduler_args, or leave flow_shift out"
         )
-    if not _is_flow(made):
-        raise InputError(f"flow_shift: this {cls.__name__} does not match flows, so it has no effect; leave it out")
+    if not flow:
+        raise InputError(f"flow_shift: this {class_name} does not match flows, so it has no effect; leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.class_homes import VAE_PACKAGE
@@ -11,6 +12,7 @@ from shardit.diffusion.loading.model_options import Lora, ModelOptions
 from shardit.errors import InputError, first_line
 from shardit.loading.hub import unreachable
 from shardit.loading.missing import is_missing
+from shardit.loading.safetensors_file import Header
 
 
 def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) -> None:
@@ -49,9 +51,11 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
 
 def _not_loaded(lora: Lora, pipe: Any, error: Exception) -> Exception:
     """What to raise where an adapter could not be loaded: `error` itself, where the user cannot help it."""
+    from safetensors import SafetensorError
+
     if found := unreachable(error, f"lora {lora.path}"):
         return found
-    if isinstance(error, InputError) or not isinstance(error, _OF_FILES):
+    if isinstance(error, InputError) or not isinstance(error, (*_OF_FILES, SafetensorError)):
         return error
     return InputError(f"lora {lora.path} cannot be loaded into {type(pipe).__name__}: {first_line(error)}")
 
@@ -72,6 +76,19 @@ def check_lora_support(class_name: str, takes_lora: bool) -> None:
         raise InputError(f"lora: {class_name} takes no LoRA; leave it out")
     if is_missing("peft"):
         raise InputError("lora needs peft: pip install peft")
+
+
+def check_lora_file(lora: Lora) -> None:
+    """Raise InputError where the local file of an adapter is damaged. Of several in a folder diffusers chooses one."""
+    inside = Path(lora.path) / str(lora.arguments.get("subfolder") or "")
+    name = lora.arguments.get("weight_name")
+    files = [inside / str(name)] if name else list(inside.glob("*.safetensors"))
+    file = Path(lora.path) if Path(lora.path).is_file() else files[0] if len(files) == 1 else None
+    if file is not None:
+        try:
+            Header.read(file)
+        except InputError as error:
+            raise InputError(f"lora {error}") from error
 
 
 _OF_FILES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)

@@ -19,13 +19,14 @@ from shardit.diffusion.loading.attention_backends import check_attention_backend
 from shardit.diffusion.loading.model_options import WHOLE, ModelOptions, check_single_files
 from shardit.diffusion.loading.required_packages import check_frameworks, check_packages, missing_by_name
 from shardit.diffusion.loading.schedulers import has_default, no_scheduler, wants_scheduler
-from shardit.diffusion.loading.start_options import check_lora_support
+from shardit.diffusion.loading.start_options import check_lora_file, check_lora_support
 from shardit.diffusion.preflight.static_degrees import check_degrees
 from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
 from shardit.loading.checkpoint import Checkpoint, check_variant
 from shardit.loading.dtypes import Setting, check_components
 from shardit.loading.hub import check_cached, index_folder
 from shardit.loading.index import Component, check_complete, components, is_left_to_class, read_index
+from shardit.loading.safetensors_file import Header
 from shardit.loading.source import local_folder
 from shardit.models.tiny.cache import check_cache, written_folder
 from shardit.models.tiny.catalog import recipe
@@ -82,8 +83,12 @@ def check(
         _check_scheduler(known, options, takes)
     if options.lora and packages:
         check_lora_support(str(name), not name or diffusers_source.has_method(name, "load_lora_weights"))
+    for path in options.single_files.values() if files else ():
+        Header.read(path)
     for lora in options.lora if files else ():
-        if not Path(lora.path).exists() and "cache_dir" not in lora.arguments:
+        if Path(lora.path).exists():
+            check_lora_file(lora)
+        elif "cache_dir" not in lora.arguments:
             check_cached(lora.path, f"lora {lora.path}")
     if packages and name:
         check_packages(name, missing_by_name(name))

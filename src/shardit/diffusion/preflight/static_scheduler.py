@@ -1,6 +1,7 @@
 """Names of schedulers and of their arguments, checked against the source of diffusers before torch is imported.
 
-Whether a scheduler that exists goes with the model is left to `diffusion/loading/schedulers.py`, which makes it.
+Some schedulers that exist do not go with the model: those of models with and without flow matching are told apart here.
+The rest is left to `diffusion/loading/schedulers.py`, which makes the scheduler.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from shardit.diffusion.loading.diffusers_source import (
     parameters_of,
 )
 from shardit.diffusion.loading.model_options import ModelOptions
-from shardit.diffusion.loading.schedulers import check_arguments, shift_name, unknown_scheduler
+from shardit.diffusion.loading.schedulers import (
+    check_arguments,
+    check_shift,
+    shift_name,
+    unfit_scheduler,
+    unknown_scheduler,
+)
 from shardit.diffusion.loading.timesteps import Asked, asked_in
 
 _USUAL = {
@@ -29,7 +36,8 @@ _USUAL = {
 
 
 def check_scheduler_names(options: ModelOptions, own: str, config: Mapping[str, Any], pipeline: str | None) -> None:
-    """Raise InputError where the scheduler is none of diffusers, or takes no argument of a name that is given.
+    """Raise InputError where the scheduler is none of diffusers, takes no argument of a name that is given, would not
+    look at its shift, or is for other models.
 
     own, config: the class and the configuration of the model's own. pipeline: the class of the pipeline.
     """
@@ -40,10 +48,25 @@ def check_scheduler_names(options: ModelOptions, own: str, config: Mapping[str, 
             raise unknown_scheduler(name, _proposed(own, config, _asked(pipeline)))
         return
     takes = parameters_of(node, "__init__")
-    if takes:
-        check_arguments(name, takes, options.scheduler_args)
-        if options.flow_shift is not None:
-            shift_name(name, takes)
+    if not takes:
+        return  # they are inherited
+    check_arguments(name, takes, options.scheduler_args)
+    if options.flow_shift is not None:
+        shift_name(name, takes)
+        if name == own:  # what another class takes of the configuration, only making it shows
+            made = _with_defaults(own, {**config, **options.scheduler_args})
+            check_shift(name, made, _is_flow(own, made))
+    if name != own and own in definitions("schedulers") and not _may_replace(name, own, config):
+        raise unfit_scheduler(name, own, _proposed(own, config, _asked(pipeline)))
+
+
+def _may_replace(name: str, own: str, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler is for such models as the model's own, as far as flow matching tells."""
+    return _knows_flow(name) if _is_flow(own, config) else not _is_flow_class(name)
+
+
+def _with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item.default for key, item in _init(name).items()} | dict(config)
 
 
 def _asked(pipeline: str | None) -> Asked:
@@ -60,7 +83,7 @@ def _proposed(own: str, config: Mapping[str, Any], asked: Asked) -> list[str]:
         return []
     flow = _is_flow(own, config)
     fit = [name for name in (classes if flow else _compatibles(classes[own])) if name in classes and is_exported(name)]
-    fit = [name for name in fit if _is_flow_class(name) or not flow or "use_flow_sigmas" in _init(name)]
+    fit = [name for name in fit if not flow or _knows_flow(name)]
     return sorted({own, *(name for name in fit if _takes(name, flow, asked))})
 
 
@@ -82,12 +105,16 @@ def _init(name: str) -> Mapping[str, Any]:
     return parameters_of(definitions("schedulers")[name], "__init__")
 
 
+def _knows_flow(name: str) -> bool:
+    return _is_flow_class(name) or "use_flow_sigmas" in _init(name)
+
+
 def _is_flow_class(name: str) -> bool:
     return name.startswith("FlowMatch") and name.endswith("Scheduler")
 
 
 def _is_flow(name: str, config: Mapping[str, Any]) -> bool:
-    values = {key: item.default for key, item in _init(name).items()} | dict(config)
+    values = _with_defaults(name, config)
     flow = values.get("prediction_type") == "flow_prediction" or values.get("use_flow_sigmas") is True
     return _is_flow_class(name) or flow
 

@@ -14,6 +14,7 @@ from shardit.diffusion.request.images import open_image
 from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_count
 from shardit.diffusion.request.request import Request
+from shardit.diffusion.request.result_limits import ResultLimits, limit_problem
 from shardit.diffusion.request.step_lists import listed, steps_problem
 from shardit.errors import InputError
 from shardit.params import OmniDiffusionSamplingParams, field_names, seed_or_drawn
@@ -140,6 +141,9 @@ def _build(
             raise InputError(problem)
     if problem := steps_problem(kwargs):
         raise InputError(problem)
+    if excess := limit_problem(kwargs, takes.defaults, ResultLimits()):
+        name, what = excess
+        raise InputError(f"{'width x height' if name == 'size' else name} {what}")
     _rename_frames(kwargs, takes)
     if takes.form is not None:
         kwargs.setdefault("output_type", takes.form)

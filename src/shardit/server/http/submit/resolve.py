@@ -9,6 +9,7 @@ from typing import Any
 from shardit.diffusion.request.argument_values import checked_value
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.diffusion.request.result_limits import limit_problem
 from shardit.diffusion.request.size_search import SIDES
 from shardit.diffusion.request.step_lists import steps_problem
 from shardit.errors import InputError
@@ -17,11 +18,8 @@ from shardit.params import field_names
 from shardit.server.http.schema.errors import ApiError, from_input_error
 from shardit.server.http.schema.fields import FPS, LOOK, PICTURES, ROUTING
 from shardit.server.options import Limits, ServeOptions
-from shardit.settings.checks import is_number, number
+from shardit.settings.checks import number
 
-_SIDE = 1024
-"""Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
-_COUNTED = re.compile("steps|frames|tokens|length|^layers$")
 # Arguments of pipelines that are tensors, pictures or functions, which no JSON value can be, and files of this machine.
 _NOT_SENDABLE = re.compile(
     r"^output_type$|embeds|latents|mask|image|video|callback|generator|guess|processor|(^|_)(file|path|url)s?($|_)"
@@ -118,43 +116,15 @@ def _fps(given: Mapping[str, Any], takes: PipelineSignature) -> float:
 
 
 def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Limits) -> None:
-    """Raise ApiError for what is more than the server allows and its fields alone do not show: products, lists, what
-    the pipeline does by default, and its own arguments that are steps, frames or tokens by their names."""
+    """Raise ApiError for what is more than the server allows and its fields alone do not show (`limit_problem`)."""
     for name in ("width", "height"):
         if given.get(name, 1) < 1:
             raise ApiError(
                 400, f"size must be at least 1x1, got {name} {given[name]}", code="invalid_value", param="size"
             )
-    extra = given.get("extra_args", {})
-    asked = {name: value for name, value in {**takes.defaults, **extra, **given}.items() if value is not None}
-    if "num_inference_steps" not in {**extra, **given} and ("sigmas" in asked or "timesteps" in asked):
-        asked.pop("num_inference_steps", None)  # which the pipeline then does not look at
-    sides = {name: asked[name] for name in ("width", "height", "resolution") if is_number(asked.get(name))}
-    if "width" in sides or "height" in sides:
-        _at_most("size", sides.get("width", _SIDE) * sides.get("height", _SIDE), limits.pixels, "pixels")
-    _at_most("resolution", sides.get("resolution", 0) ** 2, limits.pixels, "pixels")
-    bounds = {
-        "steps": limits.steps,
-        "frames": limits.frames,
-        "tokens": limits.prompt_tokens,
-        "layers": limits.outputs,
-    }
-    for name, value in asked.items():
-        if name.endswith(("sigmas", "timesteps")):
-            _at_most(name, len(value) if isinstance(value, list) else 0, limits.steps, "steps")
-        elif (found := _COUNTED.search(name)) is not None:
-            unit = "tokens" if found[0] == "length" else found[0]
-            _at_most(name, max((one for one in _flat(value) if is_number(one)), default=0), bounds[unit], unit)
-
-
-def _at_most(name: str, value: float, limit: int, unit: str) -> None:
-    if value > limit:
-        text = f"{name} is {value} {unit}, the limit is {limit}; ask for less"
-        raise ApiError(400, text, code="too_large", param=name)
-
-
-def _flat(value: Any) -> list[Any]:
-    return [one for entry in value for one in _flat(entry)] if isinstance(value, list) else [value]
+    if problem := limit_problem({**given.get("extra_args", {}), **given}, takes.defaults, limits):
+        name, what = problem
+        raise ApiError(400, f"{name} {what}", code="too_large", param=name)
 
 
 def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:

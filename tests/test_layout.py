@@ -163,13 +163,13 @@ def test_the_server_imports_no_torch() -> None:
 BUDGET = {
     ".": 1090,
     "core": 5020,
-    "diffusion": 3430,
+    "diffusion": 3510,
     "engine": 2330,
     "language": 540,
     "loading": 1290,
     "models": 850,
     "parallel": 3250,
-    "server": 4120,
+    "server": 4100,
     "settings": 160,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

@@ -211,6 +211,9 @@ def test_jobs_that_wait_for_another_model(tmp_path: Path) -> None:
     store.close()
     (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0")
     assert "of tiny/qwen-image as served with flow_shift=3.0, now it is none; serve it as before" in line
+    flags = ("--port", "0", "--flow-shift", "3", "--dtype", "bfloat16")
+    (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), *flags)
+    assert "as served with flow_shift=3.0, now it is flow_shift=3.0, dtype bfloat16; serve it as before" in line
 
 
 @pytest.mark.full

@@ -13,7 +13,7 @@ from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.diffusion.request.result_limits import ResultLimits
 from shardit.errors import InputError
 from shardit.loading.dtypes import Setting
-from shardit.settings.checks import number, whole
+from shardit.settings.checks import NAME, number, whole
 from shardit.settings.declare import Flag, declare
 
 
@@ -70,7 +70,7 @@ class ServeOptions:
         "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.", flag=Flag(envvar="SHARDIT_HOST")
     )
     port: int = declare(8091, "TCP port; 0 selects a free one.", whole(0, 65535), flag=Flag(envvar="SHARDIT_PORT"))
-    served_model_name: str | None = declare(None, "The model's name for clients. [default: MODEL]")
+    served_model_name: str | None = declare(None, "The model's name for clients. [default: MODEL]", NAME)
     api_key_hashes: tuple[str, ...] = ()
     """As `keys.digest` makes them; none: everybody may use the server."""
     max_in_flight: int | None = declare(None, "Requests in flight per replica. [default: automatic]", whole(1))

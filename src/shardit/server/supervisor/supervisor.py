@@ -131,7 +131,9 @@ class Supervisor:
         """Raise InputError where jobs wait for another model: they would get its pictures."""
         folder, before = Path(self.options.model).expanduser(), self.store.recall(_MODEL)
         plain = str(folder.resolve()) if folder.is_dir() else self.options.model
-        changes = described(self.options.loading)
+        numbers = {"dtype": self.options.dtype, "attention_backend": self.options.attention_backend}
+        words = [described(self.options.loading), *(f"{name} {value}" for name, value in numbers.items() if value)]
+        changes = ", ".join(filter(None, words))
         model = plain + (f" with {changes}" if changes else "")
         counts = self.store.counts()
         waiting = counts.get("queued", 0) + counts.get("in_progress", 0)

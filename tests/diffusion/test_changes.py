@@ -38,12 +38,8 @@ def _cut(blocks: int) -> Any:
     pipe = pipeline("flux")
     del pipe.transformer.transformer_blocks[blocks:], pipe.transformer.single_transformer_blocks[blocks:]
     pipe.transformer.register_to_config(num_layers=blocks, num_single_layers=blocks)
-    layers = (
-        pipe.text_encoder.text_model.encoder.layers
-        if hasattr(pipe.text_encoder, "text_model")
-        else pipe.text_encoder.encoder.layers
-    )
-    del layers[2:]
+    del pipe.text_encoder.encoder.layers[2:]
+    pipe.text_encoder.config.num_hidden_layers = 2
     return pipe
 
 

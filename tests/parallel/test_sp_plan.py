@@ -527,7 +527,7 @@ def told(rank: int, count: int, method: str) -> list[Any]:
 
     spec = SessionSpec("tiny/wan2.2-ti2v", DiffusionParallelConfig(ulysses_degree=2), None, "cpu", 1, timeout_s=60)
     running = Session(spec, rank=rank, world_size=count, init_method=method)
-    found = [parallel_state.get_sp_rank(), running._pipe.transformer.parallel_config.ulysses_degree]
+    found = [parallel_state.get_sp_rank(), running.model.pipe.transformer.parallel_config.ulysses_degree]
     running.close()
     return [*found, parallel_state.model_parallel_is_initialized()]
 

@@ -13,7 +13,10 @@ from shardit.engine.process.fork_client import ForkServer
 from tests.support.paths import SUPPORT
 
 _idle: list[tuple[dict[str, str], ForkServer]] = []
-"""At most one that runs without ranks, and the environment that it was started in."""
+"""Those that run without ranks, the one that was used last at the end, each with the environment it was started in."""
+
+KEPT = 2
+"""A test may change the environment, or need ranks while those of its module are up."""
 
 
 class KeptForkServer:
@@ -23,13 +26,13 @@ class KeptForkServer:
     def __init__(self, timeout_s: float, on_exit: Callable[[int, int], None], on_end: Callable[[str], None]):
         self._given_back = False
         self._environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-        while _idle:
-            environment, self._own = _idle.pop()
-            if environment == self._environment and self._own.alive:
-                self._own.timeout_s, self._own._on_exit, self._own._on_end = timeout_s, on_exit, on_end
-                return
-            self._own.stop()
-        self._own = ForkServer(timeout_s, on_exit, on_end)
+        found = [one for one in _idle if one[0] == self._environment and one[1].alive]
+        if not found:
+            self._own = ForkServer(timeout_s, on_exit, on_end)
+            return
+        _idle.remove(found[-1])
+        self._own = found[-1][1]
+        self._own.timeout_s, self._own._on_exit, self._own._on_end = timeout_s, on_exit, on_end
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
@@ -43,6 +46,8 @@ class KeptForkServer:
         self._own.kill()
         if self._own.alive:
             _idle.append((self._environment, self._own))
+        while len(_idle) > KEPT:
+            _idle.pop(0)[1].stop()
 
 
 @contextlib.contextmanager

@@ -204,16 +204,16 @@ def test_jobs_that_wait_for_another_model(tmp_path: Path) -> None:
     store.close()
     (line,) = refusal("tiny/flux", "--data-dir", str(tmp_path), "--port", "0")
     assert "holds 1 unfinished job of tiny/qwen-image; serve that, or choose another folder with --data-dir" in line
-    (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0", "--flow-shift", "3")
-    assert "job of tiny/qwen-image as served with no options of the model, now it is flow_shift=3.0; serve it" in line
+    (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0", "--vae-tiling")
+    assert "job of tiny/qwen-image as served with no options of the model, now it is vae_tiling=True; serve it" in line
     store = Store(tmp_path)
-    store.remember("model", "tiny/qwen-image with flow_shift=3.0")
+    store.remember("model", "tiny/qwen-image with vae_tiling=True")
     store.close()
     (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), "--port", "0")
-    assert "of tiny/qwen-image as served with flow_shift=3.0, now it is none; serve it as before" in line
-    flags = ("--port", "0", "--flow-shift", "3", "--dtype", "bfloat16")
+    assert "of tiny/qwen-image as served with vae_tiling=True, now it is none; serve it as before" in line
+    flags = ("--port", "0", "--vae-tiling", "--dtype", "bfloat16")
     (line,) = refusal("tiny/qwen-image", "--data-dir", str(tmp_path), *flags)
-    assert "as served with flow_shift=3.0, now it is flow_shift=3.0, dtype bfloat16; serve it as before" in line
+    assert "as served with vae_tiling=True, now it is vae_tiling=True, dtype bfloat16; serve it as before" in line
 
 
 @pytest.mark.full

@@ -187,7 +187,7 @@ def flux():
         ("a", {"seed": 2**63}, "seed must be a whole number from"),
         (["a", {"prompt": "b", "height": 0}], {}, r"prompts\[1\]: height must be"),
         ("a", {"pil_image": "no.png"}, "takes no image"),
-        ("a", {"height": 1, "width": 1}, "height must be at least 16"),
+        ("a", {"height": 1, "width": 1}, "width must be at least 16"),
     ],
 )
 def test_refused_before_it_is_sent(flux, prompts, options, says):

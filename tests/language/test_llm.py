@@ -95,19 +95,19 @@ def test_texts_end(two: LLM) -> None:
     assert ended[0].outputs[0].token_ids == free.token_ids[: free.token_ids.index(token) + 1]
 
 
-@pytest.mark.parametrize("end", [1, 2])
-def test_end_tokens_of_both_places_end_a_text(two: LLM, end: int) -> None:
+def test_end_tokens_of_both_places_end_a_text(two: LLM) -> None:
     """The end token of the tokenizer, and one of the generation configuration, at a temperature at which all tokens
     come."""
-    params = SamplingParams(temperature=50.0, seed=0, max_tokens=200, n=20)
-    outputs = two.generate("x", params)[0].outputs
-    ended = [one for one in outputs if one.finish_reason == "stop" and one.token_ids[-1] == end]
-    assert ended
+
+    def made(**changes: Any) -> Any:
+        return two.generate("x", SamplingParams(**{"temperature": 50.0, "seed": 0, "n": 16, **changes}))[0].outputs
+
+    outputs = made(max_tokens=120)
+    ended = [one for one in outputs if one.finish_reason == "stop"]
+    assert {one.token_ids[-1] for one in ended} == {1, 2}
     assert all(one.stop_reason is None and TURN not in one.text for one in ended)
-    free = two.generate("x", SamplingParams(temperature=50.0, seed=0, max_tokens=200, n=20, ignore_eos=True))[0].outputs
-    assert all(one.finish_reason == "length" for one in free)
-    late = two.generate("x", SamplingParams(temperature=50.0, seed=0, max_tokens=200, n=20, min_tokens=100))[0].outputs
-    assert all(len(one.token_ids) > 100 for one in late)
+    assert all(one.finish_reason == "length" for one in made(max_tokens=60, ignore_eos=True))
+    assert all(len(one.token_ids) > 50 for one in made(max_tokens=60, min_tokens=50))
 
 
 def test_logprobs(two: LLM, folder: Path) -> None:

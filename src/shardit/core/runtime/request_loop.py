@@ -142,7 +142,6 @@ class Turns:
         self.schedule = schedule
         self.current: Program | None = None
         self.last: Program | None = None
-        self.active = 0
         self._installed: Program | None = None
 
     def wait_for(self, flight: Flight) -> None:
@@ -197,7 +196,6 @@ class Turns:
                 program = enter(len(active))
                 if program is not None:
                     active.insert(0, program)  # first in its round: it waits for nothing yet
-                self.active = len(active)
                 for program in list(active):
                     waits = program.waits_for is not None and not program.waits_for.finished
                     if waits and not program.interrupted:
@@ -229,9 +227,9 @@ class Turns:
         program.breathed = program.turns
 
     def let_others(self) -> None:
-        """Give other programs a turn, if there are any. All ranks must call this at the same points of a program."""
+        """Give other programs a turn, or one a chance to begin. All ranks must call this at the same points of a program."""
         program = self.current
-        if program is not None and self.active > 1:
+        if program is not None:
             assert program.coroutine is not None
             program.coroutine.pause()
             if program.interrupted:

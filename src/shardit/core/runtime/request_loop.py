@@ -227,7 +227,7 @@ class Turns:
         program.breathed = program.turns
 
     def let_others(self) -> None:
-        """Give other programs a turn, or one a chance to begin. All ranks must call this at the same points of a program."""
+        """Let other programs go on, or one begin. All ranks must call this at the same points of a program."""
         program = self.current
         if program is not None:
             assert program.coroutine is not None

@@ -80,9 +80,7 @@ def measure(rank: int, count: int, method: str, arguments: argparse.Namespace) -
 def main() -> None:
     """Measure and print rates."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", default="", help="folder of transformers [default: random, 8 layers of 1,024]"
-    )
+    parser.add_argument("--model", default="", help="folder of transformers [default: random, 8 layers of 1,024]")
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)

@@ -172,7 +172,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_commands(page: str, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("engine.omni.LocalRanks", "server.entry.serve.serve", "server.entry.torchrun_agent.Agent"):
+    for name in ("engine.start.LocalRanks", "server.entry.serve.serve", "server.entry.torchrun_agent.Agent"):
         monkeypatch.setattr(f"shardit.{name}", would_start)
     if "inspect my-folder" in command:
         tiny.write("wan2.2-t2v", folder / "my-folder")

@@ -75,7 +75,7 @@ def classes() -> list[str]:
     return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
 
 
-def config_of(model_type: str) -> Any:
+def config_of(model_type: str, **changes: Any) -> Any:
     """A tiny configuration of a family."""
     cls = CONFIG_MAPPING[model_type]
     names = set(inspect.signature(cls.__init__).parameters)
@@ -84,13 +84,14 @@ def config_of(model_type: str) -> Any:
     aliases = {own: name for name, own in getattr(cls, "attribute_map", {}).items()}
     wanted = {**SIZES, **OVERRIDES.get(model_type, {})}
     chosen = {n: v for n, v in wanted.items() if v is not None and n in names and aliases.get(n) not in names}
-    return cls(**chosen)
+    return cls(**{**chosen, **changes})
 
 
-def make(model_type: str, seed: int = 0) -> Any:
-    """A random model, with weights that are wide enough for errors to show in the tokens."""
+def make(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model, with weights that are wide enough for errors to show in the tokens. changes: values of its
+    configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(model_type)).eval()
+    model = AutoModelForCausalLM.from_config(config_of(model_type, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

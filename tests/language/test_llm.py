@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,37 @@ def test_other_numbers_of_stages(folder: Path, two: LLM, plain: list[tuple[int, 
     with LLM(**args.as_kwargs()) as llm:
         assert tokens(llm, PROMPTS) == plain
         assert tokens(llm, PROMPTS[:3], seeded) == expected
+
+
+@pytest.mark.parametrize("axes", [{"data_parallel_size": 2}, {"data_parallel_size": 2, "pipeline_parallel_size": 2}])
+def test_copies(folder: Path, plain: list[tuple[int, ...]], axes: dict[str, int]) -> None:
+    with LLM(folder, device="cpu", timeout_s=60, **axes) as llm:
+        assert tokens(llm, PROMPTS) == plain
+        assert tokens(llm, PROMPTS[:1]) == plain[:1]
+
+
+UNDER_TORCHRUN = """
+import os, sys
+from shardit import LLM, SamplingParams
+
+with LLM(sys.argv[1], pipeline_parallel_size=2, device="cpu", timeout_s=60) as llm:
+    made = llm.generate(["xy", "xxy"], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+print(os.environ["RANK"], [one.outputs[0].token_ids for one in made])
+"""
+
+
+@pytest.mark.full
+def test_under_torchrun(folder: Path, plain: list[tuple[int, ...]], tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(UNDER_TORCHRUN)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "program.py"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"0 {plain[:2]}", "1 []"]
 
 
 def test_seeds_belong_to_a_request(two: LLM) -> None:
@@ -148,6 +181,11 @@ def test_mistakes(two: LLM, folder: Path) -> None:
         SamplingParams(max_token=2)  # pyright: ignore[reportCallIssue]
     with pytest.raises(InputError, match=r"min_tokens=9 is more than max_tokens=3"):
         SamplingParams(min_tokens=9, max_tokens=3)
+    for name, value in {"max_num_seqs": 0, "max_model_len": -1, "seed": "a", "timeout_s": 0, "device": 3}.items():
+        with pytest.raises(InputError, match=name):
+            LLM(folder, **{name: value})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="tensor_parallel_size=2: LLM runs over pipeline_parallel_size"):
+        LLM(folder, tensor_parallel_size=2, device="cpu")
     with pytest.raises(InputError, match="must be a folder of a language model"):
         LLM("nowhere")
     with pytest.raises(InputError, match="pipeline_parallel_size=9 is more than the 4 blocks"):

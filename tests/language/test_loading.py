@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import shardit
-from shardit import DiffusionParallelConfig, InputError
+from shardit import DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from tests.language import families
 from tests.language.cases import CASES, compare
@@ -68,6 +68,8 @@ def test_options_of_pipelines_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "llama", False, False)
     with pytest.raises(InputError, match=r"scheduler: .* holds a language model, which takes none"):
         shardit.load(tmp_path, scheduler="EulerDiscreteScheduler")
+    with pytest.raises(UnsupportedError, match="ulysses_degree=2: a language model runs over"):
+        shardit.load(tmp_path, ulysses_degree=2)
     with pytest.raises(InputError, match=r"pipeline_class: .* holds a language model"):
         shardit.load(tmp_path, pipeline_class="FluxPipeline")
 

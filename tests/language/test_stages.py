@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import shardit
@@ -201,6 +201,65 @@ def test_groups_in_flight_have_the_bits_of_each_alone(count: int) -> None:
     assert run_ranks(count, in_groups) == [[True] * 6] * count
 
 
+def in_loops(rank: int, count: int, method: str) -> dict[str, bool]:
+    """Loops of one's own: with a static cache that has its memory before the first call, and without the head."""
+    runtime = started(rank, count, method)
+    start = torch.arange(10, 18).reshape(2, 4)
+
+    def static(model: Any) -> torch.Tensor:
+        config, ids, found = model.config, start, []
+        cache = StaticCache(config=config, max_cache_len=32)
+        cache.early_initialization(2, config.num_key_value_heads, config.head_dim, torch.float32, torch.device("cpu"))
+        for _ in range(4):
+            found.append(model(ids, past_key_values=cache).logits)
+            ids = found[-1][:, -1:].argmax(-1)
+        return torch.cat(found, 1)
+
+    def headless(model: Any) -> torch.Tensor:
+        ids, cache, found = start, None, []
+        for _ in range(4):
+            out = model.model(ids, past_key_values=cache, use_cache=True)
+            cache, ids = out.cache, ids[:, -1:] + 1
+            found.append(out.last_hidden_state)
+        return torch.cat(found, 1)
+
+    results = {}
+    for name, loop in {"static": static, "headless": headless}.items():
+        for mode in (torch.no_grad, torch.inference_mode):
+            plain, model = families.make("qwen3"), spread("qwen3", runtime)
+            with mode():
+                expected, got = loop(plain), loop(model)
+            results[f"{name} {mode.__name__}"] = type(got) is torch.Tensor and torch.equal(expected, got)
+    return results
+
+
+def test_loops_of_ones_own() -> None:
+    for results in run_ranks(2, in_loops):
+        assert len(results) == 4
+        assert all(results.values()), results
+
+
+def with_a_stage_for_the_head(rank: int, count: int, method: str) -> tuple[list[int], list[bool]]:
+    """Groups of one shape, whose calls of the head differ in nothing but data."""
+    runtime = started(rank, count, method)
+    plain, model = families.make("llama", vocab_size=20_000), spread("llama", runtime, vocab_size=20_000)
+    groups = [torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(k)) for k in range(4)]
+
+    def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
+
+    expected = [run(plain, ids) for ids in groups]
+    made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0] * 4)
+    same = [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
+    return model.shardit_decoder.stages.owners, same
+
+
+def test_a_stage_for_the_head_alone() -> None:
+    for owners, same in run_ranks(3, with_a_stage_for_the_head):
+        assert owners == [0, 1, 1, 1, 1, 2]
+        assert same == [True] * 4
+
+
 def by_parallelize(rank: int, count: int, method: str) -> list[Any]:
     init_mesh(TWO, device="cpu", timeout_s=30, rank=rank, init_method=method)
     model = shardit.parallelize(families.make("qwen3"), TWO, timeout_s=30)
@@ -227,7 +286,7 @@ def test_parallelize() -> None:
     for same, bits, changed, owners, wrong in run_ranks(2, by_parallelize):
         assert same
         assert bits == "right"
-        assert "is spread with DiffusionParallelConfig" in changed
+        assert "is sharded with DiffusionParallelConfig" in changed
         assert owners == [0, 0, 1, 1, 1, 1]
         assert "layer_partition" in wrong
         assert "4" in wrong

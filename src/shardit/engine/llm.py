@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import os
-import secrets
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import NO_OPTIONS
-from shardit.engine.joined_ranks import JoinedRanks
-from shardit.engine.local_ranks import LocalRanks
 from shardit.engine.process.failure import Timeouts
-from shardit.engine.process.messages import SESSION, SessionSpec
-from shardit.engine.process.process import started_by_torchrun
-from shardit.errors import InputError
+from shardit.engine.process.messages import SESSION
+from shardit.engine.session_spec import session_spec
+from shardit.engine.start import start_ranks
+from shardit.errors import InputError, RankError
 from shardit.language.loading import decoder_folder
 from shardit.language.outputs import CompletionOutput, GroupOutput, RequestOutput
 from shardit.language.request import PromptGroup, Row
 from shardit.language.sampling_params import SamplingParams
-from shardit.loading.dtypes import setting
-from shardit.params import DRAWN_SEEDS, RANDOM_SEED
+from shardit.params import RANDOM_SEED, SEED, seed_or_drawn
+from shardit.settings.checks import whole
 
 if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo
@@ -39,8 +36,8 @@ class LLM:
     model: a folder of transformers (config.json, weights as safetensors, tokenizer), or "tiny/NAME". parallel_config: a
     DiffusionParallelConfig, or its fields as keywords: LLM(model, pipeline_parallel_size=2). dtype: None for that of
     the weights. max_model_len: the most tokens of a prompt and its text together, None for what the model has room for.
-    max_num_seqs: the most prompts that one batch has. seed: of prompts without one of their own; None draws one for
-    each. device, timeout_s: as for `Omni`.
+    max_num_seqs: the most prompts that one batch has. seed: prompt i without a seed of its own has this one + i; None
+    draws one for each. device, timeout_s: as for `Omni`.
 
     Returns when every rank has loaded its layers. Raises InputError for what can be corrected and RankError where a
     rank fails.
@@ -62,32 +59,27 @@ class LLM:
         **parallel: Any,
     ):
         self._closed = False
+        for name, value, check in (
+            ("max_model_len", max_model_len, whole(1)),
+            ("max_num_seqs", max_num_seqs, whole(1)),
+            ("seed", seed, SEED),
+        ):
+            if value is not None or name == "max_num_seqs":
+                check(name, value)
         config = config_of(parallel_config, parallel, "LLM", [item.name for item in fields(EngineArgs)])
         folder = decoder_folder(model) if model else None
         if folder is None:
             raise InputError(f'model must be a folder of a language model or "tiny/NAME", got {model!r}')
-        self._max_num_seqs, self._seed, self._groups = max_num_seqs, seed, config.pipeline_parallel_size
-        spec = SessionSpec(
-            model=str(folder),
-            config=config,
-            dtype=setting(None if dtype == "auto" else dtype),
-            device=None if device is None else str(device),
-            max_in_flight=self._groups,
-            timeout_s=float(timeout_s),
-            task=TASK,
-            session=SESSION,
-            options=NO_OPTIONS,
-        )
+        stages = config.pipeline_parallel_size
+        self._max_num_seqs, self._groups = max_num_seqs, stages * config.data_parallel_size
+        self._seed = None if seed == RANDOM_SEED else seed
+        launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
+        spec = session_spec(folder, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, **launch)
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(spec.model)
-        self._ranks: Any = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec, self._timeouts)
-        self._finalizer = weakref.finalize(self, self._ranks.close)
-        try:
-            self._ranks.start()
-        except BaseException:
-            self.close()
-            raise
+        self._ranks: Any
+        self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
         room = self._info.room
         if max_model_len is not None and room is not None and max_model_len > room:
             self.close()
@@ -192,11 +184,8 @@ class LLM:
         if wanted is None:
             raise InputError("max_tokens must be given: the model says of no limit")
         most = wanted if room is None else min(wanted, room)
-        seed = self._seed if params.seed is None else params.seed
-        if seed is None or seed == RANDOM_SEED:
-            first = secrets.randbelow(DRAWN_SEEDS)
-        else:
-            first = seed + (0 if params.seed is not None else number)
+        own = self._seed + number if params.seed is None and self._seed is not None else params.seed
+        first = seed_or_drawn(own)
         return [Row(tokens, replace(params, max_tokens=most), first + copy) for copy in range(params.n)]
 
     def _run(self, rows: list[Row]) -> list[Any]:
@@ -209,7 +198,7 @@ class LLM:
         made: list[Any] = [None] * len(rows)
         for numbers, output in zip(dealt, outputs, strict=bool(outputs)):
             if output.error is not None:
-                raise InputError(output.error)
+                raise RankError(-1, output.error)
             for number, result in zip(numbers, output.rows, strict=True):
                 made[number] = result
         return made if outputs else []
@@ -225,7 +214,7 @@ class LLM:
     def close(self) -> None:
         """End the ranks; may be called twice. Happens by itself at the end of the program."""
         self._closed = True
-        self._finalizer()
+        self._end_ranks()
 
     def __enter__(self) -> LLM:
         return self

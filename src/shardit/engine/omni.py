@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import OPTION_NAMES, split_model, take_options
 from shardit.diffusion.preflight import preflight
-from shardit.engine.joined_ranks import JoinedRanks
-from shardit.engine.local_ranks import LocalRanks
 from shardit.engine.process.failure import Timeouts
 from shardit.engine.process.messages import SESSION
-from shardit.engine.process.process import started_by_torchrun
 from shardit.engine.progress_bars import Bars
 from shardit.engine.session_spec import LAUNCH_NAMES, session_spec
+from shardit.engine.start import start_ranks
 from shardit.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,13 +54,7 @@ class Omni:
         spec = session_spec(model, config, options, self._session, **launch)
         if self._session == SESSION:
             preflight.check(spec.model, config, options, dtype=spec.dtype, attention_backend=spec.attention_backend)
-        self._ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec, self._timeouts)
-        self._finalizer = weakref.finalize(self, self._ranks.close)
-        try:
-            self._ranks.start()
-        except BaseException:
-            self.close()
-            raise
+        self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
 
     def generate(
         self,
@@ -120,7 +111,7 @@ class Omni:
     def close(self) -> None:
         """End the ranks; may be called twice. Happens by itself at the end of the program."""
         self._closed = True
-        self._finalizer()
+        self._end_ranks()
 
     def __enter__(self) -> Omni:
         return self

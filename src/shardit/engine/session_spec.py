@@ -1,4 +1,4 @@
-"""The arguments of `Omni`, checked, become what every rank starts from."""
+"""The arguments of `Omni` or `LLM`, checked, become what every rank starts from."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def session_spec(
     model: Any, config: DiffusionParallelConfig, options: ModelOptions, session: str, **launch: Any
 ) -> SessionSpec:
     """Check the types of all arguments; what they mean is checked where the model is read. `launch`: the settings of
-    `LAUNCH_NAMES` that are given."""
+    `LAUNCH_NAMES` that are given, and the task if it is not that of pipelines."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
-    if session == SESSION:  # another one decides itself what a model is
+    if session == SESSION and "task" not in launch:  # others decide what a model is
         local_folder(model)
     device = launch.get("device")
     # torch's own type by name: this process need not import torch.

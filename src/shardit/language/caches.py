@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
-from shardit.core.components.kv_stand_ins import state_of, taken_since
 from shardit.core.decoder.shapes import PLAIN
 from shardit.core.modules.held_state import snapshot
 from shardit.errors import UnsupportedError
@@ -35,6 +35,16 @@ UPDATES = ("update", "update_conv_state", "update_recurrent_state", "update_inde
 OWN = "_shardit_layer"
 
 
+@dataclass(eq=False)
+class NewCache:
+    """A cache in the first call of a model. shape: that of the hidden states. passed: the blocks of other ranks that
+    have been called with it."""
+
+    cache: Any
+    shape: torch.Size
+    passed: set[int] = field(default_factory=set)
+
+
 class StageCaches:
     """The books of caches that the blocks of a decoder are given.
 
@@ -44,7 +54,7 @@ class StageCaches:
     def __init__(self, owners: Sequence[int], rank: int):
         self.slots: dict[int, tuple[int, ...]] = {}
         self._owners, self._rank = owners, rank
-        self._new: list[tuple[Any, torch.Size]] = []
+        self._new: list[NewCache] = []
 
     def enter(self, index: int, arguments: Sequence[Any], own: bool) -> None:
         """Before a block call: advance the books of layers that the block of another rank updates, and that nothing
@@ -56,7 +66,7 @@ class StageCaches:
                 if len(self.slots) == len(self._owners):
                     left = self._join(cache)
                 else:
-                    self._remember(cache, arguments)
+                    self._remember(cache, index, own, arguments)
                     continue
             if not own and left:
                 for number in self.slots.get(index, ()):
@@ -67,7 +77,7 @@ class StageCaches:
         """On the owner, before the first call of a structure: what caches and other objects hold."""
         caches = caches_in(arguments)
         others = [leaf for leaf in arguments if _may_hold_state(leaf)]
-        return [(cache, state_of(cache)) for cache in caches], [(one, snapshot(one)) for one in others]
+        return [(cache, list(map(_state, cache.layers))) for cache in caches], [(one, snapshot(one)) for one in others]
 
     def changes(self, name: str, look: Any) -> tuple[int, ...]:
         """After the call: the layers of caches that the block has updated. Raises UnsupportedError where it keeps
@@ -76,8 +86,11 @@ class StageCaches:
         for one, before in others:
             if snapshot(one) != before:
                 raise UnsupportedError(f"{name} keeps state in a {type(one).__name__}, which other ranks would not see")
-        slots = [tuple(taken_since(state, cache)) for cache, state in caches]
-        return tuple(sorted({number for one in slots for number in one}))
+        slots = set[int]()
+        for cache, before in caches:
+            now = list(map(_state, cache.layers))
+            slots |= {n for n, state in enumerate(now) if n >= len(before) or state != before[n]}
+        return tuple(sorted(slots))
 
     def learn(self, index: int, slots: tuple[int, ...]) -> None:
         """On every rank: which layers block number `index` updates."""
@@ -85,14 +98,20 @@ class StageCaches:
 
     def leave(self) -> None:
         """At the end of a call of the model: caches of a first call get what answers for layers of other ranks."""
-        for cache, shape in self._new:
-            for number in sorted(self._join(cache)):
-                _advance(cache, number, shape)
+        for new in self._new:
+            left = self._join(new.cache)
+            # Blocks that are still to come with it (another group may be in the middle of its call) advance their own.
+            for number in sorted({n for index in new.passed for n in self.slots[index]} & left):
+                _advance(new.cache, number, new.shape)
         self._new.clear()
 
-    def _remember(self, cache: Any, arguments: Sequence[Any]) -> None:
-        if all(cache is not one for one, _ in self._new):
-            self._new.append((cache, _first(arguments).shape))
+    def _remember(self, cache: Any, index: int, own: bool, arguments: Sequence[Any]) -> None:
+        new = next((one for one in self._new if one.cache is cache), None)
+        if new is None:
+            new = NewCache(cache, _first(arguments).shape)
+            self._new.append(new)
+        if not own:
+            new.passed.add(index)
 
     def _join(self, cache: Any) -> set[int]:
         """Put stand-ins for layers of other ranks into a cache; the numbers of the layers that have none."""
@@ -113,6 +132,14 @@ class StageCaches:
                 cache.layers[number] = elsewhere(answering)
         setattr(cache, OWN, left)
         return left
+
+
+def _state(layer: Any) -> Any:
+    """What tells whether a cache layer was changed since, in place, too."""
+    if OWN in vars(layer):  # another one answers for it
+        return None
+    tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and value.is_inference()]
+    return snapshot(layer), [float(one.double().sum()) for one in tensors]  # whose writes torch does not count
 
 
 def caches_in(arguments: Sequence[Any]) -> list[Any]:

@@ -31,13 +31,14 @@ def members_of(model: Any, stages: DecoderStages, runtime: Runtime) -> dict[str,
     """The methods that a model over stages gets."""
     cls = type(model)
     return {
-        "__call__": _call(cls, stages, runtime),
+        "__call__": call_member(cls, stages, runtime),
         "generate": _generate(cls, runtime),
         "_get_stopping_criteria": _stopping(cls, stages),
     }
 
 
-def _call(cls: type, stages: DecoderStages, runtime: Runtime) -> Callable[..., Any]:
+def call_member(cls: type, stages: DecoderStages, runtime: Runtime) -> Callable[..., Any]:
+    """The call of a model, or of a model in it that has the layers and no head: alone it gives plain tensors."""
     own_call: Any = cls.__call__
 
     @functools.wraps(own_call)

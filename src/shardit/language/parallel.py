@@ -14,7 +14,7 @@ from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.decision import decided_alike
 from shardit.errors import InputError
 from shardit.language.loading import PreparedDecoder
-from shardit.language.sharding import blocks_of, over_stages, owners_of
+from shardit.language.sharding import blocks_of, check_axes, over_stages, owners_of
 from shardit.loading.dtypes import setting
 from shardit.parallel_state import set_mesh_of_model
 
@@ -27,12 +27,12 @@ def is_decoder(model: Any) -> bool:
 
 
 def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, timeout_s: float) -> Any:
-    """Spread a language model over stages, in place, unless that is done; the model. Collective."""
+    """Shard a language model over stages, in place, unless that is done; the model. Collective."""
     name = type(model).__name__
     if plan is not None:
         raise InputError(f"plan: the layers of {name} need none; leave it out")
-    if (spread := getattr(model, "shardit_decoder", None)) is not None:
-        spread.check_again(config)
+    if (sharded := getattr(model, "shardit_decoder", None)) is not None:
+        sharded.check_again(config)
         return model
     mesh = init_mesh(config, device=next(model.parameters()).device, timeout_s=timeout_s)
     runtime = Runtime.of(mesh, split_batch=False)
@@ -48,7 +48,8 @@ def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, 
 
 
 def load_decoder(folder: Path, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float) -> nn.Module:
-    """The language model of a folder; over stages, each rank reads its own layers and has been spread. Collective."""
+    """The language model of a folder; over stages, each rank reads its own layers. Collective."""
+    check_axes(config)
     prepared = PreparedDecoder(folder, setting(dtype))
     if config.pipeline_parallel_size == 1:
         return prepared.load_whole("cpu" if device is None else device)

@@ -41,7 +41,8 @@ class RowSampler(LogitsProcessor):
         likely = torch.log_softmax(logits, -1) if params.logprobs is not None else None
         scores = self._penalised(row, made.cpu(), logits)
         if len(made) < params.min_tokens:
-            scores = scores.index_fill(0, torch.tensor(sorted(self.ends | set(params.stop_token_ids or ()))), OFF)
+            ends = sorted(self.ends | set(params.stop_token_ids or ()))
+            scores = scores.index_fill(0, torch.tensor(ends, dtype=torch.int64), OFF)
         token = int(scores.argmax()) if params.temperature == 0 else self._drawn(number, row, scores)
         if likely is not None:
             best = likely.topk(params.logprobs or 0).indices.tolist()

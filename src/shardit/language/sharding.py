@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.decoder.link import Link
@@ -20,7 +21,7 @@ from shardit.core.runtime.request_loop import Program
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.caches import StageCaches
-from shardit.language.generate import members_of
+from shardit.language.generate import call_member, members_of
 
 
 def blocks_of(model: Any) -> list[tuple[str, nn.Module]]:
@@ -74,7 +75,7 @@ def check_axes(config: DiffusionParallelConfig) -> None:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A language model that is spread, and how."""
+    """A language model that is sharded, and how."""
 
     name: str
     config: DiffusionParallelConfig
@@ -84,8 +85,8 @@ class Decoder:
         """Raise InputError where a second call asks for another configuration."""
         if config != self.config:
             raise InputError(
-                f"{self.name} is spread with {self.config}: each rank has only its own layers, so load it again to use "
-                "another configuration"
+                f"{self.name} is sharded with {self.config}: each rank has only its own layers; load it again to "
+                "use another configuration"
             )
 
 
@@ -107,6 +108,10 @@ def over_stages(model: Any, runtime: Runtime, owners: Sequence[int], config: Dif
         "shardit_decoder": property(lambda self: decoder),
     }
     subclass_in_place(model, members)
+    for name, part in model.named_modules():
+        inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)
+        if inside and isinstance(part, PreTrainedModel):  # it may be called by itself
+            subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime)})
     return stages
 
 

@@ -46,21 +46,20 @@ class Given:
         first_alone = bool(args) and len(staged) == 1 and staged[0] is args[0] and not mappings
         return Given(args, kwargs, leaves, spec, structure(leaves, spec), tensors, staged, first_alone, mappings)
 
-    def moves_to(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether another call is given the same objects, and a first argument that differs in its data alone. If so,
-        this is that call from now on."""
+    def next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """Look at the arguments of another call, at the first one alone if the others are the same objects."""
         if not self.first_alone or len(args) != len(self.args) or len(kwargs) != len(self.kwargs):
-            return False
-        first, before = args[0], self.args[0]
-        if type(first) is not StageTensor or first.dtype != before.dtype or first.shape != before.shape:
-            return False
-        own = self.kwargs
-        if any(name not in own or own[name] is not value for name, value in kwargs.items()):
-            return False
+            return Given.of(args, kwargs)
+        first, before, own = args[0], self.args[0], self.kwargs
+        alike = type(first) is StageTensor and first.dtype == before.dtype and first.shape == before.shape
+        if not alike or any(name not in own or own[name] is not value for name, value in kwargs.items()):
+            return Given.of(args, kwargs)
         if any(one is not other for one, other in zip(args[1:], self.args[1:], strict=True)):
-            return False
-        self.args, self.kwargs, self.leaves[0], self.staged[0] = args, kwargs, first, first
-        return True
+            return Given.of(args, kwargs)
+        # A new object: another program may be paused in the call that this one describes.
+        found = copy.copy(self)
+        found.args, found.kwargs, found.leaves, found.staged = args, kwargs, [first, *self.leaves[1:]], [first]
+        return found
 
     def sizes(self, known: Returned) -> Sizes:
         """The sizes of the new tensors that a block returns, as far as they are known."""

@@ -37,8 +37,8 @@ class Memory:
 class StageTensor(torch.Tensor):
     """A tensor of which some ranks have the data.
 
-    data: the tensor itself where this rank has it, else None. copy_ranks: the ranks that have a copy of this tensor
-    without its storage; copy: the number of that copy, which views of it share.
+    data_here: the tensor itself where this rank has it, else None. copy_ranks: the ranks that have a copy of this
+    tensor without its storage; copy: the number of that copy, which views of it share.
     """
 
     data_here: torch.Tensor | None

@@ -88,9 +88,8 @@ class DecoderStages:
 
     def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The owner runs the block, the others get stage tensors for its results."""
-        owner, link, given = self.owners[index], self.link, self._given
-        if not given.moves_to(args, kwargs):
-            given = self._given = Given.of(args, kwargs)
+        owner, link = self.owners[index], self.link
+        given = self._given = self._given.next(args, kwargs)
         bring(given.staged, self._each[owner])
         self.books.enter(index, given.leaves, owner == link.rank)
         key = index, given.structure

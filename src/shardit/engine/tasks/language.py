@@ -14,7 +14,7 @@ from shardit.core.comm.mesh import Mesh, pick_device
 from shardit.core.stages.runtime import Runtime
 from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.engine.tasks.task import OnProgress
-from shardit.errors import InputError, first_line
+from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.language.generation import continued
 from shardit.language.info import LanguageInfo, end_tokens, room_of
 from shardit.language.loading import PreparedDecoder, decoder_folder
@@ -39,6 +39,11 @@ def check(spec: SessionSpec) -> None:
     """Find mistakes before ranks start. Raises InputError. Reads no weights."""
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
+    if spec.config.tensor_parallel_size > 1:  # every rank would hold and compute all of a stage
+        raise UnsupportedError(
+            f"tensor_parallel_size={spec.config.tensor_parallel_size}: LLM runs over pipeline_parallel_size and "
+            "data_parallel_size so far; set it to 1"
+        )
     owners_of(prepared_for(spec).module, spec.config)
 
 

@@ -35,8 +35,9 @@ from shardit.diffusion.sharding.decision import decided_alike, describe_blocks, 
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
-from shardit.language.loading import check_decoder_options, decoder_folder
+from shardit.language.loading import check_decoder_options
 from shardit.language.parallel import is_decoder, load_decoder, parallelize_decoder
+from shardit.language.source import named_decoder
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
@@ -189,12 +190,12 @@ def load(
     config = config_of(config, settings, "load", own)
     if not model:
         raise InputError("no model given: name a folder, a hub id or tiny/NAME")
-    folder = decoder_folder(model)
-    if folder is not None:
+    source = named_decoder(model)
+    if source is not None:
         given = {"plan": plan, "pipeline_class": pipeline_class, "model_config": model_config}
-        check_decoder_options(folder, given, options)
+        check_decoder_options(model, given, options)
         one_stage = config.tensor_parallel_size > 1 and config.pipeline_parallel_size == 1
-        found = load_decoder(folder, config, dtype, device, timeout_s)
+        found = load_decoder(source, config, dtype, device, timeout_s)
         return parallelize(found, config, timeout_s=timeout_s) if one_stage else found
     model, options = split_model(model, model_config, options)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)

@@ -14,10 +14,10 @@ from shardit.engine.process.messages import SESSION
 from shardit.engine.session_spec import session_spec
 from shardit.engine.start import start_ranks
 from shardit.errors import InputError, RankError
-from shardit.language.loading import decoder_folder
 from shardit.language.outputs import CompletionOutput, GroupOutput, RequestOutput
 from shardit.language.request import PromptGroup, Row
 from shardit.language.sampling_params import SamplingParams
+from shardit.language.source import decoder_source
 from shardit.params import RANDOM_SEED, SEED, seed_or_drawn
 from shardit.settings.checks import whole
 
@@ -67,17 +67,15 @@ class LLM:
             if value is not None or name == "max_num_seqs":
                 check(name, value)
         config = config_of(parallel_config, parallel, "LLM", [item.name for item in fields(EngineArgs)])
-        folder = decoder_folder(model) if model else None
-        if folder is None:
-            raise InputError(f'model must be a folder of a language model or "tiny/NAME", got {model!r}')
+        if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+            raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
+        source = decoder_source(model)
         stages = config.pipeline_parallel_size
         self._max_num_seqs, self._groups = max_num_seqs, stages * config.data_parallel_size
         self._seed = None if seed == RANDOM_SEED else seed
         launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
-        spec = session_spec(folder, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, **launch)
-        from transformers import AutoTokenizer
-
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(spec.model)
+        spec = session_spec(model, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, **launch)
+        self._tokenizer: Any = source.tokenizer()
         self._ranks: Any
         self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
         room = self._info.room

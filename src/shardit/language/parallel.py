@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +14,7 @@ from shardit.diffusion.sharding.decision import decided_alike
 from shardit.errors import InputError
 from shardit.language.loading import PreparedDecoder
 from shardit.language.sharding import blocks_of, check_axes, over_stages, owners_of
+from shardit.language.source import DecoderSource
 from shardit.loading.dtypes import setting
 from shardit.parallel_state import set_mesh_of_model
 
@@ -47,10 +47,12 @@ def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, 
     return model
 
 
-def load_decoder(folder: Path, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float) -> nn.Module:
-    """The language model of a folder; over stages, each rank reads its own layers. Collective."""
+def load_decoder(
+    source: DecoderSource, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float
+) -> nn.Module:
+    """The language model of a source; over stages, each rank reads its own layers. Collective."""
     check_axes(config)
-    prepared = PreparedDecoder(folder, setting(dtype))
+    prepared = PreparedDecoder(source, setting(dtype))
     if config.pipeline_parallel_size == 1:
         return prepared.load_whole("cpu" if device is None else device)
     owners = owners_of(prepared.module, config)

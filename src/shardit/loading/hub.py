@@ -80,42 +80,98 @@ class HubRemote:
         return Header(entries, dict(found.metadata or {}))
 
 
+@dataclass
+class FlatRemote:
+    """One commit of a hub repository that holds a single model, whose files lie at its top."""
+
+    hub: HubRemote
+
+    @property
+    def folder(self) -> Path:
+        """The snapshot folder."""
+        return self.hub.folder
+
+    def names(self, folder: str) -> list[str]:
+        """Plain names of the files at the top; the name of the folder is ignored, as the remote's is."""
+        return self.hub.names(".")
+
+    def header(self, file: str) -> Header:
+        """The header of a weight file ("folder/name")."""
+        return self.hub.header(PurePosixPath(file).name)
+
+    def fetch(self, files: list[str]) -> None:
+        """Download the named files ("folder/name")."""
+        self.hub.fetch([PurePosixPath(file).name for file in files])
+
+
 def open_hub(model: str, variant: str | None = None) -> HubRemote:
     """The newest commit of a model on the hub, with every file that a pipeline needs but its weights. Of weights, those
     of the variant are chosen where there are any.
 
     Raises InputError where the model is unknown, gated, no diffusers pipeline, or the hub cannot be reached.
     """
+    remote = _newest(model, INDEX, variant)
+    remote.fetch(_settings(remote))
+    return remote
+
+
+def open_flat(model: str, index: str) -> FlatRemote:
+    """The newest commit of a hub repository that holds a single model described by the file `index`, with every file
+    that it needs but its weights. Raises InputError, as `open_hub` does."""
+    remote = FlatRemote(_newest(model, index))
+    names = remote.names("")
+    own = _chosen_index(names, model)
+    remote.fetch(
+        [name for name in names if name.endswith(_SETTINGS) and ("index" not in name.split(".") or name == own)]
+    )
+    return remote
+
+
+def flat_on_hub(model: str, index: str) -> bool:
+    """Whether a repository holds a single model described by the file `index`, rather than a pipeline; from the cache
+    where the hub cannot be asked. False for a repository that is not there."""
+    from huggingface_hub import HfApi
+
+    try:
+        with _explained(model):
+            files = {file.rfilename for file in HfApi().model_info(model).siblings or []}
+    except Unreachable:
+        return cached(model) is None and cached(model, index) is not None
+    except InputError:
+        return False
+    return index in files and INDEX not in files
+
+
+def _newest(model: str, index: str, variant: str | None = None) -> HubRemote:
+    """The newest commit of a repository, with the file `index`."""
     from huggingface_hub import HfApi, hf_hub_download
 
     listing: list[str] | None = None
     commit: str | None = None
     try:
         # This call does not retry, so that a hub that is away is noticed at once.
-        with _explained(model):
+        with _explained(model, index):
             info = HfApi().model_info(model)
         commit, listing = info.sha, [file.rfilename for file in info.siblings or []]
-        with _explained(model):
-            path = Path(hf_hub_download(model, INDEX))
+        with _explained(model, index):
+            path = Path(hf_hub_download(model, index))
     except Unreachable:
-        path = cached(model)
+        path = cached(model, index)
         if path is None:
             raise
         commit, listing = path.parent.name, _held(path.parent)
-    remote = HubRemote(model, path.parent, listing if commit == path.parent.name else None, variant)
-    remote.fetch(_settings(remote))
-    return remote
+    return HubRemote(model, path.parent, listing if commit == path.parent.name else None, variant)
 
 
 def _held(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def cached(model: str) -> Path | None:
+def cached(model: str, index: str = INDEX) -> Path | None:
     """The index of the newest commit in the cache, None where there is none."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model, INDEX)
+    found = try_to_load_from_cache(model, index)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -171,11 +227,15 @@ def _component_folders(remote: HubRemote) -> set[str]:
 
 
 def _index_name(remote: HubRemote, folder: str) -> str | None:
-    names = remote.names(folder)
+    return _chosen_index(remote.names(folder), folder, remote.variant)
+
+
+def _chosen_index(names: list[str], where: str, variant: str | None = None) -> str | None:
+    """The index of the weights that will be loaded, if they have one."""
     if not any(is_weights(name) for name in names):
         return None
     try:
-        choice = choose(names, folder, remote.variant)
+        choice = choose(names, where, variant)
     except InputError:
         return None  # reported when the weights are requested
     return choice.name if choice.sharded else None
@@ -225,8 +285,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 @contextmanager
-def _explained(model: str) -> Iterator[None]:
-    """huggingface_hub's errors, each in one line that says what to do."""
+def _explained(model: str, index: str = INDEX) -> Iterator[None]:
+    """huggingface_hub's errors, each in one line that says what to do. index: the file that makes it a model."""
     from huggingface_hub import constants, errors
 
     at = constants.ENDPOINT
@@ -243,9 +303,8 @@ def _explained(model: str) -> Iterator[None]:
     except errors.LocalEntryNotFoundError as error:  # an EntryNotFoundError, too
         raise unreachable(error, model) or error from error
     except errors.EntryNotFoundError as error:
-        raise InputError(
-            f"{model} is not a diffusers pipeline (no {INDEX}): choose a repository that has one"
-        ) from error
+        kind = "a diffusers pipeline" if index == INDEX else "a model of transformers"
+        raise InputError(f"{model} is not {kind} (no {index}): choose a repository that has one") from error
     except errors.HFValidationError as error:
         raise InputError(f"{model!r} is neither a folder nor a hub id (owner/name): check the path") from error
     except errors.HfHubHTTPError as error:

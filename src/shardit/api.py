@@ -35,9 +35,9 @@ from shardit.diffusion.sharding.decision import decided_alike, describe_blocks, 
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
-from shardit.language.loading import check_decoder_options
+from shardit.language.loading.prepared import check_decoder_options
+from shardit.language.loading.source import named_decoder
 from shardit.language.parallel import is_decoder, load_decoder, parallelize_decoder
-from shardit.language.source import named_decoder
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model

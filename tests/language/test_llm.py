@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,52 @@ def test_logprobs(two: LLM, folder: Path) -> None:
         ids = torch.cat([ids, torch.tensor([[token]])], 1)
 
 
+def test_stream(two: LLM) -> None:
+    params = [GREEDY, SamplingParams(temperature=0.9, seed=3, max_tokens=30, n=2), SamplingParams(max_tokens=1)]
+    prompts = ["xy", "z" * 30, "ab"]
+    whole = {
+        (number, text.index): text
+        for number, one in enumerate(two.generate(prompts, params))
+        for text in one.outputs
+        if number < 2
+    }
+    chunks = list(two.stream(prompts, params))
+    assert sum(1 for one in chunks if one.text and one.prompt_index == 0) > 3
+    for (number, index), text in whole.items():
+        own = [one for one in chunks if (one.prompt_index, one.index) == (number, index)]
+        assert "".join(one.text for one in own) == text.text
+        assert tuple(token for one in own for token in one.token_ids) == text.token_ids
+        assert [one.finish_reason for one in own] == [None] * (len(own) - 1) + [text.finish_reason]
+    stop = whole[0, 0].text[5:8]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=stop)
+    assert "".join(one.text for one in two.stream("xy", params)) == two.generate("xy", params)[0].outputs[0].text
+    with pytest.raises(InputError, match="prompt 0 has no tokens"):
+        next(two.stream(""))
+
+
+def pids_of(llm: LLM) -> list[int]:
+    return list(llm._ranks.placement.fork_server.pids)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_stream_that_is_closed_ends_its_texts(folder: Path, two: LLM, stages: int) -> None:
+    """The texts end with their step, and the ranks go on: prompts that wait behind them are answered soon."""
+    with LLM(folder, device="cpu", timeout_s=60) if stages == 1 else contextlib.nullcontext(two) as llm:
+        expected = tokens(llm, ["xy"])
+        ranks = pids_of(llm)
+        long = SamplingParams(temperature=0, max_tokens=240, ignore_eos=True)
+        begin = time.perf_counter()
+        llm.generate(["x"] * stages, long)
+        took = time.perf_counter() - begin
+        begin = time.perf_counter()
+        stream = llm.stream(["x"] * stages, long)
+        next(stream)
+        stream.close()
+        assert time.perf_counter() - begin < 0.5 * took
+        assert tokens(llm, ["xy"]) == expected
+        assert pids_of(llm) == ranks
+
+
 def test_chat(two: LLM) -> None:
     message = {"role": "user", "content": "hi"}
     answer = two.chat([message], GREEDY)[0]
@@ -186,8 +234,10 @@ def test_mistakes(two: LLM, folder: Path) -> None:
             LLM(folder, **{name: value})  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="tensor_parallel_size=2: LLM runs over pipeline_parallel_size"):
         LLM(folder, tensor_parallel_size=2, device="cpu")
-    with pytest.raises(InputError, match="must be a folder of a language model"):
-        LLM("nowhere")
+    with pytest.raises(InputError, match="there is no folder or GGUF file nowhere/at/all: check the path"):
+        LLM("nowhere/at/all")
+    with pytest.raises(InputError, match=r"prompt_token_ids must be from 0 to \d+, got 3 to 9999"):
+        two.generate([[3, 9999]])
     with pytest.raises(InputError, match="pipeline_parallel_size=9 is more than the 4 blocks"):
         LLM(folder, pipeline_parallel_size=9, device="cpu")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.engine.process.memory import peak_bytes, reset_peak
 from shardit.engine.process.messages import Refused, SessionSpec
 from shardit.engine.rank.worker import open_session
+from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class JoinedRanks:
             )
         self.info = self._session.info
 
-    def generate(self, build: Callable[[], list[Any]], on_progress: Callable[[int, int, int], None]) -> list[Output]:
+    def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
         """Run the requests that `build` makes on rank 0, which draws seeds and reads pictures, on all ranks."""
         with self._naming_this_rank():
             requests = from_rank_0(lambda: made_or_error(build))
@@ -68,7 +69,7 @@ class JoinedRanks:
             raise RankError(self.rank, f"{type(error).__name__}: {error}") from error
 
 
-def ignore_progress(index: int, step: int, total: int) -> None:
+def ignore_progress(index: int, step: int, total: int, made: Any = None) -> None:
     """The progress callback of all other ranks."""
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import NO_OPTIONS
+from shardit.engine.engine_args import EngineArgs
 from shardit.engine.process.failure import Timeouts
 from shardit.engine.process.messages import SESSION
+from shardit.engine.process.process import started_by_torchrun
+from shardit.engine.progress_bars import TokenBar
 from shardit.engine.session_spec import session_spec
 from shardit.engine.start import start_ranks
+from shardit.engine.streaming import Pieces, in_thread
+from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError
-from shardit.language.outputs import CompletionOutput, GroupOutput, RequestOutput
-from shardit.language.request import PromptGroup, Row
-from shardit.language.sampling_params import SamplingParams
-from shardit.language.source import decoder_source
-from shardit.params import RANDOM_SEED, SEED, seed_or_drawn
+from shardit.language.loading.source import decoder_source
+from shardit.language.request.asked import Asked
+from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput, RowResult
+from shardit.language.request.prompts import Prompt, chat_tokens, dealt, params_of_each, prompt_list, rows_of, tokens_of
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.params import RANDOM_SEED, SEED
 from shardit.settings.checks import whole
 
 if TYPE_CHECKING:
@@ -33,9 +39,10 @@ DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 class LLM:
     """A causal language model on as many devices as the configuration says; a context manager.
 
-    model: a folder of transformers (config.json, weights as safetensors, tokenizer), or "tiny/NAME". parallel_config: a
-    DiffusionParallelConfig, or its fields as keywords: LLM(model, pipeline_parallel_size=2). dtype: None for that of
-    the weights. max_model_len: the most tokens of a prompt and its text together, None for what the model has room for.
+    model: a hub id, a folder of transformers (config.json, weights as safetensors, tokenizer), a GGUF file, a short
+    name ("smollm2-135m"), or "tiny/NAME". parallel_config: a DiffusionParallelConfig, or its fields as keywords:
+    LLM(model, pipeline_parallel_size=2). dtype: None for that of the weights (float32 for GGUF files). max_model_len:
+    the most tokens of a prompt and its text together, None for what the model has room for.
     max_num_seqs: the most prompts that one batch has. seed: prompt i without a seed of its own has this one + i; None
     draws one for each. device, timeout_s: as for `Omni`.
 
@@ -66,7 +73,7 @@ class LLM:
         ):
             if value is not None or name == "max_num_seqs":
                 check(name, value)
-        config = config_of(parallel_config, parallel, "LLM", [item.name for item in fields(EngineArgs)])
+        config = config_of(parallel_config, parallel, "LLM", EngineArgs.names())
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
             raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
         source = decoder_source(model)
@@ -74,7 +81,9 @@ class LLM:
         self._max_num_seqs, self._groups = max_num_seqs, stages * config.data_parallel_size
         self._seed = None if seed == RANDOM_SEED else seed
         launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
-        spec = session_spec(model, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, **launch)
+        spec = session_spec(
+            model, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, can_cancel=True, **launch
+        )
         self._tokenizer: Any = source.tokenizer()
         self._ranks: Any
         self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
@@ -102,112 +111,94 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any] | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continue prompts; the outputs are in their order.
 
-        A prompt is a text, {"prompt": text} or {"prompt_token_ids": ids}. sampling_params: for all prompts, or one for
-        each; None for `get_default_sampling_params`. Raises InputError where a prompt is too long.
+        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids} or ids. sampling_params: for all prompts, or one
+        for each; None for `get_default_sampling_params`. use_tqdm: whether a terminal shows progress. Raises InputError
+        where a prompt is too long.
         """
-        if self._closed:
-            raise InputError("this LLM is closed; make a new one")
-        listed = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        params = self._params(sampling_params, len(listed))
-        texts, ids = zip(*map(self._tokens, listed), strict=True) if listed else ((), ())
-        rows = [
-            (number, copy, row)
-            for number, (tokens, wanted) in enumerate(zip(ids, params, strict=True))
-            for copy, row in enumerate(self._rows(number, tokens, wanted))
-        ]
-        made = self._run([row for *_, row in rows])
-        outputs: list[list[CompletionOutput]] = [[] for _ in listed]
-        for (number, copy, row), result in zip(rows, made, strict=True) if made else ():
-            outputs[number].append(self._completion(copy, row, result))
-        return [RequestOutput(t, i, tuple(o)) for t, i, o in zip(texts, ids, outputs, strict=True)] if made else []
+        asked = self._asked(prompts, sampling_params)
+        with contextlib.closing(TokenBar(len(asked.rows), shown=use_tqdm)) as bar:
+            made = self._run(asked, lambda _: lambda index, step, total, made=None: bar.update(index, made))
+        return asked.outputs(made) if made else []
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[CompletionChunk]:
+        """Continue prompts and yield pieces of text as they come; arguments as of `generate`.
+
+        The pieces of a text joined are the text that `generate` gives. Where the iterator is closed early, the texts
+        end with the step that they are in. Raises InputError under torchrun, where each rank would have to take part.
+        """
+        if started_by_torchrun(os.environ):
+            raise InputError("stream: ranks of torchrun run in step; use generate, or start LLM without torchrun")
+        asked = self._asked(prompts, sampling_params)
+        pieces = Pieces(asked)
+        yield from in_thread(
+            lambda give: self._run(asked, lambda groups: pieces.takes(groups, give)),
+            pieces.rest,
+            self._ranks.cancel_all,
+        )
 
     def chat(
         self,
         messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer conversations: a list of messages ({"role": ..., "content": ...}), or a list of such lists. template:
+        as of `chat_prompt`."""
+        listed = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [self.chat_prompt(one, **template) for one in listed]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Any],
+        *,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         tools: Sequence[Any] | None = None,
-    ) -> list[RequestOutput]:
-        """Answer conversations: a list of messages ({"role": ..., "content": ...}), or a list of such lists."""
-        listed = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        try:
-            prompts = [
-                self._tokenizer.apply_chat_template(
-                    list(one),
-                    add_generation_prompt=add_generation_prompt,
-                    chat_template=chat_template,
-                    tools=tools,
-                    tokenize=True,
-                    return_dict=False,
-                )
-                for one in listed
-            ]
-        except Exception as error:  # templates raise what they like
-            raise InputError(f"the chat template refuses the messages: {error}") from error
-        return self.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params)
+    ) -> dict[str, Any]:
+        """The prompt that the chat template makes of a conversation, for `generate` and `stream`."""
+        return {"prompt_token_ids": chat_tokens(self._tokenizer, messages, chat_template, tools, add_generation_prompt)}
 
-    def _params(self, given: Any, count: int) -> list[SamplingParams]:
-        if given is None:
-            given = self.get_default_sampling_params()
-        found = [given] * count if isinstance(given, SamplingParams) else list(given)
-        if len(found) != count or not all(isinstance(one, SamplingParams) for one in found):
-            raise InputError(f"sampling_params must be one SamplingParams, or one for each of the {count} prompts")
-        return found
+    def _asked(self, prompts: Any, sampling_params: Any) -> Asked:
+        if self._closed:
+            raise InputError("this LLM is closed; make a new one")
+        given = prompt_list(prompts)
+        params = params_of_each(sampling_params or self.get_default_sampling_params(), len(given))
+        read = [tokens_of(prompt, self._tokenizer, self._info.vocabulary) for prompt in given]
+        rows = [
+            (number, copy, row)
+            for number, ((_, tokens), wanted) in enumerate(zip(read, params, strict=True))
+            for copy, row in enumerate(rows_of(number, tokens, wanted, self._room, self._seed))
+        ]
+        return Asked(self._tokenizer, read, rows)
 
-    def _tokens(self, prompt: Any) -> tuple[str | None, tuple[int, ...]]:
-        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-        if isinstance(text, str):
-            return text, tuple(self._tokenizer(text)["input_ids"])
-        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
-        if not isinstance(ids, Sequence) or not ids or not all(isinstance(one, int) for one in ids):
-            raise InputError(
-                f'a prompt is a text, {{"prompt": text}} or {{"prompt_token_ids": ids}}, got {prompt!r:.80}'
-            )
-        return None, tuple(ids)
-
-    def _rows(self, number: int, tokens: tuple[int, ...], params: SamplingParams) -> list[Row]:
-        room = None if self._room is None else self._room - len(tokens)
-        if not tokens:
-            raise InputError(f"prompt {number} has no tokens")
-        if room is not None and room < 1:
-            raise InputError(f"prompt {number} has {len(tokens)} tokens, and the model has room for {self._room}")
-        wanted = params.max_tokens or room
-        if wanted is None:
-            raise InputError("max_tokens must be given: the model says of no limit")
-        most = wanted if room is None else min(wanted, room)
-        own = self._seed + number if params.seed is None and self._seed is not None else params.seed
-        first = seed_or_drawn(own)
-        return [Row(tokens, replace(params, max_tokens=most), first + copy) for copy in range(params.n)]
-
-    def _run(self, rows: list[Row]) -> list[Any]:
-        """The result of each row, in groups of rows of like length, as many at once as there are stages."""
-        order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
-        count = min(len(rows), max(self._groups, -(-len(rows) // self._max_num_seqs)))
-        dealt = [order[len(order) * k // count : len(order) * (k + 1) // count] for k in range(count)]
-        groups = [PromptGroup(k, tuple(rows[number] for number in numbers)) for k, numbers in enumerate(dealt)]
-        outputs: list[GroupOutput] = self._ranks.generate(lambda: groups, lambda *_: None) if groups else []
-        made: list[Any] = [None] * len(rows)
-        for numbers, output in zip(dealt, outputs, strict=bool(outputs)):
-            if output.error is not None:
+    def _run(self, asked: Asked, on_progress: Callable[[list[list[int]]], OnProgress]) -> list[RowResult]:
+        """The result of each row; none on ranks of torchrun but the first. on_progress: made of the numbers of the rows
+        of each group."""
+        groups = dealt([row for *_, row in asked.rows], self._groups, self._max_num_seqs) if asked.rows else []
+        numbers = [part for part, _ in groups]
+        outputs: list[GroupOutput | None]
+        outputs = self._ranks.generate(lambda: [one for _, one in groups], on_progress(numbers)) if groups else []
+        made: dict[int, RowResult] = {}
+        for part, output in zip(numbers, outputs, strict=bool(outputs)):
+            if output is not None and output.error is not None:
                 raise RankError(-1, output.error)
-            for number, result in zip(numbers, output.rows, strict=True):
-                made[number] = result
-        return made if outputs else []
-
-    def _completion(self, copy: int, row: Row, result: Any) -> CompletionOutput:
-        ids, reason, stop, logprobs = result
-        shown = ids[:-1] if isinstance(stop, int) or (reason == "stop" and stop is None) else ids
-        text = self._tokenizer.decode(shown, skip_special_tokens=row.params.skip_special_tokens)
-        if isinstance(stop, str):
-            text = text[: text.index(stop)]
-        return CompletionOutput(copy, text, ids, reason, stop, logprobs)
+            if output is not None:
+                made.update(zip(part, output.rows, strict=True))
+        return [made[number] for number in range(len(made))] if outputs and None not in outputs else []
 
     def close(self) -> None:
         """End the ranks; may be called twice. Happens by itself at the end of the program."""
@@ -219,24 +210,3 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class EngineArgs:
-    """The arguments of `LLM` under vLLM's names, as data: LLM(**EngineArgs(...).as_kwargs())."""
-
-    model: str = ""
-    pipeline_parallel_size: int = 1
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-    dtype: str | None = None
-    device: str | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int = 32
-    seed: int | None = None
-    timeout_s: float = 600
-    layer_partition: Sequence[int] | None = None
-
-    def as_kwargs(self) -> dict[str, Any]:
-        """The keywords of `LLM`."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}

@@ -16,16 +16,24 @@ from shardit.engine.process.failure import Failure, Timeouts
 from shardit.engine.process.hangs import HangDetector
 from shardit.engine.process.in_flight import InFlight
 from shardit.engine.process.loop import Loop
-from shardit.engine.process.messages import Begin, Progress, Refused, RequestFailed, RequestFinished, SessionSpec
+from shardit.engine.process.messages import (
+    Begin,
+    Cancel,
+    Progress,
+    Refused,
+    RequestFailed,
+    RequestFinished,
+    SessionSpec,
+)
 from shardit.engine.process.placement import LocalPlacement
 from shardit.engine.process.rank_group import RankGroup
+from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
     from shardit.diffusion.request.model_info import ModelInfo
 
-OnProgress = Callable[[int, int, int], None]
 CLOSE_GRACE_S = 1.0
 LOOK_EVERY_S = 0.1
 
@@ -69,7 +77,7 @@ class LocalRanks:
             self._run_until(lambda: self._up)
 
     def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
-        """Run the requests that `build` makes on all ranks."""
+        """Run the requests that `build` makes on all ranks; their outputs in order, None for one that was cancelled."""
         if os.getpid() != self.owner:
             raise InputError("this Omni was made by another process; make one in the process that uses it")
         begins = [Begin(next(self._keys), _packed(request)) for request in build()]
@@ -85,7 +93,12 @@ class LocalRanks:
             max((one.finished[rank].peak_bytes for one in finished if rank in one.finished), default=held)
             for rank, held in enumerate(self._held)
         ]
-        return [replace(one.first.output, peak_bytes=peaks) for one in finished]
+        return [one.first.output and replace(one.first.output, peak_bytes=peaks) for one in finished]
+
+    def cancel_all(self) -> None:
+        """End the requests in flight at their next steps; called by `on_progress`, in the thread of `generate`."""
+        for key, one in self._in_flight.items():
+            self._group.send(one.ranks, Cancel(key))
 
     def close(self) -> None:
         """End everything."""
@@ -103,7 +116,7 @@ class LocalRanks:
 
     def _run(self, begins: list[Begin], on_progress: OnProgress) -> list[InFlight]:
         numbers = {begin.key: number for number, begin in enumerate(begins)}
-        self._on_step = lambda message: on_progress(numbers[message.key], message.step, message.total)
+        self._on_step = lambda one: on_progress(numbers[one.key], one.step, one.total, one.made)
         requests: list[InFlight] = []
         for number, begin in enumerate(begins):
             replica = number % self.spec.config.data_parallel_size

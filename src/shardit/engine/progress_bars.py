@@ -1,8 +1,10 @@
-"""Progress bars of requests on a terminal."""
+"""Progress bars on a terminal."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -13,8 +15,8 @@ class Bars:
         self._bars: dict[int, Any] = {}
         self._off = os.environ.get("SHARDIT_PROGRESS") == "0"
 
-    def update(self, index: int, step: int, total: int) -> None:
-        """Show that request `index` has finished `step` of `total` steps."""
+    def update(self, index: int, step: int, total: int, made: Any = None) -> None:
+        """Show that request `index` has finished `step` of `total` steps; as an `OnProgress`."""
         if self._off:
             return
         if index not in self._bars:
@@ -32,3 +34,35 @@ class Bars:
         """Leave the bars as they are and end their lines."""
         for bar in self._bars.values():
             bar.close()
+
+
+class TokenBar:
+    """A progress bar on a terminal for the texts of a call of `LLM`. count: of texts. shown: whether it is wanted."""
+
+    def __init__(self, count: int, shown: bool = True):
+        self._count, self._tokens, self._bar = count, 0, None
+        self._off = not shown or count == 0 or os.environ.get("SHARDIT_PROGRESS") == "0"
+        self._ended: set[tuple[int, int]] = set()
+
+    def update(self, index: int, made: Sequence[int | None]) -> None:
+        """A step of group `index`: the token of each of its texts, None for those that have ended."""
+        if self._off:
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self._bar = tqdm(total=self._count, desc="texts", bar_format=form, disable=None)
+            self._begun = time.perf_counter()
+        self._tokens += sum(token is not None for token in made)
+        before = len(self._ended)
+        self._ended.update((index, row) for row, token in enumerate(made) if token is None)
+        rate = self._tokens / max(time.perf_counter() - self._begun, 1e-3)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self._bar.update(len(self._ended) - before)
+
+    def close(self) -> None:
+        """All texts have ended, or the call has failed."""
+        if self._bar is not None:
+            self._bar.update(self._count - self._bar.n)
+            self._bar.close()

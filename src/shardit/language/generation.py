@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from shardit.language.request import PromptGroup, Row
+from shardit.language.request.rows import PromptGroup, Row
 from shardit.language.sampling import RowSampler
 
 Decode = Callable[[Sequence[int], bool], str]
 """The text of token ids, given whether special tokens are left out."""
+
+OnStep = Callable[[int, int, tuple[int | None, ...]], None]
+"""Called after each step with its number, the most steps that there can be, and of each row the token that its text
+gets; None where the row has ended before, or by this token."""
 
 Ended = tuple[int, str, int | str | None]
 """How many tokens of a row count, why it has ended, and the stop text or token that ended it."""
@@ -26,16 +30,20 @@ class RowsEnd(StoppingCriteria):
 
     of_tokens = True
 
-    def __init__(self, rows: Sequence[Row], ends: frozenset[int], prompt_length: int, decode: Decode):
+    def __init__(self, rows: Sequence[Row], ends: frozenset[int], prompt_length: int, decode: Decode, on_step: OnStep):
         self.rows, self.ends, self.prompt_length, self.decode = rows, ends, prompt_length, decode
         self.ended: list[Ended | None] = [None] * len(rows)
+        self._on_step, self._steps = on_step, max(row.params.max_tokens or 1 for row in rows)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Whether each row has ended."""
         made = input_ids[:, self.prompt_length :].tolist()
+        shown: list[int | None] = [None] * len(self.rows)
         for number, row in enumerate(self.rows):
             if self.ended[number] is None:
-                self.ended[number] = self._end(row, made[number])
+                ended = self.ended[number] = self._end(row, made[number])
+                shown[number] = None if ended is not None and ended_by_token(ended) else made[number][-1]
+        self._on_step(len(made[0]), self._steps, tuple(shown))
         return torch.tensor([one is not None for one in self.ended], device=input_ids.device)
 
     def _end(self, row: Row, made: list[int]) -> Ended | None:
@@ -53,13 +61,21 @@ class RowsEnd(StoppingCriteria):
         return (count, "length", None) if count >= params.max_tokens else None
 
 
-def continued(model: Any, group: PromptGroup, ends: frozenset[int], pad: int, decode: Decode) -> list[Any]:
+def ended_by_token(ended: Ended) -> bool:
+    """Whether the last token has ended a row, and so is not part of its text."""
+    _, reason, stop = ended
+    return reason == "stop" and not isinstance(stop, str)
+
+
+def continued(
+    model: Any, group: PromptGroup, ends: frozenset[int], pad: int, decode: Decode, on_step: OnStep
+) -> list[Any]:
     """The rows of a group: token ids, why each has ended, what ended it, logprobs on the ranks that have the logits."""
     length = max(len(row.prompt) for row in group.rows)
     ids = torch.tensor([[pad] * (length - len(row.prompt)) + list(row.prompt) for row in group.rows])
     mask = torch.tensor([[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in group.rows])
     sampler = RowSampler(group.rows, ends, length)
-    criteria = RowsEnd(group.rows, ends, length, decode)
+    criteria = RowsEnd(group.rows, ends, length, decode, on_step)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max(row.params.max_tokens or 1 for row in group.rows), pad_token_id=pad
     )

@@ -8,10 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LanguageInfo:
-    """room: the most tokens of a prompt and its text together, None without a limit. defaults: what the folder says of
-    sampling. bytes_read, held_bytes, limit_bytes: as of a pipeline."""
+    """room: the most tokens of a prompt and its text together, None without a limit. vocabulary: the number of tokens
+    that the model knows. defaults: what the folder says of sampling. bytes_read, held_bytes, limit_bytes: as of a
+    pipeline."""
 
     room: int | None
+    vocabulary: int
     defaults: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bytes_read: int = 0

@@ -12,9 +12,9 @@ from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.decision import decided_alike
 from shardit.errors import InputError
-from shardit.language.loading import PreparedDecoder
+from shardit.language.loading.prepared import PreparedDecoder
+from shardit.language.loading.source import DecoderSource
 from shardit.language.sharding import blocks_of, check_axes, over_stages, owners_of
-from shardit.language.source import DecoderSource
 from shardit.loading.dtypes import setting
 from shardit.parallel_state import set_mesh_of_model
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessor
 
 from shardit.core.decoder.stage_tensor import mapped
-from shardit.language.request import Row
+from shardit.language.request.rows import Row
 
 OFF = float("-inf")
 

@@ -222,18 +222,17 @@ class Turns:
         if program.turns == program.breathed:
             assert program.coroutine is not None
             program.coroutine.pause()
-            if program.interrupted:
-                raise Interrupted("the request was interrupted")
+        if program.interrupted:
+            raise Interrupted("the request was interrupted")
         program.breathed = program.turns
 
     def let_others(self) -> None:
-        """Let other programs go on, or one begin. All ranks must call this at the same points of a program."""
+        """Let other programs go on, or one begin. All ranks must call this at the same points of a program, which may
+        wait for messages that are under way: so it is not interrupted here."""
         program = self.current
         if program is not None:
             assert program.coroutine is not None
             program.coroutine.pause()
-            if program.interrupted:
-                raise Interrupted("the request was interrupted")
 
     def _turn(self, program: Program) -> None:
         if program.coroutine is None:

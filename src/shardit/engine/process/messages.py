@@ -55,6 +55,8 @@ class SessionSpec:
         None, "Attention back end, as set_attention_backend in diffusers. [default: native]", TEXT
     )
     options: ModelOptions = field(default_factory=ModelOptions)
+    can_cancel: bool = False
+    """Whether requests may be cancelled while they run; those of a server may."""
     of_server: bool = False
     """Whether the ranks belong to a server: they log as JSON, and outputs have arrays in place of tensors, as its
     supervisor imports no torch."""
@@ -170,11 +172,13 @@ class Ready:
 
 @dataclass(frozen=True)
 class Progress:
-    """A request has finished `step` of `total` steps (first rank of a replica only)."""
+    """A request has finished `step` of `total` steps (first rank of a replica only). made: what the step has given, for
+    tasks whose results come step by step."""
 
     key: int
     step: int
     total: int
+    made: Any = None
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class ServingWorker:
         self.busy_s = 0.0
         self.log = logger("rank").bind(rank=session.mesh.rank)
         self._since = time.perf_counter()
+        self._can_cancel = session.spec.of_server or session.spec.can_cancel
 
     def admit(self, active: int) -> Program | None:
         """At the beginning of a round: act on the commands that count from now on; a program that is to join."""
@@ -121,9 +122,9 @@ class ServingWorker:
         return {"request_id": taken.request_id} if taken is not None else {}
 
     def _listens(self, has_room: bool) -> bool:
-        """Whether commands count in this round. Without a server nothing is cancelled, and a request could not begin
-        yet: the exchange would cost each of the many rounds of a step."""
-        return self.counts.ahead or self.session.spec.of_server or (has_room and not self.waiting)
+        """Whether commands count in this round. Where nothing can be cancelled and no request could begin
+        yet, the exchange would only cost each of the many rounds of a step."""
+        return self.counts.ahead or self._can_cancel or (has_room and not self.waiting)
 
     def _read(self) -> None:
         """On the first rank: what has come counts from the next `take` on."""
@@ -154,10 +155,10 @@ class ServingWorker:
                 program.interrupted = True
 
     def _progress(self, key: int) -> Any:
-        def report(_: int, step: int, total: int) -> None:
+        def report(_: int, step: int, total: int, made: Any = None) -> None:
             if self.session.leads:
-                self.channel.send(Progress(key, step, total))
-            if self.session.spec.of_server:  # other requests wait for an answer, and this one may be cancelled
+                self.channel.send(Progress(key, step, total, made))
+            if self._can_cancel:  # other requests wait for an answer, and this one may be cancelled
                 self.session.turns.yield_turn()
 
         return report

@@ -15,13 +15,13 @@ from shardit.core.stages.runtime import Runtime
 from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, UnsupportedError, first_line
-from shardit.language.generation import continued
+from shardit.language.generation import OnStep, continued
 from shardit.language.info import LanguageInfo, end_tokens, room_of
-from shardit.language.loading import PreparedDecoder
-from shardit.language.outputs import GroupOutput
-from shardit.language.request import PromptGroup
+from shardit.language.loading.prepared import PreparedDecoder
+from shardit.language.loading.source import decoder_source
+from shardit.language.request.outputs import GroupOutput
+from shardit.language.request.rows import PromptGroup
 from shardit.language.sharding import blocks_of, over_stages, owners_of
-from shardit.language.source import decoder_source
 from shardit.loading.safetensors_file import Reads
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class LoadedDecoder:
         self.model.generation_config = GenerationConfig(pad_token_id=self._pad)
         self.info = LanguageInfo(
             room=room_of(self.model.config),
+            vocabulary=self.model.config.get_text_config().vocab_size,
             defaults=defaults,
             bytes_read=reads.bytes,
             held_bytes=held_bytes(),
@@ -93,17 +94,18 @@ class LoadedDecoder:
         self, request: PromptGroup, on_progress: OnProgress, has_turn: Callable[[], bool]
     ) -> Iterator[tuple[Callable[[], Any], list[str]]]:
         """The call that continues the prompts of a group."""
-        yield functools.partial(self._continue, request), []
+        report = functools.partial(on_progress, request.index)
+        yield functools.partial(self._continue, request, report), []
 
-    def _continue(self, group: PromptGroup) -> Any:
-        rows = continued(self.model, group, self._ends, self._pad, self._decode)
+    def _continue(self, group: PromptGroup, report: OnStep) -> Any:
+        rows = continued(self.model, group, self._ends, self._pad, self._decode, report)
         if self.runtime is not None and any(row.params.logprobs is not None for row in group.rows):
             logits = self.runtime.comm.size - 1
             rows = self.runtime.comm.group.broadcast_object(rows, logits)
         return rows
 
     def _decode(self, ids: Any, skip_special: bool) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
     def error_text(self, request: PromptGroup, error: Exception) -> str:
         """An error of a group in one line."""

@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from shardit.diffusion.request.model_info import ModelInfo
     from shardit.engine.process.messages import SessionSpec
 
-OnProgress = Callable[[int, int, int], None]
-"""Called with the number of a request, the steps that are done, and all of them."""
+
+class OnProgress(Protocol):
+    """Called after each step of a request."""
+
+    def __call__(self, index: int, step: int, total: int, made: Any = None, /) -> None:
+        """index: number of the request. step, total: steps that are done, and all of them. made: what the step has
+        given, where results come step by step."""
+        ...
 
 
 class Model(Protocol):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
 from shardit.errors import InputError
-from shardit.language.gguf import GGUFFile
-from shardit.language.source import DecoderSource
+from shardit.language.loading.gguf import GGUFFile
+from shardit.language.loading.source import DecoderSource
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import Setting, dtype_of
 from shardit.loading.meta import build

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardit.language.sampling_params import SamplingParams
+from shardit.language.request.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

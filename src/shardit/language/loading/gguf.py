@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 import re
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +14,12 @@ from torch import nn
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.placement.slices import Owned
 from shardit.errors import InputError, UnsupportedError, first_line
+from shardit.language.loading.gguf_header import check_package, parsed_once
 from shardit.loading.meta import build_transformers
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.weights import Target, move_buffers, place
 
-_ONE_AT_A_TIME = threading.RLock()
-
-
-@functools.lru_cache(maxsize=1)
-def _parsed(reader: type, path: str, changed: int) -> Any:
-    """The header of a file, and its tensors as mapped memory. changed: when the file was written."""
-    return reader(path)
-
-
-@contextmanager
-def parsed_once() -> Iterator[None]:
-    """Meanwhile transformers parses the header of a file and makes the table of names once, rather than for each use
-    and each module: of 30 layers and a vocabulary of 49,152 these take 3 and 6 seconds."""
-    import gguf
-
-    reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
-    with _ONE_AT_A_TIME:
-        gguf.GGUFReader = lambda path: _parsed(reader, str(path), os.stat(path).st_mtime_ns)  # pyright: ignore
-        gguf.get_tensor_name_map = functools.cache(table)
-        try:
-            yield
-        finally:
-            gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
-
-
 _OF_LAYER = re.compile(r"blk\.(\d+)\.")
-
-
-def check_package(path: Path) -> None:
-    """Raise InputError where the package that reads GGUF files is missing."""
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"{path} needs the package gguf: pip install gguf")
 
 
 class GGUFFile:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardit.errors import InputError, first_line
-from shardit.language.gguf import check_package, parsed_once
+from shardit.language.loading.gguf_header import check_package, parsed_once
 from shardit.loading.hub import FlatRemote, flat_on_hub, is_hub_id, open_flat
 from shardit.loading.index import INDEX
 from shardit.loading.quiet import quiet

@@ -1,0 +1,33 @@
+"""`EngineArgs`: the arguments of `LLM` as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineArgs:
+    """The arguments of `LLM` under vLLM's names, as data: LLM(**EngineArgs(...).as_kwargs())."""
+
+    model: str = ""
+    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    dtype: str | None = None
+    device: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    seed: int | None = None
+    timeout_s: float = 600
+    layer_partition: Sequence[int] | None = None
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all arguments."""
+        return [item.name for item in fields(cls)]
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """The keywords of `LLM`."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}

@@ -1,0 +1,91 @@
+"""Texts in pieces, while the ranks make them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from shardit.engine.tasks.task import OnProgress
+from shardit.language.request.asked import Asked
+from shardit.language.request.outputs import CompletionChunk, RowResult
+from shardit.language.request.text_stream import TextStream
+
+T = TypeVar("T")
+
+
+class Pieces:
+    """The texts of a call of `LLM`, as far as they are known."""
+
+    def __init__(self, asked: Asked):
+        self._asked = asked
+        self._streams = [
+            TextStream(lambda ids, row=row: asked.decoded(ids, row), row.params.stops) for *_, row in asked.rows
+        ]
+        self._tokens: list[list[int]] = [[] for _ in asked.rows]
+        self._given = [0] * len(asked.rows)
+
+    def takes(self, groups: list[list[int]], give: Callable[[CompletionChunk | None], None]) -> OnProgress:
+        """A function that gives chunks of the tokens of each step. groups: the numbers of the rows of each."""
+
+        def on_progress(index: int, step: int, total: int, made: Any = None, /) -> None:
+            for number, token in zip(groups[index], made, strict=True):
+                if token is not None:
+                    self._tokens[number].append(token)
+                    if text := self._streams[number].add(token):
+                        give(self._chunk(number, text, self._tokens[number]))
+            give(None)
+
+        return on_progress
+
+    def rest(self, results: list[RowResult]) -> list[CompletionChunk]:
+        """The last chunk of each row."""
+        found = []
+        for number, result in enumerate(results):
+            whole = self._asked.completion(number, result)
+            text = self._streams[number].end(whole.text)
+            found.append(self._chunk(number, text, result[0], whole.finish_reason, whole.stop_reason))
+        return found
+
+    def _chunk(self, number: int, text: str, tokens: Any, *reasons: Any) -> CompletionChunk:
+        prompt, copy, _ = self._asked.rows[number]
+        new, self._given[number] = tuple(tokens[self._given[number] :]), len(tokens)
+        return CompletionChunk(prompt, copy, text, new, *reasons)
+
+
+def in_thread(
+    run: Callable[[Callable[[T | None], None]], Any], rest: Callable[[Any], list[T]], cancel: Callable[[], None]
+) -> Iterator[T]:
+    """Yield the values that `run(give)` gives while it runs in another thread, except None, then `rest` of its result.
+
+    If the iterator is closed early, `cancel` is called in that thread, and the end of `run` is waited for. Raises
+    what `run` raises.
+    """
+    found: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def give(one: T | None) -> None:
+        if left.is_set():
+            cancel()
+        elif one is not None:
+            found.put(("value", one))
+
+    def work() -> None:
+        try:
+            for one in rest(run(give)):
+                found.put(("value", one))
+            found.put(("end", None))
+        except BaseException as error:
+            found.put(("error", error))
+
+    thread = threading.Thread(target=work, name="shardit-stream", daemon=True)
+    thread.start()
+    try:
+        while (item := found.get())[0] == "value":
+            yield item[1]
+        if item[0] == "error":
+            raise item[1]
+    finally:
+        left.set()
+        thread.join()

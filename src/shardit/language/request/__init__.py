@@ -1,0 +1,1 @@
+"""Prompts of a user become rows and groups; tokens become texts."""

@@ -1,0 +1,92 @@
+"""Prompts of a user become rows of tokens, and rows become groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from shardit.errors import InputError
+from shardit.language.request.rows import PromptGroup, Row
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.params import seed_or_drawn
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+"""A text, {"prompt": text}, {"prompt_token_ids": ids}, or ids."""
+
+
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list; a single one may be given as it is."""
+    if isinstance(prompts, (str, Mapping)) or (prompts and all(isinstance(one, int) for one in prompts)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType]
+
+
+def params_of_each(given: Any, count: int) -> list[SamplingParams]:
+    """The parameters of each of `count` prompts. Raises InputError."""
+    found = [given] * count if isinstance(given, SamplingParams) else list(given)
+    if len(found) != count or not all(isinstance(one, SamplingParams) for one in found):
+        raise InputError(f"sampling_params must be one SamplingParams, or one for each of the {count} prompts")
+    return found
+
+
+def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | None, tuple[int, ...]]:
+    """The text of a prompt, None where ids were given, and its tokens. vocabulary: the number of tokens that the model
+    knows. Raises InputError."""
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    if isinstance(text, str):
+        return text, tuple(tokenizer(text)["input_ids"])
+    ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
+    if not isinstance(ids, Sequence) or not ids or not all(isinstance(one, int) for one in ids):
+        raise InputError(f'a prompt is a text, {{"prompt": text}} or {{"prompt_token_ids": ids}}, got {prompt!r:.80}')
+    if not all(0 <= one < vocabulary for one in ids):
+        raise InputError(f"prompt_token_ids must be from 0 to {vocabulary - 1}, got {min(ids)} to {max(ids)}")
+    return None, tuple(ids)
+
+
+def chat_tokens(
+    tokenizer: Any, messages: Sequence[Any], template: str | None, tools: Sequence[Any] | None, begins_answer: bool
+) -> list[int]:
+    """The tokens of a conversation. begins_answer: whether the beginning of an answer follows. Raises InputError for
+    what the chat template refuses, and where there is none."""
+    if template is None and tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template: give chat_template, or a prompt to generate()")
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=begins_answer,
+            chat_template=template,
+            tools=tools,
+            tokenize=True,
+            return_dict=False,
+        )
+    except Exception as error:  # templates raise what they like
+        raise InputError(f"the chat template refuses the messages: {error}") from error
+
+
+def rows_of(
+    number: int, tokens: tuple[int, ...], params: SamplingParams, room: int | None, seed: int | None
+) -> list[Row]:
+    """The rows of prompt `number`, one for each text that is wanted. room: the most tokens of prompt and text. seed: of
+    all prompts. Raises InputError where the prompt is too long."""
+    if not tokens:
+        raise InputError(f"prompt {number} has no tokens")
+    left = None if room is None else room - len(tokens)
+    if left is not None and left < 1:
+        raise InputError(f"prompt {number} has {len(tokens)} tokens, and the model has room for {room}")
+    wanted = params.max_tokens or left
+    if wanted is None:
+        raise InputError("max_tokens must be given: the model states no limit")
+    most = wanted if left is None else min(wanted, left)
+    own = seed + number if params.seed is None and seed is not None else params.seed
+    first = seed_or_drawn(own)
+    return [Row(tokens, replace(params, max_tokens=most), first + copy) for copy in range(params.n)]
+
+
+def dealt(rows: Sequence[Row], groups: int, most: int) -> list[tuple[list[int], PromptGroup]]:
+    """Groups of rows of like length, with the numbers of their rows. groups: how many at least, where there are enough
+    rows. most: rows of a group at most."""
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
+    count = min(len(rows), max(groups, -(-len(rows) // most)))
+    parts = [order[len(order) * k // count : len(order) * (k + 1) // count] for k in range(count)]
+    return [(part, PromptGroup(k, tuple(rows[number] for number in part))) for k, part in enumerate(parts)]

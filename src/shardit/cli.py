@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from shardit import commands
+from shardit import commands, language_commands
 from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
 from shardit.diffusion.output.output import SUFFIXES, check_path, savable
 from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
 from shardit.flags import GenerateFlags, InspectFlags
+from shardit.language_flags import ChatFlags, CompleteFlags
 from shardit.settings.flag_class import options_of
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _app() -> typer.Typer:
         context: typer.Context,
         version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
     ) -> None:
-        """Run diffusers pipelines on many devices, with the same result."""
+        """Run diffusers pipelines and language models on many devices, with the same result."""
         if version:
             from shardit import __version__
 
@@ -185,6 +186,8 @@ def _app() -> typer.Typer:
     from shardit.server.flags import ServeFlags
 
     app.command("serve")(_command(commands.serve, ServeFlags))
+    app.command("chat")(_command(language_commands.chat, ChatFlags))
+    app.command("complete")(_command(language_commands.complete, CompleteFlags))
     app.command("inspect")(_command(commands.inspect, InspectFlags))
     app.command("tiny")(commands.tiny)
     return app

@@ -15,25 +15,27 @@ from shardit.errors import InputError
 from shardit.settings.declare import Flag, declared
 
 
-def flag_class(cls: type, *, only: Collection[str] = (), unset: bool = False) -> Any:
+def flag_class(cls: type, *, only: Collection[str] = (), unset: bool = False, default_from: str = "") -> Any:
     """A dataclass with a field for each flag of the settings that `cls` declares.
 
     only: names of settings, where not all are wanted. unset: all flags are None by default, and so tell what was given.
+    default_from: for the help of these, if defaults come from elsewhere.
     """
     items = [item for item in declared(cls) if item.metadata["flag"] is not None and (not only or item.name in only)]
     hints = typing.get_type_hints(cls)
-    made = [_field(item, hints[item.name], unset) for item in items]
+    made = [_field(item, hints[item.name], unset, default_from) for item in items]
     return dataclasses.make_dataclass(f"FlagsOf{cls.__name__}", made, frozen=True, kw_only=True)
 
 
-def _field(item: dataclasses.Field[Any], kind: Any, unset: bool) -> tuple[str, Any, Any]:
+def _field(item: dataclasses.Field[Any], kind: Any, unset: bool, default_from: str) -> tuple[str, Any, Any]:
     flag, help, default = item.metadata["flag"], item.metadata["help"], item.default
     if flag.each or flag.example:
         kind, default = list[str] | None, None
     elif flag.kind is not None:
         kind, default = flag.kind, flag.default
     if unset:
-        help, kind, default = help + (f" [default: {default}]" if default is not None else ""), kind | None, None
+        standard = f" [default: {default_from or default}]" if default is not None else ""
+        help, kind, default = help + standard, kind | None, None
     return flag.name or item.name, kind, dataclasses.field(default=default, metadata={**item.metadata, "help": help})
 
 
@@ -67,11 +69,12 @@ def _spelt(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def values_of(flags: Any, cls: type) -> dict[str, Any]:
-    """The settings of `cls` by name, as given by flags; those that are None are left out. Raises InputError."""
+def values_of(flags: Any, cls: type, only: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of `cls` by name, as given by flags; those that are None are left out. only: as of `flag_class`.
+    Raises InputError."""
     found = {}
     for item in declared(cls):
-        if (flag := item.metadata["flag"]) is None:
+        if (flag := item.metadata["flag"]) is None or (only and item.name not in only):
             continue
         if (value := getattr(flags, flag.name or item.name)) is not None:
             found[item.name] = _read(flag, flag.name or item.name, value)

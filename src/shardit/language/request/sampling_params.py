@@ -11,7 +11,7 @@ from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.params import SEED
 from shardit.settings.checks import FLAG, matching, number, numbers, whole
-from shardit.settings.declare import check_declared, declare
+from shardit.settings.declare import Flag, check_declared, declare
 
 _stop = matching(
     "a text or a list of texts that are not empty",
@@ -30,30 +30,32 @@ class SamplingParams:
     """The parameters of one prompt, under vLLM's names. Wrong values raise InputError."""
 
     n: int = _value(1, "Texts for the prompt. With a seed, text i has seed + i.", whole(1))
-    temperature: float = _value(1.0, "Divides the logits; 0 takes the likeliest token each time.", number(0))
-    top_p: float = _value(
+    temperature: float = declare(1.0, "Divides the logits; 0 takes the likeliest token each time.", number(0))
+    top_p: float = declare(
         1.0, "The likeliest tokens whose probabilities come to this are kept.", number(above=0, maximum=1)
     )
-    top_k: int = _value(0, "How many of the likeliest tokens are kept; 0 and -1 keep all.", whole(-1))
-    min_p: float = _value(
+    top_k: int = declare(0, "How many of the likeliest tokens are kept; 0 and -1 keep all.", whole(-1))
+    min_p: float = declare(
         0.0, "Tokens are kept whose probability is at least this share of that of the likeliest.", number(0, 1)
     )
-    repetition_penalty: float = _value(
+    repetition_penalty: float = declare(
         1.0,
         "Tokens of the prompt and of the text so far become this much less likely; below 1, likelier.",
         number(above=0),
     )
-    presence_penalty: float = _value(0.0, "Subtracted from the logits of tokens that the text has.", number(-2, 2))
-    frequency_penalty: float = _value(
+    presence_penalty: float = declare(0.0, "Subtracted from the logits of tokens that the text has.", number(-2, 2))
+    frequency_penalty: float = declare(
         0.0, "Subtracted from the logits of tokens for each time that the text has them.", number(-2, 2)
     )
-    seed: int | None = _value(None, "Of this prompt's own generator; None and -1 draw one.", SEED)
-    stop: str | Sequence[str] | None = _value(None, "Texts that end the text; they are not part of it.", _stop)
+    seed: int | None = declare(None, "Of this prompt's own generator; None and -1 draw one.", SEED)
+    stop: str | Sequence[str] | None = declare(
+        None, "Text that ends the text, and is not part of it.", _stop, flag=Flag(each=str, metavar="<text>")
+    )
     stop_token_ids: Sequence[int] | None = _value(
         None, "Tokens that end the text, besides the model's own end tokens.", numbers(whole(0))
     )
-    ignore_eos: bool = _value(False, "Whether the text goes on after an end token of the model.", FLAG)
-    max_tokens: int | None = _value(16, "Tokens at most; None for as many as the model has room for.")
+    ignore_eos: bool = declare(False, "Whether the text goes on after an end token of the model.", FLAG)
+    max_tokens: int | None = declare(16, "Tokens at most; None for as many as the model has room for.")
     min_tokens: int = _value(0, "Tokens before an end token or a stop text may come.", whole(0))
     logprobs: int | None = _value(
         None, "For each token, how many of the likeliest tokens come with their logarithmic probabilities.", whole(0)

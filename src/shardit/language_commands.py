@@ -1,0 +1,118 @@
+"""`shardit chat` and `shardit complete`: language models in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from shardit.engine.process.process import started_by_torchrun
+from shardit.errors import InputError
+from shardit.language_flags import ChatFlags, CompleteFlags, LanguageFlags
+
+if TYPE_CHECKING:
+    from shardit import LLM
+
+RESET, LEAVE = "/reset", "/exit"
+
+
+def chat(flags: ChatFlags) -> None:
+    """Talk with a language model; it answers word by word."""
+    with _opened(flags) as llm:
+        _say(f"{RESET} begins a new conversation, {LEAVE} or Ctrl-D ends, Ctrl-C stops an answer", sys.stdin.isatty())
+        Conversation(llm, flags).run()
+
+
+def complete(flags: CompleteFlags) -> None:
+    """Continue texts."""
+    prompts = flags.prompt or [sys.stdin.read()]
+    with _opened(flags) as llm:
+        params = flags.sampling(**_recommended(llm))
+        if flags.json:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            print(json.dumps([dataclasses.asdict(one) for one in outputs], ensure_ascii=False))
+            return
+        for number, prompt in enumerate(prompts):
+            for piece in llm.stream(prompt, dataclasses.replace(params, seed=_seed_of(params, number))):
+                print(piece.text, end="", flush=True)
+            print()
+
+
+def _seed_of(params: Any, number: int) -> int | None:
+    return None if params.seed in (None, -1) else params.seed + number
+
+
+def _opened(flags: LanguageFlags) -> LLM:
+    flags.check()
+    if started_by_torchrun(os.environ):
+        raise InputError("chat and complete start their ranks: run them without torchrun")
+    from shardit import LLM
+
+    _say(f"loading {flags.model} ...", sys.stderr.isatty())
+    return LLM(**flags.llm_arguments())
+
+
+def _recommended(llm: LLM) -> dict[str, Any]:
+    """The sampling that the model's folder recommends."""
+    standard = llm.get_default_sampling_params()
+    return {
+        item.name: getattr(standard, item.name) for item in dataclasses.fields(standard) if item.name != "max_tokens"
+    }
+
+
+def _say(text: str, wanted: bool) -> None:
+    if wanted:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Conversation:
+    """The messages so far, and the turns that follow."""
+
+    def __init__(self, llm: LLM, flags: ChatFlags):
+        self._llm, self._params = llm, flags.sampling(**_recommended(llm))
+        self._begin = [{"role": "system", "content": flags.system}] if flags.system else []
+        self.messages: list[dict[str, str]] = list(self._begin)
+
+    def run(self) -> None:
+        """Answer what is typed, or each line of standard input, until it ends."""
+        for text in _typed() if sys.stdin.isatty() else sys.stdin:
+            text = text.strip()
+            if text == LEAVE:
+                return
+            if text == RESET:
+                self.messages = list(self._begin)
+            elif text:
+                self._turn(text)
+
+    def _turn(self, text: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": text}]
+        answer = ""
+        try:
+            for piece in self._llm.stream(self._llm.chat_prompt(asked), self._params):
+                answer += piece.text
+                print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            pass  # the part that came counts
+        except InputError as error:  # the conversation may have become too long
+            if not sys.stdin.isatty():
+                raise
+            return _say(f"error: {error}; {RESET} begins a new conversation", True)
+        print(flush=True)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return None
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed at a terminal, with editing and history."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` both)
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return

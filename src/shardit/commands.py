@@ -57,17 +57,29 @@ def inspect(flags: InspectFlags) -> None:
     from shardit.diffusion.loading.model_options import model_options
     from shardit.diffusion.loading.shipped import configurations
     from shardit.diffusion.preflight import preflight
+    from shardit.language.loading.source import known_decoder, named_decoder
 
-    options, configs = model_options(variant=flags.variant), configurations(flags.what(), flags.variant)
+    options, source = model_options(variant=flags.variant), known_decoder(flags.what())
+    configs = configurations(flags.what(), flags.variant) if source is None else None
+    if source is None and configs is None:
+        source = named_decoder(flags.what())
+    if source is not None:
+        from shardit.engine.inspect_language import inspect_decoder
+
+        return _show(inspect_decoder(source, config, dtype), flags.json)
     if configs is None:
         preflight.check(flags.what(), config, options, dtype=dtype, packages=False)
     else:
         preflight.check(configs, config, model_options(), dtype=dtype, files=False, packages=False)
     from shardit.engine.inspect import inspect_model
 
-    document = inspect_model(flags.what(), config, dtype=dtype, variant=flags.variant)
+    _show(inspect_model(flags.what(), config, dtype=dtype, variant=flags.variant), flags.json)
+    return None
+
+
+def _show(document: dict[str, Any], as_json: bool) -> None:
     if is_first_rank(os.environ):
-        print(json.dumps(document) if flags.json else table(document))
+        print(json.dumps(document) if as_json else table(document))
 
 
 def table(document: dict[str, Any]) -> str:

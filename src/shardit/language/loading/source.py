@@ -90,14 +90,24 @@ def local_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
     return DecoderSource(path) if (path / CONFIG).is_file() and not (path / INDEX).is_file() else None
 
 
+def known_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
+    """The files of a language model that is on this disk or has a short name; None for all else. Only for a short name
+    the hub is asked."""
+    return decoder_source(model) if os.fspath(model) in NAMED else local_decoder(model)
+
+
+def refuse_decoder(model: str | os.PathLike[str]) -> None:
+    """Raise InputError where a pipeline of diffusers is wanted, and a language model is named."""
+    if os.fspath(model) in NAMED or local_decoder(model) is not None:
+        raise InputError(f"{model} is a language model: use LLM, shardit chat or shardit complete")
+
+
 def named_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
     """The files of a language model; None where the name is that of a pipeline of diffusers, or of nothing. A hub id is
     that of a pipeline if its repository has an index of one."""
     text = os.fspath(model)
-    if (found := local_decoder(model)) is not None:
+    if (found := known_decoder(model)) is not None:
         return found
-    if text in NAMED:
-        return decoder_source(text)
     if isinstance(model, Path) or text.startswith("tiny/") or Path(text).expanduser().exists() or not is_hub_id(text):
         return None
     return decoder_source(text) if flat_on_hub(text, CONFIG) else None

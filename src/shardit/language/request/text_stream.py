@@ -32,10 +32,11 @@ class TextStream:
         text = self._decode(self._tokens[self._begin :])
         run = len(text) - len(text.rstrip(UNKNOWN))
         sure = text[: len(text) - min(run, UNSURE)]
-        if not sure.startswith(self._shown):  # the token changes text that was sure, so there is nothing to add to it
-            sure = self._shown
-        self._held += sure[len(self._shown) :]
-        self._shown = sure
+        # With byte fallback, bytes that are no whole character yet change the text of those before them; if they never
+        # become one, that text stays as it was given, and counts by its length.
+        if sure.startswith(self._shown) or len(self._tokens) - self._sure > UNSURE + 1:
+            self._held += sure[len(self._shown) :]
+            self._shown = max(sure, self._shown, key=len)
         if run == 0:
             self._begin, self._sure = self._sure, len(self._tokens)
             self._shown = self._decode(self._tokens[self._begin :])

@@ -177,7 +177,7 @@ def test_checkpoint_errors(tmp_path):
         with pytest.raises(InputError, match=says):
             Checkpoint.open(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
-    with pytest.raises(InputError, match="not a safetensors file beside it"):
+    with pytest.raises(InputError, match="not a safetensors file in its folder"):
         Checkpoint.open(tmp_path)
 
 

@@ -68,7 +68,7 @@ def check_kind(omni: Any, flags: GenerateFlags) -> None:
         kinds = omni.takes.kinds_as(flags.sampling_params().output_type)
         check_path(flags.output, kinds, transparent=omni.takes.image_mode == "RGBA")
         if flags.output.suffix.lower() in SUFFIXES["audio"] and omni.takes.sample_rate is None:
-            raise InputError(f"output {flags.output}: the model does not tell its sample rate; use .safetensors")
+            raise InputError(f"output {flags.output}: the model does not define its sample rate; use .safetensors")
 
 
 def report(outputs: Sequence[Output], path: Path | None) -> None:

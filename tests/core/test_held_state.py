@@ -75,7 +75,7 @@ def test_what_processors_keep_and_gradients_are_refused_on_all_ranks(name: str) 
     for equal, said, again in run_ranks(2, cases, name):
         assert equal
         assert again
-        assert "Remembering keeps what it sees" in said[0]
+        assert "Remembering keeps tensors of its calls" in said[0]
         assert "is called for its gradients" in said[1]
 
 

@@ -104,7 +104,7 @@ def test_sound_becomes_wav(tmp_path, rate):
 def test_sound_that_cannot_be_written(tmp_path):
     unknown = output_of(LTX2PipelineOutput(frames=[FRAMES], audio=TONE[None, None]), rate=None)
     for name in ("a.wav", "a.mp4"):
-        with pytest.raises(InputError, match="does not tell its sample rate"):
+        with pytest.raises(InputError, match="does not define its sample rate"):
             unknown.save(tmp_path / name)
     silent, notes = savable(unknown)
     assert (silent.audio, silent.frames, len(notes)) == (None, unknown.frames, 1)

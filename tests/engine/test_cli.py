@@ -137,7 +137,7 @@ def test_a_wav_needs_a_sample_rate():
     takes = PipelineSignature("P", ("prompt",), outputs=("audios",))
     flags = GenerateFlags(model="m", prompt="a", output=Path("a.wav"))
     check_kind(types.SimpleNamespace(takes=dataclasses.replace(takes, sample_rate=16000)), flags)
-    with pytest.raises(InputError, match=r"a\.wav: the model does not tell its sample rate; use \.safetensors"):
+    with pytest.raises(InputError, match=r"a\.wav: the model does not define its sample rate; use \.safetensors"):
         check_kind(types.SimpleNamespace(takes=takes), flags)
 
 

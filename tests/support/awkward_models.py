@@ -369,7 +369,7 @@ class PopsFromArgument(Plain):
 
 
 class FillsArgument(Plain):
-    refused = "into a list or dict that it is given"
+    refused = "into a list or dict among its arguments"
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, more: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
         out = super().forward(x, t)

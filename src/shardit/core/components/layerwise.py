@@ -91,7 +91,7 @@ class LayerwiseEncoder:
                 before, states = [mark(t) for t in arguments], [state_of(cache) for cache in caches]
                 out = call(*args, **kwargs)
                 if [id(t) for t in _tensors((args, kwargs))] != [id(t) for t in arguments]:
-                    raise UnsupportedError(f"{self.units[index][0]} changes a list or dict that it is given")
+                    raise UnsupportedError(f"{self.units[index][0]} changes a list or dict among its arguments")
                 written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
             self.ran[index] += 1
             return out, written, [taken_since(state, cache) for state, cache in zip(states, caches, strict=True)]

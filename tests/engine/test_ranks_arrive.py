@@ -179,7 +179,7 @@ def test_flags():
     assert (options.executor, options.num_nodes) == ("ray", 2)
     with pytest.raises(InputError, match="--num-nodes needs --executor ray"):
         flags(num_nodes=2, pipeline_parallel_size=2).options()
-    with pytest.raises(InputError, match="3 ranks cannot be spread evenly over --num-nodes 2"):
+    with pytest.raises(InputError, match="3 ranks cannot be distributed evenly over --num-nodes 2"):
         flags(executor=Executor.ray, num_nodes=2, pipeline_parallel_size=3).options()
     with pytest.raises(InputError, match="--num-nodes must be at least 1"):
         flags(executor=Executor.ray, num_nodes=0).options()

@@ -27,8 +27,8 @@ def server(tmp_path: Path, request: Any) -> Iterator[Server]:
 def test_ranks_that_differ_are_started_anew(server: Server) -> None:
     first, second = server.put(), server.put()
     key = server.key(first)
-    server.jobs.heard(0, RequestFinished(key, "one sum"))
-    server.jobs.heard(1, RequestFinished(key, "another"))
+    server.jobs.on_rank_message(0, RequestFinished(key, "one sum"))
+    server.jobs.on_rank_message(1, RequestFinished(key, "another"))
     (reason,) = server.rank_group.failures
     assert first in reason
     assert [server.state(one) for one in (first, second)] == ["queued", "queued"]
@@ -106,7 +106,7 @@ def test_stops_and_restarts_do_not_count(server: Server) -> None:
 
 def out_of_memory(server: Server, job_id: str) -> None:
     """As the rank group does it."""
-    server.jobs.heard(0, OutOfMemory(server.key(job_id), "tried to allocate 9 GiB"))
+    server.jobs.on_rank_message(0, OutOfMemory(server.key(job_id), "tried to allocate 9 GiB"))
     server.jobs.down(Failure("rank 0 ran out of memory", memory=True))
     server.jobs.ready([INFO] * server.rank_group.size)
 

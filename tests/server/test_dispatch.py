@@ -120,9 +120,9 @@ def test_a_free_slot_comes_before_one_that_will_be_free(server: Server) -> None:
     ids = [server.put() for _ in range(3)]  # two on the first replica, one on the second
     server.step(ids[0], 4, 4)
     server.step(ids[2], 4, 4)
-    beside = [server.put() for _ in range(2)]
+    others = [server.put() for _ in range(2)]
     found = {one.job.id: (one.replica, one.ahead) for one in server.jobs.running.values()}
-    assert [found[one] for one in beside] == [(1, False), (0, True)]
+    assert [found[one] for one in others] == [(1, False), (0, True)]
     server.finish_all()
 
 
@@ -337,9 +337,9 @@ def test_deleted_at_any_moment(server: Server, moment: str) -> None:
 def test_a_rank_that_answers_late_changes_nothing(server: Server) -> None:
     job_id = server.put()
     key = server.key(job_id)
-    server.jobs.heard(0, RequestFinished(key, "sum"))
+    server.jobs.on_rank_message(0, RequestFinished(key, "sum"))
     server.die()
-    server.jobs.heard(1, RequestFinished(key, "sum"))
-    server.jobs.heard(0, Progress(key, 3, 4))
+    server.jobs.on_rank_message(1, RequestFinished(key, "sum"))
+    server.jobs.on_rank_message(0, Progress(key, 3, 4))
     assert server.key(job_id) != key
     assert server.jobs.running[server.key(job_id)].on_ranks.finished == {}

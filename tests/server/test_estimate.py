@@ -84,7 +84,7 @@ def test_what_did_not_fit_is_refused_until_it_fits() -> None:
     estimate.refuse_if_too_large(work(2999), known, None)
     with pytest.raises(InputError, match="3000 pixels"):
         estimate.refuse_if_too_large(work(3000), known, None)
-    estimate.refuse_if_too_large(work(3000), estimate.forgive(known), None)
+    estimate.refuse_if_too_large(work(3000), estimate.reset_failures(known), None)
     estimate.refuse_if_too_large(work(3000), estimate.learn_memory(known, Seen(3000, 9)), None)
 
 

@@ -61,7 +61,7 @@ def test_jobs_cancelled_while_they_wait_are_counted(store: Store, tmp_path: Path
     with listening("127.0.0.1", 0) as listener:
         supervisor = Supervisor(ServeOptions("tiny/flux", tmp_path, port=0), cast(Any, None), listener, Nowhere())
         told: list[Any] = []
-        supervisor.api.tell = told.append  # type: ignore[method-assign]
+        supervisor.api.send = told.append  # type: ignore[method-assign]
 
         def cancelled() -> float:
             supervisor.on_api_message(Scrape())

@@ -134,7 +134,7 @@ class Server:
         return range(replica * self.together, (replica + 1) * self.together)
 
     def step(self, job_id: str, step: int = 1, total: int = 4) -> None:
-        self.jobs.heard(self.ranks(job_id)[0], Progress(self.key(job_id), step, total))
+        self.jobs.on_rank_message(self.ranks(job_id)[0], Progress(self.key(job_id), step, total))
 
     def leave(self, job_id: str, **more: Any) -> None:
         """All its ranks are through with a job."""
@@ -142,7 +142,9 @@ class Server:
         for rank in ranks:
             good = rank == ranks[0] and not more
             output = Output("a cat", 1, [Image.new("RGB", (8, 8))]) if good else None
-            self.jobs.heard(rank, RequestFinished(key, None if more.get("cancelled") else "sum", output=output, **more))
+            self.jobs.on_rank_message(
+                rank, RequestFinished(key, None if more.get("cancelled") else "sum", output=output, **more)
+            )
 
     def complete(self, job_id: str) -> None:
         self.leave(job_id)

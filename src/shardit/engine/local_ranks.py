@@ -146,7 +146,7 @@ class LocalRanks:
         one = self._in_flight.get(message.key)
         if one is None:
             return
-        self._hangs.heard(one.replica)
+        self._hangs.record_message(one.replica)
         if isinstance(message, Progress):
             self._on_step(message)
         elif isinstance(message, (RequestFailed, RequestFinished)):

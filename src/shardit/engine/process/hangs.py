@@ -45,7 +45,7 @@ class HangDetector:
         """Record that an idle replica gets a request."""
         self._last_sign[replica] = time.monotonic()
 
-    def heard(self, replica: int) -> float:
+    def record_message(self, replica: int) -> float:
         """Record a message of a replica; returns the seconds of silence before it."""
         now = time.monotonic()
         silence = now - self._last_sign.get(replica, now)

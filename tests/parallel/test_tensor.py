@@ -179,7 +179,7 @@ class Odd(nn.Module):
 def test_what_no_rule_knows_stays_whole() -> None:
     plan = plan_tensors(nn.ModuleDict({"odd": Odd(), "free": nn.Linear(4, 4)}), 2, FAMILY)
     assert not plan.cuts
-    assert plan.notes == ["odd is whole on every rank: no rule knows to_mix.weight"]
+    assert plan.notes == ["odd is whole on every rank: no rule matches to_mix.weight"]
 
 
 def test_refused() -> None:

@@ -21,7 +21,7 @@ from tests.support.ranks import run_ranks
 
 CLOSE = 1e-5
 KEPT_WHOLE = {"BertModel", "GPT2LMHeadModel", "ModernBertModel", "ClapModel", "ClapTextModelWithProjection"}
-"""Those whose attention has names that no rule knows: they are on one rank."""
+"""Those whose attention has names that no rule matches: they are on one rank."""
 
 
 def planned(model: nn.Module, count: int) -> dict[str, TensorPlan]:

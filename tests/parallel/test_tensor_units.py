@@ -120,7 +120,9 @@ def set_later() -> None:
         assert _is_whole(model, "attn") == whole
     other = spread(seeded(lambda: units.Model(units.Block)))
     other.blocks[1].attn.set_processor(units.WeightedProcessor())
-    with pytest.raises(UnsupportedError, match=r"blocks.1.attn is cut .* no rule knows processor of WeightedProcessor"):
+    with pytest.raises(
+        UnsupportedError, match=r"blocks.1.attn is cut .* no rule matches processor of WeightedProcessor"
+    ):
         other(ids())
 
 

@@ -1,4 +1,4 @@
-"""How a run is spread over devices: the parallel degrees and the layer partition."""
+"""The distribution of a model over devices: the parallel degrees and the layer partition."""
 
 from __future__ import annotations
 

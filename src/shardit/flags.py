@@ -30,7 +30,7 @@ LaunchFlags = flag_class(SessionSpec, only=("dtype", "attention_backend"))
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelFlags(flag_class(DiffusionParallelConfig)):
-    """How a model is spread over ranks."""
+    """The distribution of a model over ranks."""
 
     def parallel_config(self) -> DiffusionParallelConfig:
         """The configuration that the flags ask for."""

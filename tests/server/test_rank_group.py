@@ -66,8 +66,8 @@ class Played:
             assert time.monotonic() < deadline, "nothing happens"
             self.loop.step(0.05)
 
-    def settled(self) -> None:
-        """Time for what must not happen any more."""
+    def run_briefly(self) -> None:
+        """Run the loop for half a second, in which nothing more may happen."""
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
             self.loop.step(0.05)
@@ -108,10 +108,10 @@ def test_a_hang_of_ranks_that_cannot_be_looked_at(played: Played, stacks: Any) -
 def test_a_rank_that_ends_meanwhile_is_told_once(played: Played) -> None:
     played.rank_group.hang("no progress for 12 s", [0, 1])
     played.ends[1].close()
-    played.settled()
+    played.run_briefly()
     played.answer.set()
     played.until(lambda: played.downs)
-    played.settled()
+    played.run_briefly()
     assert [down.reason[:20] for down in played.downs] == ["no progress for 12 s"]
 
 
@@ -122,5 +122,5 @@ def test_what_was_seen_of_ranks_that_are_gone_is_not_told(played: Played) -> Non
     played.until(lambda: played.downs)
     assert played.downs[0].text == "rank 1 failed: its connection has closed"
     played.answer.set()
-    played.settled()
+    played.run_briefly()
     assert seen == []

@@ -83,7 +83,7 @@ class HubRemote:
 
 @dataclass
 class FlatRemote:
-    """One commit of a hub repository that holds a single model, whose files lie at its top."""
+    """One commit of a hub repository with a single model, whose files are in its root folder."""
 
     hub: HubRemote
 
@@ -93,11 +93,11 @@ class FlatRemote:
         return self.hub.folder
 
     def names(self, folder: str) -> list[str]:
-        """Plain names of the files at the top; the name of the folder is ignored, as the remote's is."""
+        """Return the plain names of the files in the root folder; `folder` is ignored."""
         return self.hub.names(".")
 
     def header(self, file: str) -> Header:
-        """The header of a weight file ("folder/name")."""
+        """Return the header of a weight file ("folder/name")."""
         return self.hub.header(PurePosixPath(file).name)
 
     def fetch(self, files: list[str]) -> None:
@@ -117,8 +117,8 @@ def open_hub(model: str, variant: str | None = None) -> HubRemote:
 
 
 def open_flat(model: str, index: str) -> FlatRemote:
-    """The newest commit of a hub repository that holds a single model described by the file `index`, with every file
-    that it needs but its weights. Raises InputError, as `open_hub` does."""
+    """Open the newest commit of a hub repository with a single model described by the file `index`, and download every
+    file that it needs except weights. Raises InputError, as `open_hub` does."""
     remote = FlatRemote(_newest(model, index))
     names = remote.names("")
     own = _chosen_index(names, model)
@@ -129,8 +129,8 @@ def open_flat(model: str, index: str) -> FlatRemote:
 
 
 def flat_on_hub(model: str, index: str) -> bool:
-    """Whether a repository holds a single model described by the file `index`, rather than a pipeline; from the cache
-    where the hub cannot be asked. False for a repository that is not there."""
+    """Return whether a repository contains a single model described by the file `index`, rather than a pipeline; from
+    the cache if the hub is unreachable. False for a repository that does not exist."""
     from huggingface_hub import HfApi
 
     try:
@@ -144,7 +144,7 @@ def flat_on_hub(model: str, index: str) -> bool:
 
 
 def _newest(model: str, index: str, variant: str | None = None) -> HubRemote:
-    """The newest commit of a repository, with the file `index`."""
+    """Open the newest commit of a repository, with the file `index`."""
     from huggingface_hub import HfApi, hf_hub_download
 
     listing: list[str] | None = None
@@ -287,7 +287,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def _explained(model: str, index: str = INDEX) -> Iterator[None]:
-    """Convert errors of huggingface_hub to one line with the remedy."""
+    """Convert errors of huggingface_hub to one line with the remedy. index: the file that describes the model."""
     from huggingface_hub import constants, errors
 
     at = constants.ENDPOINT

@@ -84,8 +84,8 @@ def _build_transformers(
 
 
 def build_transformers(cls: Any, config: Any, dtype: torch.dtype, where: str | os.PathLike) -> nn.Module:
-    """A module of a PreTrainedModel class from its configuration, with every parameter on meta. where: its folder or
-    file, for errors. Raises InputError."""
+    """Build a module of a PreTrainedModel class from its configuration, with every parameter on meta. where: its folder
+    or file, for errors. Raises InputError."""
     config.name_or_path = str(where)
     with _one_line(where), parameters_on_meta(), _no_values_for_meta():
         module = cls._from_config(config, dtype=dtype)
@@ -117,7 +117,7 @@ def _keep_some_in_float32(module: Any, dtype: torch.dtype) -> None:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """While this lasts, a parameter goes to meta as soon as a module registers it, and initialisation does nothing.
+    """Move each parameter to meta as soon as a module registers it, and disable initialisation.
 
     A parameter that already is on meta stays the same object, so that tied weights stay tied.
     """

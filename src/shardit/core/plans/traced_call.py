@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as _without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from shardit.core.comm.barrier import checked_barrier, sendable
 from shardit.core.comm.p2p import Comm
-from shardit.core.comm.same_point import meet, sendable
 from shardit.core.comm.wire import (
     dump_with_tensors,
     first_byte,
@@ -62,10 +62,10 @@ class TracedCall:
         try:
             with self.cut.calls.intercepted_by(self), torch.no_grad(), self.watch:
                 out = forward(*call.args, **call.kwargs)
-            self._meet("the end")
+            self._barrier("the end")
         except Exception as error:
             if not self._shared and not isinstance(error, RankError):
-                self._meet(error)
+                self._barrier(error)
             raise
         if not self.trace.sites:
             raise UnsupportedError("the forward calls none of the model's blocks")
@@ -89,7 +89,7 @@ class TracedCall:
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block on its owner; broadcast its output and its changes."""
         with self.watch.paused():
-            self._meet(f"block {self.blocks[index][0]}")
+            self._barrier(f"block {self.blocks[index][0]}")
             self.drawn = self.drawn or states(self.comm.group.device, [])
             given, _ = tree_flatten((args, kwargs))
             looks = tuple(map(describe_leaf, given))
@@ -115,10 +115,10 @@ class TracedCall:
             self.trace.block(site, arguments, leaves, mutated)
         return out
 
-    def _meet(self, what: str | Exception) -> None:
+    def _barrier(self, what: str | Exception) -> None:
         """Wait until all ranks reach the same point; raise on every rank if one of them is elsewhere or has failed."""
         self._shared = True
-        differ = meet(self.comm, what)
+        differ = checked_barrier(self.comm, what)
         if differ is not None:
             raise UnsupportedError(
                 f"the forward does not take the same course on every rank: {differ}, outside the blocks, where data of "
@@ -136,7 +136,7 @@ class TracedCall:
         index, path = self._inner.pop(id(tensor))
         name, block = self.blocks[index]
         self.watch.recorder.paused = True
-        self._meet(f"parameter {name}.{path}")
+        self._barrier(f"parameter {name}.{path}")
         dense = torch.empty_like(tensor, device=self.comm.group.device, memory_format=torch.contiguous_format)
         if self.owners[index] == self.comm.rank:
             dense.copy_(tensor)

@@ -98,12 +98,12 @@ class Coroutine:
             outer.install()
 
 
-willing: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("shardit_willing", default=None)
-"""The coroutine that runs, if it lets others compute while it would only wait."""
+yielding_coroutine: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("shardit_yielding", default=None)
+"""The running coroutine, if it lets others compute while it waits; else None."""
 
 
 def yield_while_waiting() -> None:
-    """Called between the start of something slow and the wait for it: let others compute meanwhile, if any may."""
-    coroutine = willing.get()
+    """Let other coroutines compute between the start of a slow operation and the wait for it."""
+    coroutine = yielding_coroutine.get()
     if coroutine is not None:
         coroutine.pause()

@@ -24,14 +24,14 @@ class RemoteRank:
         machine of rank 0. See `facts` for the rest."""
         self.rank = rank
         self._hello = {**facts(rank, model, flags), "role": "rank", "address": address}
-        self._meeting: socket.socket | None = None
+        self._rendezvous: socket.socket | None = None
         self._channel: Channel | None = None
         self._host = ""
         if rank == 0:
             # Held until the rendezvous, so that no other process takes the port meanwhile.
-            self._meeting = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-            self._meeting.bind(("", 0))
-            self._hello["port"] = self._meeting.getsockname()[1]
+            self._rendezvous = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            self._rendezvous.bind(("", 0))
+            self._hello["port"] = self._rendezvous.getsockname()[1]
 
     def arrive(self, reach: Reach, timeout_s: float) -> None:
         """Connect to the supervisor. Raises RankError after `timeout_s`."""
@@ -46,8 +46,8 @@ class RemoteRank:
         except Closed:
             return 0
         channel.socket.settimeout(None)
-        if self._meeting is not None:
-            self._meeting.close()
+        if self._rendezvous is not None:
+            self._rendezvous.close()
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or rank 0 would expect torchrun to serve this store
         host = join.rendezvous_host or self._host
         rendezvous = f"tcp://{f'[{host}]' if ':' in host else host}:{join.rendezvous_port}"

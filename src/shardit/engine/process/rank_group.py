@@ -220,11 +220,11 @@ class RankGroup:
         wait_s = self.timeouts.after(failure.cause)
         self._failures[failure] = time.monotonic() + wait_s
         if wait_s:
-            self._loop.later(wait_s, self._settle, generation)
+            self._loop.later(wait_s, self._report_root, generation)
         else:
-            self._settle(generation)
+            self._report_root(generation)
 
-    def _settle(self, generation: int) -> None:
+    def _report_root(self, generation: int) -> None:
         """Report the likely root, or find the rank that its peers gave up on."""
         if generation != self._generation or time.monotonic() < min(self._failures.values()):
             return

@@ -126,8 +126,8 @@ class LoadedPipeline:
         output = collect(request, value, error)
         return with_arrays(output) if self._of_server else output
 
-    def _own_pipeline(self, request: Request, on_progress: OnProgress, tell: Callable[[str], None]) -> Any:
+    def _own_pipeline(self, request: Request, on_progress: OnProgress, on_note: Callable[[str], None]) -> Any:
         if request.pipeline not in self.variants:
             raise InputError(f"no pipeline {request.pipeline}; this model has {', '.join(self.variants)}")
         report = functools.partial(report_progress, index=request.index, on_progress=on_progress)
-        return own_pipeline(self.variants[request.pipeline], report, tell)
+        return own_pipeline(self.variants[request.pipeline], report, on_note)

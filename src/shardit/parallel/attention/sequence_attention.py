@@ -66,8 +66,8 @@ class SequenceAttention:
         it."""
         if self.ring is not None and call.not_ring is not None:
             raise UnsupportedError(
-                f"ring_degree={self.ring.size} does not work with {call.not_ring}: it merges parts "
-                "of the native attention; use ulysses_degree"
+                f"ring_degree={self.ring.size} does not work with {call.not_ring}: it merges partial "
+                "results of the native attention; use ulysses_degree"
             )
         q, k, v = call.q, call.k, call.v
         q_lens, k_lens = self._of_group(layout.q_lens), self._of_group(layout.k_lens)

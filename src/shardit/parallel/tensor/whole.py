@@ -12,7 +12,7 @@ from torch import nn
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.placement.slices import Shards
-from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.coroutine import yielding_coroutine
 from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.plan import PLAIN, WHOLE, TensorPlan
 
@@ -28,7 +28,7 @@ FUSED = {
 def whole_for_now(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> Iterator[None]:
     """Temporarily give a module below `model` whole weights and its own code everywhere. Collective; no other call gets
     a turn, since modules are shared between calls in flight."""
-    token = willing.set(None)
+    token = yielding_coroutine.set(None)
     undo: list[Callable[[], None]] = []
     try:
         _become_whole(model, unit, plan, ranks, undo)
@@ -36,17 +36,17 @@ def whole_for_now(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collecti
     finally:
         for act in reversed(undo):
             act()
-        willing.reset(token)
+        yielding_coroutine.reset(token)
 
 
 def whole_for_good(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> None:
     """Make a module below `model` whole on every rank, in place, and remove it from the plan. Collective."""
-    token = willing.set(None)
+    token = yielding_coroutine.set(None)
     try:
         with torch.inference_mode(False), torch.no_grad():
             _become_whole(model, unit, plan, ranks, [])
     finally:
-        willing.reset(token)
+        yielding_coroutine.reset(token)
     plan.forget(unit)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardit.core.comm.same_point import sendable
+from shardit.core.comm.barrier import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.module_state import restore, state_of
 from shardit.core.modules.patching import subclass_in_place

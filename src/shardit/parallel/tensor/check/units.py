@@ -24,7 +24,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import find_caches
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import Made, share_subclass, subclass_in_place
-from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.coroutine import yielding_coroutine
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.hook import attention_is_taken
@@ -83,7 +83,7 @@ class Checks:
         self.pending.update(self.plan.units)
         self._asked = attentions
         # Code compiled now would see slices come and go. (In a coroutine, others would be left with the setting.)
-        compiles = "torch._dynamo" in sys.modules and willing.get() is None
+        compiles = "torch._dynamo" in sys.modules and yielding_coroutine.get() is None
         try:
             with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
                 yield
@@ -109,7 +109,10 @@ class Checks:
         kind = (self._kind(name), str(spec), tuple(map(value_key, leaves)), modes(), unit.training, self._asked)
         if kind in self._right or _filled(unit, args, kwargs):
             return plain(unit, *args, **kwargs)
-        token, self._comparing = willing.set(None), True  # no other call may use modules that are temporarily whole
+        token, self._comparing = (
+            yielding_coroutine.set(None),
+            True,
+        )  # no other call may use modules that are temporarily whole
         try:
             why = why_not_comparable(unit, self.plan.family)
             if why is None:
@@ -123,7 +126,7 @@ class Checks:
                 self._give_up(name, why)
             return plain(unit, *args, **kwargs)
         finally:
-            willing.reset(token)
+            yielding_coroutine.reset(token)
             self._comparing = False
 
     def _kind(self, name: str) -> Any:

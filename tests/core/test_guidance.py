@@ -181,7 +181,7 @@ def test_copies_of_pipelines_with_guidance() -> None:
     compare([Case("wan2.2-ti2v", 2, requests=2, call=guidance("wan2.2-ti2v"), axes=axes)])
 
 
-def test_omni_spreads_requests_and_keeps_their_order() -> None:
+def test_omni_deals_requests_and_keeps_their_order() -> None:
     config = DiffusionParallelConfig(data_parallel_size=2)
     with kept_fork_server(), Omni("tiny/wan2.2-ti2v", parallel_config=config) as omni:
         call = {**tiny.defaults("wan2.2-ti2v"), "output_type": "latent"}

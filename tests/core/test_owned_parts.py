@@ -190,7 +190,7 @@ def same(expected: Any, got: Any, what: str) -> None:
 
 
 def replace_methods(vae: Any) -> None:
-    """What users do to methods before they spread a pipeline."""
+    """What users do to methods before they shard a pipeline."""
     plain = vae.decode
     vae.decode = functools.partial(lambda factor, z, **more: plain(z * factor, **more), 2)
     vae.encoder.forward = torch.compile(vae.encoder.forward, backend="eager")
@@ -217,12 +217,12 @@ def uses(rank: int, count: int, method: str) -> None:
         vae.decode(_noise(1, 16, 4, 4).requires_grad_())
     vae.encoder.down_blocks[0].resnets[0].conv1.to(torch.float32)
     assert (rank == 1) != next(vae.decoder.parameters()).is_meta
-    for spread in (
+    for shard in (
         lambda e: own(e, ranks, 0),
         lambda e: cut_layerwise(e, ranks, [n for u in find_units(e) for n in u.names], alternating(e)),
     ):
         expected, encoder = load().text_encoder, load().text_encoder
-        spread(encoder)
+        shard(encoder)
         for name, use in ENCODER_USES.items():
             same(use(expected), use(encoder), name)
     with pytest.raises(UnsupportedError, match=r"mlp.fc1 of CLIPTextModel has a hook, and runs on one rank: put it on"):
@@ -266,8 +266,8 @@ def whole_pipelines(rank: int, count: int, method: str, names: tuple[str, ...], 
     join(rank, count, method)
     for name in names:
         entry = entries()[name]
-        spread = shardit.parallelize(entry.build(), STAGES, timeout_s=60)
-        assert distance(run(entry.build(), entry), run(spread, entry)) == 0.0, name
+        sharded = shardit.parallelize(entry.build(), STAGES, timeout_s=60)
+        assert distance(run(entry.build(), entry), run(sharded, entry)) == 0.0, name
     entry, reads = entries()["LTXPipeline"], Reads()
     mesh = init_mesh(STAGES, device="cpu", timeout_s=60)
     pipe, assignment, _ = load_parallel(folder, STAGES, mesh, pipeline_class="LTXPipeline", reads=reads)

@@ -201,7 +201,7 @@ def test_fewer_chunks_than_asked_for_are_noted() -> None:
 
 
 def warned(rank: int, count: int, method: str, alone: bool, **options: int) -> list[str]:
-    """What is said when a model is loaded, or spread by hand."""
+    """The messages when a model is loaded, or sharded by `parallelize`."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

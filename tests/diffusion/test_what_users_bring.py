@@ -34,7 +34,7 @@ COLUMNS: dict[str, dict[str, int]] = {
 BITWISE = ("stages", "looped", "guidance", "copies")
 CLOSE, CLOSE_BFLOAT16 = 1e-5, 2e-2
 STAGED = ("stages", "looped", "guidance")
-SPREAD = ("ulysses", "ring")
+TOKENS = ("ulysses", "ring")
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ ADAPTER_MODELS = ("sd3.5", "wan2.2-ti2v", "qwen-image", "z-image")
 CACHED: dict[tuple[str, ...], str] = {
     ("stages", "looped"): "a step cache does not work over stages",
     ("guidance",): "a step cache does not work over guidance ranks",
-    SPREAD: "a step cache does not work over sharded tokens",
+    TOKENS: "a step cache does not work over sharded tokens",
 }
-SPLIT = (*STAGED, "slices", *SPREAD)
+SPLIT = (*STAGED, "slices", *TOKENS)
 CACHE_BOUND = {"TaylorSeerCacheConfig": 1e-3}
 """It extrapolates from the difference of two steps, which makes rounding larger."""
 OFFLOADED = {SPLIT: "offload"}

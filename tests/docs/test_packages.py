@@ -199,8 +199,8 @@ def test_the_readme_from_its_install_lines(tmp_path):
     for number, block in enumerate(_blocks(text, "python")):
         script = folder / f"readme_{number}.py"
         script.write_text("\n".join(block))
-        spread = "shardit.load(" in script.read_text() or "shardit.parallelize(" in script.read_text()
-        runs = "torchrun --nproc-per-node 2" if spread else "python"
+        parallel = "shardit.load(" in script.read_text() or "shardit.parallelize(" in script.read_text()
+        runs = "torchrun --nproc-per-node 2" if parallel else "python"
         with_server = "openai" in script.read_text()
         run(_served(served, f"python {script.name}") if with_server else f"{runs} {script.name}")
     for block in _blocks(text, "sh"):

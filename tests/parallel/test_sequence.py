@@ -397,10 +397,10 @@ def test_no_rank_runs_heads_or_tokens_of_another(way: dict) -> None:
     """24 tokens of video, 5 of text; Ring attends without the function that is watched."""
     config = brought.pipeline("wan2.2-t2v").transformer.config
     found, heads = run_ranks(2, watched, way), config.num_attention_heads
-    whole, spread = heads - heads // 2, "tensor_parallel_size" not in way
+    whole, by_tokens = heads - heads // 2, "tensor_parallel_size" not in way
     for (rows, attended), own in zip(found, (whole, heads - whole), strict=True):
-        assert rows == ({12} if spread else {24})
-        over_text = (heads, 12, 5) if spread else (own, 24, 5)
+        assert rows == ({12} if by_tokens else {24})
+        over_text = (heads, 12, 5) if by_tokens else (own, 24, 5)
         assert attended == ({over_text} if way == RING else {(own, 24, 24), over_text})
 
 

@@ -45,7 +45,7 @@ def seeded(make: Callable[[], Any]) -> Any:
     return randomise(make().eval())
 
 
-def spread(model: Any) -> Any:
+def shard(model: Any) -> Any:
     return shardit.parallelize(model, TWO, timeout_s=60)
 
 
@@ -60,7 +60,7 @@ def awkward(rank: int, count: int, method: str) -> None:
     join(rank, count, method)
     with torch.no_grad():
         for name, (make, at_plan, at_call) in units.CASES.items():
-            expected, model = seeded(make)(ids()), spread(seeded(make))
+            expected, model = seeded(make)(ids()), shard(seeded(make))
             checks = model.shardit_checks
             if name == "plain":
                 compares(model, expected)
@@ -99,7 +99,7 @@ def handed_out() -> None:
             seeded(lambda s=store: units.Model(lambda: units.Block(processor=units.StoringProcessor(s))))
             for store in stores
         )
-        spread(model)
+        shard(model)
         for m in (plain, model):
             m(ids())
         expected, got = (store if isinstance(store, list) else store.maps for store in stores)
@@ -110,7 +110,7 @@ def handed_out() -> None:
 def set_later() -> None:
     """Processors that come after the model was cut and was called."""
     plain, model = (seeded(lambda: units.Model(units.Block)) for _ in range(2))
-    spread(model)
+    shard(model)
     model(ids())
     for make, whole in ((units.ScaledProcessor, False), (units.MixingProcessor, True)):
         for m in (plain, model):
@@ -118,7 +118,7 @@ def set_later() -> None:
                 block.attn.set_processor(make())
         assert distance(plain(ids()), model(ids())) <= CLOSE
         assert _is_whole(model, "attn") == whole
-    other = spread(seeded(lambda: units.Model(units.Block)))
+    other = shard(seeded(lambda: units.Model(units.Block)))
     other.blocks[1].attn.set_processor(units.WeightedProcessor())
     with pytest.raises(
         UnsupportedError, match=r"blocks.1.attn is cut .* no rule matches processor of WeightedProcessor"
@@ -186,7 +186,7 @@ def image_adapters() -> None:
     one, two = ip_adapter(plain, 1), ip_adapter(plain, 2)
     before._load_ip_adapter_weights([one])
     for model in (before, after):
-        spread(model)
+        shard(model)
     assert distance(denoise(plain), denoise(after)) <= CLOSE
     masks = [torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)]
     masks[0][..., :4] = 1
@@ -247,12 +247,12 @@ def brought() -> None:
         act(plain)
         act(before)
         for model in (before, after):
-            spread(model)
+            shard(model)
         act(after)
         for model in (before, after):
             assert distance(denoise(plain), denoise(model)) <= CLOSE, act
             assert bool(model.shardit_checks.whole) == (act is counts_on_all), act
-    plain, model = unet(), spread(unet())
+    plain, model = unet(), shard(unet())
     batch = torch.Generator().manual_seed(3)
     arguments = (torch.randn(3, 4, 8, 8, generator=batch), 500, torch.randn(3, 5, 16, generator=batch))
     for _ in range(2):
@@ -276,7 +276,7 @@ def added_keys() -> None:
             "mid_block_only_cross_attention": only,
             "only_cross_attention": bool(only),
         }
-        plain, model = unet(**config), spread(unet(**config))
+        plain, model = unet(**config), shard(unet(**config))
         assert distance(denoise(plain), denoise(model)) <= CLOSE
         assert any("attentions.0" in note for note in model.shardit_checks.plan.notes)
 
@@ -285,7 +285,7 @@ def flux_images() -> None:
     """Flux adds what its image adapters give without a linear behind it: its attention becomes whole."""
     entry = survey_models.entry("FluxTransformer2DModel")
     plain: Any = entry.build()
-    model: Any = spread(entry.build())
+    model: Any = shard(entry.build())
     inputs = entry.inputs(Draw(0, False))
     model(**inputs)
     for m in (plain, model):

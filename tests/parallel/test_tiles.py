@@ -40,7 +40,7 @@ def comm_of(rank: int, size: int, method: str) -> Comm:
     return Comm(mesh.replica)
 
 
-def spread(rank: int, size: int, method: str, names: list[str], ranks: tuple[int, ...]) -> list[dict[str, Any]]:
+def run_sharded(rank: int, size: int, method: str, names: list[str], ranks: tuple[int, ...]) -> list[dict[str, Any]]:
     """On every rank: what each VAE made, what this rank computed and sent for it."""
     comm, found = comm_of(rank, size, method), []
     for entry in (ENTRIES[name] for name in names):
@@ -80,7 +80,7 @@ def plain(entry: Entry) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
 
 def compare(names: tuple[str, ...], size: int, ranks: tuple[int, ...]) -> None:
     """Same bits on every rank; each tile computed by one; and what travels is the tiles, once, to the first."""
-    results = run_ranks(size, spread, names, ranks, timeout=400)
+    results = run_ranks(size, run_sharded, names, ranks, timeout=400)
     for number, name in enumerate(names):
         made, sizes = plain(ENTRIES[name])
         first = results[ranks[0]][number]

@@ -176,7 +176,7 @@ def never_looked_at(rank: int, count: int, method: str) -> tuple[float, int]:
     return float(model(x).sum() - expected.sum()), len(runtime.schedule.active)
 
 
-def test_results_that_nobody_looks_at_do_not_hang_later_calls() -> None:
+def test_unused_results_do_not_hang_later_calls() -> None:
     assert run_ranks(3, never_looked_at) == [(0.0, 0)] * 3
 
 
@@ -263,7 +263,7 @@ def counts_ahead(rank: int, count: int, method: str) -> list[int]:
     return [comm.receive_count() for _ in numbers]
 
 
-def test_counts_wait_for_nobody_however_many_ranks_there_are() -> None:
+def test_counts_are_sent_without_waiting() -> None:
     assert run_ranks(3, counts_ahead) == [[3, 0, 5]] * 3
 
 
@@ -322,7 +322,7 @@ def peer_dies(rank: int, count: int, method: str) -> str:
     return "went through"
 
 
-def test_a_peer_that_ends_ends_the_wait() -> None:
+def test_exit_of_a_peer_ends_the_wait() -> None:
     begin = time.monotonic()
     answer = run_ranks(2, peer_dies)
     assert answer[0].startswith("communication failed (receive from stage 1)")

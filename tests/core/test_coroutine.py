@@ -145,7 +145,7 @@ def test_a_coroutine_starts_under_the_state_in_which_it_was_made() -> None:
     assert coroutine.value == expected
 
 
-def test_modes_that_are_entered_in_one_piece_and_left_in_another_by_hand() -> None:
+def test_modes_entered_and_left_in_different_pieces() -> None:
     guards = [torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), CountFunctions()]
     for guard in guards:
         before = observe()

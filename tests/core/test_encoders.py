@@ -142,7 +142,7 @@ def broken(rank: int, count: int, method: str) -> None:
     assert not torch.equal(out, expected)
 
 
-def test_without_the_relay_it_would_be_noticed() -> None:
+def test_missing_relay_is_detected() -> None:
     tiny.resolve("tiny/wan2.2-t2v")
     run_ranks(2, broken)
 

@@ -70,7 +70,7 @@ def cases(rank: int, count: int, method: str, name: str) -> tuple[bool, list[str
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_what_processors_keep_and_gradients_are_refused_on_all_ranks(name: str) -> None:
+def test_state_of_processors_and_gradients_are_refused_on_all_ranks(name: str) -> None:
     tiny.resolve("tiny/flux")
     for equal, said, again in run_ranks(2, cases, name):
         assert equal
@@ -86,7 +86,7 @@ class Slotted:
         self.kept: list[int] = []
 
 
-def test_slots_are_looked_into() -> None:
+def test_tensors_in_slots_are_found() -> None:
     block = torch.nn.Module()
     block.processor = Slotted()
     before = held_state(block)

@@ -238,7 +238,7 @@ def test_a_checksum_sees_each_value(dtype: torch.dtype) -> None:
     assert checksum(torch.empty(0, dtype=dtype)) == b""
 
 
-def test_what_a_pipeline_computed_is_sampled_if_large() -> None:
+def test_checksums_sample_large_tensors() -> None:
     small, large = torch.rand(1000), torch.rand(400_000)
     for tensor in (small, large):
         assert checksum(tensor, SUMMED) == checksum(tensor.clone(), SUMMED)

@@ -197,7 +197,7 @@ def test_an_error_before_the_first_call_and_a_program_without_calls() -> None:
 
 
 @pytest.mark.parametrize("error", [RankError(1, "gone"), MemoryError(), KeyboardInterrupt()])
-def test_what_ends_all(error: BaseException) -> None:
+def test_errors_that_end_all_programs(error: BaseException) -> None:
     machine = Machine()
 
     def fail(step: int) -> None:

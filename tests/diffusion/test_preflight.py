@@ -168,13 +168,13 @@ def test_names_are_checked_before_torch_is_imported(
 
 
 @pytest.mark.parametrize("name", tiny.names())
-def test_what_is_right_passes(name):
+def test_valid_arguments_pass(name):
     folder = tiny.resolve(f"tiny/{name}")
     for model in (f"tiny/{name}", folder):
         preflight.check(model, DiffusionParallelConfig(), model_options(), dtype={"default": "fp16"})
 
 
-def test_what_other_machines_have_is_left_to_them(monkeypatch):
+def test_files_of_other_machines_are_not_checked(monkeypatch):
     monkeypatch.setattr(preflight, "check_cached", None)
     options = model_options(lora="no/where", scheduler="OfANewerDiffusers")
     for model in ("no/where", "tiny/flux"):

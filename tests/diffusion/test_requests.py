@@ -159,13 +159,13 @@ def test_texts_for_bools_are_bools(where, given, meant):
 
 
 @pytest.mark.parametrize("value", ["maybe", "", 1, 0.0, None, [True], {}])
-def test_what_is_no_bool_is_refused(value):
+def test_values_that_are_not_bools_are_refused(value):
     refused("^clean_caption must be true or false, got", "a", Params(extra_args={"clean_caption": value}), FLAGS)
 
 
 @pytest.mark.parametrize("name", ["num_steps", "scale"])
 @pytest.mark.parametrize("value", ["4", "x", True, {}, [1, "2"]])
-def test_what_is_no_number_is_refused(name, value):
+def test_values_that_are_not_numbers_are_refused(name, value):
     refused(f"^{name} must be a number, got", {"prompt": "a", name: value}, takes=FLAGS)
 
 
@@ -204,7 +204,7 @@ class TensorPipeline:
 
 
 @pytest.mark.parametrize("value", ["x.pt", 1, [1], [[1.0], "x"], {}, True])
-def test_what_is_no_tensor_is_refused(value):
+def test_values_that_are_not_tensors_are_refused(value):
     takes = signature_of(TensorPipeline)
     assert takes.tensors == ("latents",)
     with pytest.raises(InputError, match="latents must be a tensor, got"):
@@ -231,7 +231,7 @@ def test_a_picture_that_is_declared_as_a_tensor(tmp_path):
         build({"mask": str(path)}, takes=takes)
 
 
-def test_what_is_given_twice_in_one_prompt():
+def test_arguments_given_twice_in_one_prompt():
     refused(
         "^scale is given twice, by its name and in extra_args",
         {"prompt": "a", "scale": 1, "extra_args": {"scale": 2}},
@@ -373,7 +373,7 @@ def test_picture_arguments_of_real_pipelines():
     assert pictures("QwenImagePipeline") == ()
 
 
-def test_steps_beside_a_list_of_another_length():
+def test_steps_and_a_list_of_another_length():
     takes = PipelineSignature(
         "P", ("prompt", "num_inference_steps", "sigmas", "timesteps"), {"num_inference_steps": 50}
     )
@@ -444,7 +444,7 @@ def test_unknown_parameters_get_a_suggestion_and_a_list():
 
 
 @pytest.mark.parametrize("where", ["keyword", "prompt", "extra_args", "params"])
-def test_what_a_pipeline_would_drop_is_refused(where):
+def test_arguments_that_a_pipeline_would_ignore_are_refused(where):
     takes = signature_of(CatchAllPipeline)
     given = {"prompt": "a", "sed": 1} if where == "prompt" else "a"
     params = {"extra_args": Params(extra_args={"sed": 1}), "params": Params(num_frames=9)}.get(where)

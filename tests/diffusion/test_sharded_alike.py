@@ -116,7 +116,7 @@ def refusals(rank: int, count: int, method: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_ranks_decide_in_different_ways_is_refused_on_all(name: str) -> None:
+def test_different_decisions_of_ranks_are_refused_on_all(name: str) -> None:
     for said in run_ranks(2, refusals, name):
         assert said == [act.__name__ for act in REFUSED]
 

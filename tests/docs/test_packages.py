@@ -31,7 +31,7 @@ def lacking(monkeypatch):
     return names
 
 
-def test_what_pipelines_use_without_asking(lacking):
+def test_unchecked_imports_of_pipelines(lacking):
     assert packages.needs(diffusers.WanImageToVideoPipeline) == {"ftfy": ()}
     assert packages.needs(diffusers.WanPipeline) == {}  # asks before it cleans
     assert packages.needs(diffusers.PixArtAlphaPipeline) == {}  # goes on without, and says so
@@ -119,7 +119,7 @@ def test_tokenizers_that_cannot_be_made(monkeypatch, tmp_path, lacking):
     packages.check_processors([part])  # the loading of the pipeline will say so better
 
 
-def test_errors_in_the_middle_tell_the_line(lacking):
+def test_late_import_errors_name_the_install_command(lacking):
     lacking.add("ftfy")
     assert one_line(NameError("name 'ftfy' is not defined")).startswith(
         "NameError: name 'ftfy' is not defined; pip install ftfy"

@@ -239,7 +239,7 @@ def test_a_file_says_enough_to_make_it_again(flux, tmp_path, suffix):
     assert (other.seed, other.sampling_params().max_sequence_length) == (8, 40)
 
 
-def test_rounded_sizes_are_told(flux):
+def test_rounded_sizes_are_noted(flux):
     (output,) = flux.generate("a", width=100, height=65, seed=1, num_inference_steps=1, max_sequence_length=48)
     assert output.notes[:2] == [
         "width: asked for 100, the pipeline made 96",

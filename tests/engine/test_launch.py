@@ -134,7 +134,7 @@ def test_sudden_end_leaves_nothing(how):
     assert_gone(said["family"])
 
 
-def test_sudden_end_with_a_fork_that_holds_the_socket():
+def test_killed_process_with_a_fork_holding_the_socket():
     fork = "pid = os.fork()\nif pid == 0:\n    import time; time.sleep(20); os._exit(0)\nsay(fork=pid)\nos._exit(0)\n"
     process, said = began(ONE_CALL + fork)
     assert process.stdout is not None

@@ -95,7 +95,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("data", [pickle.dumps(Bomb()), b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(70_000)])
-def test_strangers_are_not_listened_to(data):
+def test_unverified_connections_are_refused(data):
     with port() as (ranks, reach):
         with socket.create_connection(("127.0.0.1", reach.port), timeout=10) as sock:
             with contextlib.suppress(OSError):
@@ -185,7 +185,7 @@ def test_flags():
         flags(executor=Executor.ray, num_nodes=0).options()
 
 
-def test_where_rank_0_says_it_can_be_reached():
+def test_addresses_of_rank_0():
     assert hosts_of(RankEnv(0, 2, 2, "node-0.example", 0)) == LOOPBACK
     assert hosts_of(RankEnv(0, 2, 1, "127.0.0.1", 0)) == LOOPBACK
     hosts = hosts_of(RankEnv(0, 2, 1, "203.0.113.7", 0))

@@ -252,7 +252,7 @@ def test_component_classes(tmp_path):
         one_line(error)
 
 
-def test_what_is_no_model(tmp_path, monkeypatch):
+def test_folders_that_are_not_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("file.safetensors").write_bytes(b"")

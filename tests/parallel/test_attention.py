@@ -169,7 +169,7 @@ def refused(rank: int, count: int, method: str) -> None:
         SequenceAttention(mesh).attend(call, Layout((3, 3), (3, 3)))
 
 
-def test_ring_refuses_what_it_cannot_merge() -> None:
+def test_ring_refuses_attention_that_it_cannot_merge() -> None:
     run_ranks(2, refused)
 
 

@@ -315,7 +315,7 @@ def wrong(rank: int, count: int, method: str) -> None:
         shardit.parallelize(nn.Linear(2, 2), config)
 
 
-def test_what_cannot_be_right_is_refused() -> None:
+def test_blocks_that_cannot_be_sharded_are_refused() -> None:
     run_ranks(2, wrong)
 
 

@@ -126,11 +126,11 @@ def set_later() -> None:
         other(ids())
 
 
-def test_units_that_are_something_else() -> None:
+def test_units_with_unusual_code() -> None:
     run_ranks(2, awkward)
 
 
-def test_what_is_derived_stays_whole_and_is_named() -> None:
+def test_derived_units_stay_whole_and_are_noted() -> None:
     for name, (make, at_plan, _) in units.CASES.items():
         plan = plan_tensors(make(), 2, FAMILY)
         assert len(plan.notes) == (0 if not at_plan else 1 if at_plan == ("table",) else 2), (name, plan.notes)

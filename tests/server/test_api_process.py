@@ -66,7 +66,7 @@ def test_a_process_that_never_answers_hangs(monkeypatch: pytest.MonkeyPatch) -> 
     assert Asked(monkeypatch).hangs_after(START_S + 1.0)
 
 
-def test_a_supervisor_that_stood_still_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paused_supervisor_reports_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(monkeypatch)
     asked.hangs_after(1.0)
     asked.heartbeat.answered()
@@ -136,7 +136,7 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
         one.api.stop()
 
 
-def test_a_hung_api_process_is_started_anew(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_api_process_is_restarted(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "PATIENCE_S", 3.0)
     kept.until(kept.answers)
     first = kept.api.pid

@@ -24,7 +24,7 @@ def server(tmp_path: Path, request: Any) -> Iterator[Server]:
 # Deaths.
 
 
-def test_ranks_that_differ_are_started_anew(server: Server) -> None:
+def test_disagreeing_ranks_are_restarted(server: Server) -> None:
     first, second = server.put(), server.put()
     key = server.key(first)
     server.jobs.on_rank_message(0, RequestFinished(key, "one sum"))
@@ -125,7 +125,7 @@ def test_out_of_memory_fails_that_job_only(server: Server) -> None:
     assert {server.state(one) for one in others} == {"completed"}
 
 
-def test_out_of_memory_beside_others_ends_with_it_alone(server: Server) -> None:
+def test_out_of_memory_next_to_other_jobs_fails_that_job_alone(server: Server) -> None:
     ids = [server.put(height=512, width=512), server.put(height=4096, width=4096), server.put(), server.put()]
     for _ in range(30):
         if ids[1] in server.running():

@@ -165,7 +165,7 @@ def test_measured_memory_decides_how_many_run(server: Server) -> None:
     assert server.running() == ids[3:]  # alone it is tried in any case
 
 
-def test_progress_is_told(server: Server) -> None:
+def test_progress_is_reported(server: Server) -> None:
     job_id = server.put()
     for step in range(5):
         server.step(job_id, step)
@@ -196,7 +196,7 @@ def test_a_request_that_fails_on_all_ranks(server: Server) -> None:
 # Input pictures.
 
 
-def test_pictures_are_decoded_beside_the_loop(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_decoded_in_another_thread(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
     real = prefetcher.build_request
 
@@ -250,7 +250,7 @@ def test_a_job_that_overtakes_one_whose_pictures_are_decoded(server: Server) -> 
     assert counts == {quick: 2, slow: 1}
 
 
-def test_pictures_of_cancelled_jobs_are_let_go(server: Server) -> None:
+def test_pictures_of_cancelled_jobs_are_released(server: Server) -> None:
     first, second = server.put(), server.put()
     job_id = server.put(inputs={"input-0.png": picture()})
     server.until(lambda: server.jobs.prefetcher._built)

@@ -155,7 +155,7 @@ def look(server: Server, monkeypatch: pytest.MonkeyPatch, *stacks: str) -> None:
     server.jobs.look_after()
 
 
-def test_ranks_that_wait_for_one_that_failed_are_started_anew(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_waiting_for_a_failed_rank_are_restarted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = server.put()
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
     assert server.rank_group.looks == 0  # nobody has failed
@@ -171,7 +171,7 @@ def test_ranks_that_wait_for_one_that_failed_are_started_anew(server: Server, mo
 
 
 @pytest.mark.parametrize("stacks", [("", ""), (WAITS.format(1), "")])
-def test_ranks_that_cannot_be_looked_at_have_time(
+def test_ranks_without_readable_stacks_get_more_time(
     server: Server, monkeypatch: pytest.MonkeyPatch, stacks: tuple[str, str]
 ) -> None:
     job_id = server.put()
@@ -182,7 +182,7 @@ def test_ranks_that_cannot_be_looked_at_have_time(
 
 
 @pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
-def test_replicas_beside_it_may_work(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_replicas_continue_during_a_hang(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = server.put(), server.put()
     server.jobs.on_rank_message(2, RequestFailed(server.key(second), "KeyError: 'x'"))
     for line in range(2):
@@ -193,7 +193,7 @@ def test_replicas_beside_it_may_work(server: Server, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("cancelled", [False, True])
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_rank_that_fails_where_another_is_through(server: Server, cancelled: bool, order: int) -> None:
+def test_failure_after_another_rank_finished(server: Server, cancelled: bool, order: int) -> None:
     job_id = server.put()
     key = server.key(job_id)
     for rank, message in [

@@ -86,7 +86,7 @@ def played() -> Any:
     one.rank_group.stop()
 
 
-def test_a_hang_tells_where_ranks_are_and_holds_up_nobody(played: Played) -> None:
+def test_hang_report_has_stacks_and_does_not_block(played: Played) -> None:
     played.rank_group.hang("no progress for 12 s", [0, 1])
     assert played.rank_group.failing
     assert played.downs == []  # the answer takes its time, the loop goes on
@@ -97,7 +97,7 @@ def test_a_hang_tells_where_ranks_are_and_holds_up_nobody(played: Played) -> Non
 
 
 @pytest.mark.parametrize("stacks", [{}, OSError("the fork server is gone"), ValueError("half a message")])
-def test_a_hang_of_ranks_that_cannot_be_looked_at(played: Played, stacks: Any) -> None:
+def test_hang_without_readable_stacks(played: Played, stacks: Any) -> None:
     played.stacks_now = stacks
     played.answer.set()
     played.rank_group.hang("no progress for 12 s", [0, 1])
@@ -105,7 +105,7 @@ def test_a_hang_of_ranks_that_cannot_be_looked_at(played: Played, stacks: Any) -
     assert [down.reason for down in played.downs] == ["no progress for 12 s"]
 
 
-def test_a_rank_that_ends_meanwhile_is_told_once(played: Played) -> None:
+def test_rank_that_exits_during_a_hang_is_reported_once(played: Played) -> None:
     played.rank_group.hang("no progress for 12 s", [0, 1])
     played.ends[1].close()
     played.run_briefly()
@@ -115,7 +115,7 @@ def test_a_rank_that_ends_meanwhile_is_told_once(played: Played) -> None:
     assert [down.reason[:20] for down in played.downs] == ["no progress for 12 s"]
 
 
-def test_what_was_seen_of_ranks_that_are_gone_is_not_told(played: Played) -> None:
+def test_stacks_of_exited_ranks_are_not_reported(played: Played) -> None:
     seen: list[Any] = []
     played.rank_group.look(seen.append)
     played.ends[1].close()

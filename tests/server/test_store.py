@@ -38,7 +38,7 @@ def test_a_job_keeps_what_it_was_given(store: Store) -> None:
     assert not accepted.ended
 
 
-def test_what_was_told_is_on_the_disk(store: Store) -> None:
+def test_acknowledged_jobs_are_on_the_disk(store: Store) -> None:
     for name, value in (("journal_mode", "wal"), ("synchronous", 2)):
         assert store._db.all(f"PRAGMA {name}")[0][0] == value, name
 

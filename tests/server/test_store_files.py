@@ -251,7 +251,7 @@ def test_folders_that_are_read_only(tmp_path: Path) -> None:
     assert "\n" not in text
 
 
-def test_no_file_that_is_no_database(tmp_path: Path) -> None:
+def test_files_that_are_not_databases(tmp_path: Path) -> None:
     (tmp_path / "jobs.sqlite").write_text("no database, but a text that is long enough to be taken for one" * 50)
     with pytest.raises(InputError, match="not a database"):
         Store(tmp_path)

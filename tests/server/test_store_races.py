@@ -188,7 +188,7 @@ TestAnyOrder.settings = settings(
 )
 
 
-def test_recover_beside_processes_that_accept(tmp_path: Path) -> None:
+def test_recover_during_accepts_of_other_processes(tmp_path: Path) -> None:
     """As it happens, many times: an accepted job always has its files."""
 
     def accept(count: int = 60) -> None:

@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """Six blocks; what lies between them, and after them, is given as functions that write in place."""
+    """Six blocks; the code between and after them is given as functions that write in place."""
 
     def __init__(self, between: Callable[[torch.Tensor], None], after: Callable[[torch.Tensor], Any], in_place: bool):
         super().__init__()
@@ -235,7 +235,7 @@ def mixed_dtypes(comm: Comm) -> bool:
 
 
 def many(comm: Comm) -> bool:
-    """More messages at once than are held, their buffers known to nobody but `Comm`."""
+    """More messages at once than are held; only `Comm` has references to their buffers."""
     target, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     transfers = []
     for i in range(20):
@@ -284,7 +284,7 @@ BOUND_S = 2.0
 
 
 def waits_in_vain(rank: int, count: int, method: str) -> list[Any]:
-    """Rank 0 waits for what nobody sends, while rank 1 lives; then sends what nobody takes."""
+    """Rank 0 waits for a message that no rank sends, while rank 1 lives; then sends one that no rank receives."""
     comm = Comm(join(rank, count, method, BOUND_S).pipeline)
     if rank != 0:
         time.sleep(2 * BOUND_S + 1)

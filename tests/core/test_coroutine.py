@@ -1,4 +1,4 @@
-"""Coroutines own their torch state: nothing of it reaches the next one, whoever pauses where."""
+"""Coroutines own their torch state: none of it reaches another one, in any order of pauses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ MODES: dict[str, Callable[[], Any]] = {
 
 
 def observe() -> tuple[Any, ...]:
-    """What the running code can see of the modes it runs under."""
+    """Record the modes that the running code can see."""
     state = TorchState.capture()
     made = torch.ones(2, 2, requires_grad=True)
     product = made @ made

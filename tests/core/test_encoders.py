@@ -35,7 +35,7 @@ def join(rank: int, count: int, method: str, **axes: int) -> DiffusionParallelCo
 
 
 def prompt(length: int) -> dict[str, torch.Tensor]:
-    """Two prompts, of which the second is padded."""
+    """Two prompts; the second is padded."""
     ids = torch.arange(2 * length).view(2, length) + 5
     mask = torch.ones_like(ids)
     mask[1, length - 2 :] = 0
@@ -186,7 +186,7 @@ class Layer(nn.Module):
 
 
 class Odd(nn.Module):
-    """An encoder whose layers write to what they are given; `peeks`: it reads a weight of a layer outside of it."""
+    """An encoder whose layers write to their arguments; `peeks`: it reads a weight of a layer outside of it."""
 
     def __init__(self, peeks: bool) -> None:
         super().__init__()

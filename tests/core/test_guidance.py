@@ -121,7 +121,7 @@ def close(cases: list[Case], bound: float = 1e-5) -> None:
 
 
 def called_again(rank: int, count: int, method: str) -> list[str]:
-    """Calls of one pipeline have nothing to do with each other: same bits, and each is told that the axis idles."""
+    """Calls of one pipeline are independent: same bits, and each logs that the axis idles."""
     join(rank, count, method)
     said = Heard().lines
     config = DiffusionParallelConfig(**TWO)

@@ -28,7 +28,7 @@ class Store:
 
 
 class Remembering(FluxAttnProcessor):
-    """Keeps what it computes in an object of the pipeline's, as attention stores do."""
+    """Stores its results in an object of the pipeline's, as attention stores do."""
 
     def __init__(self, store: Store | None) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ IDS = torch.arange(14).view(2, 7) + 5
 
 
 def _vae(pipe: Any) -> Any:
-    """The VAE with what pipelines read of one."""
+    """The VAE, with the attributes that pipelines read."""
     _marking(pipe.vae)
     torch.manual_seed(5)
     pipe.vae.register_buffer("means", torch.randn(16))
@@ -190,7 +190,7 @@ def same(expected: Any, got: Any, what: str) -> None:
 
 
 def replace_methods(vae: Any) -> None:
-    """What users do to methods before they shard a pipeline."""
+    """Methods as users replace them before they shard a pipeline."""
     plain = vae.decode
     vae.decode = functools.partial(lambda factor, z, **more: plain(z * factor, **more), 2)
     vae.encoder.forward = torch.compile(vae.encoder.forward, backend="eager")
@@ -236,7 +236,7 @@ def uses(rank: int, count: int, method: str) -> None:
 
 
 def used_on_one_rank(rank: int, count: int, method: str) -> list[torch.Tensor]:
-    """A program that calls a VAE and a text encoder itself, and of which one rank alone looks at what they give."""
+    """A program that calls a VAE and a text encoder itself; only one rank uses their results."""
     join(rank, count, method)
     torch.set_grad_enabled(False)
     pipe = shardit.parallelize(brought.pipeline("flux"), STAGES, timeout_s=10)
@@ -283,7 +283,7 @@ def held_bytes(module: nn.Module) -> int:
 
 
 def ltx() -> Any:
-    """LTX whose VAE has means that are not those of a new one."""
+    """LTX with a VAE whose means differ from those of a new one."""
     pipe = entries()["LTXPipeline"].build()
     pipe.vae.latents_mean.copy_(plain_mean())
     return pipe

@@ -1,4 +1,4 @@
-"""Cuts, chunks, bounds and costs: pure functions, against brute force where there is one."""
+"""Cuts, chunks, bounds and costs: pure functions, against brute force if possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pending tensors: what waits, what does not, and what is left afterwards."""
+"""Pending tensors: operations that wait, operations that do not, and the state afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks are taken to share: arguments and noise are compared, what one rank draws alone the others are told."""
+"""Agreement of ranks: arguments and noise are compared, random numbers of one rank are sent to the others."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draws_in_decode(pipe: Any) -> Any:
 
 
 def drawing_calls(pipe: Any) -> list[torch.Tensor]:
-    """Calls one after the other, each of which depends on what those before have drawn."""
+    """Consecutive calls; each depends on the random numbers of earlier ones."""
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)

@@ -44,7 +44,7 @@ def _cut(blocks: int) -> Any:
 
 
 def flux(blocks: int = 2) -> Any:
-    """A fresh pipeline with a few blocks of each kind: what is compiled here takes long with twelve."""
+    """A fresh pipeline with a few blocks of each kind: compiling twelve takes long."""
     return copied(_cut(blocks))
 
 
@@ -200,7 +200,7 @@ def other_weights(shard: Shard) -> list[torch.Tensor]:
 
 
 def hooked_later(shard: Shard) -> list[torch.Tensor]:
-    """What a block returns then lies in other memory than in the first call."""
+    """The output of a block then lies in other memory than in the first call."""
     model = shard(unet())
     outs = [step(model)]
     for block in (*model.down_blocks, *model.up_blocks):
@@ -402,7 +402,7 @@ def replaced_linear(pipe: Any) -> None:
 
 
 def class_of_another_block(pipe: Any) -> None:
-    """All blocks get a class that is derived from that of the first one, with what is done at its calls."""
+    """All blocks get a class derived from that of the first one, with its overridden call."""
 
     class Derived(type(pipe.transformer.transformer_blocks[0])):
         pass
@@ -507,13 +507,13 @@ def on_axis(axis: str) -> Any:
 
 @functools.cache
 def expected(act: Callable[[Shard], list[torch.Tensor]]) -> list[torch.Tensor]:
-    """What plain diffusers gives."""
+    """Return the result of plain diffusers."""
     return act(lambda pipe: pipe)
 
 
 @pytest.fixture(scope="module")
 def by_rank() -> list[dict[str, Any]]:
-    """What one group of ranks did on all axes: the first use of a compiler takes longest."""
+    """Return the results of one group of ranks on all axes: the first use of a compiler takes longest."""
     return run_ranks(2, on_ranks)
 
 

@@ -1,4 +1,4 @@
-"""Files that are to be made again: what they hold, and what cannot be had from them."""
+"""Repeating a request from a saved file: the settings in the file, and those that are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is loaded: variants, schedulers, LoRA, VAEs in tiles, against plain diffusers; and what is refused."""
+"""Options for loading a model: variants, schedulers, LoRA, VAEs in tiles, against plain diffusers; and refusals."""
 
 from __future__ import annotations
 

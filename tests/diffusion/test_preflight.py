@@ -1,4 +1,4 @@
-"""What is wrong whatever the weights are is found before torch is imported."""
+"""Mistakes that do not depend on the weights are found before torch is imported."""
 
 import dataclasses
 import inspect
@@ -186,8 +186,7 @@ def test_files_of_other_machines_are_not_checked(monkeypatch):
 @pytest.mark.parametrize("scheduler", ["Nope", "DDIMScheduler", "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("name", tiny.names())
 def test_schedulers_from_the_source(name, scheduler):
-    """Those that are proposed for one that diffusers does not have, or that does not go with the model, are those
-    that are found by trying."""
+    """The suggested schedulers, for an unknown or unsuitable one, are those that work when tried."""
     from shardit.diffusion.loading.schedulers import changed_scheduler
     from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
 
@@ -204,7 +203,7 @@ def test_schedulers_from_the_source(name, scheduler):
 
 @pytest.mark.parametrize("name", tiny.names())
 def test_sizes_and_blocks_from_files(name):
-    """What files tell is what the loaded model tells."""
+    """Sizes and blocks read from files equal those of the loaded model."""
     folder = tiny.resolve(f"tiny/{name}")
     pipe = tiny.load_plain(folder)
     for model in (f"tiny/{name}", folder):

@@ -1,4 +1,4 @@
-"""Prompts that a tokenizer cuts are told of."""
+"""Truncated prompts are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a user writes to the calls that the ranks make."""
+"""Prompts and parameters of users become pipeline calls."""
 
 import math
 import pickle
@@ -45,7 +45,7 @@ class DrawPipeline:
 
 class CatchAllPipeline(DrawPipeline):
     def __call__(self, prompt=None, strength=0.5, **kwargs):
-        """As SD 1.5: what it does not know it drops."""
+        """As SD 1.5: ignores unknown arguments."""
 
 
 class WanFakePipeline:
@@ -60,7 +60,7 @@ class WanFakeImageToVideoPipeline:
 
 class FakeEditPlusPipeline:
     def __call__(self, image=None, prompt=None, output_type="pil"):
-        """Needs images, though its signature does not say so."""
+        """Requires images, although its signature has a default."""
 
 
 class FakeLayeredPipeline:
@@ -70,7 +70,7 @@ class FakeLayeredPipeline:
 
 class RatePipeline:
     def __call__(self, prompt=None, num_frames=161, frame_rate=25, **kwargs):
-        """Tells the model the frame rate; takes anything."""
+        """Passes the frame rate to the model; takes any argument."""
 
 
 class NoisePipeline:
@@ -215,7 +215,7 @@ def test_values_that_are_not_tensors_are_refused(value):
 
 class LastPipeline:
     def __call__(self, image=None, last_image: torch.Tensor | None = None, mask: torch.Tensor | None = None):
-        """Takes pictures, of which the last one is declared as a tensor, and a mask that is one."""
+        """Takes pictures, the last one declared as a tensor, and a mask that is one."""
 
 
 def test_a_picture_that_is_declared_as_a_tensor(tmp_path):
@@ -276,7 +276,7 @@ def test_paths_and_bytes_for_every_picture_argument(tmp_path):
 
 class FakeInpaintPipeline:
     def __call__(self, prompt=None, image=None, mask_image=None, masked_image_latents=None):
-        """Fails late without a mask, though its signature does not say so."""
+        """Fails late without a mask, although its signature has a default."""
 
 
 def test_an_inpainting_pipeline_needs_a_mask():
@@ -342,7 +342,7 @@ def test_lists_of_pictures_of_real_pipelines():
 
 @pytest.mark.parametrize(("name", "words"), [("prompt", "prompt"), ("image", "pil_image"), ("pil_image", "pil_image")])
 def test_prompt_and_image_are_no_further_arguments(name, words):
-    """They would be dropped without a word next to those that are given in their places."""
+    """They would be silently dropped in favour of those given in their places."""
     for prompts, params in (
         ({"prompt": "a", "extra_args": {name: "b"}}, None),
         ("a", Params(extra_args={name: "b"})),

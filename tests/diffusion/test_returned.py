@@ -1,4 +1,4 @@
-"""What pipelines return besides pictures: found from the fields, in the Output and in files, with nothing lost."""
+"""Results of pipelines besides pictures: found from the fields, in the Output and in files, with nothing lost."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_fps_reaches_the_pipeline(name):
 
 
 def test_our_parameter_names_hide_none_of_a_pipeline():
-    """Every field that a pipeline has under the same name reaches it, but for those that mean the same there."""
+    """Every field with the name of a pipeline's argument reaches it, except those with the same meaning there."""
     fields = set(OmniDiffusionSamplingParams.__dataclass_fields__) - {"extra_args", "num_outputs_per_prompt"}
     assert {"seed", "fps", "height"} < fields
     for name, takes in CALLED.items():

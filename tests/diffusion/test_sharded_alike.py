@@ -1,4 +1,4 @@
-"""What ranks decide when they shard something: the same on all, or refused on all."""
+"""Decisions of ranks while sharding: the same on all, or refused on all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPATIAL = (4, 8)
 
 
 def held(rank: int, count: int, method: str, name: str) -> dict[str, list[float]]:
-    """What each member is said to hold of each component, T5 with its tied weights among them."""
+    """Return the reported bytes of each member for each component, T5 with its tied weights among them."""
     join(rank, count, method)
     pipe = shardit.parallelize(pipeline("flux"), CONFIGS[name], timeout_s=60)
     placed = {name: placed_on(part) for name, part in pipe.components.items()}
@@ -70,7 +70,7 @@ def offloaded_on_one(shard: Callable[[Any], Any]) -> None:
 
 
 def other_blocks(shard: Callable[[Any], Any]) -> None:
-    """A model by itself that has fewer blocks on one rank."""
+    """A model outside a pipeline with fewer blocks on one rank."""
     model = pipeline("flux").transformer
     if torch.distributed.get_rank() == 1:
         del model.transformer_blocks[-1]
@@ -122,7 +122,7 @@ def test_different_decisions_of_ranks_are_refused_on_all(name: str) -> None:
 
 
 def copied(rank: int, count: int, method: str) -> list[torch.Tensor]:
-    """A ControlNet alone and its copy beside another one."""
+    """A ControlNet alone and its copy next to another one."""
     import copy
 
     if count > 1:

@@ -1,4 +1,4 @@
-"""The command line, with a stand-in for `Omni`: what it asks for, prints, writes and returns."""
+"""The command line, with a stand-in for `Omni`: its requests, output, files and exit codes."""
 
 import dataclasses
 import importlib.util
@@ -26,7 +26,7 @@ OFFLINE = EXAMPLES / "offline_inference"
 
 
 class FakeOmni:
-    """Records what it is given; one picture for each output asked for."""
+    """Records its arguments; returns one picture for each requested output."""
 
     def __init__(self, **arguments):
         self.arguments = arguments

@@ -1,4 +1,4 @@
-"""What can be configured, and what is refused with which words."""
+"""Valid configurations, and the errors of invalid ones."""
 
 import dataclasses
 import pickle

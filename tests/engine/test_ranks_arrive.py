@@ -1,5 +1,4 @@
-"""How ranks on other machines reach the supervisor, and what has to be the same there. What a second machine could have
-that the first has not is told in words."""
+"""Ranks on other machines connect to the supervisor; facts that must be the same on all nodes are compared."""
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ def test_a_wrong_token_is_refused(token):
 
 
 def test_a_supervisor_that_does_not_know_the_token_is_refused():
-    """Who answers has to prove itself before the rank says or unpickles anything."""
+    """The other side must prove itself before the rank sends or unpickles anything."""
     said = []
 
     def impostor(server: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""What is too much is refused before anything is decoded, whether it is asked for or comes by default."""
+"""Requests above a limit are refused before anything is decoded, for explicit values and for defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a request is named: fields, bodies, forms, addresses, methods."""
+"""Errors name the mistake in a request: fields, bodies, forms, addresses, methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may do what, how large a request may be, and what becomes of hostile ones."""
+"""Access control, limits of requests, and hostile requests."""
 
 from __future__ import annotations
 

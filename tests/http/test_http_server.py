@@ -1,5 +1,5 @@
-"""The API process itself: what it tells of the server, its size, its start and end, and what it does when others
-fail."""
+"""The API process itself: its information about the server, its size, its start and end, and failures of other
+processes."""
 
 from __future__ import annotations
 

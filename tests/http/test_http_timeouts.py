@@ -1,4 +1,4 @@
-"""Connections whose clients do nothing are ended; those of clients that are only slow are not."""
+"""Connections of idle clients are closed; those of slow clients are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real models laid out over four ranks, without a weight: what the fullest rank holds."""
+"""Real models laid out over four ranks, without a weight: the share of the fullest rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading safetensors files, finding checkpoints, and what is said when something is wrong with them."""
+"""Reading safetensors files, finding checkpoints, and the errors for damaged ones."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_a_model_that_needs_a_picture(browser: Browser, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_real_server(browser: Browser, tmp_path: Path) -> None:
-    """A picture, a cancelled job, and the same picture again from a server that was started anew."""
+    """A picture, a cancelled job, and the same picture again from a restarted server."""
     with real_server("tiny/qwen-image", tmp_path) as url, visiting(browser, url) as visit:
         expect(visit.page.locator("#state")).to_have_text("Ready")
         visit.generate("a real one", width=64, height=64, num_inference_steps=4, seed=7)

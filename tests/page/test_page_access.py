@@ -1,4 +1,4 @@
-"""Who can use the page at /, and when: keys, errors, a server that is away, keyboard, phones, both colour schemes."""
+"""Access to the page at /: keys, errors, an unreachable server, keyboard, phones, both colour schemes."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
 
 
 def one_case(attention: SequenceAttention, rank: int, case: Case) -> float:
-    """The relative difference of this rank's rows, after what went over the wire was right."""
+    """Return the relative difference of this rank's rows, after a check of the sent bytes."""
     generator = torch.Generator().manual_seed(1)
     shape = (case.batch, sum(case.q_lens), case.heads, WIDTH)
     q = torch.randn(shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Pipelines that set attention processors in the middle of their call: what was known of calls without is not used."""
+"""Pipelines that set attention processors in the middle of their call: plans of calls without them are not reused."""
 
 from __future__ import annotations
 

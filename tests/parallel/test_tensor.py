@@ -1,4 +1,4 @@
-"""Tensor parallelism: how models are cut, what is read and sent, and that the result is that of one rank."""
+"""Tensor parallelism: the cut of models, the bytes read and sent, and the same result as on one rank."""
 
 from __future__ import annotations
 

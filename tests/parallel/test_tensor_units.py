@@ -1,4 +1,4 @@
-"""What tensor ranks expect of modules is compared; what is derived, brought or set later is right, or whole."""
+"""Assumptions of tensor ranks about modules are checked; derived, replaced or later modules are right, or whole."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def compares(model: Any, expected: torch.Tensor) -> None:
 
 
 def handed_out() -> None:
-    """Maps that somebody else reads are those of all heads."""
+    """Attention maps for other code include all heads."""
     for make in (units.Store, list):
         stores = [make(), make()]
         plain, model = (
@@ -282,7 +282,7 @@ def added_keys() -> None:
 
 
 def flux_images() -> None:
-    """Flux adds what its image adapters give without a linear behind it: its attention becomes whole."""
+    """Flux adds the output of its image adapters without a linear behind it: its attention becomes whole."""
     entry = survey_models.entry("FluxTransformer2DModel")
     plain: Any = entry.build()
     model: Any = shard(entry.build())

@@ -41,7 +41,7 @@ def comm_of(rank: int, size: int, method: str) -> Comm:
 
 
 def run_sharded(rank: int, size: int, method: str, names: list[str], ranks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """On every rank: what each VAE made, what this rank computed and sent for it."""
+    """Return, on every rank, the output of each VAE, and the tiles and bytes of this rank."""
     comm, found = comm_of(rank, size, method), []
     for entry in (ENTRIES[name] for name in names):
         vae = entry.build()
@@ -61,7 +61,7 @@ def run_sharded(rank: int, size: int, method: str, names: list[str], ranks: tupl
 
 
 def plain(entry: Entry) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """What diffusers makes of it on one rank, and the bytes of each output of the encoder or decoder."""
+    """Return the result of diffusers on one rank, and the bytes of each output of the encoder or decoder."""
     vae = entry.build()
     entry.switch_on(vae)
     sizes: list[int] = []
@@ -79,7 +79,7 @@ def plain(entry: Entry) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
 
 
 def compare(names: tuple[str, ...], size: int, ranks: tuple[int, ...]) -> None:
-    """Same bits on every rank; each tile computed by one; and what travels is the tiles, once, to the first."""
+    """Same bits on every rank; each tile computed by one; each tile is sent once, to the first."""
     results = run_ranks(size, run_sharded, names, ranks, timeout=400)
     for number, name in enumerate(names):
         made, sizes = plain(ENTRIES[name])
@@ -127,7 +127,7 @@ def test_largest_tiles_go_first_to_the_least_loaded_rank() -> None:
 
 
 class Heard(logging.Handler):
-    """Collects what is warned of."""
+    """Collects warnings."""
 
     def __init__(self) -> None:
         super().__init__()

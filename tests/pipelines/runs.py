@@ -1,4 +1,4 @@
-"""What a rank does in the survey of pipelines: whole calls, plain and then sharded, in one process group."""
+"""The work of a rank in the survey of pipelines: whole calls, plain and then sharded, in one process group."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ WAIT_S = 40.0
 
 @dataclass
 class Outcome:
-    """What became of one pipeline on one axis: one of `KINDS`, the distance, what was said, and the share of all
-    parameters that a rank held."""
+    """The outcome of one pipeline on one axis: one of `KINDS`, the distance, the message, and the rank's share of all
+    parameters."""
 
     name: str
     axis: str
@@ -76,7 +76,7 @@ def survey(rank: int, count: int, method: str, tasks: Sequence[tuple[str, str]],
 
 
 def plain_result(entry: PipelineEntry) -> tuple[list[np.ndarray], int]:
-    """What the library alone makes of a call, and the number of parameters. Raises what is wrong with it."""
+    """Return the library's own result of a call, and the number of parameters. Raises the error of the call."""
     pipe = built(entry)
     size = sum(parameters(pipe))
     leaves = run(pipe, entry)

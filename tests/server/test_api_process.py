@@ -1,4 +1,4 @@
-"""The API process under its supervisor: one that hangs is noticed and started anew, with the socket kept."""
+"""The API process under its supervisor: a hung one is noticed and restarted, with the socket kept."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_event_loop_answers_not_a_thread() -> None:
 
 
 class Kept:
-    """An API process that is looked after, and what it says."""
+    """A supervised API process and its messages."""
 
     def __init__(self, folder: Path, listener: Any):
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Ranks that die or run out of memory, played by the test: what becomes of their jobs, and who is the cause."""
+"""Ranks that die or run out of memory, played by the test: the outcome of their jobs, and the search for the cause."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_suspect_runs_alone_on_all_replicas(server: Server) -> None:
 
 
 def test_deaths_of_others_fail_nobody(server: Server) -> None:
-    """However often ranks die beside others: two at a time, and the first is always put back."""
+    """Any number of deaths during several jobs: two at a time, and the first is always queued again."""
     ids = [server.put() for _ in range(6)]
     for _ in range(60):
         if not (running := server.running()):

@@ -1,4 +1,4 @@
-"""What the dispatcher decides, on ranks that are played by the test: slots, input pictures, cancelling."""
+"""Decisions of the dispatcher with ranks played by the test: slots, input pictures, cancelling."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_job_that_was_sent_ahead_has_not_run(server: Server) -> None:
 
 
 def test_memory_for_a_job_that_is_sent_ahead(server: Server) -> None:
-    """What leaves makes room."""
+    """A finishing job makes room."""
     sizes = {name: {"height": side, "width": side} for name, side in (("small", 64), ("large", 256))}
     server.jobs.learned.out_of_memory(64 * 64 + 256 * 256 + 1)
     small, large = server.put(**sizes["small"]), server.put(**sizes["large"])

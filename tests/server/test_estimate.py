@@ -1,4 +1,4 @@
-"""What requests are expected to cost, and what is learned from those that ran."""
+"""Expected costs of requests, and learning from earlier ones."""
 
 from __future__ import annotations
 

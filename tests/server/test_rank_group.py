@@ -1,4 +1,4 @@
-"""Ranks as one thing, played by sockets: what is told of ranks that hang, and that nobody waits for it."""
+"""The rank group with ranks played by sockets: reports of hanging ranks, without blocking."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STACK = 'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in wait\n  
 
 
 class Played:
-    """Two ranks, and what the rank group says of them. `stacks` is what the placement answers, once `answer` is set."""
+    """Two ranks, and the reports of the rank group. `stacks` is the answer of the placement, once `answer` is set."""
 
     def __init__(self) -> None:
         self.stacks_now: Any = {0: STACK, 1: ""}

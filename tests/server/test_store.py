@@ -1,4 +1,4 @@
-"""The store of jobs: one end for each, whoever changes it at the same time, and what comes back after a kill."""
+"""The store of jobs: one end for each under concurrent changes, and recovery after a kill."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_recover(store: Store) -> None:
 def test_recover_while_a_job_is_accepted(
     store: Store, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, bytes]
 ) -> None:
-    """By a process of a server that was killed: the job has its files, or its client is told that it was not taken."""
+    """By a process of a killed server: the job has its files, or its client gets an error."""
     other = Store(store.folder)
     write = intake.write_inputs
     monkeypatch.setattr(stores, "write_inputs", lambda *given: (write(*given), other.recover()))

@@ -25,7 +25,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def in_child(work: Callable[[], Any]) -> Any:
-    """What `work` gives in a forked process, whose limits and user it may change. It must not use our connection."""
+    """Return the result of `work` in a forked process, whose limits and user it may change. It must not use our
+    connection."""
     ours, theirs = FORK.Pipe()
 
     def run() -> None:
@@ -160,7 +161,7 @@ def test_many_processes_make_one_store(tmp_path: Path) -> None:
 
 
 def full(store: Store) -> Callable[[], None]:
-    """Let the database not grow; returns what ends that."""
+    """Prevent the database from growing; returns a function that undoes this."""
     pages = store._db.connection.execute("PRAGMA page_count").fetchone()[0]
     store._db.connection.execute(f"PRAGMA max_page_count={pages}")
     return lambda: store._db.connection.execute("PRAGMA max_page_count=1000000") and None

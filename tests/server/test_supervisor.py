@@ -130,7 +130,7 @@ def test_a_second_server_on_the_same_folder_or_port(server: RealServer, tmp_path
 
 
 def refusal(*arguments: str) -> list[str]:
-    """What the command says that is not its log; it ends with code 2."""
+    """Return the command's output without its log; it exits with code 2."""
     done = subprocess.run(
         [sys.executable, "-m", "shardit", "serve", *arguments], capture_output=True, text=True, timeout=120
     )

@@ -1,5 +1,5 @@
-"""What users bring: each function does something with a pipeline, before and after `shard` makes it parallel, and
-returns the tensors that came out. With a `shard` that does nothing it is plain diffusers."""
+"""Extensions that users bring: each function applies one to a pipeline, before and after `shard` makes it parallel, and
+returns the resulting tensors. With an identity function as `shard` it is plain diffusers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pipeline(name: str, dtype: str | None = None) -> Any:
 
 
 def copied(pipe: Any) -> Any:
-    """A pipeline with modules and a scheduler of its own; tokenizers, which nobody changes, are those of the other."""
+    """Copy a pipeline with modules and a scheduler of its own; tokenizers, which are never changed, are shared."""
     parts = pipe.components.values()
     kept = [part for part in parts if not isinstance(part, (torch.nn.Module, SchedulerMixin))]
     return copy.deepcopy(pipe, {id(part): part for part in kept})
@@ -261,7 +261,7 @@ def bfloat16(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tens
 
 
 def ranks() -> tuple[int, int]:
-    """This rank and their number, among those that work on one request."""
+    """This rank and their number, among the ranks of one request."""
     if torch.distributed.is_initialized() and together:
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -272,7 +272,7 @@ together = True
 
 
 def callback(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
-    """Changes latents and embeddings; only what rank 0 makes of them counts."""
+    """Changes latents and embeddings; only the changes of rank 0 count."""
     seen = []
 
     def change(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ CONFIGS = {
 
 
 def latents(change: Change, shard: Callable[[Any], Any] = lambda pipe: pipe) -> torch.Tensor:
-    """What five steps of a fresh pipeline of four blocks give, after a change of its transformer."""
+    """Return the latents after five steps of a fresh pipeline of four blocks, after a change of its transformer."""
     pipe = pipeline("qwen-image")
     del pipe.transformer.transformer_blocks[4:]
     pipe.transformer.register_to_config(num_layers=4)

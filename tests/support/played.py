@@ -1,4 +1,4 @@
-"""A dispatcher whose ranks, writers and log are played by the test, which says what happens when."""
+"""A dispatcher whose ranks, writers and log are played by the test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INFO = ModelInfo(SIGNATURE, held_bytes=1)
 
 
 class FakeFleet:
-    """Plays the part of `RankGroup`: nothing runs, and what ranks say is up to the test."""
+    """Plays the part of `RankGroup`: nothing runs, and the test sends the messages of ranks."""
 
     def __init__(self, size: int, on_down: Callable[[Failure], None]):
         self.size, self.on_down = size, on_down
@@ -60,7 +60,7 @@ class FakeFleet:
 
 
 class ManualWriter(Executor):
-    """Writes when the test says so."""
+    """Writes when the test asks for it."""
 
     def __init__(self) -> None:
         self.work: list[tuple[Future[Any], Any, tuple[Any, ...]]] = []
@@ -95,7 +95,7 @@ class Log:
 
 @dataclass
 class Server:
-    """A dispatcher, and ranks that answer when told to."""
+    """A dispatcher, and ranks that answer on request."""
 
     store: Store
     jobs: Dispatcher

@@ -29,7 +29,7 @@ def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
 @dataclass
 class _Ahead:
-    """State of the key norm before its call: the keys, and then their summed squares.
+    """The keys, for the query norm, and then their summed squares, for the key norm.
 
     Calls in flight share it: between two messages each call sets both again, and checks whether the keys are its own.
     """

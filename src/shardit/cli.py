@@ -20,8 +20,7 @@ from shardit.diffusion.output.output import SUFFIXES, check_path, savable
 from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
-from shardit.flags import GenerateFlags, InspectFlags
-from shardit.language_flags import ChatFlags, CompleteFlags
+from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
 from shardit.settings.flag_class import options_of
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def check_kind(omni: Any, flags: GenerateFlags) -> None:
         kinds = omni.takes.kinds_as(flags.sampling_params().output_type)
         check_path(flags.output, kinds, transparent=omni.takes.image_mode == "RGBA")
         if flags.output.suffix.lower() in SUFFIXES["audio"] and omni.takes.sample_rate is None:
-            raise InputError(f"output {flags.output}: the model does not tell its sample rate; use .safetensors")
+            raise InputError(f"output {flags.output}: the model does not define its sample rate; use .safetensors")
 
 
 def report(outputs: Sequence[Output], path: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""How a run is spread over devices: the parallel degrees and the layer partition."""
+"""The distribution of a model over devices: the parallel degrees and the layer partition."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DiffusionParallelConfig:
 
     tensor_parallel_size: int = declare(1, "Number of ranks that each linear layer is split across.", whole(1))
     """The linears inside the blocks of the transformer, and those of text encoders. Error: more ranks than heads, or a
-    transformer whose parts no rule knows (at load)."""
+    transformer whose parts no rule matches (at load)."""
 
     ulysses_degree: int = declare(
         1,

@@ -1,4 +1,4 @@
-"""The flags of `shardit generate`, defined once for the command and the example scripts."""
+"""The flags of commands, defined once; those of `shardit generate` for the example scripts, too."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from shardit.diffusion.request.images import open_image, read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError
-from shardit.language.loading.source import refuse_decoder
+from shardit.language.loading.source import decoder_source, refuse_decoder
+from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import OmniDiffusionSamplingParams, field_names
+from shardit.settings.checks import whole
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, parse_values, values_of
 
@@ -31,7 +33,7 @@ LaunchFlags = flag_class(SessionSpec, only=("dtype", "attention_backend"))
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelFlags(flag_class(DiffusionParallelConfig)):
-    """How a model is spread over ranks."""
+    """The distribution of a model over ranks."""
 
     def parallel_config(self) -> DiffusionParallelConfig:
         """The configuration that the flags ask for."""
@@ -194,3 +196,65 @@ class GenerateFlags(
     def _given(self) -> dict[str, Any]:
         found = values_of(self, OmniDiffusionSamplingParams)
         return {name: value for name, value in found.items() if name != "negative_prompt"}
+
+
+AXES = ("pipeline_parallel_size", "tensor_parallel_size", "layer_partition")
+"""The settings of the parallel configuration that one text at a time has a use for."""
+
+DECODER = "Hub id, folder of transformers, GGUF file, smollm2-135m or tiny/NAME."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageFlags(
+    flag_class(DiffusionParallelConfig, only=AXES),
+    flag_class(SessionSpec, only=("timeout_s",)),
+    flag_class(SamplingParams, unset=True, default_from="as the model recommends"),
+):
+    """Flags of commands that run a language model."""
+
+    model: str | None = declare(None, DECODER, flag=Flag(metavar="MODEL", positional=True))
+    dtype: str | None = declare(
+        None, "Data type of the model, such as bfloat16. [default: that of the weights; float32 for GGUF]"
+    )
+    max_tokens: int | None = declare(None, "Tokens of a text at most. [default: the room that is left]", whole(1))
+    max_model_len: int | None = declare(
+        None, "Tokens of prompt and text at most. [default: the room of the model]", whole(1)
+    )
+
+    def check(self) -> None:
+        """Find mistakes that need no model. Raises InputError, which names the flag."""
+        check_flags(self, SamplingParams)
+        if not self.model:
+            raise InputError(f"name a model: {DECODER[0].lower()}{DECODER[1:-1]}")
+        self.sampling()
+        self.llm_arguments()
+        decoder_source(self.model)
+
+    def llm_arguments(self) -> dict[str, Any]:
+        """The arguments of `shardit.LLM`."""
+        return {
+            "model": self.model,
+            "parallel_config": DiffusionParallelConfig(**values_of(self, DiffusionParallelConfig, AXES)),
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            **values_of(self, SessionSpec, ("timeout_s",)),
+        }
+
+    def sampling(self, **defaults: Any) -> SamplingParams:
+        """The parameters that the flags ask for; `defaults` are those of the rest."""
+        return SamplingParams(**{"max_tokens": None, **defaults, **values_of(self, SamplingParams)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFlags(LanguageFlags):
+    """What `shardit chat` was asked for."""
+
+    system: str | None = declare(None, "System message, which begins the conversation.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteFlags(LanguageFlags):
+    """What `shardit complete` was asked for."""
+
+    prompt: list[str] | None = declare(None, "Text to continue. [default: standard input]")
+    json: bool = declare(False, "Print one JSON document with texts, tokens and reasons.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.engine.process.process import started_by_torchrun
 from shardit.errors import InputError
-from shardit.language_flags import ChatFlags, CompleteFlags, LanguageFlags
+from shardit.flags import ChatFlags, CompleteFlags, LanguageFlags
 
 if TYPE_CHECKING:
     from shardit import LLM

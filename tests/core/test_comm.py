@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """Six blocks; what lies between them, and after them, is given as functions that write in place."""
+    """Six blocks; the code between and after them is given as functions that write in place."""
 
     def __init__(self, between: Callable[[torch.Tensor], None], after: Callable[[torch.Tensor], Any], in_place: bool):
         super().__init__()
@@ -176,7 +176,7 @@ def never_looked_at(rank: int, count: int, method: str) -> tuple[float, int]:
     return float(model(x).sum() - expected.sum()), len(runtime.schedule.active)
 
 
-def test_results_that_nobody_looks_at_do_not_hang_later_calls() -> None:
+def test_unused_results_do_not_hang_later_calls() -> None:
     assert run_ranks(3, never_looked_at) == [(0.0, 0)] * 3
 
 
@@ -235,7 +235,7 @@ def mixed_dtypes(comm: Comm) -> bool:
 
 
 def many(comm: Comm) -> bool:
-    """More messages at once than are held, their buffers known to nobody but `Comm`."""
+    """More messages at once than are held; only `Comm` has references to their buffers."""
     target, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     transfers = []
     for i in range(20):
@@ -263,7 +263,7 @@ def counts_ahead(rank: int, count: int, method: str) -> list[int]:
     return [comm.receive_count() for _ in numbers]
 
 
-def test_counts_wait_for_nobody_however_many_ranks_there_are() -> None:
+def test_counts_are_sent_without_waiting() -> None:
     assert run_ranks(3, counts_ahead) == [[3, 0, 5]] * 3
 
 
@@ -284,7 +284,7 @@ BOUND_S = 2.0
 
 
 def waits_in_vain(rank: int, count: int, method: str) -> list[Any]:
-    """Rank 0 waits for what nobody sends, while rank 1 lives; then sends what nobody takes."""
+    """Rank 0 waits for a message that no rank sends, while rank 1 lives; then sends one that no rank receives."""
     comm = Comm(join(rank, count, method, BOUND_S).pipeline)
     if rank != 0:
         time.sleep(2 * BOUND_S + 1)
@@ -322,7 +322,7 @@ def peer_dies(rank: int, count: int, method: str) -> str:
     return "went through"
 
 
-def test_a_peer_that_ends_ends_the_wait() -> None:
+def test_exit_of_a_peer_ends_the_wait() -> None:
     begin = time.monotonic()
     answer = run_ranks(2, peer_dies)
     assert answer[0].startswith("communication failed (receive from stage 1)")

@@ -1,4 +1,4 @@
-"""Coroutines own their torch state: nothing of it reaches the next one, whoever pauses where."""
+"""Coroutines own their torch state: none of it reaches another one, in any order of pauses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ MODES: dict[str, Callable[[], Any]] = {
 
 
 def observe() -> tuple[Any, ...]:
-    """What the running code can see of the modes it runs under."""
+    """Record the modes that the running code can see."""
     state = TorchState.capture()
     made = torch.ones(2, 2, requires_grad=True)
     product = made @ made
@@ -145,7 +145,7 @@ def test_a_coroutine_starts_under_the_state_in_which_it_was_made() -> None:
     assert coroutine.value == expected
 
 
-def test_modes_that_are_entered_in_one_piece_and_left_in_another_by_hand() -> None:
+def test_modes_entered_and_left_in_different_pieces() -> None:
     guards = [torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), CountFunctions()]
     for guard in guards:
         before = observe()

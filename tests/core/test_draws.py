@@ -55,7 +55,7 @@ CALLS: list[int] = []
 
 
 def rare_noise(model: Any) -> None:
-    """Nothing is drawn in the first calls. The count is no variable that the hook encloses: nobody looks for it."""
+    """Draws nothing in the first calls. The counter is not a variable enclosed by the hook, so no check finds it."""
     CALLS.clear()
 
     def hook(_: Any, __: Any, out: Any) -> Any:

@@ -35,7 +35,7 @@ def join(rank: int, count: int, method: str, **axes: int) -> DiffusionParallelCo
 
 
 def prompt(length: int) -> dict[str, torch.Tensor]:
-    """Two prompts, of which the second is padded."""
+    """Two prompts; the second is padded."""
     ids = torch.arange(2 * length).view(2, length) + 5
     mask = torch.ones_like(ids)
     mask[1, length - 2 :] = 0
@@ -142,7 +142,7 @@ def broken(rank: int, count: int, method: str) -> None:
     assert not torch.equal(out, expected)
 
 
-def test_without_the_relay_it_would_be_noticed() -> None:
+def test_missing_relay_is_detected() -> None:
     tiny.resolve("tiny/wan2.2-t2v")
     run_ranks(2, broken)
 
@@ -186,7 +186,7 @@ class Layer(nn.Module):
 
 
 class Odd(nn.Module):
-    """An encoder whose layers write to what they are given; `peeks`: it reads a weight of a layer outside of it."""
+    """An encoder whose layers write to their arguments; `peeks`: it reads a weight of a layer outside of it."""
 
     def __init__(self, peeks: bool) -> None:
         super().__init__()

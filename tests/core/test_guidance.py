@@ -63,7 +63,7 @@ def test_more_replicas_than_work_is_an_error() -> None:
     assert [guidance.parts(program, 2), guidance.parts(program, 2)] == [2, 2]
 
 
-def test_an_idle_axis_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_idle_axis_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     guidance, program = GuidanceScheduler(2, 0, 0), Request()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -121,7 +121,7 @@ def close(cases: list[Case], bound: float = 1e-5) -> None:
 
 
 def called_again(rank: int, count: int, method: str) -> list[str]:
-    """Calls of one pipeline have nothing to do with each other: same bits, and each is told that the axis idles."""
+    """Calls of one pipeline are independent: same bits, and each logs that the axis idles."""
     join(rank, count, method)
     said = Heard().lines
     config = DiffusionParallelConfig(**TWO)
@@ -170,7 +170,7 @@ def undealt(rank: int, count: int, method: str, case: Case) -> Any:
     return staged(rank, count, method, [case])[0]
 
 
-def test_copies_that_all_take_the_same_requests_are_seen() -> None:
+def test_copies_running_the_same_requests_are_detected() -> None:
     of_ranks = run_ranks(2, undealt, Case("wan2.2-ti2v", 1, requests=2, axes={"data_parallel_size": 2}))
     assert [sorted(r["arrays"]) for r in of_ranks] != [[0], [1]]
 
@@ -181,7 +181,7 @@ def test_copies_of_pipelines_with_guidance() -> None:
     compare([Case("wan2.2-ti2v", 2, requests=2, call=guidance("wan2.2-ti2v"), axes=axes)])
 
 
-def test_omni_spreads_requests_and_keeps_their_order() -> None:
+def test_omni_deals_requests_and_keeps_their_order() -> None:
     config = DiffusionParallelConfig(data_parallel_size=2)
     with kept_fork_server(), Omni("tiny/wan2.2-ti2v", parallel_config=config) as omni:
         call = {**tiny.defaults("wan2.2-ti2v"), "output_type": "latent"}

@@ -28,7 +28,7 @@ class Store:
 
 
 class Remembering(FluxAttnProcessor):
-    """Keeps what it computes in an object of the pipeline's, as attention stores do."""
+    """Stores its results in an object of the pipeline's, as attention stores do."""
 
     def __init__(self, store: Store | None) -> None:
         super().__init__()
@@ -70,12 +70,12 @@ def cases(rank: int, count: int, method: str, name: str) -> tuple[bool, list[str
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_what_processors_keep_and_gradients_are_refused_on_all_ranks(name: str) -> None:
+def test_state_of_processors_and_gradients_are_refused_on_all_ranks(name: str) -> None:
     tiny.resolve("tiny/flux")
     for equal, said, again in run_ranks(2, cases, name):
         assert equal
         assert again
-        assert "Remembering keeps what it sees" in said[0]
+        assert "Remembering keeps tensors of its calls" in said[0]
         assert "is called for its gradients" in said[1]
 
 
@@ -86,7 +86,7 @@ class Slotted:
         self.kept: list[int] = []
 
 
-def test_slots_are_looked_into() -> None:
+def test_tensors_in_slots_are_found() -> None:
     block = torch.nn.Module()
     block.processor = Slotted()
     before = held_state(block)

@@ -1,4 +1,4 @@
-"""What a transformer keeps from call to call: as on one rank, or refused on all ranks."""
+"""State that a transformer keeps from call to call: as on one rank, or refused on all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.ranks import run_ranks
 
 
 def counting(module: Any) -> None:
-    """From the third call on a module doubles what it gives."""
+    """From the third call on, a module doubles its output."""
     plain: Any = type(module)
 
     class Counting(plain):
@@ -53,7 +53,7 @@ def processor(transformer: Any) -> None:
 
 
 def step_cache(transformer: Any) -> None:
-    """Every other call skips the blocks and adds what they gave the last time, as TeaCache does."""
+    """Every other call skips the blocks and adds their earlier output, as TeaCache does."""
     plain: Any = type(transformer)
 
     class Caching(plain):
@@ -110,7 +110,7 @@ def test_counters_and_caches(axis: str) -> None:
         for change, got in zip(ALL, of_rank, strict=True):
             if axis in ("stages", "guidance"):
                 assert isinstance(got, str), change.__name__
-                assert re.search("in each of its calls|keeps what it sees", got), got
+                assert re.search("in each of its calls|keeps tensors of its calls", got), got
             else:
                 check(got, change, 1e-5)
 

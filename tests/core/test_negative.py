@@ -35,7 +35,7 @@ def _inputs(seed: int, length: int, with_list: bool) -> tuple[Any, ...]:
 
 
 def _try(name: str, runtime: Runtime, chunks: int, after_first: Callable[[], Any] = lambda: None) -> str:
-    """What becomes of a model: "right", "wrong", "refused: ..." or the error's type."""
+    """Return the outcome of a model: "right", "wrong", "refused: ..." or the error's type."""
     torch.manual_seed(0)  # biases keep a part of what they are made with
     model = randomise(MODELS[name]()).eval()
     lists = "more" in inspect.signature(model.forward).parameters
@@ -70,7 +70,7 @@ def _all_awkward(rank: int, size: int, method: str) -> dict[tuple[str, int], str
 
 @pytest.fixture(scope="module")
 def awkward() -> list[dict[tuple[str, int], str]]:
-    """What every rank found about every model."""
+    """Return the outcomes of all models on every rank."""
     return run_ranks(RANKS, _all_awkward)
 
 

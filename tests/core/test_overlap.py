@@ -80,7 +80,7 @@ def test_same_bits(way: str) -> None:
 
 
 def messages_first(rank: int, count: int, method: str) -> None:
-    """A call starts to send before the one before it has waited: that is what hides the messages."""
+    """A call starts to send before the previous one has waited: this overlap hides the messages."""
     model, calls = open_model(rank, count, method, "ulysses")
     said: list[str] = []
     exchange, wait = Collectives._exchange, GroupCoordinator.wait
@@ -118,7 +118,7 @@ def own_errors(rank: int, count: int, method: str) -> None:
 
 
 class Agent(nn.Module):
-    """Its forward keeps something on itself, which a block reads; and what it returns depends on its call."""
+    """Its forward stores state on the module, which a block reads; its result depends on the call."""
 
     def __init__(self, keeps: bool, varies: bool):
         super().__init__()
@@ -150,7 +150,7 @@ class KeeperBlock(nn.Module):
 
 
 def agent(rank: int, count: int, method: str) -> None:
-    """Models whose calls cannot be in flight together run one after the other, or say what to do."""
+    """Models whose calls cannot be in flight together run one after the other, or raise an error with the remedy."""
     join(rank, count, method)
 
     def made(keeps: bool, varies: bool, plan: Plan | None = None) -> tuple[Any, Any]:

@@ -48,7 +48,7 @@ IDS = torch.arange(14).view(2, 7) + 5
 
 
 def _vae(pipe: Any) -> Any:
-    """The VAE with what pipelines read of one."""
+    """The VAE, with the attributes that pipelines read."""
     _marking(pipe.vae)
     torch.manual_seed(5)
     pipe.vae.register_buffer("means", torch.randn(16))
@@ -190,7 +190,7 @@ def same(expected: Any, got: Any, what: str) -> None:
 
 
 def replace_methods(vae: Any) -> None:
-    """What users do to methods before they spread a pipeline."""
+    """Methods as users replace them before they shard a pipeline."""
     plain = vae.decode
     vae.decode = functools.partial(lambda factor, z, **more: plain(z * factor, **more), 2)
     vae.encoder.forward = torch.compile(vae.encoder.forward, backend="eager")
@@ -217,12 +217,12 @@ def uses(rank: int, count: int, method: str) -> None:
         vae.decode(_noise(1, 16, 4, 4).requires_grad_())
     vae.encoder.down_blocks[0].resnets[0].conv1.to(torch.float32)
     assert (rank == 1) != next(vae.decoder.parameters()).is_meta
-    for spread in (
+    for shard in (
         lambda e: own(e, ranks, 0),
         lambda e: cut_layerwise(e, ranks, [n for u in find_units(e) for n in u.names], alternating(e)),
     ):
         expected, encoder = load().text_encoder, load().text_encoder
-        spread(encoder)
+        shard(encoder)
         for name, use in ENCODER_USES.items():
             same(use(expected), use(encoder), name)
     with pytest.raises(UnsupportedError, match=r"mlp.fc1 of CLIPTextModel has a hook, and runs on one rank: put it on"):
@@ -236,7 +236,7 @@ def uses(rank: int, count: int, method: str) -> None:
 
 
 def used_on_one_rank(rank: int, count: int, method: str) -> list[torch.Tensor]:
-    """A program that calls a VAE and a text encoder itself, and of which one rank alone looks at what they give."""
+    """A program that calls a VAE and a text encoder itself; only one rank uses their results."""
     join(rank, count, method)
     torch.set_grad_enabled(False)
     pipe = shardit.parallelize(brought.pipeline("flux"), STAGES, timeout_s=10)
@@ -266,8 +266,8 @@ def whole_pipelines(rank: int, count: int, method: str, names: tuple[str, ...], 
     join(rank, count, method)
     for name in names:
         entry = entries()[name]
-        spread = shardit.parallelize(entry.build(), STAGES, timeout_s=60)
-        assert distance(run(entry.build(), entry), run(spread, entry)) == 0.0, name
+        sharded = shardit.parallelize(entry.build(), STAGES, timeout_s=60)
+        assert distance(run(entry.build(), entry), run(sharded, entry)) == 0.0, name
     entry, reads = entries()["LTXPipeline"], Reads()
     mesh = init_mesh(STAGES, device="cpu", timeout_s=60)
     pipe, assignment, _ = load_parallel(folder, STAGES, mesh, pipeline_class="LTXPipeline", reads=reads)
@@ -283,7 +283,7 @@ def held_bytes(module: nn.Module) -> int:
 
 
 def ltx() -> Any:
-    """LTX whose VAE has means that are not those of a new one."""
+    """LTX with a VAE whose means differ from those of a new one."""
     pipe = entries()["LTXPipeline"].build()
     pipe.vae.latents_mean.copy_(plain_mean())
     return pipe

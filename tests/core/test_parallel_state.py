@@ -1,4 +1,4 @@
-"""`shardit.parallel_state`: groups by name, and what their ranks do together."""
+"""`shardit.parallel_state`: groups by name, and their collective operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cuts, chunks, bounds and costs: pure functions, against brute force where there is one."""
+"""Cuts, chunks, bounds and costs: pure functions, against brute force if possible."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_fewer_chunks_than_asked_for_are_noted() -> None:
 
 
 def warned(rank: int, count: int, method: str, alone: bool, **options: int) -> list[str]:
-    """What is said when a model is loaded, or spread by hand."""
+    """The messages when a model is loaded, or sharded by `parallelize`."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -217,7 +217,7 @@ def warned(rank: int, count: int, method: str, alone: bool, **options: int) -> l
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_chunks_that_cannot_be_followed_are_said(alone: bool) -> None:
+def test_chunks_that_cannot_be_used_are_logged(alone: bool) -> None:
     first, second = run_ranks(2, warned, alone)
     assert len(first) == 1
     assert re.search(r": [26] chunks per rank instead of 100, since it has (5|12) blocks", first[0])
@@ -233,7 +233,7 @@ def test_chunks_of_one_stage() -> None:
     assert assign_blocks(Model(5), DiffusionParallelConfig(pipeline_chunks=1), 2, None, {})[1] is None
 
 
-def test_what_cannot_be_cut() -> None:
+def test_models_that_cannot_be_cut() -> None:
     config = DiffusionParallelConfig(pipeline_parallel_size=2)
     with pytest.raises(UnsupportedError, match="more than the 1 blocks"):
         assign_blocks(Model(1), config, 2, None, {})

@@ -1,4 +1,4 @@
-"""Pending tensors: what waits, what does not, and what is left afterwards."""
+"""Pending tensors: operations that wait, operations that do not, and the state afterwards."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_in_place_operations_wait_and_write_to_the_same_memory() -> None:
         assert torch.equal(wire.tensor, 2 * VALUES)
 
 
-def test_views_taken_before_see_what_is_written_after() -> None:
+def test_earlier_views_see_later_writes() -> None:
     wire = Wire()
     row = wire.tensor[1]
     wire.tensor.zero_()
@@ -218,7 +218,7 @@ def test_after_the_wait_everything_is_plain() -> None:
     assert type(wire.source.wrap(torch.zeros(1))) is torch.Tensor
 
 
-def test_views_that_are_gone_do_not_matter() -> None:
+def test_deleted_views_are_ignored() -> None:
     wire = Wire()
     for _ in range(10):
         wire.tensor.view(-1)

@@ -1,4 +1,4 @@
-"""What ranks are taken to share: arguments and noise are compared, what one rank draws alone the others are told."""
+"""Agreement of ranks: arguments and noise are compared, random numbers of one rank are sent to the others."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draws_in_decode(pipe: Any) -> Any:
 
 
 def drawing_calls(pipe: Any) -> list[torch.Tensor]:
-    """Calls one after the other, each of which depends on what those before have drawn."""
+    """Consecutive calls; each depends on the random numbers of earlier ones."""
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
@@ -238,7 +238,7 @@ def test_a_checksum_sees_each_value(dtype: torch.dtype) -> None:
     assert checksum(torch.empty(0, dtype=dtype)) == b""
 
 
-def test_what_a_pipeline_computed_is_sampled_if_large() -> None:
+def test_checksums_sample_large_tensors() -> None:
     small, large = torch.rand(1000), torch.rand(400_000)
     for tensor in (small, large):
         assert checksum(tensor, SUMMED) == checksum(tensor.clone(), SUMMED)

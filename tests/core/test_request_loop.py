@@ -31,7 +31,7 @@ class Call:
 
 
 class Machine:
-    """Turns, and a log of what programs did."""
+    """A request loop and a log of its programs' actions."""
 
     def __init__(self) -> None:
         self.turns = Turns(Schedule(0))
@@ -40,7 +40,7 @@ class Machine:
         self.most = 0
 
     def call(self, value: float = 1.0, segments: int = 3) -> torch.Tensor:
-        """What a staged transformer returns: a pending tensor."""
+        """Return a pending tensor, as a staged transformer does."""
         flight = Call(segments)
         buffer = torch.full((2,), float("nan"))
         self.turns.schedule.start(flight)
@@ -137,7 +137,7 @@ def randomness(_: int = 0) -> tuple[Any, ...]:
 
 
 def one_by_one(seeds: list[int], steps: list[int]) -> list[list[Any]]:
-    """What each request draws when it runs alone, seeded first."""
+    """Return the random numbers of each request when it runs alone, seeded first."""
     out = []
     for seed, count in zip(seeds, steps, strict=True):
         torch.manual_seed(seed)
@@ -197,7 +197,7 @@ def test_an_error_before_the_first_call_and_a_program_without_calls() -> None:
 
 
 @pytest.mark.parametrize("error", [RankError(1, "gone"), MemoryError(), KeyboardInterrupt()])
-def test_what_ends_all(error: BaseException) -> None:
+def test_errors_that_end_all_programs(error: BaseException) -> None:
     machine = Machine()
 
     def fail(step: int) -> None:

@@ -123,7 +123,7 @@ def test_checker_finds_a_rank_with_other_turns(grouping) -> None:
     assert not deadlock_free(ops, grouping)
 
 
-def test_checker_finds_what_is_never_taken() -> None:
+def test_checker_finds_messages_never_received() -> None:
     ops = ops_of(record(Workload(2)))
     ops[0] = [op for op in ops[0] if op.kind == "compute"]
     run = execute(ops)

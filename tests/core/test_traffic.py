@@ -1,5 +1,5 @@
-"""What ranks send for each step, by the counters of the communication layer, against the formulas of
-docs/parallelism.md. (Attention: test_attention.py; sums of slices: test_tensor.py; tiles: test_tiles.py.)"""
+"""Bytes sent for each step, by the counters of the communication layer, against the formulas of docs/parallelism.md.
+(Attention: test_attention.py; sums of slices: test_tensor.py; tiles: test_tiles.py.)"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VIDEO = (3, 12, 16)  # latent frames, height, width: patches of 1 x 2 x 2 make 1
 
 
 def sent(rank: int, count: int, method: str, axes: dict[str, int]) -> dict[str, Any]:
-    """What a step with two branches makes this rank send: hops of its chain, results to others."""
+    """Return the bytes that this rank sends in a step with two branches: hops of its chain, results to others."""
     join(rank, count, method)
     pipe = quiet(brought.pipeline(NAME))
     model = pipe.transformer

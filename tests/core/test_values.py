@@ -25,7 +25,7 @@ from tests.support.survey_runs import runtime_of, same, staged
 
 
 class Lengths(Plain):
-    """Cuts the text to the length that a mask says, as Lumina 2 does."""
+    """Cuts the text to the length given by a mask, as Lumina 2 does."""
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         x, e = self.first(x), self.time(t[:, None])[:, None]
@@ -39,7 +39,7 @@ class Lengths(Plain):
 
 
 class Course(Plain):
-    """A value says which blocks run, and what is kept from the first one."""
+    """A value decides which blocks run, and what is kept from the first one."""
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         x, e = self.first(x), self.time(t[:, None])[:, None]

@@ -1,4 +1,4 @@
-"""Things that are changed after the spread: each works, or is refused on all ranks."""
+"""Changes after `parallelize`: each works, or is refused on all ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIGS = {
     "slices": DiffusionParallelConfig(tensor_parallel_size=2),
     "ulysses": DiffusionParallelConfig(ulysses_degree=2),
 }
-Spread = Callable[[Any], Any]
+Shard = Callable[[Any], Any]
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def _cut(blocks: int) -> Any:
 
 
 def flux(blocks: int = 2) -> Any:
-    """A fresh pipeline with a few blocks of each kind: what is compiled here takes long with twelve."""
+    """A fresh pipeline with a few blocks of each kind: compiling twelve takes long."""
     return copied(_cut(blocks))
 
 
@@ -57,25 +57,25 @@ def compiled(thing: Any) -> Any:
     return torch.compile(thing, backend="eager")
 
 
-# What works: each function gives tensors, with a `spread` that does nothing those of plain diffusers.
+# Supported changes: each function returns tensors; with an identity function as `shard`, those of plain diffusers.
 
 
-def compiled_before(spread: Spread) -> list[torch.Tensor]:
+def compiled_before(shard: Shard) -> list[torch.Tensor]:
     pipe = flux(blocks=1)
     pipe.transformer = compiled(pipe.transformer)
     pipe.text_encoder, pipe.vae = compiled(pipe.text_encoder), compiled(pipe.vae)
-    return [run(spread(pipe))]
+    return [run(shard(pipe))]
 
 
-def compiled_after(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux(blocks=1))
+def compiled_after(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux(blocks=1))
     outs = [run(pipe)]
     pipe.transformer = compiled(pipe.transformer)
     return [*outs, run(pipe), run(pipe)]
 
 
-def blocks_compiled(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux())
+def blocks_compiled(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux())
     outs = [run(pipe)]
     blocks = pipe.transformer.transformer_blocks
     for number in range(len(blocks)):
@@ -95,9 +95,9 @@ def lora(pipe: Any, broken: str = "", seed: int = 1, **options: Any) -> None:
     pipe.load_lora_weights(layers, **options)
 
 
-def swapped(spread: Spread) -> list[torch.Tensor]:
+def swapped(shard: Shard) -> list[torch.Tensor]:
     """An adapter in the place of another one; of padded ones the first was there before."""
-    pipe = spread(flux())
+    pipe = shard(flux())
     lora(pipe, adapter_name="one")
     outs = [run(pipe)]
     lora(pipe, seed=2, adapter_name="one", hotswap=True)
@@ -105,13 +105,13 @@ def swapped(spread: Spread) -> list[torch.Tensor]:
     pipe = flux()
     pipe.enable_lora_hotswap(target_rank=8)
     lora(pipe, adapter_name="one")
-    outs.append(run(spread(pipe)))
+    outs.append(run(shard(pipe)))
     lora(pipe, seed=2, adapter_name="one", hotswap=True)
     return [*outs, run(pipe)]
 
 
-def fused_safely(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux())
+def fused_safely(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux())
     outs = [run(pipe)]
     lora(pipe)
     outs.append(run(pipe))
@@ -122,8 +122,8 @@ def fused_safely(spread: Spread) -> list[torch.Tensor]:
     return [*outs, run(pipe)]
 
 
-def new_scheduler(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux())
+def new_scheduler(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux())
     outs = [run(pipe)]
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=2.0)
     return [*outs, run(pipe)]
@@ -163,9 +163,9 @@ def ip_adapter(model: Any) -> dict[str, Any]:
     return {"image_proj": projection, "ip_adapter": layers}
 
 
-def adapted(spread: Spread) -> list[torch.Tensor]:
+def adapted(shard: Shard) -> list[torch.Tensor]:
     """Other processors, then an IP-Adapter, then none."""
-    model = spread(unet())
+    model = shard(unet())
     outs = [step(model)]
     model.set_attn_processor(AttnProcessor())
     outs.append(step(model))
@@ -176,8 +176,8 @@ def adapted(spread: Spread) -> list[torch.Tensor]:
     return [*outs, step(model)]
 
 
-def other_format(spread: Spread) -> list[torch.Tensor]:
-    model = spread(unet())
+def other_format(shard: Shard) -> list[torch.Tensor]:
+    model = shard(unet())
     outs = [step(model)]
     model.to(memory_format=torch.channels_last)
     outs.append(step(model))
@@ -185,23 +185,23 @@ def other_format(spread: Spread) -> list[torch.Tensor]:
     return [*outs, step(model)]
 
 
-def joined_projections(spread: Spread) -> list[torch.Tensor]:
-    model = spread(unet())
+def joined_projections(shard: Shard) -> list[torch.Tensor]:
+    model = shard(unet())
     outs = [step(model)]
     model.fuse_qkv_projections()
     return [*outs, step(model)]
 
 
-def other_weights(spread: Spread) -> list[torch.Tensor]:
-    model = spread(unet())
+def other_weights(shard: Shard) -> list[torch.Tensor]:
+    model = shard(unet())
     outs = [step(model)]
     model.conv_out = unet(5).conv_out
     return [*outs, step(model)]
 
 
-def hooked_later(spread: Spread) -> list[torch.Tensor]:
-    """What a block returns then lies in other memory than in the first call."""
-    model = spread(unet())
+def hooked_later(shard: Shard) -> list[torch.Tensor]:
+    """The output of a block then lies in other memory than in the first call."""
+    model = shard(unet())
     outs = [step(model)]
     for block in (*model.down_blocks, *model.up_blocks):
         block.register_forward_hook(lambda *_: None)
@@ -211,8 +211,8 @@ def hooked_later(spread: Spread) -> list[torch.Tensor]:
     return [*outs, step(model)]
 
 
-def adapted_encoder(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux())
+def adapted_encoder(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux())
     outs = [run(pipe)]
     draw, layers = torch.Generator().manual_seed(1), {}
     width = pipe.text_encoder.config.hidden_size
@@ -224,11 +224,11 @@ def adapted_encoder(spread: Spread) -> list[torch.Tensor]:
     return [*outs, run(pipe)]
 
 
-def cast_with_lora(spread: Spread) -> list[torch.Tensor]:
+def cast_with_lora(shard: Shard) -> list[torch.Tensor]:
     """Weights that layers keep in another dtype, before and after adapters come, also on linears cut by inputs."""
     outs = []
     for cast_first in (True, False):
-        pipe = spread(pipeline("flux"))
+        pipe = shard(pipeline("flux"))
         linear = pipe.transformer.transformer_blocks[0].attn.to_out[0]
         draw, width = torch.Generator().manual_seed(1), linear.out_features
         name = "transformer.transformer_blocks.0.attn.to_out.0"
@@ -244,14 +244,14 @@ def cast_with_lora(spread: Spread) -> list[torch.Tensor]:
     return outs
 
 
-def moved_adapters(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux())
+def moved_adapters(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux())
     lora(pipe)
     pipe.set_lora_device(list(pipe.get_active_adapters()), "cpu")
     return [run(pipe)]
 
 
-def turned_by_a_setting(spread: Spread) -> list[torch.Tensor]:
+def turned_by_a_setting(shard: Shard) -> list[torch.Tensor]:
     """A plain attribute that the code between the blocks follows."""
     pipe = flux()
     plain: Any = type(pipe.transformer)
@@ -269,15 +269,15 @@ def turned_by_a_setting(spread: Spread) -> list[torch.Tensor]:
                 blocks._modules = order
 
     pipe.transformer.__class__ = Turning
-    pipe = spread(pipe)
+    pipe = shard(pipe)
     outs = [run(pipe)]
     pipe.transformer.backwards = True
     return [*outs, run(pipe)]
 
 
-def patched_class(spread: Spread) -> list[torch.Tensor]:
+def patched_class(shard: Shard) -> list[torch.Tensor]:
     """As step caches and token mergers are installed: the forward of a class of blocks is replaced."""
-    pipe, plain = spread(flux()), FluxTransformerBlock.forward
+    pipe, plain = shard(flux()), FluxTransformerBlock.forward
     outs = [run(pipe)]
 
     def forward(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **more: Any) -> Any:
@@ -291,8 +291,8 @@ def patched_class(spread: Spread) -> list[torch.Tensor]:
         FluxTransformerBlock.forward = plain
 
 
-def derived_blocks(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux())
+def derived_blocks(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux())
     outs = [run(pipe)]
     for block in pipe.transformer.transformer_blocks:
         block.__class__ = _merging(type(block))
@@ -306,7 +306,7 @@ def _merging(base: type) -> type:
     return type(base.__name__, (base,), {"forward": forward})
 
 
-WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
+WORKS: dict[str, tuple[Callable[[Shard], list[torch.Tensor]], ...]] = {
     "stages": (
         *(compiled_before, compiled_after, blocks_compiled, fused_safely),
         *(new_scheduler, adapted, other_format, joined_projections, other_weights),
@@ -402,7 +402,7 @@ def replaced_linear(pipe: Any) -> None:
 
 
 def class_of_another_block(pipe: Any) -> None:
-    """All blocks get a class that is derived from that of the first one, with what is done at its calls."""
+    """All blocks get a class derived from that of the first one, with its overridden call."""
 
     class Derived(type(pipe.transformer.transformer_blocks[0])):
         pass
@@ -506,14 +506,14 @@ def on_axis(axis: str) -> Any:
 
 
 @functools.cache
-def expected(act: Callable[[Spread], list[torch.Tensor]]) -> list[torch.Tensor]:
-    """What plain diffusers gives."""
+def expected(act: Callable[[Shard], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Return the result of plain diffusers."""
     return act(lambda pipe: pipe)
 
 
 @pytest.fixture(scope="module")
 def by_rank() -> list[dict[str, Any]]:
-    """What one group of ranks did on all axes: the first use of a compiler takes longest."""
+    """Return the results of one group of ranks on all axes: the first use of a compiler takes longest."""
     return run_ranks(2, on_ranks)
 
 
@@ -533,9 +533,9 @@ def test_changes(axis: str, by_rank: list[dict[str, Any]]) -> None:
             assert re.search(pattern, said[act.__name__]), said[act.__name__]
 
 
-def perturbed(spread: Spread) -> list[torch.Tensor]:
+def perturbed(shard: Shard) -> list[torch.Tensor]:
     """A pipeline that sets attention processors in its call: they take batches of three, which cannot be split."""
-    pipe = spread(entries()["StableDiffusionPipeline"].build())
+    pipe = shard(entries()["StableDiffusionPipeline"].build())
     other = AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True, pag_applied_layers=["mid"])
     call = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt"}
     outs = []

@@ -59,8 +59,8 @@ def run_example(rank: int, count: int, method: str, name: str, axes: list[dict[s
         assert (tokens is not None and tokens.attention.sp.sent_bytes > 0) == bool({*TOKENS} & set(sizes)), sizes
         held = sum(p.numel() for p in pipe.transformer.parameters() if not p.is_meta)
         everything = sum(p.numel() for p in module.Pipeline().transformer.parameters())
-        spread = {"pipeline_parallel_size", "tensor_parallel_size"} & set(sizes)
-        assert (held < 0.7 * everything) == bool(spread), sizes
+        sharded = {"pipeline_parallel_size", "tensor_parallel_size"} & set(sizes)
+        assert (held < 0.7 * everything) == bool(sharded), sizes
 
 
 @pytest.mark.parametrize("name", ["custom_pipeline", "with_mixins"])

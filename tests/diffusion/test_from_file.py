@@ -1,4 +1,4 @@
-"""Files that are to be made again: what they hold, and what cannot be had from them."""
+"""Repeating a request from a saved file: the settings in the file, and those that are missing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_flags_of_a_file(tmp_path, suffix):
     assert (params.strength, params.extra_args["caption"]) == (0.5, "x")
 
 
-def test_input_pictures_of_another_size_are_told():
+def test_input_pictures_of_another_size_are_noted():
     record = {"input_image_sizes": [[160, 128]]}
     assert other_pictures(record, [(160, 128)]) == []
     assert other_pictures({}, []) == []
@@ -69,7 +69,7 @@ def test_a_file_of_another_model(tmp_path, capsys):
     check_fits(path, "tiny/flux", ["true_cfg_scale"], takes)
 
 
-def test_what_a_file_does_not_hold(tmp_path):
+def test_values_that_a_file_does_not_contain(tmp_path):
     with pytest.raises(InputError, match="made with latents given as numbers"):
         flags_of({"latents": "Tensor(1, 4)"}, [])
     pictures = saved(tmp_path / "a.png", input_image_sizes=[[8, 8]])
@@ -93,7 +93,7 @@ def test_what_a_file_does_not_hold(tmp_path):
         ({"a": "Parameter()"}, "mask_image given as numbers"),
     ],
 )
-def test_pictures_and_numbers_have_to_be_given_again(tmp_path, value, words):
+def test_pictures_and_tensors_must_be_given_again(tmp_path, value, words):
     path = saved(tmp_path / "a.png", mask_image=value)
     with pytest.raises(InputError, match=words):
         GenerateFlags(from_file=path).completed()
@@ -106,7 +106,7 @@ def test_a_prompt_may_read_like_a_picture():
     assert flags_of(record, record) == (record, {})
 
 
-def test_how_the_model_was_loaded_is_taken_up_again(tmp_path):
+def test_model_options_are_restored_from_a_file(tmp_path):
     for name in ("lora.safetensors", "part.safetensors", "whole.safetensors"):
         (tmp_path / name).touch()
     options = model_options(
@@ -135,12 +135,12 @@ def test_no_access_token_is_recorded():
     }
 
 
-def test_flags_that_say_the_default_go_before_a_file(tmp_path):
+def test_explicit_default_flags_override_a_file(tmp_path):
     flags = GenerateFlags(from_file=saved(tmp_path / "a.png"), num_outputs_per_prompt=1).completed()
     assert flags.sampling_params().num_outputs_per_prompt == 1
 
 
-def test_another_revision_is_told():
+def test_another_revision_is_noted():
     assert other_revision({"revision": "a"}, {"revision": "a"}) == []
     assert other_revision({}, {"revision": "a"}) == []
     assert other_revision({"revision": "a"}, {"revision": "b"}) == [
@@ -148,7 +148,7 @@ def test_another_revision_is_told():
     ]
 
 
-def test_other_versions_are_told():
+def test_other_versions_are_noted():
     here = {"torch": "2.0", "diffusers": "1.0"}
     assert differences({"versions": {"torch": "1.0", "diffusers": "1.0"}}, here) == [
         "the file was made with torch 1.0, here is 2.0: pixels may differ"

@@ -1,4 +1,4 @@
-"""How a model is loaded: variants, schedulers, LoRA, VAEs in tiles, against plain diffusers; and what is refused."""
+"""Options for loading a model: variants, schedulers, LoRA, VAEs in tiles, against plain diffusers; and refusals."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_refused_before_ranks_start(options: dict[str, Any], text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_flow_matching_schedulers_take_each_others_place() -> None:
+def test_flow_matching_schedulers_are_interchangeable() -> None:
     own = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     euler = changed_scheduler(own, model_options(scheduler="FlowMatchEulerDiscreteScheduler"))
     assert euler.config.shift == 5.0
@@ -163,7 +163,7 @@ def test_flow_matching_schedulers_take_each_others_place() -> None:
         changed_scheduler(own, model_options(scheduler_args={"use_flow_sigmas": False, "prediction_type": "epsilon"}))
 
 
-def test_schedulers_that_do_not_take_what_the_pipeline_asks() -> None:
+def test_schedulers_without_arguments_of_the_pipeline() -> None:
     """Flux gives sigmas and a shift for the size, Wan only the number of steps."""
     euler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     for name in ("FlowMatchHeunDiscreteScheduler", "SASolverScheduler", "HeliosScheduler", "DDIMScheduler", "Nope"):
@@ -204,7 +204,7 @@ def test_schedulers_of_recipes_as_in_diffusers(name: str, tmp_path: Path) -> Non
     ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
      "RePaintScheduler", "UnCLIPScheduler", "DDPMWuerstchenScheduler", "FlowMatchLCMScheduler"],
 )  # fmt: skip
-def test_schedulers_that_go_by_other_noise_or_the_other_way_are_refused(name: str) -> None:
+def test_schedulers_of_other_noise_or_direction_are_refused(name: str) -> None:
     # Few time steps: to name what can be chosen, every class is tried, and some compute long for each of them.
     own = diffusers.DDIMScheduler(num_train_timesteps=100, beta_schedule="scaled_linear", beta_end=0.012)
     with pytest.raises(InputError, match=f"{name} cannot take the place of DDIMScheduler"):

@@ -157,7 +157,7 @@ def test_path_is_checked(tmp_path, name, kind, message):
 
 
 @pytest.mark.parametrize("path", [None, 5, b"cat.png", ["cat.png"]])
-def test_what_is_no_path(path):
+def test_values_that_are_not_paths(path):
     for use in (pictures().save, check_path):
         with pytest.raises(InputError, match="output must be a path"):
             use(path)

@@ -1,4 +1,4 @@
-"""`parallelize` and `load` on a live process group: modules alone, whole pipelines, LoRA, and what is refused."""
+"""`parallelize` and `load` on a live process group: modules alone, whole pipelines, LoRA, and refusals."""
 
 from __future__ import annotations
 

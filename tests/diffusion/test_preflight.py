@@ -1,4 +1,4 @@
-"""What is wrong whatever the weights are is found before torch is imported."""
+"""Mistakes that do not depend on the weights are found before torch is imported."""
 
 import dataclasses
 import inspect
@@ -168,13 +168,13 @@ def test_names_are_checked_before_torch_is_imported(
 
 
 @pytest.mark.parametrize("name", tiny.names())
-def test_what_is_right_passes(name):
+def test_valid_arguments_pass(name):
     folder = tiny.resolve(f"tiny/{name}")
     for model in (f"tiny/{name}", folder):
         preflight.check(model, DiffusionParallelConfig(), model_options(), dtype={"default": "fp16"})
 
 
-def test_what_other_machines_have_is_left_to_them(monkeypatch):
+def test_files_of_other_machines_are_not_checked(monkeypatch):
     monkeypatch.setattr(preflight, "check_cached", None)
     options = model_options(lora="no/where", scheduler="OfANewerDiffusers")
     for model in ("no/where", "tiny/flux"):
@@ -186,8 +186,7 @@ def test_what_other_machines_have_is_left_to_them(monkeypatch):
 @pytest.mark.parametrize("scheduler", ["Nope", "DDIMScheduler", "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("name", tiny.names())
 def test_schedulers_from_the_source(name, scheduler):
-    """Those that are proposed for one that diffusers does not have, or that does not go with the model, are those
-    that are found by trying."""
+    """The suggested schedulers, for an unknown or unsuitable one, are those that work when tried."""
     from shardit.diffusion.loading.schedulers import changed_scheduler
     from shardit.diffusion.preflight.static_scheduler import check_scheduler_names
 
@@ -204,7 +203,7 @@ def test_schedulers_from_the_source(name, scheduler):
 
 @pytest.mark.parametrize("name", tiny.names())
 def test_sizes_and_blocks_from_files(name):
-    """What files tell is what the loaded model tells."""
+    """Sizes and blocks read from files equal those of the loaded model."""
     folder = tiny.resolve(f"tiny/{name}")
     pipe = tiny.load_plain(folder)
     for model in (f"tiny/{name}", folder):

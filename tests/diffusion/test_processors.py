@@ -12,7 +12,7 @@ from tests.pipelines.entry import entries
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"])
-def test_a_request_that_is_ended_leaves_none(name: str) -> None:
+def test_processors_are_restored_after_an_interrupt(name: str) -> None:
     entry = entries()[name]
     pipe = entry.build()
     model = getattr(pipe, "unet", None) or pipe.transformer

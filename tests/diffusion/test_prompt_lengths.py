@@ -1,4 +1,4 @@
-"""Prompts that a tokenizer cuts are told of."""
+"""Truncated prompts are reported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from shardit.diffusion.run.prompt_lengths import is_tokenizer
 from tests.support import brought
 
 
-def test_cut_prompts_are_told_of() -> None:
+def test_truncated_prompts_are_reported() -> None:
     pipe = brought.pipeline("flux")
     said: list[str] = []
     own = own_pipeline(pipe, lambda pipe: None, said.append)

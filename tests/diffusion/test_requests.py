@@ -1,4 +1,4 @@
-"""From what a user writes to the calls that the ranks make."""
+"""Prompts and parameters of users become pipeline calls."""
 
 import math
 import pickle
@@ -45,7 +45,7 @@ class DrawPipeline:
 
 class CatchAllPipeline(DrawPipeline):
     def __call__(self, prompt=None, strength=0.5, **kwargs):
-        """As SD 1.5: what it does not know it drops."""
+        """As SD 1.5: ignores unknown arguments."""
 
 
 class WanFakePipeline:
@@ -60,7 +60,7 @@ class WanFakeImageToVideoPipeline:
 
 class FakeEditPlusPipeline:
     def __call__(self, image=None, prompt=None, output_type="pil"):
-        """Needs images, though its signature does not say so."""
+        """Requires images, although its signature has a default."""
 
 
 class FakeLayeredPipeline:
@@ -70,7 +70,7 @@ class FakeLayeredPipeline:
 
 class RatePipeline:
     def __call__(self, prompt=None, num_frames=161, frame_rate=25, **kwargs):
-        """Tells the model the frame rate; takes anything."""
+        """Passes the frame rate to the model; takes any argument."""
 
 
 class NoisePipeline:
@@ -159,13 +159,13 @@ def test_texts_for_bools_are_bools(where, given, meant):
 
 
 @pytest.mark.parametrize("value", ["maybe", "", 1, 0.0, None, [True], {}])
-def test_what_is_no_bool_is_refused(value):
+def test_values_that_are_not_bools_are_refused(value):
     refused("^clean_caption must be true or false, got", "a", Params(extra_args={"clean_caption": value}), FLAGS)
 
 
 @pytest.mark.parametrize("name", ["num_steps", "scale"])
 @pytest.mark.parametrize("value", ["4", "x", True, {}, [1, "2"]])
-def test_what_is_no_number_is_refused(name, value):
+def test_values_that_are_not_numbers_are_refused(name, value):
     refused(f"^{name} must be a number, got", {"prompt": "a", name: value}, takes=FLAGS)
 
 
@@ -204,7 +204,7 @@ class TensorPipeline:
 
 
 @pytest.mark.parametrize("value", ["x.pt", 1, [1], [[1.0], "x"], {}, True])
-def test_what_is_no_tensor_is_refused(value):
+def test_values_that_are_not_tensors_are_refused(value):
     takes = signature_of(TensorPipeline)
     assert takes.tensors == ("latents",)
     with pytest.raises(InputError, match="latents must be a tensor, got"):
@@ -215,7 +215,7 @@ def test_what_is_no_tensor_is_refused(value):
 
 class LastPipeline:
     def __call__(self, image=None, last_image: torch.Tensor | None = None, mask: torch.Tensor | None = None):
-        """Takes pictures, of which the last one is declared as a tensor, and a mask that is one."""
+        """Takes pictures, the last one declared as a tensor, and a mask that is one."""
 
 
 def test_a_picture_that_is_declared_as_a_tensor(tmp_path):
@@ -231,7 +231,7 @@ def test_a_picture_that_is_declared_as_a_tensor(tmp_path):
         build({"mask": str(path)}, takes=takes)
 
 
-def test_what_is_given_twice_in_one_prompt():
+def test_arguments_given_twice_in_one_prompt():
     refused(
         "^scale is given twice, by its name and in extra_args",
         {"prompt": "a", "scale": 1, "extra_args": {"scale": 2}},
@@ -276,7 +276,7 @@ def test_paths_and_bytes_for_every_picture_argument(tmp_path):
 
 class FakeInpaintPipeline:
     def __call__(self, prompt=None, image=None, mask_image=None, masked_image_latents=None):
-        """Fails late without a mask, though its signature does not say so."""
+        """Fails late without a mask, although its signature has a default."""
 
 
 def test_an_inpainting_pipeline_needs_a_mask():
@@ -342,7 +342,7 @@ def test_lists_of_pictures_of_real_pipelines():
 
 @pytest.mark.parametrize(("name", "words"), [("prompt", "prompt"), ("image", "pil_image"), ("pil_image", "pil_image")])
 def test_prompt_and_image_are_no_further_arguments(name, words):
-    """They would be dropped without a word next to those that are given in their places."""
+    """They would be silently dropped in favour of those given in their places."""
     for prompts, params in (
         ({"prompt": "a", "extra_args": {name: "b"}}, None),
         ("a", Params(extra_args={name: "b"})),
@@ -373,7 +373,7 @@ def test_picture_arguments_of_real_pipelines():
     assert pictures("QwenImagePipeline") == ()
 
 
-def test_steps_beside_a_list_of_another_length():
+def test_steps_and_a_list_of_another_length():
     takes = PipelineSignature(
         "P", ("prompt", "num_inference_steps", "sigmas", "timesteps"), {"num_inference_steps": 50}
     )
@@ -444,7 +444,7 @@ def test_unknown_parameters_get_a_suggestion_and_a_list():
 
 
 @pytest.mark.parametrize("where", ["keyword", "prompt", "extra_args", "params"])
-def test_what_a_pipeline_would_drop_is_refused(where):
+def test_arguments_that_a_pipeline_would_ignore_are_refused(where):
     takes = signature_of(CatchAllPipeline)
     given = {"prompt": "a", "sed": 1} if where == "prompt" else "a"
     params = {"extra_args": Params(extra_args={"sed": 1}), "params": Params(num_frames=9)}.get(where)

@@ -1,4 +1,4 @@
-"""What pipelines return besides pictures: found from the fields, in the Output and in files, with nothing lost."""
+"""Results of pipelines besides pictures: found from the fields, in the Output and in files, with nothing lost."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_sound_becomes_wav(tmp_path, rate):
 def test_sound_that_cannot_be_written(tmp_path):
     unknown = output_of(LTX2PipelineOutput(frames=[FRAMES], audio=TONE[None, None]), rate=None)
     for name in ("a.wav", "a.mp4"):
-        with pytest.raises(InputError, match="does not tell its sample rate"):
+        with pytest.raises(InputError, match="does not define its sample rate"):
             unknown.save(tmp_path / name)
     silent, notes = savable(unknown)
     assert (silent.audio, silent.frames, len(notes)) == (None, unknown.frames, 1)
@@ -143,7 +143,7 @@ def test_maps_become_pictures(tmp_path):
     output.save(tmp_path / "a.jpg")
 
 
-def test_what_cannot_be_shown_is_extra(tmp_path):
+def test_results_without_a_picture_form_are_extra(tmp_path):
     mesh = MeshDecoderOutput(verts=torch.ones(4, 3), faces=torch.zeros(2, 3, dtype=torch.long), vertex_channels={})
     output = output_of({"images": [mesh], "image_embeds": torch.ones(1, 8, dtype=torch.bfloat16), "n": 3})
     assert output.error is None
@@ -202,7 +202,7 @@ def test_nothing_ends_the_request_alone(result):
     assert "Anything returned what cannot be read: nothing" in output.error
 
 
-def test_what_cannot_be_sent_is_named():
+def test_results_that_cannot_be_sent_are_named():
     output = output_of({"images": [RED], "hook": lambda: None, "parts": [1, object()]})
     assert len(output.images) == 1
     assert output.extra == {"parts": [1]}
@@ -219,7 +219,7 @@ def test_what_cannot_be_sent_is_named():
     assert "RuntimeError: no" in (output_of(Broken()).error or "")
 
 
-def test_numbers_are_not_sent_with_what_they_are_a_part_of():
+def test_views_are_sent_without_their_storage():
     whole = torch.zeros(1000, 1000)
     assert len(pickle.dumps(output_of({"embeds": whole[:1]}).extra["embeds"])) < 10_000
     latent = output_of({"frames": whole[None, :2], "audio": whole[None, :2, :2]}, output_type="latent")
@@ -243,7 +243,7 @@ CALLED = {
 }
 
 
-def test_all_pipelines_tell_what_they_make():
+def test_every_pipeline_has_known_outputs():
     assert len(CALLED) > 250
     kinds = {name: takes.kinds for name, takes in CALLED.items()}
     silent = [name for name, takes in CALLED.items() if not takes.outputs]
@@ -295,8 +295,8 @@ def test_fps_reaches_the_pipeline(name):
         assert built(**{takes.rate_name: 9}).fps == 9.0
 
 
-def test_no_name_of_ours_hides_one_of_a_pipeline():
-    """Every field that a pipeline has under the same name reaches it, but for those that mean the same there."""
+def test_our_parameter_names_hide_none_of_a_pipeline():
+    """Every field with the name of a pipeline's argument reaches it, except those with the same meaning there."""
     fields = set(OmniDiffusionSamplingParams.__dataclass_fields__) - {"extra_args", "num_outputs_per_prompt"}
     assert {"seed", "fps", "height"} < fields
     for name, takes in CALLED.items():

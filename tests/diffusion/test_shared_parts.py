@@ -52,7 +52,7 @@ def error(act: Any) -> str:
     return str(caught.value)
 
 
-def spread_twice(rank: int, count: int, method: str, config: DiffusionParallelConfig) -> dict[str, Any]:
+def sharded_twice(rank: int, count: int, method: str, config: DiffusionParallelConfig) -> dict[str, Any]:
     join(rank, count, method)
     said: dict[str, Any] = {}
     base = pipeline("flux")
@@ -109,10 +109,10 @@ def changed(pipe: Any, name: str, part: Any) -> Any:
 
 
 @pytest.mark.parametrize("config", [STAGES, SLICES], ids=["stages", "slices"])
-def test_parts_that_are_spread_already(config: DiffusionParallelConfig) -> None:
+def test_parts_that_are_sharded_already(config: DiffusionParallelConfig) -> None:
     plain = pipeline("flux")
     expected = {"text": text_to_image(plain), "image": image_to_image(refiner(plain, plain.transformer))}
-    one, other = run_ranks(2, spread_twice, config)
+    one, other = run_ranks(2, sharded_twice, config)
     assert one["errors"] == other["errors"]
     for text, pattern in zip(
         one["errors"],

@@ -122,7 +122,7 @@ def test_a_job_of_another_size(given, param, text):
     assert text in str(caught.value)
 
 
-def test_what_is_refused_is_not_suggested():
+def test_refused_sizes_are_not_suggested():
     model = field_models(Limits()).image
     for wrong, right in (("num_frame", "num_frames"), ("backgrund", None), ("strenght", None), ("sizes", "size")):
         with pytest.raises(ApiError) as caught:

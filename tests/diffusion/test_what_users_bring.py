@@ -34,12 +34,12 @@ COLUMNS: dict[str, dict[str, int]] = {
 BITWISE = ("stages", "looped", "guidance", "copies")
 CLOSE, CLOSE_BFLOAT16 = 1e-5, 2e-2
 STAGED = ("stages", "looped", "guidance")
-SPREAD = ("ulysses", "ring")
+TOKENS = ("ulysses", "ring")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that users bring: what it is called, what does it, to which model, and where it is refused."""
+    """One extension: its name, the function that applies it, its model, and where it is refused."""
 
     title: str
     act: Callable[..., list[torch.Tensor]]
@@ -57,9 +57,9 @@ ADAPTER_MODELS = ("sd3.5", "wan2.2-ti2v", "qwen-image", "z-image")
 CACHED: dict[tuple[str, ...], str] = {
     ("stages", "looped"): "a step cache does not work over stages",
     ("guidance",): "a step cache does not work over guidance ranks",
-    SPREAD: "a step cache does not work over sharded tokens",
+    TOKENS: "a step cache does not work over sharded tokens",
 }
-SPLIT = (*STAGED, "slices", *SPREAD)
+SPLIT = (*STAGED, "slices", *TOKENS)
 CACHE_BOUND = {"TaylorSeerCacheConfig": 1e-3}
 """It extrapolates from the difference of two steps, which makes rounding larger."""
 OFFLOADED = {SPLIT: "offload"}
@@ -108,7 +108,7 @@ TABLE = [
 
 
 def expected(row: Row, folder: str) -> Any:
-    """What plain diffusers gives."""
+    """Return the result of plain diffusers."""
     with torch.random.fork_rng():
         return row.act(brought.pipeline(row.model), row.model, lambda pipe: pipe, folder)
 
@@ -149,7 +149,7 @@ def difference(expected: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def holds(row: Row, column: str, outcome: Any) -> bool:
-    """Whether an outcome is what the table says."""
+    """Return whether an outcome equals that in the table."""
     refusal = row.refusal(column)
     if refusal is not None or isinstance(outcome, str):
         return refusal is not None and isinstance(outcome, str) and re.search(refusal, outcome) is not None

@@ -1,4 +1,4 @@
-"""The script of docs/add-a-model.md runs and prints what the page says."""
+"""The script of docs/add-a-model.md runs and prints the output in the page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _numbers(printed: list[str]) -> list[tuple[int, int]]:
 
 
 def _executed(rank: int, count: int, method: str, script: str, port: int) -> str:
-    """What a rank prints that has the environment that torchrun sets."""
+    """Return the output of a rank in the environment of torchrun."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     printed = io.StringIO()

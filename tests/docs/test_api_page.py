@@ -1,4 +1,4 @@
-"""docs/api.md is what the docstrings say."""
+"""docs/api.md equals the page generated from the docstrings."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ TEXT = {
     "docs/api.md": "signatures; test_api_page.py compares them",
     "docs/how-it-works.md": "an annotated forward, a diagram",
 }
-"""Pages that may have blocks of plain text, with what these are."""
+"""Pages with blocks of plain text, and their contents."""
 
 MODELS = {
     "MODEL": "tiny/wan2.2-t2v",
@@ -49,7 +49,7 @@ MODELS = {
 
 
 class RanksWouldStart(BaseException):
-    """Raised by what starts ranks; no `except Exception` catches it."""
+    """Raised in place of starting ranks; no `except Exception` catches it."""
 
 
 def would_start(*_: Any, **__: Any) -> NoReturn:

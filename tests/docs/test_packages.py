@@ -31,7 +31,7 @@ def lacking(monkeypatch):
     return names
 
 
-def test_what_pipelines_use_without_asking(lacking):
+def test_unchecked_imports_of_pipelines(lacking):
     assert packages.needs(diffusers.WanImageToVideoPipeline) == {"ftfy": ()}
     assert packages.needs(diffusers.WanPipeline) == {}  # asks before it cleans
     assert packages.needs(diffusers.PixArtAlphaPipeline) == {}  # goes on without, and says so
@@ -119,7 +119,7 @@ def test_tokenizers_that_cannot_be_made(monkeypatch, tmp_path, lacking):
     packages.check_processors([part])  # the loading of the pipeline will say so better
 
 
-def test_errors_in_the_middle_tell_the_line(lacking):
+def test_late_import_errors_name_the_install_command(lacking):
     lacking.add("ftfy")
     assert one_line(NameError("name 'ftfy' is not defined")).startswith(
         "NameError: name 'ftfy' is not defined; pip install ftfy"
@@ -199,8 +199,8 @@ def test_the_readme_from_its_install_lines(tmp_path):
     for number, block in enumerate(_blocks(text, "python")):
         script = folder / f"readme_{number}.py"
         script.write_text("\n".join(block))
-        spread = "shardit.load(" in script.read_text() or "shardit.parallelize(" in script.read_text()
-        runs = "torchrun --nproc-per-node 2" if spread else "python"
+        parallel = "shardit.load(" in script.read_text() or "shardit.parallelize(" in script.read_text()
+        runs = "torchrun --nproc-per-node 2" if parallel else "python"
         with_server = "openai" in script.read_text()
         run(_served(served, f"python {script.name}") if with_server else f"{runs} {script.name}")
     for block in _blocks(text, "sh"):

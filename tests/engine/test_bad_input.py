@@ -1,4 +1,4 @@
-"""What a user can do wrong, with the real thing: one line that says what to change, early, and nothing left behind."""
+"""Mistakes of users with the real engine: one line with the remedy, early, and no process left."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_damaged_folder(tmp_path, damage, says):
 
 
 def test_damaged_text_encoder(tmp_path):
-    """transformers would fill what is missing with random numbers, and name nothing that does not fit."""
+    """transformers would fill missing tensors with random numbers, and would not name a tensor of the wrong size."""
     folder = shutil.copytree(tiny.resolve("tiny/flux"), tmp_path / "flux")
     weights = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)
@@ -239,7 +239,7 @@ def test_a_file_says_enough_to_make_it_again(flux, tmp_path, suffix):
     assert (other.seed, other.sampling_params().max_sequence_length) == (8, 40)
 
 
-def test_rounded_sizes_are_told(flux):
+def test_rounded_sizes_are_noted(flux):
     (output,) = flux.generate("a", width=100, height=65, seed=1, num_inference_steps=1, max_sequence_length=48)
     assert output.notes[:2] == [
         "width: asked for 100, the pipeline made 96",

@@ -1,4 +1,4 @@
-"""The command line, with a stand-in for `Omni`: what it asks for, prints, writes and returns."""
+"""The command line, with a stand-in for `Omni`: its requests, output, files and exit codes."""
 
 import dataclasses
 import importlib.util
@@ -26,7 +26,7 @@ OFFLINE = EXAMPLES / "offline_inference"
 
 
 class FakeOmni:
-    """Records what it is given; one picture for each output asked for."""
+    """Records its arguments; returns one picture for each requested output."""
 
     def __init__(self, **arguments):
         self.arguments = arguments
@@ -137,7 +137,7 @@ def test_a_wav_needs_a_sample_rate():
     takes = PipelineSignature("P", ("prompt",), outputs=("audios",))
     flags = GenerateFlags(model="m", prompt="a", output=Path("a.wav"))
     check_kind(types.SimpleNamespace(takes=dataclasses.replace(takes, sample_rate=16000)), flags)
-    with pytest.raises(InputError, match=r"a\.wav: the model does not tell its sample rate; use \.safetensors"):
+    with pytest.raises(InputError, match=r"a\.wav: the model does not define its sample rate; use \.safetensors"):
         check_kind(types.SimpleNamespace(takes=takes), flags)
 
 

@@ -1,4 +1,4 @@
-"""What can be configured, and what is refused with which words."""
+"""Valid configurations, and the errors of invalid ones."""
 
 import dataclasses
 import pickle
@@ -104,7 +104,7 @@ def test_number_of_partition_entries(stages, chunks, partition, expected):
         assert partition_chunks(make(), partition, "layer_partition") == expected
 
 
-def test_parameter_before_our_variable_before_theirs():
+def test_precedence_of_parameter_and_variables():
     environ = {OURS: "3,5", THEIRS: "5,3"}
     config = DiffusionParallelConfig(pipeline_parallel_size=2)
     given = dataclasses.replace(config, layer_partition=(1, 7))

@@ -55,7 +55,7 @@ def family(fork_server: int) -> list[int]:
 
 
 def living(family: list[int]) -> list[str]:
-    """Command lines of a fork server, its ranks, and what is in their groups; zombies left out."""
+    """Return the command lines of a fork server, its ranks, and the processes in their groups; zombies left out."""
     found = []
     for entry in pathlib.Path("/proc").iterdir():
         try:
@@ -75,7 +75,7 @@ def assert_gone(family: list[int]) -> None:
 
 
 def run(*command: str, **options) -> tuple[dict, subprocess.CompletedProcess]:
-    """Run a program to its end; returns what it said, merged."""
+    """Run a program to its end; returns its merged output."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), **options)
     said: dict = {}
     for line in done.stdout.splitlines():
@@ -134,7 +134,7 @@ def test_sudden_end_leaves_nothing(how):
     assert_gone(said["family"])
 
 
-def test_sudden_end_with_a_fork_that_holds_the_socket():
+def test_killed_process_with_a_fork_holding_the_socket():
     fork = "pid = os.fork()\nif pid == 0:\n    import time; time.sleep(20); os._exit(0)\nsay(fork=pid)\nos._exit(0)\n"
     process, said = began(ONE_CALL + fork)
     assert process.stdout is not None

@@ -1,5 +1,5 @@
-"""Ranks that take requests one by one: the bits of plain diffusers whoever comes and goes beside a request, cancelling
-within a step, and what happens when one of them fails."""
+"""Ranks that take requests one by one: the bits of plain diffusers regardless of concurrent requests, cancelling within
+a step, and failures of a request."""
 
 from __future__ import annotations
 

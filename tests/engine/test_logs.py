@@ -29,7 +29,7 @@ def _loggers_as_before() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_loggers_as_before")
-def test_what_libraries_say_is_a_line_with_rank_and_request(capsys: pytest.CaptureFixture[str]) -> None:
+def test_library_messages_are_log_lines_with_rank_and_request(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("diffusers").addHandler(logging.StreamHandler())  # as diffusers does
     turn = {"request_id": "image_1"}
     logs.take_over(logs.logger("rank").bind(rank=3), lambda: turn)

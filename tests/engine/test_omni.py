@@ -1,4 +1,4 @@
-"""What a user gets: the real `Omni`, command line and scripts on tiny models, against plain diffusers."""
+"""End to end: the real `Omni`, command line and scripts on tiny models, against plain diffusers."""
 
 from __future__ import annotations
 

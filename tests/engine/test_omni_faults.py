@@ -93,7 +93,7 @@ def test_rank_killed_during_the_start():
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.01, 0.02, 0.05])
-def test_rank_killed_while_ranks_start_anew(omni, moment):
+def test_rank_killed_during_a_restart(omni, moment):
     omni._ranks._end_ranks()
     first = fork_server_of(omni).pids
 
@@ -126,7 +126,7 @@ def test_exception_on_one_rank_while_another_waits(omni):
     assert "fake_session.py" in error.reason
 
 
-def test_the_root_is_named_not_what_followed(omni):
+def test_root_failure_is_named(omni):
     assert failure(omni, "peer:0 fail:1").rank == 1
     assert failure(omni, "peer:1 sleep:0.2 kill:0").rank == 0
     assert failure(omni, "abort:0 fail:1").rank == 1
@@ -195,7 +195,7 @@ def test_input_errors_of_the_start_arrive_typed(model, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_check_that_breaks_is_ours():
+def test_error_in_the_check_is_a_rank_error():
     with pytest.raises(RankError, match="no such block"):
         make("check.fail")
 
@@ -208,7 +208,7 @@ def test_input_error_of_all_ranks_keeps_them(omni):
     assert fork_server_of(omni).pids == pids
 
 
-def test_input_error_of_one_rank_renews_them(omni):
+def test_input_error_of_one_rank_restarts_the_ranks(omni):
     pids = fork_server_of(omni).pids
     with pytest.raises(InputError, match="more stages"):
         omni.generate("refuse:1 hang:0")

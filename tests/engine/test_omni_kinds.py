@@ -1,4 +1,4 @@
-"""Pipelines of other kinds than text to picture through `Omni`: what they take and return, against plain diffusers."""
+"""Pipelines other than text to picture through `Omni`: arguments and results, against plain diffusers."""
 
 from __future__ import annotations
 

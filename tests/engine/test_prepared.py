@@ -1,4 +1,5 @@
-"""What the fork server builds on meta before ranks start: a rank loads into its copy, and builds nothing again."""
+"""Models that the fork server builds on meta before ranks start: a rank loads into its copy, and builds nothing
+again."""
 
 from __future__ import annotations
 

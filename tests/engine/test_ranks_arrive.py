@@ -1,5 +1,4 @@
-"""How ranks on other machines reach the supervisor, and what has to be the same there. What a second machine could have
-that the first has not is told in words."""
+"""Ranks on other machines connect to the supervisor; facts that must be the same on all nodes are compared."""
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ def test_a_wrong_token_is_refused(token):
 
 
 def test_a_supervisor_that_does_not_know_the_token_is_refused():
-    """Who answers has to prove itself before the rank says or unpickles anything."""
+    """The other side must prove itself before the rank sends or unpickles anything."""
     said = []
 
     def impostor(server: socket.socket) -> None:
@@ -95,7 +94,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("data", [pickle.dumps(Bomb()), b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(70_000)])
-def test_strangers_are_not_listened_to(data):
+def test_unverified_connections_are_refused(data):
     with port() as (ranks, reach):
         with socket.create_connection(("127.0.0.1", reach.port), timeout=10) as sock:
             with contextlib.suppress(OSError):
@@ -179,13 +178,13 @@ def test_flags():
     assert (options.executor, options.num_nodes) == ("ray", 2)
     with pytest.raises(InputError, match="--num-nodes needs --executor ray"):
         flags(num_nodes=2, pipeline_parallel_size=2).options()
-    with pytest.raises(InputError, match="3 ranks cannot be spread evenly over --num-nodes 2"):
+    with pytest.raises(InputError, match="3 ranks cannot be distributed evenly over --num-nodes 2"):
         flags(executor=Executor.ray, num_nodes=2, pipeline_parallel_size=3).options()
     with pytest.raises(InputError, match="--num-nodes must be at least 1"):
         flags(executor=Executor.ray, num_nodes=0).options()
 
 
-def test_where_rank_0_says_it_can_be_reached():
+def test_addresses_of_rank_0():
     assert hosts_of(RankEnv(0, 2, 2, "node-0.example", 0)) == LOOPBACK
     assert hosts_of(RankEnv(0, 2, 1, "127.0.0.1", 0)) == LOOPBACK
     hosts = hosts_of(RankEnv(0, 2, 1, "203.0.113.7", 0))

@@ -1,4 +1,4 @@
-"""What goes wrong on the server's side has an answer of the same form as all others."""
+"""Errors on the server's side have answers in the same format as all others."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_client_that_goes_in_the_middle_of_its_body_is_no_fault(images: Served
 
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
-    """As on a full disk. The process starts nevertheless, and says what it cannot do."""
+    """As on a full disk. The process starts nevertheless, and reports the error."""
     store = Store(tmp_path)
     store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0, waits=True), queue_size=1)
     store.close()

@@ -1,5 +1,4 @@
-"""Input pictures from other hosts: from those that are allowed, over TLS that is checked, within bounds, or not at
-all."""
+"""Input pictures from other hosts: only from allowed hosts, over verified TLS, within limits."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ LIMIT = 100_000
 
 
 class Pictures(http.server.BaseHTTPRequestHandler):
-    """Answers as its paths say."""
+    """Answers according to the path."""
 
     def do_GET(self) -> None:
         content = b"x" * (LIMIT + 1) if self.path == "/large" else picture()

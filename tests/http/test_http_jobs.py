@@ -132,7 +132,7 @@ def test_head_is_get_without_a_body(images: Served) -> None:
         ("", 200),
     ],
 )
-def test_who_prefers_not_to_wait(images: Served, prefer: str, status: int) -> None:
+def test_prefer_respond_async(images: Served, prefer: str, status: int) -> None:
     found, _, headers = images.call("POST", NOW, {"prompt": "a cat"}, {"Prefer": prefer})
     assert found == status
     assert headers.get("preference-applied") == ("respond-async" if status == 202 else None)
@@ -150,14 +150,14 @@ def test_a_preference_in_a_line_of_its_own(images: Served) -> None:
     connection.close()
 
 
-def test_the_size_that_is_told_is_that_of_the_picture(images: Served) -> None:
+def test_reported_size_is_that_of_the_picture(images: Served) -> None:
     answer = images.call("POST", NOW, {"prompt": "a cat", "size": "100x100"})[1]
     job = images.call("GET", f"/v1/images/{answer['id']}")[1]
     with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as made:
         assert answer["size"] == job["size"] == f"{made.width}x{made.height}" == "64x64"
 
 
-def test_seeds_are_drawn_and_told(images: Served) -> None:
+def test_drawn_seeds_are_reported(images: Served) -> None:
     seeds = {images.call("POST", NOW, {"prompt": "a cat"})[1]["seed"] for _ in range(3)}
     assert len(seeds) == 3
     assert all(0 <= seed < 2**32 for seed in seeds)
@@ -243,7 +243,7 @@ def test_events(videos: Served) -> None:
     assert events(videos, job["id"]) == [seen[-1]]  # after its end, too
 
 
-def test_silent_streams_show_that_they_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_streams_send_keepalives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_events, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(http_events, "LOOK_S", 0.01)
     store = Store(tmp_path)

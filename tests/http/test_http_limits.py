@@ -1,4 +1,4 @@
-"""What is too much is refused before anything is decoded, whether it is asked for or comes by default."""
+"""Requests above a limit are refused before anything is decoded, for explicit values and for defaults."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_pictures_are_decoded_last(images: Served) -> None:
         assert "5000x5000" in error["message"] or param != "image"
 
 
-def test_a_key_gives_its_job_whatever_was_learned_since(tmp_path: Path) -> None:
+def test_repeated_key_returns_its_job_after_new_measurements(tmp_path: Path) -> None:
     body, key = {"prompt": "a cat", "size": "64x64"}, {"Idempotency-Key": "one"}
     with serving(tmp_path) as served:
         status, first, _ = served.call("POST", NOW, body, {**key, "Prefer": "respond-async"})

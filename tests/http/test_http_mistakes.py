@@ -1,4 +1,4 @@
-"""What is wrong with a request is named: fields, bodies, forms, addresses, methods."""
+"""Errors name the mistake in a request: fields, bodies, forms, addresses, methods."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_mistakes_of_videos_are_named(videos: Served, fields: dict[str, Any]) ->
     assert error_of(videos, "/v1/videos", {"prompt": "a cat", **fields}, 400)["param"] == next(iter(fields))
 
 
-def test_shapes_are_told_in_words(images: Served, videos: Served) -> None:
+def test_shapes_are_described_in_words(images: Served, videos: Served) -> None:
     error = error_of(images, NOW, {"prompt": "a cat", "size": "64 x 64"}, 400)
     assert error["message"] == 'size must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto", got \'64 x 64\''
     error = error_of(videos, "/v1/videos", {"prompt": "a cat", "seconds": "4s"}, 400)
@@ -155,7 +155,7 @@ def test_unknown_fields_name_the_nearest(images: Served) -> None:
         (b"nonsense", "multipart/form-data; boundary=x", 400),
     ],
 )
-def test_bodies_that_are_none(images: Served, data: bytes, kind: str, status: int) -> None:
+def test_bodies_that_are_not_valid(images: Served, data: bytes, kind: str, status: int) -> None:
     error_of(images, NOW, data, status, {"Content-Type": kind})
 
 
@@ -303,7 +303,7 @@ def test_a_name_that_is_given_twice(images: Served, body: bytes, name: str) -> N
         ({"strength": "much"}, "strength must be a number, or a list of numbers, got 'much'"),
     ],
 )
-def test_what_a_field_takes_is_said(images: Served, fields: dict[str, Any], text: str) -> None:
+def test_errors_list_the_valid_values(images: Served, fields: dict[str, Any], text: str) -> None:
     status, answer, _ = images.call("POST", NOW, {"prompt": "x", **fields})
     assert status == 400
     assert text in answer["error"]["message"]
@@ -316,7 +316,7 @@ def test_other_models_and_kinds(images: Served, videos: Served) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/images", "/v1/videos"])
-def test_ids_that_are_none(images: Served, path: str) -> None:
+def test_unknown_ids(images: Served, path: str) -> None:
     for job_id in ("image_" + "0" * 32, "..%2f..%2fjobs.sqlite", "%00", "image_" + "0" * 31 + "%0a", "a" * 3000):
         status, answer, _ = images.call("GET", f"{path.rstrip('/')}/{job_id}")
         assert status == 404

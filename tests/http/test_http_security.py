@@ -1,4 +1,4 @@
-"""Who may do what, how large a request may be, and what becomes of hostile ones."""
+"""Access control, limits of requests, and hostile requests."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_health_needs_no_key(keyed: Served) -> None:
     assert keyed.call("GET", "/")[0] in (200, 401)  # 401 where no page is installed
 
 
-def test_jobs_of_others_are_not_there(keyed: Served) -> None:
+def test_jobs_of_other_keys_are_hidden(keyed: Served) -> None:
     keyed.supervisor.held = True
     _, job, _ = keyed.call("POST", "/v1/videos", {"prompt": "mine"}, bearer("alpha"))
     path = f"/v1/videos/{job['id']}"
@@ -158,7 +158,7 @@ def test_pages_of_other_origins_start_nothing(images: Served) -> None:
     assert images.call("POST", NOW, {"prompt": "x"}, {"Origin": images.url})[0] == 200
 
 
-def test_names_of_others_that_point_here(images: Served) -> None:
+def test_foreign_host_names_are_refused(images: Served) -> None:
     for host in ("evil.example:8091", "evil.example", "localhost.evil.example"):
         status, answer, _ = images.call("GET", "/v1/images", headers={"Host": host})
         assert (status, answer["error"]["code"]) == (403, "wrong_host")
@@ -254,7 +254,7 @@ def test_a_head_that_stops_is_given_up(images: Served) -> None:
         assert sock.recv(100) == b""
 
 
-def test_what_is_no_http_is_a_line_of_the_log(images: Served) -> None:
+def test_invalid_http_is_logged(images: Served) -> None:
     with socket.create_connection(("127.0.0.1", images.port), WAIT_S) as sock:
         sock.sendall(b"nonsense\r\n\r\n")
         assert sock.recv(100).startswith(b"HTTP/1.1 400 ")

@@ -1,5 +1,5 @@
-"""The API process itself: what it tells of the server, its size, its start and end, and what it does when others
-fail."""
+"""The API process itself: its information about the server, its size, its start and end, and failures of other
+processes."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_queue_is_bounded(tmp_path: Path) -> None:
         assert int(headers["retry-after"]) >= 1
 
 
-def test_what_will_not_fit_is_refused_before(tmp_path: Path) -> None:
+def test_requests_too_large_for_memory_are_refused_early(tmp_path: Path) -> None:
     memory = {"limit": 2**30, "points": [[1000, 2**29], [10_000, 2**29 + 2**20]], "failed": 2_000_000}
     with serving(tmp_path, VIDEO, memory=memory) as served:
         error = error_of(served, "/v1/videos", {"prompt": "x", "size": "512x512", "num_frames": 9}, 400)
@@ -116,7 +116,7 @@ def test_what_will_not_fit_is_refused_before(tmp_path: Path) -> None:
         assert served.call("POST", "/v1/videos", {"prompt": "x", "size": "64x64", "num_frames": 9})[0] == 200
 
 
-def test_sigterm_tells_who_waits(tmp_path: Path) -> None:
+def test_sigterm_answers_waiting_clients(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
         answers: list[Any] = []
         asking = threading.Thread(target=lambda: answers.append(served.call("POST", NOW, {"prompt": "slow"})))

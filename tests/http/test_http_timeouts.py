@@ -1,4 +1,4 @@
-"""Connections whose clients do nothing are ended; those of clients that are only slow are not."""
+"""Connections of idle clients are closed; those of slow clients are not."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_answers_that_nobody_reads(port: int) -> None:
         assert got < LARGE
 
 
-def test_who_reads_slowly_gets_all(port: int) -> None:
+def test_slow_readers_get_the_whole_answer(port: int) -> None:
     with connect(port) as sock:
         sock.sendall(HEAD.replace(b"/ ", b"/large ", 1) + b"Connection: close\r\n\r\n")
         got = 0
@@ -110,7 +110,7 @@ def test_who_reads_slowly_gets_all(port: int) -> None:
         assert got > LARGE
 
 
-def test_who_waits_for_a_late_answer_gets_it(port: int) -> None:
+def test_late_answers_reach_waiting_clients(port: int) -> None:
     with connect(port) as sock:
         sock.sendall(HEAD.replace(b"/ ", b"/late ", 1) + b"\r\n")
         assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")

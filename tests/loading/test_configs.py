@@ -1,4 +1,4 @@
-"""Real models laid out over four ranks, without a weight: what the fullest rank holds."""
+"""Real models laid out over four ranks, without a weight: the share of the fullest rank."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_folder_without_weights(tmp_path):
         inspect_model(tmp_path / "mine", DiffusionParallelConfig(), variant="fp16")
 
 
-def test_names_are_told(capsys):
+def test_unknown_names_list_the_valid_ones(capsys):
     for words in ([], ["Qwen-Imag"]):
         assert main(["inspect", *words]) == 2
         assert "Wan2.2-TI2V-5B" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from tests.support.fork_servers import kept_fork_server
 from tests.support.loading import loaded
 
 SOUND, NETS = "LongCatAudioDiTPipeline", "StableDiffusionControlNetInpaintPipeline"
-"""A pipeline whose class makes its scheduler, of which no folder is written; one with two ControlNets."""
+"""A pipeline whose class creates its scheduler, without a folder for it; one with two ControlNets."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Reading safetensors files, finding checkpoints, and what is said when something is wrong with them."""
+"""Reading safetensors files, finding checkpoints, and the errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_checkpoint_errors(tmp_path):
         with pytest.raises(InputError, match=says):
             Checkpoint.open(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
-    with pytest.raises(InputError, match="not a safetensors file beside it"):
+    with pytest.raises(InputError, match="not a safetensors file in its folder"):
         Checkpoint.open(tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_component_classes(tmp_path):
         one_line(error)
 
 
-def test_what_is_no_model(tmp_path, monkeypatch):
+def test_folders_that_are_not_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("file.safetensors").write_bytes(b"")

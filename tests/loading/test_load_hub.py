@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Repositories by id (a folder, or the status to refuse with) and what was asked, as (method, path) pairs."""
+    """Repositories by id (a folder, or an error status) and the received requests, as (method, path) pairs."""
 
     repos: dict[str, Path | str]
     asked: list[tuple[str, str]] = field(default_factory=list)

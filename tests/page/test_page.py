@@ -73,7 +73,7 @@ def test_more_jobs_than_a_browser_has_connections(visit: Visit, images: Served) 
     assert [text for text in shown if "one of many" in text] == [f"one of many {index}" for index in range(8, -1, -1)]
 
 
-def test_what_others_do_is_shown(visit: Visit, images: Served) -> None:
+def test_jobs_of_other_clients_are_shown(visit: Visit, images: Served) -> None:
     body = {"prompt": "sent by curl", "size": "40x40", "n": 2}
     status, job, _ = images.call("POST", "/v1/images/generations", body, {"Prefer": "respond-async"})
     assert status == 202
@@ -172,7 +172,7 @@ def test_several_pictures(visit: Visit, images: Served) -> None:
     expect(visit.page.locator("#preview img")).to_have_count(2)
 
 
-def test_notes_are_there_for_who_wants_them(visit: Visit) -> None:
+def test_notes_can_be_opened(visit: Visit) -> None:
     visit.generate("a note please")
     visit.loaded("a note please")
     card = visit.card("a note please")
@@ -199,7 +199,7 @@ def test_a_model_that_needs_a_picture(browser: Browser, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_real_server(browser: Browser, tmp_path: Path) -> None:
-    """A picture, a cancelled job, and the same picture again from a server that was started anew."""
+    """A picture, a cancelled job, and the same picture again from a restarted server."""
     with real_server("tiny/qwen-image", tmp_path) as url, visiting(browser, url) as visit:
         expect(visit.page.locator("#state")).to_have_text("Ready")
         visit.generate("a real one", width=64, height=64, num_inference_steps=4, seed=7)

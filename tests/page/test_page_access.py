@@ -1,4 +1,4 @@
-"""Who can use the page at /, and when: keys, errors, a server that is away, keyboard, phones, both colour schemes."""
+"""Access to the page at /: keys, errors, an unreachable server, keyboard, phones, both colour schemes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.http_fake import IMAGE, Served, serving
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 
 
-def test_errors_stand_beside_what_they_concern(visit: Visit) -> None:
+def test_errors_are_shown_next_to_their_field(visit: Visit) -> None:
     visit.generate("too many steps", num_inference_steps=9999)
     steps = visit.page.get_by_label("Steps")
     expect(steps).to_have_attribute("aria-invalid", "true")

@@ -55,7 +55,7 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
 
 
 def one_case(attention: SequenceAttention, rank: int, case: Case) -> float:
-    """The relative difference of this rank's rows, after what went over the wire was right."""
+    """Return the relative difference of this rank's rows, after a check of the sent bytes."""
     generator = torch.Generator().manual_seed(1)
     shape = (case.batch, sum(case.q_lens), case.heads, WIDTH)
     q = torch.randn(shape, generator=generator)
@@ -169,7 +169,7 @@ def refused(rank: int, count: int, method: str) -> None:
         SequenceAttention(mesh).attend(call, Layout((3, 3), (3, 3)))
 
 
-def test_ring_refuses_what_it_cannot_merge() -> None:
+def test_ring_refuses_attention_that_it_cannot_merge() -> None:
     run_ranks(2, refused)
 
 

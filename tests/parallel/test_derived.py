@@ -95,7 +95,7 @@ def test_derived_classes_give_the_same() -> None:
         assert max(errors) <= 1e-5, errors
 
 
-def test_what_is_derived_is_recognised() -> None:
+def test_derived_classes_are_recognised() -> None:
     clip = next(e for e in ENCODERS if e.name == "CLIPTextModel")
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {"vae": Brighter(), "plain": clip.build(), "alias": clip.build()}
@@ -115,7 +115,7 @@ def test_what_is_derived_is_recognised() -> None:
     )
 
 
-def test_what_is_noted_of_a_class_holds_for_those_derived_from_it() -> None:
+def test_notes_of_a_class_apply_to_derived_classes() -> None:
     ltx = entry("LTXVideoTransformer3DModel").build()
     ltx.__class__ = Renamed
     assert any("its rotary tables span all heads" in note for note in plan_tensors(ltx, 2, FAMILY).notes)

@@ -1,4 +1,4 @@
-"""Pipelines that set attention processors in the middle of their call: what was known of calls without is not used."""
+"""Pipelines that set attention processors in the middle of their call: plans of calls without them are not reused."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def picture(pipe: Any, **options: Any) -> torch.Tensor:
     return pipe(**call, generator=torch.Generator().manual_seed(1)).images
 
 
-def pictures(spread: Callable[[Any], Any]) -> list[torch.Tensor]:
+def pictures(shard: Callable[[Any], Any]) -> list[torch.Tensor]:
     """A plain pipeline, perturbed attention guidance over the same parts, and the plain one again; then one pipeline
     whose first call is without guidance of that kind."""
-    plain = spread(parts.pipeline("StableDiffusionPipeline", **of_stable_diffusion_base.components()))
+    plain = shard(parts.pipeline("StableDiffusionPipeline", **of_stable_diffusion_base.components()))
     outs = [picture(plain)]
     made: Any = diffusers.StableDiffusionPAGPipeline
     perturbed = made(**plain.components, pag_applied_layers=["mid"])
@@ -37,7 +37,7 @@ def pictures(spread: Callable[[Any], Any]) -> list[torch.Tensor]:
     pipe = parts.pipeline(
         "StableDiffusionPAGPipeline", **of_stable_diffusion_base.components(), pag_applied_layers=["mid"]
     )
-    spread(pipe)
+    shard(pipe)
     return outs + [picture(pipe, pag_scale=scale) for scale in (0.0, 2.0, 0.0)]
 
 

@@ -1,4 +1,4 @@
-"""Sequence parallelism of whole tiny pipelines and of transformers alone, against plain diffusers beside it."""
+"""Sequence parallelism of whole tiny pipelines and of transformers alone, against plain diffusers."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def session(rank: int, count: int, method: str, case: Case, degrees: dict) -> li
     ],
 )
 def test_several_requests_in_flight(degrees: dict) -> None:
-    """What `Omni` runs on each rank, with the model loaded from files."""
+    """As `Omni` runs them on each rank, with the model loaded from files."""
     case = Case("wan2.2-t2v", in_flight=2, requests=3)
     expected = plain_pipeline(case)
     got = run_ranks(2 * degrees.get("pipeline_parallel_size", 1), session, case, degrees, timeout=200)[0]
@@ -200,7 +200,7 @@ def test_masks_of_joint_attention(way: dict) -> None:
 
 
 def masks_met(model: Any) -> bool:
-    """Whether some attention call had a mask of which each rank holds the columns of its own keys."""
+    """Return whether some attention call had a mask with only the columns of each rank's own keys."""
     steps = model.shardit_sequence._steps.values()
     return any(layout.mask_columns for step in steps for layout in step.layouts or ())
 
@@ -267,7 +267,7 @@ def test_lora(tmp_path: Path) -> None:
 
 
 class Block(nn.Module):
-    """What no way of cutting makes right: a mean over tokens, or a change of its argument."""
+    """A block that cannot be sharded: a mean over tokens, or a change of its argument."""
 
     def __init__(self, fault: str):
         super().__init__()
@@ -315,7 +315,7 @@ def wrong(rank: int, count: int, method: str) -> None:
         shardit.parallelize(nn.Linear(2, 2), config)
 
 
-def test_what_cannot_be_right_is_refused() -> None:
+def test_blocks_that_cannot_be_sharded_are_refused() -> None:
     run_ranks(2, wrong)
 
 
@@ -397,10 +397,10 @@ def test_no_rank_runs_heads_or_tokens_of_another(way: dict) -> None:
     """24 tokens of video, 5 of text; Ring attends without the function that is watched."""
     config = brought.pipeline("wan2.2-t2v").transformer.config
     found, heads = run_ranks(2, watched, way), config.num_attention_heads
-    whole, spread = heads - heads // 2, "tensor_parallel_size" not in way
+    whole, by_tokens = heads - heads // 2, "tensor_parallel_size" not in way
     for (rows, attended), own in zip(found, (whole, heads - whole), strict=True):
-        assert rows == ({12} if spread else {24})
-        over_text = (heads, 12, 5) if spread else (own, 24, 5)
+        assert rows == ({12} if by_tokens else {24})
+        over_text = (heads, 12, 5) if by_tokens else (own, 24, 5)
         assert attended == ({over_text} if way == RING else {(own, 24, 24), over_text})
 
 

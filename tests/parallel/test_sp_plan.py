@@ -206,7 +206,7 @@ def test_padding(count: int) -> None:
 
 
 class Faulty(Model):
-    """What its plan does not allow for."""
+    """Breaks the assumptions of its plan."""
 
     def __init__(self, fault: str, plan: Any = None) -> None:
         super().__init__(plan)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: how models are cut, what is read and sent, and that the result is that of one rank."""
+"""Tensor parallelism: the cut of models, the bytes read and sent, and the same result as on one rank."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class Odd(nn.Module):
 def test_what_no_rule_knows_stays_whole() -> None:
     plan = plan_tensors(nn.ModuleDict({"odd": Odd(), "free": nn.Linear(4, 4)}), 2, FAMILY)
     assert not plan.cuts
-    assert plan.notes == ["odd is whole on every rank: no rule knows to_mix.weight"]
+    assert plan.notes == ["odd is whole on every rank: no rule matches to_mix.weight"]
 
 
 def test_refused() -> None:

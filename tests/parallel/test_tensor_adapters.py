@@ -1,4 +1,4 @@
-"""Adapters and callbacks under tensor ranks: what is refused, what a broken sum would do."""
+"""Adapters and callbacks under tensor ranks: refusals, and the effect of a missing sum."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.support.ranks import run_ranks
 
 CLOSE = 1e-5
 KEPT_WHOLE = {"BertModel", "GPT2LMHeadModel", "ModernBertModel", "ClapModel", "ClapTextModelWithProjection"}
-"""Those whose attention has names that no rule knows: they are on one rank."""
+"""Encoders whose attention has names without a rule: they are on one rank."""
 
 
 def planned(model: nn.Module, count: int) -> dict[str, TensorPlan]:
@@ -55,7 +55,7 @@ def encode(rank: int, count: int, method: str) -> dict[str, tuple[float, int, di
 
 
 def attentions(mesh: Any) -> None:
-    """Whoever asks for attention maps gets those of all heads; asking is free where a back end has none."""
+    """Requested attention maps include all heads; requesting them costs nothing if a back end has none."""
     encoder = next(e for e in ENCODERS if e.name == "Qwen3ForCausalLM")
     for back_end in ("sdpa", "eager"):
         plain: Any = encoder.build()

@@ -25,10 +25,10 @@ def scaled(model: Any, factor: float) -> dict[str, torch.Tensor]:
     return {name: value * factor for name, value in model.state_dict().items()}
 
 
-def loaded(spread: Callable[[Any], Any]) -> list[torch.Tensor]:
+def loaded(shard: Callable[[Any], Any]) -> list[torch.Tensor]:
     """A whole model, a block, and an encoder; with an adapter; from linears that were fused; what it held before."""
     whole = brought.pipeline("flux")
-    pipe = spread(brought.pipeline("flux"))
+    pipe = shard(brought.pipeline("flux"))
     model, block, outs = pipe.transformer, whole.transformer.transformer_blocks[1], []
     before = model.state_dict()
 
@@ -64,12 +64,12 @@ def adapted(model: Any) -> dict[str, torch.Tensor]:
     return layers
 
 
-def motion(spread: Callable[[Any], Any]) -> list[torch.Tensor]:
+def motion(shard: Callable[[Any], Any]) -> list[torch.Tensor]:
     """Other motion modules."""
     entry = entries()["AnimateDiffPipeline"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = spread(entry.build())
+        pipe = shard(entry.build())
     outs = []
     for seed in (None, "other"):
         if seed is not None:

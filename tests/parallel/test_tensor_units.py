@@ -1,4 +1,4 @@
-"""What tensor ranks expect of modules is compared; what is derived, brought or set later is right, or whole."""
+"""Assumptions of tensor ranks about modules are checked; derived, replaced or later modules are right, or whole."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def seeded(make: Callable[[], Any]) -> Any:
     return randomise(make().eval())
 
 
-def spread(model: Any) -> Any:
+def shard(model: Any) -> Any:
     return shardit.parallelize(model, TWO, timeout_s=60)
 
 
@@ -60,7 +60,7 @@ def awkward(rank: int, count: int, method: str) -> None:
     join(rank, count, method)
     with torch.no_grad():
         for name, (make, at_plan, at_call) in units.CASES.items():
-            expected, model = seeded(make)(ids()), spread(seeded(make))
+            expected, model = seeded(make)(ids()), shard(seeded(make))
             checks = model.shardit_checks
             if name == "plain":
                 compares(model, expected)
@@ -92,14 +92,14 @@ def compares(model: Any, expected: torch.Tensor) -> None:
 
 
 def handed_out() -> None:
-    """Maps that somebody else reads are those of all heads."""
+    """Attention maps for other code include all heads."""
     for make in (units.Store, list):
         stores = [make(), make()]
         plain, model = (
             seeded(lambda s=store: units.Model(lambda: units.Block(processor=units.StoringProcessor(s))))
             for store in stores
         )
-        spread(model)
+        shard(model)
         for m in (plain, model):
             m(ids())
         expected, got = (store if isinstance(store, list) else store.maps for store in stores)
@@ -110,7 +110,7 @@ def handed_out() -> None:
 def set_later() -> None:
     """Processors that come after the model was cut and was called."""
     plain, model = (seeded(lambda: units.Model(units.Block)) for _ in range(2))
-    spread(model)
+    shard(model)
     model(ids())
     for make, whole in ((units.ScaledProcessor, False), (units.MixingProcessor, True)):
         for m in (plain, model):
@@ -118,17 +118,19 @@ def set_later() -> None:
                 block.attn.set_processor(make())
         assert distance(plain(ids()), model(ids())) <= CLOSE
         assert _is_whole(model, "attn") == whole
-    other = spread(seeded(lambda: units.Model(units.Block)))
+    other = shard(seeded(lambda: units.Model(units.Block)))
     other.blocks[1].attn.set_processor(units.WeightedProcessor())
-    with pytest.raises(UnsupportedError, match=r"blocks.1.attn is cut .* no rule knows processor of WeightedProcessor"):
+    with pytest.raises(
+        UnsupportedError, match=r"blocks.1.attn is cut .* no rule matches processor of WeightedProcessor"
+    ):
         other(ids())
 
 
-def test_units_that_are_something_else() -> None:
+def test_units_with_unusual_code() -> None:
     run_ranks(2, awkward)
 
 
-def test_what_is_derived_stays_whole_and_is_named() -> None:
+def test_derived_units_stay_whole_and_are_noted() -> None:
     for name, (make, at_plan, _) in units.CASES.items():
         plan = plan_tensors(make(), 2, FAMILY)
         assert len(plan.notes) == (0 if not at_plan else 1 if at_plan == ("table",) else 2), (name, plan.notes)
@@ -184,7 +186,7 @@ def image_adapters() -> None:
     one, two = ip_adapter(plain, 1), ip_adapter(plain, 2)
     before._load_ip_adapter_weights([one])
     for model in (before, after):
-        spread(model)
+        shard(model)
     assert distance(denoise(plain), denoise(after)) <= CLOSE
     masks = [torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)]
     masks[0][..., :4] = 1
@@ -245,12 +247,12 @@ def brought() -> None:
         act(plain)
         act(before)
         for model in (before, after):
-            spread(model)
+            shard(model)
         act(after)
         for model in (before, after):
             assert distance(denoise(plain), denoise(model)) <= CLOSE, act
             assert bool(model.shardit_checks.whole) == (act is counts_on_all), act
-    plain, model = unet(), spread(unet())
+    plain, model = unet(), shard(unet())
     batch = torch.Generator().manual_seed(3)
     arguments = (torch.randn(3, 4, 8, 8, generator=batch), 500, torch.randn(3, 5, 16, generator=batch))
     for _ in range(2):
@@ -274,16 +276,16 @@ def added_keys() -> None:
             "mid_block_only_cross_attention": only,
             "only_cross_attention": bool(only),
         }
-        plain, model = unet(**config), spread(unet(**config))
+        plain, model = unet(**config), shard(unet(**config))
         assert distance(denoise(plain), denoise(model)) <= CLOSE
         assert any("attentions.0" in note for note in model.shardit_checks.plan.notes)
 
 
 def flux_images() -> None:
-    """Flux adds what its image adapters give without a linear behind it: its attention becomes whole."""
+    """Flux adds the output of its image adapters without a linear behind it: its attention becomes whole."""
     entry = survey_models.entry("FluxTransformer2DModel")
     plain: Any = entry.build()
-    model: Any = spread(entry.build())
+    model: Any = shard(entry.build())
     inputs = entry.inputs(Draw(0, False))
     model(**inputs)
     for m in (plain, model):

@@ -40,8 +40,8 @@ def comm_of(rank: int, size: int, method: str) -> Comm:
     return Comm(mesh.replica)
 
 
-def spread(rank: int, size: int, method: str, names: list[str], ranks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """On every rank: what each VAE made, what this rank computed and sent for it."""
+def run_sharded(rank: int, size: int, method: str, names: list[str], ranks: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return, on every rank, the output of each VAE, and the tiles and bytes of this rank."""
     comm, found = comm_of(rank, size, method), []
     for entry in (ENTRIES[name] for name in names):
         vae = entry.build()
@@ -61,7 +61,7 @@ def spread(rank: int, size: int, method: str, names: list[str], ranks: tuple[int
 
 
 def plain(entry: Entry) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """What diffusers makes of it on one rank, and the bytes of each output of the encoder or decoder."""
+    """Return the result of diffusers on one rank, and the bytes of each output of the encoder or decoder."""
     vae = entry.build()
     entry.switch_on(vae)
     sizes: list[int] = []
@@ -79,8 +79,8 @@ def plain(entry: Entry) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
 
 
 def compare(names: tuple[str, ...], size: int, ranks: tuple[int, ...]) -> None:
-    """Same bits on every rank; each tile computed by one; and what travels is the tiles, once, to the first."""
-    results = run_ranks(size, spread, names, ranks, timeout=400)
+    """Same bits on every rank; each tile computed by one; each tile is sent once, to the first."""
+    results = run_ranks(size, run_sharded, names, ranks, timeout=400)
     for number, name in enumerate(names):
         made, sizes = plain(ENTRIES[name])
         first = results[ranks[0]][number]
@@ -119,7 +119,7 @@ def test_more_ranks(size: int) -> None:
     compare(MODEL_TABLE, size, tuple(range(size)))
 
 
-def test_largest_tiles_go_first_to_whoever_has_least() -> None:
+def test_largest_tiles_go_first_to_the_least_loaded_rank() -> None:
     assert deal([4, 4, 4, 4], 2) == (1, 0, 1, 0)
     assert deal([1, 5, 1, 1, 1, 1], 2) == (0, 1, 0, 0, 0, 0)
     assert deal([1], 3) == (0,)
@@ -127,7 +127,7 @@ def test_largest_tiles_go_first_to_whoever_has_least() -> None:
 
 
 class Heard(logging.Handler):
-    """Collects what is warned of."""
+    """Collects warnings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ CHANGES = (
 """Many tiles; none; tiles of another size; a tile that is larger than the picture."""
 
 
-def test_tiling_can_be_changed_and_idle_ranks_are_told() -> None:
+def test_tiling_can_be_changed_and_idle_ranks_are_logged() -> None:
     entry = ENTRIES["qwen"]
     vae = entry.build()
     expected = []
@@ -210,7 +210,7 @@ def test_tiling_can_be_changed_and_idle_ranks_are_told() -> None:
     assert second["warned"] == []
 
 
-def test_what_cannot_be_told_apart_runs_on_one_rank() -> None:
+def test_indistinguishable_tiles_run_on_one_rank() -> None:
     """A decoder that draws random numbers, and one that keeps something in itself: found on shapes, without a rank."""
     for change, reason in ((_draws, "it draws random numbers"), (_remembers, "a part of it keeps something")):
         vae = ENTRIES["kl"].build()
@@ -249,7 +249,7 @@ def test_refusals() -> None:
     assert roles_of({"vae": tiled, "other": without}).tiled == ("vae",)
 
 
-def test_inspect_shows_who_holds_the_vae() -> None:
+def test_inspect_shows_the_owners_of_the_vae() -> None:
     config = DiffusionParallelConfig(ulysses_degree=3, vae_patch_parallel_size=2)
     found = inspect_model("tiny/flux", config)
     held = [rank["components"].get("vae", {}).get("bytes", 0) for rank in found["ranks"]]

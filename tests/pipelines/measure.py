@@ -41,7 +41,7 @@ def measure(tasks: Sequence[tuple[str, str]], timeout: float) -> list[Outcome]:
 
 
 def merged(of_ranks: Sequence[Outcome]) -> Outcome:
-    """What the ranks say of one task: the worst of them, and the largest share that a rank held."""
+    """Merge the results of all ranks for one task: the worst outcome, and the largest share."""
     # Of several that failed, the one that did not fail because of the other says more.
     worst = max(of_ranks, key=lambda o: (KINDS.index(o.kind), "communication failed" not in o.message, o.distance))
     if worst.kind == "refused" and any(outcome.kind != "refused" for outcome in of_ranks):
@@ -51,7 +51,7 @@ def merged(of_ranks: Sequence[Outcome]) -> Outcome:
 
 
 def note(outcomes: Sequence[Outcome], results: Path = RESULTS) -> None:
-    """Keep what was measured: one file for each class."""
+    """Store the measurements: one file for each class."""
     results.mkdir(parents=True, exist_ok=True)
     for outcome in outcomes:
         file = results / f"{outcome.name}.json"
@@ -61,14 +61,14 @@ def note(outcomes: Sequence[Outcome], results: Path = RESULTS) -> None:
 
 
 def known(results: Path = RESULTS) -> dict[tuple[str, str], Outcome]:
-    """What was measured so far."""
+    """Return the stored measurements."""
     files = sorted(results.glob("*.json"))
     found = [Outcome(**o) for file in files for o in json.loads(file.read_text(encoding="utf-8")).values()]
     return {(outcome.name, outcome.axis): outcome for outcome in found}
 
 
 def try_plain(names: Sequence[str]) -> None:
-    """Print what the library alone makes of each."""
+    """Print the library's own result for each class."""
     for name in names:
         start = time.monotonic()
         try:

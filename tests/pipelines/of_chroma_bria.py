@@ -13,7 +13,7 @@ def _vae() -> Any:
 
 
 def chroma() -> dict[str, Any]:
-    """What the pipelines of Chroma are made of."""
+    """Return the components of the pipelines of Chroma."""
     transformer = parts.like("ChromaTransformer2DModel", in_channels=16, joint_attention_dim=parts.WIDTH)
     transformer.register_to_config(guidance_embeds=False)  # the inpainting pipeline reads it
     return {
@@ -26,13 +26,13 @@ def chroma() -> dict[str, Any]:
 
 
 def bria() -> dict[str, Any]:
-    """What `BriaPipeline` is made of."""
+    """Return the components of `BriaPipeline`."""
     transformer = parts.like("BriaTransformer2DModel", in_channels=16, joint_attention_dim=parts.WIDTH)
     return {**chroma(), "vae": parts.vae(), "transformer": transformer}
 
 
 def fibo() -> dict[str, Any]:
-    """What the pipelines of Fibo are made of."""
+    """Return the components of the pipelines of Fibo."""
     from shardit.models.tiny.vaes import WAN_VAE_TI2V
 
     transformer = parts.like(
@@ -54,7 +54,7 @@ def fibo() -> dict[str, Any]:
 
 
 def fibo2() -> dict[str, Any]:
-    """What `BriaFibo2Pipeline` is made of."""
+    """Return the components of `BriaFibo2Pipeline`."""
     # Layers up to the 35th are the text, three of them side by side.
     return {
         "transformer": parts.like("BriaFibo2Transformer2DModel", in_channels=4, cap_feat_dim=3 * parts.WIDTH),

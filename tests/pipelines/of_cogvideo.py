@@ -26,7 +26,7 @@ def cogvideo_vae() -> Any:
 
 
 def cogvideo(channels: int = 4) -> dict[str, Any]:
-    """What the pipelines of CogVideoX are made of."""
+    """Return the components of the pipelines of CogVideoX."""
     transformer = parts.like(
         "CogVideoXTransformer3DModel",
         in_channels=channels,
@@ -48,7 +48,7 @@ def cogvideo(channels: int = 4) -> dict[str, Any]:
 
 
 def cogview3() -> dict[str, Any]:
-    """What `CogView3PlusPipeline` is made of."""
+    """Return the components of `CogView3PlusPipeline`."""
     return {
         "transformer": parts.like("CogView3PlusTransformer2DModel", text_embed_dim=parts.WIDTH),
         "vae": parts.vae(),
@@ -59,7 +59,7 @@ def cogview3() -> dict[str, Any]:
 
 
 def cogview4(channels: int = 4) -> dict[str, Any]:
-    """What the pipelines of CogView 4 are made of."""
+    """Return the components of the pipelines of CogView 4."""
     transformer = parts.like(
         "CogView4Transformer2DModel", in_channels=channels, out_channels=4, text_embed_dim=parts.WIDTH
     )

@@ -79,7 +79,7 @@ def _glm_vocabulary() -> bytes:
 
 
 def kolors() -> dict[str, Any]:
-    """What the pipelines of Kolors are made of: SDXL with ChatGLM for text."""
+    """Return the components of the pipelines of Kolors: SDXL with ChatGLM for text."""
     from diffusers.pipelines.kolors import ChatGLMTokenizer
 
     with tempfile.TemporaryDirectory() as folder:

@@ -40,7 +40,7 @@ def transformer(channels: int, **changes: Any) -> Any:
 
 
 def first(channels: int) -> dict[str, Any]:
-    """What the pipelines of the first version are made of."""
+    """Return the components of the pipelines of the first version."""
     vae = parts.model(
         "AutoencoderKLCosmos",
         latent_channels=CHANNELS,
@@ -66,13 +66,13 @@ def first(channels: int) -> dict[str, Any]:
 
 
 def second(channels: int) -> dict[str, Any]:
-    """What the pipelines of the second version are made of."""
+    """Return the components of the pipelines of the second version."""
     changes = {"vae": parts.wan_vae(), "scheduler": parts.flow(use_karras_sigmas=True)}
     return {**first(CHANNELS), "transformer": transformer(channels), **changes}
 
 
 def third(controlled: bool = False) -> dict[str, Any]:
-    """What the pipelines of version 2.5 are made of: text from all layers of Qwen2.5-VL."""
+    """Return the components of the pipelines of version 2.5: text from all layers of Qwen2.5-VL."""
     text = {"use_crossattn_projection": True, "crossattn_proj_in_channels": 64 * 2, "text_embed_dim": parts.WIDTH}
     text["encoder_hidden_states_channels"] = parts.WIDTH
     changes: dict[str, Any] = {"extra_pos_embed_type": None, **text}
@@ -111,7 +111,7 @@ def third(controlled: bool = False) -> dict[str, Any]:
 
 
 def omni() -> dict[str, Any]:
-    """What `Cosmos3OmniPipeline` is made of: one transformer for text and pictures."""
+    """Return the components of `Cosmos3OmniPipeline`: one transformer for text and pictures."""
     model = parts.like("Cosmos3OmniTransformer", latent_channel=16, patch_latent_dim=16, vocab_size=VOCAB)
     return {
         "transformer": model,

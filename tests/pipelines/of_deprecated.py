@@ -53,7 +53,7 @@ def _gligen() -> dict[str, Any]:
 
 
 def amused() -> dict[str, Any]:
-    """What the pipelines of aMUSEd are made of."""
+    """Return the components of the pipelines of aMUSEd."""
     transformer = parts.like(
         "UVit2DModel",
         cond_embed_dim=parts.WIDTH,

@@ -9,7 +9,7 @@ from tests.pipelines.entry import PipelineEntry
 
 
 def allegro() -> dict[str, Any]:
-    """What `AllegroPipeline` is made of."""
+    """Return the components of `AllegroPipeline`."""
     vae = parts.model(
         "AutoencoderKLAllegro",
         down_block_types=("AllegroDownBlock3D",) * 4,

@@ -15,7 +15,7 @@ def transformer(**changes: Any) -> Any:
 
 
 def components(**changes: Any) -> dict[str, Any]:
-    """What `FluxPipeline` is made of."""
+    """Return the components of `FluxPipeline`."""
     return {
         "transformer": transformer(),
         "vae": parts.vae(shift_factor=0.1, scaling_factor=1.2, use_quant_conv=False, use_post_quant_conv=False),

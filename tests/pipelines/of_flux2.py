@@ -45,7 +45,7 @@ def transformer(**changes: Any) -> Any:
 
 
 def klein(**changes: Any) -> dict[str, Any]:
-    """What the pipelines of the small model are made of."""
+    """Return the components of the pipelines of the small model."""
     return {
         "transformer": transformer(guidance_embeds=False),
         "vae": vae(),
@@ -57,7 +57,7 @@ def klein(**changes: Any) -> dict[str, Any]:
 
 
 def flux2() -> dict[str, Any]:
-    """What `Flux2Pipeline` is made of."""
+    """Return the components of `Flux2Pipeline`."""
     # The real processor needs torchvision; for text it does what its tokenizer does.
     tokenizer = parts.tokenizer("qwen", "qwen2_vl")
     encoder = parts.text_model(

@@ -13,7 +13,7 @@ TEMPLATE = {"template": "<|im_start|>user\n{}<|im_end|>\n", "crop_start": 3}
 
 
 def video(cls: str = "HunyuanVideoTransformer3DModel", channels: int = 4, **changes: Any) -> dict[str, Any]:
-    """What the pipelines of HunyuanVideo are made of."""
+    """Return the components of the pipelines of HunyuanVideo."""
     transformer = parts.like(
         cls,
         in_channels=channels,
@@ -33,7 +33,7 @@ def video(cls: str = "HunyuanVideoTransformer3DModel", channels: int = 4, **chan
 
 
 def framepack() -> dict[str, Any]:
-    """What `HunyuanVideoFramepackPipeline` is made of."""
+    """Return the components of `HunyuanVideoFramepackPipeline`."""
     cls = "HunyuanVideoFramepackTransformer3DModel"
     pictures = {"image_encoder": parts.siglip_vision(), "feature_extractor": parts.siglip_pictures()}
     return {**video(cls, image_proj_dim=parts.WIDTH), **pictures}
@@ -67,7 +67,7 @@ def _picture_template() -> dict[str, Any]:
 
 
 def from_image() -> dict[str, Any]:
-    """What `HunyuanVideoImageToVideoPipeline` is made of: text and picture through LLaVA."""
+    """Return the components of `HunyuanVideoImageToVideoPipeline`: text and picture through LLaVA."""
     tokenizer = _llama_tokenizer()
     encoder = parts.text_model(
         "LlavaForConditionalGeneration",
@@ -104,7 +104,7 @@ def _guider() -> Any:
 
 
 def video15(image: bool = False) -> dict[str, Any]:
-    """What the pipelines of HunyuanVideo 1.5 are made of."""
+    """Return the components of the pipelines of HunyuanVideo 1.5."""
     transformer = parts.like(
         "HunyuanVideo15Transformer3DModel",
         in_channels=2 * 4 + 1,
@@ -139,7 +139,7 @@ def video15(image: bool = False) -> dict[str, Any]:
 
 
 def image(refiner: bool = False) -> dict[str, Any]:
-    """What the pipelines of HunyuanImage are made of."""
+    """Return the components of the pipelines of HunyuanImage."""
     transformer = parts.like(
         "HunyuanImageTransformer2DModel",
         in_channels=16 if refiner else 4,
@@ -188,7 +188,7 @@ def bert() -> Any:
 
 
 def dit() -> dict[str, Any]:
-    """What `HunyuanDiTPipeline` is made of."""
+    """Return the components of `HunyuanDiTPipeline`."""
     transformer = parts.like(
         "HunyuanDiT2DModel",
         cross_attention_dim=parts.WIDTH,

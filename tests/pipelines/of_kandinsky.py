@@ -69,7 +69,7 @@ def _ddim() -> Any:
 
 
 def two_one(channels: int = 4) -> dict[str, Any]:
-    """What the decoders of Kandinsky 2.1 are made of."""
+    """Return the components of the decoders of Kandinsky 2.1."""
     kinds = {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj"}
     return {
         "text_encoder": _encoder(),
@@ -81,7 +81,7 @@ def two_one(channels: int = 4) -> dict[str, Any]:
 
 
 def two_two(channels: int = 4, **kinds: Any) -> dict[str, Any]:
-    """What the decoders of Kandinsky 2.2 are made of."""
+    """Return the components of the decoders of Kandinsky 2.2."""
     return {"unet": unet(in_channels=channels, **kinds), "scheduler": _ddim(), "movq": movq()}
 
 
@@ -90,7 +90,7 @@ def _hinted() -> dict[str, Any]:
 
 
 def prior() -> dict[str, Any]:
-    """What the priors are made of: text to the embedding of a picture."""
+    """Return the components of the priors: text to the embedding of a picture."""
     model = parts.model(
         "PriorTransformer", num_attention_heads=2, attention_head_dim=12, embedding_dim=parts.WIDTH, num_layers=4
     )
@@ -112,7 +112,7 @@ def both(decoder: dict[str, Any]) -> dict[str, Any]:
 
 
 def three() -> dict[str, Any]:
-    """What the pipelines of Kandinsky 3 are made of."""
+    """Return the components of the pipelines of Kandinsky 3."""
     return {
         "unet": parts.like("Kandinsky3UNet", encoder_hid_dim=parts.WIDTH),
         "scheduler": parts.scheduler("DDPMScheduler", beta_schedule="squaredcos_cap_v2", clip_sample=True),

@@ -9,7 +9,7 @@ from tests.pipelines.entry import PipelineEntry
 
 
 def components(picture: bool = False, conditioned: bool = False) -> dict[str, Any]:
-    """What the pipelines of Kandinsky 5 are made of."""
+    """Return the components of the pipelines of Kandinsky 5."""
     transformer = parts.like(
         "Kandinsky5Transformer3DModel",
         in_text_dim=64,

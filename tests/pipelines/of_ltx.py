@@ -33,7 +33,7 @@ def vae(**changes: Any) -> Any:
 
 
 def components(**changes: Any) -> dict[str, Any]:
-    """What `LTXPipeline` is made of."""
+    """Return the components of `LTXPipeline`."""
     transformer = parts.like("LTXVideoTransformer3DModel", in_channels=8, out_channels=8, caption_channels=parts.WIDTH)
     return {
         "transformer": transformer,

@@ -89,7 +89,7 @@ def gemma3() -> Any:
 
 
 def connectors() -> Any:
-    """What makes text for pictures and text for sound of the encoder's layers."""
+    """The module that makes text for pictures and text for sound of the encoder's layers."""
     sizes = {"num_attention_heads": 4, "attention_head_dim": _HEAD, "num_layers": 1, "num_learnable_registers": None}
     return parts.model(
         "diffusers.pipelines.ltx2:LTX2TextConnectors",
@@ -126,7 +126,7 @@ def _transformer(**changes: Any) -> Any:
 
 
 def components(drop: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
-    """What these pipelines are made of."""
+    """Return the components of these pipelines."""
     vocoder = parts.model(
         "diffusers.pipelines.ltx2.vocoder:LTX2Vocoder",
         in_channels=16,

@@ -15,7 +15,7 @@ def _qwen_picture_vae() -> Any:
 
 
 def dreamlite() -> dict[str, Any]:
-    """What the pipelines of DreamLite are made of."""
+    """Return the components of the pipelines of DreamLite."""
     unet = parts.model(
         "diffusers.models.unets.unet_dreamlite:DreamLiteUNetModel",
         sample_size=8,
@@ -46,7 +46,7 @@ def dreamlite() -> dict[str, Any]:
 
 
 def ernie() -> dict[str, Any]:
-    """What `ErnieImagePipeline` is made of."""
+    """Return the components of `ErnieImagePipeline`."""
     encoder = parts.text_model(
         "Mistral3Model",
         text_config={**parts.DECODER, "model_type": "mistral", "sliding_window": None},
@@ -66,7 +66,7 @@ def ernie() -> dict[str, Any]:
 
 
 def ideogram() -> dict[str, Any]:
-    """What `Ideogram4Pipeline` is made of: two transformers, and text from 13 layers."""
+    """Return the components of `Ideogram4Pipeline`: two transformers, and text from 13 layers."""
     from diffusers.pipelines.ideogram4.pipeline_ideogram4 import QWEN3_VL_ACTIVATION_LAYERS
 
     width = len(QWEN3_VL_ACTIVATION_LAYERS) * parts.WIDTH
@@ -82,7 +82,7 @@ def ideogram() -> dict[str, Any]:
 
 
 def joy(plus: bool = False) -> dict[str, Any]:
-    """What the pipelines of JoyImage are made of."""
+    """Return the components of the pipelines of JoyImage."""
     cls = "JoyImageEditPlusTransformer3DModel" if plus else "JoyImageEditTransformer3DModel"
     return {
         "transformer": parts.like(cls, in_channels=16, text_dim=parts.WIDTH),
@@ -95,7 +95,7 @@ def joy(plus: bool = False) -> dict[str, Any]:
 
 
 def krea() -> dict[str, Any]:
-    """What `Krea2Pipeline` is made of."""
+    """Return the components of `Krea2Pipeline`."""
     return {
         "transformer": parts.like(
             "Krea2Transformer2DModel",

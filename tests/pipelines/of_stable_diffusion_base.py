@@ -26,7 +26,7 @@ def unet(**changes: Any) -> Any:
 
 
 def components(**changes: Any) -> dict[str, Any]:
-    """What `StableDiffusionPipeline` is made of; pictures of 16 x 16."""
+    """Return the components of `StableDiffusionPipeline`; pictures of 16 x 16."""
     return {
         "unet": unet(),
         "vae": parts.vae(),

@@ -14,7 +14,7 @@ ADDED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_
 
 
 def added(ids: int = 6) -> dict[str, Any]:
-    """What the UNet of SDXL has beyond others: sizes, pooled text, text of two encoders."""
+    """Additional inputs of SDXL's UNet: sizes, pooled text, text of two encoders."""
     return {**ADDED, "cross_attention_dim": 64, "projection_class_embeddings_input_dim": 32 + 8 * ids}
 
 

@@ -35,7 +35,7 @@ def steps(**config: Any) -> Any:
 
 
 def components(**changes: Any) -> dict[str, Any]:
-    """What these pipelines are made of."""
+    """Return the components of these pipelines."""
     return {
         "tokenizer": parts.tokenizer("t5"),
         "text_encoder": parts.t5("UMT5EncoderModel"),

@@ -76,7 +76,7 @@ def pipeline(name: str, **parts: Any) -> Any:
 
 
 def fresh(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call: those that are functions are called, for new pictures in each call."""
+    """Return the arguments of a call; functions among them are called, for new pictures in each call."""
     return {name: value() if callable(value) else value for name, value in arguments.items()}
 
 
@@ -203,7 +203,7 @@ def picture(width: int = 16, height: int = 16, seed: int = 0, mode: str = "RGB")
 
 
 def mask(width: int = 16, height: int = 16) -> Any:
-    """A mask whose left half is to be painted."""
+    """A mask for painting the left half."""
     from PIL import Image
 
     values = np.zeros((height, width), dtype=np.uint8)

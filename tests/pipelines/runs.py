@@ -1,4 +1,4 @@
-"""What a rank does in the survey of pipelines: whole calls, plain and then spread, in one process group."""
+"""The work of a rank in the survey of pipelines: whole calls, plain and then sharded, in one process group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AXES: dict[str, dict[str, int]] = {
     "cfg 2": {"cfg_parallel_size": 2},
     "tp 2": {"tensor_parallel_size": 2},
 }
-"""The ways of spreading that every pipeline is tried with: arguments of DiffusionParallelConfig."""
+"""The ways of sharding that every pipeline is tried with: arguments of DiffusionParallelConfig."""
 
 CLOSE = 1e-5
 """Largest relative L2 distance on the tensor axis; the others must give the same bits."""
@@ -41,8 +41,8 @@ WAIT_S = 40.0
 
 @dataclass
 class Outcome:
-    """What became of one pipeline on one axis: one of `KINDS`, the distance, what was said, and the share of all
-    parameters that a rank held."""
+    """The outcome of one pipeline on one axis: one of `KINDS`, the distance, the message, and the rank's share of all
+    parameters."""
 
     name: str
     axis: str
@@ -76,7 +76,7 @@ def survey(rank: int, count: int, method: str, tasks: Sequence[tuple[str, str]],
 
 
 def plain_result(entry: PipelineEntry) -> tuple[list[np.ndarray], int]:
-    """What the library alone makes of a call, and the number of parameters. Raises what is wrong with it."""
+    """Return the library's own result of a call, and the number of parameters. Raises the error of the call."""
     pipe = built(entry)
     size = sum(parameters(pipe))
     leaves = run(pipe, entry)
@@ -161,7 +161,7 @@ def distance(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
     """The largest relative L2 distance of the arrays; 0 where all bits are the same."""
     shapes = [[(a.shape, a.dtype) for a in arrays] for arrays in (expected, got)]
     if shapes[0] != shapes[1]:
-        raise NotSame(f"plain gives {shapes[0]}, spread {shapes[1]}")
+        raise NotSame(f"plain gives {shapes[0]}, sharded {shapes[1]}")
     return max(_distance(a, b) for a, b in zip(expected, got, strict=True))
 
 
@@ -169,6 +169,6 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
     if np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
         return 0.0
     if a.dtype.kind == "U":
-        raise NotSame(f"plain gives {a!r}, spread {b!r}")
+        raise NotSame(f"plain gives {a!r}, sharded {b!r}")
     a, b = a.astype(np.float64), b.astype(np.float64)
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30))

@@ -1,4 +1,4 @@
-"""The section on pipelines of docs/supported-models.md, from what was measured: `python -m tests.pipelines.table`."""
+"""Writes the section on pipelines of docs/supported-models.md from measurements: `python -m tests.pipelines.table`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Results = Mapping[tuple[str, str], Outcome]
 
 
 def cell(outcome: Outcome) -> str:
-    """What the table says of one outcome."""
+    """Return the table's text for one outcome."""
     if outcome.kind != "right":
         return outcome.kind
     whole = " *" if outcome.held > WHOLE and not outcome.axis.startswith("cfg") else ""
@@ -53,7 +53,7 @@ def said(outcome: Outcome) -> str:
 
 
 def render(results: Results) -> str:
-    """The section. SystemExit names what was not measured."""
+    """Return the section. SystemExit names missing measurements."""
     missing = [f"{name} {axis}" for name in entries() for axis in AXES if (name, axis) not in results]
     if missing:
         sys.exit(f"not measured: {', '.join(missing)}")

@@ -1,5 +1,5 @@
-"""Every tiny model on every axis, whole pipelines against plain diffusers. What is measured becomes the table of
-docs/supported-models.md: `make matrix` runs this and writes the page."""
+"""Every tiny model on every axis, whole pipelines against plain diffusers. `make matrix` runs this and writes the table
+of docs/supported-models.md from the results."""
 
 from __future__ import annotations
 

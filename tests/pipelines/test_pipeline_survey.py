@@ -16,7 +16,7 @@ from tests.support.matrix_page import PAGE, SURVEY
 
 
 def check(outcomes: Sequence[Outcome]) -> None:
-    """Every outcome must be what its entry says."""
+    """Check that every outcome equals that of its entry."""
     bad = []
     for outcome in outcomes:
         expected = entries()[outcome.name].refused.get(outcome.axis)

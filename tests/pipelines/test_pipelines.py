@@ -66,7 +66,7 @@ def test_guided_branches_in_flight_at_once(names: tuple[str, ...]) -> None:
 
 
 def guidance(name: str) -> dict:
-    """What turns true guidance on where a model's defaults do not."""
+    """Arguments that enable true guidance for models without it by default."""
     return {"negative_prompt": "blurry", "true_cfg_scale": 3.0} if name == "flux" else {}
 
 

@@ -60,7 +60,7 @@ def run(*cases: Case) -> list[Results]:
 
 
 def check(case: Case, results: Results) -> None:
-    """The ranks made what plain diffusers makes, each with its own blocks alone."""
+    """Check that the ranks have the result of plain diffusers, each with its own blocks alone."""
     assert joined(results, "errors") == [None] * case.requests
     assert all(not result["strangers"] for result in results)
     wanted = reference(case) if case.prompts == Case.prompts else plain(case)
@@ -77,7 +77,7 @@ def compare(*cases: Case) -> None:
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[tuple[str, str], tuple[Case, Results]]:
-    """What one group of ranks made on every pair of axes."""
+    """Return the results of one group of ranks on every pair of axes."""
     cases = [product("wan2.2-ti2v", dict.fromkeys(pair, 2)) for pair in PAIRS]
     return dict(zip(PAIRS, zip(cases, run(*cases), strict=True), strict=True))
 
@@ -136,7 +136,7 @@ def test_any_product(name: str, sizes: dict[str, int]) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["wan2.2-ti2v", *OTHERS])
 def test_empty_and_long_prompts(name: str) -> None:
-    """On every axis. What is longer than the model takes is cut off, as by plain diffusers."""
+    """On every axis. Prompts too long for the model are truncated, as by plain diffusers."""
     axes = [axis for axis in AXES if axis != "dp"]
     cases = [dataclasses.replace(product(name, {axis: 2}), prompts=("", "a cat " * 300), requests=2) for axis in axes]
     compare(*cases)

@@ -13,7 +13,7 @@ RUNS = {2: (1, 3), 4: (1,)}
 
 
 def check(entries: list[Entry], size: int, timeout: float) -> None:
-    """Survey the entries on `size` ranks: every outcome must be what the table says, on every rank."""
+    """Survey the entries on `size` ranks; check that every outcome equals that of the table, on every rank."""
     results = run_ranks(size, survey, [entry.id for entry in entries], RUNS[size], timeout=timeout)
     wrong = []
     for rank, outcomes in enumerate(results):

@@ -1,4 +1,4 @@
-"""The API process under its supervisor: one that hangs is noticed and started anew, with the socket kept."""
+"""The API process under its supervisor: a hung one is noticed and restarted, with the socket kept."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_process_that_never_answers_hangs(monkeypatch: pytest.MonkeyPatch) -> 
     assert Asked(monkeypatch).hangs_after(START_S + 1.0)
 
 
-def test_a_supervisor_that_stood_still_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paused_supervisor_reports_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(monkeypatch)
     asked.hangs_after(1.0)
     asked.heartbeat.answered()
@@ -92,7 +92,7 @@ def test_the_event_loop_answers_not_a_thread() -> None:
 
 
 class Kept:
-    """An API process that is looked after, and what it says."""
+    """A supervised API process and its messages."""
 
     def __init__(self, folder: Path, listener: Any):
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -136,7 +136,7 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
         one.api.stop()
 
 
-def test_a_hung_api_process_is_started_anew(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_api_process_is_restarted(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "PATIENCE_S", 3.0)
     kept.until(kept.answers)
     first = kept.api.pid

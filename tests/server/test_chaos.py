@@ -1,5 +1,5 @@
-"""Forty accepted jobs and twenty kills of any process at any moment: none is lost, none ends twice, and what completes
-has the bits of plain diffusers."""
+"""Forty accepted jobs and twenty kills of any process at any moment: no job is lost or ends twice, and completed ones
+have the bits of plain diffusers."""
 
 from __future__ import annotations
 

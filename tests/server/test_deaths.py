@@ -1,4 +1,4 @@
-"""Ranks that die or run out of memory, played by the test: what becomes of their jobs, and who is the cause."""
+"""Ranks that die or run out of memory, played by the test: the outcome of their jobs, and the search for the cause."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def server(tmp_path: Path, request: Any) -> Iterator[Server]:
 # Deaths.
 
 
-def test_ranks_that_differ_are_started_anew(server: Server) -> None:
+def test_disagreeing_ranks_are_restarted(server: Server) -> None:
     first, second = server.put(), server.put()
     key = server.key(first)
-    server.jobs.heard(0, RequestFinished(key, "one sum"))
-    server.jobs.heard(1, RequestFinished(key, "another"))
+    server.jobs.on_rank_message(0, RequestFinished(key, "one sum"))
+    server.jobs.on_rank_message(1, RequestFinished(key, "another"))
     (reason,) = server.rank_group.failures
     assert first in reason
     assert [server.state(one) for one in (first, second)] == ["queued", "queued"]
@@ -81,7 +81,7 @@ def test_a_suspect_runs_alone_on_all_replicas(server: Server) -> None:
 
 
 def test_deaths_of_others_fail_nobody(server: Server) -> None:
-    """However often ranks die beside others: two at a time, and the first is always put back."""
+    """Any number of deaths during several jobs: two at a time, and the first is always queued again."""
     ids = [server.put() for _ in range(6)]
     for _ in range(60):
         if not (running := server.running()):
@@ -106,7 +106,7 @@ def test_stops_and_restarts_do_not_count(server: Server) -> None:
 
 def out_of_memory(server: Server, job_id: str) -> None:
     """As the rank group does it."""
-    server.jobs.heard(0, OutOfMemory(server.key(job_id), "tried to allocate 9 GiB"))
+    server.jobs.on_rank_message(0, OutOfMemory(server.key(job_id), "tried to allocate 9 GiB"))
     server.jobs.down(Failure("rank 0 ran out of memory", memory=True))
     server.jobs.ready([INFO] * server.rank_group.size)
 
@@ -125,7 +125,7 @@ def test_out_of_memory_fails_that_job_only(server: Server) -> None:
     assert {server.state(one) for one in others} == {"completed"}
 
 
-def test_out_of_memory_beside_others_ends_with_it_alone(server: Server) -> None:
+def test_out_of_memory_next_to_other_jobs_fails_that_job_alone(server: Server) -> None:
     ids = [server.put(height=512, width=512), server.put(height=4096, width=4096), server.put(), server.put()]
     for _ in range(30):
         if ids[1] in server.running():

@@ -1,4 +1,4 @@
-"""What the dispatcher decides, on ranks that are played by the test: slots, input pictures, cancelling."""
+"""Decisions of the dispatcher with ranks played by the test: slots, input pictures, cancelling."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_job_that_was_sent_ahead_has_not_run(server: Server) -> None:
 
 
 def test_memory_for_a_job_that_is_sent_ahead(server: Server) -> None:
-    """What leaves makes room."""
+    """A finishing job makes room."""
     sizes = {name: {"height": side, "width": side} for name, side in (("small", 64), ("large", 256))}
     server.jobs.learned.out_of_memory(64 * 64 + 256 * 256 + 1)
     small, large = server.put(**sizes["small"]), server.put(**sizes["large"])
@@ -120,9 +120,9 @@ def test_a_free_slot_comes_before_one_that_will_be_free(server: Server) -> None:
     ids = [server.put() for _ in range(3)]  # two on the first replica, one on the second
     server.step(ids[0], 4, 4)
     server.step(ids[2], 4, 4)
-    beside = [server.put() for _ in range(2)]
+    others = [server.put() for _ in range(2)]
     found = {one.job.id: (one.replica, one.ahead) for one in server.jobs.running.values()}
-    assert [found[one] for one in beside] == [(1, False), (0, True)]
+    assert [found[one] for one in others] == [(1, False), (0, True)]
     server.finish_all()
 
 
@@ -165,7 +165,7 @@ def test_measured_memory_decides_how_many_run(server: Server) -> None:
     assert server.running() == ids[3:]  # alone it is tried in any case
 
 
-def test_progress_is_told(server: Server) -> None:
+def test_progress_is_reported(server: Server) -> None:
     job_id = server.put()
     for step in range(5):
         server.step(job_id, step)
@@ -196,7 +196,7 @@ def test_a_request_that_fails_on_all_ranks(server: Server) -> None:
 # Input pictures.
 
 
-def test_pictures_are_decoded_beside_the_loop(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_decoded_in_another_thread(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
     real = prefetcher.build_request
 
@@ -250,7 +250,7 @@ def test_a_job_that_overtakes_one_whose_pictures_are_decoded(server: Server) -> 
     assert counts == {quick: 2, slow: 1}
 
 
-def test_pictures_of_cancelled_jobs_are_let_go(server: Server) -> None:
+def test_pictures_of_cancelled_jobs_are_released(server: Server) -> None:
     first, second = server.put(), server.put()
     job_id = server.put(inputs={"input-0.png": picture()})
     server.until(lambda: server.jobs.prefetcher._built)
@@ -337,9 +337,9 @@ def test_deleted_at_any_moment(server: Server, moment: str) -> None:
 def test_a_rank_that_answers_late_changes_nothing(server: Server) -> None:
     job_id = server.put()
     key = server.key(job_id)
-    server.jobs.heard(0, RequestFinished(key, "sum"))
+    server.jobs.on_rank_message(0, RequestFinished(key, "sum"))
     server.die()
-    server.jobs.heard(1, RequestFinished(key, "sum"))
-    server.jobs.heard(0, Progress(key, 3, 4))
+    server.jobs.on_rank_message(1, RequestFinished(key, "sum"))
+    server.jobs.on_rank_message(0, Progress(key, 3, 4))
     assert server.key(job_id) != key
     assert server.jobs.running[server.key(job_id)].on_ranks.finished == {}

@@ -1,4 +1,4 @@
-"""What requests are expected to cost, and what is learned from those that ran."""
+"""Expected costs of requests, and learning from earlier ones."""
 
 from __future__ import annotations
 
@@ -78,20 +78,18 @@ def test_memory_beyond_what_was_seen_grows_as_it_did() -> None:
         estimate.refuse_if_too_large(work(5_000_001), known, None)
 
 
-def test_what_did_not_fit_is_refused_until_it_fits() -> None:
+def test_failed_sizes_are_refused_until_they_fit() -> None:
     known = estimate.learn_memory(None, Seen(1000, 5, limit_bytes=GIB))
     known = estimate.learn_memory(known, Seen(3000, 0, out_of_memory=True))
     estimate.refuse_if_too_large(work(2999), known, None)
     with pytest.raises(InputError, match="3000 pixels"):
         estimate.refuse_if_too_large(work(3000), known, None)
-    estimate.refuse_if_too_large(work(3000), estimate.forgive(known), None)
+    estimate.refuse_if_too_large(work(3000), estimate.reset_failures(known), None)
     estimate.refuse_if_too_large(work(3000), estimate.learn_memory(known, Seen(3000, 9)), None)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**12), st.booleans()), max_size=40), st.integers(1))
-def test_what_has_fitted_is_not_refused_until_it_does_not(
-    observations: list[tuple[int, int, bool]], limit: int
-) -> None:
+def test_fitting_sizes_are_accepted_until_they_fail(observations: list[tuple[int, int, bool]], limit: int) -> None:
     known, fitted = None, set()
     for size, peak, failed in observations:
         known = estimate.learn_memory(known, Seen(size, peak, limit_bytes=limit, out_of_memory=failed))
@@ -105,7 +103,7 @@ def test_what_has_fitted_is_not_refused_until_it_does_not(
         assert estimate.expected_peak(largest + 1, known) >= estimate.expected_peak(largest, known)
 
 
-def test_a_new_start_is_another_chance_which_all_processes_see(tmp_path: Path) -> None:
+def test_restart_clears_failed_sizes_in_all_processes(tmp_path: Path) -> None:
     store = Store(tmp_path)
     options = ServeOptions("tiny/flux", tmp_path)
     first = CostHistory(store, options)

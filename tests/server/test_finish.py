@@ -123,7 +123,7 @@ def test_jobs_that_a_fault_lost_run_again(server: Server, monkeypatch: pytest.Mo
     assert {server.state(one) for one in ids} == {"completed"}
 
 
-def test_a_fault_at_every_run_is_not_repeated_for_ever(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_error_of_a_job_ends_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.jobs.ends, "write", lambda *_, **__: 1 / 0)
     job_id = server.put()
     for _ in range(10):
@@ -134,7 +134,7 @@ def test_a_fault_at_every_run_is_not_repeated_for_ever(server: Server, monkeypat
     assert server.state(job_id) == "failed"
 
 
-def test_a_job_that_cannot_be_built_holds_up_nobody(server: Server) -> None:
+def test_job_that_cannot_be_built_does_not_block_others(server: Server) -> None:
     ids = [server.put(), server.put(width="x"), server.put()]
     assert server.state(ids[1]) == "failed"
     assert server.running() == [ids[0], ids[2]]

@@ -56,12 +56,12 @@ def test_patience_is_learned() -> None:
     patience = Patience(600)
     small, large = ("small",), ("large",)
     assert patience.bound([small]) == 600
-    patience.saw(small, 1.0)
+    patience.record(small, 1.0)
     assert patience.bound([small]) == 600  # it has not ended yet
     patience.completed(small)
     assert patience.bound([small]) == MIN_PATIENCE_S
-    patience.saw(small, 7.0)
-    patience.saw(small, 3.0)
+    patience.record(small, 7.0)
+    patience.record(small, 3.0)
     assert patience.bound([small]) == 35
     assert patience.bound([small, small]) == 70
     assert patience.bound([small, large]) == 600
@@ -70,9 +70,9 @@ def test_patience_is_learned() -> None:
 def test_ranks_that_have_just_started_have_more_time() -> None:
     patience = Patience(600)
     first, quick = ("first",), ("quick",)
-    patience.saw(first, 40.0)  # it loaded kernels and connected
+    patience.record(first, 40.0)  # it loaded kernels and connected
     patience.completed(first)
-    patience.saw(quick, 0.1)
+    patience.record(quick, 0.1)
     patience.completed(quick)
     assert patience.bound([quick]) == MIN_PATIENCE_S
     patience.cold = True
@@ -112,7 +112,7 @@ def test_a_rank_that_fails_alone_is_named(server: Server, monkeypatch: pytest.Mo
     now = [1000.0]
     monkeypatch.setattr(hang_detector.time, "monotonic", lambda: now[0])
     job_id = server.put()
-    server.jobs.heard(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
+    server.jobs.on_rank_message(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
     now[0] += 601
     reason = "no progress for 601 s; rank 1 failed: it alone ended a request: KeyError: 'x'"
     assert server.jobs.hang_detector.overdue() == (reason, [0, 1])
@@ -133,9 +133,9 @@ def test_patience_forgets_sizes_of_long_ago() -> None:
     patience = Patience(600)
     often = ("often",)
     for number in range(2 * MAX_SIZES):
-        patience.saw((number,), 3.0)
+        patience.record((number,), 3.0)
         patience.completed((number,))
-        patience.saw(often, 4.0)
+        patience.record(often, 4.0)
         patience.completed(often)
     assert patience.bound([often]) == 20
     assert patience.bound([(2 * MAX_SIZES - 1,)]) == 15
@@ -155,11 +155,11 @@ def look(server: Server, monkeypatch: pytest.MonkeyPatch, *stacks: str) -> None:
     server.jobs.look_after()
 
 
-def test_ranks_that_wait_for_one_that_failed_are_started_anew(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_waiting_for_a_failed_rank_are_restarted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = server.put()
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
     assert server.rank_group.looks == 0  # nobody has failed
-    server.jobs.heard(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
+    server.jobs.on_rank_message(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
     look(server, monkeypatch, WORKS.format(1), WAITS.format(2))  # it may come to fail, too
     look(server, monkeypatch, WORKS.format(1), WAITS.format(2))
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
@@ -171,20 +171,20 @@ def test_ranks_that_wait_for_one_that_failed_are_started_anew(server: Server, mo
 
 
 @pytest.mark.parametrize("stacks", [("", ""), (WAITS.format(1), "")])
-def test_ranks_that_cannot_be_looked_at_have_time(
+def test_ranks_without_readable_stacks_get_more_time(
     server: Server, monkeypatch: pytest.MonkeyPatch, stacks: tuple[str, str]
 ) -> None:
     job_id = server.put()
-    server.jobs.heard(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
+    server.jobs.on_rank_message(1, RequestFailed(server.key(job_id), "KeyError: 'x'"))
     for _ in range(5):
         look(server, monkeypatch, *stacks)
     assert server.rank_group.failures == []
 
 
 @pytest.mark.parametrize("server", [{"pipeline_parallel_size": 2, "data_parallel_size": 2}], indirect=True)
-def test_replicas_beside_it_may_work(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_replicas_continue_during_a_hang(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = server.put(), server.put()
-    server.jobs.heard(2, RequestFailed(server.key(second), "KeyError: 'x'"))
+    server.jobs.on_rank_message(2, RequestFailed(server.key(second), "KeyError: 'x'"))
     for line in range(2):
         look(server, monkeypatch, WORKS.format(line), WORKS.format(line), WAITS.format(1), WAITS.format(2))
     assert server.rank_group.failures == ["rank 2 failed: it alone ended a request: KeyError: 'x'"]
@@ -193,7 +193,7 @@ def test_replicas_beside_it_may_work(server: Server, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("cancelled", [False, True])
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_rank_that_fails_where_another_is_through(server: Server, cancelled: bool, order: int) -> None:
+def test_failure_after_another_rank_finished(server: Server, cancelled: bool, order: int) -> None:
     job_id = server.put()
     key = server.key(job_id)
     for rank, message in [
@@ -201,7 +201,7 @@ def test_a_rank_that_fails_where_another_is_through(server: Server, cancelled: b
         (1, RequestFailed(key, "KeyError: 'x'")),
     ][::order]:
         assert server.rank_group.failures == []
-        server.jobs.heard(rank, message)
+        server.jobs.on_rank_message(rank, message)
     (reason,) = server.rank_group.failures
     assert "KeyError: 'x'" in reason
 
@@ -210,12 +210,12 @@ def test_all_ranks_that_fail_alike_are_left_alone(server: Server, monkeypatch: p
     job_id = server.put()
     key = server.key(job_id)
     for rank in range(2):
-        server.jobs.heard(rank, RequestFailed(key, "ValueError: height"))
+        server.jobs.on_rank_message(rank, RequestFailed(key, "ValueError: height"))
     for _ in range(5):
         look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
-    server.jobs.heard(0, RequestFinished(key, "sum", error="ValueError: height"))
+    server.jobs.on_rank_message(0, RequestFinished(key, "sum", error="ValueError: height"))
     look(server, monkeypatch, WAITS.format(1), WAITS.format(2))
-    server.jobs.heard(1, RequestFinished(key, "sum", error="ValueError: height"))
+    server.jobs.on_rank_message(1, RequestFinished(key, "sum", error="ValueError: height"))
     assert server.state(job_id) == "failed"
     assert server.rank_group.failures == []
     assert server.rank_group.looks == 0

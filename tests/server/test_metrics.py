@@ -1,4 +1,4 @@
-"""What the supervisor counts, and what it forgets."""
+"""Counters of the supervisor, and their reset."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_old_jobs_are_forgotten_by_and_by(store: Store, tmp_path: Path) -> None:
 
 
 def test_jobs_cancelled_while_they_wait_are_counted(store: Store, tmp_path: Path) -> None:
-    """By the API process, which tells nobody; also where they are deleted with it, but not those of earlier runs."""
+    """By the API process, which reports nothing; also if they are deleted with it, but not those of earlier runs."""
     store.request_cancel(put(store))
     with listening("127.0.0.1", 0) as listener:
         supervisor = Supervisor(ServeOptions("tiny/flux", tmp_path, port=0), cast(Any, None), listener, Nowhere())
         told: list[Any] = []
-        supervisor.api.tell = told.append  # type: ignore[method-assign]
+        supervisor.api.send = told.append  # type: ignore[method-assign]
 
         def cancelled() -> float:
             supervisor.on_api_message(Scrape())

@@ -1,4 +1,4 @@
-"""The queue in the store: who goes first whatever the clock does, who is refused, and which jobs are forgotten."""
+"""The queue in the store: order under clock changes, refusals, and deletion of old jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks as one thing, played by sockets: what is told of ranks that hang, and that nobody waits for it."""
+"""The rank group with ranks played by sockets: reports of hanging ranks, without blocking."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STACK = 'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in wait\n  
 
 
 class Played:
-    """Two ranks, and what the rank group says of them. `stacks` is what the placement answers, once `answer` is set."""
+    """Two ranks, and the reports of the rank group. `stacks` is the answer of the placement, once `answer` is set."""
 
     def __init__(self) -> None:
         self.stacks_now: Any = {0: STACK, 1: ""}
@@ -66,8 +66,8 @@ class Played:
             assert time.monotonic() < deadline, "nothing happens"
             self.loop.step(0.05)
 
-    def settled(self) -> None:
-        """Time for what must not happen any more."""
+    def run_briefly(self) -> None:
+        """Run the loop for half a second, in which nothing more may happen."""
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
             self.loop.step(0.05)
@@ -86,7 +86,7 @@ def played() -> Any:
     one.rank_group.stop()
 
 
-def test_a_hang_tells_where_ranks_are_and_holds_up_nobody(played: Played) -> None:
+def test_hang_report_has_stacks_and_does_not_block(played: Played) -> None:
     played.rank_group.hang("no progress for 12 s", [0, 1])
     assert played.rank_group.failing
     assert played.downs == []  # the answer takes its time, the loop goes on
@@ -97,7 +97,7 @@ def test_a_hang_tells_where_ranks_are_and_holds_up_nobody(played: Played) -> Non
 
 
 @pytest.mark.parametrize("stacks", [{}, OSError("the fork server is gone"), ValueError("half a message")])
-def test_a_hang_of_ranks_that_cannot_be_looked_at(played: Played, stacks: Any) -> None:
+def test_hang_without_readable_stacks(played: Played, stacks: Any) -> None:
     played.stacks_now = stacks
     played.answer.set()
     played.rank_group.hang("no progress for 12 s", [0, 1])
@@ -105,22 +105,22 @@ def test_a_hang_of_ranks_that_cannot_be_looked_at(played: Played, stacks: Any) -
     assert [down.reason for down in played.downs] == ["no progress for 12 s"]
 
 
-def test_a_rank_that_ends_meanwhile_is_told_once(played: Played) -> None:
+def test_rank_that_exits_during_a_hang_is_reported_once(played: Played) -> None:
     played.rank_group.hang("no progress for 12 s", [0, 1])
     played.ends[1].close()
-    played.settled()
+    played.run_briefly()
     played.answer.set()
     played.until(lambda: played.downs)
-    played.settled()
+    played.run_briefly()
     assert [down.reason[:20] for down in played.downs] == ["no progress for 12 s"]
 
 
-def test_what_was_seen_of_ranks_that_are_gone_is_not_told(played: Played) -> None:
+def test_stacks_of_exited_ranks_are_not_reported(played: Played) -> None:
     seen: list[Any] = []
     played.rank_group.look(seen.append)
     played.ends[1].close()
     played.until(lambda: played.downs)
     assert played.downs[0].text == "rank 1 failed: its connection has closed"
     played.answer.set()
-    played.settled()
+    played.run_briefly()
     assert seen == []

@@ -1,4 +1,4 @@
-"""The real openai package against a real server on two ranks, and what the server's metrics say of it afterwards."""
+"""The real openai package against a real server on two ranks, and the server's metrics afterwards."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_keys_from_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("told", [",", " ", " , "])
-def test_keys_that_are_none_do_not_open_the_server(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_keys_are_refused(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHARDIT_API_KEY", told)
     with pytest.raises(InputError, match="an API key must be"):
         options()

@@ -80,12 +80,12 @@ def end_of(prepare: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_a_result_that_is_written_for_ever_does_not_hold_up_the_end(tmp_path: Path) -> None:
+def test_endless_write_does_not_block_the_exit(tmp_path: Path) -> None:
     assert "results_not_written" in end_of(STUCK_WRITER, tmp_path).stderr
 
 
 @pytest.mark.parametrize("stuck", [STUCK_LOOP, STUCK_RANKS, STUCK_STORE])
-def test_whatever_is_stuck_the_end_comes_by_force(tmp_path: Path, stuck: str) -> None:
+def test_forced_exit_of_a_stuck_process(tmp_path: Path, stuck: str) -> None:
     store = Store(tmp_path)
     job = store.accept(NewJob("image", {"prompt": "a cat"}, 1, 1.0), queue_size=1)[0]
     assert "ended_by_force" in end_of(stuck, tmp_path).stderr
@@ -93,5 +93,5 @@ def test_whatever_is_stuck_the_end_comes_by_force(tmp_path: Path, stuck: str) ->
     store.close()
 
 
-def test_a_log_that_nobody_reads_does_not_hold_up_the_end(tmp_path: Path) -> None:
+def test_unread_log_does_not_block_the_exit(tmp_path: Path) -> None:
     end_of(STUCK_LOG, tmp_path)

@@ -1,4 +1,4 @@
-"""The store of jobs: one end for each, whoever changes it at the same time, and what comes back after a kill."""
+"""The store of jobs: one end for each under concurrent changes, and recovery after a kill."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_job_keeps_what_it_was_given(store: Store) -> None:
     assert not accepted.ended
 
 
-def test_what_was_told_is_on_the_disk(store: Store) -> None:
+def test_acknowledged_jobs_are_on_the_disk(store: Store) -> None:
     for name, value in (("journal_mode", "wal"), ("synchronous", 2)):
         assert store._db.all(f"PRAGMA {name}")[0][0] == value, name
 
@@ -124,7 +124,7 @@ def test_recover(store: Store) -> None:
 def test_recover_while_a_job_is_accepted(
     store: Store, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, bytes]
 ) -> None:
-    """By a process of a server that was killed: the job has its files, or its client is told that it was not taken."""
+    """By a process of a killed server: the job has its files, or its client gets an error."""
     other = Store(store.folder)
     write = intake.write_inputs
     monkeypatch.setattr(stores, "write_inputs", lambda *given: (write(*given), other.recover()))

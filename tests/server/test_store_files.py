@@ -25,7 +25,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def in_child(work: Callable[[], Any]) -> Any:
-    """What `work` gives in a forked process, whose limits and user it may change. It must not use our connection."""
+    """Return the result of `work` in a forked process, whose limits and user it may change. It must not use our
+    connection."""
     ours, theirs = FORK.Pipe()
 
     def run() -> None:
@@ -160,7 +161,7 @@ def test_many_processes_make_one_store(tmp_path: Path) -> None:
 
 
 def full(store: Store) -> Callable[[], None]:
-    """Let the database not grow; returns what ends that."""
+    """Prevent the database from growing; returns a function that undoes this."""
     pages = store._db.connection.execute("PRAGMA page_count").fetchone()[0]
     store._db.connection.execute(f"PRAGMA max_page_count={pages}")
     return lambda: store._db.connection.execute("PRAGMA max_page_count=1000000") and None
@@ -251,7 +252,7 @@ def test_folders_that_are_read_only(tmp_path: Path) -> None:
     assert "\n" not in text
 
 
-def test_no_file_that_is_no_database(tmp_path: Path) -> None:
+def test_files_that_are_not_databases(tmp_path: Path) -> None:
     (tmp_path / "jobs.sqlite").write_text("no database, but a text that is long enough to be taken for one" * 50)
     with pytest.raises(InputError, match="not a database"):
         Store(tmp_path)

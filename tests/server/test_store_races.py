@@ -1,4 +1,5 @@
-"""The store of jobs under several processes and kills, and in any order of changes, against a model of what must be."""
+"""The store of jobs under several processes and kills, and in any order of changes, against a model of the valid
+states."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 
 
 def test_an_accepted_job_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
-    """A process that accepts and ends jobs is killed; what it has told is there, and what is there is whole."""
+    """A process that accepts and ends jobs is killed; acknowledged jobs are there and complete."""
     chance = random.Random(3)
     told: set[str] = set()
     for _ in range(4):
@@ -96,7 +97,7 @@ def test_an_accepted_job_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
 
 
 class Jobs(RuleBasedStateMachine):
-    """Two connections, as of two processes, against a model of what must be."""
+    """Two connections, as of two processes, against a model of the valid states."""
 
     ids = Bundle("ids")
 
@@ -188,7 +189,7 @@ TestAnyOrder.settings = settings(
 )
 
 
-def test_recover_beside_processes_that_accept(tmp_path: Path) -> None:
+def test_recover_during_accepts_of_other_processes(tmp_path: Path) -> None:
     """As it happens, many times: an accepted job always has its files."""
 
     def accept(count: int = 60) -> None:

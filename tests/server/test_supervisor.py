@@ -111,7 +111,7 @@ def test_neither_supervisor_nor_api_process_has_torch(server: RealServer) -> Non
 
 
 @pytest.mark.full
-def test_cancel_beside_others(server: RealServer) -> None:
+def test_cancel_one_of_several(server: RealServer) -> None:
     jobs = {seed: server.submit(seed, **LONG) for seed in (1, 2, 3)}
     server.stepping(jobs[1])
     status, _ = server.call("POST", f"{server.path}/{jobs[1]}/cancel")
@@ -130,7 +130,7 @@ def test_a_second_server_on_the_same_folder_or_port(server: RealServer, tmp_path
 
 
 def refusal(*arguments: str) -> list[str]:
-    """What the command says that is not its log; it ends with code 2."""
+    """Return the command's output without its log; it exits with code 2."""
     done = subprocess.run(
         [sys.executable, "-m", "shardit", "serve", *arguments], capture_output=True, text=True, timeout=120
     )
@@ -139,7 +139,7 @@ def refusal(*arguments: str) -> list[str]:
     return [line for line in done.stderr.splitlines() if not line.startswith("{")]
 
 
-def test_a_killed_supervisor_then_a_polite_end(shared: RealServer) -> None:
+def test_a_killed_supervisor_then_a_regular_exit(shared: RealServer) -> None:
     """The last test of the shared server: SIGKILL, the same command again, SIGTERM, and the same command again."""
     server = shared
     server.wait_ready()
@@ -268,7 +268,7 @@ def test_a_stopped_rank_dies_with_the_supervisor(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_end_beside_stopped_processes_and_the_end_of_all_at_once(tmp_path: Path) -> None:
+def test_exit_with_stopped_processes_and_of_all_at_once(tmp_path: Path) -> None:
     with real_server("flux", tmp_path / "data", *STAGES) as server:
         jobs = {seed: server.submit(seed, **LONG) for seed in (1, 2, 5)}
         server.stepping(jobs[1])

@@ -30,8 +30,8 @@ def test_two_nodes_of_torchrun(servers):
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent 0", "agent 1", "supervisor", "hung rank"])
-def test_torchrun_starts_all_anew(servers, victim):
-    """Whoever dies in the middle of a job, torchrun starts all ranks anew, and the job has its bits."""
+def test_torchrun_restarts_all(servers, victim):
+    """Any process dies in the middle of a job: torchrun restarts all ranks, and the job has its bits."""
     steps = {"num_inference_steps": 200}
     servers.torchrun("tiny/flux", "--pipeline-parallel-size=2", "--step-timeout=15", restarts=2)
     job_id = servers.ask(**steps)

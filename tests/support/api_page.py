@@ -104,8 +104,8 @@ def _source(thing: Any) -> str:
 
 
 def _fields(cls: type, *, only_declared: bool = False) -> Iterator[tuple[str, str, str, str]]:
-    """Annotated attributes in the body of a class: name, type, default and what is said of it. Of a declared setting
-    that is its help, the values that it takes, and the text below."""
+    """Annotated attributes in the body of a class: name, type, default and documentation. For a declared setting these
+    are its help, its valid values, and the text below."""
     tree = ast.parse(_source(cls)).body[0]
     assert isinstance(tree, ast.ClassDef)
     settings = {item.name: item for item in declared(cls)} if dataclasses.is_dataclass(cls) else {}

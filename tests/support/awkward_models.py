@@ -300,7 +300,7 @@ class SumsForLaterBlocks(Plain):
 
 
 class SumsInPlaceForLaterBlocks(Plain):
-    """As a UNet with T2I-Adapter and ControlNet: what is summed up was written to before, and is later."""
+    """As a UNet with T2I-Adapter and ControlNet: the summands were written to before, and are again later."""
 
     def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         skips = []
@@ -320,7 +320,7 @@ class SumsInPlaceForLaterBlocks(Plain):
 
 
 class SumsOfSums(Plain):
-    """What is made between blocks from what was made between blocks, in every gap, and used at the end."""
+    """Tensors between blocks are made from earlier tensors between blocks, in every gap, and used at the end."""
 
     def run(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         total, steps = x * 0.5, []
@@ -369,7 +369,7 @@ class PopsFromArgument(Plain):
 
 
 class FillsArgument(Plain):
-    refused = "into a list or dict that it is given"
+    refused = "into a list or dict among its arguments"
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, more: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
         out = super().forward(x, t)

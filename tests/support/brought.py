@@ -1,5 +1,5 @@
-"""What users bring: each function does something with a pipeline, before and after `spread` makes it parallel, and
-returns the tensors that came out. With a `spread` that does nothing it is plain diffusers."""
+"""Extensions that users bring: each function applies one to a pipeline, before and after `shard` makes it parallel, and
+returns the resulting tensors. With an identity function as `shard` it is plain diffusers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from shardit.models import tiny
 from tests.support.whole_pipelines import pictures
 
-Spread = Callable[[Any], Any]
+Shard = Callable[[Any], Any]
 TARGETS = {
     "flux": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "to_add_out", "proj_mlp", "proj_out", "norm1.linear"],
     "sd3.5": ["to_q", "to_v", "to_out.0", "add_q_proj", "net.0.proj", "net.2"],
@@ -40,7 +40,7 @@ def pipeline(name: str, dtype: str | None = None) -> Any:
 
 
 def copied(pipe: Any) -> Any:
-    """A pipeline with modules and a scheduler of its own; tokenizers, which nobody changes, are those of the other."""
+    """Copy a pipeline with modules and a scheduler of its own; tokenizers, which are never changed, are shared."""
     parts = pipe.components.values()
     kept = [part for part in parts if not isinstance(part, (torch.nn.Module, SchedulerMixin))]
     return copy.deepcopy(pipe, {id(part): part for part in kept})
@@ -92,22 +92,22 @@ def write_lora(name: str, folder: Path, seed: int, encoder: bool = False) -> Non
     type(pipe).save_lora_weights(str(folder), **layers)
 
 
-def lora_before(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def lora_before(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     pipe.load_lora_weights(f"{folder}/{name}-5", adapter_name="one")
-    spread(pipe)
+    shard(pipe)
     return [guided(pipe, name), guided(pipe, name)]
 
 
-def lora_after(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    spread(pipe)
+def lora_after(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    shard(pipe)
     without = guided(pipe, name)
     pipe.load_lora_weights(f"{folder}/{name}-5", adapter_name="one")
     return [without, guided(pipe, name), guided(pipe, name)]
 
 
-def lora_scale(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def lora_scale(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Weights of adapters, and two at once."""
-    spread(pipe)
+    shard(pipe)
     pipe.load_lora_weights(f"{folder}/{name}-5", adapter_name="one")
     pipe.load_lora_weights(f"{folder}/{name}-6", adapter_name="two")
     outs = []
@@ -117,18 +117,18 @@ def lora_scale(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.
     return outs
 
 
-def lora_call_scale(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def lora_call_scale(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """The scale of one call."""
     key = "joint_attention_kwargs" if name in ("flux", "sd3.5") else "attention_kwargs"
     pipe.load_lora_weights(f"{folder}/{name}-5")
-    spread(pipe)
+    shard(pipe)
     return [guided(pipe, name, **{key: {"scale": scale}}) for scale in (0.5, 1.0, 0.5)]
 
 
-def lora_unload(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def lora_unload(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Off, on, deleted, unloaded, loaded again."""
     pipe.load_lora_weights(f"{folder}/{name}-5", adapter_name="one")
-    spread(pipe)
+    shard(pipe)
     pipe.load_lora_weights(f"{folder}/{name}-6", adapter_name="two")
     outs = []
     for act in (
@@ -144,9 +144,9 @@ def lora_unload(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch
     return outs
 
 
-def lora_fused(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def lora_fused(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Merged into the weights, and taken out again."""
-    spread(pipe)
+    shard(pipe)
     pipe.load_lora_weights(f"{folder}/{name}-5")
     pipe.fuse_lora(lora_scale=0.5)
     fused = run(pipe, name)
@@ -154,31 +154,31 @@ def lora_fused(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.
     return [fused, run(pipe, name)]
 
 
-def lora_fused_before(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def lora_fused_before(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Merged and unloaded before: these are plain weights."""
     pipe.load_lora_weights(f"{folder}/{name}-5")
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    spread(pipe)
+    shard(pipe)
     return [run(pipe, name)]
 
 
-def lora_of_encoder(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    spread(pipe)
+def lora_of_encoder(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    shard(pipe)
     pipe.load_lora_weights(f"{folder}/{name}-encoder")
     return [run(pipe, name)]
 
 
-def lora_of_encoder_before(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def lora_of_encoder_before(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     pipe.load_lora_weights(f"{folder}/{name}-encoder")
-    spread(pipe)
+    shard(pipe)
     return [run(pipe, name)]
 
 
 # ControlNets.
 
 
-def controlnet(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def controlnet(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """A ControlNet over the same components, with weights that make a difference."""
     import diffusers
 
@@ -196,7 +196,7 @@ def controlnet(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.
     parts = {k: v for k, v in pipe.components.items() if v is not None}
     other = getattr(diffusers, cls)(**parts, controlnet=net)
     other.set_progress_bar_config(disable=True)
-    spread(other)
+    shard(other)
     size = {k: tiny.defaults(name)[k] for k in ("width", "height")}
     picture = pictures(1)[0].resize((size["width"], size["height"]))
     outs = [guided(other, name, **{key: picture}, controlnet_conditioning_scale=scale) for scale in (1.0, 0.3)]
@@ -206,32 +206,32 @@ def controlnet(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.
 # Arguments of a call.
 
 
-def prompt_embeds(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def prompt_embeds(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Made before; and made by the parallel pipeline's own encoders."""
     with torch.no_grad():
         embeds, pooled, _ = pipe.encode_prompt("a red fox", "a red fox", max_sequence_length=48)
-        spread(pipe)
+        shard(pipe)
         again = pipe.encode_prompt("a red fox", "a red fox", max_sequence_length=48)[0] + 0
     return [again, run(pipe, name, prompt_embeds=embeds, pooled_prompt_embeds=pooled)]
 
 
-def given_latents(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    spread(pipe)
+def given_latents(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    shard(pipe)
     latents = torch.randn(1, 80, 64, generator=torch.Generator().manual_seed(4))
     return [guided(pipe, name, latents=latents), guided(pipe, name, latents=latents, num_inference_steps=2)]
 
 
-def output_types(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    spread(pipe)
+def output_types(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    shard(pipe)
     return [run(pipe, name, output_type=kind) for kind in ("latent", "np", "pt", "pil")]
 
 
-def batch(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    spread(pipe)
+def batch(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    shard(pipe)
     return [guided(pipe, name, num_images_per_prompt=2), guided(pipe, name, num_images_per_prompt=2)]
 
 
-def schedulers(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def schedulers(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Another one before, and others after."""
     import diffusers
 
@@ -245,15 +245,15 @@ def schedulers(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.
     ):
         pipe.scheduler = scheduler
         if not outs:
-            spread(pipe)
+            shard(pipe)
         torch.manual_seed(11)
         outs.append(guided(pipe, name))
     return outs
 
 
-def bfloat16(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def bfloat16(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     pipe.to(torch.bfloat16)
-    spread(pipe)
+    shard(pipe)
     return [guided(pipe, name), guided(pipe, name)]
 
 
@@ -261,7 +261,7 @@ def bfloat16(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Te
 
 
 def ranks() -> tuple[int, int]:
-    """This rank and their number, among those that work on one request."""
+    """This rank and their number, among the ranks of one request."""
     if torch.distributed.is_initialized() and together:
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -271,8 +271,8 @@ together = True
 """Whether all ranks work on the same request (copies do not)."""
 
 
-def callback(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    """Changes latents and embeddings; only what rank 0 makes of them counts."""
+def callback(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    """Changes latents and embeddings; only the changes of rank 0 count."""
     seen = []
 
     def change(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -283,16 +283,16 @@ def callback(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Te
             given["prompt_embeds"] = given["prompt_embeds"] * 1.1
         return given
 
-    spread(pipe)
+    shard(pipe)
     keys = ["latents", "prompt_embeds"]
     made = guided(pipe, name, callback_on_step_end=change, callback_on_step_end_tensor_inputs=keys)
     assert seen == [0, 1, 2]
     return [made, guided(pipe, name)]
 
 
-def interrupt(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def interrupt(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Any rank stops all at the same step: here the last one alone, then the first one alone."""
-    spread(pipe)
+    shard(pipe)
     outs = []
     for who in (ranks()[1] - 1, 0):
         steps = []
@@ -311,52 +311,52 @@ def interrupt(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.T
 # What is done to modules.
 
 
-def attributes(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def attributes(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Attributes that steer code, on the model and in a block."""
-    spread(pipe)
+    shard(pipe)
     first = run(pipe, name)
     pipe.transformer.transformer_blocks[0].attn.norm_q.eps = 0.5
     pipe.transformer.single_transformer_blocks[3].norm.norm.eps = 0.5
     return [first, run(pipe, name)]
 
 
-def compiled(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def compiled(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     torch._dynamo.reset()
     pipe.transformer.compile_repeated_blocks(backend="aot_eager")
-    spread(pipe)
+    shard(pipe)
     return [run(pipe, name), run(pipe, name)]
 
 
-def compiled_after(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def compiled_after(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     torch._dynamo.reset()
-    spread(pipe)
+    shard(pipe)
     pipe.transformer.compile_repeated_blocks(backend="aot_eager")
     return [run(pipe, name), run(pipe, name)]
 
 
-def back_end(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def back_end(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     """Chosen before, changed after."""
     pipe.transformer.set_attention_backend("_native_math")
-    spread(pipe)
+    shard(pipe)
     first = guided(pipe, name)
     pipe.transformer.set_attention_backend("native")
     return [first, guided(pipe, name)]
 
 
-def fused_projections(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def fused_projections(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     pipe.transformer.fuse_qkv_projections()
-    spread(pipe)
+    shard(pipe)
     return [run(pipe, name)]
 
 
-def fused_projections_after(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    spread(pipe)
+def fused_projections_after(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    shard(pipe)
     pipe.transformer.fuse_qkv_projections()
     return [run(pipe, name)]
 
 
-def tiling(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    spread(pipe)
+def tiling(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    shard(pipe)
     pipe.vae.enable_tiling()
     pipe.vae.enable_slicing()
     return [run(pipe, name, output_type="np", num_images_per_prompt=2)]
@@ -391,12 +391,12 @@ def cache_config(kind: str, pipe: Any) -> Any:
 
 
 def cache(kind: str, before: bool) -> Callable[..., list[torch.Tensor]]:
-    def row(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+    def row(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
         if not before:
-            spread(pipe)
+            shard(pipe)
         pipe.transformer.enable_cache(cache_config(kind, pipe))
         if before:
-            spread(pipe)
+            shard(pipe)
         outs = [guided(pipe, name, num_inference_steps=6)]
         pipe.transformer.disable_cache()
         return [*outs, guided(pipe, name)]
@@ -407,32 +407,32 @@ def cache(kind: str, before: bool) -> Callable[..., list[torch.Tensor]]:
 # Quantised and offloaded.
 
 
-def layerwise_casting(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def layerwise_casting(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    spread(pipe)
+    shard(pipe)
     return [run(pipe, name)]
 
 
-def layerwise_casting_after(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
-    spread(pipe)
+def layerwise_casting_after(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
+    shard(pipe)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     return [run(pipe, name)]
 
 
-def dynamic_quantisation(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+def dynamic_quantisation(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
     pipe.transformer = torch.ao.quantization.quantize_dynamic(pipe.transformer, {torch.nn.Linear}, dtype=torch.qint8)
-    spread(pipe)
+    shard(pipe)
     return [run(pipe, name)]
 
 
 def offload(method: str, before: bool) -> Callable[..., list[torch.Tensor]]:
-    def row(pipe: Any, name: str, spread: Spread, folder: str) -> list[torch.Tensor]:
+    def row(pipe: Any, name: str, shard: Shard, folder: str) -> list[torch.Tensor]:
         more = {}
         if method == "enable_group_offload":
             kinds = {"offload_type": "block_level", "num_blocks_per_group": 1}
             more = {"onload_device": torch.device("cpu"), **kinds}
         if not before:
-            spread(pipe)
+            shard(pipe)
         if method == "cpu_offload":  # what the pipelines' methods come to
             import accelerate
 
@@ -440,7 +440,7 @@ def offload(method: str, before: bool) -> Callable[..., list[torch.Tensor]]:
         else:
             getattr(pipe, method)(**more)
         if before:
-            spread(pipe)
+            shard(pipe)
         return [run(pipe, name)]
 
     return row

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of the page, and what they do with it again and again."""
+"""A headless Chromium for the tests of the page, and frequent actions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chromium() -> Iterator[Browser]:
 
 
 class Visit:
-    """The page of a server in a tab of its own, and what it asked for and complained about."""
+    """The page of a server in a tab of its own, its requests and its errors."""
 
     def __init__(self, browser: Browser, url: str, **options: Any):
         self.requests: list[str] = []

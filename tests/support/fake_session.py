@@ -1,7 +1,7 @@
 """A session without a model: the start-up of test_launch.py and the faults of test_omni_faults.py.
 
-The model's name says what happens at the start, a prompt what happens in `generate`, each as words such as "kill:1":
-on rank 1, kill this process.
+The model's name is a script for the start, a prompt one for `generate`, each with words such as "kill:1": on rank 1,
+kill this process.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def pictures(prompt: str) -> list[Image.Image]:
 
 
 def act(script: str, when: str, rank: int = 0) -> None:
-    """Do what the words of `script` say; those that begin with another moment's name are not meant."""
+    """Run the words of `script`; skip those that begin with the name of another moment."""
     for word in script.split():
         moment, _, deed = word.rpartition(".")
         name, _, argument = deed.partition(":")

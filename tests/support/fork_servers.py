@@ -13,10 +13,10 @@ from shardit.engine.process.fork_client import ForkServer
 from tests.support.paths import SUPPORT
 
 _idle: list[tuple[dict[str, str], ForkServer]] = []
-"""Those that run without ranks, the one that was used last at the end, each with the environment it was started in."""
+"""Idle fork servers without ranks, the most recently used at the end, each with the environment of its start."""
 
 KEPT = 2
-"""A test may change the environment, or need ranks while those of its module are up."""
+"""More than one: a test may change the environment, or need ranks while those of its module are up."""
 
 
 class KeptForkServer:

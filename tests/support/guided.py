@@ -25,13 +25,13 @@ CONFIGS = {
 }
 
 
-def latents(change: Change, spread: Callable[[Any], Any] = lambda pipe: pipe) -> torch.Tensor:
-    """What five steps of a fresh pipeline of four blocks give, after a change of its transformer."""
+def latents(change: Change, shard: Callable[[Any], Any] = lambda pipe: pipe) -> torch.Tensor:
+    """Return the latents after five steps of a fresh pipeline of four blocks, after a change of its transformer."""
     pipe = pipeline("qwen-image")
     del pipe.transformer.transformer_blocks[4:]
     pipe.transformer.register_to_config(num_layers=4)
     change(pipe.transformer)
-    pipe = spread(pipe)
+    pipe = shard(pipe)
     torch.manual_seed(1)
     random.seed(1)
     call = {**tiny.defaults("qwen-image"), "prompt": "a cat", "negative_prompt": "a dog", "true_cfg_scale": 4.0}

@@ -1,4 +1,4 @@
-"""What tests of the HTTP interface ask again and again."""
+"""Frequent calls of the tests of the HTTP interface."""
 
 from __future__ import annotations
 

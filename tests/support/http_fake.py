@@ -1,5 +1,5 @@
 """The real API process with a supervisor that is a thread of the test: it finishes jobs with small real files, slowly
-or not at all, as their prompts say."""
+or not at all, depending on their prompts."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def serving(
     held: bool = False,
     **options: Any,
 ) -> Iterator[Served]:
-    """A server with its data in `folder`; `memory` is what it has learned of memory."""
+    """Start a server with its data in `folder`; `memory` is the learned memory use."""
     info = IMAGE if info is None else info
     model = "tiny/wan2.2-ti2v" if info is VIDEO else "tiny/qwen-image"
     folder.mkdir(parents=True, exist_ok=True)

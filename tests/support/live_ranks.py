@@ -23,7 +23,7 @@ WAIT_S = 240.0
 
 
 class LiveRanks:
-    """All that the ranks have said so far, in order: (rank, message)."""
+    """All messages of the ranks so far, in order: (rank, message)."""
 
     def __init__(self, model: str, session: str = SESSION, max_in_flight: int = 3, **sizes: int):
         self.model = model
@@ -48,7 +48,7 @@ class LiveRanks:
         self._thread.start()
 
     def start(self) -> None:
-        """Start the ranks, or start them anew, and wait until they are up."""
+        """Start or restart the ranks, and wait until they are up."""
         before = len(self.ups)
         self.loop.call(self.rank_group.bring_up)
         self.wait(lambda: len(self.ups) > before or bool(self.downs))
@@ -65,7 +65,7 @@ class LiveRanks:
         self.loop.call(self.rank_group.send, range(self.rank_group.size), Cancel(key))
 
     def ends(self, key: int) -> list[RequestFinished]:
-        """Wait until all ranks are through with a request; what they said, the first rank's first."""
+        """Wait until all ranks have finished a request; return their messages, the first rank's first."""
 
         def found() -> list[tuple[int, RequestFinished]]:
             return [(rank, m) for rank, m in list(self.said) if isinstance(m, RequestFinished) and m.key == key]

@@ -20,6 +20,7 @@ def loaded(
     reads: Reads | None = None,
     options: ModelOptions = NO_OPTIONS,
 ) -> Any:
-    """The pipeline of a model with what `owned` gives for its modules on meta: whole by default."""
+    """Return the pipeline of a model with the tensors that `owned` selects for its modules on meta: whole by
+    default."""
     prepared = prepare(model, None, setting(dtype), options)
     return load_pipeline(prepared, owned(prepared.modules), reads=reads)

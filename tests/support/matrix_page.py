@@ -1,4 +1,4 @@
-"""The page docs/supported-models.md, from what test_matrix.py has measured: `python -m tests.support.matrix_page`."""
+"""Writes docs/supported-models.md from the results of test_matrix.py: `python -m tests.support.matrix_page`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ tiny models have the real classes and few, narrow layers; 3 ranks divide neither
 
 
 def note(name: str, found: dict[str, float]) -> None:
-    """Remember what was measured of a model."""
+    """Store the results of a model."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -46,7 +46,7 @@ def note(name: str, found: dict[str, float]) -> None:
 
 
 def render(results: Path, names: tuple[str, ...]) -> str:
-    """The page. SystemExit names what was not measured."""
+    """Return the page. SystemExit names missing results."""
     rows = []
     for name in names:
         file = results / f"{name}.json"

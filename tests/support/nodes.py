@@ -85,7 +85,7 @@ class Servers:
         return sorted(found)
 
     def ranks(self) -> list[int]:
-        """Rank processes of torchrun: what an agent has forked has its command line and is its child."""
+        """Return rank processes of torchrun: a fork of an agent has its command line and is its child."""
         known = self.everything()
         return [pid for pid in known if parent(parent(pid)) in {process.pid for process in self.processes}]
 

@@ -145,7 +145,7 @@ class Single(nn.Module):
 
 
 class ByHand(nn.Module):
-    """Decides while it runs what is split: the tokens that are left after some were dropped."""
+    """Decides at run time what is split: the tokens that are left after some were dropped."""
 
     _sp_plan: Any = {}
 

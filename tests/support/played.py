@@ -1,4 +1,4 @@
-"""A dispatcher whose ranks, writers and log are played by the test, which says what happens when."""
+"""A dispatcher whose ranks, writers and log are played by the test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INFO = ModelInfo(SIGNATURE, held_bytes=1)
 
 
 class FakeFleet:
-    """Plays the part of `RankGroup`: nothing runs, and what ranks say is up to the test."""
+    """Plays the part of `RankGroup`: nothing runs, and the test sends the messages of ranks."""
 
     def __init__(self, size: int, on_down: Callable[[Failure], None]):
         self.size, self.on_down = size, on_down
@@ -60,7 +60,7 @@ class FakeFleet:
 
 
 class ManualWriter(Executor):
-    """Writes when the test says so."""
+    """Writes when the test asks for it."""
 
     def __init__(self) -> None:
         self.work: list[tuple[Future[Any], Any, tuple[Any, ...]]] = []
@@ -95,7 +95,7 @@ class Log:
 
 @dataclass
 class Server:
-    """A dispatcher, and ranks that answer when told to."""
+    """A dispatcher, and ranks that answer on request."""
 
     store: Store
     jobs: Dispatcher
@@ -134,7 +134,7 @@ class Server:
         return range(replica * self.together, (replica + 1) * self.together)
 
     def step(self, job_id: str, step: int = 1, total: int = 4) -> None:
-        self.jobs.heard(self.ranks(job_id)[0], Progress(self.key(job_id), step, total))
+        self.jobs.on_rank_message(self.ranks(job_id)[0], Progress(self.key(job_id), step, total))
 
     def leave(self, job_id: str, **more: Any) -> None:
         """All its ranks are through with a job."""
@@ -142,7 +142,9 @@ class Server:
         for rank in ranks:
             good = rank == ranks[0] and not more
             output = Output("a cat", 1, [Image.new("RGB", (8, 8))]) if good else None
-            self.jobs.heard(rank, RequestFinished(key, None if more.get("cancelled") else "sum", output=output, **more))
+            self.jobs.on_rank_message(
+                rank, RequestFinished(key, None if more.get("cancelled") else "sum", output=output, **more)
+            )
 
     def complete(self, job_id: str) -> None:
         self.leave(job_id)

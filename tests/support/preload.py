@@ -1,5 +1,5 @@
-"""What the fork server imports once, so that a rank starts in milliseconds: the packages, this one, and what modules
-of tests share. It also runs pipelines, since the first call of many functions takes longer than all later ones."""
+"""Imports of the fork server, made once so that a rank starts in milliseconds: the packages, this one, and shared test
+modules. It also runs pipelines, since the first call of many functions takes longer than all later ones."""
 
 import gc
 import importlib

@@ -17,12 +17,12 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "tests.support.pr
 
 
 class RanksFailed(AssertionError):
-    """What the ranks said before they ended."""
+    """The errors of the ranks."""
 
 
 def run_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-    """function(rank, count, init_method, *args) on every rank; the list of what it returned. All processes are gone
-    when this returns; every rank's traceback is in the error."""
+    """Run function(rank, count, init_method, *args) on every rank and return the list of results. All processes are
+    gone when this returns; every rank's traceback is in the error."""
     with tempfile.TemporaryDirectory() as folder:
         method = f"file://{folder}/store"
         workers = []

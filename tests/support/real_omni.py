@@ -1,4 +1,4 @@
-"""Real `Omni`s of tiny models for tests, and what plain diffusers makes of the same call."""
+"""Real `Omni`s of tiny models for tests, and the result of plain diffusers for the same call."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class RealServer:
         self._from = 0
 
     def start(self) -> None:
-        """Start the command and wait until it says where it listens. The first port is kept."""
+        """Start the command and wait until it logs its address. The first port is kept."""
         begin = [str(SUPPORT / "serve_faulty.py")] if self.faulty else ["-m", "shardit", "serve"]
         arguments = [*begin, self.model, "--data-dir", str(self.folder), "--port", str(self.port), *self.flags]
         path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
@@ -64,7 +64,7 @@ class RealServer:
     # What it says.
 
     def log(self, whole: bool = False) -> list[dict[str, Any]]:
-        """The lines of its log since it was started last, or all; those that are no JSON as {"event": line}."""
+        """Return the lines of its log since the latest start, or all; those that are not JSON as {"event": line}."""
         with self.log_path.open("rb") as file:
             file.seek(0 if whole else self._from)
             lines = file.read().decode(errors="replace").splitlines()
@@ -81,7 +81,7 @@ class RealServer:
         return [line for line in self.log(whole) if line.get("event") == name]
 
     def wait(self, condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
-        """Until something holds; what it gives."""
+        """Wait until a condition holds; return its value."""
         deadline = time.monotonic() + timeout_s
         while not (found := condition()):
             assert time.monotonic() < deadline, f"{what}: not after {timeout_s} s\n{self.log_path.read_text()[-5000:]}"
@@ -94,7 +94,7 @@ class RealServer:
     # HTTP.
 
     def call(self, method: str, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
-        """Status and body (JSON where it is that). Raises OSError where nobody answers."""
+        """Return status and body (JSON if possible). Raises OSError without an answer."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Prefer": "respond-async"}
         headers.update({} if key is None else {"Idempotency-Key": key})
@@ -110,7 +110,7 @@ class RealServer:
         return status, json.loads(content) if kind.startswith("application/json") else content
 
     def patiently(self, method: str, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
-        """As `call`, again and again while nobody answers or the answer is "later"."""
+        """Call as `call`, repeatedly while there is no answer or the answer is "later"."""
         deadline = time.monotonic() + WAIT_S
         while True:
             with contextlib.suppress(OSError, EOFError):
@@ -185,7 +185,7 @@ class RealServer:
     # Processes.
 
     def pids(self) -> dict[str, int]:
-        """Its living processes by what they are: supervisor, api, fork server, rank 0, rank 1, ..."""
+        """Return its living processes by kind: supervisor, api, fork server, rank 0, rank 1, ..."""
         assert self.process is not None
         found = {"supervisor": self.process.pid}
         for pid in children(self.process.pid):
@@ -237,7 +237,7 @@ def real_server(model: str, folder: Path, *flags: str, faulty: bool = False) -> 
 
 @functools.lru_cache(maxsize=50)
 def expected(name: str, seed: int, prompt: str, call: tuple[tuple[str, Any], ...]) -> list[Image.Image]:
-    """What plain diffusers makes, as it is read from a file."""
+    """Return the result of plain diffusers, as read from a file."""
     made = by_diffusers(name, seed, prompt=prompt, **dict(call))
     is_video = "num_frames" in tiny.defaults(name)
     output = Output(prompt, seed, frames=[made]) if is_video else Output(prompt, seed, made)

@@ -1,4 +1,4 @@
-"""Jobs for tests of the store, and what is looked at in it."""
+"""Jobs for tests of the store, and the values to compare."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ CHUNKS = {"pp 2": 1, "pp 2 looped": 3}
 """Chunks for each rank, by column."""
 
 TOKENS: dict[str, dict[str, Any]] = {"ulysses 2": {"ulysses_degree": 2}, "ring 2": {"ring_degree": 2}}
-"""Configurations that spread tokens, by column."""
+"""Configurations that shard tokens, by column."""
 
 FAILED = "failed"
 
@@ -45,7 +45,7 @@ Found = Mapping[str, float | str]
 """The distance from the plain model, or why it was refused, by class."""
 
 
-def spread(rank: int, count: int, method: str, ids: Sequence[str], config: dict[str, Any]) -> Found:
+def run_sharded(rank: int, count: int, method: str, ids: Sequence[str], config: dict[str, Any]) -> Found:
     """One call of each class with its tokens over the ranks."""
     mesh = init_mesh(DiffusionParallelConfig(**config), device="cpu", rank=rank, init_method=method, timeout_s=60)
     found: dict[str, float | str] = {}
@@ -113,5 +113,5 @@ if __name__ == "__main__":
         for outcome in outcomes:
             found.setdefault((outcome.id, outcome.chunks), []).append(outcome)
     others: dict[str, Found] = {"tp 2": run_ranks(2, test_tensor.survey, ids, timeout=1800)[0]}
-    others |= {way: run_ranks(2, spread, ids, config, timeout=1800)[0] for way, config in TOKENS.items()}
+    others |= {way: run_ranks(2, run_sharded, ids, config, timeout=1800)[0] for way, config in TOKENS.items()}
     write(render(found, others))

@@ -41,7 +41,7 @@ class Case:
     prompts: tuple[str, ...] = PROMPTS
 
     def config(self) -> DiffusionParallelConfig:
-        """How it is spread."""
+        """How it is sharded."""
         return DiffusionParallelConfig(
             pipeline_parallel_size=self.pp,
             pipeline_chunks=self.chunks,

@@ -1,4 +1,4 @@
-"""What each rank would hold of a model, without reading a weight."""
+"""Reports the share of a model on each rank, without reading a weight."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def inspect_model(
     max_in_flight: int = 1,
     variant: str | None = None,
 ) -> dict[str, Any]:
-    """One document: per rank and component the blocks (numbers in execution order; of encoders: the units), parameters
-    and bytes; and the bytes of the whole model.
+    """Return one document with, per rank and component, the blocks (numbers in execution order; of encoders: the
+    units), parameters and bytes; and the bytes of the whole model.
 
-    `model` may also be the name or hub id of a configuration that comes with shardit. Bytes are those in the files
-    (of such a configuration: in bfloat16), or with `dtype` (one, or one for each component) those in memory of it.
-    `variant` is that of the weight files, as for `Omni`. Raises what loading would raise.
+    `model` may also be the name or hub id of a configuration that comes with shardit. Bytes are those in the files (for
+    such a configuration: in bfloat16), or with `dtype` (one, or one for each component) those in memory in that dtype.
+    `variant`: of the weight files, as for `Omni`. Raises the same errors as loading.
     """
     configs = configurations(model, variant)
     found = describe(model, options=model_options(variant=variant)) if configs is None else describe_configs(configs)
@@ -60,7 +60,7 @@ def _component(
 ) -> dict[str, Any]:
     blocks = assignment.blocks(name, member)
     stored, kind = found.sizes[name], dtype_of(dtype, name)
-    held: dict[int, tuple[torch.Tensor, list[str]]] = {}  # tied ones count once
+    held: dict[int, tuple[torch.Tensor, list[str]]] = {}  # tied tensors count once
     for key, tensor in found.modules[name].state_dict(keep_vars=True).items():
         held.setdefault(id(tensor), (tensor, []))[1].append(key)
     parameters = nbytes = 0

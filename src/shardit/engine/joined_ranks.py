@@ -1,4 +1,4 @@
-"""The ranks that torchrun has started, one of which is this process: all of them make the same requests."""
+"""Ranks started by torchrun, including this process: all of them run the same requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class JoinedRanks:
-    """This process is one of the ranks that torchrun has started."""
+    """This process as one of the ranks started by torchrun."""
 
     def __init__(self, spec: SessionSpec):
         self.spec = spec
@@ -43,7 +43,7 @@ class JoinedRanks:
         self.info = self._session.info
 
     def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
-        """Run the requests that `build` makes on rank 0, which draws seeds and reads pictures, on all ranks."""
+        """Run the requests that `build` returns on rank 0, which draws seeds and reads pictures, on all ranks."""
         with self._naming_this_rank():
             requests = from_rank_0(lambda: made_or_error(build))
             if isinstance(requests, (InputError, RankError)):
@@ -54,7 +54,7 @@ class JoinedRanks:
             return [dataclasses.replace(outputs[index], peak_bytes=peaks) for index in sorted(outputs)]
 
     def close(self) -> None:
-        """Leave."""
+        """Leave the process group."""
         session, self._session = self._session, None
         if session is not None:
             session.close()
@@ -70,11 +70,11 @@ class JoinedRanks:
 
 
 def ignore_progress(index: int, step: int, total: int, made: Any = None) -> None:
-    """The progress callback of all other ranks."""
+    """Ignore progress, on all ranks but the first."""
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in the order of ranks."""
+    """Return the values of all ranks, in rank order."""
     import torch.distributed as dist
 
     if not dist.is_initialized():  # one rank needs no group
@@ -85,7 +85,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def collected(outputs: dict[int, Output]) -> dict[int, Output]:
-    """The outputs of all replicas on rank 0, none on the others. Collective."""
+    """Return the outputs of all replicas on rank 0, none on the others. Collective."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -96,7 +96,7 @@ def collected(outputs: dict[int, Output]) -> dict[int, Output]:
 
 
 def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError | RankError:
-    """The requests, or why there are none, for all ranks to know: they would wait for the first one."""
+    """Build the requests, or return the error for all ranks: they would wait for the first one."""
     try:
         return build()
     except InputError as error:
@@ -106,7 +106,7 @@ def made_or_error(build: Callable[[], list[Any]]) -> list[Any] | InputError | Ra
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes; where ranks have no group, each makes its own."""
+    """Return the result of `make` on rank 0; if ranks have no group, each uses its own."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

@@ -1,4 +1,4 @@
-"""The ranks of an `Omni` on this machine: it begins all requests of a call, and waits until they have finished."""
+"""The ranks of an `Omni` on this machine: begins all requests of a call, and waits until they have finished."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOOK_EVERY_S = 0.1
 
 
 class LocalRanks:
-    """Rank processes on this machine. They are ended when one of them fails, and started again when needed.
+    """Rank processes on this machine. They are stopped when one of them fails, and started again when needed.
 
     All decisions are made in the thread that calls `start` or `generate`.
     """
@@ -77,7 +77,7 @@ class LocalRanks:
             self._run_until(lambda: self._up)
 
     def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
-        """Run the requests that `build` makes on all ranks; their outputs in order, None for one that was cancelled."""
+        """Run the requests that `build` returns on all ranks."""
         if os.getpid() != self.owner:
             raise InputError("this Omni was made by another process; make one in the process that uses it")
         begins = [Begin(next(self._keys), _packed(request)) for request in build()]
@@ -101,11 +101,11 @@ class LocalRanks:
             self._group.send(one.ranks, Cancel(key))
 
     def close(self) -> None:
-        """End everything."""
+        """Stop all processes."""
         if os.getpid() != self.owner:
             return  # this is a fork of the process that made it
         if not self._lock.acquire(timeout=0.1):
-            self.placement.stop()  # another thread is in `generate`, which fails by this
+            self.placement.stop()  # another thread is in `generate`, which then fails
             return
         try:
             if self._up:
@@ -129,14 +129,14 @@ class LocalRanks:
         return requests
 
     def _run_until(self, condition: Callable[[], bool]) -> None:
-        """Run the loop until something holds. Raises InputError, RankError if the ranks fail before."""
+        """Run the loop until a condition holds. Raises InputError or RankError if the ranks fail before."""
         self._loop.run(lambda: condition() or self._failure is not None)
         if self._failure is not None:
             raise self._failure.error()
 
     def _set_up(self, infos: list[ModelInfo]) -> None:
         self.info, self._up = infos[0], True
-        self._held = [info.held_bytes for info in infos]  # the peak of a rank that had no request
+        self._held = [info.held_bytes for info in infos]  # the peak of a rank without a request
         self._hangs.reset()
 
     def _set_down(self, failure: Failure) -> None:
@@ -146,7 +146,7 @@ class LocalRanks:
         one = self._in_flight.get(message.key)
         if one is None:
             return
-        self._hangs.heard(one.replica)
+        self._hangs.record_message(one.replica)
         if isinstance(message, Progress):
             self._on_step(message)
         elif isinstance(message, (RequestFailed, RequestFinished)):
@@ -159,7 +159,7 @@ class LocalRanks:
                 del self._in_flight[message.key]
 
     def _refused_alone(self, message: RequestFinished) -> None:
-        """The other ranks, if they run the request, wait for one that never will."""
+        """Fail the ranks: the others that run this request would wait forever for the rank that refused it."""
         if message.key in self._in_flight:
             self._failure = Failure.of_refusal(Refused(message.error or ""))
 

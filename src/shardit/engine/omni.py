@@ -1,4 +1,4 @@
-"""`Omni`: the offline API. Ranks are started by it, or joined where torchrun has started them."""
+"""`Omni`: the offline API. Starts ranks, or joins those started by torchrun."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shardit.engine.progress_bars import Bars
 from shardit.engine.session_spec import LAUNCH_NAMES, session_spec
 from shardit.engine.start import start_ranks
 from shardit.errors import InputError
+from shardit.language.loading.source import refuse_decoder
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
@@ -24,22 +25,22 @@ if TYPE_CHECKING:
 
 
 class Omni:
-    """A diffusers pipeline on as many devices as `parallel_config` says; a context manager.
+    """A diffusers pipeline on the devices of `parallel_config`; a context manager.
 
-    model: hub id, folder or "tiny/NAME". model_config: where `model` is one .safetensors file in a format of its
-    authors, the folder or hub id with the pipeline's configuration. settings: how the model is loaded and run (see
-    "Settings of `Omni`"), and fields of `parallel_config` in its place: Omni(model, pipeline_parallel_size=2).
+    model: hub id, folder or "tiny/NAME". model_config: if `model` is one .safetensors file in its authors' format, the
+    folder or hub id with the pipeline's configuration. settings: options for loading and running the model (see
+    "Settings of `Omni`"), or fields of `parallel_config` in its place: Omni(model, pipeline_parallel_size=2).
 
-    Returns when every rank has loaded its share. Raises InputError for what can be corrected and RankError where a
-    rank fails. Under torchrun no processes are started, and every rank makes its own Omni with the same arguments.
+    Returns when every rank has loaded its share. Raises InputError for errors that the caller can correct and RankError
+    if a rank fails. Under torchrun no processes are started, and every rank makes its own Omni with the same arguments.
     """
 
-    _session = SESSION  # tests put a stand-in here, and shorter times
+    _session = SESSION  # replaced by tests, along with shorter times
     _timeouts = Timeouts()
 
     def __init__(
         self,
-        model: str | os.PathLike[str] = "",  # as if it were required: so a wrong keyword in its place is named
+        model: str | os.PathLike[str] = "",  # as if it were required, so that a wrong keyword in its place is named
         *,
         parallel_config: DiffusionParallelConfig | None = None,
         model_config: str | os.PathLike[str] | None = None,
@@ -50,6 +51,8 @@ class Omni:
         launch = {name: settings.pop(name) for name in LAUNCH_NAMES if name in settings}
         own = ("model", "parallel_config", "model_config", *LAUNCH_NAMES, *OPTION_NAMES)
         config = config_of(parallel_config, settings, "Omni", own)
+        if model_config is None and isinstance(model, (str, os.PathLike)):
+            refuse_decoder(model)
         model, options = split_model(model, model_config, options)
         spec = session_spec(model, config, options, self._session, **launch)
         if self._session == SESSION:
@@ -70,10 +73,10 @@ class Omni:
         """Run one request per prompt and return their outputs in order.
 
         `prompts` is a string, a dict or a list of them, `params` one OmniDiffusionSamplingParams or one for each.
-        `sampling_params_list` is vLLM-Omni's name for them; a list of one is for all prompts there.
-        `overrides` replace fields of params in all requests, the keys of a prompt's dict in that request. A request
-        that fails alone has its error in its Output. Under torchrun all ranks call this together; the outputs are on
-        rank 0, the others get []. SHARDIT_PROGRESS=0 turns the progress bars off.
+        `sampling_params_list` is vLLM-Omni's name for `params`; there a list of one applies to all prompts. `overrides`
+        replace fields of params in all requests, the keys of a prompt's dict in that request. A request that fails
+        alone has its error in its Output. Under torchrun all ranks call this together; the outputs are on rank 0, the
+        others get []. SHARDIT_PROGRESS=0 turns the progress bars off.
         """
         from shardit.diffusion.request.build import build_requests, params_of
 
@@ -100,16 +103,16 @@ class Omni:
 
     @property
     def takes(self) -> PipelineSignature:
-        """What the model's pipeline takes and makes."""
+        """Signature of the model's pipeline: its arguments and outputs."""
         return self._info.signature
 
     @property
     def notes(self) -> list[str]:
-        """What the ranks had to say about the model and how it was cut."""
+        """Notes from the ranks about the model and how it was cut."""
         return list(self._info.notes)
 
     def close(self) -> None:
-        """End the ranks; may be called twice. Happens by itself at the end of the program."""
+        """Stop the ranks; may be called twice. Called automatically when the program exits."""
         self._closed = True
         self._end_ranks()
 

@@ -22,7 +22,7 @@ class Bars:
         if index not in self._bars:
             from tqdm import tqdm
 
-            # Seconds per step even where tqdm would turn to steps per second.
+            # Seconds per step even if tqdm would switch to steps per second.
             form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
             self._bars[index] = tqdm(total=total, desc=f"request {index}", unit="step", bar_format=form)
         bar = self._bars[index]
@@ -31,7 +31,7 @@ class Bars:
             bar.close()
 
     def close(self) -> None:
-        """Leave the bars as they are and end their lines."""
+        """Leave the bars visible and end their lines."""
         for bar in self._bars.values():
             bar.close()
 

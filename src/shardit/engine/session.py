@@ -32,7 +32,7 @@ def check(spec: SessionSpec) -> None:
 class Session:
     """A loaded model on one rank. All methods are collective over the ranks.
 
-    info: what the user's process needs to know of the model, as picklable data.
+    info: facts about the model for the user's process, as picklable data.
     """
 
     def __init__(self, spec: SessionSpec, *, rank: int, world_size: int, init_method: str):
@@ -60,10 +60,10 @@ class Session:
             raise
 
     def generate(self, requests: list[Any], on_progress: OnProgress) -> dict[int, Any]:
-        """Run requests that all ranks have, several at once, without a process that watches the ranks (torchrun). The
-        outputs of a replica of the data axis, by the number of the request, are on its first rank; the others get {}.
+        """Run requests that all ranks have, several at once, without a supervising process (torchrun). The outputs of a
+        replica of the data axis, by the number of the request, are on its first rank; the others get {}.
 
-        A mistake in a request ends that request alone. Raises RankError if ranks come to differ.
+        A mistake in a request ends that request alone. Raises RankError if ranks disagree.
         """
         outputs: dict[int, Any] = {}
         programs = {}
@@ -91,7 +91,7 @@ class Session:
         return outputs
 
     def program(self, request: Any, on_progress: OnProgress) -> Program:
-        """A request as one of the programs that take turns."""
+        """Make a program for the request loop from a request."""
         return Program(self._function(request, on_progress), request.seed)
 
     def _function(self, request: Any, on_progress: OnProgress) -> Callable[[], Any]:
@@ -102,26 +102,27 @@ class Session:
                 out = call()
             if self.runtime is not None:
                 self.runtime.agreement.refuse_draws()
-            if mine is not None:  # compared with the other ranks: what draws in a model may do so on one of them only
+            if mine is not None:  # compared between ranks: a model may draw random numbers on one of them only
                 mine.start = f"{mine.start}, generators {checksum(states(self.mesh.device, []))}"
             return out, time.perf_counter() - start, notes
 
         return run
 
     def agree(self, value: Any, what: str) -> None:
-        """Compare something that must be the same on all ranks, or the group is no longer to be trusted.
+        """Compare a value that must be the same on all ranks; raise RankError if it differs, as the group is then
+        unusable.
 
-        A meeting of all ranks drains the pipeline: it is held when a request fails, and once for all that succeed.
+        This barrier drains the pipeline: it is entered when a request fails, and once for all that succeed.
         """
         if self.runtime is None:
             return
         values = self.runtime.replica.group.gather_objects(value)
         if any(other != values[0] for other in values):
-            raise RankError(self.mesh.rank, f"ranks differ in how requests went ({what}): {values}")
+            raise RankError(self.mesh.rank, f"ranks disagree on the outcome of requests ({what}): {values}")
 
     @property
     def replica(self) -> Comm | None:
-        """All ranks that work on the same requests; None where this rank is alone."""
+        """The communicator of all ranks that work on the same requests; None if this rank is alone."""
         return self.runtime.replica if self.runtime is not None else None
 
     @property

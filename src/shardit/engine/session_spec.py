@@ -1,4 +1,4 @@
-"""The arguments of `Omni` or `LLM`, checked, become what every rank starts from."""
+"""Checks the arguments of `Omni` or `LLM` and builds the settings with which every rank starts."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from shardit.loading.source import local_folder
 from shardit.settings.declare import check_declared, declared
 
 LAUNCH_NAMES = tuple(item.name for item in declared(SessionSpec))
-"""The settings of `SessionSpec` that a user gives."""
+"""The settings of `SessionSpec` that a user can give."""
 
 
 def session_spec(
     model: Any, config: DiffusionParallelConfig, options: ModelOptions, session: str, **launch: Any
 ) -> SessionSpec:
-    """Check the types of all arguments; what they mean is checked where the model is read. `launch`: the settings of
-    `LAUNCH_NAMES` that are given, and the task if it is not that of pipelines."""
+    """Check the types of all arguments; their values are checked when the model is read. `launch`: the given settings
+    of `LAUNCH_NAMES`, and the task if it is not that of pipelines."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
-    if session == SESSION and "task" not in launch:  # others decide what a model is
+    if session == SESSION and "task" not in launch:  # other sessions decide what a model is
         local_folder(model)
     device = launch.get("device")
-    # torch's own type by name: this process need not import torch.
+    # By the name of torch's own type: this process need not import torch.
     known = isinstance(device, str) or (type(device).__module__, type(device).__name__) == ("torch", "device")
     if device is not None and not (known and str(device)):
         raise InputError(f"device must be a name, a torch.device or None, got {device!r}")

@@ -1,4 +1,4 @@
-"""The ranks of an `Omni` or an `LLM`: started by it, or joined where torchrun has started them."""
+"""Starts the ranks of an `Omni` or an `LLM`, or joins those started by torchrun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from shardit.engine.process.process import started_by_torchrun
 
 
 def start_ranks(owner: Any, spec: SessionSpec, timeouts: Timeouts) -> tuple[JoinedRanks | LocalRanks, Any]:
-    """The ranks, which have loaded the model, and the function that ends them, which is called when `owner` goes."""
+    """Return the ranks, with the model loaded, and the function that stops them, which is called when `owner` is
+    deleted."""
     ranks = JoinedRanks(spec) if started_by_torchrun(os.environ) else LocalRanks(spec, timeouts)
     end = weakref.finalize(owner, ranks.close)
     try:

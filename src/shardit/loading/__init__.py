@@ -1,1 +1,1 @@
-"""Folders and hub ids of models, building on meta, reading only owned tensors."""
+"""Resolves model folders and hub ids, builds modules on meta and reads only owned tensors."""

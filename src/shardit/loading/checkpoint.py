@@ -1,4 +1,4 @@
-"""The weights of one component: which file holds which tensor."""
+"""Maps the tensors of one component to weight files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 
 
 class Remote(Protocol):
-    """Where weight files that are not on this disk yet come from."""
+    """Source of weight files that are not on this disk yet."""
 
     def names(self, folder: str) -> list[str]:
-        """Plain names of the files in a component folder."""
+        """Return the plain names of the files in a component folder."""
         ...
 
     def header(self, file: str) -> Header:
-        """The header of a weight file ("folder/name") without its data; byte ranges count from the data's start."""
+        """Return the header of a weight file ("folder/name") without its data; byte ranges count from the start of the
+        data."""
         ...
 
     def fetch(self, files: list[str]) -> None:
-        """Put the named weight files ("folder/name") into the snapshot folder."""
+        """Download the named weight files ("folder/name") into the snapshot folder."""
         ...
 
 
@@ -38,8 +39,8 @@ class Remote(Protocol):
 class Checkpoint:
     """The weights of one component folder; `files` maps tensor name to plain file name.
 
-    `sharded` tells whether an index names the files, `variant` which infix they have. With a `remote`, files are
-    fetched when `ensure` asks for them.
+    sharded: an index names the files. variant: infix of the file names. remote: source of files that are not on this
+    disk; `ensure` fetches them.
     """
 
     folder: Path
@@ -51,9 +52,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | os.PathLike, remote: Remote | None = None, variant: str | None = None) -> Checkpoint:
-        """Find the weights of a component folder, without reading any tensor; those of a variant where it has them.
+        """Find the weights of a component folder, of the given variant if the folder has it, without reading any
+        tensor.
 
-        Raises InputError for missing or damaged files, UnsupportedError for pickles only.
+        Raises InputError for missing or damaged files, UnsupportedError if the folder holds only pickles.
         """
         folder = Path(folder)
         if not folder.is_dir() and remote is None:
@@ -67,17 +69,17 @@ class Checkpoint:
         return opened
 
     def variants(self) -> list[str]:
-        """The variants that the folder has weights of."""
+        """Return the weight variants in the folder."""
         here = os.listdir(self.folder) if self.folder.is_dir() else []
         return variants_among({*here, *(self.remote.names(self.folder.name) if self.remote else [])})
 
     @property
     def names(self) -> list[str]:
-        """The distinct file names, sorted."""
+        """Return the distinct file names, sorted."""
         return sorted(set(self.files.values()))
 
     def header(self, file: str) -> Header:
-        """The header of one of the files, fetched from the hub where the file is not here."""
+        """Return the header of one of the files; fetch it from the hub if the file is not on this disk."""
         if file not in self._headers:
             path = self.folder / file
             if not path.exists() and self.remote is not None:
@@ -88,7 +90,7 @@ class Checkpoint:
         return self._headers[file]
 
     def entry(self, key: str) -> Entry:
-        """Where tensor `key` lies in its file; InputError where the index is wrong about it."""
+        """Return the location of tensor `key` in its file. Raises InputError if the index is wrong about it."""
         file = self.files[key]
         found = self.header(file).entries.get(key)
         if found is None:
@@ -98,7 +100,7 @@ class Checkpoint:
         return found
 
     def ensure(self, files: set[str], reads: Reads | None = None) -> None:
-        """Have these files on this disk, and their headers with true byte ranges."""
+        """Ensure that these files are on this disk and that their headers have true byte ranges."""
         absent = sorted(file for file in files if not (self.folder / file).exists())
         if absent and self.remote is not None:
             self.remote.fetch([f"{self.folder.name}/{file}" for file in absent])
@@ -106,11 +108,11 @@ class Checkpoint:
             path = self.folder / file
             if not path.exists():
                 raise InputError(f"{path} is missing: download or copy the model again")
-            # Read again: a header that came from the hub does not say where the data starts in the file.
+            # Read again: a header from the hub lacks the offset of the data in the file.
             self._headers[file] = Header.read(path, reads)
 
     def stored_dtype(self) -> torch.dtype | None:
-        """The dtype of the first floating tensor of the first file: what transformers calls "auto"."""
+        """Return the dtype of the first floating tensor in the first file, which transformers calls "auto"."""
         for file in self.names[:1]:
             for entry in self.header(file).entries.values():
                 dtype = file_dtype(entry.dtype)
@@ -120,12 +122,13 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(self.entry(key).nbytes for key in self.files)
 
 
 def check_variant(variant: str | None, checkpoints: Mapping[str, Checkpoint]) -> None:
-    """InputError where no component has the variant, as in diffusers; one that lacks it takes its default weights."""
+    """Raise InputError if no component has the variant, as in diffusers; a component without it loads its default
+    weights."""
     if variant is None or not checkpoints or any(one.variant == variant for one in checkpoints.values()):
         return
     there = sorted({name for one in checkpoints.values() for name in one.variants()})
@@ -142,7 +145,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} has no readable weight_map: download or copy it again") from error
     for file in files.values():
-        # An index is text from elsewhere: it may not point out of its folder.
+        # An index is untrusted text: it must not point outside its folder.
         if os.path.basename(file) != file or file in ("", ".", "..") or not file.endswith(".safetensors"):
-            raise InputError(f"{index} names {file!r}, which is not a safetensors file beside it: get another copy")
+            raise InputError(f"{index} names {file!r}, which is not a safetensors file in its folder: get another copy")
     return files

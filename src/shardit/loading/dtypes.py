@@ -1,4 +1,4 @@
-"""Names of number formats: as a user writes them and as safetensors files write them."""
+"""Names of number formats in user settings and in safetensors files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _USER = {
 }
 
 Setting = str | dict[str, str] | None
-"""One dtype for all components, or one for each by its name, as plain text that can be sent: `setting`."""
+"""One dtype for all components, or a dict from component name to dtype, as picklable plain text; see `setting`."""
 
 OTHERS = "default"
-"""The key of components that are not named, as in diffusers, which takes float32 for them without it."""
+"""The key for components without an entry of their own, as in diffusers; without this key they use float32."""
 
 # safetensors code -> (torch attribute, bits per element)
 _FILE = {
@@ -51,9 +51,10 @@ _FILE = {
 
 
 def as_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch dtype for "float32", "bfloat16", "float16", a dtype, or None ("as diffusers would choose").
+    """Return the torch dtype for "float32", "bfloat16", "float16" or a dtype; None (the choice of diffusers) stays
+    None.
 
-    Raises InputError for anything else; float8 is no dtype to compute in.
+    Raises InputError for anything else; float8 is not a compute dtype.
     """
     import torch
 
@@ -68,8 +69,9 @@ def as_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def setting(value: Any, name: str = "dtype") -> Setting:
-    """What a user gives as dtype, checked without torch: a name, a torch dtype, a dict of these by component, or text
-    such as "transformer=bfloat16,vae=float32". None stays None. Raises InputError that names `name`."""
+    """Normalize the dtype setting of a user without importing torch: a name, a torch dtype, a dict of these by
+    component, or text such as "transformer=bfloat16,vae=float32". None stays None. Raises InputError that names
+    `name`."""
     if value is None:
         return None
     if isinstance(value, str) and "=" in value:
@@ -82,8 +84,8 @@ def setting(value: Any, name: str = "dtype") -> Setting:
 
 
 def check_components(chosen: Setting, known: Collection[str]) -> None:
-    """Raise InputError where a dtype is given for a component that the pipeline does not have; `known` are those that
-    have weights."""
+    """Raise InputError if a dtype is given for a component that the pipeline does not have; `known`: components with
+    weights."""
     for name in chosen if isinstance(chosen, dict) else ():
         if name not in known and name != OTHERS:
             listed = ", ".join([*known, OTHERS])
@@ -91,7 +93,7 @@ def check_components(chosen: Setting, known: Collection[str]) -> None:
 
 
 def dtype_of(chosen: Setting, component: str) -> torch.dtype | None:
-    """The dtype of one component, as from_pretrained reads `torch_dtype`."""
+    """Return the dtype of one component, as from_pretrained reads `torch_dtype`."""
     if isinstance(chosen, dict):
         return as_dtype(chosen.get(component, chosen.get(OTHERS, "float32")))
     return as_dtype(chosen)
@@ -116,13 +118,13 @@ def _known(value: Any, name: str) -> str:
 
 
 def file_bits(code: str) -> int | None:
-    """Bits per element of a safetensors code, None where the code is unknown."""
+    """Return the bits per element of a safetensors code, None for an unknown code."""
     known = _FILE.get(code)
     return known[1] if known else None
 
 
 def file_dtype(code: str) -> torch.dtype | None:
-    """The torch dtype of a safetensors code, None where torch has none."""
+    """Return the torch dtype of a safetensors code, None if torch has none."""
     import torch
 
     name = _FILE.get(code, (None, 0))[0]

@@ -1,4 +1,5 @@
-"""The Hugging Face hub: only the files that a pipeline needs, and weight headers without the weights.
+"""Downloads from the Hugging Face hub only the files that a pipeline needs, and reads weight headers without the
+weights.
 
 Endpoint, token, cache folder and offline mode are huggingface_hub's own settings (HF_ENDPOINT, HF_TOKEN, HF_HOME,
 HF_HUB_OFFLINE).
@@ -25,7 +26,7 @@ _SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm",
 
 @dataclass
 class HubRemote:
-    """One commit of a hub repository, and the snapshot folder that holds what was fetched of it."""
+    """One commit of a hub repository and the snapshot folder with its downloaded files."""
 
     model: str
     folder: Path
@@ -37,7 +38,7 @@ class HubRemote:
         return self.folder.name
 
     def listing(self) -> list[str]:
-        """Every file of the commit; what the cache holds where the hub cannot be asked."""
+        """List every file of the commit; if the hub is unreachable, list the cached files."""
         if self._listing is None:
             from huggingface_hub import HfApi
 
@@ -49,11 +50,11 @@ class HubRemote:
         return self._listing
 
     def names(self, folder: str) -> list[str]:
-        """Plain names of the files in a component folder."""
+        """Return the plain names of the files in a component folder."""
         return [PurePosixPath(file).name for file in self.listing() if str(PurePosixPath(file).parent) == folder]
 
     def fetch(self, files: list[str]) -> None:
-        """Download the named files into the snapshot folder; nothing happens for those that are there."""
+        """Download the named files into the snapshot folder; skip files that are already there."""
         absent = [file for file in files if not (self.folder / file).exists()]
         if not absent:
             return
@@ -68,7 +69,7 @@ class HubRemote:
             raise InputError(f"{self.model} has no file {missing[0]}: its repository is incomplete, choose another")
 
     def header(self, file: str) -> Header:
-        """The header of a weight file by an HTTP range request; byte ranges count from the data's start."""
+        """Read the header of a weight file by an HTTP range request; byte ranges count from the start of the data."""
         from huggingface_hub import HfApi
 
         with _explained(self.model):
@@ -82,7 +83,7 @@ class HubRemote:
 
 @dataclass
 class FlatRemote:
-    """One commit of a hub repository that holds a single model, whose files lie at its top."""
+    """One commit of a hub repository with a single model, whose files are in its root folder."""
 
     hub: HubRemote
 
@@ -92,11 +93,11 @@ class FlatRemote:
         return self.hub.folder
 
     def names(self, folder: str) -> list[str]:
-        """Plain names of the files at the top; the name of the folder is ignored, as the remote's is."""
+        """Return the plain names of the files in the root folder; `folder` is ignored."""
         return self.hub.names(".")
 
     def header(self, file: str) -> Header:
-        """The header of a weight file ("folder/name")."""
+        """Return the header of a weight file ("folder/name")."""
         return self.hub.header(PurePosixPath(file).name)
 
     def fetch(self, files: list[str]) -> None:
@@ -105,10 +106,10 @@ class FlatRemote:
 
 
 def open_hub(model: str, variant: str | None = None) -> HubRemote:
-    """The newest commit of a model on the hub, with every file that a pipeline needs but its weights. Of weights, those
-    of the variant are chosen where there are any.
+    """Open the newest commit of a model on the hub and download every file that a pipeline needs except weights.
+    Weights of the variant are preferred if there are any.
 
-    Raises InputError where the model is unknown, gated, no diffusers pipeline, or the hub cannot be reached.
+    Raises InputError if the model is unknown, gated or not a diffusers pipeline, or if the hub is unreachable.
     """
     remote = _newest(model, INDEX, variant)
     remote.fetch(_settings(remote))
@@ -116,8 +117,8 @@ def open_hub(model: str, variant: str | None = None) -> HubRemote:
 
 
 def open_flat(model: str, index: str) -> FlatRemote:
-    """The newest commit of a hub repository that holds a single model described by the file `index`, with every file
-    that it needs but its weights. Raises InputError, as `open_hub` does."""
+    """Open the newest commit of a hub repository with a single model described by the file `index`, and download every
+    file that it needs except weights. Raises InputError, as `open_hub` does."""
     remote = FlatRemote(_newest(model, index))
     names = remote.names("")
     own = _chosen_index(names, model)
@@ -128,8 +129,8 @@ def open_flat(model: str, index: str) -> FlatRemote:
 
 
 def flat_on_hub(model: str, index: str) -> bool:
-    """Whether a repository holds a single model described by the file `index`, rather than a pipeline; from the cache
-    where the hub cannot be asked. False for a repository that is not there."""
+    """Return whether a repository contains a single model described by the file `index`, rather than a pipeline; from
+    the cache if the hub is unreachable. False for a repository that does not exist."""
     from huggingface_hub import HfApi
 
     try:
@@ -143,13 +144,13 @@ def flat_on_hub(model: str, index: str) -> bool:
 
 
 def _newest(model: str, index: str, variant: str | None = None) -> HubRemote:
-    """The newest commit of a repository, with the file `index`."""
+    """Open the newest commit of a repository, with the file `index`."""
     from huggingface_hub import HfApi, hf_hub_download
 
     listing: list[str] | None = None
     commit: str | None = None
     try:
-        # This call does not retry, so that a hub that is away is noticed at once.
+        # This call does not retry, so that an unreachable hub is noticed at once.
         with _explained(model, index):
             info = HfApi().model_info(model)
         commit, listing = info.sha, [file.rfilename for file in info.siblings or []]
@@ -168,7 +169,7 @@ def _held(folder: Path) -> list[str]:
 
 
 def cached(model: str, index: str = INDEX) -> Path | None:
-    """The index of the newest commit in the cache, None where there is none."""
+    """Return the index of the newest commit in the cache, None if the cache has none."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model, index)
@@ -176,10 +177,10 @@ def cached(model: str, index: str = INDEX) -> Path | None:
 
 
 def index_folder(model: str) -> Path | None:
-    """The folder of the index of a hub model that will be loaded, fetched first where the cache has none. None where it
-    is in the cache, but the hub may have a newer one.
+    """Return the folder with the index of a hub model before the model is loaded; fetch the index if the cache has
+    none. Returns None if the index is in the cache but the hub may have a newer one.
 
-    Raises InputError where there is no index to be had.
+    Raises InputError if no index can be found.
     """
     from huggingface_hub import HfApi, constants, hf_hub_download
 
@@ -193,7 +194,7 @@ def index_folder(model: str) -> Path | None:
 
 
 def check_cached(model: str, what: str) -> None:
-    """Raise InputError where the hub may not be asked and the cache has nothing at all of a repository."""
+    """Raise InputError in offline mode if the cache has no file of the repository."""
     from huggingface_hub import constants, file_download
 
     folder = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=model, repo_type="model")
@@ -202,7 +203,7 @@ def check_cached(model: str, what: str) -> None:
 
 
 def _settings(remote: HubRemote) -> list[str]:
-    """Configs, tokenizers and weight indexes of the listed components."""
+    """List the configs, tokenizers and weight indexes of the components in the index."""
     chosen = []
     folders = _component_folders(remote)
     for file in remote.listing():
@@ -216,9 +217,9 @@ def _settings(remote: HubRemote) -> list[str]:
 
 
 def _component_folders(remote: HubRemote) -> set[str]:
-    """Folders of the listed components; one that is null in the index is left out.
+    """Return the folders of the components in the index, except those with the value null.
 
-    A component that is a list of models has further ones: NAME_1 and so on, which the index does not list.
+    A component that is a list of models has further folders, NAME_1 and so on, which are not in the index.
     """
     listed = components(remote.folder)
     found = {name for name, part in listed.items() if not part.absent}
@@ -242,7 +243,7 @@ def _chosen_index(names: list[str], where: str, variant: str | None = None) -> s
 
 
 def weight_files(remote: HubRemote) -> list[str]:
-    """The weight files ("folder/name") of all listed components that have any."""
+    """List the weight files ("folder/name") of all components in the index."""
     chosen = []
     for folder in sorted(_component_folders(remote)):
         names = remote.names(folder)
@@ -261,12 +262,12 @@ _NOT_CACHED = "is not (wholly) in the cache and HF_HUB_OFFLINE is set: unset it 
 
 
 class Unreachable(InputError):
-    """The hub cannot be asked."""
+    """The hub is unreachable or must not be contacted."""
 
 
 def unreachable(error: BaseException, what: str) -> Unreachable | None:
-    """An error of huggingface_hub in words, where it, or one that it follows from, means that the hub cannot be asked
-    for `what`."""
+    """Convert an error of huggingface_hub to Unreachable if it, or one of its causes, means that the hub cannot be
+    asked for `what`; return None for other errors."""
     from huggingface_hub import constants, errors
 
     known = (errors.LocalEntryNotFoundError, *_network_errors())
@@ -286,7 +287,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def _explained(model: str, index: str = INDEX) -> Iterator[None]:
-    """huggingface_hub's errors, each in one line that says what to do. index: the file that makes it a model."""
+    """Convert errors of huggingface_hub to one line with the remedy. index: the file that describes the model."""
     from huggingface_hub import constants, errors
 
     at = constants.ENDPOINT
@@ -300,7 +301,7 @@ def _explained(model: str, index: str = INDEX) -> Iterator[None]:
         raise InputError(
             f"there is no model {model!r} here or at {at}: check the name (or set HF_TOKEN if it is private)"
         ) from error
-    except errors.LocalEntryNotFoundError as error:  # an EntryNotFoundError, too
+    except errors.LocalEntryNotFoundError as error:  # EntryNotFoundError as well
         raise unreachable(error, model) or error from error
     except errors.EntryNotFoundError as error:
         kind = "a diffusers pipeline" if index == INDEX else "a model of transformers"
@@ -312,12 +313,12 @@ def _explained(model: str, index: str = INDEX) -> Iterator[None]:
         if isinstance(status, int) and status >= 500:
             raise Unreachable(f"{at} answered {status} for {model}: try again later") from error
         raise InputError(f"{at} answered {status} for {model}: check the name and HF_TOKEN") from error
-    except _network_errors() as error:  # the one of offline mode is one of these
+    except _network_errors() as error:  # includes the error of offline mode
         raise unreachable(error, model) or error from error
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub's HTTP client raises; the client differs between its versions."""
+    """Return the exception classes of huggingface_hub's HTTP client, which differs between its versions."""
     found: list[type[BaseException]] = [ConnectionError, TimeoutError]
     for name, attribute in (
         ("httpx2", "TransportError"),
@@ -332,7 +333,7 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a text could be a hub id: a name, or owner/name."""
+    """Return whether a text has the form of a hub id: a name, or owner/name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

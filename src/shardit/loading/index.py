@@ -1,4 +1,4 @@
-"""model_index.json: the components of a pipeline and the classes they name."""
+"""Reads model_index.json: the components of a pipeline and their classes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ INDEX = "model_index.json"
 class Component:
     """One entry of model_index.json.
 
-    `library` and `class_name` are as written there; `folder` holds its files (the model folder itself where the
-    component has none of its own); `absent` means that the index says null: the pipeline runs without it.
+    library, class_name: as written there. folder: the folder of its files (the model folder if the component has no
+    folder of its own). absent: the value is null, so the pipeline runs without the component.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Component:
 
 
 def read_index(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of model_index.json; InputError where it is missing or no JSON object."""
+    """Return the content of model_index.json. Raises InputError if it is missing or not a JSON object."""
     path = Path(folder) / INDEX
     try:
         table = json.loads(path.read_text())
@@ -49,7 +49,7 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_config(part: Component) -> dict[str, Any] | None:
-    """The config.json of a component; None where it has none that can be read, which loading it will say."""
+    """Return the config.json of a component; None if it is missing or unreadable, an error that loading reports."""
     try:
         found = json.loads((part.folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -58,7 +58,7 @@ def read_config(part: Component) -> dict[str, Any] | None:
 
 
 def components(folder: str | os.PathLike) -> dict[str, Component]:
-    """The components by name, in the order of the index; plain values (boundary_ratio) are not components."""
+    """Return the components by name, in the order of the index; plain values (boundary_ratio) are not components."""
     folder = Path(folder)
     found = {}
     for name, value in read_index(folder).items():
@@ -76,9 +76,9 @@ def _names_a_class(value: object) -> bool:
 def is_left_to_class(
     part: Component, folder: Path, takes: Mapping[str, inspect.Parameter], optional: Collection[str]
 ) -> bool:
-    """Whether a component of the model in `folder` has no files because the pipeline's class makes it.
+    """Return whether a component of the model in `folder` has no files because the pipeline class creates it.
 
-    It then has a default in `__init__`. diffusers hands such a class the entry of the index, and loads nothing.
+    Such a component has a default in `__init__`. diffusers passes the class the entry of the index and loads nothing.
     """
     default = takes[part.name].default if part.name in takes else inspect.Parameter.empty
     return part.folder == folder and default is not inspect.Parameter.empty and part.name not in optional
@@ -91,10 +91,9 @@ def check_complete(
     optional: Collection[str],
     parts: Mapping[str, Component],
 ) -> None:
-    """InputError where the index lacks a component that a pipeline class cannot do without, or where one has no files.
+    """Raise InputError if the index lacks a component that the pipeline class requires, or if a component has no files.
 
-    `takes` are the parameters of its `__init__`, `optional` its `_optional_components`, `parts` the components that it
-    takes.
+    takes: parameters of its `__init__`. optional: its `_optional_components`. parts: the components that it takes.
     """
     table = read_index(folder)
     named = [name for name, value in table.items() if name in parts or not isinstance(value, list)]
@@ -102,20 +101,20 @@ def check_complete(
         required = parameter.default is parameter.empty and name not in optional
         if required and parameter.kind is not parameter.VAR_KEYWORD and name not in named:
             raise InputError(f"{folder / INDEX} has no {name}, which {class_name} needs: download it again")
-    # Where a component has no folder, its files may lie beside the index.
-    beside = any((folder / file).is_file() for file in _BESIDE)
+    # The files of a component without a folder may be next to the index.
+    loose = any((folder / file).is_file() for file in _LOOSE_FILES)
     for name, part in parts.items():
-        if part.folder == folder and not beside:
+        if part.folder == folder and not loose:
             raise InputError(f"{folder / name} is missing: download or copy the model again")
 
 
-_BESIDE = ("config.json", "tokenizer_config.json", "scheduler_config.json", "preprocessor_config.json")
+_LOOSE_FILES = ("config.json", "tokenizer_config.json", "scheduler_config.json", "preprocessor_config.json")
 
 
 def pipeline_class(folder: str | os.PathLike, name: str | None = None) -> type[DiffusionPipeline]:
-    """The diffusers class called `name`, or the one that the index names.
+    """Return the diffusers class called `name`, or the class in the index.
 
-    Raises InputError for an unknown class, UnsupportedError for a pipeline whose code lies in the model folder.
+    Raises InputError for an unknown class, UnsupportedError if the code of the pipeline is in the model folder.
     """
     import diffusers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -137,9 +136,9 @@ def pipeline_class(folder: str | os.PathLike, name: str | None = None) -> type[D
 
 
 def component_class(component: Component) -> type:
-    """The class of a component, found the way diffusers finds it.
+    """Return the class of a component, found as diffusers finds it.
 
-    Raises UnsupportedError for code in the model folder, other libraries, and classes this installation lacks.
+    Raises UnsupportedError for code in the model folder, other libraries, and classes that this installation lacks.
     """
     import diffusers
     import transformers
@@ -164,7 +163,7 @@ def component_class(component: Component) -> type:
 
 
 def _renamed(library: str, name: str) -> str:
-    """The present name of a transformers class that was renamed ("" where there is none)."""
+    """Return the present name of a renamed transformers class, "" if it was not renamed."""
     if library != "transformers":
         return ""
     try:
@@ -175,7 +174,8 @@ def _renamed(library: str, name: str) -> str:
 
 
 def _refuse_dummy(found: object, name: str) -> None:
-    """diffusers and transformers stand in for classes whose packages are missing."""
+    """Raise UnsupportedError for the placeholder class of diffusers or transformers that replaces a class with missing
+    packages."""
     backends = getattr(found, "_backends", None)
     if isinstance(found, type) and type(found).__name__ == "DummyObject" and backends:
         from shardit.loading.missing import is_missing, pip_line

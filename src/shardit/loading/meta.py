@@ -1,4 +1,4 @@
-"""Building a module without memory for its parameters."""
+"""Builds a module without memory for its parameters."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def build(
     dtype: torch.dtype | None = None,
     stored_dtype: Callable[[], torch.dtype | None] | None = None,
 ) -> nn.Module:
-    """A module of a diffusers ModelMixin or transformers PreTrainedModel class with every parameter on meta.
+    """Build a module of a diffusers ModelMixin or transformers PreTrainedModel class with every parameter on meta.
 
     Buffers and other tensors made in `__init__` are computed for real, under `dtype` as from_pretrained would.
-    `dtype` None means the class's default: float32 for diffusers, the config's own for transformers
-    (`stored_dtype`, the dtype of the weights, is asked where the config names none).
+    dtype: None means the class's default: float32 for diffusers, the config's own for transformers. stored_dtype:
+    returns the dtype of the weights; called if the config has no dtype.
     Raises InputError for a missing or unreadable config, UnsupportedError for other classes.
     """
     from diffusers.models.modeling_utils import ModelMixin
@@ -84,8 +84,8 @@ def _build_transformers(
 
 
 def build_transformers(cls: Any, config: Any, dtype: torch.dtype, where: str | os.PathLike) -> nn.Module:
-    """A module of a PreTrainedModel class from its configuration, with every parameter on meta. where: its folder or
-    file, for errors. Raises InputError."""
+    """Build a module of a PreTrainedModel class from its configuration, with every parameter on meta. where: its folder
+    or file, for errors. Raises InputError."""
     config.name_or_path = str(where)
     with _one_line(where), parameters_on_meta(), _no_values_for_meta():
         module = cls._from_config(config, dtype=dtype)
@@ -117,7 +117,7 @@ def _keep_some_in_float32(module: Any, dtype: torch.dtype) -> None:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """While this lasts, a parameter goes to meta as soon as a module registers it, and initialisation does nothing.
+    """Move each parameter to meta as soon as a module registers it, and disable initialisation.
 
     A parameter that already is on meta stays the same object, so that tied weights stay tied.
     """
@@ -145,8 +145,8 @@ def parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def _no_values_for_meta() -> Iterator[None]:
-    """While this lasts, transformers gives tensors on meta no first values: torch computes these in Python there, for
-    as long as all else of a build takes. transformers 5 keeps functions of `torch.nn.init` of its own."""
+    """Prevent transformers from initializing tensors on meta: torch runs these initializers in Python, which takes as
+    long as the rest of a build. transformers 5 has its own copies of functions of `torch.nn.init`."""
     kept: dict[str, Callable[..., Any]]
     kept = getattr(sys.modules.get("transformers.initialization"), "TORCH_INIT_FUNCTIONS", {})
     before = dict(kept)
@@ -181,7 +181,7 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def _one_line(folder: str | os.PathLike) -> Iterator[None]:
-    """Turn errors in a config into one line."""
+    """Convert errors in a config to one line."""
     try:
         yield
     except (InputError, MemoryError):

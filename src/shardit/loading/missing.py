@@ -1,4 +1,4 @@
-"""Packages that are missing: the error that says how to install them. Imports nothing of them."""
+"""Reports missing packages with the command that installs them. Imports none of them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _PIP = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-"""What pip calls packages that are imported under another name."""
+"""Names in pip of packages with another import name."""
 
 
 def pip_line(packages: Iterable[str]) -> str:
-    """The command that installs packages, by the names under which they are imported."""
+    """Return the pip command that installs packages, given by import name."""
     return "pip install " + " ".join(dict.fromkeys(_PIP.get(name, name) for name in packages))
 
 
 def missing_package(error: ImportError) -> InputError:
-    """The user's error for a module that cannot be imported, with the command that installs it."""
+    """Return the InputError for a module that cannot be imported, with the command that installs it."""
     text = " ".join(str(error).split())
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return InputError(f"a package cannot be used ({text}); install it again, or a version that fits the others")
@@ -40,7 +40,7 @@ def missing_package(error: ImportError) -> InputError:
 
 
 def is_missing(package: str) -> bool:
-    """Whether a package cannot be imported here."""
+    """Return whether a package cannot be imported here."""
     package = "google.protobuf" if package == "protobuf" else package
     try:
         return sys.modules.get(package) is None and importlib.util.find_spec(package) is None

@@ -1,4 +1,4 @@
-"""Keeping the libraries from drawing one progress bar per rank."""
+"""Keeps the libraries from drawing one progress bar per rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No loading bars of diffusers and transformers, and no warning that modules were passed in, as ours are."""
+    """Hide the loading bars of diffusers and transformers, and the warning about modules that are passed in, as ours
+    are."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

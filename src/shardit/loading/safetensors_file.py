@@ -1,7 +1,7 @@
-"""A small reader of safetensors files: the header, and bytes straight into the memory of a tensor.
+"""Reads safetensors files: the header, and bytes straight into the memory of a tensor.
 
-No memory map and no second copy: a rank that owns one tenth of a file touches one tenth of it, and what it holds
-afterwards is the weights alone.
+No memory map and no second copy: a rank that owns one tenth of a file reads one tenth of it, and afterwards uses memory
+for its weights alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AGAIN = "download or copy it again"
 
 @dataclass
 class Reads:
-    """What was asked of the disk: `bytes` of tensor data, `headers` bytes of file headers."""
+    """Counts reads from disk: `bytes` of tensor data, `headers` bytes of file headers."""
 
     bytes: int = 0
     headers: int = 0
@@ -59,7 +59,7 @@ class Header:
 
     @classmethod
     def read(cls, path: str | os.PathLike, reads: Reads | None = None) -> Header:
-        """The header of a file; InputError where the file is missing, empty, cut short or not safetensors."""
+        """Read the header of a file. Raises InputError if the file is missing, empty, truncated or not safetensors."""
         path = Path(path)
         try:
             with open(path, "rb") as file:
@@ -115,9 +115,9 @@ def _entry(raw: dict[str, Any], data_start: int) -> Entry:
 def read_into(
     source: int | str | os.PathLike, ranges: Iterable[tuple[int, torch.Tensor]], reads: Reads | None = None
 ) -> None:
-    """Fill contiguous CPU tensors with a file's bytes; `ranges` holds (first byte in the file, tensor) pairs.
+    """Fill contiguous CPU tensors with a file's bytes; `ranges` contains (first byte in the file, tensor) pairs.
 
-    `source` is an open file descriptor or a path. Raises InputError where the file ends too early.
+    source: an open file descriptor or a path. Raises InputError if the file ends too early.
     """
     if not isinstance(source, int):
         with _opened(source) as descriptor:
@@ -148,7 +148,7 @@ def read_slice(
 
 
 def _runs(entry: Entry, part: Slice | None) -> Iterator[tuple[int, int]]:
-    """(first byte, number of bytes) of the pieces of the file that make up a slice, in order."""
+    """Yield (first byte, number of bytes) of the pieces of the file that make up a slice, in order."""
     if part is None:
         yield entry.start, entry.nbytes
         return
@@ -163,9 +163,9 @@ def _runs(entry: Entry, part: Slice | None) -> Iterator[tuple[int, int]]:
 def read_tensor(
     path: str | os.PathLike, entry: Entry, rows: slice | None = None, reads: Reads | None = None
 ) -> torch.Tensor:
-    """One tensor of a file, or only some of its rows (dimension 0, step 1), on the CPU in the file's dtype.
+    """Read one tensor of a file, or some of its rows (dimension 0, step 1), to the CPU in the file's dtype.
 
-    Only the bytes of those rows are read. Raises InputError for a dtype that torch lacks or a file cut short.
+    Only the bytes of those rows are read. Raises InputError for a dtype that torch lacks or a truncated file.
     """
     import torch
 
@@ -188,7 +188,7 @@ def read_tensor(
 
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[int]:
-    """A descriptor of a file; errors of opening and of files that end too early name it."""
+    """Open a file and yield its descriptor; errors of opening and of files that end too early name the file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -202,7 +202,7 @@ def _opened(path: str | os.PathLike) -> Iterator[int]:
 
 
 class _Short(InputError):
-    """The file ended before the range did."""
+    """The file ends before the range does."""
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
@@ -210,7 +210,7 @@ def _memory(tensor: torch.Tensor) -> memoryview:
 
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError("can only read into a contiguous CPU tensor")
-    # Flattening first: a number (shape ()) cannot be viewed as bytes.
+    # Flatten first: a number (shape ()) cannot be viewed as bytes.
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,4 @@
-"""Models that are lists of models, such as several ControlNets: each is saved in a folder of its own, NAME, NAME_1,
+"""Loads models that are lists of models, such as several ControlNets, each saved in its own folder: NAME, NAME_1,
 NAME_2 and so on."""
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def is_several(cls: Any) -> bool:
-    """Whether a class of diffusers' models is a list of others: it has no configuration of its own."""
+    """Return whether a diffusers model class is a list of other models: it has no configuration of its own."""
     return not hasattr(cls, "load_config")
 
 
 def folders_of(folder: str | os.PathLike) -> list[Path]:
-    """The folders of the models in such a list, of which the first is `folder`."""
+    """Return the folders of the models in such a list; the first is `folder`."""
     found = [Path(folder)]
     while (following := Path(f"{os.fspath(folder)}_{len(found)}")).is_dir():
         found.append(following)
@@ -32,7 +32,7 @@ def folders_of(folder: str | os.PathLike) -> list[Path]:
 
 
 def class_in(folder: Path) -> Any:
-    """The class of diffusers that a folder's config.json names. Raises InputError."""
+    """Return the diffusers class in the config.json of a folder. Raises InputError."""
     import diffusers
 
     path = folder / "config.json"
@@ -44,7 +44,7 @@ def class_in(folder: Path) -> Any:
 
 
 def list_name(module: nn.Module) -> str:
-    """The name of the list in the module that holds the others."""
+    """Return the name of the module list that contains the other models."""
     from torch import nn
 
     return next(name for name, child in module.named_children() if isinstance(child, nn.ModuleList))
@@ -52,14 +52,15 @@ def list_name(module: nn.Module) -> str:
 
 @dataclass
 class Several(Checkpoint):
-    """The weights of all of them, under the names that they have in the whole: NETS.1.NAME for the second. File names
-    are those in the folder of the model: NAME_1/FILE."""
+    """The weights of all models in the list, under their names in the whole module: NETS.1.NAME for the second. File
+    names are relative to the folder of the model: NAME_1/FILE."""
 
     parts: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module, folder: Path, remote: Remote | None, variant: str | None) -> Several:
-        """Find the weights of a module that lies in `folder` and those beside it; errors as in `Checkpoint.open`."""
+        """Find the weights of a module in `folder` and in the numbered folders next to it; errors as in
+        `Checkpoint.open`."""
         name, folders = list_name(module), folders_of(folder)
         parts = {f"{name}.{index}.": Checkpoint.open(one, remote, variant) for index, one in enumerate(folders)}
         files = {
@@ -71,21 +72,21 @@ class Several(Checkpoint):
         return cls(folder.parent, files, any(part.sharded for part in parts.values()), remote, found, parts=parts)
 
     def variants(self) -> list[str]:
-        """The variants that any of the folders has weights of."""
+        """Return the weight variants in any of the folders."""
         return sorted({one for part in self.parts.values() for one in part.variants()})
 
     def header(self, file: str) -> Header:
-        """The header of one of the files."""
+        """Return the header of one of the files."""
         part, name = self._part(file)
         return part.header(name)
 
     def entry(self, key: str) -> Entry:
-        """Where tensor `key` lies in its file."""
+        """Return the location of tensor `key` in its file."""
         prefix, part = next((prefix, part) for prefix, part in self.parts.items() if key.startswith(prefix))
         return part.entry(key.removeprefix(prefix))
 
     def ensure(self, files: set[str], reads: Reads | None = None) -> None:
-        """Have these files on this disk."""
+        """Ensure that these files are on this disk."""
         for file in sorted(files):
             part, name = self._part(file)
             part.ensure({name}, reads)

@@ -1,7 +1,7 @@
-"""One weight file in the format of a model's authors: diffusers' own conversion, applied to what a rank owns.
+"""Loads one weight file in the original format of a model by diffusers' own conversion, for owned tensors only.
 
-The conversion runs once on tensors without data, watched: each tensor of the model then knows from which tensors of the
-file it comes, and by which operations. Only for tensors that are owned are these read and the operations run.
+The conversion runs once on tensors without data and is recorded: for each tensor of the model, its source tensors in
+the file and the operations. Only owned tensors are then read and computed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Original(Checkpoint):
-    """A file that holds a component in another format than diffusers'."""
+    """A file with a component in another format than diffusers'."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     _converted: Converted | None = None
 
     @classmethod
     def at(cls, path: str, config: Mapping[str, Any]) -> Original:
-        """The file at `path` for a model of this configuration. Raises InputError where it cannot be read."""
+        """Open the file at `path` for a model of this configuration. Raises InputError if it cannot be read."""
         file = Path(path)
         opened = cls(file.parent, {}, False, config=config)
         opened.files = dict.fromkeys(opened.header(file.name).entries, file.name)
@@ -48,18 +48,18 @@ class Original(Checkpoint):
         return str(self.folder / next(iter(self.files.values()), ""))
 
     def dtype(self, key: str) -> torch.dtype:
-        """The dtype that the file holds a tensor in."""
+        """Return the dtype of a tensor in the file."""
         found = file_dtype(self.entry(key).dtype)
         if found is None:
             raise InputError(f"{self.name}: {key} has a format that torch cannot read; use other weights")
         return found
 
     def empty(self, key: str) -> torch.Tensor:
-        """A tensor of the file, on meta."""
+        """Return a tensor of the file, on meta."""
         return torch.empty(self.entry(key).shape, dtype=self.dtype(key), device="meta")
 
     def converted(self, module: nn.Module) -> Converted:
-        """How the module's tensors come from the file's. Raises InputError where the file does not hold the module."""
+        """Convert the file on meta and return the result. Raises InputError if the file does not contain the module."""
         if self._converted is None:
             self._converted = _convert(module, self)
         return self._converted
@@ -67,16 +67,17 @@ class Original(Checkpoint):
 
 @dataclass
 class Converted:
-    """The model's tensors by name, on meta; what made them; and the keys of those that are the file's own."""
+    """The model's tensors by name, on meta; the operations that made them; and the keys of tensors taken from the
+    file."""
 
     tensors: dict[str, torch.Tensor]
     keys: dict[int, str]
     calls: dict[int, tuple[Any, Any, Any, int]]
     kept: list[Any]
-    """Everything whose id is a key above."""
+    """Keeps every object alive whose id is a key above."""
 
     def value(self, tensor: torch.Tensor, read: Any, known: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The data of a tensor: `read(key)` where it is in the file, else by the operations that made it."""
+        """Return the data of a tensor: `read(key)` if it is in the file, else the result of its recorded operations."""
         if id(tensor) not in known:
             if id(tensor) in self.keys:
                 known[id(tensor)] = read(self.keys[id(tensor)])
@@ -95,7 +96,7 @@ class Converted:
 
 
 class _Watch(TorchDispatchMode):
-    """Writes down which operation made which tensor."""
+    """Records the operation that made each tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,14 +146,14 @@ def _convert(module: nn.Module, original: Original) -> Converted:
 
 
 def loadable(cls: type) -> str | None:
-    """The name of the class under which diffusers converts single files of `cls`, None where it does not."""
+    """Return the name of the class under which diffusers converts single files of `cls`, None if it does not."""
     from diffusers.loaders.single_file_model import _get_single_file_loadable_mapping_class
 
     return _get_single_file_loadable_mapping_class(cls)
 
 
 def holds(module: nn.Module, original: Original) -> bool:
-    """Whether the file holds every parameter of a module."""
+    """Return whether the file contains every parameter of a module."""
     try:
         found = original.converted(module).tensors
     except InputError:
@@ -169,8 +170,8 @@ def load_original(
     device: torch.device | str = "cpu",
     reads: Reads | None = None,
 ) -> nn.Module:
-    """`load_module` for a single file. The tensors have the dtypes that from_single_file gives them: with `dtype` all
-    floating ones, buffers too, become that. Raises InputError for missing tensors and wrong shapes."""
+    """Fill a module from a single file, as `load_module` does from a folder. Dtypes are those of from_single_file: with
+    `dtype`, all floating tensors including buffers. Raises InputError for missing tensors and wrong shapes."""
     found = original.converted(module)
     known: dict[int, torch.Tensor] = {}
 
@@ -198,7 +199,7 @@ def load_original(
             value = read(found.keys[id(tensor)], part)
         else:
             value = found.value(tensor, read, known)
-            value = value if part is None else part.take(value).clone()  # the whole one is not kept
+            value = value if part is None else part.take(value).clone()  # do not keep the whole tensor
         place(module, replace(target, part=part), value.to(device=device, dtype=target.held.dtype))
     finish(module, original, torch.device(device))
     return module.to(dtype) if dtype is not None else module
@@ -206,17 +207,17 @@ def load_original(
 
 @dataclass
 class OriginalText(Checkpoint):
-    """A file that holds a text encoder in another format than transformers'."""
+    """A file with a text encoder in another format than transformers'."""
 
     model: Path = Path()
-    """The folder of the pipeline, which has the encoder's configuration."""
+    """The folder of the pipeline, with the encoder's configuration."""
     component: str = ""
 
     def load(
         self, module: nn.Module, owned: Owned, *, dtype: torch.dtype | None, device: torch.device | str
     ) -> nn.Module:
-        """The whole encoder as diffusers converts it where any of it is owned (who asked has to cut it), else `module`
-        itself. Pages of the file that are not needed are not read."""
+        """Return the whole encoder as diffusers converts it if any part of it is owned (the caller cuts it), else
+        `module` itself. Pages of the file that are not needed are not read."""
         from diffusers.loaders import single_file_utils as library
         from safetensors.torch import load_file
 
@@ -238,7 +239,7 @@ class OriginalText(Checkpoint):
 
 
 def text_encoder(cls: type, path: str, model: Path, component: str) -> OriginalText | None:
-    """The text encoder of class `cls` in the file at `path`, None where it is not there."""
+    """Return the text encoder of class `cls` in the file at `path`, None if the file has none."""
     from diffusers.loaders import single_file_utils as library
 
     plain = Original.at(path, {})

@@ -1,4 +1,4 @@
-"""From what a user writes to a folder that holds a pipeline."""
+"""Resolves a model name to a pipeline folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardit.loading.index import INDEX, read_index
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder; `name` is what diffusers records as _name_or_path, `remote` the hub commit it came from."""
+    """A model folder. name: written by diffusers to _name_or_path. remote: the hub commit of the folder."""
 
     folder: Path
     name: str
@@ -22,10 +22,11 @@ class Source:
 
 
 def resolve(model: str | os.PathLike, weights: bool = True) -> Path:
-    """The folder of "tiny/NAME", of a local diffusers folder, or of a hub id, whose needed files are downloaded.
+    """Return the folder of "tiny/NAME", of a local diffusers folder, or of a hub id, whose required files are
+    downloaded.
 
-    With `weights=False` a hub id's weight files are left out (see `fetch_weights`).
-    Raises InputError where there is no such model, with one line that says what to change.
+    With `weights=False` the weight files of a hub id are left out (see `fetch_weights`).
+    Raises InputError if there is no such model, with the remedy in one line.
     """
     return locate(model, weights).folder
 
@@ -33,7 +34,7 @@ def resolve(model: str | os.PathLike, weights: bool = True) -> Path:
 def fetch_weights(model: str | os.PathLike, folder: str | os.PathLike, files: Iterable[str]) -> None:
     """Download named weight files ("transformer/model-00001-of-00002.safetensors") into the folder of `resolve`.
 
-    Does nothing for files that are there. Raises InputError where one is missing and cannot be had.
+    Skips files that are already there. Raises InputError if a file is missing and cannot be downloaded.
     """
     folder, wanted = Path(folder), list(files)
     absent = [file for file in wanted if not (folder / file).exists()]
@@ -45,7 +46,7 @@ def fetch_weights(model: str | os.PathLike, folder: str | os.PathLike, files: It
 
 
 def locate(model: str | os.PathLike, weights: bool = True, variant: str | None = None) -> Source:
-    """`resolve`, with what it found out about where the files come from."""
+    """Resolve a model as `resolve` does, and return the source of its files as well."""
     text = os.fspath(model)
     if text.startswith("tiny/"):
         folder = _tiny(text)
@@ -60,9 +61,10 @@ def locate(model: str | os.PathLike, weights: bool = True, variant: str | None =
 
 
 def local_folder(model: str | os.PathLike) -> Path | None:
-    """The model's folder on this disk; None for a hub id and for a tiny model. Imports neither torch nor diffusers.
+    """Return the model's folder on this disk; None for a hub id and for a tiny model. Imports neither torch nor
+    diffusers.
 
-    Raises InputError where there is no such model.
+    Raises InputError if there is no such model.
     """
     text = os.fspath(model)
     if text.startswith("tiny/"):
@@ -74,7 +76,7 @@ def local_folder(model: str | os.PathLike) -> Path | None:
         raise InputError("no model given: name a folder, a hub id or tiny/NAME")
     path = Path(text).expanduser()
     if path.is_dir():
-        read_index(path)  # says what is wrong with it
+        read_index(path)  # raises if the index is damaged
         return path
     if path.exists():
         raise InputError(f"{text} is a single file: give a diffusers folder (one that holds {INDEX})")

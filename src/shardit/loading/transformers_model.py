@@ -1,4 +1,4 @@
-"""transformers models: loaded whole by transformers itself, in part like those of diffusers, or not at all."""
+"""Loads transformers models: whole by transformers itself, in part as diffusers models are loaded, or not at all."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_transformers(
     device: torch.device | str = "cpu",
     reads: Reads | None = None,
 ) -> nn.Module:
-    """`module` (built on meta) itself where nothing is owned, else the model as from_pretrained gives it.
+    """Return `module` (built on meta) itself if nothing is owned, else the model as from_pretrained loads it.
 
-    Where `owned` gives slices or leaves tensors out, only what is owned is read, into `module`; if the file does not
-    hold the tensors one by one as the model has them, the model is loaded whole, and who asked has to cut it.
-    Raises InputError for what from_pretrained refuses.
+    If `owned` gives slices or leaves tensors out, only owned data is read, into `module`. If the tensors of the file do
+    not correspond one to one to those of the model, the model is loaded whole and the caller cuts it.
+    Raises InputError for errors of from_pretrained.
     """
     cls: Any = type(module)
     ours = [owned(name) for name, _ in module.named_parameters()]
@@ -56,7 +56,7 @@ def load_transformers(
         first = first_line(error)
         reason = _wrong_shape(module, checkpoint) or f"transformers cannot load {checkpoint.folder}: {first}"
         raise InputError(reason) from error
-    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
+    if missing := sorted(info["missing_keys"]):  # transformers would continue with random numbers
         raise InputError(
             f"{checkpoint.folder} has no tensor {missing[0]} for {cls.__name__}: weights and config.json do not belong "
             "together"
@@ -67,7 +67,7 @@ def load_transformers(
 
 
 def _one_to_one(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
-    """Module name -> file key, or None where the files hold tensors in another form than the model."""
+    """Return module name -> file key, or None if the files contain tensors in another form than the model."""
     keys = module_keys(module, checkpoint)
     names = {name: key for key, name in keys.items()}
     held = module.state_dict()
@@ -76,7 +76,7 @@ def _one_to_one(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | N
 
 
 def _converts(module: Any) -> bool:
-    """Whether transformers would compute tensors from those in the files, rather than rename them."""
+    """Return whether transformers would compute tensors from those in the files instead of renaming them."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
@@ -93,7 +93,7 @@ def _read_generation_config(module: Any, checkpoint: Checkpoint) -> None:
 
 
 def _wrong_shape(module: nn.Module, checkpoint: Checkpoint) -> str | None:
-    """The tensor that does not fit the model, which transformers' own error does not name."""
+    """Return the name of the tensor that does not fit the model, which is not in transformers' own error."""
     held, kind = module.state_dict(), type(module).__name__
     for key, name in module_keys(module, checkpoint).items():
         shape = checkpoint.entry(key).shape
@@ -106,10 +106,10 @@ def _wrong_shape(module: nn.Module, checkpoint: Checkpoint) -> str | None:
 
 
 def module_keys(model: type | nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """File key -> module name, through transformers' own renaming of old checkpoints.
+    """Map file key -> module name by transformers' own renaming of old checkpoints.
 
-    `model` is a transformers class or a module of it. Several file keys may give one name (experts that are merged).
-    Keys that the model does not use keep the name that the renaming gives them.
+    `model` is a transformers class or a module of it. Several file keys may give one name (merged experts). Unused keys
+    keep their renamed form.
     """
     module = build(model, checkpoint.folder) if isinstance(model, type) else model
     try:
@@ -126,7 +126,7 @@ def module_keys(model: type | nn.Module, checkpoint: Checkpoint) -> dict[str, st
 
 
 def _module_keys_4(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """transformers 4: the class carries the renaming as regular expressions."""
+    """Map file key -> module name in transformers 4, which has the renaming as regular expressions on the class."""
     rules: dict[str, str] = getattr(module, "_checkpoint_conversion_mapping", None) or {}
     renamed = {}
     for key in checkpoint.files:

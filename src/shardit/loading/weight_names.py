@@ -1,4 +1,4 @@
-"""Which weight file of a component is the one to load, from file names alone."""
+"""Chooses the weight file of a component to load, from file names alone."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ class Choice:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights, in any format."""
+    """Return whether a file contains weights, in any format."""
     return name.endswith((".safetensors", *_PICKLE, *_OTHER))
 
 
 def variants_among(names: Iterable[str]) -> list[str]:
-    """The infixes of weight files ("fp16"), sorted."""
+    """Return the infixes of weight files ("fp16"), sorted."""
     return sorted({match[1] for name in names if (match := _VARIANT.match(name))})
 
 
 def _with_variant(name: str, variant: str) -> str:
-    """The name of an index or file with an infix, as diffusers writes it."""
+    """Insert an infix into the name of an index or file, as diffusers does."""
     if name.endswith(".json"):
         return f"{name.removesuffix('.json')}.{variant}.json"
     return f"{name.removesuffix('.safetensors')}.{variant}.safetensors"
 
 
 def choose(names: Iterable[str], where: str, variant: str | None = None) -> Choice:
-    """The index or file that diffusers and transformers load: that of `variant` where there is one, else the default.
+    """Return the index or file that diffusers and transformers load: that of `variant` if there is one, else the
+    default.
 
-    `names` are the plain file names of one component folder, `where` names the folder in errors.
+    names: plain file names of one component folder. where: name of the folder in errors.
     Raises InputError (no weights, only another variant) or UnsupportedError (only pickles).
     """
     held = set(names)

@@ -1,4 +1,4 @@
-"""Filling the owned part of a diffusers module from its checkpoint."""
+"""Fills the owned part of a diffusers module from its checkpoint."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _log = logging.getLogger("shardit")
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of a module: all its names (tied weights have several; the first is the one of
-    named_parameters), its key in the files (None: not there), and the tensor the module holds now.
+    """One tensor of a module: all its names (tied weights have several; the first is the one in named_parameters), its
+    key in the files (None: not there), and the present tensor of the module.
 
-    `part` is what is wanted of it: None is all."""
+    part: the requested slice of it; None is all.
+    """
 
     names: tuple[str, ...]
     key: str | None
@@ -48,13 +49,13 @@ def load_module(
     reads: Reads | None = None,
     keys: Mapping[str, str] | None = None,
 ) -> nn.Module:
-    """Fill the parameters and persistent buffers for which `owned(name)` holds; the others end up on meta. Where it
-    gives a Slice, the module gets a parameter of that shape, and only those bytes are read.
+    """Fill the parameters and persistent buffers for which `owned(name)` is true; the others end up on meta. If it
+    returns a Slice, the module gets a parameter of that shape, and only those bytes are read.
 
-    `module` comes from `build` with the same `dtype`. Dtypes are those of diffusers' from_pretrained: floating
-    tensors become `dtype` (float32 in modules the class keeps so), others what the module has; with None all become
-    what the module has. Buffers outside the checkpoint go to `device`. `keys`: module name -> file key, by default that
-    of diffusers. Returns the module in eval mode.
+    `module` comes from `build` with the same `dtype`. Dtypes are those of diffusers' from_pretrained: floating tensors
+    become `dtype` (float32 in modules that the class keeps in float32), others keep the module's dtype; with None all
+    keep the module's dtype. Buffers outside the checkpoint go to `device`. `keys`: module name -> file key, by default
+    that of diffusers. Returns the module in eval mode.
     Raises InputError, naming tensor and file, for missing tensors and wrong shapes.
     """
     import torch
@@ -75,14 +76,15 @@ def load_module(
 
 
 def finish(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-    """What comes after the tensors: buffers on the device, the path in the configuration, eval mode."""
+    """Finish a module after its tensors are filled: move buffers to the device, set the path in the configuration and
+    eval mode."""
     move_buffers(module, device)
     _register_path(module, checkpoint)
     module.eval()
 
 
 def targets(module: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str] | None = None) -> list[Target]:
-    """The module's tensors and their file keys; InputError for a parameter that no file holds."""
+    """Return the module's tensors and their file keys. Raises InputError for a parameter that is in no file."""
     keys = file_keys(module, checkpoint) if keys is None else keys
     groups: dict[int, list[str]] = {}
     held: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
@@ -98,12 +100,12 @@ def targets(module: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str] |
                 f"(looked in {_listed(checkpoint.names)}): weights and config.json do not belong together"
             )
         found.append(Target(tuple(names), key, held[names[0]]))
-    _tell_unused(module, checkpoint, [name for name in keys if name not in held])
+    _warn_unused(module, checkpoint, [name for name in keys if name not in held])
     return found
 
 
 def check_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """InputError for a parameter that no file holds, and for tensors that do not fit, from headers alone."""
+    """Raise InputError for a parameter that is in no file and for tensors that do not fit, from headers alone."""
     for target in targets(module, checkpoint):
         if target.key is not None:
             path = checkpoint.folder / checkpoint.files[target.key]
@@ -111,10 +113,10 @@ def check_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def file_keys(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Module name -> file key, with the class's own hook for names of old checkpoints applied.
+    """Map module name -> file key, with the class's own hook for names of old checkpoints applied.
 
-    diffusers gives the hook single files only. It renames by moving entries of a dict, so it is handed one whose
-    values are the file keys.
+    diffusers calls the hook with single files only. The hook renames by moving entries of a dict, so its argument here
+    is a dict from file key to file key.
     """
     keys: OrderedDict[str, str] = OrderedDict((key, key) for key in checkpoint.files)
     fix = getattr(module, "_fix_state_dict_keys_on_load", None)
@@ -123,7 +125,7 @@ def file_keys(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     return keys
 
 
-def _tell_unused(module: nn.Module, checkpoint: Checkpoint, unused: list[str]) -> None:
+def _warn_unused(module: nn.Module, checkpoint: Checkpoint, unused: list[str]) -> None:
     expected: list[str] = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])
     unused = [name for name in unused if not any(re.search(pattern, name) for pattern in expected)]
     if unused:
@@ -135,7 +137,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _by_file(checkpoint: Checkpoint, wanted: list[Target]) -> Iterator[tuple[str, list[tuple[Target, Entry]]]]:
-    """The wanted tensors per file, in the order of the file's bytes."""
+    """Group the wanted tensors by file, in the order of the file's bytes."""
     groups: dict[str, list[tuple[Target, Entry]]] = {}
     for target in wanted:
         key = str(target.key)
@@ -153,7 +155,7 @@ def _read_file(
     device: torch.device,
     reads: Reads | None,
 ) -> None:
-    """Read straight into the parameter where nothing has to be converted or moved, else through one buffer."""
+    """Read straight into each parameter if nothing has to be converted or moved, else through one buffer."""
     import torch
 
     path = checkpoint.folder / file
@@ -181,15 +183,15 @@ def _read_file(
 
 
 def _shape(target: Target, entry: Entry) -> tuple[int, ...]:
-    """The shape of what is wanted of a tensor."""
+    """Return the shape of the requested part of a tensor."""
     return entry.shape if target.part is None else target.part.shape(entry.shape)
 
 
 def as_mapped(start: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
-    """Flat memory for bytes that begin at `start` of a file, aligned as the file would be if it were mapped, which is
-    what from_pretrained does on the CPU.
+    """Return flat memory for bytes that begin at `start` of a file, aligned as in a memory-mapped file, which
+    from_pretrained uses on the CPU.
 
-    MKL's matrix products give other last bits for operands of other alignment, so this is what makes results equal.
+    MKL's matrix products round differently for differently aligned operands, so equal alignment makes results equal.
     """
     import torch
 
@@ -199,7 +201,7 @@ def as_mapped(start: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _checked_dtype(module: nn.Module, path: Path, target: Target, entry: Entry) -> torch.dtype:
-    """The dtype that the file holds a tensor in; InputError for a wrong shape or a dtype that torch lacks."""
+    """Return the dtype of a tensor in the file. Raises InputError for a wrong shape or a dtype that torch lacks."""
     if tuple(target.held.shape) != entry.shape:
         raise InputError(
             f"{path}: {target.key} has shape {list(entry.shape)}, but {type(module).__name__} needs "
@@ -214,7 +216,8 @@ def _checked_dtype(module: nn.Module, path: Path, target: Target, entry: Entry) 
 def _dtype(
     module: nn.Module, target: Target, dtype: torch.dtype | None, stored: torch.dtype | None = None
 ) -> torch.dtype:
-    """The dtype from_pretrained gives a tensor that the file holds as `stored` (by default: of the module's kind)."""
+    """Return the dtype that from_pretrained gives a tensor stored in the file as `stored` (by default: of the module's
+    kind)."""
     import torch
 
     floating = (stored or target.held.dtype).is_floating_point
@@ -226,7 +229,7 @@ def _dtype(
 
 
 def place(module: nn.Module, target: Target, tensor: torch.Tensor) -> None:
-    """Put a tensor where the module holds `target`, under every name (one tensor for tied weights)."""
+    """Replace `target` in the module with a tensor, under every name (one tensor for tied weights)."""
     from torch import nn
 
     if isinstance(target.held, nn.Parameter):

@@ -1,1 +1,1 @@
-"""Axes of parallelism besides pipeline stages: what is cut inside a block, and what the ranks then tell each other."""
+"""Axes of parallelism inside a block: sharded attention, linears and VAE tiles, and their communication."""

@@ -1,4 +1,4 @@
-"""What makes two block calls of one kind: blocks built alike, arguments of the same structure."""
+"""Decides whether two block calls are of one kind: identical blocks, arguments of the same structure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shardit.core.modules.fingerprint import PROCESSOR
 
 
 def fingerprint(block: nn.Module, ignored: Container[str] = ()) -> str:
-    """A digest of everything that tells blocks apart: classes, parameters, and plain attributes of all submodules but
-    those that are `ignored`.
+    """Return a digest of everything that distinguishes blocks: classes, parameters, and plain attributes of all
+    submodules except those that are `ignored`.
 
-    Blocks that share it run the same code in the same configuration on data of the same shapes. The same on every rank
-    that holds the same model, whether a block's data is there or not.
+    Blocks with the same digest run the same code in the same configuration on data of the same shapes. The digest is
+    the same on every rank with the same model, even if a block's data is not there.
     """
     seen: list[Any] = [(name, tuple(p.shape), str(p.dtype)) for name, p in block.named_parameters()]
     for name, module in block.named_modules():
@@ -40,8 +40,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def value_key(leaf: Any) -> Any:
-    """What of an argument leaf belongs to the kind of a call: dtype and dimensions of tensors, values of what steers
-    code; of anything else (floats change from step to step) the type."""
+    """Return the part of an argument leaf that belongs to the kind of a call: dtype and dimensions of tensors, values
+    that control code; for anything else (floats change from step to step) the type."""
     if isinstance(leaf, torch.Tensor):
         return (leaf.dtype, leaf.ndim)
     if isinstance(leaf, (bool, int, str, bytes, type(None), torch.dtype, torch.device)):

@@ -1,4 +1,4 @@
-"""Noise for trial inputs, and comparison of results."""
+"""Adds noise to trial inputs and compares results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def disturbed(leaves: list[Any]) -> list[Any]:
-    """The leaves with noise in every tensor of numbers or of booleans, the same noise on every rank."""
+    """Return the leaves with noise in every tensor of numbers or of booleans, the same noise on every rank."""
     generator = torch.Generator("cpu").manual_seed(0)
     made: dict[int, torch.Tensor] = {}
     for leaf in leaves:
@@ -22,18 +22,18 @@ def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return tensor
     if tensor.dtype is torch.bool:
         flipped = tensor ^ (torch.rand(tensor.shape, generator=generator) < 0.3).to(tensor.device)
-        flipped[..., 0] = True  # a query that sees nothing would prove nothing
+        flipped[..., 0] = True  # a query with all keys masked would prove nothing
         return flipped
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
     wide = torch.complex64 if tensor.is_complex() else torch.float32
     noise = torch.randn(tensor.shape, generator=generator, dtype=wide).to(tensor.device)
     size = tensor.abs().double()
-    finite = size.isfinite() & (size < 1e4)  # -inf and its like hide keys in masks
+    finite = size.isfinite() & (size < 1e4)  # -inf and similar values hide keys in masks
     scale = float(size[finite].mean()) if bool(finite.any()) else 0.0
     return (tensor + 0.3 * (scale or 1.0) * noise).to(tensor.dtype)
 
 
 def same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two tensors have the same values, all NaN counting alike."""
+    """Return whether two tensors have the same values; all NaN are equal."""
     return torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))

@@ -1,4 +1,4 @@
-"""Which tensors derive from others, seen while a block runs."""
+"""Tracks tensors derived from others while a block runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardit.core.runtime.storages import Storages, tensors_of, written
 
 
 class Dataflow(TorchDispatchMode):
-    """Marks the memory of some tensors, and of all that operations compute from it."""
+    """Marks the memory of some tensors, and of all results that operations compute from it."""
 
     def __init__(self, marked: Iterable[torch.Tensor]):
         super().__init__()
@@ -26,7 +26,7 @@ class Dataflow(TorchDispatchMode):
         self._marked.number(tensor)
 
     def marked(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor's memory is marked."""
+        """Return whether a tensor's memory is marked."""
         return tensor in self._marked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

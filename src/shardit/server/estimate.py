@@ -1,5 +1,5 @@
-"""What a request will cost, in seconds and bytes, from what was seen of earlier ones. Functions over plain values:
-what is learned is a JSON value in the store, and who has seen something puts it through `learn_*`."""
+"""Estimates the cost of a request, in seconds and bytes, from observations of earlier ones. Functions over plain
+values: learned state is a JSON value in the store, and observers update it by `learn_*`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shardit.errors import InputError
 SPEED = "seconds_per_work"
 """Name of the learned speed in the store: a number."""
 MEMORY = "memory"
-"""Name of what is known of memory in the store: see `learn_memory`."""
+"""Name of the learned memory use in the store: see `learn_memory`."""
 
 _SECONDS_PER_WORK = 2e-7
-# What a pipeline makes where neither the request nor its signature says: most families' own defaults.
+# Sizes of an output if neither the request nor its signature sets them: most families' own defaults.
 _SIDE, _STEPS, _FRAMES = 1024, 50, 81
 _LEARNING_RATE = 0.2
 _POINTS = 16
@@ -38,17 +38,17 @@ class Work:
 
     @property
     def size(self) -> int:
-        """Pixels that are made: what memory grows with."""
+        """Number of output pixels: memory grows with it."""
         return self.width * self.height * self.frames * self.outputs
 
     @property
     def amount(self) -> float:
-        """Pixels times steps: what time grows with."""
+        """Pixels times steps: time grows with it."""
         return float(self.size * self.steps * (2 if self.guided else 1))
 
 
 def work_of(request: Mapping[str, Any], takes: PipelineSignature) -> Work:
-    """The work of a job's stored request; what it leaves open is taken from the pipeline's defaults."""
+    """Return the work of a job's stored request; missing values are taken from the pipeline's defaults."""
     given = {**(request.get("extra_args") or {}), **request}
 
     def number(name: str, default: int) -> int:
@@ -68,12 +68,12 @@ def work_of(request: Mapping[str, Any], takes: PipelineSignature) -> Work:
 
 
 def seconds(work: Work, learned: float | None) -> float:
-    """How long a request is expected to take; `learned` is what the store holds under `SPEED`."""
+    """Return the expected seconds of a request; `learned`: the value of `SPEED` in the store."""
     return work.amount * (learned or _SECONDS_PER_WORK)
 
 
 def learn_speed(learned: float | None, work: Work, seconds: float) -> float | None:
-    """The new value for `SPEED` after a request took `seconds` of the ranks' time."""
+    """Return the new value for `SPEED` after a request took `seconds` of the ranks' time."""
     if not (seconds > 0 and math.isfinite(seconds) and work.amount > 0):
         return learned
     seen = seconds / work.amount
@@ -86,30 +86,31 @@ class Seen:
     """One observation of the memory of the rank that is nearest to its limit."""
 
     size: int
-    """`Work.size` of all that was in flight; 0: a loaded model at rest."""
+    """Sum of `Work.size` of all requests in flight; 0: a loaded model at rest."""
     peak_bytes: int
-    """The most that was held. Means nothing where it did not fit."""
+    """Peak memory. Meaningless if it ran out of memory."""
     limit_bytes: int | None = None
-    """What there is, where known."""
+    """The memory limit, if known."""
     out_of_memory: bool = False
-    """Whether it did not fit."""
+    """Whether it ran out of memory."""
 
 
 def learn_memory(known: Mapping[str, Any] | None, seen: Seen) -> dict[str, Any]:
-    """The new value for `MEMORY`: {"limit": bytes or None, "points": [[size, peak bytes], ...] by size, "failed":
-    the smallest size that did not fit, or None}."""
+    """Return the new value for `MEMORY`: {"limit": bytes or None, "points": [[size, peak bytes], ...] by size,
+    "failed": the smallest size that ran out of memory, or None}."""
     known = known or {}
     points, failed = dict(_points(known)), known.get("failed")
     if seen.out_of_memory:
         failed = min(seen.size, failed or seen.size)
-        # Smaller requests may have fitted together, or less was left: what was seen from here on says nothing now.
+        # Smaller requests may have fitted together, or less memory was free: observations from this size on are now
+        # invalid.
         points = {size: peak for size, peak in points.items() if size < failed}
     else:
         points[seen.size] = max(seen.peak_bytes, points.get(seen.size, 0))
         if failed and seen.size >= failed:
-            failed = None  # it does fit: something else was in the way
+            failed = None  # it does fit: something else used the memory
     kept = sorted(points.items())
-    if len(kept) > _POINTS:  # the smallest and the largest say the most
+    if len(kept) > _POINTS:  # the smallest and the largest are the most informative
         kept = kept[:2] + kept[-(_POINTS - 2) :]
     return {
         "limit": seen.limit_bytes or known.get("limit"),
@@ -118,16 +119,16 @@ def learn_memory(known: Mapping[str, Any] | None, seen: Seen) -> dict[str, Any]:
     }
 
 
-def forgive(known: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The value for `MEMORY` in a server that starts: sizes that did not fit get another chance."""
+def reset_failures(known: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the value for `MEMORY` in a server that starts: forget the size that once ran out of memory."""
     return None if known is None else {**known, "failed": None}
 
 
 def expected_peak(size: int, known: Mapping[str, Any] | None) -> int:
-    """Bytes that the fullest rank is expected to hold at this size.
+    """Return the bytes that the fullest rank is expected to use at this size.
 
-    Up to the largest size that was seen: what was held then. Beyond it in proportion, at the slope that was seen
-    between sizes, and at least as much as the decoded pixels need.
+    Up to the largest observed size: the observed bytes. Beyond it in proportion, at the observed slope between sizes,
+    and at least as much as the decoded pixels need.
     """
     points = _points(known or {})
     larger = [peak for seen, peak in points if seen >= size]
@@ -136,16 +137,16 @@ def expected_peak(size: int, known: Mapping[str, Any] | None) -> int:
     if not points:
         return size * _BYTES_PER_PIXEL
     largest, peak = points[-1]
-    # Rest says nothing of the slope: what a first request costs once would be taken for what each pixel costs.
+    # A loaded model at rest is no basis for the slope: one-time costs of a first request would count as cost per pixel.
     smallest, least = next((point for point in points if point[0] > 0), points[-1])
     slope = (peak - least) / (largest - smallest) if largest >= 2 * smallest > 0 else 0.0
     return peak + round((size - largest) * max(slope, _BYTES_PER_PIXEL))
 
 
 def refuse_if_too_large(work: Work, known: Mapping[str, Any] | None, limit_bytes: int | None) -> None:
-    """Raise InputError for a size that will not fit. `limit_bytes` bounds it where the store knows no limit.
+    """Raise InputError for a size that will not fit. `limit_bytes` is the limit if the store has none.
 
-    A size up to one that has fitted, and none that did not since, is never refused.
+    A size is never refused if it is at most one that has fitted, with no failure since.
     """
     known = known or {}
     failed = known.get("failed")

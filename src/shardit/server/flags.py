@@ -11,6 +11,7 @@ from pathlib import Path
 from shardit.diffusion.loading.model_options import WHOLE, split_model
 from shardit.errors import InputError
 from shardit.flags import MODEL, LaunchFlags, ModelFlags, ParallelFlags
+from shardit.language.loading.source import refuse_decoder
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 from shardit.logs import FORMAT_VARIABLE
@@ -30,7 +31,7 @@ class LogFormat(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), flag_class(ServeOptions)):
-    """What `shardit serve` was asked for."""
+    """The flags of `shardit serve`."""
 
     model: str = declare(MISSING, MODEL, flag=Flag(metavar="MODEL", positional=True))
     omni: bool = declare(False, "Has no effect; accepted for compatibility with other servers.")
@@ -42,9 +43,11 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
     )
 
     def options(self) -> ServeOptions:
-        """All of it, checked. Raises InputError."""
+        """Return all options, checked. Raises InputError."""
         check_flags(self, ServeOptions, Limits)
         self._check_nodes()
+        if self.config is None:
+            refuse_decoder(self.model)
         model, loading = split_model(self.model, self.config, self.model_options())
         local_folder(model)
         given = {
@@ -80,13 +83,13 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
         ranks = self.parallel_config().world_size
         if ranks % self.num_nodes:
             raise InputError(
-                f"{ranks} ranks cannot be spread evenly over --num-nodes {self.num_nodes}; "
+                f"{ranks} ranks cannot be distributed evenly over --num-nodes {self.num_nodes}; "
                 "change the parallel sizes or the number of nodes"
             )
 
 
 def default_data_dir(name: str) -> Path:
-    """A folder of its own for each model name, or folder with a model, in the user's data folder."""
+    """Return a folder in the user's data folder, one for each model name or model folder."""
     folder = Path(name).expanduser()
     name = str(folder.resolve()) if folder.is_dir() else name
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"

@@ -1,7 +1,7 @@
-"""What the API process and the supervisor say to each other, over a channel (`engine/process/channel.py`).
+"""Messages between the API process and the supervisor, over a channel (`engine/process/channel.py`).
 
-Jobs themselves are in the store, which both open: a message says that there is something to look at, or what is not
-worth storing (progress). A lost message loses no job.
+Jobs themselves are in the store, which both open: a message announces a change in the store, or carries data not worth
+storing (progress). A lost message loses no job.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Scrape:
 
 @dataclass(frozen=True)
 class Pong:
-    """The event loop goes round."""
+    """The event loop is running."""
 
 
 # From the supervisor to the API process.
@@ -43,8 +43,8 @@ class Ping:
 class Ranks:
     """State of the ranks, sent at every change and when an API process starts.
 
-    info: what the first rank reports of the model, once it is loaded. ranks: per rank
-    {"rank", "state", "peak_bytes"}. restarts: how often they were restarted since the server started.
+    info: facts about the model from the first rank, once it is loaded. ranks: per rank {"rank", "state", "peak_bytes"}.
+    restarts: number of restarts since the server started.
     """
 
     state: RanksState
@@ -74,6 +74,6 @@ class Step:
 
 @dataclass(frozen=True)
 class Measured:
-    """The supervisor's metrics, as prometheus' text format."""
+    """The supervisor's metrics, in prometheus' text format."""
 
     text: bytes

@@ -1,4 +1,4 @@
-"""What `shardit serve` was asked for, checked, as plain data that the processes hand on."""
+"""The checked options of `shardit serve`, as plain data for all processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Executor(Enum):
 
 @dataclass(frozen=True)
 class Limits(ResultLimits):
-    """What a request may ask for at most; checked before anything is decoded."""
+    """Upper limits of a request; checked before anything is decoded."""
 
     body_bytes: int = 64 * 1024**2
     """Size of a request, uploads included."""
@@ -53,7 +53,7 @@ _POSITIVE = number(above=0, maximum=1e6)
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """All that a server is started with."""
+    """All options of a server."""
 
     model: str
     data_dir: Path = declare(
@@ -72,9 +72,9 @@ class ServeOptions:
     port: int = declare(8091, "TCP port; 0 selects a free one.", whole(0, 65535), flag=Flag(envvar="SHARDIT_PORT"))
     served_model_name: str | None = declare(None, "The model's name for clients. [default: MODEL]", NAME)
     api_key_hashes: tuple[str, ...] = ()
-    """As `keys.digest` makes them; none: everybody may use the server."""
+    """Digests by `keys.digest`; none: no key is required."""
     max_in_flight: int | None = declare(None, "Requests in flight per replica. [default: automatic]", whole(1))
-    """Automatic: as many as are of use and fit the memory."""
+    """Automatic: as many as help and fit the memory."""
     queue_size: int = declare(128, "Maximum number of waiting jobs; further requests get status 429.", whole(1))
     step_timeout_s: float = declare(
         600.0,
@@ -114,7 +114,7 @@ class ServeOptions:
 
 
 def _origin(text: str) -> str:
-    """As browsers write an origin."""
+    """Normalize an origin as browsers write it."""
     found = re.fullmatch(r"(https?://[^/?#@\s*]+)/?", text.lower())
     if found is None:
         raise InputError(f"--cors-origin must be as in https://example.org:8443, got {text!r}")

@@ -1,4 +1,4 @@
-"""Models whose pipelines need what no request can hold."""
+"""Detects models whose pipelines need arguments that no request can contain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature
 
 
 def unservable(takes: PipelineSignature) -> str:
-    """Why no request of a pipeline could ever run; "" where requests can."""
+    """Return the reason why no request of a pipeline can ever run; "" if requests can."""
     needed = ", ".join(takes.needed_pictures)
     if not needed:
         return ""

@@ -1,4 +1,4 @@
-"""What values a setting takes."""
+"""Checks of the values of settings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from shardit.errors import InputError
 
 @dataclass(frozen=True)
 class Check:
-    """What values a setting takes. A call with the setting's name and a value raises InputError for any other value."""
+    """The valid values of a setting. A call with the setting's name and a value raises InputError for any other
+    value."""
 
     meaning: str
     """The values in words, as in "a whole number of at least 1"."""
     problem: Callable[[Any], str | None]
-    """What a value must be in place of what it is; None for a right value."""
+    """Returns the requirement that a value violates; None for a valid value."""
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
-    """A lower limit that is excluded."""
+    """An exclusive lower limit."""
     each: Check | None = None
     """The check of the entries of a list."""
 
@@ -42,12 +43,12 @@ class Check:
 
 
 def matching(meaning: str, fits: Callable[[Any], bool]) -> Check:
-    """A check by a condition; `meaning` says what fits."""
+    """Return a check by a condition; `meaning` describes the valid values."""
     return Check(meaning, lambda value: None if fits(value) else meaning)
 
 
 def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> Check:
-    """A check for whole numbers from `minimum` to `maximum`; bools are refused."""
+    """Return a check for whole numbers from `minimum` to `maximum`; bools are refused."""
     limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     meaning = meaning or f"a whole number {limits}"
 
@@ -59,12 +60,12 @@ def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> Che
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number, and no bool."""
+    """Return whether a value is a finite number and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(minimum: float | None = None, maximum: float | None = None, *, above: float | None = None) -> Check:
-    """A check for finite numbers within the limits (`above` excludes the limit itself); bools are refused."""
+    """Return a check for finite numbers within the limits (`above` excludes the limit itself); bools are refused."""
 
     def problem(value: Any) -> str | None:
         if not is_number(value):
@@ -82,7 +83,8 @@ def number(minimum: float | None = None, maximum: float | None = None, *, above:
 
 
 def numbers(each: Check, *, or_one: bool = False) -> Check:
-    """A check for a list that is not empty, every entry of which passes `each`, or with `or_one` for one such value."""
+    """Return a check for a list that is not empty with entries that pass `each`, or with `or_one` for one such
+    value."""
 
     def problem(value: Any) -> str | None:
         if or_one and not isinstance(value, (list, tuple)):
@@ -106,6 +108,6 @@ _FLAG_TEXTS = {"true": True, "on": True, "yes": True, "false": False, "off": Fal
 
 
 def text_as_flag(value: Any) -> Any:
-    """The bool that a text means, in any case of letters: forms and command lines have texts alone. Other values stay
-    as they are."""
+    """Convert a text to the bool that it means, in any case of letters: forms and command lines have only texts. Other
+    values are returned unchanged."""
     return _FLAG_TEXTS.get(value.strip().lower(), value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""A setting is declared as a dataclass field with its help and its check."""
+"""Declares a setting as a dataclass field with its help and its check."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from shardit.settings.checks import Check
 
 
 class Flag(NamedTuple):
-    """How a setting is given on the command line, where that does not follow from its field."""
+    """The command-line form of a setting, as far as it does not follow from its field."""
 
     name: str = ""
-    """The flag's name, with underscores, where it is not the field's."""
+    """The flag's name, with underscores, if it is not the field's."""
     short: str = ""
     """A second, shorter flag."""
     kind: Any = None
-    """The type of the flag's value, where it is not the setting's; the default is then that of the flag."""
+    """The type of the flag's value, if it is not the setting's; the default is then that of the flag."""
     default: Any = None
     metavar: str | None = None
     envvar: str | None = None
     positional: bool = False
-    """Whether it is given by its place alone."""
+    """Whether it is a positional argument."""
     read: Callable[[Any], Any] | None = None
-    """Makes the value of the setting from the flag's."""
+    """Converts the flag's value to that of the setting."""
     each: Callable[[str], Any] | None = None
-    """Of a flag that is repeated: makes one value of one text, and a tuple of all."""
+    """For a repeated flag: converts one text to a value; the setting is the tuple of all."""
     example: str = ""
-    """Of a flag that is repeated with texts such as "name=value", which make a dict: one of them."""
+    """For a repeated flag with texts such as "name=value", which make a dict: an example."""
 
 
 def declare(default: Any, help: str, check: Check | None = None, *, flag: Flag | None = Flag()) -> Any:
-    """A field with its default (or a class to make it), its help text, the check of values that are not None, and its
-    flag (None: there is no flag)."""
+    """Return a field with its default (or a class to make it), its help text, the check of values that are not None,
+    and its flag (None: no flag)."""
     metadata = {"help": help, "check": check, "flag": flag}
     made = isinstance(default, type)
     return field(default_factory=default, metadata=metadata) if made else field(default=default, metadata=metadata)
 
 
 def declared(cls: type) -> list[Field[Any]]:
-    """The fields of a class that were made by `declare`."""
+    """Return the fields of a class that were made by `declare`."""
     return [item for item in fields(cls) if "help" in item.metadata]
 
 
 def check_declared(settings: Any) -> None:
-    """Check all values of a dataclass with declared fields. None is a value where the default is another."""
+    """Check all values of a dataclass with declared fields. None is checked only if the default is not None."""
     for item in declared(type(settings)):
         value, check = getattr(settings, item.name), item.metadata["check"]
         if check is not None and (value is not None or item.default is not None):

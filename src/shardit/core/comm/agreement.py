@@ -1,4 +1,4 @@
-"""Comparison of the state that ranks must share: the arguments of a call, the generators, the first latents."""
+"""Compares the state that ranks must share: the arguments of a call, the generators, the first latents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {
     "python": "Python's global generator (random.seed)",
     "numpy": "numpy's global generator (numpy.random.seed)",
 }
-"""The global generators, each with what seeds it."""
+"""The global generators, each with the call that seeds it."""
 
 _UNUSED = b"\0" * 8
 """Sent for a generator that a rank has not used."""
@@ -35,11 +35,11 @@ _UNUSED = b"\0" * 8
 
 @dataclass
 class Agreement:
-    """The calls of one program on one rank, compared with those of the other ranks of its replica.
+    """Compares the calls of one program on one rank with those of the other ranks of its replica.
 
-    depth: calls of pipelines that run, one inside the other. marked: whether the first latents of the outermost one
-    have been compared. differ: the global generators that are not the same on all ranks. drawing: names of models that
-    drew random numbers which other ranks did not.
+    depth: number of nested pipeline calls. marked: whether the first latents of the outermost one have been compared.
+    differ: the global generators that are not the same on all ranks. drawing: names of models that drew random numbers
+    on this rank only.
     """
 
     ranks: Comm
@@ -50,8 +50,8 @@ class Agreement:
 
     @contextmanager
     def call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
-        """Compare a call of a pipeline. Collective; raises InputError on all ranks where they do not start alike, or
-        where one drew from a generator that they do not share."""
+        """Compare a call of a pipeline. Collective; raises InputError on all ranks if they start differently, or if one
+        drew from a generator that they do not share."""
         if self.depth or self.ranks.size == 1:
             with self._deeper():
                 yield
@@ -73,14 +73,15 @@ class Agreement:
         self._compare(name, digests(arguments(), SUMMED), {}, when)
 
     def compare(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """Compare a call of a model by itself. Collective; raises InputError on all ranks where values differ."""
+        """Compare a call of a model outside a pipeline. Collective; raises InputError on all ranks if values differ."""
         self._compare(name, digests(arguments), {})
 
     def refuse_draws(self) -> None:
-        """At the end of a request: raise UnsupportedError where a model drew on this rank alone. Others compare it."""
+        """At the end of a request: raise UnsupportedError if a model drew on this rank alone. The caller compares it
+        between ranks."""
         if self.drawing:
             names = ", ".join(sorted(self.drawing))
-            self.drawing.clear()  # the next request may do without
+            self.drawing.clear()  # the next request may not draw
             raise UnsupportedError(f"{names} {DRAWS}")
 
     @contextmanager
@@ -92,7 +93,7 @@ class Agreement:
             self.depth -= 1
 
     def _compare(self, name: str, values: dict[str, bytes], generators: States, when: str = "") -> tuple[str, ...]:
-        """Compare, and return the kinds of `generators` in which ranks differ. Raises InputError where `values` do."""
+        """Compare, and return the kinds of `generators` in which ranks differ. Raises InputError if `values` differ."""
         parts = [short_hash(*(f"{k}={v!r}".encode() for k, v in values.items()))]
         parts += [short_hash(state_bytes(generators[kind])) if kind in generators else b"\0" * 8 for kind in KINDS]
         gathered = self.ranks.group.gather_bytes(b"".join(parts))
@@ -109,7 +110,7 @@ class Agreement:
         return tuple(kind for kind, other in zip(KINDS, differ[1:], strict=True) if other)
 
     def _check_draws(self, name: str, before: States, after: States) -> None:
-        """At the end of a call: generators that were alike must be so still, the others must not have been used.
+        """At the end of a call: check that generators that were equal still are, and that the others were not used.
         Collective, one message."""
         drawn = moved(before, after)
         mine = [short_hash(b"drawing") if self.drawing else _UNUSED]
@@ -128,13 +129,13 @@ class Agreement:
 
 
 def _bytes_of(kind: str, drawn: States, after: States, differs: bool) -> bytes:
-    """Sent for a generator at the end of a call: a checksum of its state; if states differed before, whether it was
-    used."""
+    """Return the bytes to send for a generator at the end of a call: a checksum of its state; if states differed
+    before, whether it was used."""
     if kind not in drawn:
         return _UNUSED
     return short_hash(kind.encode() if differs else state_bytes(after[kind]))
 
 
 def checksum(generators: States) -> str:
-    """A checksum of the states of generators."""
+    """Return a checksum of the states of generators."""
     return short_hash(*(kind.encode() + state_bytes(state) for kind, state in generators.items())).hex()

@@ -1,4 +1,4 @@
-"""One group of ranks with the usual operations, ranks counted within the group."""
+"""One group of ranks with the usual operations; ranks are counted within the group."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 EXCHANGE = 2
 """The tag of `gather_bytes`, which shares a group with other messages."""
 FEW = 4
-"""Ranks that exchange small messages each with each."""
+"""Largest number of ranks for which small messages are exchanged pairwise."""
 
 
 @dataclass(frozen=True, eq=False)
 class GroupCoordinator:
-    """`ranks` (global numbers, in order) and what they do together; src and dst are places within the group.
+    """The group of `ranks` (global numbers, in order) and its operations; src and dst are places within the group.
 
     device_group carries tensors on the device, cpu_group host objects (gloo). Both are None for one rank alone, for
-    which every operation but send and receive does nothing. edges[(a, b)] carries what flows from place a to place b of
-    a chain of stages, so that no message waits behind one of another kind. axis: its name in messages. Every wait is
+    which every operation but send and receive does nothing. edges[(a, b)] carries the messages from place a to place b
+    of a chain of stages, so that no message waits behind one of another kind. axis: its name in messages. Every wait is
     bounded and ends in RankError.
     """
 
@@ -44,7 +44,7 @@ class GroupCoordinator:
 
     @staticmethod
     def of_mesh(mesh: Mesh) -> dict[str, GroupCoordinator]:
-        """The groups of this rank on every axis, "sp" (ring x ulysses) and "world"."""
+        """Return the groups of this rank on every axis, "sp" (ring x ulysses) and "world"."""
         alone = GroupCoordinator(mesh.rank, (mesh.rank,), mesh.device, mesh.timeout)
         found = dict.fromkeys((*mesh.sizes, "sp", "world"), alone) | mesh.axes | {"pp": mesh.pipeline}
         if mesh.world_size > 1:
@@ -64,12 +64,12 @@ class GroupCoordinator:
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this rank comes first."""
+        """Whether this rank is the first."""
         return self.rank == self.ranks[0]
 
     @property
     def is_last_rank(self) -> bool:
-        """Whether this rank comes last."""
+        """Whether this rank is the last."""
         return self.rank == self.ranks[-1]
 
     @property
@@ -88,13 +88,13 @@ class GroupCoordinator:
         return self
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the group, in place."""
+        """Sum over the group, in place."""
         if self.world_size > 1:
             self.guard(lambda: dist.all_reduce(tensor, group=self.device_group), "all_reduce")
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = 0, separate_tensors: bool = False) -> Any:
-        """The tensors of all ranks (same shape), joined along `dim`, or as a list."""
+        """Gather the tensors of all ranks (same shape), joined along `dim`, or as a list."""
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in self.ranks]
         if self.world_size == 1:
             parts = [tensor]
@@ -104,8 +104,8 @@ class GroupCoordinator:
         return parts if separate_tensors else torch.cat(parts, dim)
 
     def reduce_scatter(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The sum over the group, of which each rank gets its part along `dim`. Raises InputError where the length
-        does not divide."""
+        """Sum over the group and return this rank's part along `dim`. Raises InputError if the length is not
+        divisible."""
         if tensor.shape[dim] % self.world_size:
             raise InputError(f"reduce_scatter: dim {dim} of length {tensor.shape[dim]} on {self.world_size} ranks")
         total = self.all_reduce(tensor.clone())
@@ -118,21 +118,22 @@ class GroupCoordinator:
         return tensor
 
     def broadcast_object(self, value: Any = None, src: int = 0) -> Any:
-        """A picklable object of rank `src`."""
+        """Broadcast a picklable object of rank `src`."""
         box = [value]
         if self.world_size > 1:
             self.guard(lambda: dist.broadcast_object_list(box, self.ranks[src], group=self.cpu_group), "broadcast")
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The picklable objects of all ranks, in their order, on every rank."""
+        """Gather the picklable objects of all ranks, in their order, on every rank."""
         out: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             self.guard(lambda: dist.all_gather_object(out, value, group=self.cpu_group), "gather")
         return out
 
     def gather_bytes(self, value: bytes) -> list[bytes]:
-        """The bytes of all ranks, in their order, on every rank; all give equally many, so this is one message."""
+        """Gather the bytes of all ranks, in their order, on every rank; all give the same number, so this is one
+        message."""
         if self.world_size == 1:
             return [value]
         mine = torch.frombuffer(bytearray(value), dtype=torch.uint8)
@@ -143,7 +144,7 @@ class GroupCoordinator:
         return [one.numpy().tobytes() for one in out]
 
     def _exchange(self, out: list[torch.Tensor], mine: torch.Tensor) -> None:
-        """Each rank sends to each other: among few that takes a third of the time of an all-gather."""
+        """Send from each rank to each other: with few ranks that takes a third of the time of an all-gather."""
         group, others = self.cpu_group, [rank for rank in self.ranks if rank != self.rank]
         places = [out[self.ranks.index(rank)] for rank in others]
         works = [dist.irecv(place, r, group=group, tag=EXCHANGE) for place, r in zip(places, others, strict=True)]
@@ -153,7 +154,7 @@ class GroupCoordinator:
             work.wait(self.timeout)
 
     def broadcast_tensor_dict(self, values: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
-        """A dict of tensors and picklable values of rank `src`; tensors travel as tensors."""
+        """Broadcast a dict of tensors and picklable values of rank `src`; tensors are sent as tensors."""
         mine = self.rank_in_group == src
         described = self.broadcast_object(_describe(values or {}) if mine else None, src)
         out = dict(values or {}) if mine else _empty(described, self.device)
@@ -174,7 +175,7 @@ class GroupCoordinator:
         return tensor
 
     def isend_tensor_dict(self, values: dict[str, Any], dst: int | None = None) -> Callable[[], None]:
-        """Start sending a dict of tensors and picklable values; returns a function that waits until all is taken."""
+        """Start sending a dict of tensors and picklable values; returns a function that waits until all is received."""
         target = self.next_rank if dst is None else self.ranks[dst]
         described = _describe(values)
         header = torch.frombuffer(bytearray(pickle.dumps(described)), dtype=torch.uint8)
@@ -185,8 +186,8 @@ class GroupCoordinator:
         return lambda: self.wait(works, "send", head + tensors)
 
     def irecv_tensor_dict(self, src: int | None = None) -> tuple[dict[str, Any], Callable[[], None]]:
-        """The dict that the other rank sends, and a function that waits until its tensors are filled. Waits at once for
-        the description of the dict."""
+        """Return the dict that the other rank sends, and a function that waits until its tensors are filled. Waits at
+        once for the description of the dict."""
         source = self.prev_rank if src is None else self.ranks[src]
         length = torch.zeros(1, dtype=torch.int64)
         self.guard(lambda: dist.recv(length, source, group=self.cpu_group), "receive")
@@ -220,7 +221,7 @@ class GroupCoordinator:
 
 
 def _describe(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, torch.dtype]]]:
-    """The plain values, and shape and dtype of each tensor."""
+    """Return the plain values, and shape and dtype of each tensor."""
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in values.items() if name not in tensors}
     return plain, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""Memory of ranks on the CPU: freed memory is kept for the next message instead of being given back."""
+"""Tunes malloc on CPU ranks to reuse freed memory for the next message instead of returning it to the kernel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ _KEPT_BY_OLD = 32 << 20  # older glibc takes no more
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep freed blocks of up to 1 GiB. Every hop and every large activation is allocated and freed, and the
-    kernel's work of mapping and clearing their pages each time took about 7 % of the CPU time of a looped schedule
-    and a quarter of that of a video's decoding. Does nothing without glibc.
-    """
+    """Make malloc keep freed blocks of up to 1 GiB. Every hop and every large activation is allocated and freed, and
+    the kernel's work of mapping and clearing their pages each time took about 7 % of the CPU time of a looped schedule
+    and a quarter of that of a video's decoding. Does nothing without glibc."""
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,4 +1,4 @@
-"""The mesh: all axes of parallelism, this rank's place on them, and the process groups that go with it."""
+"""The mesh: all axes of parallelism, this rank's place on them, and their process groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 AXES = tuple(DEGREES)
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-"""Communication back end by device type; ROCm devices call themselves cuda."""
+"""Communication back end by device type; ROCm devices are of type cuda."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Mesh:
     """Sizes of all axes, this rank's coordinates on them, its device and its groups.
 
     `timeout` bounds every wait. `pipeline`: the stages of this rank's chain. `replica`: all ranks that work on the same
-    requests, that is all with its place on `dp`. `peers`: those of them with its place on `tp`, who hold
-    the same slices. `axes`: by name, the axes of more than one rank; "sp" is ring and ulysses together.
+    requests: those with its place on `dp`. `peers`: the ranks of the replica with its place on `tp`, which have the
+    same slices. `axes`: by name, the axes of more than one rank; "sp" is ring and ulysses together.
     """
 
     sizes: dict[str, int]
@@ -55,14 +55,14 @@ class Mesh:
         return coordinates(self.sizes, self.rank)
 
     def member(self, **coords: int) -> int:
-        """The number within `replica` of the rank that differs from this one in the given coordinates."""
+        """Return the number within `replica` of the rank that differs from this one in the given coordinates."""
         number = 0
         for axis, index in {**self.coords, **coords, "dp": 0}.items():
             number = number * self.sizes[axis] + index
         return number
 
     def device_mesh(self) -> DeviceMesh:
-        """The axes of more than one rank as torch's DeviceMesh, over the groups that are there."""
+        """Return the axes of more than one rank as torch's DeviceMesh, over the existing groups."""
         names = tuple(axis for axis in AXES if self.sizes[axis] > 1)
         if not names:
             raise InputError("there is one rank, which has no DeviceMesh")
@@ -84,12 +84,12 @@ class Mesh:
 
 
 def axis_sizes(config: DiffusionParallelConfig) -> dict[str, int]:
-    """The size of each axis, in the order of `AXES`."""
+    """Return the size of each axis, in the order of `AXES`."""
     return {axis: getattr(config, degree) for axis, degree in DEGREES.items()}
 
 
 def coordinates(sizes: dict[str, int], rank: int) -> dict[str, int]:
-    """The index of `rank` on each axis; the last axis varies fastest."""
+    """Return the index of `rank` on each axis; the last axis varies fastest."""
     coords: dict[str, int] = {}
     for axis in reversed(AXES):
         rank, coords[axis] = divmod(rank, sizes[axis])
@@ -97,7 +97,7 @@ def coordinates(sizes: dict[str, int], rank: int) -> dict[str, int]:
 
 
 def axis_ranks(sizes: dict[str, int], *axes: str) -> list[tuple[int, ...]]:
-    """All groups of ranks that differ only in their indices on `axes`."""
+    """Return all groups of ranks that differ only in their indices on `axes`."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(math.prod(sizes.values())):
         coords = coordinates(sizes, rank)
@@ -106,7 +106,7 @@ def axis_ranks(sizes: dict[str, int], *axes: str) -> list[tuple[int, ...]]:
 
 
 def pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
-    """The device of a rank: cuda where there is one, else cpu, unless given. Raises InputError, UnsupportedError."""
+    """Return the device of a rank: cuda if available, else cpu, unless given. Raises InputError, UnsupportedError."""
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in BACKENDS and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(","):
         raise UnsupportedError(
@@ -133,7 +133,7 @@ def init_mesh(
 ) -> Mesh:
     """Join the process group (starting it from `init_method` or the environment if there is none) and build the mesh.
 
-    Collective over all ranks. Raises InputError where the world size is not the product of the axes.
+    Collective over all ranks. Raises InputError if the world size is not the product of the axes.
     """
     sizes = axis_sizes(config)
     timeout = timedelta(seconds=timeout_s)
@@ -174,7 +174,7 @@ def _start(place: torch.device, world_size: int, timeout: timedelta, rank: int |
 def _make_groups(
     sizes: dict[str, int], place: torch.device, timeout: timedelta
 ) -> tuple[GroupCoordinator, GroupCoordinator, GroupCoordinator, dict[str, GroupCoordinator]]:
-    """All groups of all axes, made on every rank in the same order; returns those that this rank is in."""
+    """Make all groups of all axes, on every rank in the same order; return those of this rank."""
     axes: dict[str, GroupCoordinator] = {}
     for name, members in {**{axis: (axis,) for axis in AXES if axis != "pp"}, "sp": ("ring", "ulysses")}.items():
         wide = [axis for axis in members if sizes[axis] > 1]
@@ -196,8 +196,8 @@ def _make_groups(
 def _join(
     groups: list[tuple[int, ...]], place: torch.device, timeout: timedelta, *, axis: str = "", chain: bool = False
 ) -> GroupCoordinator:
-    """Make the torch groups of all `groups` of ranks; returns the one that this rank is in. chain: its ranks are stages
-    of a pipeline."""
+    """Make the torch groups of all `groups` of ranks; return the one of this rank. chain: its ranks are stages of a
+    pipeline."""
     mine = GroupCoordinator(dist.get_rank(), (dist.get_rank(),), place, timeout)
     for ranks in groups:
         size = len(ranks)
@@ -218,7 +218,7 @@ def _join(
 def check_p2p(mesh: Mesh) -> None:
     """Send a few bytes to the next rank and receive from the previous one, asynchronously and bounded in time.
 
-    Raises RankError where the device's back end cannot do it. Used for device types that were opted in.
+    Raises RankError if the device's back end does not support it. Used for device types that were opted in.
     """
     group = mesh.replica
     me, size = group.rank_in_group, group.world_size

@@ -1,4 +1,4 @@
-"""Messages from one rank to another, of ranks that work together, with those under way held."""
+"""Point-to-point messages between cooperating ranks; buffers of messages in flight are kept alive."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from shardit.core.comm.wire import flat_bytes
 COUNTS = 1
 """The tag of the numbers of `send_count`, which share a group with other messages."""
 COUNTS_AHEAD = 64
-"""How many of these numbers a rank may have been sent and not taken."""
+"""Largest number of such numbers sent to a rank and not yet received."""
 
 
 @dataclass(eq=False)
 class Transfer:
-    """A message under way: the handle and the memory, which must both live until it is done (then they are None)."""
+    """A message in flight: the handle and the memory, which must both live until it is done (then they are None)."""
 
     work: dist.Work | None
     message: torch.Tensor | None
@@ -32,8 +32,8 @@ class Comm:
     """Point-to-point messages and broadcasts of bytes among the members of `group`, addressed by their place (the
     stage).
 
-    Sends are asynchronous; their buffers are held until somebody waits for them, who knows that they were taken, or
-    until there are more than `max_outstanding`. Every wait is bounded and ends in RankError.
+    Sends are asynchronous; their buffers are held until a wait shows that they were received, or until there are more
+    than `max_outstanding`. Every wait is bounded and ends in RankError.
     """
 
     def __init__(self, group: GroupCoordinator, max_outstanding: int = 64):
@@ -53,7 +53,7 @@ class Comm:
         work = self.group.guard(lambda: dist.isend(message, self.group.ranks[target], group=group), f"send to {target}")
         self.sent_bytes += message.numel()
         self.messages += 1
-        # gloo cancels a send whose handle is dropped, and frees nothing before it is waited for.
+        # gloo cancels a send whose handle is dropped, and frees nothing before a wait for it.
         return self._hold(Transfer(work, message, f"send to stage {target}"))
 
     def receive(self, message: torch.Tensor, source: int, *, result: bool = False) -> Transfer:
@@ -62,7 +62,7 @@ class Comm:
         what = f"receive from stage {source}"
         work = self.group.guard(lambda: dist.irecv(message, self.group.ranks[source], group=group), what)
         transfer = Transfer(work, message, what)
-        if result:  # nobody may ever look at a result, but its sender needs it to be taken
+        if result:  # a result may never be used, but its sender needs it to be received
             self._hold(transfer)
         return transfer
 
@@ -82,7 +82,7 @@ class Comm:
         self._outstanding.pop(transfer, None)
 
     def flush(self) -> None:
-        """Wait until everything sent has been taken."""
+        """Wait until all sent messages have been received."""
         while self._outstanding:
             self.wait(next(iter(self._outstanding)))
         while self._counts:
@@ -100,7 +100,7 @@ class Comm:
             self.group.broadcast(tensor if tensor.dtype is torch.uint8 else flat_bytes(tensor), source)
 
     def send_count(self, count: int) -> None:
-        """From the first stage: send a number to all others, who take it with `receive_count`; does not wait."""
+        """From the first stage: send a number to all others, which receive it with `receive_count`; does not wait."""
         number = torch.tensor([count], dtype=torch.int64)
         group = self.group.cpu_group
         for rank in self.group.ranks[1:]:
@@ -114,8 +114,8 @@ class Comm:
             self.wait(self._counts.popleft())
 
     def receive_count(self) -> int:
-        """The next number that the first stage has sent. Always one more is expected already: gloo sends nothing before
-        the other side has announced the receive, which takes milliseconds where all processors are busy."""
+        """Return the next number that the first stage has sent. One more receive is always posted already: gloo sends
+        nothing before the other side has announced the receive, which takes milliseconds if all processors are busy."""
         while len(self._expected) < 2:
             number = torch.empty(1, dtype=torch.int64)
             root, group, what = self.group.ranks[0], self.group.cpu_group, "receive from 0"

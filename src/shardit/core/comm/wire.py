@@ -11,7 +11,7 @@ import torch
 
 
 def span(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last one of a strided tensor."""
+    """Return the number of elements from the first to the last one of a strided tensor."""
     if 0 in size:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
@@ -19,7 +19,7 @@ def span(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of one message lie: (offset, size) in bytes for each part, and the total size."""
+    """The layout of one message: (offset, size) in bytes for each part, and the total size."""
 
     parts: tuple[tuple[int, int], ...]
     total: int
@@ -35,12 +35,12 @@ def pack_layout(sizes: tuple[int, ...]) -> Layout:
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a dense tensor as a flat byte tensor that shares it."""
+    """Return the memory of a dense tensor as a flat byte tensor that shares it."""
     return storage_bytes(tensor, first_byte(tensor), tensor.numel() * tensor.element_size())
 
 
 def storage_bytes(tensor: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """Bytes [start, start + size) of the storage under `tensor`, as a flat byte tensor that shares it."""
+    """Return bytes [start, start + size) of the storage under `tensor`, as a flat byte tensor that shares it."""
     out = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return out.set_(tensor.untyped_storage(), start, (size,), (1,))
 
@@ -48,27 +48,29 @@ def storage_bytes(tensor: torch.Tensor, start: int, size: int) -> torch.Tensor:
 def view_bytes(
     buffer: torch.Tensor, start: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
-    """A tensor of the given dtype, size and stride over the memory of a flat byte buffer, from byte `start` on."""
+    """Return a tensor of the given dtype, size and stride over the memory of a flat byte buffer, from byte `start`
+    on."""
     out = torch.empty(0, dtype=dtype, device=buffer.device)
     offset = buffer.storage_offset() + start
     return out.set_(buffer.untyped_storage(), offset // out.element_size(), size, stride)
 
 
 def first_byte(tensor: torch.Tensor) -> int:
-    """The byte of its storage at which a tensor begins."""
+    """Return the byte of its storage at which a tensor begins."""
     return int(tensor.storage_offset()) * tensor.element_size()
 
 
 def view_near(
     tensor: torch.Tensor, start: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
-    """A tensor over the memory of another, from `start` bytes behind (or before) the first element of that one."""
+    """Return a tensor over the memory of another, from `start` bytes behind (or before) the first element of that
+    one."""
     out = torch.empty(0, dtype=dtype, device=tensor.device)
     return out.set_(tensor.untyped_storage(), (first_byte(tensor) + start) // out.element_size(), size, stride)
 
 
 def dump_with_tensors(value: Any) -> tuple[bytes, list[torch.Tensor]]:
-    """Pickle any object with its tensors taken out; the tensors come back in the order of their numbers."""
+    """Pickle any object with its tensors taken out; return the tensors in the order of their numbers."""
     out = io.BytesIO()
     pickler = _Pickler(out)
     pickler.dump(value)
@@ -76,7 +78,7 @@ def dump_with_tensors(value: Any) -> tuple[bytes, list[torch.Tensor]]:
 
 
 def load_with_tensors(data: bytes, tensors: list[torch.Tensor]) -> Any:
-    """The inverse of `dump_with_tensors`."""
+    """Invert `dump_with_tensors`."""
     return _Unpickler(io.BytesIO(data), tensors).load()
 
 
@@ -106,4 +108,4 @@ class _Unpickler(pickle.Unpickler):
 
 
 ALIGN = 64
-"""Bytes; every tensor of a packed message starts at a multiple of it, so that any dtype can be viewed in place."""
+"""Alignment in bytes of every tensor of a packed message, so that any dtype can be viewed in place."""

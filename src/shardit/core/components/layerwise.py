@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardit.core.comm.barrier import checked_barrier
 from shardit.core.comm.p2p import Comm
-from shardit.core.comm.same_point import meet
 from shardit.core.components.boundary import Boundary
 from shardit.core.components.kv_stand_ins import find_caches, replace_layers, state_of, taken_since
 from shardit.core.components.owned import Held, call_on, fetched, held_here
@@ -41,7 +41,7 @@ class LayerwiseEncoder:
     units: list[tuple[str, nn.Module]]
     owners: list[int]
     ran: Counter[int] = field(default_factory=Counter)
-    _meeting: bool = False
+    _checking: bool = False
     _known: set[Any] = field(default_factory=set)
 
     def call(
@@ -60,17 +60,17 @@ class LayerwiseEncoder:
                     f"{unit_name}.{hooked[0]} of {self._name} has a hook, and runs on one rank: put it on {unit_name}"
                 )
         kind = (path, name, FlatCall.of(args, kwargs).mode_key(self.model.training))
-        self._meeting = kind not in self._known
+        self._checking = kind not in self._known
         try:
             out = function(*args, **kwargs)
-            self._meet("the end")
+            self._barrier("the end")
         except RankError:
             raise
         except Exception as error:
-            self._meet(error)
+            self._barrier(error)
             raise
         finally:
-            self._meeting = False
+            self._checking = False
         self._known.add(kind)
         return out
 
@@ -80,7 +80,7 @@ class LayerwiseEncoder:
 
     def unit_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The interceptor: the owner runs the unit, all get its outputs, with pending tensors."""
-        self._meet(self.units[index][0])
+        self._barrier(self.units[index][0])
         owner, arguments, caches = self.owners[index], list(_tensors((args, kwargs))), find_caches(args, kwargs)
         for tensor in arguments:
             if isinstance(tensor, PendingTensor):
@@ -91,7 +91,7 @@ class LayerwiseEncoder:
                 before, states = [mark(t) for t in arguments], [state_of(cache) for cache in caches]
                 out = call(*args, **kwargs)
                 if [id(t) for t in _tensors((args, kwargs))] != [id(t) for t in arguments]:
-                    raise UnsupportedError(f"{self.units[index][0]} changes a list or dict that it is given")
+                    raise UnsupportedError(f"{self.units[index][0]} changes a list or dict among its arguments")
                 written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
             self.ran[index] += 1
             return out, written, [taken_since(state, cache) for state, cache in zip(states, caches, strict=True)]
@@ -116,13 +116,13 @@ class LayerwiseEncoder:
         else:
             source.wait()
 
-    def _meet(self, what: str | Exception) -> None:
+    def _barrier(self, what: str | Exception) -> None:
         """In the first call of a kind: wait until all ranks are at the same place, or raise on all of them."""
-        if not self._meeting:
+        if not self._checking:
             return
-        differ = meet(self.comm, what)
+        differ = checked_barrier(self.comm, what)
         if differ is not None:
-            self._meeting = False
+            self._checking = False
             raise UnsupportedError(f"{self._name} cannot be cut at its layers: outside of them {differ}")
 
     @property

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from shardit.core.comm.barrier import sendable
 from shardit.core.comm.p2p import Comm
-from shardit.core.comm.same_point import sendable
 from shardit.core.comm.wire import (
     ALIGN,
     dump_with_tensors,

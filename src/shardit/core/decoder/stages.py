@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardit.core.comm.same_point import sendable
+from shardit.core.comm.barrier import sendable
 from shardit.core.decoder.given import Given, of_kind
 from shardit.core.decoder.link import Link
 from shardit.core.decoder.shapes import Returned, Sizes, describe, fits, narrowed, strides

@@ -1,1 +1,1 @@
-"""Which rank holds what: blocks, encoders, VAEs, slices."""
+"""Placement of blocks, encoders, VAEs and slices on ranks."""

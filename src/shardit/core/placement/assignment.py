@@ -1,4 +1,4 @@
-"""Who owns what of a whole pipeline: cut transformers, and components that one rank owns whole."""
+"""Assigns the parts of a pipeline to ranks: cut transformers, and components that one rank owns whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardit.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Cut:
-    """A transformer over the stages: its block names in execution order, and where they go."""
+    """A transformer over the stages: its block names in execution order, and their placement."""
 
     blocks: tuple[str, ...]
     placement: Placement
@@ -34,10 +34,10 @@ class Cut:
 class Assignment:
     """cut: transformers, by component name. layerwise: encoders whose units several members own. owned: the member of a
     replica that owns a component whole, or for one that is sliced over the tensor axis the first of the `tp` neighbours
-    that own it. tiles: the members that hold a VAE and share its tiles, its owner first. small: the tensors of owned
+    that own it. tiles: the members that have a VAE and share its tiles, its owner first. small: the tensors of owned
     components that every member has, by name. stages: the stage of each member of a replica (all ranks that work on the
-    same requests). unmet: what was asked for and cannot be followed. notes: these, and what else a user may want to
-    know. held: about how many bytes each member has of a component."""
+    same requests). unmet: requested settings that cannot be followed. notes: these, and other notes for the user. held:
+    approximate bytes of each member for a component."""
 
     stages: tuple[int, ...]
     cut: dict[str, Cut] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Assignment:
     held: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def owns(self, component: str, member: int) -> Callable[[str], bool]:
-        """A predicate over parameter names of a component: does this member of a replica hold it?"""
+        """Return a predicate over parameter names of a component: whether this member of a replica has it."""
         first = member - member % self.tp if component in self.sliced else member
         if component in self.owned:
             holders, small = self.tiles.get(component, (self.owned[component],)), self.small.get(component, ())
@@ -70,8 +70,8 @@ class Assignment:
         return lambda name: keeps(name, replicated) or not any(name.startswith(block) for block in others)
 
     def counted(self, modules: Mapping[str, nn.Module]) -> Assignment:
-        """The same with `held`, counted on modules that are whole, so that it is the same on every rank: what is cut
-        has other sizes on each, and tied weights of which a rank has nothing are tied no more."""
+        """Return the same assignment with `held`, counted on whole modules, so that it is the same on every rank: cut
+        parts have other sizes on each, and tied weights that are absent on a rank are no longer tied."""
         held = {}
         for name, module in modules.items():
             sizes = {key: p.numel() * p.element_size() for key, p in module.named_parameters()}
@@ -81,7 +81,7 @@ class Assignment:
         return replace(self, held=held)
 
     def blocks(self, component: str, member: int) -> list[int]:
-        """The numbers of the blocks of a component, or of the units of an encoder, that a member of a replica has."""
+        """Return the numbers of the blocks of a component, or of the units of an encoder, of a member of a replica."""
         owners, me = [], self.stages[member]
         if component in self.cut:
             owners = self.cut[component].placement.owners()
@@ -94,9 +94,9 @@ class Assignment:
 def assign_blocks(
     model: nn.Module, config: DiffusionParallelConfig, in_flight: int, plan: Plan | None, environ: Mapping[str, str]
 ) -> tuple[Cut, str | None]:
-    """Place the blocks of one transformer; the note says where chunks were not made as asked for.
+    """Place the blocks of one transformer; the note says if the requested chunks were not made.
 
-    Raises InputError/UnsupportedError where partition, stages and blocks do not fit.
+    Raises InputError/UnsupportedError if partition, stages and blocks do not fit.
     """
     blocks = find_blocks(model, plan)
     pp_size, name = config.pipeline_parallel_size, type(model).__name__
@@ -129,12 +129,12 @@ def assign(
     environ: Mapping[str, str],
     held: Sequence[float] | None = None,
 ) -> Assignment:
-    """Decide, from shapes alone, which stage holds what of a pipeline; the same on every rank.
+    """Assign the parts of a pipeline to stages, from shapes alone; the same on every rank.
 
-    Transformers are cut into blocks, large encoders into units; units and other components go where the fewest bytes
-    are so far, or where they are among the `sliced` to the tensor neighbours with the fewest. A VAE whose tiles are
-    shared goes to several ranks. `held`: bytes that each member has of components of the pipeline that are sharded
-    already, and are not among the modules.
+    Transformers are cut into blocks, large encoders into units; units and other components go to the member with the
+    fewest bytes so far, or if they are among the `sliced` to the tensor neighbours with the fewest. A VAE with shared
+    tiles goes to several ranks. `held`: bytes of each member for components of the pipeline that are sharded already,
+    and are not among the modules.
     """
     pp_size = config.pipeline_parallel_size
     sizes = {**axis_sizes(config), "dp": 1}
@@ -163,7 +163,7 @@ def assign(
     if pp_size > 1:
         how = "contiguous" if chunks == 1 else "looped"
         notes.insert(0, f"{how} placement: up to {in_flight} micro-batches in flight")
-    # Encoders are loaded whole or not at all, so what is read of one comes from its owner.
+    # Encoders are loaded whole or not at all, so reads of one are served by its owner.
     small = {name: small_tensors(modules[name]) for name in owned if name not in roles.encoders}
     return Assignment(
         stages, cut, layerwise, owned, tiles, small, parts, sizes["tp"], chunks, tuple(unmet), tuple(notes)
@@ -171,7 +171,7 @@ def assign(
 
 
 def _bytes_of_stages(module: nn.Module, cut: Cut, shares: int) -> dict[int, int]:
-    """Bytes of the blocks of each stage, if each linear is split into so many shares."""
+    """Return the bytes of the blocks of each stage, if each linear is split into so many shares."""
     found: dict[int, int] = defaultdict(int)
     for (_, block), owner in zip(find_blocks(module, cut.plan), cut.placement.owners(), strict=True):
         found[owner] += nbytes(block) // shares
@@ -181,8 +181,8 @@ def _bytes_of_stages(module: nn.Module, cut: Cut, shares: int) -> dict[int, int]
 def _outside_transformers(
     rest: Mapping[str, nn.Module], roles: Roles, share: float, loads: Loads, sliced: frozenset[str]
 ) -> tuple[dict[str, float], dict[str, list[Unit]]]:
-    """Bytes of the components that one rank is to own whole, and the units of those that are to be cut, since they have
-    more than WHOLE_SHARE of a rank's `share` of all bytes."""
+    """Return the bytes of the components that one rank will own whole, and the units of those that will be cut because
+    they have more than WHOLE_SHARE of a rank's `share` of all bytes."""
     wholes: dict[str, float] = {}
     encoders: dict[str, list[Unit]] = {}
     for name, module in rest.items():
@@ -200,8 +200,8 @@ def _outside_transformers(
 def _shared_tiles(
     modules: Mapping[str, nn.Module], roles: Roles, shares: int, loads: Loads
 ) -> dict[str, tuple[int, ...]]:
-    """The members that hold each VAE whose tiles are to be shared: those with the fewest bytes. Raises UnsupportedError
-    where no VAE works tile by tile."""
+    """Return the members for each VAE with shared tiles: those with the fewest bytes. Raises UnsupportedError if no VAE
+    works tile by tile."""
     if shares > 1 and not roles.tiled:
         raise UnsupportedError(f"{roles.no_tiles}; use vae_patch_parallel_size=1")
     tiles = {}

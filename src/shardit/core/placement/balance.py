@@ -1,7 +1,7 @@
-"""Where everything goes that is no block of a transformer: the fullest rank shall hold little more than its share.
+"""Places everything that is not a block of a transformer, so that the fullest rank has little more than its share.
 
-The blocks of transformers are placed before, by what they cost to run. What is left runs once or twice for a request,
-so bytes decide: encoders are cut into units, and units fill up whatever else is uneven.
+The blocks of transformers are placed before, by their cost. The rest runs once or twice for a request, so bytes decide:
+encoders are cut into units, and units even out the remaining differences.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from shardit.core.modules.units import Unit
 
 WHOLE_SHARE = 0.05
-"""An encoder with a smaller share of what one rank holds is not cut."""
+"""An encoder with a smaller share of one rank's bytes is not cut."""
 
 WORTH_A_SPLIT = 0.01
-"""Two ranks whose bytes differ by a smaller share are even enough not to divide a layer between them."""
+"""If the bytes of two ranks differ by a smaller share, no layer is divided between them."""
 
 SAME_SIZE = 0.05
-"""Neighbouring units whose sizes differ by no more are dealt out as runs."""
+"""Neighbouring units whose sizes differ by at most this share are dealt out as runs."""
 
 
 @dataclass(frozen=True)
@@ -33,35 +33,36 @@ class LayerOwners:
 
 @dataclass
 class Loads:
-    """Bytes on each member of a replica; `tp` neighbours share what is sliced."""
+    """Bytes on each member of a replica; `tp` neighbours share sliced components."""
 
     bytes: list[float]
     tp: int
 
     def put(self, nbytes: float, member: int, width: int) -> None:
-        """Put something on `width` neighbours, which share it evenly."""
+        """Add bytes to `width` neighbours, which share them evenly."""
         for m in range(member, member + width):
             self.bytes[m] += nbytes / width
 
     def emptiest(self, width: int) -> int:
-        """The first of the `width` neighbours that hold least."""
+        """Return the first of the `width` neighbours with the fewest bytes."""
         return min(range(0, len(self.bytes), width), key=lambda m: (self.of(m, width), m))
 
     def fullest(self, width: int) -> int:
-        """The first of the `width` neighbours that hold most."""
+        """Return the first of the `width` neighbours with the most bytes."""
         return max(range(0, len(self.bytes), width), key=lambda m: (self.of(m, width), -m))
 
     def of(self, member: int, width: int) -> float:
-        """What the fullest of some neighbours holds."""
+        """Return the bytes of the fullest of some neighbours."""
         return max(self.bytes[member : member + width])
 
 
 def distribute(
     loads: Loads, wholes: Mapping[str, float], encoders: Mapping[str, Sequence[Unit]], sliced: frozenset[str]
 ) -> tuple[dict[str, int], dict[str, LayerOwners]]:
-    """Owners of whole components and of the units of encoders: largest first, to where least is so far.
+    """Return owners of whole components and of the units of encoders: largest first, to the members with the fewest
+    bytes so far.
 
-    The same on every rank. Neighbouring units of a size end up in runs, so that few outputs have to travel.
+    The same on every rank. Neighbouring units of a size form runs, so that few outputs have to be sent.
     """
     items = [(size, name, -1) for name, size in wholes.items()]
     items += [(unit.nbytes, name, i) for name, units in encoders.items() for i, unit in enumerate(units)]
@@ -83,7 +84,8 @@ def distribute(
 
 
 def _split_some(loads: Loads, units: Sequence[Unit], owners: Sequence[int], width: int) -> list[tuple[str, int]]:
-    """The modules of all units with their owners, after parts of some were moved from the fullest to the emptiest."""
+    """Return the modules of all units with their owners, after parts of some were moved from the fullest to the
+    emptiest."""
     moved: dict[str, int] = {}
     while True:
         empty, full = loads.emptiest(width), loads.fullest(width)
@@ -112,7 +114,7 @@ def _split_some(loads: Loads, units: Sequence[Unit], owners: Sequence[int], widt
 
 
 def even_shares(wholes: Sequence[float], sliced: float, ranks: int) -> tuple[float, ...]:
-    """The share of the `sliced` bytes for each rank, so that ranks that own whole components get less."""
+    """Return the share of the `sliced` bytes for each rank, so that ranks that own whole components get less."""
     loads = Loads([0.0] * ranks, 1)
     for size in sorted(wholes, reverse=True):
         loads.put(size, loads.emptiest(1), 1)
@@ -122,7 +124,8 @@ def even_shares(wholes: Sequence[float], sliced: float, ranks: int) -> tuple[flo
 
 
 def in_runs(sizes: Sequence[float], owners: Sequence[int]) -> list[int]:
-    """As many units of a size for each owner, but neighbours together; tiny units go with the one before."""
+    """Return owners with the same number of units of each size, but neighbouring units together; tiny units join the
+    one before."""
     out, start, total = list(owners), 0, sum(sizes)
     while start < len(sizes):
         end = start + 1

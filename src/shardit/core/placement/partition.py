@@ -1,4 +1,4 @@
-"""Which rank owns which block: costs, balanced cuts, number of looped chunks. Pure functions over numbers."""
+"""Places blocks on ranks: costs, balanced cuts, number of looped chunks. Pure functions over numbers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from shardit.config import check_stages
 from shardit.errors import UnsupportedError
 
 MAX_CHUNKS = 8
-"""Looped chunks per rank that the automatic choice uses at most: a hop per chunk has to stay small next to it."""
+"""Limit of looped chunks per rank in the automatic choice: a hop per chunk has to stay small next to it."""
 
-# Parameters that see one vector per sample, or the few text tokens of a two-stream block, cost next to no time.
+# Parameters for one vector per sample, or for the few text tokens of a two-stream block, cost next to no time.
 _CHEAP = re.compile(r"(^|[._])(add|context|txt|text|encoder|mod|modulation|adaln|adaLN_modulation|bias)([._]|$)|norm")
 
 
 def block_cost(block: torch.nn.Module) -> float:
-    """Estimated time of one block call, in arbitrary units: its matrix parameters, by how many tokens see them.
+    """Return the estimated time of one block call, in arbitrary units: its matrix parameters, weighted by their number
+    of tokens.
 
-    A two-stream block (Flux double, SD3) has twice the parameters of a one-stream block but not twice the work,
-    since each token meets only one of the two sets; modulation sees a single vector.
+    A two-stream block (Flux double, SD3) has twice the parameters of a one-stream block but not twice the work, since
+    each token is processed by only one of the two sets; modulation processes a single vector.
     """
     cost = 0.0
     for name, parameter in block.named_parameters():
@@ -32,10 +33,10 @@ def block_cost(block: torch.nn.Module) -> float:
 
 
 def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
-    """Sizes of `parts` contiguous non-empty runs of `costs` that minimise the largest sum.
+    """Return sizes of `parts` contiguous non-empty runs of `costs` that minimise the largest sum.
 
-    Linear partition by dynamic programming; among equals the later runs are the lighter ones, since the last stage
-    also runs the epilogue. Raises UnsupportedError where there are fewer blocks than parts.
+    Linear partition by dynamic programming; among equals the later runs are the lighter ones, since the last stage also
+    runs the epilogue. Raises UnsupportedError if there are fewer blocks than parts.
     """
     n = len(costs)
     if n < parts:
@@ -61,7 +62,7 @@ def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
 
 
 def automatic_chunks(num_blocks: int, pp_size: int, in_flight: int) -> int:
-    """Looped chunks per rank for `in_flight` micro-batches that can be under way at once (branches x max_in_flight).
+    """Return the looped chunks per rank for `in_flight` micro-batches in flight at once (branches x max_in_flight).
 
     With one micro-batch there is nothing to overlap: contiguous (1). Otherwise as many as the blocks allow, at most
     MAX_CHUNKS: M micro-batches on P ranks take P*v + M - 1 chunk times (M <= P) or M*v + P - 1 of M*P*v, so each
@@ -73,7 +74,8 @@ def automatic_chunks(num_blocks: int, pp_size: int, in_flight: int) -> int:
 
 
 def bound(micro_batches: int, pp_size: int, chunks: int) -> float:
-    """Speedup over one rank of M equal micro-batches on P ranks with v chunks each, without any communication cost."""
+    """Return the speedup over one rank of M equal micro-batches on P ranks with v chunks each, without communication
+    cost."""
     m, p, v = micro_batches, pp_size, chunks
     return m * p * v / (p * v + m - 1) if m <= p else m * p * v / (m * v + p - 1)
 
@@ -91,17 +93,17 @@ class Placement:
         return len(self.sizes) // self.pp_size
 
     def owners(self) -> list[int]:
-        """The stage of each block, in execution order."""
+        """Return the stage of each block, in execution order."""
         return [chunk % self.pp_size for chunk, size in enumerate(self.sizes) for _ in range(size)]
 
 
 def place_blocks(
     costs: Sequence[float], pp_size: int, chunks: int, partition: Sequence[int] | None = None
 ) -> Placement:
-    """Where the blocks of one transformer go.
+    """Place the blocks of one transformer.
 
     `partition` (already checked) gives the sizes of all chunks; otherwise cost is balanced over `chunks` x `pp_size`
-    runs, with fewer chunks where there are too few blocks. Raises UnsupportedError with fewer blocks than stages.
+    runs, with fewer chunks if there are too few blocks. Raises UnsupportedError with fewer blocks than stages.
     """
     if partition is not None:
         return Placement(tuple(partition), pp_size)

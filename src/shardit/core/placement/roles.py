@@ -1,4 +1,4 @@
-"""The purpose of each component of a model, which decides its placement; the task that runs the model states it."""
+"""The purpose of each component of a model, which decides its placement; defined by the task that runs the model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Roles:
     title: the pipeline, in messages. stepped: called in every step of a request, so cut into blocks over the stages,
     and their linears over tensor ranks. encoders: called once in a request; large ones are split by layers, their
     linears over tensor ranks. whole: encoders that must not be split, with the reason. vaes: those that decode; tiled:
-    those among them that can do so tile by tile. no_tiles: why there are none. branches: micro-batches that one request
-    can have in flight.
+    those among them that support tiling. no_tiles: why there are none. branches: micro-batches that one request can
+    have in flight.
     """
 
     title: str

@@ -1,1 +1,1 @@
-"""The first call of a kind, traced, and the plan of messages that follows from it."""
+"""Traces the first call of each kind and derives the plan of messages for later calls."""

@@ -1,4 +1,4 @@
-"""What a user may say about a model (`Plan`), and what a call of it was found to carry (`CallPlan`)."""
+"""Settings of a user for one model (`Plan`), and the messages of one call of it (`CallPlan`)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Leaf:
 
 
 def describe_result(leaf: Any) -> Leaf:
-    """The description of one leaf of what a forward returns."""
+    """Describe one leaf of the result of a forward."""
     if not isinstance(leaf, torch.Tensor):
         return Leaf("value", value=leaf)
     return Leaf("tensor", leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()))
@@ -43,9 +43,9 @@ def describe_result(leaf: Any) -> Leaf:
 
 @dataclass(frozen=True)
 class Site:
-    """The n-th block call of a forward: which block, and what its output looks like.
+    """The n-th block call of a forward: the block and the layout of its output.
 
-    given: what `describe_leaf` says of its arguments. mutated: the leaves of these that it writes to.
+    given: `describe_leaf` of each argument leaf. mutated: argument leaves that the block writes to.
     """
 
     block: int
@@ -58,7 +58,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Address:
-    """A handle that every rank has: output leaf or argument leaf number `leaf` of call site `site`."""
+    """A handle that exists on every rank: output leaf or argument leaf number `leaf` of call site `site`."""
 
     site: int
     kind: str  # "out" or "arg"
@@ -67,13 +67,13 @@ class Address:
 
 @dataclass(frozen=True)
 class Item:
-    """One storage that crosses a hop: where to find it, which bytes of it, and whether the sender must copy it.
+    """One storage that crosses a hop: its address, its range of bytes, and whether the sender must copy it.
 
     start, size: the range of bytes, counted from the first element of the tensor at `address`: on a receiver that
-    tensor may lie in the middle of a message. fresh: on the receiver this is the first content of a storage that a
-    placeholder stands for, so that the placeholder can lie in the message itself. taken, placed: the call sites at
-    whose exit the sender has the content in its memory, and the receiver is to have it; for both the last one of the
-    hop's segment, unless code before that writes to the memory, or is run again on it.
+    tensor may lie in the middle of a message. fresh: on the receiver this is the first content of a storage behind a
+    placeholder, so that the placeholder can lie in the message itself. taken, placed: the call sites at whose exit the
+    sender has the content in its memory, and the receiver needs it; for both the last one of the hop's segment, unless
+    code before that writes to the memory or runs again on it.
     """
 
     address: Address
@@ -87,8 +87,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Hop:
-    """What flows from the owner of one segment to the owner of the next, as one message. The receiver waits for it at
-    the exit of call site `pause`: the last one of the segment, unless code before that is run again on what comes."""
+    """One message from the owner of a segment to the owner of the next. The receiver waits for it at the exit of call
+    site `pause`: the last one of the segment, unless code before that runs again on the received data."""
 
     source: int
     target: int
@@ -99,8 +99,8 @@ class Hop:
 
 @dataclass(frozen=True)
 class ResultPlan:
-    """What a forward returns: its leaves, and one message with every tensor among them, dense, in leaf order; parts[i]
-    is the number of the leaf that part i of the message holds."""
+    """The result of a forward: its leaves, and one message with all tensors among them, dense, in leaf order; parts[i]
+    is the number of the leaf in part i of the message."""
 
     spec: Any = field(compare=False)
     leaves: tuple[Leaf, ...]
@@ -117,10 +117,10 @@ class ResultPlan:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """Everything that a call of one signature needs besides the data. The same on every rank.
+    """The whole description of calls with one signature, without data. The same on every rank.
 
     sites: all block calls in order. segments: (first site, last site) of each maximal run of sites with one owner.
-    hops[k]: the message between segments k and k + 1. result: what forward returns.
+    hops[k]: the message between segments k and k + 1. result: the return value of the forward.
     """
 
     sites: tuple[Site, ...]
@@ -131,23 +131,23 @@ class CallPlan:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of all messages between stages in one call, without its result."""
+        """Return the bytes of all messages between stages in one call, without its result."""
         return sum(hop.layout.total for hop in self.hops)
 
     @property
     def course(self) -> tuple[Any, ...]:
-        """Which blocks are called, and what is carried between them, whatever its size."""
+        """Return the sequence of block calls and of carried storages, regardless of their sizes."""
         carried = tuple(tuple(item.address for item in hop.items) for hop in self.hops)
         return tuple(site.block for site in self.sites), carried
 
     def digest(self) -> str:
-        """A hash of the plan that ranks compare."""
+        """Return a hash of the plan for comparison between ranks."""
         text = repr((self.sites, self.segments, self.owners, self.hops, self.result.leaves, self.result.layout))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def segments_of(owners: list[int]) -> list[tuple[int, int]]:
-    """Maximal runs of equal owners as (first, last) site numbers."""
+    """Return the maximal runs of equal owners as (first, last) site numbers."""
     out: list[tuple[int, int]] = []
     for n, owner in enumerate(owners):
         if out and owners[out[-1][0]] == owner:
@@ -158,5 +158,5 @@ def segments_of(owners: list[int]) -> list[tuple[int, int]]:
 
 
 def span_bytes(leaf: Leaf) -> int:
-    """Bytes from the first to the last element of a tensor leaf."""
+    """Return the bytes from the first to the last element of a tensor leaf."""
     return span(leaf.size, leaf.stride) * torch.empty(0, dtype=leaf.dtype).element_size()

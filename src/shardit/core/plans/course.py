@@ -1,6 +1,7 @@
-"""A test of whether a call takes the course of a known plan: its forward is run without blocks and watched.
+"""Tests whether a call follows a known plan: its forward runs without blocks and is traced.
 
-All data that does not derive from a block is real and alike on every rank, so each finds the same by itself.
+All data that does not derive from a block is real and the same on every rank, so each rank comes to the same answer
+without a message.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from shardit.errors import RankError
 
 
 class _Differs(BaseException):
-    """Leaves a forward that takes another course. Not an Exception: models may catch those."""
+    """Leaves a forward that does not follow the plan. Not an Exception: models may catch those."""
 
 
 class DryCall:
-    """The interceptor of block calls while a forward runs without blocks.
+    """Intercepts block calls while a forward runs without blocks.
 
-    trace: the operations outside blocks. Its `deciding`: the arguments whose values the
-    forward has read.
+    trace: the operations outside blocks; `trace.deciding` lists the arguments whose values the forward has read.
     """
 
     def __init__(self, plan: CallPlan, device: torch.device):
@@ -38,7 +38,7 @@ class DryCall:
         self._watch = Watch(self.trace, lambda tensor: tensor)
 
     def fits(self, calls: BlockCalls, forward: Callable[..., Any], call: FlatCall) -> bool:
-        """Whether the plan holds for this call. Sends nothing."""
+        """Return whether the plan is valid for this call. Sends nothing."""
         self.trace.begin(call.leaves)
         try:
             with calls.intercepted_by(self), torch.no_grad(), generators_kept(self.device), self._watch:
@@ -48,11 +48,11 @@ class DryCall:
             return len(self.trace.sites) == len(self.plan.sites) and found.digest() == self.plan.digest()
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (Exception, _Differs):  # the first call, which follows, says what is wrong with it, if anything is
+        except (Exception, _Differs):  # the first call follows and reports the error, if there is one
             return False
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The interceptor: what the block gave in the first call, without data."""
+        """Return stand-ins for the block's output in the first call."""
         with self._watch.paused():
             n = len(self.trace.sites)
             arguments, _ = tree_flatten((args, kwargs))

@@ -1,8 +1,9 @@
-"""The plan of a call: the data that stages carry to each other, found from a call that was watched.
+"""Derives the plan of a call from its trace: the data that stages send to each other.
 
-Liveness analysis over the contents of storages. A *version* is what a storage holds after one write to it. What derives
-from a block, was written before a cut and is read after it, is carried; what no block was given or gave, so that ranks
-have no name for it, is computed again by the stage that needs it, from what can be carried.
+Liveness analysis over the contents of storages. A *version* is the content of a storage after one write to it. A
+version is carried if it derives from a block, was written before a cut and is read after it. Some storages are neither
+an argument nor an output of any block, so that ranks have no name for them: the stage that needs one computes it again
+from carried data.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from shardit.core.plans.trace import Event, Trace
 from shardit.errors import UnsupportedError
 
 Version = tuple[int, int]
-"""A storage, and the number of the event that wrote what it holds."""
+"""A storage, and the number of the event that wrote its content."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class _Carried:
 
 @dataclass
 class _Course:
-    """A watched call over its segments: events in order (the last one reads the result), and who writes what.
+    """A traced call and its segments: events in order (the last one reads the result), and the writers of each storage.
 
-    owner[k]: stage of segment k. segment_of[n]: segment of call site n. writes[storage]: events that write what derives
-    from blocks to it, in order. again[event]: stages that run an event outside blocks although it belongs to another.
+    owner[k]: stage of segment k. segment_of[n]: segment of call site n. writes[storage]: events that write data derived
+    from blocks to it, in order. again[event]: stages that repeat an event outside blocks although it belongs to another
+    stage.
     """
 
     trace: Trace
@@ -61,8 +63,9 @@ class _Course:
         return course
 
     def runs(self, number: int) -> Iterator[tuple[int, int]]:
-        """(stage, segment) of all that run an event on real data. The segment is -1 for the prologue, which every rank
-        runs. Code after block call n - 1 belongs to the owner of block call n, which has received what it needs."""
+        """Yield (stage, segment) for each stage that runs an event on real data. The segment is -1 for the prologue,
+        which every rank runs. Code after block call n - 1 belongs to the owner of block call n, which has received its
+        inputs."""
         event = self.events[number]
         if event.after == 0 and not event.block:
             yield -1, -1
@@ -73,23 +76,23 @@ class _Course:
             yield stage, self.next_segment(stage, segment)
 
     def next_segment(self, stage: int, segment: int) -> int:
-        """The first segment of a stage that is not before the given one."""
+        """Return the first segment of a stage that is not before the given one."""
         return next(k for k in range(segment, len(self.owner)) if self.owner[k] == stage)
 
     def passed(self, segment: int) -> int:
-        """The last call site of the segment that the stage of `segment` ran before; 0 where there is none."""
+        """Return the last call site of the previous segment of the stage that owns `segment`; 0 if there is none."""
         before = [k for k in range(segment) if self.owner[k] == self.owner[segment]]
         return self.segments[before[-1]][1] if before else 0
 
     def lasts(self, version: Version) -> int:
-        """The last call site at whose exit the storage still holds the version."""
+        """Return the last call site at whose exit the storage still has the version."""
         writes = self.writes[version[0]]
         following = writes.index(version[1]) + 1
         return self.events[writes[following]].after - 1 if following < len(writes) else len(self.segment_of)
 
 
 def derive(trace: Trace, result: list[Any], result_spec: Any, result_leaves: tuple[Leaf, ...]) -> CallPlan:
-    """The plan of a call that was watched. Raises UnsupportedError where something can be neither carried nor computed
+    """Derive the plan of a traced call. Raises UnsupportedError if needed data can be neither carried nor computed
     again."""
     course = _Course.of(trace, result)
     carried = None
@@ -101,7 +104,8 @@ def derive(trace: Trace, result: list[Any], result_spec: Any, result_leaves: tup
 
 
 def _carry(course: _Course) -> list[list[_Carried]] | None:
-    """What every hop carries. None where a stage has to run more events than was known: `course.again` has them now."""
+    """Return the versions in every hop, or None if a stage has to repeat more events, which are then in
+    `course.again`."""
     carried: list[list[_Carried]] = [[] for _ in course.owner[1:]]
     holders: dict[Version, dict[int, int]] = {}  # -> {stage: first segment for which it has this version}
     current: dict[int, int] = {}
@@ -123,8 +127,8 @@ def _carry(course: _Course) -> list[list[_Carried]] | None:
 def _bring(
     course: _Course, version: Version, segment: int, before: int, held: dict[int, int], carried: list[list[_Carried]]
 ) -> bool:
-    """Let the owner of `segment` have a version at the exit of call site `before`, through the chain, from the nearest
-    stage that has it. False, and nothing is done, where that is not possible."""
+    """Carry a version to the owner of `segment` by the exit of call site `before`, hop by hop, from the nearest stage
+    that has it. Returns False, without a change, if that is impossible."""
     path: list[tuple[int, _Carried]] = []
     k = segment
     while held.get(course.owner[k], k + 1) > k:
@@ -142,7 +146,7 @@ def _bring(
 
 
 def _run_again(course: _Course, version: Version, stage: int) -> None:
-    """Let a stage compute a version by itself."""
+    """Mark a version for computation by a stage itself."""
     storage, writer = version
     if course.events[writer].block:
         raise UnsupportedError(
@@ -165,17 +169,17 @@ def _hops(course: _Course, carried: list[list[_Carried]]) -> tuple[Hop, ...]:
             address = _address(trace, storage, _handles(course, storage, item.placed))
             writes = [course.events[number].after for number in course.writes[storage]]
             start, stop = trace.extent[storage]
-            start -= start % ALIGN  # some CPU kernels give other last bits for memory aligned in another way
+            start -= start % ALIGN  # some CPU kernels round differently for differently aligned memory
             fresh = (
                 address.kind == "out"
                 and trace.created.get(storage) == address.site
                 and trace.sites[address.site].owner != target
                 and (storage, target) not in received
-                # What arrives before a write of code that is run again would be written to.
+                # Data that arrives before a write of repeated code would be overwritten.
                 and not any(max(pause, address.site) < after <= item.placed for after in writes)
             )
             received.add((storage, target))
-            # The sender's memory may be sent as it lies only if nobody writes to it any more.
+            # The sender's memory can be sent without a copy only if nothing writes to it afterwards.
             copy = any(after > last for after in writes)
             place = start - trace.places[address]
             items.append(Item(address, place, stop - start, fresh, copy, item.taken, item.placed))
@@ -184,11 +188,11 @@ def _hops(course: _Course, carried: list[list[_Carried]]) -> tuple[Hop, ...]:
 
 
 def _handles(course: _Course, storage: int, site: int) -> list[Address]:
-    """The handles of a storage that exist at the exit of a call site."""
+    """Return the handles of a storage that exist at the exit of a call site."""
     return [a for a in course.trace.handles.get(storage, ()) if a.site <= site]
 
 
 def _address(trace: Trace, storage: int, handles: list[Address]) -> Address:
-    """The place where a storage was made if possible, else the first handle."""
+    """Return the place where a storage was made if possible, else the first handle."""
     created = trace.created.get(storage)
     return next((a for a in handles if a.kind == "out" and a.site == created), handles[0])

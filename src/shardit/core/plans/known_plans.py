@@ -1,4 +1,4 @@
-"""The plans of one transformer: by signature and, where values of arguments decide the course, by those values."""
+"""Caches the plans of one transformer by signature, and by the values of arguments on which the forward depends."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from shardit.core.plans.local_plan import LocalPlan
 
 MAX_SIGNATURES = 64
-"""Plans that are kept per transformer; the least recently used one goes first."""
+"""Number of plans kept per transformer; the least recently used one is dropped first."""
 
 MAX_CONTENTS = 1024
-"""Contents of deciding arguments whose plan is remembered; after that it is found again, without a first call."""
+"""Number of remembered contents of deciding arguments; a plan beyond that is found again, without a first call."""
 
 
 @dataclass
 class KnownPlans:
     """All plans, the least recently used one first.
 
-    plans: by signature and digest. deciding: for each signature, the leaves of the arguments whose values code outside
-    the blocks has read. found: the digest that belongs to a signature and the contents of those leaves.
+    plans: by signature and digest. deciding: for each signature, the argument leaves whose values are read outside the
+    blocks. found: the digest for a signature and the contents of those leaves.
     """
 
     plans: OrderedDict[tuple[Any, str], LocalPlan] = field(default_factory=OrderedDict)
@@ -32,7 +32,7 @@ class KnownPlans:
     found: OrderedDict[tuple[Any, bytes], str] = field(default_factory=OrderedDict)
 
     def find(self, key: Any, leaves: Sequence[Any]) -> LocalPlan | None:
-        """The plan of a call with these leaves, or None where it is not known."""
+        """Return the plan of a call with these leaves, or None if it is unknown."""
         if key not in self.deciding:
             return None
         where = key, self._contents(key, leaves)
@@ -43,14 +43,14 @@ class KnownPlans:
         return plan
 
     def of_signature(self, key: Any) -> list[LocalPlan]:
-        """The plans that calls of a signature have had, the last one first."""
+        """Return the plans of earlier calls with a signature, the latest first."""
         return [plan for (of, _), plan in reversed(self.plans.items()) if of == key]
 
     def learn(self, key: Any, leaves: Sequence[Any], deciding: Iterable[int], plan: LocalPlan) -> None:
-        """Remember the plan of a call, and which leaves of its arguments have decided."""
+        """Store the plan of a call and the argument leaves that it depends on."""
         before, digest = self.deciding.get(key, ()), plan.plan.digest()
         self.deciding[key] = tuple(sorted({*before, *deciding}))
-        if self.deciding[key] != before:  # what was remembered says nothing about the new leaves
+        if self.deciding[key] != before:  # the old entries are not keyed by the new leaves
             for where in [where for where in self.found if where[0] == key]:
                 del self.found[where]
         self.found[key, self._contents(key, leaves)] = digest

@@ -1,4 +1,4 @@
-"""The part of a call's plan that concerns one rank, looked up by call site."""
+"""Selects the part of a call's plan that concerns one rank, indexed by call site."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from shardit.core.plans.stand_ins import is_float
 
 @dataclass
 class LocalPlan:
-    """What one rank has to do for a `CallPlan`, looked up by call site.
+    """The work of one rank for a `CallPlan`, indexed by call site.
 
     keep_args, keep_outs: leaves whose tensors are remembered, for a hop. fresh: output storages of unowned sites that
-    lie in the message of a hop. last_of: segment that ends at a site. pauses: sites at whose exit a hop is waited for.
-    places: (hop, item) that are put in place at the exit of a site; copies: those that are copied there, to be sent
-    later. stops: sites with something to do at their exit. release: what no hop after this one needs. integers:
-    (offset, size) of the parts of a hop's message that code may index with before it arrives.
+    lie in the message of a hop. last_of: segment that ends at a site. pauses: sites at whose exit a hop is awaited.
+    places: (hop, item) put in place at the exit of a site. copies: those copied there, to be sent later. stops: sites
+    with work at their exit. release: storages that no later hop needs. integers: (offset, size) of the parts of a hop's
+    message that code may index with before it arrives.
     """
 
     plan: CallPlan

@@ -12,11 +12,11 @@ from shardit.core.plans.call_plan import Leaf, Site
 from shardit.core.runtime.storages import storage_key
 
 Memory = Callable[[Leaf], tuple[torch.Tensor, int]]
-"""Memory for the new storage of a leaf, and the byte of the storage at which that begins."""
+"""Returns memory for the new storage of a leaf, and the first byte of the storage in that memory."""
 
 
 def stand_ins(site: Site, arguments: list[Any], memory: Memory) -> list[Any]:
-    """The leaves of a block call's output. arguments: the leaves of what the block was called with."""
+    """Return stand-ins for the output leaves of a block call. arguments: its argument leaves."""
     storages: dict[int, tuple[torch.Tensor, int]] = {}
     leaves: list[Any] = []
     for leaf in site.leaves:
@@ -36,8 +36,8 @@ def stand_ins(site: Site, arguments: list[Any], memory: Memory) -> list[Any]:
 
 
 def same_memory(site: Site, leaves: Sequence[Any], arguments: Sequence[Any]) -> bool:
-    """Whether the outputs of a block lie in the memory that the site tells of: several in one storage, or in that of an
-    argument. Others would not be carried."""
+    """Return whether the outputs of a block share memory as described in the site: with each other or with an argument.
+    Other sharing would not be carried."""
     storages: dict[int, int] = {}
     for leaf, got in zip(site.leaves, leaves, strict=True):
         if leaf.kind == "value":
@@ -53,12 +53,13 @@ def same_memory(site: Site, leaves: Sequence[Any], arguments: Sequence[Any]) -> 
 
 
 def blank(leaf: Leaf, device: torch.device) -> torch.Tensor:
-    """Memory for a new storage. Arithmetic on what was never written is harmless; indexing with it is not."""
+    """Allocate memory for a new storage. Arithmetic on uninitialized floats is harmless; indexing with uninitialized
+    integers is not, so these are zero."""
     make = torch.empty if is_float(leaf) else torch.zeros
     return make(leaf.nbytes, dtype=torch.uint8, device=device)
 
 
 def is_float(leaf: Leaf) -> bool:
-    """Whether a tensor leaf can hold NaN."""
+    """Return whether a tensor leaf can contain NaN."""
     assert leaf.dtype is not None
     return leaf.dtype.is_floating_point or leaf.dtype.is_complex

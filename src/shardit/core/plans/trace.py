@@ -1,7 +1,7 @@
-"""Watching the first call of a signature: which operation outside blocks reads and writes which memory.
+"""Traces the first call of a signature: the memory that each operation outside blocks reads and writes.
 
-Outside blocks every operation is seen by a TorchDispatchMode; a block call counts as one operation. `derive` finds from
-this what has to be carried.
+A TorchDispatchMode sees every operation outside blocks; a block call counts as one operation. `derive` computes the
+data to carry from this trace.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardit.core.plans.call_plan import Address, Site
 from shardit.core.runtime.storages import Storages, storage_key, tensors_of, written
 from shardit.errors import UnsupportedError
 
-# Operations whose result decides what Python does next, or how large the next tensor is.
+# Operations whose result decides the next step of Python code, or the size of the next tensor.
 _HOST = {
     torch.Tag.data_dependent_output: "reads a value on the host",
     torch.Tag.dynamic_output_shape: "makes a shape from values",
@@ -32,7 +32,7 @@ _HOST = {
 class Event:
     """One operation outside blocks, or the block call number `after`; `after` block calls had ended when it began.
 
-    derived: it read something that comes from a block (or is a block call), so what it writes exists on one rank only.
+    derived: it read data derived from a block (or is a block call), so its output exists on one rank only.
     """
 
     after: int
@@ -44,9 +44,9 @@ class Event:
 
 @dataclass
 class Trace:
-    """What was seen, in order; storages are numbered in order of appearance, the same on every rank.
+    """The events of a forward, in order; storages are numbered in order of appearance, the same on every rank.
 
-    handles[storage]: every place where a rank can get hold of it. extent[storage]: (first, last + 1) byte that some
+    handles[storage]: every place at which a rank can access it. extent[storage]: (first, last + 1) byte that some
     handle shows. derived: storages whose content comes from a block.
     """
 
@@ -54,18 +54,18 @@ class Trace:
     sites: list[Site] = field(default_factory=list)
     handles: dict[int, list[Address]] = field(default_factory=dict)
     extent: dict[int, tuple[int, int]] = field(default_factory=dict)
-    created: dict[int, int] = field(default_factory=dict)  # storage -> site whose output made it
+    created: dict[int, int] = field(default_factory=dict)  # storage -> site that returned it
     derived: set[int] = field(default_factory=set)
     places: dict[Address, int] = field(default_factory=dict)  # byte of its storage at which a handle begins
     inputs: set[int] = field(default_factory=set)
-    makers: dict[int, str] = field(default_factory=dict)  # storage that code outside blocks derived -> how
+    makers: dict[int, str] = field(default_factory=dict)  # storage derived by code outside blocks -> operation
     mutated_input: bool = False
-    sources: dict[int, set[int]] = field(default_factory=dict)  # storage -> leaves of the arguments it was made from
-    deciding: set[int] = field(default_factory=set)  # leaves of the arguments whose values Python has read
+    sources: dict[int, set[int]] = field(default_factory=dict)  # storage -> argument leaves that it was made from
+    deciding: set[int] = field(default_factory=set)  # argument leaves whose values Python has read
     _storages: Storages = field(default_factory=Storages)
 
     def begin(self, arguments: Iterable[Any]) -> None:
-        """Take note of what the forward is called with, leaf by leaf."""
+        """Register the argument leaves of the forward."""
         for q, leaf in enumerate(arguments):
             if isinstance(leaf, torch.Tensor):
                 self.inputs.add(self.number(leaf))
@@ -77,11 +77,11 @@ class Trace:
             self.deciding |= self.sources.get(self.number(tensor), set())
 
     def number(self, tensor: torch.Tensor) -> int:
-        """The number of the storage under a tensor."""
+        """Return the number of the storage under a tensor."""
         return self._storages.number(tensor)
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether the storage under a tensor was seen before."""
+        """Return whether the storage under a tensor was seen before."""
         return tensor in self._storages
 
     def operation(self, name: str, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor]) -> None:
@@ -101,8 +101,8 @@ class Trace:
         self.events.append(Event(len(self.sites), read, written, derived))
 
     def block(self, site: Site, arguments: list[torch.Tensor | None], outputs: list[Any], mutated: list[int]) -> None:
-        """Record call site number len(sites): argument leaves (None where not a tensor), output leaves, and the
-        argument leaves that the block wrote to."""
+        """Record call site number len(sites): argument leaves (None if not a tensor), output leaves, and the argument
+        leaves that the block wrote to."""
         n = len(self.sites)
         read = [self.number(t) for t in arguments if t is not None]
         for q, tensor in enumerate(arguments):
@@ -137,7 +137,7 @@ class Trace:
 class Recorder(TorchDispatchMode):
     """Writes every operation outside blocks into a `Trace`. `paused` while a block runs.
 
-    `fetch` gives a tensor that an operation may read in place of the one it was given, which may be on meta.
+    fetch: returns the tensor to read in place of an operation's argument, which may be on meta.
     """
 
     def __init__(self, trace: Trace, fetch: Callable[[torch.Tensor], torch.Tensor]):
@@ -161,7 +161,7 @@ class Recorder(TorchDispatchMode):
         else:
             seen = set(map(storage_key, reads))
             fresh = [t for t in outputs if storage_key(t) not in seen]
-            if fresh or not outputs:  # what is left out are views: they read no data
+            if fresh or not outputs:  # views are left out: they read no data
                 self.trace.operation(str(func), reads, fresh)
         return out
 
@@ -184,7 +184,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _deciding(func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The tensors whose values decide how large the result is: of indexing only the masks among the indices."""
+    """Return the tensors whose values decide the size of the result: for indexing only the masks among the indices."""
     if func is torch.ops.aten.index.Tensor:
         return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
     return reads
@@ -192,7 +192,7 @@ def _deciding(func: Any, reads: list[torch.Tensor], args: tuple[Any, ...]) -> li
 
 _READS = frozenset(
     (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
-)  # what gives values of a tensor to Python without an operation
+)  # these give tensor values to Python without an operation
 
 
 class _HostReads(TorchFunctionMode):
@@ -207,7 +207,8 @@ class _HostReads(TorchFunctionMode):
 
 
 class Watch:
-    """While it is entered, a `Trace` is written of what a forward does outside blocks. `fetch` is as for `Recorder`."""
+    """Context manager that records the operations of a forward outside blocks in a `Trace`. `fetch` is as for
+    `Recorder`."""
 
     def __init__(self, trace: Trace, fetch: Callable[[torch.Tensor], torch.Tensor]):
         self.recorder = Recorder(trace, fetch)
@@ -223,7 +224,7 @@ class Watch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Meanwhile a block runs, or something else that is not the forward's."""
+        """Pause the recording while a block runs, or other code that is not part of the forward."""
         modes = list(_get_current_function_mode_stack())
         self.recorder.paused = True
         _set_function_modes([mode for mode in modes if mode is not self._reads])

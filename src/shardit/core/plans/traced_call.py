@@ -1,4 +1,5 @@
-"""The first call of a signature: block by block on all ranks at once, watched, and exactly what one rank would do."""
+"""Runs the first call of a signature: block by block on all ranks at once, traced, with the same computation as one
+rank."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes as _without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from shardit.core.comm.barrier import checked_barrier, sendable
 from shardit.core.comm.p2p import Comm
-from shardit.core.comm.same_point import meet, sendable
 from shardit.core.comm.wire import (
     dump_with_tensors,
     first_byte,
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class TracedCall:
-    """The interceptor of block calls while a first call runs: the owner runs the block and broadcasts what it gives.
+    """Intercepts block calls during a first call: the owner runs the block and broadcasts its output.
 
     drawn: the states of the generators at the first block call.
     """
@@ -52,18 +53,19 @@ class TracedCall:
         self._shared = False  # every rank has the error that is being raised
 
     def run(self, forward: Callable[..., Any], call: FlatCall) -> tuple[Any, CallPlan]:
-        """The forward's result, the same on every rank, and the plan of what later calls carry.
+        """Run the forward; return its result, the same on every rank, and the plan of data for later calls.
 
-        Collective. Raises what the forward raises, on every rank, and UnsupportedError where it cannot be cut.
+        Collective. Raises the errors of the forward on every rank, and UnsupportedError if it cannot be cut into
+        stages.
         """
         self.trace.begin(call.leaves)
         try:
             with self.cut.calls.intercepted_by(self), torch.no_grad(), self.watch:
                 out = forward(*call.args, **call.kwargs)
-            self._meet("the end")
+            self._barrier("the end")
         except Exception as error:
             if not self._shared and not isinstance(error, RankError):
-                self._meet(error)
+                self._barrier(error)
             raise
         if not self.trace.sites:
             raise UnsupportedError("the forward calls none of the model's blocks")
@@ -76,7 +78,7 @@ class TracedCall:
             if isinstance(leaf, torch.Tensor) and id(leaf) not in known
         ]
         if any(self.trace.knows(leaf) and self.trace.number(leaf) in self.trace.derived for leaf in added):
-            raise UnsupportedError("the forward puts what derives from a block into a list or dict that it is given")
+            raise UnsupportedError("the forward puts data derived from a block into a list or dict among its arguments")
         leaves, spec = tree_flatten(out)
         plan = derive(self.trace, leaves, spec, tuple(describe_result(leaf) for leaf in leaves))
         digests = self.comm.group.gather_objects(plan.digest())
@@ -85,9 +87,9 @@ class TracedCall:
         return out, plan
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The interceptor: run the block on its owner, share its output and what it changed."""
+        """Run the block on its owner; broadcast its output and its changes."""
         with self.watch.paused():
-            self._meet(f"block {self.blocks[index][0]}")
+            self._barrier(f"block {self.blocks[index][0]}")
             self.drawn = self.drawn or states(self.comm.group.device, [])
             given, _ = tree_flatten((args, kwargs))
             looks = tuple(map(describe_leaf, given))
@@ -113,10 +115,10 @@ class TracedCall:
             self.trace.block(site, arguments, leaves, mutated)
         return out
 
-    def _meet(self, what: str | Exception) -> None:
-        """Wait until all ranks are at the same place; raise, on every rank, if one of them is not, or has failed."""
+    def _barrier(self, what: str | Exception) -> None:
+        """Wait until all ranks reach the same point; raise on every rank if one of them is elsewhere or has failed."""
         self._shared = True
-        differ = meet(self.comm, what)
+        differ = checked_barrier(self.comm, what)
         if differ is not None:
             raise UnsupportedError(
                 f"the forward does not take the same course on every rank: {differ}, outside the blocks, where data of "
@@ -125,8 +127,8 @@ class TracedCall:
         self._shared = isinstance(what, Exception)  # then all have failed, each with its own error
 
     def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What code outside the blocks gets for a tensor that it reads. If that belongs to a block, its owner shares
-        it with all ranks, and they keep it from then on."""
+        """Return the tensor to use when code outside the blocks reads this one. A parameter of a block is broadcast by
+        its owner, and every rank keeps it."""
         if id(tensor) in self._fetched:
             return self._fetched[id(tensor)][1]
         if id(tensor) not in self._inner:
@@ -134,7 +136,7 @@ class TracedCall:
         index, path = self._inner.pop(id(tensor))
         name, block = self.blocks[index]
         self.watch.recorder.paused = True
-        self._meet(f"parameter {name}.{path}")
+        self._barrier(f"parameter {name}.{path}")
         dense = torch.empty_like(tensor, device=self.comm.group.device, memory_format=torch.contiguous_format)
         if self.owners[index] == self.comm.rank:
             dense.copy_(tensor)
@@ -157,11 +159,13 @@ class TracedCall:
         given, outline = tree_flatten((args, kwargs))
         drawn, device = states(self.comm.group.device, []), self.comm.group.device
         try:
-            with _without_modes():  # what the block compiles must not see that it is watched
+            with _without_modes():  # code compiled by the block must not see the recorder
                 out = call(*args, **kwargs)
             after, outline_after = tree_flatten((args, kwargs))
             if outline_after != outline or any(a is not b for a, b in zip(given, after, strict=True)):
-                raise UnsupportedError("a block changes a list or dict that it is given, which no other rank would see")
+                raise UnsupportedError(
+                    "a block changes a list or dict among its arguments, which no other rank would see"
+                )
             if moved(drawn, states(device, [])):
                 raise UnsupportedError(
                     f"block {self.blocks[index][0]} draws random numbers, which other ranks would not do: call .eval() "
@@ -171,7 +175,7 @@ class TracedCall:
             if path := next((path for path in now if now[path] != held.get(path)), None):
                 kind = type(self.blocks[index][1].get_submodule(path).processor).__name__
                 raise UnsupportedError(
-                    f"the attention processor {kind} keeps what it sees, which is then on one rank only: use "
+                    f"the attention processor {kind} keeps tensors of its calls, which are then on one rank only: use "
                     "pipeline_parallel_size=1 and cfg_parallel_size=1"
                 )
         except Exception as error:
@@ -220,7 +224,7 @@ class TracedCall:
 
 
 def _describe(tensors: list[torch.Tensor], arguments: list[torch.Tensor | None]) -> list[Leaf]:
-    """Describe the tensors of a block's output: those that look at an argument's memory, and new ones."""
+    """Describe the tensors of a block's output: views of an argument's memory, and new ones."""
     owned_by_argument: dict[int, int] = {}
     for q, tensor in enumerate(arguments):
         if tensor is not None:
@@ -244,7 +248,7 @@ def _describe(tensors: list[torch.Tensor], arguments: list[torch.Tensor | None])
 
 
 def _first_of_storage(leaves: list[Leaf]) -> list[int]:
-    """For each new storage the number of the first leaf over it, in order."""
+    """Return for each new storage the number of the first leaf over it, in order."""
     first: dict[int, int] = {}
     for number, leaf in enumerate(leaves):
         if leaf.kind == "tensor":

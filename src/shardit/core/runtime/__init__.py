@@ -1,1 +1,1 @@
-"""What calls in flight share on one rank: coroutines, pending tensors, the order of steps, requests."""
+"""The runtime of calls in flight on one rank: coroutines, pending tensors, the order of steps, requests."""

@@ -1,4 +1,4 @@
-"""Coroutines that own their torch state: what is thread-local in torch must not leak from one to the next."""
+"""Coroutines that own their torch state: thread-local state of torch must not leak from one to the next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from shardit.core.runtime.thread_state import TorchState
 
 
 def _compile_frames(callback: Any) -> Any:
-    """Set what torch.compile does to frames of Python code that begin from now on; returns what was set before."""
+    """Set the frame callback of torch.compile for frames of Python code that begin from now on; return the previous
+    one."""
     if "torch._dynamo" not in sys.modules:
         return None
     from torch._C._dynamo.eval_frame import set_eval_frame
@@ -25,7 +26,7 @@ def _compile_frames(callback: Any) -> Any:
 class Coroutine:
     """A function that runs in pieces: `resume` runs it until it calls `pause`, returns or raises.
 
-    Modes that the function enters stay its own: at each switch they are taken off the thread and put back later.
+    Modes that the function enters stay its own: at each switch they are removed from the thread and restored later.
     """
 
     def __init__(self, function: Callable[[], Any]):
@@ -43,22 +44,23 @@ class Coroutine:
 
     def _run(self) -> None:
         function = self._function
-        del self._function  # it may know of this coroutine: a cycle would keep memory until the garbage collector comes
+        del self._function  # it may refer to this coroutine: a cycle would keep memory until the garbage collector runs
         try:
             self.value = function()
         except greenlet.GreenletExit:
             raise
-        except BaseException as error:  # handed to whoever resumes
+        except BaseException as error:  # raised again in `resume`
             self.error = error
         finally:
             self._state = TorchState.capture()
 
     def resume(self) -> None:
-        """Run until the next pause or the end, under the coroutine's own state. Raises what the function raised."""
+        """Run until the next pause or the end, under the coroutine's own state. Raises the exceptions of the
+        function."""
         self._greenlet.parent = greenlet.getcurrent()
         outer, compiling = TorchState.capture(), _compile_frames(None)
-        # The guard restores absolute values when it goes, so guards of several coroutines need not nest, and whatever
-        # mode the coroutine is in when it pauses is gone from the thread.
+        # The guard restores absolute values on exit, so guards of several coroutines need not nest, and the mode of a
+        # paused coroutine is gone from the thread.
         with torch.inference_mode(self._state.inference):
             self._state.install()
             try:
@@ -72,18 +74,18 @@ class Coroutine:
             raise error
 
     def pause(self) -> None:
-        """Called inside the coroutine: give control back to `resume`'s caller."""
+        """Inside the coroutine: return control to `resume`'s caller."""
         if greenlet.getcurrent() is not self._greenlet:
             raise RuntimeError("a coroutine can only pause itself: a forward waits for the result of another call")
         self._state = TorchState.capture()
         parent = self._greenlet.parent
         assert parent is not None
-        compiling = _compile_frames(None)  # between the pieces that torch has compiled of this coroutine's code
+        compiling = _compile_frames(None)  # between the pieces of this coroutine's code that torch has compiled
         parent.switch()
         _compile_frames(compiling)
 
     def kill(self, error: BaseException | None = None) -> None:
-        """End the coroutine where it is paused, by an exception inside it, which goes no further."""
+        """End the coroutine where it is paused, by an exception inside it that is not raised further."""
         if not self._greenlet:  # never started: nothing to unwind
             error = None
         if not self._greenlet.dead:
@@ -98,12 +100,12 @@ class Coroutine:
             outer.install()
 
 
-willing: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("shardit_willing", default=None)
-"""The coroutine that runs, if it lets others compute while it would only wait."""
+yielding_coroutine: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("shardit_yielding", default=None)
+"""The running coroutine, if it lets others compute while it waits; else None."""
 
 
 def yield_while_waiting() -> None:
-    """Called between the start of something slow and the wait for it: let others compute meanwhile, if any may."""
-    coroutine = willing.get()
+    """Let other coroutines compute between the start of a slow operation and the wait for it."""
+    coroutine = yielding_coroutine.get()
     if coroutine is not None:
         coroutine.pause()

@@ -1,4 +1,4 @@
-"""Checksums of the arguments of calls, by which ranks compare what they were given."""
+"""Checksums of the arguments of calls, for the comparison between ranks."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import GENERATORS, state_in
 
 SAMPLES = 4096
-"""Of what is larger, as many words go into the checksum by their place; all others by their sum alone."""
+"""Number of words of a larger tensor that enter the checksum by position; all others only by their sum."""
 
 
 SUMMED = 2**20
-"""Bytes of a tensor that a pipeline has computed itself. Of larger ones the samples alone count: such a tensor, as
-the embeddings of a prompt, differs nearly everywhere if at all, and reading it all takes longer than the messages."""
+"""Bytes above which only samples of a tensor count if a pipeline has computed it itself: such a tensor, as the
+embeddings of a prompt, differs nearly everywhere if at all, and reading it all takes longer than the messages."""
 
 
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.Size, range, slice, enum.Enum, Path)
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a method by name (without `self`); by number where the method does not take them."""
+    """Return the arguments of a method call by name (without `self`); by number if the method does not take them."""
     try:
         signature = _signature(function)
         found = dict(signature.bind_partial(None, *args, **kwargs).arguments)
@@ -50,11 +50,11 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def digests(arguments: Mapping[str, Any], summed: int | None = None) -> dict[str, bytes]:
-    """A checksum of each argument, in order of names. Tensors that are pending are waited for.
+    """Return a checksum of each argument, in order of names. Waits for pending tensors.
 
     Strings, numbers, tensors, arrays, pictures and generators count by value, in containers, too; other objects (and
-    functions, which ranks may have each of their own) by their kind alone. Of tensors with more than `summed` bytes
-    (None: no limit) only samples count.
+    functions, which may be different objects on each rank) by their kind alone. Of tensors with more than `summed`
+    bytes (None: no limit) only samples count.
     """
     materialize(list(arguments.values()))
     return {name: short_hash(*_described(arguments[name], summed)) for name in sorted(arguments)}
@@ -97,8 +97,8 @@ def _of_array(array: numpy.ndarray) -> torch.Tensor:
 
 
 def checksum(tensor: torch.Tensor, summed: int | None = None) -> bytes:
-    """A checksum of the values of a tensor, wherever it is. It costs about what it takes to read them once, or, with
-    more than `summed` bytes, to read SAMPLES words."""
+    """Return a checksum of the values of a tensor, on any device. It costs about one read of them, or, with more than
+    `summed` bytes, a read of SAMPLES words."""
     if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
         return b""
     with torch.no_grad():
@@ -117,12 +117,12 @@ def checksum(tensor: torch.Tensor, summed: int | None = None) -> bytes:
 
 
 def state_bytes(state: Any) -> bytes:
-    """The state of a generator as bytes."""
+    """Return the state of a generator as bytes."""
     return state.numpy().tobytes() if isinstance(state, torch.Tensor) else pickle.dumps(state)
 
 
 def short_hash(*parts: bytes) -> bytes:
-    """A hash of eight bytes over parts, which cannot be cut in another way to the same hash."""
+    """Return a hash of eight bytes over parts; no other division into parts has the same hash."""
     made = hashlib.blake2b(digest_size=8)
     for part in parts:
         made.update(len(part).to_bytes(8, "little"))

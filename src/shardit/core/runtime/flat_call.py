@@ -1,4 +1,4 @@
-"""The arguments of one call, flattened once, and what calls must have in common to share a plan."""
+"""The arguments of one call, flattened once, and the keys under which calls share a plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 @dataclass(frozen=True)
 class FlatCall:
-    """One call: its arguments as they were given, and their leaves and structure as they were before it."""
+    """One call: its arguments as given, and their leaves and structure before the call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -26,14 +26,14 @@ class FlatCall:
         return FlatCall(args, kwargs, tuple(leaves), spec)
 
     def again(self) -> FlatCall:
-        """The same call with lists and dicts of its own: a forward may empty those that it is given."""
+        """Copy the call with lists and dicts of its own: a forward may empty its arguments."""
         args, kwargs = tree_unflatten(list(self.leaves), self.spec)
         return FlatCall(args, kwargs, self.leaves, self.spec)
 
     def signature(self, code: Any) -> tuple[Any, ...]:
-        """Shapes, strides, dtypes and structure of the arguments, values of what is not a tensor (but not of floats,
-        which change from step to step), and the modes that torch runs under. `code`: what else decides how the model
-        computes, as training mode does."""
+        """Return shapes, strides, dtypes and structure of the arguments, values of leaves that are not tensors (except
+        floats, which change from step to step), and the modes of torch. `code`: other state on which the computation
+        depends, such as training mode."""
         return (*self._described, modes(), code)
 
     @functools.cached_property
@@ -41,29 +41,29 @@ class FlatCall:
         return str(self.spec), tuple(map(describe_leaf, self.leaves))
 
     def mode_key(self, code: Any) -> tuple[Any, ...]:
-        """The signature without sizes: calls that share it take the same way through the forward, as far as can be
-        seen."""
+        """Return the signature without sizes: calls that share it take the same way through the forward, as far as can
+        be seen."""
         kinds = [
             (leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in self.leaves
         ]
         return (str(self.spec), tuple(kinds), modes(), code)
 
     def asks_for_gradients(self) -> bool:
-        """Whether the call is to be differentiated with respect to its arguments."""
+        """Return whether the call is to be differentiated with respect to its arguments."""
         return torch.is_grad_enabled() and any(
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in self.leaves
         )
 
 
 def modes() -> tuple[Any, ...]:
-    """Inference and autocast modes (grad mode does not change what a staged forward does: it runs without)."""
+    """Return inference and autocast modes (grad mode does not affect a staged forward: it runs without gradients)."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.is_autocast_enabled(kind)
     return (torch.is_inference_mode_enabled(), torch.get_autocast_dtype(kind) if autocast else None)
 
 
 def describe_leaf(leaf: Any) -> Any:
-    """What a plan depends on of one argument: of a tensor all but its data."""
+    """Return everything of one argument that a plan depends on: of a tensor all but its data."""
     if isinstance(leaf, torch.Tensor):
         return (leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), leaf.device.type)
     if isinstance(leaf, (bool, int, str, bytes, type(None), torch.dtype, torch.device)):

@@ -1,4 +1,4 @@
-"""Splitting a batched transformer call by sample into micro-batches, and putting their results together."""
+"""Splits a batched transformer call by sample into micro-batches, and merges their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Samples in a call: the first dimension of its first tensor, or the length of its first list of tensors."""
+    """Return the samples in a call: the first dimension of its first tensor, or the length of its first list of
+    tensors."""
     for value in [*args, *kwargs.values()]:
         if isinstance(value, torch.Tensor):
             return value.shape[0] if value.ndim > 1 else 1
@@ -26,9 +27,10 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def split(call: FlatCall, count: int) -> list[FlatCall]:
-    """The calls of `count` micro-batches, of nearly equal size and in order.
+    """Return the calls of `count` micro-batches, of nearly equal size and in order.
 
-    What has one entry per sample (a tensor's first dimension, or a list) is cut; everything else goes to all.
+    Arguments with one entry per sample (a tensor's first dimension, or a list) are cut; all others go to every
+    micro-batch.
     """
     batch = batch_size(call.args, call.kwargs)
     bounds = [batch * i // count for i in range(count + 1)]
@@ -42,7 +44,7 @@ def split(call: FlatCall, count: int) -> list[FlatCall]:
 
 
 def pattern(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, ...]:
-    """Which arguments `split` would cut: sizes that happen to agree with the batch's make another pattern."""
+    """Return which arguments `split` would cut: sizes that happen to equal the batch size make another pattern."""
     batch = batch_size(args, kwargs)
     leaves, _ = tree_flatten((args, kwargs), is_leaf=lambda value: type(value) is list and len(value) == batch)
     return tuple(
@@ -65,9 +67,9 @@ def _cut(value: Any, batch: int, low: int, high: int) -> Any:
 
 
 def merge(outs: list[Any]) -> Any:
-    """One result from those of the micro-batches: tensors are concatenated, lists of tensors are joined.
+    """Merge the results of the micro-batches: tensors are concatenated, lists of tensors are joined.
 
-    What is still on the wire stays pending. Raises ValueError where the results do not fit together.
+    Results still on the wire stay pending. Raises ValueError if the results do not fit together.
     """
     flat = [_lists_as_leaves(out) for out in outs]
     if len({(len(leaves), spec) for leaves, spec in flat}) > 1:
@@ -102,7 +104,7 @@ def _merge_leaf(pieces: list[Any]) -> Any:
 
 
 def close(whole: Any, merged: Any) -> bool:
-    """Whether a batch run by sample gives what it gives whole, up to rounding."""
+    """Return whether a batch run by sample has the same result as when run whole, up to rounding."""
     a, b = tree_leaves(whole), tree_leaves(merged)
     return len(a) == len(b) and all(_close(x, y) for x, y in zip(a, b, strict=True))
 

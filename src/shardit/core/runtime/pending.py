@@ -50,7 +50,7 @@ METADATA = {
     torch.is_complex,
     torch.numel,
 }
-"""Questions about a tensor that its data does not answer."""
+"""Queries of a tensor that do not read its data."""
 
 VIEWS = {
     _T.view,
@@ -83,11 +83,11 @@ VIEWS = {
     torch.permute,
     torch.transpose,
 }
-"""Operations that only look at the same memory in another way; `reshape` and indexing do so in most cases."""
+"""Operations that only view the same memory in another way; `reshape` and indexing do so in most cases."""
 
 
 class Source:
-    """What pending tensors wait for. `materialize` fills their memory; after it they are plain tensors."""
+    """The source of pending tensors. `materialize` fills their memory; after it they are plain tensors."""
 
     def __init__(self, materialize: Callable[[], None]):
         self._materialize: Callable[[], None] | None = materialize
@@ -95,11 +95,11 @@ class Source:
 
     @property
     def ready(self) -> bool:
-        """Whether the data is here."""
+        """Return whether the data has arrived."""
         return self._materialize is None
 
     def wrap(self, buffer: torch.Tensor) -> torch.Tensor:
-        """A pending tensor over `buffer`, or `buffer` itself where the data is here already."""
+        """Return a pending tensor over `buffer`, or `buffer` itself if the data has arrived."""
         if self.ready:
             return buffer
         tensor = buffer.as_subclass(PendingTensor)
@@ -143,7 +143,7 @@ class PendingTensor(torch.Tensor):
 
 
 class Fetched(torch.Tensor):
-    """A parameter of a component that one rank owns, as code outside gets it, with its data."""
+    """A parameter of a component owned by one rank, with its data, as read by outside code."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -158,7 +158,7 @@ class Fetched(torch.Tensor):
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    """The view, pending like its base; None where the operation would have to read the data."""
+    """Return the view, pending like its base; None if the operation would have to read the data."""
     base = args[0]
     source = base._source
     if func is _T.__getitem__ and not _basic_index(args[1]):

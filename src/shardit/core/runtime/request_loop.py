@@ -51,7 +51,7 @@ class Schedule:
 
     Every rank executes the same steps in the same order; a rank does its part of each (run, post, or nothing). Each
     message is posted by its receiver at the step at which its sender sends it, so all communication is a projection of
-    one total order and cannot wait in a circle, whatever communicators it is spread over.
+    one total order and cannot wait in a circle, whatever communicators carry it.
     """
 
     def __init__(self, rank: int):

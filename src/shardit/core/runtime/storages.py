@@ -1,4 +1,4 @@
-"""Which memory tensors lie in, and what operations read and write: what dispatch modes follow dataflow by."""
+"""Tracks the memory of tensors, and the reads and writes of operations, for dispatch modes that follow dataflow."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Storages:
 
     def __init__(self) -> None:
         self._numbers: dict[int, int] = {}
-        # A weak reference keeps the address of a dead storage from being used again, and holds none of its data.
+        # A weak reference prevents reuse of the address of a dead storage, and keeps none of its data alive.
         self._refs: list[StorageWeakRef] = []
 
     def number(self, tensor: torch.Tensor) -> int:
-        """The number of the storage under a tensor; a new one gets the next."""
+        """Return the number of the storage under a tensor; a new one gets the next."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._numbers:
             self._numbers[storage._cdata] = len(self._refs)
@@ -26,22 +26,22 @@ class Storages:
         return self._numbers[storage._cdata]
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
-        """Whether the storage under a tensor has a number."""
+        """Return whether the storage under a tensor has a number."""
         return storage_key(tensor) in self._numbers
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """What tells the storage under a tensor from others as long as it lives."""
+    """Return a key that identifies the storage under a tensor as long as it lives."""
     return tensor.untyped_storage()._cdata
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """The tensors in nested containers."""
+    """Return the tensors in nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The arguments that an operation writes to."""
+    """Return the arguments that an operation writes to."""
     if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
         return []
     specs = func._schema.arguments

@@ -1,4 +1,4 @@
-"""State that a coroutine takes with it: what torch keeps for each thread, and the global random generators."""
+"""State that moves with a coroutine: torch's thread-local state, and the global random generators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 class TorchState:
     """Grad, inference and autocast modes, function and dispatch modes of one coroutine, while it is not running.
 
-    default_device: what `torch.set_default_device` remembers beside the function mode that does the work.
+    default_device: the value stored by `torch.set_default_device` in addition to the function mode that applies it.
     """
 
     grad: bool
@@ -33,7 +33,7 @@ class TorchState:
 
     @staticmethod
     def capture() -> TorchState:
-        """The state of the running coroutine."""
+        """Return the state of the running coroutine."""
         return TorchState(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -83,7 +83,7 @@ class Generators:
 
     @staticmethod
     def capture() -> Generators:
-        """The states as they are now."""
+        """Return the present states."""
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
         return Generators(torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state())
 
@@ -91,7 +91,7 @@ class Generators:
     def seed(seed: int) -> None:
         """Seed the global generators."""
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():  # asking every kind of device, as torch.manual_seed does, takes a while
+        if torch.cuda.is_initialized():  # seeding every kind of device, as torch.manual_seed does, takes a while
             torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         numpy.random.seed(seed % 2**32)

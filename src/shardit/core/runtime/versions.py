@@ -1,4 +1,4 @@
-"""Who has written to a tensor since somebody looked."""
+"""Detects in-place writes by tensor version counters."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ import torch
 from shardit.errors import RankError
 
 Inputs = list[tuple[torch.Tensor, int]]
-"""Tensors and the versions that they had."""
+"""Tensors and their versions."""
 
 
 def inputs_of(leaves: Iterable[Any]) -> Inputs:
-    """The tensors among the arguments of a call in flight, with their versions, where torch counts them."""
+    """Return the tensors among the arguments of a call in flight, with their versions, if torch counts them."""
     return [(t, t._version) for t in leaves if isinstance(t, torch.Tensor) and not t.is_inference()]
 
 
 def check_unchanged(inputs: Inputs, rank: int) -> None:
-    """Raise RankError if one was written to since: ranks may have used it before or after that."""
+    """Raise RankError if a tensor was written to since: ranks may have used it before or after that."""
     if any(tensor._version != version for tensor, version in inputs):
         raise RankError(rank, "an argument was changed in place while its call was in flight")
 
 
 def mark(tensor: torch.Tensor | None) -> Any:
-    """What tells `changed` later whether a tensor was written to: its version, or a copy where versions are not
-    counted."""
+    """Return a mark for `changed`: the tensor's version, or a copy if versions are not counted."""
     if tensor is None:
         return None
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 
 def changed(tensor: torch.Tensor, mark: Any) -> bool:
-    """Whether a tensor was written to since it was marked."""
+    """Return whether a tensor was written to since it was marked."""
     if isinstance(mark, torch.Tensor):
         return not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, mark)))
     return tensor._version != mark

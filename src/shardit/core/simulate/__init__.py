@@ -1,1 +1,1 @@
-"""Schedules replayed without processes."""
+"""Replays schedules without processes."""

@@ -1,6 +1,6 @@
-"""Writing down what every rank of a pipeline issues, without tensors, processes or messages.
+"""Records the operations of every rank of a pipeline, without tensors, processes or messages.
 
-The real `Schedule` and `Turns` run once per rank over flights that only record what a `StagedCall` would do there.
+The real `Schedule` and `Turns` run once per rank over flights that only record the operations of a `StagedCall`.
 `replay` runs the records against each other.
 """
 
@@ -14,7 +14,7 @@ from shardit.core.runtime.request_loop import Flight, Program, Schedule, Turns
 
 @dataclass(frozen=True)
 class Workload:
-    """What is replayed: requests of `steps` steps, each of `branches` calls that are started together (guidance, or a
+    """The replayed work: requests of `steps` steps, each of `branches` calls that are started together (guidance, or a
     split batch), on `ranks` stages with `chunks` chunks each. max_outstanding: see `Comm`."""
 
     ranks: int
@@ -27,13 +27,13 @@ class Workload:
 
     @property
     def calls(self) -> int:
-        """Transformer calls in all."""
+        """Number of transformer calls."""
         return self.requests * self.steps * self.branches
 
 
 @dataclass(frozen=True)
 class Op:
-    """One thing that a rank does. kind: "send" or "recv" (only begins it), "wait" (until the message is through), or
+    """One operation of a rank. kind: "send" or "recv" (only begins it), "wait" (until the message is through), or
     "compute" (one chunk). call: number of the call, in the order of starts; segment: of the call, the hop after it for
     messages. result: the message is the way back to `target`."""
 
@@ -46,20 +46,20 @@ class Op:
 
     @property
     def message(self) -> tuple[int, int, int, bool]:
-        """What the send, the receive and the waits of one message have in common."""
+        """Key of one message, common to its send, its receive and its waits."""
         return (self.call, self.segment, self.target, self.result)
 
 
 @dataclass
 class RankLog:
-    """What one rank did: ops in order, and the (call, segment) steps of its schedule."""
+    """The record of one rank: ops in order, and the (call, segment) steps of its schedule."""
 
     ops: list[Op] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
 
 
 class RecordedFlight:
-    """A call that only writes down what a `StagedCall` does on this rank."""
+    """A call that only records the operations of a `StagedCall` on this rank."""
 
     def __init__(self, number: int, recorder: _Recorder):
         load = recorder.load
@@ -94,7 +94,7 @@ class RecordedFlight:
                 self._recorder.hold(Op(kind, self.number, len(self.owners) - 1, last, target, True))
 
     def take(self) -> None:
-        """What the first use of the result waits for once the call is virtually done."""
+        """Record the waits of the first use of the result once the call is virtually done."""
         me, last = self._recorder.rank, self.owners[-1]
         if me != last:
             self._recorder.take(Op("wait", self.number, len(self.owners) - 1, last, me, True))
@@ -120,7 +120,7 @@ class _LoggedSchedule(Schedule):
 
 
 class _Recorder:
-    """One rank: its log, and which messages are held and waited for, as `Comm` does it."""
+    """One rank: its log, and the messages held and awaited, as in `Comm`."""
 
     def __init__(self, load: Workload, rank: int):
         self.load, self.rank, self.log = load, rank, RankLog()
@@ -157,12 +157,12 @@ class _Recorder:
             self.wait(replace(next(iter(self._held.values())), kind="wait"))
 
     def take(self, op: Op) -> None:
-        """Wait for a message, and for what this rank sent before it in the same call."""
+        """Wait for a message, and for earlier sends of this rank in the same call."""
         self.wait(op)
         for held in [h for h in self._held.values() if h.call == op.call and h.kind == "send" and not h.result]:
             self.wait(replace(held, kind="wait"))
 
 
 def record(load: Workload) -> list[RankLog]:
-    """What every rank does, from the real schedule and turns."""
+    """Record the operations of every rank, from the real schedule and turns."""
     return [_Recorder(load, rank).run() for rank in range(load.ranks)]

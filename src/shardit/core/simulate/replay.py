@@ -1,4 +1,4 @@
-"""Replaying what a schedule issues: can it hang under in-order communicators, how long does it take, what travels.
+"""Replays a schedule: whether it can hang under in-order communicators, its time, and its traffic.
 
 A model of the wire, pure Python: each communicator of a rank runs that rank's operations in the order in which they
 were issued, one at a time, and a send and its receive start and end together. NCCL behaves so; gloo, under which most
@@ -18,18 +18,19 @@ Grouping = Callable[[Op, int], Hashable]
 
 
 def per_edge(op: Op, ranks: int) -> Hashable:
-    """What `mesh` makes: one communicator per directed edge of the ring, and one for results and all other hops."""
+    """Return the communicator as `mesh` makes it: one per directed edge of the ring, and one for results and all other
+    hops."""
     on_ring = (op.source + 1) % ranks == op.target and not op.result
     return (op.source, op.target) if on_ring else "back"
 
 
 def per_pair(op: Op, ranks: int) -> Hashable:
-    """One communicator for both directions between two stages, results included."""
+    """Return one communicator for both directions between two stages, results included."""
     return frozenset((op.source, op.target))
 
 
 def one_for_all(op: Op, ranks: int) -> Hashable:
-    """A single communicator."""
+    """Return a single communicator for all messages."""
     return "all"
 
 
@@ -38,10 +39,10 @@ GROUPINGS: tuple[Grouping, ...] = (per_edge, per_pair, one_for_all)
 
 @dataclass(frozen=True)
 class Execution:
-    """How the records of all ranks ran against each other.
+    """The result of a replay.
 
-    stuck: what each rank that did not come to its end was waiting for. unmatched: messages begun on one side that never
-    got through. finish: when each rank ended; busy: how long it computed. hops, results: messages of each kind.
+    stuck: the awaited message of each rank that did not finish. unmatched: messages begun on one side that never got
+    through. finish: end time of each rank; busy: its computing time. hops, results: messages of each kind.
     """
 
     stuck: dict[int, Op]
@@ -53,12 +54,12 @@ class Execution:
 
     @property
     def hangs(self) -> bool:
-        """Whether some rank or some message did not come to its end."""
+        """Whether some rank or some message did not finish."""
         return bool(self.stuck) or self.unmatched > 0
 
     @property
     def makespan(self) -> float:
-        """When the last rank ended."""
+        """End time of the last rank."""
         return max(self.finish)
 
     @property
@@ -68,14 +69,14 @@ class Execution:
 
 
 class _Wire:
-    """The ranks while they run. A rank goes on until a wait whose message is not through yet."""
+    """The running ranks. A rank continues until a wait for a message that is not through yet."""
 
     def __init__(self, ops: Sequence[Sequence[Op]], grouping: Grouping, chunk_cost: float, hop_cost: float):
         self.ops, self.grouping = ops, grouping
         self.chunk_cost, self.hop_cost = chunk_cost, hop_cost
         self.at = [0] * len(ops)
         self.clock, self.busy = [0.0] * len(ops), [0.0] * len(ops)
-        self.through: dict[Hashable, float] = {}  # message -> when it was
+        self.through: dict[Hashable, float] = {}  # message -> time at which it was through
         self.queues: dict[tuple[int, Hashable], deque[tuple[Op, float]]] = defaultdict(deque)
         self.free: dict[tuple[int, Hashable], float] = defaultdict(float)
         self.ready = deque(range(len(ops)))
@@ -101,7 +102,7 @@ class _Wire:
         return True
 
     def _match(self, rank: int, group: Hashable) -> None:
-        """Let through what stands first in the communicator on both of its ends, and whatever that makes first."""
+        """Let through the first message in the communicator on both of its ends, and those that this makes first."""
         look = [rank]
         while look:
             here = look.pop()
@@ -134,7 +135,7 @@ def execute(
 
 
 def deadlock_free(ops: Sequence[Sequence[Op]], grouping: Grouping = per_edge) -> bool:
-    """Whether all ranks come to their end and every message gets through."""
+    """Return whether all ranks finish and every message gets through."""
     return not execute(ops, grouping).hangs
 
 
@@ -160,7 +161,7 @@ def timeline(
     result_bytes: int = 0,
     grouping: Grouping = per_edge,
 ) -> Timeline:
-    """How long a workload takes where every chunk and every message costs the same, and what it sends."""
+    """Return the time of a workload if every chunk and every message costs the same, and its traffic."""
     run = execute([log.ops for log in record(load)], grouping, chunk_cost, hop_cost)
     assert not run.hangs, run.stuck
     steps = load.requests * load.steps

@@ -20,7 +20,7 @@ from shardit.core.modules.module_state import differences, state_of
 from shardit.core.modules.patching import changing_methods, subclass_in_place
 from shardit.core.plans.call_plan import ResultPlan, describe_result
 from shardit.core.plans.known_plans import MAX_SIGNATURES
-from shardit.core.runtime.coroutine import Coroutine, willing
+from shardit.core.runtime.coroutine import Coroutine, yielding_coroutine
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import any_moved, moved, states, torch_states
@@ -83,7 +83,7 @@ class OverlappedCall:
             raise self.failure
 
     def _run(self) -> None:
-        willing.set(self._coroutine)
+        yielding_coroutine.set(self._coroutine)
         device, program = self._runtime.mesh.device, self._runtime.turns.current
         before = torch_states(device)
         with torch.no_grad():

@@ -12,8 +12,8 @@ from shardit.loading.missing import is_missing, pip_line
 
 
 def check_attention_backend(name: str | None) -> None:
-    """Raises InputError for a name that the installed diffusers does not know, and where the package of a back end is
-    not installed. Imports nothing of them."""
+    """Raise InputError for a name that the installed diffusers does not know, and if the package of a back end is not
+    installed. Imports none of them."""
     if name is None or not (known := backend_names()):
         return
     if name.lower() in known:
@@ -27,12 +27,12 @@ def check_attention_backend(name: str | None) -> None:
 
 
 def backend_names() -> list[str]:
-    """The names that diffusers knows, read from its source; [] where that cannot be read."""
+    """Return the names that diffusers knows, read from its source; [] if the source cannot be read."""
     return list(_members())
 
 
 def _members() -> dict[str, str]:
-    """The names, and what the source calls each."""
+    """Map each name to its identifier in the source."""
     node = definition("AttentionBackendName", "models")
     lines = (line for line in ([] if node is None else node.body) if isinstance(line, ast.Assign))
     pairs = ((line.value, line.targets[0]) for line in lines)
@@ -44,8 +44,8 @@ def _members() -> dict[str, str]:
 
 
 def package_of(name: str) -> str | None:
-    """The package that diffusers asks for before it uses a back end, read from its source; None where there is none, or
-    where the source does not tell."""
+    """Return the package that diffusers checks for before it uses a back end, read from its source; None if there is
+    none, or if the source does not show it."""
     root = folder()
     if root is None:
         return None
@@ -71,7 +71,8 @@ def package_of(name: str) -> str | None:
 
 
 def use_attention_backend(name: str | None, model: Any) -> None:
-    """Let a transformer of diffusers use a back end. Raises InputError where it, or this machine, cannot."""
+    """Make a transformer of diffusers use a back end. Raises InputError if the model or this machine does not support
+    it."""
     if name is None:
         return
     check_attention_backend(name)

@@ -1,4 +1,4 @@
-"""What a model consists of, known before any weight is read."""
+"""Describes the components of a model before any weight is read."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Description:
     """A pipeline without its weights.
 
-    `components` are those the pipeline class takes; `modules` the models among them, on meta; `sizes` the bytes in
-    the files per module and parameter name (as in state_dict; tensors the module does not use are left out).
+    components: those that the pipeline class takes. modules: the models among them, on meta. sizes: the bytes in the
+    files per module and parameter name (as in state_dict; tensors that the module does not use are left out).
     """
 
     folder: Path
@@ -44,7 +44,7 @@ def describe(
 ) -> Description:
     """Describe a folder, hub id or "tiny/NAME" from configs and weight headers alone.
 
-    Of a hub id no weights are downloaded. Raises what loading raises for models that cannot be loaded.
+    No weights of a hub id are downloaded. Raises the errors of loading for models that cannot be loaded.
     """
     return description_of(prepare(model, pipeline_class, options=options))
 
@@ -56,7 +56,7 @@ def description_of(found: Prepared) -> Description:
 
 
 def describe_configs(folder: Path) -> Description:
-    """Describe a folder that holds configurations alone; `sizes` are those of weights in bfloat16."""
+    """Describe a folder with configurations alone; `sizes` are those of weights in bfloat16."""
     found = prepare(folder, dtype="bfloat16", configs_only=True)
     sizes = {
         name: {key: tensor.numel() * tensor.element_size() for key, tensor in module.state_dict().items()}
@@ -70,7 +70,7 @@ def _sizes(module: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
         return {name: tensor.numel() * tensor.element_size() for name, tensor in module.state_dict().items()}
     if isinstance(checkpoint, Original):
         tensors = checkpoint.converted(module).tensors
-        targets(module, checkpoint, {name: name for name in tensors})  # says which one is missing
+        targets(module, checkpoint, {name: name for name in tensors})  # raises with the name of a missing one
         return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     if is_diffusers(type(module)):
         check_tensors(module, checkpoint)

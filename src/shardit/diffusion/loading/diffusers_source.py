@@ -13,11 +13,11 @@ from typing import Any
 from shardit.diffusion.class_homes import CUT_PACKAGES
 
 _NOT_PLAIN = object()
-"""Stands for a default that is no literal."""
+"""Stands for a default that is not a literal."""
 
 
 def folder(name: str = "") -> Path | None:
-    """A folder of the package ("" is the package itself), None where diffusers is not installed."""
+    """Return a folder of the package ("" is the package itself), None if diffusers is not installed."""
     package = importlib.util.find_spec("diffusers")
     if package is None or not package.submodule_search_locations:
         return None
@@ -25,13 +25,13 @@ def folder(name: str = "") -> Path | None:
 
 
 def definition(name: str, within: str = "pipelines") -> ast.ClassDef | None:
-    """The definition of a class somewhere in a folder of diffusers, None where there is none."""
+    """Return the definition of a class anywhere in a folder of diffusers, None if there is none."""
     found = _found(name, within)
     return None if found is None else found[0]
 
 
 def module_of(pipeline: str) -> str:
-    """The source of the module that defines a pipeline class; "" where there is none."""
+    """Return the source of the module that defines a pipeline class; "" if there is none."""
     found = _found(pipeline, "pipelines")
     return "" if found is None else found[1].decode()
 
@@ -50,7 +50,7 @@ def _found(name: str, within: str) -> tuple[ast.ClassDef, bytes] | None:
 
 @functools.lru_cache(maxsize=4)
 def definitions(within: str) -> dict[str, ast.ClassDef]:
-    """All classes at the top level of the modules in a folder of diffusers, without those in folders below it."""
+    """Return all classes at the top level of the modules in a folder of diffusers, without its subfolders."""
     root = folder(within)
     files = [] if root is None else sorted(root.glob("*.py"))
     return {node.name: node for file in files for node in _classes(file.read_bytes())}
@@ -61,18 +61,18 @@ def _classes(source: bytes) -> Iterator[ast.ClassDef]:
 
 
 def is_exported(name: str) -> bool:
-    """Whether diffusers may have a name: its `__init__.py` lists them all as texts."""
+    """Return whether diffusers may export a name: its `__init__.py` lists all names as texts."""
     package = folder()
     return package is not None and f'"{name}"' in (package / "__init__.py").read_text(encoding="utf-8")
 
 
 def bases(node: ast.ClassDef) -> list[str]:
-    """The bases that are plain names."""
+    """Return the bases that are plain names."""
     return [base.id for base in node.bases if isinstance(base, ast.Name)]
 
 
 def lineage(name: str) -> Iterator[ast.ClassDef]:
-    """A pipeline class and the first bases that are pipelines, too, one after the other."""
+    """Yield a pipeline class, then the first base that is also a pipeline, and so on."""
     node = definition(name)
     while node is not None:
         yield node
@@ -80,12 +80,12 @@ def lineage(name: str) -> Iterator[ast.ClassDef]:
 
 
 def method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
-    """The method that a class defines itself, None where it does not."""
+    """Return the method that a class defines itself, None if it does not."""
     return next((x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == name), None)
 
 
 def assigned(node: ast.ClassDef, name: str) -> ast.expr | None:
-    """What a class sets one of its attributes to."""
+    """Return the value that a class assigns to one of its attributes."""
     for line in node.body:
         targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
@@ -94,7 +94,7 @@ def assigned(node: ast.ClassDef, name: str) -> ast.expr | None:
 
 
 def parameters(arguments: ast.arguments) -> Iterator[inspect.Parameter]:
-    """The parameters of a function, with annotations as text."""
+    """Yield the parameters of a function, with annotations as text."""
     kind = inspect.Parameter
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
@@ -109,7 +109,7 @@ def parameters(arguments: ast.arguments) -> Iterator[inspect.Parameter]:
 
 
 def parameters_of(node: ast.ClassDef, name: str) -> dict[str, inspect.Parameter]:
-    """The parameters of a method that a class defines itself, by name; {} where it does not."""
+    """Return the parameters of a method that a class defines itself, by name; {} if it does not."""
     found = method(node, name)
     return {} if found is None else {item.name: item for item in parameters(found.args)}
 
@@ -129,12 +129,12 @@ def _value(default: ast.expr | None) -> Any:
 
 
 def init_parameters(pipeline: str) -> dict[str, inspect.Parameter]:
-    """The parameters of a pipeline class's `__init__`; {} where they cannot be read."""
+    """Return the parameters of a pipeline class's `__init__`; {} if they cannot be read."""
     return next(filter(None, (parameters_of(node, "__init__") for node in lineage(pipeline))), {})
 
 
 def optional_components(pipeline: str) -> list[str] | None:
-    """The components that a pipeline class can be without; None where its source does not tell."""
+    """Return the optional components of a pipeline class; None if its source does not show them."""
     value = next(filter(None, (assigned(node, "_optional_components") for node in lineage(pipeline))), None)
     try:
         return None if value is None else list(ast.literal_eval(value))
@@ -143,20 +143,22 @@ def optional_components(pipeline: str) -> list[str] | None:
 
 
 def init_defaults(model: str) -> dict[str, Any]:
-    """The plain defaults of the `__init__` of a model class: what its configuration says where it says nothing."""
+    """Return the plain defaults of the `__init__` of a model class, which apply to missing entries of its
+    configuration."""
     node = definition(model, "models")
     items = {} if node is None else parameters_of(node, "__init__")
     return {name: item.default for name, item in items.items() if item.default not in (item.empty, _NOT_PLAIN)}
 
 
 def denoises(model: str) -> bool:
-    """Whether a class of that name is one of those that denoise."""
+    """Return whether a class of that name is a denoiser."""
     folders = (package.removeprefix("diffusers.").replace(".", "/") for package in CUT_PACKAGES)
     return any(definition(model, within) is not None for within in folders)
 
 
 def has_method(pipeline: str, name: str) -> bool:
-    """Whether a pipeline class has a method, of its own or of a base; True where the class itself cannot be found."""
+    """Return whether a pipeline class has a method, of its own or of a base; True if the class itself cannot be
+    found."""
     waiting, seen = [pipeline], set[str]()
     while waiting:
         base = waiting.pop()
@@ -164,7 +166,7 @@ def has_method(pipeline: str, name: str) -> bool:
         if node is None:
             if base == pipeline:
                 return True
-            continue  # of other folders, as ConfigMixin and deprecation mixins
+            continue  # in other folders, such as ConfigMixin and deprecation mixins
         if method(node, name) is not None:
             return True
         seen.add(base)

@@ -1,4 +1,4 @@
-"""How a model is loaded, beside its name and the parallel degrees: plain data, checked without torch."""
+"""Options for loading a model besides its name and the parallel degrees: plain data, checked without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from shardit.config import did_you_mean
 from shardit.errors import InputError
-from shardit.language.loading.source import refuse_decoder
 from shardit.loading.hub import is_hub_id
 from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, is_number, number
 from shardit.settings.declare import Flag, check_declared, declare
@@ -19,7 +18,7 @@ from shardit.settings.declare import Flag, check_declared, declare
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapter: a file, folder or hub id, the factor of what it adds, and what else `load_lora_weights` takes."""
+    """One adapter: a file, folder or hub id, the scale of its weights, and further arguments of `load_lora_weights`."""
 
     path: str
     scale: float = 1.0
@@ -28,14 +27,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What `Omni`, `load` and the command line take for a model; each field is off by default."""
+    """Options of `Omni`, `load` and the command line for a model; each field is off by default."""
 
     single_files: Mapping[str, str] = declare(
         dict,
         "File in a format that from_single_file reads, in place of a component.",
         flag=Flag("single_file", metavar="<component=path>", example="transformer=flux.safetensors"),
     )
-    """Paths by the component that they replace, {"transformer": path}; "*": by all that they hold."""
+    """Paths by the component that they replace, {"transformer": path}; "*": by all components in the file."""
     variant: str | None = declare(None, "Variant of the weight files, such as fp16, as in diffusers.", NAME)
     scheduler: str | None = declare(
         None, "Scheduler of diffusers by its class name. [default: the model's]", NAME, flag=Flag(metavar="<class>")
@@ -62,16 +61,16 @@ class ModelOptions:
 
 
 WHOLE = "*"
-"""In `single_files`: the file of all components that it has."""
+"""The key in `single_files` for a file with all components in it."""
 
 NO_OPTIONS = ModelOptions()
 OPTION_NAMES = tuple(item.name for item in dataclasses.fields(ModelOptions))
 
 
 def model_options(**given: Any) -> ModelOptions:
-    """The options of the given fields, checked as far as they can be without the model. None means not given.
+    """Return the options of the given fields, checked as far as possible without the model. None means not given.
 
-    lora: one adapter or a list of them, each a path (with ":SCALE" at its end, if need be), a pair (path, scale), or a
+    lora: one adapter or a list of them, each a path (optionally with ":SCALE" at its end), a pair (path, scale), or a
     dict with "path", "scale" and further arguments of `load_lora_weights`. Raises InputError.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -89,18 +88,16 @@ def model_options(**given: Any) -> ModelOptions:
 
 
 def take_options(keywords: dict[str, Any]) -> ModelOptions:
-    """The options among keywords, which are removed there. Raises InputError."""
+    """Remove the options from keywords and return them. Raises InputError."""
     return model_options(**{name: keywords.pop(name) for name in OPTION_NAMES if name in keywords})
 
 
 def split_model(model: Any, model_config: Any, options: ModelOptions) -> tuple[Any, ModelOptions]:
-    """The folder or hub id of the configuration where `model` is a single file, and the options with that file.
+    """Return the folder or hub id of the configuration if `model` is a single file, and the options with that file.
 
-    Raises InputError where one comes without the other, and for a language model.
+    Raises InputError if one is given without the other.
     """
     is_name = isinstance(model, (str, os.PathLike)) and os.fspath(model) != ""
-    if is_name and model_config is None:
-        refuse_decoder(model)
     file = Path(model).expanduser() if is_name else Path()
     single = is_name and (file.is_file() or (file.suffix in _WEIGHTS and not file.is_dir()))
     if not single:
@@ -142,7 +139,7 @@ def _single_files(given: Any) -> dict[str, str]:
 
 
 def check_single_files(options: ModelOptions, class_name: str, known: Collection[str]) -> None:
-    """Raise InputError where a file is given for a component that is none of the models of the pipeline class."""
+    """Raise InputError if a file is given for a component that is not a model of the pipeline class."""
     if unknown := sorted(options.single_files.keys() - {WHOLE, *known}):
         near = did_you_mean(unknown[0], known)
         raise InputError(f"single_files: {class_name} has no model {unknown[0]!r}{near}; it has {', '.join(known)}")
@@ -152,7 +149,7 @@ _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def described(options: ModelOptions) -> str:
-    """The options that are set, in one line; empty where none is."""
+    """Return the options that are set, in one line; empty if none is."""
     chosen = given_options(options)
     if options.lora:
         chosen["lora"] = [f"{lora.path}:{lora.scale:g}" for lora in options.lora]
@@ -160,13 +157,13 @@ def described(options: ModelOptions) -> str:
 
 
 def given_options(options: ModelOptions) -> dict[str, Any]:
-    """The options that are set, by name."""
+    """Return the options that are set, by name."""
     items = ((name, getattr(options, name)) for name in OPTION_NAMES)
     return {name: value for name, value in items if value != getattr(NO_OPTIONS, name)}
 
 
 def recorded(options: ModelOptions) -> dict[str, Any]:
-    """The options that are set as JSON values that `model_options` takes, for a file's metadata; no access tokens."""
+    """Return the options that are set as JSON values for `model_options`, for a file's metadata; no access tokens."""
     chosen = given_options(options)
     if options.lora:
         chosen["lora"] = [
@@ -218,7 +215,8 @@ def _lora(value: Any) -> Lora:
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """PATH and scale of "PATH[:SCALE]". A path may hold colons: only a number after the last one is a scale."""
+    """Return PATH and scale of "PATH[:SCALE]". A path may contain colons: only a number after the last one is a
+    scale."""
     path, colon, last = text.rpartition(":")
     try:
         scale = float(last)
@@ -228,7 +226,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def _existing(path: str) -> str:
-    """The path; InputError where it names neither something on this disk nor what could be a hub id."""
+    """Return the path. Raises InputError if it neither exists on this disk nor has the form of a hub id."""
     found = Path(path).expanduser()
     if found.is_file() and found.suffix != ".safetensors":
         raise InputError(f"lora {path} is no .safetensors file: pickles can run code, convert it first")

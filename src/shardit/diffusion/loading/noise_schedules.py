@@ -1,4 +1,4 @@
-"""Schedulers that can take each other's place though diffusers does not list them as compatible, found by trying."""
+"""Finds schedulers that can replace each other although diffusers does not list them as compatible, by trying."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Any
 
 _STEPS = 4
 _STEP = {"model_output", "timestep", "sample"}
-"""What pipelines hand to `step`, whatever their scheduler is."""
+"""Arguments that pipelines pass to `step` of any scheduler."""
 
 
 def can_replace(cls: Any, own: Any) -> bool:
-    """Whether a scheduler of class `cls`, made of the configuration of a pipeline's `own`, denoises the same way.
+    """Return whether a scheduler of class `cls`, made from the configuration of a pipeline's `own`, denoises the same
+    way.
 
-    It supports the prediction type of the model, has the same share of noise at each time step, steps from noise to
-    picture, and `step` needs what every pipeline gives. So LCM and TCD are found, which recipes of distilled models put
-    in the place of DDIM, while schedulers for inversion, for other noise or for a pipeline of their own are not.
+    It must support the prediction type of the model, have the same share of noise at each time step, step from noise to
+    picture, and have a `step` that needs only arguments that every pipeline passes. This finds LCM and TCD, which
+    recipes of distilled models use in place of DDIM, but not schedulers for inversion, for other noise or for one
+    pipeline.
     """
     takes = inspect.signature(cls.__init__).parameters
     needed = {"prediction_type"}
     if str(own.config.get("variance_type", "")).startswith("learned"):
-        needed.add("variance_type")  # the model puts out more than its prediction
+        needed.add("variance_type")  # the model outputs more than its prediction
     if not needed <= takes.keys() or not _required(cls) == _required(type(own)) == _STEP:
         return False
     try:
         made, mine = cls.from_config(own.config), type(own).from_config(own.config)
         return _same_noise(made, mine) and _goes_down(made) and _goes_down(mine)
-    except Exception:  # it lacks what it needs in this configuration
+    except Exception:  # it lacks a requirement in this configuration
         return False
 
 

@@ -1,4 +1,4 @@
-"""Building a real diffusers pipeline of which each rank holds only its part."""
+"""Builds a real diffusers pipeline with only this rank's part of the weights."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pipeline before its weights: where it lies, its class, the components the class takes, and of the models
-    among them the checkpoint and the module on meta; and the dtypes and options that it was asked for with."""
+    """A pipeline before its weights are loaded: its location, its class, the components that the class takes,
+    checkpoint and module on meta of the models among them; and the requested dtypes and options."""
 
     source: Source
     cls: type[Any]
@@ -56,13 +56,13 @@ def prepare(
     *,
     configs_only: bool = False,
 ) -> Prepared:
-    """Everything about the pipeline of a model folder, hub id or "tiny/NAME" that can be had without reading weights.
+    """Prepare the pipeline of a model folder, hub id or "tiny/NAME" as far as possible without reading weights.
 
-    `dtype`: one dtype, None (diffusers' and the configs' default), or a dict of these by component, with "default" for
-    the others (without it: float32). `options` choose the files and the scheduler; adapters and how the VAE works are
-    the caller's business. Raises InputError and UnsupportedError, one line each.
+    dtype: one dtype, None (default of diffusers and the configs), or a dict of these by component, with "default" for
+    the others (without it: float32). options: choose the files and the scheduler; adapters and VAE settings are left to
+    the caller. Raises InputError and UnsupportedError, one line each.
 
-    configs_only: the folder holds nothing but configurations, so there are no checkpoints.
+    configs_only: the folder has nothing but configurations, so there are no checkpoints.
     """
     from transformers import PreTrainedModel
 
@@ -86,7 +86,7 @@ def prepare(
         kind = index.component_class(part)
         if is_diffusers(kind) or issubclass(kind, PreTrainedModel):
             if single := _single(kind, part, source.folder, options):
-                # As from_single_file: dtypes change when all is loaded.
+                # As in from_single_file: dtypes change when all is loaded.
                 checkpoints[name], modules[name] = single
                 continue
             kept, opens = dtype_of(dtype, name), not configs_only
@@ -103,7 +103,7 @@ def prepare(
 def _from_folder(
     kind: Any, folder: Path, source: Source, dtype: torch.dtype | None, variant: str | None, opens: bool
 ) -> tuple[Checkpoint | None, nn.Module]:
-    """The weights of a component, where its folder is to be opened for them, and the component on meta."""
+    """Return the weights of a component, if its folder is to be opened for them, and the component on meta."""
     if is_diffusers(kind) and is_several(kind):
         module = build(kind, folder, dtype)
         return Several.of(module, folder, source.remote, variant) if opens else None, module
@@ -112,9 +112,10 @@ def _from_folder(
 
 
 def _single(kind: Any, part: Component, model: Path, options: ModelOptions) -> tuple[Checkpoint, nn.Module] | None:
-    """The single file that a component comes from, and the component on meta; None where it is in the folder.
+    """Return the single file of a component, and the component on meta; None if it is loaded from the folder.
 
-    Raises InputError where a file that is named for the component does not hold it."""
+    Raises InputError if a file given for the component does not contain it.
+    """
     path = options.single_files.get(part.name) or options.single_files.get(WHOLE)
     if path is None:
         return None
@@ -139,8 +140,8 @@ def _single(kind: Any, part: Component, model: Path, options: ModelOptions) -> t
 def _check_whole(
     cls: type[Any], options: ModelOptions, checkpoints: Mapping[str, Checkpoint], modules: Mapping[str, nn.Module]
 ) -> None:
-    """InputError where a model that is one file does not hold the one that denoises, or where several would come from
-    the same tensors: the folder's weights, or one expert twice, would be used without a word."""
+    """Raise InputError if a model in one file lacks the denoiser, or if several models would use the same tensors: the
+    folder's weights, or one expert twice, would be used silently."""
     path = options.single_files.get(WHOLE)
     if path is None:
         return
@@ -162,13 +163,13 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     reads: Reads | None = None,
 ) -> DiffusionPipeline:
-    """The pipeline with only the owned weights in memory; `prepared` is used up.
+    """Load the pipeline with only the owned weights in memory; `prepared` is consumed.
 
-    `owned` has for each module a predicate over parameter names (as in named_parameters; also asked about persistent
-    buffers); a module that is not there is owned whole. With everything owned the result equals
+    owned: for each module a predicate over parameter names (as in named_parameters; also called for persistent
+    buffers); a module without an entry is owned whole. With everything owned the result equals
     `DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)`.
 
-    `reads` counts the bytes of weights that were read. Raises InputError and UnsupportedError, one line each.
+    reads: counts the bytes of weights read. Raises InputError and UnsupportedError, one line each.
     """
     cls, modules, options = prepared.cls, prepared.modules, prepared.options
     unknown = sorted(set(owned) - set(modules))
@@ -205,24 +206,24 @@ def _everything(_: str) -> bool:
 
 
 def check_scheduler(cls: type[Any], parts: Mapping[str, Component], options: ModelOptions) -> None:
-    """Raise InputError where the options ask for a scheduler that the model, of pipeline class `cls`, cannot have."""
+    """Raise InputError if the options request a scheduler that the model, of pipeline class `cls`, cannot have."""
     if wants_scheduler(options):
         part = parts.get("scheduler")
         if part is None and has_default(inspect.signature(cls.__init__).parameters, "scheduler"):
-            return  # the class makes one, which is there once the model is loaded
+            return  # created by the class, and there once the model is loaded
         kind: Any = None if part is None else index.component_class(part)
         changed_scheduler(None if part is None else kind.from_pretrained(str(part.folder)), options, cls)
 
 
 def is_diffusers(cls: type) -> bool:
-    """Whether a class is one of diffusers' models, which can be loaded in part."""
+    """Return whether a class is a diffusers model, which can be loaded in part."""
     from diffusers.models.modeling_utils import ModelMixin
 
     return issubclass(cls, ModelMixin)
 
 
 def _processors(parts: dict[str, Component]) -> dict[str, Any]:
-    """Processors of Qwen-VL, whose video half needs torchvision, built without it where it is missing."""
+    """Build the processors of Qwen-VL without their video half if torchvision, which that needs, is missing."""
     from shardit.models.processor import build_processor, is_needed
 
     needed = {name: str(part.class_name) for name, part in parts.items() if is_needed(str(part.class_name))}
@@ -230,7 +231,7 @@ def _processors(parts: dict[str, Component]) -> dict[str, Any]:
 
 
 def _construct(cls: type[Any], source: Source, passed: dict[str, Any]) -> DiffusionPipeline:
-    """The pipeline as from_pretrained makes it, with our modules passed in."""
+    """Build the pipeline as from_pretrained does, with our modules passed in."""
     try:
         with quiet():
             pipe = cls.from_pretrained(str(source.folder), **passed)
@@ -242,7 +243,7 @@ def _construct(cls: type[Any], source: Source, passed: dict[str, Any]) -> Diffus
 
 
 def _broken_json(folder: Path) -> str | None:
-    """Which of the components' JSON files cannot be read; libraries do not name it."""
+    """Return the name of an unreadable JSON file of a component, which is not in the errors of the libraries."""
     for path in sorted(folder.glob("*/*.json")):
         try:
             json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Packages that a pipeline needs and this installation lacks, found before a request meets them."""
+"""Finds missing packages of a pipeline before a request fails for them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _NAMED = (
     *("bs4", "cv2", "ftfy", "librosa", "protobuf", "scipy", "sentencepiece", "soundfile", "tiktoken", "torchaudio"),
     *("torchvision", "torchsde", "jinja2", "blobfile", "peft", "accelerate"),
 )
-"""Packages by which libraries say, in errors of many forms, what they lack."""
+"""Patterns of errors in which libraries name a missing package."""
 
 _GUARD = re.compile(r"is_\w+_available")
 
 
 def named_in(text: str) -> list[str]:
-    """Missing packages that the text of an error names."""
+    """Return the missing packages that the text of an error names."""
     words = set(re.findall(r"\w+", text.lower()))
     return [name for name in _NAMED if name in words and is_missing(name)]
 
 
 def needs(pipeline_class: type) -> dict[str, tuple[str, ...]]:
-    """Packages that the call of a pipeline class uses, of those that its module imports only where they are there: in
-    code that does not ask again whether they are. With each the arguments of which one has to be given to get there;
-    () where every call does. Nothing is run."""
+    """Return packages that a pipeline class's call uses although its module imports them only if they are installed, in
+    code without a check. With each, the arguments of which one must be given to reach that code; () if every call does.
+    Runs nothing."""
     for base in pipeline_class.__mro__:
         module = sys.modules.get(base.__module__)
         if base.__module__.startswith("diffusers.pipelines.") and module is not None and "__call__" in vars(base):
@@ -43,12 +43,12 @@ def needs(pipeline_class: type) -> dict[str, tuple[str, ...]]:
 
 
 def missing(pipeline_class: type) -> dict[str, tuple[str, ...]]:
-    """Those of `needs` that are not installed."""
+    """Return the packages of `needs` that are not installed."""
     return {name: arguments for name, arguments in needs(pipeline_class).items() if is_missing(name)}
 
 
 def missing_by_name(pipeline: str) -> dict[str, tuple[str, ...]]:
-    """The same of a pipeline class of the installed diffusers, of which nothing is imported."""
+    """Do the same for a pipeline class of the installed diffusers by name, without importing it."""
     for node in diffusers_source.lineage(pipeline):
         if diffusers_source.method(node, "__call__") is not None:
             found = _needs(diffusers_source.module_of(node.name), node.name)
@@ -57,23 +57,22 @@ def missing_by_name(pipeline: str) -> dict[str, tuple[str, ...]]:
 
 
 def check_frameworks() -> None:
-    """Raise InputError where a package is not installed without which no model can be loaded."""
+    """Raise InputError if a package is missing without which no model can be loaded."""
     for name in ("torch", "diffusers", "transformers"):
         if is_missing(name):
             raise missing_package(ModuleNotFoundError(f"No module named {name!r}", name=name))
 
 
 def check_packages(class_name: str, lacking: Mapping[str, Collection[str]], given: Collection[str] = ()) -> None:
-    """Raise InputError, with the command that helps, where packages are lacking for a call with the `given`
-    arguments."""
+    """Raise InputError, with the install command, if packages are missing for a call with the `given` arguments."""
     names = [name for name, arguments in lacking.items() if not arguments or set(arguments) & set(given)]
     if names:
         raise InputError(f"{class_name} needs {', '.join(names)}, which is not installed: {pip_line(names)}")
 
 
 def check_processors(components: Iterable[Component]) -> None:
-    """Raise InputError where a tokenizer or processor cannot be made for want of a package; other errors are left to
-    the loading of the pipeline."""
+    """Raise InputError if a tokenizer or processor cannot be made because a package is missing; other errors are left
+    to the loading of the pipeline."""
     from shardit.models.processor import is_needed
 
     for part in components:
@@ -101,7 +100,7 @@ def _needs(source: str, class_name: str) -> tuple[tuple[str, tuple[str, ...]], .
     while waiting:
         name, asked = waiting.pop()
         node = functions[name]
-        # What a function asks for is there where it goes on, in what it calls, too.
+        # After a check in a function, the package is available in the rest of it, including its callees.
         asked |= {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} & questions
         for used, arguments in _names(node, name == "self.__call__"):
             package, guards = optional.get(used, ("", frozenset()))
@@ -115,11 +114,11 @@ def _needs(source: str, class_name: str) -> tuple[tuple[str, tuple[str, ...]], .
 
 
 def _names(node: ast.FunctionDef, is_call: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names that a function reads, and methods of its own object as "self.name"; of the pipeline's call with the
-    arguments that it must not lack there: `if image is not None: ...`."""
+    """Yield the names that a function reads, and methods of its own object as "self.name"; for the pipeline's call with
+    the arguments that must be given there: `if image is not None: ...`."""
     arguments = {item.arg for item in (*node.args.args, *node.args.kwonlyargs)} - {"self"} if is_call else set()
 
-    # `is_image = image is not None`, asked later.
+    # `is_image = image is not None`, tested later.
     assigned = (x for x in ast.walk(node) if isinstance(x, ast.Assign) and isinstance(x.targets[0], ast.Name))
     flags = {getattr(x.targets[0], "id", ""): found for x in assigned if (found := _given(x.value))}
 
@@ -142,7 +141,7 @@ def _names(node: ast.FunctionDef, is_call: bool) -> Iterator[tuple[str, tuple[st
 
 
 def _given(test: ast.expr) -> str:
-    """The name in `name is not None` and `name`; "" for other questions."""
+    """Return the name in `name is not None` and `name`; "" for other conditions."""
     if isinstance(test, ast.Name):
         return test.id
     if isinstance(test, ast.Compare) and isinstance(test.left, ast.Name) and isinstance(test.ops[0], ast.IsNot):
@@ -151,8 +150,8 @@ def _given(test: ast.expr) -> str:
 
 
 def _optional_imports(tree: ast.Module) -> Iterator[tuple[str, tuple[str, frozenset[str]]]]:
-    """(name, (package, names by which code asks for it)) of `if is_..._available(): import ...`. Code may also ask a
-    flag that is set there. What has a stand-in otherwise is left out."""
+    """Yield (name, (package, names of its checks)) of `if is_..._available(): import ...`. Code may also check a flag
+    that is set there. Packages with a stand-in are left out."""
     for node in tree.body:
         if not isinstance(node, ast.If) or isinstance(node.test, ast.UnaryOp):
             continue

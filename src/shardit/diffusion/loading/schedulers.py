@@ -1,4 +1,4 @@
-"""Another scheduler than the model's own, or other arguments for it."""
+"""Replaces the scheduler of a model, or its arguments."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from shardit.errors import InputError, first_line
 from shardit.settings.checks import is_number
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-"""What makes a scheduler that also knows other models one of flow-matching models."""
+"""Arguments with which a scheduler for several kinds of models serves flow-matching models."""
 
 
 def wants_scheduler(options: ModelOptions) -> bool:
-    """Whether the options change the scheduler."""
+    """Return whether the options change the scheduler."""
     return bool(options.scheduler or options.scheduler_args or options.flow_shift is not None)
 
 
 def changed_scheduler(own: Any, options: ModelOptions, pipeline_class: Any = None) -> Any:
-    """The scheduler that the options ask for, from the configuration of the pipeline's `own`.
+    """Build the scheduler that the options request, from the configuration of the pipeline's `own`.
 
-    It takes what pipelines of this class (None: unknown) ask of their own, as far as that can be tried. Between
-    schedulers of flow-matching models, the shift is carried over. Raises InputError for classes and arguments that do
-    not go with it.
+    It must accept the calls of pipelines of this class (None: unknown), as far as that can be tried. Between schedulers
+    of flow-matching models, the shift is kept. Raises InputError for classes and arguments that do not fit.
     """
     if own is None:
         raise no_scheduler()
@@ -67,42 +66,43 @@ def _class_of(name: str, own: Any, asked: Asked) -> Any:
 
 
 def has_default(takes: Mapping[str, inspect.Parameter], name: str) -> bool:
-    """Whether a pipeline's class, whose `__init__` has these parameters, can make a component itself."""
+    """Return whether a pipeline class, whose `__init__` has these parameters, can make a component itself."""
     return name in takes and takes[name].default is not inspect.Parameter.empty
 
 
 def no_scheduler() -> InputError:
-    """The error of a pipeline without a scheduler."""
+    """Return the error of a pipeline without a scheduler."""
     return InputError("scheduler: this pipeline has no scheduler; leave scheduler, scheduler_args, flow_shift out")
 
 
 def unknown_scheduler(name: str, known: list[str]) -> InputError:
-    """The error for a name that diffusers does not have; `known` are those that go with the model."""
+    """Return the error for a name that diffusers does not have; `known` are those that fit the model."""
     choice = f"; choose among {', '.join(known)}" if known else "; check the name"
     return InputError(f"scheduler: diffusers has no scheduler {name!r}{did_you_mean(name, known)}{choice}")
 
 
 def unfit_scheduler(name: str, own: str, known: list[str]) -> InputError:
-    """The error for a scheduler that cannot replace the pipeline's `own`; `known` are those that can."""
+    """Return the error for a scheduler that cannot replace the pipeline's `own`; `known` are those that can."""
     why = f"{name} cannot take the place of {own} in this pipeline"
     return InputError(f"scheduler: {why}; choose among {', '.join(known)}")
 
 
 def _problem(cls: Any, own: Any, asked: Asked) -> str:
-    """Why a scheduler of another class would fail where the pipeline's own does not; "" where nothing is known."""
+    """Return why a scheduler of another class would fail although the pipeline's own does not; "" if nothing is
+    known."""
     with _silent():
         if cls is type(own) or problem(own, asked):
             return ""
         try:
             made = cls.from_config(own.config, **_carried(own, cls))
-        except Exception:  # it depends on further arguments; the error comes when those are known
+        except Exception:  # it depends on further arguments; the error comes with those
             return ""
         return problem(made, asked)
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without diffusers' warnings, which are about schedulers that are only tried."""
+    """Silence diffusers' warnings about schedulers that are only tried."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -114,8 +114,8 @@ def _silent() -> Iterator[None]:
 
 
 def _names_for(own: Any) -> list[str]:
-    """Schedulers that a pipeline can have in place of its own: for flow-matching models all that know these, for
-    others those that diffusers calls compatible, and those that go by the same noise."""
+    """Return schedulers that can replace a pipeline's own: for flow-matching models all that support these, for others
+    those that diffusers lists as compatible, and those with the same noise schedule."""
     import diffusers
 
     found = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")}
@@ -145,7 +145,7 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 def _carried(own: Any, cls: Any) -> dict[str, Any]:
-    """Arguments of another class of flow-matching scheduler, in addition to the common configuration."""
+    """Return arguments for another class of flow-matching scheduler, in addition to the common configuration."""
     if cls is type(own) or not _is_flow(own):
         return {}
     takes = inspect.signature(cls.__init__).parameters
@@ -174,7 +174,8 @@ def check_arguments(class_name: str, parameters: Mapping[str, inspect.Parameter]
 
 
 def shift_name(class_name: str, takes: Collection[str]) -> str:
-    """The argument of a scheduler that is its shift, of those that it takes. Raises InputError where it has none."""
+    """Return the argument of a scheduler that is its shift, among those that it takes. Raises InputError if it has
+    none."""
     name = next((name for name in ("flow_shift", "shift") if name in takes), None)
     if name is None:
         raise InputError(f"flow_shift: {class_name} has no shift; leave it out")
@@ -182,8 +183,8 @@ def shift_name(class_name: str, takes: Collection[str]) -> str:
 
 
 def check_shift(class_name: str, config: Mapping[str, Any], flow: bool) -> None:
-    """Raise InputError where a scheduler with this configuration would not look at its shift. flow: whether it is one
-    of flow-matching models."""
+    """Raise InputError if a scheduler with this configuration would ignore its shift. flow: whether it is for
+    flow-matching models."""
     if config.get("use_dynamic_shifting"):
         raise InputError(
             f"flow_shift: this {class_name} shifts by the size of the picture; add use_dynamic_shifting=false to "

@@ -23,26 +23,26 @@ HUB_IDS = {
     "black-forest-labs/FLUX.1-dev": "FLUX.1-dev",
     "stabilityai/stable-diffusion-3.5-large": "SD3.5-large",
 }
-"""Where the weights are that go with each."""
+"""Hub ids of the weights for each configuration."""
 
 
 def names() -> list[str]:
-    """The names of all configurations."""
+    """Return the names of all configurations."""
     return sorted(HUB_IDS.values())
 
 
 def shipped(model: str) -> Path | None:
-    """The folder of the configuration of that name or hub id, or None."""
+    """Return the folder of the configuration of that name or hub id, or None."""
     name = HUB_IDS.get(model, model)
     return FOLDER / name if name in HUB_IDS.values() else None
 
 
 def configurations(model: str | os.PathLike[str], variant: str | None = None) -> Path | None:
-    """A folder of configurations alone: the user's own, or one that comes with shardit where the model itself is not on
-    this disk; None where there are weights.
+    """Return a folder with configurations alone: the user's own, or one that comes with shardit if the model itself is
+    not on this disk; None if there are weights.
 
-    Raises InputError for a name that is neither a model nor one of those configurations, and where there are no weights
-    of which a variant could be meant.
+    Raises InputError for a name that is neither a model nor one of those configurations, and if a variant is given
+    without weights.
     """
     found = _configurations(model)
     if variant is not None and found is not None:
@@ -62,7 +62,7 @@ def _configurations(model: str | os.PathLike[str]) -> Path | None:
     if path.exists() or name.startswith("tiny/") or (is_hub_id(name) and cached(name)):
         return None
     if "/" in name:
-        local_folder(model)  # says what is wrong with a path that leads nowhere
+        local_folder(model)  # raises for a path that does not exist
     if folder is None and "/" not in name:
         known = names()
         raise InputError(f"there is no model {name!r}{did_you_mean(name, known)}; known by name: {', '.join(known)}")

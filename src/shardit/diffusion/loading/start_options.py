@@ -1,4 +1,4 @@
-"""What options of a model change in a loaded pipeline: adapters, and how its VAEs work."""
+"""Applies options to a loaded pipeline: adapters, and tiling or slicing of its VAEs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardit.loading.safetensors_file import Header
 
 
 def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) -> None:
-    """Raise InputError where a pipeline of class `cls` with these modules cannot do what the options say."""
+    """Raise InputError if a pipeline of class `cls` with these modules does not support the options."""
     if options.lora:
         _check_lora(cls, options.lora)
     for name, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
@@ -25,7 +25,7 @@ def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) ->
 
 
 def use_vae_options(pipe: Any, options: ModelOptions) -> None:
-    """Let the VAEs of a pipeline work in tiles or slices. Raises InputError where it has none that can."""
+    """Enable tiling or slicing of a pipeline's VAEs. Raises InputError if none of them supports it."""
     for name, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(options, name):
             for vae in _vaes(type(pipe), pipe.components, name, method):
@@ -50,7 +50,8 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
 
 
 def _not_loaded(lora: Lora, pipe: Any, error: Exception) -> Exception:
-    """What to raise where an adapter could not be loaded: `error` itself, where the user cannot help it."""
+    """Return the exception to raise if an adapter could not be loaded: `error` itself, if the user cannot correct
+    it."""
     from safetensors import SafetensorError
 
     if found := unreachable(error, f"lora {lora.path}"):
@@ -71,7 +72,7 @@ def _check_lora(cls: Any, loras: tuple[Lora, ...]) -> None:
 
 
 def check_lora_support(class_name: str, takes_lora: bool) -> None:
-    """Raise InputError where a pipeline class takes no adapters, or the package that loads them is missing."""
+    """Raise InputError if a pipeline class takes no adapters, or the package that loads them is missing."""
     if not takes_lora:
         raise InputError(f"lora: {class_name} takes no LoRA; leave it out")
     if is_missing("peft"):
@@ -79,7 +80,7 @@ def check_lora_support(class_name: str, takes_lora: bool) -> None:
 
 
 def check_lora_file(lora: Lora) -> None:
-    """Raise InputError where the local file of an adapter is damaged. Of several in a folder diffusers chooses one."""
+    """Raise InputError if the local file of an adapter is damaged. Among several in a folder diffusers chooses one."""
     inside = Path(lora.path) / str(lora.arguments.get("subfolder") or "")
     name = lora.arguments.get("weight_name")
     files = [inside / str(name)] if name else list(inside.glob("*.safetensors"))
@@ -92,9 +93,9 @@ def check_lora_file(lora: Lora) -> None:
 
 
 _OF_FILES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
-"""What diffusers and peft raise of files that do not fit."""
+"""Exceptions of diffusers and peft for files that do not fit."""
 _HUB = ("weight_name", "subfolder", "revision", "token", "local_files_only", "load_into_transformer_2")
-"""What `load_lora_weights` of all pipelines takes by **kwargs; the last, of those with two transformers."""
+"""Arguments that `load_lora_weights` of all pipelines takes by **kwargs; the last for those with two transformers."""
 
 
 def _vaes(cls: Any, modules: Mapping[str, Any], option: str, method: str) -> list[Any]:

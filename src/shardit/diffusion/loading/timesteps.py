@@ -1,4 +1,4 @@
-"""Whether a scheduler takes what a pipeline asks of it before the first step: found by asking a copy."""
+"""Tests whether a scheduler accepts a pipeline's call before the first step, by trying it on a copy."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _CALLS = ("retrieve_timesteps", "set_timesteps")
 
 @dataclass(frozen=True)
 class Asked:
-    """What a pipeline hands to `set_timesteps` besides the number of steps, read from the source of its `__call__`."""
+    """Arguments that a pipeline passes to `set_timesteps` besides the number of steps, read from the source of its
+    `__call__`."""
 
     sigmas: bool = False
-    """Sigmas of its own, whatever the user gives."""
+    """Sigmas of its own, regardless of the user's arguments."""
     array: bool = False
     """These sigmas are a numpy array; schedulers may calculate with one that could not with a list."""
     flow_sigmas: bool = False
-    """But none to schedulers that have `use_flow_sigmas`."""
+    """But none for schedulers that have `use_flow_sigmas`."""
     mu: bool = False
     """The shift for the size of the picture."""
 
 
 def asked_by(pipeline_class: Any) -> Asked:
-    """What pipelines of this class hand over; nothing where that cannot be read."""
+    """Return the arguments of pipelines of this class; none if they cannot be read."""
     try:
         return asked_in(textwrap.dedent(inspect.getsource(pipeline_class.__call__)))
     except (OSError, TypeError, AttributeError, SyntaxError):
@@ -39,7 +40,7 @@ def asked_by(pipeline_class: Any) -> Asked:
 
 
 def asked_in(source: str) -> Asked:
-    """The same of the source of a `__call__`."""
+    """Return the arguments in the source of a `__call__`."""
     tree = ast.parse(source)
     names = {keyword.arg for call in _calls(tree) for keyword in call.keywords if not _is_none(keyword.value)}
     assigned = (node for node in ast.walk(tree) if isinstance(node, ast.Assign) and not _is_none(node.value))
@@ -53,7 +54,7 @@ def asked_in(source: str) -> Asked:
 
 
 def problem(scheduler: Any, asked: Asked) -> str:
-    """What a scheduler says when a copy of it is asked as by a pipeline; "" where it does what it is asked."""
+    """Return the error of a copy of a scheduler when it is called as by a pipeline; "" if it succeeds."""
     given: dict[str, Any] = {"mu": 1.0} if asked.mu else {}
     if asked.sigmas and not (asked.flow_sigmas and scheduler.config.get("use_flow_sigmas")):
         sigmas = [1 - step / _STEPS for step in range(_STEPS)]
@@ -64,7 +65,7 @@ def problem(scheduler: Any, asked: Asked) -> str:
         given["num_inference_steps"] = _STEPS
     try:
         type(scheduler).from_config(scheduler.config).set_timesteps(device="cpu", **given)
-    except Exception as error:  # whatever it is: the pipeline would end with it
+    except Exception as error:  # any of these would end the pipeline
         return f"{type(error).__name__}: {first_line(error)}"
     return ""
 

@@ -1,4 +1,4 @@
-"""Pipelines that are a second way to use the components of another one."""
+"""Second pipelines over the components of another one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def image_pipeline_name(class_name: str, config: Mapping[str, Any]) -> str | None:
-    """The class of the second pipeline of a model that was made for text and for images, or None.
+    """Return the class of the second pipeline of a model that was made for text and for images, or None.
 
     Wan2.2-TI2V's folder names WanPipeline, but with `expand_timesteps` its transformer also continues an image.
     """
@@ -15,7 +15,8 @@ def image_pipeline_name(class_name: str, config: Mapping[str, Any]) -> str | Non
 
 
 def image_pipeline(pipe: Any) -> Any:
-    """A pipeline over the same components that takes an input image, where the model was made for both; else None."""
+    """Return a pipeline over the same components that takes an input image, if the model was made for both; else
+    None."""
     if image_pipeline_name(type(pipe).__name__, pipe.config) is None:
         return None
     from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline

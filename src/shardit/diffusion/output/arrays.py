@@ -1,4 +1,4 @@
-"""Numbers of an output as arrays; maps (depth, normals, materials: numbers by pixel) as pictures."""
+"""Converts numbers of an output to arrays, and maps (depth, normals, materials: numbers by pixel) to pictures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def array_of(numbers: Any) -> np.ndarray:
-    """A tensor or array as an array; bfloat16, which numpy lacks, as float32. Imports no torch."""
+    """Convert a tensor or array to an array; bfloat16, which numpy lacks, to float32. Imports no torch."""
     import numpy as np
 
     return np.asarray(numbers.float() if str(getattr(numbers, "dtype", "")) == "torch.bfloat16" else numbers)
 
 
 def named_arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors and arrays in nested dicts and lists, by names such as "images.0.verts"."""
+    """Yield the tensors and arrays in nested dicts and lists, with names such as "images.0.verts"."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         yield name, array_of(value)
     elif isinstance(value, Mapping):
@@ -30,7 +30,7 @@ def named_arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def pixels_of(pictures: Sequence[Image]) -> Any:
-    """Pictures as one array (N, height, width, channels), or as a list where they differ in size or mode."""
+    """Convert pictures to one array (N, height, width, channels), or to a list if they differ in size or mode."""
     import numpy as np
 
     arrays = [np.asarray(picture) for picture in pictures]
@@ -38,10 +38,11 @@ def pixels_of(pictures: Sequence[Image]) -> Any:
 
 
 def pictures_of_map(numbers: Any) -> list[Image]:
-    """Maps of shape (N, height, width, channels), or (N, channels, height, width), as pictures: one channel as 16-bit
-    grey, three as 8-bit colours; [] for other shapes.
+    """Convert maps of shape (N, height, width, channels) or (N, channels, height, width) to pictures: one channel to
+    16-bit grey, three to 8-bit colours; return [] for other shapes.
 
-    Numbers from 0 to 1 and from -1 to 1 fill the range of the picture; others from the smallest to the largest do.
+    Numbers in [0, 1] or [-1, 1] are scaled from that interval to the range of the picture, others from their minimum
+    and maximum.
     """
     import numpy as np
     from PIL import Image

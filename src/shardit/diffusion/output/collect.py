@@ -1,5 +1,5 @@
-"""From what a pipeline returns to an `Output`: pictures, videos, sound and text are found from the fields, and the rest
-comes along as it is."""
+"""Converts the return value of a pipeline to an `Output`: finds pictures, videos, sound and text among the fields, and
+keeps the rest unchanged."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def collect(request: Request, value: tuple[Any, float, list[str]] | None, error: str | None) -> Output:
-    """The output of a request that has ended, with its result or its error.
+    """Build the output of a finished request from its result or its error.
 
-    Never raises for what a pipeline may return: this runs on one rank, and the others would wait for it.
+    Never raises for any return value of a pipeline: this runs on one rank, and the others would wait for it.
     """
     common: dict[str, Any] = {
         "prompt": request.prompt,
@@ -48,7 +48,7 @@ def collect(request: Request, value: tuple[Any, float, list[str]] | None, error:
 
 
 def with_arrays(output: Output) -> Output:
-    """The same with arrays for tensors (bfloat16 as float32), for a process that does without torch."""
+    """Return the same output with arrays instead of tensors (bfloat16 as float32), for a process without torch."""
     return dataclasses.replace(
         output, latents=_arrays(output.latents), audio=_arrays(output.audio), extra=_arrays(output.extra)
     )
@@ -63,7 +63,7 @@ def _arrays(value: Any) -> Any:
 
 
 def _read(result: Any, request: Request) -> tuple[dict[str, Any], list[str]]:
-    """(fields of the Output, what could not be taken along)."""
+    """Return the fields of the Output, and the names of values that could not be included."""
     fields = {name: value for name, value in fields_of(result).items() if value is not None}
     if not fields:
         raise InputError("nothing; check its arguments")
@@ -89,7 +89,8 @@ def _read(result: Any, request: Request) -> tuple[dict[str, Any], list[str]]:
 
 
 def fields_of(result: Any) -> dict[str, Any]:
-    """What a pipeline has returned, by name; what has no names is called "output", "output_0", "output_1", ..."""
+    """Return the fields of a pipeline's result by name; unnamed values are called "output", "output_0", "output_1",
+    ..."""
     if result is None:
         return {}
     if isinstance(result, Mapping):
@@ -103,7 +104,7 @@ def fields_of(result: Any) -> dict[str, Any]:
 
 
 def _shown(name: str, made: Any) -> dict[str, Any]:
-    """The fields of the Output for a pipeline's pictures or videos; numbers count as latents."""
+    """Return the fields of the Output for a pipeline's pictures or videos; numbers count as latents."""
     groups = _pictures(made)
     if groups is None:
         return {"latents": _plain(made)} if _is_numeric(made) else {"extra": {name: _portable(made, name, [])}}
@@ -115,7 +116,7 @@ def _shown(name: str, made: Any) -> dict[str, Any]:
 
 
 def _pictures(made: Any) -> list[list[Image]] | None:
-    """Pictures as a list of lists, or None where it is something else."""
+    """Return pictures as a list of lists, or None if the value is something else."""
     entries = made if isinstance(made, (list, tuple)) else [made]
     groups = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
     flat = [picture for group in groups for picture in group]
@@ -129,16 +130,16 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers in memory of their own, on the CPU: they are sent to another process."""
+    """Move numbers to CPU memory of their own, to be sent to another process."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        # A view would take its whole storage along.
+        # A view would be sent with its whole storage.
         return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _waveforms(value: Any, outputs: int) -> torch.Tensor | None:
-    """Sound as float32 of shape (outputs, channels, samples); None where it has no such form."""
+    """Convert sound to float32 of shape (outputs, channels, samples); return None if it has no such form."""
     if isinstance(value, (list, tuple)) and _is_numeric(value):
         parts = [torch.as_tensor(part) for part in value]
         if len({part.shape for part in parts}) > 1:
@@ -169,8 +170,8 @@ _LEFT_OUT: Any = object()
 
 
 def _portable(value: Any, name: str, left_out: list[str]) -> Any:
-    """The same in types that any process can take: tensors, arrays, pictures, numbers, text, and lists and dicts of
-    these. Anything else is named in `left_out`."""
+    """Convert a value to types that any process can load: tensors, arrays, pictures, numbers, text, and lists and dicts
+    of these. Names of other values are added to `left_out`."""
     if value is None or isinstance(value, (bool, int, float, str, Image)):
         return value
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -188,12 +189,12 @@ def _portable(value: Any, name: str, left_out: list[str]) -> Any:
 
 
 def error_text(request: Request, error: Exception) -> str:
-    """An error of a request in one line, with what a user can change if that is known."""
+    """Return an error of a request in one line, with the remedy if it is known."""
     return one_line(error) + advice(request, error)
 
 
 def one_line(error: Exception) -> str:
-    """An exception as one line: our own texts as they are, others with their class and the place they come from."""
+    """Return an exception as one line: our own texts unchanged, others with their class and origin."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return text

@@ -1,4 +1,4 @@
-"""Writing one picture or one video to one file, with what it was made from in the metadata."""
+"""Writes one picture or one video to one file, with the settings of its request in the metadata."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 EXIF_DESCRIPTION = 0x010E
-"""The tag of a JPEG or WebP that holds the record."""
+"""The JPEG or WebP tag for the record."""
 # The EXIF data of a JPEG must fit one segment of 64 KiB.
 _LONGEST_EXIF = 60_000
 # Constant rate factor of H.264 (0 lossless .. 51): 17 is hard to tell from the original by eye. The preset takes half
 # the time of the usual one, for 0.3 dB and a file that is no larger.
 _QUALITY = {"preset": "veryfast", "crf": "17"}
 _BT709 = 1  # the code of this colour space in H.264, and of its primaries and transfer curve
-_LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG, what players assume
+_LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG, the default of players
 
 
 def write_image(picture: Image.Image, path: Path, record: Mapping[str, Any], quality: int | None = None) -> None:
-    """Write one picture; the suffix says the format. quality: of JPEG and WebP, 0 to 100; None and 100 for the best.
+    """Write one picture; the suffix decides the format. quality: for JPEG and WebP, 0 to 100; None and 100 mean the
+    best.
 
     PNG gets one text chunk for each of prompt and seed and one, "settings", with the whole record as JSON; JPEG and
     WebP get that JSON as the EXIF image description. PNG, and WebP at its best, are lossless.
@@ -79,10 +80,10 @@ def write_video(
     record: Mapping[str, Any],
     sound: tuple[Any, int] | None = None,
 ) -> None:
-    """Write one video as H.264 in MP4, in the one pixel format that every player shows (yuv420p), with its sound, a
-    waveform of (channels, samples) and its sample rate, as AAC.
+    """Write one video as H.264 in MP4, in the one pixel format that every player shows (yuv420p). Its sound, a waveform
+    of (channels, samples) and its sample rate, becomes AAC.
 
-    That format needs even sizes: an odd one gets one more column or row, a copy of the last. The record is the
+    That format needs even sizes: an odd size gets one more column or row, a copy of the last. The record becomes the
     container's comment, as JSON.
     """
     import av  # its libraries take a while to load, and pictures do not need them
@@ -99,7 +100,7 @@ def write_video(
 
 
 def record_text(record: Mapping[str, Any]) -> str:
-    """The metadata of a file as one line of JSON, in ASCII so that every format and reader takes it."""
+    """Return the metadata of a file as one line of JSON, in ASCII so that every format and reader accepts it."""
     return json.dumps(record, ensure_ascii=True, default=str)
 
 
@@ -122,8 +123,8 @@ def _add_stream(container: OutputContainer, size: tuple[int, int], rate: Fractio
     if stream.codec.name == "libx264":
         stream.options = _QUALITY
     else:
-        stream.bit_rate = 20_000_000  # encoders without a quality setting would take a very low rate
-    # Written down, because players guess the colours of small videos otherwise than those of large ones.
+        stream.bit_rate = 20_000_000  # encoders without a quality setting would choose a very low rate
+    # Written explicitly, because players guess the colours of small videos differently from those of large ones.
     context = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = _BT709
     context.color_range = _LIMITED_RANGE
@@ -131,7 +132,7 @@ def _add_stream(container: OutputContainer, size: tuple[int, int], rate: Fractio
 
 
 def _codec_name() -> str:
-    """The best H.264 encoder of this PyAV build, MPEG-4 where it has none."""
+    """Return the best H.264 encoder of this PyAV build, MPEG-4 if it has none."""
     import av
 
     for name in ("libx264", "libopenh264", "mpeg4"):
@@ -145,7 +146,7 @@ def _even_frames(frames: Sequence[Image.Image]) -> Iterator[VideoFrame]:
     import numpy as np
     from av.video.reformatter import VideoReformatter
 
-    reformatter: Any = VideoReformatter()  # a new one for each frame, as of `reformat`, costs more than its work
+    reformatter: Any = VideoReformatter()  # a new one for each frame, as in `reformat`, costs more than its work
     for frame in frames:
         pixels = np.asarray(frame if frame.mode == "RGB" else frame.convert("RGB"))
         height, width, _ = pixels.shape

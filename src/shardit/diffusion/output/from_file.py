@@ -1,4 +1,4 @@
-"""What a saved file says of how it was made, and the flags that make it again."""
+"""Reads the settings of a request from a saved file and converts them to flags that make the file again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardit.errors import InputError
 
 # Entries of a record that are not arguments of the pipeline.
 _ABOUT = ("software", "pipeline", "revision", "versions", "parallel", "made", "input_image_sizes", "sample_rate")
-# How `Request.settings` writes what a file does not hold.
+# Placeholders in `Request.settings` for values that a file does not contain.
 _NOT_HELD = {
     "numbers": re.compile(r"(Tensor|Parameter|ndarray)\([\d, ]*\)"),
     "a picture": re.compile(r"picture \d+x\d+"),
@@ -24,12 +24,12 @@ _NOT_HELD = {
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record in a file's metadata (`Output.record`). Raises InputError where the file holds none."""
+    """Return the record in a file's metadata (`Output.record`). Raises InputError if the file has none."""
     if not path.is_file():
         raise InputError(f"there is no file {path}; give one that shardit has written")
     try:
         record = json.loads(_text(path))
-    except Exception as error:  # of a file that somebody else wrote, whatever its reader raises
+    except Exception as error:  # whatever a reader raises for a file by another program
         raise InputError(
             f"{path} does not say how it was made: shardit has not written it, or it was edited"
         ) from error
@@ -41,10 +41,10 @@ def read_record(path: Path) -> dict[str, Any]:
 def flags_of(
     record: Mapping[str, Any], known: Collection[str], given: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The flags that make a file again, and further arguments for --extra; `known` are the names of all flags, `given`
-    those of arguments that the user gives.
+    """Return the flags that make a file again, and further arguments for --extra. known: names of all flags. given:
+    names of arguments from the user.
 
-    Raises InputError for what a file cannot hold.
+    Raises InputError for values that a file cannot contain.
     """
     flags: dict[str, Any] = {}
     extra: dict[str, Any] = {}
@@ -68,8 +68,8 @@ def flags_of(
 
 
 def check_fits(path: Path, model: str, given: Collection[str], takes: PipelineSignature) -> None:
-    """Raise InputError where a file of another model holds arguments that the pipeline of `model` does not take; they
-    are then among those `given`."""
+    """Raise InputError if a file of another model has arguments, now among those `given`, that the pipeline of `model`
+    does not take."""
     record = read_record(path)
     held = {name for name in given if name in record and (name, record[name]) != ("num_outputs_per_prompt", 1)}
     if record["model"] != model and (refused := sorted(held.difference(takes.choices))):
@@ -80,7 +80,7 @@ def check_fits(path: Path, model: str, given: Collection[str], takes: PipelineSi
 
 
 def _not_held(value: Any) -> str:
-    """What in a value no file holds; "" where there is nothing."""
+    """Return the part of a value that no file contains; "" if there is none."""
     if isinstance(value, (list, dict)):
         entries = value.values() if isinstance(value, dict) else value
         return next(filter(None, map(_not_held, entries)), "")
@@ -88,7 +88,7 @@ def _not_held(value: Any) -> str:
 
 
 def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
-    """Packages whose versions are not those that the file was made with: its pixels may differ."""
+    """List the packages whose versions differ from those in the record: the pixels may differ."""
     before = record.get("versions") or {}
     return [
         f"the file was made with {name} {before[name]}, here is {versions.get(name, 'none')}: pixels may differ"
@@ -98,7 +98,7 @@ def differences(record: Mapping[str, Any], versions: Mapping[str, str]) -> list[
 
 
 def other_pictures(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """Whether the input pictures, of these sizes, cannot be those that the file was made from."""
+    """Return a note if the input pictures, of these sizes, cannot be those in the record, else []."""
     before, now = (
         [f"{width}x{height}" for width, height in one] for one in (record.get("input_image_sizes", ()), sizes)
     )
@@ -109,7 +109,7 @@ def other_pictures(record: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) 
 
 
 def other_revision(record: Mapping[str, Any], made_by: Mapping[str, Any]) -> list[str]:
-    """Whether the model that is loaded (`PipelineSignature.made_by`) has changed since the file was made."""
+    """Return a note if the loaded model (`PipelineSignature.made_by`) has changed since the file was made, else []."""
     before, now = record.get("revision"), made_by.get("revision")
     if None in (before, now) or before == now:
         return []

@@ -1,4 +1,4 @@
-"""What a request gives: pictures, videos, sound, text or numbers in memory, and how they become files."""
+"""The result of a request in memory: pictures, videos, sound, text or numbers; and saving it to files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "text": (".txt",),
     "tensors": (".safetensors",),
 }
-"""Extensions of files by what they hold; the first of each is the usual one."""
+"""File extensions by kind of content; the first of each is the usual one."""
 
 _IN_WORDS: dict[Kind, str] = {
     "image": "an image",
@@ -52,19 +52,20 @@ class Output:
     frames: Sequence[Sequence[Image]] | None = None
     """One list of frames for each video, None for pictures."""
     latents: Any = None
-    """The result as numbers: latents before the VAE where output_type="latent" was asked for, pixels for "np" (array)
-    and "pt" (tensor)."""
+    """The result as numbers: latents before the VAE for output_type="latent", pixels for "np" (array) and "pt"
+    (tensor)."""
     audio: Any = None
-    """Sound, a float32 tensor of (outputs, channels, samples), of an audio pipeline or of a video; None without."""
+    """Sound, a float32 tensor of (outputs, channels, samples), of an audio pipeline or of a video; None without
+    sound."""
     sample_rate: int | None = None
-    """Samples per second of `audio`; None without sound, or where the model does not tell."""
+    """Samples per second of `audio`; None without sound, or if the model does not define it."""
     texts: Sequence[str] = ()
-    """Texts, of a pipeline that writes some."""
+    """Texts, of a pipeline that writes text."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """All else that the pipeline returned, by the names of its fields: tensors, arrays, numbers, pictures, and lists
-    and dicts of these."""
+    """All other fields of the pipeline's result by name: tensors, arrays, numbers, pictures, and lists and dicts of
+    these."""
     error: str | None = None
-    """Why there is no result, in one line; None where there is one."""
+    """Why there is no result, in one line; None if there is one."""
     seconds: float = 0.0
     """Wall time of the request, in seconds."""
     peak_bytes: Sequence[int] = ()
@@ -78,8 +79,8 @@ class Output:
 
     @property
     def notes(self) -> list[str]:
-        """What differs from what was asked: sizes that the pipeline rounded; and what it warned of, such as a prompt
-        that was cut."""
+        """Differences from the request, such as sizes rounded by the pipeline, and warnings of the pipeline, such as a
+        truncated prompt."""
         pictures = self.frames[0] if self.frames else self.pictures()
         warnings = [str(line) for line in self.metrics.get("warnings", ())]
         if not pictures:
@@ -96,7 +97,7 @@ class Output:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What `save` can write of it, the most telling first; () where there is nothing."""
+        """Kinds of files that `save` can write, the most significant first; () if there are none."""
         held: dict[Kind, bool] = {
             "video": bool(self.frames),
             "image": bool(self.pictures()),
@@ -107,22 +108,23 @@ class Output:
         return tuple(kind for kind, there in held.items() if there)
 
     def pictures(self) -> Sequence[Image]:
-        """`images`, or where there are none the pictures of a map in `extra` (depth, normals)."""
+        """`images`, or if there are none the pictures of a map in `extra` (depth, normals)."""
         if self.images:
             return self.images
         return next((made for name in MAPS if name in self.extra and (made := pictures_of_map(self.extra[name]))), [])
 
     def save(self, path: str | os.PathLike[str], *, quality: int | None = None) -> list[Path]:
-        """Write what fits the extension: pictures (.png, .jpg, .webp), videos with their sound (.mp4), sound (.wav),
-        text (.txt), or all numbers in one file by name (.safetensors): `latents`, `audio`, `extra`, and the pixels of
-        pictures, from 0 to 255, as `images` (number, height, width, channels) and of videos as `frames.0`, `frames.1`.
+        """Write the content that fits the extension: pictures (.png, .jpg, .webp), videos with their sound (.mp4),
+        sound (.wav), text (.txt), or all numbers in one file by name (.safetensors): `latents`, `audio`, `extra`, and
+        the pixels of pictures, from 0 to 255, as `images` (number, height, width, channels) and of videos as
+        `frames.0`, `frames.1`.
 
-        quality: of JPEG and WebP, 0 to 100; None, and 100, for the best there is (95 without colour subsampling, and
+        quality: of JPEG and WebP, 0 to 100; None and 100 mean the best there is (95 without colour subsampling, and
         lossless).
         Several become name-0.png, name-1.png, ... Seed and settings are recorded in the file (not in text). Files
-        appear complete or not at all, and existing ones are replaced. Returns the paths. Raises `InputError` where this
-        output is an error or holds nothing to save, the folder is missing, the extension does not fit, the sample rate
-        is not known, `quality` is given for another format or the disk is full.
+        appear complete or not at all, and existing ones are replaced. Returns the paths. Raises `InputError` if this
+        output is an error or has nothing to save, the folder is missing, the extension does not fit, the sample rate is
+        not known, `quality` is given for another format or the disk is full.
         """
         path = _path(path)
         if self.error is not None:
@@ -141,7 +143,7 @@ class Output:
         return _write_all(dict(zip(targets, writers, strict=True)))
 
     def left_out(self, path: str | os.PathLike[str]) -> list[str]:
-        """Names of what the pipeline returned and a file of this name does not hold."""
+        """Return the names of the pipeline's results that a file of this name does not contain."""
         suffix = Path(path).suffix.lower()
         kind = next((kind for kind in self.kinds if suffix in SUFFIXES[kind]), None)
         fields = {"frames": self.frames, "images": self.images, "texts": self.texts, **self.extra}
@@ -172,7 +174,7 @@ class Output:
 
     def _sound(self, waveform: Any) -> tuple[Any, int]:
         if not self.sample_rate:
-            raise InputError("the model does not tell its sample rate; dataclasses.replace(output, sample_rate=...)")
+            raise InputError("the model does not define its sample rate; dataclasses.replace(output, sample_rate=...)")
         return waveform, self.sample_rate
 
     def _numbers(self) -> dict[str, Any]:
@@ -180,13 +182,13 @@ class Output:
         return {name: array for field, value in held.items() for name, array in named_arrays(value, field)}
 
     def _arrays(self) -> dict[str, Any]:
-        """All that a file of numbers holds; pictures and frames as their pixels, from 0 to 255."""
+        """Return all arrays of a .safetensors file; pictures and frames as their pixels, from 0 to 255."""
         shown = {"images": pixels_of(self.images), "frames": [pixels_of(video) for video in self.frames or ()]}
         pixels = {name: array for field, value in shown.items() for name, array in named_arrays(value, field)}
         return {**self._numbers(), **pixels}
 
     def record(self) -> dict[str, Any]:
-        """What is written into a file's metadata: enough to make it again."""
+        """The metadata of saved files: enough to make the output again."""
         rate: dict[str, Any] = {"fps": self.fps} if self.frames else {}
         rate |= {"sample_rate": self.sample_rate} if self.audio is not None else {}
         pictures = self.frames[0] if self.frames else self.pictures()
@@ -197,20 +199,20 @@ class Output:
 
 
 def savable(output: Output) -> tuple[Output, list[str]]:
-    """The output as it can be saved when nobody can be asked for a sample rate that the model does not tell: a video
-    without its sound then; and a note of that."""
+    """Return the output in a form that can be saved without a sample rate from the user (a video without its sound if
+    the model does not define a rate), and a note of that."""
     if not output.frames or output.audio is None or output.sample_rate:
         return output, []
-    return replace(output, audio=None), ["not in the file: audio, of which the model does not tell the sample rate"]
+    return replace(output, audio=None), ["not in the file: audio, because the model does not define its sample rate"]
 
 
 def check_path(
     path: str | os.PathLike[str], kind: Kind | Sequence[Kind] | None = None, *, transparent: bool = False
 ) -> Path:
-    """Whether `path` can be written, without writing it, so that nobody waits for a picture that cannot be saved.
+    """Check that `path` can be written, without writing it, so that nobody waits for a picture that cannot be saved.
 
-    `kind` is what will be saved, or several things of which one can be, None where that is not known yet;
-    `transparent` says that pictures have an alpha channel. Returns the path, raises `InputError`.
+    kind: the content to save, or several of which one can be saved; None if it is not known yet. transparent: pictures
+    have an alpha channel. Returns the path, raises `InputError`.
     """
     target = _path(path)
     suffix = target.suffix.lower()
@@ -280,7 +282,8 @@ def _array_writer(arrays: Mapping[str, Any], record: Mapping[str, Any]) -> Write
 
 
 def _says(value: Any) -> bool:
-    """Whether leaving it out would lose something: not what is empty, and no list of flags that are all off."""
+    """Return whether leaving out a value loses information: empty values and lists of flags that are all off do not
+    count."""
     if isinstance(value, (list, tuple)):
         return any(_says(each) for each in value)
     return value is not None and value is not False and not (isinstance(value, (str, Mapping)) and not value)
@@ -294,7 +297,7 @@ def _numbered(target: Path, count: int) -> list[Path]:
 
 def _write_all(writers: Mapping[Path, Writer]) -> list[Path]:
     """Write every file under another name first, so that there are either all of them or none."""
-    # Beside the target, because only within one file system is a rename a single step. The suffix stays last:
+    # In the folder of the target, because a rename is a single step only within one file system. The suffix stays last:
     # encoders choose the format by it.
     hidden = {path: path.with_name(f".shardit-{secrets.token_hex(6)}{path.suffix}") for path in writers}
     with _removed_on_error(list(hidden.values())):

@@ -1,4 +1,4 @@
-"""Sound in files: WAV, and the sound track of a video."""
+"""Writes sound to files: WAV, and the sound track of a video."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import OutputContainer
 
-# Sample rates that AAC can have; others are resampled to the next higher one.
+# Sample rates of AAC; others are resampled to the next higher one.
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_BITS_PER_CHANNEL = 128_000
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
@@ -21,7 +21,7 @@ _BLOCK = 1 << 16
 
 
 def samples_of(waveform: Any) -> np.ndarray:
-    """A waveform of (channels, samples), tensor or array, as float32 between -1 and 1."""
+    """Convert a waveform of (channels, samples), tensor or array, to float32 between -1 and 1."""
     import numpy as np
 
     return np.clip(np.nan_to_num(array_of(waveform).astype(np.float32)), -1.0, 1.0)

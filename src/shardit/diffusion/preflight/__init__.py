@@ -1,1 +1,1 @@
-"""Mistakes found before torch is imported."""
+"""Checks for mistakes before torch is imported."""

@@ -1,6 +1,6 @@
-"""What is wrong with a model and its options by names alone, found before torch is imported and ranks are started.
+"""Checks a model and its options by names alone, before torch is imported and ranks are started.
 
-All of it is found again where the model is read, which also knows what takes more than names.
+All errors are found again when the model is read, where checks of more than names are possible.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _NO_MODEL = re.compile("Tokenizer|Processor|Extractor|Scheduler")
 
 @dataclass(frozen=True)
 class Known:
-    """What names tell of a model that is on this disk.
+    """Facts from the names of a model on this disk.
 
-    folder: of a local one with all its files; None for a tiny model, and for one of the hub.
+    folder: of a local model with all its files; None for a tiny model, and for one of the hub.
     """
 
     class_name: str | None
     parts: dict[str, Component]
     models: tuple[str, ...]
-    """The components that have weights."""
+    """The components with weights."""
     folder: Path | None = None
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,9 +59,9 @@ def check(
     files: bool = True,
     packages: bool = True,
 ) -> None:
-    """Raise InputError for what ranks would refuse, as far as names tell.
+    """Raise InputError for errors that ranks would find, as far as names show them.
 
-    files, packages: whether those of this machine are those that the model will be loaded with.
+    files, packages: whether the model will be loaded with those of this machine.
     """
     if packages:
         check_frameworks()
@@ -95,7 +95,7 @@ def check(
 
 
 def _known(model: str | os.PathLike[str], files: bool) -> Known | None:
-    """What names tell of a model; None where only the hub, or another machine, knows which version will be loaded."""
+    """Return the facts of a model; None if only the hub, or another machine, knows which version will be loaded."""
     text = os.fspath(model)
     tiny = text.removeprefix("tiny/") if text.startswith("tiny/") else None
     folder = local_folder(model) if tiny is None else written_folder(tiny)
@@ -123,7 +123,7 @@ def _of_tiny(name: str) -> Known:
 
 
 def _is_model(part: Component, folder: Path) -> bool:
-    """Whether a component has weights: by its class's name, and of a local one by its configuration."""
+    """Return whether a component has weights: by its class's name, and for a local one by its configuration."""
     if _NO_MODEL.search(part.class_name or ""):
         return False
     return part.folder == folder or (part.folder / "config.json").is_file()
@@ -138,14 +138,14 @@ def _scheduler_config(parts: Mapping[str, Component]) -> Mapping[str, Any]:
 
 
 def _check_files(known: Known, folder: Path, takes: Mapping[str, Any], options: ModelOptions) -> dict[str, Checkpoint]:
-    """The weight files of the components that come from the folder. Raises InputError where one, or a component's
-    folder, is missing."""
+    """Return the weight files of the components from the folder. Raises InputError if one, or a component's folder, is
+    missing."""
     name = str(known.class_name)
     optional = diffusers_source.optional_components(name)
     if optional is not None:
         check_complete(folder, name, takes, optional, known.parts)
     if WHOLE in options.single_files:
-        return {}  # which of the components are taken from the folder, the file decides
+        return {}  # the file decides which components come from the folder
     checkpoints: dict[str, Checkpoint] = {}
     for component in known.models:
         part = known.parts[component]

@@ -1,6 +1,6 @@
-"""Degrees of parallelism that do not go with a model, as far as its files tell.
+"""Checks degrees of parallelism against a model, as far as its files allow.
 
-Where they do not tell, the degrees are compared with the model itself, on ranks.
+Otherwise the degrees are compared with the model itself, on ranks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from shardit.loading.index import Component, read_config
 
 
 def check_degrees(config: DiffusionParallelConfig, models: Mapping[str, tuple[Component, Checkpoint]]) -> None:
-    """Raise InputError or UnsupportedError where the blocks or heads of one that denoises do not go with the degrees.
+    """Raise InputError or UnsupportedError if the blocks or heads of a denoiser do not fit the degrees.
 
-    models: the components that have weights, and their files.
+    models: the components with weights, and their files.
     """
     for part, checkpoint in models.values():
         name = str(part.class_name)
@@ -31,7 +31,7 @@ def check_degrees(config: DiffusionParallelConfig, models: Mapping[str, tuple[Co
 
 
 def _heads(part: Component) -> int | None:
-    """The heads of a model's attention, where its configuration has one number of them."""
+    """Return the heads of a model's attention, if its configuration has one number of them."""
     numbers = {key: value for key, value in (read_config(part) or {}).items() if "head" in key and "dim" not in key}
     heads = numbers.get("num_attention_heads")
     return heads if len(numbers) == 1 and isinstance(heads, int) else None

@@ -1,7 +1,7 @@
-"""Names of schedulers and of their arguments, checked against the source of diffusers before torch is imported.
+"""Checks names of schedulers and of their arguments against the source of diffusers, before torch is imported.
 
-Some schedulers that exist do not go with the model: those of models with and without flow matching are told apart here.
-The rest is left to `diffusion/loading/schedulers.py`, which makes the scheduler.
+Some existing schedulers do not fit the model: those for models with and without flow matching are distinguished here.
+Other checks are left to `diffusion/loading/schedulers.py`, which makes the scheduler.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _USUAL = {
     *("self", "num_inference_steps", "device", "sigmas", "mu", "timesteps", "num_train_timesteps"),
     *("original_inference_steps", "strength"),
 }
-"""Arguments of `set_timesteps` that say nothing of the pipeline that a scheduler is for."""
+"""Arguments of `set_timesteps` that every scheduler may have, for any pipeline."""
 
 
 def check_scheduler_names(options: ModelOptions, own: str, config: Mapping[str, Any], pipeline: str | None) -> None:
-    """Raise InputError where the scheduler is none of diffusers, takes no argument of a name that is given, would not
-    look at its shift, or is for other models.
+    """Raise InputError if the scheduler is not in diffusers, lacks a given argument, would ignore its shift, or is for
+    other models.
 
-    own, config: the class and the configuration of the model's own. pipeline: the class of the pipeline.
+    own, config: class and configuration of the model's own. pipeline: class of the pipeline.
     """
     name = options.scheduler or own
     node = definitions("schedulers").get(name)
@@ -53,7 +53,7 @@ def check_scheduler_names(options: ModelOptions, own: str, config: Mapping[str, 
     check_arguments(name, takes, options.scheduler_args)
     if options.flow_shift is not None:
         shift_name(name, takes)
-        if name == own:  # what another class takes of the configuration, only making it shows
+        if name == own:  # the arguments that another class takes from the configuration are known only when it is made
             made = _with_defaults(own, {**config, **options.scheduler_args})
             check_shift(name, made, _is_flow(own, made))
     if name != own and own in definitions("schedulers") and not _may_replace(name, own, config):
@@ -61,7 +61,7 @@ def check_scheduler_names(options: ModelOptions, own: str, config: Mapping[str, 
 
 
 def _may_replace(name: str, own: str, config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler is for such models as the model's own, as far as flow matching tells."""
+    """Return whether a scheduler is for the same kind of models as the model's own, with respect to flow matching."""
     return _knows_flow(name) if _is_flow(own, config) else not _is_flow_class(name)
 
 
@@ -70,14 +70,14 @@ def _with_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asked(pipeline: str | None) -> Asked:
-    """What the pipeline hands to its scheduler."""
+    """Return the arguments that the pipeline passes to its scheduler."""
     nodes = [] if pipeline is None else lineage(pipeline)
     call = next(filter(None, (method(node, "__call__") for node in nodes)), None)
     return Asked() if call is None else asked_in(ast.unparse(call))
 
 
 def _proposed(own: str, config: Mapping[str, Any], asked: Asked) -> list[str]:
-    """Schedulers in place of the model's own, as far as their source tells."""
+    """Return schedulers that can replace the model's own, as far as their source shows."""
     classes = definitions("schedulers")
     if own not in classes:
         return []
@@ -88,7 +88,7 @@ def _proposed(own: str, config: Mapping[str, Any], asked: Asked) -> list[str]:
 
 
 def _takes(name: str, flow: bool, asked: Asked) -> bool:
-    """Whether the `set_timesteps` of a scheduler takes what a pipeline hands over."""
+    """Return whether the `set_timesteps` of a scheduler takes the arguments of a pipeline."""
     takes = parameters_of(definitions("schedulers")[name], "set_timesteps")
     if not takes:
         return True  # it is inherited
@@ -120,7 +120,7 @@ def _is_flow(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _compatibles(node: ast.ClassDef) -> list[str]:
-    """The names in `_compatibles` of a scheduler: all Karras schedulers, or a list."""
+    """Return the names in `_compatibles` of a scheduler: all Karras schedulers, or a list."""
     value = assigned(node, "_compatibles")
     if isinstance(value, ast.ListComp):
         members = definitions("schedulers").get("KarrasDiffusionSchedulers")

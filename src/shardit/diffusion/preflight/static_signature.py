@@ -15,7 +15,8 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature, sign
 
 
 def static_signature(class_name: str, model_index: Mapping[str, Any] | None = None) -> PipelineSignature | None:
-    """What `signature_of` would say of the installed diffusers' class of that name, or None if it is not found."""
+    """Return the signature of the installed diffusers' class of that name, as `signature_of` does, or None if it is not
+    found."""
     definitions = list(_calls(class_name))
     if not definitions:
         return None
@@ -27,10 +28,10 @@ def static_signature(class_name: str, model_index: Mapping[str, Any] | None = No
 def static_signatures_of_model(
     model: str | os.PathLike[str],
 ) -> tuple[PipelineSignature | None, PipelineSignature | None]:
-    """The signatures of the pipeline of a model that is on this disk, and of its second pipeline for requests with an
-    image; None for what the model does not have, or what cannot be known without importing.
+    """Return the signatures of the pipeline of a model on this disk, and of its second pipeline for requests with an
+    image; None for a missing pipeline, or one that must be imported to be known.
 
-    Raises InputError where there is no such model.
+    Raises InputError if there is no such model.
     """
     from shardit.loading.index import components, read_index
     from shardit.loading.source import local_folder
@@ -60,7 +61,7 @@ def _sized(found: PipelineSignature | None, configs: Mapping[str, Mapping[str, A
 
 
 def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:
-    """The fields of the output classes that a `__call__` names, as `declared_fields` finds them."""
+    """Return the fields of the output classes in a `__call__`, as `declared_fields` finds them."""
     names = dict.fromkeys(x.id for x in ast.walk(call) if isinstance(x, ast.Name) and x.id.endswith("Output"))
     found: dict[str, None] = {}
     for node in filter(None, map(definition, names)):
@@ -71,5 +72,5 @@ def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:
 
 
 def _calls(class_name: str) -> Iterator[ast.FunctionDef]:
-    """The `__call__` of a class and those that it overrides, in the order of the first bases."""
+    """Yield the `__call__` of a class and those that it overrides, in the order of the first bases."""
     return (call for node in lineage(class_name) if (call := method(node, "__call__")) is not None)

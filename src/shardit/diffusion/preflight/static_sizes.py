@@ -1,6 +1,6 @@
-"""Which heights and widths a pipeline takes, found in its source and in the configurations of its components.
+"""Finds the heights and widths that a pipeline takes in its source and in the configurations of its components.
 
-`size_multiples` asks the loaded pipeline, and so finds more; where both find something it is the same.
+`size_multiples` tries the loaded pipeline, and so finds more; results that both find are equal.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Check = tuple[ast.expr, dict[str, Any]]
 def static_sizes(
     class_name: str, arguments: Container[str], configs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, int]]:
-    """What the installed diffusers' class of that name wants height and width to be `multiples` of, and their `least`
-    values; {} where its source does not tell. arguments: those that its call takes. configs: the configurations of its
-    components, by name."""
+    """Return the `multiples` that the installed diffusers' class of that name requires of height and width, and their
+    `least` values; {} if its source does not show them. arguments: those of its call. configs: the configurations of
+    its components, by name."""
     nodes = list(lineage(class_name))
     made = _attributes(nodes, configs)
     checks = list(_checks(nodes, "__call__", made))
@@ -35,18 +35,18 @@ def static_sizes(
 
 
 def configs_in(parts: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
-    """The configurations of the components of a folder, by name."""
+    """Return the configurations of the components of a folder, by name."""
     read = {name: read_config(part) for name, part in parts.items()}
     return {name: with_defaults(str(parts[name].class_name), one) for name, one in read.items() if one is not None}
 
 
 def with_defaults(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A component's configuration with what its class adds to it."""
+    """Return a component's configuration with the defaults of its class."""
     return {**init_defaults(class_name), **config}
 
 
 def _attributes(nodes: list[ast.ClassDef], configs: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The pipeline's object, as far as its `__init__` computes plain values of configurations."""
+    """Return the pipeline's object, as far as its `__init__` computes plain values from configurations."""
     made = SimpleNamespace(
         **{name: SimpleNamespace(**{**config, "config": SimpleNamespace(**config)}) for name, config in configs.items()}
     )
@@ -64,8 +64,8 @@ def _attributes(nodes: list[ast.ClassDef], configs: Mapping[str, Mapping[str, An
 
 
 def _checks(nodes: list[ast.ClassDef], name: str, made: Any, seen: frozenset[str] = frozenset()) -> Iterator[Check]:
-    """The conditions on height and width under which a method raises, up to where it changes one of them; each with the
-    plain values that were computed before. Those of the methods in _CHECKS that it calls come with them."""
+    """Yield the conditions on height and width under which a method raises, until it changes one of them; each with the
+    plain values computed before. Includes the conditions of called methods in _CHECKS."""
     function = next(filter(None, (method(node, name) for node in nodes)), None)
     known: dict[str, Any] = {}
     for line in [] if function is None else function.body:
@@ -84,7 +84,7 @@ def _checks(nodes: list[ast.ClassDef], name: str, made: Any, seen: frozenset[str
 
 
 def _is_default(line: ast.stmt) -> bool:
-    """Whether a statement sets a side that was not given, and no other."""
+    """Return whether a statement only sets a side that was not given."""
     text = ast.unparse(line)
     return any(f"{side} = {side} or " in text or f"if {side} is None" in text for side in _SIDES)
 
@@ -95,9 +95,9 @@ def _refuses(check: Check, made: Any, height: int, width: int) -> bool:
 
 
 def _value(expression: ast.expr, names: dict[str, Any]) -> Any:
-    """The value of an expression of diffusers, None where it takes more than the names that are known."""
+    """Return the value of an expression of diffusers, None if it needs more than the known names."""
     code = compile(ast.Expression(expression), "diffusers", "eval")
     try:
         return eval(code, {"__builtins__": _PLAIN}, names)
-    except Exception:  # of any kind: most expressions need what only a loaded pipeline has
+    except Exception:  # of any kind: most expressions need a loaded pipeline
         return None

@@ -1,1 +1,1 @@
-"""Requests: prompts and parameters become calls of a pipeline."""
+"""Requests: turns prompts and parameters into calls of a pipeline."""

@@ -1,4 +1,4 @@
-"""What a user can change where the error of a library does not say so."""
+"""Advice for users on errors of libraries that contain none."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 _OF_DTYPES = re.compile(r"bfloat16|\bhalf\b|float16|same dtype|scalar type", re.IGNORECASE)
 _OF_SIZES = re.compile(r"kernel size|output size is too small|padding size should be less", re.IGNORECASE)
 _OF_SHAPES = (RuntimeError, IndexError, ZeroDivisionError)
-"""What torch and Python raise of tensors without elements, in many words; classes of their own say what is wrong."""
+"""Errors of torch and Python for tensors without elements, in many words; custom classes have clear messages."""
 _SMALL = 64
-"""Pixels of a side of which few latents are left, whatever the model is."""
+"""Side in pixels with few latents in any model."""
 
 
 def advice(request: Request, error: Exception) -> str:
-    """What to add to the text of an error that a pipeline has raised; "" where nothing is known."""
+    """Return the advice to add to the text of a pipeline's error; "" if there is none."""
     text = str(error)
     dtype = request.made_by.get("dtype")
     if isinstance(dtype, dict) and _OF_DTYPES.search(text):

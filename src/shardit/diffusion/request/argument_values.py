@@ -1,4 +1,4 @@
-"""Values of a pipeline's own arguments, which have no field of their own: their defaults tell what they have to be."""
+"""Checks values of a pipeline's own arguments, which have no field of their own, by the types of their defaults."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from shardit.errors import InputError
 from shardit.settings.checks import is_number, text_as_flag
 
 _BOOLS_OR_NUMBERS = ("cfg_normalization",)
-"""Z-Image takes its limit of a norm as a number, too, though the default is False."""
+"""Z-Image takes its limit of a norm as a number, too, although the default is False."""
 
 
 def checked_value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
-    """The value of an argument, a text such as "off" as a bool where the default is one. Raises InputError.
+    """Return the value of an argument, a text such as "off" as a bool if the default is one. Raises InputError.
 
-    To Python any text is true, so that "false" would switch an argument on without a word. Where the default is a
-    number, None stands for something else than a number in some pipelines, and is passed on.
+    In Python any text is true, so that "false" would silently enable an argument. If the default is a number, None has
+    another meaning in some pipelines, and is passed on.
     """
     default = defaults.get(name)
     if isinstance(default, bool):

@@ -1,4 +1,4 @@
-"""Prompts and parameters become requests: plain data that every rank turns into the same pipeline call."""
+"""Turns prompts and parameters into requests: plain data that every rank turns into the same pipeline call."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _IMAGE_KEYS = ("pil_image", "image")
 _PROMPT_KEYS = ("prompt", "extra_args", *_IMAGE_KEYS)
 # Fields of the parameters that do not reach the pipeline under their own name.
 _OWN_FIELDS = ("num_outputs_per_prompt", "seed", "fps")
-# Further arguments of these names would be dropped for those that are given in their places.
+# Further arguments of these names would be ignored in favour of these parameters.
 _IN_PLACES = {"prompt": "prompt (--prompt)", "image": "pil_image (--image)", "pil_image": "pil_image (--image)"}
-# What some inpainting pipelines take in place of a mask.
+# Alternative of some inpainting pipelines to a mask.
 _MASKED = "masked_image_latents"
-# Arguments of pipelines that shardit sets itself, and what to use instead.
+# Arguments of pipelines that shardit sets itself, and their replacements.
 _RESERVED = {
     "generator": "give a seed instead",
     "return_dict": "results always come as Output objects",
@@ -52,11 +52,12 @@ def build_requests(
     pil_image: object = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Request]:
-    """The requests of one `Omni.generate` call (which see for the arguments), in order; nothing is started here.
+    """Build the requests of one `Omni.generate` call (which documents the arguments), in order; nothing is started
+    here.
 
-    `overrides` apply to every request, a prompt's own keys go before them. A request with an image goes by
-    `takes_with_image` where the model has such a second pipeline. Seeds are drawn here where none is given, so
-    one process must build the requests and send them to the others. Raises `InputError`.
+    `overrides` apply to every request; a prompt's own keys have precedence. A request with an image uses
+    `takes_with_image` if the model has such a second pipeline. Missing seeds are drawn here, so one process must build
+    the requests and send them to the others. Raises `InputError`.
     """
     entries = _as_dicts(prompts, prompt)
     chosen = _params_of_each(params, len(entries))
@@ -75,8 +76,8 @@ def build_requests(
 
 
 def params_of(params: object, sampling_params_list: object) -> object:
-    """`params`, also where they came under vLLM-Omni's name: there a list has one entry for each stage of a model, so
-    a list of one is for all prompts. Raises InputError where both are given."""
+    """Return `params`, or the same under vLLM-Omni's name: there a list has one entry for each stage of a model, so a
+    list of one applies to all prompts. Raises InputError if both are given."""
     if sampling_params_list is None:
         return params
     if params is not None:
@@ -89,7 +90,7 @@ def _as_dicts(prompts: object, prompt: object) -> list[dict[str, Any]]:
     if prompts is not None and prompt is not None:
         raise InputError("the prompt is given twice; give either the first argument or prompt=, not both")
     if prompts is None:
-        # No prompt at all: right for a pipeline that is given embeddings or takes none; `_prompt` decides.
+        # No prompt at all: valid for a pipeline with embeddings or without a prompt; `_prompt` decides.
         return [_not_none(prompt=prompt)]
     listed = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
     if not isinstance(listed, Sequence):
@@ -147,7 +148,7 @@ def _build(
     _rename_frames(kwargs, takes)
     if takes.form is not None:
         kwargs.setdefault("output_type", takes.form)
-    _tell_rate(kwargs, params.fps, takes)
+    _set_rate(kwargs, params.fps, takes)
     seed = seed_or_drawn(params.seed)
     if "seed" in takes.names:
         kwargs["seed"] = seed  # it seeds generators of its own
@@ -174,7 +175,7 @@ def _build(
 
 
 def _defaults(kwargs: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
-    """The defaults of the pipeline, but for the number of steps where a list says it."""
+    """Return the defaults of the pipeline, without the number of steps if a list determines it."""
     hidden = "num_inference_steps" if listed(kwargs) else None
     names = [name for name in takes.choices if takes.defaults.get(name) is not None and name != hidden]
     return {name: takes.defaults[name] for name in names}
@@ -189,8 +190,8 @@ def _rename_frames(kwargs: dict[str, Any], takes: PipelineSignature) -> None:
         raise InputError(f"num_frames and {name} disagree ({frames} and {kwargs[name]}); give one of them")
 
 
-def _tell_rate(kwargs: dict[str, Any], fps: float | None, takes: PipelineSignature) -> None:
-    """Give the model the frame rate, which may already be there under the model's own name."""
+def _set_rate(kwargs: dict[str, Any], fps: float | None, takes: PipelineSignature) -> None:
+    """Set the model's frame rate, which may already be given under the model's own name."""
     name = takes.rate_name
     if name is None:
         return
@@ -202,7 +203,7 @@ def _tell_rate(kwargs: dict[str, Any], fps: float | None, takes: PipelineSignatu
 
 
 def _fps(params: OmniDiffusionSamplingParams, kwargs: Mapping[str, Any], takes: PipelineSignature) -> float:
-    """Frames per second of the file: as given, the frame-rate argument of the model, or its default."""
+    """Return the frames per second of the file: as given, the frame-rate argument of the model, or its default."""
     if params.fps is not None:
         return float(params.fps)
     rate = kwargs.get(takes.rate_name or "")
@@ -210,7 +211,8 @@ def _fps(params: OmniDiffusionSamplingParams, kwargs: Mapping[str, Any], takes: 
 
 
 def _like(value: float, default: Any) -> float:
-    """A number in the type of a default: JSON and command lines do not tell 24 from 24.0, but pipelines may."""
+    """Convert a number to the type of a default: JSON and command lines do not distinguish 24 and 24.0, but pipelines
+    may."""
     if isinstance(default, float):
         return float(value)
     return int(value) if float(value).is_integer() else value
@@ -271,7 +273,7 @@ def _check_name(name: str, takes: PipelineSignature) -> None:
 def _check_taken(params: OmniDiffusionSamplingParams, takes: PipelineSignature) -> None:
     refused = [name for name in params.given() if name not in takes.choices]
     if params.num_outputs_per_prompt == 1 and "num_outputs_per_prompt" in refused:
-        refused.remove("num_outputs_per_prompt")  # one is what every pipeline makes
+        refused.remove("num_outputs_per_prompt")  # one is the number of every pipeline
     if refused:
         raise InputError(f"{takes.class_name} takes no {', '.join(refused)}; it takes: {', '.join(takes.choices)}")
 

@@ -1,4 +1,4 @@
-"""Input pictures: whatever a user hands over becomes an upright 8-bit picture in the colours it was meant to have."""
+"""Reads input pictures and converts them to upright 8-bit pictures in their intended colours."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
     """Read a file, the bytes of one, or take a PIL picture (which is not changed), as an 8-bit picture.
 
     - The EXIF orientation is applied.
-    - "RGB" puts transparent pictures on white, which is what they look like on a page; "RGBA" keeps transparency and
-      makes opaque pictures fully opaque.
+    - "RGB" puts transparent pictures on white, as they appear on a page; "RGBA" keeps transparency and makes opaque
+    pictures fully opaque.
     - 16-bit greys are scaled to 8 bits (PIL alone would clip them to white). CMYK, palettes, grey and black-and-white
-      are converted; colour profiles are not applied, as diffusers does not either.
-    - Of an animation the first frame is taken.
+    are converted; colour profiles are not applied, as in diffusers.
+    - Only the first frame of an animation is used.
 
-    Raises `InputError` naming the file where it is missing or no picture.
+    Raises `InputError` naming the file if it is missing or not a picture.
     """
     with _naming(source):
         picture = _to_mode(_to_eight_bits(_load_upright(source)), mode)
-        picture.info = {}  # EXIF data, colour profiles: nothing reads them, and they would travel to every rank
+        picture.info = {}  # EXIF data, colour profiles: unused, and they would be sent to every rank
         return picture
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """Read a file once, for `open_image` to convert it, perhaps several times. Raises `InputError` as that does."""
+    """Read a file once, for `open_image` to convert it, perhaps several times. Raises the same `InputError`."""
     with _naming(source):
         return _load_upright(source)
 
@@ -61,14 +61,14 @@ def _naming(source: ImageSource) -> Iterator[None]:
 
 
 def is_file(value: object) -> bool:
-    """Whether a value is a path or the bytes of a file, rather than a picture already."""
+    """Return whether a value is a path or the bytes of a file, rather than a picture already."""
     return isinstance(value, (str, os.PathLike, bytes))
 
 
 def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
     """Read a video or an animation, a file or the bytes of one, as a list of upright RGB pictures.
 
-    Raises `InputError` naming the file where it is missing or no video.
+    Raises `InputError` naming the file if it is missing or not a video.
     """
     name = _name_of(source)
     if isinstance(source, str) and source.split("://")[0] in ("http", "https"):
@@ -89,7 +89,7 @@ def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
 
 
 def _turned(frame: VideoFrame) -> Image.Image:
-    """A frame as players show it: phones store the way they were held as a rotation."""
+    """Rotate a frame as players do: phones store their orientation as a rotation."""
     picture: Image.Image = frame.to_image()
     degrees = getattr(frame, "rotation", 0)
     return picture.rotate(degrees, expand=True) if degrees else picture

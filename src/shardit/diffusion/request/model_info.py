@@ -1,4 +1,4 @@
-"""What is known of a model: from a rank that has loaded it, or from its files before."""
+"""Facts about a model, from a rank that has loaded it, or from its files before that."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model's pipeline takes, and remarks for the user.
+    """The signature of a model's pipeline, and notes for the user.
 
-    signature_with_image: of the pipeline that runs requests with a picture, if it is another one. bytes_read: read
-    from files by this rank. held_bytes, limit_bytes: memory that the rank holds when it has loaded its share, and the
-    most that it can hold, None if that is not known.
+    signature_with_image: of the pipeline for requests with a picture, if it is another one. bytes_read: read from files
+    by this rank. held_bytes, limit_bytes: the rank's memory in use after it has loaded its share, and its limit, None
+    if that is not known.
     """
 
     signature: PipelineSignature

@@ -1,4 +1,4 @@
-"""Arguments of pipelines that are pictures or videos, given as files."""
+"""Reads arguments of pipelines that are pictures or videos, given as files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shardit.errors import InputError
 
 
 def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
-    """The picture arguments among those that are given, with paths and bytes in them read: as pictures, or as lists of
-    frames. Where a pipeline wants a list, one picture is a list of one, and of a mask it is that of all frames.
+    """Return the given picture arguments, with paths and bytes in them read: as pictures, or as lists of frames. If a
+    pipeline wants a list, one picture becomes a list of one, and a mask is repeated for all frames.
 
-    Pictures, tensors and the like stay as they are. Raises InputError.
+    Pictures, tensors and similar values are not changed. Raises InputError.
     """
     found = {name: _opened(name, given[name], takes) for name in takes.pictures if name in given}
     videos = [value for name, value in found.items() if is_video(name) and isinstance(value, list)]

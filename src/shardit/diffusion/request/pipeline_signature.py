@@ -1,4 +1,4 @@
-"""What a pipeline class takes, as data that can be sent between processes and needs no diffusers to be read."""
+"""The signature of a pipeline class, as data that can be sent between processes and used without diffusers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from shardit.diffusion.request.returned import MAPS, PICTURES, VIDEO, Kind, declared_fields, kinds_of
 
-# Set by shardit itself, so not among what a user can choose.
+# Set by shardit itself, so not a choice of the user.
 _NOT_CHOICES = (
     "generator",
     "return_dict",
@@ -24,25 +24,25 @@ _NOT_CHOICES = (
 )
 _COUNT = re.compile(r"num_[a-z]+_per_prompt")
 _RATE = re.compile(r"([a-z]+_)?(fps|frame_rate)")
-# What pipelines call the number of frames of a video.
+# Names of the number of frames of a video in pipelines.
 _FRAMES = ("num_frames", "frames", "video_length")
 _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
 _IMAGE = re.compile(r"(^|_)images?$")
 _NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
-# Most pipelines declare `image=None` and fail later without one; the names of their classes tell.
+# Most pipelines declare `image=None` and fail later without one; the names of their classes show it.
 _WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
 _WORDS_OF_MASKS = ("Inpaint", "Fill")
 _MASKS = ("mask_image", "control_mask")
 _TENSORS = {"Tensor", "FloatTensor", "LongTensor"}
 _OPTIONAL = {"Optional", "Union", "None", "NoneType", "class"}
-# Given several pictures for one prompt, these would take them for a batch. Classes that are not named may have a use
-# for several, and get them.
+# Given several pictures for one prompt, these would take them for a batch. Other classes may have a use for several,
+# and get them.
 _CLASSES_OF_ONE_IMAGE = ("QwenImageEditPipeline", "QwenImageLayeredPipeline", "LongCatImageEditPipeline")
 
 
 @dataclass(frozen=True)
 class PipelineSignature:
-    """The arguments of one pipeline class and what follows from them."""
+    """The arguments of one pipeline class and derived facts."""
 
     class_name: str
     """Name of the pipeline class."""
@@ -55,50 +55,50 @@ class PipelineSignature:
     pictures: tuple[str, ...] = ()
     """Arguments besides `image` that are pictures or videos, by their names and annotations."""
     listed: tuple[str, ...] = ()
-    """Those of them that are lists of pictures and nothing else, by their annotations."""
+    """The arguments in `pictures` that are lists of pictures and nothing else, by their annotations."""
     tensors: tuple[str, ...] = ()
     """Arguments that are tensors and nothing else, by their annotations."""
     native_fps: float | None = None
-    """Frames per second that the checkpoint was trained for, where its configuration tells."""
+    """Frames per second that the checkpoint was trained for, if its configuration has them."""
     multiples: Mapping[str, int] = field(default_factory=dict)
-    """What the pipeline wants height and width to be multiples of, where it refuses others (`size_multiples`)."""
+    """Required multiples of height and width, if the pipeline refuses others (`size_multiples`)."""
     least: Mapping[str, int] = field(default_factory=dict)
-    """The least height and width of which latents are left (`least_sides`)."""
+    """The least height and width that leave latents (`least_sides`)."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
     outputs: tuple[str, ...] = ()
-    """Fields of what `__call__` returns; () where the class does not tell."""
+    """Fields of the result of `__call__`; () if the class does not declare them."""
     sample_rate: int | None = None
-    """Samples per second of the sound that the model makes, where it makes some and its configuration tells."""
+    """Samples per second of the model's sound, if it makes sound and its configuration has the rate."""
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Packages that it needs and that are not installed; with each the arguments of which one has to be given for
-    that, () where none has to."""
+    """Missing packages that it needs; with each the arguments of which one must be given to need it, () if every call
+    needs it."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What the pipeline can make, the most telling first."""
+        """Kinds of results that the pipeline can make, the most significant first."""
         if self.outputs:
-            # "pt" as its own default means numbers that are not meant to be looked at (an image prior, HDR).
+            # "pt" as its own default means numbers that are not to be viewed (an image prior, HDR).
             shown = not self._numbers or not {*VIDEO, *PICTURES} & set(self.outputs)
             return kinds_of(self.outputs) if shown else ("tensors",)
         return ("video",) if "num_frames" in self.names or "num_videos_per_prompt" in self.names else ("image",)
 
     @property
     def kind(self) -> Kind:
-        """What the pipeline makes in the first place."""
+        """The main kind of result."""
         return self.kinds[0]
 
     def kinds_as(self, output_type: str | None) -> tuple[Kind, ...]:
-        """What there is to save of a request with this `output_type`."""
+        """Return the kinds that can be saved of a request with this `output_type`."""
         kinds: tuple[Kind, ...] = self.kinds
-        if output_type in ("latent", "np", "pt"):  # numbers in place of pictures, but for maps, which are made of them
+        if output_type in ("latent", "np", "pt"):  # numbers replace pictures, except for maps, which are made of them
             kinds = tuple(kind for kind in kinds if kind not in ("image", "video") or {*MAPS} & {*self.outputs})
         numbers: tuple[Kind, ...] = () if "tensors" in kinds else ("tensors",)
         return kinds + numbers
 
     @property
     def form(self) -> str | None:
-        """The `output_type` that gives pictures, where its default would give numbers or latents."""
+        """The `output_type` for pictures, if the default would give numbers or latents."""
         default = self.defaults.get("output_type")
         shows = not self.outputs or {*VIDEO, *PICTURES} & set(self.outputs)
         return "pil" if "output_type" in self.names and shows and not self._numbers and default != "pil" else default
@@ -109,7 +109,7 @@ class PipelineSignature:
 
     @property
     def choices(self) -> list[str]:
-        """What a user can give, under the names that shardit takes."""
+        """Names that a user can give, as shardit calls them."""
         chosen = [name for name in self.names if name not in _NOT_CHOICES and not is_count(name)]
         chosen += ["pil_image"] if self.image_name else []
         chosen += ["num_outputs_per_prompt"] if self.count_name else []
@@ -118,7 +118,7 @@ class PipelineSignature:
         return list(dict.fromkeys([*chosen, "seed"]))
 
     def size_problem(self, name: str, value: Any) -> str | None:
-        """What is wrong with a height or width, with the nearest right ones; None where nothing is."""
+        """Return the error in a height or width, with the nearest valid ones; None if it is valid."""
         step, least = self.multiples.get(name), self.least.get(name)
         if not isinstance(value, int):
             return None
@@ -130,10 +130,10 @@ class PipelineSignature:
         return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
 
     def tensor_problem(self, name: str, value: Any) -> str | None:
-        """What is wrong with an argument that is to be a tensor: text and plain numbers, also in lists, are none."""
+        """Return the error in an argument that must be a tensor: text and plain numbers, also in lists, are invalid."""
         parts = value if isinstance(value, (list, tuple)) else [value]
         wrong = any(isinstance(part, (str, bytes, bool, int, float, Mapping)) for part in parts)
-        if name not in self.tensors or _IMAGE.search(name) or not wrong:  # images are opened, whatever is declared
+        if name not in self.tensors or _IMAGE.search(name) or not wrong:  # images are opened in any case
             return None
         return f"{name} must be a tensor, got {repr(value)[:60]}; give one to shardit.Omni, or leave it out"
 
@@ -159,7 +159,7 @@ class PipelineSignature:
 
     @property
     def image_mode(self) -> Literal["RGB", "RGBA"]:
-        """Colour mode of input pictures: layered pipelines work on transparency."""
+        """Colour mode of input pictures: layered pipelines use transparency."""
         return "RGBA" if "Layered" in self.class_name else "RGB"
 
     @property
@@ -170,8 +170,8 @@ class PipelineSignature:
 
     @property
     def mask_name(self) -> str | None:
-        """The argument that takes the mask of an inpainting pipeline, which declares `mask_image=None` and fails later
-        without one; None for other pipelines."""
+        """The argument for the mask of an inpainting pipeline, which declares `mask_image=None` and fails later without
+        one; None for other pipelines."""
         paints = any(word in self.class_name for word in _WORDS_OF_MASKS)
         return next((name for name in _MASKS if name in self.names), None) if paints else None
 
@@ -188,7 +188,7 @@ class PipelineSignature:
 
     @property
     def default_fps(self) -> float:
-        """Frames per second where the user gives none: the model's own, else 16 for Wan and 24 for others."""
+        """Frames per second if the user gives none: the model's own, else 16 for Wan and 24 for others."""
         rate = self.native_fps or self.defaults.get(self.rate_name or "")
         return float(rate) if rate else (16.0 if self.class_name.startswith("Wan") else 24.0)
 
@@ -198,8 +198,9 @@ def signature_of(
 ) -> PipelineSignature:
     """Read the signature of any class with `__call__`.
 
-    `model_index` is the content of the checkpoint's model_index.json; with it Wan2.2-TI2V (24 frames per second) is
-    unlike the other Wans (16), which have the same pipeline class. `sample_rate` is what `sample_rate_of` finds.
+    model_index: the content of the checkpoint's model_index.json; with it Wan2.2-TI2V (24 frames per second) is
+    distinguished from the other Wans (16), which have the same pipeline class. sample_rate: the result of
+    `sample_rate_of`.
     """
     is_module = any(base.__module__ == "torch.nn.modules.module" for base in pipeline_class.__mro__)
     method = "forward" if is_module else "__call__"
@@ -209,17 +210,17 @@ def signature_of(
 
 
 def is_count(name: str) -> bool:
-    """Whether an argument of a pipeline is the number of results for one prompt."""
+    """Return whether an argument of a pipeline is the number of results for one prompt."""
     return _COUNT.fullmatch(name) is not None
 
 
 def is_video(name: str) -> bool:
-    """Whether an argument that is a picture by its name is a video."""
+    """Return whether an argument that is a picture by its name is a video."""
     return name.endswith(("video", "videos", "conditioning_frames"))
 
 
 def is_mask_of_video(name: str, takes: PipelineSignature) -> bool:
-    """Whether an argument is a mask for each frame of a video."""
+    """Return whether an argument is a mask for each frame of a video."""
     return name in takes.listed and name.endswith(("mask", "masks"))
 
 
@@ -234,17 +235,17 @@ def _is_tensor(item: inspect.Parameter) -> bool:
 
 
 def _is_list(item: inspect.Parameter) -> bool:
-    """Whether an argument is a list and nothing else, by its annotation."""
+    """Return whether an argument is a list and nothing else, by its annotation."""
     try:
         kinds = list(_kinds(ast.parse(str(item.annotation), mode="eval").body))
-    except SyntaxError:  # how Python shows classes
+    except SyntaxError:  # the form in which Python shows classes
         return False
     kinds = [kind for kind in kinds if kind not in _OPTIONAL]
     return bool(kinds) and all(kind in ("list", "List") for kind in kinds)
 
 
 def _kinds(node: ast.expr) -> Iterator[str]:
-    """The names of the types in an annotation, without what they hold."""
+    """Yield the names of the types in an annotation, without their parameters."""
     if isinstance(node, ast.BinOp):
         yield from (*_kinds(node.left), *_kinds(node.right))
         return
@@ -261,11 +262,11 @@ def _kinds(node: ast.expr) -> Iterator[str]:
 def signature_from(
     class_name: str, calls: Iterable[Sequence[inspect.Parameter]], model_index: Mapping[str, Any] | None = None
 ) -> PipelineSignature:
-    """The signature of a class whose `__call__` takes the first of `calls`, with self; the next is the one that it
-    overrides, and so on.
+    """Return the signature of a class whose `__call__` takes the first of `calls`, with self; the next is the one that
+    it overrides, and so on.
 
-    Where it also has **kwargs, the named parameters of the next count too: it may pass names on. Any other name in
-    **kwargs is dropped without a word by most pipelines, so it does not count.
+    If it also has **kwargs, the named parameters of the next count too: it may pass names on. Most pipelines silently
+    ignore any other name in **kwargs, so it does not count.
     """
     found: dict[str, inspect.Parameter] = {}
     for parameters in calls:

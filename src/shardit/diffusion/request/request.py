@@ -17,45 +17,45 @@ class Request:
     index: int
     """Position in the list that `Omni.generate` returns."""
     pipeline: str
-    """Name of the pipeline class that is to run it."""
+    """Name of the pipeline class to run."""
     prompt: str | None
-    """The prompt; None where embeddings were given or the pipeline takes none."""
+    """The prompt; None if embeddings were given or the pipeline takes none."""
     kwargs: Mapping[str, Any]
     """Chosen arguments of the pipeline's `__call__`, apart from prompt, images, number of outputs and generator."""
     images: Sequence[Image]
-    """Input pictures, upright, 8-bit, in the mode that the pipeline wants."""
+    """Input pictures, upright, 8-bit, in the mode of the pipeline."""
     image_name: str | None
-    """Argument that takes the pictures, or None."""
+    """Argument for the pictures, or None."""
     seed: int
     """Seed of a torch CPU generator."""
     num_outputs: int
-    """Pictures or videos wanted."""
+    """Requested pictures or videos."""
     count_name: str | None
-    """Argument that takes the number of outputs, or None."""
+    """Argument for the number of outputs, or None."""
     fps: float
     """Frames per second of a saved video."""
     sample_rate: int | None = None
-    """Samples per second of saved sound, where the model tells."""
+    """Samples per second of saved sound, if the model defines it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of the pipeline's arguments that were not chosen."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """See `PipelineSignature.made_by`."""
 
     def call_arguments(self) -> dict[str, Any]:
-        """Everything for the pipeline's `__call__` but the generator."""
+        """Return all arguments of the pipeline's `__call__` except the generator."""
         arguments = dict(self.kwargs)
         if self.prompt is not None:
             arguments["prompt"] = self.prompt
         if self.images and self.image_name:
-            # A list of one is a batch to some pipelines, so one picture goes as itself.
+            # Some pipelines take a list of one for a batch, so one picture is passed as itself.
             arguments[self.image_name] = self.images[0] if len(self.images) == 1 else list(self.images)
         if self.count_name:
             arguments[self.count_name] = self.num_outputs
         return arguments
 
     def settings(self) -> dict[str, Any]:
-        """What can be written into an output file: the pipeline, what it comes from and its arguments with their
-        defaults, as JSON values."""
+        """Return the record for an output file: the pipeline, its model and its arguments with their defaults, as JSON
+        values."""
         values = {**self.defaults, **self.kwargs}
         chosen = {name: _as_json(value) for name, value in values.items() if (name, value) != ("output_type", "pil")}
         sizes = [list(picture.size) for picture in self.images]

@@ -1,4 +1,4 @@
-"""Sizes, lengths and counts beyond which a request is a mistake: found before anything of that size is made."""
+"""Limits of sizes, lengths and counts, checked before anything of that size is made."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from shardit.settings.checks import is_number
 
 _SIDE = 1024
-"""Of results whose size neither the request nor the pipeline's signature tells: what most families make."""
+"""Side of results if neither the request nor the pipeline's signature sets it: the default of most families."""
 _COUNTED = re.compile("steps|frames|tokens|length|^layers$")
 
 
 @dataclass(frozen=True)
 class ResultLimits:
-    """The most that a request may ask for. The defaults are beyond what any pipeline makes."""
+    """Upper limits of a request. The defaults are beyond the results of any pipeline."""
 
     pixels: int = 2**28
     """Width x height of a result."""
@@ -33,14 +33,13 @@ class ResultLimits:
 def limit_problem(
     given: Mapping[str, Any], defaults: Mapping[str, Any], limits: ResultLimits
 ) -> tuple[str, str] | None:
-    """The argument ("size" for width and height) that asks for more than the limits, and what is wrong with it.
+    """Return the argument ("size" for width and height) that exceeds the limits, and the error.
 
-    Looked at are products, lists, what the pipeline does by default, and its own arguments that are steps, frames or
-    tokens by their names.
+    Checks products, lists, the pipeline's defaults, and its own arguments that are steps, frames or tokens by name.
     """
     asked = {name: value for name, value in {**defaults, **given}.items() if value is not None}
     if "num_inference_steps" not in given and ("sigmas" in asked or "timesteps" in asked):
-        asked.pop("num_inference_steps", None)  # which the pipeline then does not look at
+        asked.pop("num_inference_steps", None)  # the pipeline then ignores it
     for name, value, limit, unit in (*_pixels(asked, limits), *_counts(asked, limits)):
         if value > limit:
             return name, f"is {value} {unit}, the limit is {limit}; ask for less"

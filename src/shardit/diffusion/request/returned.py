@@ -1,5 +1,5 @@
-"""Which fields of what pipelines return are videos, pictures, sound or text: their names, and those that a pipeline
-class declares."""
+"""Classifies the fields of pipelines' results as videos, pictures, sound or text, and finds the declared fields of a
+pipeline class."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _KINDS: dict[Kind, tuple[str, ...]] = {"video": VIDEO, "image": (*PICTURES, *MAP
 
 
 def kinds_of(fields: Iterable[str]) -> tuple[Kind, ...]:
-    """What an output with these fields holds, the most telling first; ("tensors",) where nothing can be shown."""
+    """Return the kinds of an output with these fields, the most significant first; ("tensors",) if nothing can be
+    shown."""
     given = set(fields)
     return tuple(kind for kind, names in _KINDS.items() if given & set(names)) or ("tensors",)
 
 
 def declared_fields(pipeline_class: type) -> tuple[str, ...]:
-    """The fields of the output classes that `__call__` names, in order; () where it names none (a plain tuple, a class
-    of one's own)."""
+    """Return the fields of the output classes in `__call__`, in order; () if there are none (a plain tuple, a custom
+    class)."""
     found: dict[str, None] = {}
     for code, names in _bodies(pipeline_class):
         for name in code.co_names:
@@ -41,9 +42,9 @@ def declared_fields(pipeline_class: type) -> tuple[str, ...]:
 
 
 def sample_rate_of(components: Mapping[str, Any]) -> int | None:
-    """Samples per second of the sound that these components make, from their configurations; None without one.
+    """Return samples per second of the sound that these components make, from their configurations; None without one.
 
-    What makes the waveform is asked first: a vocoder, then what is for sound by its name, then any other.
+    The component that makes the waveform comes first: a vocoder, then those for sound by name, then any other.
     """
 
     def place(name: str) -> int:
@@ -59,7 +60,7 @@ def sample_rate_of(components: Mapping[str, Any]) -> int | None:
 
 
 def _bodies(pipeline_class: type) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Code and global names of `__call__`, then of those that it overrides."""
+    """Yield code and global names of `__call__`, then of those that it overrides."""
     for base in pipeline_class.__mro__:
         method = vars(base).get("__call__")
         plain = inspect.unwrap(method) if callable(method) else None

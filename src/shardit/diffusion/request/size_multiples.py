@@ -1,4 +1,4 @@
-"""Which heights and widths a pipeline takes: found by asking the pipeline itself, not from a list of models."""
+"""Finds the heights and widths that a pipeline takes by trying the pipeline itself, not from a list of models."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from PIL import Image
 from shardit.diffusion.request.size_search import SIDE, least_of, search
 
 _AFTER_THE_CHECKS = ("encode", "_encode", "prepare", "_prepare", "get_", "_get_")
-"""How the names of the methods begin that pipelines call when their arguments have been checked."""
+"""Prefixes of the methods that pipelines call after the checks of their arguments."""
 
 
 def size_multiples(pipe: Any) -> dict[str, int]:
-    """The numbers that height and width must be multiples of, by name; empty where the pipeline takes any, rounds them
-    itself, or cannot be asked (it is made of other pipelines, whose calls would run)."""
+    """Return the numbers that height and width must be multiples of, by name; empty if the pipeline takes any, rounds
+    them itself, or cannot be tried (it consists of other pipelines, whose calls would run)."""
     if any(
         isinstance(part, ConfigMixin) and hasattr(part, "components") for part in getattr(pipe, "__dict__", {}).values()
     ):
@@ -28,17 +28,17 @@ def size_multiples(pipe: Any) -> dict[str, int]:
 
 
 def least_sides(pipe: Any) -> dict[str, int]:
-    """The least height and width of which latents are left, by name; empty where the pipeline does not tell."""
+    """Return the least height and width that leave latents, by name; empty if the pipeline does not show them."""
     return least_of(vars(pipe), inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
 
 
 class _Checked(Exception):
-    """The pipeline has begun to work."""
+    """The pipeline has passed its checks."""
 
 
 def _takes(pipe: Any, height: int, width: int) -> bool:
-    """Whether the pipeline's call gets past its own checks of a size. Nothing of a model is run."""
-    call = inspect.unwrap(type(pipe).__call__)  # without what a parallel pipeline puts around it
+    """Return whether the pipeline's call passes its own checks of a size. No model runs."""
+    call = inspect.unwrap(type(pipe).__call__)  # without the wrapper of a parallel pipeline
     names = inspect.signature(call).parameters
     if not {"height", "width"} <= names.keys():
         return False
@@ -51,7 +51,7 @@ def _takes(pipe: Any, height: int, width: int) -> bool:
         call(_without_components(pipe), **{name: value for name, value in given.items() if name in names})
     except ValueError:
         return False
-    except Exception:  # it got as far as its components, which are not there
+    except Exception:  # it reached its components, which are not there
         return True
     finally:
         log.setLevel(level)
@@ -59,7 +59,7 @@ def _takes(pipe: Any, height: int, width: int) -> bool:
 
 
 def _without_components(pipe: Any) -> Any:
-    """A copy of the pipeline whose components have a configuration and nothing else."""
+    """Copy the pipeline with components that have only a configuration."""
 
     def checked(*_: Any, **__: Any) -> None:
         raise _Checked

@@ -1,4 +1,4 @@
-"""What heights and widths must be multiples of, found by trying."""
+"""Finds required multiples of heights and widths by trying."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 SIDES = ("height", "width")
 SIDE = 1024
-"""A side, in pixels, that every known pipeline takes: a multiple of whatever a VAE and patches need."""
+"""A side, in pixels, that every known pipeline takes: a multiple of the factors of any VAE and patch size."""
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def search(takes: Callable[[int, int], bool]) -> dict[str, int]:
-    """The numbers that height and width must be multiples of, by name, where `takes` tells whether a height and a width
-    are taken; empty where any is, or none."""
+    """Return the numbers that height and width must be multiples of, by name; empty if any size is valid, or none.
+    takes: returns whether a height and a width are valid."""
     found: dict[str, int] = {}
     if not takes(SIDE, SIDE):
         return found
@@ -26,8 +26,8 @@ def search(takes: Callable[[int, int], bool]) -> dict[str, int]:
 
 
 def least_of(parts: Mapping[str, Any], arguments: Container[str]) -> dict[str, int]:
-    """The least height and width of which latents are left, by name, where a pipeline takes these arguments and has
-    these attributes: pipelines that round sizes down have a processor of pictures that rounds in the same steps."""
+    """Return the least height and width that leave latents, by name, for a pipeline with these arguments and
+    attributes: pipelines that round sizes down have a processor of pictures that rounds in the same steps."""
     processors = (part for name, part in parts.items() if name.endswith("_processor"))
     steps = (getattr(getattr(part, "config", None), "vae_scale_factor", None) for part in processors)
     least = max((step for step in steps if isinstance(step, int)), default=1)

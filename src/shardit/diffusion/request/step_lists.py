@@ -1,4 +1,4 @@
-"""Lists of noise levels or time steps, which say how many steps there are."""
+"""Handles lists of noise levels or time steps, which determine the number of steps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ LISTS = ("sigmas", "timesteps")
 
 
 def listed(given: Mapping[str, Any]) -> str | None:
-    """The list among the given arguments, None where there is none."""
+    """Return the list among the given arguments, None if there is none."""
     return next((name for name in LISTS if given.get(name) is not None), None)
 
 
 def steps_problem(given: Mapping[str, Any]) -> str | None:
-    """What is wrong with a number of steps beside a list of another length: pipelines would take no notice of it."""
+    """Return the error if a number of steps and a list of another length are both given: pipelines would ignore the
+    number."""
     name, steps = listed(given), given.get("num_inference_steps")
     values = None if name is None else given[name]
     if steps is None or not isinstance(values, Sized) or len(values) == steps:

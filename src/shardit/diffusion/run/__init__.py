@@ -1,1 +1,1 @@
-"""A request while it runs: its copy of the pipeline, the processors it sets, its steps, prompts that were cut."""
+"""Runs a request: its copy of the pipeline, its attention processors, its progress, and its truncated prompts."""

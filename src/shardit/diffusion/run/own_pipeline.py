@@ -1,4 +1,4 @@
-"""A pipeline object of one request's own, over shared modules: pipelines keep the state of a call on themselves."""
+"""Copies a pipeline for one request, over shared modules: a pipeline object stores the state of its call."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from shardit.diffusion.run.prompt_lengths import is_tokenizer, telling_cuts
+from shardit.diffusion.run.prompt_lengths import is_tokenizer, reporting_truncation
 
 
-def own_pipeline(pipe: Any, finish: Callable[[Any], None], tell: Callable[[str], None]) -> Any:
-    """A copy of a pipeline, and of the pipelines that it is made of, with schedulers and tokenizers of their own.
+def own_pipeline(pipe: Any, finish: Callable[[Any], None], report: Callable[[str], None]) -> Any:
+    """Return a copy of a pipeline and of its nested pipelines, with schedulers and tokenizers of their own.
 
-    finish: called with each copy. tell: called with a line for each prompt that is cut.
+    finish: called with each copy. report: called with a line for each truncated prompt.
     """
     made: dict[int, Any] = {}
 
@@ -24,7 +24,7 @@ def own_pipeline(pipe: Any, finish: Callable[[Any], None], tell: Callable[[str],
             return copy.deepcopy(value)
         if isinstance(value, DiffusionPipeline):
             return copied(value)
-        return telling_cuts(value, tell) if is_tokenizer(value) else value
+        return reporting_truncation(value, report) if is_tokenizer(value) else value
 
     def copied(pipe: Any) -> Any:
         own = copy.copy(pipe)

@@ -1,4 +1,4 @@
-"""Attention processors that the call of a pipeline sets for its own length, as perturbed attention guidance does."""
+"""Attention processors that a pipeline sets only during its call, as perturbed attention guidance does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardit.errors import InputError
 
 
 def check_in_flight(pipeline_class: Any, max_in_flight: int) -> None:
-    """Raise InputError where requests would share a model that the call of the pipeline changes for its own length, as
+    """Raise InputError if concurrent requests would share a model that the pipeline changes only during its call, as
     perturbed attention guidance does."""
     if max_in_flight > 1 and sets_processors(pipeline_class):
         raise InputError(
@@ -23,15 +23,15 @@ def check_in_flight(pipeline_class: Any, max_in_flight: int) -> None:
 
 
 def sets_processors(pipeline_class: Any) -> bool:
-    """Whether the call of a pipeline sets attention processors of its models."""
+    """Return whether the call of a pipeline sets attention processors of its models."""
     code = getattr(inspect.unwrap(pipeline_class.__call__), "__code__", None)
     return "set_attn_processor" in getattr(code, "co_names", ())
 
 
 @contextmanager
 def processors_put_back(pipe: Any) -> Iterator[None]:
-    """Put back the attention processors that a call sets for its own length, where it ends before it does so itself:
-    the next request would compute with them."""
+    """Restore the attention processors that a call sets temporarily, if it ends before it does so itself: the next
+    request would compute with them."""
     if not sets_processors(type(pipe)):
         yield
         return

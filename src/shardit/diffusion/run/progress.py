@@ -1,4 +1,4 @@
-"""Progress of a request, taken where every pipeline reports it: the bar that it makes for itself."""
+"""Reports the progress of a request by replacing the progress bar of its pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardit.core.modules.patching import subclass_in_place
 
 
 class Steps:
-    """Stands in for the progress bar of a pipeline: counts steps and passes them on."""
+    """Replaces the progress bar of a pipeline: counts steps and passes them on."""
 
     def __init__(self, index: int, total: int, on_progress: Callable[[int, int, int], None], items: Iterable[Any] = ()):
         self._index, self.total, self._on_progress, self._items = index, total, on_progress, items
@@ -17,7 +17,7 @@ class Steps:
         on_progress(index, 0, total)
 
     def update(self, count: int = 1) -> None:
-        """`count` more steps are done."""
+        """Count `count` more finished steps."""
         self.n += count
         self._on_progress(self._index, self.n, self.total)
 
@@ -33,11 +33,11 @@ class Steps:
             self.update()
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None  # set_postfix, close and what else a bar can do
+        return lambda *args, **kwargs: None  # set_postfix, close and other methods of a bar
 
 
 def report_progress(pipe: Any, index: int, on_progress: Callable[[int, int, int], None]) -> None:
-    """Let a pipeline object of one request report its steps as (index, step, total) instead of drawing a bar."""
+    """Make a pipeline object of one request report its steps as (index, step, total) instead of drawing a bar."""
 
     def progress_bar(
         self: Any, iterable: Iterable[Any] | None = None, total: int | None = None, *_: Any, **how_it_looks: Any

@@ -1,4 +1,4 @@
-"""Prompts that a pipeline cuts at the length that its text encoder takes, most of them without a word."""
+"""Reports prompts that a pipeline truncates to the length of its text encoder, which most pipelines do silently."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shardit.core.modules.patching import subclass_in_place
 
 
 def is_tokenizer(value: Any) -> bool:
-    """Whether a component of a pipeline is a tokenizer of transformers."""
+    """Return whether a component of a pipeline is a tokenizer of transformers."""
     return hasattr(value, "model_max_length") and hasattr(value, "convert_ids_to_tokens") and callable(value)
 
 
-def telling_cuts(tokenizer: Any, tell: Callable[[str], None]) -> Any:
-    """A copy of a tokenizer that tells of texts that it cuts, a line for each length."""
+def reporting_truncation(tokenizer: Any, report: Callable[[str], None]) -> Any:
+    """Return a copy of a tokenizer that reports truncated texts, one line for each."""
     own, own_call = copy.copy(tokenizer), type(tokenizer).__call__
 
     @functools.wraps(own_call)
@@ -27,7 +27,7 @@ def telling_cuts(tokenizer: Any, tell: Callable[[str], None]) -> Any:
             for one in [text] if isinstance(text, str) else text:
                 tokens = len(own_call(self, one, **special)["input_ids"])
                 if tokens > limit:
-                    tell(f"a prompt of {tokens} tokens was cut to the first {limit}: {one[:40]!r} ...")
+                    report(f"a prompt of {tokens} tokens was cut to the first {limit}: {one[:40]!r} ...")
         return own_call(self, text, *args, **kwargs)
 
     subclass_in_place(own, {"__call__": __call__})

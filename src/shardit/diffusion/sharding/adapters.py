@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from shardit.core.comm.barrier import sendable
 from shardit.core.comm.p2p import Comm
-from shardit.core.comm.same_point import sendable
 from shardit.core.runtime.digests import named
 from shardit.diffusion.sharding.components import components_of
 from shardit.errors import UnsupportedError

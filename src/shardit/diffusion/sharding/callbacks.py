@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from shardit.core.comm.barrier import sendable
 from shardit.core.comm.p2p import Comm
-from shardit.core.comm.same_point import sendable
 from shardit.core.components.owned import call_on
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import generators_in, moved, set_states, states

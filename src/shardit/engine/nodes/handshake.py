@@ -1,8 +1,8 @@
-"""How a rank on any machine reaches the supervisor: a TCP connection on which both sides prove that they know a token.
+"""Connects a rank on any machine to the supervisor by TCP; both sides prove that they know a token.
 
-Each side sends 32 random bytes and is answered with an HMAC over both sides' bytes, keyed with the token. The token
-itself never travels, and nothing that arrives is unpickled before the proof. It tells who is on the other side and
-hides nothing from who listens on the way: use it in networks that torch.distributed may be used in.
+Each side sends 32 random bytes and gets an HMAC over both sides' bytes, keyed with the token. The token itself is never
+sent, and nothing is unpickled before the proof. This authenticates both sides but encrypts nothing: use it in networks
+that torch.distributed may be used in.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ GREETING = b"shardit ranks 1\n"
 WELCOME = b"+"
 NONCE = 32
 PROOF_S = 10.0
-"""Longest time in which a connection must have proved itself, in seconds."""
+"""Time limit for the proof of a connection, in seconds."""
 MAX_HELLO = 65536
 RETRY_S = 0.3
 
-# A peer whose machine or network is gone is noticed after about IDLE + COUNT * INTERVAL seconds.
+# A peer whose machine or network is down is noticed after about IDLE + COUNT * INTERVAL seconds.
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Where the supervisor listens for ranks: any one of `hosts`, and the secret that both sides know (hex)."""
+    """Addresses of the supervisor for ranks: any one of `hosts`, and the shared secret (hex)."""
 
     hosts: tuple[str, ...]
     port: int
@@ -44,9 +44,9 @@ class Reach:
 
 @dataclass(frozen=True)
 class Join:
-    """From the supervisor to a rank that has arrived, when all have: load your share of `spec`.
+    """Sent by the supervisor to a rank when all have arrived: load your share of `spec`.
 
-    rendezvous_host: where the ranks meet; "": at the address by which the rank has reached the supervisor.
+    rendezvous_host: host of the ranks' rendezvous; "" for the address at which the rank has reached the supervisor.
     """
 
     spec: SessionSpec
@@ -55,13 +55,13 @@ class Join:
 
 
 class Unproven(ConnectionError):
-    """The other side does not know the token, or speaks something else."""
+    """The other side does not know the token, or uses another protocol."""
 
 
 def connect(reach: Reach, hello: Mapping[str, Any], timeout_s: float) -> tuple[Channel, str]:
-    """Connect to the supervisor and say who one is; returns the channel and the host that answered.
+    """Connect to the supervisor and send `hello`; returns the channel and the host that answered.
 
-    Tries all hosts again and again. Raises RankError with the last reason after `timeout_s`.
+    Tries all hosts repeatedly. Raises RankError with the last reason after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     reason = "no address"
@@ -86,7 +86,7 @@ def connect(reach: Reach, hello: Mapping[str, Any], timeout_s: float) -> tuple[C
 
 
 def admit(sock: socket.socket, token: str) -> dict[str, Any]:
-    """On the supervisor's side: have a new connection prove itself; returns what it says of itself.
+    """On the supervisor's side: verify a new connection; returns its `hello`.
 
     The caller sends WELCOME, or closes the connection. Raises Unproven or OSError, within PROOF_S.
     """
@@ -105,12 +105,12 @@ def admit(sock: socket.socket, token: str) -> dict[str, Any]:
 
 
 def welcome(sock: socket.socket) -> None:
-    """Tell an admitted connection that it is the one that was waited for; from now on it is a channel."""
+    """Accept an admitted connection as the expected rank; from now on it is a channel."""
     _give(sock, WELCOME, time.monotonic() + PROOF_S)
 
 
 def tune(sock: socket.socket) -> None:
-    """Small messages at once, and a dead peer noticed."""
+    """Send small messages at once, and detect dead peers."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
@@ -119,7 +119,7 @@ def tune(sock: socket.socket) -> None:
 
 
 def address_towards(host: str, port: int) -> str | None:
-    """The address of this machine on the way to `host`; None where there is no way."""
+    """Return the address of this machine on the route to `host`; None without a route."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -143,7 +143,7 @@ def _prove_to_supervisor(sock: socket.socket, token: str, hello: Mapping[str, An
 
 
 def _proof(token: str, side: bytes, of_supervisor: bytes, of_rank: bytes) -> bytes:
-    # The name of the side keeps one from answering a challenge with the other's own answer.
+    # The name of the side prevents reflecting a side's own answer back as the answer to its challenge.
     return hmac.new(bytes.fromhex(token), side + of_supervisor + of_rank, hashlib.sha256).digest()
 
 

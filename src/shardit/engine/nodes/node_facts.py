@@ -1,4 +1,4 @@
-"""What must be the same on every node for ranks to work together, as plain data that a rank tells when it arrives."""
+"""Facts about a node that must be the same on all nodes, as plain data that a rank sends on arrival."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import shardit
 
 PACKAGES = ("shardit", "torch", "diffusers", "transformers")
 SMALL = 1 << 20
-"""Bytes up to which a file of a model is compared by its content; larger ones by their size."""
+"""Size limit in bytes below which a model file is compared by its content; larger ones are compared by size."""
 
 OF_ONE_PROCESS = {
     *("SHARDIT_HOST", "SHARDIT_PORT", "SHARDIT_API_KEY", "SHARDIT_DATA_DIR", "SHARDIT_RAY_WAIT"),
@@ -25,7 +25,8 @@ OF_ONE_PROCESS = {
 
 
 def facts(rank: int, model: str = "", flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Of this process: who it is, its packages, what it has of the model, and the flags that it was started with."""
+    """Return the facts of this process: its identity, its packages, its files of the model, and its command-line
+    flags."""
     return {
         "rank": rank,
         "host": socket.gethostname(),
@@ -37,13 +38,13 @@ def facts(rank: int, model: str = "", flags: Mapping[str, Any] | None = None) ->
 
 
 def settings() -> dict[str, str]:
-    """The SHARDIT_* variables of this process that change what ranks do."""
+    """Return the SHARDIT_* variables of this process that change the behaviour of ranks."""
     own = (name for name in os.environ if name.startswith("SHARDIT_") and name not in OF_ONE_PROCESS)
     return {name: os.environ[name] for name in sorted(own)}
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on; imports none of them."""
+    """Return the versions of Python and of the packages that results depend on; imports none of them."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in PACKAGES:
         try:
@@ -56,14 +57,14 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def sources() -> str:
-    """A digest of the package's Python files: two checkouts may have the same version."""
+    """Return a digest of the package's Python files: two checkouts may have the same version."""
     folder = Path(shardit.__file__).parent
     return _digest(folder, folder.rglob("*.py"))[:12]
 
 
 def fingerprint(model: str) -> str | None:
-    """A digest of a model folder's file names, their sizes and the content of small ones; None where there is no such
-    folder on this machine."""
+    """Return a digest of a model folder's file names, their sizes and the content of small ones; None if there is no
+    such folder on this machine."""
     folder = Path(model).expanduser()
     if not model or model.startswith("tiny/") or not folder.is_dir():
         return None

@@ -1,4 +1,4 @@
-"""The supervisor's side of ranks on any machine: the port at which they arrive, and whether they fit each other."""
+"""The supervisor's port for ranks on any machine: accepts them and checks that their nodes match."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shardit.errors import InputError, RankError
 
 LOOK_S = 0.2
 MAX_UNPROVEN = 256
-"""Connections at a time that have not proved themselves yet; more are closed at once."""
+"""Number of unverified connections at a time; more are closed at once."""
 
 Place = tuple[int, str]
-"""A rank's number, and what the connection is for: "rank" carries its messages, "agent" ends it."""
+"""A rank's number, and the purpose of the connection: "rank" for its messages, "agent" to end it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Arrival:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The rank and its host, for messages."""
         return f"rank {self.facts['rank']} on {self.facts['host']}"
 
 
@@ -52,12 +52,12 @@ class RankPort:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def reach(self, *hosts: str) -> Reach:
-        """How ranks get here, where this machine is known as `hosts`."""
+        """Return the addresses for ranks, if this machine is known as `hosts`."""
         return Reach(tuple(dict.fromkeys(hosts)), self._listener.getsockname()[1], self.token)
 
     def collect(self, timeout_s: float, look: Callable[[], None] = lambda: None) -> dict[Place, Arrival]:
-        """Wait until all places are taken, and accept nobody any more. `look` is called now and then; what it raises
-        ends the wait. Raises RankError after `timeout_s`, and where the port is closed meanwhile."""
+        """Wait until all places are taken, then stop accepting. `look` is called now and then; an exception from it
+        ends the wait. Raises RankError after `timeout_s`, and if the port is closed meanwhile."""
         deadline = time.monotonic() + timeout_s
         with self._change:
             while self._missing and not self._closed:
@@ -74,12 +74,12 @@ class RankPort:
         return dict(self._arrived)
 
     def has_arrived(self, rank: int) -> bool:
-        """Whether all connections of a rank are there."""
+        """Return whether all connections of a rank have arrived."""
         with self._change:
             return all(place[0] != rank for place in self._missing)
 
     def close(self) -> None:
-        """Accept nobody any more, and let go of all who have come."""
+        """Stop accepting, and close the connections that have arrived."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -109,7 +109,7 @@ class RankPort:
             place = (int(facts["rank"]), str(facts["role"]))
             with self._change:
                 if place not in self._missing or self._closed:
-                    raise ValueError(f"{place} is not waited for")
+                    raise ValueError(f"{place} is not expected")
                 welcome(sock)
                 self._missing.remove(place)
                 self._arrived[place] = Arrival(Channel(sock), facts)
@@ -122,7 +122,7 @@ class RankPort:
 
 
 def join_all(ranks: Sequence[Arrival], spec: SessionSpec) -> list[Channel]:
-    """Have ranks that fit each other load their shares; returns their channels. Raises InputError, RankError."""
+    """Start loading on ranks whose nodes match; returns their channels. Raises InputError, RankError."""
     check_alike(ranks, spec.model)
     first = ranks[0].facts
     join = Join(spec, first["address"], first["port"])
@@ -135,7 +135,7 @@ def join_all(ranks: Sequence[Arrival], spec: SessionSpec) -> list[Channel]:
 
 
 def check_alike(ranks: Sequence[Arrival], model: str) -> None:
-    """Raise InputError where ranks were started differently, or their nodes have different packages or model files."""
+    """Raise InputError if ranks were started differently, or their nodes have different packages or model files."""
     first = ranks[0]
     for other in ranks[1:]:
         for flag in sorted({*first.facts["flags"], *other.facts["flags"]}):
@@ -167,7 +167,7 @@ def check_alike(ranks: Sequence[Arrival], model: str) -> None:
 
 
 def listen_for_ranks(host: str = "") -> socket.socket:
-    """A listening socket on a free port; "" for all addresses of this machine, of both kinds where it has both."""
+    """Return a listening socket on a free port; "" for all addresses of this machine, IPv4 and IPv6 if it has both."""
     if host:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, 0), family=family, backlog=256)

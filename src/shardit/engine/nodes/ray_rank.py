@@ -11,7 +11,7 @@ ARRIVE_S = 60.0
 
 
 class RayRank:
-    """The actor: it lives for one start of the ranks."""
+    """Ray actor for one start of one rank."""
 
     def run(
         self,
@@ -23,11 +23,11 @@ class RayRank:
         has_gpu: bool,
         environment: Mapping[str, str],
     ) -> int:
-        """Go to the supervisor and work until it closes the channel; returns the rank's exit code."""
+        """Connect to the supervisor and work until it closes the channel; returns the rank's exit code."""
         from ray.util import get_node_ip_address
 
         os.environ.update(environment)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs every optional package that is missing
         # Ray shows an actor only its own GPU, whose number is then 0.
         os.environ["LOCAL_RANK"] = "0" if has_gpu else str(rank % per_node)
         os.environ["LOCAL_WORLD_SIZE"] = str(per_node)

@@ -1,4 +1,4 @@
-"""A rank that no fork server of the supervisor has forked: it connects to the supervisor and joins."""
+"""A rank that was not forked by the supervisor's fork server: it connects to the supervisor and joins."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.rank.worker import main
 
 JOIN_WAIT_S = 1800.0
-"""Longest wait for the other ranks to arrive, in seconds; the supervisor gives up before."""
+"""Time limit for the arrival of the other ranks, in seconds; the supervisor gives up earlier."""
 
 
 class RemoteRank:
     """A rank on its way: `arrive`, then `work`."""
 
     def __init__(self, rank: int, model: str, flags: Mapping[str, Any] | None = None, address: str = ""):
-        """`address`: of this machine, for the other ranks, should they meet here; "" where the supervisor is on the
+        """address: of this machine, for the other ranks if their rendezvous is here; "" if the supervisor is on the
         machine of rank 0. See `facts` for the rest."""
         self.rank = rank
         self._hello = {**facts(rank, model, flags), "role": "rank", "address": address}
-        self._meeting: socket.socket | None = None
+        self._rendezvous: socket.socket | None = None
         self._channel: Channel | None = None
         self._host = ""
         if rank == 0:
-            # Held until the ranks meet, so that nobody else takes the port meanwhile.
-            self._meeting = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-            self._meeting.bind(("", 0))
-            self._hello["port"] = self._meeting.getsockname()[1]
+            # Held until the rendezvous, so that no other process takes the port meanwhile.
+            self._rendezvous = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            self._rendezvous.bind(("", 0))
+            self._hello["port"] = self._rendezvous.getsockname()[1]
 
     def arrive(self, reach: Reach, timeout_s: float) -> None:
         """Connect to the supervisor. Raises RankError after `timeout_s`."""
@@ -46,8 +46,8 @@ class RemoteRank:
         except Closed:
             return 0
         channel.socket.settimeout(None)
-        if self._meeting is not None:
-            self._meeting.close()
+        if self._rendezvous is not None:
+            self._rendezvous.close()
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or rank 0 would expect torchrun to serve this store
         host = join.rendezvous_host or self._host
         rendezvous = f"tcp://{f'[{host}]' if ':' in host else host}:{join.rendezvous_port}"

@@ -1,5 +1,5 @@
-"""Messages over a socket between processes of ours: pickled, with large buffers beside, which are not copied. Threads
-read and write for a process that must not wait."""
+"""Messages over a socket between processes of shardit: pickled, with large buffers sent separately without copies.
+Threads read and write for a process that must not block."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def encode(message: object) -> list[Any]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A pickled object within a message, which its receiver unpickles by itself: a failure to do so spoils this object
-    alone. Large buffers are not copied."""
+    """A pickled object within a message, unpickled separately by the receiver: a failure to unpickle it loses this
+    object alone. Large buffers are not copied."""
 
     parts: tuple[Any, ...]
 
@@ -43,25 +43,25 @@ class Packed:
         return cls((pickle.PickleBuffer(data), *buffers))
 
     def load(self) -> Any:
-        """The object."""
+        """Unpickle the object."""
         data, *buffers = self.parts
         return pickle.loads(data, buffers=buffers)
 
 
 class Closed(EOFError):
-    """The other side of a channel is gone."""
+    """The other side of a channel has closed it or exited."""
 
 
 class Channel:
     """Messages over a stream socket; TimeoutError means that the other side is stuck."""
 
     def __init__(self, sock: socket.socket, timeout_s: float | None = None):
-        """`timeout_s` bounds each wait for the other side to take or give the next bytes."""
+        """timeout_s: limit of each wait until the other side accepts or sends the next bytes."""
         self.socket = sock
         sock.settimeout(timeout_s)
 
     def fileno(self) -> int:
-        """For `multiprocessing.connection.wait`."""
+        """The file descriptor, for `multiprocessing.connection.wait`."""
         return self.socket.fileno()
 
     def send(self, message: object) -> None:
@@ -69,7 +69,7 @@ class Channel:
         self.send_encoded(encode(message))
 
     def send_encoded(self, parts: Sequence[Any]) -> None:
-        """Send what `encode` made: a message for several receivers is pickled once."""
+        """Send the result of `encode`: a message for several receivers is pickled once."""
         try:
             for part in parts:
                 self.socket.sendall(part)
@@ -102,7 +102,7 @@ class Channel:
 
 
 class Pipe:
-    """A channel with a thread that reads it and one that writes to it, so that neither side ever waits for the other.
+    """A channel with a reader thread and a writer thread, so that neither side ever waits for the other.
 
     `on_message(message)` and, once, `on_closed()` are called in the reading thread.
     """
@@ -116,19 +116,19 @@ class Pipe:
 
     @property
     def backlog(self) -> int:
-        """Messages that the other side has not taken yet."""
+        """Number of messages that the other side has not received yet."""
         return self._out.qsize()
 
     def send(self, message: Any) -> None:
-        """Send a message, soon."""
+        """Queue a message to be sent."""
         self.send_encoded(encode(message))
 
     def send_encoded(self, parts: Sequence[Any]) -> None:
-        """Send what `encode` made, soon: a message for several receivers is pickled once."""
+        """Queue the result of `encode` to be sent: a message for several receivers is pickled once."""
         self._out.put(parts)
 
     def close(self) -> None:
-        """Let go of the channel; what was not sent is lost."""
+        """Close the channel; unsent messages are lost."""
         self._out.put(_END)
         with contextlib.suppress(OSError):
             self._channel.socket.shutdown(2)
@@ -138,7 +138,7 @@ class Pipe:
             with contextlib.suppress(Closed, OSError):
                 while True:
                     self._on_message(self._channel.recv())
-        finally:  # whatever the error: without its messages the other side is gone
+        finally:  # whatever the error: without its messages the other side is lost
             self._on_closed()
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""Failures of ranks: of several, which one is the likely root."""
+"""Failures of ranks, and the choice of the likely root among several."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from shardit.errors import InputError, RankError
 
 
 class Cause(IntEnum):
-    """Kinds of failures. The lowest of several is the likely root; of equal ones, the first."""
+    """Kinds of failures. The lowest of several is the likely root; among equal ones, the first."""
 
     CERTAIN = 0
-    """Found by the process that watches the ranks, or memory that did not suffice: it explains the others."""
+    """Found by the process that monitors the ranks, or out of memory: it explains the others."""
     OWN = 1
     """An error, a signal or an exit of the rank itself."""
     REFUSED = 2
-    """The rank refused what the user asked for."""
+    """The rank refused the user's request."""
     CLOSED = 3
-    """The connection has closed, and nothing is known of the process."""
+    """The connection has closed, and the state of the process is unknown."""
     ABORTED = 4
     """SIGABRT: torch aborts a process whose peers have left."""
     PEER = 5
-    """The error names the end of another rank."""
+    """The error mentions the failure of another rank."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the ranks are not up. rank: -1 if it is none in particular. refusal: the model or the options are at fault,
-    and another start is of no use. memory: it did not suffice."""
+    """The reason why the ranks are not up. rank: -1 if it is none in particular. refusal: the model or the options are
+    at fault, and another start would fail too. memory: out of memory."""
 
     reason: str
     cause: Cause = Cause.CERTAIN
@@ -42,17 +42,17 @@ class Failure:
 
     @classmethod
     def of_exit(cls, rank: int, code: int) -> Failure:
-        """The end of a rank's process, by its return code as `subprocess` counts it."""
+        """Build the failure of a rank's process from its return code as `subprocess` counts it."""
         cause = Cause.ABORTED if code == -signal.SIGABRT else Cause.OWN
         return cls(describe_exit(code), cause, rank)
 
     @classmethod
     def of_refusal(cls, refusal: Refused, rank: int = -1) -> Failure:
-        """A mistake of the user that a rank, or the check before there are ranks, has found."""
+        """Build the failure of a user's mistake that was found by a rank, or by the check before the start."""
         return cls(refusal.text, Cause.REFUSED, rank, refusal)
 
     def error(self) -> InputError | RankError:
-        """The exception for the user."""
+        """Return the exception for the user."""
         return RankError(self.rank, self.reason) if self.refusal is None else self.refusal.error()
 
     @property
@@ -62,15 +62,14 @@ class Failure:
 
 
 def root_of(failures: Iterable[Failure]) -> Failure:
-    """The likely root of several failures, in the order in which they arrived."""
+    """Return the likely root of several failures, in the order of their arrival."""
     return min(failures, key=lambda failure: failure.cause)
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds to wait, after a failure, for one that came before it to arrive too: after a rank's own, after a closed
-    connection, and after one that names a peer. doubt_s: between two looks at ranks of which some have failed a
-    request."""
+    """Seconds to wait after a failure for the arrival of an earlier one: after a rank's own, after a closed connection,
+    and after one that names a peer. doubt_s: between two inspections of ranks when some have failed a request."""
 
     own_s: float = 0.5
     closed_s: float = 1.0
@@ -78,7 +77,7 @@ class Timeouts:
     doubt_s: float = 0.5
 
     def after(self, cause: Cause) -> float:
-        """The seconds for one kind of failure."""
+        """Return the seconds for one kind of failure."""
         if cause is Cause.CERTAIN:
             return 0.0
         if cause in (Cause.OWN, Cause.REFUSED):

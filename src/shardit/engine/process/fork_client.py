@@ -1,4 +1,4 @@
-"""The user's side of the fork server: starts it, has ranks forked and ended."""
+"""The client of the fork server: starts it, and requests the start and stop of ranks."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from shardit.engine.process.process import OWN_GROUP, command, describe_exit, th
 from shardit.errors import InputError, RankError
 
 FORK_SERVER = "shardit.engine.rank.fork_server"
-"""The module that runs in the process which forks the ranks."""
+"""The module of the process that forks the ranks."""
 STOP_WAIT_S = 6.0
 IMPORT_WAIT_S = 120.0
 
 
 class ForkServer:
-    """A running fork server process. Nothing of it is left after `stop`, nor after the end of this process.
+    """A running fork server process. It leaves no process after `stop`, nor after the end of this process.
 
-    on_exit(rank, code) when a rank has ended; on_end(how) when the fork server itself has. Both are called in the
+    on_exit(rank, code): a rank has exited. on_end(how): the fork server itself has exited. Both are called in the
     thread that reads its messages.
     """
 
@@ -78,8 +78,8 @@ class ForkServer:
         return self.process.poll() is None
 
     def check(self, spec: SessionSpec) -> None:
-        """Import what ranks need; raise InputError for mistakes that show before there are ranks."""
-        # The imports may take longer than a short timeout, which is about ranks that hang, allows.
+        """Import the packages that ranks need; raise InputError for mistakes that can be found without ranks."""
+        # The imports may take longer than a short timeout, which is meant for ranks that hang.
         answer = self._ask(Check(spec), max(self.timeout_s, IMPORT_WAIT_S), Checked, Refused, Failed)
         self._checked = True
         if isinstance(answer, Refused):
@@ -100,11 +100,11 @@ class ForkServer:
         return [Channel(ours) for ours, _ in pairs]
 
     def stacks(self, timeout_s: float) -> dict[int, str]:
-        """The stack of each living rank."""
+        """Return the stack of each living rank."""
         return self._ask(Dump(), timeout_s, Stacks).by_rank
 
     def kill(self, grace_s: float = 0.0) -> None:
-        """End the ranks; the fork server stays. If that fails, everything ends."""
+        """Stop the ranks; the fork server stays. If that fails, stop everything."""
         if not self._checked:
             self.stop()
             return
@@ -131,9 +131,9 @@ class ForkServer:
                 except queue.Empty:
                     raise TimeoutError("the fork server does not answer") from None
                 if answer is _END:
-                    self._answers.put(_END)  # for those who ask later
+                    self._answers.put(_END)  # for later callers
                     raise Closed("the fork server is gone")
-                if isinstance(answer, wanted):  # another is the late answer to a question that was given up
+                if isinstance(answer, wanted):  # another is the late answer to an abandoned question
                     return answer
 
     def _read(self) -> None:
@@ -149,11 +149,11 @@ class ForkServer:
         self._on_end(self.how_it_ended())
 
     def stop(self) -> None:
-        """End the fork server, which ends the ranks; if it has to be killed, the kernel ends them (Linux)."""
+        """Stop the fork server, which stops the ranks; if it has to be killed, the kernel kills them (Linux)."""
         with contextlib.suppress(OSError):
             self.control.socket.shutdown(socket.SHUT_RDWR)
         if not self._checked:
-            self.process.kill()  # it has no ranks yet, and during its imports it does not look at the socket
+            self.process.kill()  # it has no ranks yet, and during its imports it does not read the socket
         try:
             self.process.wait(STOP_WAIT_S)
         except BaseException as error:
@@ -166,7 +166,7 @@ class ForkServer:
                 shutil.rmtree(self.directory, ignore_errors=True)
 
     def how_it_ended(self) -> str:
-        """For a fork server that has closed its socket."""
+        """Describe the exit of a fork server that has closed its socket."""
         try:
             code = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -178,13 +178,13 @@ _END = object()
 
 
 def fork_server_environment() -> dict[str, str]:
-    """What keeps the fork server fit to be forked: one thread, and GPUs counted without a CUDA context."""
+    """Return the environment of a process that can be forked: one thread, and GPUs counted without a CUDA context."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    environment.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
+    environment.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs every optional package that is missing
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)  # left by a cluster's launcher, they would speak of other ranks than ours
+        environment.pop(name, None)  # left by a cluster's launcher, they would describe other ranks than ours
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
     if loopback and any(name == loopback for _, name in socket.if_nameindex()):
-        # All ranks are here. gloo would look up the host's name, which fails on many machines and opens ports.
+        # All ranks are local. gloo would look up the host's name, which fails on many machines and opens ports.
         environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
     return environment

@@ -1,4 +1,4 @@
-"""Ranks that do not go on: silent for too long, or waiting for one that has failed a request alone."""
+"""Detects ranks that hang: silent for too long, or waiting for one that has failed a request alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from shardit.engine.process.stacks import waits_for_peer
 
 
 class HangDetector:
-    """Watches the requests in flight, and reports ranks that do not go on to the rank group.
+    """Monitors the requests in flight, and reports hanging ranks to the rank group.
 
-    bound(replica): the longest silence, in seconds, that is not a hang. doubt_s: seconds between two looks at ranks of
-    which some have failed a request.
+    bound(replica): the longest silence, in seconds, that is not a hang. doubt_s: seconds between two inspections of
+    ranks when some have failed a request.
     """
 
     def __init__(
@@ -33,26 +33,27 @@ class HangDetector:
         rank_group.explain = self.explain
 
     def explain(self) -> Failure | None:
-        """The failure of a rank on which alone a request has failed, if there is one: its peers may give up on it."""
+        """Return the failure of a rank that alone has failed a request, if there is one: its peers may give up on
+        it."""
         return next((failure for one in self._in_flight() if (failure := _alone(one)) is not None), None)
 
     def reset(self) -> None:
-        """The ranks have just started."""
+        """Reset after a start of the ranks."""
         self._looking, self._stacks = False, {}
 
     def begins(self, replica: int) -> None:
-        """An idle replica gets a request."""
+        """Record that an idle replica gets a request."""
         self._last_sign[replica] = time.monotonic()
 
-    def heard(self, replica: int) -> float:
-        """A message of a replica has arrived; returns the seconds of silence before it."""
+    def record_message(self, replica: int) -> float:
+        """Record a message of a replica; returns the seconds of silence before it."""
         now = time.monotonic()
         silence = now - self._last_sign.get(replica, now)
         self._last_sign[replica] = now
         return silence
 
     def look(self) -> None:
-        """Notice ranks that do not go on. To be called a few times per second."""
+        """Detect and report hanging ranks. To be called a few times per second."""
         if self._rank_group.failing:
             return
         if (found := self.overdue()) is not None:
@@ -64,7 +65,7 @@ class HangDetector:
             self._rank_group.look(self._seen)
 
     def overdue(self) -> tuple[str, list[int]] | None:
-        """Why ranks are taken to hang, and the ranks without an answer, if a replica has been silent for too long."""
+        """Return a reason and the ranks without an answer, if a replica has been silent for too long."""
         now = time.monotonic()
         for replica in {one.replica for one in self._in_flight()}:
             silence = now - self._last_sign.get(replica, now)
@@ -87,5 +88,5 @@ class HangDetector:
 
 
 def _alone(one: InFlight) -> Failure | None:
-    """The failure of a rank on which alone a request has failed."""
+    """Return the failure of a rank that alone has failed a request."""
     return None if one.alone is None else Failure(f"it alone ended a request: {one.alone[1]}", rank=one.alone[0])

@@ -1,4 +1,4 @@
-"""A request that the ranks of a replica run, and their answers so far."""
+"""A request in flight on the ranks of a replica, and their answers so far."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class InFlight:
 
     @property
     def complete(self) -> bool:
-        """Whether every rank has finished it."""
+        """Return whether every rank has finished it."""
         return len(self.finished) == len(self.ranks)
 
     @property
@@ -39,14 +39,14 @@ class InFlight:
 
     @property
     def alone(self) -> tuple[int, str] | None:
-        """A rank on which it has failed and the reason, if it has not failed on all of them. The others may come to
-        fail, or wait for ever."""
+        """Return a rank that has failed the request and the reason, if not all ranks have failed it. The others may
+        still fail, or wait forever."""
         if 0 < len(self.errors) < len(self.ranks):
             return next(iter(self.errors.items()))
         return None
 
     def difference(self) -> dict[int, object] | None:
-        """The outcome by rank if the ranks differ in it so far, else None."""
+        """Return the outcome by rank if the ranks differ in it so far, else None."""
         failed = self.errors.keys() - self.finished.keys()
         outcomes = {(end.start, end.cancelled, end.error is None) for end in self.finished.values()}
         if len(outcomes) < 2 and not (failed and any(good for *_, good in outcomes)):

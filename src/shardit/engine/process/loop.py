@@ -1,4 +1,4 @@
-"""One thread of decisions."""
+"""An event loop: runs all decisions of a process in one thread."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class Loop:
-    """Runs what other threads hand over, one after the other, and `tick` about every `every_s` seconds.
+    """Runs callbacks posted by other threads, one at a time, and `tick` about every `every_s` seconds.
 
-    on_trouble(error) is called with errors: the system or the disk refuses something, or there is a fault of ours. The
-    loop goes on.
+    on_trouble(error) is called with errors of callbacks: a failing system call, a full disk, or a bug. The loop
+    continues.
     """
 
     def __init__(
@@ -27,19 +27,19 @@ class Loop:
         self._stopped = False
 
     def call(self, function: Callable[..., None], *args: Any) -> None:
-        """Have `function(*args)` run in the loop. May be called from any thread and from signal handlers."""
+        """Schedule `function(*args)` to run in the loop. May be called from any thread and from signal handlers."""
         self._queue.put(lambda: function(*args))
 
     def later(self, seconds: float, function: Callable[..., None], *args: Any) -> None:
-        """Have `function(*args)` run in the loop after some seconds. To be called in the loop."""
+        """Schedule `function(*args)` to run in the loop after some seconds. To be called in the loop."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), lambda: function(*args)))
 
     def stop(self) -> None:
-        """Leave `run` after what is running now."""
+        """Leave `run` after the present callback."""
         self._stopped = True
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Work until `stop`, or until a condition holds."""
+        """Run callbacks until `stop`, or until a condition holds."""
         due = time.monotonic()
         while not self._stopped and not until():
             self.step(max(0.0, due - time.monotonic()))
@@ -48,7 +48,7 @@ class Loop:
                 due = time.monotonic() + self._every_s
 
     def step(self, timeout_s: float) -> None:
-        """Do one thing, if there is one within `timeout_s`."""
+        """Run one callback, if one is due within `timeout_s`."""
         if self._timers and (wait_s := self._timers[0][0] - time.monotonic()) <= timeout_s:
             if wait_s <= 0:
                 self._try(heapq.heappop(self._timers)[2])

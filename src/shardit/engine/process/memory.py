@@ -1,4 +1,4 @@
-"""The memory of a rank: what it holds, the most that it held, and what there is."""
+"""Measures the memory of a rank: now in use, peak, and limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def reset_peak() -> None:
-    """Start to measure `peak_bytes` again."""
+    """Restart the measurement of `peak_bytes`."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -20,9 +20,9 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Most memory held since `reset_peak`: of the accelerator where one is used, else resident memory.
+    """Return the peak of memory since `reset_peak`: of the accelerator if one is used, else resident memory.
 
-    Where the system cannot reset its mark, it counts from the start of the process.
+    If the system cannot reset its mark, the peak counts from the start of the process.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -34,7 +34,7 @@ def peak_bytes() -> int:
 
 
 def held_bytes() -> int:
-    """Memory held now, counted as `peak_bytes` counts it."""
+    """Return the memory now in use, counted as `peak_bytes` counts it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.memory_allocated()
@@ -43,7 +43,7 @@ def held_bytes() -> int:
 
 
 def limit_bytes(ranks_here: int) -> int | None:
-    """The most that this rank can hold, None if it is not known: its accelerator's memory, or an equal share of
+    """Return the memory limit of this rank, None if it is not known: its accelerator's memory, or an equal share of
     this machine's (or container's) for each of `ranks_here` ranks."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""What the user's process, the fork server and the ranks say to each other."""
+"""Messages between the user's process, the fork server and the ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from shardit.diffusion.request.model_info import ModelInfo
 
 TASK = "shardit.engine.tasks.pipelines"
-"""The kind of model: a module that is a `Task`."""
+"""The kind of model: a module that implements `Task`."""
 
 SESSION = "shardit.engine.session:Session"
-"""What a rank runs, as "module:class"."""
+"""The session class of a rank, as "module:class"."""
 
 MAX_TIMEOUT_S = 1_000_000
 """Eleven days; poll() counts milliseconds in 31 bits."""
@@ -33,7 +33,7 @@ TIMEOUT = matching(
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """All that a rank needs to know to load its share of the model."""
+    """The settings with which a rank loads its share of the model."""
 
     model: str
     config: DiffusionParallelConfig
@@ -58,8 +58,8 @@ class SessionSpec:
     can_cancel: bool = False
     """Whether requests may be cancelled while they run; those of a server may."""
     of_server: bool = False
-    """Whether the ranks belong to a server: they log as JSON, and outputs have arrays in place of tensors, as its
-    supervisor imports no torch."""
+    """The ranks belong to a server: they log as JSON, and outputs have arrays in place of tensors, as its supervisor
+    imports no torch."""
 
 
 # From the user's process to the fork server.
@@ -67,7 +67,8 @@ class SessionSpec:
 
 @dataclass(frozen=True)
 class Check:
-    """Import what ranks need and find the mistakes that can be found without ranks; answered by Checked or Refused."""
+    """Import the packages that ranks need and find mistakes that can be found without ranks; answered by Checked or
+    Refused."""
 
     spec: SessionSpec
 
@@ -83,12 +84,12 @@ class Start:
 
 @dataclass(frozen=True)
 class Dump:
-    """Have every rank write down where it is; answered by Stacks."""
+    """Dump the stack of every rank; answered by Stacks."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """End the ranks, those that do not leave by themselves within `grace_s` by SIGKILL; answered by RanksStopped."""
+    """Stop the ranks, those that do not exit within `grace_s` seconds by SIGKILL; answered by RanksStopped."""
 
     grace_s: float = 0.0
 
@@ -111,7 +112,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Exited:
-    """A rank ended: its exit code, or the negative number of the signal that killed it."""
+    """A rank exited: its exit code, or the negative number of the signal that killed it."""
 
     rank: int
     code: int
@@ -119,7 +120,7 @@ class Exited:
 
 @dataclass(frozen=True)
 class Stacks:
-    """Where each rank was, as faulthandler tells it; empty for one that did not react."""
+    """The stack of each rank as faulthandler writes it; empty for one that did not react."""
 
     by_rank: dict[int, str]
 
@@ -143,7 +144,7 @@ class Begin:
     """For logs."""
 
     def load(self) -> Any:
-        """The request. Raises InputError if this process cannot unpickle it."""
+        """Unpickle the request. Raises InputError if this process cannot unpickle it."""
         try:
             return self.request.load()
         except Exception as error:
@@ -183,7 +184,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RequestFailed:
-    """A request has ended with an error on this rank; it has to on all of them."""
+    """A request has failed on this rank; it must fail on all of them."""
 
     key: int
     reason: str
@@ -193,10 +194,9 @@ class RequestFailed:
 class RequestFinished:
     """A request has ended on this rank: with `output` (first rank of a replica; None on the others), or by `error`.
 
-    start: a checksum of what its first transformer call was given, to be the same on all ranks of the replica.
-    refused: the rank could not load the request, by a mistake of the user.
-    busy_s, waited_s: seconds since the rank's start in which requests were in flight, and of these the ones that it
-    waited for messages.
+    start: a checksum of the arguments of its first transformer call, which must be the same on all ranks of the
+    replica. refused: the rank could not load the request, by a mistake of the user. busy_s: seconds since the rank's
+    start with requests in flight. waited_s: the part of these spent waiting for messages.
     """
 
     key: int
@@ -212,7 +212,7 @@ class RequestFinished:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """The rank's memory did not suffice for a request; the rank ends."""
+    """The rank ran out of memory in a request; the rank exits."""
 
     key: int
     reason: str
@@ -227,17 +227,18 @@ class Refused:
 
     @classmethod
     def from_error(cls, error: InputError) -> Refused:
-        """What travels instead of the exception: a subclass defined elsewhere need not be known to the receiver."""
+        """Build the message to send in place of the exception: the receiver may not know a subclass defined
+        elsewhere."""
         return cls(str(error), isinstance(error, UnsupportedError))
 
     def error(self) -> InputError:
-        """The exception, for the user's process."""
+        """Return the exception, for the user's process."""
         return (UnsupportedError if self.unsupported else InputError)(self.text)
 
 
 @dataclass(frozen=True)
 class Failed:
-    """An exception ended the rank (or the fork server's check); `of_peer`: it speaks of another rank's end."""
+    """An exception ended the rank (or the fork server's check); `of_peer`: it mentions the failure of another rank."""
 
     reason: str
     of_peer: bool = False

@@ -1,4 +1,4 @@
-"""What every placement of ranks offers; and ranks on this machine, forked by the fork server."""
+"""The interface of a placement of ranks, and ranks on this machine, forked by the fork server."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from shardit.engine.process.messages import SessionSpec
 from shardit.errors import RankError
 
 Report = Callable[[Failure], None]
-"""Takes the end of a process that a placement notices; called in any thread."""
+"""Called in any thread with the failure of a process noticed by a placement."""
 
 
 class Placement(Protocol):
-    """Starts and ends ranks on some machines."""
+    """Starts and stops ranks on some machines."""
 
     def start(self, spec: SessionSpec, report: Report) -> list[Channel]:
-        """Start all ranks, after the end of earlier ones; a channel to each. Raises InputError, RankError."""
+        """Start all ranks, after the end of earlier ones; returns a channel to each. Raises InputError, RankError."""
         ...
 
     def kill(self) -> None:
-        """End all ranks."""
+        """Stop all ranks."""
         ...
 
     def stop(self, code: int = 0) -> None:
-        """End everything, for good. code: 0 if that was asked for, 2 after a mistake of the user, else 1."""
+        """Stop everything permanently. code: 0 on request, 2 after a mistake of the user, else 1."""
         ...
 
     def stacks(self) -> dict[int, str]:
-        """The stack of each rank; {} if they cannot be read."""
+        """Return the stack of each rank; {} if they cannot be read."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Processes of shardit: how one is started, exits with its parent, and how its exit is described."""
+"""Starts processes of shardit, ties them to their parent, and describes their exits."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from shardit.config import threads_asked
 
 PR_SET_PDEATHSIG = 1
 _NICENESS = 10
-"""A tenth of the usual share of a processor that is wanted by others too."""
+"""A tenth of the usual share of a contended processor."""
 _SESSION_NICENESS = 5
 """A quarter of a processor: at a tenth, answers to HTTP take longer than clients like."""
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
-"""For `Popen`: signals of the terminal are for the parent alone, which then decides. A session of its own would keep
-them away, too, but Linux shares processors equally between sessions: threads give way only within theirs."""
+"""For `Popen`: signals of the terminal reach only the parent, which then decides. A session of its own would keep them
+away, too, but Linux shares processors equally between sessions: thread priorities count only within theirs."""
 
-# "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours.
-# Only shardit itself is looked for where this process found it.
+# "-c" puts the working folder at the front of sys.path, where a file of the user's could pose as a module of ours. Only
+# shardit itself is imported from the path of this process.
 _BOOT = """
 import gc, sys
 if sys.argv[3] == "quick": gc.disable()
@@ -39,23 +39,23 @@ sys.exit(importlib.import_module(sys.argv[2]).main(*map(int, sys.argv[4:])))
 
 
 def command(module: str, *numbers: int, quick: bool = False) -> list[str]:
-    """The command line that runs `main(*numbers)` of a module, and exits with what it returns.
+    """Return the command line that runs `main(*numbers)` of a module and exits with its return value.
 
-    quick: without the garbage collector, which would look at what imports make again and again; `main` is to switch it
-    on when they are done.
+    quick: start with the garbage collector off, which would scan the results of imports repeatedly; `main` enables it
+    after the imports.
     """
     root = str(Path(shardit.__file__).resolve().parents[1])
     return [sys.executable, "-c", _BOOT, root, module, "quick" if quick else "", *map(str, numbers)]
 
 
 def die_with_parent(number: int) -> None:
-    """Have the kernel send signal `number` to this process when its parent ends (0: no longer). Linux only."""
+    """Ask the kernel to send signal `number` to this process when its parent ends (0: no signal). Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended, from its return code as `subprocess` counts it."""
+    """Describe the exit of a process from its return code as `subprocess` counts it."""
     if code >= 0:
         return f"exited with code {code}"
     name = str(-code)
@@ -65,43 +65,45 @@ def describe_exit(code: int) -> str:
 
 
 def started_by_torchrun(environ: Mapping[str, str]) -> bool:
-    """Whether this process is one of several ranks that somebody else has started."""
+    """Return whether this process is one of several ranks started by a launcher."""
     if not all(environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
         return False
     return environ["WORLD_SIZE"] != "1" or "TORCHELASTIC_RUN_ID" in environ
 
 
 def is_first_rank(environ: Mapping[str, str]) -> bool:
-    """Whether this process is rank 0, or not one of several."""
-    # RANK alone may be left over from something else; torchrun sets both.
+    """Return whether this process is rank 0, or not one of several."""
+    # RANK alone may be left over from another program; torchrun sets both.
     return environ.get("RANK", "0") == "0" or environ.get("WORLD_SIZE", "1") == "1"
 
 
 def lower_priority(niceness: int = _NICENESS) -> None:
-    """Let ranks come before this thread, and those that it starts, where processors are short. Linux only: elsewhere
-    priority belongs to processes."""
+    """Give ranks priority over this thread, and over threads that it starts, if processors are short. Linux only:
+    elsewhere priority belongs to processes."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def lower_session_priority() -> None:
-    """`lower_priority` for a process that leads a session of its own. Where Linux has autogroups, niceness of a thread
-    counts only within its session: sessions share processors equally unless they have a niceness (man 7 sched)."""
+    """Lower the priority of a process that leads a session of its own, as `lower_priority` does. If Linux has
+    autogroups, niceness of a thread counts only within its session: sessions share processors equally unless they have
+    a niceness (man 7 sched)."""
     lower_priority(_SESSION_NICENESS)
     for _ in range(10):
         try:
             Path("/proc/self/autogroup").write_text(str(_SESSION_NICENESS))
         except BlockingIOError:  # users may do it ten times a second, all of them together
             time.sleep(0.1)
-        except OSError:  # no Linux, or none with autogroups
+        except OSError:  # not Linux, or without autogroups
             return
         else:
             return
 
 
 def threads_per_rank(world_size: int) -> int:
-    """What the user set in OMP_NUM_THREADS, else an equal share of the cores. Raises InputError for a wrong value."""
+    """Return OMP_NUM_THREADS if the user has set it, else an equal share of the cores. Raises InputError for a wrong
+    value."""
     if (wish := threads_asked(os.environ)) is not None:
         return wish
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

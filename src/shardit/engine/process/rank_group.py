@@ -1,4 +1,4 @@
-"""All ranks of a model as one thing that is up or not: started, watched, ended and started again."""
+"""All ranks of a model as one unit that is up or down: starts, monitors, stops and restarts them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from shardit.engine.process.stacks import described, suspect
 from shardit.errors import InputError, RankError
 
 LAST_MESSAGE_S = 0.2
-"""Time for what a rank has sent before its process ended, in seconds."""
+"""Time to wait, in seconds, for messages that a rank has sent before its process ended."""
 
 
 class RankGroup:
     """The ranks of one model.
 
-    on_up(infos) when all have loaded; on_down(failure) when one has failed or could not start, once per start, with the
-    likely root of all failures; then `bring_up` starts all again. on_message(rank, message) for everything else.
-    on_exit(rank, how) when the process of a rank has ended. All are called in the loop.
+    on_up(infos): all have loaded. on_down(failure): one has failed or could not start; called once per start, with the
+    likely root of all failures; then `bring_up` starts all again. on_message(rank, message): any other message.
+    on_exit(rank, how): the process of a rank has ended. All are called in the loop.
     """
 
     def __init__(
@@ -47,19 +47,19 @@ class RankGroup:
         self._generation = 0
         self._pipes: list[Pipe] = []
         self._infos: dict[int, ModelInfo] = {}
-        self._failures: dict[Failure, float] = {}  # when the root is decided, if no other is before
+        self._failures: dict[Failure, float] = {}  # -> time of the decision about the root, if none is earlier
         self._exits: dict[int, Failure] = {}  # of processes whose last messages have not arrived yet
         self._closed: set[int] = set()
         self._hanging = False
         self._starting: threading.Thread | None = None
         self.explain: Callable[[], Failure | None] = lambda: None
-        """Another explanation for a failure that names the end of a peer, if there is one."""
+        """Returns another explanation for a failure that mentions a peer's failure, if there is one."""
         self.loading_since: float | None = None
-        """Time of the latest news of ranks that load, by the monotonic clock."""
+        """Time of the latest message from ranks that load, by the monotonic clock."""
 
     @property
     def states(self) -> list[str]:
-        """Of each rank: "starting", "loading" or "ready"."""
+        """The state of each rank: "starting", "loading" or "ready"."""
         there = "loading" if self._pipes else "starting"
         return ["ready" if rank in self._infos else there for rank in range(self.size)]
 
@@ -70,16 +70,16 @@ class RankGroup:
 
     @property
     def loading(self) -> list[int]:
-        """The ranks that have not loaded their share yet."""
+        """Return the ranks that have not loaded their share yet."""
         return [rank for rank in range(self.size) if rank not in self._infos]
 
     @property
     def failing(self) -> bool:
-        """Whether ranks have failed, which `on_down` will report."""
+        """Whether ranks have failed and `on_down` will report it."""
         return self._hanging or bool(self._failures)
 
     def bring_up(self) -> None:
-        """End what is left of the ranks and start them; returns at once."""
+        """Stop the remaining ranks and start all; returns at once."""
         self.leave()
         generation = self._generation
         self._starting = threading.Thread(target=self._start, args=(generation, self._starting), daemon=True)
@@ -92,12 +92,12 @@ class RankGroup:
             self._pipes[rank].send_encoded(parts)
 
     def fail(self, reason: str, rank: int = -1) -> None:
-        """Take the ranks for failed, without a failure of their own."""
+        """Treat the ranks as failed, without a failure of their own."""
         self._note(self._generation, Failure(reason, rank=rank))
 
     def hang(self, reason: str, silent: Iterable[int], if_unseen: Failure | None = None) -> None:
-        """The same for ranks that are `silent`: the one that holds up the others is found. `if_unseen` is reported if
-        the stacks cannot be read."""
+        """Treat `silent` ranks as failed, and find the one that holds up the others. `if_unseen` is reported if the
+        stacks cannot be read."""
         self._hanging = True
         ranks, generation = list(silent), self._generation
 
@@ -107,8 +107,8 @@ class RankGroup:
         self.look(seen)
 
     def look(self, seen: Callable[[dict[int, str]], None]) -> None:
-        """Read the stacks of all ranks, which takes up to some seconds; then `seen(stacks)` is called in the loop, with
-        {} if they cannot be read. It is not called if the ranks have failed meanwhile."""
+        """Read the stacks of all ranks, which takes up to some seconds; then call `seen(stacks)` in the loop, with {}
+        if they cannot be read. It is not called if the ranks have failed meanwhile."""
         generation = self._generation
 
         def read(stacks: dict[int, str]) -> None:
@@ -124,7 +124,7 @@ class RankGroup:
         threading.Thread(target=work, daemon=True).start()
 
     def leave(self) -> None:
-        """Close the connections to the ranks, which exit then; nothing more is reported of them."""
+        """Close the connections to the ranks, which then exit; nothing more is reported of them."""
         self._generation += 1
         for pipe in self._pipes:
             pipe.close()
@@ -132,7 +132,7 @@ class RankGroup:
         self._hanging, self.loading_since = False, None
 
     def stop(self, code: int = 0) -> None:
-        """End all ranks, for good; see `Placement.stop`."""
+        """Stop all ranks permanently; see `Placement.stop`."""
         self.leave()
         self.placement.stop(code)
 
@@ -148,7 +148,7 @@ class RankGroup:
             channels = self.placement.start(self.spec, report)
         except InputError as error:
             self._loop.call(self._note, generation, Failure.of_refusal(Refused.from_error(error)))
-        except Exception as error:  # nobody else would report it
+        except Exception as error:  # no other code would report it
             rank, reason = -1, f"{type(error).__name__}: {error}"
             if isinstance(error, RankError):
                 rank, reason = error.rank, error.reason
@@ -190,7 +190,7 @@ class RankGroup:
                 self._note(generation, Failure(f"out of memory: {message.reason}", rank=rank, memory=True))
 
     def _reported(self, generation: int, failure: Failure) -> None:
-        """The placement has seen the end of a process."""
+        """Handle the end of a process noticed by the placement."""
         if generation != self._generation:
             return
         if failure.rank < 0:
@@ -215,16 +215,16 @@ class RankGroup:
         earlier = {known.cause for known in self._failures if known.rank == failure.rank >= 0}
         if (failure.cause is not Cause.CERTAIN and earlier - {Cause.CLOSED}) or failure.cause in earlier:
             return
-        if earlier:  # how a process has ended says more than its closed connection
+        if earlier:  # the exit of a process is more informative than its closed connection
             self._failures = {known: due for known, due in self._failures.items() if known.rank != failure.rank}
         wait_s = self.timeouts.after(failure.cause)
         self._failures[failure] = time.monotonic() + wait_s
         if wait_s:
-            self._loop.later(wait_s, self._settle, generation)
+            self._loop.later(wait_s, self._report_root, generation)
         else:
-            self._settle(generation)
+            self._report_root(generation)
 
-    def _settle(self, generation: int) -> None:
+    def _report_root(self, generation: int) -> None:
         """Report the likely root, or find the rank that its peers gave up on."""
         if generation != self._generation or time.monotonic() < min(self._failures.values()):
             return
@@ -242,7 +242,7 @@ class RankGroup:
 
 
 def _hang(reason: str, stacks: dict[int, str], silent: list[int]) -> Failure:
-    """The failure of ranks that are silent, with the place of each and the stack of the likely root."""
+    """Build the failure of silent ranks, with the place of each and the stack of the likely root."""
     rank = suspect(stacks, silent)
     stack = f"\nwhere it was:\n{stacks[rank].rstrip()}" if stacks.get(rank) else ""
     return Failure(f"{reason}; {described(stacks)}{stack}", rank=rank)

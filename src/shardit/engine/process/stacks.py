@@ -1,4 +1,4 @@
-"""Stacks of ranks that do not go on: which of them wait for a peer, and which one holds the others up."""
+"""Reads the stacks of hanging ranks: finds those that wait for a peer, and the one that holds the others up."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import shardit
 
 _COMMUNICATES = ("torch/distributed", str(Path(shardit.__file__).parent / "core" / "comm"))
-"""The files that the innermost frames of a rank name while it waits for others."""
+"""Files of the innermost frames of a rank that waits for others."""
 
 
 def suspect(stacks: Mapping[int, str], silent: Iterable[int]) -> int:
-    """The rank that most likely holds the others up: one that is stopped, else one that does not wait for a peer."""
+    """Return the rank that most likely holds the others up: one that is stopped, else one that does not wait for a
+    peer."""
     ranks = sorted(silent)
     for rank in ranks:
         if not stacks.get(rank):
@@ -21,17 +22,17 @@ def suspect(stacks: Mapping[int, str], silent: Iterable[int]) -> int:
 
 
 def waits_for_peer(stack: str) -> bool:
-    """Whether a rank with this stack is in the middle of communication."""
+    """Return whether a rank with this stack is in the middle of communication."""
     return any(place in line for line in frames(stack)[:3] for place in _COMMUNICATES)
 
 
 def frames(stack: str) -> list[str]:
-    """The frames of a rank's main thread, the innermost first; [] for a rank that did not react."""
+    """Return the frames of a rank's main thread, the innermost first; [] for a rank that did not react."""
     of_main = stack.rpartition("(most recent call first)")[2]  # the oldest thread comes last
     return [line.strip() for line in of_main.splitlines() if line.strip().startswith("File ")]
 
 
 def described(stacks: Mapping[int, str]) -> str:
-    """The innermost frame of each rank, in one line."""
+    """Return the innermost frame of each rank, in one line."""
     found = {rank: frames(stack) for rank, stack in stacks.items()}
     return "; ".join(f"rank {rank}: {(lines or ['it does not react'])[0]}" for rank, lines in found.items())

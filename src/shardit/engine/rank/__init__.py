@@ -1,1 +1,1 @@
-"""The process of a rank, and the one that forks it."""
+"""The process of a rank, and the fork server."""

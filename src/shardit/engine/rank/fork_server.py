@@ -1,7 +1,7 @@
-"""The fork server: it has torch and diffusers imported and forks rank processes, so that a rank starts at once.
+"""The fork server: imports torch and diffusers once and forks rank processes, so that a rank starts at once.
 
 It never touches an accelerator and runs no threaded operation: a fork copies neither a CUDA context nor threads. It
-ends, and its ranks with it, when the user's process is gone.
+exits, and its ranks with it, when the user's process is gone.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from shardit.errors import InputError
 from shardit.loading.missing import missing_package
 
 PRELOAD = ("torch.distributed", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils")
-"""What every rank imports anyway. The session's module may have its own PRELOAD, and its check imports more."""
+"""Imports of every rank. The session's module may have its own PRELOAD, and its check imports more."""
 KILL_WAIT_S = 5.0
 STACK_WAIT_S = 0.5
 
 
 def main(control_fd: int, parent: int) -> None:
     """Serve the user's process `parent` over the socket `control_fd` until it is gone."""
-    # Imports can take seconds in which nobody watches the socket. Later on the thread that started this process may
-    # end while the process lives on, so the setting is taken back when the check is done.
+    # Imports can take seconds in which nothing reads the socket. Later the thread that started this process may end
+    # while the process lives on, so the setting is undone after the check.
     die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         return
@@ -73,7 +73,7 @@ class ForkServer:
         self.group = 0
         self.directory: Path | None = None
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # write to the terminal, also where `stty tostop` was said
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # write to the terminal, even after `stty tostop`
         self.wakeup, woken = socket.socketpair()
         for end in (self.wakeup, woken):
             end.setblocking(False)
@@ -98,12 +98,13 @@ class ForkServer:
                 self.answer(self.control.recv())
 
     def answer(self, message: Any) -> None:
-        """Do what one message asks."""
+        """Execute one message."""
         if isinstance(message, Check):
             answer = check(message.spec)
-            die_with_parent(0)  # before the answer, which may be all that the thread has waited for
+            die_with_parent(0)  # before the answer, since the thread may only be waiting for that
             self.control.send(answer)
-            # What was imported is never freed; kept out of the collector's sight, its pages stay shared.
+            # Imported objects are never freed; frozen, they are not touched by the collector and their pages stay
+            # shared.
             gc.collect()
             gc.freeze()
             gc.enable()  # it was off during the imports
@@ -122,10 +123,10 @@ class ForkServer:
         """Fork one process per rank; each keeps only its own channel."""
         self.kill()
         self.directory = Path(tempfile.mkdtemp(prefix="shardit-"))
-        sys.stdout.flush()  # or every rank would write what is buffered
+        sys.stdout.flush()  # or every rank would write the buffered output
         for rank in range(message.world_size):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": it is not
+                warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": not true here
                 pid = os.fork()
             if pid == 0:
                 self.become_rank(message, rank, fds)
@@ -136,7 +137,7 @@ class ForkServer:
             os.close(fd)
 
     def become_rank(self, message: Start, rank: int, fds: list[int]) -> None:
-        """In the forked process: leave the fork server's things behind and run the rank. Never returns."""
+        """In the forked process: release the resources of the fork server and run the rank. Never returns."""
         code = 1
         try:
             parent = os.getppid()
@@ -169,11 +170,11 @@ class ForkServer:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
                 sys.stderr.flush()
-            # Not sys.exit: what the fork server registered to happen at its own exit is not for ranks.
+            # Not sys.exit: exit handlers of the fork server are not for ranks.
             os._exit(code)
 
     def report_exits(self) -> None:
-        """Tell the user's process which ranks have ended."""
+        """Send the exits of ranks to the user's process."""
         for rank, pid in list(self.pids.items()):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
@@ -181,7 +182,7 @@ class ForkServer:
                 self.control.send(Exited(rank, os.waitstatus_to_exitcode(status)))
 
     def stacks(self) -> Stacks:
-        """Where every rank is; ranks stuck in C code answer too, stopped ones do not."""
+        """Return the stack of every rank; ranks stuck in C code answer too, stopped ones do not."""
         assert self.directory is not None
         for rank, pid in self.pids.items():
             with contextlib.suppress(OSError):  # not there yet, or gone
@@ -191,9 +192,10 @@ class ForkServer:
         return Stacks({rank: (self.directory / f"stack-{rank}").read_text(errors="replace") for rank in self.pids})
 
     def kill(self, grace_s: float = 0.0) -> None:
-        """End all ranks and what they started, and remove their folder."""
+        """Stop all ranks and their child processes, and remove their folder."""
         self.reap(grace_s)
-        # The group also holds what ranks have started. Without a rank in it, its number may be another's by now.
+        # The group also contains child processes of ranks. Without a rank in it, its number may belong to another group
+        # by now.
         if self.pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.group, signal.SIGKILL)
@@ -204,7 +206,7 @@ class ForkServer:
             self.directory = None
 
     def reap(self, patience_s: float) -> None:
-        """Wait for ranks to end, `patience_s` at most."""
+        """Wait for ranks to exit, `patience_s` seconds at most."""
         deadline = time.monotonic() + patience_s
         while True:
             self.pids = {rank: pid for rank, pid in self.pids.items() if os.waitpid(pid, os.WNOHANG)[0] == 0}
@@ -214,7 +216,7 @@ class ForkServer:
 
 
 def check(spec: SessionSpec) -> Checked | Refused | Failed:
-    """Import what ranks need, and run the session module's own `check` if it has one."""
+    """Import the packages that ranks need, and run the session module's own `check` if it has one."""
     try:
         module = importlib.import_module(spec.session.partition(":")[0])
         for name in ("shardit.engine.rank.worker", *getattr(module, "PRELOAD", PRELOAD)):
@@ -231,7 +233,7 @@ def check(spec: SessionSpec) -> Checked | Refused | Failed:
 
 
 def receive_fds(channel: Channel, count: int) -> list[int]:
-    """The file descriptors that follow a `Start`."""
+    """Receive the file descriptors that follow a `Start`."""
     fds = list(socket.recv_fds(channel.socket, 1, count)[1])
     for fd in fds:
         os.set_inheritable(fd, False)
@@ -239,6 +241,6 @@ def receive_fds(channel: Channel, count: int) -> list[int]:
 
 
 def join_group(pid: int, group: int) -> None:
-    """Put a process into a process group (0: its own). Both sides of a fork do it, as neither knows who is first."""
+    """Put a process into a process group (0: its own). Both sides of a fork call it, as either may run first."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.setpgid(pid, group)

@@ -1,11 +1,12 @@
-"""The requests that a rank runs: they arrive and finish one by one, at the boundaries of rounds.
+"""The requests of a rank: they arrive and finish one by one, at the boundaries of rounds.
 
-Every rank of a replica reads the same commands in the same order from a channel of its own. What must be agreed on is
-only when: for each round the first rank of the replica says how many commands count from now on, in eight bytes. Stages
-go through a step in several rounds, and not in step: there it says so a round ahead, so that nobody waits for it. Other
-ranks say so when the round begins, so that a request that is cancelled ends with the step that it is in; if no server
-can cancel one, only in rounds in which another could begin. While nothing runs, ranks wait at their channels. A request
-that comes while all slots are taken enters in the round after one has ended.
+Every rank of a replica reads the same commands in the same order from a channel of its own. Ranks only have to agree on
+the time: for each round the first rank of the replica sends the number of commands that take effect, in eight bytes.
+Stages go through a step in several rounds, and not in step with each other: there it sends the number a round ahead, so
+that no rank waits for it. Otherwise it sends the number at the beginning of the round, so that a cancelled request ends
+with its present step; if no server can cancel a request, only in rounds in which another could begin. While nothing
+runs, ranks wait at their channels. A request that arrives while all slots are taken enters in the round after one has
+ended.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from shardit.logs import logger
 
 @dataclass(frozen=True)
 class Taken:
-    """A request that the rank has received; begun: when its program has joined the others, by `perf_counter`."""
+    """A received request; begun: time of its start in the rounds, by `perf_counter`."""
 
     key: int
     request: Any
@@ -35,7 +36,7 @@ class Taken:
 
 
 class ServingWorker:
-    """The commands that have come, the programs that run, and the count of each round."""
+    """The received commands, the running programs, and the number of commands for each round."""
 
     def __init__(self, session: Any, channel: Channel):
         self.session = session
@@ -50,7 +51,7 @@ class ServingWorker:
         self._can_cancel = session.spec.of_server or session.spec.can_cancel
 
     def admit(self, active: int) -> Program | None:
-        """At the beginning of a round: act on the commands that count from now on; a program that is to join."""
+        """At the beginning of a round: act on the commands that take effect now; return a program to add."""
         has_room = active < self.session.spec.max_in_flight
         if self._listens(has_room):
             if not self.counts.ahead:
@@ -73,11 +74,12 @@ class ServingWorker:
         return program
 
     def finish(self, program: Program) -> None:
-        """Report the outcome of a program. One that failed must have failed on all ranks: they compare it, or wait."""
+        """Report the outcome of a program. One that failed must have failed on all ranks: they compare the outcome, or
+        wait."""
         taken = self.running.pop(program)
         cancelled = isinstance(program.error, Interrupted)
         error = None
-        if cancelled:  # what it has left in flight may take long, which is not to count against those that follow
+        if cancelled:  # its remaining work in flight may take long and is not to count against later requests
             self.session.turns.schedule.drain()
         if program.error is not None and not cancelled:
             kind = type(program.error).__name__
@@ -110,24 +112,24 @@ class ServingWorker:
             )
 
     def report(self, error: Exception) -> None:
-        """Before an error ends this rank: name the request that took too much memory, if one did."""
+        """Before an error ends this rank: name the request that ran out of memory, if one did."""
         program = self.session.turns.last
         if is_out_of_memory(error) and program is not None and program in self.running:
             taken = self.running[program]
             self.channel.send(OutOfMemory(taken.key, self.session.model.error_text(taken.request, error)))
 
     def current_request(self) -> dict[str, str]:
-        """The id of the request that has its turn, for the log."""
+        """Return the id of the request whose turn it is, for the log."""
         taken = self.running.get(self.session.turns.current)
         return {"request_id": taken.request_id} if taken is not None else {}
 
     def _listens(self, has_room: bool) -> bool:
-        """Whether commands count in this round. Where nothing can be cancelled and no request could begin
-        yet, the exchange would only cost each of the many rounds of a step."""
+        """Return whether commands take effect in this round. If nothing can be cancelled, they do only if another
+        request could begin: the exchange would cost time in each of the many rounds of a step."""
         return self.counts.ahead or self._can_cancel or (has_room and not self.waiting)
 
     def _read(self) -> None:
-        """On the first rank: what has come counts from the next `take` on."""
+        """On the first rank: let the received commands take effect from the next `take` on."""
         if self.session.leads:
             while readable(self.channel, 0.0):
                 self.commands.append(self.channel.recv())
@@ -165,8 +167,8 @@ class ServingWorker:
 
 
 class Counts:
-    """How many commands count from each round on, as the first rank of a replica has decided, a round `ahead` or when
-    the round begins."""
+    """The number of commands that take effect in each round, decided by the first rank of a replica, a round `ahead` or
+    when the round begins."""
 
     def __init__(self, session: Any):
         self.comm = session.replica
@@ -174,18 +176,18 @@ class Counts:
         self._given: deque[int] = deque([0] if self.ahead else [])  # of the first round: nothing
 
     def take(self) -> int:
-        """The number for the round that begins. Raises RankError after the timeout."""
+        """Return the number for the round that begins. Raises RankError after the timeout."""
         if self._given:
             return self._given.popleft()
         return self.comm.receive_count()
 
     def give(self, count: int) -> None:
-        """On the first rank: the next number."""
+        """On the first rank: send the next number."""
         self._given.append(count)
         if self.comm is not None:
             self.comm.send_count(count)
 
 
 def readable(channel: Channel, timeout_s: float | None) -> bool:
-    """Whether a message (or the end) can be read, after waiting for `timeout_s` at most, or for ever."""
+    """Return whether a message (or the end) can be read, after waiting for `timeout_s` at most, or forever."""
     return bool(select.select([channel], [], [], timeout_s)[0])

@@ -1,4 +1,4 @@
-"""The process of a rank: it loads its share of the model and runs the requests that it receives."""
+"""The process of a rank: loads its share of the model and runs the requests that it receives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardit.engine.process.process import set_threads
 from shardit.errors import InputError, RankError
 from shardit.loading.missing import missing_package
 
-# How gloo, NCCL and their stores speak of another rank's end; they raise plain RuntimeErrors in places.
+# Messages of gloo, NCCL and their stores about the failure of another rank; some are plain RuntimeErrors.
 _OF_PEER = (
     "connection closed by peer",
     "connection reset by peer",
@@ -30,15 +30,15 @@ _OF_PEER = (
     "application timeout caused pair closure",
 )
 
-# What `RankError` says where ranks found out together that something is wrong, which tells of no rank in particular.
+# Texts of `RankError` for errors that ranks found together, which blame no rank in particular.
 _OF_ALL = ("communication failed", "differ between ranks", "ended a request differently")
 
 
 def main(
     spec: SessionSpec, rank: int, world_size: int, rendezvous: str, threads: int, channel: Channel, where: str = ""
 ) -> int:
-    """Run one rank until the user's process closes its channel; returns the exit code. `where` goes before the text
-    of a refusal, which may be true on one machine only."""
+    """Run one rank until the user's process closes its channel; returns the exit code. `where` is put before the text
+    of a refusal, which may apply to one machine only."""
     try:
         set_threads(threads)
         if spec.of_server:
@@ -64,7 +64,7 @@ def main(
 
 
 def log_as_server(rank: int) -> None:
-    """What libraries say while the model is loaded belongs into the log of the server."""
+    """Send log messages of libraries during loading to the log of the server."""
     import transformers.utils.logging  # noqa: F401  both set up their loggers now
 
     from shardit.logs import logger, take_over
@@ -73,21 +73,21 @@ def log_as_server(rank: int) -> None:
 
 
 def open_session(spec: SessionSpec, *, rank: int, world_size: int, init_method: str) -> Any:
-    """Make the session that `spec.session` names."""
+    """Create the session class named by `spec.session`."""
     module, _, name = spec.session.partition(":")
     session_class = getattr(importlib.import_module(module), name)
     return session_class(spec, rank=rank, world_size=world_size, init_method=init_method)
 
 
 def describe(error: BaseException) -> str:
-    """The error in one line, then its traceback."""
+    """Return the error in one line, then its traceback."""
     summary = traceback.format_exception_only(type(error), error)[-1].strip()
     return summary + "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
 
 
 def speaks_of_peer(error: BaseException) -> bool:
-    """Whether another rank's end, not this rank, is the cause."""
-    # The first of a chain of exceptions tells: cleaning up after one's own error may fail on a peer.
+    """Return whether the failure of another rank, not of this rank, is the cause."""
+    # The first of a chain of exceptions decides: cleaning up after a rank's own error may fail on a peer.
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -1,1 +1,1 @@
-"""Kinds of models that ranks run: each is checked, loaded over the ranks, called for a request, and has its results."""
+"""Kinds of models that ranks run. A task checks and loads a model over ranks, runs requests and collects results."""

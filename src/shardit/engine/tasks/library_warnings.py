@@ -1,4 +1,4 @@
-"""Warnings of a library that belong to one request."""
+"""Collects the warnings of a library for one request."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ LONGEST_WARNING = 200
 
 
 class warnings_of:
-    """Collects what a library's loggers warn of while a request has its turns, one line each (sizes that were rounded,
-    say). `listening` tells whether it is this request's turn. The library does not print them then: they come as notes,
-    or, where the request fails, in its last moment."""
+    """Collects the warnings of a library's loggers while a request has its turns, one line each (rounded sizes, for
+    example). `listening` returns whether it is this request's turn. The library does not print them meanwhile: they
+    become notes, or are printed at the end if the request fails."""
 
     def __init__(self, library: str, listening: Callable[[], bool]):
         self._logger = logging.getLogger(library)
@@ -26,7 +26,7 @@ class warnings_of:
 
     def _keep(self, record: logging.LogRecord) -> None:
         line = first_filled_line(record.getMessage())
-        if len(line) > LONGEST_WARNING:  # some repeat all of a prompt
+        if len(line) > LONGEST_WARNING:  # some repeat the whole prompt
             line = f"{line[:LONGEST_WARNING]}..."
         if line and self._listening() and line not in self.lines:
             self.lines.append(line)

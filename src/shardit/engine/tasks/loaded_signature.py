@@ -1,4 +1,4 @@
-"""What a loaded pipeline takes, with its sizes and what its outputs record of the model."""
+"""The signature of a loaded pipeline, with its sizes and the model facts for the records of its outputs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: int | None = None) -> PipelineSignature:
-    """The signature of a pipeline with this index; rate: samples per second of the sound that it makes."""
+    """Return the signature of a pipeline with this index; rate: samples per second of its sound."""
     found = signature_of(type(pipe), index, sample_rate=rate)
     sizes: dict[str, Any] = {"multiples": size_multiples(pipe), "least": least_sides(pipe)}
     return dataclasses.replace(found, **sizes, made_by=_made_by(spec), missing=missing(type(pipe)))
 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:
-    """What a file is to say of the model, under the names of `Omni`."""
+    """Return the facts of the model for saved files, under the names of `Omni`."""
     hub = None if spec.model.startswith("tiny/") or os.path.exists(spec.model) else cached(spec.model)
     values = {
         "model": spec.model,
@@ -41,7 +41,7 @@ def _made_by(spec: SessionSpec) -> dict[str, Any]:
 
 
 def _not_default(config: DiffusionParallelConfig) -> dict[str, Any] | None:
-    """How the ranks were arranged, as far as that was chosen: some arrangements give other last bits."""
+    """Return the parallel settings that were chosen: some arrangements round differently."""
     plain = DiffusionParallelConfig()
     chosen = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()} or None

@@ -1,4 +1,4 @@
-"""Diffusers pipelines as a task: a request is one call of a pipeline object of its own."""
+"""Diffusers pipelines as a task: each request is one call of its own pipeline object."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from shardit.engine.process.messages import SessionSpec
 
 _checked: list[tuple[SessionSpec, Prepared]] = []
-"""The argument of the last `check`, and the pipeline that it has built on meta. A rank that the fork server forks gets
-a copy of it, which loading uses up."""
+"""The argument of the last `check`, and the pipeline that it has built on meta. A forked rank gets a copy of it, which
+loading consumes."""
 
 
 def check(spec: SessionSpec) -> None:
@@ -67,7 +67,7 @@ def load(spec: SessionSpec, mesh: Mesh) -> LoadedPipeline:
 
 
 class LoadedPipeline:
-    """A pipeline of which this rank holds its share, and the one with pictures for input over the same components."""
+    """A pipeline with this rank's share of its weights, and the image-to-image pipeline over the same components."""
 
     def __init__(self, spec: SessionSpec, mesh: Mesh):
         self._of_server = spec.of_server
@@ -104,7 +104,7 @@ class LoadedPipeline:
     def opened(
         self, request: Request, on_progress: OnProgress, has_turn: Callable[[], bool]
     ) -> Iterator[tuple[Callable[[], Any], list[str]]]:
-        """The call of a pipeline for a request; notes are what diffusers warns of, and prompts that are cut."""
+        """Open the call of a pipeline for a request; notes are warnings of diffusers, and truncated prompts."""
         cut: list[str] = []
         notes: list[str] = []
         pipe = self._own_pipeline(request, on_progress, cut.append)
@@ -117,16 +117,17 @@ class LoadedPipeline:
             notes += dict.fromkeys(cut)
 
     def error_text(self, request: Request, error: Exception) -> str:
-        """An error of a request in one line, with advice if there is some."""
+        """Return an error of a request in one line, with the remedy if there is one."""
         return error_text(request, error)
 
     def collect(self, request: Request, value: tuple[Any, float, list[str]] | None, error: str | None) -> Output:
-        """The output of a request; a server's supervisor imports no torch, so it gets arrays in place of tensors."""
+        """Return the output of a request; a server's supervisor imports no torch, so it gets arrays in place of
+        tensors."""
         output = collect(request, value, error)
         return with_arrays(output) if self._of_server else output
 
-    def _own_pipeline(self, request: Request, on_progress: OnProgress, tell: Callable[[str], None]) -> Any:
+    def _own_pipeline(self, request: Request, on_progress: OnProgress, on_note: Callable[[str], None]) -> Any:
         if request.pipeline not in self.variants:
             raise InputError(f"no pipeline {request.pipeline}; this model has {', '.join(self.variants)}")
         report = functools.partial(report_progress, index=request.index, on_progress=on_progress)
-        return own_pipeline(self.variants[request.pipeline], report, tell)
+        return own_pipeline(self.variants[request.pipeline], report, on_note)

@@ -1,4 +1,4 @@
-"""`Task`: a kind of model that ranks run, as a session sees it."""
+"""`Task`: the interface of a kind of model to a session."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class OnProgress(Protocol):
     """Called after each step of a request."""
 
     def __call__(self, index: int, step: int, total: int, made: Any = None, /) -> None:
-        """index: number of the request. step, total: steps that are done, and all of them. made: what the step has
-        given, where results come step by step."""
+        """index: number of the request. step, total: finished steps and all steps. made: result of the step, if results
+        come step by step."""
         ...
 
 
 class Model(Protocol):
-    """A loaded model, of which this rank holds its share.
+    """A loaded model with this rank's share of the weights.
 
-    runtime: how calls of the model run together with other ranks; None with one rank. info: for the user's process.
+    runtime: runs calls of the model together with other ranks; None with one rank. info: for the user's process.
     """
 
     runtime: Runtime | None
@@ -35,21 +35,22 @@ class Model(Protocol):
     def opened(
         self, request: Any, on_progress: OnProgress, has_turn: Callable[[], bool]
     ) -> AbstractContextManager[tuple[Callable[[], Any], list[str]]]:
-        """A request while it runs: the call of the model, and notes for the user, complete when the context ends.
-        has_turn: whether the code that runs now is that of this request."""
+        """Open a request: yields the call of the model, and notes for the user, complete when the context ends.
+        has_turn: returns whether the running code belongs to this request."""
         ...
 
     def error_text(self, request: Any, error: Exception) -> str:
-        """An error of a request in one line."""
+        """Return an error of a request in one line."""
         ...
 
     def collect(self, request: Any, value: Any, error: str | None) -> Any:
-        """The picklable result of a request. value: (result of the call, seconds, notes), None after an error."""
+        """Return the picklable result of a request. value: (result of the call, seconds, notes), None after an
+        error."""
         ...
 
 
 class Task(Protocol):
-    """A module of this folder."""
+    """The interface of a module in this folder."""
 
     def check(self, spec: SessionSpec) -> None:
         """Find mistakes before ranks start. Raises InputError. Reads no weights."""
@@ -61,5 +62,5 @@ class Task(Protocol):
 
 
 def task_of(spec: SessionSpec) -> Task:
-    """The task that a specification names."""
+    """Return the task named in a specification."""
     return cast(Task, importlib.import_module(spec.task))

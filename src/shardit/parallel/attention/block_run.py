@@ -1,4 +1,4 @@
-"""One call of a block on this rank's tokens: what becomes of each of its attention calls."""
+"""Runs one call of a block on this rank's tokens and handles its attention calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardit.parallel.attention.sequence_attention import Call, Layout, Sequence
 from shardit.parallel.dataflow import Dataflow
 
 FAILED, ATTENDING, DONE = 0, 1, 2
-"""What a rank says when all say where they are."""
+"""States that ranks exchange when they compare notes."""
 
 
 class OutOfStep(Exception):
@@ -24,8 +24,8 @@ class OutOfStep(Exception):
 class BlockRun:
     """Handles the attention calls of one block call (a `hook.Handler`).
 
-    sharded[n]: whether queries and whether keys of attention call n are sharded; found if `dataflow` is given.
-    layouts: of the calls whose keys are sharded; None = not known for these sizes yet, ranks tell each other.
+    sharded[n]: whether queries and whether keys of attention call n are sharded; found if `dataflow` is given. layouts:
+    of the calls with sharded keys; None = not known for these sizes yet, so ranks exchange their lengths.
     """
 
     attention: SequenceAttention
@@ -41,7 +41,7 @@ class BlockRun:
         sharded_q, sharded_k = self._is_sharded(call)
         if self.dataflow is None:
             return self._compute(call, sharded_q, sharded_k)
-        with without_modes():  # some attention functions cannot be watched from inside, and need not be
+        with without_modes():  # some attention functions cannot be traced inside, and need not be
             out = self._compute(call, sharded_q, sharded_k)
         if sharded_q:
             self.dataflow.mark(out)
@@ -55,7 +55,7 @@ class BlockRun:
                 (self.dataflow.marked(call.q), self.dataflow.marked(call.k) or self.dataflow.marked(call.v))
             )
         if n >= len(self.sharded):
-            raise UnsupportedError("a block calls attention more often than when its kind was first seen")
+            raise UnsupportedError("a block calls attention more often than in the first call of its kind")
         return self.sharded[n]
 
     def _compute(self, call: Call, sharded_q: bool, sharded_k: bool) -> torch.Tensor:
@@ -80,7 +80,8 @@ class BlockRun:
 
 
 def agree(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
-    """What every rank says, in rank order. Collective over "sp"; all say as many numbers."""
+    """Gather the values of every rank, in rank order. Collective over "sp"; all ranks give the same number of
+    values."""
     mine = torch.tensor([list(values)], dtype=torch.int64, device=attention.sp.group.device)
     return attention.sp.all_gather(mine, [1] * attention.sp.size, 0).tolist()
 

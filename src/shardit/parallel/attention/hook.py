@@ -1,8 +1,9 @@
-"""The hook around attention: every attention call of a block that runs goes to whoever runs the block.
+"""Intercepts attention: every attention call of a running block goes to its handler.
 
 Most models end in `torch.nn.functional.scaled_dot_product_attention`, which is replaced while a block runs (a function
 mode would cost several microseconds at each operation). Other attention functions that a library keeps in a registry
-are wrapped there by whoever knows it. Both do nothing unless a block of a sharded model is running in the same context.
+are wrapped there by the code that knows the library. Both do nothing unless a block of a sharded model is running in
+the same context.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from shardit.parallel.attention.sequence_attention import Call
 
 _plain_sdpa = F.scaled_dot_product_attention
 _users = 0
-"""How often `attention_goes_to` is entered: forwards in flight enter and leave it in any order."""
+"""Number of open `attention_goes_to` contexts: forwards in flight enter and leave it in any order."""
 
 
 class Handler(Protocol):
-    """Whoever runs a block of which each attention call is to be sharded."""
+    """Shards the attention calls of a block."""
 
     def attend(self, call: Call) -> torch.Tensor:
-        """The attention output, [batch, tokens, heads, width]."""
+        """Return the attention output, [batch, tokens, heads, width]."""
         ...
 
 
@@ -37,7 +38,7 @@ _handler: ContextVar[Handler | None] = ContextVar("shardit_attention", default=N
 
 @contextmanager
 def attention_goes_to(handler: Handler) -> Iterator[None]:
-    """While this is entered, attention calls in this context go to `handler`."""
+    """Send attention calls in this context to `handler`."""
     global _plain_sdpa, _users
     if F.scaled_dot_product_attention is not _sdpa:
         _plain_sdpa = F.scaled_dot_product_attention
@@ -54,7 +55,7 @@ def attention_goes_to(handler: Handler) -> Iterator[None]:
 
 
 def attention_is_taken() -> bool:
-    """Whether attention calls in this context go to a handler."""
+    """Return whether attention calls in this context go to a handler."""
     return _handler.get() is not None
 
 
@@ -86,7 +87,7 @@ def _sdpa(
 
 
 def _hand_over(handler: Handler, call: Call) -> torch.Tensor:
-    token = _handler.set(None)  # what computes it is no attention call of the block
+    token = _handler.set(None)  # attention inside the handler is not a call of the block
     try:
         return handler.attend(call)
     finally:
@@ -94,8 +95,8 @@ def _hand_over(handler: Handler, call: Call) -> torch.Tensor:
 
 
 def wrapped_back_end(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """An attention function that does not end in torch's own, called by keyword with [batch, tokens, heads, width], for
-    the registry that it is in."""
+    """Wrap an attention function that does not end in torch's own, called by keyword with [batch, tokens, heads,
+    width], for its registry."""
 
     @functools.wraps(function)
     def backend(**kwargs: Any) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Ring attention: keys and values travel around, each rank attends to the block that it holds while the next arrives.
+"""Ring attention: keys and values are passed around the ring; each rank attends to its present block while the next
+arrives.
 
-The algorithm of Liu et al., "Ring Attention with Blockwise Transformers" (2023). Tensors are
-[batch, tokens, heads, width].
+The algorithm of Liu et al., "Ring Attention with Blockwise Transformers" (2023). Tensors are [batch, tokens, heads,
+width].
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def ring_attention(
     mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention of own queries over the keys of all ranks of the ring.
+    """Attend with local queries to the keys of all ranks of the ring.
 
-    k_lens: keys that each rank begins with. mask: its last dimension is 1 or covers the keys of all ranks, in order.
-    k and v may have fewer heads than q (grouped queries).
+    k_lens: initial number of keys of each rank. mask: its last dimension is 1 or covers the keys of all ranks, in
+    order. k and v may have fewer heads than q (grouped queries).
     """
     heads, width, v_width = k.shape[2], k.shape[3], v.shape[3]
     block = torch.cat([k.flatten(2), v.flatten(2)], dim=2)

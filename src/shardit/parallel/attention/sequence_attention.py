@@ -21,8 +21,8 @@ Inner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None
 class Call:
     """One call of an attention function. q, k, v: [batch, tokens, heads, width], as on this rank.
 
-    mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]. inner: what was called, and computes it
-    where all keys are at hand. not_ring: why Ring, which has kernels of its own, cannot take its place, if so.
+    mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]. inner: the called function, which computes
+    attention if all keys are on this rank. not_ring: why Ring, which has kernels of its own, cannot replace it, if so.
     """
 
     q: torch.Tensor
@@ -36,8 +36,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one attention call is sharded: tokens of queries and of keys on each rank of "sp", and whether the mask has
-    only the rows of own queries or the columns of own keys."""
+    """The sharding of one attention call: tokens of queries and of keys on each rank of "sp", and whether the mask has
+    only the rows of local queries or the columns of local keys."""
 
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
@@ -47,7 +47,7 @@ class Layout:
 
 class SequenceAttention:
     """Attention of one rank of the "sp" axis. Keys of all ranks are ordered by rank, not as in the whole sequence:
-    softmax does not mind, and masks are brought into the same order."""
+    softmax does not depend on their order, and masks are reordered alike."""
 
     def __init__(self, mesh: Mesh):
         self.sp = Collectives(mesh.axes["sp"])
@@ -62,18 +62,19 @@ class SequenceAttention:
         return self.sp.sent_bytes + sum(c.sent_bytes for c in (self.ring, self.ulysses and self.ulysses.comm) if c)
 
     def attend(self, call: Call, layout: Layout) -> torch.Tensor:
-        """Attention of own queries over the keys of all ranks. Collective; UnsupportedError where Ring cannot do it."""
+        """Attend with local queries to the keys of all ranks. Collective. Raises UnsupportedError if Ring cannot do
+        it."""
         if self.ring is not None and call.not_ring is not None:
             raise UnsupportedError(
-                f"ring_degree={self.ring.size} does not work with {call.not_ring}: it needs the native attention, of "
-                "which it merges parts; use ulysses_degree"
+                f"ring_degree={self.ring.size} does not work with {call.not_ring}: it merges partial "
+                "results of the native attention; use ulysses_degree"
             )
         q, k, v = call.q, call.k, call.v
         q_lens, k_lens = self._of_group(layout.q_lens), self._of_group(layout.k_lens)
         mask = None if call.mask is None else self._whole_mask(call.mask, layout, q_lens)
         q_share: list[int] = []
         if self.ulysses is not None:
-            if k.shape[2] < self.ulysses.comm.size and k.shape[2] < q.shape[2]:  # too few key heads to deal out
+            if k.shape[2] < self.ulysses.comm.size and k.shape[2] < q.shape[2]:  # too few key heads for all ranks
                 k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
             q_share, _ = self.ulysses.shares(q.shape[2], k.shape[2])
             mask = _own_heads(mask, q.shape[2], q_share, self.ulysses.comm.index)
@@ -87,7 +88,7 @@ class SequenceAttention:
         return out if self.ulysses is None else self.ulysses.to_tokens(out, q_lens, q_share)
 
     def attend_to_all(self, call: Call, layout: Layout) -> torch.Tensor:
-        """Attention of queries that every rank has over the keys of all ranks: keys and values are gathered."""
+        """Attend with queries that every rank has to the keys of all ranks: keys and values are gathered."""
         k, v = (self.sp.all_gather(t, layout.k_lens, 1) for t in (call.k, call.v))
         mask = call.mask
         if mask is not None and layout.mask_columns:
@@ -95,19 +96,19 @@ class SequenceAttention:
         return call.inner(call.q, k, v, mask)
 
     def _of_group(self, lens: tuple[int, ...]) -> tuple[int, ...]:
-        """Of lengths per "sp" rank (ulysses varies fastest) those of this rank's ulysses group."""
+        """Select from lengths per "sp" rank (ulysses varies fastest) those of this rank's ulysses group."""
         start = self._in_ring * self._ulysses_size
         return lens[start : start + self._ulysses_size]
 
     def _per_group(self, lens: tuple[int, ...]) -> list[int]:
-        """The sum of lengths per "sp" rank of each ulysses group, in ring order."""
+        """Return the sum of lengths per "sp" rank of each ulysses group, in ring order."""
         size = self._ulysses_size
         return [sum(lens[start : start + size]) for start in range(0, len(lens), size)]
 
     def _whole_mask(self, mask: torch.Tensor, layout: Layout, q_lens: tuple[int, ...]) -> torch.Tensor:
-        """All columns, and the rows of all queries of the ulysses group."""
+        """Gather all columns, and the rows of all queries of the ulysses group."""
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
-        for dim in (0, 1):  # what only repeats need not travel
+        for dim in (0, 1):  # repeated values need not be sent
             mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
         if layout.mask_columns:
             mask = _gather_mask(self.sp, mask, layout.k_lens, 3)

@@ -1,4 +1,4 @@
-"""Attention over a part of the keys, with what it takes to merge parts: the log-sum-exp of the scores.
+"""Attention over a part of the keys, and the merge of such parts by the log-sum-exp of the scores.
 
 All tensors are [batch, tokens, heads, width] (BSHD); a log-sum-exp is [batch, heads, tokens] in float32. Merging by
 log-sum-exp is due to Milakov and Gimelshein, "Online normalizer calculation for softmax", and FlashAttention.
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 Partial = tuple[torch.Tensor, torch.Tensor]
-"""Output in the dtype of the queries or in float32, and log-sum-exp; -inf where a query may see none of the keys."""
+"""Output in the dtype of the queries or in float32, and log-sum-exp; -inf if every key is masked for a query."""
 
 
 def partial_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> Partial:
-    """Attention of q over k and v, which have as many heads. mask: 4 dimensions that broadcast to
-    [batch, heads, queries, keys], bool (False hides) or added to the scores."""
+    """Attend with q to k and v, which have the same number of heads. mask: 4 dimensions that broadcast to [batch,
+    heads, queries, keys], bool (False hides) or added to the scores."""
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]
     bias = None if mask is None else _as_bias(mask, q.dtype)
     kernel = _kernel(q, k, v, bias)
     out, lse = kernel(*heads_first, bias, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if bias is not None:  # kernels report anything at all for a query that sees nothing
+    if bias is not None:  # kernels return arbitrary values for a query whose keys are all masked
         blind = (bias == -math.inf).all(-1)  # [batch or 1, heads or 1, queries or 1]
         lse = lse.masked_fill(blind, -math.inf)
         out = out.masked_fill(blind.unsqueeze(-1), 0)
@@ -32,9 +32,10 @@ def partial_attention(
 
 
 def merge(one: Partial, other: Partial, last: bool = False) -> Partial:
-    """The attention over the keys of both. With `last` the log-sum-exp is not needed any more and not computed."""
+    """Merge the attention over two sets of keys. With `last` the log-sum-exp is not needed any more and not
+    computed."""
     (out, lse), (more, more_lse) = one, other
-    # exp(more_lse) / (exp(lse) + exp(more_lse)); NaN where neither saw a key: there both outputs are zero.
+    # exp(more_lse) / (exp(lse) + exp(more_lse)); NaN if all keys of both are masked: there both outputs are zero.
     weight = torch.sigmoid(more_lse - lse).nan_to_num_(0.0)
     weight = weight.transpose(1, 2).unsqueeze(-1)
     out = torch.lerp(out.float(), more.float(), weight)
@@ -84,7 +85,7 @@ def _efficient_cuda(q: Any, k: Any, v: Any, bias: Any, scale: float) -> Partial:
 
 
 def _math(q: Any, k: Any, v: Any, bias: Any, scale: float) -> Partial:
-    """In float32 and with all scores in memory: for shapes that no kernel takes."""
+    """Compute in float32 with all scores in memory: for shapes without a kernel."""
     scores = (q.float() @ k.float().transpose(-1, -2)) * scale
     if bias is not None:
         scores = scores + bias.float()

@@ -1,8 +1,8 @@
-"""Ulysses: from shards of tokens with all heads to all tokens with a share of the heads, and back.
+"""Ulysses: exchanges shards of tokens with all heads for all tokens with a share of the heads, and back.
 
-The algorithm of DeepSpeed-Ulysses (Jacobs et al., 2023), here for shards of any length and any number of heads.
-Tensors are [batch, tokens, heads, width]; messages are laid out tokens first, so that what comes from several ranks is
-one tensor without being copied again.
+The algorithm of DeepSpeed-Ulysses (Jacobs et al., 2023), here for shards of any length and any number of heads. Tensors
+are [batch, tokens, heads, width]; messages are laid out tokens first, so that data from several ranks forms one tensor
+without another copy.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ class Ulysses:
         self.comm = comm
 
     def shares(self, q_heads: int, k_heads: int) -> tuple[list[int], list[int]]:
-        """Query heads and key heads of each rank; a key head stays with the query heads that use it.
+        """Return the query heads and key heads of each rank; a key head stays with the query heads that use it.
 
-        With fewer heads than ranks some ranks get none."""
+        With fewer heads than ranks some ranks get none.
+        """
         k_share = even_sizes(k_heads, self.comm.size)
         return [n * (q_heads // k_heads) for n in k_share], k_share
 
     def to_heads(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lens: Sequence[int], k_lens: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Own heads of all tokens. q_lens, k_lens: the length of each rank's shard of queries and of keys."""
+        """Return the local heads of all tokens. q_lens, k_lens: the length of each rank's shard of queries and of
+        keys."""
         q_share, k_share = self.shares(q.shape[2], k.shape[2])
         same_width = q.shape[3] == k.shape[3] == v.shape[3]
         if list(q_lens) == list(k_lens) and same_width:  # one message for all three
@@ -45,7 +47,8 @@ class Ulysses:
         return q, k, v
 
     def to_tokens(self, out: torch.Tensor, q_lens: Sequence[int], share: Sequence[int]) -> torch.Tensor:
-        """The inverse, for the output: all heads of own tokens, contiguous. share: query heads of each rank."""
+        """Invert `to_heads` for the output: return all heads of local tokens, contiguous. share: query heads of each
+        rank."""
         me, (batch, _, _, width) = self.comm.index, out.shape
         sends = [piece.contiguous() for piece in out.permute(1, 0, 2, 3).split(list(q_lens))]
         receives = [out.new_empty(q_lens[me], batch, heads, width) for heads in share]
@@ -56,8 +59,8 @@ class Ulysses:
     def _scatter(
         self, tensors: Sequence[torch.Tensor], shares: Sequence[Sequence[int]], lens: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Send every rank its heads of these tensors, as one message; own heads of all tokens, as views of one
-        buffer."""
+        """Send every rank its heads of these tensors, as one message; return the local heads of all tokens, as views of
+        one buffer."""
         me, first = self.comm.index, tensors[0]
         widths = [sum(share[rank] for share in shares) for rank in range(self.comm.size)]
         full = first.new_empty(sum(lens), first.shape[0], widths[me], first.shape[3])
@@ -80,8 +83,8 @@ class Ulysses:
 def ulysses_bytes(
     rank: int, lens: Sequence[int], q_heads: Sequence[int], k_heads: Sequence[int], width: int, itemsize: int
 ) -> int:
-    """Bytes that `rank` sends for one self-attention of one sample: q, k and v of its tokens for the heads of all
-    others, and its heads of the output for the tokens of all others."""
+    """Return the bytes that `rank` sends for one self-attention of one sample: q, k and v of its tokens for the heads
+    of all others, and its heads of the output for the tokens of all others."""
     others = [r for r in range(len(lens)) if r != rank]
     there = lens[rank] * sum(q_heads[r] + 2 * k_heads[r] for r in others)
     back = q_heads[rank] * sum(lens[r] for r in others)

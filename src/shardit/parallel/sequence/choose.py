@@ -1,9 +1,9 @@
-"""Spreading the tokens of a transformer: the way that is declared, the way that is found, or that of diffusers.
+"""Chooses the way to shard the tokens of a transformer: declared, found by trial, or declared by diffusers.
 
-1. `_sp_plan` on the model: declared by its author, so nothing is searched for.
-2. What is found in its block calls (`sequence.py`). It knows uneven lengths, masks and sizes that coincide, and
-   is checked at each kind of block, so it comes before a plan that was written for another engine.
-3. `_cp_plan`, diffusers' own, where nothing is found. To have it first: `model._sp_plan = model._cp_plan`.
+1. `_sp_plan` on the model: declared by its author, so there is no search.
+2. A plan found from its block calls (`found/model.py`). It supports uneven lengths, masks and sizes that coincide, and
+is checked at each kind of block, so it comes before a plan that was written for another engine.
+3. `_cp_plan`, diffusers' own, if nothing is found. To use it first: `model._sp_plan = model._cp_plan`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Choice:
     other: Callable[[], PlannedSequence] | None = None
 
     def forward(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the transformer."""
+        """Run a call of the transformer."""
         try:
             return self.way.forward(call, args, kwargs)
         except Refused as refused:
-            # A forward that stages watch cannot begin again.
+            # A forward inside pipeline stages cannot begin again.
             if self.other is None or self.way.stages is not None:
                 raise
             name = type(self.way.model).__name__
@@ -51,19 +51,19 @@ class Choice:
             self.way.install()
             try:
                 return self.way.forward(call, args, kwargs)
-            except InputError as also:  # the first refusal says more
+            except InputError as also:  # the first refusal is more informative
                 raise refused from also
 
 
 def shard_tokens(
     model: nn.Module, mesh: Mesh, cut: Callable[[], Stages] | None = None, plan: Any = None
 ) -> SequenceParallel | PlannedSequence:
-    """Choice the tokens of a transformer over the "sp" axis of the mesh, in place.
+    """Shard the tokens of a transformer over the "sp" axis of the mesh, in place.
 
-    cut: what also cuts it into pipeline stages; it is called in the middle. The interceptor of the model's call must
-    lie inside that of the stages, which may run a forward in pieces, and those of its modules outside theirs, so that
-    stages see and send shards only. Raises InputError where a declared plan does not fit the model, UnsupportedError
-    where nothing is declared and the model has no block lists.
+    cut: also cuts it into pipeline stages; it is called in the middle. The interceptor of the model's call must lie
+    inside that of the stages, which may run a forward in pieces, and those of its modules outside theirs, so that
+    stages see and send shards only. Raises InputError if a declared plan does not fit the model, UnsupportedError if
+    nothing is declared and the model has no block lists.
     """
     choice = _choose(model, SequenceAttention(mesh), plan)
     own_call = type(model).__call__

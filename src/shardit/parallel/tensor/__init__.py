@@ -1,1 +1,1 @@
-"""Tensor parallelism: linears over ranks."""
+"""Tensor parallelism: linears cut over ranks."""

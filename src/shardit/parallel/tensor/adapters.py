@@ -1,6 +1,6 @@
-"""LoRA on linears that are cut: its matrices are cut like the linear, and one sum or gather is for both.
+"""LoRA on linears that are cut: its matrices are cut like the linear, and one sum or gather serves both.
 
-Adapters are loaded whole and then cut, so that every format that diffusers reads is read by diffusers.
+Adapters are loaded whole and then cut, so that diffusers itself reads every format that it supports.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ONE_RANK = "or use tensor_parallel_size=1"
 
 
 @contextmanager
-def adapters_aside(model: nn.Module) -> Iterator[None]:
-    """Meanwhile the module tree has the linears themselves where they have adapters around them."""
+def base_linears(model: nn.Module) -> Iterator[None]:
+    """Temporarily replace adapter layers in the module tree by the linears inside them."""
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_layer(module)}
     for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
@@ -41,9 +41,9 @@ def adapters_aside(model: nn.Module) -> Iterator[None]:
 
 
 def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:
-    """Cut the adapters of a model that is cut, in place: what is whole yet, and what was not cut before.
+    """Cut the adapters of a cut model in place, except those that are cut already.
 
-    Raises UnsupportedError for adapters of other kinds on what is cut.
+    Raises UnsupportedError for other kinds of adapters on cut linears.
     """
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for name, module in modules:
@@ -63,7 +63,8 @@ def cut_adapters(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> None
 
 
 def _cut_pair(into: nn.Linear, out: nn.Linear, cut: Shards, rank: int) -> None:
-    """The matrices of one adapter: the first by inputs where the linear is, else the second by outputs."""
+    """Cut the matrices of one adapter: the first by inputs if the linear is cut by inputs, else the second by
+    outputs."""
     if cut.dim == 1:
         _cut_part(into, "weight", cut, rank)
         if out.bias is not None and rank > 0 and PLAIN not in vars(type(out)):
@@ -74,7 +75,8 @@ def _cut_pair(into: nn.Linear, out: nn.Linear, cut: Shards, rank: int) -> None:
 
 
 def _without_bias(self: Any, input: torch.Tensor) -> torch.Tensor:
-    """The bias is part of one rank's summand, as the linear's own; it stays for whoever wants the whole."""
+    """Run a linear without its bias, which is part of one rank's summand, like the linear's own; the bias stays for
+    code that makes the linear whole."""
     return F.linear(input, self.weight)
 
 
@@ -89,7 +91,7 @@ def _cut_part(linear: nn.Linear, name: str, cut: Shards, rank: int) -> None:
 
 
 def _finish_once(layer: nn.Module, finish: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let the sum (or gather) behind a linear come after its adapters have added their part."""
+    """Run the sum (or gather) behind a linear after its adapters have added their part."""
     own_forward = type(layer).forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -102,7 +104,7 @@ def _finish_once(layer: nn.Module, finish: Callable[[torch.Tensor], torch.Tensor
 
 
 def adapter_members(model: nn.Module, plan: TensorPlan, ranks: Collectives) -> dict[str, Any]:
-    """The methods of a model that add adapters, for one that is cut."""
+    """Return replacements for the methods that add adapters to a cut model."""
     members: dict[str, Any] = {name: _loading(type(model), name, plan, ranks) for name in LOAD if hasattr(model, name)}
     if hasattr(model, "add_adapter"):
         members["add_adapter"] = _refused("add_adapter makes new weights, other ones on each rank: load an adapter")
@@ -131,7 +133,7 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
             raise
         except (RuntimeError, UnsupportedError) as error:
             others = list(getattr(self, "peft_config", {}))
-            plan.family.unload_adapters(self)  # half loaded it would compute something else than it says
+            plan.family.unload_adapters(self)  # a partly loaded adapter would compute wrong results
             lost = f"; with it {', '.join(others)} of this model were unloaded" if others else ""
             if isinstance(error, UnsupportedError):
                 raise UnsupportedError(f"{error}{lost}") from error
@@ -142,15 +144,16 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
 
 
 def _swaps(model: Any, asked: Any) -> bool:
-    """Whether an adapter that is loaded is to take the place of another one. Models of transformers decide by
-    themselves where nothing is asked: once that was enabled, from the second adapter on."""
+    """Return whether a loaded adapter replaces another one. Without an argument, transformers models decide themselves:
+    once hotswapping was enabled, from the second adapter on."""
     by_itself = asked in (None, "auto") and getattr(model, "_hotswap_enabled", False)
     return asked is True or bool(by_itself and getattr(model, "peft_config", None))
 
 
 @contextmanager
 def whole_sizes(model: nn.Module, plan: TensorPlan, shapes: bool = False) -> Iterator[None]:
-    """Meanwhile linears say the sizes that they have without cuts; with `shapes` their weights do so, too, on meta."""
+    """Temporarily give linears the sizes that they have without cuts; with `shapes`, give their weights these shapes
+    too, on meta."""
     changed: list[tuple[Any, str, Any]] = []
     for name, module in model.named_modules():
         cut = plan.cuts.get(f"{name}.weight")
@@ -171,11 +174,12 @@ def whole_sizes(model: nn.Module, plan: TensorPlan, shapes: bool = False) -> Ite
 
 
 EXPANDS = ("_maybe_expand_transformer_param_shape_or_error_", "_maybe_expand_lora_state_dict")
-"""Methods of some pipelines of diffusers that enlarge a linear, or an adapter, where the other is larger."""
+"""Methods of some pipelines of diffusers that enlarge a linear, or an adapter, if the other is larger."""
 
 
 def pipeline_members(cls: type, plans: dict[int, TensorPlan]) -> dict[str, Any]:
-    """Methods of a pipeline that compare sizes of adapters and linears. plans: by id of the model."""
+    """Return replacements for a pipeline's methods that compare sizes of adapters and linears. plans: by id of the
+    model."""
 
     def comparing(name: str) -> Callable[..., Any]:
         own_method = getattr(cls, name)

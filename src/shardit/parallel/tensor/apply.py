@@ -19,7 +19,7 @@ from shardit.core.placement.balance import WHOLE_SHARE, even_shares
 from shardit.core.placement.roles import Roles
 from shardit.core.placement.slices import Owned, Shards, Slice
 from shardit.errors import UnsupportedError
-from shardit.parallel.tensor.adapters import adapter_members, adapters_aside, cut_adapters
+from shardit.parallel.tensor.adapters import adapter_members, base_linears, cut_adapters
 from shardit.parallel.tensor.check.units import watch_units
 from shardit.parallel.tensor.loads import take_slices_of
 from shardit.parallel.tensor.modules import install_role
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 def plan_components(
     modules: Mapping[str, nn.Module], roles: Roles, size: int, family: Family, members: int = 0
 ) -> dict[str, TensorPlan]:
-    """How components are cut: those that are called in every step, and encoders; others are left whole. So is an
-    encoder without attention or feed-forward that a rule knows (it would take its memory on every rank).
+    """Plan the cuts of components: those that are called in every step, and encoders; others are left whole. An encoder
+    is also left whole if no rule matches its attention or feed-forward (it would need its whole memory on every rank).
 
-    Where the `members` of a replica are the ranks of this axis alone, one that owns a large VAE gets less of the
-    encoders. Raises UnsupportedError where what is called in every step has too few heads.
+    members: number of ranks of a replica if the tensor axis is its only axis; a rank that owns a large VAE then gets
+    less of the encoders. Raises UnsupportedError if a component that is called in every step has too few heads.
     """
     if size == 1:
         return {}
@@ -52,7 +52,7 @@ def plan_components(
     parts = even_shares(wholes, sliced, size) if uneven else size
     plans = {}
     for name in (n for n in modules if n in roles.stepped | encoders):
-        with adapters_aside(modules[name]):
+        with base_linears(modules[name]):
             every_step = name in roles.stepped
             ways = size if every_step else parts
             plans[name] = plan_tensors(modules[name], ways, family, must_cut=every_step, kept=shared)
@@ -60,13 +60,13 @@ def plan_components(
 
 
 def _is_cut(module: nn.Module, size: int, family: Family, shared: set[int]) -> bool:
-    """Whether an encoder has units that a rule knows."""
-    with adapters_aside(module):
+    """Return whether an encoder has units that a rule matches."""
+    with base_linears(module):
         return bool(plan_tensors(module, size, family, kept=shared).units)
 
 
 def shared_modules(modules: Mapping[str, nn.Module]) -> set[int]:
-    """The ids of modules that two components have: the other one may be whole, or run on one rank."""
+    """Return the ids of modules that two components share: the other one may be whole, or run on one rank."""
     owners: dict[int, set[int]] = {}
     for component in {id(m): m for m in modules.values()}.values():
         for part in component.modules():
@@ -75,12 +75,12 @@ def shared_modules(modules: Mapping[str, nn.Module]) -> set[int]:
 
 
 def owners_of_wholes(config: DiffusionParallelConfig) -> int:
-    """The `members` for `plan_components`: the ranks of a replica, or 0 where several hold the VAE."""
+    """Return the `members` for `plan_components`: the ranks of a replica, or 0 if several ranks have the VAE."""
     return 0 if config.vae_patch_parallel_size > 1 else config.world_size // config.data_parallel_size
 
 
 def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int) -> Owned:
-    """What a rank of the tensor axis holds of each parameter that its stage owns."""
+    """Return this tensor rank's slice of each parameter that its stage owns."""
     cuts: dict[str, Shards] = plan.cuts if plan is not None else {}
 
     def owned(name: str) -> bool | Slice:
@@ -90,7 +90,8 @@ def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int
 
 
 def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
-    """What a user may want to know of the plan of a component: how much stays whole, and what was expected not to."""
+    """Return notes on the plan of a component for the user: the share that stays whole, and unexpected whole
+    modules."""
     sizes = {key: p.numel() for key, p in module.named_parameters() if key not in plan.cuts}
     share = sum(sizes.values()) / max(sum(p.numel() for p in module.parameters()), 1)
     largest = sorted(sizes, key=lambda key: -sizes[key])[:3]
@@ -99,7 +100,7 @@ def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
 
 
 def notes_together(notes: Iterable[str]) -> list[str]:
-    """Notes that differ in numbers within names only, as one each."""
+    """Merge notes that differ only in numbers within names."""
     alike: dict[str, list[str]] = {}
     for note in notes:
         alike.setdefault(re.sub(r"(?<=\.)\d+(?=[. ])", "*", note), []).append(note)
@@ -108,11 +109,11 @@ def notes_together(notes: Iterable[str]) -> list[str]:
 
 
 def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPlan], mesh: Mesh) -> None:
-    """Cut the components of a pipeline that have a plan, in place, and the adapters that are on them."""
+    """Cut the components of a pipeline that have a plan, in place, and the adapters on them."""
     if plans:
-        ranks = Collectives(mesh.axes["tp"])  # one for all, so that what they send is counted together
+        ranks = Collectives(mesh.axes["tp"])  # one for all, so that their bytes are counted together
         for name, plan in plans.items():
-            with adapters_aside(components[name]):
+            with base_linears(components[name]):
                 refuse_own_forwards(name, components[name], plan)
                 shard_tensors(components[name], plan, ranks)
             cut_adapters(components[name], plan, ranks)
@@ -123,8 +124,8 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
 
 
 def refuse_own_forwards(component: str, module: nn.Module, plan: TensorPlan) -> None:
-    """Raise UnsupportedError where a hook has replaced the forward of a module that is to get one that sums: it would
-    go on to call the old one."""
+    """Raise UnsupportedError if a hook has replaced the forward of a module that needs a summing forward: the hook
+    would still call the old one."""
     for name in (*plan.roles, *(pair.key_linear for pair in plan.pairs)):
         if "forward" in vars(module.get_submodule(name)):
             raise UnsupportedError(
@@ -134,9 +135,9 @@ def refuse_own_forwards(component: str, module: nn.Module, plan: TensorPlan) -> 
 
 
 def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> None:
-    """Cut a module in place to what this rank holds of it; names and module tree stay.
+    """Cut a module in place to this rank's slices; names and module tree stay.
 
-    Parameters that are whole are cut, those that were loaded as slices are kept. `ranks` are those of the tensor axis.
+    Whole parameters are cut, those that were loaded as slices are kept. `ranks` are those of the tensor axis.
     """
     cut: dict[int, nn.Parameter] = {}  # tied weights are cut once
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):

@@ -1,4 +1,4 @@
-"""What ranks do together in a forward, so that nobody takes a backward through it for right."""
+"""Wraps collective operations of a forward, so that a backward through them raises an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardit.parallel.tensor.plan import WHOLE
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """What ranks do together, in a graph: the forward is right, a backward through it is refused."""
+    """A collective operation in an autograd graph: the forward is right, a backward through it is refused."""
 
     @staticmethod
     def forward(ctx: Any, act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
@@ -24,8 +24,8 @@ class _InferenceOnly(torch.autograd.Function):
 
 
 def unless_whole(cut_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The forward of a cut module. Hooks of diffusers keep it on the instance, so it is also called when the module has
-    become whole (`tensor_whole.py`) and has its own class again: then that one's forward runs."""
+    """Wrap the forward of a cut module. Hooks of diffusers keep it on the instance, so it may also be called after the
+    module has become whole (`whole.py`) and has its own class again: then that class's forward runs."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return (type(self).forward if WHOLE in vars(self) else cut_forward)(self, *args, **kwargs)
@@ -34,7 +34,8 @@ def unless_whole(cut_forward: Callable[..., torch.Tensor]) -> Callable[..., torc
 
 
 def together(act: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    """act(tensor), which may work in place; in a graph, a backward through it raises UnsupportedError."""
+    """Return act(tensor), which may work in place; in an autograd graph, a backward through it raises
+    UnsupportedError."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         return _InferenceOnly.apply(act, tensor)  # pyright: ignore[reportReturnType]
     return act(tensor)

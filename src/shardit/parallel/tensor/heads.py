@@ -1,4 +1,4 @@
-"""Reading attention modules: how many heads, and whether all parts are what a rule knows."""
+"""Reads attention modules: number of heads, and whether a rule covers all parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardit.parallel.tensor import rules as rules
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, key (and value) heads, and the channels of one."""
+    """Query heads, key (and value) heads, and the channels of one head."""
 
     queries: int
     keys: int
@@ -24,19 +24,19 @@ class Heads:
         return even(self.keys * self.size, parts, unit=self.size)
 
     def query_shards(self, parts: Parts) -> Shards:
-        """A rank has the query heads that go with its key heads."""
+        """Return the shards of query heads; a rank has the query heads that use its key heads."""
         return even(self.queries * self.size, parts, unit=self.queries // self.keys * self.size)
 
 
 def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, out: bool = True) -> Heads | str:
-    """The heads of an attention module, or why its parts do not add up to attention that can be cut.
+    """Return the heads of an attention module, or the reason why its parts are not attention that can be cut.
 
     out: whether the linear behind the heads is its own, rather than one of the block around it.
     """
     known = (*names.query, *names.key_value, *names.out, *names.query_norms, *names.key_norms, *names.per_head)
-    stranger = unknown_part(module, (*known, *names.full_input, "processor"))  # that is looked at by itself
+    stranger = unknown_part(module, (*known, *names.full_input, "processor"))  # that is matched separately
     if stranger is not None:
-        return f"no rule knows {stranger}"
+        return f"no rule matches {stranger}"
     linears = [*names.query, *names.key_value, *names.out]
     strange = [part for part in present(module, linears) if not is_linear(part_of(module, part)) and part != "to_out"]
     if strange:
@@ -60,7 +60,7 @@ def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, 
 
 
 def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, family: rules.Family, out: bool) -> str | None:
-    """The first part of an attention module whose size does not go with the heads."""
+    """Return the first part of an attention module whose size does not fit the heads."""
     query, keys = heads.queries * heads.size, heads.keys * heads.size
     widths = [(part, "out_features", query) for part in names.query]
     widths += [(part, "out_features", keys) for part in names.key_value]
@@ -76,7 +76,7 @@ def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, family: rul
             continue
         norm, across = part_of(module, part), query if part in names.query_norms else keys
         size = norm_size(norm)
-        if size is None and not any(True for _ in norm.parameters()):  # of one head or of all: the first call tells
+        if size is None and not any(True for _ in norm.parameters()):  # of one head or of all: the first call shows it
             continue
         if size != heads.size and not (size == across and _is_rms(norm, family)):
             return f"{part} is a norm of another kind"
@@ -84,7 +84,7 @@ def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, family: rul
 
 
 def norm_size(norm: Any) -> int | None:
-    """Channels that a norm is over; 0 of those whose size is not on them."""
+    """Return the channels of a norm; 0 if its size is not an attribute."""
     shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
     if isinstance(shape, Sequence) and len(shape) == 1:
         return int(shape[0])
@@ -93,54 +93,54 @@ def norm_size(norm: Any) -> int | None:
 
 
 def _is_rms(norm: Any, family: rules.Family) -> bool:
-    """Whether a norm across all heads can be cut: x * rsqrt(mean(x^2) + eps) * weight, and no more."""
+    """Return whether a norm across all heads can be cut: x * rsqrt(mean(x^2) + eps) * weight, and no more."""
     known = any(runs_as(norm, name) for name in (rules.RMS_NORM, *family.rms_norms)) and not has_hooks(norm)
     return known and norm.weight is not None and getattr(norm, "bias", None) is None
 
 
 def is_linear(module: Any) -> bool:
-    """Plain linears only: quantized ones, derived ones and adapters' layers compute something else, parametrized ones
-    have weights of other kinds, and a hook would see slices."""
+    """Return whether a module is a plain linear: quantized ones, derived ones and adapters' layers compute something
+    else, parametrized ones have weights of other kinds, and a hook would see slices."""
     return type(module) is nn.Linear and module._parameters.keys() <= {"weight", "bias"} and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes into a module or comes out of it."""
+    """Return whether hooks read the inputs or outputs of a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def runs_as(module: Any, name: str) -> bool:
-    """Whether the forward of a module is the one of the class with this full name, not that of a class derived from it
-    or of one that is called alike."""
+    """Return whether the forward of a module is that of the class with this full name, not of a derived class or of one
+    with the same short name."""
     forward = type(module).forward
     return f"{forward.__module__}.{forward.__qualname__}" == f"{name}.forward"
 
 
 def part_of(module: nn.Module, path: str) -> Any:
-    """The submodule at a path, or None."""
+    """Return the submodule at a path, or None."""
     for name in path.split("."):
         module = module._modules.get(name) if isinstance(module, nn.Module) else None  # pyright: ignore[reportAssignmentType]
     return module
 
 
 def present(module: nn.Module, parts: Iterable[str]) -> list[str]:
-    """The paths at which the module has a submodule."""
+    """Return the paths at which the module has a submodule."""
     return [part for part in parts if part_of(module, part) is not None]
 
 
 def number_of(module: nn.Module, attributes: Iterable[str]) -> int | None:
-    """The first of these attributes that is a whole number, or None."""
+    """Return the first of these attributes that is a whole number, or None."""
     found = (vars(module).get(name) for name in attributes)
     return next((value for value in found if isinstance(value, int)), None)
 
 
 def all_known(module: nn.Module, parts: Iterable[str]) -> bool:
-    """Whether everything below a module belongs to one of the given parts."""
+    """Return whether everything below a module belongs to one of the given parts."""
     return unknown_part(module, parts) is None
 
 
 def unknown_part(module: nn.Module, parts: Iterable[str]) -> str | None:
-    """A parameter, or a norm without parameters, below a module that belongs to none of the given parts."""
+    """Return a parameter, or a norm without parameters, below a module that belongs to none of the given parts."""
     inside = tuple(f"{part}." for part in parts)
     for name, _ in module.named_parameters():
         if not name.startswith(inside):
@@ -152,15 +152,15 @@ def unknown_part(module: nn.Module, parts: Iterable[str]) -> str | None:
 
 
 def names_in(prefix: str, module: nn.Module) -> list[str]:
-    """The full names of a module and of all below it."""
+    """Return the full names of a module and of all below it."""
     return [join(prefix, name) for name, _ in module.named_modules()]
 
 
 def join(*parts: str) -> str:
-    """Parts of a module name put together; empty ones are left out."""
+    """Join parts of a module name; empty ones are left out."""
     return ".".join(part for part in parts if part)
 
 
 def owner_of(parameter: str) -> str:
-    """The name of the module that a parameter name belongs to."""
+    """Return the name of the module that a parameter belongs to."""
     return parameter.rpartition(".")[0]

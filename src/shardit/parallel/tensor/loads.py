@@ -1,6 +1,6 @@
-"""`load_state_dict` on modules that are cut: whoever has whole weights gives them, and each rank takes its slice.
+"""`load_state_dict` on cut modules: the caller passes whole weights, and each rank takes its slice.
 
-It is done in a hook of the module that has the parameter, so it holds for a call on any module above it, too.
+A hook of the module with the parameter does it, so a call on any module above it works, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shardit.parallel.tensor.whole import FUSED, fused_cut, part_at
 
 @dataclass(frozen=True)
 class TakeSlices:
-    """The hook. cuts: by the name of a parameter below the module. What has the size of a slice already is left."""
+    """The hook. cuts: by the name of a parameter below the module. Values of the size of a slice are left unchanged."""
 
     cuts: Mapping[str, Shards]
     rank: int
@@ -35,20 +35,20 @@ class TakeSlices:
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """As it is held, without the interceptors that say what code outside may read."""
+    """Return the stored parameter, without the interceptors of reads by outside code."""
     holder = part_at(module, owner_of(name))
     return holder._parameters.get(name.rpartition(".")[2]) if holder is not None else None
 
 
 def take_slices(module: nn.Module, cuts: Mapping[str, Shards], rank: int) -> None:
-    """Let loads into a module take slices of whole values, in place. Does nothing the second time."""
+    """Make loads into a module take slices of whole values, in place. Does nothing the second time."""
     hook = TakeSlices(dict(cuts), rank)
     if not any(getattr(known, "hook", None) == hook for known in module._load_state_dict_pre_hooks.values()):
         module.register_load_state_dict_pre_hook(hook)
 
 
 def take_slices_of(model: nn.Module, plan: TensorPlan, rank: int) -> None:
-    """The same for everything that a plan cuts, and for linears that are made of several of it later."""
+    """Do the same for all modules that a plan cuts, and for linears that are fused from several of them later."""
     for name, module in model.named_modules(remove_duplicate=False):
         own = {leaf: plan.cuts[join(name, leaf)] for leaf in module._parameters if join(name, leaf) in plan.cuts}
         fused = {last: fused_cut(plan, name, last) for last in FUSED}

@@ -1,4 +1,4 @@
-"""What modules do after their weights were cut: class swaps that sum or gather over the ranks of the tensor axis."""
+"""Forwards of modules with cut weights: subclasses in place that sum or gather over the ranks of the tensor axis."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shardit.parallel.tensor.plan import PLAIN, Role
 
 
 def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Made) -> None:
-    """Give a module whose weight is cut the forward that goes with its role, in place."""
+    """Give a module with a cut weight the forward of its role, in place."""
     plain = {PLAIN: type(module)}
     share_subclass(module, made, (role,), lambda: {"forward": unless_whole(_FORWARDS[role.kind](role, ranks)), **plain})
 
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
-"""What ranks do together behind a linear: from this rank's part of its output to the whole."""
+"""The collective operation behind a linear: from this rank's part of its output to the whole."""
 
 
 def _sum(role: Role, ranks: Collectives) -> Finish:
@@ -46,7 +46,7 @@ _unfinished: ContextVar[object] = ContextVar("shardit_unfinished", default=None)
 
 @contextmanager
 def unfinished(linear: nn.Module) -> Iterator[None]:
-    """Meanwhile a linear returns its part: whoever calls it adds to that and finishes it."""
+    """Temporarily make a linear return its part: the caller adds to it and finishes it."""
     token = _unfinished.set(linear)
     try:
         yield
@@ -55,11 +55,11 @@ def unfinished(linear: nn.Module) -> Iterator[None]:
 
 
 def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
-    """A linear cut by its inputs: each rank's part of the product, then one sum."""
+    """Return the forward of a linear cut by its inputs: each rank's part of the product, then one sum."""
     finish = _sum(role, ranks)
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        # The bias is part of one summand: that costs no pass of its own.
+        # The bias is added to one summand, which needs no extra pass.
         part = F.linear(input, self.weight, self.bias if ranks.index == 0 else None)
         return part if _unfinished.get() is self else finish(part)
 
@@ -67,7 +67,7 @@ def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
 
 def _gathered(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
-    """A linear cut by its outputs, for readers that need all of them."""
+    """Return the forward of a linear cut by its outputs, for readers that need all of them."""
     finish = _gather(role, ranks)
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def _gathered(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
 
 def _vocabulary(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
-    """A table cut by rows: zeros for the rows of others, then one sum, which is exact."""
+    """Return the forward of a table cut by rows: zeros for the rows of others, then one sum, which is exact."""
     total = role.shards.total
     ((start, length),) = role.shards.of(ranks.index).segments
 
@@ -86,7 +86,7 @@ def _vocabulary(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
         if self.max_norm is not None:
             raise UnsupportedError("max_norm of a table that is cut over tensor ranks: set it before parallelize")
         if input.device.type == "cpu" and input.numel() and not 0 <= int(input.min()) <= int(input.max()) < total:
-            raise IndexError(f"a token id is not below {total}")  # as the whole table would; else it became a zero
+            raise IndexError(f"a token id is not below {total}")  # like the whole table; without this, zero
         local = input - start
         others = (local < 0) | (local >= length)
         rows = F.embedding(local.masked_fill(others, 0), self.weight)

@@ -1,6 +1,6 @@
-"""RMSNorm over channels that are cut: the ranks sum the squares of their parts.
+"""RMSNorm over cut channels: the ranks sum the squares of their parts.
 
-Queries and keys of an attention are both normed before either is used, so the sums of both go in one message.
+Queries and keys of an attention are both normed before either is used, so both sums are sent in one message.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shardit.parallel.tensor.plan import PLAIN, Role
 
 
 def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
-    """The forward of a norm by itself."""
+    """Return the forward of a single norm."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return _scaled(self, hidden_states, together(ranks.all_reduce, _squares(hidden_states)), role.shards.total)
@@ -29,9 +29,9 @@ def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
 @dataclass
 class _Ahead:
-    """What one norm knows of the keys before the other is called: the keys, and then their summed squares.
+    """The keys, for the query norm, and then their summed squares, for the key norm.
 
-    Calls in flight share it: between two messages each sets both again, and asks whether the keys are its own.
+    Calls in flight share it: between two messages each call sets both again, and checks whether the keys are its own.
     """
 
     keys: torch.Tensor | None = None
@@ -46,10 +46,10 @@ def install_pair(
     ranks: Collectives,
     made: Made,
 ) -> None:
-    """Let two norms that have their `roles` send their sums together, in place.
+    """Make two norms with these `roles` send their sums together, in place.
 
-    The keys are those that `key_linear` made last. Where they are not what `key_norm` is given then (another processor,
-    fused projections), it sends its own sums: all ranks run the same program, so all decide alike.
+    The keys are the latest output of `key_linear`. If `key_norm` then gets other keys (another processor, fused
+    projections), it sends its own sums: all ranks run the same program, so all decide alike.
     """
     query_total, key_total = (role.shards.total for role in roles)
     plain_linear, plain_norm = type(key_linear).forward, type(key_norm).forward
@@ -90,7 +90,7 @@ def _squares(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(norm: Any, hidden_states: torch.Tensor, squares: torch.Tensor, total: int) -> torch.Tensor:
-    """As torch.nn.RMSNorm and that of diffusers do it: scaled in float32, weighted in the dtype of the weight."""
+    """Scale in float32 and weight in the dtype of the weight, as torch.nn.RMSNorm and that of diffusers do."""
     eps = torch.finfo(hidden_states.dtype).eps if norm.eps is None else norm.eps
     scaled = hidden_states.float() * torch.rsqrt(squares / total + eps)
     half = norm.weight.dtype in (torch.float16, torch.bfloat16)

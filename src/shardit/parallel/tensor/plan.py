@@ -1,4 +1,4 @@
-"""How a model is cut over the ranks of the tensor axis, as data, and what writes it down."""
+"""The cut of a model over the ranks of the tensor axis, as data, and the builder of this plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardit.parallel.tensor import rules as rules
 from shardit.parallel.tensor.heads import has_hooks, join, owner_of, runs_as
 
 PLAIN = "_shardit_plain"
-"""The attribute of classes that were made for a role, or for an adapter: the class before."""
+"""The attribute of classes made for a role, or for an adapter: the original class."""
 
 WHOLE = "shardit_whole"
 """The attribute of modules that were cut and are whole again."""
@@ -24,7 +24,7 @@ Kind = Literal["rows", "gathered", "vocabulary", "norm"]
 
 @dataclass(frozen=True)
 class Role:
-    """What a module does besides computing on its slice; `shards` is how its weight is cut.
+    """The communication of a module around its slice; `shards` is the cut of its weight.
 
     rows: sums its output. gathered: gathers it. vocabulary: looks up its own rows, then sums. norm: sums the squares.
     Linears cut by columns need no role: their outputs are cut.
@@ -36,8 +36,8 @@ class Role:
 
 @dataclass(frozen=True)
 class NormPair:
-    """Two norms across all heads of one attention, and the linear that feeds the second: their sums of squares are
-    sent together. All are module names."""
+    """Two norms across all heads of one attention, and the linear before the second: their sums of squares are sent
+    together. All are module names."""
 
     query_norm: str
     key_linear: str
@@ -46,13 +46,13 @@ class NormPair:
 
 @dataclass
 class TensorPlan:
-    """How one model is cut over `size` ranks, for all of them.
+    """The cut of one model over `size` ranks, for all of them.
 
-    cuts: by parameter name (every name of tied weights); what is not there is whole on every rank. roles: by module
-    name. pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank.
-    units: names of the modules between whose cut linears code of theirs runs, which is taken to work on slices as it
-    does on the whole: attention, feed-forward and their like. notes: what was left whole against expectation, and why.
-    family: the rules for classes of the library that the model comes from.
+    cuts: by parameter name (every name of tied weights); all others are whole on every rank. roles: by module name.
+    pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank. units: names
+    of modules with code between their cut linears, which is assumed to work on slices as on the whole: attention,
+    feed-forward and similar. notes: modules that are unexpectedly whole, and why. family: the rules for classes of the
+    model's library.
     """
 
     size: int
@@ -65,7 +65,7 @@ class TensorPlan:
     notes: list[str] = field(default_factory=list)
 
     def forget(self, module: str) -> None:
-        """Take what is in a module out of the plan."""
+        """Remove everything in a module from the plan."""
         inside = f"{module}." if module else ""
         for found in (self.cuts, self.roles, self.attributes):
             for name in [name for name in found if f"{name}.".startswith(inside)]:
@@ -74,11 +74,11 @@ class TensorPlan:
 
 
 class Cutter:
-    """Writes a plan for one model, rule by rule; the methods are what rules are made of.
+    """Builds a plan for one model; its methods are the steps of rules.
 
-    parts: how many slices, or their sizes in relation to each other; size: how many.
-    done: names of modules that a rule for one above them has dealt with. attentions: how many were cut. too_few: the
-    numbers of heads of those that have fewer than there are ranks.
+    parts: number of slices, or their relative sizes; size: number of slices. done: names of modules covered by a rule
+    for a module above them. attentions: number of cut ones. too_few: numbers of heads of attentions with fewer heads
+    than ranks.
     """
 
     def __init__(self, model: nn.Module, parts: Parts, family: rules.Family):
@@ -117,23 +117,23 @@ class Cutter:
         self.done.add(name)
 
     def set_numbers(self, name: str, module: nn.Module, full: dict[str, int], lengths: Sequence[int]) -> None:
-        """Note the attributes of a module that hold the full numbers, to be set to a rank's own."""
+        """Record the attributes of a module with the full numbers, to be set to a rank's own."""
         found = {key: tuple(lengths) for key, number in full.items() if vars(module).get(key) == number}
         if found:
             self.plan.attributes.setdefault(name, {}).update(found)
 
     def left_whole(self, name: str, why: str) -> bool:
-        """Note that a module was expected to be cut and is not; it has been dealt with."""
+        """Record that a module is unexpectedly whole; it counts as covered."""
         self.plan.notes.append(f"{name} is whole on every rank: {why}")
         return True
 
     def has_too_few(self, name: str, heads: int) -> bool:
-        """The same of attention with fewer heads than ranks."""
+        """Do the same for attention with fewer heads than ranks."""
         self.too_few.append(heads)
         return self.left_whole(name, f"{heads} heads cannot be dealt to {self.size} ranks")
 
     def vocabulary(self, name: str, table: Any) -> None:
-        """A large table: by rows, so that what a rank reads of the file is one run."""
+        """Cut a large table by rows, so that a rank reads one contiguous run of the file."""
         if table.num_embeddings < max(rules.VOCABULARY, self.size):
             return
         if not runs_as(table, rules.EMBEDDING):
@@ -148,9 +148,9 @@ class Cutter:
             self.plan.roles[name] = Role("vocabulary", cut)
 
     def agree_on_tied(self) -> None:
-        """Shared modules are cut once; weights tied between two modules are cut only where both are cut alike.
+        """Cut shared modules once, and weights tied between two modules only if both are cut alike.
 
-        Raises UnsupportedError where a module could not be left whole by itself.
+        Raises UnsupportedError if a module cannot be left whole separately.
         """
         names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):

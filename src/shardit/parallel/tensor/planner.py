@@ -1,7 +1,7 @@
-"""Which parameters of a model are cut over the ranks of the tensor axis, and how: found from `rules` and a `Family`.
+"""Plans the cut of a model's parameters over the ranks of the tensor axis, from `rules` and a `Family`.
 
 The scheme is that of Megatron-LM (Shoeybi et al., 2019): linears into heads or hidden channels by columns, linears out
-of them by rows, one sum over the ranks behind each. Where shapes and names do not fit a rule exactly, nothing is cut.
+of them by rows, one sum over the ranks behind each. If shapes and names do not fit a rule exactly, nothing is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.placement.slices import Parts, Shards, even, even_runs, shards
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor import rules as rules
-from shardit.parallel.tensor.check.kept import hands_out
+from shardit.parallel.tensor.check.kept import exposing_attribute
 from shardit.parallel.tensor.heads import (
     Heads,
     all_known,
@@ -41,8 +41,8 @@ def plan_tensors(
 ) -> TensorPlan:
     """Plan the cut of a whole model (on meta or not) into `parts`, one for each rank; the same on every rank.
 
-    `kept`: ids of modules that stay whole, since other components have them, too. `must_cut`: raise UnsupportedError
-    where nothing can be cut, or where no attention has a head for every rank.
+    kept: ids of modules that stay whole because other components share them. must_cut: raise UnsupportedError if
+    nothing can be cut, or if no attention has a head for every rank.
     """
     cutter = Cutter(model, parts, family)
     for name, module in model.named_modules():
@@ -67,7 +67,7 @@ def _is_shared(cutter: Cutter, name: str, module: nn.Module, kept: Container[int
 
 
 def _visit(cutter: Cutter, name: str, module: Any) -> None:
-    """Apply the first rule that fits a module."""
+    """Apply the first rule that matches a module."""
     if any(rule(cutter, name, module) for rule in _RULES):
         return
     if isinstance(module, nn.Embedding):
@@ -77,7 +77,7 @@ def _visit(cutter: Cutter, name: str, module: Any) -> None:
 
 
 def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
-    """Attention by heads."""
+    """Cut attention by heads."""
     names = next((n for n in rules.ATTENTIONS if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
     if names is None:
         return _added_alone(cutter, name, module)
@@ -95,19 +95,19 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 
 def _added_alone(cutter: Cutter, name: str, module: nn.Module) -> bool:
-    """Attention that has queries and keys under other names (to text alone, say) is named at least."""
+    """Report attention with queries and keys under other names (for text alone, for example), which is left whole."""
     queries = [part for n in rules.ATTENTIONS[:2] for part in n.query if is_linear(part_of(module, part))]
     keys = [part for n in rules.ATTENTIONS[:2] for part in n.key_value if is_linear(part_of(module, part))]
-    return bool(queries and keys) and cutter.left_whole(name, f"no rule knows attention with {', '.join(keys)} alone")
+    return bool(queries and keys) and cutter.left_whole(name, f"no rule matches attention with {', '.join(keys)} alone")
 
 
 def _cut_processor(cutter: Cutter, name: str, module: nn.Module, heads: Heads) -> str | None:
-    """Cut the linears of a processor that has some; or why they, and so the attention, cannot be."""
+    """Cut the linears of a processor that has some; return the reason if they, and so the attention, cannot be cut."""
     processor = getattr(module, PROCESSOR, None)
     if (why := _noted(cutter.family.kept_processors, processor)) is not None:
         return why
-    if (key := hands_out(processor, cutter.family)) is not None:
-        return f"{type(processor).__name__} may hand out what it computes of each head, in {key!r}"
+    if (key := exposing_attribute(processor, cutter.family)) is not None:
+        return f"{type(processor).__name__} may expose its results for each head, in {key!r}"
     if not isinstance(processor, nn.Module):
         return None
     parts = processor_parts(processor, heads.query_shards(cutter.parts), heads.key_shards(cutter.parts))
@@ -120,7 +120,7 @@ def _cut_processor(cutter: Cutter, name: str, module: nn.Module, heads: Heads) -
 
 
 def _noted(kept: Mapping[str, str], thing: Any) -> str | None:
-    """What a table says of the class of something, or of one that it is derived from."""
+    """Return the entry in a table for the class of an object, or for one of its base classes."""
     return next((kept[base.__name__] for base in type(thing).__mro__ if base.__name__ in kept), None)
 
 
@@ -162,7 +162,7 @@ def _set_heads(cutter: Cutter, name: str, module: nn.Module, heads: Heads, query
 
 
 def _fused_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
-    """Attention with one linear for queries, keys and values: three segments for each rank."""
+    """Cut attention with one linear for queries, keys and values: three segments for each rank."""
     for names in cutter.family.fused_attentions:
         into, out = part_of(module, names.into), part_of(module, names.out)
         count = number_of(module, rules.HEAD_COUNTS)
@@ -186,7 +186,7 @@ def _fused_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 
 def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
-    """Attention and feed-forward side by side, whose outputs lie one behind the other before one linear."""
+    """Cut a block with attention and feed-forward side by side, whose outputs are concatenated before one linear."""
     for names in cutter.family.parallel_blocks:
         attention, into, out = (part_of(module, n) for n in (names.attention, names.into, names.out))
         if attention is None or not (is_linear(into) and is_linear(out)):
@@ -221,7 +221,7 @@ def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 
 def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
-    """Two linears, or three with a gate, with something elementwise between them."""
+    """Cut two linears, or three with a gate, with elementwise operations between them."""
     for names in (*cutter.family.feed_forwards, *rules.FEED_FORWARDS):
         out = part_of(module, names.out)
         into = [part_of(module, part) for part in names.into]
@@ -248,7 +248,7 @@ def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 
 def _sequence(cutter: Cutter, name: str, module: nn.Module) -> bool:
-    """A Sequential of two linears with elementwise activations around them."""
+    """Cut a Sequential of two linears with elementwise activations around them."""
     if type(module) is not nn.Sequential:
         return False
     linears = [(part, child) for part, child in module.named_children() if is_linear(child)]
@@ -266,4 +266,4 @@ def _sequence(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 
 _RULES = (_parallel_block, _attention, _fused_attention, _feed_forward, _sequence)
-"""Each returns whether it has dealt with the module."""
+"""Each returns whether it has matched the module."""

@@ -1,6 +1,6 @@
-"""Attention processors with weights of their own (IP-Adapter, custom diffusion) in attention that is cut: cut with it.
+"""Cuts attention processors with weights of their own (IP-Adapter, custom diffusion) together with their attention.
 
-They may be there before the model is cut, come afterwards, change, and go again.
+They may exist before the model is cut, be added later, change, and be removed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from shardit.parallel.tensor.plan import Role, TensorPlan
 
 
 def processor_parts(processor: nn.Module, query: Shards, keys: Shards) -> dict[str, Shards] | str:
-    """How the linears of a processor are cut, by name: as those of the attention that they are called like. Norms are
-    kept (over one head, or over what comes in). A text says why where something else has weights."""
+    """Return the cut of each linear of a processor by name: that of the attention's linear with the same name. Norms
+    are kept (over one head, or over the input). Returns a reason as text if another part has weights."""
     found: dict[str, Shards] = {}
     for name, module in processor.named_modules():
         if not module._parameters or any(step.startswith("norm") for step in name.split(".")):
@@ -34,31 +34,31 @@ def processor_parts(processor: nn.Module, query: Shards, keys: Shards) -> dict[s
         elif name.startswith(("to_q", "to_k", "to_v")) and is_linear(module) and module.out_features == cut.total:
             found[name] = cut
         else:
-            return f"no rule knows {PROCESSOR}{'.' if name else ''}{name} of {type(processor).__name__}"
+            return f"no rule matches {PROCESSOR}{'.' if name else ''}{name} of {type(processor).__name__}"
     return found
 
 
 def attentions_in(model: nn.Module, units: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules in units of a plan that have a processor, by name."""
+    """Return the modules in units of a plan that have a processor, by name."""
     inside = [(unit, name, m) for unit in units for name, m in model.get_submodule(unit).named_modules()]
     return {join(unit, name): module for unit, name, module in inside if hasattr(module, PROCESSOR)}
 
 
 def mark_cut(attention: nn.Module) -> None:
-    """Remember that what is in an attention module now was cut with it."""
+    """Mark the present processor of an attention module as cut with it."""
     processor = getattr(attention, PROCESSOR)
     if isinstance(processor, nn.Module):
         vars(processor)["shardit_cut"] = True
 
 
 def adopt_processors(attentions: Mapping[str, nn.Module], plan: TensorPlan, ranks: Collectives) -> None:
-    """Cut what has come into cut attention since, in place. Raises UnsupportedError where nobody knows how."""
+    """Cut processors that were added to cut attention, in place. Raises UnsupportedError if no rule matches."""
     for name, attention in attentions.items():
         processor = getattr(attention, PROCESSOR)
         query, keys = (plan.cuts.get(join(name, f"{part}.weight")) for part in ("to_q", "to_k"))
         if query is None or (isinstance(processor, nn.Module) and vars(processor).get("shardit_cut")):
             continue
-        plan.forget(join(name, PROCESSOR))  # what was there before
+        plan.forget(join(name, PROCESSOR))  # the previous processor
         if not isinstance(processor, nn.Module) or any(p.is_meta for p in processor.parameters()):
             continue
         parts = processor_parts(processor, query, keys or query)

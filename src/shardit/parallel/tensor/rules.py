@@ -1,4 +1,4 @@
-"""What tensor parallelism knows of models: names of submodules, as data. A new naming convention is a new entry here.
+"""Rules of tensor parallelism: names of submodules, as data. A new naming convention is a new entry here.
 
 Rules that hold for some classes only belong to the `Family` of these classes.
 """
@@ -15,10 +15,10 @@ from torch import nn
 class Attention:
     """Names of the parts of an attention module.
 
-    query, key_value: linears cut by columns at heads (a gate on what comes out of the heads is like a query); out:
-    linears cut by rows. query_norms, key_norms: norms over one head (kept) or over all (cut). per_head: tables with a
-    column for each head. full_input: parts that see what comes before the heads, and so are kept. Any other part with
-    parameters makes the module unknown: it is left whole.
+    query, key_value: linears cut by columns at heads (a gate on the heads' output is like a query); out: linears cut by
+    rows. query_norms, key_norms: norms over one head (kept) or over all (cut). per_head: tables with a column for each
+    head. full_input: parts that read the input before the heads, and so are kept. Any other part with parameters makes
+    the module unknown: it is left whole.
     """
 
     query: tuple[str, ...]
@@ -59,9 +59,9 @@ ATTENTIONS = (
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """Attention whose queries, keys and values come from one linear, in three parts of equal size.
+    """Attention with queries, keys and values from one linear, in three parts of equal size.
 
-    classes: those known to have the parts in that order; shapes alone do not tell.
+    classes: those known to have the parts in that order; shapes alone do not show it.
     """
 
     into: str
@@ -73,16 +73,16 @@ HEAD_SIZES = ("head_dim", "key_value_proj_dim")
 """Attributes that give the channels of one head; without them they follow from the number of heads."""
 
 HEAD_COUNTS = ("heads", "num_heads", "n_heads", "num_attention_heads")
-"""Attributes that hold the number of query heads; those that are there are set to this rank's."""
+"""Attributes for the number of query heads; existing ones are set to this rank's number."""
 
 KEY_HEAD_COUNTS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
-"""The same of key and value heads."""
+"""Attributes for the number of key and value heads."""
 
 QUERY_WIDTHS = ("inner_dim",)
-"""Attributes that hold the channels of all query heads."""
+"""Attributes for the channels of all query heads."""
 
 KEY_WIDTHS = ("inner_kv_dim", "kv_inner_dim")
-"""The same of key and value heads."""
+"""Attributes for the channels of all key and value heads."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class FeedForward:
     """Linears cut by columns, whose outputs are combined element by element, and the one cut by rows behind them.
 
     halves: full names of classes of the parent of `into[0]` whose output is split into two halves that are multiplied;
-    whole: those of such parents that do not split. Empty: `into` are children of the module itself.
-    classes: the classes that the entry is for (empty: any).
+    whole: classes of such parents without the split. Empty: `into` are children of the module itself. classes: the
+    classes of the entry (empty: any).
     """
 
     into: tuple[str, ...]
@@ -122,15 +122,15 @@ ELEMENTWISE = (
 """Modules of torch that act on each element alone."""
 
 EMBEDDING = "torch.nn.modules.sparse.Embedding"
-"""The table whose rows can be dealt."""
+"""The embedding table that can be cut by rows."""
 
 
 @dataclass(frozen=True)
 class ParallelBlock:
     """A block that runs attention and feed-forward side by side: out(cat([attention, act(into)])).
 
-    `width` is the attribute with the channels of the feed-forward; `into` has that many (so without the attribute) or,
-    gated, twice as many. classes: those known to have attention first; shapes alone do not tell.
+    width: the attribute with the channels of the feed-forward. into: has that many (so without the attribute) or,
+    gated, twice as many. classes: those known to have attention first; shapes alone do not show it.
     """
 
     attention: str
@@ -148,26 +148,26 @@ GATHERED = (
     r"(^|\.)time_proj$",
     r"(^|\.)lm_head$",
 )
-"""Linears with wide, short outputs (modulation, logits): cut by columns, outputs gathered. Right for any linear; the
-list only says where it pays."""
+"""Linears with wide, short outputs (modulation, logits): cut by columns, outputs gathered. Correct for any linear; the
+list has those for which it pays."""
 
 VOCABULARY = 1024
-"""Embeddings with at least so many rows are cut by rows."""
+"""Embeddings with at least this number of rows are cut by rows."""
 
 RMS_NORM = "torch.nn.modules.normalization.RMSNorm"
-"""The norm of torch across all heads that can be cut."""
+"""torch's norm across all heads, which can be cut."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What tensor parallelism needs to know of the library that models come from; the task that runs them hands it in.
+    """Facts about the library of a model for tensor parallelism; passed in by the task that runs the model.
 
     feed_forwards, fused_attentions, parallel_blocks: rules that hold for its classes. kept_attentions: models whose
-    attention is left whole, and why: other code of theirs counts on all heads; kept_processors: the same of classes of
-    attention processors. rms_norms: full names of norms across all heads that can be cut, as torch's can. processors:
-    the package of attention processors that keep nothing of what they compute. register: called with a class and a
-    subclass of it that a cut module got, for registries that look up classes. unload_adapters: removes all adapters
-    from a model, also those that were loaded in part.
+    attention is left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
+    for classes of attention processors. rms_norms: full names of norms across all heads that can be cut like torch's.
+    processors: the package of attention processors that store none of their results. register: called with a class and
+    a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes all adapters from a
+    model, also those that were loaded in part.
     """
 
     feed_forwards: tuple[FeedForward, ...] = ()

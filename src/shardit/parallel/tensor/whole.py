@@ -1,4 +1,4 @@
-"""A cut module made whole again, for one call or for good: its slices are gathered from the tensor ranks."""
+"""Makes a cut module whole again, for one call or permanently: its slices are gathered from the tensor ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.placement.slices import Shards
-from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.coroutine import yielding_coroutine
 from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.plan import PLAIN, WHOLE, TensorPlan
 
@@ -21,14 +21,14 @@ FUSED = {
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-"""Linears that diffusers' `fuse_projections` makes, and of which."""
+"""Linears made by diffusers' `fuse_projections`, and their parts."""
 
 
 @contextmanager
 def whole_for_now(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> Iterator[None]:
-    """Meanwhile a module below `model` has whole weights and its own code everywhere. Collective; no other call gets
+    """Temporarily give a module below `model` whole weights and its own code everywhere. Collective; no other call gets
     a turn, since modules are shared between calls in flight."""
-    token = willing.set(None)
+    token = yielding_coroutine.set(None)
     undo: list[Callable[[], None]] = []
     try:
         _become_whole(model, unit, plan, ranks, undo)
@@ -36,17 +36,17 @@ def whole_for_now(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collecti
     finally:
         for act in reversed(undo):
             act()
-        willing.reset(token)
+        yielding_coroutine.reset(token)
 
 
 def whole_for_good(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> None:
-    """Make a module below `model` whole on every rank, in place, and take it out of the plan. Collective."""
-    token = willing.set(None)
+    """Make a module below `model` whole on every rank, in place, and remove it from the plan. Collective."""
+    token = yielding_coroutine.set(None)
     try:
         with torch.inference_mode(False), torch.no_grad():
             _become_whole(model, unit, plan, ranks, [])
     finally:
-        willing.reset(token)
+        yielding_coroutine.reset(token)
     plan.forget(unit)
 
 
@@ -82,7 +82,8 @@ def _set(module: Any, attribute: str, value: int, undo: list[Callable[[], None]]
 
 
 def _slices(model: nn.Module, inside: str, plan: TensorPlan) -> Iterator[tuple[nn.Module, str, Shards]]:
-    """The parameters inside a module that are slices: module, name in it, and how it is cut. Those of adapters, too."""
+    """Yield the parameters inside a module that are slices, including those of adapters: module, name in it, and
+    cut."""
     for name, cut in plan.cuts.items():
         if not name.startswith(inside):
             continue
@@ -97,7 +98,7 @@ def _slices(model: nn.Module, inside: str, plan: TensorPlan) -> Iterator[tuple[n
 
 
 def _fused(model: nn.Module, unit: str, plan: TensorPlan) -> Iterator[tuple[nn.Module, str, Shards]]:
-    """The same of linears that were fused after the cut: the slices of their parts lie one behind the other."""
+    """Do the same for linears that were fused after the cut: they contain the slices of their parts in sequence."""
     for name, module in model.get_submodule(unit).named_modules():
         above, _, last = join(unit, name).rpartition(".")
         whole = fused_cut(plan, above, last)
@@ -109,7 +110,7 @@ def _fused(model: nn.Module, unit: str, plan: TensorPlan) -> Iterator[tuple[nn.M
 
 
 def fused_cut(plan: TensorPlan, above: str, last: str) -> Shards | None:
-    """How a fused linear with the name `last` in the module `above` is cut; None where its parts are not."""
+    """Return the cut of a fused linear with the name `last` in the module `above`; None if its parts are not cut."""
     cuts = [plan.cuts.get(join(above, f"{part}.weight")) for part in FUSED.get(last, ())]
     parts = [cut for cut in cuts if cut is not None]
     if not parts or len(parts) < len(cuts):
@@ -133,7 +134,7 @@ def _of_adapters(layer: Any, leaf: str, cut: Shards) -> Iterator[tuple[nn.Module
 
 
 def part_at(model: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a path, or None: processors and adapters come and go."""
+    """Return the submodule at a path, or None: processors and adapters come and go."""
     for name in path.split(".") if path else ():
         found = model._modules.get(name)
         if found is None:
@@ -143,7 +144,7 @@ def part_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def gathered(part: torch.Tensor, cut: Shards, ranks: Collectives) -> torch.Tensor:
-    """The whole tensor of which every rank has its slice. Collective."""
+    """Gather the whole tensor from the slices of all ranks. Collective."""
     raw = part.view(torch.uint8) if part.dtype.itemsize == 1 else part  # back ends know no float8
     rows = ranks.all_gather(raw, cut.lengths, cut.dim)
     whole, at = torch.empty_like(rows, memory_format=torch.contiguous_format), 0

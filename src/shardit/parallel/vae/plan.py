@@ -1,7 +1,7 @@
-"""Into which tiles a call of a VAE falls, found by running it on shapes alone.
+"""Finds the tiles of a VAE call by running it on shapes alone.
 
-A *part* is the VAE's encoder or decoder. A *tile* is a set of part calls that need each other: what one returns or
-leaves in a cache another one is given. Everything else (slicing, blending, small convolutions) is *glue*.
+A *part* is the VAE's encoder or decoder. A *tile* is a set of dependent part calls: an output or a cache entry of one
+is an argument of another. Everything else (slicing, blending, small convolutions) is *glue*.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from shardit.core.runtime.flat_call import FlatCall
 from shardit.parallel.vae.watch import Untileable, Watch
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
-"""What an argument may be beside tensors and containers: a cache object of another kind could join two tiles unseen."""
+"""Allowed types of arguments besides tensors and containers: a cache object of another kind could join two tiles
+unnoticed."""
 
 
 @dataclass(frozen=True)
 class TileCall:
-    """One part call: the number of its tile, what it returns, and the numbers of the leaves that glue reads."""
+    """One part call: the number of its tile, its output, and the numbers of the leaves that glue reads."""
 
     tile: int
     spec: Any = field(compare=False)
@@ -40,8 +41,8 @@ class TileCall:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """The part calls of one VAE call in order, and who runs them: owners[t] is the place of tile t's rank among those
-    that share the tiles. messages[r]: one message with all that rank r computes, its parts at[(call, leaf)]."""
+    """The part calls of one VAE call in order, and their ranks: owners[t] is the place of tile t's rank among those
+    that share the tiles. messages[r]: one message with all results of rank r, its parts at[(call, leaf)]."""
 
     calls: tuple[TileCall, ...]
     owners: tuple[int, ...]
@@ -50,7 +51,7 @@ class TilePlan:
 
     @staticmethod
     def of(calls: Sequence[TileCall], costs: Sequence[int], ranks: int) -> TilePlan:
-        """Deal the tiles, and lay out what each rank sends."""
+        """Deal the tiles to ranks, and lay out the message of each rank."""
         owners = deal(costs, ranks)
         sizes: list[list[int]] = [[] for _ in range(ranks)]
         at: dict[tuple[int, int], int] = {}
@@ -63,7 +64,7 @@ class TilePlan:
 
     @property
     def digest(self) -> str:
-        """A hash of the plan that ranks compare."""
+        """Return a hash of the plan for comparison between ranks."""
         return hashlib.sha256(repr((self.calls, self.owners, self.messages)).encode()).hexdigest()
 
     @property
@@ -73,8 +74,8 @@ class TilePlan:
 
 
 def deal(costs: Sequence[int], ranks: int) -> tuple[int, ...]:
-    """The rank of each tile: the largest first, to whoever has least; among equals the last, since the first blends.
-    One tile alone is the first's, who then needs no message."""
+    """Return the rank of each tile: the largest first, to the rank with the least work; among equals the last rank,
+    since the first blends. A single tile goes to the first, which then needs no message."""
     if len(costs) == 1:
         return (0,)
     load, owners = [0] * ranks, [0] * len(costs)
@@ -86,7 +87,7 @@ def deal(costs: Sequence[int], ranks: int) -> tuple[int, ...]:
 
 
 class Planner:
-    """The interceptor of part calls while a VAE call runs on shapes: notes the calls and what joins them."""
+    """Intercepts part calls while a VAE call runs on shapes: records the calls and their dependencies."""
 
     def __init__(self, watch: Watch):
         self.watch = watch
@@ -96,7 +97,7 @@ class Planner:
         self._known: dict[Any, tuple[Any, list[Any]]] = {}
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called instead of a part."""
+        """Run instead of a part."""
         number, given = len(self._outputs), tree_leaves((args, kwargs))
         for leaf in given:
             if not isinstance(leaf, (torch.Tensor, *PLAIN)):
@@ -114,7 +115,7 @@ class Planner:
         return out
 
     def _run(self, index: int, call: Any, args: Any, kwargs: Any) -> Any:
-        """Run a part, or where one like it has been run, only repeat what came out and what its caches became."""
+        """Run a part; if a similar call was run before, repeat only its outputs and caches."""
         key = (index, FlatCall.of(args, kwargs).signature(False))
         boxes = _containers((args, kwargs))
         if key not in self._known:
@@ -134,7 +135,7 @@ class Planner:
         return number
 
     def plan(self, ranks: int) -> TilePlan:
-        """What was found."""
+        """Return the plan of the recorded calls."""
         roots = [self._root(number) for number in range(len(self._outputs))]
         tiles = {root: tile for tile, root in enumerate(dict.fromkeys(roots))}
         costs = [0] * len(tiles)
@@ -150,9 +151,9 @@ class Planner:
 def find_tiles(
     method: Callable[..., Any], module: nn.Module, arguments: Any, calls: BlockCalls, ranks: int
 ) -> TilePlan:
-    """The plan of `method(module, *args, **kwargs)`, whose parts are called through `calls`. Computes nothing.
+    """Return the plan of `method(module, *args, **kwargs)`, whose parts are called through `calls`. Computes nothing.
 
-    Raises Untileable if tiles could not be distinguished, and whatever the method raises on such arguments.
+    Raises Untileable if tiles could not be distinguished, and any error of the method on such arguments.
     """
     with torch.inference_mode(False), torch.no_grad():
         shapes = shape_of(module)
@@ -164,12 +165,13 @@ def find_tiles(
                 watch.result(dump_with_tensors(method(shapes, *args, **kwargs))[1])
     after = [_held(part) for part in shapes.modules()][1:]
     if not all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(before, after, strict=True)):
-        raise Untileable("a part of it keeps something from one call to the next")
+        raise Untileable("a part of it keeps state from one call to the next")
     return planner.plan(ranks)
 
 
 def shape_of(module: nn.Module) -> nn.Module:
-    """A copy of a VAE that has shapes and no data. Blending two tiles, a loop over rows of pixels, gives the second."""
+    """Copy a VAE with shapes and without data. The copy blends two tiles, a loop over rows of pixels, by returning the
+    second."""
     tensors = [leaf for part in module.modules() for leaf in _held(part) if isinstance(leaf, torch.Tensor)]
     copied = copy.deepcopy(module, {id(tensor): _on_meta(tensor) for tensor in tensors})
     subclass_in_place(copied, {"device": torch.device("meta")})
@@ -185,12 +187,12 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Everything that the attributes of a module hold."""
+    """Return all objects in the attributes of a module."""
     return tree_leaves(vars(module))
 
 
 def _containers(tree: Any) -> list[Any]:
-    """The outermost lists and dicts among arguments, which a part may write to."""
+    """Return the outermost lists and dicts among arguments, which a part may write to."""
     args, kwargs = tree
     return [value for value in (*args, *kwargs.values()) if isinstance(value, (list, dict))]
 
@@ -213,7 +215,8 @@ def _build(described: tuple[Any, tuple[Leaf, ...]]) -> Any:
 
 
 def placeholder(leaf: Leaf, device: torch.device | str, read: bool = True) -> Any:
-    """Memory of the right shape, one element of it where nobody reads it; or the value that is no tensor."""
+    """Return memory of the right shape, or one expanded element if it is never read; or the value that is not a
+    tensor."""
     if leaf.kind != "tensor":
         return leaf.value
     if read:

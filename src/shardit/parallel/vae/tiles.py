@@ -1,4 +1,4 @@
-"""The tiles of a VAE over ranks: its unmodified code runs, and each rank computes the tiles that are its own."""
+"""Distributes the tiles of a VAE over ranks: its unmodified code runs, and each rank computes its own tiles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from shardit.parallel.vae.watch import Untileable
 log = logging.getLogger(__name__)
 
 PARTS = ("encoder", "decoder")
-"""What does the work of a VAE, one call or several for each tile. All else is glue, which costs little."""
+"""The costly parts of a VAE, with one call or several for each tile. All else is glue, which costs little."""
 
 
 class _Leave(BaseException):
@@ -39,9 +39,9 @@ class _Leave(BaseException):
 
 
 class Tiles:
-    """One VAE whose tiles are dealt to the members `ranks` of `comm`; the first of them puts the result together.
+    """One VAE whose tiles are dealt to the members `ranks` of `comm`; the first of them assembles the result.
 
-    ran[t]: how often this rank computed tile t of a call (never, if it is another's).
+    ran[t]: number of times this rank computed tile t of a call (0 for tiles of other ranks).
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class Tiles:
         self.ran: Counter[int] = Counter()
         self._part_calls = BlockCalls()
         self._plans: dict[Any, TilePlan | str] = {}
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         parts = [(name, getattr(module, name, None)) for name in PARTS]
         install([(name, part) for name, part in parts if isinstance(part, nn.Module)], self._part_calls)
 
     def call(
         self, path: str, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """One call of the VAE or of a part of it, `plain(*args, **kwargs)`, on all ranks; each gets its result, with
-        pending tensors."""
+        """Run one call of the VAE or of a part of it, `plain(*args, **kwargs)`, on all ranks; each gets its result,
+        with pending tensors."""
         first = self.ranks[0]
-        if path or not isinstance(plain, MethodType):  # of a replaced method nobody knows what it does
+        if path or not isinstance(plain, MethodType):  # the behaviour of a replaced method is unknown
             return run_on(self.comm, first, plain, args, kwargs, self.small, self.attributes)
         plan = self._agree(name, plain, args, kwargs)
         if not isinstance(plan, TilePlan) or not plan.sharded:
@@ -77,7 +77,8 @@ class Tiles:
         return out
 
     def _agree(self, name: str, plain: MethodType, args: Any, kwargs: Any) -> TilePlan | str | None:
-        """The plan of a call, or why there is none. Every rank that has tiles finds it; all compare hashes of it."""
+        """Return the plan of a call, or the reason why there is none. Every rank with tiles finds it; all compare
+        hashes of it."""
         plan = None if self.place is None else self._plan(name, plain, args, kwargs)
         gathered = self.comm.group.gather_objects(plan.digest if isinstance(plan, TilePlan) else plan)
         if len({gathered[rank] for rank in self.ranks}) > 1:
@@ -90,13 +91,13 @@ class Tiles:
         if key not in self._plans:
             try:
                 found = find_tiles(plain.__func__, self.module, (args, kwargs), self._part_calls, len(self.ranks))
-            except Exception as error:  # wrong arguments too: the VAE itself says so when it runs
+            except Exception as error:  # wrong arguments too: the VAE itself reports them when it runs
                 found = first_filled_line(str(error)) or type(error).__name__
             self._plans[key] = found
         return self._plans[key]
 
     def _explain(self, name: str, plan: TilePlan | str | None) -> None:
-        """Say once where ranks idle."""
+        """Log once if ranks idle."""
         if self.place != 0 or plan is None:
             return
         ranks = len(self.ranks)
@@ -110,12 +111,12 @@ class Tiles:
                 f"{self._name}.{name}: number of tiles {tiles}, ranks {ranks}: some idle; lower "
                 f"vae_patch_parallel_size{_smaller(self.module)}"
             )
-        if tiles < ranks and text not in self._said:
-            self._said.add(text)
+        if tiles < ranks and text not in self._logged:
+            self._logged.add(text)
             log.warning("%s", text)
 
     def _compute(self, plan: TilePlan, run: Callable[[], Any]) -> torch.Tensor:
-        """Run the call up to this rank's last tile; returns the message with what it computed."""
+        """Run the call up to this rank's last tile; return the message with its results."""
         assert self.place is not None
         compute = _Compute(plan, self.place, self.comm.group.device, self.ran)
         if compute.last < 0:
@@ -132,7 +133,7 @@ class Tiles:
         raise RankError(self.comm.group.rank, f"{self._name} made {compute.number} part calls of {len(plan.calls)}")
 
     def _replay(self, plan: TilePlan, own: torch.Tensor, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """On the first rank: take what the others computed, and run the call with it in place of the parts."""
+        """On the first rank: receive the results of the others, and run the call with these in place of the parts."""
         others = [torch.empty(m.total, dtype=torch.uint8, device=own.device) for m in plan.messages[1:]]
         pairs = zip(others, self.ranks[1:], strict=True)
         for transfer in [self.comm.receive(message, rank) for message, rank in pairs if message.numel()]:
@@ -146,7 +147,7 @@ class Tiles:
 
 
 class _Compute:
-    """The interceptor of part calls that computes the tiles of one rank; the others' are placeholders."""
+    """Intercepts part calls and computes the tiles of one rank; those of other ranks are placeholders."""
 
     def __init__(self, plan: TilePlan, place: int, device: torch.device, ran: Counter[int]):
         self.plan, self.place, self.device, self.ran = plan, place, device, ran
@@ -155,7 +156,7 @@ class _Compute:
         self.last = max((n for n, call in enumerate(plan.calls) if plan.owners[call.tile] == place), default=-1)
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called instead of a part."""
+        """Run instead of a part."""
         number, self.number = self.number, self.number + 1
         known = self.plan.calls[number]
         if self.plan.owners[known.tile] != self.place:
@@ -173,14 +174,14 @@ class _Compute:
 
 
 class _Replay:
-    """The interceptor of part calls that hands out what all ranks have computed."""
+    """Intercepts part calls and returns the results of all ranks."""
 
     def __init__(self, plan: TilePlan, messages: list[torch.Tensor]):
         self.plan, self.messages = plan, messages
         self.number = 0
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called instead of a part."""
+        """Run instead of a part."""
         number, self.number = self.number, self.number + 1
         known = self.plan.calls[number]
         place = self.plan.owners[known.tile]
@@ -194,7 +195,7 @@ class _Replay:
 
 
 def _part(plan: TilePlan, place: int, message: torch.Tensor, call: int, leaf: int) -> torch.Tensor:
-    """The place in a rank's message for one leaf of one part call."""
+    """Return the place in a rank's message for one leaf of one part call."""
     start, _ = plan.messages[place].parts[plan.at[call, leaf]]
     found = plan.calls[call].leaves[leaf]
     assert found.dtype is not None
@@ -208,20 +209,20 @@ def _checked(tensor: torch.Tensor, leaf: Any) -> torch.Tensor:
 
 
 def _smaller(module: nn.Module) -> str:
-    """How tiles are made smaller, from Python: by the attributes of the VAE that say how large they are."""
+    """Return the advice for smaller tiles, from Python: the VAE's attributes for tile sizes."""
     sizes = [f"{name}={value}" for name, value in vars(module).items() if name.startswith("tile_") and "min" in name]
     return f", or set smaller tiles of the VAE with shardit.parallelize ({', '.join(sizes)})" if sizes else ""
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """The plain attributes of a VAE: whether it tiles, tile sizes and strides."""
+    """Return the plain attributes of a VAE: whether it tiles, tile sizes and strides."""
     plain = (bool, int, float, str, tuple, type(None))
     return tuple(sorted((name, repr(v)) for name, v in vars(module).items() if isinstance(v, plain)))
 
 
 @contextmanager
 def _kept(module: nn.Module) -> Iterator[None]:
-    """Puts the attributes of a VAE back: a call that is left early leaves its caches as they are."""
+    """Restore the attributes of a VAE afterwards: a call that is left early leaves its caches modified."""
     before = dict(vars(module))
     try:
         yield
@@ -238,9 +239,9 @@ def shard_tiles(
     shared: Collection[int] = (),
     alone: Callable[[], bool] = lambda: False,
 ) -> Tiles:
-    """Let the members `ranks` of `comm` share the tiles of a VAE, in place, and switch its tiling on; the others keep
-    its shape on meta and get its outputs, but have the tensors that are on every rank (`everywhere` by name,
-    `shared` by id). `alone`: see Boundary."""
+    """Share the tiles of a VAE between the members `ranks` of `comm`, in place, and enable its tiling. Other ranks keep
+    its shape on meta and get its outputs, but have the tensors that are on every rank (`everywhere` by name, `shared`
+    by id). `alone`: see Boundary."""
     if comm.rank not in ranks:
         empty(module, everywhere, shared)
     module.enable_tiling()  # pyright: ignore[reportCallIssue]

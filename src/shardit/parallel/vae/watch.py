@@ -1,4 +1,5 @@
-"""What depends on what while a VAE call runs on shapes: which part calls a tensor comes from, and what glue reads."""
+"""Tracks dependencies while a VAE call runs on shapes: the source part calls of each tensor, and the outputs that glue
+reads."""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ class Untileable(Exception):
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation, inside part calls and in the glue between them. Everything is known by storage."""
+    """Sees every operation, inside part calls and in the glue between them. Everything is tracked by storage."""
 
     def __init__(self, arguments: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self._inside: int | None = None
-        self._made: set[int] = set()  # storages of the call that runs
+        self._made: set[int] = set()  # storages of the running call
         self._from: dict[int, frozenset[int]] = {}  # storage -> the calls that it derives from
-        self._outputs: dict[int, set[tuple[int, int]]] = {}  # storage -> (call, leaf) that lie in it
+        self._outputs: dict[int, set[tuple[int, int]]] = {}  # storage -> (call, leaf) in it
         self._hidden: set[int] = set()  # storages that a call made and did not return
         self._read: set[tuple[int, int]] = set()
         self._key = Storages().number
@@ -32,7 +33,7 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def call(self, number: int) -> Iterator[None]:
-        """Meanwhile part call `number` runs."""
+        """Track part call `number` while it runs."""
         self._inside, self._made = number, set()
         try:
             yield
@@ -40,27 +41,28 @@ class Watch(TorchDispatchMode):
             self._inside = None
 
     def origins(self, tensors: Iterable[torch.Tensor]) -> set[int]:
-        """The part calls that some tensors derive from."""
+        """Return the part calls from which some tensors derive."""
         return set().union(*(self._from.get(self._key(t), frozenset()) for t in tensors))
 
     def came_out(self, number: int, outputs: list[Any], arguments: list[Any]) -> None:
-        """Part call `number` has returned leaves, and may have put others into the containers that it was given."""
+        """Record the outputs of part call `number`, and containers among its arguments, to which it may have added
+        tensors."""
         for leaf, tensor in enumerate(outputs):
             if isinstance(tensor, torch.Tensor):
                 key = self._key(tensor)
                 if key not in self._made:
-                    raise Untileable("a part of it returns what it was given")
+                    raise Untileable("a part of it returns one of its arguments")
                 self._outputs.setdefault(key, set()).add((number, leaf))
         for key in self._made:
             self._from[key] = frozenset((number,))
         self._hidden |= self._made - self._outputs.keys()
 
     def result(self, tensors: Iterable[torch.Tensor]) -> None:
-        """These are what the VAE call returns."""
+        """Record the result of the VAE call."""
         self._glue(list(tensors), [])
 
     def read_of(self, number: int) -> tuple[int, ...]:
-        """The leaves of a part call's output that glue reads."""
+        """Return the leaves of a part call's output that glue reads."""
         return tuple(sorted(leaf for call, leaf in self._read if call == number))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,18 +77,18 @@ class Watch(TorchDispatchMode):
             self._glue(read, [*tensors_of(out), *wrote])
             return out
         if any(self._key(t) not in self._made for t in wrote):
-            raise Untileable("a part of it writes to what it was given")
+            raise Untileable("a part of it writes to its arguments")
         known = {self._key(t) for t in read} - self._made
         self._made.update(key for t in tensors_of(out) if (key := self._key(t)) not in known)
         return out
 
     def _glue(self, read: list[torch.Tensor], made: list[torch.Tensor]) -> None:
-        """An operation between part calls."""
+        """Check an operation between part calls."""
         keys = [self._key(t) for t in read]
         for key in keys:
             self._read |= self._outputs.get(key, set())
             if key in self._hidden:
-                raise Untileable("it reads what a part keeps to itself")
+                raise Untileable("it reads tensors that a part did not return")
         sources = frozenset().union(*(self._from.get(key, frozenset()) for key in keys))
         for tensor in made if sources else []:
             key = self._key(tensor)
@@ -94,7 +96,7 @@ class Watch(TorchDispatchMode):
 
 
 def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Attention kernels may draw random numbers, but do so for dropout alone."""
+    """Return whether a random kernel draws nothing: attention kernels draw random numbers only for dropout."""
     names = [argument.name for argument in func._schema.arguments]
     if "dropout_p" not in names:
         return False

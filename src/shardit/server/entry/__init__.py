@@ -1,1 +1,1 @@
-"""How a server is started."""
+"""Entry points of a server."""

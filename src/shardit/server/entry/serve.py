@@ -1,4 +1,4 @@
-"""`shardit serve`: the data folder and the socket, which are held until the end, and the processes that use them."""
+"""`shardit serve`: acquires the data folder and the socket for its lifetime, and starts the processes that use them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from shardit.engine.process.placement import Placement
 
 LEFT_BEHIND_S = 6.0
-"""After a server was killed: time for its processes to let go of the port."""
+"""Seconds for the processes of a killed server to release the port."""
 
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def serve(options: ServeOptions, placement: Placement | None = None, patience_s: float = 0.0) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for what the user can correct.
+    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises InputError for errors that the user can correct.
 
-    patience_s: how long to wait for the data folder, where a server that is about to end may hold it.
+    patience_s: wait for the data folder, in seconds, if an exiting server may still hold it.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the supervisor has a better answer
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the supervisor sets its own handler
     with (
         locked(options.data_dir, patience_s) as was_killed,
         listening(options.host, options.port, LEFT_BEHIND_S if was_killed else 0.0) as listener,
@@ -61,7 +61,7 @@ def _placement_for(options: ServeOptions) -> Placement:
 
 @contextlib.contextmanager
 def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.socket]:
-    """A listening TCP socket. Raises InputError where the address cannot be had, or not within `patience_s`."""
+    """Open a listening TCP socket. Raises InputError if the address is unavailable for `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
@@ -84,8 +84,8 @@ def listening(host: str, port: int, patience_s: float = 0.0) -> Iterator[socket.
 
 @contextlib.contextmanager
 def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
-    """The data folder, for this server alone; whether the one before was killed, so that its processes may not all be
-    gone yet. Raises InputError where another one has it, for `patience_s` at least."""
+    """Lock the data folder for this server; yields whether the previous server was killed, so that its processes may
+    still be running. Raises InputError if another server holds the folder for `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
     made = not folder.exists()
     try:
@@ -112,12 +112,12 @@ def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
 
 
 def _take(path: Path, deadline: float) -> int | None:
-    """A locked handle of a file, which is made where there is none; None where another process keeps it locked."""
+    """Return a locked handle of a file, which is created if missing; None if another process keeps it locked."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before removes the file at its end: a lock on a removed file keeps nobody out.
+            # The previous server removes the file at its exit: a lock on a removed file excludes nobody.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
         except OSError:
@@ -129,7 +129,7 @@ def _take(path: Path, deadline: float) -> int | None:
 
 
 def _leave(folder: Path, made: bool) -> None:
-    """Remove the lock, and the folder where this start has made it and put nothing into it."""
+    """Remove the lock, and the folder if this start created it and left it empty."""
     with contextlib.suppress(OSError):
         (folder / "lock").unlink()
         if made:

@@ -1,8 +1,8 @@
-"""A process that torchrun has started under `shardit serve`: it keeps one rank, and on rank 0 the supervisor too.
+"""A process started by torchrun under `shardit serve`: runs one rank, and on rank 0 the supervisor too.
 
 The rank itself is a fork of this process, so that an agent, which has neither torch nor threads, always reacts: it
-ends a rank that hangs, and it ends with the code that the supervisor names, by which torchrun knows whether to start
-all ranks again. Supervisor and agents never outlive each other.
+kills a rank that hangs, and it exits with the code from the supervisor, by which torchrun decides whether to start all
+ranks again. Supervisor and agents never outlive each other.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from shardit.server.placement.torchrun_env import LOOPBACK, RankEnv, hosts_of
 from shardit.server.placement.torchrun_rank import be_rank, end_with
 
 WORD_WAIT_S = 5.0
-"""After the end of a rank, or a signal: time for the supervisor to say with which code to end."""
+"""Seconds for the supervisor to send the exit code after the end of a rank, or a signal."""
 SUPERVISOR_STOP_S = 9.0
 CONTROL_S = 6.0
 KILL_S = 5.0
 
 
 def serve_as_rank(options: ServeOptions) -> int:
-    """Keep this process's rank until the server stops or all ranks are to be restarted; returns the exit code.
-    Raises InputError where torchrun has started another number of ranks than the flags ask for."""
+    """Run this process's rank until the server stops or all ranks are to be restarted; returns the exit code. Raises
+    InputError if torchrun has started another number of ranks than the flags require."""
     rank_env, wanted = RankEnv.of_environment(), options.config.world_size
     if rank_env.world_size != wanted:
         raise InputError(
@@ -55,7 +55,7 @@ def serve_as_rank(options: ServeOptions) -> int:
 
 
 class Agent:
-    """One agent and what it has started."""
+    """One agent and its child processes."""
 
     def __init__(self, options: ServeOptions, rank_env: RankEnv):
         self.options, self.rank_env = options, rank_env
@@ -64,15 +64,15 @@ class Agent:
         self.control_channel: Channel | None = None
         self.rank_pid: int | None = None
         self.from_rank: Channel | None = None
-        self._heard = False
+        self._rank_reported = False
         self._deadline, self._code_then = math.inf, RESTART
         self._signal: int | None = None
         self._wakeup, self._woken = socket.socketpair()
 
     def run(self) -> int:
-        """Start all, wait for the end, end all."""
+        """Start all processes, wait for the end of one, stop all."""
         code = RESTART
-        self._hear_signals()
+        self._handle_signals()
         try:
             reach = self._start_supervisor() if self.rank_env.rank == 0 else None
             self._fork_rank(reach)
@@ -81,7 +81,7 @@ class Agent:
             code = self._end(code)
         return code
 
-    def _hear_signals(self) -> None:
+    def _handle_signals(self) -> None:
         def note(number: int, _: Any) -> None:
             if number != signal.SIGCHLD:
                 self._signal = number
@@ -142,7 +142,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        faulthandler.register(signal.SIGUSR1)  # tells where it is
+        faulthandler.register(signal.SIGUSR1)  # dumps its stack
         die_with_parent(signal.SIGKILL)
         if os.getppid() != agent:
             os._exit(1)
@@ -158,7 +158,7 @@ class Agent:
         while True:
             left = self._deadline - time.monotonic()
             sockets = {"signal": self._wakeup}
-            from_rank = None if self._heard else self.from_rank
+            from_rank = None if self._rank_reported else self.from_rank
             for name, channel in (
                 ("control_channel", self.control_channel),
                 ("rank", from_rank),
@@ -171,29 +171,29 @@ class Agent:
             if "control_channel" in ready:
                 return _code_from(self.control_channel)
             if "rank" in ready:
-                self._hear_rank()
+                self._read_rank()
             if "signal" in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._wakeup.recv(4096)
                 self._on_signal()
                 self._reap_rank()
-            elif "control" in ready:  # the supervisor says nothing here: it is gone
+            elif "control" in ready:  # the supervisor sends nothing here: it has exited
                 return self._code_of_supervisor()
             if time.monotonic() >= self._deadline:
                 return self._code_then
 
-    def _hear_rank(self) -> None:
+    def _read_rank(self) -> None:
         assert self.from_rank is not None
         try:
             reach = self.from_rank.recv()
             hello = {**facts(self.rank_env.rank), "role": "agent"}
             self.control_channel, _ = connect(reach, hello, CONTROL_S)
         except (Closed, OSError):
-            pass  # it has ended; a signal says so
+            pass  # it has exited; a signal follows
         except RankError:
             self._end_by(0.0, RESTART)
-        # It stays open: its end tells the rank that the agent is gone.
-        self._heard = True
+        # It stays open: its end shows the rank that the agent has exited.
+        self._rank_reported = True
 
     def _on_signal(self) -> None:
         number, self._signal = self._signal, None
@@ -227,7 +227,7 @@ class Agent:
 
     def _end(self, code: int) -> int:
         if self.rank_pid is not None:
-            for kill in (os.killpg, os.kill):  # what it has started, too; it may not have its own group yet
+            for kill in (os.killpg, os.kill):  # its child processes, too; it may not have its own group yet
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     kill(self.rank_pid, signal.SIGKILL)
             deadline = time.monotonic() + KILL_S

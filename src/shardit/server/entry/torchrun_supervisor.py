@@ -17,7 +17,7 @@ from shardit.server.placement.torchrun import PATIENCE_S, Supervise, TorchrunPla
 
 
 def main(control_fd: int, listener_fd: int, agent: int) -> int:
-    """The supervisor's process under torchrun; returns its exit code."""
+    """Run the supervisor's process under torchrun; returns its exit code."""
     from shardit.server.entry.serve import serve
 
     die_with_parent(signal.SIGKILL)
@@ -41,7 +41,7 @@ def main(control_fd: int, listener_fd: int, agent: int) -> int:
 
 
 def _obey(control: Channel, placement: TorchrunPlacement) -> None:
-    """Stop when the agent says so; where it is gone, at once: what is left undone is done again."""
+    """Stop on the agent's message; if the agent has exited, at once: unfinished work is done again later."""
     with contextlib.suppress(Closed, OSError):
         while True:
             placement.leave(control.recv().code)

@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, errors in one shape, and the guard in front."""
+"""The HTTP application: routes, errors in one format, and the middleware in front."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OPEN = ("/health", "/ready", "/favicon.ico")
 
 
 def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> FastAPI:
-    """The application; `live_state` must be fed in the event loop in which it runs."""
+    """Build the application; `live_state` must be updated in the event loop in which it runs."""
     context = Context(options, store, live_state, field_models(options.limits), HttpMetrics())
     app = FastAPI(title="shardit", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     files = page_files()

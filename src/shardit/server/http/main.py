@@ -26,7 +26,7 @@ from shardit.server.options import ServeOptions
 
 _LOG = logger("api")
 _GRACE_S = 2
-"""How long answers may still take once the process is asked to end, in seconds."""
+"""Time limit for unfinished answers once the process is asked to exit, in seconds."""
 
 
 def main(control_fd: int, listen_fd: int) -> None:
@@ -59,7 +59,7 @@ async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, li
     link.start(loop, live_state.deliver)
     try:
         dropped = await loop.run_in_executor(None, store.drop_waiting)
-    except sqlite3.Error as error:  # a full disk, say: requests report it
+    except sqlite3.Error as error:  # a full disk, for example: requests report it
         _LOG.error("storage", error=str(error))
         dropped = 0
     if dropped:
@@ -69,7 +69,7 @@ async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, li
     server = _Server(_config(options, store, live_state), live_state)
     gc.freeze()
     gc.enable()  # it was off during the imports
-    lower_session_priority()  # only now: the start shall be quick
+    lower_session_priority()  # only now, to keep the start quick
     await server.serve(sockets=[listener])
 
 
@@ -88,25 +88,25 @@ def _config(options: ServeOptions, store: Store, live_state: LiveState) -> uvico
 
 
 class _Server(uvicorn.Server):
-    """Tells who waits for jobs that the end has come, which would otherwise take the whole grace."""
+    """Notifies requests that wait for jobs of the shutdown; otherwise they would use the whole grace period."""
 
     def __init__(self, config: uvicorn.Config, live_state: LiveState):
         super().__init__(config)
         self._live_state = live_state
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve, then say so."""
+        """Serve, then report it."""
         await super().startup(sockets)
         for host, port, *_ in (listener.getsockname() for listener in sockets or ()):
             _LOG.info("listening", host=host, port=port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer what can still be answered, then end."""
+        """Answer pending requests if possible, then stop."""
         self._live_state.stop()
         await super().shutdown(sockets)
 
 
 def _supervisor_gone() -> None:
-    # Without it nothing works, and another one may be waiting for the address.
+    # Without it nothing works, and another server may be waiting for the address.
     _LOG.error("supervisor_gone")
     os._exit(1)

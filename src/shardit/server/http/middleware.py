@@ -1,5 +1,5 @@
-"""What every request passes first: a key where one is needed, the limit of its size and time, and the headers, metrics
-and log line of its answer. Plain ASGI, because answers are streams."""
+"""Checks of every request before its route: a key if required, host and origin, the limits of size and time; and the
+headers, metrics and log line of its answer. Plain ASGI, because answers are streams."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from shardit.server.options import ServeOptions
 
 _LOG = logger("api")
 _BODY_PAUSE_S = 30.0
-"""Longest wait for the next piece of a body."""
+"""Longest wait for the next piece of a body, in seconds."""
 _BODY_S = 600.0
-"""Longest time for a whole body."""
+"""Time limit for a whole body, in seconds."""
 _DRAIN_BYTES, _DRAIN_S = 1024**2, 2.0
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 _PROBES = ("/health", "/ready", "/metrics")
 _POLLED = ("/v1/server", "/v1/images", "/v1/videos", "/v1/generations")
-"""Routes that the page reads again and again."""
+"""Routes that the page polls."""
 _FOR_ANY_HOST = ("/health", "/ready")
-"""Routes for probes, which may know the server by another name or by none: they tell only whether it works."""
+"""Routes for probes, which may use another name for the server or none: they only report whether it works."""
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -42,7 +42,7 @@ _SAFE = {
 
 
 class Guard:
-    """`is_open` says which paths need no key."""
+    """Checks requests. is_open: returns whether a path needs no key."""
 
     def __init__(self, app: ASGIApp, options: ServeOptions, metrics: HttpMetrics, is_open: Callable[[str], bool]):
         self._app = app
@@ -72,7 +72,7 @@ class Guard:
             await self._answer(scope, receive, send_marked)
         except Exception as error:
             _LOG.error("fault", error="".join(traceback.format_exception(error)), http_id=request_id)
-            if seen["status"]:  # the answer has begun: all that is left is to cut it off
+            if seen["status"]:  # the answer has begun: it can only be cut off
                 raise
             fault = ApiError(500, "the server has a fault; its log says more", code="internal_error")
             await fault.response()(scope, receive, send_marked)
@@ -121,8 +121,8 @@ class Guard:
         return found
 
     def _check_host(self, headers: Headers) -> None:
-        # Without keys, who can reach this machine's loopback may use the server. A page of another site could, under a
-        # name of its own that it lets point here: so only names are heard that nobody else can give.
+        # Without keys, everyone with access to this machine's loopback may use the server. A page of another site could
+        # get it by a DNS name of its own that points here: so only host names are accepted that nobody else can own.
         if self._options.api_key_hashes or not _is_loopback(self._options.host):
             return
         name = _name_of(headers.get("host", ""))
@@ -151,7 +151,7 @@ class Guard:
         self._metrics.seconds.labels(path).observe(seconds)
         polled = path in _PROBES or (method == "GET" and path in _POLLED)
         if polled and (status < 400 or status == 503):  # 503: not ready yet
-            return  # asked for all the time
+            return  # polled all the time
         _LOG.info(
             "request",
             http_id=request_id,
@@ -165,7 +165,7 @@ class Guard:
 
 
 def _name_of(netloc: str) -> str:
-    """The host of "host:port" or "[v6]:port", in lower case."""
+    """Return the host of "host:port" or "[v6]:port", in lower case."""
     if netloc.startswith("["):
         return netloc[1:].partition("]")[0]
     return netloc.partition(":")[0].lower()
@@ -184,7 +184,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def too_large(limit: int) -> ApiError:
-    """The body is longer than the server takes."""
+    """Return the error for a body that is longer than the limit."""
     text = f"the request is larger than {limit} bytes; send less"
     return ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
 
@@ -199,7 +199,7 @@ def _mark(headers: MutableHeaders, request_id: str, cors: tuple[str, ...]) -> No
 
 
 class _Body:
-    """The pieces of a body, counted and in time."""
+    """Reads the pieces of a body with limits of size and time."""
 
     def __init__(self, receive: Receive, limit: int):
         self._receive = receive
@@ -209,7 +209,7 @@ class _Body:
         self._until = time.monotonic() + _BODY_S
 
     async def receive(self) -> Message:
-        """As ASGI's `receive`. Raises ApiError for too much or too slow a body."""
+        """Receive as ASGI's `receive`. Raises ApiError for a body that is too large or too slow."""
         if self._complete:
             return await self._receive()
         try:
@@ -229,7 +229,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Read a little more of a body that is refused: a client that is not heard out misses the answer."""
+        """Read a little more of a refused body: a client that is still sending would miss the answer."""
         left, until = _DRAIN_BYTES, time.monotonic() + _DRAIN_S
         while left > 0 and not self._complete:
             try:

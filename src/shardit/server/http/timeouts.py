@@ -1,4 +1,4 @@
-"""How long a connection may do nothing: uvicorn's own protocol has no limit before the head of a request is complete,
+"""Limits the idle time of a connection: uvicorn's own protocol has no limit before the head of a request is complete,
 and none for clients that do not read their answers."""
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 _PROBE = re.compile(rb"(?:GET|HEAD) /(?:health|ready) HTTP/1\.1\r\n")
 
 PAUSE_S = 30.0
-"""A client gets this long to send the head of a request, and as long again to read some of an answer."""
+"""Time limit for a client to send the head of a request, and to read some of an answer, in seconds each."""
 
 
 class PatientProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues]
-    """uvicorn's protocol, whose connections are looked at every `PAUSE_S`: one on which nothing has happened since the
-    last look, though its client was to send or to read, is ended."""
+    """uvicorn's protocol with a check of each connection every `PAUSE_S`: it is closed if nothing has happened since
+    the last check, although its client was expected to send or to read."""
 
     transport: asyncio.Transport
     cycle: Any  # of the newest request; None before the first
@@ -28,33 +28,33 @@ class PatientProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIss
     _full = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client has come."""
+        """Handle a new connection."""
         super().connection_made(transport)
         self._timer = self.loop.call_later(PAUSE_S, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has gone."""
+        """Handle the end of a connection."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Some of a request has come."""
+        """Handle data of a request."""
         super().data_received(_with_host(data) if self.cycle is None else data)
 
     def pause_writing(self) -> None:
-        """More waits to be read than is good."""
+        """Handle a write buffer that is too full."""
         self._full = True
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """Some of it was read."""
+        """Handle a write buffer that has been read in part."""
         self._full = False
         self._resumed += 1
         super().resume_writing()
 
     def _look(self) -> None:
-        sends = self.cycle is None or self.cycle.response_complete  # it is its turn to send a request
+        sends = self.cycle is None or self.cycle.response_complete  # the client is expected to send a request
         now = (self.cycle, self._resumed, self.transport.get_write_buffer_size())
         if (sends or self._full) and now == self._seen:
             self.transport.abort()  # to close it would wait until all was read
@@ -64,8 +64,8 @@ class PatientProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIss
 
 
 def _with_host(data: bytes) -> bytes:
-    """The head of a probe with a Host header. The parser refuses HTTP/1.1 without one, as it must, but what watches
-    over services often sends the two lines that suffice for an answer."""
+    """Add a Host header to the head of a probe. The parser refuses HTTP/1.1 without one, as it must, but service
+    monitors often send only the two lines that suffice for an answer."""
     found = _PROBE.match(data)
     if found is None or not data.endswith(b"\r\n\r\n") or b"\r\nhost:" in data.lower():
         return data

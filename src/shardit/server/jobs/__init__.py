@@ -1,1 +1,1 @@
-"""Jobs in SQLite and files."""
+"""The job store: SQLite and files."""

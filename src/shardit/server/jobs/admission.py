@@ -1,4 +1,4 @@
-"""What it takes to become a job: room in the queue, a key that was not used for something else, files on the disk."""
+"""Checks for a new job: room in the queue, an unused idempotency key, and input files on the disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shardit.server.jobs.rows import job_of, row_of
 
 
 class QueueFull(Exception):
-    """No more jobs are taken for now; `retry_after_s` is when the next place is expected."""
+    """The queue is full; `retry_after_s`: seconds until the next place is expected."""
 
     def __init__(self, text: str, retry_after_s: float):
         super().__init__(text)
@@ -23,7 +23,7 @@ class Conflict(Exception):
 
 
 def known(db: Database, new: NewJob) -> Job | None:
-    """The job that the idempotency key has made. Raises Conflict."""
+    """Return the job that was created with the same idempotency key. Raises Conflict."""
     if new.idempotency_key is None:
         return None
     row = db.one("SELECT * FROM jobs WHERE idempotency_key=? AND owner IS ?", new.idempotency_key, new.owner)
@@ -33,7 +33,7 @@ def known(db: Database, new: NewJob) -> Job | None:
 
 
 def known_or_room(db: Database, new: NewJob, queue_size: int, of_owner: int | None) -> Job | None:
-    """As `known`. None where it is a new one, for which there is room: see `Store.accept`, also for what is raised."""
+    """Return `known`, or None for a new job if there is room for it; see `Store.accept`, also for the errors."""
     if (job := known(db, new)) is None:
         _check_room(db, new, queue_size, of_owner)
     return job
@@ -49,7 +49,7 @@ def insert(db: Database, job_id: str, new: NewJob, now: float) -> None:
 
 
 def write_inputs(folder: Path, new: NewJob) -> None:
-    """Make the folder of a job, with its input files."""
+    """Create the folder of a job, with its input files."""
     folder.mkdir()
     for name, data in new.inputs.items():
         with open(folder / name, "xb") as file:
@@ -59,8 +59,8 @@ def write_inputs(folder: Path, new: NewJob) -> None:
 
 
 def check_inputs(folder: Path, new: NewJob) -> None:
-    """Raise FileNotFoundError where a server that has just started has taken the folder for one that nobody owns, as
-    there was no job yet."""
+    """Raise FileNotFoundError if the folder is missing: a server that has just started removes folders without a job,
+    and may have removed this one before its job existed."""
     if not folder.is_dir() or not all((folder / name).is_file() for name in new.inputs):
         raise FileNotFoundError(f"{folder} was removed while the job was accepted; send it again")
 
@@ -80,7 +80,7 @@ def _check_room(db: Database, new: NewJob, queue_size: int, of_owner: int | None
 
 
 def _move_clock(db: Database, now: float) -> None:
-    """Where the clock was set back, open jobs move along: they keep their order, and go on to age."""
+    """If the clock was set back, move open jobs along: they keep their order, and continue to age."""
     is_open = "state IN ('queued', 'in_progress')"
     row = db.one(f"SELECT MAX(created_at) FROM jobs WHERE {is_open}")
     assert row is not None

@@ -12,11 +12,11 @@ from typing import Any
 from shardit.server.jobs.migrations import migrate
 
 BUSY_S = 10.0
-"""Longest wait for the other process's transaction; each takes milliseconds."""
+"""Longest wait for the other process's transaction, in seconds; each takes milliseconds."""
 
 
 class Database:
-    """The tables of `migrations.py` in a file. Raises sqlite3.Error where it cannot be used."""
+    """The tables of `migrations.py` in a file. Raises sqlite3.Error if it cannot be used."""
 
     def __init__(self, path: Path):
         self._lock = threading.RLock()
@@ -26,31 +26,31 @@ class Database:
         migrate(self.connection)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._lock:
             self.connection.close()
 
     def one(self, sql: str, *values: Any) -> sqlite3.Row | None:
-        """The first row of an answer."""
+        """Return the first row of an answer."""
         with self._lock:
             return self.connection.execute(sql, values).fetchone()
 
     def all(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-        """All rows of an answer."""
+        """Return all rows of an answer."""
         with self._lock:
             return self.connection.execute(sql, values).fetchall()
 
     def change(self, sql: str, *values: Any, durable: bool = True) -> int:
-        """Write, in the transaction that is open or in one of its own; returns how many rows were changed."""
+        """Write, in the transaction that is open or in one of its own; returns the number of changed rows."""
         with self.transaction(durable):
             return self.connection.execute(sql, values).rowcount
 
     @contextmanager
     def transaction(self, durable: bool = True) -> Iterator[None]:
-        """Everything inside happens at once or not at all. The first to begin has the file for itself.
+        """Run everything inside at once or not at all. The first to begin locks the file.
 
-        durable: on the disk at the end, as an answer to a client is a promise. If not, a machine that loses power may
-        forget it; a process that is killed may not.
+        durable: written to the disk at the end, as an answer to a client is a promise. If not, a power failure may lose
+        the change; a killed process does not.
         """
         with self._lock:
             if self.connection.in_transaction:  # part of a larger change

@@ -1,4 +1,4 @@
-"""A job: one accepted request, from the moment it is stored until its one end."""
+"""A job: one accepted request, from the moment it is stored until it ends."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ ENDED: tuple[State, ...] = ("completed", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class NewJob:
-    """What the HTTP side asks the store to accept.
+    """A new job from the HTTP side for the store.
 
-    request: what `build_requests` takes, as JSON values: {"prompt": ..., "seed": ..., ...}; input pictures
-    are files, named in `inputs`. view: what the answer repeats to the client (size, seconds, quality ...).
+    request: the arguments of `build_requests` as JSON values: {"prompt": ..., "seed": ..., ...}; input pictures are
+    files, named in `inputs`. view: fields of the request that answers repeat (size, seconds, quality ...).
     """
 
     kind: Kind
     request: Mapping[str, Any]
     seed: int
     cost: float
-    """Seconds that it is expected to take; decides its place in the queue."""
+    """Expected seconds; decides its place in the queue."""
     inputs: Mapping[str, bytes] = field(default_factory=dict)
-    """Input pictures by file name, as they came, checked."""
+    """Input pictures by file name, unchanged, checked."""
     view: Mapping[str, Any] = field(default_factory=dict)
     owner: str | None = None
-    """Which API key sent it; None without keys."""
+    """The API key that sent it; None without keys."""
     priority: int = 0
     """Each step is worth `PRIORITY_S` seconds of waiting."""
     waits: bool = False
     """A client waits on its connection for the result: without it the job is cancelled."""
     idempotency_key: str | None = None
     fingerprint: str = ""
-    """Digest of the request, which tells a repeated idempotency key from a misused one."""
+    """Digest of the request; distinguishes a repeated idempotency key from a misused one."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,24 @@ class Job:
     started_at: float | None = None
     finished_at: float | None = None
     attempts: int = 0
-    """How often ranks have begun it."""
+    """Number of times ranks have begun it."""
     deaths: int = 0
-    """How often ranks have died while it ran."""
+    """Number of times ranks have died while it ran."""
     deaths_alone: int = 0
-    """How often nothing else ran at that time, so that only this job can be the cause, if a job is."""
+    """The part of `deaths` with no other job running, so that only this job can be the cause, if a job is."""
     cancel_requested: bool = False
     error: dict[str, Any] | None = None
     """{"code": ..., "message": ...} of a failed job."""
     files: tuple[str, ...] = ()
     """Names of the results in the job's folder, in order."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What was seen: seconds, peak_bytes, notes."""
+    """Measurements and notes: seconds, peak_bytes, notes."""
     bytes: int = 0
     """Size of inputs and results."""
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Whether the job has reached its final state."""
         return self.state in ENDED
 
 
@@ -87,19 +87,19 @@ PRIORITY_S = 600.0
 
 
 def new_id(kind: Kind) -> str:
-    """A name that cannot be guessed."""
+    """Return an id that cannot be guessed."""
     return f"{kind}_{secrets.token_hex(16)}"
 
 
 def is_id(name: str) -> bool:
-    """Whether `new_id` may have made this name."""
+    """Return whether a text has the form of an id from `new_id`."""
     return re.fullmatch(r"(image|video|generation)_[0-9a-f]{32}", name) is not None
 
 
 def due_time(accepted_at: float, cost: float, priority: int) -> float:
-    """The place of a job in the queue: the lowest goes first, and it never changes.
+    """Return the place of a job in the queue: the lowest goes first, and it never changes.
 
-    Of jobs that come together the short one goes first; a long one is overtaken only by those that come within its own
-    cost after it, so that nothing waits for ever.
+    Of jobs that arrive together the short one goes first; a long one is overtaken only by jobs that arrive within its
+    own cost after it, so that no job waits forever.
     """
     return accepted_at + cost - priority * PRIORITY_S

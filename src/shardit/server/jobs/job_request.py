@@ -1,4 +1,4 @@
-"""From a job's stored request to the `Request` that ranks run, the same whenever it is built."""
+"""Builds the `Request` for the ranks from a job's stored request, the same each time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 
 def build_request(request: Mapping[str, Any], seed: int, images: Sequence[ImageSource], info: ModelInfo) -> Request:
-    """The one request of a job. `request` holds the prompt and parameters under the names of `Omni.generate`, `info`
-    what is known of the model. Raises InputError if they do not fit each other.
-    """
+    """Build the one request of a job. request: the prompt and parameters under the names of `Omni.generate`. info:
+    facts about the model. Raises InputError if they do not fit each other."""
     entry: dict[str, Any] = {**request, "seed": seed}
     if images:
         entry["pil_image"] = list(images)

@@ -1,4 +1,4 @@
-"""The tables of the store, and the steps from those of an older version to today's."""
+"""The tables of the store, and the migrations from older versions."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ STEPS: tuple[str, ...] = (
     ALTER TABLE jobs ADD COLUMN deaths_alone INTEGER NOT NULL DEFAULT 0;
     """,
 )
-"""`STEPS[n]` leads from version n to n + 1. A step that was released is never changed."""
+"""`STEPS[n]` migrates from version n to n + 1. A released step is never changed."""
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Bring the tables up to date, in one transaction. Raises sqlite3.DatabaseError where a newer program made them."""
+    """Bring the tables up to date, in one transaction. Raises sqlite3.DatabaseError if a newer program made them."""
     if _version(db) == len(STEPS):
         return  # without a write, which a full disk would refuse
     db.execute("BEGIN IMMEDIATE")

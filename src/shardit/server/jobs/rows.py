@@ -1,4 +1,4 @@
-"""Jobs as rows of the store's table, and back."""
+"""Converts jobs to rows of the store's table, and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardit.server.jobs.job import Job, NewJob, due_time
 
 
 def row_of(job_id: str, new: NewJob, now: float) -> dict[str, Any]:
-    """The columns of a job that is accepted now."""
+    """Return the columns of a job that is accepted now."""
     return {
         "id": job_id,
         "kind": new.kind,
@@ -30,7 +30,7 @@ def row_of(job_id: str, new: NewJob, now: float) -> dict[str, Any]:
 
 
 def job_of(row: sqlite3.Row) -> Job:
-    """The job of a row."""
+    """Return the job of a row."""
     return Job(
         number=row["number"],
         id=row["id"],

@@ -1,7 +1,7 @@
-"""The store of jobs: SQLite for what they are, a folder for each with its input and result files.
+"""The store of jobs: SQLite for their state, a folder for each with its input and result files.
 
 Both the API process and the supervisor open it. Every change is one transaction, so that a process may be killed
-between any two lines; a job's one end is an UPDATE that only an open job can match.
+between any two lines; a job ends by a single UPDATE that only matches an open job.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from shardit.server.jobs.job import ENDED, Job, Kind, NewJob, State, is_id, new_
 from shardit.server.jobs.rows import job_of
 
 CANCELLED_WAITING = "cancelled_waiting"
-"""Name under which `recall` gives how many jobs have ever been cancelled while no rank had them."""
+"""Name for `recall`: the number of jobs ever cancelled before a rank had them."""
 
 
 class Store:
-    """Jobs in `folder`. Safe to use from several threads and processes.
+    """The jobs in `folder`. Safe to use from several threads and processes.
 
-    Raises InputError where the folder cannot be used. `clock` gives seconds since 1970.
+    Raises InputError if the folder cannot be used. clock: returns seconds since 1970.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
@@ -47,23 +47,23 @@ class Store:
         self._db.close()
 
     def files_of(self, job_id: str) -> Path:
-        """The folder of a job's files; `job_id` must be one that the store has given."""
+        """Return the folder of a job's files; `job_id` must come from the store."""
         return self.folder / "jobs" / job_id
 
-    # The life of a job.
+    # Changes of a job's state.
 
     def accept(self, new: NewJob, *, queue_size: int, of_owner: int | None = None) -> tuple[Job, bool]:
         """Store a job as queued, its input files first; returns it, and whether it is new.
 
-        A repeated idempotency key with the same fingerprint gives the job that it made; with another one, Conflict.
-        Raises QueueFull where `queue_size` jobs are queued, or the owner has `of_owner` open ones.
+        A repeated idempotency key with the same fingerprint returns its job; with another fingerprint it raises
+        Conflict. Raises QueueFull if `queue_size` jobs are queued, or the owner has `of_owner` open ones.
         """
         if (known := known_or_room(self._db, new, queue_size, of_owner)) is not None:
             return known, False
         job_id = new_id(new.kind)
         try:
             write_inputs(self.files_of(job_id), new)  # which may take a while, in which others can write
-            with self._db.transaction(durable=not new.waits):  # of a client that waits the connection is lost, too
+            with self._db.transaction(durable=not new.waits):  # if its client waits, the connection is lost as well
                 if (known := known_or_room(self._db, new, queue_size, of_owner)) is None:
                     check_inputs(self.files_of(job_id), new)
                     insert(self._db, job_id, new, self._clock())
@@ -77,18 +77,18 @@ class Store:
         return job, known is None
 
     def knows(self, new: NewJob) -> bool:
-        """Whether `accept` would give a job that is there already. Raises Conflict."""
+        """Return whether `accept` would return an existing job. Raises Conflict."""
         return intake.known(self._db, new) is not None
 
     def start(self, job_id: str) -> bool:
-        """queued -> in_progress, which a machine may forget that loses power: the job is queued then, as it would be
-        anyway. False where somebody else was first, or it is cancelled."""
+        """queued -> in_progress. A power failure may lose this change: the job is then queued, as it would be anyway.
+        Returns False if another process was first, or the job is cancelled."""
         sql = "UPDATE jobs SET state='in_progress', started_at=?, attempts=attempts+1 WHERE id=? AND state='queued'"
         return bool(self._db.change(sql, self._clock(), job_id, durable=False))
 
     def put_back(self, job_id: str, *, died: bool = False, alone: bool = False) -> bool:
-        """in_progress -> queued, at its old place: its ranks are gone, or it has to make way. `died` counts that ranks
-        died while it ran, `alone` that nothing else ran at that time. False where it is to be cancelled."""
+        """in_progress -> queued, at its old place: its ranks are gone, or it has to make way. died: count a death of
+        ranks during the job. alone: no other job ran at that time. Returns False if it is to be cancelled."""
         sql = (
             "UPDATE jobs SET state='queued', started_at=NULL, deaths=deaths+?, deaths_alone=deaths_alone+?"
             " WHERE id=? AND state='in_progress' AND cancel_requested=0"
@@ -104,7 +104,8 @@ class Store:
         files: Sequence[str] = (),
         facts: dict[str, Any] | None = None,
     ) -> bool:
-        """The one end of a job; False where it has ended already. Its files must be in their folder by now."""
+        """Set the final state of a job; returns False if it has ended already. Its files must be in their folder by
+        now."""
         assert state in ENDED, state
         size = sum((self.files_of(job_id) / name).stat().st_size for name in files)
         with self._db.transaction():
@@ -125,8 +126,8 @@ class Store:
         return bool(done)
 
     def request_cancel(self, job_id: str) -> Job | None:
-        """A queued job is cancelled at once, one in progress when the ranks come to know of it; others stay as they
-        are. Returns the job as it is now, None where there is none."""
+        """Cancel a queued job at once, and one in progress when the ranks receive the request; finished jobs stay as
+        they are. Returns the present job, None if there is none."""
         with self._db.transaction():
             ended = self._db.change(
                 "UPDATE jobs SET state='cancelled', cancel_requested=1, finished_at=? WHERE id=? AND state='queued'",
@@ -138,7 +139,7 @@ class Store:
             return self.get(job_id)
 
     def delete(self, job_id: str) -> bool:
-        """Forget a job and its files; one that is open is cancelled first. False where there is none."""
+        """Delete a job and its files; one that is open is cancelled first. Returns False if there is none."""
         with self._db.transaction():
             if (job := self.request_cancel(job_id)) is None:
                 return False
@@ -148,14 +149,14 @@ class Store:
         return True
 
     def drop_waiting(self) -> list[str]:
-        """Cancel the jobs whose clients waited on a connection that is gone, as this API process has just begun."""
+        """Cancel the jobs whose clients waited on a connection of an earlier API process."""
         rows = self._db.all("SELECT id FROM jobs WHERE waits=1 AND state IN ('queued', 'in_progress')")
         return [row["id"] for row in rows if self.request_cancel(row["id"])]
 
     def recover(self) -> list[Job]:
-        """After a start: what was in progress is queued again, or cancelled if that was asked for. Returns the former.
+        """After a start: queue jobs in progress again, or cancel them if that was requested. Returns the queued ones.
 
-        Removes folders of jobs that are not known any more. What else lies there is not ours.
+        Removes folders of unknown jobs, and nothing else.
         """
         with self._db.transaction():
             ended = self._db.change(
@@ -164,13 +165,13 @@ class Store:
             )
             self._count(CANCELLED_WAITING, ended)
             again = self._db.all("SELECT * FROM jobs WHERE state='in_progress'")
-            # One of them may be why the whole server died: after another death each of them runs alone.
+            # One of them may have killed the whole server: after another death each of them runs alone.
             self._db.change(
                 "UPDATE jobs SET state='queued', started_at=NULL, deaths=deaths+1 WHERE state='in_progress'"
             )
-        # None of these is open any more: doomed jobs are those that were to be cancelled.
+        # No process runs these any more: doomed jobs are those with a requested cancellation.
         self._remove([row["id"] for row in self._db.all("SELECT id FROM jobs WHERE doomed=1")])
-        with self._db.transaction():  # a process that is left of a killed server may be in the middle of `accept`
+        with self._db.transaction():  # a remaining process of a killed server may be in the middle of `accept`
             known = {row["id"] for row in self._db.all("SELECT id FROM jobs")}
             for path in (self.folder / "jobs").iterdir():
                 if is_id(path.name) and path.name not in known:
@@ -178,8 +179,8 @@ class Store:
         return [job_of(row) for row in again]
 
     def retain(self, max_age_s: float, max_bytes: int, at_most: int | None = None) -> list[str]:
-        """Forget ended jobs that are older than `max_age_s`, and the oldest until all files fit `max_bytes`; no more
-        than `at_most` of them now. Returns which."""
+        """Delete ended jobs that are older than `max_age_s`, and the oldest until all files fit `max_bytes`; no more
+        than `at_most` of them now. Returns their ids."""
         ended = self._db.all(
             "SELECT id, finished_at, bytes FROM jobs WHERE state NOT IN ('queued', 'in_progress') ORDER BY number"
         )
@@ -193,29 +194,29 @@ class Store:
         self._remove(gone[:at_most])
         return gone[:at_most]
 
-    # Looking.
+    # Queries.
 
     def get(self, job_id: str) -> Job | None:
-        """The job as it is now; None where there is none, or it is to be deleted."""
+        """Return the present job; None if there is none, or it is to be deleted."""
         row = self._db.one("SELECT * FROM jobs WHERE id=? AND doomed=0", job_id)
         return None if row is None else job_of(row)
 
     def queued(self, limit: int = 100) -> list[Job]:
-        """The next jobs, in the order in which they are to begin."""
+        """Return the next jobs, in the order in which they are to begin."""
         rows = self._db.all("SELECT * FROM jobs WHERE state='queued' ORDER BY due, number LIMIT ?", limit)
         return [job_of(row) for row in rows]
 
     def in_progress(self) -> list[Job]:
-        """Jobs that have begun and not ended."""
+        """Return the jobs that have begun and not ended."""
         return [job_of(row) for row in self._db.all("SELECT * FROM jobs WHERE state='in_progress'")]
 
     def to_cancel(self) -> list[str]:
-        """Jobs in progress that somebody wants to be cancelled."""
+        """Return the jobs in progress with a requested cancellation."""
         rows = self._db.all("SELECT id FROM jobs WHERE state='in_progress' AND cancel_requested=1")
         return [row["id"] for row in rows]
 
     def position(self, job: Job) -> int:
-        """How many queued jobs go before this one."""
+        """Return the number of queued jobs before this one."""
         row = self._db.one(
             "SELECT COUNT(*) FROM jobs WHERE state='queued' AND (due, number) < (?, ?)", job.due, job.number
         )
@@ -225,8 +226,8 @@ class Store:
     def page(
         self, kind: Kind, *, owner: str | None, after: str | None = None, limit: int = 20, order: str = "desc"
     ) -> tuple[list[Job], bool]:
-        """Jobs of one kind and owner by the order of acceptance, from the one behind `after`; and whether there are
-        more. Raises InputError where `after` is none of them."""
+        """Return jobs of one kind and owner by the order of acceptance, starting after `after`; and whether there are
+        more. Raises InputError if `after` is none of them."""
         newest = order == "desc"
         where, values = "kind=? AND doomed=0 AND owner IS ?", [kind, owner]
         if after is not None:
@@ -239,27 +240,25 @@ class Store:
         return [job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def to_repeat(self) -> int:
-        """How many queued jobs have begun before: a start runs them again."""
+        """Return the number of queued jobs that have begun before: a start runs them again."""
         row = self._db.one("SELECT COUNT(*) FROM jobs WHERE state='queued' AND attempts > 0")
         assert row is not None
         return row[0]
 
     def counts(self) -> dict[str, int]:
-        """Number of jobs by state."""
+        """Return the number of jobs by state."""
         return {row["state"]: row["n"] for row in self._db.all("SELECT state, COUNT(*) AS n FROM jobs GROUP BY state")}
 
-    # Facts that outlive a process, such as how long a step takes.
+    # Values that outlive a process, such as the time of a step.
 
     def remember(self, name: str, value: Any) -> None:
-        """Keep a JSON value under a name."""
+        """Store a JSON value under a name."""
         self._db.change("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", name, json.dumps(value))
 
     def recall(self, name: str, default: Any = None) -> Any:
-        """The value kept under a name."""
+        """Return the value stored under a name."""
         row = self._db.one("SELECT value FROM facts WHERE name=?", name)
         return default if row is None else json.loads(row["value"])
-
-    # How.
 
     def _count(self, name: str, more: int) -> None:
         if more:

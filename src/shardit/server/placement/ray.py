@@ -1,4 +1,4 @@
-"""Ranks that Ray places over nodes: one actor for each, in a placement group with one bundle per node."""
+"""Places ranks over nodes with Ray: one actor for each, in a placement group with one bundle per node."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from shardit.server.placement.ray_connection import RayConnection, one_line
 RESOURCES_S = 60.0
 """Default of SHARDIT_RAY_WAIT: longest wait for Ray to give the CPUs and GPUs, in seconds."""
 ARRIVE_S = 300.0
-"""Longest wait for the actors to start and their ranks to arrive, in seconds. They do before they load the model."""
+"""Time limit for the actors to start and their ranks to arrive, in seconds. They arrive before they load the model."""
 SHUTDOWN_S = 3.0
 
 
 class RayPlacement:
-    """See `Placement`. Each start has new actors: those of the one before may hang."""
+    """See `Placement`. Each start has new actors: those of the previous start may hang."""
 
     def __init__(self, options: ServeOptions):
         if importlib.util.find_spec("ray") is None:
@@ -44,7 +44,7 @@ class RayPlacement:
         self._port: RankPort | None = None
 
     def start(self, spec: SessionSpec, report: Report) -> list[Channel]:
-        """See `Placement`. Processes on other machines are not watched: a closed connection is all that is known."""
+        """See `Placement`. Processes on other machines are not monitored: only a closed connection is noticed."""
         try:
             return self._start(spec)
         except (InputError, RankError):
@@ -90,7 +90,9 @@ class RayPlacement:
         size = spec.config.world_size
         per_node, rest = divmod(size, self._nodes)
         if rest:
-            raise InputError(f"{size} ranks cannot be spread evenly over {self._nodes} nodes; change one of the two")
+            raise InputError(
+                f"{size} ranks cannot be distributed evenly over {self._nodes} nodes; change either number"
+            )
         gpus = _wants_gpus(ray, spec.device)
         self._group = self._reserve(ray, per_node, gpus)
         self._port = RankPort(listen_for_ranks(_own_address(ray)), [(rank, "rank") for rank in range(size)])
@@ -131,7 +133,7 @@ class RayPlacement:
         ]
 
     def _look(self, ray: Any) -> None:
-        """Raise what has ended an actor before its rank has arrived."""
+        """Raise the error of an actor that ended before its rank arrived."""
         ended, _ = ray.wait(self._runs, num_returns=1, timeout=0)
         if not ended:
             return
@@ -147,7 +149,7 @@ class RayPlacement:
 
 
 def _wherever(model: str) -> str:
-    """The model under a name that holds in any folder: the working folder of actors is not this one."""
+    """Return the model under a name that is valid in any folder: actors have another working folder."""
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
 
@@ -164,14 +166,15 @@ def _resources_wait() -> float:
 
 
 def _wants_gpus(ray: Any, device: str | None) -> bool:
-    """As ranks pick devices: GPUs if there are any, by default."""
+    """Return whether ranks will pick GPUs: by default, if there are any."""
     if device is not None:
         return device.partition(":")[0] == "cuda"
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def _own_address(ray: Any) -> str:
-    """Where to listen: at this machine's address alone if all nodes are on it, else at all of its addresses."""
+    """Return the address to listen at: this machine's address alone if all nodes are on it, else all of its
+    addresses."""
     own = ray.util.get_node_ip_address()
     return own if all(node["NodeManagerAddress"] == own for node in ray.nodes() if node["Alive"]) else ""
 

@@ -1,4 +1,4 @@
-"""The connection of the supervisor to Ray: to a cluster that runs, or to one that is started for it alone."""
+"""The connection of the supervisor to Ray: to a running cluster, or to one that is started for it alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ANSWER_S = 10.0
 
 
 class RayConnection:
-    """Connects to the cluster that RAY_ADDRESS names or that runs on this machine, else starts one on this machine.
+    """Connects to the cluster of RAY_ADDRESS or a cluster running on this machine, else starts one on this machine.
 
-    Ray has the kernel end the processes of a cluster that it starts together with the *thread* that has started them.
-    So that thread waits here until `close`, whichever thread has asked for the connection.
+    Ray asks the kernel to end the processes of a cluster that it starts together with the *thread* that has started
+    them. So that thread waits here until `close`, regardless of the thread that opened the connection.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class RayConnection:
         self._over = threading.Event()
 
     def open(self) -> Any:
-        """The module `ray`, connected. Raises InputError where there is no cluster that can be used."""
+        """Return the module `ray`, connected. Raises InputError if there is no usable cluster."""
         _set_up()
         import ray
 
@@ -56,15 +56,15 @@ class RayConnection:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong in Ray."""
+    """Return an error of Ray in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray puts the remote traceback first; what went wrong is in its last line.
+    # Ray puts the remote traceback first; its last line has the cause.
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def _set_up() -> None:
-    """To be called before Ray is imported."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server tells nobody that it was started
+    """Set the environment; to be called before Ray is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server does not report its start to anyone
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # SIGTERM is no failure
 
 
@@ -87,7 +87,7 @@ def _connect() -> None:
 
 
 def _check_answers(address: str | None) -> None:
-    """Raise OSError where nobody answers at HOST:PORT: Ray itself would try for minutes."""
+    """Raise OSError if HOST:PORT does not answer: Ray itself would try for minutes."""
     host, _, port = (address or "").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()

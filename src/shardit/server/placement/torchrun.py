@@ -1,4 +1,4 @@
-"""Ranks that torchrun has started: the supervisor as the child of rank 0's agent, and what it says to all agents."""
+"""Ranks started by torchrun: the supervisor as the child of rank 0's agent, and its messages to all agents."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from shardit.errors import RankError
 from shardit.server.options import ServeOptions
 
 RESTART = 75
-"""Exit code of agents when all ranks are to be restarted; torchrun does so for any code but 0."""
+"""Exit code of agents for a restart of all ranks; torchrun restarts on any code but 0."""
 ARRIVE_S = 900.0
-"""Longest wait for all ranks to arrive, in seconds. They do before they load the model."""
+"""Time limit for all ranks to arrive, in seconds. They arrive before they load the model."""
 AGAIN_S = 60.0
-"""How long a supervisor lives on that waits to be ended because ranks are restarted, in seconds."""
+"""Seconds that a supervisor waits to be stopped when ranks are restarted."""
 PATIENCE_S = 20.0
-"""How long a supervisor waits for the data folder and the port of the one before it, in seconds."""
+"""Seconds that a supervisor waits for its predecessor to release the data folder and the port."""
 
 
 @dataclass(frozen=True)
 class Supervise:
-    """From the agent of rank 0 to the supervisor, first of all. restarts: how often torchrun has restarted all."""
+    """The first message from the agent of rank 0 to the supervisor. restarts: number of torchrun's restarts."""
 
     options: ServeOptions
     reach: Reach
@@ -39,7 +39,7 @@ class Supervise:
 
 @dataclass(frozen=True)
 class Leave:
-    """From the supervisor to agents: end with this code; from the agent of rank 0: have all agents do so."""
+    """From the supervisor to agents: exit with this code; from the agent of rank 0: make all agents exit."""
 
     code: int
 
@@ -55,7 +55,7 @@ class TorchrunPlacement:
         self._over = threading.Event()
 
     def start(self, spec: SessionSpec, report: Report) -> list[Channel]:
-        """See `Placement`. Processes on other machines are not watched: a closed connection is all that is known."""
+        """See `Placement`. Processes on other machines are not monitored: only a closed connection is noticed."""
         if self._started:
             self._over.wait(AGAIN_S)
             raise RankError(-1, "torchrun has not restarted the ranks")
@@ -65,7 +65,7 @@ class TorchrunPlacement:
         return join_all([arrived[rank, "rank"] for rank in range(self._size)], spec)
 
     def kill(self) -> None:
-        """See `Placement`. This ends the supervisor too: another one goes on with its jobs."""
+        """See `Placement`. This ends the supervisor too: its successor continues with its jobs."""
         if self._started:
             self.leave(RESTART)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -81,7 +81,7 @@ class TorchrunPlacement:
         return {}
 
     def leave(self, code: int) -> None:
-        """Have all agents end with `code`; the first call counts. 0 becomes RESTART where an agent is gone already:
+        """Make all agents exit with `code`; the first call counts. 0 becomes RESTART if an agent is gone already:
         torchrun, which noticed, is about to restart all and has therefore sent a signal to end."""
         if not self._left.acquire(blocking=False):
             return

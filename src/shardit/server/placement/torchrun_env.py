@@ -1,4 +1,4 @@
-"""A rank's place among those that torchrun has started, and what it tells the others of itself."""
+"""Rank, world size and addresses from torchrun's environment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOOPBACK = ("127.0.0.1",)
 
 @dataclass(frozen=True)
 class RankEnv:
-    """This rank's place among those that torchrun has started."""
+    """The place of this rank among the ranks of torchrun."""
 
     rank: int
     world_size: int
@@ -26,7 +26,7 @@ class RankEnv:
 
     @classmethod
     def of_environment(cls) -> RankEnv:
-        """As torchrun tells it."""
+        """Read the environment of torchrun."""
         size = int(os.environ["WORLD_SIZE"])
         return cls(
             rank=int(os.environ["RANK"]),
@@ -38,20 +38,20 @@ class RankEnv:
 
 
 def hosts_of(rank_env: RankEnv) -> tuple[str, ...]:
-    """On rank 0: by which names ranks may reach this machine; LOOPBACK where all ranks are on it."""
+    """On rank 0: return the host names at which ranks may reach this machine; LOOPBACK if all ranks are on it."""
     if (
         rank_env.local_size == rank_env.world_size
         or rank_env.master in ("localhost", "::1")
         or rank_env.master.startswith("127.")
     ):
         return LOOPBACK
-    # torchrun may name another machine than this one, and a machine's own name may lead to 127.0.1.1 on itself.
+    # torchrun may name another machine than this one, and a machine's own name may resolve to 127.0.1.1 on itself.
     towards = address_towards(rank_env.master, 1)
     own = [towards] if towards and not towards.startswith("127.") else []
     return tuple(dict.fromkeys([*own, rank_env.master, socket.gethostname()]))
 
 
 def flags_of(options: ServeOptions) -> dict[str, Any]:
-    """What must be the same on every node, by the names of flags."""
+    """Return the options that must be the same on every node, by the names of flags."""
     shared = {name: getattr(options, name) for name in ("model", "dtype", "device", "attention_backend")}
     return {**shared, **dataclasses.asdict(options.loading), **dataclasses.asdict(options.config)}

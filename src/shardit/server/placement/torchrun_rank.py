@@ -1,8 +1,8 @@
-"""A rank under torchrun, in the process that its agent has forked, and how it learns where the supervisor is: rank 0
-writes it into torch.distributed's store.
+"""A rank under torchrun, in the process forked by its agent. Rank 0 writes the address of the supervisor into
+torch.distributed's store, the others read it.
 
-torchrun may keep one store over all its restarts, with what earlier ranks wrote. So what a rank reads may be out of
-date: it is tried, and read again. For the same reason ranks do not meet over this store (see `engine.connect.Join`).
+torchrun may keep one store over all its restarts, with entries of earlier ranks. So the address may be out of date: it
+is tried, and read again. For the same reason this store is not the ranks' rendezvous (see `engine/nodes/handshake.py`).
 """
 
 from __future__ import annotations
@@ -35,43 +35,43 @@ _kept: list[Any] = []  # without torchrun's own store rank 0 is its server, unti
 
 
 def be_rank(options: ServeOptions, rank_env: RankEnv, reach: Reach | None, agent: Channel) -> int:
-    """In the forked process: find the supervisor, tell the agent how, and work. `reach`: known on rank 0."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package it misses
+    """In the forked process: find the supervisor, send its address to the agent, and work. reach: known on rank 0."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs every optional package that is missing
     from shardit.engine.nodes.remote_rank import RemoteRank
     from shardit.engine.process.process import threads_per_rank
 
     rank = RemoteRank(rank_env.rank, options.model, flags_of(options))
     if reach is not None:
-        tell(reach)
+        publish(reach)
         rank.arrive(reach, REACH_S)
     else:
-        reach = found(rank)
+        reach = find_supervisor(rank)
     agent.send(reach)
     return rank.work(rank_env.world_size, threads_per_rank(rank_env.local_size))
 
 
 def end_with(sock: socket.socket) -> None:
-    """In the rank, where the kernel does not do it: end when the agent is gone."""
+    """In the rank, if the kernel cannot do it: exit when the agent is gone."""
     with contextlib.suppress(OSError):
         sock.recv(1)
     os._exit(1)
 
 
-def tell(reach: Reach) -> None:
-    """On rank 0: write down where the supervisor is."""
+def publish(reach: Reach) -> None:
+    """On rank 0: write the address of the supervisor into the store."""
     _store().set(KEY, json.dumps(dataclasses.asdict(reach)))
 
 
-def found(rank: RemoteRank) -> Reach:
-    """On other ranks: have `rank` arrive at the supervisor that the store names. Raises RankError."""
+def find_supervisor(rank: RemoteRank) -> Reach:
+    """On other ranks: connect `rank` to the supervisor whose address is in the store. Raises RankError."""
     store, deadline = _store(), time.monotonic() + STORE_WAIT_S
     while True:
         try:
-            said = json.loads(store.get(KEY))
-        except RuntimeError as error:  # its server is gone, or nobody has written
+            stored = json.loads(store.get(KEY))
+        except RuntimeError as error:  # its server is gone, or no rank has written
             text = str(error).splitlines()[0]
-            raise RankError(rank.rank, f"rank 0 has not said where the supervisor is ({text})") from None
-        reach = Reach(tuple(said["hosts"]), said["port"], said["token"])
+            raise RankError(rank.rank, f"rank 0 has not published the address of the supervisor ({text})") from None
+        reach = Reach(tuple(stored["hosts"]), stored["port"], stored["token"])
         try:
             rank.arrive(reach, TRY_S)
             return reach

@@ -1,1 +1,1 @@
-"""The processes of a server: their loop, heartbeat and end."""
+"""The API process, its heartbeat, and forced exit."""

@@ -1,4 +1,5 @@
-"""The supervisor's side of the API process: started at once, and again when it ends or hangs, with the socket kept."""
+"""The supervisor's side of the API process: starts it at once, restarts it when it exits or hangs, and keeps the
+socket."""
 
 from __future__ import annotations
 
@@ -19,18 +20,18 @@ from shardit.server.options import ServeOptions
 from shardit.server.process.heartbeat import Heartbeat
 
 API = "shardit.server.http.main"
-"""The module that runs in the API process."""
+"""The module of the API process."""
 MAX_BACKLOG = 1000
-"""Messages that an API process which does not read may let pile up before it is told no more steps."""
+"""Number of unread messages above which an API process gets no more steps."""
 CALM_S = 5.0
-"""An API process that lives for so long is restarted at once when it ends."""
+"""An API process that lived for so many seconds is restarted at once when it exits."""
 MAX_PAUSE_S = 10.0
 STOP_S = 2.0
 
 
 @dataclass(frozen=True)
 class Started:
-    """An API process that imports what it needs, and then waits for its options."""
+    """An API process that runs its imports, and then waits for its options."""
 
     process: subprocess.Popen[bytes]
     channel: Channel
@@ -53,7 +54,7 @@ def start(listener: socket.socket) -> Started:
 
 @contextlib.contextmanager
 def started(listener: socket.socket) -> Iterator[Started]:
-    """An API process, which is gone at the end."""
+    """Yield a started API process; it is stopped on exit."""
     api = start(listener)
     try:
         yield api
@@ -63,9 +64,9 @@ def started(listener: socket.socket) -> Iterator[Started]:
 
 
 class ApiProcess:
-    """A running API process, or one that is to be started again.
+    """A running API process, or one that will be started again.
 
-    on_message(message) is called in the loop for what it says, on_start() when a new one has been started.
+    on_message(message) is called in the loop with its messages, on_start() after a new one has been started.
     """
 
     def __init__(
@@ -91,29 +92,29 @@ class ApiProcess:
         self._leave_by = 0.0
 
     def start(self) -> None:
-        """Give the process its options; returns at once."""
+        """Send the process its options; returns at once."""
         self._begin(self._first)
 
     def _begin(self, api: Started) -> None:
         self._process = api.process
         heartbeat = self._heartbeat = Heartbeat(lambda: pipe.send(Ping()))
-        pipe = self._pipe = Pipe(api.channel, lambda message: self._heard(heartbeat, message), lambda: None)
+        pipe = self._pipe = Pipe(api.channel, lambda message: self._received(heartbeat, message), lambda: None)
         pipe.send(self._options)
         self._begun = time.monotonic()
         self._on_start()
 
     @property
     def pid(self) -> int | None:
-        """Of the process that runs."""
+        """The process id of the running process."""
         return self._process.pid if self._process is not None else None
 
-    def tell(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         """Send it a message; steps are left out while it does not read."""
         if self._pipe is not None and not (isinstance(message, Step) and self._pipe.backlog > MAX_BACKLOG):
             self._pipe.send(message)
 
     def look_after(self) -> None:
-        """Start it again if it has ended, end it if it hangs. One that ends again and again is started after a growing
+        """Start it again if it has exited, kill it if it hangs. One that exits repeatedly is started after a growing
         pause."""
         now = time.monotonic()
         if self._process is not None and self._heartbeat is not None and self._heartbeat.hangs():
@@ -133,21 +134,21 @@ class ApiProcess:
                 self._again = now + MAX_PAUSE_S
                 self._log.error("api_process_not_started", reason=str(error), again_in_s=MAX_PAUSE_S)
 
-    def _heard(self, heartbeat: Heartbeat, message: Any) -> None:
-        # In the thread that reads: an answer counts although the loop has other things to do.
+    def _received(self, heartbeat: Heartbeat, message: Any) -> None:
+        # In the thread that reads: an answer counts even if the loop is busy.
         if isinstance(message, Pong):
             heartbeat.answered()
         else:
             self._loop.call(self._on_message, message)
 
     def leave(self) -> None:
-        """Have it finish its answers and end."""
+        """Ask it to finish its answers and exit."""
         if self._process is not None:
             self._leave_by = time.monotonic() + STOP_S
             self._process.terminate()
 
     def stop(self) -> None:
-        """Wait until it has ended, after `leave`; end it by force some seconds after that."""
+        """Wait until it has exited, after `leave`; kill it some seconds after that."""
         if self._process is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""The end by force, where the supervisor itself does not get to its end."""
+"""Forced exit if the shutdown of the supervisor takes too long."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import threading
 from typing import Any
 
 END_S = 9.0
-"""From the signal to the end by force: less than the ten seconds that are promised."""
+"""Seconds from the signal to the forced exit: less than the ten seconds that are promised."""
 SAY_S = 0.2
 
 
 class LastResort:
-    """A thread that ends this process `END_S` after SIGTERM or Ctrl-C, whatever the main thread is stuck in (a disk, a
-    lock of the store, a log that nobody reads). The API process and the ranks end with it, and the next start queues
-    their jobs again.
+    """A thread that ends this process `END_S` after SIGTERM or Ctrl-C, even if the main thread is stuck (in a disk
+    access, a lock of the store, a log that nobody reads). The API process and the ranks end with it, and the next start
+    queues their jobs again.
 
-    To be made in the main thread, which is to have handlers for these signals: Python tells of no others.
+    Create it in the main thread, after that has set handlers for these signals: Python reports no others.
     """
 
     def __init__(self, log: Any):
@@ -26,12 +26,12 @@ class LastResort:
         self._over = threading.Event()
         self._reads, self._writes = socket.socketpair()
         self._writes.setblocking(False)
-        # Not the handlers: they run between two steps of the main thread, which may not come.
+        # Not the handlers: they run between two steps of the main thread, which may be stuck.
         signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def disarm(self) -> None:
-        """The end has come as it should."""
+        """Cancel the forced exit after a regular shutdown."""
         self._over.set()
         signal.set_wakeup_fd(-1)
         self._writes.close()
@@ -51,5 +51,5 @@ class LastResort:
 
 
 def exit_code(number: int) -> int:
-    """With which the command ends after a signal."""
+    """Return the exit code of the command after a signal."""
     return 130 if number == signal.SIGINT else 0

@@ -1,4 +1,4 @@
-"""Whether the API process still answers: one that hangs or is stopped does not end, so nothing else would tell."""
+"""Heartbeat of the API process: a hung or stopped process does not exit, so only a missed beat reveals it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 ASK_EVERY_S = 1.0
 PATIENCE_S = 10.0
-"""Longest silence of an event loop that is not taken to hang."""
+"""Longest silence of an event loop, in seconds, that is not a hang."""
 START_S = 60.0
 """The same before the first answer: the process starts and imports."""
 MAX_STEP_S = 5.0
-"""What one look counts at most. Where the supervisor itself has stood still (a machine that was suspended, a disk that
-did not answer), the process has to get a chance to answer first."""
+"""Upper limit of the silence counted between two checks, in seconds. If the supervisor itself has stood still (a
+suspended machine, a stuck disk), the process gets a chance to answer first."""
 
 
 class Heartbeat:
-    """Asks again and again, with `ask()`; `answered` is to be called, from any thread, when an answer comes."""
+    """Calls `ask()` regularly; call `answered` from any thread when an answer arrives."""
 
     def __init__(self, ask: Callable[[], None]):
         self._ask = ask
@@ -26,11 +26,11 @@ class Heartbeat:
         self._silence_s, self._patience_s = 0.0, START_S
 
     def answered(self) -> None:
-        """An answer has come."""
+        """Record an answer."""
         self._waits, self._patience_s = False, PATIENCE_S
 
     def hangs(self) -> bool:
-        """Whether it has been silent for too long. To be called a few times per second."""
+        """Return whether it has been silent for too long. To be called a few times per second."""
         now = time.monotonic()
         passed, self._looked_at = min(now - self._looked_at, MAX_STEP_S), now
         if self._waits:

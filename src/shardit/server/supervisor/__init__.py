@@ -1,1 +1,1 @@
-"""The supervisor: jobs to ranks, and what they return."""
+"""The supervisor: dispatches jobs to ranks and stores their results."""

@@ -1,4 +1,4 @@
-"""What the supervisor learns from the jobs that run, kept in the store for the API process and the next start."""
+"""Costs learned from running jobs, kept in the store for the API process and the next start."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from shardit.server.options import ServeOptions
 
 _OF = "learned_of"
 _SHARE = 0.9
-"""Of the memory that there is: the rest is for what was not measured."""
+"""Usable share of the memory: the rest is for unmeasured use."""
 
 
 class CostHistory:
-    """Speed and memory of one model on one layout. What another layout has taught is forgotten."""
+    """Speed and memory of one model on one layout. A change of layout clears it."""
 
     def __init__(self, store: Store, options: ServeOptions):
         self._store = store
@@ -27,25 +27,26 @@ class CostHistory:
             store.remember(_OF, of)
         self._speed: float | None = store.recall(estimate.SPEED)
         memory = store.recall(estimate.MEMORY)
-        self._memory: dict[str, Any] | None = estimate.forgive(memory)
+        self._memory: dict[str, Any] | None = estimate.reset_failures(memory)
         self._saved = (self._speed, memory)
 
     def at_rest(self, infos: list[ModelInfo]) -> None:
-        """The ranks have loaded. The fullest counts."""
+        """Record the memory of loaded ranks at rest. The fullest counts."""
         tightest = max(infos, key=lambda one: one.held_bytes / one.limit_bytes if one.limit_bytes else 0.0)
         self._see(Seen(0, tightest.held_bytes, tightest.limit_bytes))
 
     def completed(self, work: Work, seconds: float, together: int, peak_bytes: int) -> None:
-        """A job took so long; the fullest rank held `peak_bytes` while `together` pixels were in flight."""
+        """Record the seconds of a job, and the peak memory of the fullest rank while `together` pixels were in
+        flight."""
         self._speed = estimate.learn_speed(self._speed, work, seconds)
         self._see(Seen(together, peak_bytes))
 
     def out_of_memory(self, together: int) -> None:
-        """So many pixels in flight did not fit."""
+        """Record that so many pixels in flight ran out of memory."""
         self._see(Seen(together, 0, out_of_memory=True))
 
     def fits(self, together: int) -> bool:
-        """Whether so many pixels may be in flight at once."""
+        """Return whether so many pixels may be in flight at once."""
         known = self._memory or {}
         failed, limit = known.get("failed"), known.get("limit")
         if failed and together >= failed:
@@ -53,7 +54,7 @@ class CostHistory:
         return not limit or estimate.expected_peak(together, known) <= _SHARE * limit
 
     def save(self) -> None:
-        """Write down what is new."""
+        """Store new values."""
         now = (self._speed, self._memory)
         if now != self._saved:
             self._store.remember(estimate.SPEED, self._speed)

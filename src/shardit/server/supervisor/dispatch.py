@@ -1,4 +1,4 @@
-"""Jobs to ranks, and what becomes of them: the decisions of the supervisor, all in its one loop."""
+"""Assigns queued jobs to replicas and handles their outcome; runs in the supervisor's loop."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from shardit.server.supervisor.prefetch import Prefetcher
 from shardit.server.supervisor.running import Running, in_flight
 
 SUSPECT_AFTER = 2
-"""How often ranks may die during a job before it runs alone, so that one can see whether it is the cause."""
+"""Number of deaths of ranks during a job after which it runs alone, to find out whether it is the cause."""
 MAX_WRITING = 8
-"""Results that may wait to be written before no more jobs begin: they are held in memory."""
+"""Number of results waiting to be written above which no more jobs begin: they are held in memory."""
 
 
 class Dispatcher:
-    """Takes jobs from the store, keeps the replicas busy with them, and says how each ends.
+    """Takes jobs from the store, assigns them to replicas, and ends them.
 
-    tell(message) reaches the API process. `slots` is how many jobs one replica runs at the same time.
+    notify: sends a message to the API process. slots: number of jobs that one replica runs at the same time.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class Dispatcher:
         rank_group: RankGroup,
         loop: Loop,
         writers: Executor,
-        tell: Callable[[Any], None],
+        notify: Callable[[Any], None],
         log: Any,
         metrics: Any,
     ):
         self.options, self.store, self.rank_group, self.loop = options, store, rank_group, loop
-        self.tell, self.log, self.metrics = tell, log, metrics
+        self.notify, self.log, self.metrics = notify, log, metrics
         self.slots = 1
         self.learned = CostHistory(store, options)
         self.info: ModelInfo | None = None
         self.running: dict[int, Running] = {}
-        self.ends = JobFinisher(store, loop, writers, tell, log, metrics)
+        self.ends = JobFinisher(store, loop, writers, notify, log, metrics)
         self.prefetcher = Prefetcher(store, loop, then=self.fill)
         self.peaks: dict[int, int] = {}
         """Peak memory of each rank during its newest job, in bytes."""
@@ -74,7 +74,7 @@ class Dispatcher:
             rank_group.timeouts.doubt_s,
         )
 
-    # What happens.
+    # Events.
 
     def ready(self, infos: list[ModelInfo]) -> None:
         """All ranks have loaded; `infos` by rank."""
@@ -91,7 +91,7 @@ class Dispatcher:
                 pass
 
     def wake(self) -> None:
-        """Something in the store has changed: a new job, or one that is to be cancelled."""
+        """Handle a change in the store: a new job, or one that is to be cancelled."""
         with self.ends.tolerant():
             wanted = set(self.store.to_cancel())
             for key, running in self.running.items():
@@ -100,19 +100,19 @@ class Dispatcher:
                     self.rank_group.send(running.on_ranks.ranks, Cancel(key))
         self.fill()
 
-    def heard(self, rank: int, message: Any) -> None:
-        """A rank has sent a message about a job."""
+    def on_rank_message(self, rank: int, message: Any) -> None:
+        """Handle a message of a rank about a job."""
         running = self.running.get(message.key)
         if running is None:
             return
-        silence = self.hang_detector.heard(running.replica)
+        silence = self.hang_detector.record_message(running.replica)
         for one in self._in_flight(running.replica):
-            self.patience.saw(one.size, silence)
+            self.patience.record(one.size, silence)
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, OutOfMemory):
             self.learned.out_of_memory(self._together_now(running.replica))
-            if running.beside == len(self._in_flight(running.replica)) == 1:
+            if running.jobs_at_start == len(self._in_flight(running.replica)) == 1:
                 self.running.pop(message.key)
                 text = self._too_large(running, message.reason)
                 self.ends.end(running.job, "failed", error=failure("out_of_memory", text))
@@ -127,7 +127,7 @@ class Dispatcher:
                 self._finished(message.key, running)
 
     def down(self, why: Failure) -> None:
-        """The ranks are gone: what they worked on is queued again."""
+        """Handle the loss of the ranks: queue their jobs again."""
         self.info = None
         died, alone = not why.memory, self.in_flight == 1
         for running in self.running.values():
@@ -135,8 +135,8 @@ class Dispatcher:
         self.running.clear()
 
     def look_after(self) -> None:
-        """What nobody reports: ranks that do not go on, messages that were lost, a disk that has room again. To be
-        called a few times per second."""
+        """Find unreported problems: hanging ranks, lost messages, a disk with free space again. To be called a few
+        times per second."""
         with self.ends.tolerant():
             self.learned.save()
         self.ends.write_again()
@@ -145,9 +145,9 @@ class Dispatcher:
         self.hang_detector.look()
 
     def find_lost(self) -> None:
-        """Queue jobs again that are in progress although nobody works on them: a fault of ours must have lost them."""
+        """Queue jobs again that are in progress but not on any rank: only a bug can have lost them."""
         if not self.ends.all_written:
-            return  # their ends are known
+            return  # their outcome is known
         with self.ends.tolerant():
             known = {running.job.id for running in self.running.values()} | self.ends.writing.keys()
             for job in self.store.in_progress():
@@ -157,7 +157,7 @@ class Dispatcher:
                     self.ends.again_or_never(job, reason, died=True, alone=not self.running)
 
     def put_all_back(self) -> None:
-        """The server stops: what runs is queued again, and nothing begins any more."""
+        """Queue running jobs again when the server stops, and begin no more."""
         self.info = None
         for running in self.running.values():
             self.ends.put_back(running.job)
@@ -167,8 +167,6 @@ class Dispatcher:
     def in_flight(self) -> int:
         """Jobs that have a slot."""
         return sum(not running.ahead for running in self.running.values())
-
-    # How.
 
     def _in_flight(self, replica: int) -> list[Running]:
         return in_flight(self.running, replica)
@@ -188,13 +186,14 @@ class Dispatcher:
         return True
 
     def _must_be_alone(self, job: Job) -> bool:
-        """Whether a job has to wait as it, or one that runs, may be what ranks die of: all die of it."""
-        beside = [running.job for running in self.running.values()]
-        return bool(beside) and any(one.deaths >= SUSPECT_AFTER for one in (job, *beside))
+        """Return whether a job has to wait because it, or a running one, may be what kills ranks: all of them would
+        die."""
+        others = [running.job for running in self.running.values()]
+        return bool(others) and any(one.deaths >= SUSPECT_AFTER for one in (job, *others))
 
     def _free_replica(self, job: Job) -> int | None:
-        """One with memory for the job and a slot that is free or, where none is, will be soon: the ranks then have the
-        next job when it is."""
+        """Return a replica with memory for the job and a slot that is free or, if none is, will be soon: the ranks then
+        have the next job in time."""
         taken, staying = [0] * self._replicas, [0] * self._replicas
         for running in self.running.values():
             taken[running.replica] += not running.ahead
@@ -204,16 +203,16 @@ class Dispatcher:
         return next(free, None)
 
     def _fits(self, job: Job, replica: int) -> bool:
-        """Whether the memory suffices for a job beside those that it will meet on the replica, whichever leave first.
-        One alone is tried in any case."""
+        """Return whether the memory suffices for a job next to those that it will overlap with on the replica, in
+        whatever order they finish. A job without others is tried in any case."""
         here = [running for running in self.running.values() if running.replica == replica]
         ends = max(0, len(here) + 1 - self.slots)
         gone = sorted(running.work.size for running in here if running.leaving)[:ends]
-        beside = sum(running.work.size for running in here) - sum(gone)
+        others = sum(running.work.size for running in here) - sum(gone)
         try:
-            return beside == 0 or self.learned.fits(beside + self._work(job).size)
+            return others == 0 or self.learned.fits(others + self._work(job).size)
         except (ValueError, TypeError):
-            return True  # `_begin` will say what is wrong with it
+            return True  # `_begin` will report the error
 
     def _together_now(self, replica: int) -> int:
         return sum(running.work.size for running in self._in_flight(replica))
@@ -231,25 +230,25 @@ class Dispatcher:
             self.ends.end(job, "failed", error=failure("invalid_request", text))
             return
         key = next(self._keys)
-        beside = len(self._in_flight(replica))
-        ahead = beside >= self.slots
+        count = len(self._in_flight(replica))
+        ahead = count >= self.slots
         ranks = range(replica * self._together, (replica + 1) * self._together)
-        self.running[key] = Running(job, request, InFlight(replica, ranks), beside + (not ahead), work, ahead=ahead)
+        self.running[key] = Running(job, request, InFlight(replica, ranks), count + (not ahead), work, ahead=ahead)
         if not ahead:
             self._enters(replica)
         self.rank_group.send(ranks, Begin(key, Packed.of(request), job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
-        self.tell(Changed(job.id))
+        self.notify(Changed(job.id))
 
     def _enters(self, replica: int) -> None:
-        """A job has got a slot."""
+        """Record that a job has got a slot."""
         first = len(self._in_flight(replica)) == 1
         self._most[replica] = max(self._together_now(replica), 0 if first else self._most[replica])
         if first:
             self.hang_detector.begins(replica)
 
     def _enters_next(self, replica: int) -> None:
-        """A slot is free: the ranks give it to the job that came first of those sent ahead."""
+        """Record that a slot is free: the ranks give it to the first of the jobs sent ahead."""
         sent = (running for running in self.running.values() if running.replica == replica and running.ahead)
         if (running := next(sent, None)) is not None and len(self._in_flight(replica)) < self.slots:
             running.enters()
@@ -260,7 +259,7 @@ class Dispatcher:
         if took is not None:
             self.metrics.step(took)
         phase = "denoise" if message.step < message.total else "decode"
-        self.tell(Step(running.job.id, message.step, message.total, phase, running.seconds_per_step))
+        self.notify(Step(running.job.id, message.step, message.total, phase, running.seconds_per_step))
         if running.leaving:
             self.fill()
 
@@ -268,7 +267,7 @@ class Dispatcher:
         together = self._most[running.replica]
         del self.running[key]
         self._enters_next(running.replica)
-        self.fill()  # the ranks go on while the result is written
+        self.fill()  # the ranks continue while the result is written
         first = running.on_ranks.first
         if first.cancelled:
             self.ends.end(running.job, "cancelled")

@@ -1,4 +1,4 @@
-"""How jobs end: results become files, ends are written down, and both are tried again where the disk refuses."""
+"""Finishes jobs: writes result files, records the final state, retries while the disk is full."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from shardit.server.messages import Changed
 from shardit.server.supervisor.result_files import write_results
 
 MAX_DEATHS_ALONE = 3
-"""How often ranks may die while a job runs alone."""
+"""Number of deaths of ranks while a job runs alone, after which the job fails."""
 SAY_AGAIN_S = 10.0
 
 
 class JobFinisher:
-    """Everything that happens to a job after the ranks, in the loop. tell(message) reaches the API process."""
+    """Handles a job after the ranks have finished it, in the loop. notify: sends a message to the API process."""
 
     def __init__(
-        self, store: Store, loop: Loop, writers: Executor, tell: Callable[[Any], None], log: Any, metrics: Any
+        self, store: Store, loop: Loop, writers: Executor, notify: Callable[[Any], None], log: Any, metrics: Any
     ):
         self._store, self._loop, self._writers = store, loop, writers
-        self._tell, self._log, self._metrics = tell, log, metrics
+        self._notify, self._log, self._metrics = notify, log, metrics
         self.writing: dict[str, Future[Any]] = {}
-        """By job, results on their way to the disk."""
+        """By job id: results being written."""
         self._unwritten: list[Callable[[], None]] = []
         self._said_at = -SAY_AGAIN_S
 
     @property
     def all_written(self) -> bool:
-        """Whether the store knows all that has happened."""
+        """Whether all outcomes are in the store."""
         return not self._unwritten
 
     def write(self, job: Job, output: Output, peaks: dict[int, int], then: Callable[[], None]) -> None:
-        """Write the results of a job that the ranks have completed, beside the loop; `then` it has ended."""
+        """Write the results of a completed job in another thread; call `then` when the job has ended."""
         future = self._writers.submit(write_results, output, self._store.files_of(job.id), job.view)
         self.writing[job.id] = future
         future.add_done_callback(lambda done: self._loop.call(self._written, job, peaks, then, done))
@@ -59,7 +59,8 @@ class JobFinisher:
         then()
 
     def end(self, job: Job, state: State, **more: Any) -> None:
-        """The end of a job, with what `Store.finish` takes. One that is to be cancelled has been cancelled."""
+        """Set the final state of a job; `more`: arguments of `Store.finish`. A job with a requested cancellation
+        becomes cancelled."""
 
         def write() -> None:
             now = self._store.get(job.id)
@@ -68,10 +69,10 @@ class JobFinisher:
             facts: dict[str, Any] = {} if cancelled else more
             try:
                 ended = self._store.finish(job.id, end, **facts)
-            except FileNotFoundError as error:  # somebody has removed the results
+            except FileNotFoundError as error:  # the results were removed meanwhile
                 end, facts = "failed", {"error": failure("storage", str(error))}
                 ended = self._store.finish(job.id, end, **facts)
-            self._tell(Changed(job.id))
+            self._notify(Changed(job.id))
             if end != "completed":
                 for name in more.get("files", ()):
                     (self._store.files_of(job.id) / name).unlink(missing_ok=True)
@@ -87,14 +88,14 @@ class JobFinisher:
 
         def back() -> None:
             if self._store.put_back(job.id, died=died, alone=alone):
-                self._tell(Changed(job.id))
+                self._notify(Changed(job.id))
             else:
                 self.end(job, "cancelled")
 
         self.safely(back)
 
     def again_or_never(self, job: Job, reason: str, *, died: bool, alone: bool) -> None:
-        """Queue a job again whose ranks are gone, unless they have died too often while it ran alone."""
+        """Queue a job again after the loss of its ranks, unless they have died too often while it ran alone."""
         if died and alone and job.deaths_alone + 1 >= MAX_DEATHS_ALONE:
             last = reason.splitlines()[0]
             text = f"the ranks died {MAX_DEATHS_ALONE} times while this job ran alone; the last time: {last}"
@@ -103,13 +104,13 @@ class JobFinisher:
             self.put_back(job, died=died, alone=alone)
 
     def write_again(self) -> None:
-        """Write down what could not be written before."""
+        """Retry failed writes."""
         tasks, self._unwritten = self._unwritten, []
         for task in tasks:
             self.safely(task)
 
     def safely(self, write: Callable[[], None]) -> None:
-        """Do something with the store, now or when the store can be used again."""
+        """Run a write to the store, now or when the store can be used again."""
         done = False
         with self.tolerant():
             write()
@@ -119,7 +120,7 @@ class JobFinisher:
 
     @contextlib.contextmanager
     def tolerant(self) -> Iterator[None]:
-        """The store may refuse something for a while (disk full): all is tried again at the next tick."""
+        """Tolerate errors of the store (disk full): writes are retried at the next tick."""
         try:
             yield
         except (sqlite3.Error, OSError) as error:
@@ -129,5 +130,5 @@ class JobFinisher:
 
 
 def failure(code: str, message: str) -> dict[str, str]:
-    """Why a job has failed, as it is stored: one line."""
+    """Return the stored error of a failed job, in one line."""
     return {"code": code, "message": " ".join(message.split())}

@@ -1,4 +1,4 @@
-"""What the supervisor measures, for Prometheus."""
+"""The supervisor's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ class SupervisorMetrics:
         )
 
     def step(self, seconds: float) -> None:
-        """A step has been done, so long after the one before."""
+        """Count a finished step and the seconds since the previous one."""
         self._steps.observe(seconds)
 
     def rank(self, rank: int, left: RequestFinished) -> None:
-        """A rank is through with a job."""
+        """Record the peak memory and the idle share of a rank after a job."""
         if left.peak_bytes:
             self._memory.labels(rank).set(left.peak_bytes)
         if left.busy_s > 0:
             self._idle.labels(rank).set(min(1.0, left.waited_s / left.busy_s))
 
     def phases(self, running: Running) -> None:
-        """A job has been computed."""
+        """Record the phases of a computed job."""
         if running.first_step is None or running.denoised is None:
             return  # a pipeline without steps
         self._phases.labels("encode").observe(running.first_step - running.begun)
@@ -64,14 +64,14 @@ class SupervisorMetrics:
         self._phases.labels("decode").observe(time.monotonic() - running.denoised)
 
     def ended(self, job: Job, state: State) -> None:
-        """A job has ended."""
+        """Count an ended job."""
         self._jobs.labels(state).inc()
         self._latency.labels(state).observe(max(0.0, time.time() - job.created_at))
 
     def cancelled_waiting(self, count: int) -> None:
-        """So many jobs more were cancelled that waited."""
+        """Count more jobs that were cancelled while queued."""
         self._jobs.labels("cancelled").inc(count)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

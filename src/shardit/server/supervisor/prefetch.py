@@ -1,4 +1,5 @@
-"""From a stored job to the request that ranks run. Input pictures are decoded beside the loop: large ones take long."""
+"""Builds requests for the ranks from stored jobs. Input pictures are decoded in another thread: large ones take
+long."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from shardit.server.jobs.store import Store
 
 
 class Prefetcher:
-    """Builds the request of the job that is to begin next. `then()` is called, in the loop, when one with pictures has
-    been built: one at a time, and the newest is kept until its job begins."""
+    """Builds the request of the next job. `then()` is called, in the loop, when one with pictures has been built: one
+    at a time, and the newest is kept until its job begins."""
 
     def __init__(self, store: Store, loop: Loop, then: Callable[[], None]):
         self._store, self._loop, self._then = store, loop, then
@@ -23,7 +24,7 @@ class Prefetcher:
         self._built: tuple[str, Request | Exception] | None = None
 
     def ready(self, job: Job, info: ModelInfo) -> bool:
-        """Whether `take` can be called. If not, the pictures are on their way."""
+        """Return whether `take` can be called. If not, the pictures are being decoded."""
         if not job.inputs or (self._built is not None and self._built[0] == job.id):
             return True
         if not self._building:
@@ -32,8 +33,8 @@ class Prefetcher:
         return False
 
     def take(self, job: Job, info: ModelInfo) -> Request:
-        """The request of a job that is ready. Raises what is wrong with it: it was accepted for another model, or its
-        files are gone."""
+        """Return the request of a job that is ready. Raises its error: it was accepted for another model, or its files
+        are gone."""
         if not job.inputs:
             return build_request(job.request, job.seed, [], info)
         assert self._built is not None, job.id
@@ -43,7 +44,7 @@ class Prefetcher:
         return built
 
     def forget(self) -> None:
-        """Let go of pictures that nobody will ask for."""
+        """Release decoded pictures that are no longer needed."""
         self._built = None
 
     def _work(self, job: Job, info: ModelInfo) -> None:

@@ -1,4 +1,4 @@
-"""From what the ranks made to files in the job's folder."""
+"""Writes outputs of ranks to files in the job's folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from shardit.diffusion.output.output import SUFFIXES as BY_KIND
 from shardit.diffusion.output.output import Output, savable
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-"""Of result files, by the names that OpenAI has for their formats."""
+"""Suffixes of result files, by OpenAI's names of their formats."""
 
 
 def write_results(output: Output, folder: Path, look: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Write what the output holds in the first place into a folder; returns the names of the files, and facts worth
-    keeping with the job. `look` may have "output_format" (png by default) and "output_compression" (quality from 0 to
-    100) of pictures.
+    """Write the main content of the output into a folder; returns the names of the files, and facts to store with the
+    job. `look` may have "output_format" (png by default) and "output_compression" (quality from 0 to 100) of pictures.
 
-    Files appear complete or not at all. Raises InputError where they cannot be written (disk full, read-only).
+    Files appear complete or not at all. Raises InputError if they cannot be written (disk full, read-only).
     """
     output, lost = savable(output)
     kind = output.kinds[0] if output.kinds else "image"

@@ -1,4 +1,4 @@
-"""What the supervisor knows of a job while the ranks work on it."""
+"""The supervisor's state of a running job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Size = tuple[Any, ...]
 
 
 def size_of(request: Request) -> Size:
-    """What decides how long a step takes: requests of equal size are expected to behave alike."""
+    """Return the key for the time of a step: requests of equal size are expected to behave alike."""
     names = ("height", "width", "num_frames", "resolution", "layers")
     sides = [request.kwargs.get(name) for name in names]
     # Without a size of its own the result takes that of the picture.
@@ -25,7 +25,7 @@ def size_of(request: Request) -> Size:
 
 
 def in_flight(running: Mapping[int, Running], replica: int) -> list[Running]:
-    """The jobs that have a slot of a replica."""
+    """Return the jobs that have a slot of a replica."""
     return [one for one in running.values() if one.replica == replica and not one.ahead]
 
 
@@ -36,18 +36,18 @@ class Running:
     job: Job
     request: Request
     on_ranks: InFlight
-    beside: int
+    jobs_at_start: int
     """Jobs in flight on the replica when it began, itself included."""
     work: Work
     begun: float = field(default_factory=time.monotonic)
     step: int = 0
     total: int = 0
     first_step: float | None = None
-    """When denoising began."""
+    """Time of the start of denoising."""
     last_step: float | None = None
-    """When the newest step was done."""
+    """Time at which the newest step was done."""
     denoised: float | None = None
-    """When the last step was done."""
+    """Time at which the last step was done."""
     cancelling: bool = False
     ahead: bool = False
     """Whether the ranks have it, but not yet a free slot for it."""
@@ -63,7 +63,7 @@ class Running:
         return size_of(self.request)
 
     def progress(self, step: int, total: int) -> float | None:
-        """Note a step; returns the seconds since the one before, None for the first."""
+        """Record a step; returns the seconds since the one before, None for the first."""
         now = time.monotonic()
         before, self.last_step = self.last_step, now
         self.step, self.total = step, total
@@ -79,9 +79,9 @@ class Running:
         return self.denoised is not None
 
     def enters(self) -> None:
-        """It has a slot now."""
+        """Record that it has a slot."""
         self.ahead = False
-        if self.first_step is None:  # a rank that is ahead of the others may have said so before
+        if self.first_step is None:  # a rank that is ahead of the others may have reported it before
             self.begun = time.monotonic()
 
     @property

@@ -35,20 +35,20 @@ from shardit.server.supervisor.patience import TIMES_SLOWEST
 
 LOAD_TIMEOUT_S = 3600.0
 _MODEL = "model"
-"""Name under which the store holds whose jobs it has."""
+"""Name in the store for the model of its jobs."""
 MAX_PAUSE_S = 30.0
 MAX_FIRST_STARTS = 5
-"""Starts of ranks that have never been up, before the server gives up; later on it goes on trying."""
+"""Starts of ranks that have never been up, before the server gives up; later on it keeps trying."""
 STOP_S = 7.0
 LATER_S = 15.0
-"""How much later ranks give up on each other than the supervisor does on them, which can tell more of the cause."""
+"""Extra seconds before ranks give up on each other, later than the supervisor, which can report more of the cause."""
 RETAIN_EVERY_S = 60.0
 RETAIN_AT_MOST = 20
-"""Jobs that are forgotten at a time: files are removed in the loop, which has other things to do."""
+"""Number of jobs deleted at a time: files are removed in the loop, which must not block."""
 
 
 class Supervisor:
-    """Everything that the process owns, and what it does about events."""
+    """Owns the processes, the store and the jobs, and handles their events."""
 
     _session = SESSION
 
@@ -66,7 +66,7 @@ class Supervisor:
             dtype=options.dtype,
             device=options.device,
             max_in_flight=self.slots,
-            timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # what `HangDetector` decides comes first
+            timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # the decision of `HangDetector` comes first
             session=self._session,
             attention_backend=options.attention_backend,
             options=options.loading,
@@ -86,7 +86,7 @@ class Supervisor:
         )
         self.writers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="writer", initializer=lower_priority)
         self.jobs = Dispatcher(
-            options, self.store, self.rank_group, self.loop, self.writers, self.api.tell, self.log, self.metrics
+            options, self.store, self.rank_group, self.loop, self.writers, self.api.send, self.log, self.metrics
         )
         self.jobs.slots = self.slots
         self.state = Ranks("loading")
@@ -128,7 +128,7 @@ class Supervisor:
         return self.code
 
     def _check_model(self) -> None:
-        """Raise InputError where jobs wait for another model: they would get its pictures."""
+        """Raise InputError if jobs wait for another model: they would get its pictures."""
         folder, before = Path(self.options.model).expanduser(), self.store.recall(_MODEL)
         plain = str(folder.resolve()) if folder.is_dir() else self.options.model
         numbers = {"dtype": self.options.dtype, "attention_backend": self.options.attention_backend}
@@ -152,7 +152,7 @@ class Supervisor:
     # Events.
 
     def tick(self) -> None:
-        """Look after what nobody reports."""
+        """Check for unreported events."""
         self.api.look_after()
         self.jobs.look_after()
         if self._of_ranks() != self.state.ranks:
@@ -171,14 +171,14 @@ class Supervisor:
                 self._retain_at = now
 
     def on_up(self, infos: list[ModelInfo]) -> None:
-        """All ranks have loaded."""
+        """Handle ranks that have loaded."""
         self._was_up, self._pause_s = True, 0.0
         self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))
         self._set("ready", info=infos[0])
         self.jobs.ready(infos)
 
     def on_down(self, down: Failure) -> None:
-        """Ranks have failed: restart all, after a growing pause where they never come up."""
+        """Restart all ranks after a failure; after a growing pause if they never come up."""
         self._failed_starts += not self._was_up
         if not self._was_up and (down.refusal or self._failed_starts == MAX_FIRST_STARTS):
             text = f"the start of the ranks failed {MAX_FIRST_STARTS} times, the last time: {down.text.splitlines()[0]}"
@@ -197,24 +197,24 @@ class Supervisor:
             self.tick()
 
     def on_rank_message(self, rank: int, message: Any) -> None:
-        """A rank has said something about a job."""
-        self.jobs.heard(rank, message)
+        """Handle a message of a rank about a job."""
+        self.jobs.on_rank_message(rank, message)
 
     def on_api_start(self) -> None:
-        """A new API process knows nothing yet."""
+        """Send the state to a new API process."""
         self._api_starts += 1
         if self._api_starts > 1:
             self.metrics.api_restarts.inc()
-        self.api.tell(self.state)
+        self.api.send(self.state)
 
     def on_trouble(self, error: Exception) -> None:
-        """Something went wrong in the loop, which goes on."""
+        """Handle an error in the loop, which continues."""
         foreseen = isinstance(error, (OSError, sqlite3.Error))
         text = str(error) if foreseen else "".join(traceback.format_exception(error))
         self.log.error("trouble" if foreseen else "fault", error=text)
 
     def on_api_message(self, message: Any) -> None:
-        """The API process has something."""
+        """Handle a message of the API process."""
         if isinstance(message, Wake):
             self.jobs.wake()
         elif isinstance(message, Scrape):
@@ -223,12 +223,12 @@ class Supervisor:
             self.metrics.queue.set(self.store.counts().get("queued", 0))
             self.metrics.in_flight.set(self.jobs.in_flight)
             self.metrics.slots.set(self.jobs.slots * self.options.config.data_parallel_size)
-            self.api.tell(Measured(self.metrics.text()))
+            self.api.send(Measured(self.metrics.text()))
 
     # The end.
 
     def stop(self, number: int) -> None:
-        """Take no more jobs, put back those that run, and leave."""
+        """Accept no more jobs, queue running ones again, and stop."""
         self.code = exit_code(number)
         self.asked_to_stop = True
         self.log.info("stopping", signal=signal.Signals(number).name)
@@ -236,11 +236,11 @@ class Supervisor:
         self.loop.stop()
 
     def end(self) -> None:
-        """End all processes, within ten seconds. Results that are being written are waited for, for some of these."""
+        """Stop all processes, within ten seconds. Part of this time is left for results that are being written."""
         deadline = time.monotonic() + STOP_S
         self.api.leave()
         self.rank_group.stop(0 if self.asked_to_stop else 2 if isinstance(self.error, InputError) else 1)
-        self.api.stop()  # before the store is written to, which a process that is stopped may have locked
+        self.api.stop()  # before a write to the store, which a stopped process may have locked
         self.jobs.put_all_back()
         while self.jobs.ends.writing and time.monotonic() < deadline:
             self.loop.step(0.1)
@@ -260,12 +260,12 @@ class Supervisor:
     def _set(self, state: RanksState, **more: Any) -> None:
         kept = {"info": self.state.info, "restarts": self.state.restarts, "ranks": self._of_ranks()}
         self.state = Ranks(state, **{**kept, **more})
-        self.api.tell(self.state)
+        self.api.send(self.state)
 
 
 def useful_slots(options: ServeOptions) -> int:
-    """Requests at a time beyond which a replica gets no faster: one per stage, or two where messages of one can
-    travel while another computes."""
+    """Return the number of requests at a time beyond which a replica gets no faster: one per stage, or two if messages
+    of one can be sent while another computes."""
     config = options.config
     if config.pipeline_parallel_size > 1:
         return max(2, config.pipeline_parallel_size)

@@ -1,9 +1,8 @@
-"""What happens at the attention calls and gathers of a forward under a declared plan, learned by comparing lengths.
+"""Learns the steps for attention calls and gathers of a forward under a declared plan, by comparing lengths.
 
-The whole forward, run on one rank, tells how many queries and keys an attention call has. Together with the lengths on
-the ranks that says what is split: keys as long as the whole are on every rank; keys that add up to the whole are
-split; and keys that add up to more have rows that every rank has (text in joint attention). Where those stand is seen
-by their values.
+The whole forward, run on one rank, gives the number of queries and keys of an attention call. Compared with the lengths
+on the ranks: keys as long as the whole are on every rank; keys that add up to the whole are split; and keys that add up
+to more have rows that every rank has (text in joint attention). The positions of those rows are found by their values.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from shardit.parallel.attention.sequence_attention import Call, Layout, Sequence
 from shardit.parallel.sequence.declared.token_rows import Rows, Runs, dealt_rows, runs_of, take
 
 GATHERING = ATTENDING + 10
-"""What a rank says when all say where they are (see `run.py`)."""
+"""A state of a rank in an exchange (see `block_run.py`)."""
 
 WIDTH = 8
-"""Numbers that a rank says at once."""
+"""Number of values that a rank sends in one exchange."""
 
 ALIKE = {torch.float64: 1e-3, torch.float32: 1e-3}
 """Largest relative difference between copies of a token on two ranks; 5e-2 for shorter floats."""
@@ -38,27 +37,27 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitStep:
-    """A tensor is split. seen: as on this rank, compared at every call."""
+    """Splits a tensor. seen: as on this rank, compared at every call."""
 
     seen: Seen
 
 
 @dataclass(frozen=True)
 class GatherStep:
-    """A tensor of which this rank has `rows` is gathered."""
+    """Gathers a tensor with `rows` on this rank."""
 
     seen: Seen
     rows: Rows
 
     def run(self, tensor: torch.Tensor, dim: int, attention: SequenceAttention) -> torch.Tensor:
-        """The whole tensor."""
+        """Return the whole tensor."""
         return attention.sp.all_gather(self.rows.take(tensor, dim), self.rows.lens, dim)
 
 
 @dataclass(frozen=True)
 class AttentionStep:
-    """An attention call. layout: None where every rank has all keys. rows, columns: what of the mask is this rank's
-    share, None where it stays as it is; select_rows: the mask has the rows of all queries."""
+    """Runs an attention call. layout: None if every rank has all keys. rows, columns: this rank's share of the mask,
+    None if it is not split; select_rows: the mask has the rows of all queries."""
 
     seen: Seen
     q: Rows
@@ -69,7 +68,7 @@ class AttentionStep:
     select_rows: bool = False
 
     def run(self, call: Call, attention: SequenceAttention, blank: float) -> torch.Tensor:
-        """The output for local queries; `blank` where they are padding."""
+        """Return the output for local queries; `blank` for padding."""
         if self.layout is None and not self.select_rows:
             return call.inner(call.q, call.k, call.v, call.mask)
         mask = call.mask
@@ -93,7 +92,7 @@ Step = SplitStep | GatherStep | AttentionStep
 
 
 def seen_attention(call: Call) -> Seen:
-    """An attention call as an event."""
+    """Describe an attention call as an event."""
     mask = call.mask
     rows, columns = (0, 0) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
     return Seen("attention", (call.q.shape[1], call.k.shape[1], rows, columns))
@@ -102,7 +101,8 @@ def seen_attention(call: Call) -> Seen:
 def learn_gather(
     seen: Seen, whole: Seen, tensor: torch.Tensor, dim: int, attention: SequenceAttention, padded: bool
 ) -> GatherStep:
-    """Which rows are whose in a gather. Collective over "sp"; UnsupportedError where they do not make up the whole."""
+    """Find the rows of each rank in a gather. Collective over "sp". Raises UnsupportedError if they do not make up the
+    whole."""
     real = _real_rows([tensor], dim, padded)
     counts = [codes[1] for codes in _tell(attention, [GATHERING, len(real)])]
     total = whole.sizes[0]
@@ -113,7 +113,8 @@ def learn_gather(
 
 
 def learn_attention(seen: Seen, whole: Seen, call: Call, attention: SequenceAttention, padded: bool) -> AttentionStep:
-    """Whose rows are whose in an attention call. Collective over "sp"; UnsupportedError where lengths do not fit."""
+    """Find the rows of each rank in an attention call. Collective over "sp". Raises UnsupportedError if lengths do not
+    fit."""
     real_q, real_k = _real_rows([call.q], 1, padded), _real_rows([call.k, call.v], 1, padded)
     gathered = _tell(attention, [ATTENDING, *seen.sizes, len(real_q), len(real_k)])
     q_lens, k_lens, rows, columns, q_real, k_real = (
@@ -141,7 +142,7 @@ def learn_attention(seen: Seen, whole: Seen, call: Call, attention: SequenceAtte
 
 
 def _columns(k: Rows, own: bool, whole_columns: int) -> Runs | None:
-    """This rank's columns of a mask, or all of them in the order in which keys come from the ranks."""
+    """Return this rank's columns of a mask, or all of them in the order in which keys come from the ranks."""
     if own:
         return k.own
     if whole_columns <= 1:
@@ -158,7 +159,8 @@ def _rows(
     real: Sequence[int],
     attention: SequenceAttention,
 ) -> Rows:
-    """lens, counts: rows on each rank, and those of them that are no padding. real: which these are here."""
+    """Find the rows of each rank. lens, counts: rows on each rank, and their number without padding. real: indices of
+    those on this rank."""
     here, size = lens[attention.sp.index], attention.sp.size
     if set(lens) == {whole} and lens == counts:
         return Rows(here, whole, own=((0, here),), everywhere=True)
@@ -176,7 +178,7 @@ def _rows(
 def _shared_places(
     tensors: Sequence[torch.Tensor], real: Sequence[int], shared: int, attention: SequenceAttention
 ) -> tuple[int, int]:
-    """How many of the rows that every rank has stand at the front and at the back: those with the same values."""
+    """Return the number of shared rows at the front and at the back: rows with the same values on every rank."""
     rows = torch.cat([t.flatten(2) for t in tensors], 2)
     front = _alike(take(rows, runs_of(real[:shared]), 1), attention)
     back = _alike(take(rows, runs_of(real[len(real) - shared :]), 1), attention)
@@ -195,7 +197,7 @@ def _shared_places(
 
 
 def _alike(rows: torch.Tensor, attention: SequenceAttention) -> list[bool]:
-    """For each row (dimension 1) whether it is the same on all ranks."""
+    """Return for each row (dimension 1) whether it is the same on all ranks."""
     size = attention.sp.size
     of_ranks = attention.sp.all_gather(rows, [rows.shape[1]] * size, 1).unflatten(1, (size, -1)).double()
     first = of_ranks[:, :1]
@@ -204,7 +206,7 @@ def _alike(rows: torch.Tensor, attention: SequenceAttention) -> list[bool]:
 
 
 def _real_rows(tensors: Sequence[torch.Tensor], dim: int, padded: bool) -> list[int]:
-    """The rows that are no padding: while steps are learned, padding is NaN."""
+    """Return the rows without padding: while steps are learned, padding is NaN."""
     everything = list(range(tensors[0].shape[dim]))
     if not padded or not tensors[0].is_floating_point():
         return everything
@@ -216,7 +218,7 @@ def _real_rows(tensors: Sequence[torch.Tensor], dim: int, padded: bool) -> list[
 
 
 def _tell(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
-    """What every rank says, if all are at the same place."""
+    """Gather values of every rank, if all are at the same point."""
     gathered = agree(attention, [*values, *[0] * (WIDTH - len(values))])
     if any(codes[0] != values[0] for codes in gathered):
         raise OutOfStep

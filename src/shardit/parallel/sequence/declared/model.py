@@ -1,8 +1,9 @@
-"""A transformer under a declared sequence plan: split and gathered where the plan says, checked against the whole.
+"""A transformer under a declared sequence plan: tensors are split and gathered as declared, checked against the whole
+model.
 
 Each new signature of a call is learned first: the model runs whole on every rank, then over the ranks, where lengths
-are compared to find out what is split at each attention call (`steps.py`). Both results must agree; else the call is
-refused. Later calls follow the steps, without another word.
+are compared to find the split dimensions at each attention call (`attention_steps.py`). Both results must agree; else
+the call is refused. Later calls follow the learned steps without further messages.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from shardit.core.modules.module_state import restore, state_of
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.coroutine import yielding_coroutine
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
 from shardit.core.runtime.pending import materialize
@@ -37,8 +38,8 @@ from shardit.parallel.sequence.declared.passes import Differs, Pass, ShardedPass
 from shardit.parallel.sequence.declared.rules import ModuleRules, read_plan
 
 MAX_SIGNATURES = 1024
-"""Signatures whose steps are remembered per transformer, more than stages remember; the least recently used one goes
-first."""
+"""Signatures whose steps are remembered per transformer, more than stages remember; the least recently used one is
+dropped first."""
 
 SLACK = 2.0
 """The bound on differences, in units of `CLOSE`: a random input is harder than a picture."""
@@ -48,7 +49,7 @@ Forward = Callable[..., Any]
 
 @dataclass
 class Running:
-    """One forward of a planned model under way."""
+    """One running forward of a planned model."""
 
     owner: PlannedSequence
     current: Pass
@@ -58,21 +59,21 @@ _running: ContextVar[Running | None] = ContextVar("shardit_planned", default=Non
 
 
 def running_pass() -> Pass | None:
-    """What becomes of tensors in the forward that is running, if it is one under a declared plan."""
+    """Return the pass of the running forward, if it is under a declared plan."""
     running = _running.get()
     return None if running is None else running.current
 
 
 def runs_whole() -> bool:
-    """Whether a forward is running whole, on one rank by itself, to see what it does."""
+    """Return whether a forward runs whole, on one rank alone, to record its steps."""
     return isinstance(running_pass(), WholePass)
 
 
 @dataclass
 class PlannedSequence:
-    """One transformer whose plan is declared.
+    """One transformer with a declared plan.
 
-    checked: how often it was compared with the whole model. stages: its pipeline, if it has one.
+    checked: number of comparisons with the whole model. stages: its pipeline stages, if it has any.
     """
 
     model: nn.Module
@@ -85,7 +86,7 @@ class PlannedSequence:
 
     @property
     def by_hand(self) -> bool:
-        """Whether the model's own code splits and gathers, for which the plan says nothing."""
+        """Whether the model's own code splits and gathers, without rules in the plan."""
         return not self.rules
 
     @property
@@ -94,7 +95,7 @@ class PlannedSequence:
         return any(rule.pad for rules in self.rules for rule in rules.splits())
 
     def forward(self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the transformer; its result is plain and the same on all ranks."""
+        """Run a call of the transformer; its result is plain and the same on all ranks."""
         running = _running.get()
         if running is not None and running.owner is self:  # the forward calls the model itself
             return call(*args, **kwargs)
@@ -105,7 +106,7 @@ class PlannedSequence:
         self._steps.move_to_end(key)
         try:
             return self._run(ShardedPass(self.attention, self._steps[key]), call, args, kwargs)
-        except Differs as error:  # lengths depend on values; all ranks see it at the same place
+        except Differs as error:  # lengths depend on values; all ranks see it at the same point
             if self.stages is not None:
                 raise UnsupportedError(
                     f"{self._name} does something else than in its first call of this shape ({error}), which stages "
@@ -115,7 +116,7 @@ class PlannedSequence:
             return self._run(ShardedPass(self.attention, self._steps[key]), call, args, kwargs)
 
     def forget(self) -> None:
-        """The model has been changed: each shape is learned, and compared with the whole model, again."""
+        """Forget all shapes after a change of the model: each is learned and compared with the whole model again."""
         self._steps.clear()
 
     def _run(self, how: Pass, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,14 +134,14 @@ class PlannedSequence:
     # Learning.
 
     def _learn(self, key: Any, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], noise: bool) -> None:
-        """Learn the steps of a call, from its arguments with noise if the model takes those: in what a user gives, a
-        mask may hide nothing and tokens may be alike."""
+        """Learn the steps of a call, from its arguments with noise if the model takes those: in a user's arguments, a
+        mask may hide nothing and tokens may be equal."""
         leaves, spec = tree_flatten((args, kwargs))
-        token = willing.set(None)  # what is restored afterwards (random states) must not reach into another's turn
+        token = yielding_coroutine.set(None)  # random states restored below must not leak into another request's turn
         try:
             self._learn_from(key, call, leaves, spec, noise)
         finally:
-            willing.reset(token)
+            yielding_coroutine.reset(token)
 
     def _learn_from(self, key: Any, call: Forward, leaves: list[Any], spec: Any, noise: bool) -> None:
         kept = state_of(self.model)
@@ -153,7 +154,7 @@ class PlannedSequence:
             except Exception:
                 if not noise:
                     raise
-            if expected is None:  # a model that takes no such values: the real ones must do
+            if expected is None:  # a model that refuses such values: use the real ones
                 given, expected = leaves, self._whole(run, call, leaves, spec)
             self._steps[key] = self._compare(run, call, given, spec, *expected)
         restore(kept)
@@ -162,7 +163,7 @@ class PlannedSequence:
 
     @contextmanager
     def _untraced(self) -> Iterator[Callable[[Forward, Any], Any]]:
-        """Runs of the model of which stages know nothing; what runs one, on all stages."""
+        """Yield a function that runs the model untraced by stages, on all stages."""
         if self.stages is None:
             yield lambda forward, arguments: forward()
         else:
@@ -182,7 +183,7 @@ class PlannedSequence:
     def _compare(
         self, run: Any, call: Forward, leaves: list[Any], spec: Any, expected: Any, events: list[Seen]
     ) -> list[Step]:
-        """The steps over the ranks of a call, if it gives what the whole model gives."""
+        """Return the steps over the ranks of a call, if its result equals that of the whole model."""
         self.checked += 1
         given = tree_map_only(torch.Tensor, torch.clone, leaves)
         args, kwargs = tree_unflatten(given, spec)
@@ -192,7 +193,7 @@ class PlannedSequence:
                 got = run(lambda: self._run(sharded, call, args, kwargs), given)
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as failure:  # a model that cannot take such shards may say so in any way
+        except Exception as failure:  # a model that cannot take such shards may raise any exception
             error = failure
         if sharded.peer_failed:
             self._refuse("another rank fails", error)
@@ -202,7 +203,7 @@ class PlannedSequence:
         return sharded.steps
 
     def _agree(self, good: bool, what: str, error: Exception | None) -> None:
-        """Go on if all ranks find it good; else raise on all of them."""
+        """Continue if all ranks agree that the result is good; else raise on all of them."""
         gathered = agree(self.attention, [DONE if good else FAILED, *[0] * (WIDTH - 1)])
         if any(codes[0] != DONE for codes in gathered):
             self._refuse(what, error)
@@ -217,7 +218,7 @@ class PlannedSequence:
         ) from error
 
     def _bound(self) -> float:
-        """How much a result may differ: as much as the shortest floats in it make it."""
+        """Return the tolerance of a result: that of the shortest floats in it."""
         kinds = {p.dtype for p in self.model.parameters()} | {torch.float32}
         device = self.attention.sp.group.device.type
         if torch.is_autocast_enabled(device):
@@ -233,10 +234,10 @@ class PlannedSequence:
     def _name(self) -> str:
         return type(self.model).__name__
 
-    # What happens at a module that the plan names.
+    # Calls of modules in the plan.
 
     def module_call(self, rules: ModuleRules, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of a module: inputs are split before, outputs split or gathered after it."""
+        """Run a call of a module: split its inputs before, split or gather its outputs after it."""
         running = _running.get()
         if running is None or running.owner is not self:
             return call(*args, **kwargs)
@@ -250,13 +251,13 @@ class PlannedSequence:
 
     @property
     def _own(self) -> ModuleRules | None:
-        """The rules of the model itself."""
+        """Return the rules of the model itself."""
         return next((rules for rules in self.rules if rules.module is self.model), None)
 
 
 def read_planned(model: nn.Module, attribute: str, attention: SequenceAttention) -> PlannedSequence:
-    """A model under the plan in one of its attributes; nothing is changed before `install`. Raises InputError where
-    the plan does not fit the model."""
+    """Read the plan in an attribute of a model; nothing is changed before `install`. Raises InputError if the plan does
+    not fit the model."""
     rules = read_plan(model, attribute, padding=attention.ring is None)
     return PlannedSequence(model, attention, attribute, rules)
 
@@ -270,7 +271,7 @@ def _module_call(own_call: Any, rules: ModuleRules, planned: PlannedSequence) ->
 
 
 def _difference(expected: Any, got: Any, bound: float) -> str | None:
-    """How a result is not what was expected."""
+    """Describe the difference between a result and the expected one, None if it is small."""
     a, b = tree_leaves(expected), tree_leaves(got)
     if len(a) != len(b):
         return f"it returns {len(b)} values instead of {len(a)}"

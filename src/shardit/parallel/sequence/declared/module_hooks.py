@@ -1,5 +1,4 @@
-"""Intercepts a module that a declared plan names: inputs are split before its forward, outputs split or gathered
-after it.
+"""Intercepts modules in a declared plan: splits inputs before the forward, splits or gathers outputs after it.
 
 Types and dimensions are only known here, at a call.
 """
@@ -21,7 +20,7 @@ Act = Callable[[Rule, torch.Tensor], torch.Tensor]
 def call_module(
     how: Pass, rules: ModuleRules, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """A call of a module under its rules. Raises InputError where what it is given or gives does not fit them."""
+    """Run a call of a module under its rules. Raises InputError if its arguments or outputs do not fit them."""
     given, named = list(args), dict(kwargs)
     for name, rule in rules.inputs.items():
         place = rules.positions.get(name, -1)
@@ -61,7 +60,7 @@ def _outputs(how: Pass, rules: ModuleRules, out: Any) -> Any:
         for key, value in zip(list(out), _each(how, rules, list(out.values())), strict=True):
             out[key] = value
         return out
-    raise InputError(f"{rules.where}: {rules.title} returns {type(out).__name__}, of which nothing can be cut")
+    raise InputError(f"{rules.where}: {rules.title} returns {type(out).__name__}, which cannot be split")
 
 
 def _each(how: Pass, rules: ModuleRules, outs: list[Any]) -> list[Any]:

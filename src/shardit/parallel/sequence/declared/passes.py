@@ -1,7 +1,7 @@
-"""One forward under a declared plan: whole, to see what it does, or over the ranks.
+"""One forward under a declared plan: whole, to record its steps, or over the ranks.
 
-`WholePass` and `ShardedPass` have the same methods: for a tensor that is to be split or gathered, and for
-an attention call (`hook.Handler`).
+`WholePass` and `ShardedPass` have the same methods: for a tensor to split or gather, and for an attention call
+(`hook.Handler`).
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from shardit.parallel.sequence.shards.token_dims import Split
 
 
 class Differs(Exception):
-    """A forward does something else than when its steps were learned."""
+    """A forward differs from the one from which its steps were learned."""
 
 
 @dataclass
 class WholePass:
-    """Nothing is split. events: what happened."""
+    """Splits nothing. events: the recorded steps."""
 
     events: list[Seen] = field(default_factory=list)
 
     def split(self, rule: Rule, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as it is."""
+        """Return the tensor unchanged."""
         self.events.append(Seen(rule.title, (tensor.shape[rule.dim],)))
         return tensor
 
     def gather(self, rule: Rule, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as it is."""
+        """Return the tensor unchanged."""
         self.events.append(Seen(rule.title, (tensor.shape[rule.dim],)))
         return tensor
 
@@ -60,8 +60,8 @@ class WholePass:
 
 @dataclass
 class ShardedPass:
-    """Every rank runs its own tokens. steps: what happens, in order. whole: where the steps are learned, what happened
-    in the whole forward (else None). padded: whether the plan pads anything.
+    """Runs every rank on its own tokens. steps: the operations in order. whole: while the steps are learned, the events
+    of the whole forward (else None). padded: whether the plan pads anything.
 
     peer_failed: another rank has failed, and all ranks know it.
     """
@@ -79,11 +79,11 @@ class ShardedPass:
 
     @property
     def blank(self) -> float:
-        """What padding is filled with: zeros, or while steps are learned NaN, which shows where it gets to."""
+        """Value of padding: zero, or NaN while steps are learned, to show where padding ends up."""
         return 0.0 if self.whole is None else float("nan")
 
     def split(self, rule: Rule, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's shard."""
+        """Return this rank's shard."""
         dim, total = rule.dim % tensor.ndim, tensor.shape[rule.dim]
         seen = Seen(rule.title, (total,))
         if self.whole is not None:
@@ -111,7 +111,7 @@ class ShardedPass:
         return pad(shard, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing], value=self.blank if number else 0)
 
     def gather(self, rule: Rule, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole of a tensor of which each rank has a shard."""
+        """Return the whole of a tensor that is sharded over the ranks."""
         dim = rule.dim % tensor.ndim
         seen = Seen(rule.title, (tensor.shape[dim],))
         if self.whole is not None:
@@ -122,7 +122,7 @@ class ShardedPass:
         return step.run(tensor, dim, self.attention)
 
     def attend(self, call: Call) -> torch.Tensor:
-        """Attention of own queries over the keys of all ranks, or of what every rank has."""
+        """Attend with local queries to the keys of all ranks, or of the tensors that every rank has."""
         seen = seen_attention(call)
         if self.whole is not None:
             with without_modes():
@@ -132,7 +132,7 @@ class ShardedPass:
         return step.run(call, self.attention, self.blank)
 
     def finish(self) -> None:
-        """The forward has ended."""
+        """Check at the end of the forward that all steps were run."""
         if self._next != len(self.steps if self.whole is None else self.whole):
             raise Differs(f"{self._next} steps instead of {len(self.steps)}")
 
@@ -144,10 +144,10 @@ class ShardedPass:
             raise
 
     def _in_whole(self, seen: Seen) -> Seen:
-        """The same event in the whole forward."""
+        """Return the same event in the whole forward."""
         assert self.whole is not None
         if self._next >= len(self.whole) or self.whole[self._next].title != seen.title:
-            raise UnsupportedError(f"{seen.title} is met at another place than in the whole model")
+            raise UnsupportedError(f"{seen.title} occurs at another place than in the whole model")
         return self.whole[self._next]
 
     def _step(self, seen: Seen) -> Step:

@@ -1,4 +1,4 @@
-"""Reading a declared sequence plan: what it says of which module, checked against the model."""
+"""Reads a declared sequence plan: rules for modules, checked against the model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from shardit.errors import InputError
 from shardit.sp_plan import SequenceParallelInput, SequenceParallelOutput
 
 DECLARED, OF_DIFFUSERS = "_sp_plan", "_cp_plan"
-"""Attributes of a model that hold a plan: the one that replaces what is found, and what stands in if nothing is."""
+"""Attributes of a model with a plan: the one that replaces the found plan, and the fallback if nothing is found."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens to one tensor. title: for errors. lenient: a tensor of other than `dims` dimensions is left alone
-    instead of refused, as in plans of diffusers. repeated: several modules are given it, so its shard is kept."""
+    """The rule for one tensor. title: for errors. lenient: a tensor of other than `dims` dimensions is left alone
+    instead of refused, as in plans of diffusers. repeated: several modules get the same tensor, so its shard is
+    cached."""
 
     title: str
     dim: int
@@ -32,8 +33,9 @@ class Rule:
 
 @dataclass
 class ModuleRules:
-    """inputs: by parameter name; a tuple for lists of tensors. outputs: by number. gathers: by position, None where an
-    output is left alone. positions: place of each parameter in a call. where: the plan, for errors."""
+    """The rules for one module. inputs: by parameter name; a tuple for lists of tensors. outputs: by number. gathers:
+    by position, None if an output is left alone. positions: place of each parameter in a call. where: name of the plan,
+    for errors."""
 
     where: str
     title: str
@@ -44,17 +46,17 @@ class ModuleRules:
     gathers: tuple[Rule | None, ...] | None = None
 
     def splits(self) -> Iterable[Rule]:
-        """Everything that is split."""
+        """Yield all rules for tensors to split."""
         for rule in self.inputs.values():
             yield from rule if isinstance(rule, tuple) else (rule,)
         yield from self.outputs.values()
 
 
 def read_plan(model: nn.Module, attribute: str, padding: bool) -> list[ModuleRules]:
-    """The rules of the plan in an attribute of a model, one entry for each module that it names.
+    """Return the rules of the plan in an attribute of a model, one entry for each module in it.
 
-    padding: whether auto_pad can be done. Raises InputError, with what is there, where the plan and the model do not
-    fit: unknown modules and parameters, and values that say something else than their keys.
+    padding: whether auto_pad is supported. Raises InputError, with the valid names, if the plan and the model do not
+    fit: unknown modules and parameters, and values that contradict their keys.
     """
     plan, name = getattr(model, attribute), type(model).__name__
     where = f"{name}.{attribute}"
@@ -79,7 +81,7 @@ def read_plan(model: nn.Module, attribute: str, padding: bool) -> list[ModuleRul
 
 
 def _find(model: nn.Module, key: str, where: str) -> Iterable[tuple[str, nn.Module]]:
-    """The modules that a key names, with their own names."""
+    """Yield the modules that a key matches, with their own names."""
     found = [("", model)]
     for atom in key.split(".") if key else []:
         below: list[tuple[str, nn.Module]] = []
@@ -113,7 +115,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _positions(module: nn.Module) -> dict[str, int]:
-    """Place of each parameter of the module's forward; -1 under "**" if it takes any name."""
+    """Return the place of each parameter of the module's forward; -1 under "**" if it takes any name."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     positions = {p.name: i for i, p in enumerate(parameters) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -122,7 +124,7 @@ def _positions(module: nn.Module) -> dict[str, int]:
 
 
 def _add(rules: ModuleRules, entry: Any, where: str, repeated: bool) -> None:
-    """Add what a plan says of a module to its rules."""
+    """Add an entry of a plan to the rules of its module."""
     if isinstance(entry, Mapping):
         for key, value in entry.items():
             if isinstance(key, int) and not isinstance(key, bool):
@@ -178,7 +180,7 @@ def _output(rules: ModuleRules, key: int, value: Any, where: str) -> Rule:
 
 
 def _kind(value: Any) -> str | None:
-    """Whether an entry of a plan, ours or diffusers', splits ("input") or gathers ("output")."""
+    """Return whether an entry of a plan, ours or diffusers', splits ("input") or gathers ("output")."""
     if isinstance(value, SequenceParallelInput) or type(value).__name__ == "ContextParallelInput":
         return "input"
     if isinstance(value, SequenceParallelOutput) or type(value).__name__ == "ContextParallelOutput":

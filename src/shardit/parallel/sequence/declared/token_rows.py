@@ -1,4 +1,4 @@
-"""Which rows of a tensor a rank contributes, where some may be on all ranks and some may be padding."""
+"""Rows of a tensor on each rank, some of them on all ranks, some of them padding."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Runs = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows (tokens) of one tensor whose whole has `whole` of them, over the ranks.
+    """The rows (tokens) over the ranks of one tensor with `whole` rows in total.
 
-    local: rows on this rank. own: those that it contributes, so that all ranks together have each row once. lens: how
-    many each rank contributes. shared: rows that every rank has (text that was not split, say): they are dealt to the
-    ranks, `front` of them stand before the split ones. What is neither own nor shared is padding. Rows of a tensor that
-    every rank has whole are `everywhere`.
+    local: rows on this rank. own: the rows that it contributes, so that all ranks together have each row once. lens:
+    number of rows that each rank contributes. shared: rows on every rank (unsplit text, for example): they are dealt to
+    the ranks, and `front` of them stand before the split ones. All other local rows are padding. everywhere: every rank
+    has the whole tensor.
     """
 
     local: int
@@ -33,12 +33,12 @@ class Rows:
     everywhere: bool = False
 
     def take(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """The rows that this rank contributes; the tensor itself where that is all of it."""
+        """Return the rows that this rank contributes; the tensor itself if these are all rows."""
         return take(tensor, self.own, dim)
 
     def put(self, rows: torch.Tensor, comm: Collectives, blank: float) -> torch.Tensor:
-        """From what was computed for own rows (dimension 1) to all local ones: shared rows come from the rank they were
-        dealt to, padding is `blank`."""
+        """Expand results for own rows (dimension 1) to all local ones: shared rows come from the rank to which they
+        were dealt, padding is `blank`."""
         if self.own == ((0, self.local),):
             return rows
         full = rows.new_full((rows.shape[0], self.local, *rows.shape[2:]), blank)
@@ -55,8 +55,8 @@ class Rows:
         return runs_of(indices[start : start + dealt[rank]])
 
     def natural(self, rank: int) -> list[int]:
-        """Where in the whole tensor the rows that a rank contributes stand. The split rows are taken to be one
-        sequence: what several make is in the order of the ranks, which a wrong result would show."""
+        """Return the places in the whole tensor of the rows that a rank contributes. The split rows are assumed to be
+        one sequence: several sequences are concatenated by rank, which would show as a wrong result."""
         shared, size = _count(self.shared), len(self.lens)
         dealt = even_sizes(shared, size)
         split = [n - d for n, d in zip(self.lens, dealt, strict=True)]
@@ -68,9 +68,11 @@ class Rows:
 def dealt_rows(
     here: int, whole: int, real: Sequence[int], counts: Sequence[int], shared: tuple[int, int], rank: int
 ) -> Rows:
-    """The rows of a tensor of which each rank has `counts[rank]` that are no padding; on this one they are `real`.
+    """Return the rows of a tensor with `counts[rank]` rows without padding on each rank; `real`: their indices on this
+    rank.
 
-    shared: how many at the front and at the back every rank has."""
+    shared: number of shared rows at the front and at the back.
+    """
     front, back = shared
     size = len(counts)
     both = [*real[:front], *real[len(real) - back :]]
@@ -82,7 +84,7 @@ def dealt_rows(
 
 
 def runs_of(indices: Sequence[int]) -> Runs:
-    """Neighbouring indices as runs."""
+    """Group neighbouring indices into runs."""
     runs: list[tuple[int, int]] = []
     for index in indices:
         if runs and sum(runs[-1]) == index:
@@ -93,7 +95,7 @@ def runs_of(indices: Sequence[int]) -> Runs:
 
 
 def take(tensor: torch.Tensor, runs: Runs, dim: int) -> torch.Tensor:
-    """These rows of a tensor: the tensor itself, a view, or where there are several runs a copy."""
+    """Return these rows of a tensor: the tensor itself, a view, or for several runs a copy."""
     if runs == ((0, tensor.shape[dim]),):
         return tensor
     pieces = [tensor.narrow(dim, *run) for run in runs] or [tensor.narrow(dim, 0, 0)]

@@ -1,8 +1,8 @@
 """Sequence parallelism of one transformer: each rank of "sp" runs the blocks on its own tokens.
 
-The arguments of a block call are cut, its outputs look whole and are gathered only when code between the blocks or
-after them uses them: what one block hands to the next never is. Code of the model sees whole tensors everywhere.
-Which dimensions are tokens is found, and checked, at the first call of each kind (`check.py`).
+The arguments of a block call are cut. Its outputs look whole and are gathered only when code between or after the
+blocks uses them: tensors passed from block to block never are. Code of the model sees whole tensors everywhere. The
+token dimensions are found, and checked, at the first call of each kind (`search.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardit.core.comm.same_point import sendable
+from shardit.core.comm.barrier import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.module_state import restore, state_of
 from shardit.core.modules.patching import subclass_in_place
@@ -40,7 +40,7 @@ MAX_STEPS = 1024
 
 @dataclass
 class Flow:
-    """One forward under way: shards of what its blocks were given."""
+    """One running forward: shards of the arguments of its blocks."""
 
     owner: SequenceParallel
     cache: Cache
@@ -78,10 +78,10 @@ class SequenceParallel:
     _plans: dict[Any, list[tuple[BlockPlan, Any]]] = field(default_factory=dict)
     _steps: dict[Any, Step] = field(default_factory=dict)
 
-    # What happens at a call of the model and of a block.
+    # Calls of the model and of a block.
 
     def forward(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the transformer; its result is plain and the same on all ranks."""
+        """Run a call of the transformer; its result is plain and the same on all ranks."""
         running = _flow.get()
         if running is not None and running.owner is self:  # the forward calls the model itself
             return call(*args, **kwargs)
@@ -96,7 +96,7 @@ class SequenceParallel:
             _flow.reset(token)
 
     def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of block number `index`, on the tokens of this rank."""
+        """Run a call of block number `index`, on the tokens of this rank."""
         flow = _flow.get()
         if flow is None or flow.owner is not self or flow.in_block:
             return call(*args, **kwargs)
@@ -141,7 +141,7 @@ class SequenceParallel:
         assert step.plan is not None
         leaves, spec = tree_flatten(out)
         if len(leaves) != len(step.plan.outs):
-            raise UnsupportedError(f"a block of {self._name} returns something else than when its kind was first seen")
+            raise UnsupportedError(f"a block of {self._name} returns something else than in the first call of its kind")
         for q, split in enumerate(step.plan.outs):
             if split is not None:
                 shape = tuple(leaves[q].shape)
@@ -177,19 +177,19 @@ class SequenceParallel:
         plan, error = None, None
         self.checked += 1
         materialize([leaf for leaf in leaves if _shard_source(leaf) is None])
-        with self._untraced():  # what is sharded stays so here: a gather that nobody watches would be missing later
+        with self._untraced():  # sharded tensors stay sharded here: an untraced gather would be missing later
             whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_shard_source(leaf)]]
             if self._owned[index]:
                 try:
                     kept = state_of(self.blocks[index][1])
 
                     def run(*args: Any, **kwargs: Any) -> Any:
-                        restore(kept)  # so that all trials start alike
+                        restore(kept)  # so that all trials start equal
                         return call(*args, **kwargs)
 
                     with generators_kept(self.attention.sp.group.device):
-                        # In a context of its own: what collects outputs of blocks (transformers does, by hooks) is not
-                        # to collect those of trials.
+                        # In a context of its own: code that collects outputs of blocks (transformers does, by hooks) is
+                        # not to collect those of trials.
                         trial = Context().run
                         plan = trial(find_plan, self._title(index), self.attention, run, whole, spec)
                     restore(kept)
@@ -218,14 +218,14 @@ class SequenceParallel:
         return type(self.model).__name__
 
     def forget(self) -> None:
-        """The model has been changed: each kind of block call is looked at, and checked, again."""
+        """Forget all kinds of block calls after a change of the model: each is analysed and checked again."""
         self._plans.clear()
         self._steps.clear()
         self._look()
 
     def _look(self) -> None:
-        """Take the blocks as they are. Their processors are asked for in each call: pipelines exchange them in the
-        middle of one."""
+        """Take the present blocks. Their processors are read in each call: pipelines exchange them in the middle of
+        one."""
         self._fingerprints = [fingerprint(block) for _, block in self.blocks]
         parts = [map(vars, block.modules()) for _, block in self.blocks]
         self._attentions = [[own for own in of_block if PROCESSOR in own] for of_block in parts]
@@ -246,14 +246,14 @@ def _shape(leaf: Any) -> Shape | None:
 
 
 def _shard_source(leaf: Any) -> ShardSource | None:
-    """Where the shards of an argument are, if it is the whole output of a block and not gathered yet."""
+    """Return the source of an argument's shards, if it is the whole output of a block and not gathered yet."""
     if type(leaf) is PendingTensor and isinstance(leaf._source, ShardSource) and leaf._source.is_whole(leaf):
         return leaf._source
     return None
 
 
 def automatic() -> bool:
-    """Whether a forward is running whose tokens are sharded as was found."""
+    """Return whether a forward is running under a found plan."""
     return _flow.get() is not None
 
 

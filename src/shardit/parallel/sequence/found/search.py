@@ -1,7 +1,7 @@
-"""Finding how a kind of block call is sharded: candidates are tried against the whole block, on all ranks at once.
+"""Finds the sharding of a kind of block call: candidates are tried against the whole block, on all ranks at once.
 
-What passes computes the same as the whole block does, on arguments that were disturbed so that it is not by chance
-(masks that hide nothing, text that is all padding).
+A candidate passes if it computes the same as the whole block. Arguments get noise, so that no candidate passes by
+chance (masks that hide nothing, text that is all padding).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REMEDY = (
     "set ulysses_degree=1 and ring_degree=1, or say in the model's _sp_plan where its tensors are split "
     "(docs/sequence-plans.md)"
 )
-"""What to do about a model whose tokens cannot be sharded by what is found."""
+"""The remedy for a model whose tokens cannot be sharded by a found plan."""
 
 
 class Refused(UnsupportedError):
@@ -48,7 +48,7 @@ class Refused(UnsupportedError):
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How a kind of block call is sharded. outs: how each output leaf is cut. sharded: see `BlockRun`."""
+    """The sharding of a kind of block call. outs: split of each output leaf. sharded: see `BlockRun`."""
 
     candidate: Candidate
     outs: tuple[Split | None, ...]
@@ -60,8 +60,8 @@ def find_plan(
 ) -> BlockPlan | None:
     """Try the candidates for a block call with these (whole) argument leaves. Collective over "sp".
 
-    None: the streams are shorter than there are ranks, so every rank runs the block whole. Raises UnsupportedError
-    where no candidate gives what the whole block gives, or the block writes to its arguments.
+    Returns None if the streams are shorter than the number of ranks, so that every rank runs the block whole. Raises
+    UnsupportedError if no candidate gives the result of the whole block, or the block writes to its arguments.
     """
     leaves = disturbed(leaves)
     shapes = shapes_of(leaves)
@@ -96,7 +96,7 @@ class _Attempt:
     failures: list[Exception]
 
     def run(self, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockPlan | None:
-        """The plan, if this candidate is right on every rank."""
+        """Return the plan, if this candidate is right on every rank."""
         sp = self.attention.sp
         shards = [
             leaf if split is None else cut(leaf, split, self.totals, sp.index, sp.size).clone()
@@ -115,7 +115,7 @@ class _Attempt:
         return BlockPlan(self.candidate, tuple(splits), tuple(block.sharded))
 
     def _outputs(self, block: BlockRun, call: Callable[..., Any], shards: list[Any], spec: Any) -> list[Any] | None:
-        """The output leaves; None where it failed on any rank. No rank waits for one that has failed."""
+        """Return the output leaves; None if it failed on any rank. No rank waits for one that has failed."""
         outs: list[Any] = []
         code = FAILED
         assert block.dataflow is not None
@@ -127,13 +127,13 @@ class _Attempt:
             return None
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a block that cannot take such shards may say so in any way
+        except Exception as error:  # a block that cannot take such shards may raise any exception
             self.failures.append(error)
         gathered = agree(self.attention, [code, 0, 0, 0, 0, 0])
         return outs if all(codes[0] == DONE for codes in gathered) else None
 
     def _out_splits(self, outs: list[Any]) -> list[Split | None] | None:
-        """For each output leaf the first reading of its shape that is right on every rank."""
+        """Return for each output leaf the first split of its shape that is right on every rank."""
         sp = self.attention.sp
         chosen: list[Split | None] = []
         for full, shard in zip(shapes_of(self.expected), shapes_of(outs), strict=True):
@@ -161,7 +161,7 @@ def _call(call: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
 
 
 def shapes_of(leaves: Sequence[Any]) -> list[Shape | None]:
-    """Shapes of tensors, None for what is no tensor."""
+    """Return the shapes of tensors, None for leaves that are not tensors."""
     return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
 
 

@@ -1,4 +1,4 @@
-"""Tensors of which this rank has its tokens only, but which look whole: gathered when somebody first uses them."""
+"""Lazily gathered tensors: a rank has only its tokens, but the tensor looks whole and is gathered on first use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shardit.parallel.sequence.shards.token_dims import Shape, Split, cut
 
 
 class ShardSource(Source):
-    """A whole tensor that is sharded over ranks: the shard of this one, and how the whole is cut.
+    """A whole tensor that is sharded over ranks: the shard of this rank, and the split of the whole.
 
-    Waiting for it gathers it. All ranks run the same program, so all come to do so at the same point.
+    Waiting for it gathers it. All ranks run the same program, so all gather it at the same point.
     """
 
     def __init__(self, shard: torch.Tensor, split: Split, totals: tuple[int, ...], full: Shape, comm: Collectives):
@@ -37,21 +37,21 @@ class ShardSource(Source):
         return self.wrap(self._buffer)
 
     def is_whole(self, tensor: PendingTensor) -> bool:
-        """Whether a tensor of this source is all of it, and not a view of a part."""
+        """Return whether a tensor of this source is all of it, and not a view of a part."""
         return bool(self._tensors) and self._tensors[0]() is tensor
 
     def holds(self, split: Split, totals: Sequence[int]) -> bool:
-        """Whether the shard is the one that `cut` would make."""
+        """Return whether the shard is the one that `cut` would make."""
         lengths = tuple(totals[p] for p in split.parts)
         return split.order is None and split.dim == self.split.dim and lengths == self.lengths
 
     def peek(self) -> torch.Tensor:
-        """The whole tensor, gathered into memory of its own; what is pending stays so."""
+        """Return the whole tensor, gathered into memory of its own; pending tensors stay pending."""
         return gather(self.shard, self.split.dim, self.lengths, self._comm)
 
 
 def gather(shard: torch.Tensor, dim: int, lengths: Sequence[int], comm: Collectives) -> torch.Tensor:
-    """The whole of a tensor that `cut` has cut at `dim` into streams of these lengths. Collective."""
+    """Gather the whole of a tensor that `cut` has cut at `dim` into streams of these lengths. Collective."""
     own = [even_sizes(length, comm.size)[comm.index] for length in lengths]
     pieces = shard.split(own, dim) if len(own) > 1 else (shard,)
     sizes = [even_sizes(length, comm.size) for length in lengths]
@@ -65,21 +65,22 @@ MAX_CACHED = 16
 
 @dataclass
 class Cache:
-    """Shards of the whole tensors that block calls of one forward were given: most are given to every block."""
+    """Caches shards of the whole tensors among the arguments of blocks in one forward: most are arguments of every
+    block."""
 
     comm: Collectives
-    # The whole tensor is held so that its id stays its own.
+    # Keeps the whole tensor alive so that its id stays unique.
     _made: OrderedDict[Any, tuple[torch.Tensor, int | None, torch.Tensor]] = field(default_factory=OrderedDict)
 
     def shard_of(self, tensor: torch.Tensor, split: Split, totals: tuple[int, ...], keep: bool) -> torch.Tensor:
-        """This rank's shard of an argument; no communication where a block has made it. With `keep` it is remembered
+        """Return this rank's shard of an argument; no communication if a block has made it. With `keep` it is cached
         for the next block."""
         if isinstance(tensor, PendingTensor):
             source = tensor._source
             if isinstance(source, ShardSource) and source.holds(split, totals) and source.is_whole(tensor):
                 return source.shard
             source.wait()
-        # Nobody counts the versions of inference tensors, so that later writes to them would go unseen.
+        # Inference tensors have no version counters, so that later writes to them would go unnoticed.
         if not keep or tensor.is_inference():
             return cut(tensor, split, totals, self.comm.index, self.comm.size)
         key = (id(tensor), split.dim, split.order, tuple(totals[p] for p in split.parts))

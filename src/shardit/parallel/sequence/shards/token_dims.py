@@ -1,6 +1,6 @@
-"""Which dimensions of a block's arguments are tokens: candidates from shapes alone, and cutting tensors by them.
+"""Finds candidates for the token dimensions of a block's arguments from shapes alone, and cuts tensors along them.
 
-A *stream* is an argument that the block gives back in the same shape: [batch, tokens, width]. Whatever else has a
+A *stream* is an argument that the block returns in the same shape: [batch, tokens, width]. Any other tensor with a
 dimension as long as a stream, or as two together, may belong to its tokens (rotary tables, masks, modulation).
 """
 
@@ -21,10 +21,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Split:
-    """How one tensor is cut: dimension `dim` holds the tokens of the streams `parts`, one after the other.
+    """The cut of one tensor: dimension `dim` contains the tokens of the streams `parts`, one after the other.
 
-    order: another dimension that holds the same tokens and stays whole, but in the order of the ranks (the columns of
-    a mask whose rows are cut).
+    order: another dimension with the same tokens that stays whole, but in the order of the ranks (the columns of a mask
+    whose rows are cut).
     """
 
     dim: int
@@ -34,18 +34,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to cut the arguments of a block call. streams: leaf numbers of the streams. splits: by leaf, None where
-    it stays whole (or is no tensor)."""
+    """One way to cut the arguments of a block call. streams: leaf numbers of the streams. splits: by leaf, None if it
+    stays whole (or is not a tensor)."""
 
     streams: tuple[int, ...]
     splits: tuple[Split | None, ...]
 
     def totals(self, shapes: Sequence[Shape | None]) -> tuple[int, ...]:
-        """Tokens of each stream."""
+        """Return the number of tokens of each stream."""
         return tuple(_shape(shapes, q)[token_dim(_shape(shapes, q))] for q in self.streams)
 
     def fits(self, shapes: Sequence[Shape | None]) -> bool:
-        """Whether arguments of these shapes can be cut like this."""
+        """Return whether arguments of these shapes can be cut like this."""
         if any(shape is None or len(shape) < 2 for shape in (shapes[q] for q in self.streams)):
             return False
         totals = self.totals(shapes)
@@ -57,20 +57,20 @@ class Candidate:
         return True
 
     def pattern(self, shapes: Sequence[Shape | None]) -> tuple[object, ...]:
-        """Which dimensions could be taken for tokens. Where two calls agree in it, what was found right for one holds
-        for the other: no length coincides with another only by chance in one of them."""
+        """Return the dimensions that could be tokens. If two calls agree in this, a plan that is right for one is right
+        for the other: no two lengths coincide by chance in only one of them."""
         totals = self.totals(shapes)
         return tuple(None if shape is None else tuple(_meanings(n, totals) for n in shape) for shape in shapes)
 
 
 def token_dim(shape: Shape) -> int:
-    """The token dimension of a stream."""
+    """Return the token dimension of a stream."""
     return len(shape) - 2
 
 
 def candidates(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -> list[Candidate]:
-    """Ways to cut a block call whose argument leaves and output leaves have these shapes (None: no tensor), the most
-    likely first; empty where no output has the shape of an argument."""
+    """Return ways to cut a block call whose argument leaves and output leaves have these shapes (None: not a tensor),
+    the most likely first; empty if no output has the shape of an argument."""
     found: dict[Candidate, None] = {}
     for streams in _stream_sets(shapes, outs):
         totals = tuple(_shape(shapes, q)[token_dim(_shape(shapes, q))] for q in streams)
@@ -88,8 +88,8 @@ def candidates(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -> 
 
 
 def _stream_sets(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -> list[tuple[int, ...]]:
-    """First what comes back; then also what looks like a stream (same batch and width) but does not come back, as text
-    in the last block of some models."""
+    """Return sets of streams: first arguments that are returned; then also arguments of the same batch and width that
+    are not returned, as text in the last block of some models."""
     streams: list[int] = []
     for out in outs:
         same = [q for q, shape in enumerate(shapes) if shape == out and q not in streams]
@@ -116,7 +116,7 @@ def _options(shape: Shape, totals: tuple[int, ...]) -> list[Split | None]:
 
 
 def _meanings(length: int, totals: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The streams, alone or two in a row, that have this length."""
+    """Return the streams, alone or two in a row, with this length."""
     numbers = range(len(totals))
     alone = [(a,) for a in numbers if totals[a] == length]
     pairs = [(a, b) for a, b in itertools.permutations(numbers, 2) if totals[a] + totals[b] == length]
@@ -130,12 +130,12 @@ def _shape(shapes: Sequence[Shape | None], q: int) -> Shape:
 
 
 def out_options(out: Shape, totals: tuple[int, ...]) -> list[Split | None]:
-    """How an output may be cut, the most likely first."""
+    """Return the possible splits of an output, the most likely first."""
     return _options(out, totals)
 
 
 def local_shape(full: Shape, split: Split | None, totals: Sequence[int], rank: int, size: int) -> Shape:
-    """The shape of rank `rank`'s shard."""
+    """Return the shape of rank `rank`'s shard."""
     if split is None:
         return full
     length = sum(even_sizes(totals[p], size)[rank] for p in split.parts)
@@ -143,7 +143,7 @@ def local_shape(full: Shape, split: Split | None, totals: Sequence[int], rank: i
 
 
 def cut(tensor: torch.Tensor, split: Split, totals: Sequence[int], rank: int, size: int) -> torch.Tensor:
-    """Rank `rank`'s shard of a whole tensor: a view where it can be one, dense where the whole is."""
+    """Cut rank `rank`'s shard from a whole tensor: a view if possible, dense if the whole is."""
     runs = _runs(split.parts, totals, size)
     pieces = [tensor.narrow(split.dim, *run) for run in runs[rank]]
     shard = pieces[0] if len(pieces) == 1 else torch.cat(pieces, split.dim)
@@ -154,7 +154,7 @@ def cut(tensor: torch.Tensor, split: Split, totals: Sequence[int], rank: int, si
 
 
 def _runs(parts: tuple[int, ...], totals: Sequence[int], size: int) -> list[list[tuple[int, int]]]:
-    """For each rank the (start, length) of its tokens of each part."""
+    """Return for each rank the (start, length) of its tokens of each part."""
     out: list[list[tuple[int, int]]] = [[] for _ in range(size)]
     base = 0
     for part in parts:

@@ -1,1 +1,1 @@
-"""Sliced units compared with whole ones."""
+"""Comparison of sliced units with whole ones."""

@@ -1,4 +1,4 @@
-"""One comparison of a cut unit with itself made whole, on the same input."""
+"""Compares a cut unit with the same unit made whole, on the same input."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from shardit.parallel.tensor.rules import HEAD_COUNTS
 from shardit.parallel.tensor.whole import gathered, whole_for_now
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1.6e-2}
-"""Largest relative L2 difference between what a unit gives on slices and whole. Heads that are taken wrongly give 0.1
-and more, sums in another order 1e-6 in float32."""
+"""Largest relative L2 difference between the result on slices and the whole result. Wrong heads give 0.1 and more, sums
+in another order 1e-6 in float32."""
 
 
 class _Elsewhere(Exception):
@@ -33,10 +33,10 @@ class _Elsewhere(Exception):
 
 @dataclass
 class Comparison:
-    """A call of unit `name` of a model with these arguments; `plain` is its own forward. attentions: whether somebody
-    asked for what it computes of each head.
+    """A call of unit `name` of a model with these arguments; `plain` is its own forward. attentions: the attention
+    weights of each head were requested.
 
-    right: whether slices gave what the whole gives, on every rank; why: what was wrong. Collective.
+    right: slices gave the same result as the whole unit on every rank; why: the difference. Collective.
     """
 
     model: nn.Module
@@ -52,7 +52,7 @@ class Comparison:
     _sums: list[torch.Tensor] = field(default_factory=list)
 
     def sliced(self) -> Any:
-        """What the unit gives on slices. Where that is not right, the arguments are left as they were before."""
+        """Return the unit's result on slices. If that is wrong, the arguments are restored."""
         unit, leaves = self.model.get_submodule(self.name), tree_flatten((self.args, self.kwargs))[0]
         with without_modes(), torch.no_grad():
             twins, before, generators = _copies(leaves), state_of(unit), _random_state()
@@ -64,7 +64,7 @@ class Comparison:
             self._all(True)
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as failure:  # code that counts on all heads may fail in any way
+        except Exception as failure:  # code that relies on all heads may fail in any way
             error = failure
             if not isinstance(failure, _Elsewhere):
                 self._all(False)
@@ -91,8 +91,8 @@ class Comparison:
         return None
 
     def _run(self, unit: nn.Module, args: Any, kwargs: Any, together: bool) -> Any:
-        """The unit's own forward; `_sums` are then what the linears behind its heads gave. together: at each thing
-        that ranks do together, they first hear whether one of them has failed."""
+        """Run the unit's own forward; `_sums` then contains the outputs of the linears behind its heads. together:
+        before each collective operation, ranks exchange whether one of them has failed."""
         self._sums, hooks = [], []
         inside = f"{self.name}." if self.name else ""
         for name, role in self.plan.roles.items():
@@ -124,7 +124,7 @@ class Comparison:
 
     def _is_right(self, unit: nn.Module, out: Any, twins: list[Any], before: State, generators: Any) -> bool:
         sums, spec = self._sums, tree_flatten((self.args, self.kwargs))[1]
-        # Units may hand to each other what is of a rank's own heads. So that is gathered, where nothing else is right.
+        # Units may pass tensors of local heads to each other. If nothing else is right, these are gathered.
         for given in (lambda: twins, lambda: self._of_all_heads(twins)):
             args, kwargs = tree_unflatten(_copies(given()), spec)
             expected, whole = None, False
@@ -154,7 +154,7 @@ class Comparison:
         return agree and all(_close(x, y) for x, y in pairs)
 
     def _of_all_heads(self, leaves: list[Any]) -> list[Any]:
-        """The arguments, those gathered that have as many entries as this rank has heads where heads would be."""
+        """Return the arguments; gather those whose size at the head dimension is this rank's number of heads."""
         numbers = self.plan.attributes.get(self.name, {})
         heads = next((numbers[key][self.ranks.index] for key in HEAD_COUNTS if key in numbers), -1)
         flags = [isinstance(leaf, torch.Tensor) and leaf.ndim == 4 and leaf.shape[1] == heads for leaf in leaves]
@@ -169,7 +169,7 @@ class Comparison:
 
 
 def _copies(leaves: list[Any]) -> list[Any]:
-    """Copies of tensors and of objects that units may keep something in; what is one object stays one."""
+    """Copy tensors and stateful objects; identical objects stay identical."""
     made: dict[int, Any] = {}
     for leaf in leaves:
         if id(leaf) not in made:
@@ -179,7 +179,7 @@ def _copies(leaves: list[Any]) -> list[Any]:
 
 
 def is_agent(leaf: Any) -> bool:
-    """Whether an argument is an object that a unit may keep something in, such as a cache of keys."""
+    """Return whether an argument is an object in which a unit may store state, such as a cache of keys."""
     return hasattr(leaf, "__dict__") and not isinstance(leaf, (torch.Tensor, nn.Module, type)) and not callable(leaf)
 
 

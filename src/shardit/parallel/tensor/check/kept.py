@@ -1,4 +1,4 @@
-"""Tensors that code keeps on modules and processors, and what processors hand out."""
+"""Finds tensors that code stores on modules and processors, and results that processors expose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTAINERS = (list, dict, set, tuple)
 
 
 def kept_since(state: State) -> list[torch.Tensor]:
-    """The tensors that were set or put in since."""
+    """Return the tensors that were stored since `state` was taken."""
     tensors = []
     for thing in state:
         for key, value in thing.attributes.items():
@@ -33,9 +33,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def hands_out(processor: Any, family: Family) -> str | None:
-    """The attribute through which a processor of unknown code may hand out what it computes: an object that cannot be
-    compared or restored. None if there is none."""
+def exposing_attribute(processor: Any, family: Family) -> str | None:
+    """Return the attribute through which a processor with unknown code may expose its results: an object that cannot be
+    compared or restored. Returns None if there is none."""
     if processor is None or (family.processors and type(processor).__module__.startswith(family.processors)):
         return None
     for key, value in getattr(processor, "__dict__", {}).items():

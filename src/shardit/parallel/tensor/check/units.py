@@ -1,8 +1,8 @@
-"""Cut modules are compared with whole ones: names and shapes do not tell what code does with its heads.
+"""Compares cut modules with whole ones: names and shapes do not show how code uses its heads.
 
-What runs between cut linears (attention and its processor, activations) may be anybody's. So at the first call of each
-kind a unit of the plan runs on its slices and, with weights gathered for the moment, whole. Where the results differ,
-or the slices fail, such units are whole on every rank from then on, and are named.
+The code between cut linears (attention and its processor, activations) may be custom. So at the first call of each kind
+a unit of the plan runs on its slices and, with temporarily gathered weights, whole. If the results differ, or the
+slices fail, such units are whole on every rank from then on, and are named in a warning.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import find_caches
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import Made, share_subclass, subclass_in_place
-from shardit.core.runtime.coroutine import willing
+from shardit.core.runtime.coroutine import yielding_coroutine
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.hook import attention_is_taken
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_agent
-from shardit.parallel.tensor.check.kept import hands_out
+from shardit.parallel.tensor.check.kept import exposing_attribute
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.processors import adopt_processors, attentions_in, mark_cut
 from shardit.parallel.tensor.rules import Family
@@ -39,15 +39,15 @@ from shardit.parallel.tensor.whole import whole_for_good
 log = logging.getLogger(__name__)
 
 NAME, PLACES = "shardit_unit", ("shardit_unit", "layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
-"""Attributes of modules that say which of many alike they are; the first is ours."""
+"""Attributes of modules that number otherwise equal ones; the first is ours."""
 
 
 @dataclass
 class Checks:
-    """What was compared of one component that is cut, and what is to be.
+    """The comparisons of one cut component.
 
-    title: its name in messages. compared: how many units were. pending: names of units that are looked at when they
-    are called next. whole: units that turned out to need whole weights, and why.
+    title: its name in messages. compared: number of compared units. pending: names of units to compare at their next
+    call. whole: units that need whole weights, and why.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Checks:
     _comparing: bool = False
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-        """A call of the component: where it is of a new kind, or processors are others, its units are looked at."""
+        """Begin a call of the component: if it is of a new kind, or processors have changed, its units are compared."""
         found = [getattr(attention, PROCESSOR) for attention in self._attentions.values()]
         processors = tuple(p if isinstance(p, nn.Module) else type(p) for p in found)
         key = (_outline(args), _outline(kwargs), torch.is_inference_mode_enabled(), self.model.training, processors)
@@ -74,7 +74,7 @@ class Checks:
         return self._looking(key, bool(kwargs.get("output_attentions")))
 
     def forget(self) -> None:
-        """The model has been changed: its units are compared again."""
+        """Forget all comparisons after a change of the model."""
         self._calls.clear()
         self._right.clear()
 
@@ -82,8 +82,8 @@ class Checks:
     def _looking(self, key: Any, attentions: bool) -> Iterator[None]:
         self.pending.update(self.plan.units)
         self._asked = attentions
-        # What is compiled now would see slices come and go. (In a coroutine, others would be left with the setting.)
-        compiles = "torch._dynamo" in sys.modules and willing.get() is None
+        # Code compiled now would see slices come and go. (In a coroutine, others would be left with the setting.)
+        compiles = "torch._dynamo" in sys.modules and yielding_coroutine.get() is None
         try:
             with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
                 yield
@@ -99,7 +99,7 @@ class Checks:
             self._asked = False
 
     def call(self, unit: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of a unit that is pending; `plain` is its own forward."""
+        """Run a call of a pending unit; `plain` is its own forward."""
         name = vars(unit)[NAME]
         if self._comparing or attention_is_taken():
             return plain(unit, *args, **kwargs)
@@ -109,9 +109,12 @@ class Checks:
         kind = (self._kind(name), str(spec), tuple(map(value_key, leaves)), modes(), unit.training, self._asked)
         if kind in self._right or _filled(unit, args, kwargs):
             return plain(unit, *args, **kwargs)
-        token, self._comparing = willing.set(None), True  # no other call may meet modules that are whole for now
+        token, self._comparing = (
+            yielding_coroutine.set(None),
+            True,
+        )  # no other call may use modules that are temporarily whole
         try:
-            why = hands_out_within(unit, self.plan.family)
+            why = why_not_comparable(unit, self.plan.family)
             if why is None:
                 comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
                 out, why = comparison.sliced(), comparison.why
@@ -123,11 +126,11 @@ class Checks:
                 self._give_up(name, why)
             return plain(unit, *args, **kwargs)
         finally:
-            willing.reset(token)
+            yielding_coroutine.reset(token)
             self._comparing = False
 
     def _kind(self, name: str) -> Any:
-        """What units have in common that are cut alike and run the same code; the same on all ranks or on none."""
+        """Return a key for units that are cut alike and run the same code; the same on all ranks or on none."""
         inside = f"{name}." if name else ""
         totals = [(key[len(inside) :], cut) for key, cut in self.plan.cuts.items() if key.startswith(inside)]
         return fingerprint(self.model.get_submodule(name), PLACES), tuple(totals)
@@ -150,7 +153,7 @@ class Checks:
 
 
 def _outline(value: Any) -> Any:
-    """Structure, types and dimensions of the arguments: what `mode_key` has, in a tenth of its time."""
+    """Return structure, types and dimensions of the arguments, as `mode_key` does, in a tenth of its time."""
     if isinstance(value, torch.Tensor):
         return (value.ndim, value.dtype)
     if isinstance(value, dict):
@@ -164,14 +167,15 @@ def _elsewhere(unit: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in unit.parameters())
 
 
-def hands_out_within(unit: nn.Module, family: Family) -> str | None:
-    """Why a unit is not even compared: a processor of it hands out what it computes for each head."""
-    keys = [hands_out(getattr(module, PROCESSOR, None), family) for module in unit.modules()]
-    return next((f"may hand out what it computes of each head, in {key!r}" for key in keys if key), None)
+def why_not_comparable(unit: nn.Module, family: Family) -> str | None:
+    """Return the reason why a unit cannot be compared: one of its processors exposes its results for each head."""
+    keys = [exposing_attribute(getattr(module, PROCESSOR, None), family) for module in unit.modules()]
+    return next((f"may expose its results for each head, in {key!r}" for key in keys if key), None)
 
 
 def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether there are keys of earlier calls, of this rank's heads: a whole unit could not go on with them."""
+    """Return whether a cache has keys of earlier calls, of this rank's heads: a whole unit could not continue with
+    them."""
     place = vars(unit).get("layer_idx")
     for cache in find_caches(args, kwargs):
         layers = cache.layers if place is None else cache.layers[place : place + 1]
@@ -184,7 +188,7 @@ def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectives) -> Checks:
-    """Have the units of a model that is cut compared, in place, at the calls that need it."""
+    """Compare the units of a cut model, in place, at the calls that need it."""
     attentions, made = attentions_in(model, plan.units), Made()
     checks = Checks(title, model, plan, ranks, pending=set(plan.units), _attentions=attentions)
     for attention in attentions.values():

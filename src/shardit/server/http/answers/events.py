@@ -1,4 +1,4 @@
-"""A job's progress as server-sent events."""
+"""Sends a job's progress as server-sent events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ and at last `finished` {"status", "error"}. A comment line comes every ten secon
 
 
 async def events(context: Context, job: Job) -> AsyncIterator[bytes]:
-    """The events of a job from now on."""
+    """Yield the events of a job from now on."""
     told: tuple[str, Any] | None = None
     spoke = time.monotonic()
     with context.live_state.watching(job.id, steps=True) as watch:

@@ -1,4 +1,4 @@
-"""Results of jobs as answers: files with safe headers, and the JSON of synchronous image requests."""
+"""Sends results of jobs: files with safe headers, and the JSON of synchronous image requests."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _PIECE = 3 * 256 * 1024  # a multiple of 3, so that pieces of base64 can be join
 
 
 class ResultFile(FileResponse):
-    """A file, or one range of it. Any other Range header counts as none, as HTTP allows; starlette would answer some
-    with errors in a shape of its own. A small file has been read, which spares three ways to a thread and back."""
+    """A file, or one range of it. Any other Range header is ignored, as HTTP allows; starlette would answer some with
+    errors in a format of its own. A small file is read in advance, which saves three switches to a thread and back."""
 
     content: bytes | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the file."""
         headers = Headers(scope=scope)
         first, last = _range_of(headers.get("range", ""))
         if not first and not last:
@@ -59,7 +59,7 @@ class ResultFile(FileResponse):
 
 
 def _range_of(header: str) -> tuple[str, str]:
-    """First and last byte; empty where open or not usable."""
+    """Return the first and the last byte; empty if open or not usable."""
     found = _RANGE.fullmatch(header.replace(" ", ""))
     first, last = found.groups() if found else ("", "")
     return ("", "") if first and last and int(first) > int(last) else (first, last)
@@ -85,7 +85,7 @@ class ImagesAnswer(BaseModel):
 
 
 def file_answer(context: Context, job: Job, index: int) -> ResultFile:
-    """One result file of a job. Raises ApiError (404) where there is none yet, or none of that number."""
+    """Return one result file of a job. Raises ApiError (404) if it does not exist."""
     if job.state != "completed":
         text = f"the job {job.id} is {job.state}; it has no result{'' if job.ended else ' yet'}"
         raise ApiError(404, text, code="no_result")
@@ -111,7 +111,7 @@ def file_answer(context: Context, job: Job, index: int) -> ResultFile:
 
 
 def images_answer(context: Context, job: Job, response_format: str, base_url: str) -> StreamingResponse:
-    """The answer to a synchronous image request: pictures may be large, so they are encoded piece by piece."""
+    """Return the answer to a synchronous image request: pictures may be large, so they are encoded piece by piece."""
     folder = context.store.files_of(job.id)
     paths = [folder / name for name in job.files]
     head = {

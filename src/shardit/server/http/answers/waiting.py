@@ -1,4 +1,4 @@
-"""Waiting for the end of a job while its client waits on the connection."""
+"""Waits for the end of a job while its client waits on the connection."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from shardit.server.http.state.context import Context
 from shardit.server.jobs.job import Job
 
 LOOK_S = 1.0
-"""Longest time between two looks into the store: messages of news may be lost, jobs may not."""
+"""Longest time between two looks into the store, in seconds: notifications may be lost, jobs may not."""
 
 
 async def until_ended(request: Request, context: Context, job: Job) -> Job:
-    """The job after its end. If the client goes before, the job is cancelled where nobody else can ask for it.
+    """Return the job after its end. If the client disconnects before, the job is cancelled unless another client can
+    ask for it.
 
-    Raises ApiError where the server stops or the job is gone; asyncio.CancelledError where the process ends.
+    Raises ApiError if the server stops or the job is deleted; asyncio.CancelledError if the process exits.
     """
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -46,7 +47,7 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected and needs no answer."""
 
 
 async def _gone(request: Request) -> None:
@@ -55,7 +56,7 @@ async def _gone(request: Request) -> None:
 
 
 def check_completed(job: Job) -> None:
-    """Raise ApiError where the job ended without a result."""
+    """Raise ApiError if the job ended without a result."""
     if job.state == "cancelled":
         raise ApiError(409, f"the job {job.id} was cancelled", code="cancelled")
     if job.state == "failed":
@@ -66,4 +67,4 @@ def check_completed(job: Job) -> None:
 
 
 CLIENTS_FAULT = ("invalid_request", "generation_failed", "out_of_memory")
-"""Codes of jobs' errors that another request would avoid."""
+"""Codes of job errors that a different request would avoid."""

@@ -1,4 +1,4 @@
-"""What the server is and how it does: models, health, readiness, metrics, and all that the page needs to know."""
+"""Routes about the server: models, health, readiness, metrics, and the data of the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All served models, of which there is one."""
+    """The list of served models, which has one entry."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -43,7 +43,7 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether jobs can run now, and what the ranks do."""
+    """Whether jobs can run now, and the state of the ranks."""
 
     state: RanksState
     reason: str
@@ -52,7 +52,7 @@ class Readiness(BaseModel):
 
 
 class ServerInfo(Readiness):
-    """What a page needs to know of a server."""
+    """All that a page needs to know of a server."""
 
     model: str
     kind: Kind | None = Field(description="What it makes; null while that is not known yet.")
@@ -70,7 +70,7 @@ class ServerInfo(Readiness):
 
 
 def about_routes(context: Context) -> APIRouter:
-    """The routes that tell of the server itself."""
+    """Return the routes about the server itself."""
     router = APIRouter(tags=["server"])
     model = Model(id=context.options.name, created=int(context.started_at))
 
@@ -84,7 +84,7 @@ def about_routes(context: Context) -> APIRouter:
         """Whether the ranks can run jobs now; 503 until they can."""
         ranks = context.live_state.ranks
         shown = _readiness(ranks)
-        if getattr(request.state, "stranger", False):  # of whom nothing is known but the name they use for this server
+        if getattr(request.state, "stranger", False):  # sent under an unverified host name
             shown |= {"reason": "", "ranks": []}
         if ranks.state == "ready":
             return shown

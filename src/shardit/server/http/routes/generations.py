@@ -1,4 +1,4 @@
-"""/v1/generations: what is neither picture nor video. Sound, text, and numbers."""
+"""/v1/generations: sound, text and numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILE = "application/octet-stream"
 
 
 def generation_routes(context: Context) -> APIRouter:
-    """The routes under /v1/generations."""
+    """Return the routes under /v1/generations."""
     router = APIRouter(prefix="/v1/generations", tags=["generations"])
 
     @router.post("", response_model=GenerationJob, responses=answers(*_POST), openapi_extra=body("generation"))

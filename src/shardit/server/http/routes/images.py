@@ -23,7 +23,7 @@ _POST = answers(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503)
 
 
 def image_routes(context: Context) -> APIRouter:
-    """The routes under /v1/images."""
+    """Return the routes under /v1/images."""
     router = APIRouter(prefix="/v1/images", tags=["images"])
     accepted: dict[int | str, dict[str, Any]] = {
         202: {"model": ImageJob, "description": "A job, with the header Prefer."}
@@ -53,7 +53,7 @@ def image_routes(context: Context) -> APIRouter:
 
     @router.get("/{job_id}/content/{index}", **binary("image/png"), responses={**others, **answers(400, 401, 404, 416)})
     def image_content(request: Request, job_id: str, index: int) -> FileResponse:
-        """One picture, as a PNG, JPEG or WebP file, as the request said."""
+        """One picture, as a PNG, JPEG or WebP file, as requested."""
         return file_answer(context, find_job(request, context, "image", job_id), index)
 
     add_job_routes(router, context, "image", ImageJob, ImageJobs)

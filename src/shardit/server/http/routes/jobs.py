@@ -1,4 +1,4 @@
-"""What can be done with a job of either kind: look at it, list, follow, cancel and forget it."""
+"""Routes for jobs of every kind: get, list, follow, cancel and delete."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _ID = re.compile(r"(image|video|generation)_[0-9a-f]{32}")
 
 
 def base_url(request: Request) -> str:
-    """Where the client reaches this server."""
+    """Return the address of this server for the client."""
     return str(request.base_url).rstrip("/")
 
 
 def find_job(request: Request, context: Context, kind: Kind, job_id: str) -> Job:
-    """The job of that kind with that id. Raises ApiError (404) where there is none, or another key owns it."""
+    """Return the job of that kind with that id. Raises ApiError (404) if there is none, or another key owns it."""
     job = context.store.get(job_id) if _ID.fullmatch(job_id) else None
     if job is None or job.kind != kind or job.owner != owner(request):
         raise ApiError(404, f"there is no {kind} {job_id!r}", code="not_found")
@@ -37,7 +37,7 @@ def find_job(request: Request, context: Context, kind: Kind, job_id: str) -> Job
 
 
 def show(request: Request, context: Context, job: Job) -> ImageJob | VideoJob | GenerationJob:
-    """The job as its client sees it."""
+    """Return the job as its client sees it."""
     return view(
         job,
         model=context.options.name,
@@ -51,8 +51,8 @@ def show(request: Request, context: Context, job: Job) -> ImageJob | VideoJob | 
 def add_job_routes(
     router: APIRouter, context: Context, kind: Kind, one: type[BaseModel], page: type[BaseModel]
 ) -> None:
-    """Add the routes that /v1/images and /v1/videos both have, after those of their own, which an id would hide;
-    `one` and `page` are the shapes of the answers."""
+    """Add the routes that /v1/images and /v1/videos both have. Call it after adding their own routes, which an id would
+    hide. one, page: models of the answers."""
 
     @router.get("", response_model=page, responses=answers(400, 401))
     def list_jobs(
@@ -80,7 +80,7 @@ def add_job_routes(
 
     @router.delete("/{job_id}", response_model=Deleted, responses=answers(401, 403, 404, 503))
     async def delete_job(request: Request, job_id: str) -> Any:
-        """Forget a job and its files; if it has not ended, it is cancelled first."""
+        """Delete a job and its files; if it has not ended, it is cancelled first."""
         job = await run_in_threadpool(find_job, request, context, kind, job_id)
         await run_in_threadpool(context.store.delete, job.id)
         context.live_state.changed_here(job.id)
@@ -88,7 +88,7 @@ def add_job_routes(
 
     @router.post("/{job_id}/cancel", response_model=one, responses=answers(401, 403, 404, 503))
     async def cancel_job(request: Request, job_id: str) -> Any:
-        """Cancel a job, within a step if it runs; one that has ended stays as it is."""
+        """Cancel a job, within a step if it runs; a finished job stays as it is."""
         job = await run_in_threadpool(find_job, request, context, kind, job_id)
         job = await run_in_threadpool(context.store.request_cancel, job.id) or job
         context.live_state.changed_here(job.id)

@@ -1,4 +1,4 @@
-"""The page at /, from the files that come with the package."""
+"""Serves the page at / from the files in the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _POLICY = (
 
 
 def page_files() -> dict[str, tuple[bytes, str]]:
-    """Content and type of the page's files by their path on the server."""
+    """Return content and type of the page's files by their path on the server."""
     folder = resources.files("shardit.server") / "page"
     files: dict[str, tuple[bytes, str]] = {}
     if not folder.is_dir():
@@ -34,14 +34,14 @@ def page_files() -> dict[str, tuple[bytes, str]]:
 
 
 def page_routes(files: dict[str, tuple[bytes, str]]) -> APIRouter:
-    """One route for each file."""
+    """Return one route for each file."""
     router = APIRouter()
     for path, (content, kind) in files.items():
         router.add_api_route(path, _serving(content, kind), methods=["GET"], include_in_schema=False)
     return router
 
 
-def _serving(content: bytes, kind: str):  # type of the route function is FastAPI's business
+def _serving(content: bytes, kind: str):  # the type of the route function is FastAPI's business
     async def file() -> Response:
         headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
         return Response(content, media_type=kind, headers=headers)

@@ -21,7 +21,7 @@ _POST = (400, 401, 403, 404, 408, 409, 413, 415, 429, 503)
 
 
 def video_routes(context: Context) -> APIRouter:
-    """The routes under /v1/videos."""
+    """Return the routes under /v1/videos."""
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     @router.post(
@@ -56,7 +56,7 @@ def video_routes(context: Context) -> APIRouter:
     def video_content(
         request: Request, job_id: str, variant: Literal["video"] = "video", index: Annotated[int, Query(ge=0)] = 0
     ) -> FileResponse:
-        """The video, as an MP4 file; `index` chooses one where n was above 1."""
+        """The video, as an MP4 file; `index` chooses one if n was above 1."""
         return file_answer(context, find_job(request, context, "video", job_id), index)
 
     add_job_routes(router, context, "video", VideoJob, VideoJobs)

@@ -1,4 +1,4 @@
-"""Error responses: one shape, that of OpenAI, for every error."""
+"""Error responses in the format of OpenAI."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MEANINGS = {
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """One error."""
 
     message: str = Field(description="One line: what is wrong and what to change.")
     type: str
@@ -38,7 +38,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer of 400 and above."""
+    """The body of every answer of 400 and above."""
 
     error: ErrorDetail
 
@@ -62,34 +62,35 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def response(self) -> JSONResponse:
-        """The answer that tells of it."""
+        """Return the response for this error."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         detail = {"message": printable(str(self)), "type": kind, "param": self.param, "code": self.code}
         headers = self.headers
-        if self.status in (409, 500):  # doing the same again does not help, which clients would try
+        if self.status in (409, 500):  # a retry does not help, but clients would try
             headers = {**headers, "x-should-retry": "false"}
         return JSONResponse({"error": detail}, self.status, headers)
 
 
 def busy(message: str, retry_after_s: float, code: str, status: int = 503) -> ApiError:
-    """Come back later."""
+    """Return an error that asks the client to retry later."""
     return ApiError(status, message, code=code, headers={"Retry-After": str(max(1, round(retry_after_s)))})
 
 
 def from_input_error(error: InputError, fields: Iterable[str]) -> ApiError:
-    """The user's mistake. Messages of checks begin with the name of what they check, if it is one of `fields`."""
+    """Return the error for a user's mistake. Messages of checks begin with the name of the checked field, if it is one
+    of `fields`."""
     first = str(error).split(" ", 1)[0].split("[", 1)[0].rstrip(":,")
     return ApiError(400, str(error), code="invalid_value", param=first if first in set(fields) else None)
 
 
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI description of these errors. They name the schema of `ErrorBody`; with the model itself FastAPI would
-    build a hundred validators at the start."""
+    """Return the OpenAPI description of these errors. They refer to the schema of `ErrorBody`; with the model itself
+    FastAPI would build a hundred validators at the start."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}}
     return {status: {"content": content, "description": _MEANINGS[status]} for status in statuses}
 
 
 def printable(text: str) -> str:
-    """Text that can be sent: what is no Unicode is replaced, and it is not endless."""
+    """Make a text sendable: invalid Unicode is replaced, and its length is limited."""
     text = text if len(text) <= 2000 else text[:2000] + " ..."
     return text.encode("utf-8", "replace").decode("utf-8")

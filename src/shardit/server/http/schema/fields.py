@@ -1,5 +1,5 @@
-"""The fields of requests: OpenAI's, and those of diffusers under their own names, as pydantic models whose limits are
-the server's."""
+"""The fields of requests as pydantic models with the server's limits: OpenAI's fields, and those of diffusers under
+their own names."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ NO_MEANING: dict[str, Any] = {
     "stream": _False | Literal["auto"],
     "partial_images": _Zero | Literal["auto"],
 }
-"""OpenAI's fields that change nothing here, and the values besides null at which that is what the client wants."""
+"""OpenAI's fields that have no effect here, and their accepted values besides null, which ask for the behaviour that
+the server has anyway."""
 
 LOOK = ("output_format", "output_compression")
-"""How the files of pictures are encoded."""
+"""Fields for the encoding of picture files."""
 
 ROUTING = ("model", "response_format", "priority", *LOOK, *NO_MEANING)
-"""Fields that say nothing about the result itself."""
+"""Fields that do not affect the result itself."""
 
 PICTURES: tuple[str, ...] = ("image", "input_reference")
-"""Fields that hold pictures: uploads in multipart requests, data: URLs in JSON."""
+"""Fields for pictures: uploads in multipart requests, data: URLs in JSON."""
 
 
 FPS = (0.1, 240.0)
@@ -76,7 +77,7 @@ class FieldModels:
 
 
 def field_models(limits: Limits) -> FieldModels:
-    """Models with these limits."""
+    """Build the models with these limits."""
     shared = {**_diffusers_fields(limits), **_openai_fields(limits)}
     shared |= {name: _optional(kind, "Changes nothing.") for name, kind in NO_MEANING.items()}
     source: Any = str | ImageUrl
@@ -106,8 +107,8 @@ def field_models(limits: Limits) -> FieldModels:
 
 
 def check_fields(model: type[BaseModel], values: Mapping[str, Any], pipeline_names: Collection[str]) -> dict[str, Any]:
-    """The given fields that are not null, checked. `pipeline_names` are arguments of the model's pipeline, which are
-    taken under their names even where they are no field. Raises ApiError naming the field."""
+    """Return the given fields that are not null, checked. `pipeline_names` are arguments of the model's pipeline,
+    accepted by name even if they are not fields. Raises ApiError naming the field."""
     known = list(model.model_fields)
     names = set(pipeline_names)
     further = [name for name in pipeline_names if name not in known]
@@ -128,7 +129,7 @@ _AT_START = "; it is chosen for all requests when the server is started (shardit
 
 
 def _is_of_use(name: str, pipeline_names: Collection[str]) -> bool:
-    """Whether a field says something about what this pipeline makes, so that it can be what a client meant."""
+    """Return whether a field affects the output of this pipeline, so that a client may mean it."""
     return name in pipeline_names or (name not in NO_MEANING and name not in _OF_DIFFUSERS)
 
 
@@ -136,7 +137,7 @@ _OF_DIFFUSERS = frozenset(field_names())
 
 
 def _whole(value: Any) -> Any:
-    # To JSON 4.0 is a whole number.
+    # In JSON, 4.0 is a whole number.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -175,7 +176,8 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         **fields,
         "output_type": _optional(Literal["pil"], "Results are always pictures."),
         "extra_args": _optional(
-            dict[str, Any], "Further arguments of the model's pipeline by name; they may also stand beside the fields."
+            dict[str, Any],
+            "Further arguments of the model's pipeline by name; they may also be given as fields of the request.",
         ),
     }
 
@@ -212,11 +214,11 @@ _SHAPES = {
     "seconds": 'must be a number above 0, as in "4"',
     **dict.fromkeys(PICTURES, 'must be an upload, a data: URL, {"image_url": ...} with one, or a list of these'),
 }
-"""What pydantic can only say as a pattern or a union."""
+"""Readable forms of types that pydantic can only describe as a pattern or a union."""
 
 
 def _meant(kind: Any) -> str:
-    """What a field without meaning may hold, and null."""
+    """Describe the accepted values of a field without effect, besides null."""
     plain = [word for one, word in ((_False, "false"), (_Zero, "0")) if one in typing.get_args(kind)]
     texts = [one for one in typing.get_args(kind) if isinstance(one, str)] or ["auto"]
     return " or ".join(["null", *plain, *map(repr, texts)])

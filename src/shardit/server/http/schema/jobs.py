@@ -26,7 +26,7 @@ class ImageLink(BaseModel):
 
 
 class JobView(BaseModel):
-    """What image and video jobs have in common. Times are whole seconds since 1970."""
+    """Fields of all kinds of jobs. Times are whole seconds since 1970."""
 
     id: str
     model: str
@@ -63,7 +63,7 @@ class ImageJob(JobView):
 
 
 class VideoJob(JobView):
-    """A video job, in OpenAI's shape with fields of ours."""
+    """A video job, in OpenAI's format with additional fields of this server."""
 
     object: Literal["video"] = "video"
     seconds: str = Field(description='Length, or "auto" where the pipeline decides.')
@@ -118,7 +118,7 @@ class VideoJobs(BaseModel):
 
 
 class Deleted(BaseModel):
-    """A job is forgotten."""
+    """A job was deleted."""
 
     id: str
     object: Literal["image.deleted", "video.deleted", "generation.deleted"]
@@ -128,7 +128,7 @@ class Deleted(BaseModel):
 def view(
     job: Job, *, model: str, base_url: str, position: int | None, step: Step | None, keep_days: float
 ) -> ImageJob | VideoJob | GenerationJob:
-    """The job as it is now. `step` is what is known of its progress, `position` its place in the queue."""
+    """Return the present view of a job. step: the latest known progress. position: its place in the queue."""
     shown = job.view
     common = {
         "id": job.id,
@@ -168,7 +168,7 @@ def view(
 
 
 def progress_of(step: Step | None) -> dict[str, Any]:
-    """The fields that tell of a step."""
+    """Return the fields about a step."""
     if step is None:
         return dict.fromkeys(("phase", "step", "steps", "seconds_per_step", "seconds_left"))
     pace = step.seconds_per_step
@@ -182,7 +182,7 @@ def progress_of(step: Step | None) -> dict[str, Any]:
 
 
 def percent(step: Step | None) -> int:
-    """Progress of a job that runs; 100 is kept for one that has ended."""
+    """Return the progress of a running job in percent; 100 is reserved for finished jobs."""
     return 0 if step is None or step.total < 1 else min(99, 100 * step.step // step.total)
 
 
@@ -193,12 +193,12 @@ def _progress(job: Job, step: Step | None) -> int:
 
 
 def notes_of(job: Job) -> list[str]:
-    """What differs from what was asked, once the job has ended."""
+    """Return the differences from the request, once the job has ended."""
     return [str(note) for note in job.facts.get("notes", ())]
 
 
 def size_of(job: Job) -> str | None:
-    """The size of its results, or what was asked for while there are none; None where the pipeline decides."""
+    """Return the size of its results, or the requested size while there are none; None if the pipeline decides."""
     made = [job.facts.get(name) for name in ("width", "height")]  # pipelines round sizes
     return f"{made[0]}x{made[1]}" if all(made) else job.view.get("size")
 
@@ -209,7 +209,7 @@ def _seconds_of(job: Job) -> str | None:
 
 
 def length(frames: int, fps: float) -> str:
-    """Seconds of a video, as the text that OpenAI's client knows."""
+    """Return the seconds of a video, as the text that OpenAI's client knows."""
     return f"{round((frames - 1) / fps, 3):g}"
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI cannot see by itself, and what it gets wrong."""
+"""Completes and corrects FastAPI's OpenAPI document."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class EventStream(Response):
 
 
 def binary(media_type: str) -> dict[str, Any]:
-    """Arguments of a route whose answer is a file."""
+    """Return the arguments of a route whose answer is a file."""
     file = type("File", (Response,), {"media_type": media_type})
     return {"response_class": file}
 
 
 def body(name: str) -> dict[str, Any]:
-    """Arguments of a route that takes one of the bodies that `describe` is given."""
+    """Return the arguments of a route with a body from the `bodies` of `describe`."""
     return {"requestBody": {"$ref": f"#/components/requestBodies/{name}"}}
 
 
 def _body_of(model: type[BaseModel], uploads: tuple[str, ...]) -> dict[str, Any]:
-    """The request body that `model` checks, as JSON and as a multipart form with files."""
+    """Return the request body checked by `model`, as JSON and as a multipart form with files."""
     schema = model.model_json_schema(ref_template=_REFERENCE)
     schema.pop("$defs", None)
     form = {**schema, "title": f"{model.__name__}Form", "properties": dict(schema["properties"])}
     for name, field in form["properties"].items():
-        if "anyOf" in field:  # a form says null by an empty part
+        if "anyOf" in field:  # an empty part of a form means null
             form["properties"][name] = {**field, "anyOf": [*field["anyOf"], {"const": ""}]}
     for name in ("image", "input_reference", *uploads):
         form["properties"].pop(name, None)
@@ -66,9 +66,9 @@ def _body_of(model: type[BaseModel], uploads: tuple[str, ...]) -> dict[str, Any]
 def describe(
     app: FastAPI, models: tuple[type[BaseModel], ...], bodies: Mapping[str, tuple[type[BaseModel], tuple[str, ...]]]
 ) -> None:
-    """Make `app` give a corrected document, made when it is first asked for, as that takes a while.
+    """Make `app` return a corrected document. It is built on first use, as that takes a while.
 
-    models: what to add to the schemas. bodies: by their names, what checks them and the names of their uploads.
+    models: additions to the schemas. bodies: by name, the model of each body and the names of its uploads.
     """
 
     def openapi() -> dict[str, Any]:
@@ -87,8 +87,8 @@ def _corrected(document: dict[str, Any], models: tuple[type[BaseModel], ...]) ->
             operation["responses"].pop("422", None)  # every mistake is answered with 400 here
             for status, answer in operation["responses"].items():
                 if "text/event-stream" in answer.get("content", {}):
-                    answer["content"]["text/event-stream"] = {}  # not one text, but one after the other
-                if int(status) >= 400:  # errors are JSON where results are files, too
+                    answer["content"]["text/event-stream"] = {}  # a sequence of texts, not one text
+                if int(status) >= 400:  # errors are JSON even if results are files
                     answer["content"] = {"application/json": next(iter(answer["content"].values()))}
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):

@@ -1,1 +1,1 @@
-"""What the API process knows."""
+"""State of the API process."""

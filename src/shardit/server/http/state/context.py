@@ -1,4 +1,4 @@
-"""What the routes share."""
+"""Shared objects of the routes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardit.server.options import ServeOptions
 
 @dataclass(frozen=True)
 class Context:
-    """One app's parts. The store may wait for the disk and for the supervisor, so it is used in threads only."""
+    """One app's objects. The store may wait for the disk and for the supervisor, so it is used in threads only."""
 
     options: ServeOptions
     store: Store
@@ -26,4 +26,4 @@ class Context:
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """Uploads are decoded one after the other: a picture takes a hundred times the memory of its file."""
     fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
-    """Pictures from other hosts: whoever waits for these leaves threads to others."""
+    """Limits fetches of pictures from other hosts, so that they leave threads to other requests."""

@@ -1,4 +1,4 @@
-"""Last known state of the ranks and jobs, and the requests that wait for news of them."""
+"""Last known state of the ranks and jobs, and the requests that wait for changes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Wake
 
 
 class Watch:
-    """Wakes a request that waits for news of one job; of its `steps` only if asked for."""
+    """Wakes a request that waits for changes of one job; for its `steps` only if asked for."""
 
     def __init__(self, steps: bool) -> None:
         self.steps = steps
         self._event = asyncio.Event()
 
     async def news(self, timeout_s: float) -> None:
-        """Return at the next news, at once where there were some since the last call, or after `timeout_s`."""
+        """Return at the next change, at once if there was one since the last call, or after `timeout_s`."""
         with suppress(TimeoutError, asyncio.TimeoutError):
             await asyncio.wait_for(self._event.wait(), timeout_s)
         self._event.clear()
 
     def ring(self) -> None:
-        """There are news."""
+        """Signal a change."""
         self._event.set()
 
 
 class LiveState:
     """Belongs to one event loop: all methods but `wake` are called there.
 
-    `send` hands a message to the supervisor. `on_info` is given what the ranks report of the model, when they do.
-    `foresee` reads the same from files, as far as they have it, for the time before the model is loaded; it runs in a
-    thread.
+    send: sends a message to the supervisor. on_info: called with the model facts when the ranks report them. foresee:
+    reads the same facts from files, as far as possible, before the model is loaded; it runs in a thread.
     """
 
     def __init__(
@@ -56,12 +55,12 @@ class LiveState:
         self._scrapes: set[asyncio.Future[bytes]] = set()
 
     def deliver(self, message: object) -> None:
-        """A message from the supervisor."""
+        """Handle a message from the supervisor."""
         if isinstance(message, Step):
             self._steps[message.job_id] = message
             self._ring(message.job_id, step=True)
         elif isinstance(message, Changed):
-            self._steps.pop(message.job_id, None)  # it has begun, ended or been put back: its steps are past
+            self._steps.pop(message.job_id, None)  # it has begun, ended or been put back: its steps are out of date
             self._ring(message.job_id)
         elif isinstance(message, Ranks):
             self._take(message)
@@ -72,11 +71,11 @@ class LiveState:
 
     @property
     def stopping(self) -> bool:
-        """Whether the server is about to end."""
+        """Whether the server is about to stop."""
         return self.ranks.state == "stopping"
 
     async def known(self) -> ModelInfo | None:
-        """`info`, read from the files of the model if no ranks have loaded it yet."""
+        """Return `info`, read from the files of the model if no ranks have loaded it yet."""
         if self.info is None and self._foresee is not None:
             if self._foreseen is None:
                 self._foreseen = asyncio.get_running_loop().run_in_executor(None, self._foresee)
@@ -85,16 +84,16 @@ class LiveState:
         return self.info
 
     def step(self, job_id: str) -> Step | None:
-        """The last step of a job in progress."""
+        """Return the last step of a job in progress."""
         return self._steps.get(job_id)
 
     def wake(self) -> None:
-        """Tell the supervisor to look into the store; from any thread."""
+        """Ask the supervisor to look into the store; from any thread."""
         self._send(Wake())
 
     @contextmanager
     def watching(self, job_id: str, *, steps: bool) -> Iterator[Watch]:
-        """News of a job, from now on; of its steps, too, where asked for."""
+        """Watch a job from now on; its steps too if asked for."""
         watch = Watch(steps)
         self._watches.setdefault(job_id, set()).add(watch)
         try:
@@ -106,12 +105,12 @@ class LiveState:
                 del self._watches[job_id]
 
     def changed_here(self, job_id: str) -> None:
-        """This process itself has changed the job in the store."""
+        """Note that this process itself has changed the job in the store."""
         self._ring(job_id)
         self.wake()
 
     async def measured(self, timeout_s: float = 1.0) -> bytes | None:
-        """The supervisor's metrics; None where it does not answer in time."""
+        """Return the supervisor's metrics; None if it does not answer in time."""
         waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._scrapes.add(waiting)
         self._send(Scrape())
@@ -123,7 +122,7 @@ class LiveState:
             self._scrapes.discard(waiting)
 
     def stop(self) -> None:
-        """The process is about to end: whoever waits shall know."""
+        """Note that the process is about to exit, and wake all waiting requests."""
         if not self.stopping:
             self._take(Ranks("stopping", ranks=self.ranks.ranks, restarts=self.ranks.restarts))
 
@@ -133,7 +132,7 @@ class LiveState:
             self.info = ranks.info
             if self._on_info is not None:
                 self._on_info(ranks.info)
-        for job_id in list(self._watches) if another else ():  # new peaks of memory are no news of jobs
+        for job_id in list(self._watches) if another else ():  # new peaks of memory do not concern jobs
             self._ring(job_id)
 
     def _ring(self, job_id: str, *, step: bool = False) -> None:

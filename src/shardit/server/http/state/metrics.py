@@ -1,15 +1,15 @@
-"""The HTTP side's own metrics."""
+"""Metrics of the HTTP side."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-disable_created_metrics()  # as many lines again, which say when a counter was first used
+disable_created_metrics()  # as many lines again, only for the times of first use of the counters
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class HttpMetrics:
-    """Counts of one app."""
+    """Counters of one app."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -26,5 +26,5 @@ class HttpMetrics:
         self.open = Gauge("shardit_http_open_requests", "Requests that are being answered.", registry=self._registry)
 
     def text(self) -> bytes:
-        """In prometheus' text format."""
+        """Return the metrics in prometheus' text format."""
         return generate_latest(self._registry)

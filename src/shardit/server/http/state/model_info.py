@@ -1,5 +1,5 @@
-"""Signatures and notes of the model before its ranks have loaded it, so that requests can be checked at once: kept in
-the store by an earlier start, or read from the files of the model."""
+"""Signatures and notes of the model before its ranks have loaded it, so that requests can be checked at once: stored by
+an earlier start, or read from the files of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = "model_info"
 
 
 def remember(store: Store, model: str, info: ModelInfo) -> None:
-    """Keep what is known of `model`."""
+    """Store the facts about `model`."""
     kept = {
         "model": model,
         "notes": list(info.notes),
@@ -28,7 +28,7 @@ def remember(store: Store, model: str, info: ModelInfo) -> None:
 
 
 def recall(store: Store, model: str) -> ModelInfo | None:
-    """What was kept of `model`, if anything."""
+    """Return the stored facts about `model`, if any."""
     kept = store.recall(_NAME)
     if not isinstance(kept, dict) or kept.get("model") != model or "signatures" not in kept:
         return None
@@ -36,7 +36,7 @@ def recall(store: Store, model: str) -> ModelInfo | None:
 
 
 def from_files(model: str) -> ModelInfo | None:
-    """Read the signatures from the files of `model`, before it is loaded; None if they do not suffice."""
+    """Read the signatures from the files of `model`, before it is loaded; None if the files are not sufficient."""
     try:
         plain, with_image = static_signatures_of_model(model)
     except (InputError, OSError):  # the ranks report it
@@ -45,7 +45,7 @@ def from_files(model: str) -> ModelInfo | None:
 
 
 def _signature(kept: Mapping[str, Any]) -> PipelineSignature:
-    # JSON has lists only. What other versions of this program knew and this one does not is left out.
+    # JSON has lists only. Fields of other versions of this program that this one does not know are left out.
     names = {item.name for item in dataclasses.fields(PipelineSignature)}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in kept.items() if name in names

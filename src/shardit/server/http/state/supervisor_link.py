@@ -13,8 +13,8 @@ from shardit.server.messages import Ping, Pong
 
 
 class SupervisorClient:
-    """Hands what comes over `channel` to `deliver`, in `loop`; `on_end` is called, in a thread, when the supervisor is
-    gone. `Ping` is answered in `loop`, so that the supervisor knows of a loop that hangs."""
+    """Passes messages from `channel` to `deliver`, in `loop`; `on_end` is called, in a thread, when the supervisor is
+    gone. `Ping` is answered in `loop`, so that the supervisor detects a loop that hangs."""
 
     def __init__(self, channel: Channel, on_end: Callable[[], None]):
         self._channel = channel
@@ -22,7 +22,7 @@ class SupervisorClient:
         self._outgoing: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     def send(self, message: object) -> None:
-        """Send a message, soon."""
+        """Queue a message to be sent."""
         self._outgoing.put(message)
 
     def start(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[object], None]) -> None:

@@ -1,1 +1,1 @@
-"""From a request's body to a stored job."""
+"""Turns the body of a request into a stored job."""

@@ -1,4 +1,4 @@
-"""The body of a request, JSON or multipart, as values and uploads; nothing is decoded that is longer than allowed."""
+"""Parses the body of a request, JSON or multipart, into values and uploads; nothing longer than allowed is decoded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from shardit.server.options import Limits
 _MOST_FIELDS = 100
 _DEEPEST = 32
 _MOST_ENTRIES = 10_000
-"""Of one list or object. Each wrong entry would cost kilobytes for its error."""
+"""Limit for one list or object. Each wrong entry would cost kilobytes for its error."""
 _MOST_MARKS = 300_000
-"""Commas and opening brackets: a body is large because of its texts and pictures, not of countless values."""
+"""Limit for commas and opening brackets: a body is large because of its texts and pictures, not of countless values."""
 _LONGEST_NAME = 256
 _BRACKETS = re.compile(r"([a-z0-9_]+)\[([a-z0-9_]*)\]")
 _TEXTS = re.compile(
@@ -35,7 +35,7 @@ _TEXTS = re.compile(
 
 @dataclass
 class Body:
-    """What a client sent."""
+    """The parsed body of a request."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """JSON values by field name."""
@@ -47,7 +47,7 @@ async def read_body(request: Request, model: type[BaseModel], limits: Limits) ->
     """Read and parse the body. Raises ApiError."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/json":
-        return Body(await run_in_threadpool(_parse_json, await request.body()))  # may take a while: others go on
+        return Body(await run_in_threadpool(_parse_json, await request.body()))  # may take a while
     if kind == "multipart/form-data":
         return await _read_form(request, limits)
     text = f"the content type {kind!r} is not taken here; use application/json or multipart/form-data"
@@ -55,8 +55,8 @@ async def read_body(request: Request, model: type[BaseModel], limits: Limits) ->
 
 
 def check_text(value: Any, depth: int = 0) -> None:
-    """Raise ApiError for what is no text (lone halves of UTF-16 pairs), too deep or too long, anywhere in a JSON
-    value."""
+    """Raise ApiError for invalid text (lone halves of UTF-16 pairs), and for too deep or too long values, anywhere in a
+    JSON value."""
     if depth > _DEEPEST:
         raise ApiError(400, f"the body is nested more than {_DEEPEST} deep; send it flat", code="invalid_json")
     if isinstance(value, str):
@@ -86,7 +86,7 @@ def _load(text: str) -> Any:
 
 
 def _given_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Raises ApiError where it has a name twice: JSON would drop the first without a word."""
+    """Build an object. Raises ApiError if it has a name twice: JSON would drop the first silently."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -158,7 +158,7 @@ async def _from_form(form: FormData) -> Body:
 
 
 def _put(values: dict[str, Any], name: str, text: str) -> None:
-    """One text part: `name`, `name[]` for an entry of a list, `name[key]` for one of a dict."""
+    """Store one text part: `name`, `name[]` for an entry of a list, `name[key]` for one of a dict."""
     brackets = _BRACKETS.fullmatch(name)
     if brackets is None:
         if name in values:
@@ -179,8 +179,8 @@ def _value(name: str, text: str) -> Any:
     if _TEXTS.fullmatch(name):
         return text
     if not text:
-        return None  # what form libraries make of null
+        return None  # form libraries send null as empty text
     try:
         return _load(text)
     except (ValueError, RecursionError):
-        return text  # the check of the field says what is wrong with it
+        return text  # the check of the field reports the error

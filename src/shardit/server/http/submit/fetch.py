@@ -1,4 +1,4 @@
-"""Fetching an input picture from a trusted host, and from nowhere else."""
+"""Fetches input pictures from trusted hosts only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _CONNECT_S, _SECONDS = 10.0, 20.0
 
 
 def fetch(url: str, hosts: Sequence[str], most_bytes: int, param: str) -> bytes:
-    """The bytes at `url`. Blocks for at most about 30 s; follows no redirect, and reaches no private address.
+    """Return the bytes at `url`. Blocks for at most about 30 s; follows no redirect, and contacts no private address.
 
-    Raises ApiError (400) where that is not possible or not allowed.
+    Raises ApiError (400) if that is impossible or forbidden.
     """
     try:
         parts = urlsplit(url)
@@ -39,7 +39,7 @@ def fetch(url: str, hosts: Sequence[str], most_bytes: int, param: str) -> bytes:
 
 
 def public_address(host: str, port: int) -> str:
-    """The address of a host, looked up once so that it cannot change between check and use. Raises OSError."""
+    """Return the address of a host, looked up once so that it cannot change between check and use. Raises OSError."""
     found = [str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address in found:
         if not ipaddress.ip_address(address.split("%")[0]).is_global:
@@ -71,13 +71,13 @@ def _get(host: str, port: int, target: str, most_bytes: int, param: str) -> byte
 
 @contextmanager
 def _ended_after(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """Ends a connection after so long, however slowly its other end speaks. Raises TimeoutError then."""
+    """Close a connection after this time, however slowly its other end sends, and raise TimeoutError."""
     late = threading.Event()
 
     def end() -> None:
         late.set()
         with suppress(OSError):
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # that of TLS may not be called while another thread reads
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not the TLS method while another thread reads
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

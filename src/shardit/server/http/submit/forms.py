@@ -1,4 +1,4 @@
-"""Multipart forms that came whole and can be read in one way only."""
+"""Parses multipart forms that are complete and unambiguous."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ _PLAIN = (b"7bit", b"8bit", b"binary")
 
 
 class WholeForm(MultiPartParser):
-    """starlette's parser, which would drop the part at which a form breaks off, and guess what text in an unknown
-    encoding means. Here these raise MultiPartException."""
+    """starlette's parser with errors for two cases: it would drop an incomplete last part, and guess the meaning of
+    text in an unknown encoding. Here these raise MultiPartException."""
 
     _ended = False
 
     def on_headers_finished(self) -> None:
-        """The headers of a part are known."""
+        """Check the headers of a part."""
         for name, value in self._current_part.item_headers:
             if name == b"content-transfer-encoding" and value.strip().lower() not in _PLAIN:
                 raise MultiPartException(f"a part is sent as {value.decode('latin-1')}; send it as it is.")
         super().on_headers_finished()
 
     def on_part_end(self) -> None:
-        """A part is complete."""
+        """Check a complete part."""
         part = self._current_part
         if part.file is None:
             try:
@@ -32,11 +32,11 @@ class WholeForm(MultiPartParser):
         super().on_part_end()
 
     def on_end(self) -> None:
-        """The last boundary has come."""
+        """Note the last boundary."""
         self._ended = True
 
     async def parse(self) -> FormData:
-        """All parts. Raises MultiPartException."""
+        """Return all parts. Raises MultiPartException."""
         form = await super().parse()
         if not self._ended:
             await form.close()

@@ -1,4 +1,4 @@
-"""Uploaded pictures, checked before anything is decoded, then decoded once to be sure that they are whole."""
+"""Checks uploaded pictures before decoding, then decodes them once to ensure that they are complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
 def check_header(data: bytes, limits: Limits, param: str) -> str:
-    """The file extension of a picture, of which nothing is decoded.
+    """Return the file extension of a picture, without decoding it.
 
     Raises ApiError (400) for anything but a PNG, JPEG or WebP of at most `limits.pixels`.
     """
@@ -25,7 +25,7 @@ def check_header(data: bytes, limits: Limits, param: str) -> str:
         raise _refused(param, "is not a PNG, JPEG or WebP file; give one of these")
     try:
         width, height = _size(data, kind)
-    except Exception as error:  # decoders raise nearly anything on damaged data
+    except Exception as error:  # decoders raise nearly any exception on damaged data
         raise _refused(param, "cannot be read, its header is damaged; save it again") from error
     if width < 1 or height < 1 or width * height > limits.pixels:
         text = f"has {width}x{height} pixels; give a picture of 1 to {limits.pixels} pixels"
@@ -36,7 +36,7 @@ def check_header(data: bytes, limits: Limits, param: str) -> str:
 def check_whole(data: bytes, param: str) -> None:
     """Decode a picture once, after `check_header`. Takes time and memory: call it in a thread, one at a time.
 
-    Raises ApiError (400) where it is damaged.
+    Raises ApiError (400) if it is damaged.
     """
     try:
         open_image(data)

@@ -15,7 +15,8 @@ from shardit.server.options import ServeOptions
 
 
 def input_pictures(values: Mapping[str, Any], body: Body, options: ServeOptions) -> list[tuple[str, bytes]]:
-    """All input pictures with the field that each came in, in order. Blocks where it fetches. Raises ApiError."""
+    """Return all input pictures, each with the name of its field, in order. Blocks while it fetches. Raises
+    ApiError."""
     found: list[tuple[str, bytes]] = []
     for name in PICTURES:
         found += [(name, data) for data in body.uploads.get(name, ())]

@@ -1,4 +1,4 @@
-"""From a client's fields to the arguments of the pipeline: sizes, lengths, counts, and what tiny models fill in."""
+"""Maps a client's fields to arguments of the pipeline: sizes, lengths, counts, and the defaults of tiny models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOT_SENDABLE = re.compile(
 
 
 def pipeline_names(info: ModelInfo | None) -> list[str]:
-    """Arguments of the model's pipelines that a client can give by name."""
+    """Return the arguments of the model's pipelines that a client can give by name."""
     names: dict[str, None] = {}
     for signature in info.signatures if info is not None else ():
         names.update(dict.fromkeys(name for name in signature.choices if _is_sendable(name, signature)))
@@ -40,7 +40,7 @@ def _is_sendable(name: str, takes: PipelineSignature) -> bool:
 
 
 def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
-    """Raise ApiError where another model than the served one is asked for."""
+    """Raise ApiError if a model other than the served one is requested."""
     asked = values.get("model")
     if asked is not None and asked != options.name:
         text = f"there is no model {asked!r} here; this server serves {options.name!r}"
@@ -48,7 +48,7 @@ def check_model(values: Mapping[str, Any], options: ServeOptions) -> None:
 
 
 def check_look(values: Mapping[str, Any], takes: PipelineSignature) -> None:
-    """Raise ApiError where files cannot look as the request says."""
+    """Raise ApiError if files cannot be encoded as requested."""
     format_ = values.get("output_format", "auto")
     transparent = takes.image_mode == "RGBA"
     if values.get("background") == "opaque" and transparent:
@@ -63,15 +63,16 @@ def check_look(values: Mapping[str, Any], takes: PipelineSignature) -> None:
 
 
 def look_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """How the files of a job are to be encoded, as far as the request says."""
+    """Return the requested encoding of the files of a job."""
     return {name: values[name] for name in LOOK if values.get(name, "auto") != "auto"}
 
 
 def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: ServeOptions) -> dict[str, Any]:
-    """The prompt and parameters under the names of `Omni.generate`, without pictures and seed. Raises ApiError."""
+    """Return the prompt and parameters under the names of `Omni.generate`, without pictures and seed. Raises
+    ApiError."""
     given = {name: value for name, value in values.items() if name not in ROUTING and name not in (*PICTURES, "seed")}
     if given.get("prompt") == "" and "prompt" not in takes.names:
-        del given["prompt"]  # it is a field of all models, and empty where a pipeline takes none
+        del given["prompt"]  # it is a field of all models, and empty if a pipeline takes none
     _check_extra(given.get("extra_args", {}), takes)
     count, size, seconds = given.pop("n", None), given.pop("size", "auto"), given.pop("seconds", "auto")
     given = _checked(given, takes)
@@ -96,7 +97,7 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
 
 
 def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
-    """The values with those of the pipeline's own arguments checked: before the limits, which look at numbers only."""
+    """Check the pipeline's own arguments: before the limits, which look at numbers only."""
     own = [name for name in given if name not in field_names()]
     try:
         values = {**given, **{name: checked_value(name, given[name], takes.defaults) for name in own}}
@@ -110,13 +111,13 @@ def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, An
 
 
 def _fps(given: Mapping[str, Any], takes: PipelineSignature) -> float:
-    """Frames per second as given, under our name or the model's own, or the model's."""
+    """Return the frames per second as given, under our name or the model's own, or the model's default."""
     rate = {**given.get("extra_args", {}), **given}.get(takes.rate_name)
     return float(given.get("fps") or rate or takes.default_fps)
 
 
 def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Limits) -> None:
-    """Raise ApiError for what is more than the server allows and its fields alone do not show (`limit_problem`)."""
+    """Raise ApiError for values above the server's limits that the fields alone do not show (`limit_problem`)."""
     for name in ("width", "height"):
         if given.get(name, 1) < 1:
             raise ApiError(
@@ -129,22 +130,22 @@ def check_limits(given: Mapping[str, Any], takes: PipelineSignature, limits: Lim
 
 def _check_taken(given: Mapping[str, Any], values: Mapping[str, Any], takes: PipelineSignature) -> None:
     for name, value in given.items():
-        needless = name == "num_outputs_per_prompt" and value == 1  # one is what every pipeline makes
+        needless = name == "num_outputs_per_prompt" and value == 1  # one is the default of every pipeline
         if name in takes.choices or name in ("prompt", "extra_args") or needless:
             continue
-        said = name if name in values else _SAID_AS[name]
-        raise ApiError(400, f"{takes.class_name} takes no {said}; leave it out", code="invalid_value", param=said)
+        shown = name if name in values else _SHOWN_AS[name]
+        raise ApiError(400, f"{takes.class_name} takes no {shown}; leave it out", code="invalid_value", param=shown)
 
 
-_SAID_AS = {"num_outputs_per_prompt": "n", "width": "size", "height": "size", "num_frames": "seconds"}
+_SHOWN_AS = {"num_outputs_per_prompt": "n", "width": "size", "height": "size", "num_frames": "seconds"}
 
 
-def _put(given: dict[str, Any], name: str, value: Any, said_as: str) -> None:
+def _put(given: dict[str, Any], name: str, value: Any, shown_as: str) -> None:
     if value is None:
         return
     if given.get(name, value) != value:
-        text = f"{said_as} and {name} disagree ({value} and {given[name]}); give one of them"
-        raise ApiError(400, text, code="invalid_value", param=said_as)
+        text = f"{shown_as} and {name} disagree ({value} and {given[name]}); give one of them"
+        raise ApiError(400, text, code="invalid_value", param=shown_as)
     given[name] = value
 
 

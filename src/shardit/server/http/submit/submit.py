@@ -1,4 +1,5 @@
-"""From a body to a stored job: everything is checked before, by really building the request that the ranks will run."""
+"""Turns a body into a stored job. Everything is checked before, by building the very request that the ranks will
+run."""
 
 from __future__ import annotations
 
@@ -41,14 +42,14 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 @dataclass(frozen=True)
 class Accepted:
-    """A stored job, and how its answer is to look."""
+    """A stored job, and the form of its answer."""
 
     job: Job
     response_format: str
 
 
 def job_kind(takes: PipelineSignature) -> Kind:
-    """The kind of the jobs of a pipeline."""
+    """Return the kind of the jobs of a pipeline."""
     return takes.kind if takes.kind in ("image", "video") else "generation"
 
 
@@ -57,7 +58,7 @@ async def accept(
 ) -> Accepted:
     """Read, check and store a request. Raises ApiError."""
     if context.live_state.stopping:
-        raise busy("the server is about to end; try again later", _LOADING_RETRY_S, "stopping")
+        raise busy("the server is about to stop; try again later", _LOADING_RETRY_S, "stopping")
     key = _idempotency_key(request)
     body = await read_body(request, model, context.options.limits)
     info = await context.live_state.known()
@@ -78,7 +79,7 @@ async def accept(
     asked = arguments(values, takes, context.options)
     check_look(values, takes)
     pictures = {} if field is None else await _pictures(field, values, body, takes, context)
-    # A client that sends a key can ask again for the result, so that its job goes on without it.
+    # A client that sends a key can ask again for the result, so its job continues without the connection.
     waits = waits and key is None
 
     def store() -> Job:
@@ -94,7 +95,7 @@ async def accept(
 
 
 def owner(request: Request) -> str | None:
-    """Whose request it is; see `guard.py`."""
+    """Return the owner of the request; see `middleware.py`."""
     return request.scope.get("state", {}).get("owner")
 
 
@@ -116,7 +117,7 @@ def _check_kind(takes: PipelineSignature, kind: Kind) -> None:
 
 
 def _picture_field(values: Mapping[str, Any], body: Body, info: ModelInfo) -> tuple[str | None, PipelineSignature]:
-    """The field in which input pictures came, if any, and the pipeline that will run then."""
+    """Return the field with input pictures, if any, and the pipeline that will run then."""
     plain, takes = info.signature, info.signature_with_image or info.signature
     given = next((name for name in PICTURES if body.uploads.get(name) or values.get(name)), None)
     if given is None and plain.needs_image:
@@ -132,7 +133,7 @@ def _picture_field(values: Mapping[str, Any], body: Body, info: ModelInfo) -> tu
 async def _pictures(
     field: str, values: Mapping[str, Any], body: Body, takes: PipelineSignature, context: Context
 ) -> dict[str, bytes]:
-    """Checked input pictures by file name."""
+    """Return the checked input pictures by file name."""
     limits = context.options.limits
     async with context.fetching if context.options.fetch_hosts else nullcontext():
         found = await run_in_threadpool(input_pictures, values, body, context.options)

@@ -1,4 +1,4 @@
-"""What ranks decide when they spread something: the same on all, or refused on all."""
+"""Decisions of ranks while sharding: the same on all, or refused on all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPATIAL = (4, 8)
 
 
 def held(rank: int, count: int, method: str, name: str) -> dict[str, list[float]]:
-    """What each member is said to hold of each component, T5 with its tied weights among them."""
+    """Return the reported bytes of each member for each component, T5 with its tied weights among them."""
     join(rank, count, method)
     pipe = shardit.parallelize(pipeline("flux"), CONFIGS[name], timeout_s=60)
     placed = {name: placed_on(part) for name, part in pipe.components.items()}
@@ -54,43 +54,43 @@ def picture(pipe: Any, count: int) -> torch.Tensor:
     return pipe(**call, image=given, generator=torch.Generator().manual_seed(1)).images
 
 
-def half_vae(spread: Callable[[Any], Any]) -> None:
+def half_vae(shard: Callable[[Any], Any]) -> None:
     """One rank has a component in another dtype."""
     pipe = pipeline("flux")
     if torch.distributed.get_rank() == 0:
         pipe.vae.to(torch.bfloat16)
-    spread(pipe)
+    shard(pipe)
 
 
-def offloaded_on_one(spread: Callable[[Any], Any]) -> None:
+def offloaded_on_one(shard: Callable[[Any], Any]) -> None:
     pipe = pipeline("flux")
     if torch.distributed.get_rank() == 1:
         pipe.vae._hf_hook = None
-    spread(pipe)
+    shard(pipe)
 
 
-def other_blocks(spread: Callable[[Any], Any]) -> None:
-    """A model by itself that has fewer blocks on one rank."""
+def other_blocks(shard: Callable[[Any], Any]) -> None:
+    """A model outside a pipeline with fewer blocks on one rank."""
     model = pipeline("flux").transformer
     if torch.distributed.get_rank() == 1:
         del model.transformer_blocks[-1]
-    spread(model)
+    shard(model)
 
 
-def one_of_two(spread: Callable[[Any], Any]) -> None:
+def one_of_two(shard: Callable[[Any], Any]) -> None:
     nets = [of_controlnet.controlnet(), of_controlnet.controlnet(conditioning_embedding_out_channels=SPATIAL)]
-    both = spread(with_controlnet(nets, of_stable_diffusion_base.components()))
-    spread(with_controlnet(both.controlnet.nets[0], both.components))
+    both = shard(with_controlnet(nets, of_stable_diffusion_base.components()))
+    shard(with_controlnet(both.controlnet.nets[0], both.components))
 
 
-def two_of_one(spread: Callable[[Any], Any]) -> None:
-    one = spread(with_controlnet(of_controlnet.controlnet(), of_stable_diffusion_base.components()))
+def two_of_one(shard: Callable[[Any], Any]) -> None:
+    one = shard(with_controlnet(of_controlnet.controlnet(), of_stable_diffusion_base.components()))
     other = of_controlnet.controlnet(conditioning_embedding_out_channels=SPATIAL)
-    spread(with_controlnet([one.controlnet, other], one.components))
+    shard(with_controlnet([one.controlnet, other], one.components))
 
 
-def a_part_alone(spread: Callable[[Any], Any]) -> None:
-    spread(spread(pipeline("flux")).transformer.transformer_blocks[0])
+def a_part_alone(shard: Callable[[Any], Any]) -> None:
+    shard(shard(pipeline("flux")).transformer.transformer_blocks[0])
 
 
 REFUSED: dict[Callable[[Callable[[Any], Any]], None], str] = {
@@ -116,13 +116,13 @@ def refusals(rank: int, count: int, method: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_ranks_decide_in_different_ways_is_refused_on_all(name: str) -> None:
+def test_different_decisions_of_ranks_are_refused_on_all(name: str) -> None:
     for said in run_ranks(2, refusals, name):
         assert said == [act.__name__ for act in REFUSED]
 
 
 def copied(rank: int, count: int, method: str) -> list[torch.Tensor]:
-    """A ControlNet alone and its copy beside another one."""
+    """A ControlNet alone and its copy next to another one."""
     import copy
 
     if count > 1:

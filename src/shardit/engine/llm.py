@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
@@ -84,9 +85,12 @@ class LLM:
         spec = session_spec(
             model, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, can_cancel=True, **launch
         )
-        self._tokenizer: Any = source.tokenizer()
+        self._tokenizer: Any
         self._ranks: Any
-        self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
+        with ThreadPoolExecutor(1) as meanwhile:  # the ranks start at the same time; those of torchrun are this process
+            reading = source.tokenizer() if started_by_torchrun(os.environ) else meanwhile.submit(source.tokenizer)
+            self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
+            self._tokenizer = reading.result() if isinstance(reading, Future) else reading
         room = self._info.room
         if max_model_len is not None and room is not None and max_model_len > room:
             self.close()

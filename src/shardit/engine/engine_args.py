@@ -25,9 +25,9 @@ class EngineArgs:
 
     @classmethod
     def names(cls) -> list[str]:
-        """The names of all arguments."""
+        """Return the names of all arguments."""
         return [item.name for item in fields(cls)]
 
     def as_kwargs(self) -> dict[str, Any]:
-        """The keywords of `LLM`."""
+        """Return the keywords of `LLM`."""
         return {item.name: getattr(self, item.name) for item in fields(self)}

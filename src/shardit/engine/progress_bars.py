@@ -37,7 +37,8 @@ class Bars:
 
 
 class TokenBar:
-    """A progress bar on a terminal for the texts of a call of `LLM`. count: of texts. shown: whether it is wanted."""
+    """A progress bar on a terminal for the texts of a call of `LLM`. count: number of texts. shown: whether to draw
+    it."""
 
     def __init__(self, count: int, shown: bool = True):
         self._count, self._tokens, self._bar = count, 0, None
@@ -45,7 +46,7 @@ class TokenBar:
         self._ended: set[tuple[int, int]] = set()
 
     def update(self, index: int, made: Sequence[int | None]) -> None:
-        """A step of group `index`: the token of each of its texts, None for those that have ended."""
+        """Count a step of group `index`: the token of each of its texts, None for those that have ended."""
         if self._off:
             return
         if self._bar is None:
@@ -62,7 +63,7 @@ class TokenBar:
         self._bar.update(len(self._ended) - before)
 
     def close(self) -> None:
-        """All texts have ended, or the call has failed."""
+        """Finish the bar when all texts have ended, or the call has failed."""
         if self._bar is not None:
             self._bar.update(self._count - self._bar.n)
             self._bar.close()

@@ -1,4 +1,4 @@
-"""Texts in pieces, while the ranks make them."""
+"""Streams texts in pieces while the ranks generate them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Pieces:
-    """The texts of a call of `LLM`, as far as they are known."""
+    """The texts of a call of `LLM` so far."""
 
     def __init__(self, asked: Asked):
         self._asked = asked
@@ -27,7 +27,8 @@ class Pieces:
         self._given = [0] * len(asked.rows)
 
     def takes(self, groups: list[list[int]], give: Callable[[CompletionChunk | None], None]) -> OnProgress:
-        """A function that gives chunks of the tokens of each step. groups: the numbers of the rows of each."""
+        """Return a progress callback that passes chunks of the tokens of each step to `give`. groups: row numbers of
+        each group."""
 
         def on_progress(index: int, step: int, total: int, made: Any = None, /) -> None:
             for number, token in zip(groups[index], made, strict=True):
@@ -40,7 +41,7 @@ class Pieces:
         return on_progress
 
     def rest(self, results: list[RowResult]) -> list[CompletionChunk]:
-        """The last chunk of each row."""
+        """Return the last chunk of each row."""
         found = []
         for number, result in enumerate(results):
             whole = self._asked.completion(number, result)
@@ -59,8 +60,8 @@ def in_thread(
 ) -> Iterator[T]:
     """Yield the values that `run(give)` gives while it runs in another thread, except None, then `rest` of its result.
 
-    If the iterator is closed early, `cancel` is called in that thread, and the end of `run` is waited for. Raises
-    what `run` raises.
+    If the iterator is closed early, `cancel` is called in that thread, and the iterator waits for the end of `run`.
+    Raises the exceptions of `run`.
     """
     found: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     left = threading.Event()

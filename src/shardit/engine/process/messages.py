@@ -173,8 +173,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Progress:
-    """A request has finished `step` of `total` steps (first rank of a replica only). made: what the step has given, for
-    tasks whose results come step by step."""
+    """A request has finished `step` of `total` steps (first rank of a replica only). made: the result of the step, for
+    tasks with results step by step."""
 
     key: int
     step: int

@@ -123,7 +123,7 @@ def test_programs_under_torchrun() -> None:
 
 
 def shardit(words: list[str]) -> None:
-    starts = words[0] in ("generate", "serve") and "--help" not in words
+    starts = words[0] in ("generate", "serve", "chat", "complete") and "--help" not in words
     if words[0] != "tiny":
         words = [MODELS.get(word, word) for word in words]
     try:

@@ -31,7 +31,7 @@ _OF_PEER = (
 )
 
 # Texts of `RankError` for errors that ranks found together, which blame no rank in particular.
-_OF_ALL = ("communication failed", "differ between ranks", "ended a request differently")
+_OF_ALL = ("communication failed", "ranks disagree on the outcome")
 
 
 def main(

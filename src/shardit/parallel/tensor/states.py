@@ -83,7 +83,9 @@ def head_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
         if not fits or into.out_features != width + mixed + count or norm.weight.shape != (width,):
             return cutter.left_whole(name, "its parts do not fit its heads")
         if not (cutter.size <= groups or (groups == 1 and cutter.size <= count)):
-            return cutter.left_whole(name, f"{groups} groups of {count} heads cannot be divided among {cutter.size} ranks")
+            return cutter.left_whole(
+                name, f"{groups} groups of {count} heads cannot be divided among {cutter.size} ranks"
+            )
         per_head = even(count, cutter.parts, unit=count // groups)
         channels = even(width, cutter.parts, unit=width // count * (count // groups))
         matrices = even(groups * state, cutter.parts, unit=state)

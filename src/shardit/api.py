@@ -37,7 +37,7 @@ from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, 
 from shardit.errors import InputError
 from shardit.language.loading.prepared import check_decoder_options
 from shardit.language.loading.source import named_decoder
-from shardit.language.parallel import is_decoder, load_decoder, parallelize_decoder
+from shardit.language.parallel import is_decoder, load_decoder, parallelize_decoder, spreads
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
@@ -68,7 +68,7 @@ def parallelize(
     """
     config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline
-    if is_decoder(target) and config.pipeline_parallel_size > 1:
+    if is_decoder(target) and spreads(config):
         return parallelize_decoder(target, config, plan, timeout_s)
     modules = components_of(target)
     if modules is None and config.vae_patch_parallel_size > 1:
@@ -179,7 +179,7 @@ def load(
     **settings: Any,
 ) -> Any:
     """The parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it owns.
-    Of a folder with a causal language model of transformers: that model, over stages.
+    Of a folder with a causal language model of transformers: that model, over stages and tensor ranks.
 
     Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
     `from_pretrained`. model_config: as for `Omni`. settings: how the model is loaded (as for `Omni`), and fields of the
@@ -194,9 +194,7 @@ def load(
     if source is not None:
         given = {"plan": plan, "pipeline_class": pipeline_class, "model_config": model_config}
         check_decoder_options(model, given, options)
-        one_stage = config.tensor_parallel_size > 1 and config.pipeline_parallel_size == 1
-        found = load_decoder(source, config, dtype, device, timeout_s)
-        return parallelize(found, config, timeout_s=timeout_s) if one_stage else found
+        return load_decoder(source, config, dtype, device, timeout_s)
     model, options = split_model(model, model_config, options)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     pipe, _, _ = load_parallel(

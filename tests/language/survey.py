@@ -1,10 +1,12 @@
 """Every causal language model of transformers that can be built tiny, over two stages: a table of what is right.
 
-Run it with `python -m tests.language.survey [FAMILY ...]`; it prints a line for each family, and the sums.
+Run it with `python -m tests.language.survey [--tensor] [FAMILY ...]`; it prints a line for each family, and the sums.
+--tensor: over two tensor ranks instead, with equal tokens and close logits; the line says what stays whole.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections import Counter
@@ -12,10 +14,10 @@ from collections import Counter
 import torch
 import transformers
 
-from shardit import DiffusionParallelConfig, RankError
+from shardit import DiffusionParallelConfig, RankError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import over_stages, owners_of
+from shardit.language.sharding import lay_out_decoder, over_ranks
 from tests.language import families
 from tests.language.cases import CASES, compare
 from tests.support.ranks import RanksFailed, run_ranks
@@ -24,28 +26,39 @@ AT_ONCE = 10
 """Families that a group of ranks runs before it is started again."""
 
 
-def measure(rank: int, count: int, method: str, names: list[str]) -> list[tuple[str, list[str]]]:
-    """The results of families on this rank, up to one that ends the ranks."""
+CLOSE = 1e-4
+"""The largest relative distance of logits on slices."""
+
+
+def measure(rank: int, count: int, method: str, names: list[str], axis: str) -> list[tuple[str, list[str], str]]:
+    """The results of families on this rank, up to one that ends the ranks, and what stays whole."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    config = DiffusionParallelConfig(pipeline_parallel_size=count)
+    logging.disable(logging.WARNING)
+    config = DiffusionParallelConfig(**{axis: count})
+    close = CLOSE if axis == "tensor_parallel_size" else 0.0
     mesh = init_mesh(config, device="cpu", timeout_s=30, rank=rank, init_method=method)
     runtime, found = Runtime.of(mesh, split_batch=False), []
     for name in names:
         results: list[str] = []
-        found.append((name, results))
+        found.append((name, results, ""))
         try:
             plain, model = families.make(name), families.make(name)
-            over_stages(model, runtime, owners_of(model, config), config)
+            layout = lay_out_decoder(model, config)
+            over_ranks(model, runtime, layout, config)
             for case in CASES:
                 try:
-                    results.append(compare(plain, model, case))
+                    results.append(compare(plain, model, case, close))
                 except RankError:
                     raise
                 except Exception as error:
                     results.append(f"{type(error).__name__}: {error}")
+            if close:
+                given_up = [*model.shardit_checks.whole.values()][:1]
+                found[-1] = (name, results, "; ".join([*layout.notes, *given_up]))
         except Exception as error:
-            results.append(f"ended: {error}")
+            kind = type(error).__name__ if isinstance(error, UnsupportedError) else "ended"
+            results.append(f"{kind}: {error}")
             if isinstance(error, RankError):
                 break
     return found
@@ -68,12 +81,14 @@ def buildable() -> list[str]:
 
 def main(names: list[str]) -> None:
     """Measure families, and print a line for each."""
+    axis = "tensor_parallel_size" if "--tensor" in names else "pipeline_parallel_size"
+    names = [name for name in names if name != "--tensor"]
     todo, sums = names or buildable(), Counter[str]()
     while todo:
         try:
-            of_ranks = run_ranks(2, measure, todo[:AT_ONCE], timeout=600)
+            of_ranks = run_ranks(2, measure, todo[:AT_ONCE], axis, timeout=600)
         except RanksFailed as error:
-            of_ranks = [[(todo[0], [f"ended: {str(error).splitlines()[-1]}"])]] * 2
+            of_ranks = [[(todo[0], [f"ended: {str(error).splitlines()[-1]}"], "")]] * 2
         for one, other in zip(*of_ranks, strict=False):
             name, results = one[0], one[1] if one[1] == other[1] else ["WRONG: ranks differ"]
             kinds = {result.partition(":")[0] for result in results}
@@ -83,7 +98,7 @@ def main(names: list[str]) -> None:
             failed = [r for r in results if r not in ("right", "not on one rank") and r not in refused]
             verdict = "failed" if verdict == "right" and failed else verdict
             sums[verdict] += 1
-            print(f"{name}: {verdict} {'' if verdict == 'right' else (failed or refused)[0][:200]}", flush=True)
+            print(f"{name}: {verdict} {one[2] if verdict == 'right' else (failed or refused)[0][:200]}", flush=True)
             todo.remove(name)
     print(dict(sums))
 

@@ -34,14 +34,16 @@ def write(folder: Path, name: str, tied: bool, head: bool, **options: Any) -> No
         save_file(tensors, file, {"format": "pt"})
 
 
-def loaded(rank: int, count: int, method: str, folder: str) -> tuple[str, int, int, list[str]]:
-    config = DiffusionParallelConfig(pipeline_parallel_size=count)
+def loaded(
+    rank: int, count: int, method: str, folder: str, axis: str = "pipeline_parallel_size"
+) -> tuple[str, int, int, list[str]]:
+    config = DiffusionParallelConfig(**{axis: count})
     init_mesh(config, device="cpu", timeout_s=30, rank=rank, init_method=method)
     model = shardit.load(folder, config, device="cpu", timeout_s=30)
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     held = {id(p): p for p in model.parameters() if not p.is_meta}
     wide = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta and 128 in p.shape]
-    how = compare(plain, model, CASES[0])
+    how = compare(plain, model, CASES[0], 1e-5 if axis == "tensor_parallel_size" else 0.0)
     return how, sum(p.numel() for p in held.values()), families.parameters(plain), wide
 
 
@@ -62,6 +64,14 @@ def test_sharded_files(tmp_path: Path) -> None:
     write(tmp_path, "llama", False, False, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert [how for how, *_ in run_ranks(2, loaded, str(tmp_path))] == ["right", "right"]
+
+
+@pytest.mark.parametrize(("name", "tied"), [("llama", True), ("mamba2", False)])
+def test_each_tensor_rank_reads_its_slices(tmp_path: Path, name: str, tied: bool) -> None:
+    write(tmp_path, name, tied, False)
+    for how, held, whole, _ in run_ranks(2, loaded, str(tmp_path), "tensor_parallel_size"):
+        assert how == "right"
+        assert held < 0.58 * whole
 
 
 def test_options_of_pipelines_are_refused(tmp_path: Path) -> None:

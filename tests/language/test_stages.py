@@ -17,7 +17,7 @@ import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import at_once, over_stages, owners_of
+from shardit.language.sharding import at_once, lay_out_decoder, over_ranks, owners_of
 from tests.language import families
 from tests.language.cases import CASES, compare
 from tests.support.ranks import run_ranks
@@ -37,7 +37,7 @@ def started(rank: int, count: int, method: str) -> Runtime:
 def spread(name: str, runtime: Runtime, **changes: Any) -> Any:
     model = families.make(name, **changes)
     config = DiffusionParallelConfig(pipeline_parallel_size=runtime.mesh.pp_size)
-    over_stages(model, runtime, owners_of(model, config), config)
+    over_ranks(model, runtime, lay_out_decoder(model, config), config)
     return model
 
 
@@ -169,9 +169,9 @@ def test_options_of_generate_and_calls() -> None:
         for name in ("processor", "calls", "next call", "copied cache", "inputs_embeds", "right after errors"):
             assert found[name], name
         assert "output_attentions: the layers of LlamaForCausalLM lie on several ranks" in found["attentions"]
-        assert "assistant_model: assisted decoding does not run over stages" in found["assistant"]
+        assert "assistant_model: assisted decoding does not run over several ranks" in found["assistant"]
         assert "ranks differ in inputs of LlamaForCausalLM.generate" in found["other prompts"]
-        assert "save_pretrained: each rank holds only its own layers" in found["save"]
+        assert "save_pretrained: each rank holds only its own part" in found["save"]
 
 
 def in_groups(rank: int, count: int, method: str) -> list[bool]:

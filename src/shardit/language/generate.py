@@ -1,4 +1,4 @@
-"""Calls and `generate` of a causal language model over stages: the code of transformers runs on every rank alike."""
+"""Calls and `generate` of a causal language model over ranks: the code of transformers runs on every rank alike."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.stage_tensor import settled
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.runtime.digests import named
@@ -27,17 +28,20 @@ FROM_BLOCKS = ("output_attentions", "output_router_logits")
 """What transformers collects inside of blocks, on their owners alone."""
 
 
-def members_of(model: Any, stages: DecoderStages, runtime: Runtime) -> dict[str, Callable[..., Any]]:
-    """The methods that a model over stages gets."""
+def members_of(model: Any, stages: DecoderStages | None, runtime: Runtime) -> dict[str, Callable[..., Any]]:
+    """The methods that a model over stages or tensor ranks gets."""
     cls = type(model)
-    return {
+    members = {
         "__call__": call_member(cls, stages, runtime),
         "generate": _generate(cls, runtime),
-        "_get_stopping_criteria": _stopping(cls, stages),
+        "_get_stopping_criteria": _stopping(cls, stages, runtime),
     }
+    if "tp" in runtime.mesh.axes:  # keys get their memory when they come, since a rank has some heads only
+        members["_get_static_cache_init_shape"] = lambda self, *args, **kwargs: None
+    return members
 
 
-def call_member(cls: type, stages: DecoderStages, runtime: Runtime) -> Callable[..., Any]:
+def call_member(cls: type, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
     """The call of a model, or of a model in it that has the layers and no head: alone it gives plain tensors."""
     own_call: Any = cls.__call__
 
@@ -45,15 +49,14 @@ def call_member(cls: type, stages: DecoderStages, runtime: Runtime) -> Callable[
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         for name in FROM_BLOCKS:
             if kwargs.get(name) or (name not in kwargs and getattr(self.config, name, False)):
-                raise UnsupportedError(
-                    f"{name}: the layers of {cls.__name__} lie on several ranks; use pipeline_parallel_size=1"
-                )
+                raise UnsupportedError(f"{name}: the layers of {cls.__name__} lie on several ranks; use one rank")
         alone = not runtime.in_pipeline
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
             try:
                 out = own_call(self, *args, **kwargs)
             finally:
-                stages.end_call()
+                if stages is not None:
+                    stages.end_call()
             return _plain(out) if alone else out
 
     return __call__
@@ -66,7 +69,7 @@ def _generate(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if kwargs.get(name):
-                raise UnsupportedError(f"{name}: assisted decoding does not run over stages; leave it out")
+                raise UnsupportedError(f"{name}: assisted decoding does not run over several ranks; leave it out")
         streamer = kwargs.pop("streamer", None)
         with runtime.pipeline_call(f"{cls.__name__}.generate", lambda: named(own_generate, args, kwargs)):
             if runtime.mesh.rank == 0 and streamer is not None:  # one rank prints
@@ -76,30 +79,46 @@ def _generate(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     return generate
 
 
-def _stopping(cls: Any, stages: DecoderStages) -> Callable[..., Any]:
+def _stopping(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
     own = cls._get_stopping_criteria
+    neighbours = Collectives(runtime.mesh.axes["tp"]) if "tp" in runtime.mesh.axes else None
 
     @functools.wraps(own)
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = own(self, *args, **kwargs)
-        if all(isinstance(one, OF_TOKENS) or getattr(one, "of_tokens", False) for one in criteria):
+        if neighbours is None and _look_at_tokens(criteria):
             return criteria
-        return FirstRankDecides(criteria, stages)
+        return FirstRankDecides(criteria, stages, neighbours)
 
     return _get_stopping_criteria
 
 
-class FirstRankDecides(StoppingCriteriaList):
-    """Criteria that may look at a clock or count their calls: all ranks stop where the first one does."""
+def _look_at_tokens(criteria: StoppingCriteriaList) -> bool:
+    return all(isinstance(one, OF_TOKENS) or getattr(one, "of_tokens", False) for one in criteria)
 
-    def __init__(self, criteria: StoppingCriteriaList, stages: DecoderStages):
+
+class FirstRankDecides(StoppingCriteriaList):
+    """Criteria that may look at a clock or count their calls: all ranks stop where the first one does. Tensor ranks,
+    which all choose tokens, take those of the first one."""
+
+    def __init__(
+        self, criteria: StoppingCriteriaList, stages: DecoderStages | None, neighbours: Collectives | None = None
+    ):
         super().__init__(criteria)
-        self._link = stages.link
+        self._of_tokens = _look_at_tokens(criteria)
+        self._link = None if stages is None else stages.link
+        self._neighbours = neighbours
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Whether each sequence is done."""
+        if self._neighbours is not None:
+            input_ids[:, -1] = self._neighbours.of_first(input_ids[:, -1])
         done = super().__call__(input_ids, scores, **kwargs)
-        return self._link.share(done, frozenset((0,)))
+        if self._of_tokens:
+            return done
+        if self._neighbours is not None:
+            done = self._neighbours.of_first(done.to(input_ids.dtype)).bool()
+        return done if self._link is None else self._link.share(done, frozenset((0,)))
 
 
 def _plain(out: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`parallelize` and `load` for causal language models over stages."""
+"""`parallelize` and `load` for causal language models over stages and tensor ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.sharding.changes import refuse_compiled
-from shardit.diffusion.sharding.decision import decided_alike
+from shardit.diffusion.sharding.decision import decided_alike, describe_slices
 from shardit.errors import InputError
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import DecoderSource
-from shardit.language.sharding import blocks_of, check_axes, over_stages, owners_of
+from shardit.language.sharding import DecoderLayout, check_axes, lay_out_decoder, over_ranks
 from shardit.loading.dtypes import setting
 from shardit.parallel_state import set_mesh_of_model
 
@@ -26,8 +26,13 @@ def is_decoder(model: Any) -> bool:
     return generates and not getattr(model.config, "is_encoder_decoder", False)
 
 
+def spreads(config: DiffusionParallelConfig) -> bool:
+    """Whether a configuration gives ranks parts of a language model."""
+    return config.pipeline_parallel_size * config.tensor_parallel_size > 1
+
+
 def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, timeout_s: float) -> Any:
-    """Shard a language model over stages, in place, unless that is done; the model. Collective."""
+    """Shard a language model, in place, unless that is done; the model. Collective."""
     name = type(model).__name__
     if plan is not None:
         raise InputError(f"plan: the layers of {name} need none; leave it out")
@@ -37,28 +42,30 @@ def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, 
     mesh = init_mesh(config, device=next(model.parameters()).device, timeout_s=timeout_s)
     runtime = Runtime.of(mesh, split_batch=False)
 
-    def decide() -> list[int]:
+    def decide() -> DecoderLayout:
         refuse_compiled(name, model, ())
-        return owners_of(model, config)
+        return lay_out_decoder(model, config)
 
-    owners = decided_alike(runtime.replica, name, decide, lambda found: {"the layers": repr(found)})
+    def describe(found: DecoderLayout) -> dict[str, str]:
+        return {"the layers": repr(found.owners) + describe_slices(found.slices)}
+
+    layout = decided_alike(runtime.replica, name, decide, describe)
     set_mesh_of_model(mesh)
-    over_stages(model, runtime, owners, config)
+    over_ranks(model, runtime, layout, config)
     return model
 
 
 def load_decoder(
     source: DecoderSource, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float
 ) -> nn.Module:
-    """The language model of a source; over stages, each rank reads its own layers. Collective."""
+    """The language model of a source; each rank reads its slices of its layers. Collective."""
     check_axes(config)
     prepared = PreparedDecoder(source, setting(dtype))
-    if config.pipeline_parallel_size == 1:
+    if not spreads(config):
         return prepared.load_whole("cpu" if device is None else device)
-    owners = owners_of(prepared.module, config)
+    layout = lay_out_decoder(prepared.module, config)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     set_mesh_of_model(mesh)
-    blocks = [name for name, _ in blocks_of(prepared.module)]
-    model = prepared.load(blocks, owners, mesh.pp_rank, mesh.device)
-    over_stages(model, Runtime.of(mesh, split_batch=False), owners, config)
+    model = prepared.load(layout, mesh)
+    over_ranks(model, Runtime.of(mesh, split_batch=False), layout, config)
     return model

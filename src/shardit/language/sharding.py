@@ -1,7 +1,8 @@
-"""A causal language model becomes one over stages, in place."""
+"""A causal language model becomes one over stages and tensor ranks, in place."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardit.config import DiffusionParallelConfig, fitting_partition
+from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.link import Link
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.modules.blocks import drop_blocks, find_blocks
@@ -22,6 +24,11 @@ from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.caches import StageCaches
 from shardit.language.generate import call_member, members_of
+from shardit.language.tensor import kept_whole, plan_decoder
+from shardit.parallel.tensor.apply import cut_model, notes_together
+from shardit.parallel.tensor.plan import TensorPlan
+
+log = logging.getLogger(__name__)
 
 
 def blocks_of(model: Any) -> list[tuple[str, nn.Module]]:
@@ -62,11 +69,6 @@ def check_axes(config: DiffusionParallelConfig) -> None:
                 f"{name}={getattr(config, name)}: a language model runs over pipeline_parallel_size, "
                 "tensor_parallel_size and data_parallel_size; set it to 1"
             )
-    if config.tensor_parallel_size > 1 and config.pipeline_parallel_size > 1:
-        raise UnsupportedError(
-            f"tensor_parallel_size={config.tensor_parallel_size} with pipeline_parallel_size="
-            f"{config.pipeline_parallel_size}: a language model runs over one of them so far; set the other to 1"
-        )
     if config.pipeline_chunks not in (None, 1):
         raise UnsupportedError(
             f"pipeline_chunks={config.pipeline_chunks}: the stages of a language model are contiguous; leave it out"
@@ -74,31 +76,55 @@ def check_axes(config: DiffusionParallelConfig) -> None:
 
 
 @dataclass(frozen=True)
+class DecoderLayout:
+    """How a language model is spread. owners: the stage of each block, as `owners_of` has it. slices: how its linears
+    are cut over tensor ranks, None for one. notes: what stays whole on tensor ranks, and why."""
+
+    owners: list[int]
+    slices: TensorPlan | None
+    notes: tuple[str, ...] = ()
+
+
+def lay_out_decoder(model: Any, config: DiffusionParallelConfig) -> DecoderLayout:
+    """Decide how a language model is spread, from shapes alone. Raises InputError and UnsupportedError where the
+    configuration does not fit it."""
+    owners, slices = owners_of(model, config), plan_decoder(model, config.tensor_parallel_size)
+    notes = () if slices is None else (kept_whole(model, slices), *notes_together(slices.notes))
+    return DecoderLayout(owners, slices, tuple(filter(None, notes)))
+
+
+@dataclass(frozen=True)
 class Decoder:
-    """A language model that is sharded, and how."""
+    """A language model that is sharded, and how. stages: None for one stage."""
 
     name: str
     config: DiffusionParallelConfig
-    stages: DecoderStages
+    stages: DecoderStages | None
 
     def check_again(self, config: DiffusionParallelConfig) -> None:
         """Raise InputError where a second call asks for another configuration."""
         if config != self.config:
             raise InputError(
-                f"{self.name} is sharded with {self.config}: each rank has only its own layers; load it again to "
+                f"{self.name} is sharded with {self.config}: each rank has only its own part; load it again to "
                 "use another configuration"
             )
 
 
-def over_stages(model: Any, runtime: Runtime, owners: Sequence[int], config: DiffusionParallelConfig) -> DecoderStages:
-    """Cut a causal language model in place: keep the blocks of this rank, intercept the calls of all. owners: the stage
-    of each block, as `owners_of` has it."""
-    blocks, owners = blocks_of(model), list(owners)
-    rank, device = runtime.comm.rank, torch.device(runtime.mesh.device)
-    caches = StageCaches(owners, rank)
-    stages = DecoderStages(model, Link(runtime.comm, runtime.turns.let_others), blocks, owners, caches)
-    drop_blocks(model, blocks, owners, rank, None)
-    stages.install()
+def over_ranks(model: Any, runtime: Runtime, layout: DecoderLayout, config: DiffusionParallelConfig) -> None:
+    """Cut a causal language model in place: keep this rank's slices of the blocks of its stage, intercept the calls of
+    all blocks."""
+    blocks, device = blocks_of(model), torch.device(runtime.mesh.device)
+    if layout.slices is not None:
+        for note in layout.notes if runtime.mesh.rank == 0 else ():
+            log.warning("%s: %s", type(model).__name__, note)
+        cut_model(model, layout.slices, Collectives(runtime.mesh.axes["tp"]), type(model).__name__)
+    stages = None
+    if runtime.mesh.pp_size > 1:
+        caches = StageCaches(layout.owners, runtime.comm.rank)
+        link = Link(runtime.comm, runtime.turns.let_others)
+        stages = DecoderStages(model, link, blocks, layout.owners, caches)
+        drop_blocks(model, blocks, layout.owners, runtime.comm.rank, None)
+        stages.install()
     decoder = Decoder(type(model).__name__, config, stages)
     members = {
         **members_of(model, stages, runtime),
@@ -112,12 +138,11 @@ def over_stages(model: Any, runtime: Runtime, owners: Sequence[int], config: Dif
         inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)
         if inside and isinstance(part, PreTrainedModel):  # it may be called by itself
             subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime)})
-    return stages
 
 
 def _refused(name: str) -> Callable[..., None]:
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(f"{name}: each rank holds only its own layers; save the model before parallelize")
+        raise UnsupportedError(f"{name}: each rank holds only its own part; save the model before parallelize")
 
     return method
 

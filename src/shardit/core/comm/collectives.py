@@ -42,6 +42,12 @@ class Collectives:
         self._exchange([front] * self.size, list(parts))
         return full.movedim(0, dim)
 
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor, of which every rank has one of the same shape."""
+        flat = tensor.flatten()
+        sizes = [flat.numel() if rank == 0 else 0 for rank in range(self.size)]
+        return self.all_gather(flat[: sizes[self.index]], sizes, 0).view(tensor.shape)
+
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:
         """Send sends[i] to rank i and fill receives[i] from it. All are contiguous. The own part is copied unless it
         is the same tensor in both."""

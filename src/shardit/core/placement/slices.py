@@ -59,6 +59,11 @@ class Shards:
         """The length of each rank's slice."""
         return tuple(self.of(rank).length for rank in range(len(self.ranks)))
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether every rank has all of it."""
+        return all(length == self.total for length in self.lengths)
+
 
 Parts = int | tuple[float, ...]
 """Into how many parts something is cut, of equal size; or the sizes of the parts, in relation to each other."""
@@ -96,3 +101,13 @@ def _in_proportion(count: int, shares: tuple[float, ...]) -> list[int]:
 def shards(dim: int, total: int, runs: Sequence[Sequence[tuple[int, int]]]) -> Shards:
     """Shards in which each rank has its own run of each of several parts of a tensor (the halves of a gate, say)."""
     return Shards(dim, total, tuple(zip(*runs, strict=True)))
+
+
+def one_behind_the_other(*cuts: Shards) -> Shards:
+    """How a tensor is cut of which these are parts, along their dimension."""
+    starts = list(accumulate((cut.total for cut in cuts), initial=0))
+    ranks = [
+        tuple((start + at, length) for start, cut in zip(starts, cuts, strict=False) for at, length in cut.ranks[rank])
+        for rank in range(len(cuts[0].ranks))
+    ]
+    return Shards(cuts[0].dim, starts[-1], tuple(ranks))

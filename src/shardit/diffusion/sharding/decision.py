@@ -61,16 +61,16 @@ def describe_layout(layout: Layout | None) -> dict[str, str]:
     kept = {name: sorted(tensors) for name, tensors in assignment.small.items()}
     by_name = (assignment.cut, assignment.layerwise, assignment.owned, assignment.tiles, assignment.held, kept)
     return {
-        name: repr([found.get(name) for found in by_name]) + _describe_slices(cuts.get(name))
-        for name in assignment.held
+        name: repr([found.get(name) for found in by_name]) + describe_slices(cuts.get(name)) for name in assignment.held
     }
 
 
 def describe_blocks(decision: tuple[Mapping[str, TensorPlan], Cut | None]) -> dict[str, str]:
     """How the blocks of a model that is sharded by itself are sharded."""
     slices, cut = decision
-    return {"the blocks": repr(cut) + "".join(map(_describe_slices, slices.values()))}
+    return {"the blocks": repr(cut) + "".join(map(describe_slices, slices.values()))}
 
 
-def _describe_slices(plan: TensorPlan | None) -> str:
+def describe_slices(plan: TensorPlan | None) -> str:
+    """How the tensors of a component are cut."""
     return repr(sorted(plan.cuts.items(), key=lambda cut: cut[0])) if plan is not None else ""

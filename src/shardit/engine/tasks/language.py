@@ -14,14 +14,14 @@ from shardit.core.comm.mesh import Mesh, pick_device
 from shardit.core.stages.runtime import Runtime
 from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.engine.tasks.task import OnProgress
-from shardit.errors import InputError, UnsupportedError, first_line
+from shardit.errors import InputError, first_line
 from shardit.language.generation import OnStep, continued
 from shardit.language.info import LanguageInfo, end_tokens, room_of
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import decoder_source
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.rows import PromptGroup
-from shardit.language.sharding import blocks_of, over_stages, owners_of
+from shardit.language.sharding import lay_out_decoder, over_ranks
 from shardit.loading.safetensors_file import Reads
 
 if TYPE_CHECKING:
@@ -42,13 +42,8 @@ def check(spec: SessionSpec) -> None:
     """Find mistakes before ranks start. Raises InputError. Reads no weights."""
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
-    if spec.config.tensor_parallel_size > 1:  # every rank would hold and compute all of a stage
-        raise UnsupportedError(
-            f"tensor_parallel_size={spec.config.tensor_parallel_size}: LLM runs over pipeline_parallel_size and "
-            "data_parallel_size so far; set it to 1"
-        )
     prepared = prepared_for(spec)
-    owners_of(prepared.module, spec.config)
+    lay_out_decoder(prepared.module, spec.config)
     prepared.source.tokenizer()
     _checked[:] = [(spec, prepared)]
 
@@ -67,13 +62,12 @@ class LoadedDecoder:
         checked, prepared = _checked.pop() if _checked else (None, None)
         prepared = prepared if prepared is not None and checked == spec else prepared_for(spec)
         reads = Reads()
-        owners = owners_of(prepared.module, spec.config)
-        blocks = [name for name, _ in blocks_of(prepared.module)]
-        self.model: Any = prepared.load(blocks, owners, mesh.pp_rank, mesh.device, reads)
+        layout = lay_out_decoder(prepared.module, spec.config)
+        self.model: Any = prepared.load(layout, mesh, reads)
         self.tokenizer: Any = prepared.source.tokenizer()
         self.runtime = Runtime.of(mesh, spec.max_in_flight, split_batch=False) if len(mesh.replica.ranks) > 1 else None
-        if self.runtime is not None and mesh.pp_size > 1:
-            over_stages(self.model, self.runtime, owners, spec.config)
+        if self.runtime is not None:
+            over_ranks(self.model, self.runtime, layout, spec.config)
         own = self.model.generation_config
         self._ends = end_tokens(own, self.tokenizer)
         self._pad = next((one for one in (self.tokenizer.pad_token_id, own.pad_token_id) if one is not None), 0)
@@ -84,6 +78,7 @@ class LoadedDecoder:
             room=room_of(self.model.config),
             vocabulary=self.model.config.get_text_config().vocab_size,
             defaults=defaults,
+            notes=layout.notes,
             bytes_read=reads.bytes,
             held_bytes=held_bytes(),
             limit_bytes=limit_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))),

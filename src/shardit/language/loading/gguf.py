@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shardit.core.modules.blocks import find_blocks
-from shardit.core.placement.slices import Owned
+from shardit.core.placement.slices import Owned, Slice
 from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.language.loading.gguf_header import check_package, parsed_once
 from shardit.loading.meta import build_transformers
@@ -52,18 +52,19 @@ class GGUFFile:
         return build_transformers(kinds[type(config)], config, dtype or torch.float32, str(self.path))
 
     def load(self, module: Any, owned: Owned, *, device: torch.device | str, reads: Reads | None) -> nn.Module:
-        """Fill the parameters of `module` for which `owned(name)` holds; the others stay on meta. Raises InputError
-        where the file lacks one of them."""
+        """Fill the parameters of `module` for which `owned(name)` holds, or gives a slice; the others stay on meta.
+        Raises InputError where the file lacks one of them."""
         targets, filled = _targets(module), set()
         for name, values in self._tensors(module, owned, reads):
-            target = targets.get(name)
-            if target is None or not owned(name):
+            target, part = targets.get(name), owned(name)
+            if target is None or not part:
                 continue
             if values.shape != target.held.shape:
                 raise InputError(
                     f"{self.path}: {name} has shape {list(values.shape)}, but {type(module).__name__} needs "
                     f"{list(target.held.shape)}"
                 )
+            values = part.take(values) if isinstance(part, Slice) else values
             place(module, target, values.to(device=device, dtype=target.held.dtype))
             filled.update(target.names)
         if absent := [name for name, one in targets.items() if owned(name) and name not in filled and one.held.is_meta]:

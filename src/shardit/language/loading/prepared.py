@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
 from shardit.errors import InputError
 from shardit.language.loading.gguf import GGUFFile
 from shardit.language.loading.source import DecoderSource
+from shardit.language.sharding import DecoderLayout, blocks_of
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import Setting, dtype_of
 from shardit.loading.meta import build
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.transformers_model import load_transformers
 from shardit.loading.weights import Owned
+from shardit.parallel.tensor.apply import owned_slices
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from shardit.core.comm.mesh import Mesh
 
 
 def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOptions) -> None:
@@ -58,22 +62,17 @@ class PreparedDecoder:
             self._checkpoint = Checkpoint.open(source.folder, source.remote)
             self.module = build(class_of(source), source.folder, self.kept, self._checkpoint.stored_dtype)
 
-    def load(
-        self,
-        blocks: Sequence[str],
-        owners: Sequence[int],
-        stage: int,
-        device: torch.device | str,
-        reads: Reads | None = None,
-    ) -> nn.Module:
-        """The model with the weights that a stage needs: those of its blocks, and those outside of all blocks."""
-        others = tuple(f"{name}." for name, owner in zip(blocks, owners, strict=True) if owner != stage)
+    def load(self, layout: DecoderLayout, mesh: Mesh, reads: Reads | None = None) -> nn.Module:
+        """The model with the weights that a rank needs: its slices of those of its stage's blocks, and of those outside
+        of all blocks."""
+        blocks = [name for name, _ in blocks_of(self.module)]
+        others = tuple(f"{name}." for name, owner in zip(blocks, layout.owners, strict=True) if owner != mesh.pp_rank)
         names: dict[int, list[str]] = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
         # Tied weights have several names, and are needed where one of them is.
         needed = {name for tied in names.values() for name in tied if any(not one.startswith(others) for one in tied)}
-        return self._load(needed.__contains__, device, reads)
+        return self._load(owned_slices(needed.__contains__, layout.slices, mesh.coords["tp"]), mesh.device, reads)
 
     def load_whole(self, device: torch.device | str, reads: Reads | None = None) -> nn.Module:
         """The model with all of its weights."""

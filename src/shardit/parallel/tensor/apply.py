@@ -24,6 +24,7 @@ from shardit.parallel.tensor.check.units import watch_units
 from shardit.parallel.tensor.loads import take_slices_of
 from shardit.parallel.tensor.modules import install_role
 from shardit.parallel.tensor.norms import install_pair
+from shardit.parallel.tensor.numbers import set_number
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.planner import plan_tensors
 from shardit.parallel.tensor.rules import Family
@@ -113,14 +114,20 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
     if plans:
         ranks = Collectives(mesh.axes["tp"])  # one for all, so that their bytes are counted together
         for name, plan in plans.items():
-            with base_linears(components[name]):
-                refuse_own_forwards(name, components[name], plan)
-                shard_tensors(components[name], plan, ranks)
-            cut_adapters(components[name], plan, ranks)
+            title = name or type(components[name]).__name__
             for note in notes_together(plan.notes) if mesh.rank == 0 else ():
-                log.warning("%s: %s", name or type(components[name]).__name__, note)
-            watch_units(name or type(components[name]).__name__, components[name], plan, ranks)
-            subclass_in_place(components[name], adapter_members(components[name], plan, ranks))
+                log.warning("%s: %s", title, note)
+            cut_model(components[name], plan, ranks, title)
+
+
+def cut_model(model: nn.Module, plan: TensorPlan, ranks: Collectives, title: str) -> None:
+    """Cut a model and the adapters on it, in place. title: its name in messages."""
+    with base_linears(model):
+        refuse_own_forwards(title, model, plan)
+        shard_tensors(model, plan, ranks)
+    cut_adapters(model, plan, ranks)
+    watch_units(title, model, plan, ranks)
+    subclass_in_place(model, adapter_members(model, plan, ranks))
 
 
 def refuse_own_forwards(component: str, module: nn.Module, plan: TensorPlan) -> None:
@@ -148,7 +155,7 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
     for name, numbers in plan.attributes.items():
         part: Any = module.get_submodule(name)
         for attribute, values in numbers.items():
-            setattr(part, attribute, values[ranks.index])
+            set_number(part, attribute, values[ranks.index])
     made: Made = {}
     for name, role in plan.roles.items():
         install_role(module.get_submodule(name), role, ranks, made)

@@ -4,28 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from torch import nn
 
-from shardit.core.placement.slices import Parts, Shards, even
+from shardit.core.placement.slices import Parts, Shards, even, even_runs
 from shardit.parallel.tensor import rules as rules
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, key (and value) heads, and the channels of one head."""
+    """Query heads, key (and value) heads, and the channels of one head. replicates: whether ranks may have copies of
+    key heads where there are fewer key heads than ranks."""
 
     queries: int
     keys: int
     size: int
+    replicates: bool = False
+
+    def fit(self, ranks: int) -> bool:
+        """Whether each rank gets key heads, or query heads with copies of their key heads, if no rank has twice as many
+        query heads as another."""
+        return ranks <= self.keys or (self.replicates and -(-self.queries // ranks) < 2 * (self.queries // ranks))
 
     def key_shards(self, parts: Parts) -> Shards:
-        return even(self.keys * self.size, parts, unit=self.size)
+        if (shared := self._shared(parts)) is None:
+            return even(self.keys * self.size, parts, unit=self.size)
+        runs = [tuple((key * self.size, self.size) for key in keys) for keys, _ in shared]
+        return Shards(0, self.keys * self.size, tuple(runs))
 
     def query_shards(self, parts: Parts) -> Shards:
         """Return the shards of query heads; a rank has the query heads that use its key heads."""
-        return even(self.queries * self.size, parts, unit=self.queries // self.keys * self.size)
+        unit = self.queries // self.keys if self._shared(parts) is None else 1
+        return even(self.queries * self.size, parts, unit=unit * self.size)
+
+    def groups(self, parts: Parts) -> list[int]:
+        """Return the number of query heads of each rank that share one of its key heads."""
+        shared = self._shared(parts)
+        count = parts if isinstance(parts, int) else len(parts)
+        return [self.queries // self.keys] * count if shared is None else [group for _, group in shared]
+
+    def _shared(self, parts: Parts) -> list[tuple[list[int], int]] | None:
+        """With more ranks than key heads: for each rank the key heads of its query heads, and the number of these that
+        share one. Otherwise None."""
+        if not isinstance(parts, int) or parts <= self.keys:
+            return None
+        found, group = [], self.queries // self.keys
+        for start, count in even_runs(self.queries, parts):
+            keys = [query // group for query in range(start, start + count)]
+            together = gcd(*(keys.count(key) for key in set(keys)))  # each key head needs equally many
+            found.append((keys[::together], together))
+        return found
 
 
 def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, out: bool = True) -> Heads | str:
@@ -34,7 +64,8 @@ def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, 
     out: whether the linear behind the heads is its own, rather than one of the block around it.
     """
     known = (*names.query, *names.key_value, *names.out, *names.query_norms, *names.key_norms, *names.per_head)
-    stranger = unknown_part(module, (*known, *names.full_input, "processor"))  # that is matched separately
+    known = (*known, *names.head_vectors, *names.full_input)
+    stranger = unknown_part(module, (*known, "processor"))  # that is matched separately
     if stranger is not None:
         return f"no rule matches {stranger}"
     linears = [*names.query, *names.key_value, *names.out]
@@ -53,10 +84,23 @@ def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, 
         size = query.out_features // count
     if size is None or query.out_features % size or keys.out_features % size:
         return "its number of heads is not known"
-    heads = Heads(query.out_features // size, keys.out_features // size, size)
+    heads = Heads(query.out_features // size, keys.out_features // size, size, family.replicates_keys)
     if (count is not None and count != heads.queries) or heads.queries % heads.keys:
         return "its number of heads is not known"
     return _misfit(module, names, heads, family, out) or heads
+
+
+def read_fused_heads(module: nn.Module, names: rules.FusedAttention, family: rules.Family) -> Heads | None:
+    """Read the heads of attention with one linear for queries, keys and values; None if its sizes do not fit."""
+    into, out = part_of(module, names.into).out_features, part_of(module, names.out).in_features
+    count, size = number_of(module, rules.HEAD_COUNTS), number_of(module, (*rules.HEAD_SIZES, "head_size"))
+    if count is not None and out % count == 0:
+        size = out // count
+    if size is None or out % size or (into - out) % (2 * size) or into <= out:
+        return None
+    heads = Heads(out // size, (into - out) // (2 * size), size, family.replicates_keys)
+    fits = heads.queries % heads.keys == 0 and (not names.by_head or heads.queries == heads.keys)
+    return heads if fits else None
 
 
 def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, family: rules.Family, out: bool) -> str | None:
@@ -143,7 +187,7 @@ def unknown_part(module: nn.Module, parts: Iterable[str]) -> str | None:
     """Return a parameter, or a norm without parameters, below a module that belongs to none of the given parts."""
     inside = tuple(f"{part}." for part in parts)
     for name, _ in module.named_parameters():
-        if not name.startswith(inside):
+        if not f"{name}.".startswith(inside):
             return name
     for name, child in module.named_modules():
         if name and "Norm" in type(child).__name__ and not f"{name}.".startswith(inside):

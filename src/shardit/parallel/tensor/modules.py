@@ -15,7 +15,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.patching import Made, share_subclass
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.forward import together, unless_whole
-from shardit.parallel.tensor.norms import across_heads
+from shardit.parallel.tensor.norms import across_gated, across_heads
 from shardit.parallel.tensor.plan import PLAIN, Role
 
 
@@ -95,4 +95,41 @@ def _vocabulary(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     return forward
 
 
-_FORWARDS = {"rows": _rows, "gathered": _gathered, "vocabulary": _vocabulary, "norm": across_heads}
+def _parts(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """Make the forward of a module with its own code, which returns a part of a sum."""
+    finish = _sum(role, ranks)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        once = {name: self._parameters[name] for name in role.once if ranks.index}
+        self._parameters.update({name: torch.zeros_like(value) for name, value in once.items()})
+        try:
+            part = _plain_forward(self)(self, *args, **kwargs)
+        finally:
+            self._parameters.update(once)
+        return finish(part)
+
+    return forward
+
+
+def _of_first(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """Make the forward of a whole module that returns the first rank's result: last bits may differ by machine."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return together(ranks.of_first, _plain_forward(self)(self, *args, **kwargs))
+
+    return forward
+
+
+def _plain_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
+    return next(vars(cls)[PLAIN] for cls in type(module).__mro__ if PLAIN in vars(cls)).forward
+
+
+_FORWARDS = {
+    "rows": _rows,
+    "gathered": _gathered,
+    "vocabulary": _vocabulary,
+    "norm": across_heads,
+    "gated_norm": across_gated,
+    "sum": _parts,
+    "first": _of_first,
+}

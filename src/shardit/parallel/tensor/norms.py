@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
@@ -23,6 +24,17 @@ def across_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return _scaled(self, hidden_states, together(ranks.all_reduce, _squares(hidden_states)), role.shards.total)
+
+    return forward
+
+
+def across_gated(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """Make the forward of a norm over all channels after their product with gates, as state-space models have it."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        full = hidden_states.float() if gate is None else hidden_states.float() * F.silu(gate.float())
+        mean = together(ranks.all_reduce, _squares(full)) / role.shards.total
+        return self.weight * (full * torch.rsqrt(mean + _eps(self))).to(hidden_states.dtype)
 
     return forward
 
@@ -89,9 +101,15 @@ def _squares(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.float().square().sum(-1, keepdim=True)
 
 
+def _eps(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", None) if not hasattr(norm, "eps") else norm.eps
+
+
 def _scaled(norm: Any, hidden_states: torch.Tensor, squares: torch.Tensor, total: int) -> torch.Tensor:
     """Scale in float32 and weight in the dtype of the weight, as torch.nn.RMSNorm and that of diffusers do."""
-    eps = torch.finfo(hidden_states.dtype).eps if norm.eps is None else norm.eps
-    scaled = hidden_states.float() * torch.rsqrt(squares / total + eps)
+    eps = _eps(norm)
+    scaled = hidden_states.float() * torch.rsqrt(
+        squares / total + (torch.finfo(hidden_states.dtype).eps if eps is None else eps)
+    )
     half = norm.weight.dtype in (torch.float16, torch.bfloat16)
     return (scaled.to(norm.weight.dtype) if half else scaled) * norm.weight

@@ -11,7 +11,8 @@ from torch import nn
 from shardit.core.placement.slices import Parts, Shards, even
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor import rules as rules
-from shardit.parallel.tensor.heads import has_hooks, join, owner_of, runs_as
+from shardit.parallel.tensor.heads import Heads, has_hooks, join, owner_of, runs_as
+from shardit.parallel.tensor.numbers import number_at
 
 PLAIN = "_shardit_plain"
 """The attribute of classes made for a role, or for an adapter: the original class."""
@@ -19,19 +20,22 @@ PLAIN = "_shardit_plain"
 WHOLE = "shardit_whole"
 """The attribute of modules that were cut and are whole again."""
 
-Kind = Literal["rows", "gathered", "vocabulary", "norm"]
+Kind = Literal["rows", "gathered", "vocabulary", "norm", "gated_norm", "sum", "first"]
 
 
 @dataclass(frozen=True)
 class Role:
     """The communication of a module around its slice; `shards` is the cut of its weight.
 
-    rows: sums its output. gathered: gathers it. vocabulary: looks up its own rows, then sums. norm: sums the squares.
+    rows: sums its output. gathered: gathers it. vocabulary: looks up its own rows, then sums. norm: sums the squares;
+    gated_norm: the same after a product with gates. sum: sums the results of its own code; only the first rank uses the
+    parameters in `once`. first: is whole, and every rank takes the result of the first rank.
     Linears cut by columns need no role: their outputs are cut.
     """
 
     kind: Kind
     shards: Shards
+    once: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,10 @@ class TensorPlan:
     """The cut of one model over `size` ranks, for all of them.
 
     cuts: by parameter name (every name of tied weights); all others are whole on every rank. roles: by module name.
-    pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank. units: names
-    of modules with code between their cut linears, which is assumed to work on slices as on the whole: attention,
-    feed-forward and similar. notes: modules that are unexpectedly whole, and why. family: the rules for classes of the
-    model's library.
+    pairs: norms that reduce together. attributes: by module name, numbers to set on it, one for each rank; totals: by
+    module name and attribute, numbers of the whole module that are not the sum of these. units: names of modules with
+    code between their cut linears, which is assumed to work on slices as on the whole: attention, feed-forward and
+    similar. notes: modules that are unexpectedly whole, and why. family: the rules for classes of the model's library.
     """
 
     size: int
@@ -61,6 +65,7 @@ class TensorPlan:
     roles: dict[str, Role] = field(default_factory=dict)
     pairs: list[NormPair] = field(default_factory=list)
     attributes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    totals: dict[tuple[str, str], int] = field(default_factory=dict)
     units: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -77,8 +82,8 @@ class Cutter:
     """Builds a plan for one model; its methods are the steps of rules.
 
     parts: number of slices, or their relative sizes; size: number of slices. done: names of modules covered by a rule
-    for a module above them. attentions: number of cut ones. too_few: numbers of heads of attentions with fewer heads
-    than ranks.
+    for a module above them. attentions: number of cut ones. too_few: the heads of attentions with fewer heads than
+    ranks.
     """
 
     def __init__(self, model: nn.Module, parts: Parts, family: rules.Family):
@@ -88,7 +93,7 @@ class Cutter:
         self.plan = TensorPlan(self.size, family)
         self.done: set[str] = set()
         self.attentions = 0
-        self.too_few: list[int] = []
+        self.too_few: list[Heads] = []
 
     def columns(self, name: str, linear: Any, cut: Shards) -> None:
         """Cut a linear by its outputs."""
@@ -118,19 +123,22 @@ class Cutter:
 
     def set_numbers(self, name: str, module: nn.Module, full: dict[str, int], lengths: Sequence[int]) -> None:
         """Record the attributes of a module with the full numbers, to be set to a rank's own."""
-        found = {key: tuple(lengths) for key, number in full.items() if vars(module).get(key) == number}
+        found = {key: tuple(lengths) for key, number in full.items() if number_at(module, key) == number}
         if found:
             self.plan.attributes.setdefault(name, {}).update(found)
+        if sum(lengths) != next(iter(full.values()), 0):
+            self.plan.totals.update({(name, key): full[key] for key in found})
 
     def left_whole(self, name: str, why: str) -> bool:
         """Record that a module is unexpectedly whole; it counts as covered."""
         self.plan.notes.append(f"{name} is whole on every rank: {why}")
         return True
 
-    def has_too_few(self, name: str, heads: int) -> bool:
+    def has_too_few(self, name: str, heads: Heads) -> bool:
         """Do the same for attention with fewer heads than ranks."""
         self.too_few.append(heads)
-        return self.left_whole(name, f"{heads} heads cannot be dealt to {self.size} ranks")
+        number = heads.queries if heads.replicates else heads.keys
+        return self.left_whole(name, f"{number} heads cannot be dealt to {self.size} ranks")
 
     def vocabulary(self, name: str, table: Any) -> None:
         """Cut a large table by rows, so that a rank reads one contiguous run of the file."""
@@ -171,6 +179,5 @@ class Cutter:
                     f"tensor_parallel_size={self.size} does not fit {type(self.model).__name__}: {name} is tied to "
                     f"{next(other for other in tied if other != name)}, which is used in another way; use 1"
                 )
-            self.plan.cuts.pop(name, None)
-            self.plan.roles.pop(owner_of(name), None)
+            self.plan.forget(owner_of(name))
             self.left_whole(name, "it is tied to a weight that is used in another way")

@@ -14,7 +14,7 @@ from torch import nn
 
 from shardit.config import check_heads
 from shardit.core.modules.fingerprint import PROCESSOR
-from shardit.core.placement.slices import Parts, Shards, even, even_runs, shards
+from shardit.core.placement.slices import Parts, Shards, even, even_runs, one_behind_the_other, shards
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor import rules as rules
 from shardit.parallel.tensor.check.kept import exposing_attribute
@@ -28,12 +28,14 @@ from shardit.parallel.tensor.heads import (
     number_of,
     part_of,
     present,
+    read_fused_heads,
     read_heads,
     runs_as,
 )
 from shardit.parallel.tensor.plan import Cutter, NormPair, Role, TensorPlan
 from shardit.parallel.tensor.processors import processor_parts
 from shardit.parallel.tensor.rules import Family
+from shardit.parallel.tensor.states import channel_states, experts, head_states
 
 
 def plan_tensors(
@@ -49,7 +51,7 @@ def plan_tensors(
         if name not in cutter.done and not _is_shared(cutter, name, module, kept):
             _visit(cutter, name, module)
     if must_cut and cutter.too_few and not cutter.attentions:
-        check_heads(cutter.size, type(model).__name__, max(cutter.too_few))
+        _refuse_heads(cutter)
     cutter.agree_on_tied()
     if must_cut and not cutter.plan.cuts:
         raise UnsupportedError(
@@ -57,6 +59,18 @@ def plan_tensors(
             "tensor_parallel_size=1"
         )
     return cutter.plan
+
+
+def _refuse_heads(cutter: Cutter) -> None:
+    """Raise UnsupportedError with the possible numbers of ranks."""
+    model, most = type(cutter.model).__name__, max(cutter.too_few, key=lambda heads: heads.queries)
+    if not most.replicates:
+        check_heads(cutter.size, model, max(heads.keys for heads in cutter.too_few))
+    sizes = [n for n in range(1, most.queries + 1) if all(heads.fit(n) for heads in cutter.too_few)]
+    raise UnsupportedError(
+        f"tensor_parallel_size={cutter.size} does not fit {model} with num_attention_heads={most.queries} and "
+        f"num_key_value_heads={most.keys}; use {', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
+    )
 
 
 def _is_shared(cutter: Cutter, name: str, module: nn.Module, kept: Container[int]) -> bool:
@@ -72,20 +86,21 @@ def _visit(cutter: Cutter, name: str, module: Any) -> None:
         return
     if isinstance(module, nn.Embedding):
         cutter.vocabulary(name, module)
-    elif any(re.search(pattern, name) for pattern in rules.GATHERED) and is_linear(module):
+    elif any(re.search(pattern, name) for pattern in (*rules.GATHERED, *cutter.family.gathered)) and is_linear(module):
         cutter.gathered(name, module)
 
 
 def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     """Cut attention by heads."""
-    names = next((n for n in rules.ATTENTIONS if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
+    known = (*cutter.family.attentions, *rules.ATTENTIONS)
+    names = next((n for n in known if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
     if names is None:
         return _added_alone(cutter, name, module)
     heads = _noted(cutter.family.kept_attentions, cutter.model) or read_heads(module, names, cutter.family)
     if isinstance(heads, str):
         return cutter.left_whole(name, heads)
-    if heads.keys < cutter.size:
-        return cutter.has_too_few(name, heads.keys)
+    if not heads.fit(cutter.size):
+        return cutter.has_too_few(name, heads)
     why = _cut_processor(cutter, name, module, heads)
     if why:
         return cutter.left_whole(name, why)
@@ -147,38 +162,75 @@ def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.At
         cutter.plan.cuts[join(name, f"{part}.weight")] = cut
         cutter.set_numbers(join(name, part), table, {"embedding_dim": heads.queries}, cut.lengths)
         cutter.done.add(join(name, part))
-    _set_heads(cutter, name, module, heads, query, keys)
+    for part in names.head_vectors:
+        if part in module._parameters:
+            cutter.plan.cuts[join(name, part)] = _by_head(query, heads.size)
+    _set_heads(cutter, name, module, heads)
     cutter.attentions += 1
 
 
-def _set_heads(cutter: Cutter, name: str, module: nn.Module, heads: Heads, query: Shards, keys: Shards) -> None:
+def _by_head(cut: Shards, size: int) -> Shards:
+    """Return the cut of heads for a cut of their channels."""
+    ranks = tuple(tuple((start // size, length // size) for start, length in segments) for segments in cut.ranks)
+    return Shards(0, cut.total // size, ranks)
+
+
+def _set_heads(cutter: Cutter, name: str, module: nn.Module, heads: Heads, more: tuple[str, ...] = ()) -> None:
+    query, keys = heads.query_shards(cutter.parts), heads.key_shards(cutter.parts)
     for attributes, full, lengths in (
-        (rules.HEAD_COUNTS, heads.queries, [n // heads.size for n in query.lengths]),
+        ((*rules.HEAD_COUNTS, *more), heads.queries, [n // heads.size for n in query.lengths]),
         (rules.KEY_HEAD_COUNTS, heads.keys, [n // heads.size for n in keys.lengths]),
         (rules.QUERY_WIDTHS, query.total, query.lengths),
         (rules.KEY_WIDTHS, keys.total, keys.lengths),
+        (rules.KEY_GROUPS, heads.queries // heads.keys, heads.groups(cutter.parts)),
     ):
         cutter.set_numbers(name, module, dict.fromkeys(attributes, full), lengths)
 
 
 def _fused_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
-    """Cut attention with one linear for queries, keys and values: three segments for each rank."""
+    """Cut attention with one linear for queries, keys and values: a segment of each for every rank."""
     for names in cutter.family.fused_attentions:
         into, out = part_of(module, names.into), part_of(module, names.out)
-        count = number_of(module, rules.HEAD_COUNTS)
-        if not (type(module).__name__ in names.classes and is_linear(into) and is_linear(out) and count):
+        if not (type(module).__name__ in names.classes and is_linear(into) and is_linear(out)):
             continue
-        width = out.in_features
-        if into.out_features != 3 * width or width % count or not all_known(module, (names.into, names.out)):
+        heads = read_fused_heads(module, names, cutter.family)
+        if heads is None or not all_known(module, (names.into, names.out)):
             continue
-        if count < cutter.size:
-            return cutter.has_too_few(name, count)
-        cut = even(width, cutter.parts, unit=width // count)
-        runs = [even_runs(count, cutter.parts, width // count, third * width) for third in range(3)]
-        cutter.columns(join(name, names.into), into, shards(0, 3 * width, runs))
-        cutter.rows(join(name, names.out), out, cut)
-        heads = [n // (width // count) for n in cut.lengths]
-        cutter.set_numbers(name, module, dict.fromkeys(rules.HEAD_COUNTS, count), heads)
+        if not heads.fit(cutter.size):
+            return cutter.has_too_few(name, heads)
+        query, keys = heads.query_shards(cutter.parts), heads.key_shards(cutter.parts)
+        if names.by_head:
+            cut = even(3 * query.total, cutter.parts, unit=3 * heads.size)
+        else:
+            cut = one_behind_the_other(query, keys, keys)
+        cutter.columns(join(name, names.into), into, cut)
+        cutter.rows(join(name, names.out), out, query)
+        _set_heads(cutter, name, module, heads, names.numbers)
+        cutter.attentions += 1
+        cutter.plan.units.append(name)
+        return True
+    return False
+
+
+def _latent_attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """Cut attention with keys and values from a latent by heads."""
+    for names in cutter.family.latent_attentions:
+        count, out = number_of(module, (names.count,)), part_of(module, names.out)
+        into = {part: part_of(module, part) for part in present(module, names.into)}
+        if names.into[-1] not in into or not count:
+            continue
+        if not all(map(is_linear, (out, *into.values()))) or not all_known(
+            module, (*names.into, names.out, *names.kept)
+        ):
+            return cutter.left_whole(name, "no rule matches one of its parts")
+        widths = [out.in_features, *(linear.out_features for linear in into.values())]
+        if count < cutter.size or any(width % count for width in widths):
+            return cutter.left_whole(name, f"{count} heads cannot be dealt to {cutter.size} ranks")
+        for part, linear in into.items():
+            width = linear.out_features
+            cutter.columns(join(name, part), linear, even(width, cutter.parts, unit=width // count))
+        cutter.rows(join(name, names.out), out, even(out.in_features, cutter.parts, unit=out.in_features // count))
+        cutter.set_numbers(name, module, {names.count: count}, even(count, cutter.parts).lengths)
         cutter.attentions += 1
         cutter.plan.units.append(name)
         return True
@@ -203,8 +255,8 @@ def _parallel_block(cutter: Cutter, name: str, module: nn.Module) -> bool:
         gates = into.out_features // width
         if out.in_features != inner + width or into.out_features not in (width, 2 * width):
             return cutter.left_whole(name, f"{names.out} does not take attention and feed-forward side by side")
-        if heads.keys < cutter.size:
-            return cutter.has_too_few(name, heads.keys)
+        if not heads.fit(cutter.size):
+            return cutter.has_too_few(name, heads)
         why = _cut_processor(cutter, join(name, names.attention), attention, heads)
         if why:
             return cutter.left_whole(name, why)
@@ -228,7 +280,7 @@ def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
         fits = not names.classes or type(module).__name__ in names.classes
         if not (fits and is_linear(out) and all(is_linear(linear) for linear in into)):
             continue
-        gates = 1
+        gates = names.gates
         if names.whole or names.halves:
             above = part_of(module, names.into[0].rpartition(".")[0])
             gates = 2 if any(runs_as(above, known) for known in names.halves) else 0
@@ -265,5 +317,8 @@ def _sequence(cutter: Cutter, name: str, module: nn.Module) -> bool:
     return True
 
 
-_RULES = (_parallel_block, _attention, _fused_attention, _feed_forward, _sequence)
+_RULES = (
+    *(_parallel_block, _latent_attention, _attention, _fused_attention),
+    *(experts, channel_states, head_states, _feed_forward, _sequence),
+)
 """Each returns whether it has matched the module."""

@@ -17,8 +17,8 @@ class Attention:
 
     query, key_value: linears cut by columns at heads (a gate on the heads' output is like a query); out: linears cut by
     rows. query_norms, key_norms: norms over one head (kept) or over all (cut). per_head: tables with a column for each
-    head. full_input: parts that read the input before the heads, and so are kept. Any other part with parameters makes
-    the module unknown: it is left whole.
+    head. head_vectors: parameters with an entry for each head. full_input: parts that read the input before the heads,
+    and so are kept. Any other part with parameters makes the module unknown: it is left whole.
     """
 
     query: tuple[str, ...]
@@ -27,6 +27,7 @@ class Attention:
     query_norms: tuple[str, ...] = ()
     key_norms: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
+    head_vectors: tuple[str, ...] = ()
     full_input: tuple[str, ...] = ()
 
 
@@ -59,14 +60,18 @@ ATTENTIONS = (
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """Attention with queries, keys and values from one linear, in three parts of equal size.
+    """Attention with queries, keys and values from one linear, one part after the other.
 
-    classes: those known to have the parts in that order; shapes alone do not show it.
+    classes: those known to have the parts in that order; shapes alone do not show it. by_head: whether each head has
+    its query, key and value together instead. numbers: attributes for the number of query heads besides `HEAD_COUNTS`,
+    such as one of the configuration ("config.NAME").
     """
 
     into: str
     out: str
     classes: tuple[str, ...]
+    by_head: bool = False
+    numbers: tuple[str, ...] = ()
 
 
 HEAD_SIZES = ("head_dim", "key_value_proj_dim")
@@ -77,6 +82,9 @@ HEAD_COUNTS = ("heads", "num_heads", "n_heads", "num_attention_heads")
 
 KEY_HEAD_COUNTS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
 """Attributes for the number of key and value heads."""
+
+KEY_GROUPS = ("num_key_value_groups",)
+"""Attributes for the number of query heads that share a key head."""
 
 QUERY_WIDTHS = ("inner_dim",)
 """Attributes for the channels of all query heads."""
@@ -90,14 +98,15 @@ class FeedForward:
     """Linears cut by columns, whose outputs are combined element by element, and the one cut by rows behind them.
 
     halves: full names of classes of the parent of `into[0]` whose output is split into two halves that are multiplied;
-    whole: classes of such parents without the split. Empty: `into` are children of the module itself. classes: the
-    classes of the entry (empty: any).
+    whole: classes of such parents without the split. Empty: `into` are children of the module itself. gates: number of
+    parts of the output of `into` there, which are multiplied. classes: the classes of the entry (empty: any).
     """
 
     into: tuple[str, ...]
     out: str
     whole: tuple[str, ...] = ()
     halves: tuple[str, ...] = ()
+    gates: int = 1
     classes: tuple[str, ...] = ()
 
 
@@ -140,6 +149,83 @@ class ParallelBlock:
     classes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class LatentAttention:
+    """Attention with keys and values from a latent that all heads share; every rank has the whole latent.
+
+    into: linears into heads, of which the last must exist; kept: parts before them; count: the attribute for the number
+    of heads.
+    """
+
+    into: tuple[str, ...] = ("q_proj", "q_b_proj", "kv_b_proj")
+    out: str = "o_proj"
+    kept: tuple[str, ...] = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+    count: str = "num_heads"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Names of the weights of experts that are parameters of one module, with the experts in their first dimension.
+
+    gated, plain: into the hidden channels, with or without gates; out: from them; bias: the ending of the names of
+    biases. widths: attributes for the number of hidden channels. The following are flags, or attributes of the module
+    for them. transposed: inputs come before outputs; halves: all gates come before all channels (otherwise in turn);
+    biased, gates: there are biases, gates; normed: a norm follows each expert. classes: the classes of the entry
+    (empty: any).
+    """
+
+    gated: str = "gate_up_proj"
+    plain: str = "up_proj"
+    out: str = "down_proj"
+    bias: str = "_bias"
+    widths: tuple[str, ...] = ("intermediate_dim", "intermediate_size")
+    transposed: str | bool = "is_transposed"
+    halves: str | bool = "is_concatenated"
+    biased: str | bool = "has_bias"
+    gates: str | bool = "has_gate"
+    normed: str | bool = "has_post_expert_norm"
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChannelStates:
+    """A state-space mixer with independent channels; channels and then gates come from one linear (`into`).
+
+    channels: modules and parameters with an entry for each channel; the first is a convolution with a group for each
+    channel. sums: linears from the channels; width: the attribute for their number.
+    """
+
+    classes: tuple[str, ...]
+    into: str = "in_proj"
+    channels: tuple[str, ...] = ("conv1d", "dt_proj", "A_log", "D")
+    sums: tuple[str, ...] = ("x_proj", "out_proj")
+    width: str = "intermediate_size"
+
+
+@dataclass(frozen=True)
+class HeadStates:
+    """A state-space mixer with groups of heads that share an input and an output matrix. Gates, channels, both matrices
+    of all groups and a step for each head come from one linear (`into`), in this order; channels and matrices pass a
+    depthwise convolution.
+
+    heads: parameters with an entry for each head. norm: over the channels of a group, after the product with the gates.
+    count, groups, state, width, mixed: attributes for the numbers of heads, groups, states, channels, and of channels
+    and matrices together.
+    """
+
+    classes: tuple[str, ...]
+    into: str = "in_proj"
+    convolution: str = "conv1d"
+    heads: tuple[str, ...] = ("dt_bias", "A_log", "D")
+    norm: str = "norm"
+    out: str = "out_proj"
+    count: str = "num_heads"
+    groups: str = "n_groups"
+    state: str = "ssm_state_size"
+    width: str = "intermediate_size"
+    mixed: str = "conv_dim"
+
+
 GATHERED = (
     r"(^|\.)norm\w*\.linear$",
     r"(^|\.)adaLN_modulation(\.\d+)?$",
@@ -162,7 +248,9 @@ RMS_NORM = "torch.nn.modules.normalization.RMSNorm"
 class Family:
     """Facts about the library of a model for tensor parallelism; passed in by the task that runs the model.
 
-    feed_forwards, fused_attentions, parallel_blocks: rules that hold for its classes. kept_attentions: models whose
+    attentions, feed_forwards, fused_attentions, latent_attentions, parallel_blocks, experts, channel_states,
+    head_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`. replicates_keys:
+    whether ranks may have copies of key heads where there are fewer key heads than ranks. kept_attentions: models whose
     attention is left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
     for classes of attention processors. rms_norms: full names of norms across all heads that can be cut like torch's.
     processors: the package of attention processors that store none of their results. register: called with a class and
@@ -170,9 +258,16 @@ class Family:
     model, also those that were loaded in part.
     """
 
+    attentions: tuple[Attention, ...] = ()
     feed_forwards: tuple[FeedForward, ...] = ()
     fused_attentions: tuple[FusedAttention, ...] = ()
+    latent_attentions: tuple[LatentAttention, ...] = ()
     parallel_blocks: tuple[ParallelBlock, ...] = ()
+    experts: tuple[Experts, ...] = ()
+    channel_states: tuple[ChannelStates, ...] = ()
+    head_states: tuple[HeadStates, ...] = ()
+    gathered: tuple[str, ...] = ()
+    replicates_keys: bool = False
     kept_attentions: Mapping[str, str] = field(default_factory=dict)
     kept_processors: Mapping[str, str] = field(default_factory=dict)
     rms_norms: tuple[str, ...] = ()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.placement.slices import Shards
+from shardit.core.placement.slices import Shards, one_behind_the_other
 from shardit.core.runtime.coroutine import yielding_coroutine
 from shardit.parallel.tensor.heads import join
+from shardit.parallel.tensor.numbers import number_at, set_number
 from shardit.parallel.tensor.plan import PLAIN, WHOLE, TensorPlan
 
 FUSED = {
@@ -54,15 +54,15 @@ def _become_whole(
     model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives, undo: list[Callable[[], None]]
 ) -> None:
     inside = f"{unit}." if unit else ""
-    for module, leaf, cut in [*_slices(model, inside, plan), *_fused(model, unit, plan)]:
+    for module, leaf, cut in [*_slices(model, inside, plan, ranks.index), *_fused(model, unit, plan)]:
         part = module._parameters[leaf]
         assert part is not None
         module._parameters[leaf] = nn.Parameter(gathered(part.detach(), cut, ranks), part.requires_grad)
         undo.append(lambda module=module, leaf=leaf, part=part: module._parameters.__setitem__(leaf, part))
     for module in {id(m): m for _, m in model.get_submodule(unit).named_modules()}.values():
         cls = plain = type(module)
-        while PLAIN in vars(plain):
-            plain = vars(plain)[PLAIN]
+        while (made := next((one for one in plain.__mro__ if PLAIN in vars(one)), None)) is not None:
+            plain = vars(made)[PLAIN]
         if plain is not cls:
             module.__class__ = plain
             undo.append(lambda module=module, cls=cls: setattr(module, "__class__", cls))
@@ -72,16 +72,17 @@ def _become_whole(
         if f"{name}.".startswith(inside):
             module = model.get_submodule(name)
             for attribute, values in numbers.items():
-                _set(getattr(module, "base_layer", module), attribute, sum(values), undo)
+                total = plan.totals.get((name, attribute), sum(values))
+                _set(getattr(module, "base_layer", module), attribute, total, undo)
 
 
 def _set(module: Any, attribute: str, value: int, undo: list[Callable[[], None]]) -> None:
-    before = getattr(module, attribute)
-    setattr(module, attribute, value)
-    undo.append(lambda: setattr(module, attribute, before))
+    before = number_at(module, attribute)
+    set_number(module, attribute, value)
+    undo.append(lambda: set_number(module, attribute, before))
 
 
-def _slices(model: nn.Module, inside: str, plan: TensorPlan) -> Iterator[tuple[nn.Module, str, Shards]]:
+def _slices(model: nn.Module, inside: str, plan: TensorPlan, rank: int) -> Iterator[tuple[nn.Module, str, Shards]]:
     """Yield the parameters inside a module that are slices, including those of adapters: module, name in it, and
     cut."""
     for name, cut in plan.cuts.items():
@@ -93,7 +94,8 @@ def _slices(model: nn.Module, inside: str, plan: TensorPlan) -> Iterator[tuple[n
             continue
         for holder, key in ((getattr(module, "base_layer", module), leaf), *_of_adapters(module, leaf, cut)):
             found = holder._parameters.get(key)
-            if found is not None and found.shape[cut.dim] != cut.total:
+            # A rank may have all, where others have copies of a part.
+            if found is not None and found.shape[cut.dim] == cut.lengths[rank] and not cut.everywhere:
                 yield holder, key, cut
 
 
@@ -115,12 +117,7 @@ def fused_cut(plan: TensorPlan, above: str, last: str) -> Shards | None:
     parts = [cut for cut in cuts if cut is not None]
     if not parts or len(parts) < len(cuts):
         return None
-    starts = list(accumulate((cut.total for cut in parts), initial=0))
-    ranks = [
-        tuple((start + at, length) for start, cut in zip(starts, parts, strict=False) for at, length in cut.ranks[r])
-        for r in range(plan.size)
-    ]
-    return Shards(0, starts[-1], tuple(ranks))
+    return one_behind_the_other(*parts)
 
 
 def _of_adapters(layer: Any, leaf: str, cut: Shards) -> Iterator[tuple[nn.Module, str]]:
@@ -147,7 +144,7 @@ def gathered(part: torch.Tensor, cut: Shards, ranks: Collectives) -> torch.Tenso
     """Gather the whole tensor from the slices of all ranks. Collective."""
     raw = part.view(torch.uint8) if part.dtype.itemsize == 1 else part  # back ends know no float8
     rows = ranks.all_gather(raw, cut.lengths, cut.dim)
-    whole, at = torch.empty_like(rows, memory_format=torch.contiguous_format), 0
+    whole, at = rows.new_empty((*rows.shape[: cut.dim], cut.total, *rows.shape[cut.dim + 1 :])), 0
     for segments in cut.ranks:
         for start, length in segments:
             whole.narrow(cut.dim, start, length).copy_(rows.narrow(cut.dim, at, length))

@@ -179,8 +179,8 @@ def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     place = vars(unit).get("layer_idx")
     for cache in find_caches(args, kwargs):
         layers = cache.layers if place is None else cache.layers[place : place + 1]
-        keys = [getattr(layer, "keys", None) for layer in layers]
-        if any(isinstance(found, torch.Tensor) and found.numel() for found in keys):
+        held = tree_leaves([list(vars(layer).values()) for layer in layers])
+        if any(isinstance(found, torch.Tensor) and found.numel() for found in held):
             return True
     agents = (leaf for leaf in tree_leaves((args, kwargs)) if is_agent(leaf) and not hasattr(leaf, "layers"))
     values = (value for leaf in agents for value in tree_leaves(list(vars(leaf).values())))

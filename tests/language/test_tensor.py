@@ -1,0 +1,229 @@
+"""Language models over tensor ranks: unmodified `generate` gives the tokens of one rank, on every rank alike."""
+
+from __future__ import annotations
+
+import io
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+import shardit
+from shardit import LLM, DiffusionParallelConfig, InputError, UnsupportedError
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.stages.runtime import Runtime
+from shardit.language.sharding import at_once, lay_out_decoder, over_ranks
+from shardit.language.tensor import FAMILY, plan_decoder
+from shardit.parallel.tensor.heads import Heads
+from tests.language import families
+from tests.language.cases import CASES, compare
+from tests.language.folders import write
+from tests.language.test_stages import Clock, Printer
+from tests.support.ranks import run_ranks
+
+CLOSE = 1e-5
+TWO = DiffusionParallelConfig(tensor_parallel_size=2)
+FOUR = DiffusionParallelConfig(tensor_parallel_size=4)
+BOTH = DiffusionParallelConfig(pipeline_parallel_size=2, tensor_parallel_size=2)
+
+FAST: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("llama", {}),
+    ("qwen3", {"vocab_size": 1100, "tie_word_embeddings": True}),
+    ("gpt_neox", {}),
+    ("phi3", {}),
+    ("gpt_oss", {}),
+    ("mamba2", {}),
+    ("mamba2", {"n_groups": 1}),
+    ("mamba", {}),
+    ("mixtral", {}),
+    ("olmo2", {}),
+    ("deepseek_v3", {}),
+)
+"""Plain attention; a tied vocabulary that is cut; queries, keys and values from one linear, in two orders; experts with
+biases and sinks; states by groups, by heads that share one, and by channels; experts; norms across all heads; a
+latent that all heads share."""
+
+
+def results(name: str, changes: dict[str, Any], config: DiffusionParallelConfig) -> tuple[dict[str, str], list[str]]:
+    """How each case goes, and why modules are whole."""
+    plain = families.make(name, **changes)
+    model: Any = shardit.parallelize(families.make(name, **changes), config, timeout_s=60)
+    found = {case.name: compare(plain, model, case, CLOSE) for case in CASES}
+    return found, [*model.shardit_checks.whole.values(), *model.shardit_checks.plan.notes]
+
+
+def of_families(rank: int, count: int, method: str) -> list[Any]:
+    init_mesh(TWO, device="cpu", timeout_s=60, rank=rank, init_method=method)
+    found: list[Any] = []
+    for name, changes in FAST:
+        found.append((name, *results(name, changes, TWO)))
+    return found
+
+
+def test_tokens_are_those_of_one_rank() -> None:
+    for found in run_ranks(2, of_families):
+        for name, how, notes in found:
+            assert {case: text for case, text in how.items() if text not in ("right", "not on one rank")} == {}, name
+            assert list(how.values()).count("right") >= len(CASES) - 1, name
+            assert [note for note in notes if "tied" not in note] == [], name
+
+
+def over_four(rank: int, count: int, method: str) -> dict[str, Any]:
+    """More ranks than key heads, and stages of tensor ranks with groups in flight."""
+    init_mesh(FOUR, device="cpu", timeout_s=60, rank=rank, init_method=method)
+    found: dict[str, Any] = {name: results(name, {}, FOUR)[0] for name in ("qwen3", "phi3")}
+    key: Any = shardit.parallelize(families.make("qwen3"), FOUR).model.layers[0].self_attn.k_proj.weight
+    found["key heads"] = key.shape[0] // 8
+    for name, changes in (("llama", {}), ("qwen3", {"vocab_size": 1100, "tie_word_embeddings": True}), ("mamba2", {})):
+        found[f"stages {name}"] = results(name, changes, BOTH)[0]
+    runtime = Runtime.of(init_mesh(BOTH, device="cpu", timeout_s=60), split_batch=False)
+    plain, model = families.make("llama"), families.make("llama")
+    over_ranks(model, runtime, lay_out_decoder(model, BOTH), BOTH)
+    groups = [torch.randint(3, 128, (2, length), generator=torch.Generator().manual_seed(length)) for length in (5, 8)]
+
+    def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=6)
+
+    expected = []
+    for seed, ids in enumerate(groups):
+        torch.manual_seed(seed)
+        expected.append(run(plain, ids))
+    made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1])
+    same = [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
+    found["groups"] = {str(number): "right" if equal else "WRONG" for number, equal in enumerate(same)}
+    clock = StoppingCriteriaList([Clock(3 + 2 * rank)])
+    out = model.generate(groups[0], stopping_criteria=clock, do_sample=False, max_new_tokens=8)
+    found["steps"] = out.shape[1] - groups[0].shape[1]
+    return found
+
+
+def test_more_ranks_than_key_heads_and_stages_of_tensor_ranks() -> None:
+    for found in run_ranks(4, over_four):
+        assert found.pop("key heads") == 1
+        assert found.pop("steps") == 3
+        for name, how in found.items():
+            assert set(how.values()) == {"right"}, (name, how)
+
+
+class Stubborn(LogitsProcessor):
+    """Wants another token on each rank, as code with random numbers of its own may."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, (input_ids[:, -1] + 5 + self.rank) % scores.shape[1]] = 1e4
+        return scores
+
+
+def decided(rank: int, count: int, method: str) -> dict[str, Any]:
+    """What one rank decides and others follow; what is refused."""
+    init_mesh(TWO, device="cpu", timeout_s=60, rank=rank, init_method=method)
+    plain = families.make("llama")
+    model: Any = shardit.parallelize(families.make("llama"), TWO)
+    ids = torch.arange(10, 24).reshape(2, 7)
+    call: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
+    expected = plain.generate(ids, logits_processor=LogitsProcessorList([Stubborn(0)]), **call)
+    got = model.generate(ids, logits_processor=LogitsProcessorList([Stubborn(rank)]), **call)
+    found: dict[str, Any] = {"tokens of the first": torch.equal(expected, got)}
+    clock = StoppingCriteriaList([Clock(3 + 2 * rank)])
+    found["steps"] = model.generate(ids, stopping_criteria=clock, **call).shape[1] - ids.shape[1]
+    began = time.monotonic()
+    model.generate(ids, **{**call, "max_new_tokens": 100_000, "max_time": 0.2})
+    found["time"] = time.monotonic() - began < 5
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        model.generate(ids[:1], streamer=Printer(), do_sample=False, max_new_tokens=3)
+    found["printed"] = printed.getvalue().count("end")
+    # Last bits differ between machines: a head that is whole takes the first rank's result.
+    with torch.no_grad():
+        tied: Any = shardit.parallelize(families.make("llama", tie_word_embeddings=True), TWO)
+        head = tied.get_output_embeddings()
+        head.weight.data += rank
+        found["bits"] = float(tied(ids).logits.double().sum())
+    for name, wrong in {
+        "attentions": lambda: model(ids, output_attentions=True),
+        "assistant": lambda: model.generate(ids, prompt_lookup_num_tokens=2, **call),
+        "other prompts": lambda: model.generate(ids + rank, **call),
+        "save": lambda: model.save_pretrained("nowhere"),
+        "config": lambda: shardit.parallelize(model, data_parallel_size=2, tensor_parallel_size=2),
+    }.items():
+        try:
+            wrong()
+            found[name] = None
+        except (UnsupportedError, InputError) as error:
+            found[name] = str(error)
+    found["right after errors"] = compare(plain, model, CASES[0], CLOSE) == "right"
+    return found
+
+
+def test_one_rank_decides() -> None:
+    first, second = run_ranks(2, decided)
+    assert (first["printed"], second["printed"]) == (1, 0)
+    assert first["bits"] == second["bits"]
+    for found in (first, second):
+        assert found["tokens of the first"]
+        assert found["steps"] == 3
+        assert found["time"]
+        assert found["right after errors"]
+        assert "output_attentions: the layers of LlamaForCausalLM lie on several ranks" in found["attentions"]
+        assert "assisted decoding does not run over several ranks" in found["assistant"]
+        assert "ranks differ in inputs of LlamaForCausalLM.generate" in found["other prompts"]
+        assert "save_pretrained: each rank holds only its own part" in found["save"]
+        assert "is sharded with DiffusionParallelConfig" in found["config"]
+
+
+def test_heads_that_cannot_be_dealt(tmp_path: Path) -> None:
+    write(tmp_path, "qwen3")
+    line = (
+        "tensor_parallel_size=3 does not fit Qwen3ForCausalLM with num_attention_heads=4 and "
+        "num_key_value_heads=2; use 1, 2 or 4"
+    )
+    with pytest.raises(UnsupportedError, match=line):
+        plan_decoder(families.make("qwen3"), 3)
+    for call in (lambda: LLM(tmp_path, tensor_parallel_size=3), lambda: shardit.load(tmp_path, tensor_parallel_size=3)):
+        with pytest.raises(InputError, match=line):
+            call()
+
+
+@pytest.mark.parametrize(("name", "line"), [("gpt2", "GPT2LMHeadModel"), ("falcon", "Falcon"), ("bloom", "Bloom")])
+def test_families_that_no_rule_knows(name: str, line: str) -> None:
+    with pytest.raises(UnsupportedError, match=line):
+        plan_decoder(families.make(name), 2)
+
+
+def test_what_stays_whole_is_said() -> None:
+    """Also of layers that no rule knows, in a model that has others."""
+    with torch.device("meta"):
+        model = families.transformers.AutoModelForCausalLM.from_config(families.config_of("qwen3_next"))
+    line, why, *_ = lay_out_decoder(model, TWO).notes
+    assert "% of the parameters are in model.layers.*.linear_attn.in_proj_qkvz, model.embed_tokens" in line
+    assert why == "model.layers.3.self_attn is whole on every rank: o_proj does not go with its heads"
+
+
+def test_a_vocabulary_alone_is_no_tensor_parallelism() -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4))
+    with pytest.raises(UnsupportedError, match="no rule matches the layers of GPT2LMHeadModel"):
+        plan_decoder(model, 2)
+
+
+@pytest.mark.parametrize(("ranks", "queries", "keys"), [(2, (6, 3), (2, 1)), (3, (3, 3, 3), (1, 1, 1))])
+def test_nine_heads_on_few_ranks(ranks: int, queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
+    heads = Heads(9, 3, 1, FAMILY.replicates_keys)
+    assert heads.fit(ranks)
+    assert heads.query_shards(ranks).lengths == queries
+    assert heads.key_shards(ranks).lengths == keys
+
+
+def test_nine_heads_on_four_ranks() -> None:
+    heads = Heads(9, 3, 1, FAMILY.replicates_keys)
+    assert heads.query_shards(4).lengths == (3, 2, 2, 2)
+    assert heads.key_shards(4).ranks == (((0, 1),), ((1, 1),), ((1, 1), (2, 1)), ((2, 1),))
+    assert heads.groups(4) == [3, 2, 1, 2]
+    assert [ranks for ranks in range(1, 12) if heads.fit(ranks)] == [1, 2, 3, 4, 9]
+    assert not Heads(9, 3, 1).fit(4)

@@ -20,8 +20,10 @@ class EngineArgs:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     seed: int | None = None
+    gpu_memory_utilization: float | None = None
     timeout_s: float = 600
     layer_partition: Sequence[int] | None = None
+    distributed_executor_backend: str | None = None
 
     @classmethod
     def names(cls) -> list[str]:

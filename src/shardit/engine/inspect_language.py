@@ -2,72 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
-
-from torch import nn
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import axis_sizes, coordinates
 from shardit.core.modules.blocks import find_blocks
+from shardit.core.placement.slices import Owned, Slice
+from shardit.language.cache_size import request_tokens
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import DecoderSource
-from shardit.language.sharding import blocks_of, owners_of
+from shardit.language.sharding import blocks_of, cache_of_stages, lay_out_decoder
 from shardit.loading.dtypes import Setting
 
 EVERYWHERE = "outside of blocks"
-"""The component of parameters that every rank holds."""
+"""The component of parameters that every stage holds."""
 
 
 def inspect_decoder(source: DecoderSource, config: DiffusionParallelConfig, dtype: Setting = None) -> dict[str, Any]:
     """As `inspect_model`, with embedding, layers and head as components. Bytes are those in memory."""
-    module = PreparedDecoder(source, dtype).module
-    sizes, stages = axis_sizes(config), owners_of(module, config)
+    prepared = PreparedDecoder(source, dtype)
+    sizes, layout = axis_sizes(config), lay_out_decoder(prepared.module, config)
     ranks = []
     for rank in range(config.world_size):
         coords = coordinates(sizes, rank)
-        held = [
-            (kind, number, part)
-            for (kind, number, part), stage in zip(_parts(module), stages, strict=True)
-            if stage == coords["pp"]
-        ]
-        ranks.append({"rank": rank, "coords": coords, "components": _components(module, held)})
-    return {"ranks": ranks, "chunks": 1, "bytes": _bytes(module), "notes": []}
+        owned = prepared.owned(layout, coords["pp"], coords["tp"])
+        components = _components(prepared.module, owned, first=coords["pp"] == layout.owners[0])
+        ranks.append({"rank": rank, "coords": coords, "components": components})
+    whole = sum(part["bytes"] for part in _components(prepared.module, lambda _: True, first=True).values())
+    return {
+        "ranks": ranks,
+        "chunks": 1,
+        "bytes": whole,
+        "notes": [_cache_note(prepared.module, layout.owners), *layout.notes],
+    }
 
 
-def _parts(module: Any) -> Iterator[tuple[str, int, nn.Module]]:
-    """Kind, number among the layers, and module of each block, in the order of `blocks_of`."""
-    layers = [name for name, _ in find_blocks(module)]
-    first = True
-    for name, block in blocks_of(module):
-        if name in layers:
-            yield "layers", layers.index(name), block
-            first = False
-        else:
-            yield "embedding" if first else "head", 0, block
-
-
-def _components(module: nn.Module, held: list[tuple[str, int, nn.Module]]) -> dict[str, Any]:
+def _components(module: Any, owned: Owned, first: bool) -> dict[str, Any]:
+    """Numbers of layers, parameters and bytes of each component. first: whether the stage has the embedding. A head
+    that is tied to the embedding counts there, and as the head in other stages."""
+    layers = {name: number for number, (name, _) in enumerate(find_blocks(module))}
+    ends = [name for name, _ in blocks_of(module) if name not in layers]
     found: dict[str, Any] = {}
-    seen: set[int] = set()
-    for kind, number, block in held:
-        part = found.setdefault(kind, {"blocks": [], "parameters": 0, "bytes": 0})
-        part["blocks"] += [number] if kind == "layers" else []
-        _count(part, block, seen)
-    inside = {id(p) for _, block in blocks_of(module) for p in block.parameters()}
-    rest = {"blocks": [], "parameters": 0, "bytes": 0}
-    _count(rest, module, seen | inside)
-    return {**found, EVERYWHERE: rest} if rest["parameters"] else found
+    for name, tensor in module.named_parameters():
+        part = owned(name)
+        if not part:
+            continue
+        block = next((one for one in (*layers, *ends) if name.startswith(f"{one}.")), None)
+        kind = EVERYWHERE if block is None else "layers" if block in layers else _end(block == ends[0] and first)
+        count = math.prod(part.shape(tensor.shape)) if isinstance(part, Slice) else tensor.numel()
+        entry = found.setdefault(kind, {"blocks": [], "parameters": 0, "bytes": 0})
+        entry["parameters"] += count
+        entry["bytes"] += count * tensor.element_size()
+        if block in layers and layers[block] not in entry["blocks"]:
+            entry["blocks"].append(layers[block])
+    return found
 
 
-def _count(part: dict[str, Any], module: nn.Module, seen: set[int]) -> None:
-    """Add the parameters of a module that are not in `seen`: tied ones count once."""
-    for parameter in module.parameters():
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            part["parameters"] += parameter.numel()
-            part["bytes"] += parameter.numel() * parameter.element_size()
+def _end(is_first: bool) -> str:
+    return "embedding" if is_first else "head"
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def _cache_note(module: Any, owners: list[int]) -> str:
+    """The memory of the cache of the longest request."""
+    tokens = request_tokens(module.config, None)
+    most = max(cache_of_stages(module, owners, tokens).values())
+    return f"cache of one request of {tokens:,} tokens: up to {most / 1024**2:,.1f} MiB on a stage"

@@ -19,14 +19,14 @@ from shardit.engine.session_spec import session_spec
 from shardit.engine.start import start_ranks
 from shardit.engine.streaming import Pieces, in_thread
 from shardit.engine.tasks.task import OnProgress
-from shardit.errors import InputError, RankError
+from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.language.loading.source import decoder_source
 from shardit.language.request.asked import Asked
 from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput, RowResult
 from shardit.language.request.prompts import Prompt, chat_tokens, dealt, params_of_each, prompt_list, rows_of, tokens_of
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import RANDOM_SEED, SEED
-from shardit.settings.checks import whole
+from shardit.settings.checks import number, whole
 
 if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo
@@ -45,7 +45,9 @@ class LLM:
     LLM(model, pipeline_parallel_size=2). dtype: None for that of the weights (float32 for GGUF files). max_model_len:
     the most tokens of a prompt and its text together, None for what the model has room for.
     max_num_seqs: the most prompts that one batch has. seed: prompt i without a seed of its own has this one + i; None
-    draws one for each. device, timeout_s: as for `Omni`.
+    draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its weights and the
+    cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None, as ranks are
+    processes of this machine. device, timeout_s: as for `Omni`.
 
     Returns when every rank has loaded its layers. Raises InputError for what can be corrected and RankError where a
     rank fails.
@@ -63,6 +65,8 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
         seed: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        distributed_executor_backend: str | None = None,
         timeout_s: float = 600,
         **parallel: Any,
     ):
@@ -71,9 +75,15 @@ class LLM:
             ("max_model_len", max_model_len, whole(1)),
             ("max_num_seqs", max_num_seqs, whole(1)),
             ("seed", seed, SEED),
+            ("gpu_memory_utilization", gpu_memory_utilization, number(above=0, maximum=1)),
         ):
             if value is not None or name == "max_num_seqs":
                 check(name, value)
+        if distributed_executor_backend not in (None, "mp"):
+            raise UnsupportedError(
+                f"distributed_executor_backend={distributed_executor_backend!r}: LLM starts processes of this machine; "
+                'use "mp", or torchrun for several machines'
+            )
         config = config_of(parallel_config, parallel, "LLM", EngineArgs.names())
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
             raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
@@ -82,8 +92,9 @@ class LLM:
         self._max_num_seqs, self._groups = max_num_seqs, stages * config.data_parallel_size
         self._seed = None if seed == RANDOM_SEED else seed
         launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
+        limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
         spec = session_spec(
-            model, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, can_cancel=True, **launch
+            model, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, can_cancel=True, **limits, **launch
         )
         self._tokenizer: Any
         self._ranks: Any

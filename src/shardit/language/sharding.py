@@ -22,6 +22,7 @@ from shardit.core.placement.partition import balanced_cuts
 from shardit.core.runtime.request_loop import Program
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import InputError, UnsupportedError
+from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
 from shardit.language.generate import call_member, members_of
 from shardit.language.tensor import kept_whole, plan_decoder
@@ -43,9 +44,11 @@ def blocks_of(model: Any) -> list[tuple[str, nn.Module]]:
     return [*((names[id(one)], one) for one in embedding), *layers, *((names[id(one)], one) for one in head)]
 
 
-def owners_of(model: Any, config: DiffusionParallelConfig) -> list[int]:
-    """The stage of each block: contiguous stages with even bytes. A partition counts layers; then the embedding is in
-    the first stage and the head in the last. A vocabulary may be the largest part of a model.
+def owners_of(model: Any, config: DiffusionParallelConfig, max_model_len: int | None = None) -> list[int]:
+    """The stage of each block: contiguous stages with even memory, of weights and of the cache of one request of
+    `max_model_len` tokens (None: of as many as the model has room for). So the memory that the fullest rank needs for
+    it is the least that a cut can give. A partition counts layers; then the embedding is in the first stage and the
+    head in the last. A vocabulary may be the largest part of a model.
 
     Raises InputError and UnsupportedError where the configuration does not fit the model.
     """
@@ -57,8 +60,24 @@ def owners_of(model: Any, config: DiffusionParallelConfig) -> list[int]:
         before = next(number for number, (name, _) in enumerate(blocks) if name in layers)
         return [*[0] * before, *of_layers, *[len(partition) - 1] * (len(blocks) - before - len(layers))]
     costs = [float(sum(p.numel() * p.element_size() for p in block.parameters())) for _, block in blocks]
+    tokens, first = (
+        request_tokens(model.config, max_model_len),
+        next(n for n, (name, _) in enumerate(blocks) if name in layers),
+    )
+    for number, cached in enumerate(cache_bytes(model.config, len(layers), model.dtype.itemsize, tokens), first):
+        costs[number] += cached
     cuts = balanced_cuts(costs, config.pipeline_parallel_size)
     return [stage for stage, count in enumerate(cuts) for _ in range(count)]
+
+
+def cache_of_stages(model: Any, owners: Sequence[int], tokens: int) -> dict[int, int]:
+    """The bytes of the cache of one request of `tokens` tokens, by stage."""
+    layers, found = {name for name, _ in find_blocks(model)}, dict.fromkeys(owners, 0)
+    stages = [stage for (name, _), stage in zip(blocks_of(model), owners, strict=True) if name in layers]
+    cached = cache_bytes(model.config, len(layers), model.dtype.itemsize, tokens)
+    for stage, count in zip(stages, cached, strict=True):
+        found[stage] += count
+    return found
 
 
 def check_axes(config: DiffusionParallelConfig) -> None:
@@ -77,7 +96,7 @@ def check_axes(config: DiffusionParallelConfig) -> None:
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """How a language model is spread. owners: the stage of each block, as `owners_of` has it. slices: how its linears
+    """How a language model is sharded. owners: the stage of each block, as `owners_of` has it. slices: how its linears
     are cut over tensor ranks, None for one. notes: what stays whole on tensor ranks, and why."""
 
     owners: list[int]
@@ -85,10 +104,12 @@ class DecoderLayout:
     notes: tuple[str, ...] = ()
 
 
-def lay_out_decoder(model: Any, config: DiffusionParallelConfig) -> DecoderLayout:
-    """Decide how a language model is spread, from shapes alone. Raises InputError and UnsupportedError where the
-    configuration does not fit it."""
-    owners, slices = owners_of(model, config), plan_decoder(model, config.tensor_parallel_size)
+def lay_out_decoder(model: Any, config: DiffusionParallelConfig, max_model_len: int | None = None) -> DecoderLayout:
+    """Decide how a language model is sharded, from shapes alone. max_model_len: as of `owners_of`.
+
+    Raises InputError and UnsupportedError where the configuration does not fit the model.
+    """
+    owners, slices = owners_of(model, config, max_model_len), plan_decoder(model, config.tensor_parallel_size)
     notes = () if slices is None else (kept_whole(model, slices), *notes_together(slices.notes))
     return DecoderLayout(owners, slices, tuple(filter(None, notes)))
 

@@ -54,6 +54,10 @@ class SessionSpec:
     attention_backend: str | None = declare(
         None, "Attention back end, as set_attention_backend in diffusers. [default: native]", TEXT
     )
+    max_model_len: int | None = None
+    """Of a language model: the most tokens of a request."""
+    gpu_memory_utilization: float | None = None
+    """Of a language model: the share of a rank's memory that weights and the cache of one request may take."""
     options: ModelOptions = field(default_factory=ModelOptions)
     can_cancel: bool = False
     """Whether requests may be cancelled while they run; those of a server may."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,14 @@ from shardit.core.stages.runtime import Runtime
 from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, first_line
+from shardit.language.cache_size import request_tokens
 from shardit.language.generation import OnStep, continued
 from shardit.language.info import LanguageInfo, end_tokens, room_of
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import decoder_source
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.rows import PromptGroup
-from shardit.language.sharding import lay_out_decoder, over_ranks
+from shardit.language.sharding import cache_of_stages, lay_out_decoder, over_ranks
 from shardit.loading.safetensors_file import Reads
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check(spec: SessionSpec) -> None:
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
     prepared = prepared_for(spec)
-    lay_out_decoder(prepared.module, spec.config)
+    lay_out_decoder(prepared.module, spec.config, spec.max_model_len)
     prepared.source.tokenizer()
     _checked[:] = [(spec, prepared)]
 
@@ -62,12 +63,14 @@ class LoadedDecoder:
         checked, prepared = _checked.pop() if _checked else (None, None)
         prepared = prepared if prepared is not None and checked == spec else prepared_for(spec)
         reads = Reads()
-        layout = lay_out_decoder(prepared.module, spec.config)
+        layout = lay_out_decoder(prepared.module, spec.config, spec.max_model_len)
         self.model: Any = prepared.load(layout, mesh, reads)
         self.tokenizer: Any = prepared.source.tokenizer()
         self.runtime = Runtime.of(mesh, spec.max_in_flight, split_batch=False) if len(mesh.replica.ranks) > 1 else None
         if self.runtime is not None:
             over_ranks(self.model, self.runtime, layout, spec.config)
+        limit = limit_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size)))
+        check_memory(self.model, layout.owners, spec, mesh, limit)
         own = self.model.generation_config
         self._ends = end_tokens(own, self.tokenizer)
         self._pad = next((one for one in (self.tokenizer.pad_token_id, own.pad_token_id) if one is not None), 0)
@@ -81,7 +84,7 @@ class LoadedDecoder:
             notes=layout.notes,
             bytes_read=reads.bytes,
             held_bytes=held_bytes(),
-            limit_bytes=limit_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))),
+            limit_bytes=limit,
         )
 
     @contextmanager
@@ -115,3 +118,20 @@ class LoadedDecoder:
             return GroupOutput(error=error)
         rows, seconds, _ = value
         return GroupOutput(rows, seconds=seconds)
+
+
+def check_memory(model: Any, owners: Sequence[int], spec: SessionSpec, mesh: Mesh, limit: int | None) -> None:
+    """Raise InputError if gpu_memory_utilization is given and a rank has no memory for its weights and the cache of one
+    request of max_model_len tokens."""
+    if spec.gpu_memory_utilization is None or limit is None:
+        return
+    tokens = request_tokens(model.config, spec.max_model_len)
+    own = cache_of_stages(model, owners, tokens)[mesh.pp_rank]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
+    usable = int(spec.gpu_memory_utilization * limit)
+    if weights + own > usable:
+        raise InputError(
+            f"rank {mesh.rank} needs {weights:,} bytes for weights and {own:,} for the cache of one request of "
+            f"max_model_len={tokens}, and gpu_memory_utilization={spec.gpu_memory_utilization:g} of its memory is "
+            f"{usable:,}; lower max_model_len, raise gpu_memory_utilization, or use more ranks"
+        )

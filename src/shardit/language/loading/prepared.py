@@ -62,17 +62,20 @@ class PreparedDecoder:
             self._checkpoint = Checkpoint.open(source.folder, source.remote)
             self.module = build(class_of(source), source.folder, self.kept, self._checkpoint.stored_dtype)
 
-    def load(self, layout: DecoderLayout, mesh: Mesh, reads: Reads | None = None) -> nn.Module:
-        """The model with the weights that a rank needs: its slices of those of its stage's blocks, and of those outside
-        of all blocks."""
+    def owned(self, layout: DecoderLayout, stage: int, tensor_rank: int) -> Owned:
+        """Which weights a rank needs: its slices of those of its stage's blocks, and of those outside of all blocks."""
         blocks = [name for name, _ in blocks_of(self.module)]
-        others = tuple(f"{name}." for name, owner in zip(blocks, layout.owners, strict=True) if owner != mesh.pp_rank)
+        others = tuple(f"{name}." for name, owner in zip(blocks, layout.owners, strict=True) if owner != stage)
         names: dict[int, list[str]] = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
         # Tied weights have several names, and are needed where one of them is.
         needed = {name for tied in names.values() for name in tied if any(not one.startswith(others) for one in tied)}
-        return self._load(owned_slices(needed.__contains__, layout.slices, mesh.coords["tp"]), mesh.device, reads)
+        return owned_slices(needed.__contains__, layout.slices, tensor_rank)
+
+    def load(self, layout: DecoderLayout, mesh: Mesh, reads: Reads | None = None) -> nn.Module:
+        """The model with the weights that a rank needs."""
+        return self._load(self.owned(layout, mesh.pp_rank, mesh.coords["tp"]), mesh.device, reads)
 
     def load_whole(self, device: torch.device | str, reads: Reads | None = None) -> nn.Module:
         """The model with all of its weights."""

@@ -1,0 +1,82 @@
+"""Stages are cut by the memory of weights and cache; a bound that is too small for one request is an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from shardit import LLM, DiffusionParallelConfig, InputError, UnsupportedError, get_pp_indices
+from shardit.language.cache_size import cache_bytes
+from shardit.language.sharding import blocks_of, cache_of_stages, owners_of
+from tests.language import families
+
+LAYERS = 8
+
+
+def wide_vocabulary() -> Any:
+    """8 layers of 64 and a vocabulary of 50,000."""
+    config = LlamaConfig(
+        vocab_size=50_000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def cached_tokens(model: Any, owners: list[int], memory: int) -> float:
+    """How many tokens can be cached if each rank has so much memory."""
+    weights = dict.fromkeys(owners, 0)
+    for (_, block), stage in zip(blocks_of(model), owners, strict=True):
+        weights[stage] += sum(p.numel() * p.element_size() for p in block.parameters())
+    per_token = cache_of_stages(model, owners, 1)
+    return min(
+        max(memory - weights[stage], 0) / per_token[stage] if per_token[stage] else float("inf") for stage in weights
+    )
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_the_cut_leaves_room_for_the_longest_request(stages: int) -> None:
+    """The least memory that holds it holds no more tokens with an even cut, or with that of vLLM."""
+    model = wide_vocabulary()
+    owners = owners_of(model, DiffusionParallelConfig(pipeline_parallel_size=stages))
+    assert owners == sorted(owners)
+    assert set(owners) == set(range(stages))
+    memory = next(m for m in range(0, 1 << 30, 1 << 16) if cached_tokens(model, owners, m) >= 2048)
+    spans = [get_pp_indices(LAYERS, stage, stages) for stage in range(stages)]
+    for counts in ([LAYERS // stages] * stages, [end - start for start, end in spans]):
+        other = [stage for stage, count in enumerate(counts) for _ in range(count)]
+        assert cached_tokens(model, [0, *other, stages - 1], memory) <= cached_tokens(model, owners, memory)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "mamba"])
+def test_bytes_of_a_cache(name: str) -> None:
+    config = families.config_of(name)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    cache = DynamicCache(config=config)
+    count, tokens = config.num_hidden_layers, 24
+    expected = [0] * count
+    if name != "mamba":
+        with torch.no_grad():
+            model(torch.zeros(1, tokens, dtype=torch.int64), past_key_values=cache)
+        expected = [one.keys.nbytes + one.values.nbytes for one in cache.layers]  # pyright: ignore
+    found = cache_bytes(config, count, 4, tokens)
+    for one, other in zip(found, expected, strict=True):
+        assert abs(one - other) <= max(expected) // tokens  # a window holds one token less between calls
+
+
+def test_a_bound_that_is_too_small() -> None:
+    with pytest.raises(
+        InputError, match=r"rank \d needs [\d,]+ bytes for weights and [\d,]+ for the cache of one request"
+    ):
+        LLM("tiny/llama", device="cpu", gpu_memory_utilization=1e-6, max_model_len=100)
+    with pytest.raises(UnsupportedError, match="distributed_executor_backend='ray': LLM starts processes"):
+        LLM("tiny/llama", distributed_executor_backend="ray")
+    with pytest.raises(InputError, match="gpu_memory_utilization must be at most 1"):
+        LLM("tiny/llama", gpu_memory_utilization=2)

@@ -168,7 +168,7 @@ BUDGET = {
     "core": 5040,
     "diffusion": 3510,
     "engine": 2460,
-    "language": 960,
+    "language": 1000,
     "loading": 1340,
     "models": 850,
     "parallel": 3550,

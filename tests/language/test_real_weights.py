@@ -70,10 +70,17 @@ def expected(plain: Any) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "stages", [2, pytest.param(1, marks=pytest.mark.full), pytest.param(3, marks=pytest.mark.full)]
+    ("stages", "tensor"),
+    [
+        (2, 1),
+        (1, 3),
+        *[pytest.param(*axes, marks=pytest.mark.full) for axes in ((1, 1), (3, 1), (1, 2), (1, 4), (2, 2))],
+    ],
 )
-def test_answers(stages: int, expected: list[tuple[int, ...]]) -> None:
-    with LLM(NAME, pipeline_parallel_size=stages, device="cpu", timeout_s=120) as llm:
+def test_answers(stages: int, tensor: int, expected: list[tuple[int, ...]]) -> None:
+    """9 heads and 3 key heads, on as many tensor ranks, fewer and more."""
+    axes = {"pipeline_parallel_size": stages, "tensor_parallel_size": tensor}
+    with LLM(NAME, **axes, device="cpu", timeout_s=120) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=TOKENS))
         assert [one.outputs[0].token_ids for one in outputs] == expected
         assert outputs[0].outputs[0].text.startswith(" Paris")
@@ -110,14 +117,14 @@ def test_perplexity(plain: Any) -> None:
 def test_each_rank_reads_its_tensors() -> None:
     """The bytes of the file that two stages read: the embedding is tied to the head, and so both need it."""
     from shardit.language.loading.prepared import PreparedDecoder
-    from shardit.language.sharding import blocks_of, owners_of
+    from shardit.language.sharding import lay_out_decoder
     from shardit.loading.safetensors_file import Reads
 
     assert SOURCE is not None
     whole = Path(SOURCE.folder, str(SOURCE.gguf)).stat().st_size
     prepared, reads = PreparedDecoder(SOURCE), Reads()
-    owners = owners_of(prepared.module, DiffusionParallelConfig(pipeline_parallel_size=2))
-    prepared.load([name for name, _ in blocks_of(prepared.module)], owners, 1, "cpu", reads)
+    layout = lay_out_decoder(prepared.module, DiffusionParallelConfig(pipeline_parallel_size=2))
+    prepared.load(layout, {"pp": 1, "tp": 0}, "cpu", reads)
     assert 0.5 * whole < reads.bytes < 0.68 * whole
     held = [name for name, one in prepared.module.named_parameters() if not one.is_meta]
     assert not any(".layers.0." in name for name in held)

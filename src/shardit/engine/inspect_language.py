@@ -12,7 +12,7 @@ from shardit.core.comm.mesh import axis_sizes, coordinates
 from shardit.core.modules.blocks import find_blocks
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import DecoderSource
-from shardit.language.sharding import blocks_of, owners_of
+from shardit.language.sharding import DecoderLayout, blocks_of, lay_out_decoder
 from shardit.loading.dtypes import Setting
 
 EVERYWHERE = "outside of blocks"
@@ -22,17 +22,17 @@ EVERYWHERE = "outside of blocks"
 def inspect_decoder(source: DecoderSource, config: DiffusionParallelConfig, dtype: Setting = None) -> dict[str, Any]:
     """As `inspect_model`, with embedding, layers and head as components. Bytes are those in memory."""
     module = PreparedDecoder(source, dtype).module
-    sizes, stages = axis_sizes(config), owners_of(module, config)
+    sizes, layout = axis_sizes(config), lay_out_decoder(module, config)
     ranks = []
     for rank in range(config.world_size):
         coords = coordinates(sizes, rank)
         held = [
             (kind, number, part)
-            for (kind, number, part), stage in zip(_parts(module), stages, strict=True)
+            for (kind, number, part), stage in zip(_parts(module), layout.owners, strict=True)
             if stage == coords["pp"]
         ]
-        ranks.append({"rank": rank, "coords": coords, "components": _components(module, held)})
-    return {"ranks": ranks, "chunks": 1, "bytes": _bytes(module), "notes": []}
+        ranks.append({"rank": rank, "coords": coords, "components": _components(module, held, layout, coords["tp"])})
+    return {"ranks": ranks, "chunks": 1, "bytes": _bytes(module), "notes": list(layout.notes)}
 
 
 def _parts(module: Any) -> Iterator[tuple[str, int, nn.Module]]:
@@ -47,26 +47,33 @@ def _parts(module: Any) -> Iterator[tuple[str, int, nn.Module]]:
             yield "embedding" if first else "head", 0, block
 
 
-def _components(module: nn.Module, held: list[tuple[str, int, nn.Module]]) -> dict[str, Any]:
+def _components(
+    module: nn.Module, held: list[tuple[str, int, nn.Module]], layout: DecoderLayout, rank: int
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    cuts = layout.slices.cuts if layout.slices is not None else {}
+    numels = {
+        id(p): p.numel() // cuts[name].total * cuts[name].lengths[rank] if name in cuts else p.numel()
+        for name, p in module.named_parameters()
+    }
     seen: set[int] = set()
     for kind, number, block in held:
         part = found.setdefault(kind, {"blocks": [], "parameters": 0, "bytes": 0})
         part["blocks"] += [number] if kind == "layers" else []
-        _count(part, block, seen)
+        _count(part, block, seen, numels)
     inside = {id(p) for _, block in blocks_of(module) for p in block.parameters()}
     rest = {"blocks": [], "parameters": 0, "bytes": 0}
-    _count(rest, module, seen | inside)
+    _count(rest, module, seen | inside, numels)
     return {**found, EVERYWHERE: rest} if rest["parameters"] else found
 
 
-def _count(part: dict[str, Any], module: nn.Module, seen: set[int]) -> None:
-    """Add the parameters of a module that are not in `seen`: tied ones count once."""
+def _count(part: dict[str, Any], module: nn.Module, seen: set[int], numels: dict[int, int]) -> None:
+    """Add what a rank holds of the parameters of a module that are not in `seen`: tied ones count once."""
     for parameter in module.parameters():
         if id(parameter) not in seen:
             seen.add(id(parameter))
-            part["parameters"] += parameter.numel()
-            part["bytes"] += parameter.numel() * parameter.element_size()
+            part["parameters"] += numels[id(parameter)]
+            part["bytes"] += numels[id(parameter)] * parameter.element_size()
 
 
 def _bytes(module: nn.Module) -> int:

@@ -168,7 +168,7 @@ BUDGET = {
     "core": 5040,
     "diffusion": 3510,
     "engine": 2540,
-    "language": 1020,
+    "language": 1040,
     "loading": 1340,
     "models": 850,
     "parallel": 3550,

@@ -26,7 +26,7 @@ def inspect_decoder(source: DecoderSource, config: DiffusionParallelConfig, dtyp
     ranks = []
     for rank in range(config.world_size):
         coords = coordinates(sizes, rank)
-        owned = prepared.owned(layout, coords["pp"], coords["tp"])
+        owned = prepared.owned(layout, coords)
         components = _components(prepared.module, owned, first=coords["pp"] == layout.owners[0])
         ranks.append({"rank": rank, "coords": coords, "components": components})
     whole = sum(part["bytes"] for part in _components(prepared.module, lambda _: True, first=True).values())

@@ -37,6 +37,25 @@ DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What the generation configuration of a folder may say of sampling, under names that both have."""
 
 
+CHECKS = {
+    "max_model_len": whole(1),
+    "max_num_seqs": whole(1),
+    "seed": SEED,
+    "gpu_memory_utilization": number(above=0, maximum=1),
+}
+
+
+def _check(settings: Mapping[str, Any], backend: Any) -> None:
+    for name, value in settings.items():
+        if value is not None or name == "max_num_seqs":
+            CHECKS[name](name, value)
+    if backend not in (None, "mp"):
+        raise UnsupportedError(
+            f'distributed_executor_backend={backend!r}: LLM starts processes of this machine; use "mp", or torchrun for '
+            "several machines"
+        )
+
+
 class LLM:
     """A causal language model on as many devices as the configuration says; a context manager.
 
@@ -71,19 +90,8 @@ class LLM:
         **parallel: Any,
     ):
         self._closed = False
-        for name, value, check in (
-            ("max_model_len", max_model_len, whole(1)),
-            ("max_num_seqs", max_num_seqs, whole(1)),
-            ("seed", seed, SEED),
-            ("gpu_memory_utilization", gpu_memory_utilization, number(above=0, maximum=1)),
-        ):
-            if value is not None or name == "max_num_seqs":
-                check(name, value)
-        if distributed_executor_backend not in (None, "mp"):
-            raise UnsupportedError(
-                f"distributed_executor_backend={distributed_executor_backend!r}: LLM starts processes of this machine; "
-                'use "mp", or torchrun for several machines'
-            )
+        limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
+        _check({**limits, "max_num_seqs": max_num_seqs, "seed": seed}, distributed_executor_backend)
         config = config_of(parallel_config, parallel, "LLM", EngineArgs.names())
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
             raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
@@ -92,7 +100,6 @@ class LLM:
         self._max_num_seqs, self._groups = max_num_seqs, stages * config.data_parallel_size
         self._seed = None if seed == RANDOM_SEED else seed
         launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
-        limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
         spec = session_spec(
             model, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, can_cancel=True, **limits, **launch
         )

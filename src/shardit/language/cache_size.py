@@ -20,21 +20,19 @@ def request_tokens(config: Any, max_model_len: int | None) -> int:
 def cache_bytes(config: Any, count: int, itemsize: int, tokens: int) -> list[int]:
     """The bytes of the keys and values of each of `count` layers for one request of `tokens` tokens. 0 for layers whose
     state does not grow, as of Mamba."""
-    text = config.get_text_config()
-    if not isinstance(getattr(text, "num_attention_heads", None), int):
-        return [0] * count
+    text = config.get_text_config(decoder=True)
     kinds = list(getattr(text, "layer_types", None) or ())
     kinds = kinds if len(kinds) == count else ["full_attention"] * count
-    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or tokens
-    held = {"full_attention": tokens, **dict.fromkeys(_WINDOWED, min(tokens, window))}
-    own = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
     try:
-        return [_per_token(one) * itemsize * held.get(kind, 0) for kind, one in zip(kinds, own, strict=True)]
+        own = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
+        return [_held(one, kind, tokens) * itemsize for kind, one in zip(kinds, own, strict=True)]
     except (AttributeError, TypeError):  # a family with other names, or lists of numbers
         return [0] * count
 
 
-def _per_token(config: Any) -> int:
-    """The numbers that a layer keeps of a token."""
+def _held(config: Any, kind: str, tokens: int) -> int:
+    """The numbers that a layer keeps of a request."""
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
+    kept = {"full_attention": tokens, **dict.fromkeys(_WINDOWED, min(tokens, window))}.get(kind, 0)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size
+    return 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size * kept

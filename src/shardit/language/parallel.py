@@ -66,6 +66,6 @@ def load_decoder(
     layout = lay_out_decoder(prepared.module, config)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     set_mesh_of_model(mesh)
-    model = prepared.load(layout, mesh)
+    model = prepared.load(layout, mesh.coords, mesh.device)
     over_ranks(model, Runtime.of(mesh, split_batch=False), layout, config)
     return model

@@ -64,7 +64,7 @@ class LoadedDecoder:
         prepared = prepared if prepared is not None and checked == spec else prepared_for(spec)
         reads = Reads()
         layout = lay_out_decoder(prepared.module, spec.config, spec.max_model_len)
-        self.model: Any = prepared.load(layout, mesh, reads)
+        self.model: Any = prepared.load(layout, mesh.coords, mesh.device, reads)
         self.tokenizer: Any = prepared.source.tokenizer()
         self.runtime = Runtime.of(mesh, spec.max_in_flight, split_batch=False) if len(mesh.replica.ranks) > 1 else None
         if self.runtime is not None:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from shardit.core.comm.mesh import Mesh
-
 
 def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOptions) -> None:
     """Raise InputError for what a pipeline of diffusers takes and a language model does not."""
@@ -62,20 +60,27 @@ class PreparedDecoder:
             self._checkpoint = Checkpoint.open(source.folder, source.remote)
             self.module = build(class_of(source), source.folder, self.kept, self._checkpoint.stored_dtype)
 
-    def owned(self, layout: DecoderLayout, stage: int, tensor_rank: int) -> Owned:
-        """Which weights a rank needs: its slices of those of its stage's blocks, and of those outside of all blocks."""
+    def owned(self, layout: DecoderLayout, coords: Mapping[str, int]) -> Owned:
+        """Which weights the rank at `coords` of the mesh needs: its slices of those of its stage's blocks, and of those
+        outside of all blocks."""
         blocks = [name for name, _ in blocks_of(self.module)]
-        others = tuple(f"{name}." for name, owner in zip(blocks, layout.owners, strict=True) if owner != stage)
+        others = tuple(f"{name}." for name, owner in zip(blocks, layout.owners, strict=True) if owner != coords["pp"])
         names: dict[int, list[str]] = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
         # Tied weights have several names, and are needed where one of them is.
         needed = {name for tied in names.values() for name in tied if any(not one.startswith(others) for one in tied)}
-        return owned_slices(needed.__contains__, layout.slices, tensor_rank)
+        return owned_slices(needed.__contains__, layout.slices, coords["tp"])
 
-    def load(self, layout: DecoderLayout, mesh: Mesh, reads: Reads | None = None) -> nn.Module:
-        """The model with the weights that a rank needs."""
-        return self._load(self.owned(layout, mesh.pp_rank, mesh.coords["tp"]), mesh.device, reads)
+    def load(
+        self,
+        layout: DecoderLayout,
+        coords: Mapping[str, int],
+        device: torch.device | str,
+        reads: Reads | None = None,
+    ) -> nn.Module:
+        """The model with the weights that the rank at `coords` of the mesh needs."""
+        return self._load(self.owned(layout, coords), device, reads)
 
     def load_whole(self, device: torch.device | str, reads: Reads | None = None) -> nn.Module:
         """The model with all of its weights."""

@@ -139,7 +139,8 @@ def join(pipe: Any, runtime: Runtime) -> None:
             component.to(*args, **kwargs)
         return self
 
-    call = pipeline_entry(cls.__call__, runtime, begin_parts, shared_callback, end_parts)
+    share = functools.partial(shared_callback, begin=begin_parts, end=take_parts)
+    call = pipeline_entry(cls.__call__, runtime, begin_parts, share, end_parts)
     functools.update_wrapper(call, cls.__call__)  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
@@ -184,6 +185,11 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
 def end_parts(pipe: Any) -> None:
     """After a call of a pipeline, however it went."""
     end_callbacks(pipe)
+    take_parts(pipe)
+
+
+def take_parts(pipe: Any) -> None:
+    """Take the settings of a pipeline's parts as they are after calls for what is right."""
     for part in (modules_of(pipe) or {}).values():
         placed = placed_on(part)
         if placed is not None:

@@ -109,8 +109,10 @@ class Fingerprint:
             was, now_class = self._plain[cls], plain_type(type(module))
             if was is not now_class:
                 found.append(Change(name, CLASS, was, now_class))
-            kinds = *type(module).__mro__, *type(vars(module).get(PROCESSOR)).__mro__
-            found += [Change(name, d.name, d.before, d.now, d.holder) for d in members if d.holder in kinds]
+            processor = vars(module).get(PROCESSOR)
+            beside = {} if isinstance(processor, nn.Module) else {f"{name}.{PROCESSOR}": type(processor)}
+            for path, kind in {name: type(module), **beside}.items() if members else ():
+                found += [Change(path, d.name, d.before, d.now, d.holder) for d in members if d.holder in kind.__mro__]
         names = list(self._set_up)
         found += [Change(names[d.number], d.name, d.before, d.now) for d in self._other_settings()]
         before, now = self._hooked, self._outside()

@@ -77,8 +77,9 @@ def follow(placed: Placed, changes: list[Change]) -> None:
         refuse_compiled(placed.title, model, model.modules())
         for name, unit in layerwise.units:
             _same_module(placed, name, unit)
+    parts = dict(model.named_modules(remove_duplicate=False)) if changes else {}
     for change in changes:
-        _refuse_hidden(placed, change)
+        _refuse_hidden(placed, change, parts.get(change.module))
     if placed.slices is not None:
         _follow_slices(placed, changes)
     for name in ("shardit_stages", "shardit_sequence", "shardit_overlap"):
@@ -110,12 +111,10 @@ def _own_interceptors(placed: Placed) -> None:
             )
 
 
-def _refuse_hidden(placed: Placed, change: Change) -> None:
-    """Raise UnsupportedError where what ranks do together hides the new member of a module's class, or is lost."""
-    if change.home is None:
-        return
-    module = placed.module.get_submodule(change.module)
-    if hides(type(module), change.home, change.name):
+def _refuse_hidden(placed: Placed, change: Change, module: nn.Module | None) -> None:
+    """Raise UnsupportedError where what ranks do together hides the new member of a module's class, or is lost. module:
+    None for a processor."""
+    if module is not None and change.home is not None and hides(type(module), change.home, change.name):
         raise UnsupportedError(
             f"{placed.title}{'.' if change.module else ''}{change.module}: the {change.name} of its class was replaced "
             "after parallelize, but ranks share its calls, with the one before: replace it before parallelize"

@@ -20,7 +20,7 @@ from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
-from shardit.diffusion.family import wrap_attention_back_ends
+from shardit.diffusion.family import FAMILY, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import fusing, moving
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
@@ -122,6 +122,9 @@ def shard_model(
         stages()
     if overlaps and mesh.axes.keys() & {"sp", "tp"}:
         overlap(model, runtime, alone=cut.plan is not None)
+    for part in model.modules():
+        if type(part) is not plain_class(part):
+            FAMILY.register(plain_class(part), type(part))
     guard(model, name or type(model).__name__, mesh)
     placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
     entry_of(model).guard(runtime, placed.begin, placed.end)

@@ -39,15 +39,15 @@ def _described(thing: Any, ignored: Container[str]) -> tuple[Any, ...]:
 
 
 def _put_on(module: nn.Module) -> Iterator[int]:
-    """The forward that users have put in place of that of a class or of a module, and their hooks, by identity: what
-    one block has says nothing about another."""
+    """Return the forwards of a module and of its class, and hooks of users, by identity: a block with others than
+    another block is of another kind."""
     forwards = vars(module).get(FORWARD), type(module).forward
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return (id(_innermost(code)) for code in (*forwards, *filter(from_outside, hooks)))
 
 
 def _innermost(code: Any) -> Any:
-    """What a function of this package stands around; other functions are themselves."""
+    """Return the function inside a wrapper of this package; other functions are returned as they are."""
     while getattr(getattr(code, "__code__", None), "co_filename", "").startswith(PACKAGE) and code is not None:
         code = getattr(code, "__wrapped__", None)
     return code

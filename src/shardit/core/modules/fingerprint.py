@@ -79,7 +79,7 @@ class Fingerprint:
         self._settings = Kept(self._set_up.values())
 
     def _with_settings(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The dicts that settings are in, by the names of what has them, each once."""
+        """Return the dicts with settings, by the names of their modules and processors, each once."""
         found, seen = dict(zip(self._names, self._own, strict=True)), set[int]()
         for name in names:
             processor = found[name].get(PROCESSOR)
@@ -90,7 +90,7 @@ class Fingerprint:
                     yield path, own
 
     def changed(self) -> bool:
-        """Whether anything may differ from when this was taken."""
+        """Return whether anything may differ from when this was taken."""
         if self._classes != list(map(type, self._modules)) or self._members.changed() or self._settings.changed():
             return True
         return (self._children, self._ways()) != self._taken or self._outside() != self._hooked
@@ -131,7 +131,7 @@ class Fingerprint:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Meanwhile the model is as it was, for calls that began before it was changed."""
+        """Put the model back as it was for a while, for calls that began before it was changed."""
         entries = [*self._members.differences(), *self._other_settings()]
         for key, before in zip(ON_INSTANCE, self._taken[1], strict=True):
             pairs = zip(self._own, before, strict=True)

@@ -1,4 +1,4 @@
-"""What classes and modules have by name, noted so that later changes are noticed: members of classes, settings."""
+"""Members of classes and settings of modules, noted so that later changes are noticed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CALLED = ("__call__", "__getattr__")
 """Special members of classes that count; the others Python makes by itself."""
 
 NOTHING: Any = type("Nothing", (), {"__repr__": lambda self: "nothing"})()
-"""The value of what is not there."""
+"""The value of an entry that does not exist."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An entry of one of the `Kept` that has another value now. holder: what has it, a class or the dict of an
-    object."""
+    """An entry that has another value now. holder: the class, or the dict of the object, with the entry. number: its
+    place among the holders."""
 
     number: int
     holder: Any
@@ -60,11 +60,11 @@ class Kept:
         self._before = list(map(_copied, self._now))
 
     def changed(self) -> bool:
-        """Whether any entry may have another value."""
+        """Return whether any entry may have another value."""
         return bool(self._unlike())
 
     def differences(self) -> list[Difference]:
-        """The entries that have other values and count."""
+        """Return the entries with other values, of those that count."""
         return [
             Difference(number, self.holders[number], name, before.get(name, NOTHING), now.get(name, NOTHING))
             for number in self._unlike()
@@ -75,7 +75,7 @@ class Kept:
         ]
 
     def take(self) -> None:
-        """Take what differs for what is right."""
+        """Take the present values for the right ones."""
         for number in self._unlike():
             self._before[number] = _copied(self._now[number])
 
@@ -94,7 +94,7 @@ def _alike(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 
 def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries with copies of collections, which may be changed in place."""
+    """Return entries with copies of collections, which may be changed in place."""
     return {
         name: value.copy() if type(value) in (list, dict, set) and name not in OF_MODULES else value
         for name, value in entries.items()
@@ -102,14 +102,14 @@ def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _counts(name: str, of_class: bool) -> bool:
-    """Whether an entry of this name can say how something computes."""
+    """Return whether an entry of this name can decide how something computes."""
     if of_class:
         return not (name.startswith(("__", "_abc_")) and name not in CALLED)
     return name not in OF_MODULES
 
 
 def _differs(before: Any, now: Any) -> bool:
-    """Whether a setting has another value: numbers and texts, functions and what else is called, collections of
+    """Return whether a setting has another value: numbers, texts, functions and other callables, collections of
     those."""
     if before is now:
         return False
@@ -121,7 +121,7 @@ def _differs(before: Any, now: Any) -> bool:
 
 
 def is_setting(value: Any) -> bool:
-    """Whether a value can be a setting."""
+    """Return whether a value can be a setting."""
     if isinstance(value, COLLECTIONS):
         return len(value) <= LONGEST and all(isinstance(item, PLAIN) for item in _items(value))
     return isinstance(value, PLAIN) or (not isinstance(value, nn.Module) and _is_code(value))

@@ -62,8 +62,8 @@ def plain_type(cls: type) -> type:
 
 
 def hides(cls: type, home: type, name: str) -> bool:
-    """Whether a class that was made here, among the bases of `cls`, keeps a member of its base `home` as that was when
-    it was made, or has lost its own member of this name to it."""
+    """Return whether a change of a member of `home`, a base of `cls`, has no effect on a class that was made here, or
+    took the place of the member of that class."""
     bases = cls.__mro__
     for place, made in enumerate(bases):
         if name in vars(made).get(SWAPPED, ()) and home in bases[place:]:

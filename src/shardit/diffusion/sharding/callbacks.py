@@ -54,7 +54,7 @@ class SharedCallback:
     end: Callable[[Any], None]
 
     def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """What the callback makes of some tensors. Collective."""
+        """Run the callback and return the tensors that all ranks go on with. Collective."""
         materialize(given)
         pipe.shardit_runtime.schedule.drain()
         self.end(pipe)
@@ -86,9 +86,8 @@ class SharedCallback:
 
 @dataclass
 class Outcome:
-    """What became of a callback on one rank: its error, whether it interrupts, the names of tensors that it changed,
-    the generators that it moved, the names of what it returned, and what of the pipeline's parts all ranks must have
-    alike."""
+    """Outcome of a callback on one rank: its error, whether it interrupts, the names of tensors that it changed, the
+    generators that it moved, the names of the tensors that it returned, and changes that all ranks must have alike."""
 
     error: Exception | None
     interrupt: bool
@@ -110,8 +109,8 @@ def _raise_together(gathered: list[Outcome]) -> None:
 
 
 def runs_code_of_users(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether code that is not the library's runs between the calls of models in a call of a pipeline, other than the
-    callback that is shared: a pipeline of a user's own, or one made of blocks, whose guiders change models."""
+    """Return whether code that is not the library's runs between the calls of models, apart from the shared callback:
+    in a pipeline of a user's own, or in a modular one, whose guiders change models."""
     own = not plain_class(pipe).__module__.startswith("diffusers.pipelines.")
     return own or any(map(callable, (*args, kwargs.get("callback"))))
 

@@ -91,8 +91,8 @@ class Placed:
         self._taken, self._methods = Fingerprint(self.module, self._set_up()), _own_methods(self.module)
 
     def _set_up(self) -> list[str]:
-        """The names of modules whose settings may say what depends on what: not those of torch, which act on each
-        element or are known, nor adapters."""
+        """Return the names of modules whose settings are compared: not those of torch, which act on each element or are
+        known, nor adapters."""
         if not self.denoises and self.slices is None:
             return []
         named = self.module.named_modules()
@@ -203,7 +203,7 @@ def _is_librarys(processor: type) -> bool:
 
 
 def _home(module: nn.Module) -> str:
-    """The Python module of the class that a module had before it was sharded, with a dot behind."""
+    """Return the Python module of the class before sharding, with a dot at the end."""
     return f"{plain_class(module).__module__}."
 
 

@@ -98,6 +98,24 @@ def class_of_the_model(spread: Spread) -> list[torch.Tensor]:
     return [*outs, guided(pipe)]
 
 
+def turning(spread: Spread) -> list[torch.Tensor]:
+    """A forward that turns its blocks round for its own length, while other calls are in flight."""
+    pipe, plain = flux(), FluxTransformer2DModel.forward
+
+    class Turning(FluxTransformer2DModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            blocks, order = self.transformer_blocks, dict(self.transformer_blocks._modules)
+            blocks._modules, self.turned = dict(reversed(order.items())), True
+            try:
+                return plain(self, *args, **kwargs)
+            finally:
+                blocks._modules, self.turned = order, False
+
+    pipe.transformer.__class__ = Turning
+    pipe = spread(pipe)
+    return [guided(pipe), guided(pipe)]
+
+
 def class_of_a_block(spread: Spread) -> list[torch.Tensor]:
     pipe = spread(flux())
     outs, cls = [guided(pipe)], type(pipe.transformer.transformer_blocks[1])
@@ -277,16 +295,18 @@ def skipped_layers(spread: Spread) -> list[torch.Tensor]:
 
 WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
     "stages": (
+        turning,
         *(class_of_the_model, class_of_a_block, class_of_the_decoder, class_of_processors, one_block_twice),
         *(patched_in_a_step, setting_of_processors, setting_in_a_step, settings_of_attention, adapters_in_a_step),
         *(between_branches, skipped_layers),
     ),
-    "guidance": (class_of_the_model, one_block_twice, patched_in_a_step, between_branches, skipped_layers),
+    "guidance": (turning, class_of_the_model, one_block_twice, patched_in_a_step, between_branches, skipped_layers),
     "slices": (
+        turning,
         *(class_of_the_model, class_of_the_decoder, class_of_processors, patched_in_a_step, setting_of_processors),
         *(setting_in_a_step, settings_of_attention, between_branches, skipped_layers),
     ),
-    "ulysses": (class_of_the_model, class_of_processors, setting_in_a_step),
+    "ulysses": (turning, class_of_the_model, class_of_processors, setting_in_a_step),
 }
 
 # What is refused.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from shardit.core.runtime.request_loop import Interrupted, Program, Schedule
+from shardit.core.runtime.request_loop import Interrupted, Program, Schedule, Turns
 from shardit.engine.process import hangs as hang_detector
-from shardit.engine.process.messages import RequestFailed, RequestFinished
+from shardit.engine.process.channel import Channel
+from shardit.engine.process.messages import Cancel, RequestFailed, RequestFinished
 from shardit.engine.rank.serving import ServingWorker, Taken
 from shardit.server.supervisor import patience as patience_module
 from shardit.server.supervisor import running
@@ -251,3 +253,38 @@ def test_a_cancelled_job_leaves_when_its_calls_in_flight_have_ended() -> None:
     assert not flight.finished
     worker.finish(program)
     assert said == [(True, True)]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_job_cancelled_in_a_step_without_a_pause_begins_no_other(stages: int) -> None:
+    """As a first call of a new size is, which takes its step in one turn."""
+    ours, theirs = socket.socketpair()
+    supervisor, channel = Channel(ours), Channel(theirs)
+    turns, began = Turns(Schedule(0)), list[int]()
+
+    def program(request: Any, report: Any) -> Program:
+        def run() -> None:
+            report(0, 0, 9)
+            for step in range(1, 10):
+                began.append(step)
+                if step == 1:
+                    supervisor.send(Cancel(7))
+                report(0, step, 9)
+
+        return Program(run, 1)
+
+    session = SimpleNamespace(
+        replica=None,
+        turns=turns,
+        mesh=SimpleNamespace(sizes={"pp": stages}, rank=0),
+        leads=True,
+        waited_s=0.0,
+        spec=SimpleNamespace(of_server=True, max_in_flight=1),
+        program=program,
+    )
+    worker = ServingWorker(session, channel)
+    worker.waiting.append(Taken(7, SimpleNamespace()))
+    for one in turns.rounds(worker.admit, lambda active: active > 0):
+        worker.finish(one)
+        assert isinstance(one.error, Interrupted)
+    assert began == [1]

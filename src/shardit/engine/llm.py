@@ -51,8 +51,8 @@ def _check(settings: Mapping[str, Any], backend: Any) -> None:
             CHECKS[name](name, value)
     if backend not in (None, "mp"):
         raise UnsupportedError(
-            f'distributed_executor_backend={backend!r}: LLM starts processes of this machine; use "mp", or torchrun for '
-            "several machines"
+            f"distributed_executor_backend={backend!r}: LLM starts processes of this machine; "
+            'use "mp", or torchrun for several machines'
         )
 
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from shardit.core.modules.fingerprint import PROCESSOR
+from shardit.core.modules.fingerprint import FORWARD, PROCESSOR
+from shardit.core.modules.hooks import from_outside
+
+PACKAGE = str(Path(__file__).parents[1])
+"""Where the code of this package lies."""
 
 
 def fingerprint(block: nn.Module, ignored: Container[str] = ()) -> str:
     """Return a digest of everything that distinguishes blocks: classes, parameters, and plain attributes of all
     submodules except those that are `ignored`.
 
-    Blocks with the same digest run the same code in the same configuration on data of the same shapes. The digest is
-    the same on every rank with the same model, even if a block's data is not there.
+    Blocks with the same digest run the same code in the same configuration on data of the same shapes. Two blocks have
+    the same digest on every rank or on none, even if a block's data is not there.
     """
     seen: list[Any] = [(name, tuple(p.shape), str(p.dtype)) for name, p in block.named_parameters()]
     for name, module in block.named_modules():
-        seen.append((name, *_described(module, ignored)))
+        seen.append((name, *_described(module, ignored), *_put_on(module)))
         processor = getattr(module, PROCESSOR, None)
         if processor is not None:
             seen.append((name, *_described(processor, ignored)))
@@ -31,6 +36,21 @@ def fingerprint(block: nn.Module, ignored: Container[str] = ()) -> str:
 def _described(thing: Any, ignored: Container[str]) -> tuple[Any, ...]:
     plain = {k: v for k, v in vars(thing).items() if k not in ignored and _is_plain(v)}
     return type(thing).__module__, type(thing).__qualname__, sorted(plain.items(), key=lambda item: item[0])
+
+
+def _put_on(module: nn.Module) -> Iterator[int]:
+    """Return the forwards of a module and of its class, and hooks of users, by identity: a block with others than
+    another block is of another kind."""
+    forwards = vars(module).get(FORWARD), type(module).forward
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return (id(_innermost(code)) for code in (*forwards, *filter(from_outside, hooks)))
+
+
+def _innermost(code: Any) -> Any:
+    """Return the function inside a wrapper of this package; other functions are returned as they are."""
+    while getattr(getattr(code, "__code__", None), "co_filename", "").startswith(PACKAGE) and code is not None:
+        code = getattr(code, "__wrapped__", None)
+    return code
 
 
 def _is_plain(value: Any) -> bool:

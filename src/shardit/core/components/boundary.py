@@ -72,7 +72,8 @@ class Boundary:
         cls = type(module)
         self._plain.append((module, cls))
         self.reached.append((path, module))
-        members: dict[str, Any] = {name: self._method(path, name, plain) for name, plain in computing(cls).items()}
+        computed = {name: self._method(path, name, plain, cls) for name, plain in computing(cls).items()}
+        members: dict[str, Any] = dict(computed)
         members["__getattr__"] = self._attribute(path, cls)
         members["state_dict"] = self._state_dict(path, cls)
         members["to"] = fixed_place(cls.to, self.device)
@@ -83,7 +84,7 @@ class Boundary:
         for name, value in list(vars(module).items()):
             if _replaces_method(cls, name, value):
                 vars(module)[name] = self._replaced(module, path, name, value)
-        subclass_in_place(module, members)
+        subclass_in_place(module, members, late=computed)
         if hasattr(cls, "__iter__") or hasattr(cls, "__getitem__"):
             for name, child in module.named_children():
                 self.put(child, f"{path}.{name}" if path else name)
@@ -133,10 +134,11 @@ class Boundary:
                 materialize(tensor)
         return out
 
-    def _method(self, path: str, name: str, plain: Function) -> Function:
+    def _method(self, path: str, name: str, plain: Function, cls: type) -> Function:
         @functools.wraps(plain)
         def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._call(module, path, name, MethodType(plain, module), args, kwargs)
+            now = getattr(cls, name)  # it may have been replaced in the class
+            return self._call(module, path, name, MethodType(now, module), args, kwargs)
 
         return method
 

@@ -47,8 +47,9 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
     """The (name, block) pairs of a model's block lists, in the order in which a forward runs the lists.
 
     A block list is an outermost ModuleList whose elements are modules with a forward of their own and that holds at
-    least SMALL_SHARE of the parameters. The order is that of registration unless the plan gives one. Raises
-    UnsupportedError where the plan names a list that is not there.
+    least SMALL_SHARE of the parameters. The order is that of registration unless the plan gives one. A block that is in
+    lists several times is found once: it is called several times. Raises UnsupportedError where the plan names a list
+    that is not there.
     """
     lists = dict(_outermost_lists(model, ""))
     if plan is not None and plan.order is not None:
@@ -59,7 +60,11 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
     else:
         total = sum(p.numel() for p in model.parameters()) or 1
         chosen = [name for name, blocks in lists.items() if _numel(blocks) >= SMALL_SHARE * total]
-    return [(f"{name}.{i}", block) for name in chosen for i, block in enumerate(lists[name])]
+    once: dict[int, tuple[str, nn.Module]] = {}
+    for name in chosen:
+        for i, block in enumerate(lists[name]):
+            once.setdefault(id(block), (f"{name}.{i}", block))
+    return list(once.values())
 
 
 def _outermost_lists(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.ModuleList]]:
@@ -130,9 +135,15 @@ def inner_tensors(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict
 
 def _outside(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> set[int]:
     """The ids of the parameters and buffers that something else than the given blocks has."""
-    inside = tuple(f"{name}." for name, _ in blocks)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {id(tensor) for name, tensor in named if not name.startswith(inside)}
+    found, seen, todo = set[int](), {id(block) for _, block in blocks}, [model]
+    while todo:
+        module = todo.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            found |= {id(tensor) for tensor in tensors if tensor is not None}
+            todo += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def nbytes(module: nn.Module) -> int:

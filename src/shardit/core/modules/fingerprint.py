@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from shardit.core.modules.hooks import from_outside
+from shardit.core.modules.kept import NOTHING, Difference, Kept
 from shardit.core.modules.patching import plain_type
 
 PROCESSOR = "processor"
@@ -23,25 +25,23 @@ ON_INSTANCE = (FORWARD, "_compiled_call_impl", PROCESSOR)
 """Attributes of a module that say how it computes: its forward if one was put in place of its class's (by a hook), what
 torch.compile has made of its call, and its attention processor."""
 
-PLAIN = (bool, int, float, str, type(None))
-"""Values of attributes that can be settings of a module."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Attributes of a module that hold what is called before and after its forward."""
 
-CLASS, CLASS_FORWARD = "class", "class's forward"
-"""Names of changes: a module became one of another class; the forward that its class defines was replaced."""
-
-LISTS = (list, tuple, set, frozenset)
-LONGEST = 256
-"""Collections of those, and how many they hold at most."""
+CLASS = "class"
+"""The name of a change: a module became one of another class."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs: the module that has it, its name, and what it was and is (None where there is none)."""
+    """One thing that differs: the module that has it, its name, and what it was and is (None where there is none).
+    home: the class whose member it is; None for what the module has itself."""
 
     module: str
     name: str
     before: Any
     now: Any
+    home: type | None = None
 
     @property
     def path(self) -> str:
@@ -50,16 +50,16 @@ class Change:
 
 
 class Fingerprint:
-    """The submodules of a model, by identity, and how each computes: its class, with the forward that this has, and
-    what the module has in place of it. Values of parameters are no part of it.
+    """The submodules of a model, by identity, and how each computes: its class, with all members of this, and what the
+    module has in place of them. Values of parameters are no part of it.
 
-    steering: names of modules whose plain attributes decide the course of the model's forward.
+    set_up: names of modules whose settings count, and those of their attention processors (`is_setting`).
 
     `changed` takes about 0.2 ms for a thousand modules, since it compares whole dicts and lists, which look at
     identities first: a pipeline asks it once in each call.
     """
 
-    def __init__(self, model: nn.Module, steering: Iterable[str] = ()):
+    def __init__(self, model: nn.Module, set_up: Iterable[str] = ()):
         named = list(model.named_modules(remove_duplicate=False))
         self._names = [name for name, _ in named]
         self._own = [vars(module) for _, module in named]  # these dicts live as long as their modules
@@ -67,16 +67,31 @@ class Fingerprint:
         self._modules = [module for _, module in named]
         self._classes = list(map(type, self._modules))
         self._plain = {cls: plain_type(cls) for cls in self._classes}
-        self._forwards = _forwards(self._plain.values())
         self._taken = [dict(children) for children in self._children], self._ways()
         self._detail = [self._look(own) for own in self._own]
-        self._hooks = [own[kind] for own in self._own for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._hooks = [own[kind] for own in self._own for kind in HOOKS]
+        self._hooks_before = list(map(dict, self._hooks))
         self._hooked = self._outside()
-        self._steering = {name: vars(model.get_submodule(name)) for name in steering}
+        processors = [own[PROCESSOR] for own in self._own if own.get(PROCESSOR) is not None]
+        kinds = dict.fromkeys([*self._classes, *map(type, processors)])
+        self._members = Kept(dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object))
+        self._set_up = dict(self._with_settings(set_up))
+        self._settings = Kept(self._set_up.values())
+
+    def _with_settings(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Return the dicts with settings, by the names of their modules and processors, each once."""
+        found, seen = dict(zip(self._names, self._own, strict=True)), set[int]()
+        for name in names:
+            processor = found[name].get(PROCESSOR)
+            beside = [] if isinstance(processor, nn.Module) or not hasattr(processor, "__dict__") else [vars(processor)]
+            for path, own in zip((name, f"{name}.{PROCESSOR}"), (found[name], *beside), strict=False):
+                if id(own) not in seen:
+                    seen.add(id(own))
+                    yield path, own
 
     def changed(self) -> bool:
-        """Whether anything differs from when this was taken."""
-        if self._classes != list(map(type, self._modules)) or self._forwards != _forwards(self._forwards):
+        """Return whether anything may differ from when this was taken."""
+        if self._classes != list(map(type, self._modules)) or self._members.changed() or self._settings.changed():
             return True
         return (self._children, self._ways()) != self._taken or self._outside() != self._hooked
 
@@ -89,33 +104,59 @@ class Fingerprint:
             for key in {**before, **now}
             if before.get(key) is not now.get(key)
         ]
+        members = self._members.differences()
         for name, module, cls in zip(self._names, self._modules, self._classes, strict=True):
             was, now_class = self._plain[cls], plain_type(type(module))
             if was is not now_class:
                 found.append(Change(name, CLASS, was, now_class))
-            elif self._forwards[was] is not getattr(was, FORWARD):
-                found.append(Change(name, CLASS_FORWARD, self._forwards[was], getattr(was, FORWARD)))
+            processor = vars(module).get(PROCESSOR)
+            beside = {} if isinstance(processor, nn.Module) else {f"{name}.{PROCESSOR}": type(processor)}
+            for path, kind in {name: type(module), **beside}.items() if members else ():
+                found += [Change(path, d.name, d.before, d.now, d.holder) for d in members if d.holder in kind.__mro__]
+        names = list(self._set_up)
+        found += [Change(names[d.number], d.name, d.before, d.now) for d in self._other_settings()]
         before, now = self._hooked, self._outside()
         others = sorted({*before} ^ {*now})  # in the same order on every rank
         found += [Change(name, "hooks", None, None) for name, _ in others]
         if not found:  # classes that this package has derived since
             self._classes = list(map(type, self._modules))
             self._plain = {cls: plain_type(cls) for cls in self._classes}
+            self._members.take()
+            self._settings.take()
         return found
 
-    def settings(self) -> dict[str, Any]:
-        """The plain attributes of the modules that steer, collections of them as text."""
-        return {
-            f"{name}.{key}" if name else key: value
-            for name, own in self._steering.items()
-            for key, value in own.items()
-            if type(value) in PLAIN
-        } | {
-            f"{name}.{key}" if name else key: repr(value)
-            for name, own in self._steering.items()
-            for key, value in own.items()
-            if type(value) in LISTS and len(value) <= LONGEST and all(type(item) in PLAIN for item in value)
-        }
+    def take_settings(self) -> None:
+        """Take the settings as they are now for what is right: a forward may count its calls in one."""
+        self._settings.take()
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Put the model back as it was for a while, for calls that began before it was changed."""
+        entries = [*self._members.differences(), *self._other_settings()]
+        for key, before in zip(ON_INSTANCE, self._taken[1], strict=True):
+            pairs = zip(self._own, before, strict=True)
+            others = [(own, NOTHING if was is None else was) for own, was in pairs if own.get(key) is not was]
+            entries += [Difference(0, own, key, was, own.get(key, NOTHING)) for own, was in others]
+        places = *zip(self._children, self._taken[0], strict=True), *zip(self._hooks, self._hooks_before, strict=True)
+        contents = [(place, before, dict(place)) for place, before in places if place != before]
+        classes = [(m, cls, type(m)) for m, cls in zip(self._modules, self._classes, strict=True) if type(m) is not cls]
+        for entry in entries:
+            entry.set(entry.before)
+        for place, before, _ in contents:
+            place.clear()
+            place.update(before)
+        for module, cls, _ in classes:
+            module.__class__ = cls
+        try:
+            yield
+        finally:
+            for entry in entries:
+                entry.set(entry.now)
+            for place, _, now in contents:
+                place.clear()
+                place.update(now)
+            for module, _, cls in classes:
+                module.__class__ = cls
 
     def hooked(self) -> list[str]:
         """The names of the modules that have forward hooks from outside, each once for every hook; "" is the model."""
@@ -135,11 +176,9 @@ class Fingerprint:
     def _ways(self) -> list[list[Any]]:
         return [list(map(dict.get, self._own, repeat(name))) for name in ON_INSTANCE]
 
+    def _other_settings(self) -> list[Difference]:
+        return [found for found in self._settings.differences() if found.name not in ON_INSTANCE]
+
     @staticmethod
     def _look(own: dict[str, Any]) -> dict[str, Any]:
         return {**own["_modules"], **{name: own[name] for name in ON_INSTANCE if own.get(name) is not None}}
-
-
-def _forwards(classes: Iterable[type]) -> dict[type, Any]:
-    """The forward of each class."""
-    return {cls: getattr(cls, FORWARD) for cls in classes}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,19 +13,20 @@ from torch import nn
 from shardit.errors import UnsupportedError
 
 SWAPPED = "shardit_swapped"
-"""An attribute of the classes that are made here."""
+"""An attribute of the classes that are made here: the names of members that hide those of the class before."""
 
 
-def subclass_in_place(module: Any, members: dict[str, Any]) -> None:
+def subclass_in_place(module: Any, members: dict[str, Any], late: Collection[str] = ()) -> None:
     """Give a module a subclass of its own class, with the same name and the given members, in place.
 
     The subclass is no wrapper: names, indices, isinstance, LoRA keys and checkpoints stay as they are. And it
-    is at `__call__`, outside everything that replaces `forward` (compile, accelerate and cache hooks).
+    is at `__call__`, outside everything that replaces `forward` (compile, accelerate and cache hooks). late: names of
+    members that look up those of the class before when they are called, so that a change of these counts.
     """
     cls = type(module)
-    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, SWAPPED: True}
-    members = {**known, **members}
-    module.__class__ = type(cls.__name__, (cls,), members)
+    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    hiding = frozenset(members.keys() - set(late))
+    module.__class__ = type(cls.__name__, (cls,), {**known, **members, SWAPPED: hiding})
 
 
 CHANGE = ("set_", "load_", "_load_", "unload_", "fuse_", "unfuse_", "enable_", "disable_", "delete_", "add_")
@@ -58,6 +59,18 @@ def plain_class(thing: Any) -> type:
 def plain_type(cls: type) -> type:
     """The class from which `subclass_in_place` has derived another."""
     return next(one for one in cls.__mro__ if SWAPPED not in vars(one))
+
+
+def hides(cls: type, home: type, name: str) -> bool:
+    """Return whether a change of a member of `home`, a base of `cls`, has no effect on a class that was made here, or
+    took the place of the member of that class."""
+    bases = cls.__mro__
+    for place, made in enumerate(bases):
+        if name in vars(made).get(SWAPPED, ()) and home in bases[place:]:
+            between = bases[place + 1 : bases.index(home)]
+            if not any(name in vars(base) for base in between):
+                return True
+    return False
 
 
 Made = dict[tuple[Any, ...], type]

@@ -47,7 +47,7 @@ def find_units(model: nn.Module) -> list[Unit]:
 def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         if is_block_list(child):
-            yield from ((f"{path}{name}.{i}", block) for i, block in enumerate(child.children()))
+            yield from ((f"{path}{name}.{i}", block) for i, block in child.named_children())
         elif any(is_block_list(part) for part in child.modules()):
             yield from _outermost(child, f"{path}{name}.")
         elif next(child.parameters(), None) is not None:

@@ -43,13 +43,14 @@ class TracedCall:
     drawn: the states of the generators at the first block call.
     """
 
-    def __init__(self, cut: CutModel, comm: Comm):
+    def __init__(self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None):
         self.cut, self.owners, self.blocks, self.comm = cut, cut.owners, cut.blocks, comm
         self.trace = Trace()
         self.watch = Watch(self.trace, self._fetch)
         self._inner = inner_tensors(cut.model, cut.blocks)
         self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.drawn: States = {}
+        self._look, self._last_owner = look, -1
         self._shared = False  # every rank has the error that is being raised
 
     def run(self, forward: Callable[..., Any], call: FlatCall) -> tuple[Any, CallPlan]:
@@ -95,6 +96,9 @@ class TracedCall:
             looks = tuple(map(describe_leaf, given))
             arguments = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in given]
             owner = self.owners[index]
+            if owner != self._last_owner:  # here a call of this kind lets others go on
+                self._last_owner = owner
+                self._look()
             if owner == self.comm.rank:
                 out, described, mutated = self._own(index, call, args, kwargs, arguments)
             else:

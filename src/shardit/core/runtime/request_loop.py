@@ -213,15 +213,17 @@ class Turns:
             self.current = self._installed = None
             outer.install()
 
-    def yield_turn(self) -> None:
-        """Give the others a turn, if the program that runs has had no pause since it was here last. Programs that
-        never wait for a result do so once per step, so that others can run beside them, and they can be ended."""
+    def yield_turn(self, rounds: int = 1) -> None:
+        """Give the others a turn in `rounds` rounds, if the program that runs has had no pause since it was here last.
+        Programs that never wait for a result do so once per step, so that others can run beside them, and they can be
+        ended."""
         program = self.current
         if program is None:
             return
         if program.turns == program.breathed:
             assert program.coroutine is not None
-            program.coroutine.pause()
+            for _ in range(rounds):
+                program.coroutine.pause()
         if program.interrupted:
             raise Interrupted("the request was interrupted")
         program.breathed = program.turns

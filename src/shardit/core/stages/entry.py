@@ -72,16 +72,16 @@ class Entry:
             if inside.get() is model:  # the forward calls the model itself
                 return own_call(model, *args, **kwargs)
             token = inside.set(model)
-            alone = self._runtime is not None and not self._runtime.in_pipeline
+            watched = self._runtime is not None and self._runtime.watches
             try:
                 call = FlatCall.of(args, kwargs)
                 materialize_leaves(call.leaves)
                 if self._runtime is not None:
-                    self._compare(self._runtime, model, call, alone)
+                    self._compare(self._runtime, model, call)
                 return own_call(model, *args, **kwargs) if run is None else run(own_call.__get__(model), call)
             finally:
                 inside.reset(token)
-                if alone:
+                if watched:
                     self._end()
 
         subclass_in_place(model, {"__call__": __call__, "shardit_entry": property(lambda model: self)})
@@ -90,16 +90,17 @@ class Entry:
         """Compare from now on what ranks give to the model: in the first call of each pipeline call, and, of a model
         that is used alone, in the first call of each signature.
 
-        begin, end: called before and after a call of the model alone (pipelines do so themselves); what `begin`
-        returns is compared, too.
+        begin, end: called before and after a call where code of users may have run since the last one, or will
+        (pipelines do so themselves); what `begin` returns of a model that is used alone is compared, too.
         """
         self._runtime, self._begin, self._end = runtime, begin, end
+        runtime.models.append((begin, end))
 
-    def _compare(self, runtime: Runtime, model: nn.Module, call: FlatCall, alone: bool) -> None:
-        if not alone:
+    def _compare(self, runtime: Runtime, model: nn.Module, call: FlatCall) -> None:
+        alike = self._begin() if runtime.watches else {}
+        if runtime.in_pipeline:
             runtime.mark_start(self._name, lambda: named(self._forward, call.args, call.kwargs))
             return
-        alike = self._begin()
         key = call.signature(model.training), tuple(map(str, alike.items()))
         if key not in self._known:
             runtime.agreement.compare(self._name, {**named(self._forward, call.args, call.kwargs), **alike})

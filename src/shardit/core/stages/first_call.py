@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.blocks import CutModel
 from shardit.core.modules.module_state import State, differences, poison, restore, state_of
+from shardit.core.modules.passing import Passing
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.traced_call import TracedCall
 from shardit.core.runtime.flat_call import FlatCall
@@ -35,25 +36,28 @@ WARN_SIGNATURES = 16
 class FirstCalls:
     """The first calls of one transformer over the stages. All methods are collective over them.
 
-    traced: how many there were. checked: the kinds of calls that were compared with a pipelined one.
+    traced: how many there were. checked: the kinds of calls that were compared with a pipelined one. alone:
+    whether a call changes modules for its own length, so that no other may be in flight.
     """
 
     cut: CutModel
     runtime: Runtime
     traced: int = 0
     checked: set[Any] = field(default_factory=set)
+    alone: bool = False
 
     def run(self, forward: Callable[..., Any], call: FlatCall, code: Any) -> tuple[Any, LocalPlan, set[int]]:
         """The result of a call, the plan of those that follow, and the leaves of its arguments whose values decide."""
         name, device = self.cut.name, self.runtime.mesh.device
         before, kept = states(device, []), state_of(self.cut.model)
-        traced = TracedCall(self.cut, self.runtime.comm)
+        passing = Passing(self.cut.model, kept)
+        traced = TracedCall(self.cut, self.runtime.comm, passing.look)
         self.traced += 1
         out, plan = traced.run(forward, call)
         after = states(device, [])
         refuse_objects(name, out)
         refuse_draws(name, self.runtime.mesh.sizes, before, traced.drawn, after)
-        self._refuse_counters(kept, forward, call.again(), out)
+        self._refuse_counters(kept, forward, call.again(), out, passing)
         local, deciding = LocalPlan.of(plan, self.runtime.comm.rank), traced.trace.deciding
         mode = call.mode_key(code), plan.course if deciding else None
         if mode not in self.checked and self.runtime.comm.size > 1:
@@ -73,14 +77,26 @@ class FirstCalls:
         uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm)
         return uncounted.run(lambda *_: forward(), FlatCall.of((arguments,), {}))[0]
 
-    def _refuse_counters(self, before: State, forward: Callable[..., Any], call: FlatCall, out: Any) -> None:
+    def _note_passing(self, names: list[list[str]]) -> None:
+        """Note that calls run one after the other. names: the changes that each rank found in the middle of a call."""
+        found = [name for of_rank in names for name in of_rank]
+        if found and not self.alone and self.runtime.mesh.rank == 0:
+            text = "%s changes %s for the length of a call: its calls run one after the other"
+            log.warning(text, self.cut.name, found[0])
+        self.alone = self.alone or bool(found)
+
+    def _refuse_counters(
+        self, before: State, forward: Callable[..., Any], call: FlatCall, out: Any, passing: Passing
+    ) -> None:
         """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
         calls each. What one call sets and the next leaves alike (a table, say) is harmless, and so is what hooks count
         or collect without reading it: that is NaN in a second call, which must give the same."""
         model, comm = self.cut.model, self.runtime.comm
         after = state_of(model)
         changed = [differences(before, after, outside) for outside in (False, True)]
-        if not any(any(of_rank) for of_rank in comm.group.gather_objects(changed)):
+        gathered = comm.group.gather_objects((any(changed), passing.found(after)))
+        self._note_passing([names for _, names in gathered])
+        if not any(differ for differ, _ in gathered):
             return
         of_users = [thing for thing in after if thing.outside]
         poison(of_users, changed[1])

@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from shardit.core.modules.module_state import differences, state_of
+from shardit.core.modules.passing import Passing
 from shardit.core.modules.patching import changing_methods, subclass_in_place
 from shardit.core.plans.call_plan import ResultPlan, describe_result
 from shardit.core.plans.known_plans import MAX_SIGNATURES
-from shardit.core.runtime.coroutine import Coroutine, yielding_coroutine
+from shardit.core.runtime.coroutine import Coroutine, looking, yielding_coroutine
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import any_moved, moved, states, torch_states
@@ -146,14 +147,20 @@ class Overlap:
     def _first(self, key: Any, forward: Callable[..., Any], call: FlatCall) -> Any:
         device = self.runtime.mesh.device
         before, drawn = (state_of(self.model), states(device, [])) if key is not None else ([], {})
-        out = forward(*call.args, **call.kwargs)
-        materialize(out)
+        passing = Passing(self.model, before) if key is not None else None
+        token = looking.set(passing.look if passing is not None else None)
+        try:
+            out = forward(*call.args, **call.kwargs)
+            materialize(out)
+        finally:
+            looking.reset(token)
         # A forward that keeps something on its modules may read it later, and the order of what draws random numbers
         # counts: neither is overlapped, until a call does not.
         if key is None or object_in(out) is not None:
             return out
         now = state_of(self.model)
         kept = differences(before, now) or differences(before, now, outside=True)
+        kept = kept or (passing.found(now) if passing is not None else [])
         if not kept and not moved(drawn, states(device, [])):
             leaves, spec = tree_flatten(out)
             self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shardit.core.comm.agreement import Agreement
@@ -20,7 +20,8 @@ class Runtime:
     """State of one pipeline that its parallel modules share: the mesh, its messages, the schedule and the turns.
 
     comm joins the stages of this rank's chain, `replica` all ranks that work on the same requests, `peers` those of
-    them with this rank's slices.
+    them with this rank's slices. careful: whether code of users runs between the calls of models in a pipeline. models:
+    what looks whether a model was changed, and what takes it as it is, of each.
     """
 
     mesh: Mesh
@@ -34,6 +35,8 @@ class Runtime:
     agreement: Agreement
     max_in_flight: int = 1
     split_batch: bool = True
+    careful: bool = False
+    models: list[tuple[Callable[[], Any], Callable[[], None]]] = field(default_factory=list)
 
     @staticmethod
     def of(mesh: Mesh, max_in_flight: int = 1, split_batch: bool = True) -> Runtime:
@@ -65,6 +68,11 @@ class Runtime:
         """Whether a pipeline is being called."""
         return self.turns.current is not None or self.agreement.depth > 0
 
+    @property
+    def watches(self) -> bool:
+        """Whether code of users may run between two calls of models."""
+        return self.careful or not self.in_pipeline
+
     def mark_start(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
         """Compare what the first call of a model in a call of a pipeline is given; later calls are not looked at."""
         if self.turns.current is not None:
@@ -73,9 +81,15 @@ class Runtime:
             self.agreement.mark(name, arguments)
 
     def wait_for(self, flight: Flight) -> None:
-        """Return when `flight` is virtually done."""
+        """Return when `flight` is virtually done. Where code of users has run since it began, models are looked at: a
+        change is for later calls."""
+        watched = self.models if self.watches and not flight.finished else ()
+        for look, _ in watched:
+            look()
         self.guidance.waits(self.program)
         self.turns.wait_for(flight)
+        for _, take in watched:
+            take()
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""

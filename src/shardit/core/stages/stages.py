@@ -58,7 +58,7 @@ class Stages:
         if call.asks_for_gradients():
             what = "stages and guidance ranks run without gradients; use torch.no_grad()"
             raise UnsupportedError(f"{self.cut.name} is called for its gradients, but {what}")
-        exclusive = scales_adapters(call.kwargs)
+        exclusive = scales_adapters(call.kwargs) or self.first.alone
         samples = 1 if exclusive or not runtime.split_batch else microbatch.batch_size(call.args, call.kwargs)
         dealt = runtime.guidance.parts(runtime.program, samples)
         parts = min(samples, dealt * -(-runtime.mesh.pp_size // runtime.max_in_flight))
@@ -66,7 +66,8 @@ class Stages:
             return self._by_sample(forward, call, code, parts)
         if not exclusive:
             return self._whole(forward, call, code)
-        # The scale multiplies the adapters' own in place for the length of the forward: nothing else may run in it.
+        # The scale multiplies the adapters' own in place for the length of the forward, or it changes modules itself:
+        # nothing else may run in it.
         runtime.schedule.drain()
         out = self._whole(forward, call, code)
         runtime.schedule.drain()
@@ -124,6 +125,8 @@ class Stages:
         materialize(whole)
         merged, error = None, None
         try:
+            if self.first.alone:
+                raise UnsupportedError("it changes its modules for the length of a call")
             if moved(before, states(device, [])):
                 raise UnsupportedError("it draws random numbers")
             with generators_kept(device):
@@ -145,6 +148,7 @@ class Stages:
         """The model has been changed: all that is known of its calls is found again, on every rank."""
         self.known = KnownPlans()
         self.first.checked.clear()
+        self.first.alone = False
         self._splits.clear()
         self._attentions = None
 

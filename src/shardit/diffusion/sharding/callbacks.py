@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,53 +11,108 @@ import torch
 from shardit.core.comm.barrier import sendable
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.owned import call_on
+from shardit.core.modules.patching import plain_class
 from shardit.core.runtime.pending import materialize
-from shardit.core.runtime.randomness import generators_in, moved, set_states, states
+from shardit.core.runtime.randomness import Generator, States, generators_in, moved, set_states, states
 from shardit.errors import InputError, UnsupportedError
 
 CALLBACK, INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 
 
-def shared_callback(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Comm) -> dict[str, Any]:
+def shared_callback(
+    pipe: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ranks: Comm,
+    begin: Callable[[Any], Mapping[str, Any]],
+    end: Callable[[Any], None],
+) -> dict[str, Any]:
     """The keyword arguments of a pipeline's call that begins, with a callback whose outcome is the same on all of
     `ranks`.
 
     Each rank runs its own. What rank 0's makes of the tensors and of random generators counts, an interrupt of any rank
-    stops all at this step, and an error of any rank is raised on all.
+    stops all at this step, and an error of any rank is raised on all. What it changes of models counts for the calls
+    that follow: begin and end are called with the pipeline after the callback and before it, as around a call.
     """
-    callback = kwargs.get(CALLBACK)
+    callback, runtime = kwargs.get(CALLBACK), pipe.shardit_runtime
     pipe.__dict__.update(_heard=callback is not None, _asked=False)
+    runtime.careful |= runs_code_of_users(pipe, args, kwargs)
     if callback is None:
         return kwargs
     asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
-    device, generators = ranks.group.device, generators_in((args, kwargs))
+    return {**kwargs, **asked, CALLBACK: SharedCallback(callback, ranks, generators_in((args, kwargs)), begin, end)}
 
-    def shared(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+
+@dataclass
+class SharedCallback:
+    """A callback that all of `ranks` run. generators: those that the pipeline is given."""
+
+    callback: Callable[..., Any]
+    ranks: Comm
+    generators: list[Generator]
+    begin: Callable[[Any], Mapping[str, Any]]
+    end: Callable[[Any], None]
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Run the callback and return the tensors that all ranks go on with. Collective."""
         materialize(given)
+        pipe.shardit_runtime.schedule.drain()
+        self.end(pipe)
+        device, made = self.ranks.group.device, dict[str, Any]()
         before = {name: (value, _version(value)) for name, value in given.items()}
-        drawn, made, error = states(device, generators), {}, None
+        drawn, alike, error = states(device, self.generators), {}, None
         try:
-            made = callback(pipe, step, timestep, given)
+            made = self.callback(pipe, step, timestep, given)
             if not isinstance(made, dict):
                 raise InputError(f"{CALLBACK} must return a dict of tensors, as it is given one, not {made!r}")
+            alike = self.begin(pipe)
         except Exception as failure:
             made, error = {}, sendable(failure)
         changed = [name for name in {**before, **made} if _changed(name, before, made)]
         interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_asked", False)
-        after = states(device, generators)
-        gathered = ranks.group.gather_objects((error, interrupt, changed, moved(drawn, after), list(made)))
+        after = states(device, self.generators)
+        outcome = Outcome(error, interrupt, changed, moved(drawn, after), list(made), dict(alike))
+        gathered = self.ranks.group.gather_objects(outcome)
         # What rank 0's callback drew counts: another's is taken back.
-        set_states({name: drawn[name] for name in moved(drawn, after)} | gathered[0][3], device, generators)
-        for failure, *_ in gathered:
-            if failure is not None:
-                raise failure
-        if any(interrupt for _, interrupt, *_ in gathered):
+        back = {name: drawn[name] for name in moved(drawn, after)} | gathered[0].drawn
+        set_states(back, device, self.generators)
+        _raise_together(gathered)
+        if any(one.interrupt for one in gathered):
             pipe.__dict__["_interrupt"] = True
-        known, kept = {name for one in gathered for name in one[2]}, gathered[0][-1]
-        news = call_on(ranks, 0, lambda: {name: made[name] for name in kept if name in known}) if known else {}
+        known, kept = {name for one in gathered for name in one.changed}, gathered[0].made
+        news = call_on(self.ranks, 0, lambda: {n: made[n] for n in kept if n in known}) if known else {}
         return {name: news[name] if name in known else made[name] for name in kept}
 
-    return {**kwargs, **asked, CALLBACK: shared}
+
+@dataclass
+class Outcome:
+    """Outcome of a callback on one rank: its error, whether it interrupts, the names of tensors that it changed, the
+    generators that it moved, the names of the tensors that it returned, and changes that all ranks must have alike."""
+
+    error: Exception | None
+    interrupt: bool
+    changed: list[str]
+    drawn: States
+    made: list[str]
+    alike: dict[str, Any]
+
+
+def _raise_together(gathered: list[Outcome]) -> None:
+    """Raise, on every rank, the error of any, or InputError where models were changed on some ranks only."""
+    for one in gathered:
+        if one.error is not None:
+            raise one.error
+    names = dict.fromkeys(name for one in gathered for name in one.alike)
+    wrong = [name for name in names if any(one.alike.get(name) != gathered[0].alike.get(name) for one in gathered)]
+    if wrong:
+        raise InputError(f"ranks differ in {', '.join(wrong)} after {CALLBACK}: make the same changes on every rank")
+
+
+def runs_code_of_users(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether code that is not the library's runs between the calls of models, apart from the shared callback:
+    in a pipeline of a user's own, or in a modular one, whose guiders change models."""
+    own = not plain_class(pipe).__module__.startswith("diffusers.pipelines.")
+    return own or any(map(callable, (*args, kwargs.get("callback"))))
 
 
 def _changed(name: str, before: dict[str, tuple[Any, Any]], made: dict[str, Any]) -> bool:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.modules.fingerprint import CLASS, CLASS_FORWARD, FORWARD, PROCESSOR, Change
-from shardit.core.modules.patching import SWAPPED
+from shardit.core.modules.fingerprint import CLASS, FORWARD, PROCESSOR, Change
+from shardit.core.modules.patching import SWAPPED, hides
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import cut_adapters
 
@@ -77,10 +77,11 @@ def follow(placed: Placed, changes: list[Change]) -> None:
         refuse_compiled(placed.title, model, model.modules())
         for name, unit in layerwise.units:
             _same_module(placed, name, unit)
+    parts = dict(model.named_modules(remove_duplicate=False)) if changes else {}
+    for change in changes:
+        _refuse_hidden(placed, change, parts.get(change.module))
     if placed.slices is not None:
         _follow_slices(placed, changes)
-    for change in changes:
-        _refuse_hidden(placed, change)
     for name in ("shardit_stages", "shardit_sequence", "shardit_overlap"):
         known = getattr(model, name, None)
         if known is not None:
@@ -110,13 +111,13 @@ def _own_interceptors(placed: Placed) -> None:
             )
 
 
-def _refuse_hidden(placed: Placed, change: Change) -> None:
-    """Raise UnsupportedError where what ranks do together hides the new forward of a module's class."""
-    classes = type(placed.module.get_submodule(change.module)).__mro__ if change.name == CLASS_FORWARD else ()
-    if any(SWAPPED in vars(cls) and FORWARD in vars(cls) for cls in classes):
+def _refuse_hidden(placed: Placed, change: Change, module: nn.Module | None) -> None:
+    """Raise UnsupportedError where what ranks do together hides the new member of a module's class, or is lost. module:
+    None for a processor."""
+    if module is not None and change.home is not None and hides(type(module), change.home, change.name):
         raise UnsupportedError(
-            f"{placed.title}{'.' if change.module else ''}{change.module}: the forward of its class was replaced after "
-            "parallelize, but ranks share its calls, with the one before: replace it before parallelize"
+            f"{placed.title}{'.' if change.module else ''}{change.module}: the {change.name} of its class was replaced "
+            "after parallelize, but ranks share its calls, with the one before: replace it before parallelize"
         )
 
 
@@ -128,13 +129,18 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
     places = {name.rpartition(".")[0].rpartition(".")[0] for name in placed.slices.cuts}
     own = cut | set(placed.slices.units)
     for change in changes:
-        if change.name in (CLASS, CLASS_FORWARD) and change.module in own:
+        if change.name in ((CLASS,) if change.home is None else (FORWARD, "__call__")) and change.module in own:
             raise UnsupportedError(
                 f"{placed.title}.{change.path} was changed after parallelize, but tensor ranks run a part of it in "
                 "their own way: do it before parallelize, or use tensor_parallel_size=1"
             )
-        if change.name == FORWARD and change.now is not None and change.module in cut:
+        if change.name == FORWARD and change.home is None and change.now is not None and change.module in cut:
             _refuse_own_forward(placed, change)
+        if change.name in placed.slices.attributes.get(change.module, ()):
+            raise UnsupportedError(
+                f"{placed.title}.{change.path} was changed after parallelize, but tensor ranks have set it to their "
+                "own part: set it before parallelize, or use tensor_parallel_size=1"
+            )
         inside = change.module in places or any(f"{place}.".startswith(f"{change.path}.") for place in places)
         here = inside and change.name != PROCESSOR and isinstance(change.now, nn.Module)
         if here and not _adapted(change):

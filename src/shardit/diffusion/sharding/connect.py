@@ -20,7 +20,7 @@ from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
-from shardit.diffusion.family import wrap_attention_back_ends
+from shardit.diffusion.family import FAMILY, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import fusing, moving
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
@@ -122,6 +122,9 @@ def shard_model(
         stages()
     if overlaps and mesh.axes.keys() & {"sp", "tp"}:
         overlap(model, runtime, alone=cut.plan is not None)
+    for part in model.modules():
+        if type(part) is not plain_class(part):
+            FAMILY.register(plain_class(part), type(part))
     guard(model, name or type(model).__name__, mesh)
     placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
     entry_of(model).guard(runtime, placed.begin, placed.end)
@@ -139,7 +142,8 @@ def join(pipe: Any, runtime: Runtime) -> None:
             component.to(*args, **kwargs)
         return self
 
-    call = pipeline_entry(cls.__call__, runtime, begin_parts, shared_callback, end_parts)
+    share = functools.partial(shared_callback, begin=begin_parts, end=take_parts)
+    call = pipeline_entry(cls.__call__, runtime, begin_parts, share, end_parts)
     functools.update_wrapper(call, cls.__call__)  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
@@ -184,6 +188,11 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
 def end_parts(pipe: Any) -> None:
     """After a call of a pipeline, however it went."""
     end_callbacks(pipe)
+    take_parts(pipe)
+
+
+def take_parts(pipe: Any) -> None:
+    """Take the settings of a pipeline's parts as they are after calls for what is right."""
     for part in (modules_of(pipe) or {}).values():
         placed = placed_on(part)
         if placed is not None:

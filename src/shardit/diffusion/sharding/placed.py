@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.modules.fingerprint import PLAIN, Change, Fingerprint
+from shardit.core.modules.fingerprint import Change, Fingerprint
 from shardit.core.modules.held_state import processor_classes
 from shardit.core.modules.hints import Plan
+from shardit.core.modules.kept import PLAIN
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.digests import short_hash
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 KNOWN = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
 """Methods of models that change them in a way that is right: they put linears next to others, made of those, or bring
 all parameters (with `_apply`, which stands behind `to`, `half` ...) to another dtype or memory format."""
+
+
+ORDERED = (list, tuple, dict)
+"""Collections of settings whose text is the same on every rank."""
 
 
 _WITHIN: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
@@ -57,7 +62,6 @@ class Placed:
     slices: TensorPlan | None = None
     _taken: Fingerprint = field(init=False, repr=False)
     _methods: dict[str, Any] = field(init=False, repr=False)
-    _settings: dict[str, Any] = field(init=False, repr=False)
     _history: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:
@@ -84,9 +88,17 @@ class Placed:
 
     def take(self) -> None:
         """Take the component as it is now for what is right."""
-        above = {name[:at] for name, _ in cut_blocks(self.module) for at in _dots(name)}
-        self._taken, self._methods = Fingerprint(self.module, sorted(above)), _own_methods(self.module)
-        self._settings = self._taken.settings()
+        self._taken, self._methods = Fingerprint(self.module, self._set_up()), _own_methods(self.module)
+
+    def _set_up(self) -> list[str]:
+        """Return the names of modules whose settings are compared: not those of torch, which act on each element or are
+        known, nor adapters."""
+        if not self.denoises and self.slices is None:
+            return []
+        named = self.module.named_modules()
+        theirs = "torch.nn.", "torch.ao."
+        own = (name for name, part in named if not (hasattr(part, "base_layer") or _home(part).startswith(theirs)))
+        return list(own)
 
     def begin(self) -> dict[str, Any]:
         """`check`, before a call; what all ranks must have alike, by what messages call it: hooks that users have put
@@ -98,12 +110,13 @@ class Placed:
 
     def end(self) -> None:
         """Take the settings as they are after a call for what is right: a forward may count its calls in one."""
-        self._settings = self._taken.settings()
+        self._taken.take_settings()
 
     def check(self) -> None:
         """Follow what was changed since it was sharded, or raise UnsupportedError, on every rank alike."""
-        changes = self._changes()
+        changes = self._taken.changes() if self._taken.changed() else []
         if changes:
+            self._finish_calls()
             unwrap_parts(self.module)
             self._record(*(_told(change) for change in changes))
             follow(self, changes)
@@ -119,13 +132,11 @@ class Placed:
         elif self._taken.training():
             self._refuse_dropout()
 
-    def _changes(self) -> list[Change]:
-        changes = self._taken.changes() if self._taken.changed() else []
-        now, before = self._taken.settings(), self._settings
-        if now == before:
-            return changes
-        names = [name for name in {**before, **now} if before.get(name, self) != now.get(name, self)]
-        return changes + [Change("", name, before.get(name), now.get(name)) for name in names]
+    def _finish_calls(self) -> None:
+        """Let calls in flight go on to their end with the model as it was when they began."""
+        if self.runtime.schedule.active:
+            with self._taken.undone():
+                self.runtime.schedule.drain()
 
     def _record(self, *changes: str) -> None:
         self._history = short_hash(self._history, *(change.encode() for change in changes))
@@ -191,14 +202,16 @@ def _is_librarys(processor: type) -> bool:
     return processor.__module__.startswith(MODELS)
 
 
-def _dots(name: str) -> list[int]:
-    """Where the names of the modules end that have a module in them; 0 for the outermost one."""
-    return [0, *(at for at, letter in enumerate(name) if letter == ".")]
+def _home(module: nn.Module) -> str:
+    """Return the Python module of the class before sharding, with a dot at the end."""
+    return f"{plain_class(module).__module__}."
 
 
 def _told(change: Change) -> str:
     """A change in words that are the same on every rank."""
-    values = (repr(v) if type(v) in PLAIN else plain_class(v).__qualname__ for v in (change.before, change.now))
+    values = (
+        repr(v) if type(v) in (*PLAIN, *ORDERED) else plain_class(v).__qualname__ for v in (change.before, change.now)
+    )
     return " ".join((change.path, *values))
 
 

@@ -161,7 +161,8 @@ class ServingWorker:
             if self.session.leads:
                 self.channel.send(Progress(key, step, total, made))
             if self._can_cancel:  # other requests wait for an answer, and this one may be cancelled
-                self.session.turns.yield_turn()
+                # Where commands count a round later, a step in one turn (a first call) ends only in the round after.
+                self.session.turns.yield_turn(2 if self.counts.ahead else 1)
 
         return report
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.placement.slices import Shards, one_behind_the_other
-from shardit.core.runtime.coroutine import yielding_coroutine
+from shardit.core.runtime.coroutine import undisturbed
 from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.numbers import number_at, set_number
 from shardit.parallel.tensor.plan import PLAIN, WHOLE, TensorPlan
@@ -28,25 +28,20 @@ FUSED = {
 def whole_for_now(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> Iterator[None]:
     """Temporarily give a module below `model` whole weights and its own code everywhere. Collective; no other call gets
     a turn, since modules are shared between calls in flight."""
-    token = yielding_coroutine.set(None)
     undo: list[Callable[[], None]] = []
-    try:
-        _become_whole(model, unit, plan, ranks, undo)
-        yield
-    finally:
-        for act in reversed(undo):
-            act()
-        yielding_coroutine.reset(token)
+    with undisturbed():
+        try:
+            _become_whole(model, unit, plan, ranks, undo)
+            yield
+        finally:
+            for act in reversed(undo):
+                act()
 
 
 def whole_for_good(model: nn.Module, unit: str, plan: TensorPlan, ranks: Collectives) -> None:
     """Make a module below `model` whole on every rank, in place, and remove it from the plan. Collective."""
-    token = yielding_coroutine.set(None)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            _become_whole(model, unit, plan, ranks, [])
-    finally:
-        yielding_coroutine.reset(token)
+    with undisturbed(), torch.inference_mode(False), torch.no_grad():
+        _become_whole(model, unit, plan, ranks, [])
     plan.forget(unit)
 
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from shardit.core.modules.module_state import restore, state_of
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.runtime.coroutine import yielding_coroutine
+from shardit.core.runtime.coroutine import undisturbed
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
 from shardit.core.runtime.pending import materialize
@@ -137,11 +137,8 @@ class PlannedSequence:
         """Learn the steps of a call, from its arguments with noise if the model takes those: in a user's arguments, a
         mask may hide nothing and tokens may be equal."""
         leaves, spec = tree_flatten((args, kwargs))
-        token = yielding_coroutine.set(None)  # random states restored below must not leak into another request's turn
-        try:
+        with undisturbed():  # random states restored below must not leak into another request's turn
             self._learn_from(key, call, leaves, spec, noise)
-        finally:
-            yielding_coroutine.reset(token)
 
     def _learn_from(self, key: Any, call: Forward, leaves: list[Any], spec: Any, noise: bool) -> None:
         kept = state_of(self.model)

@@ -24,7 +24,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import find_caches
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import Made, share_subclass, subclass_in_place
-from shardit.core.runtime.coroutine import yielding_coroutine
+from shardit.core.runtime.coroutine import undisturbed, yielding_coroutine
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.hook import attention_is_taken
@@ -109,25 +109,28 @@ class Checks:
         kind = (self._kind(name), str(spec), tuple(map(value_key, leaves)), modes(), unit.training, self._asked)
         if kind in self._right or _filled(unit, args, kwargs):
             return plain(unit, *args, **kwargs)
-        token, self._comparing = (
-            yielding_coroutine.set(None),
-            True,
-        )  # no other call may use modules that are temporarily whole
+        self._comparing = True
         try:
-            why = why_not_comparable(unit, self.plan.family)
-            if why is None:
-                comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
-                out, why = comparison.sliced(), comparison.why
-                self.compared += 1
-                if comparison.right:
-                    self._right.add(kind)
-                    return out
-            with without_modes():
-                self._give_up(name, why)
-            return plain(unit, *args, **kwargs)
+            with undisturbed():  # no other call may use modules that are temporarily whole
+                return self._compared(unit, name, kind, plain, args, kwargs)
         finally:
-            yielding_coroutine.reset(token)
             self._comparing = False
+
+    def _compared(
+        self, unit: Any, name: str, kind: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the result of a call of a unit that is compared, and made whole where slices are wrong."""
+        why = why_not_comparable(unit, self.plan.family)
+        if why is None:
+            comparison = Comparison(self.model, name, self.plan, self.ranks, plain, args, kwargs, self._asked)
+            out, why = comparison.sliced(), comparison.why
+            self.compared += 1
+            if comparison.right:
+                self._right.add(kind)
+                return out
+        with without_modes():
+            self._give_up(name, why)
+        return plain(unit, *args, **kwargs)
 
     def _kind(self, name: str) -> Any:
         """Return a key for units that are cut alike and run the same code; the same on all ranks or on none."""

@@ -1,0 +1,136 @@
+"""Members of classes and settings of modules, noted so that later changes are noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""Values of attributes that can be settings of a module."""
+
+COLLECTIONS = (list, tuple, set, frozenset, dict)
+LONGEST = 256
+"""Collections of those, and how many they hold at most."""
+
+OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that every module has and that are no settings."""
+
+CALLED = ("__call__", "__getattr__")
+"""Special members of classes that count; the others Python makes by itself."""
+
+NOTHING: Any = type("Nothing", (), {"__repr__": lambda self: "nothing"})()
+"""The value of an entry that does not exist."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An entry that has another value now. holder: the class, or the dict of the object, with the entry. number: its
+    place among the holders."""
+
+    number: int
+    holder: Any
+    name: str
+    before: Any
+    now: Any
+
+    def set(self, value: Any) -> None:
+        """Give the entry a value."""
+        if not isinstance(self.holder, type):
+            self.holder.pop(self.name, None) if value is NOTHING else self.holder.update({self.name: value})
+        elif value is NOTHING:
+            delattr(self.holder, self.name)
+        else:
+            setattr(self.holder, self.name, value)
+
+
+class Kept:
+    """Members of classes, or attributes of objects (by their dicts), as they were.
+
+    `changed` compares whole dicts, which look at identities first.
+    """
+
+    def __init__(self, holders: Iterable[Any]):
+        self.holders = list(holders)
+        self._now = [vars(holder) if isinstance(holder, type) else holder for holder in self.holders]
+        self._before = list(map(_copied, self._now))
+
+    def changed(self) -> bool:
+        """Return whether any entry may have another value."""
+        return bool(self._unlike())
+
+    def differences(self) -> list[Difference]:
+        """Return the entries with other values, of those that count."""
+        return [
+            Difference(number, self.holders[number], name, before.get(name, NOTHING), now.get(name, NOTHING))
+            for number in self._unlike()
+            for now, before in [(self._now[number], self._before[number])]
+            for name in sorted({**before, **now})
+            if _counts(name, isinstance(self.holders[number], type))
+            and _differs(before.get(name, NOTHING), now.get(name, NOTHING))
+        ]
+
+    def take(self) -> None:
+        """Take the present values for the right ones."""
+        for number in self._unlike():
+            self._before[number] = _copied(self._now[number])
+
+    def _unlike(self) -> list[int]:
+        pairs = zip(self._now, self._before, strict=True)
+        try:
+            if self._now == self._before:
+                return []
+            return [number for number, (now, before) in enumerate(pairs) if now != before]
+        except Exception:  # values that cannot be compared, as tensors and arrays
+            return [number for number, (now, before) in enumerate(pairs) if not _alike(now, before)]
+
+
+def _alike(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    return now.keys() == before.keys() and not any(_differs(before[name], value) for name, value in now.items())
+
+
+def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return entries with copies of collections, which may be changed in place."""
+    return {
+        name: value.copy() if type(value) in (list, dict, set) and name not in OF_MODULES else value
+        for name, value in entries.items()
+    }
+
+
+def _counts(name: str, of_class: bool) -> bool:
+    """Return whether an entry of this name can decide how something computes."""
+    if of_class:
+        return not (name.startswith(("__", "_abc_")) and name not in CALLED)
+    return name not in OF_MODULES
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Return whether a setting has another value: numbers, texts, functions and other callables, collections of
+    those."""
+    if before is now:
+        return False
+    if type(before) is type(now) and isinstance(now, (*PLAIN, *COLLECTIONS)):
+        if isinstance(now, COLLECTIONS):
+            return is_setting(now) and (not is_setting(before) or before != now)
+        return before != now and not (before != before and now != now)
+    return any(value is not NOTHING and is_setting(value) for value in (before, now))
+
+
+def is_setting(value: Any) -> bool:
+    """Return whether a value can be a setting."""
+    if isinstance(value, COLLECTIONS):
+        return len(value) <= LONGEST and all(isinstance(item, PLAIN) for item in _items(value))
+    return isinstance(value, PLAIN) or (not isinstance(value, nn.Module) and _is_code(value))
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or isinstance(value, (FunctionType, property, staticmethod, classmethod))
+
+
+def _items(collection: Any) -> Iterator[Any]:
+    for item in collection.values() if isinstance(collection, dict) else collection:
+        yield from _items(item) if isinstance(item, COLLECTIONS) else (item,)

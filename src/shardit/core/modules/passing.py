@@ -1,0 +1,37 @@
+"""Changes that a forward makes to its own modules and takes back: no other call may see them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shardit.core.modules.fingerprint import Fingerprint
+from shardit.core.modules.module_state import State, differences, state_of
+
+LOOKS = 4
+"""How often attributes are compared in one call, which takes longer than comparing modules."""
+
+
+class Passing:
+    """The modules of a model and their attributes during one call. before: the attributes when it began."""
+
+    def __init__(self, model: nn.Module, before: State):
+        self._model, self._before, self._modules = model, before, Fingerprint(model)
+        self._states: list[State] = []
+        self._other_modules = False
+
+    def look(self) -> None:
+        """Compare the model with the beginning of the call. Called in the middle of it."""
+        self._other_modules = self._other_modules or self._modules.changed()
+        if len(self._states) < LOOKS:
+            self._states.append(state_of(self._model))
+
+    def found(self, after: State) -> list[str]:
+        """Return the names of attributes that were others in the middle of the call only, as far as they are known.
+        after: the attributes at its end."""
+        names = [
+            name
+            for state in self._states
+            for outside in (False, True)
+            for name in {*differences(self._before, state, outside)} & {*differences(state, after, outside)}
+        ]
+        return sorted({*names}) + (["its modules"] if self._other_modules and not self._modules.changed() else [])

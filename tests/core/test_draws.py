@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable
@@ -51,16 +52,13 @@ def block_left_out_at_random(model: Any) -> None:
     block.forward = forward
 
 
-CALLS: list[int] = []
-
-
 def rare_noise(model: Any) -> None:
     """Draws nothing in the first calls. The counter is not a variable enclosed by the hook, so no check finds it."""
-    CALLS.clear()
+    os.environ["CALLS"] = ""
 
     def hook(_: Any, __: Any, out: Any) -> Any:
-        CALLS.append(1)
-        return (out[0], out[1] + 0.1 * torch.randn(out[1].shape)) if len(CALLS) > 4 else out
+        os.environ["CALLS"] += "1"
+        return (out[0], out[1] + 0.1 * torch.randn(out[1].shape)) if len(os.environ["CALLS"]) > 4 else out
 
     model.transformer_blocks[0].register_forward_hook(hook)
 

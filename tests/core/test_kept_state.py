@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from logging.handlers import BufferingHandler
 from types import SimpleNamespace
 from typing import Any
 
@@ -266,6 +268,31 @@ def counted(transformer: Any) -> None:
 def test_hooks_may_count() -> None:
     for of_rank in run_ranks(2, outcomes, "guidance", [counted]):
         check(of_rank[0], counted, 0)
+
+
+COLLECTED: list[torch.Tensor] = []
+
+
+def collecting(transformer: Any) -> None:
+    transformer.transformer_blocks[3].register_forward_hook(lambda _, __, out: COLLECTED.append(out[1]))
+
+
+def collected(rank: int, count: int, method: str) -> tuple[torch.Tensor | str, int, list[str]]:
+    """The latents over two stages, how much a hook has collected on this rank, and warnings."""
+    handler = BufferingHandler(1000)
+    logging.getLogger("shardit").addHandler(handler)
+    (found,) = outcomes(rank, count, method, "stages", [collecting])
+    return found, len(COLLECTED), [record.getMessage() for record in handler.buffer]
+
+
+def test_what_hooks_collect_is_that_of_one_rank() -> None:
+    tiny.resolve("tiny/qwen-image")
+    first, second = run_ranks(2, collected)
+    check(first[0], collecting, 0)
+    check(second[0], collecting, 0)
+    assert (first[1], second[1]) == (0, 10)  # the calls that check leave nothing
+    text = "its calls change transformer_blocks.3.hook.COLLECTED, but each rank makes a part of them"
+    assert [text in message for message in first[2] if "its calls" in message] == [True]
 
 
 def test_what_changes_after_first_calls_is_named(caplog: pytest.LogCaptureFixture) -> None:

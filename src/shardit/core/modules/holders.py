@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.core.modules import hooks
 from shardit.core.modules.patching import SWAPPED
 from shardit.errors import UnsupportedError
 
@@ -55,6 +54,13 @@ def home(thing: Any) -> str:
 def _home_of(function: FunctionType) -> str:
     """The package in which a function was defined, whatever it wraps."""
     return str(function.__globals__.get("__name__", "")).partition(".")[0]
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    """Whether the code of a package is not a user's own."""
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return package in _NO_CLASSES or "site-packages" in file or "dist-packages" in file
 
 
 def is_holder(value: Any) -> bool:
@@ -130,7 +136,7 @@ def _cells(function: FunctionType) -> dict[str, CellType]:
 
 def _globals_of(function: FunctionType) -> Iterator[str]:
     """The variables of its module that code of a user's names, functions in it included."""
-    if _home_of(function) in hooks.LIBRARIES | _NO_CLASSES:
+    if _installed(_home_of(function)):
         return
     codes = [function.__code__]
     for code in codes:
@@ -146,16 +152,15 @@ def name_of(path: str, key: Any) -> str:
     return f"{path}.{name}" if path else name
 
 
-def inner(holder: Any) -> Iterator[tuple[Any, Any]]:
-    """What a thing leads to: its entries, and the code that works with them."""
-    yield from entries(holder).items()
+def code_of(holder: Any) -> Iterator[tuple[Any, Any]]:
+    """What a thing leads to besides its entries: its parts, and the code that works with them."""
     if isinstance(holder, nn.Module):
         yield from holder._modules.items()
     if isinstance(holder, FunctionType):
         yield ("item", ""), vars(holder).get("__wrapped__")
     elif not isinstance(holder, type):
         yield ("item", ""), type(holder)
-    elif home(holder) not in hooks.LIBRARIES:
+    elif not _installed(home(holder)):
         yield from ((("item", ""), one) for one in (*holder.__bases__, *vars(holder).values()))
 
 

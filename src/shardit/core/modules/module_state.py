@@ -23,8 +23,8 @@ from shardit.core.modules.holders import (
     FUNCTIONS,
     PLAIN,
     Entries,
+    code_of,
     entries,
-    inner,
     is_holder,
     name_of,
     put_entries,
@@ -93,12 +93,12 @@ class State:
 
     def _add(self, path: str, value: Any, outside: bool, todo: deque[tuple[str, Any]]) -> None:
         path = value.__name__ if isinstance(value, type) else path
-        self.things[id(value)] = Thing(path, value, entries(value), outside)
-        if isinstance(value, nn.Module) and not outside:  # functions that were put on modules come later
-            found = ((key, one) for key, one in inner(value) if key in value._modules or not isinstance(one, FUNCTIONS))
-        else:
-            found = inner(value)
-        todo.extend((name_of(path, key), one) for key, one in found if not isinstance(one, PLAIN))
+        held = entries(value)
+        self.things[id(value)] = Thing(path, value, held, outside)
+        later = FUNCTIONS if isinstance(value, nn.Module) and not outside else ()  # what was put on modules
+        found = [(name_of(path, key), one) for key, one in held.items() if not isinstance(one, (*PLAIN, *later))]
+        todo.extend(found)
+        todo.extend((name_of(path, key), one) for key, one in code_of(value))
 
 
 def state_of(model: nn.Module, others: Iterable[Any] = ()) -> State:

@@ -46,7 +46,7 @@ def content_of(path: str, value: Any, copies: bool, outside: bool) -> Content | 
         elif version is None and not parameter:
             held = checksum(value.detach())
         return Content(path, value, version, held, outside)
-    if isinstance(value, numpy.ndarray):
+    if isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
         held = value.copy()
     elif isinstance(value, GENERATORS):
         held = state_in(value)
@@ -70,10 +70,14 @@ def differs(before: Content, after: Content) -> bool:
     if one is None or other is None:
         return False
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape != other.shape or not torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+        return one.shape != other.shape or one.dtype != other.dtype or not torch.equal(_bits(one), _bits(other))
     if isinstance(one, numpy.ndarray):
         return not numpy.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
     return not _same_state(one, other)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _same_state(one: Any, other: Any) -> bool:
@@ -110,11 +114,17 @@ def put_back(content: Content) -> None:
         )
 
 
+def spoilt(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of NaN in place of another; the other itself where its numbers have none."""
+    floats = tensor.is_floating_point() and tensor.itemsize > 1
+    return torch.full_like(tensor, torch.nan) if floats else tensor
+
+
 def spoil(content: Content) -> None:
     """Put NaN in place of all numbers of a tensor or an array that can be put back."""
     value = content.value
-    if isinstance(value, torch.Tensor) and content.held is not None and value.is_floating_point():
+    if isinstance(value, torch.Tensor) and content.held is not None:
         with torch.no_grad():
-            value.fill_(torch.nan)
+            value.copy_(spoilt(value))
     elif isinstance(value, numpy.ndarray) and value.dtype.kind in "fc":
         value[...] = numpy.nan

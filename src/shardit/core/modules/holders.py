@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardit.core.modules import hooks
 from shardit.core.modules.patching import SWAPPED
 from shardit.errors import UnsupportedError
 
@@ -54,6 +55,11 @@ def home(thing: Any) -> str:
 def _home_of(function: FunctionType) -> str:
     """The package in which a function was defined, whatever it wraps."""
     return str(function.__globals__.get("__name__", "")).partition(".")[0]
+
+
+def of_library(value: Any) -> bool:
+    """Whether a value is an object of a library of models, not a tensor or a number."""
+    return home(type(value)) in hooks.LIBRARIES and not isinstance(value, torch.Tensor)
 
 
 @functools.cache

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_map_only
 
-from shardit.core.modules.contents import Content, content_of, put_back, spoil, written
+from shardit.core.modules.contents import Content, content_of, put_back, spoil, spoilt, written
+from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.holders import (
     COLLECTIONS,
     FIXED,
@@ -27,6 +29,7 @@ from shardit.core.modules.holders import (
     entries,
     is_holder,
     name_of,
+    of_library,
     put_entries,
     unpacked,
 )
@@ -105,16 +108,18 @@ def state_of(model: nn.Module, others: Iterable[Any] = ()) -> State:
     """What a model's modules and their processors keep, with all that these have, what hooks and functions that users
     have put on modules know, and what other objects have."""
     state = State()
-    state.look(model.named_modules())
-    state.look(("an argument", one) for one in others)
-    state.look(_put_on(model), outside=True)
+    with without_modes():  # that watch what a forward computes
+        state.look(model.named_modules())
+        state.look(("an argument", one) for one in others)
+        state.look(_put_on(model), outside=True)
     return state
 
 
 def state_in(thing: Any) -> State:
     """What one object keeps, to be compared only."""
     state = State(copies=False)
-    state.look([("", thing)])
+    with without_modes():
+        state.look([("", thing)])
     return state
 
 
@@ -136,8 +141,9 @@ def restore(state: State) -> None:
         now = entries(thing.holder)
         if now.keys() != thing.held.keys() or any(now[key] is not value for key, value in thing.held.items()):
             put_entries(thing.holder, thing.held, now)
-    for content in state.contents.values():
-        put_back(content)
+    with without_modes():
+        for content in state.contents.values():
+            put_back(content)
 
 
 def poison(before: State, after: State) -> None:
@@ -156,11 +162,7 @@ def poison(before: State, after: State) -> None:
 def _bad(value: Any) -> Any:
     if not isinstance(value, (torch.Tensor, list, dict, tuple)):
         return value
-    return tree_map_only(torch.Tensor, _not_a_number, value)
-
-
-def _not_a_number(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
+    return tree_map_only(torch.Tensor, spoilt, value)
 
 
 def differences(before: State, after: State, outside: bool = False) -> list[str]:
@@ -185,6 +187,14 @@ def unmarked(before: State, after: State) -> list[str]:
     sees it."""
     found = (new for old, new in _both(before, after) if old.version == new.version and written(old, new))
     return [new.path for new in found if not new.outside]
+
+
+def late_changes(before: State, after: State) -> list[str]:
+    """The full names of what calls have changed, without what pipelines exchange between them: objects of libraries,
+    attention processors."""
+    things = (*before.things.values(), *after.things.values())
+    others = {name_of(one.path, key) for one in things for key, value in one.held.items() if of_library(value)}
+    return [name for name in differences(before, after) if name not in others and not name.endswith(PROCESSOR)]
 
 
 def split_classes(before: State, after: State) -> list[str]:
@@ -226,16 +236,18 @@ def _members(collection: Any, state: State) -> Entries:
 
 
 def new_values(before: State, after: State) -> list[torch.Tensor]:
-    """The tensors that were set, put in or written to in between (of the latter copies), and the numbers."""
+    """The tensors that modules and processors have set, put in or written to in between (of the latter copies), and
+    the floats."""
     found = []
-    for key, new in after.contents.items():
-        old = before.contents.get(key)
-        if isinstance(new.value, torch.Tensor) and (old is None or written(old, new)):
-            found.append(new.value if old is None else new.value.detach().clone())
+    with without_modes():
+        for key, new in after.contents.items():
+            old = before.contents.get(key)
+            if isinstance(new.value, torch.Tensor) and not new.outside and (old is None or written(old, new)):
+                found.append(new.value if old is None else new.value.detach().clone())
     for key, thing in after.things.items():
         known = before.things[key].held if key in before.things else {}
-        numbers = {name: one for name, one in thing.held.items() if isinstance(one, (bool, int, float))}
-        found += [torch.tensor(float(one)) for name, one in numbers.items() if known.get(name) != one]
+        floats = {} if thing.outside else {name: one for name, one in thing.held.items() if isinstance(one, float)}
+        found += [torch.tensor(one) for name, one in floats.items() if known.get(name) != one]
     return found
 
 

@@ -16,8 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.blocks import CutModel
-from shardit.core.modules.fingerprint import PROCESSOR
-from shardit.core.modules.module_state import State, differences, poison, restore, state_of, unmarked
+from shardit.core.modules.module_state import State, differences, late_changes, poison, restore, state_of, unmarked
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.traced_call import TracedCall
 from shardit.core.runtime.flat_call import FlatCall
@@ -74,8 +73,7 @@ class FirstCalls:
     def end(self) -> None:
         """At the end of a pipeline's call: warn where calls after the first ones have changed something."""
         left, self.left = self.left, None
-        names = differences(left, state_of(self.cut.model)) if left is not None else []
-        late = [name for name in names if not name.endswith(PROCESSOR)]  # which pipelines exchange
+        late = late_changes(left, state_of(self.cut.model)) if left is not None else []
         if late:
             text = "%s: calls after the first ones change %s, and each rank makes a part of them: compare with one rank"
             log.warning(text, self.cut.name, late[0])

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.core.modules import hooks
 from shardit.core.modules.patching import SWAPPED
 from shardit.errors import UnsupportedError
 
@@ -58,8 +57,9 @@ def _home_of(function: FunctionType) -> str:
 
 
 def of_library(value: Any) -> bool:
-    """Whether a value is an object of a library of models, not a tensor or a number."""
-    return home(type(value)) in hooks.LIBRARIES and not isinstance(value, torch.Tensor)
+    """Whether a value is an object of a library of models."""
+    package = home(type(value))
+    return package not in _NO_CLASSES and _installed(package)
 
 
 @functools.cache

@@ -252,7 +252,7 @@ def test_counters_and_caches(axis: str) -> None:
     tiny.resolve("tiny/qwen-image")
     for of_rank in run_ranks(2, outcomes, axis, ALL):
         for change, got in zip(ALL, of_rank, strict=True):
-            if change is class_of_self or axis in ("stages", "guidance"):
+            if axis in ("stages", "guidance") or (axis == "ulysses" and change is class_of_self):
                 assert isinstance(got, str), change.__name__
                 assert re.search("in each of its calls|Counting.calls through type", got), got
             else:

@@ -165,15 +165,15 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1260,
-    "core": 5040,
-    "diffusion": 3510,
+    "core": 5460,
+    "diffusion": 3580,
     "engine": 2540,
     "language": 1040,
     "loading": 1340,
     "models": 850,
     "parallel": 3550,
-    "server": 4100,
-    "settings": 165,
+    "server": 4130,
+    "settings": 180,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

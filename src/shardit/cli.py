@@ -21,7 +21,7 @@ from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
-from shardit.settings.flag_class import options_of
+from shardit.settings.flag_class import Once, options_of
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_script(run: Callable[[GenerateFlags], None], output: str, arguments: Sequence[str] | None = None) -> int:
     """Run a script that takes the flags of `shardit generate`; `output` is its default for --output."""
     app = _new_app()
-    app.command()(_command(_checked(run), GenerateFlags, output=Path(output)))
+    app.command(cls=Once)(_command(_checked(run), GenerateFlags, output=Path(output)))
     return run_app(app, arguments, Path(sys.argv[0]).name)
 
 
@@ -181,14 +181,14 @@ def _app() -> typer.Typer:
         if context.invoked_subcommand is None:
             print(context.get_help())
 
-    app.command("generate")(_command(_checked(generate), GenerateFlags))
+    app.command("generate", cls=Once)(_command(_checked(generate), GenerateFlags))
     from shardit.server.flags import ServeFlags
 
-    app.command("serve")(_command(commands.serve, ServeFlags))
-    app.command("chat")(_command(language_commands.chat, ChatFlags))
-    app.command("complete")(_command(language_commands.complete, CompleteFlags))
-    app.command("inspect")(_command(commands.inspect, InspectFlags))
-    app.command("tiny")(commands.tiny)
+    app.command("serve", cls=Once)(_command(commands.serve, ServeFlags))
+    app.command("chat", cls=Once)(_command(language_commands.chat, ChatFlags))
+    app.command("complete", cls=Once)(_command(language_commands.complete, CompleteFlags))
+    app.command("inspect", cls=Once)(_command(commands.inspect, InspectFlags))
+    app.command("tiny", cls=Once)(commands.tiny)
     return app
 
 

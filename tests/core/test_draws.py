@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable
@@ -51,27 +52,45 @@ def block_left_out_at_random(model: Any) -> None:
     block.forward = forward
 
 
-CALLS: list[int] = []
-
-
 def rare_noise(model: Any) -> None:
     """Draws nothing in the first calls. The counter is not a variable enclosed by the hook, so no check finds it."""
-    CALLS.clear()
+    os.environ["CALLS"] = ""
 
     def hook(_: Any, __: Any, out: Any) -> Any:
-        CALLS.append(1)
-        return (out[0], out[1] + 0.1 * torch.randn(out[1].shape)) if len(CALLS) > 4 else out
+        os.environ["CALLS"] += "1"
+        return (out[0], out[1] + 0.1 * torch.randn(out[1].shape)) if len(os.environ["CALLS"]) > 4 else out
 
     model.transformer_blocks[0].register_forward_hook(hook)
 
 
-ALL = (noise_on_the_prompt, noise_on_the_result, stochastic_depth, block_left_out_at_random, rare_noise)
+def rare_noise_of_its_own(model: Any) -> None:
+    """The same, from a generator that the hook owns."""
+    os.environ["CALLS"], own = "", torch.Generator().manual_seed(1)
+
+    def hook(_: Any, __: Any, out: Any) -> Any:
+        os.environ["CALLS"] += "1"
+        if len(os.environ["CALLS"]) <= 4:
+            return out
+        return out[0], out[1] + 0.1 * torch.randn(out[1].shape, generator=own)
+
+    model.transformer_blocks[0].register_forward_hook(hook)
+
+
+ALL = (
+    noise_on_the_prompt,
+    noise_on_the_result,
+    stochastic_depth,
+    block_left_out_at_random,
+    rare_noise,
+    rare_noise_of_its_own,
+)
 REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     "stages": {
         noise_on_the_result: "draws random numbers in its forward, and stages leave it after their last block",
         stochastic_depth: "block transformer_blocks.0 draws random numbers",
         block_left_out_at_random: "block transformer_blocks.0 draws random numbers",
         rare_noise: "draws random numbers on some ranks only",
+        rare_noise_of_its_own: "draws random numbers on some ranks only",
     },
     "guidance": {
         noise_on_the_prompt: "draws random numbers in its forward, and each guidance rank runs other branches",
@@ -79,8 +98,11 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
         stochastic_depth: "block transformer_blocks.0 draws random numbers",
         block_left_out_at_random: "block transformer_blocks.0 draws random numbers",
         rare_noise: "draws random numbers on some ranks only",
+        rare_noise_of_its_own: "draws random numbers on some ranks only",
     },
-    "slices": {rare_noise: r"draws random numbers in some of its calls.*Plan\(overlap=False\)"},
+    "slices": dict.fromkeys(
+        (rare_noise, rare_noise_of_its_own), r"draws random numbers in some of its calls.*Plan\(overlap=False\)"
+    ),
 }
 
 

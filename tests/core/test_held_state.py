@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.core.modules.held_state import held_state
+from shardit.core.modules.module_state import differences, state_of
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join
 from tests.support.brought import pipeline
@@ -75,7 +75,7 @@ def test_state_of_processors_and_gradients_are_refused_on_all_ranks(name: str) -
     for equal, said, again in run_ranks(2, cases, name):
         assert equal
         assert again
-        assert "Remembering keeps tensors of its calls" in said[0]
+        assert "attn.processor.store.maps.seen in each of its calls" in said[0]
         assert "is called for its gradients" in said[1]
 
 
@@ -89,7 +89,7 @@ class Slotted:
 def test_tensors_in_slots_are_found() -> None:
     block = torch.nn.Module()
     block.processor = Slotted()
-    before = held_state(block)
-    assert held_state(block) == before
+    before = state_of(block)
+    assert differences(before, state_of(block)) == []
     block.processor.kept.append(1)
-    assert held_state(block) != before
+    assert differences(before, state_of(block)) == ["processor.kept"]

@@ -179,6 +179,10 @@ def test_tiny_models_run_at_their_size(omni, capsys):
         (["--widht=8"], "--width"),
         (["--cfg-normalize=true"], "given as --extra cfg_normalize=VALUE"),
         (["extra"], "extra"),
+        (["--seed=1", "--width=8", "--seed=1"], "--seed is given twice; give it once"),
+        (["--vae-tiling", "--vae-tiling"], "--vae-tiling is given twice"),
+        (["--output="], "'--output': it is empty; name a file or a folder"),
+        (["--image=a.png", "--image="], "'--image': it is empty"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(omni, capsys, flags, message):

@@ -130,6 +130,22 @@ def test_pictures_that_the_model_does_not_take(tmp_path: Path) -> None:
         assert (error["param"], error["code"]) == ("image", "too_many_images")
 
 
+def test_unknown_query_parameters_are_named(images: Served) -> None:
+    status, answer, _ = images.call("GET", "/v1/images?limit=1&cursor=x")
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "cursor", "unknown_parameter")
+    text = "there is no query parameter 'cursor'; GET /v1/images takes after, limit, order"
+    assert answer["error"]["message"] == text
+    assert images.call("POST", f"{NOW}?n=2", {"prompt": "a cat"})[1]["error"]["param"] == "n"
+    assert images.call("GET", "/v1/images?limit=1&order=asc")[0] == 200
+    assert images.call("GET", "/health?x=1")[0] == 400
+    assert images.call("GET", "/?x=1")[0] == 200  # the page
+
+
+def test_one_file_is_not_the_answer_for_several(videos: Served) -> None:
+    error = error_of(videos, "/v1/videos/sync", {"prompt": "a cat", "n": 2}, 400)
+    assert (error["param"], error["code"]) == ("n", "invalid_value")
+
+
 def test_unknown_fields_name_the_nearest(images: Served) -> None:
     error = error_of(images, NOW, {"prompt": "a cat", "num_inference_step": 3}, 400)
     assert error["message"] == "there is no field 'num_inference_step' (did you mean 'num_inference_steps'?)"

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
 from shardit.core.decoder.shapes import PLAIN
-from shardit.core.modules.held_state import snapshot
+from shardit.core.modules.module_state import State, differences, state_in
 from shardit.errors import UnsupportedError
 
 CHANGES = (
@@ -77,19 +77,19 @@ class StageCaches:
         """On the owner, before the first call of a structure: what caches and other objects hold."""
         caches = caches_in(arguments)
         others = [leaf for leaf in arguments if _may_hold_state(leaf)]
-        return [(cache, list(map(_state, cache.layers))) for cache in caches], [(one, snapshot(one)) for one in others]
+        return [(cache, list(map(_state, cache.layers))) for cache in caches], [(one, state_in(one)) for one in others]
 
     def changes(self, name: str, look: Any) -> tuple[int, ...]:
         """After the call: the layers of caches that the block has updated. Raises UnsupportedError where it keeps
         something that other ranks would need."""
         caches, others = look
         for one, before in others:
-            if snapshot(one) != before:
+            if differences(before, state_in(one)):
                 raise UnsupportedError(f"{name} keeps state in a {type(one).__name__}, which other ranks would not see")
         slots = set[int]()
         for cache, before in caches:
             now = list(map(_state, cache.layers))
-            slots |= {n for n, state in enumerate(now) if n >= len(before) or state != before[n]}
+            slots |= {n for n, state in enumerate(now) if n >= len(before) or differences(before[n], state)}
         return tuple(sorted(slots))
 
     def learn(self, index: int, slots: tuple[int, ...]) -> None:
@@ -134,12 +134,9 @@ class StageCaches:
         return left
 
 
-def _state(layer: Any) -> Any:
+def _state(layer: Any) -> State:
     """What tells whether a cache layer was changed since, in place, too."""
-    if OWN in vars(layer):  # another one answers for it
-        return None
-    tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and value.is_inference()]
-    return snapshot(layer), [float(one.double().sum()) for one in tensors]  # whose writes torch does not count
+    return State() if OWN in vars(layer) else state_in(layer)  # another one answers for it
 
 
 def caches_in(arguments: Sequence[Any]) -> list[Any]:

@@ -7,9 +7,11 @@ import inspect
 import json
 import typing
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
+from typer.core import TyperCommand
 
 from shardit.errors import InputError
 from shardit.settings.declare import Flag, declared
@@ -61,8 +63,28 @@ def _option(item: dataclasses.Field[Any], kind: Any) -> Any:
         text, _, default = help.partition(" [")
         help = f"{text.removesuffix('.')}; repeat the flag for several.{default and f' [{default}'}"
     names = [_spelt(item.name), *([flag.short] if flag.short else [])]
-    shown = item.default != ""
-    return Option(*names, help=help, metavar=flag.metavar, envvar=flag.envvar, show_default=shown)
+    shown, paths = item.default != "", str(kind).count("Path") > 0
+    more: dict[str, Any] = {"parser": _path, "metavar": flag.metavar or "PATH"} if paths else {"metavar": flag.metavar}
+    return Option(*names, help=help, envvar=flag.envvar, show_default=shown, **more)
+
+
+class Once(TyperCommand):
+    """A command that refuses flags that are given twice, but for those that may be repeated."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of a command line."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for flag in order:
+            if order.count(flag) > 1 and not getattr(flag, "multiple", False):
+                ctx.fail(f"{flag.opts[0]} is given twice; give it once")
+        return super().parse_args(ctx, args)
+
+
+def _path(text: str) -> Path:
+    """A path of the command line: an empty one would be the current folder."""
+    if not text:
+        raise BadParameter("it is empty; name a file or a folder")
+    return Path(text)
 
 
 def _spelt(name: str) -> str:

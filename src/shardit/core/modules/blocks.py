@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,8 @@ from shardit.errors import UnsupportedError
 class CutModel:
     """A model whose blocks lie on several stages.
 
-    owners[i]: stage of block i. ran[i]: how often this rank ran block i (never, if it is another's).
+    owners[i]: stage of block i. ran[i]: how often this rank ran block i (never, if it is another's). generators: random
+    generators that its modules and hooks have.
     """
 
     model: nn.Module
@@ -30,6 +32,7 @@ class CutModel:
     owners: list[int]
     calls: BlockCalls = field(default_factory=BlockCalls)
     ran: Counter[int] = field(default_factory=Counter)
+    generators: list[Any] = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -3,211 +3,255 @@ compared, named."""
 
 from __future__ import annotations
 
-import copy
-import functools
+import logging
 import math
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import CellType, FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_map_only
 
+from shardit.core.modules.contents import Content, content_of, put_back, spoil, spoilt, written
+from shardit.core.modules.fingerprint import PROCESSOR
+from shardit.core.modules.holders import (
+    COLLECTIONS,
+    FIXED,
+    FUNCTIONS,
+    PLAIN,
+    Entries,
+    code_of,
+    entries,
+    is_holder,
+    name_of,
+    of_library,
+    put_entries,
+    unpacked,
+)
 from shardit.core.modules.hooks import from_outside
+from shardit.core.modules.patching import SWAPPED
+from shardit.core.runtime.randomness import GENERATORS, Generator
+from shardit.core.runtime.storages import storage_key
 
-OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
+log = logging.getLogger(__name__)
 
-SMALL = 4096
-"""Elements of the largest buffers whose content counts as state (counters); larger ones are tables."""
+MOST = 50_000
+"""Things that are looked at, the nearest ones first; a warning says that there are more."""
 
-
-DEPTH = 4
-"""How deep in objects state is looked for."""
-
-FUNCTIONS = (FunctionType, MethodType, functools.partial)
-
-LIBRARIES = ("torch", "shardit")
-"""Packages whose functions and objects keep nothing that changes results."""
-
-COLLECTIONS = (list, dict, tuple)
-
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device)
+NESTED = 8
+"""How deep collections are compared that were made again."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A module, an object that one has, or the variables that a function has enclosed: its attributes, their values at
-    one time, what lists, dicts and sets among them held, and copies of its small buffers. cells: where the variables
-    of a function are. outside: it is reached only through hooks and functions that users have put on modules."""
+    """A module, an object, a collection, a function with its variables, or a class: what it held at one time. outside:
+    it is reached only through hooks and functions that users have put on modules."""
 
     path: str
-    attributes: dict[str, Any]
-    values: dict[str, Any]
-    contents: dict[str, Any]
-    buffers: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    cells: dict[str, CellType] = field(default_factory=dict)
+    holder: Any
+    held: Entries
     outside: bool = False
 
 
-State = list[Thing]
+@dataclass
+class State:
+    """All that is reached from a model or other objects at one time: things by id, and by id the contents of tensors,
+    arrays and random generators. copies: whether contents can be put back."""
+
+    copies: bool = True
+    things: dict[int, Thing] = field(default_factory=dict)
+    contents: dict[int, Content] = field(default_factory=dict)
+
+    def outside(self) -> State:
+        """The part that is reached only through hooks and functions of users."""
+        things = {key: thing for key, thing in self.things.items() if thing.outside}
+        return State(self.copies, things, {key: one for key, one in self.contents.items() if one.outside})
+
+    def generators(self) -> list[Generator]:
+        """The random generators that were found."""
+        return [one.value for one in self.contents.values() if isinstance(one.value, GENERATORS)]
+
+    def look(self, roots: Iterable[tuple[str, Any]], outside: bool = False) -> None:
+        """Add what is reached from some values and is not known yet."""
+        todo = deque(roots)
+        while todo:
+            path, value = todo.popleft()
+            if isinstance(value, PLAIN) or id(value) in self.things or id(value) in self.contents:
+                continue
+            content = content_of(path, value, self.copies, outside)
+            if content is not None:
+                self.contents[id(value)] = content
+            elif not is_holder(value):
+                todo.extend((path, one) for one in unpacked(value))
+            elif len(self.things) >= MOST:
+                log.warning("more than %d objects are reached from %s: changes in the rest are not seen", MOST, path)
+                return
+            else:
+                self._add(path, value, outside, todo)
+
+    def _add(self, path: str, value: Any, outside: bool, todo: deque[tuple[str, Any]]) -> None:
+        path = value.__name__ if isinstance(value, type) else path
+        held = entries(value)
+        self.things[id(value)] = Thing(path, value, held, outside)
+        later = FUNCTIONS if isinstance(value, nn.Module) and not outside else ()  # what was put on modules
+        found = [(name_of(path, key), one) for key, one in held.items() if not isinstance(one, (*PLAIN, *later))]
+        todo.extend(found)
+        todo.extend((name_of(path, key), one) for key, one in code_of(value))
 
 
-def state_of(model: nn.Module) -> State:
-    """The attributes of a model's modules and of their processors, the contents of small buffers, and what hooks and
-    functions that users have put on modules enclose."""
-    seen: set[int] = set()
-    things = [_look(path, thing) for path, thing in _things(model, seen)]
-    return things + [_look(path, thing, outside=True) for path, thing in _put_on(model, seen)]
+def state_of(model: nn.Module, others: Iterable[Any] = ()) -> State:
+    """What a model's modules and their processors keep, with all that these have, what hooks and functions that users
+    have put on modules know, and what other objects have."""
+    state = State()
+    with without_modes():  # that watch what a forward computes
+        state.look(model.named_modules())
+        state.look(("an argument", one) for one in others)
+        state.look(_put_on(model), outside=True)
+    return state
 
 
-def _things(model: nn.Module, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """The modules, and the objects that their attributes lead to: processors, hooks with their state."""
-    for path, module in model.named_modules():
-        yield path, module
-        for name, value in vars(module).items():
-            if name not in OWN and not isinstance(value, FUNCTIONS):
-                yield from _objects(f"{path}.{name}" if path else name, value, DEPTH, seen)
+def state_in(thing: Any) -> State:
+    """What one object keeps, to be compared only."""
+    state = State(copies=False)
+    with without_modes():
+        state.look([("", thing)])
+    return state
 
 
-def _put_on(model: nn.Module, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """What the hooks of a model's modules, and functions in place of their methods, lead to."""
+def _put_on(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    """The hooks on a model's modules and on all modules, and functions in place of methods."""
+    everywhere = [*torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()]
+    yield from (("hook", hook) for hook in everywhere if from_outside(hook))
     for path, module in model.named_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        found = [("hook", hook) for hook in hooks if from_outside(hook)]
-        found += [(name, value) for name, value in vars(module).items() if isinstance(value, FUNCTIONS)]
-        for name, value in found:
-            yield from _objects(f"{path}.{name}" if path else name, value, DEPTH, seen)
-
-
-def _objects(path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    while isinstance(value, functools.partial):
-        value = value.func
-    if isinstance(value, MethodType):
-        value = value.__self__
-    if isinstance(value, FunctionType):
-        if id(value) not in seen and value.__closure__ and depth and _home(value) not in LIBRARIES:
-            seen.add(id(value))
-            yield path, value
-            for name, cell in _cells(value).items():
-                if not isinstance(cell.cell_contents, PLAIN):
-                    yield from _objects(f"{path}.{name}", cell.cell_contents, depth - 1, seen)
-    elif isinstance(value, (dict, list, tuple)):
-        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            if depth and not isinstance(entry, PLAIN):
-                yield from _objects(f"{path}.{key}", entry, depth - 1, seen)
-    elif _is_holder(value) and id(value) not in seen:
-        seen.add(id(value))
-        yield path, value
-        for name, entry in vars(value).items() if depth else ():
-            if not isinstance(entry, PLAIN):
-                yield from _objects(f"{path}.{name}", entry, depth - 1, seen)
-
-
-def _is_holder(value: Any) -> bool:
-    """Whether an object may keep state: not what torch, Python or this package are made of."""
-    if isinstance(value, (*PLAIN, nn.Module, type)):
-        return False
-    return hasattr(value, "__dict__") and _home(type(value)) not in (*LIBRARIES, "builtins", "types", "functools")
-
-
-def _home(thing: Any) -> str:
-    return (getattr(thing, "__module__", None) or "").partition(".")[0]
-
-
-def _cells(function: FunctionType) -> dict[str, CellType]:
-    """The variables that a function has enclosed and that have a value."""
-    found = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    return {name: cell for name, cell in found.items() if cell != CellType()}
-
-
-def _look(path: str, thing: Any, outside: bool = False) -> Thing:
-    cells = _cells(thing) if isinstance(thing, FunctionType) else {}
-    attributes = {name: cell.cell_contents for name, cell in cells.items()} if cells else thing.__dict__
-    held = {k: copy.copy(v) for k, v in attributes.items() if k not in OWN and type(v) in (list, dict, set)}
-    buffers = attributes.get("_buffers", {}) if isinstance(thing, nn.Module) else {}
-    small = {k: b for k, b in buffers.items() if b is not None and not b.is_meta and b.numel() <= SMALL}
-    copies = {k: (b, b.detach().clone()) for k, b in small.items()}
-    return Thing(path, attributes, dict(attributes), held, copies, cells, outside)
+        yield from ((name_of(path, "hook"), hook) for hook in hooks if from_outside(hook))
+        for name, value in vars(module).items():
+            if isinstance(value, FUNCTIONS):
+                yield name_of(path, name), value
 
 
 def restore(state: State) -> None:
-    """Undo what was set and put in since."""
-    for thing in state:
-        for name, cell in thing.cells.items():
-            if cell.cell_contents is not thing.values[name]:
-                cell.cell_contents = thing.values[name]
-        same_keys = thing.attributes.keys() == thing.values.keys()
-        if not same_keys or any(thing.attributes[k] is not v for k, v in thing.values.items()):
-            thing.attributes.clear()
-            thing.attributes.update(thing.values)
-        for key, held in thing.contents.items():
-            container = thing.values[key]
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(held)
-        for buffer, content in thing.buffers.values():
-            if not torch.equal(buffer, content):
-                buffer.copy_(content)
+    """Undo what was set, put in and written since. Raises UnsupportedError where something cannot be undone."""
+    for thing in state.things.values():
+        now = entries(thing.holder)
+        if now.keys() != thing.held.keys() or any(now[key] is not value for key, value in thing.held.items()):
+            put_entries(thing.holder, thing.held, now)
+    with without_modes():
+        for content in state.contents.values():
+            put_back(content)
 
 
-def poison(state: State, names: Collection[str]) -> None:
-    """Put NaN in place of all numbers in the tensors of the attributes of these full names, so that a result shows
-    whether they are read. `restore` of the same state brings them back."""
-    for thing in state:
-        for name, value in thing.values.items():
-            if f"{thing.path}.{name}" not in names:
-                continue
-            bad = tree_map_only(torch.Tensor, _bad, value) if isinstance(value, (torch.Tensor, *COLLECTIONS)) else value
-            if bad is not value and name in thing.cells:
-                thing.cells[name].cell_contents = bad
-            elif bad is not value:
-                thing.attributes[name] = bad
+def poison(before: State, after: State) -> None:
+    """Put NaN in place of all numbers in the tensors of what hooks and functions of users have changed in between, so
+    that a result shows whether they are read. `restore` of the later state brings them back."""
+    names = differences(before, after, outside=True)
+    for old, new in _both(before, after):
+        if new.outside and written(old, new):
+            spoil(new)
+    for thing in after.outside().things.values():
+        now = {key: _bad(one) if name_of(thing.path, key) in names else one for key, one in thing.held.items()}
+        if any(now[key] is not one for key, one in thing.held.items()):
+            put_entries(thing.holder, now, thing.held)
 
 
-def _bad(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
+def _bad(value: Any) -> Any:
+    if not isinstance(value, (torch.Tensor, list, dict, tuple)):
+        return value
+    return tree_map_only(torch.Tensor, spoilt, value)
 
 
 def differences(before: State, after: State, outside: bool = False) -> list[str]:
-    """The full names of attributes that have other values in the later state: other numbers and texts, other objects,
-    collections of others, buffers of other content. `outside`: those of things that are `outside`, in place of the
-    others."""
-    found, olds = [], {thing.path: thing for thing in before}
-    for new in (thing for thing in after if thing.outside == outside):
-        old = olds.get(new.path, new)
-        names = [k for k in {**old.values, **new.values} if k not in OWN and not _same(k, old, new)]
-        both = old.buffers.keys() & new.buffers.keys()
-        names += [k for k in both if _differs(old.buffers[k][1], new.buffers[k][1])]
-        found += [f"{new.path}.{name}" if new.path else name for name in names]
+    """The full names of what is different in the later state: other numbers and texts, other objects, collections of
+    others, contents that were written to. `outside`: those of things that are `outside`, in place of the others."""
+    found: dict[str, None] = {}
+    for key, new in after.things.items():
+        old = before.things.get(key)
+        if old is not None and new.outside == outside:
+            for name in {**old.held, **new.held}:
+                both = name in old.held and name in new.held
+                if not both or not _alike(old.held[name], new.held[name], before, after):
+                    found[name_of(new.path, name)] = None
+    for old, new in _both(before, after):
+        if new.outside == outside and written(old, new):
+            found[new.path] = None
+    return [*found]
+
+
+def unmarked(before: State, after: State) -> list[str]:
+    """The full names of contents that were changed while nothing counted it: when the same is written again, nobody
+    sees it."""
+    found = (new for old, new in _both(before, after) if old.version == new.version and written(old, new))
+    return [new.path for new in found if not new.outside]
+
+
+def late_changes(before: State, after: State) -> list[str]:
+    """The full names of what calls have changed, without what pipelines exchange between them: objects of libraries,
+    attention processors."""
+    things = (*before.things.values(), *after.things.values())
+    others = {name_of(one.path, key) for one in things for key, value in one.held.items() if of_library(value)}
+    return [name for name in differences(before, after) if name not in others and not name.endswith(PROCESSOR)]
+
+
+def split_classes(before: State, after: State) -> list[str]:
+    """The full names of attributes that were set on classes that this package has derived. Modules that have shared
+    one class have several of these."""
+    names = [name_of(cls.path, key) for cls in _derived(after) for key in cls.held]
+    return [name for name in differences(before, after) if name in names]
+
+
+def _derived(state: State) -> Iterable[Thing]:
+    classes = (thing for thing in state.things.values() if isinstance(thing.holder, type))
+    return (thing for thing in classes if SWAPPED in vars(thing.holder))
+
+
+def _both(before: State, after: State) -> Iterable[tuple[Content, Content]]:
+    return ((old, after.contents[key]) for key, old in before.contents.items() if key in after.contents)
+
+
+def _alike(one: Any, other: Any, before: State, after: State, depth: int = NESTED) -> bool:
+    """Whether two values are one object, the same numbers or texts, or collections of such. What was multiplied and
+    divided again by a scale may differ in its last bit."""
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) and one.is_meta and isinstance(other, torch.Tensor):
+        return True  # a parameter that its owner has shared meanwhile
+    if type(one) is not type(other) or not depth:
+        return False
+    if isinstance(one, (*COLLECTIONS, *FIXED)):
+        a, b = _members(one, before), _members(other, after)
+        return a.keys() == b.keys() and all(_alike(a[key], b[key], before, after, depth - 1) for key in a)
+    if isinstance(one, float):
+        return math.isclose(one, other, rel_tol=1e-9) or (one != one and other != other)
+    return isinstance(one, (*PLAIN, MethodType)) and bool(one == other)
+
+
+def _members(collection: Any, state: State) -> Entries:
+    known = state.things.get(id(collection))
+    return known.held if known else entries(collection) if is_holder(collection) else dict(enumerate(collection))
+
+
+def new_values(before: State, after: State) -> list[torch.Tensor]:
+    """The tensors that modules and processors have set, put in or written to in between (of the latter copies), and
+    the floats."""
+    found = []
+    with without_modes():
+        for key, new in after.contents.items():
+            old = before.contents.get(key)
+            if isinstance(new.value, torch.Tensor) and not new.outside and (old is None or written(old, new)):
+                found.append(new.value if old is None else new.value.detach().clone())
+    for key, thing in after.things.items():
+        known = before.things[key].held if key in before.things else {}
+        floats = {} if thing.outside else {name: one for name, one in thing.held.items() if isinstance(one, float)}
+        found += [torch.tensor(one) for name, one in floats.items() if known.get(name) != one]
     return found
 
 
-def _differs(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape != other.shape or not torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
-
-
-def _same(key: str, old: Thing, new: Thing) -> bool:
-    if key not in old.values or key not in new.values:
-        return False
-    if key in old.contents and key in new.contents:
-        one, other = _members(old.contents[key]), _members(new.contents[key])
-        return len(one) == len(other) and all(map(_alike, one, other))
-    return _alike(old.values[key], new.values[key])
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two values are one object, or the same numbers or texts. What was multiplied and divided again by a scale
-    may differ in its last bit."""
-    if one is other or type(one) is not type(other):
-        return one is other
-    if isinstance(one, tuple):  # sizes, say
-        return len(one) == len(other) and all(map(_alike, one, other))
-    if isinstance(one, float):
-        return math.isclose(one, other, rel_tol=1e-9) or (one != one and other != other)
-    return isinstance(one, (bool, int, str, bytes, complex)) and one == other
-
-
-def _members(collection: Any) -> list[Any]:
-    return [part for pair in collection.items() for part in pair] if isinstance(collection, dict) else [*collection]
+def apart(state: State, value: Any) -> Any:
+    """A value with copies in place of those of its tensors whose memory the state has, too: `restore` writes there."""
+    kept = {storage_key(one.value) for one in state.contents.values() if isinstance(one.value, torch.Tensor)}
+    return tree_map_only(torch.Tensor, lambda one: one.clone() if storage_key(one) in kept else one, value)

@@ -23,7 +23,6 @@ from shardit.core.comm.wire import (
     view_near,
 )
 from shardit.core.modules.blocks import CutModel, inner_tensors
-from shardit.core.modules.held_state import held_state
 from shardit.core.modules.patching import put
 from shardit.core.plans.call_plan import CallPlan, Leaf, Site, describe_result
 from shardit.core.plans.derive import derive
@@ -159,7 +158,7 @@ class TracedCall:
     def _own(
         self, index: int, call: Any, args: Any, kwargs: Any, arguments: list[torch.Tensor | None]
     ) -> tuple[Any, dict[int, Leaf], list[int]]:
-        before, held = [mark(t) for t in arguments], held_state(self.blocks[index][1])
+        before = [mark(t) for t in arguments]
         given, outline = tree_flatten((args, kwargs))
         drawn, device = states(self.comm.group.device, []), self.comm.group.device
         try:
@@ -174,13 +173,6 @@ class TracedCall:
                 raise UnsupportedError(
                     f"block {self.blocks[index][0]} draws random numbers, which other ranks would not do: call .eval() "
                     "on the model, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
-                )
-            now = held_state(self.blocks[index][1])
-            if path := next((path for path in now if now[path] != held.get(path)), None):
-                kind = type(self.blocks[index][1].get_submodule(path).processor).__name__
-                raise UnsupportedError(
-                    f"the attention processor {kind} keeps tensors of its calls, which are then on one rank only: use "
-                    "pipeline_parallel_size=1 and cfg_parallel_size=1"
                 )
         except Exception as error:
             self.comm.group.broadcast_object(sendable(error), self.comm.rank)

@@ -61,17 +61,17 @@ def states(device: torch.device, given: Sequence[Generator]) -> States:
     return found | {f"given {number}": state_in(generator) for number, generator in enumerate(given)}
 
 
-def torch_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of torch's global generators alone, in some microseconds."""
-    found = [torch.get_rng_state()]
+def torch_states(device: torch.device, given: Sequence[Generator] = ()) -> list[Any]:
+    """The states of torch's global generators alone, in some microseconds, and of the given."""
+    found: list[Any] = [torch.get_rng_state()]
     if device.type == "cuda" and torch.cuda.is_initialized():
         found.append(torch.cuda.get_rng_state(device))
-    return found
+    return found + list(map(state_in, given))
 
 
-def any_moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
-    """Whether one of torch's generators has been drawn from."""
-    return not all(map(torch.equal, before, after))
+def any_moved(before: list[Any], after: list[Any]) -> bool:
+    """Whether one of the generators has been drawn from."""
+    return not all(map(_same, before, after))
 
 
 def moved(before: States, after: States) -> States:
@@ -107,7 +107,7 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
-    if isinstance(one, tuple) and isinstance(one[1], numpy.ndarray):
+    if isinstance(one, tuple) and len(one) > 4 and isinstance(one[1], numpy.ndarray):
         # numpy's: a name, 624 numbers, how many are used, what is left of a pair
         return one[2:] == other[2:] and numpy.array_equal(one[1], other[1])
     return one == other

@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.blocks import CutModel
-from shardit.core.modules.module_state import State, differences, poison, restore, state_of
+from shardit.core.modules.module_state import State, differences, late_changes, poison, restore, state_of, unmarked
 from shardit.core.modules.passing import Passing
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.traced_call import TracedCall
@@ -37,7 +37,8 @@ class FirstCalls:
     """The first calls of one transformer over the stages. All methods are collective over them.
 
     traced: how many there were. checked: the kinds of calls that were compared with a pipelined one. alone:
-    whether a call changes modules for its own length, so that no other may be in flight.
+    whether a call changes modules for its own length, so that no other may be in flight. left: what the model kept
+    after the last of them, until the pipeline's call has ended.
     """
 
     cut: CutModel
@@ -45,12 +46,13 @@ class FirstCalls:
     traced: int = 0
     checked: set[Any] = field(default_factory=set)
     alone: bool = False
+    left: State | None = None
 
     def run(self, forward: Callable[..., Any], call: FlatCall, code: Any) -> tuple[Any, LocalPlan, set[int]]:
         """The result of a call, the plan of those that follow, and the leaves of its arguments whose values decide."""
         name, device = self.cut.name, self.runtime.mesh.device
-        before, kept = states(device, []), state_of(self.cut.model)
-        passing = Passing(self.cut.model, kept)
+        before, kept = states(device, []), self._state(call)
+        passing = Passing(lambda: self._state(call), self.cut.model, kept)
         traced = TracedCall(self.cut, self.runtime.comm, passing.look)
         self.traced += 1
         out, plan = traced.run(forward, call)
@@ -58,18 +60,27 @@ class FirstCalls:
         refuse_objects(name, out)
         refuse_draws(name, self.runtime.mesh.sizes, before, traced.drawn, after)
         self._refuse_counters(kept, forward, call.again(), out, passing)
+        self.left = self._state(call)
+        self.cut.generators = self.left.generators()
         local, deciding = LocalPlan.of(plan, self.runtime.comm.rank), traced.trace.deciding
         mode = call.mode_key(code), plan.course if deciding else None
         if mode not in self.checked and self.runtime.comm.size > 1:
-            kept = [thing for thing in state_of(self.cut.model) if thing.outside]
             self._self_check(local, forward, call.again(), out, before)
-            restore(kept)
+            restore(self.left.outside())
             set_states(moved(before, after), device, [])
             self.checked.add(mode)
         if self.traced == WARN_SIGNATURES and self.runtime.mesh.rank == 0:
             text = "%s: %d different signatures so far; the first call of each runs without overlap"
             log.warning(text, name, self.traced)
         return out, local, deciding
+
+    def end(self) -> None:
+        """At the end of a pipeline's call: warn where calls after the first ones have changed something."""
+        left, self.left = self.left, None
+        late = late_changes(left, state_of(self.cut.model)) if left is not None else []
+        if late:
+            text = "%s: calls after the first ones change %s, and each rank makes a part of them: compare with one rank"
+            log.warning(text, self.cut.name, late[0])
 
     def watched(self, forward: Callable[[], Any], arguments: Any) -> Any:
         """The result of a forward that runs block by block on all stages at once, of which nothing is remembered. Only
@@ -91,28 +102,31 @@ class FirstCalls:
         """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
         calls each. What one call sets and the next leaves alike (a table, say) is harmless, and so is what hooks count
         or collect without reading it: that is NaN in a second call, which must give the same."""
-        model, comm = self.cut.model, self.runtime.comm
-        after = state_of(model)
+        comm, after = self.runtime.comm, self._state(call)
         changed = [differences(before, after, outside) for outside in (False, True)]
         gathered = comm.group.gather_objects((any(changed), passing.found(after)))
         self._note_passing([names for _, names in gathered])
         if not any(differ for differ, _ in gathered):
             return
-        of_users = [thing for thing in after if thing.outside]
-        poison(of_users, changed[1])
+        poison(before, after)
         try:
             with generators_kept(self.runtime.mesh.device), self.cut.untraced():
                 again = self.watched(lambda: forward(*call.args, **call.kwargs), (call.args, call.kwargs))
-            later = state_of(model)
-            still = differences(after, later)
-            counted = differences(after, later, outside=True) or changed[1]
-            still += counted if not same_bits(out, again) else []
-            if counted and not still and self.runtime.mesh.rank == 0:
-                log.warning("%s: its calls change %s, but each rank makes a part of them", self.cut.name, counted[0])
+            later = self._state(call)
+            still = differences(after, later) + unmarked(before, after)
+            still += changed[1] if not same_bits(out, again) else []
         except UnsupportedError:  # the same call takes another course, on every rank
             still = [*changed[0], *changed[1]]
-        restore(of_users)
-        refuse_counters(self.cut.name, comm.group.gather_objects(still))
+        restore(after.outside())
+        found = comm.group.gather_objects((still, changed[1]))
+        refuse_counters(self.cut.name, [of_rank for of_rank, _ in found])
+        counted = [name for _, of_rank in found for name in of_rank]
+        if counted and self.runtime.mesh.rank == 0:
+            log.warning("%s: its calls change %s, but each rank makes a part of them", self.cut.name, counted[0])
+
+    def _state(self, call: FlatCall) -> State:
+        """What the model keeps, and objects that it is given."""
+        return state_of(self.cut.model, [leaf for leaf in call.leaves if not isinstance(leaf, torch.Tensor)])
 
     def _self_check(
         self, local: LocalPlan, forward: Callable[..., Any], call: FlatCall, expected: Any, drawn: States

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from shardit.core.modules.module_state import differences, state_of
+from shardit.core.modules.module_state import differences, split_classes, state_of
 from shardit.core.modules.passing import Passing
 from shardit.core.modules.patching import changing_methods, subclass_in_place
 from shardit.core.plans.call_plan import ResultPlan, describe_result
@@ -38,12 +38,19 @@ class OverlappedCall:
     """A forward in flight (a `Flight`). It has a segment for each time it waited, known as it goes."""
 
     def __init__(
-        self, model: nn.Module, plan: ResultPlan, runtime: Runtime, forward: Callable[..., Any], call: FlatCall
+        self,
+        model: nn.Module,
+        plan: ResultPlan,
+        runtime: Runtime,
+        forward: Callable[..., Any],
+        call: FlatCall,
+        generators: list[Any],
     ):
         self.finished = False
         self.owners = [runtime.mesh.pp_rank]
         self.failure: Exception | None = None
         self._model, self._forward, self._call, self._runtime = model, forward, call, runtime
+        self._generators = generators
         self._inputs = inputs_of(call.leaves)
         self._result = Result(plan, runtime.mesh.device, self._materialize)
         self._coroutine = Coroutine(self._run)
@@ -86,13 +93,13 @@ class OverlappedCall:
     def _run(self) -> None:
         yielding_coroutine.set(self._coroutine)
         device, program = self._runtime.mesh.device, self._runtime.turns.current
-        before = torch_states(device)
+        before = torch_states(device, self._generators)
         with torch.no_grad():
             forward, call = self._forward, self._call
             del self._forward, self._call
             leaves, _ = tree_flatten(forward(*call.args, **call.kwargs))
             materialize(leaves)
-            if self._runtime.turns.current is program and any_moved(before, torch_states(device)):
+            if self._runtime.turns.current is program and any_moved(before, torch_states(device, self._generators)):
                 raise UnsupportedError(
                     f"{type(self._model).__name__} draws random numbers in some of its calls, several of which are in "
                     "flight together: use Plan(overlap=False)"
@@ -109,7 +116,8 @@ class OverlappedCall:
 
 @dataclass
 class Overlap:
-    """One model whose calls may be in flight together. overlapped: how many have been.
+    """One model whose calls may be in flight together. overlapped: how many have been. generators: random generators
+    that its modules and hooks have.
 
     alone: whether that holds for calls by a user's own program, too: their results must then be used by all ranks, in
     the same order. Of a pipeline that is known.
@@ -119,6 +127,7 @@ class Overlap:
     runtime: Runtime
     alone: bool
     overlapped: int = 0
+    generators: list[Any] = field(default_factory=list)
     _plans: OrderedDict[Any, ResultPlan] = field(default_factory=OrderedDict)
 
     def call(self, forward: Callable[..., Any], call: FlatCall) -> Any:
@@ -136,7 +145,7 @@ class Overlap:
             return self._first(key, forward, call)
         self._plans.move_to_end(key)
         self.overlapped += 1
-        flight = OverlappedCall(self.model, plan, self.runtime, forward, call)
+        flight = OverlappedCall(self.model, plan, self.runtime, forward, call, self.generators)
         self.runtime.schedule.start(flight)
         return flight.result()
 
@@ -146,8 +155,8 @@ class Overlap:
 
     def _first(self, key: Any, forward: Callable[..., Any], call: FlatCall) -> Any:
         device = self.runtime.mesh.device
-        before, drawn = (state_of(self.model), states(device, [])) if key is not None else ([], {})
-        passing = Passing(self.model, before) if key is not None else None
+        before, drawn = (state_of(self.model), states(device, [])) if key is not None else (None, {})
+        passing = None if before is None else Passing(lambda: state_of(self.model), self.model, before)
         token = looking.set(passing.look if passing is not None else None)
         try:
             out = forward(*call.args, **call.kwargs)
@@ -156,9 +165,15 @@ class Overlap:
             looking.reset(token)
         # A forward that keeps something on its modules may read it later, and the order of what draws random numbers
         # counts: neither is overlapped, until a call does not.
-        if key is None or object_in(out) is not None:
+        if before is None or object_in(out) is not None:
             return out
         now = state_of(self.model)
+        self.generators = now.generators()
+        if split := split_classes(before, now):
+            raise UnsupportedError(
+                f"{type(self.model).__name__} changes {split[0]} through type(self), which is another class for each "
+                "module that is sharded: name the class, or keep it on the module"
+            )
         kept = differences(before, now) or differences(before, now, outside=True)
         kept = kept or (passing.found(now) if passing is not None else [])
         if not kept and not moved(drawn, states(device, [])):

@@ -50,7 +50,7 @@ class StagedCall:
         self._route = runtime.route.of_one(runtime.guidance.index) if poison else runtime.route
         self._site = 0
         self._inputs = inputs_of(call.leaves)
-        self._generators: list[torch.Tensor] = []
+        self._generators: list[Any] = []
         self._carried = Carried(local, runtime.comm, poison)
         self._result = Result(self.plan.result, runtime.mesh.device, self._materialize)
         self._result_receive: Transfer | None = None
@@ -114,12 +114,12 @@ class StagedCall:
             self._carried.send_nothing(segment)
 
     def _resume(self) -> None:
-        device = self._runtime.mesh.device
+        device, own = self._runtime.mesh.device, self._cut.generators
         self._cut.calls.interceptor = self
-        self._generators = torch_states(device)
+        self._generators = torch_states(device, own)
         try:
             self._coroutine.resume()
-            if any_moved(self._generators, torch_states(device)):
+            if any_moved(self._generators, torch_states(device, own)):
                 self._runtime.agreement.drawing.add(self._cut.name)
         except RankError:
             raise
@@ -148,7 +148,7 @@ class StagedCall:
         n, mesh = self._site, self._runtime.mesh
         self._site = n + 1
         if n == 0 and mesh.sizes["cfg"] == 1:  # before that all ranks draw alike
-            self._generators = torch_states(mesh.device)
+            self._generators = torch_states(mesh.device, self._cut.generators)
         if n >= len(self.plan.sites) or self.plan.sites[n].block != index:
             raise RuntimeError(f"block call {n} is not the one of the first call of this signature")
         site = self.plan.sites[n]

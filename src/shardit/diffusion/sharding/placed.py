@@ -11,8 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
-from shardit.core.modules.fingerprint import Change, Fingerprint
-from shardit.core.modules.held_state import processor_classes
+from shardit.core.modules.fingerprint import PROCESSOR, Change, Fingerprint
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.kept import PLAIN
 from shardit.core.modules.patching import plain_class, subclass_in_place
@@ -111,6 +110,9 @@ class Placed:
     def end(self) -> None:
         """Take the settings as they are after a call for what is right: a forward may count its calls in one."""
         self._taken.take_settings()
+        stages = getattr(self.module, "shardit_stages", None)
+        if stages is not None:
+            stages.first.end()
 
     def check(self) -> None:
         """Follow what was changed since it was sharded, or raise UnsupportedError, on every rank alike."""
@@ -166,7 +168,7 @@ class Placed:
         def set_attn_processor(module: Any, *args: Any, **kwargs: Any) -> Any:
             out = own_method(module, *args, **kwargs)
             stages = getattr(module, "shardit_stages", None)
-            if stages is not None and not all(map(_is_librarys, processor_classes(module))):
+            if stages is not None and not all(map(_is_librarys, _processor_classes(module))):
                 stages.forget()
             return out
 
@@ -195,6 +197,10 @@ class Placed:
         cuts = self.slices.cuts if self.slices is not None else {}
         partial = [name for name in names if name in cuts or not all(owned(name) for owned in owns)]
         return {name.rpartition(".")[0] for name in partial}
+
+
+def _processor_classes(model: nn.Module) -> set[type]:
+    return {type(own[PROCESSOR]) for own in map(vars, model.modules()) if PROCESSOR in own}
 
 
 def _is_librarys(processor: type) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -37,7 +38,10 @@ _OPEN = ("/health", "/ready", "/favicon.ico")
 def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> FastAPI:
     """Build the application; `live_state` must be updated in the event loop in which it runs."""
     context = Context(options, store, live_state, field_models(options.limits), HttpMetrics())
-    app = FastAPI(title="shardit", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    checks = [Depends(_known_query)]
+    app = FastAPI(
+        title="shardit", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, dependencies=checks
+    )
     files = page_files()
     routes = (image_routes, video_routes, generation_routes, about_routes)
     for router in (*(make(context) for make in routes), page_routes(files)):
@@ -68,6 +72,19 @@ def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> Fa
             ],
         )
     return app
+
+
+async def _known_query(request: Request) -> None:
+    """Raise ApiError where the address has a query parameter that its route does not take."""
+    route = request.scope["route"]
+    if not isinstance(route, APIRoute) or not route.include_in_schema:  # the page
+        return
+    known = [field.alias for field in route.dependant.query_params]
+    unknown = next((name for name in request.query_params if name not in known), None)
+    if unknown is not None:
+        takes = f"takes {', '.join(known)}" if known else "takes none"
+        text = f"there is no query parameter {unknown!r}; {request.method} {route.path} {takes}"
+        raise ApiError(400, text, code="unknown_parameter", param=unknown)
 
 
 async def _api_error(request: Request, error: Any) -> Response:

@@ -20,12 +20,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from shardit.core.modules.module_state import restore, state_of
+from shardit.core.modules.module_state import State, apart, new_values, restore, state_of
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.runtime.coroutine import undisturbed
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
 from shardit.core.runtime.pending import materialize
+from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import Stages
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.parallel.attention.block_run import DONE, FAILED, agree
@@ -36,6 +37,7 @@ from shardit.parallel.sequence.declared.attention_steps import WIDTH, Seen, Step
 from shardit.parallel.sequence.declared.module_hooks import call_module
 from shardit.parallel.sequence.declared.passes import Differs, Pass, ShardedPass, WholePass
 from shardit.parallel.sequence.declared.rules import ModuleRules, read_plan
+from shardit.parallel.sequence.found.search import same_left
 
 MAX_SIGNATURES = 1024
 """Signatures whose steps are remembered per transformer, more than stages remember; the least recently used one is
@@ -145,15 +147,17 @@ class PlannedSequence:
         with self._untraced() as run:
             given, expected = disturbed(leaves) if noise else leaves, None
             try:
-                expected = self._whole(run, call, given, spec)
+                expected = self._whole(run, call, given, spec, kept)
             except (RankError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:
                 if not noise:
                     raise
             if expected is None:  # a model that refuses such values: use the real ones
-                given, expected = leaves, self._whole(run, call, leaves, spec)
-            self._steps[key] = self._compare(run, call, given, spec, *expected)
+                restore(kept)
+                given, expected = leaves, self._whole(run, call, leaves, spec, kept)
+            restore(kept)
+            self._steps[key] = self._compare(run, call, given, spec, kept, *expected)
         restore(kept)
         if len(self._steps) > MAX_SIGNATURES:
             self._steps.popitem(last=False)
@@ -167,18 +171,19 @@ class PlannedSequence:
             with self.stages.cut.untraced():
                 yield self.stages.first.watched
 
-    def _whole(self, run: Any, call: Forward, leaves: list[Any], spec: Any) -> tuple[Any, list[Seen]]:
+    def _whole(self, run: Any, call: Forward, leaves: list[Any], spec: Any, kept: State) -> tuple[Any, list[Seen]]:
+        """What the whole model gives and leaves, and what was seen of its course."""
         whole = WholePass()
         given = tree_map_only(torch.Tensor, torch.clone, leaves)
         args, kwargs = tree_unflatten(given, spec)
-        with torch.random.fork_rng(self._devices):
+        with generators_kept(self.attention.sp.group.device):
             out = run(lambda: self._run(whole, call, args, kwargs), given)
         if not all(same(a, b) for a, b in zip(leaves, given, strict=True) if isinstance(a, torch.Tensor)):
             self._refuse("it writes to its arguments", None)
-        return out, whole.events
+        return (apart(kept, out), new_values(kept, state_of(self.model))), whole.events
 
     def _compare(
-        self, run: Any, call: Forward, leaves: list[Any], spec: Any, expected: Any, events: list[Seen]
+        self, run: Any, call: Forward, leaves: list[Any], spec: Any, kept: State, expected: Any, events: list[Seen]
     ) -> list[Step]:
         """Return the steps over the ranks of a call, if its result equals that of the whole model."""
         self.checked += 1
@@ -186,7 +191,7 @@ class PlannedSequence:
         args, kwargs = tree_unflatten(given, spec)
         sharded, error, got = ShardedPass(self.attention, [], events, self.padded), None, None
         try:
-            with torch.random.fork_rng(self._devices):
+            with generators_kept(self.attention.sp.group.device):
                 got = run(lambda: self._run(sharded, call, args, kwargs), given)
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -195,7 +200,9 @@ class PlannedSequence:
         if sharded.peer_failed:
             self._refuse("another rank fails", error)
         self._agree(error is None, "it fails" if error is not None else "another rank fails", error)
-        what = _difference(expected, got, self._bound())
+        what = _difference(expected[0], got, self._bound())
+        if what is None and not same_left(expected[1], new_values(kept, state_of(self.model))):
+            what = "what it leaves on its modules is another thing over the ranks"
         self._agree(what is None, what or "another rank gets a wrong result", None)
         return sharded.steps
 
@@ -221,11 +228,6 @@ class PlannedSequence:
         if torch.is_autocast_enabled(device):
             kinds.add(torch.get_autocast_dtype(device))
         return SLACK * max(CLOSE.get(kind, 0.0) for kind in kinds)
-
-    @property
-    def _devices(self) -> list[torch.device]:
-        device = self.attention.sp.group.device
-        return [] if device.type == "cpu" else [device]
 
     @property
     def _name(self) -> str:

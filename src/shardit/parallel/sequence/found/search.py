@@ -58,7 +58,8 @@ class BlockPlan:
 def find_plan(
     name: str, attention: SequenceAttention, call: Callable[..., Any], leaves: list[Any], spec: Any
 ) -> BlockPlan | None:
-    """Try the candidates for a block call with these (whole) argument leaves. Collective over "sp".
+    """Try the candidates for a block call with these (whole) argument leaves. Collective over "sp". `call` returns what
+    the block does, and the values that it leaves on its modules.
 
     Returns None if the streams are shorter than the number of ranks, so that every rank runs the block whole. Raises
     UnsupportedError if no candidate gives the result of the whole block, or the block writes to its arguments.
@@ -66,7 +67,8 @@ def find_plan(
     leaves = disturbed(leaves)
     shapes = shapes_of(leaves)
     kept = [leaf.clone() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-    expected, out_spec = tree_flatten(_call(call, leaves, spec))
+    out, left = _call(call, leaves, spec)
+    expected, out_spec = tree_flatten(out)
     if any(k is not None and not same(k, leaf) for k, leaf in zip(kept, leaves, strict=True)):
         raise Refused(f"{name} writes to its arguments: {REMEDY}")
     found = candidates(shapes, shapes_of(expected))
@@ -74,7 +76,7 @@ def find_plan(
         return None
     failures: list[Exception] = []
     for candidate in found:
-        attempt = _Attempt(attention, candidate, candidate.totals(shapes), expected, out_spec, failures)
+        attempt = _Attempt(attention, candidate, candidate.totals(shapes), expected, out_spec, left, failures)
         plan = attempt.run(call, leaves, spec)
         if plan is not None:
             return plan
@@ -93,6 +95,7 @@ class _Attempt:
     totals: tuple[int, ...]
     expected: list[Any]
     out_spec: Any
+    left: list[torch.Tensor]
     failures: list[Exception]
 
     def run(self, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockPlan | None:
@@ -121,7 +124,10 @@ class _Attempt:
         assert block.dataflow is not None
         try:
             with attention_goes_to(block), block.dataflow:
-                outs, out_spec = tree_flatten(_call(call, shards, spec))
+                out, left = _call(call, shards, spec)
+            outs, out_spec = tree_flatten(out)
+            if not same_left(self.left, left):
+                raise UnsupportedError("what it leaves on its modules is another thing on shards")
             code = DONE if out_spec == self.out_spec and len(outs) == len(self.expected) else FAILED
         except OutOfStep:
             return None
@@ -163,6 +169,12 @@ def _call(call: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
 def shapes_of(leaves: Sequence[Any]) -> list[Shape | None]:
     """Return the shapes of tensors, None for leaves that are not tensors."""
     return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+
+
+def same_left(whole: Sequence[torch.Tensor], sharded: Sequence[torch.Tensor]) -> bool:
+    """Whether a call leaves the same on modules; what has another shape is taken for a shard."""
+    alike = (x.shape != y.shape or _close(x, y) for x, y in zip(whole, sharded, strict=False))
+    return len(whole) == len(sharded) and all(alike)
 
 
 def _close(x: Any, y: Any) -> bool:

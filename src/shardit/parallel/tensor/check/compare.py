@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import empty_layers_kept, find_caches
-from shardit.core.modules.module_state import State, restore, state_of
+from shardit.core.modules.module_state import State, apart, new_values, restore, state_of
 from shardit.core.placement.slices import shards
+from shardit.core.runtime.randomness import GENERATORS, States, moved, set_states, states
 from shardit.errors import RankError
-from shardit.parallel.tensor.check.kept import kept_since
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.rules import HEAD_COUNTS
 from shardit.parallel.tensor.whole import gathered, whole_for_now
@@ -50,12 +50,14 @@ class Comparison:
     right: bool = False
     why: str = ""
     _sums: list[torch.Tensor] = field(default_factory=list)
+    _given: list[Any] = field(default_factory=list)
 
     def sliced(self) -> Any:
         """Return the unit's result on slices. If that is wrong, the arguments are restored."""
         unit, leaves = self.model.get_submodule(self.name), tree_flatten((self.args, self.kwargs))[0]
         with without_modes(), torch.no_grad():
-            twins, before, generators = _copies(leaves), state_of(unit), _random_state()
+            self._given = [leaf for leaf in leaves if isinstance(leaf, GENERATORS)]
+            twins, before, generators = _copies(leaves), state_of(unit, self._given), self._random_state()
             kept = [(leaf, dict(vars(leaf))) for leaf in leaves if is_agent(leaf)]
             caches = [(cache, empty_layers_kept(cache)) for cache in find_caches(self.args, self.kwargs)]
         out = error = None
@@ -69,17 +71,17 @@ class Comparison:
             if not isinstance(failure, _Elsewhere):
                 self._all(False)
         with without_modes(), torch.no_grad():
-            after, later = state_of(unit), _random_state()
+            after, later = state_of(unit, self._given), self._random_state()
             if error is None:
-                self._sums += kept_since(before)
-                self.right = self._is_right(unit, out, twins, before, generators)
+                self._sums += new_values(before, after)
+                self.right = self._is_right(unit, apart(before, out), twins, before, generators)
                 restore(after)
             if self.right:
-                _set_random_state(later)
+                self._set_random_state(later)
                 return out
             self.why = f"fails on slices ({error})" if error is not None else "gives another result on slices"
             restore(before)
-            _set_random_state(generators)
+            self._set_random_state(generators)
             for leaf, values in kept:
                 vars(leaf).clear()
                 vars(leaf).update(values)
@@ -122,18 +124,19 @@ class Comparison:
             gathered = self.ranks.all_reduce(torch.tensor([float(f) for f in flags], device=self.ranks.group.device))
             return [count == self.ranks.size for count in gathered.tolist()]
 
-    def _is_right(self, unit: nn.Module, out: Any, twins: list[Any], before: State, generators: Any) -> bool:
+    def _is_right(self, unit: nn.Module, out: Any, twins: list[Any], before: State, generators: States) -> bool:
         sums, spec = self._sums, tree_flatten((self.args, self.kwargs))[1]
         # Units may pass tensors of local heads to each other. If nothing else is right, these are gathered.
         for given in (lambda: twins, lambda: self._of_all_heads(twins)):
             args, kwargs = tree_unflatten(_copies(given()), spec)
             expected, whole = None, False
             restore(before)
-            _set_random_state(generators)
+            self._set_random_state(generators)
             try:
                 with whole_for_now(self.model, self.name, self.plan, self.ranks):
+                    start = state_of(unit, self._given)  # with whole weights
                     expected = self._run(unit, args, kwargs, together=False)
-                    self._sums += kept_since(before)
+                    self._sums += new_values(start, state_of(unit, self._given))
                 whole = True
             except (RankError, MemoryError, torch.OutOfMemoryError):
                 raise
@@ -161,6 +164,12 @@ class Comparison:
         flags = self._everywhere(flags) if flags else []
         return [self._whole_of(leaf) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
 
+    def _random_state(self) -> States:
+        return states(self.ranks.group.device, [])
+
+    def _set_random_state(self, wanted: States) -> None:
+        set_states(moved(self._random_state(), wanted), self.ranks.group.device, [])
+
     def _whole_of(self, part: torch.Tensor) -> torch.Tensor:
         size = torch.tensor([part.shape[1]], device=self.ranks.group.device)
         lengths = self.ranks.all_gather(size, [1] * self.ranks.size, 0).tolist()
@@ -181,16 +190,6 @@ def _copies(leaves: list[Any]) -> list[Any]:
 def is_agent(leaf: Any) -> bool:
     """Return whether an argument is an object in which a unit may store state, such as a cache of keys."""
     return hasattr(leaf, "__dict__") and not isinstance(leaf, (torch.Tensor, nn.Module, type)) and not callable(leaf)
-
-
-def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:

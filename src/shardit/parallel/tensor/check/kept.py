@@ -1,4 +1,4 @@
-"""Finds tensors that code stores on modules and processors, and results that processors expose."""
+"""Finds results that processors expose."""
 
 from __future__ import annotations
 
@@ -9,28 +9,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from shardit.core.modules.module_state import OWN, State
+from shardit.core.modules.holders import OWN
 from shardit.parallel.tensor.rules import Family
 
 HARMLESS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor, nn.Module, type)
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
 CONTAINERS = (list, dict, set, tuple)
-
-
-def kept_since(state: State) -> list[torch.Tensor]:
-    """Return the tensors that were stored since `state` was taken."""
-    tensors = []
-    for thing in state:
-        for key, value in thing.attributes.items():
-            if key in OWN:
-                continue
-            old = {id(t) for t in _tensors(thing.contents.get(key, thing.values.get(key)))}
-            tensors += [tensor for tensor in _tensors(value) if id(tensor) not in old]
-    return tensors
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def exposing_attribute(processor: Any, family: Family) -> str | None:

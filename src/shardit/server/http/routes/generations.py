@@ -35,8 +35,8 @@ def generation_routes(context: Context) -> APIRouter:
 
     @router.post("/sync", **binary(_FILE), responses=answers(*_POST, 500), openapi_extra=body("generation"))
     async def create_generation_and_wait(request: Request) -> Response:
-        """The same, and wait: the answer is the first file; the header X-Shardit-Job names the job, which has all."""
-        accepted = await accept(request, context, "generation", context.fields.generation, waits=True)
+        """The same, and wait: the answer is the file, so n must be 1."""
+        accepted = await accept(request, context, "generation", context.fields.generation, waits=True, one=True)
         request.scope["state"]["job"] = accepted.job.id
         job = await until_ended(request, context, accepted.job)
         check_completed(job)

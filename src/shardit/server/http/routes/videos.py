@@ -44,9 +44,8 @@ def video_routes(context: Context) -> APIRouter:
         openapi_extra=body("video"),
     )
     async def create_video_and_wait(request: Request) -> Response:
-        """Make a video and wait for it: the answer is the MP4 file. With n above 1, that of the first video; the header
-        X-Shardit-Job names the job, which has all."""
-        accepted = await accept(request, context, "video", context.fields.video, waits=True)
+        """Make a video and wait for it: the answer is the MP4 file, so n must be 1."""
+        accepted = await accept(request, context, "video", context.fields.video, waits=True, one=True)
         request.scope["state"]["job"] = accepted.job.id
         job = await until_ended(request, context, accepted.job)
         check_completed(job)

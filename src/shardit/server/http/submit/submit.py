@@ -54,9 +54,17 @@ def job_kind(takes: PipelineSignature) -> Kind:
 
 
 async def accept(
-    request: Request, context: Context, kind: Kind, model: type[BaseModel], *, waits: bool, needs_picture: bool = False
+    request: Request,
+    context: Context,
+    kind: Kind,
+    model: type[BaseModel],
+    *,
+    waits: bool,
+    needs_picture: bool = False,
+    one: bool = False,
 ) -> Accepted:
-    """Read, check and store a request. Raises ApiError."""
+    """Read, check and store a request. needs_picture: it must have an input picture. one: its answer is one file.
+    Raises ApiError."""
     if context.live_state.stopping:
         raise busy("the server is about to stop; try again later", _LOADING_RETRY_S, "stopping")
     key = _idempotency_key(request)
@@ -73,6 +81,9 @@ async def accept(
         raise ApiError(400, problem, code="unsupported_model", param="model")
     values = check_fields(model, body.values, pipeline_names(info))
     check_model(values, context.options)
+    if one and values.get("n", 1) > 1:
+        text = "n must be 1 where the answer is one file; for several make a job, without /sync"
+        raise ApiError(400, text, code="invalid_value", param="n")
     field, takes = _picture_field(values, body, info)
     if needs_picture and field is None:
         raise ApiError(400, "image is missing; give one to edit", code="missing_field", param="image")

@@ -8,6 +8,7 @@ from typing import Any
 
 from shardit.core.placement.slices import even
 from shardit.errors import UnsupportedError
+from shardit.parallel.tensor.adapters import base_linears
 from shardit.parallel.tensor.plan import Role, TensorPlan
 from shardit.parallel.tensor.planner import plan_tensors
 from shardit.parallel.tensor.rules import (
@@ -79,7 +80,8 @@ def plan_decoder(model: Any, size: int) -> TensorPlan | None:
     head = model.get_output_embeddings()
     name = None if head is None else names[id(head)]
     family = FAMILY if name is None else replace(FAMILY, gathered=(f"^{re.escape(name)}$",))
-    plan = plan_tensors(model, size, family, must_cut=True)
+    with base_linears(model):
+        plan = plan_tensors(model, size, family, must_cut=True)
     if not plan.units:
         raise UnsupportedError(
             f"tensor_parallel_size={size}: no rule matches the layers of {type(model).__name__}; use "

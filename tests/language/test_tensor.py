@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 import shardit
@@ -120,6 +121,15 @@ class Stubborn(LogitsProcessor):
         return scores
 
 
+def with_lora(model: Any) -> Any:
+    torch.manual_seed(5)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "k_proj", "o_proj", "down_proj"]), model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
 def decided(rank: int, count: int, method: str) -> dict[str, Any]:
     """What one rank decides and others follow; what is refused."""
     init_mesh(TWO, device="cpu", timeout_s=60, rank=rank, init_method=method)
@@ -145,6 +155,10 @@ def decided(rank: int, count: int, method: str) -> dict[str, Any]:
         head = tied.get_output_embeddings()
         head.weight.data += rank
         found["bits"] = float(tied(ids).logits.double().sum())
+    plain_lora, lora = (with_lora(families.make("llama")) for _ in range(2))
+    shardit.parallelize(lora, TWO)
+    found["lora"] = compare(plain_lora, lora, CASES[0], CLOSE)
+    found["lora matters"] = compare(plain, lora, CASES[0], CLOSE)
     for name, wrong in {
         "attentions": lambda: model(ids, output_attentions=True),
         "assistant": lambda: model.generate(ids, prompt_lookup_num_tokens=2, **call),
@@ -170,6 +184,7 @@ def test_one_rank_decides() -> None:
         assert found["steps"] == 3
         assert found["time"]
         assert found["right after errors"]
+        assert (found["lora"], found["lora matters"]) == ("right", "WRONG")
         assert "output_attentions: the layers of LlamaForCausalLM lie on several ranks" in found["attentions"]
         assert "assisted decoding does not run over several ranks" in found["assistant"]
         assert "ranks differ in inputs of LlamaForCausalLM.generate" in found["other prompts"]

@@ -94,8 +94,10 @@ def plan_decoder(model: Any, size: int) -> TensorPlan | None:
 
 def kept_whole(model: Any, plan: TensorPlan) -> str:
     """The matrices that stay whole on every tensor rank, layers alike as one, and their share of all parameters."""
-    matrices = {name: p.numel() for name, p in model.named_parameters() if name not in plan.cuts and p.ndim > 1}
-    share = sum(matrices.values()) / max(sum(p.numel() for p in model.parameters()), 1)
+    with base_linears(model):
+        parameters = dict(model.named_parameters())
+    matrices = {name: p.numel() for name, p in parameters.items() if name not in plan.cuts and p.ndim > 1}
+    share = sum(matrices.values()) / max(sum(p.numel() for p in parameters.values()), 1)
     alike: dict[str, int] = {}
     for name, count in matrices.items():
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))

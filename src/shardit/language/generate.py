@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from shardit.core.decoder.stages import DecoderStages
 from shardit.core.runtime.digests import named
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import UnsupportedError
+from shardit.parallel.tensor.check.units import Checks
 
 OF_TOKENS = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 """Stopping criteria that look at the tokens alone, which all ranks have."""
@@ -41,8 +43,11 @@ def members_of(model: Any, stages: DecoderStages | None, runtime: Runtime) -> di
     return members
 
 
-def call_member(cls: type, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
-    """The call of a model, or of a model in it that has the layers and no head: alone it gives plain tensors."""
+def call_member(
+    cls: type, stages: DecoderStages | None, runtime: Runtime, checks: Checks | None = None
+) -> Callable[..., Any]:
+    """The call of a model, or of a model in it that has the layers and no head: alone it gives plain tensors. checks:
+    of the slices of the model around it."""
     own_call: Any = cls.__call__
 
     @functools.wraps(own_call)
@@ -53,7 +58,8 @@ def call_member(cls: type, stages: DecoderStages | None, runtime: Runtime) -> Ca
         alone = not runtime.in_pipeline
         with runtime.pipeline_call(cls.__name__, lambda: named(own_call, args, kwargs)), torch.no_grad():
             try:
-                out = own_call(self, *args, **kwargs)
+                with checks.begin(args, kwargs) if alone and checks is not None else nullcontext():
+                    out = own_call(self, *args, **kwargs)
             finally:
                 if stages is not None:
                     stages.end_call()

@@ -139,7 +139,7 @@ def over_ranks(model: Any, runtime: Runtime, layout: DecoderLayout, config: Diff
         for note in layout.notes if runtime.mesh.rank == 0 else ():
             log.warning("%s: %s", type(model).__name__, note)
         cut_model(model, layout.slices, Collectives(runtime.mesh.axes["tp"]), type(model).__name__)
-    stages = None
+    stages, checks = None, getattr(model, "shardit_checks", None)
     if runtime.mesh.pp_size > 1:
         caches = StageCaches(layout.owners, runtime.comm.rank)
         link = Link(runtime.comm, runtime.turns.let_others)
@@ -158,7 +158,7 @@ def over_ranks(model: Any, runtime: Runtime, layout: DecoderLayout, config: Diff
     for name, part in model.named_modules():
         inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)
         if inside and isinstance(part, PreTrainedModel):  # it may be called by itself
-            subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime)})
+            subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime, checks)})
 
 
 def _refused(name: str) -> Callable[..., None]:

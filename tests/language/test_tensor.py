@@ -43,10 +43,11 @@ FAST: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mixtral", {}),
     ("olmo2", {}),
     ("deepseek_v3", {}),
+    ("qwen3_next", {}),
 )
 """Plain attention; a tied vocabulary that is cut; queries, keys and values from one linear, in two orders; experts with
 biases and sinks; states by groups, by heads that share one, and by channels; experts; norms across all heads; a
-latent that all heads share."""
+latent that all heads share; a gate for each query head."""
 
 
 def results(name: str, changes: dict[str, Any], config: DiffusionParallelConfig) -> tuple[dict[str, str], list[str]]:
@@ -223,9 +224,14 @@ def test_what_stays_whole_is_said() -> None:
     """Also of layers that no rule knows, in a model that has others."""
     with torch.device("meta"):
         model = families.transformers.AutoModelForCausalLM.from_config(families.config_of("qwen3_next"))
-    line, why, *_ = lay_out_decoder(model, TWO).notes
+    (line,) = lay_out_decoder(model, TWO).notes
     assert "% of the parameters are in model.layers.*.linear_attn.in_proj_qkvz, model.embed_tokens" in line
-    assert why == "model.layers.3.self_attn is whole on every rank: o_proj does not go with its heads"
+    with torch.device("meta"):
+        model = families.transformers.AutoModelForCausalLM.from_config(families.config_of("diffllama"))
+    assert (
+        "self_attn is whole on every rank: no rule matches lambda_q1 (4 of them)"
+        in lay_out_decoder(model, TWO).notes[1]
+    )
 
 
 def test_a_vocabulary_alone_is_no_tensor_parallelism() -> None:

@@ -31,6 +31,7 @@ FAMILY = Family(
             query_norms=("q_norm", "q_layernorm", "query_layernorm", "qk_norm"),
             key_norms=("k_norm", "v_norm", "k_layernorm", "key_layernorm"),
             head_vectors=("sinks",),
+            gated=True,
         ),
     ),
     fused_attentions=(

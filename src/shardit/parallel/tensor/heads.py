@@ -16,12 +16,13 @@ from shardit.parallel.tensor import rules as rules
 @dataclass(frozen=True)
 class Heads:
     """Query heads, key (and value) heads, and the channels of one head. replicates: whether ranks may have copies of
-    key heads where there are fewer key heads than ranks."""
+    key heads where there are fewer key heads than ranks. gates: 2 where each query comes with a gate, else 1."""
 
     queries: int
     keys: int
     size: int
     replicates: bool = False
+    gates: int = 1
 
     def fit(self, ranks: int) -> bool:
         """Whether each rank gets key heads, or query heads with copies of their key heads, if no rank has twice as many
@@ -38,6 +39,12 @@ class Heads:
         """Return the shards of query heads; a rank has the query heads that use its key heads."""
         unit = self.queries // self.keys if self._shared(parts) is None else 1
         return even(self.queries * self.size, parts, unit=unit * self.size)
+
+    def gated_query_shards(self, parts: Parts) -> Shards:
+        """Return the shards of query heads with their gates."""
+        cut, gates = self.query_shards(parts), self.gates
+        ranks = tuple(tuple((start * gates, length * gates) for start, length in one) for one in cut.ranks)
+        return Shards(0, cut.total * gates, ranks)
 
     def groups(self, parts: Parts) -> list[int]:
         """Return the number of query heads of each rank that share one of its key heads."""
@@ -84,7 +91,10 @@ def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, 
         size = query.out_features // count
     if size is None or query.out_features % size or keys.out_features % size:
         return "its number of heads is not known"
-    heads = Heads(query.out_features // size, keys.out_features // size, size, family.replicates_keys)
+    behind = [part_of(module, part).in_features for part in present(module, names.out) if names.gated]
+    gates = 2 if 2 * max(behind, default=0) == query.out_features else 1
+    queries = query.out_features // (size * gates)
+    heads = Heads(queries, keys.out_features // size, size, family.replicates_keys, gates)
     if (count is not None and count != heads.queries) or heads.queries % heads.keys:
         return "its number of heads is not known"
     return _misfit(module, names, heads, family, out) or heads
@@ -106,7 +116,8 @@ def read_fused_heads(module: nn.Module, names: rules.FusedAttention, family: rul
 def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, family: rules.Family, out: bool) -> str | None:
     """Return the first part of an attention module whose size does not fit the heads."""
     query, keys = heads.queries * heads.size, heads.keys * heads.size
-    widths = [(part, "out_features", query) for part in names.query]
+    widths = [(names.query[0], "out_features", query * heads.gates)]
+    widths += [(part, "out_features", query) for part in names.query[1:]]
     widths += [(part, "out_features", keys) for part in names.key_value]
     widths += [(part, "in_features", query) for part in names.out]
     for part, side, width in widths:

@@ -142,7 +142,8 @@ def _noted(kept: Mapping[str, str], thing: Any) -> str | None:
 def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.Attention, heads: Heads) -> None:
     query, keys = heads.query_shards(cutter.parts), heads.key_shards(cutter.parts)
     for part in present(module, names.query):
-        cutter.columns(join(name, part), part_of(module, part), query)
+        cut = heads.gated_query_shards(cutter.parts) if part == names.query[0] else query
+        cutter.columns(join(name, part), part_of(module, part), cut)
     for part in present(module, names.key_value):
         cutter.columns(join(name, part), part_of(module, part), keys)
     for part in present(module, names.out):

@@ -18,7 +18,8 @@ class Attention:
     query, key_value: linears cut by columns at heads (a gate on the heads' output is like a query); out: linears cut by
     rows. query_norms, key_norms: norms over one head (kept) or over all (cut). per_head: tables with a column for each
     head. head_vectors: parameters with an entry for each head. full_input: parts that read the input before the heads,
-    and so are kept. Any other part with parameters makes the module unknown: it is left whole.
+    and so are kept. gated: the first query linear may give each head a gate after its query. Any other part with
+    parameters makes the module unknown: it is left whole.
     """
 
     query: tuple[str, ...]
@@ -28,6 +29,7 @@ class Attention:
     key_norms: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
     head_vectors: tuple[str, ...] = ()
+    gated: bool = False
     full_input: tuple[str, ...] = ()
 
 

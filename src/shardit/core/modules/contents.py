@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardit.core.runtime.digests import checksum
-from shardit.core.runtime.randomness import GENERATORS, set_state, state_in
+from shardit.core.runtime.randomness import is_generator, set_state, state_in
 from shardit.errors import UnsupportedError
 
 COPIED, PARAMETER = 2**22, 64
@@ -48,7 +48,7 @@ def content_of(path: str, value: Any, copies: bool, outside: bool) -> Content | 
         return Content(path, value, version, held, outside)
     if isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
         held = value.copy()
-    elif isinstance(value, GENERATORS):
+    elif is_generator(value):
         held = state_in(value)
     elif isinstance(value, bytearray):
         held = bytes(value)
@@ -103,7 +103,7 @@ def put_back(content: Content) -> None:
         content.version = None if content.version is None else value._version
     elif isinstance(value, numpy.ndarray):
         value[...] = held
-    elif isinstance(value, GENERATORS):
+    elif is_generator(value):
         set_state(value, held)
     elif isinstance(value, bytearray):
         value[:] = held

@@ -35,7 +35,7 @@ from shardit.core.modules.holders import (
 )
 from shardit.core.modules.hooks import from_outside
 from shardit.core.modules.patching import SWAPPED
-from shardit.core.runtime.randomness import GENERATORS, Generator
+from shardit.core.runtime.randomness import Generator, is_generator
 from shardit.core.runtime.storages import storage_key
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class State:
 
     def generators(self) -> list[Generator]:
         """The random generators that were found."""
-        return [one.value for one in self.contents.values() if isinstance(one.value, GENERATORS)]
+        return [one.value for one in self.contents.values() if is_generator(one.value)]
 
     def look(self, roots: Iterable[tuple[str, Any]], outside: bool = False) -> None:
         """Add what is reached from some values and is not known yet."""

@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from shardit.core.runtime.pending import materialize
-from shardit.core.runtime.randomness import GENERATORS, state_in
+from shardit.core.runtime.randomness import is_generator, state_in
 
 SAMPLES = 4096
 """Number of words of a larger tensor that enter the checksum by position; all others only by their sum."""
@@ -70,7 +70,7 @@ def _described(value: Any, summed: int | None) -> Iterator[bytes]:
     elif isinstance(value, torch.Generator):
         yield value.device.type.encode()
         yield state_bytes(value.get_state())
-    elif isinstance(value, GENERATORS):
+    elif is_generator(value):
         yield state_bytes(state_in(value))
     elif isinstance(value, (*PLAIN, numpy.generic)):
         yield repr(value).encode()

@@ -6,7 +6,7 @@ import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy
 import torch
@@ -21,6 +21,18 @@ States = dict[str, Any]
 GENERATORS = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
 Generator = torch.Generator | numpy.random.Generator | numpy.random.RandomState | random.Random
 
+_NAMES = frozenset((cls.__module__, cls.__name__) for cls in GENERATORS)
+_of_generators: dict[type, bool] = {}
+
+
+def is_generator(value: Any) -> TypeGuard[Generator]:
+    """Whether a value is a random generator. By names: torch.compile fails at the class `random.Random` in code."""
+    kind = type(value)
+    if kind not in _of_generators:
+        _of_generators[kind] = any((cls.__module__, cls.__name__) in _NAMES for cls in kind.__mro__)
+    return _of_generators[kind]
+
+
 DEPTH = 3
 """How deep in objects of other kinds generators are looked for."""
 
@@ -29,7 +41,7 @@ def generators_in(arguments: Any, depth: int = DEPTH) -> list[Generator]:
     """The generators among the arguments of a call, and in objects among them, in order."""
     found: list[Generator] = []
     for leaf in tree_leaves(arguments):
-        if isinstance(leaf, GENERATORS):
+        if is_generator(leaf):
             found.append(leaf)
         elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, (torch.Tensor, nn.Module, type)):
             found += [] if callable(leaf) else generators_in(list(vars(leaf).values()), depth - 1)

@@ -16,7 +16,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import empty_layers_kept, find_caches
 from shardit.core.modules.module_state import State, apart, new_values, restore, state_of
 from shardit.core.placement.slices import shards
-from shardit.core.runtime.randomness import GENERATORS, States, moved, set_states, states
+from shardit.core.runtime.randomness import States, is_generator, moved, set_states, states
 from shardit.errors import RankError
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.rules import HEAD_COUNTS
@@ -56,7 +56,7 @@ class Comparison:
         """Return the unit's result on slices. If that is wrong, the arguments are restored."""
         unit, leaves = self.model.get_submodule(self.name), tree_flatten((self.args, self.kwargs))[0]
         with without_modes(), torch.no_grad():
-            self._given = [leaf for leaf in leaves if isinstance(leaf, GENERATORS)]
+            self._given = [leaf for leaf in leaves if is_generator(leaf)]
             twins, before, generators = _copies(leaves), state_of(unit, self._given), self._random_state()
             kept = [(leaf, dict(vars(leaf))) for leaf in leaves if is_agent(leaf)]
             caches = [(cache, empty_layers_kept(cache)) for cache in find_caches(self.args, self.kwargs)]

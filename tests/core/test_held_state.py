@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.core.modules.module_state import differences, state_of
+from shardit.core.modules.state.module_state import differences, state_of
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join
 from tests.support.brought import pipeline

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from torch import nn
 
 from shardit.core.modules.blocks import CutModel
-from shardit.core.modules.module_state import differences, restore, state_of
+from shardit.core.modules.state.module_state import differences, restore, state_of
 from shardit.core.stages.first_call import FirstCalls
 from shardit.models import tiny
 from tests.support.guided import CONFIGS, check, outcomes

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
 from shardit.core.decoder.shapes import PLAIN
-from shardit.core.modules.module_state import State, differences, state_in
+from shardit.core.modules.state.module_state import State, differences, state_in
 from shardit.errors import UnsupportedError
 
 CHANGES = (

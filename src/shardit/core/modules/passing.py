@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from shardit.core.modules.fingerprint import Fingerprint
-from shardit.core.modules.module_state import State, differences
+from shardit.core.modules.state.module_state import State, differences
 
 LOOKS = 4
 """How often attributes are compared in one call, which takes longer than comparing modules."""

@@ -16,8 +16,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.blocks import CutModel
-from shardit.core.modules.module_state import State, differences, late_changes, poison, restore, state_of, unmarked
 from shardit.core.modules.passing import Passing
+from shardit.core.modules.state.module_state import (
+    State,
+    differences,
+    late_changes,
+    poison,
+    restore,
+    state_of,
+    unmarked,
+)
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.traced_call import TracedCall
 from shardit.core.runtime.flat_call import FlatCall

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from shardit.core.modules.module_state import differences, split_classes, state_of
 from shardit.core.modules.passing import Passing
 from shardit.core.modules.patching import changing_methods, subclass_in_place
+from shardit.core.modules.state.module_state import differences, split_classes, state_of
 from shardit.core.plans.call_plan import ResultPlan, describe_result
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.coroutine import Coroutine, looking, yielding_coroutine

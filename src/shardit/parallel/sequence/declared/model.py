@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from shardit.core.modules.module_state import State, apart, new_values, restore, state_of
 from shardit.core.modules.patching import subclass_in_place
+from shardit.core.modules.state.module_state import State, apart, new_values, restore, state_of
 from shardit.core.runtime.coroutine import undisturbed
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE

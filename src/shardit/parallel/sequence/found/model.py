@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
-from shardit.core.modules.module_state import apart, new_values, restore, state_of
 from shardit.core.modules.patching import subclass_in_place
+from shardit.core.modules.state.module_state import apart, new_values, restore, state_of
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.pending import PendingTensor, materialize
 from shardit.core.runtime.randomness import generators_kept

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import empty_layers_kept, find_caches
-from shardit.core.modules.module_state import State, apart, new_values, restore, state_of
+from shardit.core.modules.state.module_state import State, apart, new_values, restore, state_of
 from shardit.core.placement.slices import shards
 from shardit.core.runtime.randomness import States, is_generator, moved, set_states, states
 from shardit.errors import RankError

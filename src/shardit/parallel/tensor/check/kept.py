@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from shardit.core.modules.holders import OWN
+from shardit.core.modules.state.holders import OWN
 from shardit.parallel.tensor.rules import Family
 
 HARMLESS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor, nn.Module, type)

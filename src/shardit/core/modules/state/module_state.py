@@ -17,9 +17,11 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_map_only
 
-from shardit.core.modules.contents import Content, content_of, put_back, spoil, spoilt, written
 from shardit.core.modules.fingerprint import PROCESSOR
-from shardit.core.modules.holders import (
+from shardit.core.modules.hooks import from_outside
+from shardit.core.modules.patching import SWAPPED
+from shardit.core.modules.state.contents import Content, content_of, put_back, spoil, spoilt, written
+from shardit.core.modules.state.holders import (
     COLLECTIONS,
     FIXED,
     FUNCTIONS,
@@ -33,8 +35,6 @@ from shardit.core.modules.holders import (
     put_entries,
     unpacked,
 )
-from shardit.core.modules.hooks import from_outside
-from shardit.core.modules.patching import SWAPPED
 from shardit.core.runtime.randomness import Generator, is_generator
 from shardit.core.runtime.storages import storage_key
 

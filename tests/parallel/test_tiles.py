@@ -212,7 +212,7 @@ def test_tiling_can_be_changed_and_idle_ranks_are_logged() -> None:
 
 def test_indistinguishable_tiles_run_on_one_rank() -> None:
     """A decoder that draws random numbers, and one that keeps something in itself: found on shapes, without a rank."""
-    for change, reason in ((_draws, "it draws random numbers"), (_remembers, "a part of it keeps something")):
+    for change, reason in ((_draws, "it draws random numbers"), (_remembers, "a part of it keeps state")):
         vae = ENTRIES["kl"].build()
         ENTRIES["kl"].switch_on(vae)
         change(vae.decoder)

@@ -121,6 +121,11 @@ class LLM:
     def _info(self) -> LanguageInfo:
         return self._ranks.info
 
+    @property
+    def notes(self) -> list[str]:
+        """Return notes about the model and how it was sharded, such as parts that every tensor rank keeps whole."""
+        return list(self._info.notes)
+
     def get_tokenizer(self) -> Any:
         """The tokenizer of the model, of transformers."""
         return self._tokenizer

@@ -37,7 +37,7 @@ from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, 
 from shardit.errors import InputError
 from shardit.language.loading.prepared import check_decoder_options
 from shardit.language.loading.source import named_decoder
-from shardit.language.parallel import is_decoder, load_decoder, parallelize_decoder, spreads
+from shardit.language.parallel import is_decoder, is_split, load_decoder, parallelize_decoder
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model
@@ -68,7 +68,7 @@ def parallelize(
     """
     config = config_of(config, parallel, "parallelize", ("config", "plan", "timeout_s"))
     target: Any = module_or_pipeline
-    if is_decoder(target) and spreads(config):
+    if is_decoder(target) and is_split(config):
         return parallelize_decoder(target, config, plan, timeout_s)
     modules = components_of(target)
     if modules is None and config.vae_patch_parallel_size > 1:

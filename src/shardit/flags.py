@@ -20,7 +20,7 @@ from shardit.diffusion.request.images import open_image, read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError
-from shardit.language.loading.source import decoder_source, refuse_decoder
+from shardit.language.loading.source import refuse_decoder
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.settings.checks import whole
@@ -228,7 +228,6 @@ class LanguageFlags(
             raise InputError(f"name a model: {DECODER[0].lower()}{DECODER[1:-1]}")
         self.sampling()
         self.llm_arguments()
-        decoder_source(self.model)
 
     def llm_arguments(self) -> dict[str, Any]:
         """The arguments of `shardit.LLM`."""

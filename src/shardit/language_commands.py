@@ -28,22 +28,20 @@ def chat(flags: ChatFlags) -> None:
 
 
 def complete(flags: CompleteFlags) -> None:
-    """Continue texts."""
+    """Continue texts; a single one is printed as it comes."""
     prompts = flags.prompt or [sys.stdin.read().removesuffix("\n")]
     with _opened(flags) as llm:
         params = flags.sampling(**_recommended(llm))
-        if flags.json:
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            print(json.dumps([dataclasses.asdict(one) for one in outputs], ensure_ascii=False))
-            return
-        for number, prompt in enumerate(prompts):
-            for piece in llm.stream(prompt, dataclasses.replace(params, seed=_seed_of(params, number))):
+        if len(prompts) == 1 and not flags.json:
+            for piece in llm.stream(prompts, params):
                 print(piece.text, end="", flush=True)
             print()
-
-
-def _seed_of(params: Any, number: int) -> int | None:
-    return None if params.seed in (None, -1) else params.seed + number
+            return
+        outputs = llm.generate(prompts, params)
+        if flags.json:
+            print(json.dumps([dataclasses.asdict(one) for one in outputs], ensure_ascii=False))
+        for output in () if flags.json else outputs:
+            print(output.outputs[0].text)
 
 
 def _opened(flags: LanguageFlags) -> LLM:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from shardit import InputError
 from tests.language.families import VOCABULARY
 
 
@@ -62,3 +64,15 @@ def alike(expected: Any, got: Any, close: float = 0.0) -> bool:
     if expected is None or not close:
         return got is expected or (type(got) is torch.Tensor and torch.equal(expected, got))
     return expected.shape == got.shape and bool((expected - got).norm() <= close * expected.norm())
+
+
+def errors_of(mistakes: dict[str, Callable[[], Any]]) -> dict[str, str | None]:
+    """What each call is refused with, None where it is not."""
+    found: dict[str, str | None] = {}
+    for name, call in mistakes.items():
+        try:
+            call()
+            found[name] = None
+        except InputError as error:
+            found[name] = str(error)
+    return found

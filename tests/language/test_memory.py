@@ -80,3 +80,14 @@ def test_a_bound_that_is_too_small() -> None:
         LLM("tiny/llama", distributed_executor_backend="ray")
     with pytest.raises(InputError, match="gpu_memory_utilization must be at most 1"):
         LLM("tiny/llama", gpu_memory_utilization=2)
+
+
+def test_tensor_ranks_share_a_cache() -> None:
+    """By key heads, of which each rank has at least one; a latent is on all of them."""
+    config = families.config_of("qwen3")
+    assert config.num_key_value_heads == 2
+    whole, two, four = (cache_bytes(config, 4, 4, 24, ranks) for ranks in (1, 2, 4))
+    assert [2 * one for one in two] == whole
+    assert four == two
+    latent = families.config_of("deepseek_v3")
+    assert cache_bytes(latent, 4, 4, 24, 2) == cache_bytes(latent, 4, 4, 24)

@@ -19,7 +19,7 @@ from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.language.sharding import at_once, lay_out_decoder, over_ranks, owners_of
 from tests.language import families
-from tests.language.cases import CASES, compare
+from tests.language.cases import CASES, compare, errors_of
 from tests.support.ranks import run_ranks
 
 FAST = ("llama", "gemma2", "gpt_oss", "mamba", "qwen3_next", "deepseek_v3", "gpt2", "gemma4_text")
@@ -145,17 +145,14 @@ def used(rank: int, count: int, method: str) -> dict[str, Any]:
         embedded = plain.get_input_embeddings()(ids)
         found["inputs_embeds"] = torch.equal(first.logits, model(inputs_embeds=embedded).logits)
 
-    for name, wrong in {
-        "attentions": lambda: model(ids, output_attentions=True),
-        "assistant": lambda: model.generate(ids, assistant_model=plain, **call),
-        "other prompts": lambda: model.generate(ids + rank, **call),
-        "save": lambda: model.save_pretrained("nowhere"),
-    }.items():
-        try:
-            wrong()
-            found[name] = None
-        except (UnsupportedError, InputError) as error:
-            found[name] = str(error)
+    found |= errors_of(
+        {
+            "attentions": lambda: model(ids, output_attentions=True),
+            "assistant": lambda: model.generate(ids, assistant_model=plain, **call),
+            "other prompts": lambda: model.generate(ids + rank, **call),
+            "save": lambda: model.save_pretrained("nowhere"),
+        }
+    )
     found["right after errors"] = torch.equal(plain.generate(ids, **call), model.generate(ids, **call))
     return found
 

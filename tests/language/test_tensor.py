@@ -21,7 +21,7 @@ from shardit.language.sharding import at_once, lay_out_decoder, over_ranks
 from shardit.language.tensor import FAMILY, plan_decoder
 from shardit.parallel.tensor.heads import Heads
 from tests.language import families
-from tests.language.cases import CASES, alike, compare
+from tests.language.cases import CASES, alike, compare, errors_of
 from tests.language.folders import write
 from tests.language.test_stages import Clock, Printer
 from tests.support.ranks import run_ranks
@@ -166,18 +166,15 @@ def decided(rank: int, count: int, method: str) -> dict[str, Any]:
     shardit.parallelize(lora, TWO)
     found["lora"] = compare(plain_lora, lora, CASES[0], CLOSE)
     found["lora matters"] = compare(plain, lora, CASES[0], CLOSE)
-    for name, wrong in {
-        "attentions": lambda: model(ids, output_attentions=True),
-        "assistant": lambda: model.generate(ids, prompt_lookup_num_tokens=2, **call),
-        "other prompts": lambda: model.generate(ids + rank, **call),
-        "save": lambda: model.save_pretrained("nowhere"),
-        "config": lambda: shardit.parallelize(model, data_parallel_size=2, tensor_parallel_size=2),
-    }.items():
-        try:
-            wrong()
-            found[name] = None
-        except (UnsupportedError, InputError) as error:
-            found[name] = str(error)
+    found |= errors_of(
+        {
+            "attentions": lambda: model(ids, output_attentions=True),
+            "assistant": lambda: model.generate(ids, prompt_lookup_num_tokens=2, **call),
+            "other prompts": lambda: model.generate(ids + rank, **call),
+            "save": lambda: model.save_pretrained("nowhere"),
+            "config": lambda: shardit.parallelize(model, data_parallel_size=2, tensor_parallel_size=2),
+        }
+    )
     found["right after errors"] = compare(plain, model, CASES[0], CLOSE) == "right"
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,8 +17,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from shardit.models import tiny
+from tests.language.folders import tokenizer, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -278,3 +282,61 @@ def test_weights_that_cannot_be_used(hub, tmp_path):
         path.rename(path.with_suffix(".bin"))
     (line,) = client(hub, tmp_path / "home", ERRORS.format(models=["us/wan"]))
     assert "us/wan/vae holds only pickled weights" in line
+
+
+DECODER = """
+from pathlib import Path
+import shardit, torch
+from shardit import DiffusionParallelConfig
+from shardit.language.loading.prepared import PreparedDecoder
+from shardit.language.loading.source import decoder_source, named_decoder
+from shardit.language.sharding import lay_out_decoder
+assert named_decoder('us/wan') is None and named_decoder('us/nowhere') is None
+source = named_decoder('us/decoder')
+def weights():
+    return sorted(p.name for p in source.folder.glob('*.safetensors'))
+print(weights())
+prepared = PreparedDecoder(decoder_source('us/decoder'))
+print(weights())
+layout = lay_out_decoder(prepared.module, DiffusionParallelConfig(pipeline_parallel_size=2))
+half = prepared.load(layout, {'pp': 0, 'tp': 0}, 'cpu')
+print(weights())
+assert any(p.is_meta for p in half.parameters()) and not all(p.is_meta for p in half.parameters())
+print(source.tokenizer()('abc').input_ids)
+model = shardit.load('us/decoder')
+print(weights())
+print(model.generate(torch.tensor([[70, 71]]), max_new_tokens=4, do_sample=False).tolist())
+"""
+
+
+def test_language_models(hub, tmp_path):
+    """A stage fetches the weight files that it needs; the cache serves where the hub cannot be asked."""
+    tokens, home = tokenizer(), tmp_path / "home"
+    (tmp_path / "decoder").mkdir()
+    repo = write(tmp_path / "decoder", eos_token_id=1)
+    plain = AutoModelForCausalLM.from_pretrained(repo).eval()
+    (repo / "model.safetensors").unlink()
+    plain.save_pretrained(repo, max_shard_size="40KB")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "README.md", "original/model.safetensors"):
+        (repo / name).parent.mkdir(exist_ok=True)
+        (repo / name).write_bytes(b"x" * 100)
+    hub.repos["us/decoder"] = repo
+    files = sorted(path.name for path in repo.glob("*.safetensors"))
+    assert len(files) > 3
+    expected = plain.generate(torch.tensor([[70, 71]]), max_new_tokens=4, do_sample=False).tolist()
+
+    before, built, half, ids, after, made = map(ast.literal_eval, client(hub, home, DECODER))
+    assert before == built == []
+    assert 0 < len(half) < len(files)
+    assert ids == tokens("abc")["input_ids"]
+    assert after == files
+    assert made == expected
+    taken = hub.files("HEAD") | hub.files("GET")
+    assert "README.md" not in taken
+    assert not any(name.startswith(("pytorch_model", "original/")) for name in taken)
+    assert client(
+        hub, home, "import shardit; print(type(shardit.load('us/decoder')).__name__)", HF_HUB_OFFLINE="1"
+    ) == ["LlamaForCausalLM"]
+    wrong = "import shardit\ntry:\n    shardit.LLM({!r})\nexcept shardit.InputError as error:\n    print(error)"
+    assert "is not a model of transformers (no config.json)" in client(hub, home, wrong.format("us/wan"))[0]
+    assert "there is no model 'us/nowhere'" in client(hub, home, wrong.format("us/nowhere"))[0]

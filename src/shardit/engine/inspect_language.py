@@ -34,7 +34,7 @@ def inspect_decoder(source: DecoderSource, config: DiffusionParallelConfig, dtyp
         "ranks": ranks,
         "chunks": 1,
         "bytes": whole,
-        "notes": [_cache_note(prepared.module, layout.owners), *layout.notes],
+        "notes": [_cache_note(prepared.module, layout.owners, config), *layout.notes],
     }
 
 
@@ -63,8 +63,8 @@ def _end(is_first: bool) -> str:
     return "embedding" if is_first else "head"
 
 
-def _cache_note(module: Any, owners: list[int]) -> str:
+def _cache_note(module: Any, owners: list[int], config: DiffusionParallelConfig) -> str:
     """The memory of the cache of the longest request."""
     tokens = request_tokens(module.config, None)
-    most = max(cache_of_stages(module, owners, tokens).values())
-    return f"cache of one request of {tokens:,} tokens: up to {most / 1024**2:,.1f} MiB on a stage"
+    most = max(cache_of_stages(module, owners, tokens, config.tensor_parallel_size).values())
+    return f"cache of one request of {tokens:,} tokens: up to {most / 1024**2:,.1f} MiB on a rank"

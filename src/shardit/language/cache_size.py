@@ -17,22 +17,24 @@ def request_tokens(config: Any, max_model_len: int | None) -> int:
     return max_model_len or room_of(config) or UNLIMITED
 
 
-def cache_bytes(config: Any, count: int, itemsize: int, tokens: int) -> list[int]:
-    """The bytes of the keys and values of each of `count` layers for one request of `tokens` tokens. 0 for layers whose
-    state does not grow, as of Mamba."""
+def cache_bytes(config: Any, count: int, itemsize: int, tokens: int, tensor_ranks: int = 1) -> list[int]:
+    """The bytes of the keys and values of each of `count` layers for one request of `tokens` tokens, on the fullest of
+    the tensor ranks. 0 for layers whose state does not grow, as of Mamba."""
     text = config.get_text_config(decoder=True)
     kinds = list(getattr(text, "layer_types", None) or ())
     kinds = kinds if len(kinds) == count else ["full_attention"] * count
     try:
         own = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
-        return [_held(one, kind, tokens) * itemsize for kind, one in zip(kinds, own, strict=True)]
+        return [_held(one, kind, tokens, tensor_ranks) * itemsize for kind, one in zip(kinds, own, strict=True)]
     except (AttributeError, TypeError):  # a family with other names, or lists of numbers
         return [0] * count
 
 
-def _held(config: Any, kind: str, tokens: int) -> int:
+def _held(config: Any, kind: str, tokens: int, tensor_ranks: int) -> int:
     """The numbers that a layer keeps of a request."""
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
     kept = {"full_attention": tokens, **dict.fromkeys(_WINDOWED, min(tokens, window))}.get(kind, 0)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size * kept
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    latent = getattr(config, "kv_lora_rank", None) is not None  # whole on every tensor rank
+    return 2 * (heads if latent else -(-heads // tensor_ranks)) * size * kept

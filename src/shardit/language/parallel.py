@@ -26,7 +26,7 @@ def is_decoder(model: Any) -> bool:
     return generates and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def spreads(config: DiffusionParallelConfig) -> bool:
+def is_split(config: DiffusionParallelConfig) -> bool:
     """Whether a configuration gives ranks parts of a language model."""
     return config.pipeline_parallel_size * config.tensor_parallel_size > 1
 
@@ -61,7 +61,7 @@ def load_decoder(
     """The language model of a source; each rank reads its slices of its layers. Collective."""
     check_axes(config)
     prepared = PreparedDecoder(source, setting(dtype))
-    if not spreads(config):
+    if not is_split(config):
         return prepared.load_whole("cpu" if device is None else device)
     layout = lay_out_decoder(prepared.module, config)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)

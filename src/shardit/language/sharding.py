@@ -70,11 +70,11 @@ def owners_of(model: Any, config: DiffusionParallelConfig, max_model_len: int | 
     return [stage for stage, count in enumerate(cuts) for _ in range(count)]
 
 
-def cache_of_stages(model: Any, owners: Sequence[int], tokens: int) -> dict[int, int]:
-    """The bytes of the cache of one request of `tokens` tokens, by stage."""
+def cache_of_stages(model: Any, owners: Sequence[int], tokens: int, tensor_ranks: int = 1) -> dict[int, int]:
+    """The bytes of the cache of one request of `tokens` tokens by stage, on the fullest of its tensor ranks."""
     layers, found = {name for name, _ in find_blocks(model)}, dict.fromkeys(owners, 0)
     stages = [stage for (name, _), stage in zip(blocks_of(model), owners, strict=True) if name in layers]
-    cached = cache_bytes(model.config, len(layers), model.dtype.itemsize, tokens)
+    cached = cache_bytes(model.config, len(layers), model.dtype.itemsize, tokens, tensor_ranks)
     for stage, count in zip(stages, cached, strict=True):
         found[stage] += count
     return found

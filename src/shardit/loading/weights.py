@@ -86,13 +86,10 @@ def finish(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> N
 def targets(module: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str] | None = None) -> list[Target]:
     """Return the module's tensors and their file keys. Raises InputError for a parameter that is in no file."""
     keys = file_keys(module, checkpoint) if keys is None else keys
-    groups: dict[int, list[str]] = {}
     held: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
-    for name, tensor in held.items():
-        groups.setdefault(id(tensor), []).append(name)
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     found = []
-    for names in groups.values():
+    for names in tied_names(module):
         key = next((keys[name] for name in names if name in keys), None)
         if key is None and names[0] in parameters:
             raise InputError(
@@ -102,6 +99,14 @@ def targets(module: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str] |
         found.append(Target(tuple(names), key, held[names[0]]))
     _warn_unused(module, checkpoint, [name for name in keys if name not in held])
     return found
+
+
+def tied_names(module: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter and persistent buffer; tied ones have several."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
 
 
 def check_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:

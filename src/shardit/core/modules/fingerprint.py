@@ -140,23 +140,21 @@ class Fingerprint:
         places = *zip(self._children, self._taken[0], strict=True), *zip(self._hooks, self._hooks_before, strict=True)
         contents = [(place, before, dict(place)) for place, before in places if place != before]
         classes = [(m, cls, type(m)) for m, cls in zip(self._modules, self._classes, strict=True) if type(m) is not cls]
-        for entry in entries:
-            entry.set(entry.before)
-        for place, before, _ in contents:
-            place.clear()
-            place.update(before)
-        for module, cls, _ in classes:
-            module.__class__ = cls
+
+        def put(earlier: bool) -> None:
+            for entry in entries:
+                entry.set(entry.before if earlier else entry.now)
+            for place, before, now in contents:
+                place.clear()
+                place.update(before if earlier else now)
+            for module, before, now in classes:
+                module.__class__ = before if earlier else now
+
+        put(earlier=True)
         try:
             yield
         finally:
-            for entry in entries:
-                entry.set(entry.now)
-            for place, _, now in contents:
-                place.clear()
-                place.update(now)
-            for module, _, cls in classes:
-                module.__class__ = cls
+            put(earlier=False)
 
     def hooked(self) -> list[str]:
         """The names of the modules that have forward hooks from outside, each once for every hook; "" is the model."""

@@ -126,7 +126,7 @@ def check_memory(model: Any, owners: Sequence[int], spec: SessionSpec, mesh: Mes
     if spec.gpu_memory_utilization is None or limit is None:
         return
     tokens = request_tokens(model.config, spec.max_model_len)
-    own = cache_of_stages(model, owners, tokens)[mesh.pp_rank]
+    own = cache_of_stages(model, owners, tokens, spec.config.tensor_parallel_size)[mesh.pp_rank]
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
     usable = int(spec.gpu_memory_utilization * limit)
     if weights + own > usable:

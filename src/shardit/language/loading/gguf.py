@@ -17,7 +17,7 @@ from shardit.errors import InputError, UnsupportedError, first_line
 from shardit.language.loading.gguf_header import check_package, parsed_once
 from shardit.loading.meta import build_transformers
 from shardit.loading.safetensors_file import Reads
-from shardit.loading.weights import Target, move_buffers, place
+from shardit.loading.weights import Target, move_buffers, place, tied_names
 
 _OF_LAYER = re.compile(r"blk\.(\d+)\.")
 
@@ -54,7 +54,10 @@ class GGUFFile:
     def load(self, module: Any, owned: Owned, *, device: torch.device | str, reads: Reads | None) -> nn.Module:
         """Fill the parameters of `module` for which `owned(name)` holds, or gives a slice; the others stay on meta.
         Raises InputError where the file lacks one of them."""
-        targets, filled = _targets(module), set()
+        held: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+        groups = tied_names(module)
+        targets = {name: Target(tuple(names), None, held[name]) for names in groups for name in names}
+        filled: set[str] = set()
         for name, values in self._tensors(module, owned, reads):
             target, part = targets.get(name), owned(name)
             if target is None or not part:
@@ -101,12 +104,3 @@ class GGUFFile:
             if made.name in names:
                 yield names[made.name], torch.from_numpy(np.array(made.weights))
         yield from parsed["tensors"].items()
-
-
-def _targets(module: nn.Module) -> dict[str, Target]:
-    """The parameters and persistent buffers of a module by each of their names; tied ones have several."""
-    names: dict[int, list[str]] = {}
-    held: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
-    for name, tensor in held.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name: Target(tuple(names[id(tensor)]), None, tensor) for name, tensor in held.items()}

@@ -15,7 +15,7 @@ from shardit.loading.dtypes import Setting, dtype_of
 from shardit.loading.meta import build
 from shardit.loading.safetensors_file import Reads
 from shardit.loading.transformers_model import load_transformers
-from shardit.loading.weights import Owned
+from shardit.loading.weights import Owned, tied_names
 from shardit.parallel.tensor.apply import owned_slices
 
 if TYPE_CHECKING:
@@ -65,11 +65,9 @@ class PreparedDecoder:
         outside of all blocks."""
         blocks = [name for name, _ in blocks_of(self.module)]
         others = tuple(f"{name}." for name, owner in zip(blocks, layout.owners, strict=True) if owner != coords["pp"])
-        names: dict[int, list[str]] = {}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            names.setdefault(id(tensor), []).append(name)
         # Tied weights have several names, and are needed where one of them is.
-        needed = {name for tied in names.values() for name in tied if any(not one.startswith(others) for one in tied)}
+        groups = tied_names(self.module)
+        needed = {name for tied in groups for name in tied if any(not one.startswith(others) for one in tied)}
         return owned_slices(needed.__contains__, layout.slices, coords["tp"])
 
     def load(

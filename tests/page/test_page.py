@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
@@ -34,6 +35,24 @@ def test_make_see_download_reload_delete(visit: Visit, images: Served) -> None:
     card.get_by_role("button", name="Delete?").click()
     expect(card).to_have_count(0)
     assert images.call("GET", f"/v1/images/{job_id}")[0] == 404
+
+
+def test_each_edited_form_is_sent_and_a_double_click_sends_once(visit: Visit, images: Served) -> None:
+    held: list[Route] = []
+    visit.page.route("**/v1/images/generations", lambda route: held.append(route))
+    visit.generate("answered late")
+    visit.page.get_by_role("button", name="Generate").click()  # nothing was typed since
+    visit.generate("typed meanwhile")
+    expect(visit.page.locator("#send")).to_have_attribute("aria-busy", "true")
+    visit.page.wait_for_function("() => true")  # lets the routes arrive
+    prompts = [json.loads(route.request.post_data or "")["prompt"] for route in held]
+    assert prompts == ["answered late", "typed meanwhile"]
+    for route in reversed(held):
+        route.continue_()
+    for prompt in prompts:
+        visit.loaded(prompt)
+        expect(visit.card(prompt)).to_have_count(1)
+    expect(visit.page.locator("#send")).not_to_have_attribute("aria-busy", "true")
 
 
 def test_watch_and_cancel(visit: Visit, images: Served) -> None:

@@ -168,6 +168,7 @@ function refill(settings) {
   for (const name of fields.keys()) {
     if (name !== "image") input(name).value = settings[name] ?? "";
   }
+  form.dispatchEvent(new Event("input")); // as if it had been typed
   document.getElementById("more").open = inMore().some((name) => shown(name) && input(name).value !== "");
   form.elements.prompt.focus();
 }
@@ -177,6 +178,7 @@ function choose(...files) {
   const chosen = new DataTransfer();
   for (const file of image.multiple ? files : files.slice(0, 1)) chosen.items.add(file);
   image.files = chosen.files;
+  form.dispatchEvent(new Event("input"));
   showPreview();
 }
 

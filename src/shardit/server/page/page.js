@@ -22,6 +22,8 @@ let folder = null; // "v1/images" or "v1/videos", once the server has told
 let pages = 1; // how much of the past is shown
 let timer = 0;
 let looking = false;
+let sending = 0; // requests of the form that have no answer yet
+let edited = false; // since the last of them
 
 // Looking.
 
@@ -158,12 +160,16 @@ async function follow(entry) {
 
 // What the user does.
 
+$("form").addEventListener("input", () => (edited = true));
 $("form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const button = $("send");
-  if (button.ariaBusy === "true") return;
-  button.ariaBusy = "true"; // a disabled button would lose the focus
-  const job = await send().finally(() => (button.ariaBusy = null));
+  if (sending > 0 && !edited) return; // a double click
+  edited = false;
+  sending++;
+  $("send").ariaBusy = "true"; // a disabled button would lose the focus
+  const job = await send().finally(() => {
+    if (--sending === 0) $("send").ariaBusy = null;
+  });
   if (!job) return;
   put(job);
   $("announce").textContent = `Accepted: ${job.prompt}`;

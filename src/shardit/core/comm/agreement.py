@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardit.core.comm.barrier import sendable
 from shardit.core.comm.p2p import Comm
 from shardit.core.runtime.digests import SUMMED, digests, short_hash, state_bytes
 from shardit.core.runtime.randomness import States, moved, states
 from shardit.errors import InputError, UnsupportedError
+
+log = logging.getLogger(__name__)
 
 SEEDS = (
     "seed alike on every rank: generator=torch.Generator().manual_seed(n), or torch.manual_seed(n) where none is given"
@@ -32,6 +36,9 @@ KINDS = {
 _UNUSED = b"\0" * 8
 """Sent for a generator that a rank has not used."""
 
+_DRAWING, _FAILED = short_hash(b"drawing"), short_hash(b"failed")
+"""Sent by a rank that drew alone, and by one on which a model failed."""
+
 
 @dataclass
 class Agreement:
@@ -39,7 +46,7 @@ class Agreement:
 
     depth: number of nested pipeline calls. marked: whether the first latents of the outermost one have been compared.
     differ: the global generators that are not the same on all ranks. drawing: names of models that drew random numbers
-    on this rank only.
+    on this rank only. failure: the first error of a model on this rank only.
     """
 
     ranks: Comm
@@ -47,6 +54,7 @@ class Agreement:
     marked: bool = False
     differ: tuple[str, ...] = ()
     drawing: set[str] = field(default_factory=set)
+    failure: Exception | None = None
 
     @contextmanager
     def call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -58,11 +66,27 @@ class Agreement:
             return
         device, self.marked = self.ranks.group.device, False
         self.drawing.clear()
+        self.failure = None
         before = states(device, [])
         self.differ = self._compare(name, digests(arguments()), before)
-        with self._deeper():
-            yield
-        self._check_draws(name, before, states(device, []))
+        try:
+            with self._deeper():
+                yield
+        except Exception as error:
+            if self.failure is not None:  # which this one follows from
+                raise self.failure from error
+            raise
+        self._check_end(name, before, states(device, []))
+
+    def defer(self, name: str, failure: Exception) -> bool:
+        """Note an error of a model on this rank only, to be raised on all ranks at the end of the pipeline's call.
+        Return whether there is such a call."""
+        if not self.depth:
+            return False
+        if self.failure is None:
+            self.failure = failure
+            log.error("%s: %s: %s; all ranks raise this at the end of the call", name, type(failure).__name__, failure)
+        return True
 
     def mark(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
         """Compare the first call of a model inside a call of a pipeline: the noise has been drawn. Collective."""
@@ -109,15 +133,18 @@ class Agreement:
             )
         return tuple(kind for kind, other in zip(KINDS, differ[1:], strict=True) if other)
 
-    def _check_draws(self, name: str, before: States, after: States) -> None:
-        """At the end of a call: check that generators that were equal still are, and that the others were not used.
-        Collective, one message."""
+    def _check_end(self, name: str, before: States, after: States) -> None:
+        """At the end of a call: check that no rank failed, that generators that were equal still are, and that the
+        others were not used. Collective, one message."""
         drawn = moved(before, after)
-        mine = [short_hash(b"drawing") if self.drawing else _UNUSED]
+        mine = [_FAILED if self.failure is not None else _DRAWING if self.drawing else _UNUSED]
         mine += [_bytes_of(kind, drawn, after, kind in self.differ) for kind in KINDS]
         gathered = [
             [one[i : i + 8] for i in range(0, len(one), 8)] for one in self.ranks.group.gather_bytes(b"".join(mine))
         ]
+        if any(one[0] == _FAILED for one in gathered):
+            found = self.ranks.group.gather_objects(None if self.failure is None else sendable(self.failure))
+            raise self.failure or next(error for error in found if error is not None)
         if any(one[0] != _UNUSED for one in gathered):
             raise UnsupportedError(f"{name} called a model that {DRAWS}")
         for number, kind in enumerate(KINDS, start=1):

@@ -138,7 +138,10 @@ class PendingTensor(torch.Tensor):
             if out is not None:
                 return out
         # No guard is held here: waiting may switch to another coroutine.
-        materialize((args, kwargs))
+        try:
+            materialize((args, kwargs))
+        except TypeError as error:  # which torch would take for one of the operator, and try the other operand
+            raise RuntimeError(f"TypeError: {error}") from error
         return func(*args, **kwargs)
 
 

@@ -28,6 +28,10 @@ class _Leave(BaseException):
     """Leaves a forward early, when this rank has run its last block. Not an Exception: models may catch those."""
 
 
+class BlockError(RankError):
+    """An error of a block in a later call, of which the other ranks do not know."""
+
+
 class StagedCall:
     """A forward in flight (a `Flight`), and the interceptor of its block calls while it runs.
 
@@ -45,7 +49,7 @@ class StagedCall:
     ):
         self.local, self.plan, self.owners = local, local.plan, local.plan.owners
         self.finished = False
-        self.failure: BaseException | None = None  # of a self-check
+        self.failure: BaseException | None = None  # after which nothing is computed, but all messages are sent
         self._cut, self._runtime, self._forward, self._call, self._poison = cut, runtime, forward, call, poison
         self._route = runtime.route.of_one(runtime.guidance.index) if poison else runtime.route
         self._site = 0
@@ -102,12 +106,13 @@ class StagedCall:
     # The forward, in its coroutine.
 
     def _advance(self, segment: int) -> None:
-        """Go on. A self-check goes on after a failure too, so that no rank waits for what never comes."""
+        """Go on. After a failure of a self-check, or of a block inside a pipeline's call (which raises it at its end,
+        on all ranks), the messages are still sent, so that no rank waits for what never comes."""
         try:
             if self.failure is None:
                 self._resume()
         except Exception as error:
-            if not self._poison:
+            if not self._poison and not self._is_deferred(error):
                 raise
             self.failure = error.__cause__ or error
         if self.failure is not None and segment < len(self.plan.hops):
@@ -126,9 +131,17 @@ class StagedCall:
         except Exception as error:
             if self._site == 0:
                 raise  # in the prologue, which every rank runs: the caller's error
-            raise RankError(self._runtime.mesh.rank, traceback.format_exc()) from error
+            raise BlockError(self._runtime.mesh.rank, traceback.format_exc()) from error
         finally:
             self._cut.calls.interceptor = None
+
+    def _is_deferred(self, error: Exception) -> bool:
+        """Whether the call of the pipeline raises the error of a block at its end. Its results are NaN until then."""
+        if not isinstance(error, BlockError) or not self._runtime.defer(self._cut.name, error.__cause__):
+            return False
+        for _, view in self._result.views():
+            view.fill_(float("nan") if view.dtype.is_floating_point or view.dtype.is_complex else 0)
+        return True
 
     def _run(self) -> None:
         try:

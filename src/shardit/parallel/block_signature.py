@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from torch import nn
 
 from shardit.core.modules.fingerprint import FORWARD, PROCESSOR
 from shardit.core.modules.hooks import from_outside
+from shardit.core.modules.kept import is_object
 
 PACKAGE = str(Path(__file__).parents[1])
 """Where the code of this package lies."""
 
 
-def fingerprint(block: nn.Module, ignored: Container[str] = ()) -> str:
+def fingerprint(block: nn.Module, ignored: Callable[[type], Container[str]] = lambda cls: ()) -> str:
     """Return a digest of everything that distinguishes blocks: classes, parameters, and plain attributes of all
-    submodules except those that are `ignored`.
+    submodules except those that are `ignored` for their class; objects by identity.
 
     Blocks with the same digest run the same code in the same configuration on data of the same shapes. Two blocks have
     the same digest on every rank or on none, even if a block's data is not there.
@@ -33,9 +35,11 @@ def fingerprint(block: nn.Module, ignored: Container[str] = ()) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
-def _described(thing: Any, ignored: Container[str]) -> tuple[Any, ...]:
-    plain = {k: v for k, v in vars(thing).items() if k not in ignored and _is_plain(v)}
-    return type(thing).__module__, type(thing).__qualname__, sorted(plain.items(), key=lambda item: item[0])
+def _described(thing: Any, ignored: Callable[[type], Container[str]]) -> tuple[Any, ...]:
+    cls, without = type(thing), ignored(type(thing))
+    plain = {k: v for k, v in vars(thing).items() if k not in without and _is_plain(v)}
+    objects = {k: id(v) for k, v in vars(thing).items() if is_object(v)}
+    return cls.__module__, cls.__qualname__, sorted(plain.items(), key=itemgetter(0)), sorted(objects.items())
 
 
 def _put_on(module: nn.Module) -> Iterator[int]:

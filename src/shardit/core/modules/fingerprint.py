@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from shardit.core.modules.hooks import from_outside
-from shardit.core.modules.kept import NOTHING, Difference, Kept
+from shardit.core.modules.kept import NOTHING, Difference, Kept, is_object
 from shardit.core.modules.patching import plain_type
 
 PROCESSOR = "processor"
@@ -79,7 +79,8 @@ class Fingerprint:
         self._settings = Kept(self._set_up.values())
 
     def _with_settings(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Return the dicts with settings, by the names of their modules and processors, each once."""
+        """Return the dicts with settings, by the names of their modules, processors and other objects in attributes of
+        modules, each once."""
         found, seen = dict(zip(self._names, self._own, strict=True)), set[int]()
         for name in names:
             processor = found[name].get(PROCESSOR)
@@ -88,6 +89,10 @@ class Fingerprint:
                 if id(own) not in seen:
                     seen.add(id(own))
                     yield path, own
+            for attribute, value in sorted(found[name].items()):
+                if is_object(value) and id(vars(value)) not in seen:
+                    seen.add(id(vars(value)))
+                    yield f"{name}.{attribute}", vars(value)
 
     def changed(self) -> bool:
         """Return whether anything may differ from when this was taken."""

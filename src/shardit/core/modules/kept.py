@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -125,6 +125,13 @@ def is_setting(value: Any) -> bool:
     if isinstance(value, COLLECTIONS):
         return len(value) <= LONGEST and all(isinstance(item, PLAIN) for item in _items(value))
     return isinstance(value, PLAIN) or (not isinstance(value, nn.Module) and _is_code(value))
+
+
+def is_object(value: Any) -> bool:
+    """Return whether a value is an object of other attributes, which may be settings: no module, tensor, class or
+    function."""
+    known = (*PLAIN, *COLLECTIONS, nn.Module, torch.Tensor, torch.Generator, type, ModuleType)
+    return hasattr(value, "__dict__") and not isinstance(value, known) and not callable(value)
 
 
 def _is_code(value: Any) -> bool:

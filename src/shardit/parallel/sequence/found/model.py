@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.modules.state.module_state import apart, new_values, restore, state_of
 from shardit.core.runtime.flat_call import modes
-from shardit.core.runtime.pending import PendingTensor, materialize
+from shardit.core.runtime.numbers_seen import NumbersSeen, floats_in
+from shardit.core.runtime.pending import PendingTensor, materialize, materialize_leaves
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.stages.stages import Stages
 from shardit.errors import RankError, UnsupportedError
@@ -40,10 +41,11 @@ MAX_STEPS = 1024
 
 @dataclass
 class Flow:
-    """One running forward: shards of the arguments of its blocks."""
+    """One running forward: shards of the arguments of its blocks. numbers: the kind of the numbers that it is given."""
 
     owner: SequenceParallel
     cache: Cache
+    numbers: Any
     in_block: bool = False
 
 
@@ -77,6 +79,7 @@ class SequenceParallel:
     _owned: list[bool] = field(default_factory=list)
     _plans: dict[Any, list[tuple[BlockPlan, Any]]] = field(default_factory=dict)
     _steps: dict[Any, Step] = field(default_factory=dict)
+    _numbers: NumbersSeen = field(default_factory=NumbersSeen)
 
     # Calls of the model and of a block.
 
@@ -85,8 +88,9 @@ class SequenceParallel:
         running = _flow.get()
         if running is not None and running.owner is self:  # the forward calls the model itself
             return call(*args, **kwargs)
-        materialize((args, kwargs))
-        token = _flow.set(Flow(self, Cache(self.attention.sp)))
+        leaves = tree_leaves((args, kwargs))
+        materialize_leaves(leaves)
+        token = _flow.set(Flow(self, Cache(self.attention.sp), self._numbers.kind(floats_in(leaves))))
         try:
             with torch.no_grad():
                 out = call(*args, **kwargs)
@@ -101,7 +105,7 @@ class SequenceParallel:
         if flow is None or flow.owner is not self or flow.in_block:
             return call(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
-        step = self._step(index, call, leaves, spec)
+        step = self._step(flow, index, call, leaves, spec)
         if step.plan is None:
             materialize(leaves)
             return call(*args, **kwargs)
@@ -151,10 +155,10 @@ class SequenceParallel:
 
     # Kinds of block calls.
 
-    def _step(self, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> Step:
+    def _step(self, flow: Flow, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> Step:
         shapes = [_shape(leaf) for leaf in leaves]
         processors = tuple(type(own.get(PROCESSOR)) for own in self._attentions[index])
-        kind = (self._fingerprints[index], processors, spec, tuple(map(value_key, leaves)), modes())
+        kind = (self._fingerprints[index], processors, spec, tuple(map(value_key, leaves)), flow.numbers, modes())
         key = (kind, tuple(shapes))
         step = self._steps.get(key)
         if step is None:

@@ -26,6 +26,7 @@ from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import Made, share_subclass, subclass_in_place
 from shardit.core.runtime.coroutine import undisturbed, yielding_coroutine
 from shardit.core.runtime.flat_call import modes
+from shardit.core.runtime.numbers_seen import NumbersSeen
 from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.hook import attention_is_taken
 from shardit.parallel.block_signature import fingerprint, value_key
@@ -38,8 +39,12 @@ from shardit.parallel.tensor.whole import whole_for_good
 
 log = logging.getLogger(__name__)
 
-NAME, PLACES = "shardit_unit", ("shardit_unit", "layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
-"""Attributes of modules that number otherwise equal ones; the first is ours."""
+NAME = "shardit_unit"
+"""The attribute of a unit that has its name."""
+
+PLACES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
+"""Attributes that number otherwise equal modules. Classes from the library of the model look up their caches with these;
+other code may do anything with them."""
 
 
 @dataclass
@@ -58,6 +63,8 @@ class Checks:
     pending: set[str] = field(default_factory=set)
     whole: dict[str, str] = field(default_factory=dict)
     _right: set[Any] = field(default_factory=set)
+    _numbers: NumbersSeen = field(default_factory=NumbersSeen)
+    _given: Any = None
     _calls: set[Any] = field(default_factory=set)
     _attentions: dict[str, nn.Module] = field(default_factory=dict)
     _asked: bool = False
@@ -67,9 +74,13 @@ class Checks:
         """Begin a call of the component: if it is of a new kind, or processors have changed, its units are compared."""
         found = [getattr(attention, PROCESSOR) for attention in self._attentions.values()]
         processors = tuple(p if isinstance(p, nn.Module) else type(p) for p in found)
-        key = (_outline(args), _outline(kwargs), torch.is_inference_mode_enabled(), self.model.training, processors)
+        numbers: list[float] = []
+        outline = _outline(args, numbers), _outline(kwargs, numbers)
+        given = self._numbers.kind(numbers)
+        key = (outline, given, torch.is_inference_mode_enabled(), self.model.training, processors)
         if key in self._calls:
             return nullcontext()
+        self._given = outline, given
         adopt_processors(self._attentions, self.plan, self.ranks)
         return self._looking(key, bool(kwargs.get("output_attentions")))
 
@@ -106,7 +117,8 @@ class Checks:
         self.pending.discard(name)
         leaves, spec = tree_flatten((args, kwargs))
         materialize(leaves)
-        kind = (self._kind(name), str(spec), tuple(map(value_key, leaves)), modes(), unit.training, self._asked)
+        values = tuple(map(value_key, leaves))
+        kind = (self._kind(name), str(spec), values, self._given, modes(), unit.training, self._asked)
         if kind in self._right or _filled(unit, args, kwargs):
             return plain(unit, *args, **kwargs)
         self._comparing = True
@@ -136,7 +148,12 @@ class Checks:
         """Return a key for units that are cut alike and run the same code; the same on all ranks or on none."""
         inside = f"{name}." if name else ""
         totals = [(key[len(inside) :], cut) for key, cut in self.plan.cuts.items() if key.startswith(inside)]
-        return fingerprint(self.model.get_submodule(name), PLACES), tuple(totals)
+        return fingerprint(self.model.get_submodule(name), self._ignored), tuple(totals)
+
+    def _ignored(self, cls: type) -> tuple[str, ...]:
+        """Return the attributes of a class that do not decide of which kind a unit is."""
+        own, of_model = (one.__module__.partition(".")[0] for one in (cls, type(self.model)))
+        return (NAME, *PLACES) if own == of_model else (NAME,)
 
     def _give_up(self, name: str, why: str) -> None:
         """Make all units like this one whole."""
@@ -155,14 +172,19 @@ class Checks:
             log.warning("%s: %s%s are whole on every tensor rank from now on: %s", self.title, name, more, why)
 
 
-def _outline(value: Any) -> Any:
-    """Return structure, types and dimensions of the arguments, as `mode_key` does, in a tenth of its time."""
+def _outline(value: Any, numbers: list[float]) -> Any:
+    """Return structure, types and dimensions of the arguments, as `mode_key` does in ten times its time, and values
+    that control code. Adds numbers to `numbers`."""
     if isinstance(value, torch.Tensor):
         return (value.ndim, value.dtype)
     if isinstance(value, dict):
-        return tuple((name, _outline(v)) for name, v in value.items())
+        return tuple((name, _outline(v, numbers)) for name, v in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(map(_outline, value))
+        return tuple(_outline(item, numbers) for item in value)
+    if type(value) in (bool, str):
+        return value
+    if type(value) in (int, float):
+        numbers.append(value)
     return type(value)
 
 

@@ -21,7 +21,7 @@ import shardit
 from shardit import DiffusionParallelConfig, InputError
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.fingerprint import Fingerprint
-from shardit.core.modules.kept import Kept
+from shardit.core.modules.snapshot import Snapshot
 from shardit.core.modules.units import find_units
 from shardit.models import tiny
 from tests.diffusion.test_changes import flux, lora, run, step, unet
@@ -466,10 +466,10 @@ def test_what_changes_can_be_undone_for_a_while() -> None:
 
 def test_settings_that_cannot_be_compared() -> None:
     holder: dict[str, Any] = {"numbers": torch.ones(3), "scale": 1.0, "act": torch.relu}
-    kept = Kept([holder])
+    snapshot = Snapshot([holder])
     holder["numbers"] = torch.ones(3)
-    assert kept.differences() == []
+    assert snapshot.differences() == []
     holder.update(scale=2.0, act=torch.tanh, fresh=[1])
-    assert [found.name for found in kept.differences()] == ["act", "fresh", "scale"]
-    kept.take()
-    assert not kept.changed()
+    assert [found.name for found in snapshot.differences()] == ["act", "fresh", "scale"]
+    snapshot.update()
+    assert not snapshot.changed()

@@ -13,8 +13,8 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig
 from shardit.core.modules.fingerprint import PROCESSOR, Change, Fingerprint
 from shardit.core.modules.hints import Plan
-from shardit.core.modules.kept import PLAIN
 from shardit.core.modules.patching import plain_class, subclass_in_place
+from shardit.core.modules.snapshot import PLAIN
 from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import dropout_in_training
@@ -109,7 +109,7 @@ class Placed:
 
     def end(self) -> None:
         """Take the settings as they are after a call for what is right: a forward may count its calls in one."""
-        self._taken.take_settings()
+        self._taken.update_settings()
         stages = getattr(self.module, "shardit_stages", None)
         if stages is not None:
             stages.first.end()

@@ -72,7 +72,7 @@ class Fingerprint:
         self._detail = [self._entries(own) for own in self._own]
         self._hooks = [own[kind] for own in self._own for kind in HOOKS]
         self._hooks_before = list(map(dict, self._hooks))
-        self._user_hooks_before = self._user_hooks()
+        self._hooks_of_users = self._user_hooks()
         processors = [own[PROCESSOR] for own in self._own if own.get(PROCESSOR) is not None]
         kinds = dict.fromkeys([*self._classes, *map(type, processors)])
         self._members = Snapshot(dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object))
@@ -95,9 +95,7 @@ class Fingerprint:
         """Return whether the model may differ from this fingerprint."""
         if self._classes != list(map(type, self._modules)) or self._members.changed() or self._settings.changed():
             return True
-        if (self._children, self._overrides()) != self._before:
-            return True
-        return self._user_hooks() != self._user_hooks_before
+        return (self._children, self._overrides()) != self._before or self._user_hooks() != self._hooks_of_users
 
     def changes(self) -> list[Change]:
         """Return the differences, in order of names. Modules below a replaced module are not compared."""
@@ -119,7 +117,7 @@ class Fingerprint:
                 found += [Change(path, d.name, d.before, d.now, d.holder) for d in members if d.holder in kind.__mro__]
         names = list(self._configured)
         found += [Change(names[d.number], d.name, d.before, d.now) for d in self._other_settings()]
-        before, now = self._user_hooks_before, self._user_hooks()
+        before, now = self._hooks_of_users, self._user_hooks()
         others = sorted({*before} ^ {*now})  # in the same order on every rank
         found += [Change(name, "hooks", None, None) for name, _ in others]
         if not found:  # only classes that this package has derived since

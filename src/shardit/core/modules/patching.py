@@ -73,19 +73,17 @@ def hides(cls: type, home: type, name: str) -> bool:
     return False
 
 
-SharedClasses = dict[tuple[Any, ...], type]
+Subclasses = dict[tuple[Any, ...], type]
 """Classes derived by `share_subclass`, by original class and key."""
 
 
-def share_subclass(
-    module: Any, shared: SharedClasses, key: tuple[Any, ...], members: Callable[[], dict[str, Any]]
-) -> None:
+def share_subclass(module: Any, known: Subclasses, key: tuple[Any, ...], members: Callable[[], dict[str, Any]]) -> None:
     """Like `subclass_in_place`, with one subclass for all modules of a class and key, so they share compiled code."""
     key = (type(module), *key)
-    if key not in shared:
+    if key not in known:
         subclass_in_place(module, members())
-        shared[key] = type(module)
-    module.__class__ = shared[key]
+        known[key] = type(module)
+    module.__class__ = known[key]
 
 
 def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import nbytes
-from shardit.core.modules.patching import SharedClasses, put, subclass_in_place
+from shardit.core.modules.patching import Subclasses, put, subclass_in_place
 from shardit.core.placement.balance import WHOLE_SHARE, even_shares
 from shardit.core.placement.roles import Roles
 from shardit.core.placement.slices import Owned, Shards, Slice
@@ -156,7 +156,7 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
         part: Any = module.get_submodule(name)
         for attribute, values in numbers.items():
             set_number(part, attribute, values[ranks.index])
-    made: SharedClasses = {}
+    made: Subclasses = {}
     for name, role in plan.roles.items():
         install_role(module.get_submodule(name), role, ranks, made)
     take_slices_of(module, plan, ranks.index)

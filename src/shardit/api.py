@@ -31,8 +31,8 @@ from shardit.diffusion.sharding.connect import (
     shard_model,
     take_compilers,
 )
-from shardit.diffusion.sharding.decision import decided_alike, describe_blocks, describe_layout
-from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
+from shardit.diffusion.sharding.decision import collective_decision, describe_blocks, describe_layout
+from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
 from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
 from shardit.language.loading.prepared import check_decoder_options
@@ -84,7 +84,7 @@ def parallelize(
     mesh = runtime.mesh if runtime else init_mesh(config, device=device_of(given), timeout_s=timeout_s)
     _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
-        warn_of(filter(None, [idle_chunks(config)]), mesh)
+        warn_unmet(filter(None, [idle_chunks(config)]), mesh)
         return module_or_pipeline
     compilers: dict[str, Any] = {}
 
@@ -126,11 +126,11 @@ def _whole(
             refuse_compiled(name, modules[name], ())
         return found
 
-    layout = decided_alike(runtime.replica, type(pipe).__name__, decide, describe_layout)
+    layout = collective_decision(runtime.replica, type(pipe).__name__, decide, describe_layout)
     if layout is None:
         join(pipe, runtime)
         return
-    warn_of(layout.assignment.unmet, runtime.mesh)
+    warn_unmet(layout.assignment.unmet, runtime.mesh)
     shard_components(modules, layout.cuts, runtime.mesh)
     connect(pipe, layout, runtime, config)
     for name, compiler in compilers.items():
@@ -159,9 +159,9 @@ def _alone(
         notes.extend(filter(None, [note]))
         return slices, cut
 
-    slices, cut = decided_alike(runtime.replica, type(model).__name__, decide, describe_blocks)
+    slices, cut = collective_decision(runtime.replica, type(model).__name__, decide, describe_blocks)
     if cut is not None:
-        warn_of(notes, runtime.mesh)
+        warn_unmet(notes, runtime.mesh)
         shard_components({ALONE: model}, slices, runtime.mesh)
         shard_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
 
@@ -223,7 +223,7 @@ def load_parallel(
     layout = lay_out(prepared.modules, prepared.cls, config, max_in_flight=max_in_flight, plans=plan)
     pipe: Any = load_pipeline(prepared, layout.owned(prepared.modules, mesh.member()), device=mesh.device, reads=reads)
     assignment = layout.assignment
-    warn_of(assignment.unmet, mesh)
+    warn_unmet(assignment.unmet, mesh)
     use_vae_options(pipe, options)
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
     for name in assignment.cut:
@@ -232,7 +232,7 @@ def load_parallel(
     runtime = None
     if len(mesh.replica.ranks) > 1:
         runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
-        decided_alike(runtime.replica, type(pipe).__name__, lambda: layout, describe_layout)
+        collective_decision(runtime.replica, type(pipe).__name__, lambda: layout, describe_layout)
         refuse_shared_blocks(pipe, assignment)
         shard_components(pipe.components, layout.cuts, mesh)
         connect(pipe, layout, runtime, config)

@@ -10,7 +10,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.sharding.changes import refuse_compiled
-from shardit.diffusion.sharding.decision import decided_alike, describe_slices
+from shardit.diffusion.sharding.decision import collective_decision, describe_slices
 from shardit.errors import InputError
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import DecoderSource
@@ -49,7 +49,7 @@ def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, 
     def describe(found: DecoderLayout) -> dict[str, str]:
         return {"the layers": repr(found.owners) + describe_slices(found.slices)}
 
-    layout = decided_alike(runtime.replica, name, decide, describe)
+    layout = collective_decision(runtime.replica, name, decide, describe)
     set_mesh_of_model(mesh)
     over_ranks(model, runtime, layout, config)
     return model

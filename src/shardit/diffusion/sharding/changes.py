@@ -1,6 +1,6 @@
-"""What was changed of a sharded component since it was sharded: followed where that is right, refused where it is not.
+"""Changes of a sharded component after it was sharded: applied if that is possible, refused otherwise.
 
-A change is made alike on every rank, as everything is, so all ranks come to the same end here, without a message.
+Changes are the same on every rank, so all ranks reach the same decision here without communication.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ if TYPE_CHECKING:
     from shardit.diffusion.sharding.placed import Placed
 
 COMPILED = "_orig_mod"
-"""Where the module is inside the wrapper that torch.compile makes of one."""
+"""Name of the module in the wrapper that torch.compile returns."""
 
 BLOCKWISE = "call compile_repeated_blocks() on it instead"
-"""What works for models of diffusers that are run by several ranks."""
+"""Advice for models of diffusers that several ranks run together."""
 
 
 def unwrap(module: Any) -> tuple[Any, Any]:
-    """What torch.compile has made a wrapper of, and what compiles (None where it is no wrapper)."""
+    """Return the module in a wrapper of torch.compile, and its compiler; the module itself and None if there is no
+    wrapper."""
     found = getattr(module, "_modules", {}).get(COMPILED)
     return (module, None) if found is None else (found, getattr(module, "dynamo_ctx", None))
 
 
 def unwrap_parts(model: nn.Module) -> None:
-    """Take the wrappers of torch.compile around parts of a model away, in place, and let the parts compile themselves:
-    names, and what is done at calls, are then those of the parts."""
+    """Remove wrappers of torch.compile around parts of a model, in place, and compile the calls of the parts instead:
+    names and interceptors of the parts then stay in effect."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             part, compiler = unwrap(child)
@@ -44,13 +45,13 @@ def unwrap_parts(model: nn.Module) -> None:
 
 
 def compile_call(module: nn.Module, compiler: Any) -> None:
-    """Have a module compile its own calls, as `module.compile()` does, with the settings of another compilation."""
+    """Compile the calls of a module, as `module.compile()` does, with an existing compiler and its settings."""
     module._compiled_call_impl = compiler(module._call_impl)
 
 
 def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> None:
-    """Raise UnsupportedError where the whole of `model`, or one of the parts, is compiled: it waits for other ranks
-    inside."""
+    """Raise UnsupportedError if the whole `model`, or one of the parts, is compiled: its forward waits for other
+    ranks."""
     if any(getattr(part, "_compiled_call_impl", None) is not None for part in (model, *parts)):
         advice = BLOCKWISE if hasattr(model, "compile_repeated_blocks") else "leave it uncompiled"
         raise UnsupportedError(
@@ -59,13 +60,13 @@ def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> 
 
 
 def cut_blocks(model: Any) -> list[tuple[str, nn.Module]]:
-    """The blocks of a model at whose calls it is cut, by name."""
+    """Return the blocks of a model whose calls are intercepted, by name."""
     stages, sequence = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
     return [*getattr(getattr(stages, "cut", None), "blocks", ()), *getattr(sequence, "blocks", ())]
 
 
-def follow(placed: Placed, changes: list[Change]) -> None:
-    """Make what was changed right. Raises UnsupportedError where that cannot be done."""
+def apply_changes(placed: Placed, changes: list[Change]) -> None:
+    """Apply changes of a component to its sharded parts. Raises UnsupportedError if that is not possible."""
     model: Any = placed.module
     if placed.denoises:
         refuse_compiled(placed.title, model, ())
@@ -81,7 +82,7 @@ def follow(placed: Placed, changes: list[Change]) -> None:
     for change in changes:
         _refuse_hidden(placed, change, parts.get(change.module))
     if placed.slices is not None:
-        _follow_slices(placed, changes)
+        _apply_to_slices(placed, changes)
     for name in ("shardit_stages", "shardit_sequence", "shardit_overlap"):
         known = getattr(model, name, None)
         if known is not None:
@@ -100,20 +101,20 @@ def _same_module(placed: Placed, name: str, module: nn.Module) -> None:
 
 
 def _own_interceptors(placed: Placed) -> None:
-    """Raise UnsupportedError where a block has lost its interceptor with its class, or has that of another block."""
+    """Raise UnsupportedError if a new class of a block has no interceptor, or that of another block."""
     found: dict[Any, nn.Module] = {}
     for name, block in cut_blocks(placed.module):
         own = next((c for c in type(block).__mro__ if SWAPPED in vars(c) and "__call__" in vars(c)), None)
         if own is None or found.setdefault(own, block) is not block:
             raise UnsupportedError(
-                f"{placed.title}.{name} was given another class after parallelize, which knows nothing of the other "
-                "ranks: do it before, or derive the class from type() of the block"
+                f"{placed.title}.{name} was given another class after parallelize, which does not communicate with "
+                "other ranks: do it before, or derive the class from type() of the block"
             )
 
 
 def _refuse_hidden(placed: Placed, change: Change, module: nn.Module | None) -> None:
-    """Raise UnsupportedError where what ranks do together hides the new member of a module's class, or is lost. module:
-    None for a processor."""
+    """Raise UnsupportedError if an interceptor hides the new member of a module's class, or is lost. module: None for a
+    processor."""
     if module is not None and change.home is not None and hides(type(module), change.home, change.name):
         raise UnsupportedError(
             f"{placed.title}{'.' if change.module else ''}{change.module}: the {change.name} of its class was replaced "
@@ -121,9 +122,9 @@ def _refuse_hidden(placed: Placed, change: Change, module: nn.Module | None) -> 
         )
 
 
-def _follow_slices(placed: Placed, changes: list[Change]) -> None:
-    """Only what is known to be right may come next to linears that are cut: LoRA, and attention processors, of which
-    tensor parallelism takes care itself."""
+def _apply_to_slices(placed: Placed, changes: list[Change]) -> None:
+    """Apply changes next to sliced linears. Only LoRA and attention processors are allowed, which tensor parallelism
+    handles itself. Raises UnsupportedError for all others."""
     assert placed.slices is not None
     cut = {name.rpartition(".")[0] for name in placed.slices.cuts} | set(placed.slices.roles)
     places = {name.rpartition(".")[0].rpartition(".")[0] for name in placed.slices.cuts}
@@ -155,9 +156,9 @@ def _follow_slices(placed: Placed, changes: list[Change]) -> None:
 
 
 def _refuse_own_forward(placed: Placed, change: Change) -> None:
-    """Raise UnsupportedError for a forward that was put in place of that of a cut module (some LoRA loaders do so),
-    unless a hook of diffusers or accelerate did it, which goes on to call the one before."""
-    module = _base(placed.module.get_submodule(change.module))  # an adapter may have come around it
+    """Raise UnsupportedError for a forward that replaces that of a sliced module (some LoRA loaders do so), unless a
+    hook of diffusers or accelerate set it, which still calls the original."""
+    module = _base(placed.module.get_submodule(change.module))  # an adapter may wrap it by now
     if not (hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")):
         raise UnsupportedError(
             f"{placed.title}.{change.path} was replaced after parallelize, where tensor ranks add up their parts: "
@@ -166,7 +167,7 @@ def _refuse_own_forward(placed: Placed, change: Change) -> None:
 
 
 def _adapted(change: Change) -> bool:
-    """Whether an adapter came around a linear, or went."""
+    """Return whether an adapter around a linear was added or removed."""
     return _base(change.before) is _base(change.now)
 
 

@@ -17,7 +17,7 @@ import transformers
 from shardit import DiffusionParallelConfig, RankError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import lay_out_decoder, over_ranks
+from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families
 from tests.language.cases import CASES, compare
 from tests.support.ranks import RanksFailed, run_ranks
@@ -45,7 +45,7 @@ def measure(rank: int, count: int, method: str, names: list[str], axis: str) -> 
         try:
             plain, model = families.make(name), families.make(name)
             layout = lay_out_decoder(model, config)
-            over_ranks(model, runtime, layout, config)
+            shard_decoder(model, runtime, layout, config)
             for case in CASES:
                 try:
                     results.append(compare(plain, model, case, close))

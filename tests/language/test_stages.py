@@ -17,7 +17,7 @@ import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import at_once, lay_out_decoder, over_ranks, owners_of
+from shardit.language.sharding import lay_out_decoder, owners_of, run_interleaved, shard_decoder
 from tests.language import families
 from tests.language.cases import CASES, compare, errors_of
 from tests.support.ranks import run_ranks
@@ -37,7 +37,7 @@ def started(rank: int, count: int, method: str) -> Runtime:
 def spread(name: str, runtime: Runtime, **changes: Any) -> Any:
     model = families.make(name, **changes)
     config = DiffusionParallelConfig(pipeline_parallel_size=runtime.mesh.pp_size)
-    over_ranks(model, runtime, lay_out_decoder(model, config), config)
+    shard_decoder(model, runtime, lay_out_decoder(model, config), config)
     return model
 
 
@@ -188,7 +188,7 @@ def in_groups(rank: int, count: int, method: str) -> list[bool]:
         for seed, ids in enumerate(groups):
             torch.manual_seed(seed)
             expected.append(run(plain, ids))
-        made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1, 2])
+        made = run_interleaved(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1, 2])
         found += [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
     return found
 
@@ -246,7 +246,7 @@ def with_a_stage_for_the_head(rank: int, count: int, method: str) -> tuple[list[
         return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
 
     expected = [run(plain, ids) for ids in groups]
-    made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0] * 4)
+    made = run_interleaved(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0] * 4)
     same = [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
     return model.shardit_decoder.stages.owners, same
 

@@ -17,7 +17,7 @@ import shardit
 from shardit import LLM, DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import at_once, lay_out_decoder, over_ranks
+from shardit.language.sharding import lay_out_decoder, run_interleaved, shard_decoder
 from shardit.language.tensor import FAMILY, plan_decoder
 from shardit.parallel.tensor.heads import Heads
 from tests.language import families
@@ -84,7 +84,7 @@ def over_four(rank: int, count: int, method: str) -> dict[str, Any]:
         found[f"stages {name}"] = results(name, changes, BOTH)[0]
     runtime = Runtime.of(init_mesh(BOTH, device="cpu", timeout_s=60), split_batch=False)
     plain, model = families.make("llama"), families.make("llama")
-    over_ranks(model, runtime, lay_out_decoder(model, BOTH), BOTH)
+    shard_decoder(model, runtime, lay_out_decoder(model, BOTH), BOTH)
     groups = [torch.randint(3, 128, (2, length), generator=torch.Generator().manual_seed(length)) for length in (5, 8)]
 
     def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def over_four(rank: int, count: int, method: str) -> dict[str, Any]:
     for seed, ids in enumerate(groups):
         torch.manual_seed(seed)
         expected.append(run(plain, ids))
-    made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1])
+    made = run_interleaved(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1])
     same = [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
     found["groups"] = {str(number): "right" if equal else "WRONG" for number, equal in enumerate(same)}
     clock = StoppingCriteriaList([Clock(3 + 2 * rank)])

@@ -1,7 +1,7 @@
 """Key-value caches of layer-sharded encoders: each rank keeps the keys of its own layers and the sizes of all others.
 
 Code outside the layers reads the length of a cache. So for each cache entry that a layer of another rank adds, this
-rank stores a placeholder: the same object with tensors that have no data.
+rank stores a stand-in: the same object with tensors that have no data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def changed_layers(state: list[dict[str, Any]], cache: Any) -> dict[int, Any]:
 
 
 def replace_layers(cache: Any, layers: dict[int, Any]) -> None:
-    """Insert placeholders for layers of another rank into this rank's cache."""
+    """Insert stand-ins for layers of another rank into this rank's cache."""
     for number in sorted(layers):
         layer = layers[number]
         for name, value in vars(layer).items():

@@ -57,7 +57,7 @@ def parallelize(
     timeout_s: float = 600,
     **parallel: Any,
 ) -> T:
-    """Spread a diffusers transformer, or a whole pipeline, over the ranks; works in place and returns the same object.
+    """Shard a diffusers transformer, or a whole pipeline, over the ranks; works in place and returns the same object.
 
     Collective: every rank holds the same object and calls this, and later the object, alike; every rank gets the full
     result. The process group is started from the environment (torchrun) if there is none. `plan` overrides what is
@@ -111,7 +111,7 @@ def _whole(
     check: Callable[[], None],
     earlier: Mapping[str, Placed],
 ) -> None:
-    """Spread the given components of a pipeline, next to those that were sharded earlier."""
+    """Shard the given components of a pipeline, next to those that were sharded earlier."""
 
     def decide() -> Layout | None:
         check()
@@ -145,7 +145,7 @@ def _alone(
     check: Callable[[], None],
     done: bool,
 ) -> None:
-    """Spread a transformer that is in no pipeline, unless that is done."""
+    """Shard a transformer outside a pipeline, unless it is sharded already."""
     notes: list[str] = []
 
     def decide() -> tuple[dict[str, TensorPlan], Cut | None]:

@@ -121,7 +121,7 @@ def test_parts_that_are_sharded_already(config: DiffusionParallelConfig) -> None
             "FluxTransformer2DModel is already sharded, with None: leave out the plan",
             "different pipelines",
             "vae was put into the pipeline after parallelize",
-            "vae belongs to a pipeline that was sharded by itself",
+            "vae belongs to a pipeline that was sharded separately",
         ),
         strict=True,
     ):

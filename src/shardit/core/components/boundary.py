@@ -122,8 +122,8 @@ class Boundary:
         if FlatCall.of(args, kwargs).asks_for_gradients():
             kind = type(self._plain[0][0]).__name__
             raise UnsupportedError(
-                f"{kind} is called for its gradients, but it runs on one rank, without: detach what "
-                "it is given, or load it once more for this"
+                f"{kind} is called for its gradients, but it runs on one rank without gradients: detach its "
+                "arguments, or load it again for this"
             )
         for tensor in list(_pending((args, kwargs))):
             materialize(tensor)

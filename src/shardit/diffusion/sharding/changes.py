@@ -161,7 +161,7 @@ def _refuse_own_forward(placed: Placed, change: Change) -> None:
     module = _base(placed.module.get_submodule(change.module))  # an adapter may wrap it by now
     if not (hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")):
         raise UnsupportedError(
-            f"{placed.title}.{change.path} was replaced after parallelize, where tensor ranks add up their parts: "
+            f"{placed.title}.{change.path} was replaced after parallelize, but tensor ranks add up their parts there: "
             "use a forward hook, or tensor_parallel_size=1"
         )
 

@@ -43,7 +43,7 @@ def components_of(target: Any) -> dict[str, nn.Module] | None:
 
 
 def modules_of(target: Any) -> dict[str, nn.Module] | None:
-    """Like `components_of`, including modules that are parts of others, each under all of its names: submodules are not
+    """Return the modules of `components_of`, including parts of others, each under all of its names: submodules are not
     read."""
     if isinstance(target, nn.Module) and not isinstance(target, CFGParallelMixin):
         return None

@@ -180,7 +180,7 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
             )
         if placed.runtime is not pipe.shardit_runtime:
             raise UnsupportedError(
-                f"{name} belongs to a pipeline that was sharded by itself, and takes turns with that one alone: make "
+                f"{name} belongs to a pipeline that was sharded separately, and is scheduled only with that one: make "
                 "the pipelines that share components before parallelize"
             )
         alike.update(placed.begin())

@@ -254,7 +254,7 @@ def check_earlier(
     if len(runtimes) > 1:
         first, second, *_ = runtimes.values()
         raise InputError(
-            f"{first} and {second} were sharded as parts of different pipelines, which take turns of their own: make "
+            f"{first} and {second} were sharded as parts of different pipelines, which are scheduled separately: make "
             "the pipelines that share components before parallelize, or load the components again"
         )
 

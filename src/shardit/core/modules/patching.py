@@ -78,7 +78,7 @@ Subclasses = dict[tuple[Any, ...], type]
 
 
 def share_subclass(module: Any, known: Subclasses, key: tuple[Any, ...], members: Callable[[], dict[str, Any]]) -> None:
-    """Change a class as `subclass_in_place`, with one subclass per class and key, so its modules share compiled code."""
+    """Change a class like `subclass_in_place`, once per class and key, so that its modules share compiled code."""
     key = (type(module), *key)
     if key not in known:
         subclass_in_place(module, members())

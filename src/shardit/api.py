@@ -22,6 +22,7 @@ from shardit.diffusion.loading.pipeline import Prepared, load_pipeline, prepare
 from shardit.diffusion.loading.start_options import load_loras, use_vae_options
 from shardit.diffusion.roles import denoises
 from shardit.diffusion.sharding.changes import refuse_compiled
+from shardit.diffusion.sharding.component_sharding import ComponentSharding, check_earlier, refuse_overlap, sharding_of
 from shardit.diffusion.sharding.components import components_of, device_of, refuse_hooks
 from shardit.diffusion.sharding.connect import (
     compile_part,
@@ -33,7 +34,6 @@ from shardit.diffusion.sharding.connect import (
 )
 from shardit.diffusion.sharding.decision import collective_decision, describe_blocks, describe_layout
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
-from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
 from shardit.errors import InputError
 from shardit.language.loading.prepared import check_decoder_options
 from shardit.language.loading.source import named_decoder
@@ -76,11 +76,11 @@ def parallelize(
     given = modules if modules is not None else {ALONE: target}
     if modules is None and plan is not None and not isinstance(plan, Plan):
         raise InputError("plan: a single transformer takes one Plan, not one for each component")
-    earlier = {name: placed for name, module in given.items() if (placed := placed_on(module)) is not None}
+    earlier = {name: sharding for name, module in given.items() if (sharding := sharding_of(module)) is not None}
     fresh = {name: module for name, module in given.items() if name not in earlier}
     for name, module in fresh.items():
         refuse_overlap(name or type(module).__name__, module)
-    runtime = next((placed.runtime for placed in earlier.values()), None)
+    runtime = next((sharding.runtime for sharding in earlier.values()), None)
     mesh = runtime.mesh if runtime else init_mesh(config, device=device_of(given), timeout_s=timeout_s)
     _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
@@ -109,7 +109,7 @@ def _whole(
     plan: Plan | Mapping[str, Plan] | None,
     compilers: Mapping[str, Any],
     check: Callable[[], None],
-    earlier: Mapping[str, Placed],
+    earlier: Mapping[str, ComponentSharding],
 ) -> None:
     """Shard the given components of a pipeline, next to those that were sharded earlier."""
 
@@ -118,7 +118,7 @@ def _whole(
         if not modules:
             return None
         members = range(len(runtime.mesh.replica.ranks))
-        held = [sum(placed.bytes_of(member) for placed in earlier.values()) for member in members] if earlier else None
+        held = [sum(one.bytes_of(member) for one in earlier.values()) for member in members] if earlier else None
         found = lay_out(modules, type(pipe), config, plans=plan, held=held)
         for name in found.assignment.layerwise:
             refuse_compiled(name, modules[name], modules[name].modules())

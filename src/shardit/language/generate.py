@@ -35,8 +35,8 @@ def members_of(model: Any, stages: DecoderStages | None, runtime: Runtime) -> di
     cls = type(model)
     members = {
         "__call__": call_member(cls, stages, runtime),
-        "generate": _generate(cls, runtime),
-        "_get_stopping_criteria": _stopping(cls, stages, runtime),
+        "generate": _generate_member(cls, runtime),
+        "_get_stopping_criteria": _stopping_criteria_member(cls, stages, runtime),
     }
     if "tp" in runtime.mesh.axes:  # keys are allocated at the first update, since a rank has only some heads
         members["_get_static_cache_init_shape"] = lambda self, *args, **kwargs: None
@@ -68,7 +68,7 @@ def call_member(
     return __call__
 
 
-def _generate(cls: Any, runtime: Runtime) -> Callable[..., Any]:
+def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     own_generate = cls.generate
 
     @functools.wraps(own_generate)
@@ -85,7 +85,7 @@ def _generate(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     return generate
 
 
-def _stopping(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
+def _stopping_criteria_member(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
     own = cls._get_stopping_criteria
     neighbours = Collectives(runtime.mesh.axes["tp"]) if "tp" in runtime.mesh.axes else None
 
@@ -94,7 +94,7 @@ def _stopping(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Calla
         criteria = own(self, *args, **kwargs)
         if neighbours is None and _read_only_tokens(criteria):
             return criteria
-        return FirstRankDecides(criteria, stages, neighbours)
+        return FirstRankCriteria(criteria, stages, neighbours)
 
     return _get_stopping_criteria
 
@@ -103,7 +103,7 @@ def _read_only_tokens(criteria: StoppingCriteriaList) -> bool:
     return all(isinstance(one, TOKEN_CRITERIA) or getattr(one, "of_tokens", False) for one in criteria)
 
 
-class FirstRankDecides(StoppingCriteriaList):
+class FirstRankCriteria(StoppingCriteriaList):
     """Criteria that may read a clock or count their calls: all ranks use the decision of the first. Tensor ranks, which
     all choose tokens, use those of the first."""
 

@@ -17,7 +17,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.link import Link
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.modules.blocks import drop_blocks, find_blocks
-from shardit.core.modules.patching import fixed_place, subclass_in_place
+from shardit.core.modules.patching import fixed_device_to, subclass_in_place
 from shardit.core.placement.partition import balanced_cuts
 from shardit.core.runtime.request_loop import Program
 from shardit.core.stages.runtime import Runtime
@@ -151,7 +151,7 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
         **members_of(model, stages, runtime),
         **{name: _refused(name) for name in ("save_pretrained", "push_to_hub") if hasattr(model, name)},
         "device": property(lambda self: device),
-        "to": fixed_place(type(model).to, device),
+        "to": fixed_device_to(type(model).to, device),
         "shardit_decoder": property(lambda self: decoder),
     }
     subclass_in_place(model, members)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.hooks import hooks_below
-from shardit.core.modules.patching import SWAPPED, fixed_place, subclass_in_place
+from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor, materialize
 from shardit.core.runtime.randomness import GENERATORS
@@ -65,7 +65,7 @@ class Boundary:
     reached: list[tuple[str, nn.Module]] = field(default_factory=list)
     _plain: list[tuple[nn.Module, type]] = field(default_factory=list)
 
-    def put(self, module: nn.Module, path: str) -> None:
+    def install(self, module: nn.Module, path: str) -> None:
         """Install the interceptor on a part, in place, and on the elements of a list of parts."""
         if any(module is known for known, _ in self._plain):
             return
@@ -76,7 +76,7 @@ class Boundary:
         members: dict[str, Any] = dict(computed)
         members["__getattr__"] = self._attribute(path, cls)
         members["state_dict"] = self._state_dict(path, cls)
-        members["to"] = fixed_place(cls.to, self.device)
+        members["to"] = fixed_device_to(cls.to, self.device)
         if "device" not in vars(module) and (hasattr(cls, "device") or not path):
             members["device"] = property(lambda _: self.device)
         if not path:
@@ -87,17 +87,17 @@ class Boundary:
         subclass_in_place(module, members, late=computed)
         if hasattr(cls, "__iter__") or hasattr(cls, "__getitem__"):
             for name, child in module.named_children():
-                self.put(child, f"{path}.{name}" if path else name)
+                self.install(child, f"{path}.{name}" if path else name)
 
     def reach(self, values: Iterable[Any]) -> None:
         """Install the interceptor on each value that is a part of the component."""
         paths = {id(part): path for path, part in self._plain[0][0].named_modules()}
         for value in values:
             if isinstance(value, nn.Module) and id(value) in paths:
-                self.put(value, paths[id(value)])
+                self.install(value, paths[id(value)])
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def original_classes(self) -> Iterator[None]:
         """Restore the original classes of all modules while a method of the component runs."""
         patched = [type(module) for module, _ in self._plain]
         for module, cls in self._plain:
@@ -127,7 +127,7 @@ class Boundary:
             )
         for tensor in list(_pending((args, kwargs))):
             materialize(tensor)
-        with self.entered():
+        with self.original_classes():
             out = self.run(path, name, function, args, kwargs)
         if self.alone():
             for tensor in list(_pending(out)):
@@ -179,7 +179,7 @@ class Boundary:
             if self.inside:
                 return value
             if isinstance(value, nn.Module):
-                self.put(value, place)
+                self.install(value, place)
             elif isinstance(value, torch.Tensor):
                 return self.read(place, value)
             return value

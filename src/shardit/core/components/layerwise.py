@@ -21,7 +21,7 @@ from shardit.core.components.boundary import Boundary
 from shardit.core.components.kv_stand_ins import changed_layers, find_caches, replace_layers, state_of
 from shardit.core.components.owned import LazyBroadcast, call_on, lazy_tensor, unwrapped
 from shardit.core.modules.hooks import hooks_below
-from shardit.core.modules.patching import put, subclass_in_place
+from shardit.core.modules.patching import set_tensor, subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor
 from shardit.core.runtime.randomness import generators_in
@@ -161,14 +161,15 @@ def cut_layerwise(
         if made.owners[index] != comm.rank:
             for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
                 if not parameter.is_meta and id(parameter) not in shared:
-                    put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+                    meta = torch.empty_like(parameter, device="meta")
+                    set_tensor(unit, path, nn.Parameter(meta, parameter.requires_grad))
         subclass_in_place(unit, {"forward": _intercepted(made, index, type(unit).forward)})
     device = comm.group.device
     for module in model.modules():
         if isinstance(getattr(type(module), "device", None), property):
             subclass_in_place(module, {"device": property(lambda self: device)})
     read = functools.partial(made.read, cut=cut)
-    Boundary(device, made.call, read, on_all=True, alone=alone).put(model, "")
+    Boundary(device, made.call, read, on_all=True, alone=alone).install(model, "")
     subclass_in_place(model, {"shardit_layerwise": property(lambda self: made)})
     return made
 

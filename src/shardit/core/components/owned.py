@@ -23,7 +23,7 @@ from shardit.core.comm.wire import (
 )
 from shardit.core.components.boundary import Boundary, Read
 from shardit.core.modules.attributes import Attributes, Found
-from shardit.core.modules.patching import put
+from shardit.core.modules.patching import set_tensor
 from shardit.core.modules.small_tensors import ReplicatedTensors
 from shardit.core.runtime.pending import PendingTensor, Source, materialize
 from shardit.core.runtime.randomness import Generator, generators_in, moved, set_states, states
@@ -31,7 +31,7 @@ from shardit.core.runtime.versions import changed, mark
 from shardit.errors import UnsupportedError
 
 
-def own(
+def make_owned(
     module: nn.Module,
     comm: Comm,
     stage: int,
@@ -58,7 +58,7 @@ def own(
         reader(module, comm, stage, small, cut),
         alone=alone,
     )
-    boundary.put(module, "")
+    boundary.install(module, "")
 
 
 def reader(module: nn.Module, comm: Comm, stage: int, small: ReplicatedTensors, cut: Collection[str] = ()) -> Read:
@@ -82,7 +82,7 @@ def empty(module: nn.Module, replicated: Collection[str], shared: Collection[int
             meta = torch.empty_like(tensor, device="meta")
             is_parameter = isinstance(tensor, nn.Parameter)
             moved[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
-        put(module, name, moved[id(tensor)])
+        set_tensor(module, name, moved[id(tensor)])
 
 
 def run_on(

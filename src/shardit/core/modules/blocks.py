@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from shardit.core.modules.block_calls import BlockCalls
 from shardit.core.modules.block_names import SMALL_SHARE
 from shardit.core.modules.hints import Plan
-from shardit.core.modules.patching import put
+from shardit.core.modules.patching import set_tensor
 from shardit.errors import UnsupportedError
 
 
@@ -114,10 +114,11 @@ def drop_blocks(
             continue
         for path, parameter in list(block.named_parameters(recurse=True)):
             if not keeps(f"{name}.{path}", keep) and not parameter.is_meta and id(parameter) not in held:
-                put(block, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+                meta = torch.empty_like(parameter, device="meta")
+                set_tensor(block, path, nn.Parameter(meta, parameter.requires_grad))
         for path, buffer in list(block.named_buffers(recurse=True)):
             if not keeps(f"{name}.{path}", keep) and not buffer.is_meta and id(buffer) not in held:
-                put(block, path, torch.empty_like(buffer, device="meta"))
+                set_tensor(block, path, torch.empty_like(buffer, device="meta"))
 
 
 def keeps(name: str, prefixes: tuple[str, ...]) -> bool:

@@ -86,7 +86,7 @@ def share_subclass(module: Any, known: Subclasses, key: tuple[Any, ...], members
     module.__class__ = known[key]
 
 
-def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def fixed_device_to(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """Return a `to` for modules that are partly on meta on some rank: it allows changes of dtype and refuses moves, on
     every rank alike."""
 
@@ -102,7 +102,7 @@ def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[...
     return to
 
 
-def put(module: nn.Module, path: str, tensor: torch.Tensor) -> None:
+def set_tensor(module: nn.Module, path: str, tensor: torch.Tensor) -> None:
     """Replace a parameter or a buffer of a module, or of one of its submodules, by another of the same kind."""
     *parents, leaf = path.split(".")
     for name in parents:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.core.modules.patching import put
+from shardit.core.modules.patching import set_tensor
 from shardit.core.runtime.versions import changed, mark
 
 SMALL_BYTES = 1 << 20
@@ -57,7 +57,7 @@ class ReplicatedTensors:
         for name, tensor in changes.items():
             home, leaf = self._homes[name]
             old: Any = home._parameters.get(leaf)
-            put(home, leaf, tensor if old is None else nn.Parameter(tensor, old.requires_grad))
+            set_tensor(home, leaf, tensor if old is None else nn.Parameter(tensor, old.requires_grad))
 
     def _tensors(self) -> dict[str, Any]:
         return {

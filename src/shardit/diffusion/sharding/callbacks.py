@@ -35,7 +35,7 @@ def shared_callback(
     """
     callback, runtime = kwargs.get(CALLBACK), pipe.shardit_runtime
     pipe.__dict__.update(_has_callback=callback is not None, _interrupt_requested=False)
-    runtime.careful |= runs_code_of_users(pipe, args, kwargs)
+    runtime.has_user_code |= runs_user_code(pipe, args, kwargs)
     if callback is None:
         return kwargs
     asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
@@ -108,7 +108,7 @@ def _raise_together(gathered: list[Outcome]) -> None:
         raise InputError(f"ranks differ in {', '.join(wrong)} after {CALLBACK}: make the same changes on every rank")
 
 
-def runs_code_of_users(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def runs_user_code(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether user code runs between model calls, apart from the shared callback: in a user's own pipeline, or
     in a modular one, whose guiders change models."""
     own = not plain_class(pipe).__module__.startswith("diffusers.pipelines.")

@@ -17,9 +17,9 @@ from shardit.mixins import CFGParallelMixin
 
 OFFLOAD = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
 SAVE = ("save_pretrained",)
-BEFORE = ("load_textual_inversion", "unload_textual_inversion", "enable_free_noise", "disable_free_noise")
+BEFORE_PARALLELIZE = ("load_textual_inversion", "unload_textual_inversion", "enable_free_noise", "disable_free_noise")
 """Methods of pipelines that create modules from the values of others, of which each rank has only a part."""
-BEFORE_ON_MODULES = ("resize_token_embeddings", "set_input_embeddings")
+BEFORE_PARALLELIZE_ON_MODULES = ("resize_token_embeddings", "set_input_embeddings")
 """Such methods of models."""
 
 CACHES = (
@@ -124,7 +124,7 @@ def check_cache(mesh: Mesh, config: Any, name: str) -> None:
 def guard(module: Any, name: str, mesh: Mesh) -> None:
     """Make methods that cannot work on a sharded component raise UnsupportedError, in place."""
     members: dict[str, Any] = {method: refused(method) for method in (*OFFLOAD, *SAVE) if hasattr(module, method)}
-    members |= {method: refused(method) for method in BEFORE_ON_MODULES if hasattr(module, method)}
+    members |= {method: refused(method) for method in BEFORE_PARALLELIZE_ON_MODULES if hasattr(module, method)}
     own_enable = getattr(type(module), "enable_cache", None)
     if own_enable is not None or hasattr(module, "shardit_stages"):
 
@@ -160,7 +160,7 @@ def refused(name: str) -> Callable[..., None]:
     """Return a method that raises UnsupportedError."""
     reason = "cannot be combined with several ranks: each holds only its own part"
     advice = "; save it before parallelize" if name in SAVE else ""
-    advice = "; do it before parallelize" if name in (*BEFORE, *BEFORE_ON_MODULES) else advice
+    advice = "; do it before parallelize" if name in (*BEFORE_PARALLELIZE, *BEFORE_PARALLELIZE_ON_MODULES) else advice
 
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(f"{name} {reason}{advice}")

@@ -12,7 +12,7 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.layerwise import cut_layerwise
-from shardit.core.components.owned import own
+from shardit.core.components.owned import make_owned
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment, Cut
@@ -25,8 +25,9 @@ from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
 from shardit.diffusion.sharding.changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
+from shardit.diffusion.sharding.component_sharding import ComponentSharding, sharding_of
 from shardit.diffusion.sharding.components import (
-    BEFORE,
+    BEFORE_PARALLELIZE,
     OFFLOAD,
     SAVE,
     components_of,
@@ -37,7 +38,6 @@ from shardit.diffusion.sharding.components import (
     shared_tensors,
 )
 from shardit.diffusion.sharding.layout import Layout
-from shardit.diffusion.sharding.placed import Placed, placed_on
 from shardit.errors import UnsupportedError
 from shardit.parallel.sequence.choose import shard_tokens
 from shardit.parallel.tensor.adapters import pipeline_members
@@ -69,7 +69,7 @@ def connect(
         if name in assignment.tiles:
             shard_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared, alone)
         else:
-            own(getattr(pipe, name), comm, owner // width, small, cut, shared, alone)
+            make_owned(getattr(pipe, name), comm, owner // width, small, cut, shared, alone)
     for name, found in assignment.layerwise.items():
         comm, width = _owner_ranks(name, assignment, runtime)
         owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
@@ -78,7 +78,7 @@ def connect(
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
         guard(part, name, runtime.mesh)
-        Placed(name, part, config, runtime, False, None, assignment, cuts.get(name))
+        ComponentSharding(name, part, config, runtime, False, None, assignment, cuts.get(name))
         if name in assignment.owned and runtime.mesh.rank == 0 and (why := left_whole(part)):
             log.warning("%s is whole on one rank: %s", name, why)
     join(pipe, runtime)
@@ -126,8 +126,8 @@ def shard_model(
         if type(part) is not plain_class(part):
             FAMILY.register(plain_class(part), type(part))
     guard(model, name or type(model).__name__, mesh)
-    placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
-    entry_of(model).guard(runtime, placed.begin, placed.end)
+    sharding = ComponentSharding(name, model, config, runtime, True, cut.plan, assignment, slices)
+    entry_of(model).guard(runtime, sharding.begin, sharding.end)
 
 
 def join(pipe: Any, runtime: Runtime) -> None:
@@ -147,15 +147,15 @@ def join(pipe: Any, runtime: Runtime) -> None:
     functools.update_wrapper(call, cls.__call__)  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
-    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE)})
+    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE_PARALLELIZE)})
     if hasattr(cls, "fuse_lora"):
         members["fuse_lora"] = collective_fuse(
             cls.fuse_lora, runtime.replica, lambda self: (components_of(self) or {}).values()
         )
     if hasattr(cls, "set_lora_device"):
         members["set_lora_device"] = local_set_device(cls.set_lora_device)
-    found = {id(part): placed_on(part) for part in (components_of(pipe) or {}).values()}
-    slices = {key: placed.slices for key, placed in found.items() if placed is not None and placed.slices is not None}
+    found = {id(part): sharding_of(part) for part in (components_of(pipe) or {}).values()}
+    slices = {key: one.slices for key, one in found.items() if one is not None and one.slices is not None}
     members.update(pipeline_members(cls, slices))
     members = {name: member for name, member in members.items() if hasattr(cls, name)}
     subclass_in_place(pipe, {**members, **interrupt_members(cls), "shardit_runtime": runtime})
@@ -167,23 +167,23 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
     modules, alike = modules_of(pipe) or {}, {}
     for name, part in modules.items():
         part, compiler = unwrap(part)
-        placed = placed_on(part)
-        if placed is not None and compiler is not None:
+        sharding = sharding_of(part)
+        if sharding is not None and compiler is not None:
             setattr(pipe, name, part)
             compile_part(name, part, compiler)
-        if placed is None:
+        if sharding is None:
             if name not in outermost(modules):  # a part of another component
                 continue
             raise UnsupportedError(
                 f"{name} was put into the pipeline after parallelize, so every rank would run all of it: call "
                 "parallelize on the pipeline once more, with the same configuration"
             )
-        if placed.runtime is not pipe.shardit_runtime:
+        if sharding.runtime is not pipe.shardit_runtime:
             raise UnsupportedError(
                 f"{name} belongs to a pipeline that was sharded separately, and is scheduled only with that one: make "
                 "the pipelines that share components before parallelize"
             )
-        alike.update(placed.begin())
+        alike.update(sharding.begin())
     return alike
 
 
@@ -196,9 +196,9 @@ def end_parts(pipe: Any) -> None:
 def update_parts(pipe: Any) -> None:
     """Record the settings of a pipeline's parts after calls, so that later changes are relative to them."""
     for part in (modules_of(pipe) or {}).values():
-        placed = placed_on(part)
-        if placed is not None:
-            placed.end()
+        sharding = sharding_of(part)
+        if sharding is not None:
+            sharding.end()
 
 
 def take_compilers(target: Any, modules: dict[str, nn.Module]) -> dict[str, Any]:
@@ -241,8 +241,8 @@ def _patch_pipeline_constructors() -> None:
     @functools.wraps(own_register)
     def register_modules(self: Any, **kwargs: Any) -> None:
         own_register(self, **kwargs)
-        found = [placed_on(part) for part in kwargs.values() if isinstance(part, nn.Module)]
-        runtimes = {id(placed.runtime): placed.runtime for placed in found if placed is not None}
+        found = [sharding_of(part) for part in kwargs.values() if isinstance(part, nn.Module)]
+        runtimes = {id(sharding.runtime): sharding.runtime for sharding in found if sharding is not None}
         if found and None not in found and len(runtimes) == 1:
             join(self, *runtimes.values())
 
@@ -251,7 +251,7 @@ def _patch_pipeline_constructors() -> None:
         # It reuses components of exactly the expected class; the class of a sharded component is a subclass.
         expected, types = cls._get_signature_keys(cls)[0], cls._get_signature_types()
         for name, part in pipeline.components.items():
-            if placed_on(part) is not None and name in expected and plain_class(part) in types.get(name, ()):
+            if sharding_of(part) is not None and name in expected and plain_class(part) in types.get(name, ()):
                 kwargs.setdefault(name, part)
         return own_from_pipe(cls, pipeline, **kwargs)
 

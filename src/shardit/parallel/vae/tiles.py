@@ -248,6 +248,6 @@ def shard_tiles(
     small = ReplicatedTensors(module, replicated)
     tiles = Tiles(module, comm, ranks, small, Attributes(lambda: boundary.reached))
     boundary = Boundary(comm.group.device, tiles.call, reader(module, comm, ranks[0], small), alone=alone)
-    boundary.put(module, "")
+    boundary.install(module, "")
     subclass_in_place(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

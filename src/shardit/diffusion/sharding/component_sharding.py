@@ -43,7 +43,7 @@ module's own parameters."""
 
 
 @dataclass(eq=False)
-class Placed:
+class ComponentSharding:
     """One sharded component.
 
     name: in the pipeline with which it was sharded. denoises: all ranks take part in each of its calls, which begin at
@@ -73,7 +73,7 @@ class Placed:
             members["fuse_lora"] = collective_fuse(own_fuse, self.runtime.replica, lambda model: [model])
         if not self.denoises or self.runtime.mesh.pp_size > 1:
             members |= unpadded_members(type(self.module), self.title, self.denoises)
-        subclass_in_place(self.module, {**members, "shardit_placed": property(lambda module: self)})
+        subclass_in_place(self.module, {**members, "shardit_sharding": property(lambda module: self)})
         partial = self._partial_modules()
         for name, part in self.module.named_modules():
             if part is not self.module:
@@ -230,27 +230,27 @@ def _own_methods(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def placed_on(module: Any) -> Placed | None:
+def sharding_of(module: Any) -> ComponentSharding | None:
     """Return the record of a sharded module; None for any other."""
-    return getattr(module, "shardit_placed", None) if isinstance(module, nn.Module) else None
+    return getattr(module, "shardit_sharding", None) if isinstance(module, nn.Module) else None
 
 
 def check_earlier(
-    earlier: Mapping[str, Placed], config: DiffusionParallelConfig, plans: Plan | Mapping[str, Plan] | None
+    earlier: Mapping[str, ComponentSharding], config: DiffusionParallelConfig, plans: Plan | Mapping[str, Plan] | None
 ) -> None:
     """Raise InputError if modules that were sharded `earlier` have another configuration than is requested now, or come
     from different pipelines that were sharded separately."""
-    for name, placed in earlier.items():
-        title = name or type(placed.module).__name__
-        if placed.config != config:
+    for name, sharding in earlier.items():
+        title = name or type(sharding.module).__name__
+        if sharding.config != config:
             raise InputError(
-                f"{title} is already sharded, with {_differences(placed.config, config)}: use the same configuration "
+                f"{title} is already sharded, with {_differences(sharding.config, config)}: use the same configuration "
                 "for all pipelines that share it, or load it again"
             )
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
-        if plan is not None and plan != placed.plan:
-            raise InputError(f"{title} is already sharded, with {placed.plan}: leave out the plan, or load it again")
-    runtimes = {id(placed.runtime): name for name, placed in earlier.items()}
+        if plan is not None and plan != sharding.plan:
+            raise InputError(f"{title} is already sharded, with {sharding.plan}: leave out the plan, or load it again")
+    runtimes = {id(sharding.runtime): name for name, sharding in earlier.items()}
     if len(runtimes) > 1:
         first, second, *_ = runtimes.values()
         raise InputError(
@@ -266,10 +266,10 @@ def refuse_overlap(name: str, module: nn.Module) -> None:
     if module in _PARENTS:
         raise UnsupportedError(f"{name} is a part of {_PARENTS[module][0]}, which is already sharded: {remedy}")
     for path, part in module.named_modules():
-        placed = placed_on(part)
-        title, replicated = (placed.title, False) if placed is not None else _PARENTS.get(part, ("", True))
+        sharding = sharding_of(part)
+        title, replicated = (sharding.title, False) if sharding is not None else _PARENTS.get(part, ("", True))
         if not replicated:
-            whose = title if placed is not None else f"a part of {title}"
+            whose = title if sharding is not None else f"a part of {title}"
             raise UnsupportedError(f"{name}.{path} is {whose}, which is already sharded: {remedy}")
 
 

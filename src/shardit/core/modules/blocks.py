@@ -21,7 +21,7 @@ from shardit.errors import UnsupportedError
 
 @dataclass
 class CutModel:
-    """A model whose blocks lie on several stages.
+    """A model whose blocks are on several stages.
 
     owners[i]: stage of block i. ran[i]: number of times this rank ran block i (0 if another rank owns it). generators:
     random generators of its modules and hooks.

@@ -93,7 +93,7 @@ def refuse_shared_blocks(pipe: Any, assignment: Assignment) -> None:
             others = [other for other in shared.get(id(parameter), ()) if other != name]
             if others and key.startswith(tuple(f"{block}." for block in cut.blocks)):
                 raise UnsupportedError(
-                    f"{others[0]} uses {key} of {name}, which lies on one of the stages: load the pipeline with "
+                    f"{others[0]} uses {key} of {name}, which is on one of the stages only: load the pipeline with "
                     "diffusers and parallelize it, or use pipeline_parallel_size=1"
                 )
 

@@ -110,7 +110,7 @@ def restore_content(content: Content) -> None:
         value[:] = held
     else:
         raise UnsupportedError(
-            f"{content.path} is changed in place by a call, and cannot be put back after the call was tried: keep such "
+            f"{content.path} is modified in place by a call, and cannot be restored after a trial call: keep such "
             "state in tensors of up to 4 million elements, numbers, or random generators"
         )
 

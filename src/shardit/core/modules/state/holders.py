@@ -191,7 +191,7 @@ def put_entries(holder: Any, before: Entries, now: Entries) -> None:
     """Restore the earlier entries of a holder."""
     if isinstance(holder, GeneratorType):
         raise UnsupportedError(
-            "a call goes on with a Python generator, which cannot be put back after the call was tried: keep numbers"
+            "a call advances a Python generator, which cannot be restored after a trial call: keep numbers instead"
         )
     function: Any = holder
     if isinstance(holder, COLLECTIONS):

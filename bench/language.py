@@ -17,7 +17,7 @@ import torch.distributed as dist
 from shardit import DiffusionParallelConfig
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import at_once, lay_out_decoder, over_ranks
+from shardit.language.sharding import lay_out_decoder, run_interleaved, shard_decoder
 from tests.support.ranks import run_ranks
 
 RUNS = 3
@@ -69,10 +69,10 @@ def measure(rank: int, count: int, method: str, arguments: argparse.Namespace) -
     copies = seconds(lambda: [continued(ids) for ids in prompts])
     alone = seconds(lambda: [continued(ids) for ids in prompts] if rank == 0 else None)
     runtime = Runtime.of(mesh, split_batch=False)
-    over_ranks(model, runtime, lay_out_decoder(model, config), config)
+    shard_decoder(model, runtime, lay_out_decoder(model, config), config)
     functions = [lambda ids=ids: continued(ids) for ids in prompts]
-    made = at_once(runtime, functions, [0] * len(functions))
-    stages = seconds(lambda: at_once(runtime, functions, [0] * len(functions)))
+    made = run_interleaved(runtime, functions, [0] * len(functions))
+    stages = seconds(lambda: run_interleaved(runtime, functions, [0] * len(functions)))
     same = all(torch.equal(one, other) for one, other in zip(expected, made, strict=True))
     return {"copies": copies, "alone": alone, "stages": stages, "same": same}
 

@@ -22,6 +22,7 @@ from shardit.diffusion.loading.pipeline import Prepared, load_pipeline, prepare
 from shardit.diffusion.loading.start_options import load_loras, use_vae_options
 from shardit.diffusion.roles import denoises
 from shardit.diffusion.sharding.changes import refuse_compiled
+from shardit.diffusion.sharding.component_sharding import ComponentSharding, check_earlier, refuse_overlap, sharding_of
 from shardit.diffusion.sharding.components import components_of, device_of, refuse_hooks
 from shardit.diffusion.sharding.connect import (
     compile_part,
@@ -31,9 +32,8 @@ from shardit.diffusion.sharding.connect import (
     shard_model,
     take_compilers,
 )
-from shardit.diffusion.sharding.decision import decided_alike, describe_blocks, describe_layout
-from shardit.diffusion.sharding.layout import Layout, lay_out, warn_of
-from shardit.diffusion.sharding.placed import Placed, check_earlier, placed_on, refuse_overlap
+from shardit.diffusion.sharding.decision import collective_decision, describe_blocks, describe_layout
+from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
 from shardit.errors import InputError
 from shardit.language.loading.prepared import check_decoder_options
 from shardit.language.loading.source import named_decoder
@@ -57,7 +57,7 @@ def parallelize(
     timeout_s: float = 600,
     **parallel: Any,
 ) -> T:
-    """Spread a diffusers transformer, or a whole pipeline, over the ranks; works in place and returns the same object.
+    """Shard a diffusers transformer, or a whole pipeline, over the ranks; works in place and returns the same object.
 
     Collective: every rank holds the same object and calls this, and later the object, alike; every rank gets the full
     result. The process group is started from the environment (torchrun) if there is none. `plan` overrides what is
@@ -76,15 +76,15 @@ def parallelize(
     given = modules if modules is not None else {ALONE: target}
     if modules is None and plan is not None and not isinstance(plan, Plan):
         raise InputError("plan: a single transformer takes one Plan, not one for each component")
-    earlier = {name: placed for name, module in given.items() if (placed := placed_on(module)) is not None}
+    earlier = {name: sharding for name, module in given.items() if (sharding := sharding_of(module)) is not None}
     fresh = {name: module for name, module in given.items() if name not in earlier}
     for name, module in fresh.items():
         refuse_overlap(name or type(module).__name__, module)
-    runtime = next((placed.runtime for placed in earlier.values()), None)
+    runtime = next((sharding.runtime for sharding in earlier.values()), None)
     mesh = runtime.mesh if runtime else init_mesh(config, device=device_of(given), timeout_s=timeout_s)
     _tell([m for n, m in given.items() if modules is None or denoises(n, m)], config, mesh)
     if len(mesh.replica.ranks) == 1:
-        warn_of(filter(None, [idle_chunks(config)]), mesh)
+        warn_unmet(filter(None, [idle_chunks(config)]), mesh)
         return module_or_pipeline
     compilers: dict[str, Any] = {}
 
@@ -109,16 +109,16 @@ def _whole(
     plan: Plan | Mapping[str, Plan] | None,
     compilers: Mapping[str, Any],
     check: Callable[[], None],
-    earlier: Mapping[str, Placed],
+    earlier: Mapping[str, ComponentSharding],
 ) -> None:
-    """Spread the given components of a pipeline, next to those that were sharded earlier."""
+    """Shard the given components of a pipeline, next to those that were sharded earlier."""
 
     def decide() -> Layout | None:
         check()
         if not modules:
             return None
         members = range(len(runtime.mesh.replica.ranks))
-        held = [sum(placed.bytes_of(member) for placed in earlier.values()) for member in members] if earlier else None
+        held = [sum(one.bytes_of(member) for one in earlier.values()) for member in members] if earlier else None
         found = lay_out(modules, type(pipe), config, plans=plan, held=held)
         for name in found.assignment.layerwise:
             refuse_compiled(name, modules[name], modules[name].modules())
@@ -126,11 +126,11 @@ def _whole(
             refuse_compiled(name, modules[name], ())
         return found
 
-    layout = decided_alike(runtime.replica, type(pipe).__name__, decide, describe_layout)
+    layout = collective_decision(runtime.replica, type(pipe).__name__, decide, describe_layout)
     if layout is None:
         join(pipe, runtime)
         return
-    warn_of(layout.assignment.unmet, runtime.mesh)
+    warn_unmet(layout.assignment.unmet, runtime.mesh)
     shard_components(modules, layout.cuts, runtime.mesh)
     connect(pipe, layout, runtime, config)
     for name, compiler in compilers.items():
@@ -145,7 +145,7 @@ def _alone(
     check: Callable[[], None],
     done: bool,
 ) -> None:
-    """Spread a transformer that is in no pipeline, unless that is done."""
+    """Shard a transformer outside a pipeline, unless it is sharded already."""
     notes: list[str] = []
 
     def decide() -> tuple[dict[str, TensorPlan], Cut | None]:
@@ -159,9 +159,9 @@ def _alone(
         notes.extend(filter(None, [note]))
         return slices, cut
 
-    slices, cut = decided_alike(runtime.replica, type(model).__name__, decide, describe_blocks)
+    slices, cut = collective_decision(runtime.replica, type(model).__name__, decide, describe_blocks)
     if cut is not None:
-        warn_of(notes, runtime.mesh)
+        warn_unmet(notes, runtime.mesh)
         shard_components({ALONE: model}, slices, runtime.mesh)
         shard_model(model, ALONE, runtime, config, cut, slices.get(ALONE))
 
@@ -223,7 +223,7 @@ def load_parallel(
     layout = lay_out(prepared.modules, prepared.cls, config, max_in_flight=max_in_flight, plans=plan)
     pipe: Any = load_pipeline(prepared, layout.owned(prepared.modules, mesh.member()), device=mesh.device, reads=reads)
     assignment = layout.assignment
-    warn_of(assignment.unmet, mesh)
+    warn_unmet(assignment.unmet, mesh)
     use_vae_options(pipe, options)
     pipe.set_progress_bar_config(disable=mesh.member() != 0)
     for name in assignment.cut:
@@ -232,7 +232,7 @@ def load_parallel(
     runtime = None
     if len(mesh.replica.ranks) > 1:
         runtime = Runtime.of(mesh, max_in_flight, config.split_batch)
-        decided_alike(runtime.replica, type(pipe).__name__, lambda: layout, describe_layout)
+        collective_decision(runtime.replica, type(pipe).__name__, lambda: layout, describe_layout)
         refuse_shared_blocks(pipe, assignment)
         shard_components(pipe.components, layout.cuts, mesh)
         connect(pipe, layout, runtime, config)

@@ -16,7 +16,7 @@ from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.api import load_parallel
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.components.layerwise import cut_layerwise
-from shardit.core.components.owned import Held
+from shardit.core.components.owned import LazyBroadcast
 from shardit.core.modules.units import Unit, find_units
 from shardit.core.placement.balance import Loads, distribute, in_runs
 from shardit.core.placement.slices import even
@@ -136,7 +136,7 @@ def broken(rank: int, count: int, method: str) -> None:
     config = join(rank, count, method)
     plain = brought.pipeline("wan2.2-t2v").text_encoder
     encoder = shardit.load("tiny/wan2.2-t2v", config).text_encoder
-    Held.bring = lambda self, member: self.holders.append(member)  # nothing is handed on
+    LazyBroadcast.provide = lambda self, member: self.holders.append(member)  # nothing is sent on
     with torch.no_grad():
         expected, out = (model(**prompt(7)).last_hidden_state for model in (plain, encoder))
     assert not torch.equal(out, expected)

@@ -18,7 +18,7 @@ from shardit.api import load_parallel
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.layerwise import cut_layerwise
-from shardit.core.components.owned import own
+from shardit.core.components.owned import make_owned
 from shardit.core.modules.small_tensors import SMALL_BYTES, small_tensors
 from shardit.core.modules.units import find_units
 from shardit.core.runtime.pending import PendingTensor
@@ -203,7 +203,7 @@ def uses(rank: int, count: int, method: str) -> None:
     plain, vae = _vae(load()), _vae(load())
     for one in (plain, vae):
         replace_methods(one)
-    own(vae, ranks, 1, small_tensors(vae))
+    make_owned(vae, ranks, 1, small_tensors(vae))
     assert rank == 1 or vae.table.shape == plain.table.shape  # no message for that
     assert isinstance(vae.table, PendingTensor)
     assert not isinstance(vae.means, PendingTensor)
@@ -218,7 +218,7 @@ def uses(rank: int, count: int, method: str) -> None:
     vae.encoder.down_blocks[0].resnets[0].conv1.to(torch.float32)
     assert (rank == 1) != next(vae.decoder.parameters()).is_meta
     for shard in (
-        lambda e: own(e, ranks, 0),
+        lambda e: make_owned(e, ranks, 0),
         lambda e: cut_layerwise(e, ranks, [n for u in find_units(e) for n in u.names], alternating(e)),
     ):
         expected, encoder = load().text_encoder, load().text_encoder
@@ -230,7 +230,9 @@ def uses(rank: int, count: int, method: str) -> None:
     with pytest.raises(RuntimeError, match="expected input"):  # raised by its owner, on all ranks
         vae.encoder.conv_in(torch.zeros(1, 5, 16, 16))
     whole = load().text_encoder
-    own(whole, ranks, 0, cut=["text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"])
+    make_owned(
+        whole, ranks, 0, cut=["text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"]
+    )
     with pytest.raises(UnsupportedError, match=r"reads .*token_embedding.weight, which is cut over tensor ranks"):
         whole.get_input_embeddings().weight.sum()
 

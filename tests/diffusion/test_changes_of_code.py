@@ -1,4 +1,4 @@
-"""Code and settings that change after the spread, between calls and within one: right, or refused on all ranks."""
+"""Changes of code and settings after sharding, between calls and within one: applied, or refused on all ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import shardit
 from shardit import DiffusionParallelConfig, InputError
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.fingerprint import Fingerprint
-from shardit.core.modules.kept import Kept
+from shardit.core.modules.snapshot import Snapshot
 from shardit.core.modules.units import find_units
 from shardit.models import tiny
 from tests.diffusion.test_changes import flux, lora, run, step, unet
@@ -36,7 +36,7 @@ CONFIGS = {
     "ulysses": DiffusionParallelConfig(ulysses_degree=2),
 }
 BITWISE = ("stages", "guidance")
-Spread = Callable[[Any], Any]
+Shard = Callable[[Any], Any]
 GUIDED = {"negative_prompt": "blurry", "true_cfg_scale": 3.0, "num_inference_steps": 3}
 
 
@@ -85,12 +85,12 @@ def mixing(plain: Any) -> Any:
     return forward
 
 
-# What works: each function gives tensors, with a `spread` that does nothing those of plain diffusers.
+# Supported changes: each function returns tensors; with a `shard` that does nothing, those of plain diffusers.
 
 
-def class_of_the_model(spread: Spread) -> list[torch.Tensor]:
+def class_of_the_model(shard: Shard) -> list[torch.Tensor]:
     """Its forward is replaced in the class that the library has, and in that of the object."""
-    pipe = spread(flux())
+    pipe = shard(flux())
     outs = [guided(pipe)]
     for cls in (FluxTransformer2DModel, type(pipe.transformer)):
         with having(cls, "forward", twice(cls.forward)):
@@ -98,7 +98,7 @@ def class_of_the_model(spread: Spread) -> list[torch.Tensor]:
     return [*outs, guided(pipe)]
 
 
-def turning(spread: Spread) -> list[torch.Tensor]:
+def turning(shard: Shard) -> list[torch.Tensor]:
     """A forward that turns its blocks round for its own length, while other calls are in flight."""
     pipe, plain = flux(), FluxTransformer2DModel.forward
 
@@ -112,12 +112,12 @@ def turning(spread: Spread) -> list[torch.Tensor]:
                 blocks._modules, self.turned = order, False
 
     pipe.transformer.__class__ = Turning
-    pipe = spread(pipe)
+    pipe = shard(pipe)
     return [guided(pipe), guided(pipe)]
 
 
-def class_of_a_block(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux())
+def class_of_a_block(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux())
     outs, cls = [guided(pipe)], type(pipe.transformer.transformer_blocks[1])
     if cls is type(pipe.transformer.transformer_blocks[0]):  # of that block alone, as over ranks
         pipe.transformer.transformer_blocks[1].__class__ = cls = type(cls.__name__, (cls,), {})
@@ -126,16 +126,16 @@ def class_of_a_block(spread: Spread) -> list[torch.Tensor]:
     return [*outs, guided(pipe)]
 
 
-def class_of_the_decoder(spread: Spread) -> list[torch.Tensor]:
-    pipe = spread(flux())
+def class_of_the_decoder(shard: Shard) -> list[torch.Tensor]:
+    pipe = shard(flux())
     outs, plain = [run(pipe, "pt")], AutoencoderKL.decode
     with having(AutoencoderKL, "decode", lambda self, z, *args, **more: plain(self, z * 1.3, *args, **more)):
         outs.append(run(pipe, "pt"))
     return [*outs, run(pipe, "pt")]
 
 
-def class_of_processors(spread: Spread) -> list[torch.Tensor]:
-    pipe, plain = spread(flux()), FluxAttnProcessor.__call__
+def class_of_processors(shard: Shard) -> list[torch.Tensor]:
+    pipe, plain = shard(flux()), FluxAttnProcessor.__call__
 
     def call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **more: Any) -> Any:
         return plain(self, attn, hidden_states * 1.2, *args, **more)
@@ -146,18 +146,18 @@ def class_of_processors(spread: Spread) -> list[torch.Tensor]:
     return [*outs, guided(pipe)]
 
 
-def one_block_twice(spread: Spread) -> list[torch.Tensor]:
+def one_block_twice(shard: Shard) -> list[torch.Tensor]:
     """Weights that layers share."""
     pipe = flux(3)
     pipe.transformer.transformer_blocks[2] = pipe.transformer.transformer_blocks[0]
     pipe.transformer.single_transformer_blocks[1] = pipe.transformer.single_transformer_blocks[0]
-    pipe = spread(pipe)
+    pipe = shard(pipe)
     return [guided(pipe), guided(pipe)]
 
 
-def patched_in_a_step(spread: Spread) -> list[torch.Tensor]:
+def patched_in_a_step(shard: Shard) -> list[torch.Tensor]:
     """The forward of a block is replaced in a callback, and put back in the next one."""
-    pipe = spread(flux())
+    pipe = shard(flux())
     block = pipe.transformer.transformer_blocks[1]
 
     def patch(_: Any, number: int, __: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -193,9 +193,9 @@ def switched() -> tuple[Any, list[Switched]]:
     return pipe, processors
 
 
-def setting_of_processors(spread: Spread) -> list[torch.Tensor]:
+def setting_of_processors(shard: Shard) -> list[torch.Tensor]:
     pipe, processors = switched()
-    pipe = spread(pipe)
+    pipe = shard(pipe)
     outs = [guided(pipe)]
     for mix in (0.5, 0.0):
         for processor in processors:
@@ -204,9 +204,9 @@ def setting_of_processors(spread: Spread) -> list[torch.Tensor]:
     return outs
 
 
-def setting_in_a_step(spread: Spread) -> list[torch.Tensor]:
+def setting_in_a_step(shard: Shard) -> list[torch.Tensor]:
     pipe, processors = switched()
-    pipe = spread(pipe)
+    pipe = shard(pipe)
 
     def turn(_: Any, number: int, __: Any, given: dict[str, Any]) -> dict[str, Any]:
         for processor in processors:
@@ -216,8 +216,8 @@ def setting_in_a_step(spread: Spread) -> list[torch.Tensor]:
     return [guided(pipe), guided(pipe, callback_on_step_end=turn), guided(pipe)]
 
 
-def settings_of_attention(spread: Spread) -> list[torch.Tensor]:
-    model = spread(unet())
+def settings_of_attention(shard: Shard) -> list[torch.Tensor]:
+    model = shard(unet())
     outs = [step(model)]
     for name, value in (("scale", 0.7), ("rescale_output_factor", 1.3), ("residual_connection", True)):
         for part in model.modules():
@@ -227,11 +227,11 @@ def settings_of_attention(spread: Spread) -> list[torch.Tensor]:
     return outs
 
 
-def adapters_in_a_step(spread: Spread) -> list[torch.Tensor]:
+def adapters_in_a_step(shard: Shard) -> list[torch.Tensor]:
     pipe = flux()
     lora(pipe, adapter_name="one")
     lora(pipe, seed=2, adapter_name="two")
-    pipe = spread(pipe)
+    pipe = shard(pipe)
     pipe.set_adapters(["one"])
 
     def change(_: Any, number: int, __: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -274,26 +274,26 @@ class Own(FluxPipeline):
         return SimpleNamespace(images=outs)
 
 
-def between_branches(spread: Spread) -> list[torch.Tensor]:
+def between_branches(shard: Shard) -> list[torch.Tensor]:
     pipe = flux()
     pipe.__class__ = Own
-    pipe = spread(pipe)
+    pipe = shard(pipe)
     return [*pipe().images, *pipe().images]
 
 
-def skipped_layers(spread: Spread) -> list[torch.Tensor]:
+def skipped_layers(shard: Shard) -> list[torch.Tensor]:
     """A pipeline made of blocks, whose guider puts hooks on blocks of the transformer for one call of each step."""
     parts = pipeline("wan2.2-t2v").components
     pipe: Any = WanBlocks().init_pipeline()
     guider = SkipLayerGuidance(3.0, 2.8, 0.1, 0.8, skip_layer_config=LayerSkipConfig([1]))
     pipe.update_components(**{name: parts[name] for name in pipe._component_specs if parts.get(name)}, guider=guider)
-    pipe = spread(pipe)
+    pipe = shard(pipe)
     sizes = {name: tiny.defaults("wan2.2-t2v")[name] for name in ("height", "width", "num_frames")}
     call = {"prompt": "a cat", "negative_prompt": "blurry", "num_inference_steps": 3, "output": "latents", **sizes}
     return [pipe(**call, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
 
 
-WORKS: dict[str, tuple[Callable[[Spread], list[torch.Tensor]], ...]] = {
+WORKS: dict[str, tuple[Callable[[Shard], list[torch.Tensor]], ...]] = {
     "stages": (
         turning,
         *(class_of_the_model, class_of_a_block, class_of_the_decoder, class_of_processors, one_block_twice),
@@ -410,7 +410,7 @@ def on_ranks(rank: int, count: int, method: str, axis: str) -> Any:
 
 
 @functools.cache
-def expected(act: Callable[[Spread], list[torch.Tensor]]) -> list[torch.Tensor]:
+def expected(act: Callable[[Shard], list[torch.Tensor]]) -> list[torch.Tensor]:
     """What plain diffusers gives."""
     return act(lambda pipe: pipe)
 
@@ -466,10 +466,10 @@ def test_what_changes_can_be_undone_for_a_while() -> None:
 
 def test_settings_that_cannot_be_compared() -> None:
     holder: dict[str, Any] = {"numbers": torch.ones(3), "scale": 1.0, "act": torch.relu}
-    kept = Kept([holder])
+    snapshot = Snapshot([holder])
     holder["numbers"] = torch.ones(3)
-    assert kept.differences() == []
+    assert snapshot.differences() == []
     holder.update(scale=2.0, act=torch.tanh, fresh=[1])
-    assert [found.name for found in kept.differences()] == ["act", "fresh", "scale"]
-    kept.take()
-    assert not kept.changed()
+    assert [found.name for found in snapshot.differences()] == ["act", "fresh", "scale"]
+    snapshot.update()
+    assert not snapshot.changed()

@@ -12,7 +12,7 @@ import torch
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError
-from shardit.diffusion.sharding.placed import placed_on
+from shardit.diffusion.sharding.component_sharding import sharding_of
 from tests.diffusion.test_parallelize import join
 from tests.pipelines import of_controlnet, of_stable_diffusion_base, parts
 from tests.support.brought import pipeline
@@ -30,7 +30,7 @@ def held(rank: int, count: int, method: str, name: str) -> dict[str, list[float]
     """Return the reported bytes of each member for each component, T5 with its tied weights among them."""
     join(rank, count, method)
     pipe = shardit.parallelize(pipeline("flux"), CONFIGS[name], timeout_s=60)
-    placed = {name: placed_on(part) for name, part in pipe.components.items()}
+    placed = {name: sharding_of(part) for name, part in pipe.components.items()}
     return {name: [one.bytes_of(member) for member in range(count)] for name, one in placed.items() if one is not None}
 
 

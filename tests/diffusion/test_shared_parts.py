@@ -12,7 +12,7 @@ import torch
 
 import shardit
 from shardit import DiffusionParallelConfig, InputError, Plan
-from shardit.diffusion.sharding.placed import placed_on
+from shardit.diffusion.sharding.component_sharding import sharding_of
 from shardit.models import tiny
 from tests.diffusion.test_parallelize import join
 from tests.support.brought import pipeline
@@ -70,7 +70,7 @@ def sharded_twice(rank: int, count: int, method: str, config: DiffusionParallelC
     assert not hasattr(second, "shardit_runtime")
     shardit.parallelize(second, config)
     assert second.shardit_runtime is runtime
-    assert placed_on(other) is not None
+    assert sharding_of(other) is not None
     said["image 1"] = image_to_image(second)
     said["text 3"] = text_to_image(base)
     for kind in (diffusers.FluxImg2ImgPipeline, diffusers.FluxPipeline, type(base)):
@@ -121,7 +121,7 @@ def test_parts_that_are_sharded_already(config: DiffusionParallelConfig) -> None
             "FluxTransformer2DModel is already sharded, with None: leave out the plan",
             "different pipelines",
             "vae was put into the pipeline after parallelize",
-            "vae belongs to a pipeline that was sharded by itself",
+            "vae belongs to a pipeline that was sharded separately",
         ),
         strict=True,
     ):

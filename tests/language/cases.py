@@ -1,4 +1,4 @@
-"""What is generated with each family, and the comparison with one rank."""
+"""Cases of `generate` for each family, and the comparison with one rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Case:
     padded: bool = False
 
     def __call__(self, model: Any) -> Any:
-        """What a model generates, with the logits of each step."""
+        """Generate with a model; the output has the logits of each step."""
         ids = torch.randint(3, VOCABULARY, (2, self.length), generator=torch.Generator().manual_seed(1))
         mask = torch.ones_like(ids)
         if self.padded:
@@ -45,20 +45,20 @@ CASES = (
 )
 
 
-def compare(plain: Any, spread: Any, case: Case, close: float = 0.0) -> str:
-    """ "right", "not on one rank", "WRONG", or the error of the spread model. close: the largest relative distance of
-    logits and hidden states; 0 for equal bits. Tokens are equal in any case."""
+def compare(plain: Any, sharded: Any, case: Case, close: float = 0.0) -> str:
+    """Return "right", "not on one rank" or "WRONG"; errors of the sharded model are raised. close: maximum relative
+    distance of logits and hidden states; 0 for equal bits. Tokens must always be equal."""
     try:
         expected = case(plain)
     except Exception:
         return "not on one rank"
-    got = case(spread)
+    got = case(sharded)
     same = torch.equal(expected.sequences, got.sequences) and alike(expected.logits, got.logits, close)
     return "right" if same and alike(expected.hidden_states, got.hidden_states, close) else "WRONG"
 
 
 def alike(expected: Any, got: Any, close: float = 0.0) -> bool:
-    """Whether nested tuples of tensors are equal, or as close as that."""
+    """Return whether nested tuples of tensors are equal, or within the relative distance `close`."""
     if isinstance(expected, (tuple, list)):
         return len(expected) == len(got) and all(alike(a, b, close) for a, b in zip(expected, got, strict=True))
     if expected is None or not close:
@@ -67,7 +67,7 @@ def alike(expected: Any, got: Any, close: float = 0.0) -> bool:
 
 
 def errors_of(mistakes: dict[str, Callable[[], Any]]) -> dict[str, str | None]:
-    """What each call is refused with, None where it is not."""
+    """Return the text of the InputError that each call raises, None if it raises none."""
     found: dict[str, str | None] = {}
     for name, call in mistakes.items():
         try:

@@ -1,4 +1,4 @@
-"""Tiny random causal language models of every family of transformers, from its own configurations."""
+"""Tiny random causal language models of every family of transformers, from their own configuration classes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-"""Values under the names that configurations have for them."""
+"""Values by the names that configurations use for them."""
 
 _LATENT = (
     *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"),
@@ -67,16 +67,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlstm": {"head_dim": None, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""Values that a family needs besides, or in their place; None leaves a name out."""
+"""Additional or other values for a family; None omits a name."""
 
 
 def classes() -> list[str]:
-    """The model types that have a class for causal language models."""
+    """Return the model types that have a class for causal language models."""
     return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
 
 
 def config_of(model_type: str, **changes: Any) -> Any:
-    """A tiny configuration of a family."""
+    """Return a tiny configuration of a family."""
     cls = CONFIG_MAPPING[model_type]
     names = set(inspect.signature(cls.__init__).parameters)
     if dataclasses.is_dataclass(cls):
@@ -88,7 +88,7 @@ def config_of(model_type: str, **changes: Any) -> Any:
 
 
 def make(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    """A random model, with weights that are wide enough for errors to show in the tokens. changes: values of its
+    """Return a random model, with weights large enough for errors to show in the tokens. changes: values of its
     configuration."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_of(model_type, **changes)).eval()
@@ -102,7 +102,7 @@ def make(model_type: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def parameters(model: Any) -> int:
-    """The number of parameters."""
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

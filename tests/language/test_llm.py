@@ -1,4 +1,4 @@
-"""`LLM`: prompts are dealt into groups over stages, and each gives what it gives alone."""
+"""`LLM`: prompts are grouped over stages, and each gets the same text as alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def two(folder: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> list[tuple[int, ...]]:
-    """What transformers continues each prompt with, alone."""
+    """The tokens with which transformers continues each prompt alone."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     found = []
     for prompt in PROMPTS:
@@ -51,11 +51,11 @@ def test_a_row_does_not_depend_on_its_neighbours(two: LLM, plain: list[tuple[int
     assert tokens(two, PROMPTS) == plain
     assert tokens(two, PROMPTS[::-1]) == plain[::-1]
     assert [tokens(two, [prompt])[0] for prompt in PROMPTS] == plain
-    assert len(set(plain)) > 4  # as the control: rows that change places are seen
+    assert len(set(plain)) > 4  # control: swapped rows would be detected
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-def test_other_numbers_of_stages(folder: Path, two: LLM, plain: list[tuple[int, ...]], stages: int) -> None:
+def test_number_of_stages(folder: Path, two: LLM, plain: list[tuple[int, ...]], stages: int) -> None:
     seeded = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, seed=42, max_tokens=10, ignore_eos=True)
     expected = tokens(two, PROMPTS[:3], seeded)
     args = EngineArgs(str(folder), pipeline_parallel_size=stages, device="cpu", max_num_seqs=3, timeout_s=60)
@@ -118,7 +118,7 @@ def test_seeds_belong_to_a_request(two: LLM) -> None:
     assert len({one.token_ids for one in several.outputs}) == 3
 
 
-def test_texts_end(two: LLM) -> None:
+def test_stop_strings_and_tokens(two: LLM) -> None:
     free = two.generate("xxy", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))[0].outputs[0]
     assert free.finish_reason == "length"
     text = free.text
@@ -137,9 +137,8 @@ def test_texts_end(two: LLM) -> None:
     assert ended[0].outputs[0].token_ids == free.token_ids[: free.token_ids.index(token) + 1]
 
 
-def test_end_tokens_of_both_places_end_a_text(two: LLM) -> None:
-    """The end token of the tokenizer, and one of the generation configuration, at a temperature at which all tokens
-    come."""
+def test_end_tokens_of_tokenizer_and_generation_config(two: LLM) -> None:
+    """The temperature is so high that all tokens occur."""
 
     def made(**changes: Any) -> Any:
         return two.generate("x", SamplingParams(**{"temperature": 50.0, "seed": 0, "n": 16, **changes}))[0].outputs
@@ -194,10 +193,10 @@ def pids_of(llm: LLM) -> list[int]:
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_stream_that_is_closed_ends_its_texts(
+def test_closing_a_stream_stops_generation(
     folder: Path, two: LLM, stages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The texts end with their step, and the ranks go on: prompts that wait behind them are answered soon."""
+    """Texts end with their present step, and the ranks keep running: later prompts are answered soon."""
     with LLM(folder, device="cpu", timeout_s=60) if stages == 1 else contextlib.nullcontext(two) as llm:
         expected = tokens(llm, ["xy"])
         ranks = pids_of(llm)
@@ -223,7 +222,7 @@ def test_chat(two: LLM) -> None:
         two.chat([message, message], GREEDY)
 
 
-def test_mistakes(two: LLM, folder: Path) -> None:
+def test_invalid_arguments(two: LLM, folder: Path) -> None:
     with pytest.raises(InputError, match="prompt 0 has 300 tokens, and the model has room for 256"):
         two.generate("x" * 300)
     assert len(two.generate("x" * 250, SamplingParams(max_tokens=100, ignore_eos=True))[0].outputs[0].token_ids) == 6

@@ -1,4 +1,4 @@
-"""Language models are loaded layer by layer: each rank reads its own, and generates what one rank does."""
+"""Language models are loaded layer by layer: each rank reads its own, and generates the tokens of one rank."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.support.ranks import run_ranks
 
 
 def write(folder: Path, name: str, tied: bool, head: bool, **options: Any) -> None:
-    """A folder with a model; tied: embedding and head are one tensor; head: the file has it under the head's name,
-    too."""
+    """Write a folder with a model; tied: embedding and head are one tensor; head: the file also has it under the head's
+    name."""
     config = families.config_of(name)
     config.tie_word_embeddings = tied
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Stages are cut by the memory of weights and cache; a bound that is too small for one request is an error."""
+"""Stages are balanced by the memory of weights and cache; a limit too small for one request is an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYERS = 8
 
 
 def wide_vocabulary() -> Any:
-    """8 layers of 64 and a vocabulary of 50,000."""
+    """Return a model of 8 layers of width 64 with a vocabulary of 50,000."""
     config = LlamaConfig(
         vocab_size=50_000,
         hidden_size=64,
@@ -31,7 +31,7 @@ def wide_vocabulary() -> Any:
 
 
 def cached_tokens(model: Any, owners: list[int], memory: int) -> float:
-    """How many tokens can be cached if each rank has so much memory."""
+    """Return the number of tokens that can be cached if each rank has `memory` bytes."""
     weights = dict.fromkeys(owners, 0)
     for (_, block), stage in zip(blocks_of(model), owners, strict=True):
         weights[stage] += sum(p.numel() * p.element_size() for p in block.parameters())
@@ -42,8 +42,8 @@ def cached_tokens(model: Any, owners: list[int], memory: int) -> float:
 
 
 @pytest.mark.parametrize("stages", [2, 4])
-def test_the_cut_leaves_room_for_the_longest_request(stages: int) -> None:
-    """The least memory that holds it holds no more tokens with an even cut, or with that of vLLM."""
+def test_partition_maximizes_cached_tokens(stages: int) -> None:
+    """In the least memory that fits the longest request, an even partition and that of vLLM cache no more tokens."""
     model = wide_vocabulary()
     owners = owners_of(model, DiffusionParallelConfig(pipeline_parallel_size=stages))
     assert owners == sorted(owners)
@@ -71,7 +71,7 @@ def test_bytes_of_a_cache(name: str) -> None:
         assert abs(one - other) <= one // 8  # a window of 8 holds one token less between calls
 
 
-def test_a_bound_that_is_too_small() -> None:
+def test_memory_limit_too_small() -> None:
     with pytest.raises(
         InputError, match=r"rank \d needs [\d,]+ bytes for weights and [\d,]+ for the cache of one request"
     ):
@@ -82,8 +82,8 @@ def test_a_bound_that_is_too_small() -> None:
         LLM("tiny/llama", gpu_memory_utilization=2)
 
 
-def test_tensor_ranks_share_a_cache() -> None:
-    """By key heads, of which each rank has at least one; a latent is on all of them."""
+def test_cache_over_tensor_ranks() -> None:
+    """It is split by key heads, at least one per rank; a latent is replicated."""
     config = families.config_of("qwen3")
     assert config.num_key_value_heads == 2
     whole, two, four = (cache_bytes(config, 4, 4, 24, ranks) for ranks in (1, 2, 4))

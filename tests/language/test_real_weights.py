@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, from the GGUF file of its package: over stages the tokens and bits of plain transformers."""
+"""SmolLM2-135M-Instruct, from the GGUF file of its package: stages give the tokens and bits of plain transformers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def expected(plain: Any) -> list[tuple[int, ...]]:
     ],
 )
 def test_answers(stages: int, tensor: int, expected: list[tuple[int, ...]]) -> None:
-    """9 heads and 3 key heads, on as many tensor ranks, fewer and more."""
+    """9 heads and 3 key heads, on 1 to 4 tensor ranks."""
     axes = {"pipeline_parallel_size": stages, "tensor_parallel_size": tensor}
     with LLM(NAME, **axes, device="cpu", timeout_s=120) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=TOKENS))
@@ -98,7 +98,7 @@ def logits_of_a_text(rank: int, count: int, method: str) -> tuple[torch.Tensor, 
 
 
 def scored(model: Any) -> tuple[torch.Tensor, float]:
-    """Logits and perplexity of the text."""
+    """Return logits and perplexity of the text."""
     assert SOURCE is not None
     ids = SOURCE.tokenizer()(TEXT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_perplexity(plain: Any) -> None:
 
 
 def test_each_rank_reads_its_tensors() -> None:
-    """The bytes of the file that two stages read: the embedding is tied to the head, and so both need it."""
+    """Two stages read little more than half of the file each: both need the embedding, which is tied to the head."""
     from shardit.language.loading.prepared import PreparedDecoder
     from shardit.language.sharding import lay_out_decoder
     from shardit.loading.safetensors_file import Reads

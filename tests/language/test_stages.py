@@ -1,4 +1,4 @@
-"""Language models over stages: unmodified `generate` on every rank gives the bits of one rank."""
+"""Language models over stages: unmodified `generate` on every rank is bitwise equal to one rank."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import at_once, lay_out_decoder, over_ranks, owners_of
+from shardit.language.sharding import lay_out_decoder, owners_of, run_interleaved, shard_decoder
 from tests.language import families
 from tests.language.cases import CASES, compare, errors_of
 from tests.support.ranks import run_ranks
 
 FAST = ("llama", "gemma2", "gpt_oss", "mamba", "qwen3_next", "deepseek_v3", "gpt2", "gemma4_text")
-"""Attention with few key heads, sliding windows, experts, states, a mix of these, latent attention, positions that are
-learned, keys that layers share."""
+"""Grouped-query attention, sliding windows, experts, state space models, hybrids, latent attention, learned positions,
+keys shared by layers."""
 
 TWO = DiffusionParallelConfig(pipeline_parallel_size=2)
 
@@ -34,17 +34,17 @@ def started(rank: int, count: int, method: str) -> Runtime:
     return Runtime.of(init_mesh(config, device="cpu", timeout_s=30, rank=rank, init_method=method), split_batch=False)
 
 
-def spread(name: str, runtime: Runtime, **changes: Any) -> Any:
+def make_sharded(name: str, runtime: Runtime, **changes: Any) -> Any:
     model = families.make(name, **changes)
     config = DiffusionParallelConfig(pipeline_parallel_size=runtime.mesh.pp_size)
-    over_ranks(model, runtime, lay_out_decoder(model, config), config)
+    shard_decoder(model, runtime, lay_out_decoder(model, config), config)
     return model
 
 
-def of_families(rank: int, count: int, method: str, names: tuple[str, ...]) -> list[Any]:
+def compare_families(rank: int, count: int, method: str, names: tuple[str, ...]) -> list[Any]:
     runtime, found = started(rank, count, method), []
     for name in names:
-        model = spread(name, runtime)
+        model = make_sharded(name, runtime)
         results = {case.name: compare(families.make(name), model, case) for case in CASES}
         stages = model.shardit_decoder.stages
         own = {index for index, owner in enumerate(stages.owners) if owner == rank}
@@ -57,8 +57,8 @@ def of_families(rank: int, count: int, method: str, names: tuple[str, ...]) -> l
 
 
 @pytest.mark.parametrize(("count", "names"), [(2, FAST), (3, ("llama", "falcon_h1"))])
-def test_every_bit_is_that_of_one_rank(count: int, names: tuple[str, ...]) -> None:
-    of_ranks = run_ranks(count, of_families, names)
+def test_bitwise_equal_to_one_rank(count: int, names: tuple[str, ...]) -> None:
+    of_ranks = run_ranks(count, compare_families, names)
     for found in of_ranks:
         for name, results, ran_own, foreign, held in found:
             allowed = {"right", "not on one rank"}
@@ -69,20 +69,20 @@ def test_every_bit_is_that_of_one_rank(count: int, names: tuple[str, ...]) -> No
             assert foreign == [], name
 
 
-def with_another_layer(rank: int, count: int, method: str) -> str:
-    """As the control: a layer of the last stage has other weights there."""
-    model = spread("llama", started(rank, count, method))
+def compare_changed_layer(rank: int, count: int, method: str) -> str:
+    """Compare a model with changed weights on the last stage, as a control."""
+    model = make_sharded("llama", started(rank, count, method))
     if rank == count - 1:
         model.model.layers[-1].mlp.up_proj.weight.data += 0.5
     return compare(families.make("llama"), model, CASES[0])
 
 
-def test_other_weights_on_one_rank_are_seen() -> None:
-    assert run_ranks(2, with_another_layer) == ["WRONG", "WRONG"]
+def test_changed_weights_on_one_rank_are_detected() -> None:
+    assert run_ranks(2, compare_changed_layer) == ["WRONG", "WRONG"]
 
 
 class Clock(StoppingCriteria):
-    """Stops at another step on each rank, as one that reads the time does."""
+    """Stops at a different step on each rank, like a criterion that reads the time."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -101,7 +101,7 @@ class Printer(BaseStreamer):
 
 
 class Reader(LogitsProcessor):
-    """Decides by values that it reads in Python."""
+    """Decides by values read in Python."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for row in range(scores.shape[0]):
@@ -110,10 +110,10 @@ class Reader(LogitsProcessor):
         return scores
 
 
-def used(rank: int, count: int, method: str) -> dict[str, Any]:
-    """Options of `generate`, and calls of the model, on one rank and over stages."""
+def use_options(rank: int, count: int, method: str) -> dict[str, Any]:
+    """Use options of `generate`, and call the model, on one rank and over stages."""
     runtime = started(rank, count, method)
-    plain, model = families.make("llama"), spread("llama", runtime)
+    plain, model = families.make("llama"), make_sharded("llama", runtime)
     ids = torch.randint(3, families.VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(2))
     call = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
     found: dict[str, Any] = {}
@@ -158,7 +158,7 @@ def used(rank: int, count: int, method: str) -> dict[str, Any]:
 
 
 def test_options_of_generate_and_calls() -> None:
-    first, second = run_ranks(2, used)
+    first, second = run_ranks(2, use_options)
     assert first["steps"] == second["steps"] == 3
     assert first["time"] < 5
     assert (first["printed"], second["printed"]) == (1, 0)
@@ -171,10 +171,10 @@ def test_options_of_generate_and_calls() -> None:
         assert "save_pretrained: each rank holds only its own part" in found["save"]
 
 
-def in_groups(rank: int, count: int, method: str) -> list[bool]:
-    """Groups of prompts at once, greedy and with a seed each, against each group alone on one rank."""
+def compare_groups(rank: int, count: int, method: str) -> list[bool]:
+    """Compare interleaved groups of prompts, greedy and with a seed each, with each group alone on one rank."""
     runtime = started(rank, count, method)
-    plain, model = families.make("llama"), spread("llama", runtime)
+    plain, model = families.make("llama"), make_sharded("llama", runtime)
     generator = torch.Generator().manual_seed(4)
     groups = [torch.randint(3, families.VOCABULARY, (3, length), generator=generator) for length in (5, 11, 8)]
     found = []
@@ -188,18 +188,18 @@ def in_groups(rank: int, count: int, method: str) -> list[bool]:
         for seed, ids in enumerate(groups):
             torch.manual_seed(seed)
             expected.append(run(plain, ids))
-        made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1, 2])
+        made = run_interleaved(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1, 2])
         found += [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
     return found
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_groups_in_flight_have_the_bits_of_each_alone(count: int) -> None:
-    assert run_ranks(count, in_groups) == [[True] * 6] * count
+def test_interleaved_groups_are_bitwise_equal_to_each_alone(count: int) -> None:
+    assert run_ranks(count, compare_groups) == [[True] * 6] * count
 
 
-def in_loops(rank: int, count: int, method: str) -> dict[str, bool]:
-    """Loops of one's own: with a static cache that has its memory before the first call, and without the head."""
+def compare_loops(rank: int, count: int, method: str) -> dict[str, bool]:
+    """Compare custom loops: with a static cache allocated before the first call, and without the head."""
     runtime = started(rank, count, method)
     start = torch.arange(10, 18).reshape(2, 4)
 
@@ -223,41 +223,41 @@ def in_loops(rank: int, count: int, method: str) -> dict[str, bool]:
     results = {}
     for name, loop in {"static": static, "headless": headless}.items():
         for mode in (torch.no_grad, torch.inference_mode):
-            plain, model = families.make("qwen3"), spread("qwen3", runtime)
+            plain, model = families.make("qwen3"), make_sharded("qwen3", runtime)
             with mode():
                 expected, got = loop(plain), loop(model)
             results[f"{name} {mode.__name__}"] = type(got) is torch.Tensor and torch.equal(expected, got)
     return results
 
 
-def test_loops_of_ones_own() -> None:
-    for results in run_ranks(2, in_loops):
+def test_custom_loops() -> None:
+    for results in run_ranks(2, compare_loops):
         assert len(results) == 4
         assert all(results.values()), results
 
 
-def with_a_stage_for_the_head(rank: int, count: int, method: str) -> tuple[list[int], list[bool]]:
-    """Groups of one shape, whose calls of the head differ in nothing but data."""
+def compare_head_stage(rank: int, count: int, method: str) -> tuple[list[int], list[bool]]:
+    """Compare groups of one shape: their calls of the head differ only in data."""
     runtime = started(rank, count, method)
-    plain, model = families.make("llama", vocab_size=20_000), spread("llama", runtime, vocab_size=20_000)
+    plain, model = families.make("llama", vocab_size=20_000), make_sharded("llama", runtime, vocab_size=20_000)
     groups = [torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(k)) for k in range(4)]
 
     def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
 
     expected = [run(plain, ids) for ids in groups]
-    made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0] * 4)
+    made = run_interleaved(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0] * 4)
     same = [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
     return model.shardit_decoder.stages.owners, same
 
 
-def test_a_stage_for_the_head_alone() -> None:
-    for owners, same in run_ranks(3, with_a_stage_for_the_head):
+def test_separate_stage_for_the_head() -> None:
+    for owners, same in run_ranks(3, compare_head_stage):
         assert owners == [0, 1, 1, 1, 1, 2]
         assert same == [True] * 4
 
 
-def by_parallelize(rank: int, count: int, method: str) -> list[Any]:
+def use_parallelize(rank: int, count: int, method: str) -> list[Any]:
     init_mesh(TWO, device="cpu", timeout_s=30, rank=rank, init_method=method)
     model = shardit.parallelize(families.make("qwen3"), TWO, timeout_s=30)
     again = shardit.parallelize(model, TWO, timeout_s=30)
@@ -280,7 +280,7 @@ def by_parallelize(rank: int, count: int, method: str) -> list[Any]:
 
 
 def test_parallelize() -> None:
-    for same, bits, changed, owners, wrong in run_ranks(2, by_parallelize):
+    for same, bits, changed, owners, wrong in run_ranks(2, use_parallelize):
         assert same
         assert bits == "right"
         assert "is sharded with DiffusionParallelConfig" in changed
@@ -289,7 +289,7 @@ def test_parallelize() -> None:
         assert "4" in wrong
 
 
-def test_a_large_vocabulary_counts_where_stages_are_cut() -> None:
+def test_stages_are_balanced_with_a_large_vocabulary() -> None:
     config = families.config_of("llama")
     config.vocab_size, config.num_hidden_layers, config.hidden_size = 50_000, 8, 64
     with torch.device("meta"):
@@ -301,7 +301,7 @@ def test_a_large_vocabulary_counts_where_stages_are_cut() -> None:
     assert owners[-2] == 2
 
 
-def test_what_a_language_model_has_not() -> None:
+def test_unsupported_configurations() -> None:
     model = families.make("llama")
     with pytest.raises(UnsupportedError, match="ulysses_degree=2: a language model runs over pipeline_parallel_size"):
         owners_of(model, DiffusionParallelConfig(pipeline_parallel_size=2, ulysses_degree=2))

@@ -1,4 +1,4 @@
-"""Language models over tensor ranks: unmodified `generate` gives the tokens of one rank, on every rank alike."""
+"""Language models over tensor ranks: unmodified `generate` gives the tokens of one rank on every rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import shardit
 from shardit import LLM, DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import at_once, lay_out_decoder, over_ranks
+from shardit.language.sharding import lay_out_decoder, run_interleaved, shard_decoder
 from shardit.language.tensor import FAMILY, plan_decoder
 from shardit.parallel.tensor.heads import Heads
 from tests.language import families
@@ -45,20 +45,20 @@ FAST: tuple[tuple[str, dict[str, Any]], ...] = (
     ("deepseek_v3", {}),
     ("qwen3_next", {}),
 )
-"""Plain attention; a tied vocabulary that is cut; queries, keys and values from one linear, in two orders; experts with
-biases and sinks; states by groups, by heads that share one, and by channels; experts; norms across all heads; a
-latent that all heads share; a gate for each query head."""
+"""Plain attention; a sliced tied vocabulary; fused queries, keys and values, in two orders; experts with biases and
+sinks; states by groups, by heads that share one, and by channels; experts; norms across all heads; a latent shared by
+all heads; a gate for each query head."""
 
 
 def results(name: str, changes: dict[str, Any], config: DiffusionParallelConfig) -> tuple[dict[str, str], list[str]]:
-    """How each case goes, and why modules are whole."""
+    """Return the outcome of each case, and the reasons of modules that stay whole."""
     plain = families.make(name, **changes)
     model: Any = shardit.parallelize(families.make(name, **changes), config, timeout_s=60)
     found = {case.name: compare(plain, model, case, CLOSE) for case in CASES}
     return found, [*model.shardit_checks.whole.values(), *model.shardit_checks.plan.notes]
 
 
-def of_families(rank: int, count: int, method: str) -> list[Any]:
+def compare_families(rank: int, count: int, method: str) -> list[Any]:
     init_mesh(TWO, device="cpu", timeout_s=60, rank=rank, init_method=method)
     found: list[Any] = []
     for name, changes in FAST:
@@ -66,16 +66,16 @@ def of_families(rank: int, count: int, method: str) -> list[Any]:
     return found
 
 
-def test_tokens_are_those_of_one_rank() -> None:
-    for found in run_ranks(2, of_families):
-        for name, how, notes in found:
-            assert {case: text for case, text in how.items() if text not in ("right", "not on one rank")} == {}, name
-            assert list(how.values()).count("right") >= len(CASES) - 1, name
+def test_tokens_equal_those_of_one_rank() -> None:
+    for found in run_ranks(2, compare_families):
+        for name, cases, notes in found:
+            assert {case: text for case, text in cases.items() if text not in ("right", "not on one rank")} == {}, name
+            assert list(cases.values()).count("right") >= len(CASES) - 1, name
             assert [note for note in notes if "tied" not in note] == [], name
 
 
-def over_four(rank: int, count: int, method: str) -> dict[str, Any]:
-    """More ranks than key heads, and stages of tensor ranks with groups in flight."""
+def compare_on_four(rank: int, count: int, method: str) -> dict[str, Any]:
+    """Compare models with more ranks than key heads, and stages of tensor ranks with groups in flight."""
     init_mesh(FOUR, device="cpu", timeout_s=60, rank=rank, init_method=method)
     found: dict[str, Any] = {name: results(name, {}, FOUR)[0] for name in ("qwen3", "phi3")}
     key: Any = shardit.parallelize(families.make("qwen3"), FOUR).model.layers[0].self_attn.k_proj.weight
@@ -84,7 +84,7 @@ def over_four(rank: int, count: int, method: str) -> dict[str, Any]:
         found[f"stages {name}"] = results(name, changes, BOTH)[0]
     runtime = Runtime.of(init_mesh(BOTH, device="cpu", timeout_s=60), split_batch=False)
     plain, model = families.make("llama"), families.make("llama")
-    over_ranks(model, runtime, lay_out_decoder(model, BOTH), BOTH)
+    shard_decoder(model, runtime, lay_out_decoder(model, BOTH), BOTH)
     groups = [torch.randint(3, 128, (2, length), generator=torch.Generator().manual_seed(length)) for length in (5, 8)]
 
     def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def over_four(rank: int, count: int, method: str) -> dict[str, Any]:
     for seed, ids in enumerate(groups):
         torch.manual_seed(seed)
         expected.append(run(plain, ids))
-    made = at_once(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1])
+    made = run_interleaved(runtime, [lambda ids=ids: run(model, ids) for ids in groups], [0, 1])
     same = [torch.equal(one, other) for one, other in zip(expected, made, strict=True)]
     found["groups"] = {str(number): "right" if equal else "WRONG" for number, equal in enumerate(same)}
     clock = StoppingCriteriaList([Clock(3 + 2 * rank)])
@@ -104,15 +104,15 @@ def over_four(rank: int, count: int, method: str) -> dict[str, Any]:
 
 
 def test_more_ranks_than_key_heads_and_stages_of_tensor_ranks() -> None:
-    for found in run_ranks(4, over_four):
+    for found in run_ranks(4, compare_on_four):
         assert found.pop("key heads") == 1
         assert found.pop("steps") == 3
-        for name, how in found.items():
-            assert set(how.values()) == {"right"}, (name, how)
+        for name, cases in found.items():
+            assert set(cases.values()) == {"right"}, (name, cases)
 
 
 class Stubborn(LogitsProcessor):
-    """Wants another token on each rank, as code with random numbers of its own may."""
+    """Prefers a different token on each rank, as code with its own random numbers may."""
 
     def __init__(self, rank: int):
         self.rank = rank
@@ -131,8 +131,8 @@ def with_lora(model: Any) -> Any:
     return model.eval()
 
 
-def decided(rank: int, count: int, method: str) -> dict[str, Any]:
-    """What one rank decides and others follow; what is refused."""
+def use_decisions(rank: int, count: int, method: str) -> dict[str, Any]:
+    """Use decisions of the first rank on all ranks, and calls that are refused."""
     init_mesh(TWO, device="cpu", timeout_s=60, rank=rank, init_method=method)
     plain = families.make("llama")
     model: Any = shardit.parallelize(families.make("llama"), TWO)
@@ -156,7 +156,7 @@ def decided(rank: int, count: int, method: str) -> dict[str, Any]:
         head = tied.get_output_embeddings()
         head.weight.data += rank
         found["bits"] = float(tied(ids).logits.double().sum())
-    # Its attention fails on slices, and becomes whole, also where the layers alone are called first.
+    # Its attention fails on slices, and becomes whole, also if the headless model is called first.
     with torch.no_grad():
         expected = families.make("xglm").model(ids).last_hidden_state
         other: Any = shardit.parallelize(families.make("xglm"), TWO)
@@ -179,8 +179,8 @@ def decided(rank: int, count: int, method: str) -> dict[str, Any]:
     return found
 
 
-def test_one_rank_decides() -> None:
-    first, second = run_ranks(2, decided)
+def test_first_rank_decides() -> None:
+    first, second = run_ranks(2, use_decisions)
     assert (first["printed"], second["printed"]) == (1, 0)
     assert first["bits"] == second["bits"]
     for found in (first, second):
@@ -198,7 +198,7 @@ def test_one_rank_decides() -> None:
         assert "is sharded with DiffusionParallelConfig" in found["config"]
 
 
-def test_heads_that_cannot_be_dealt(tmp_path: Path) -> None:
+def test_number_of_heads_does_not_fit(tmp_path: Path) -> None:
     write(tmp_path, "qwen3")
     line = (
         "tensor_parallel_size=3 does not fit Qwen3ForCausalLM with num_attention_heads=4 and "
@@ -212,13 +212,13 @@ def test_heads_that_cannot_be_dealt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "line"), [("gpt2", "GPT2LMHeadModel"), ("falcon", "Falcon"), ("bloom", "Bloom")])
-def test_families_that_no_rule_knows(name: str, line: str) -> None:
+def test_families_without_rules(name: str, line: str) -> None:
     with pytest.raises(UnsupportedError, match=line):
         plan_decoder(families.make(name), 2)
 
 
-def test_what_stays_whole_is_said() -> None:
-    """Also of layers that no rule knows, in a model that has others."""
+def test_notes_name_replicated_modules() -> None:
+    """They include layers without a rule in a model that has others."""
     with torch.device("meta"):
         model = families.transformers.AutoModelForCausalLM.from_config(families.config_of("qwen3_next"))
     (line,) = lay_out_decoder(model, TWO).notes
@@ -231,7 +231,7 @@ def test_what_stays_whole_is_said() -> None:
     )
 
 
-def test_a_vocabulary_alone_is_no_tensor_parallelism() -> None:
+def test_vocabulary_alone_is_not_tensor_parallelism() -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4))
     with pytest.raises(UnsupportedError, match="no rule matches the layers of GPT2LMHeadModel"):

@@ -1,4 +1,4 @@
-"""Pieces of text: no half characters, no part of a stop text, and together the whole."""
+"""Pieces of text contain no partial characters and no part of a stop string, and join to the whole text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = "a🙂é你 👩‍👩‍👧 \n"
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """A tokenizer of letters; all other characters are tokens of their bytes, as in Llama 2."""
+    """Return a tokenizer of letters; all other characters are tokens of their bytes, as in Llama 2."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "▁": 257, "a": 258, "▁a": 259}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"))
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -28,7 +28,7 @@ TOKENIZERS = {"byte level": tokenizer(), "byte fallback": byte_fallback()}
 
 
 def pieces(decode: Callable[[Sequence[int]], str], ids: Sequence[int], stops: Sequence[str] = ()) -> list[str]:
-    """A piece for each token, and the rest."""
+    """Return a piece for each token, and the rest."""
     stream = TextStream(decode, stops)
     return [*map(stream.add, ids), stream.end(decode(ids))]
 
@@ -41,15 +41,15 @@ def test_whole_characters(kind: str) -> None:
     made = pieces(tokens.decode, ids)
     assert "".join(made) == tokens.decode(ids) == TEXT
     assert UNKNOWN not in "".join(made)
-    assert sum(map(bool, made)) == len(TEXT)  # each as soon as it is whole
+    assert sum(map(bool, made)) == len(TEXT)  # each as soon as it is complete
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_tokens(kind: str, data: st.DataObject) -> None:
-    """Bytes that never become a character are held for a few tokens, and given at the end. With byte fallback the text
-    of tokens changes with later ones, so what was given need not be that of all tokens; its length is."""
+    """Bytes that never complete a character are held for a few tokens, and returned at the end. With byte fallback,
+    later tokens change the text of earlier ones, so only the length of the returned pieces is checked."""
     tokens = TOKENIZERS[kind]
     ids = data.draw(st.lists(st.integers(3, 258), max_size=24))
     made = pieces(tokens.decode, ids)
@@ -66,7 +66,7 @@ def words(*parts: str) -> Callable[[Sequence[int]], str]:
     return lambda ids: "".join(parts[one] for one in ids)
 
 
-def test_stop_texts() -> None:
+def test_stop_strings() -> None:
     decode = words("DEF", "G", "HI", "J", "K")
     stream = TextStream(decode, ["DEFGHIJ"])
     assert [stream.add(one) for one in range(4)] == [""] * 4

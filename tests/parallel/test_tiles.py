@@ -16,7 +16,7 @@ from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.comm.wire import ALIGN
 from shardit.core.modules.attributes import Attributes
-from shardit.core.modules.small_tensors import Everywhere
+from shardit.core.modules.small_tensors import ReplicatedTensors
 from shardit.core.placement.assignment import assign
 from shardit.core.runtime.pending import materialize
 from shardit.diffusion.roles import roles_of
@@ -216,7 +216,7 @@ def test_indistinguishable_tiles_run_on_one_rank() -> None:
         vae = ENTRIES["kl"].build()
         ENTRIES["kl"].switch_on(vae)
         change(vae.decoder)
-        tiles = Tiles(vae, mock.Mock(rank=0), (0, 1), Everywhere(vae), Attributes(list))
+        tiles = Tiles(vae, mock.Mock(rank=0), (0, 1), ReplicatedTensors(vae), Attributes(list))
         z = inputs(ENTRIES["kl"])["decode"]
         assert str(tiles._plan("decode", vae.decode, (z,), {})).startswith(reason)
 

@@ -21,9 +21,17 @@ from shardit.engine.streaming import Pieces, in_thread
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.language.loading.source import decoder_source
-from shardit.language.request.asked import Asked
 from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput, RowResult
-from shardit.language.request.prompts import Prompt, chat_tokens, dealt, params_of_each, prompt_list, rows_of, tokens_of
+from shardit.language.request.prompt_batch import PromptBatch
+from shardit.language.request.prompts import (
+    Prompt,
+    chat_tokens,
+    group_rows,
+    params_of_each,
+    prompt_list,
+    rows_of,
+    tokens_of,
+)
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import RANDOM_SEED, SEED
 from shardit.settings.checks import number, whole
@@ -109,13 +117,13 @@ class LLM:
             reading = source.tokenizer() if started_by_torchrun(os.environ) else meanwhile.submit(source.tokenizer)
             self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
             self._tokenizer = reading.result() if isinstance(reading, Future) else reading
-        room = self._info.room
-        if max_model_len is not None and room is not None and max_model_len > room:
+        limit = self._info.max_model_len
+        if max_model_len is not None and limit is not None and max_model_len > limit:
             self.close()
             raise InputError(
-                f"max_model_len={max_model_len} is more than the {room} tokens that the model has room for"
+                f"max_model_len={max_model_len} is more than the {limit} tokens that the model has room for"
             )
-        self._room = max_model_len or room
+        self._max_model_len = max_model_len or limit
 
     @property
     def _info(self) -> LanguageInfo:
@@ -149,10 +157,10 @@ class LLM:
         for each; None for `get_default_sampling_params`. use_tqdm: whether a terminal shows progress. Raises InputError
         where a prompt is too long.
         """
-        asked = self._asked(prompts, sampling_params)
-        with contextlib.closing(TokenBar(len(asked.rows), shown=use_tqdm)) as bar:
-            made = self._run(asked, lambda _: lambda index, step, total, made=None: bar.update(index, made))
-        return asked.outputs(made) if made else []
+        batch = self._batch(prompts, sampling_params)
+        with contextlib.closing(TokenBar(len(batch.rows), shown=use_tqdm)) as bar:
+            made = self._run(batch, lambda _: lambda index, step, total, made=None: bar.update(index, made))
+        return batch.outputs(made) if made else []
 
     def stream(
         self,
@@ -166,10 +174,10 @@ class LLM:
         """
         if started_by_torchrun(os.environ):
             raise InputError("stream: ranks of torchrun run in step; use generate, or start LLM without torchrun")
-        asked = self._asked(prompts, sampling_params)
-        pieces = Pieces(asked)
+        batch = self._batch(prompts, sampling_params)
+        pieces = Pieces(batch)
         yield from in_thread(
-            lambda give: self._run(asked, lambda groups: pieces.takes(groups, give)),
+            lambda give: self._run(batch, lambda groups: pieces.takes(groups, give)),
             pieces.rest,
             self._ranks.cancel_all,
         )
@@ -199,7 +207,7 @@ class LLM:
         """The prompt that the chat template makes of a conversation, for `generate` and `stream`."""
         return {"prompt_token_ids": chat_tokens(self._tokenizer, messages, chat_template, tools, add_generation_prompt)}
 
-    def _asked(self, prompts: Any, sampling_params: Any) -> Asked:
+    def _batch(self, prompts: Any, sampling_params: Any) -> PromptBatch:
         if self._closed:
             raise InputError("this LLM is closed; make a new one")
         given = prompt_list(prompts)
@@ -208,14 +216,14 @@ class LLM:
         rows = [
             (number, copy, row)
             for number, ((_, tokens), wanted) in enumerate(zip(read, params, strict=True))
-            for copy, row in enumerate(rows_of(number, tokens, wanted, self._room, self._seed))
+            for copy, row in enumerate(rows_of(number, tokens, wanted, self._max_model_len, self._seed))
         ]
-        return Asked(self._tokenizer, read, rows)
+        return PromptBatch(self._tokenizer, read, rows)
 
-    def _run(self, asked: Asked, on_progress: Callable[[list[list[int]]], OnProgress]) -> list[RowResult]:
+    def _run(self, batch: PromptBatch, on_progress: Callable[[list[list[int]]], OnProgress]) -> list[RowResult]:
         """The result of each row; none on ranks of torchrun but the first. on_progress: made of the numbers of the rows
         of each group."""
-        groups = dealt([row for *_, row in asked.rows], self._groups, self._max_num_seqs) if asked.rows else []
+        groups = group_rows([row for *_, row in batch.rows], self._groups, self._max_num_seqs) if batch.rows else []
         numbers = [part for part, _ in groups]
         outputs: list[GroupOutput | None]
         outputs = self._ranks.generate(lambda: [one for _, one in groups], on_progress(numbers)) if groups else []

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from shardit.engine.tasks.task import OnProgress
-from shardit.language.request.asked import Asked
 from shardit.language.request.outputs import CompletionChunk, RowResult
+from shardit.language.request.prompt_batch import PromptBatch
 from shardit.language.request.text_stream import TextStream
 
 T = TypeVar("T")
@@ -18,13 +18,13 @@ T = TypeVar("T")
 class Pieces:
     """The texts of a call of `LLM` so far."""
 
-    def __init__(self, asked: Asked):
-        self._asked = asked
+    def __init__(self, batch: PromptBatch):
+        self._batch = batch
         self._streams = [
-            TextStream(lambda ids, row=row: asked.decoded(ids, row), row.params.stops) for *_, row in asked.rows
+            TextStream(lambda ids, row=row: batch.decode(ids, row), row.params.stops) for *_, row in batch.rows
         ]
-        self._tokens: list[list[int]] = [[] for _ in asked.rows]
-        self._given = [0] * len(asked.rows)
+        self._tokens: list[list[int]] = [[] for _ in batch.rows]
+        self._given = [0] * len(batch.rows)
 
     def takes(self, groups: list[list[int]], give: Callable[[CompletionChunk | None], None]) -> OnProgress:
         """Return a progress callback that passes chunks of the tokens of each step to `give`. groups: row numbers of
@@ -44,13 +44,13 @@ class Pieces:
         """Return the last chunk of each row."""
         found = []
         for number, result in enumerate(results):
-            whole = self._asked.completion(number, result)
+            whole = self._batch.completion(number, result)
             text = self._streams[number].end(whole.text)
             found.append(self._chunk(number, text, result[0], whole.finish_reason, whole.stop_reason))
         return found
 
     def _chunk(self, number: int, text: str, tokens: Any, *reasons: Any) -> CompletionChunk:
-        prompt, copy, _ = self._asked.rows[number]
+        prompt, copy, _ = self._batch.rows[number]
         new, self._given[number] = tuple(tokens[self._given[number] :]), len(tokens)
         return CompletionChunk(prompt, copy, text, new, *reasons)
 

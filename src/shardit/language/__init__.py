@@ -1,1 +1,1 @@
-"""Everything that knows causal language models of transformers."""
+"""Support for causal language models of transformers."""

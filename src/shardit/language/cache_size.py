@@ -1,37 +1,37 @@
-"""The memory that a cache takes, by layer, from the configuration of a model."""
+"""Memory of the key-value cache of each layer, from the configuration of a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from shardit.language.info import room_of
+from shardit.language.info import max_positions
 
 UNLIMITED = 4096
-"""Tokens of a request where neither the user nor the model states how many there may be."""
+"""Tokens of a request if neither the user nor the model sets a limit."""
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
 
 
 def request_tokens(config: Any, max_model_len: int | None) -> int:
-    """The tokens of the longest request."""
-    return max_model_len or room_of(config) or UNLIMITED
+    """Return the tokens of the longest request."""
+    return max_model_len or max_positions(config) or UNLIMITED
 
 
 def cache_bytes(config: Any, count: int, itemsize: int, tokens: int, tensor_ranks: int = 1) -> list[int]:
-    """The bytes of the keys and values of each of `count` layers for one request of `tokens` tokens, on the fullest of
-    the tensor ranks. 0 for layers whose state does not grow, as of Mamba."""
+    """Return the bytes of keys and values of each of `count` layers for one request of `tokens` tokens, on the tensor
+    rank with the most. 0 for layers whose state does not grow, such as Mamba."""
     text = config.get_text_config(decoder=True)
     kinds = list(getattr(text, "layer_types", None) or ())
     kinds = kinds if len(kinds) == count else ["full_attention"] * count
     try:
         own = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
-        return [_held(one, kind, tokens, tensor_ranks) * itemsize for kind, one in zip(kinds, own, strict=True)]
+        return [_cached(one, kind, tokens, tensor_ranks) * itemsize for kind, one in zip(kinds, own, strict=True)]
     except (AttributeError, TypeError):  # a family with other names, or lists of numbers
         return [0] * count
 
 
-def _held(config: Any, kind: str, tokens: int, tensor_ranks: int) -> int:
-    """The numbers that a layer keeps of a request."""
+def _cached(config: Any, kind: str, tokens: int, tensor_ranks: int) -> int:
+    """Return the number of elements that a layer caches for a request."""
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
     kept = {"full_attention": tokens, **dict.fromkeys(_WINDOWED, min(tokens, window))}.get(kind, 0)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

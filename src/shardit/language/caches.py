@@ -1,8 +1,8 @@
 """Caches of keys, values and states over stages: each rank has those of its own layers.
 
-A layer of another rank is asked questions outside the blocks: how long it is, how large masks must be. One of this
-rank's own layers of the same kind answers for it, as all layers of a kind advance together. Where this rank has none of
-a kind, the layer's own code keeps the books, on tensors of one head of width 1.
+Code outside the blocks also reads cache layers of other ranks: their length, the size of masks. Such reads are
+delegated to an own layer of the same kind, as all layers of a kind advance together. If this rank has no layer of a
+kind, the cache layer updates itself with tensors of one head of width 1.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CHANGES = (
     *("reorder_cache", "crop", "reset", "batch_repeat_interleave", "batch_select_indices", "offload", "prefetch"),
     *("lazy_initialization", "lazy_initialization_indexer", "activate_past_recording", "__init__"),
 )
-"""Methods that change a cache layer, and so do nothing to one that another rank has."""
+"""Methods that change a cache layer; they do nothing on a layer of another rank."""
 
 UPDATES = ("update", "update_conv_state", "update_recurrent_state", "update_indexer")
-"""Methods that a block calls with what it has computed."""
+"""Methods that a block calls with its results."""
 
 OWN = "_shardit_layer"
 
 
 @dataclass(eq=False)
 class NewCache:
-    """A cache in the first call of a model. shape: that of the hidden states. passed: the blocks of other ranks that
-    have been called with it."""
+    """A cache in the first call of a model. shape: of the hidden states. passed: blocks of other ranks that were called
+    with it."""
 
     cache: Any
     shape: torch.Size
@@ -46,9 +46,9 @@ class NewCache:
 
 
 class StageCaches:
-    """The books of caches that the blocks of a decoder are given.
+    """Tracks the caches among the arguments of a decoder's blocks.
 
-    slots[i]: the layers of a cache that block i updates, found when it first runs.
+    slots[i]: the layers of a cache that block i updates, known after its first call.
     """
 
     def __init__(self, owners: Sequence[int], rank: int):
@@ -56,56 +56,55 @@ class StageCaches:
         self._owners, self._rank = owners, rank
         self._new: list[NewCache] = []
 
-    def enter(self, index: int, arguments: Sequence[Any], own: bool) -> None:
-        """Before a block call: advance the books of layers that the block of another rank updates, and that nothing
-        here answers for. A cache that comes for the first time gets what answers for layers of other ranks, or if it
-        is not known yet which these are, at the end of the call."""
+    def before_call(self, index: int, arguments: Sequence[Any], own: bool) -> None:
+        """Prepare a block call: advance the layers that a block of another rank updates, if they have no stand-in. A
+        new cache gets stand-ins for layers of other ranks now, or at the end of the call if those are not known yet."""
         for cache in caches_in(arguments):
-            left = getattr(cache, OWN, None)
-            if left is None:
+            missing = getattr(cache, OWN, None)
+            if missing is None:
                 if len(self.slots) == len(self._owners):
-                    left = self._join(cache)
+                    missing = self._add_stand_ins(cache)
                 else:
-                    self._remember(cache, index, own, arguments)
+                    self._record_new(cache, index, own, arguments)
                     continue
-            if not own and left:
+            if not own and missing:
                 for number in self.slots.get(index, ()):
-                    if number in left:
+                    if number in missing:
                         _advance(cache, number, _first(arguments).shape)
 
-    def look(self, arguments: Sequence[Any]) -> Any:
-        """On the owner, before the first call of a structure: what caches and other objects hold."""
+    def snapshot(self, arguments: Sequence[Any]) -> Any:
+        """Return the state of caches and other objects, on the owner, before the first call of a structure."""
         caches = caches_in(arguments)
         others = [leaf for leaf in arguments if _may_hold_state(leaf)]
         return [(cache, list(map(_state, cache.layers))) for cache in caches], [(one, state_in(one)) for one in others]
 
-    def changes(self, name: str, look: Any) -> tuple[int, ...]:
-        """After the call: the layers of caches that the block has updated. Raises UnsupportedError where it keeps
-        something that other ranks would need."""
-        caches, others = look
-        for one, before in others:
-            if differences(before, state_in(one)):
+    def changes(self, name: str, before: Any) -> tuple[int, ...]:
+        """Return the cache layers that the block has updated since the snapshot `before`. Raises UnsupportedError if it
+        keeps other state that other ranks would need."""
+        caches, others = before
+        for one, state in others:
+            if differences(state, state_in(one)):
                 raise UnsupportedError(f"{name} keeps state in a {type(one).__name__}, which other ranks would not see")
         slots = set[int]()
-        for cache, before in caches:
+        for cache, earlier in caches:
             now = list(map(_state, cache.layers))
-            slots |= {n for n, state in enumerate(now) if n >= len(before) or differences(before[n], state)}
+            slots |= {n for n, state in enumerate(now) if n >= len(earlier) or differences(earlier[n], state)}
         return tuple(sorted(slots))
 
-    def learn(self, index: int, slots: tuple[int, ...]) -> None:
-        """On every rank: which layers block number `index` updates."""
+    def add_slots(self, index: int, slots: tuple[int, ...]) -> None:
+        """Record the cache layers that block number `index` updates, on every rank."""
         self.slots[index] = tuple(sorted({*self.slots.get(index, ()), *slots}))
 
-    def leave(self) -> None:
-        """At the end of a call of the model: caches of a first call get what answers for layers of other ranks."""
+    def end_call(self) -> None:
+        """Add stand-ins for layers of other ranks to new caches, at the end of a call of the model."""
         for new in self._new:
-            left = self._join(new.cache)
-            # Blocks that are still to come with it (another group may be in the middle of its call) advance their own.
-            for number in sorted({n for index in new.passed for n in self.slots[index]} & left):
+            missing = self._add_stand_ins(new.cache)
+            # Later blocks (another group may be in the middle of its call) advance their own layers.
+            for number in sorted({n for index in new.passed for n in self.slots[index]} & missing):
                 _advance(new.cache, number, new.shape)
         self._new.clear()
 
-    def _remember(self, cache: Any, index: int, own: bool, arguments: Sequence[Any]) -> None:
+    def _record_new(self, cache: Any, index: int, own: bool, arguments: Sequence[Any]) -> None:
         new = next((one for one in self._new if one.cache is cache), None)
         if new is None:
             new = NewCache(cache, _first(arguments).shape)
@@ -113,8 +112,8 @@ class StageCaches:
         if not own:
             new.passed.add(index)
 
-    def _join(self, cache: Any) -> set[int]:
-        """Put stand-ins for layers of other ranks into a cache; the numbers of the layers that have none."""
+    def _add_stand_ins(self, cache: Any) -> set[int]:
+        """Add stand-ins for layers of other ranks to a cache. Return the numbers of the layers without a stand-in."""
         own = {n for index, numbers in self.slots.items() if self._owners[index] == self._rank for n in numbers}
         foreign = {n for index, numbers in self.slots.items() if self._owners[index] != self._rank for n in numbers}
         if own & foreign:
@@ -122,25 +121,25 @@ class StageCaches:
         if cache.layer_class_to_replicate is not None:
             while len(cache.layers) <= max((*own, *foreign), default=-1):
                 cache.layers.append(cache.layer_class_to_replicate())
-        left: set[int] = set()
+        missing: set[int] = set()
         kinds = {_kind(cache.layers[n]): cache.layers[n] for n in sorted(own, reverse=True)}
         for number in sorted(foreign):
-            answering = kinds.get(_kind(cache.layers[number]))
-            if answering is None:
-                left.add(number)
+            own_layer = kinds.get(_kind(cache.layers[number]))
+            if own_layer is None:
+                missing.add(number)
             else:
-                cache.layers[number] = elsewhere(answering)
-        setattr(cache, OWN, left)
-        return left
+                cache.layers[number] = stand_in(own_layer)
+        setattr(cache, OWN, missing)
+        return missing
 
 
 def _state(layer: Any) -> State:
-    """What tells whether a cache layer was changed since, in place, too."""
-    return State() if OWN in vars(layer) else state_in(layer)  # another one answers for it
+    """Return the state of a cache layer, to detect changes, also in place; an empty one for a stand-in."""
+    return State() if OWN in vars(layer) else state_in(layer)
 
 
 def caches_in(arguments: Sequence[Any]) -> list[Any]:
-    """The caches among the arguments of a block."""
+    """Return the caches among the arguments of a block."""
     found = []
     for leaf in arguments:
         if isinstance(leaf, EncoderDecoderCache):
@@ -160,14 +159,14 @@ def _first(arguments: Sequence[Any]) -> torch.Tensor:
 
 
 def _kind(layer: Any) -> tuple[Any, ...]:
-    """What cache layers have in common that advance together: their class and what it was made with."""
-    made_with = [name for name in inspect.signature(type(layer).__init__).parameters if hasattr(layer, name)]
-    plain = {name: value for name in made_with if isinstance(value := getattr(layer, name), (bool, int, str))}
+    """Return the key of cache layers that advance together: their class and its arguments."""
+    arguments = [name for name in inspect.signature(type(layer).__init__).parameters if hasattr(layer, name)]
+    plain = {name: value for name in arguments if isinstance(value := getattr(layer, name), (bool, int, str))}
     return (type(layer), *sorted(plain.items()))
 
 
 def _advance(cache: Any, number: int, shape: torch.Size) -> None:
-    """Let a layer that another rank updates keep its books. shape: that of the hidden states."""
+    """Advance a cache layer that another rank updates. shape: of the hidden states."""
     layer = cache.layers[number]
     if isinstance(layer, CacheLayerMixin):
         nothing = torch.zeros(shape[0], 1, shape[1], 1)
@@ -177,8 +176,8 @@ def _advance(cache: Any, number: int, shape: torch.Size) -> None:
             layer.has_previous_state[state] = True
 
 
-def elsewhere(own: Any) -> Any:
-    """A cache layer of another rank, for which one of this rank's own answers."""
+def stand_in(own: Any) -> Any:
+    """Return the stand-in of a cache layer of another rank, which delegates to an own layer."""
     return _class_of(type(own))(own)
 
 
@@ -207,11 +206,11 @@ def _class_of(cls: type) -> type:
         elif isinstance(member, property):
             members[name] = property(functools.partial(_property, name))
         elif callable(member) and not name.startswith("__"):
-            members[name] = functools.partialmethod(_question, name)
+            members[name] = functools.partialmethod(_delegated, name)
     return type(cls.__name__, (cls,), members)
 
 
-def _question(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+def _delegated(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(getattr(self, OWN), name)(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Calls and `generate` of a causal language model over ranks: the code of transformers runs on every rank alike."""
+"""Calls and `generate` of a causal language model over ranks: every rank runs the same code of transformers."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from transformers.generation.stopping_criteria import (
 )
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.decoder.stage_tensor import settled
+from shardit.core.decoder.stage_tensor import materialized
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.runtime.digests import named
 from shardit.core.stages.runtime import Runtime
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.check.units import Checks
 
-OF_TOKENS = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
-"""Stopping criteria that look at the tokens alone, which all ranks have."""
+TOKEN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
+"""Stopping criteria that read only tokens, which all ranks have."""
 
 FROM_BLOCKS = ("output_attentions", "output_router_logits")
-"""What transformers collects inside of blocks, on their owners alone."""
+"""Outputs that transformers collects inside blocks, so only on their owners."""
 
 
 def members_of(model: Any, stages: DecoderStages | None, runtime: Runtime) -> dict[str, Callable[..., Any]]:
-    """The methods that a model over stages or tensor ranks gets."""
+    """Return the methods of a model over stages or tensor ranks."""
     cls = type(model)
     members = {
         "__call__": call_member(cls, stages, runtime),
-        "generate": _generate(cls, runtime),
-        "_get_stopping_criteria": _stopping(cls, stages, runtime),
+        "generate": _generate_member(cls, runtime),
+        "_get_stopping_criteria": _stopping_criteria_member(cls, stages, runtime),
     }
-    if "tp" in runtime.mesh.axes:  # keys get their memory when they come, since a rank has some heads only
+    if "tp" in runtime.mesh.axes:  # keys are allocated at the first update, since a rank has only some heads
         members["_get_static_cache_init_shape"] = lambda self, *args, **kwargs: None
     return members
 
@@ -46,8 +46,8 @@ def members_of(model: Any, stages: DecoderStages | None, runtime: Runtime) -> di
 def call_member(
     cls: type, stages: DecoderStages | None, runtime: Runtime, checks: Checks | None = None
 ) -> Callable[..., Any]:
-    """The call of a model, or of a model in it that has the layers and no head: alone it gives plain tensors. checks:
-    of the slices of the model around it."""
+    """Return the `__call__` of a model, or of the headless model inside it; called directly, it returns plain tensors.
+    checks: of the slices of the enclosing model."""
     own_call: Any = cls.__call__
 
     @functools.wraps(own_call)
@@ -68,7 +68,7 @@ def call_member(
     return __call__
 
 
-def _generate(cls: Any, runtime: Runtime) -> Callable[..., Any]:
+def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     own_generate = cls.generate
 
     @functools.wraps(own_generate)
@@ -85,38 +85,38 @@ def _generate(cls: Any, runtime: Runtime) -> Callable[..., Any]:
     return generate
 
 
-def _stopping(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
+def _stopping_criteria_member(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:
     own = cls._get_stopping_criteria
     neighbours = Collectives(runtime.mesh.axes["tp"]) if "tp" in runtime.mesh.axes else None
 
     @functools.wraps(own)
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = own(self, *args, **kwargs)
-        if neighbours is None and _look_at_tokens(criteria):
+        if neighbours is None and _read_only_tokens(criteria):
             return criteria
-        return FirstRankDecides(criteria, stages, neighbours)
+        return FirstRankCriteria(criteria, stages, neighbours)
 
     return _get_stopping_criteria
 
 
-def _look_at_tokens(criteria: StoppingCriteriaList) -> bool:
-    return all(isinstance(one, OF_TOKENS) or getattr(one, "of_tokens", False) for one in criteria)
+def _read_only_tokens(criteria: StoppingCriteriaList) -> bool:
+    return all(isinstance(one, TOKEN_CRITERIA) or getattr(one, "of_tokens", False) for one in criteria)
 
 
-class FirstRankDecides(StoppingCriteriaList):
-    """Criteria that may look at a clock or count their calls: all ranks stop where the first one does. Tensor ranks,
-    which all choose tokens, take those of the first one."""
+class FirstRankCriteria(StoppingCriteriaList):
+    """Criteria that may read a clock or count their calls: all ranks use the decision of the first. Tensor ranks, which
+    all choose tokens, use those of the first."""
 
     def __init__(
         self, criteria: StoppingCriteriaList, stages: DecoderStages | None, neighbours: Collectives | None = None
     ):
         super().__init__(criteria)
-        self._of_tokens = _look_at_tokens(criteria)
+        self._of_tokens = _read_only_tokens(criteria)
         self._link = None if stages is None else stages.link
         self._neighbours = neighbours
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Whether each sequence is done."""
+        """Return whether each sequence is done."""
         if self._neighbours is not None:
             input_ids[:, -1] = self._neighbours.of_first(input_ids[:, -1])
         done = super().__call__(input_ids, scores, **kwargs)
@@ -128,9 +128,9 @@ class FirstRankDecides(StoppingCriteriaList):
 
 
 def _plain(out: Any) -> Any:
-    """A result with plain tensors on every rank."""
+    """Return a result with plain tensors on every rank."""
     if isinstance(out, dict):  # a ModelOutput
         for name, value in list(out.items()):
-            out[name] = settled(value)
+            out[name] = materialized(value)
         return out
-    return settled(out)
+    return materialized(out)

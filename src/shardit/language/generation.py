@@ -1,4 +1,4 @@
-"""A group of prompts through `generate`: padded on the left, each row with its own parameters and its own end."""
+"""Generation for a group of prompts: padded on the left, with parameters and stopping criteria for each row."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from shardit.language.request.rows import PromptGroup, Row
 from shardit.language.sampling import RowSampler
 
 Decode = Callable[[Sequence[int], bool], str]
-"""The text of token ids, given whether special tokens are left out."""
+"""Returns the text of token ids. Second argument: whether to skip special tokens."""
 
 OnStep = Callable[[int, int, tuple[int | None, ...]], None]
-"""Called after each step with its number, the most steps that there can be, and of each row the token that its text
-gets; None where the row has ended before, or by this token."""
+"""Called after each step with its number, the maximum number of steps, and the token that each row's text gets: None
+for a row that finished earlier, or with this token."""
 
-Ended = tuple[int, str, int | str | None]
-"""How many tokens of a row count, why it has ended, and the stop text or token that ended it."""
+RowEnd = tuple[int, str, int | str | None]
+"""Number of tokens of a finished row, the reason, and the stop string or token that ended it."""
 
 
-class RowsEnd(StoppingCriteria):
-    """Ends rows at end tokens, stop texts and their numbers of tokens. Looks at tokens alone, which all ranks have.
+class RowStoppingCriteria(StoppingCriteria):
+    """Ends rows at end tokens, stop strings and maximum lengths. Reads only tokens, which all ranks have.
 
-    ended: of each row, None while it goes on.
+    ended: the end of each row, None while it is running.
     """
 
     of_tokens = True
 
     def __init__(self, rows: Sequence[Row], ends: frozenset[int], prompt_length: int, decode: Decode, on_step: OnStep):
         self.rows, self.ends, self.prompt_length, self.decode = rows, ends, prompt_length, decode
-        self.ended: list[Ended | None] = [None] * len(rows)
+        self.ended: list[RowEnd | None] = [None] * len(rows)
         self._on_step, self._steps = on_step, max(row.params.max_tokens or 1 for row in rows)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Whether each row has ended."""
+        """Return whether each row has ended."""
         made = input_ids[:, self.prompt_length :].tolist()
         shown: list[int | None] = [None] * len(self.rows)
         for number, row in enumerate(self.rows):
@@ -46,7 +46,7 @@ class RowsEnd(StoppingCriteria):
         self._on_step(len(made[0]), self._steps, tuple(shown))
         return torch.tensor([one is not None for one in self.ended], device=input_ids.device)
 
-    def _end(self, row: Row, made: list[int]) -> Ended | None:
+    def _end(self, row: Row, made: list[int]) -> RowEnd | None:
         params, count, token = row.params, len(made), made[-1]
         if count >= max(params.min_tokens, 1):
             if token in (params.stop_token_ids or ()):
@@ -61,21 +61,22 @@ class RowsEnd(StoppingCriteria):
         return (count, "length", None) if count >= params.max_tokens else None
 
 
-def ended_by_token(ended: Ended) -> bool:
-    """Whether the last token has ended a row, and so is not part of its text."""
+def ended_by_token(ended: RowEnd) -> bool:
+    """Return whether the last token ended a row, and so is not part of its text."""
     _, reason, stop = ended
     return reason == "stop" and not isinstance(stop, str)
 
 
-def continued(
+def generate_group(
     model: Any, group: PromptGroup, ends: frozenset[int], pad: int, decode: Decode, on_step: OnStep
 ) -> list[Any]:
-    """The rows of a group: token ids, why each has ended, what ended it, logprobs on the ranks that have the logits."""
+    """Generate all rows of a group. Return for each its token ids, the finish reason, the stop string or token, and
+    logprobs on the ranks that have the logits."""
     length = max(len(row.prompt) for row in group.rows)
     ids = torch.tensor([[pad] * (length - len(row.prompt)) + list(row.prompt) for row in group.rows])
     mask = torch.tensor([[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in group.rows])
     sampler = RowSampler(group.rows, ends, length)
-    criteria = RowsEnd(group.rows, ends, length, decode, on_step)
+    criteria = RowStoppingCriteria(group.rows, ends, length, decode, on_step)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max(row.params.max_tokens or 1 for row in group.rows), pad_token_id=pad
     )

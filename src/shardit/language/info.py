@@ -1,4 +1,4 @@
-"""What the user's process knows of a language model."""
+"""Information about a language model for the user's process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LanguageInfo:
-    """room: the most tokens of a prompt and its text together, None without a limit. vocabulary: the number of tokens
-    that the model knows. defaults: what the folder says of sampling. bytes_read, held_bytes, limit_bytes: as of a
-    pipeline."""
+    """max_model_len: maximum tokens of a prompt and its text together, None without a limit. vocabulary: number of
+    tokens in the vocabulary. defaults: sampling parameters of the folder's generation configuration. bytes_read,
+    held_bytes, limit_bytes: as in `ModelInfo`."""
 
-    room: int | None
+    max_model_len: int | None
     vocabulary: int
     defaults: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -22,14 +22,14 @@ class LanguageInfo:
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text: of the generation configuration, and that of the tokenizer."""
+    """Return the tokens that end a text: those of the generation configuration and that of the tokenizer."""
     own = generation_config.eos_token_id
     found = [] if own is None else [own] if isinstance(own, int) else list(own)
     return frozenset(one for one in (*found, tokenizer.eos_token_id) if one is not None)
 
 
-def room_of(config: Any) -> int | None:
-    """The most tokens that the positions of a model allow."""
+def max_positions(config: Any) -> int | None:
+    """Return the maximum number of positions of a model; None if it has no limit."""
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
     return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)

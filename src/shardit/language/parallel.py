@@ -10,34 +10,34 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.sharding.changes import refuse_compiled
-from shardit.diffusion.sharding.decision import decided_alike, describe_slices
+from shardit.diffusion.sharding.decision import collective_decision, describe_slices
 from shardit.errors import InputError
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import DecoderSource
-from shardit.language.sharding import DecoderLayout, check_axes, lay_out_decoder, over_ranks
+from shardit.language.sharding import DecoderLayout, check_axes, lay_out_decoder, shard_decoder
 from shardit.loading.dtypes import setting
 from shardit.parallel_state import set_mesh_of_model
 
 
 def is_decoder(model: Any) -> bool:
-    """Whether this is a model of transformers that generates token by token, without an encoder."""
+    """Return whether this is a decoder-only model of transformers that generates tokens."""
     kinds = {cls.__name__: cls.__module__ for cls in type(model).__mro__}
     generates = kinds.get("GenerationMixin", "").startswith("transformers.")
     return generates and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def is_split(config: DiffusionParallelConfig) -> bool:
-    """Whether a configuration gives ranks parts of a language model."""
+    """Return whether a configuration splits a language model over ranks."""
     return config.pipeline_parallel_size * config.tensor_parallel_size > 1
 
 
 def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, timeout_s: float) -> Any:
-    """Shard a language model, in place, unless that is done; the model. Collective."""
+    """Shard a language model in place, unless it is sharded already, and return it. Collective."""
     name = type(model).__name__
     if plan is not None:
         raise InputError(f"plan: the layers of {name} need none; leave it out")
     if (sharded := getattr(model, "shardit_decoder", None)) is not None:
-        sharded.check_again(config)
+        sharded.check_config(config)
         return model
     mesh = init_mesh(config, device=next(model.parameters()).device, timeout_s=timeout_s)
     runtime = Runtime.of(mesh, split_batch=False)
@@ -49,16 +49,16 @@ def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, 
     def describe(found: DecoderLayout) -> dict[str, str]:
         return {"the layers": repr(found.owners) + describe_slices(found.slices)}
 
-    layout = decided_alike(runtime.replica, name, decide, describe)
+    layout = collective_decision(runtime.replica, name, decide, describe)
     set_mesh_of_model(mesh)
-    over_ranks(model, runtime, layout, config)
+    shard_decoder(model, runtime, layout, config)
     return model
 
 
 def load_decoder(
     source: DecoderSource, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float
 ) -> nn.Module:
-    """The language model of a source; each rank reads its slices of its layers. Collective."""
+    """Load the language model of a source; each rank reads its slices of its layers. Collective."""
     check_axes(config)
     prepared = PreparedDecoder(source, setting(dtype))
     if not is_split(config):
@@ -67,5 +67,5 @@ def load_decoder(
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     set_mesh_of_model(mesh)
     model = prepared.load(layout, mesh.coords, mesh.device)
-    over_ranks(model, Runtime.of(mesh, split_batch=False), layout, config)
+    shard_decoder(model, Runtime.of(mesh, split_batch=False), layout, config)
     return model

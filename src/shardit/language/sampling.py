@@ -1,4 +1,4 @@
-"""The choice of the next token of each row, with a generator of its own, on the ranks that have the logits."""
+"""Sampling of the next token of each row, with its own generator, on the ranks that have the logits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ OFF = float("-inf")
 
 
 class RowSampler(LogitsProcessor):
-    """A logits processor of `generate` that leaves one token of each row.
+    """A logits processor for `generate` that masks all but one token of each row.
 
-    ends: the end tokens of the model. logprobs: of each row for each step, those that were asked for.
+    ends: the end tokens of the model. logprobs: the requested log probabilities of each row for each step.
     """
 
     def __init__(self, rows: Sequence[Row], ends: frozenset[int], prompt_length: int):
@@ -25,32 +25,32 @@ class RowSampler(LogitsProcessor):
         self._generators = [torch.Generator().manual_seed(row.seed) for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of -inf, but for the token of each row."""
-        return mapped(lambda logits: self._chosen(input_ids, logits), scores)
+        """Return scores of -inf, except for the chosen token of each row."""
+        return mapped(lambda logits: self._choose_tokens(input_ids, logits), scores)
 
-    def _chosen(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def _choose_tokens(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         out = torch.full_like(logits, OFF)
         for number, row in enumerate(self.rows):
             made = input_ids[number, self.prompt_length :]
-            token = self._token(number, row, made, logits[number].float().cpu())
+            token = self._next_token(number, row, made, logits[number].float().cpu())
             out[number, token] = 0.0
         return out
 
-    def _token(self, number: int, row: Row, made: torch.Tensor, logits: torch.Tensor) -> int:
+    def _next_token(self, number: int, row: Row, made: torch.Tensor, logits: torch.Tensor) -> int:
         params = row.params
         likely = torch.log_softmax(logits, -1) if params.logprobs is not None else None
-        scores = self._penalised(row, made.cpu(), logits)
+        scores = self._apply_penalties(row, made.cpu(), logits)
         if len(made) < params.min_tokens:
             ends = sorted(self.ends | set(params.stop_token_ids or ()))
             scores = scores.index_fill(0, torch.tensor(ends, dtype=torch.int64), OFF)
-        token = int(scores.argmax()) if params.temperature == 0 else self._drawn(number, row, scores)
+        token = int(scores.argmax()) if params.temperature == 0 else self._sample(number, row, scores)
         if likely is not None:
             best = likely.topk(params.logprobs or 0).indices.tolist()
             self.logprobs[number].append({one: float(likely[one]) for one in dict.fromkeys([token, *best])})
         return token
 
-    def _penalised(self, row: Row, made: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The logits after the penalties: as transformers and vLLM define them."""
+    def _apply_penalties(self, row: Row, made: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits after the penalties, as defined by transformers and vLLM."""
         params, scores = row.params, logits
         if params.repetition_penalty != 1.0:
             seen = torch.unique(torch.cat([torch.tensor(row.prompt), made]))
@@ -62,7 +62,7 @@ class RowSampler(LogitsProcessor):
             scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
         return scores
 
-    def _drawn(self, number: int, row: Row, scores: torch.Tensor) -> int:
+    def _sample(self, number: int, row: Row, scores: torch.Tensor) -> int:
         params, scores = row.params, scores / row.params.temperature
         if params.top_k > 0:
             scores = scores.masked_fill(scores < scores.topk(min(params.top_k, len(scores))).values[-1], OFF)
@@ -74,6 +74,6 @@ class RowSampler(LogitsProcessor):
             dropped = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
             dropped[-1] = False
             scores = scores.index_fill(0, order[dropped], OFF)
-        # The largest of probability / exponential noise is a draw from the probabilities.
+        # The argmax of probability / exponential noise is a sample from the distribution.
         noise = torch.empty_like(scores).exponential_(generator=self._generators[number])
         return int((scores.softmax(-1) / noise).argmax())

@@ -1,4 +1,4 @@
-"""A causal language model becomes one over stages and tensor ranks, in place."""
+"""Sharding of a causal language model over stages and tensor ranks, in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.link import Link
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.modules.blocks import drop_blocks, find_blocks
-from shardit.core.modules.patching import fixed_place, subclass_in_place
+from shardit.core.modules.patching import fixed_device_to, subclass_in_place
 from shardit.core.placement.partition import balanced_cuts
 from shardit.core.runtime.request_loop import Program
 from shardit.core.stages.runtime import Runtime
@@ -25,7 +25,7 @@ from shardit.errors import InputError, UnsupportedError
 from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
 from shardit.language.generate import call_member, members_of
-from shardit.language.tensor import kept_whole, plan_decoder
+from shardit.language.tensor import describe_replicated, plan_decoder
 from shardit.parallel.tensor.apply import cut_model, notes_together
 from shardit.parallel.tensor.plan import TensorPlan
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def blocks_of(model: Any) -> list[tuple[str, nn.Module]]:
-    """Embedding, layers and head of a causal language model, in the order in which a forward runs them."""
+    """Return embedding, layers and head of a causal language model, in the order in which a forward runs them."""
     names = {id(module): name for name, module in model.named_modules()}
     layers = find_blocks(model)
     if not layers:
@@ -45,12 +45,12 @@ def blocks_of(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 def owners_of(model: Any, config: DiffusionParallelConfig, max_model_len: int | None = None) -> list[int]:
-    """The stage of each block: contiguous stages with even memory, of weights and of the cache of one request of
-    `max_model_len` tokens (None: of as many as the model has room for). So the memory that the fullest rank needs for
-    it is the least that a cut can give. A partition counts layers; then the embedding is in the first stage and the
-    head in the last. A vocabulary may be the largest part of a model.
+    """Return the stage of each block. Stages are contiguous and balanced by memory: weights, and the cache of one
+    request of `max_model_len` tokens (None: the limit of the model). This minimizes the peak memory over ranks. A
+    partition counts layers; the embedding is then in the first stage and the head in the last. The vocabulary may be
+    the largest part of a model.
 
-    Raises InputError and UnsupportedError where the configuration does not fit the model.
+    Raises InputError and UnsupportedError if the configuration does not fit the model.
     """
     check_axes(config)
     blocks, layers = blocks_of(model), {name for name, _ in find_blocks(model)}
@@ -71,7 +71,7 @@ def owners_of(model: Any, config: DiffusionParallelConfig, max_model_len: int | 
 
 
 def cache_of_stages(model: Any, owners: Sequence[int], tokens: int, tensor_ranks: int = 1) -> dict[int, int]:
-    """The bytes of the cache of one request of `tokens` tokens by stage, on the fullest of its tensor ranks."""
+    """Return the bytes of the cache of one request of `tokens` tokens by stage, on its tensor rank with the most."""
     layers, found = {name for name, _ in find_blocks(model)}, dict.fromkeys(owners, 0)
     stages = [stage for (name, _), stage in zip(blocks_of(model), owners, strict=True) if name in layers]
     cached = cache_bytes(model.config, len(layers), model.dtype.itemsize, tokens, tensor_ranks)
@@ -96,8 +96,8 @@ def check_axes(config: DiffusionParallelConfig) -> None:
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """How a language model is sharded. owners: the stage of each block, as `owners_of` has it. slices: how its linears
-    are cut over tensor ranks, None for one. notes: what stays whole on tensor ranks, and why."""
+    """Sharding of a language model. owners: the stage of each block, see `owners_of`. slices: of its linears over
+    tensor ranks, None for one rank. notes: modules that stay whole on tensor ranks, with the reasons."""
 
     owners: list[int]
     slices: TensorPlan | None
@@ -105,25 +105,25 @@ class DecoderLayout:
 
 
 def lay_out_decoder(model: Any, config: DiffusionParallelConfig, max_model_len: int | None = None) -> DecoderLayout:
-    """Decide how a language model is sharded, from shapes alone. max_model_len: as of `owners_of`.
+    """Decide the sharding of a language model, from shapes alone. max_model_len: see `owners_of`.
 
-    Raises InputError and UnsupportedError where the configuration does not fit the model.
+    Raises InputError and UnsupportedError if the configuration does not fit the model.
     """
     owners, slices = owners_of(model, config, max_model_len), plan_decoder(model, config.tensor_parallel_size)
-    notes = () if slices is None else (kept_whole(model, slices), *notes_together(slices.notes))
+    notes = () if slices is None else (describe_replicated(model, slices), *notes_together(slices.notes))
     return DecoderLayout(owners, slices, tuple(filter(None, notes)))
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A language model that is sharded, and how. stages: None for one stage."""
+    """Record of a sharded language model. stages: None for one stage."""
 
     name: str
     config: DiffusionParallelConfig
     stages: DecoderStages | None
 
-    def check_again(self, config: DiffusionParallelConfig) -> None:
-        """Raise InputError where a second call asks for another configuration."""
+    def check_config(self, config: DiffusionParallelConfig) -> None:
+        """Raise InputError if a second call requests another configuration."""
         if config != self.config:
             raise InputError(
                 f"{self.name} is sharded with {self.config}: each rank has only its own part; load it again to "
@@ -131,8 +131,8 @@ class Decoder:
             )
 
 
-def over_ranks(model: Any, runtime: Runtime, layout: DecoderLayout, config: DiffusionParallelConfig) -> None:
-    """Cut a causal language model in place: keep this rank's slices of the blocks of its stage, intercept the calls of
+def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: DiffusionParallelConfig) -> None:
+    """Shard a causal language model in place: keep this rank's slices of its stage's blocks, and intercept the calls of
     all blocks."""
     blocks, device = blocks_of(model), torch.device(runtime.mesh.device)
     if layout.slices is not None:
@@ -151,13 +151,13 @@ def over_ranks(model: Any, runtime: Runtime, layout: DecoderLayout, config: Diff
         **members_of(model, stages, runtime),
         **{name: _refused(name) for name in ("save_pretrained", "push_to_hub") if hasattr(model, name)},
         "device": property(lambda self: device),
-        "to": fixed_place(type(model).to, device),
+        "to": fixed_device_to(type(model).to, device),
         "shardit_decoder": property(lambda self: decoder),
     }
     subclass_in_place(model, members)
     for name, part in model.named_modules():
         inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)
-        if inside and isinstance(part, PreTrainedModel):  # it may be called by itself
+        if inside and isinstance(part, PreTrainedModel):  # it may be called directly
             subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime, checks)})
 
 
@@ -168,9 +168,9 @@ def _refused(name: str) -> Callable[..., None]:
     return method
 
 
-def at_once(runtime: Runtime, functions: Sequence[Callable[[], Any]], seeds: Sequence[int]) -> list[Any]:
-    """What functions return that call models over these stages: while one waits for a message, others compute. Raises
-    what one of them raises."""
+def run_interleaved(runtime: Runtime, functions: Sequence[Callable[[], Any]], seeds: Sequence[int]) -> list[Any]:
+    """Run functions that call models over these stages, and return their results: while one waits for a message, others
+    compute. Raises the first exception of any of them."""
     programs = [Program(function, seed) for function, seed in zip(functions, seeds, strict=True)]
     for program in runtime.turns.run(iter(programs), len(programs)):
         if program.error is not None:

@@ -1,4 +1,4 @@
-"""Tensor ranks of language models: rules for classes of transformers, as data, and how a model is cut by them."""
+"""Tensor parallelism of language models: rules for classes of transformers, as data, and the plans made from them."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ FAMILY = Family(
 
 
 def plan_decoder(model: Any, size: int) -> TensorPlan | None:
-    """How the linears of a language model are cut over `size` tensor ranks; None for one.
+    """Return the slices of a language model's linears over `size` tensor ranks; None for one rank.
 
-    Raises UnsupportedError where no rule matches its layers, or its heads do not fit the number of ranks.
+    Raises UnsupportedError if no rule matches its layers, or its heads do not fit the number of ranks.
     """
     if size == 1:
         return None
@@ -88,13 +88,14 @@ def plan_decoder(model: Any, size: int) -> TensorPlan | None:
             f"tensor_parallel_size={size}: no rule matches the layers of {type(model).__name__}; use "
             "pipeline_parallel_size"
         )
-    if name is not None and name not in plan.roles:  # ranks must not choose tokens by other last bits
+    if name is not None and name not in plan.roles:  # ranks must choose tokens from bitwise equal logits
         plan.roles[name] = Role("first", even(size, size))
     return plan
 
 
-def kept_whole(model: Any, plan: TensorPlan) -> str:
-    """The matrices that stay whole on every tensor rank, layers alike as one, and their share of all parameters."""
+def describe_replicated(model: Any, plan: TensorPlan) -> str:
+    """Describe the matrices that stay whole on every tensor rank, equal layers as one, and their share of all
+    parameters."""
     with base_linears(model):
         parameters = dict(model.named_parameters())
     matrices = {name: p.numel() for name, p in parameters.items() if name not in plan.cuts and p.ndim > 1}

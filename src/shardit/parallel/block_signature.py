@@ -13,7 +13,7 @@ from torch import nn
 
 from shardit.core.modules.fingerprint import FORWARD, PROCESSOR
 from shardit.core.modules.hooks import from_outside
-from shardit.core.modules.kept import is_object
+from shardit.core.modules.snapshot import is_object
 
 PACKAGE = str(Path(__file__).parents[1])
 """Where the code of this package lies."""

@@ -1,8 +1,8 @@
-"""A component as code outside of it sees it: calls of it and of its parts, and what is read of it.
+"""Intercepts calls and attribute reads of a component, and of its parts, by code outside.
 
-While a method of the component runs where it is to run, all of its modules are of their own classes; outside, those
-that were reached have an interceptor. A part gets it when it is read from the part above (`vae.decoder`); others stay
-as they are.
+While a method of the component runs on its owner, all modules have their own classes. Otherwise the parts that were
+reached have an interceptor. A part gets its interceptor when it is read from its parent (`vae.decoder`); all other
+parts stay as they are.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.hooks import hooks_below
-from shardit.core.modules.patching import SWAPPED, fixed_place, subclass_in_place
+from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor, materialize
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
 
 ALWAYS = ("__call__", "forward", "generate")
-"""Methods that compute whatever they are given; `generate` of transformers is defined next to the models."""
+"""Methods that compute for any arguments; `generate` of transformers is defined next to the models."""
 
 COMPILED = "_orig_mod"
-"""The name of the model within what `torch.compile` makes of it."""
+"""Name of the model in the wrapper that `torch.compile` returns."""
 
 DEPTH = 3
-"""How deep in objects of unknown kind pending tensors are looked for."""
+"""Maximum depth of the search for pending tensors in objects of unknown types."""
 
 Function = Callable[..., Any]
 
 Run = Callable[[str, str, Function, tuple[Any, ...], dict[str, Any]], Any]
-"""What to do at a call from outside: the name of the part ("" for the component), of its method, the bound method
-itself, and its arguments, without pending tensors."""
+"""Handler of a call from outside. Arguments: the names of the part ("" for the component) and of its method, the bound
+method, and its positional and keyword arguments without pending tensors."""
 
 Read = Callable[[str, torch.Tensor], torch.Tensor]
-"""What code outside gets for a parameter or a buffer, by its name in the component."""
+"""Returns the tensor that code outside gets for a parameter or a buffer, by its name in the component."""
 
 
 @dataclass(eq=False)
 class Boundary:
     """One component with its interceptors.
 
-    on_all: `run` runs a method on every rank, so that hooks are called there. alone: whether a call is made by no
-    pipeline but by a user's own program, of which some ranks alone may use the result (to save it, say); it then
-    arrives at once. inside: one of its methods runs now, and interceptors let everything pass. reached: the parts that
-    have an interceptor, by name.
+    on_all: `run` runs a method on every rank, so hooks are called there. alone: whether a call comes from a user's own
+    program, not from a pipeline. Only some ranks may use its result (to save it, say), so it is sent immediately.
+    inside: one of its methods is running, and interceptors call through. reached: the parts with an interceptor, by
+    name.
     """
 
     device: torch.device
@@ -65,8 +65,8 @@ class Boundary:
     reached: list[tuple[str, nn.Module]] = field(default_factory=list)
     _plain: list[tuple[nn.Module, type]] = field(default_factory=list)
 
-    def put(self, module: nn.Module, path: str) -> None:
-        """Put the interceptor on a part, in place, and on the elements of a list of parts."""
+    def install(self, module: nn.Module, path: str) -> None:
+        """Install the interceptor on a part, in place, and on the elements of a list of parts."""
         if any(module is known for known, _ in self._plain):
             return
         cls = type(module)
@@ -76,7 +76,7 @@ class Boundary:
         members: dict[str, Any] = dict(computed)
         members["__getattr__"] = self._attribute(path, cls)
         members["state_dict"] = self._state_dict(path, cls)
-        members["to"] = fixed_place(cls.to, self.device)
+        members["to"] = fixed_device_to(cls.to, self.device)
         if "device" not in vars(module) and (hasattr(cls, "device") or not path):
             members["device"] = property(lambda _: self.device)
         if not path:
@@ -87,18 +87,18 @@ class Boundary:
         subclass_in_place(module, members, late=computed)
         if hasattr(cls, "__iter__") or hasattr(cls, "__getitem__"):
             for name, child in module.named_children():
-                self.put(child, f"{path}.{name}" if path else name)
+                self.install(child, f"{path}.{name}" if path else name)
 
     def reach(self, values: Iterable[Any]) -> None:
-        """Put the interceptor on those of some values that are parts of the component."""
+        """Install the interceptor on each value that is a part of the component."""
         paths = {id(part): path for path, part in self._plain[0][0].named_modules()}
         for value in values:
             if isinstance(value, nn.Module) and id(value) in paths:
-                self.put(value, paths[id(value)])
+                self.install(value, paths[id(value)])
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Meanwhile a method of the component runs, on modules of their own classes."""
+    def original_classes(self) -> Iterator[None]:
+        """Restore the original classes of all modules while a method of the component runs."""
         patched = [type(module) for module, _ in self._plain]
         for module, cls in self._plain:
             module.__class__ = cls
@@ -113,21 +113,21 @@ class Boundary:
     def _call(
         self, module: nn.Module, path: str, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A call from outside goes to `run`. What only changes or describes the component runs here, on every rank; so
-        does what code outside has to see the inside of, and then calls of smaller parts go to `run`."""
+        """Pass a call from outside to `run`. Methods that only change or describe the component run here, on every
+        rank. So do methods that call outside code; calls of smaller parts then go to `run`."""
         if self.inside or not (name in ALWAYS or has_data(args, kwargs)):
             return function(*args, **kwargs)
-        if not self.on_all and _seen(module, name, args, kwargs):
+        if not self.on_all and _calls_outside_code(module, name, args, kwargs):
             return function(*args, **kwargs)
         if FlatCall.of(args, kwargs).asks_for_gradients():
             kind = type(self._plain[0][0]).__name__
             raise UnsupportedError(
-                f"{kind} is called for its gradients, but it runs on one rank, without: detach what "
-                "it is given, or load it once more for this"
+                f"{kind} is called for its gradients, but it runs on one rank without gradients: detach its "
+                "arguments, or load it again for this"
             )
         for tensor in list(_pending((args, kwargs))):
             materialize(tensor)
-        with self.entered():
+        with self.original_classes():
             out = self.run(path, name, function, args, kwargs)
         if self.alone():
             for tensor in list(_pending(out)):
@@ -137,13 +137,14 @@ class Boundary:
     def _method(self, path: str, name: str, plain: Function, cls: type) -> Function:
         @functools.wraps(plain)
         def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            now = getattr(cls, name)  # it may have been replaced in the class
+            now = getattr(cls, name)  # a user may have replaced it in the class
             return self._call(module, path, name, MethodType(now, module), args, kwargs)
 
         return method
 
     def _replaced(self, module: nn.Module, path: str, name: str, function: Function) -> Function:
-        """A method that was replaced on the instance (compiled, patched), which hides the one of the class."""
+        """Return the interceptor of a method that was replaced on the instance (compiled, patched) and so hides that of
+        the class."""
 
         def method(*args: Any, **kwargs: Any) -> Any:
             return self._call(module, path, name, function, args, kwargs)
@@ -169,7 +170,7 @@ class Boundary:
         plain = cls.__getattr__
 
         def __getattr__(module: nn.Module, name: str) -> Any:
-            if not self.inside and name != COMPILED:  # what torch.compile makes of a module answers for that
+            if not self.inside and name != COMPILED:  # a wrapper of torch.compile forwards to its module
                 inner = vars(module).get("_modules", {}).get(COMPILED)
                 if inner is not None:
                     return getattr(getattr(module, COMPILED), name)
@@ -178,7 +179,7 @@ class Boundary:
             if self.inside:
                 return value
             if isinstance(value, nn.Module):
-                self.put(value, place)
+                self.install(value, place)
             elif isinstance(value, torch.Tensor):
                 return self.read(place, value)
             return value
@@ -187,10 +188,10 @@ class Boundary:
 
 
 def computing(cls: type) -> dict[str, Function]:
-    """The methods of a class of modules that may compute from its weights.
+    """Return the methods of a module class that may compute from its weights.
 
-    Left out are those of base classes without a forward and of mixins: they change or describe a module. Where they do
-    compute (a mixin of a user's own), they do so on every rank, by calls and reads that have an interceptor.
+    Methods of mixins and of base classes without a forward are left out: they change or describe a module. If they do
+    compute (a user's own mixin), they run on every rank, and the calls and reads that they make are intercepted.
     """
     own = next(base for base in cls.__mro__ if not vars(base).get(SWAPPED))
     found: dict[str, Function] = {}
@@ -207,29 +208,29 @@ def computing(cls: type) -> dict[str, Function]:
 _FRAMEWORK = frozenset(vars(nn.Module))
 
 
-def _seen(module: nn.Module, name: str, args: Any, kwargs: Any) -> bool:
-    """Whether something outside is called in the course of a call: hooks, or other modules that it is given. Hooks of
-    a part itself run around its forward, which has an interceptor, too."""
+def _calls_outside_code(module: nn.Module, name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether a call runs code from outside: hooks, or modules among its arguments. Hooks of the part itself run
+    around its forward, which also has an interceptor."""
     if name == "__call__" and (module._forward_hooks or module._forward_pre_hooks):
         return True
     return bool(hooks_below(module)) or any(isinstance(leaf, nn.Module) for leaf in tree_leaves((args, kwargs)))
 
 
 def has_data(args: Any, kwargs: Any) -> bool:
-    """Whether arguments hold something to compute with: tensors, arrays, pictures, random generators."""
+    """Return whether arguments hold data to compute with: tensors, arrays, images, random generators."""
     kinds = (torch.Tensor, numpy.ndarray, *GENERATORS)
     return any(isinstance(v, kinds) or type(v).__module__.startswith("PIL.") for v in tree_leaves((args, kwargs)))
 
 
 def _replaces_method(cls: type, name: str, value: Any) -> bool:
-    """Whether an attribute of an instance stands in for a method of its class that computes."""
+    """Return whether an attribute of an instance replaces a computing method of its class."""
     if not callable(value) or isinstance(value, (nn.Module, type)):
         return False
     return callable(getattr(cls, name, None)) and (name == "forward" or not hasattr(nn.Module, name))
 
 
 def _pending(value: Any, depth: int = DEPTH) -> Iterator[PendingTensor]:
-    """The pending tensors in nested containers, and in objects of other kinds (caches, outputs) in them."""
+    """Yield the pending tensors in nested containers, and in the objects of other types (caches, outputs) in them."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, PendingTensor):
             yield leaf

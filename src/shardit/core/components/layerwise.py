@@ -1,7 +1,7 @@
-"""An encoder over ranks: all run the same forward, and each unit of it runs on the rank that owns the unit.
+"""An encoder split into units over ranks: all ranks run the same forward, and each unit runs on its owner.
 
-Unlike a transformer's, its calls are rare, each with a new length, and their results are needed at once. So nothing is
-planned: what a unit gives is pending on all ranks, and travels when the program uses it (see `remote`).
+Calls of an encoder are rare, each has a new length, and the result is needed immediately. So no communication is
+planned: the output of a unit is pending on all ranks, and is broadcast when the program first uses it (see `owned`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import nn
 from shardit.core.comm.barrier import checked_barrier
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.boundary import Boundary
-from shardit.core.components.kv_stand_ins import find_caches, replace_layers, state_of, taken_since
-from shardit.core.components.owned import Held, call_on, fetched, held_here
+from shardit.core.components.kv_stand_ins import changed_layers, find_caches, replace_layers, state_of
+from shardit.core.components.owned import LazyBroadcast, call_on, lazy_tensor, unwrapped
 from shardit.core.modules.hooks import hooks_below
-from shardit.core.modules.patching import put, subclass_in_place
+from shardit.core.modules.patching import set_tensor, subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor
 from shardit.core.runtime.randomness import generators_in
@@ -31,9 +31,10 @@ from shardit.errors import RankError, UnsupportedError
 
 @dataclass
 class LayerwiseEncoder:
-    """One encoder cut into units.
+    """One encoder split into units.
 
-    owners[i]: the rank of `comm` that runs unit i. ran[i]: how often this rank ran it (never, if it is another's).
+    owners[i]: the rank of `comm` that runs unit i. ran[i]: number of times this rank ran it (0 if another rank owns
+    it).
     """
 
     model: nn.Module
@@ -47,8 +48,8 @@ class LayerwiseEncoder:
     def call(
         self, path: str, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A call from outside, of the encoder or of a part of it: the first of its kind makes sure that all ranks take
-        the same way through it. What lies in a unit runs on the owner of that."""
+        """Run a call from outside, of the encoder or of a part. The first call of a kind checks that all ranks take the
+        same path through it. Calls of parts inside a unit run on its owner."""
         unit = self.unit_of(f"{path}.")
         if unit is not None and (path != self.units[unit][0] or name not in ("__call__", "forward")):
             return self.unit_call(unit, function, args, kwargs)
@@ -75,49 +76,51 @@ class LayerwiseEncoder:
         return out
 
     def unit_of(self, name: str) -> int | None:
-        """The number of the unit in which something lies, by its name."""
+        """Return the number of the unit that contains a module or a tensor, given its name; None if no unit does."""
         return next((i for i, (unit, _) in enumerate(self.units) if name.startswith(f"{unit}.")), None)
 
     def unit_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The interceptor: the owner runs the unit, all get its outputs, with pending tensors."""
+        """Intercept the call of a unit: its owner runs it, all ranks get the outputs with pending tensors."""
         self._barrier(self.units[index][0])
         owner, arguments, caches = self.owners[index], list(_tensors((args, kwargs))), find_caches(args, kwargs)
         for tensor in arguments:
             if isinstance(tensor, PendingTensor):
-                self._bring(tensor._source, owner)
+                self._provide(tensor._source, owner)
 
         def run() -> tuple[Any, list[int], list[Any]]:
-            with held_here(arguments):
+            with unwrapped(arguments):
                 before, states = [mark(t) for t in arguments], [state_of(cache) for cache in caches]
                 out = call(*args, **kwargs)
                 if [id(t) for t in _tensors((args, kwargs))] != [id(t) for t in arguments]:
                     raise UnsupportedError(f"{self.units[index][0]} changes a list or dict among its arguments")
                 written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
             self.ran[index] += 1
-            return out, written, [taken_since(state, cache) for state, cache in zip(states, caches, strict=True)]
+            return out, written, [changed_layers(state, cache) for state, cache in zip(states, caches, strict=True)]
 
         out, written, layers = call_on(self.comm, owner, run, arguments, generators_in((args, kwargs)))
         for q in written:
-            Held.written(self.comm, owner, arguments[q])
+            LazyBroadcast.written(self.comm, owner, arguments[q])
         if owner != self.comm.rank:
             for cache, new in zip(caches, layers, strict=True):
                 replace_layers(cache, new)
         return out
 
     def read(self, name: str, tensor: torch.Tensor, cut: Collection[str]) -> torch.Tensor:
-        """A parameter or a buffer for code outside: what is not in a unit is on every rank."""
+        """Return a parameter or a buffer for code outside. Tensors outside all units are on every rank."""
         unit = self.unit_of(name)
-        return tensor if unit is None else fetched(self.comm, self.owners[unit], type(self.model), name, tensor, cut)
+        if unit is None:
+            return tensor
+        return lazy_tensor(self.comm, self.owners[unit], type(self.model), name, tensor, cut)
 
-    def _bring(self, source: Any, owner: int) -> None:
-        """Let the owner of the next unit have what a pending argument waits for."""
-        if isinstance(source, Held) and source.comm is self.comm:
-            source.bring(owner)
+    def _provide(self, source: Any, owner: int) -> None:
+        """Send the data of a pending argument to the owner of the next unit."""
+        if isinstance(source, LazyBroadcast) and source.comm is self.comm:
+            source.provide(owner)
         else:
             source.wait()
 
     def _barrier(self, what: str | Exception) -> None:
-        """In the first call of a kind: wait until all ranks are at the same place, or raise on all of them."""
+        """In the first call of a kind, wait until all ranks reach the same point, or raise on all of them."""
         if not self._checking:
             return
         differ = checked_barrier(self.comm, what)
@@ -131,8 +134,7 @@ class LayerwiseEncoder:
 
 
 def gives_attentions(model: nn.Module) -> bool:
-    """Whether a model hands out attention maps where they are asked for: of the implementations that are known by name
-    the eager one alone does."""
+    """Return whether a model can return attention maps on request: of the named implementations only "eager" does."""
     configs = (getattr(module, "config", None) for module in model.modules())
     names = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
     return not names or "eager" in names
@@ -147,26 +149,27 @@ def cut_layerwise(
     shared: Collection[int] = (),
     alone: Callable[[], bool] = lambda: False,
 ) -> LayerwiseEncoder:
-    """Cut an encoder in place: keep the units of this rank, and intercept the calls of all. `cut`: parameters of which
-    owners hold slices; code outside that reads one gets an UnsupportedError. `shared`: ids of the tensors that another
-    component has, too; every rank keeps them. `alone`: see Boundary.
+    """Shard an encoder in place: keep the units of this rank, and intercept the calls of all units. `cut`: parameters
+    of which owners hold slices; code outside that reads one gets an UnsupportedError. `shared`: ids of the tensors that
+    another component also has; every rank keeps them. `alone`: see Boundary.
 
-    The interceptor is at `forward`, not at `__call__` as for the blocks of a transformer: transformers collects hidden
-    states by hooks on the layers, which have to see what the layers of other ranks give, too.
+    The interceptor replaces `forward`, not `__call__` as for the blocks of a transformer: transformers collects hidden
+    states with hooks on the layers, which must also see the outputs of layers of other ranks.
     """
     made = LayerwiseEncoder(model, comm, [(name, model.get_submodule(name)) for name in units], list(owners))
     for index, (_, unit) in enumerate(made.units):
         if made.owners[index] != comm.rank:
             for path, parameter in list(unit.named_parameters(remove_duplicate=False)):
                 if not parameter.is_meta and id(parameter) not in shared:
-                    put(unit, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+                    meta = torch.empty_like(parameter, device="meta")
+                    set_tensor(unit, path, nn.Parameter(meta, parameter.requires_grad))
         subclass_in_place(unit, {"forward": _intercepted(made, index, type(unit).forward)})
     device = comm.group.device
     for module in model.modules():
         if isinstance(getattr(type(module), "device", None), property):
             subclass_in_place(module, {"device": property(lambda self: device)})
     read = functools.partial(made.read, cut=cut)
-    Boundary(device, made.call, read, on_all=True, alone=alone).put(model, "")
+    Boundary(device, made.call, read, on_all=True, alone=alone).install(model, "")
     subclass_in_place(model, {"shardit_layerwise": property(lambda self: made)})
     return made
 
@@ -180,7 +183,7 @@ def _intercepted(made: LayerwiseEncoder, index: int, plain: Callable[..., Any]) 
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts; other containers (caches) hold what is a rank's own."""
+    """Yield the tensors in nested lists, tuples and dicts. Other containers (caches) hold tensors local to a rank."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

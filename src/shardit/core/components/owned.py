@@ -1,4 +1,4 @@
-"""Components that one rank owns whole (text encoders, VAE): their outputs travel, not their weights."""
+"""Components owned by one rank (text encoders, VAE): other ranks receive their outputs, not their weights."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from shardit.core.comm.wire import (
 )
 from shardit.core.components.boundary import Boundary, Read
 from shardit.core.modules.attributes import Attributes, Found
-from shardit.core.modules.patching import put
-from shardit.core.modules.small_tensors import Everywhere
+from shardit.core.modules.patching import set_tensor
+from shardit.core.modules.small_tensors import ReplicatedTensors
 from shardit.core.runtime.pending import PendingTensor, Source, materialize
 from shardit.core.runtime.randomness import Generator, generators_in, moved, set_states, states
 from shardit.core.runtime.versions import changed, mark
 from shardit.errors import UnsupportedError
 
 
-def own(
+def make_owned(
     module: nn.Module,
     comm: Comm,
     stage: int,
-    everywhere: Collection[str] = (),
+    replicated: Collection[str] = (),
     cut: Collection[str] = (),
     shared: Collection[int] = (),
     alone: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Let `stage` alone hold a component, in place: the others keep its shape on meta and get its outputs.
+    """Make `stage` the only owner of a component, in place: other stages keep its shapes on meta and get its outputs.
 
-    An output is broadcast tensor by tensor when the program first uses it, which is at the same point on every rank;
-    what nobody uses (hidden states of all layers, say) never travels. So is a parameter or a buffer that code outside
-    the component reads, unless it is one of those that every rank has (`everywhere`). `cut`: parameters of which the
-    stage holds a slice; reading one from outside raises UnsupportedError. `shared`: ids of the tensors that another
-    component has, too; every rank keeps them. `alone`: see Boundary.
+    Each tensor of an output is broadcast when the program first uses it, at the same point on every rank. Unused
+    tensors (hidden states of all layers, say) are never sent. The same applies to parameters and buffers that code
+    outside reads, except those that every rank has (`replicated`). `cut`: parameters of which the stage holds a slice;
+    reading one from outside raises UnsupportedError. `shared`: ids of the tensors that another component also has;
+    every rank keeps them. `alone`: see Boundary.
     """
     if comm.rank != stage:
-        empty(module, everywhere, shared)
-    small = Everywhere(module, everywhere)
+        empty(module, replicated, shared)
+    small = ReplicatedTensors(module, replicated)
     attributes = Attributes(lambda: boundary.reached)
     boundary = Boundary(
         comm.group.device,
@@ -58,23 +58,23 @@ def own(
         reader(module, comm, stage, small, cut),
         alone=alone,
     )
-    boundary.put(module, "")
+    boundary.install(module, "")
 
 
-def reader(module: nn.Module, comm: Comm, stage: int, small: Everywhere, cut: Collection[str] = ()) -> Read:
-    """What code outside of an owned component gets for one of its tensors."""
+def reader(module: nn.Module, comm: Comm, stage: int, small: ReplicatedTensors, cut: Collection[str] = ()) -> Read:
+    """Return the function that gives code outside of an owned component one of its tensors."""
     kind = type(module)
-    return lambda name, tensor: tensor if name in small.names else fetched(comm, stage, kind, name, tensor, cut)
+    return lambda name, tensor: tensor if name in small.names else lazy_tensor(comm, stage, kind, name, tensor, cut)
 
 
-def empty(module: nn.Module, everywhere: Collection[str], shared: Collection[int] = ()) -> None:
-    """Move the tensors of a module to meta, in place, but for those that every rank has, by name or by id."""
+def empty(module: nn.Module, replicated: Collection[str], shared: Collection[int] = ()) -> None:
+    """Move the tensors of a module to meta, in place, except those that every rank has, by name or by id."""
     moved: dict[int, torch.Tensor] = {}  # tied ones stay tied
     named = (
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     )
-    kept = {id(tensor) for name, tensor in named if name in everywhere} | set(shared)
+    kept = {id(tensor) for name, tensor in named if name in replicated} | set(shared)
     for name, tensor in named:
         if id(tensor) in kept or tensor.is_meta:
             continue
@@ -82,7 +82,7 @@ def empty(module: nn.Module, everywhere: Collection[str], shared: Collection[int
             meta = torch.empty_like(tensor, device="meta")
             is_parameter = isinstance(tensor, nn.Parameter)
             moved[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
-        put(module, name, moved[id(tensor)])
+        set_tensor(module, name, moved[id(tensor)])
 
 
 def run_on(
@@ -91,66 +91,65 @@ def run_on(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    small: Everywhere,
+    small: ReplicatedTensors,
     attributes: Attributes,
 ) -> Any:
-    """`function(*args, **kwargs)` on one stage; every stage gets its result, with pending tensors. Collective.
+    """Run `function(*args, **kwargs)` on one stage; every stage gets the result, with pending tensors. Collective.
 
-    What it writes into its arguments, into the tensors that every rank has and into attributes is then the same on
-    every stage.
+    Its writes to arguments, to tensors that every rank has and to attributes are repeated on every stage.
     """
     arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
     def run() -> tuple[Any, list[int], dict[str, torch.Tensor], Found]:
-        before, looked, seen = [mark(t) for t in arguments], small.look(), attributes.look()
+        before, tensors, values = [mark(t) for t in arguments], small.snapshot(), attributes.snapshot()
         out = function(*args, **kwargs)
         written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
-        return out, written, small.written(looked), attributes.written(seen)
+        return out, written, small.changes(tensors), attributes.changes(values)
 
-    out, written, news, left = call_on(comm, stage, run, arguments, generators_in((args, kwargs)))
+    out, written, new_tensors, new_values = call_on(comm, stage, run, arguments, generators_in((args, kwargs)))
     for q in written:
-        Held.written(comm, stage, arguments[q])
-    materialize((news, left))
+        LazyBroadcast.written(comm, stage, arguments[q])
+    materialize((new_tensors, new_values))
     if comm.rank != stage:
-        small.take(news)
-        attributes.take(left)
+        small.apply(new_tensors)
+        attributes.apply(new_values)
     return out
 
 
-def fetched(
+def lazy_tensor(
     comm: Comm, owner: int, cls: type, name: str, tensor: torch.Tensor, cut: Collection[str] = ()
 ) -> torch.Tensor:
-    """A parameter or a buffer of which one rank has the data, as every rank gets it: pending.
+    """Return a pending tensor for a parameter or a buffer whose data one rank has.
 
-    Raises UnsupportedError where the owner itself has only a slice of it.
+    Raises UnsupportedError if the owner itself has only a slice of it.
     """
     if name in cut:
         raise UnsupportedError(
             f"code outside of {cls.__name__} reads {name}, which is cut over tensor ranks: use tensor_parallel_size=1"
         )
     if comm.rank == owner:
-        out = Held(comm, owner, _memory_of(tensor)).wrap(tensor.detach())
+        out = LazyBroadcast(comm, owner, _memory_of(tensor)).wrap(tensor.detach())
     else:
-        out = _room(comm, owner, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), 0)
+        out = _empty_pending(comm, owner, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), 0)
     if isinstance(tensor, nn.Parameter):
         out._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
     return out
 
 
-class Held(Source):
-    """Data that one rank has, or some, and that all get when the program first uses it.
+class LazyBroadcast(Source):
+    """Data of one or more ranks, broadcast to all when the program first uses it.
 
-    That is at the same point on every rank, so the broadcast needs no agreement, and what nobody uses never travels.
-    memory: on a rank that has it the bytes themselves, on others room for them.
+    First use is at the same point on every rank, so the broadcast needs no agreement, and unused data is never sent.
+    memory: the bytes on a rank that has them, a buffer of the same size on all others.
     """
 
     def __init__(self, comm: Comm, owner: int, memory: torch.Tensor):
-        holders = [owner]  # not self.holders below: what nobody uses is to go at once, not with the next collection
+        holders = [owner]  # not self.holders below: a reference cycle would keep unused data until garbage collection
         super().__init__(lambda: comm.broadcast(memory, holders[0]))
         self.comm, self.holders, self.memory = comm, holders, memory
 
-    def bring(self, rank: int) -> None:
-        """Let one more rank have the data. Every rank calls this, two take part."""
+    def provide(self, rank: int) -> None:
+        """Send the data to one more rank. Every rank calls this, two take part."""
         if self.ready or rank in self.holders:
             return
         comm, source = self.comm, self.holders[0]
@@ -162,23 +161,23 @@ class Held(Source):
 
     @staticmethod
     def written(comm: Comm, owner: int, tensor: torch.Tensor) -> None:
-        """The owner has written to a tensor that others may have."""
-        if isinstance(tensor, PendingTensor) and isinstance(tensor._source, Held):
+        """Update all ranks after the owner has written to a tensor that others may have."""
+        if isinstance(tensor, PendingTensor) and isinstance(tensor._source, LazyBroadcast):
             tensor._source.holders[:] = [owner]
         else:
             comm.broadcast(_memory_of(tensor), owner)
 
 
 @contextmanager
-def held_here(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Meanwhile pending tensors whose data this rank has are plain ones, and using them moves nothing."""
-    lent = [(t, t._source) for t in tensors if isinstance(t, PendingTensor)]
-    for tensor, _ in lent:
+def unwrapped(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make pending tensors whose data this rank has plain tensors for a while, so that their use sends nothing."""
+    pending = [(t, t._source) for t in tensors if isinstance(t, PendingTensor)]
+    for tensor, _ in pending:
         tensor.__class__ = torch.Tensor  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        for tensor, source in lent:
+        for tensor, source in pending:
             if not source.ready:
                 tensor.__class__ = PendingTensor
 
@@ -192,18 +191,19 @@ def call_on(
 ) -> Any:
     """Run a function on one stage; every stage gets its result, with pending tensors. Collective.
 
-    `arguments`: tensors that every stage has, or has pending; where the result is one of them, nothing is sent.
-    `generators`: those that the function is given. Where it moves one of them, or a global one, every stage's moves.
-    Raises what the function raises, on every stage.
+    `arguments`: tensors that every stage has, or has pending; parts of the result that are arguments are not sent.
+    `generators`: random generators among the arguments. If the function advances one of them, or a global one, it
+    advances on every stage. An exception of the function is raised on every stage.
     """
     given = list(generators)
     if comm.rank != stage:
-        message, news = comm.group.broadcast_object(None, stage)
-        set_states(news, comm.group.device, given)
+        message, new_states = comm.group.broadcast_object(None, stage)
+        set_states(new_states, comm.group.device, given)
         if isinstance(message, Exception):
             raise message
         blob, parts = message
-        return load_with_tensors(blob, [arguments[p] if isinstance(p, int) else _room(comm, stage, *p) for p in parts])
+        tensors = [arguments[p] if isinstance(p, int) else _empty_pending(comm, stage, *p) for p in parts]
+        return load_with_tensors(blob, tensors)
     before = states(comm.group.device, given)
     try:
         blob, tensors = dump_with_tensors(function())
@@ -219,8 +219,8 @@ def call_on(
             continue
         tensor = tensor.detach()
         parts.append((tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), _misalignment(tensor)))
-        # The owner takes part in the broadcast when its own program first uses the tensor: there it is pending, too.
-        own.append(Held(comm, stage, _memory_of(tensor)).wrap(tensor))
+        # The owner joins the broadcast when its own program first uses the tensor, so it is pending there, too.
+        own.append(LazyBroadcast(comm, stage, _memory_of(tensor)).wrap(tensor))
     comm.group.broadcast_object(((blob, parts), moved(before, states(comm.group.device, given))), stage)
     return load_with_tensors(blob, own)
 
@@ -230,13 +230,13 @@ def _memory_of(tensor: torch.Tensor) -> torch.Tensor:
     return storage_bytes(tensor, first_byte(tensor), size)
 
 
-def _room(
+def _empty_pending(
     comm: Comm, stage: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], skew: int
 ) -> torch.Tensor:
     memory = torch.empty(skew + span(size, stride) * dtype.itemsize, dtype=torch.uint8, device=comm.group.device)[skew:]
-    return Held(comm, stage, memory).wrap(view_bytes(memory, 0, dtype, size, stride))
+    return LazyBroadcast(comm, stage, memory).wrap(view_bytes(memory, 0, dtype, size, stride))
 
 
 def _misalignment(tensor: torch.Tensor) -> int:
-    """Bytes past the last aligned address: some CPU kernels give other last bits for memory aligned in another way."""
+    """Return the bytes past the last aligned address: in some CPU kernels the last bits depend on alignment."""
     return first_byte(tensor) % ALIGN

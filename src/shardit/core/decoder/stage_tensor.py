@@ -103,7 +103,7 @@ def written(tensor: StageTensor, ranks: frozenset[int]) -> None:
             other.data_here = None
 
 
-def settled(tree: Any) -> Any:
+def materialized(tree: Any) -> Any:
     """Nested containers with plain tensors for stage tensors: all ranks get their data."""
     staged = [leaf for leaf in tree_leaves(tree) if type(leaf) is StageTensor]
     if not staged:

@@ -22,28 +22,28 @@ from shardit.core.runtime.versions import changed, mark
 from shardit.errors import RankError, UnsupportedError
 
 
-class Books(Protocol):
-    """Keeps what the caches among the arguments of blocks say of layers that other ranks have."""
+class CacheTracker(Protocol):
+    """Updates caches among the arguments of blocks for layers of other ranks."""
 
-    def enter(self, index: int, arguments: Sequence[Any], own: bool) -> None:
-        """Before block number `index` is called, on its owner (`own`) and on the others."""
+    def before_call(self, index: int, arguments: Sequence[Any], own: bool) -> None:
+        """Prepare a call of block number `index`, on its owner (`own`) and on the others."""
         ...
 
-    def look(self, arguments: Sequence[Any]) -> Any:
-        """On the owner, before the first call of a structure."""
+    def snapshot(self, arguments: Sequence[Any]) -> Any:
+        """Return a record for `changes`, on the owner, before the first call of a structure."""
         ...
 
-    def changes(self, name: str, look: Any) -> tuple[int, ...]:
-        """On the owner, after that call: the layers of caches that the block called `name` has updated. Raises
-        UnsupportedError where it keeps something else that other ranks would need."""
+    def changes(self, name: str, before: Any) -> tuple[int, ...]:
+        """Return the cache layers that the block called `name` has updated, on the owner, after that call. Raises
+        UnsupportedError if it keeps other state that other ranks would need."""
         ...
 
-    def learn(self, index: int, slots: tuple[int, ...]) -> None:
-        """On every rank: the layers of caches that block number `index` updates."""
+    def add_slots(self, index: int, slots: tuple[int, ...]) -> None:
+        """Record the cache layers that block number `index` updates, on every rank."""
         ...
 
-    def leave(self) -> None:
-        """At the end of a call of the model, on every rank."""
+    def end_call(self) -> None:
+        """Finish a call of the model, on every rank."""
         ...
 
 
@@ -58,7 +58,7 @@ class DecoderStages:
     link: Link
     blocks: list[tuple[str, nn.Module]]
     owners: list[int]
-    books: Books
+    caches: CacheTracker
     ran: Counter[int] = field(default_factory=Counter)
     _known: dict[Any, Returned] = field(default_factory=dict)
     _inside: bool = False
@@ -73,8 +73,8 @@ class DecoderStages:
             subclass_in_place(block, {"forward": self._intercepted(index, type(block).forward)})
 
     def end_call(self) -> None:
-        """At the end of a call of the model: let go of what blocks were given, as caches and masks may be large."""
-        self.books.leave()
+        """Release the arguments of blocks at the end of a call of the model, as caches and masks may be large."""
+        self.caches.end_call()
         self._given = Given.of((), {})
 
     def _intercepted(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ class DecoderStages:
         owner, link = self.owners[index], self.link
         given = self._given = self._given.next(args, kwargs)
         bring(given.staged, self._each[owner])
-        self.books.enter(index, given.leaves, owner == link.rank)
+        self.caches.before_call(index, given.leaves, owner == link.rank)
         key = index, given.structure
         known = self._known.get(key)
         expected = None if known is None else given.sizes(known)
@@ -113,7 +113,7 @@ class DecoderStages:
         link, index, first = self.link, key[0], known is None or expected is None
         plain, args, kwargs = given.with_data()
         before = [mark(plain[q]) for q in given.tensors]
-        look = self.books.look(plain) if first else None
+        cached = self.caches.snapshot(plain) if first else None
         held: list[dict[Any, Any]] = []
         if given.mappings:
             args, kwargs, held = of_kind(args, kwargs, given.mappings)
@@ -133,7 +133,7 @@ class DecoderStages:
         self.ran[index] += 1
         writes = tuple(q for q, marked in zip(given.tensors, before, strict=True) if changed(plain[q], marked))
         if first:
-            self._teach(key, known, out, plain, given, writes, look)
+            self._teach(key, known, out, plain, given, writes, cached)
         elif not fits(out, writes, known, expected):
             raise RankError(link.rank, f"{self.blocks[index][0]} returns something else than in earlier calls")
         for q in writes:
@@ -174,15 +174,15 @@ class DecoderStages:
         plain: list[Any],
         given: Given,
         writes: tuple[int, ...],
-        look: Any,
+        cached: Any,
     ) -> None:
-        """On the owner, in the first calls of a structure: tell all ranks what a block returns."""
+        """Send the structure of a block's result to all ranks, on the owner, in the first calls of a structure."""
         name = self.blocks[key[0]][0]
         try:
             if any(type(given.leaves[q]) is StageTensor for q in writes):
                 raise UnsupportedError(f"{name} writes into an argument that another block has given")
             found: Any = describe(name, out, plain, writes)
-            slots = self.books.changes(name, look)
+            slots = self.caches.changes(name, cached)
         except UnsupportedError as error:
             self.link.comm.group.broadcast_object(error, self.link.rank)
             raise
@@ -198,7 +198,7 @@ class DecoderStages:
         return found, found.sizes_then()
 
     def _remember(self, key: Any, known: Returned | None, found: Returned, slots: tuple[int, ...]) -> None:
-        self.books.learn(key[0], slots)
+        self.caches.add_slots(key[0], slots)
         try:
             self._known[key] = found if known is None else narrowed(known, found)
         except ValueError as error:

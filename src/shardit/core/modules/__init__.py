@@ -1,1 +1,1 @@
-"""Modules in place: finding blocks, patching, noticing changes."""
+"""In-place work on modules: finding blocks, patching, detecting changes."""

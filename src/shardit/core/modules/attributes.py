@@ -1,4 +1,4 @@
-"""Attributes that a call of an owned component leaves on its modules: code outside finds them on every rank."""
+"""Attributes that a call of an owned component sets on its modules, copied to every rank for code outside."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Found = dict[tuple[str, str], Any]
 
 
 class Attributes:
-    """Public attributes of parts: numbers, texts and tensors, in containers, too. Others, and what is private to the
-    code of a part (`_name`), stay on the rank that runs it."""
+    """Public attributes of parts: numbers, strings and tensors, also in containers. All others, and private ones
+    (`_name`), stay on the rank that runs the part."""
 
     def __init__(self, parts: Parts):
         self._parts = parts
 
-    def look(self) -> Found:
-        """What tells `written` later which of them are others."""
+    def snapshot(self) -> Found:
+        """Return the present values, for `changes`."""
         return {
             (path, name): value
             for path, module in self._parts()
@@ -34,15 +34,15 @@ class Attributes:
             if not name.startswith("_") and not isinstance(value, nn.Module)
         }
 
-    def written(self, before: Found) -> Found:
-        """Those that a call has set since `look`."""
-        now = self.look()
-        return {key: value for key, value in now.items() if not _same(before.get(key, now), value) and _travels(value)}
+    def changes(self, before: Found) -> Found:
+        """Return the attributes that a call has set since the snapshot `before`."""
+        now = self.snapshot()
+        return {key: value for key, value in now.items() if not _same(before.get(key, now), value) and _sendable(value)}
 
-    def take(self, news: Found) -> None:
-        """Set what the rank that ran the call has set."""
+    def apply(self, changes: Found) -> None:
+        """Set the attributes that the call has set on the rank that ran it."""
         modules = dict(self._parts())
-        for (path, name), value in news.items():
+        for (path, name), value in changes.items():
             vars(modules[path])[name] = value
 
 
@@ -50,5 +50,5 @@ def _same(before: Any, now: Any) -> bool:
     return before is now or (type(before) is type(now) and isinstance(now, PLAIN) and before == now)
 
 
-def _travels(value: Any) -> bool:
+def _sendable(value: Any) -> bool:
     return all(isinstance(leaf, (*PLAIN, torch.Tensor)) for leaf in tree_leaves(value))

@@ -1,4 +1,4 @@
-"""Calls of blocks that can be intercepted."""
+"""Interception of block calls."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from shardit.core.modules.patching import subclass_in_place
 
 
 class Interceptor(Protocol):
-    """Decides what a block call does while a forward of its model runs."""
+    """Handles the block calls of a model while its forward runs."""
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called instead of block number `index`; `call` is the block's own `__call__`."""
+        """Run instead of block number `index`; `call` is the block's own `__call__`."""
         ...
 
 
 class BlockCalls:
-    """The calls of the blocks of one model. interceptor: gets them now; None lets blocks run as if nothing had been
-    done."""
+    """Block calls of one model. interceptor: handles them at present; None runs the blocks unmodified."""
 
     __slots__ = ("interceptor",)
 
@@ -30,7 +29,7 @@ class BlockCalls:
 
     @contextmanager
     def intercepted_by(self, interceptor: Interceptor | None) -> Iterator[None]:
-        """Hand the calls to another interceptor for a while."""
+        """Redirect the calls to another interceptor for a while."""
         before, self.interceptor = self.interceptor, interceptor
         try:
             yield

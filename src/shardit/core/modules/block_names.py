@@ -1,4 +1,4 @@
-"""The number of blocks of a model, from the names and shapes of its parameters."""
+"""Number of blocks of a model, derived from the names and shapes of its parameters."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 SMALL_SHARE = 0.02
-"""Block lists with a smaller share of the parameters are kept whole on every rank."""
+"""Block lists with a smaller share of the parameters are replicated on every rank."""
 
 
 def count_blocks(shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """The number of blocks that `find_blocks` finds in a model with parameters of these names and shapes; None where
-    names do not tell: lists and sequences have the same names, and lists may hold lists."""
+    """Return the number of blocks that `find_blocks` finds in a model with parameters of these names and shapes; None
+    if names are ambiguous: `ModuleList` and `Sequential` use the same names, and lists may contain lists."""
     sizes: dict[str, int] = defaultdict(int)
     elements: dict[str, set[int]] = defaultdict(set)
     nested, unclear = set(), set()
@@ -28,7 +28,7 @@ def count_blocks(shapes: Mapping[str, Sequence[int]]) -> int | None:
             nested.add((prefix, parts[place]))
         if rest[:1] and rest[0].isdecimal():
             unclear.add(prefix)
-    # Elements of which all parameters are their own are plain layers, as sequences have.
+    # Elements that hold all their parameters directly are plain layers, as in `Sequential`.
     unclear |= {prefix for prefix, found in elements.items() for one in found if (prefix, str(one)) not in nested}
     total = sum(math.prod(shape) for shape in shapes.values())
     lists = [prefix for prefix, size in sizes.items() if size >= SMALL_SHARE * total]

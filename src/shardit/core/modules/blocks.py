@@ -1,4 +1,4 @@
-"""A model that is cut at the calls of its blocks: finds its block lists, puts the blocks of other ranks on meta."""
+"""Splits a model at its block calls: finds the block lists and moves blocks of other ranks to meta."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from shardit.core.modules.block_calls import BlockCalls
 from shardit.core.modules.block_names import SMALL_SHARE
 from shardit.core.modules.hints import Plan
-from shardit.core.modules.patching import put
+from shardit.core.modules.patching import set_tensor
 from shardit.errors import UnsupportedError
 
 
 @dataclass
 class CutModel:
-    """A model whose blocks lie on several stages.
+    """A model whose blocks are on several stages.
 
-    owners[i]: stage of block i. ran[i]: how often this rank ran block i (never, if it is another's). generators: random
-    generators that its modules and hooks have.
+    owners[i]: stage of block i. ran[i]: number of times this rank ran block i (0 if another rank owns it). generators:
+    random generators of its modules and hooks.
     """
 
     model: nn.Module
@@ -36,23 +36,23 @@ class CutModel:
 
     @property
     def name(self) -> str:
-        """The class of the model."""
+        """Return the name of the model's class."""
         return type(self.model).__name__
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
-        """Meanwhile a block call runs the block itself, wherever the forward is, and nothing is watched."""
+        """Run blocks directly for a while, at any point of a forward, with tracing suspended."""
         with self.calls.intercepted_by(None), without_modes():
             yield
 
 
 def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, nn.Module]]:
-    """The (name, block) pairs of a model's block lists, in the order in which a forward runs the lists.
+    """Return the (name, block) pairs of a model's block lists, in the order in which a forward runs the lists.
 
-    A block list is an outermost ModuleList whose elements are modules with a forward of their own and that holds at
-    least SMALL_SHARE of the parameters. The order is that of registration unless the plan gives one. A block that is in
-    lists several times is found once: it is called several times. Raises UnsupportedError where the plan names a list
-    that is not there.
+    A block list is an outermost ModuleList that holds at least SMALL_SHARE of the parameters and whose elements have
+    their own forward. The lists are in order of registration unless the plan gives an order. A block that occurs
+    several times is returned once, although it is called several times. Raises UnsupportedError if the plan names a
+    list that does not exist.
     """
     lists = dict(_outermost_lists(model, ""))
     if plan is not None and plan.order is not None:
@@ -80,7 +80,7 @@ def _outermost_lists(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.M
 
 
 def is_block_list(module: nn.Module) -> bool:
-    """Whether a module is a ModuleList of modules that can be called."""
+    """Return whether a module is a ModuleList of callable modules."""
     return isinstance(module, nn.ModuleList) and len(module) > 0 and all(_callable(block) for block in module)
 
 
@@ -101,10 +101,10 @@ def drop_blocks(
     plan: Plan | None,
     shared: Collection[int] = (),
 ) -> None:
-    """Move the blocks of other ranks to meta, in place: names and indices stay, the memory goes.
+    """Move the blocks of other ranks to meta, in place: names and indices stay, the memory is released.
 
-    Parameters that the plan replicates keep their data, and so do those that are tied to what this rank has, and those
-    that another component has, too (`shared`: their ids).
+    Parameters that the plan replicates keep their data. So do those tied to parameters of this rank, and those that
+    another component also has (`shared`: their ids).
     """
     keep = plan.replicate if plan is not None else ()
     others = [block for block, owner in zip(blocks, owners, strict=True) if owner != rank]
@@ -114,19 +114,20 @@ def drop_blocks(
             continue
         for path, parameter in list(block.named_parameters(recurse=True)):
             if not keeps(f"{name}.{path}", keep) and not parameter.is_meta and id(parameter) not in held:
-                put(block, path, nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad))
+                meta = torch.empty_like(parameter, device="meta")
+                set_tensor(block, path, nn.Parameter(meta, parameter.requires_grad))
         for path, buffer in list(block.named_buffers(recurse=True)):
             if not keeps(f"{name}.{path}", keep) and not buffer.is_meta and id(buffer) not in held:
-                put(block, path, torch.empty_like(buffer, device="meta"))
+                set_tensor(block, path, torch.empty_like(buffer, device="meta"))
 
 
 def keeps(name: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a parameter name is one of the given names or below one of them."""
+    """Return whether a parameter name equals one of the given names or is below one of them."""
     return any(name == p or name.startswith(f"{p}.") for p in prefixes)
 
 
 def inner_tensors(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict[int, tuple[int, str]]:
-    """Where the parameters and buffers that only blocks have are: id -> (number of the block, path in it)."""
+    """Return the locations of parameters and buffers that only blocks have: id -> (number of the block, path in it)."""
     outside = _outside(model, blocks)
     found: dict[int, tuple[int, str]] = {}
     for number, (_, block) in enumerate(blocks):
@@ -137,7 +138,7 @@ def inner_tensors(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict
 
 
 def _outside(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> set[int]:
-    """The ids of the parameters and buffers that something else than the given blocks has."""
+    """Return the ids of the parameters and buffers that modules outside the given blocks have."""
     found, seen, todo = set[int](), {id(block) for _, block in blocks}, [model]
     while todo:
         module = todo.pop()
@@ -150,5 +151,5 @@ def _outside(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> set[int]:
 
 
 def nbytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters, on meta or not."""
+    """Return the bytes of a module's parameters, on meta or not."""
     return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,4 +1,4 @@
-"""The modules of a model, noted when it is sharded, so that later changes are noticed."""
+"""Fingerprint of a model's modules, taken when it is sharded, to detect later changes."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from typing import Any
 from torch import nn
 
 from shardit.core.modules.hooks import from_outside
-from shardit.core.modules.kept import NOTHING, Difference, Kept, is_object
 from shardit.core.modules.patching import plain_type
+from shardit.core.modules.snapshot import NOTHING, Difference, Snapshot, is_object
 
 PROCESSOR = "processor"
-"""The attribute in which an attention module has the code that computes it."""
+"""Attribute of an attention module that holds the code that computes it."""
 
 FORWARD = "forward"
-"""The name of what a module computes, in its class or in place of it."""
+"""Name of the method that a module computes with, in its class or on the instance."""
 
 ON_INSTANCE = (FORWARD, "_compiled_call_impl", PROCESSOR)
-"""Attributes of a module that say how it computes: its forward if one was put in place of its class's (by a hook), what
-torch.compile has made of its call, and its attention processor."""
+"""Attributes of a module that decide how it computes: a forward that replaces that of its class (set by a hook), the
+call compiled by torch.compile, and its attention processor."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""Attributes of a module that hold what is called before and after its forward."""
+"""Attributes of a module that hold the functions called before and after its forward."""
 
 CLASS = "class"
-"""The name of a change: a module became one of another class."""
+"""Name of a change of a module's class."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs: the module that has it, its name, and what it was and is (None where there is none).
-    home: the class whose member it is; None for what the module has itself."""
+    """One difference: the name of the module, that of the attribute, and its values before and now (None if absent).
+    home: the class whose member changed; None for an attribute of the module itself."""
 
     module: str
     name: str
@@ -45,21 +45,22 @@ class Change:
 
     @property
     def path(self) -> str:
-        """The full name."""
+        """Return the full name."""
         return f"{self.module}.{self.name}" if self.module else self.name
 
 
 class Fingerprint:
-    """The submodules of a model, by identity, and how each computes: its class, with all members of this, and what the
-    module has in place of them. Values of parameters are no part of it.
+    """The submodules of a model, by identity, and how each computes: its class, all members of the class, and the
+    attributes of the module that replace them. Values of parameters are not included.
 
-    set_up: names of modules whose settings count, and those of their attention processors (`is_setting`).
+    with_settings: names of modules whose settings (`is_setting`) are included, with those of their attention
+    processors.
 
-    `changed` takes about 0.2 ms for a thousand modules, since it compares whole dicts and lists, which look at
-    identities first: a pipeline asks it once in each call.
+    `changed` takes about 0.2 ms for a thousand modules, since it compares whole dicts and lists, which compare
+    identities first. A pipeline calls it once per call.
     """
 
-    def __init__(self, model: nn.Module, set_up: Iterable[str] = ()):
+    def __init__(self, model: nn.Module, with_settings: Iterable[str] = ()):
         named = list(model.named_modules(remove_duplicate=False))
         self._names = [name for name, _ in named]
         self._own = [vars(module) for _, module in named]  # these dicts live as long as their modules
@@ -67,25 +68,26 @@ class Fingerprint:
         self._modules = [module for _, module in named]
         self._classes = list(map(type, self._modules))
         self._plain = {cls: plain_type(cls) for cls in self._classes}
-        self._taken = [dict(children) for children in self._children], self._ways()
-        self._detail = [self._look(own) for own in self._own]
+        self._before = [dict(children) for children in self._children], self._overrides()
+        self._detail = [self._entries(own) for own in self._own]
         self._hooks = [own[kind] for own in self._own for kind in HOOKS]
         self._hooks_before = list(map(dict, self._hooks))
-        self._hooked = self._outside()
+        self._hooks_of_users = self._user_hooks()
         processors = [own[PROCESSOR] for own in self._own if own.get(PROCESSOR) is not None]
         kinds = dict.fromkeys([*self._classes, *map(type, processors)])
-        self._members = Kept(dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object))
-        self._set_up = dict(self._with_settings(set_up))
-        self._settings = Kept(self._set_up.values())
+        self._members = Snapshot(dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object))
+        self._configured = dict(self._settings_of(with_settings))
+        self._settings = Snapshot(self._configured.values())
 
-    def _with_settings(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _settings_of(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Return the dicts with settings, by the names of their modules, processors and other objects in attributes of
         modules, each once."""
         found, seen = dict(zip(self._names, self._own, strict=True)), set[int]()
         for name in names:
             processor = found[name].get(PROCESSOR)
-            beside = [] if isinstance(processor, nn.Module) or not hasattr(processor, "__dict__") else [vars(processor)]
-            for path, own in zip((name, f"{name}.{PROCESSOR}"), (found[name], *beside), strict=False):
+            plain = not isinstance(processor, nn.Module) and hasattr(processor, "__dict__")
+            of_processor = [vars(processor)] if plain else []
+            for path, own in zip((name, f"{name}.{PROCESSOR}"), (found[name], *of_processor), strict=False):
                 if id(own) not in seen:
                     seen.add(id(own))
                     yield path, own
@@ -95,17 +97,17 @@ class Fingerprint:
                     yield f"{name}.{attribute}", vars(value)
 
     def changed(self) -> bool:
-        """Return whether anything may differ from when this was taken."""
+        """Return whether the model may differ from this fingerprint."""
         if self._classes != list(map(type, self._modules)) or self._members.changed() or self._settings.changed():
             return True
-        return (self._children, self._ways()) != self._taken or self._outside() != self._hooked
+        return (self._children, self._overrides()) != self._before or self._user_hooks() != self._hooks_of_users
 
     def changes(self) -> list[Change]:
-        """What differs, in order of names. Below a module that was replaced nothing is looked at."""
+        """Return the differences, in order of names. Modules below a replaced module are not compared."""
         found = [
             Change(name, key, before.get(key), now.get(key))
             for name, own, before in zip(self._names, self._own, self._detail, strict=True)
-            for now in [self._look(own)]
+            for now in [self._entries(own)]
             for key in {**before, **now}
             if before.get(key) is not now.get(key)
         ]
@@ -115,34 +117,34 @@ class Fingerprint:
             if was is not now_class:
                 found.append(Change(name, CLASS, was, now_class))
             processor = vars(module).get(PROCESSOR)
-            beside = {} if isinstance(processor, nn.Module) else {f"{name}.{PROCESSOR}": type(processor)}
-            for path, kind in {name: type(module), **beside}.items() if members else ():
+            of_processor = {} if isinstance(processor, nn.Module) else {f"{name}.{PROCESSOR}": type(processor)}
+            for path, kind in {name: type(module), **of_processor}.items() if members else ():
                 found += [Change(path, d.name, d.before, d.now, d.holder) for d in members if d.holder in kind.__mro__]
-        names = list(self._set_up)
+        names = list(self._configured)
         found += [Change(names[d.number], d.name, d.before, d.now) for d in self._other_settings()]
-        before, now = self._hooked, self._outside()
+        before, now = self._hooks_of_users, self._user_hooks()
         others = sorted({*before} ^ {*now})  # in the same order on every rank
         found += [Change(name, "hooks", None, None) for name, _ in others]
-        if not found:  # classes that this package has derived since
+        if not found:  # only classes that this package has derived since
             self._classes = list(map(type, self._modules))
             self._plain = {cls: plain_type(cls) for cls in self._classes}
-            self._members.take()
-            self._settings.take()
+            self._members.update()
+            self._settings.update()
         return found
 
-    def take_settings(self) -> None:
-        """Take the settings as they are now for what is right: a forward may count its calls in one."""
-        self._settings.take()
+    def update_settings(self) -> None:
+        """Replace the known settings by the present ones: a forward may count its calls in one."""
+        self._settings.update()
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Put the model back as it was for a while, for calls that began before it was changed."""
+        """Restore the model for a while, for calls that began before it was changed."""
         entries = [*self._members.differences(), *self._other_settings()]
-        for key, before in zip(ON_INSTANCE, self._taken[1], strict=True):
+        for key, before in zip(ON_INSTANCE, self._before[1], strict=True):
             pairs = zip(self._own, before, strict=True)
             others = [(own, NOTHING if was is None else was) for own, was in pairs if own.get(key) is not was]
             entries += [Difference(0, own, key, was, own.get(key, NOTHING)) for own, was in others]
-        places = *zip(self._children, self._taken[0], strict=True), *zip(self._hooks, self._hooks_before, strict=True)
+        places = *zip(self._children, self._before[0], strict=True), *zip(self._hooks, self._hooks_before, strict=True)
         contents = [(place, before, dict(place)) for place, before in places if place != before]
         classes = [(m, cls, type(m)) for m, cls in zip(self._modules, self._classes, strict=True) if type(m) is not cls]
 
@@ -162,26 +164,26 @@ class Fingerprint:
             put(earlier=False)
 
     def hooked(self) -> list[str]:
-        """The names of the modules that have forward hooks from outside, each once for every hook; "" is the model."""
-        return [name for name, _ in self._outside()]
+        """Return the names of modules with users' forward hooks, once per hook; "" is the model."""
+        return [name for name, _ in self._user_hooks()]
 
     def training(self) -> bool:
-        """Whether any of the modules is in training mode."""
+        """Return whether any of the modules is in training mode."""
         return any(map(operator.itemgetter("training"), self._own))
 
-    def _outside(self) -> list[tuple[str, int]]:
-        """The hooks from outside, by the name of the module and the number that torch gave them."""
+    def _user_hooks(self) -> list[tuple[str, int]]:
+        """Return users' hooks as pairs: the name of the module and the id that torch assigned."""
         if not any(self._hooks):
             return []
         found = ((i // 2, key, hook) for i, hooks in enumerate(self._hooks) for key, hook in hooks.items())
         return [(self._names[number], key) for number, key, hook in found if from_outside(hook)]
 
-    def _ways(self) -> list[list[Any]]:
+    def _overrides(self) -> list[list[Any]]:
         return [list(map(dict.get, self._own, repeat(name))) for name in ON_INSTANCE]
 
     def _other_settings(self) -> list[Difference]:
         return [found for found in self._settings.differences() if found.name not in ON_INSTANCE]
 
     @staticmethod
-    def _look(own: dict[str, Any]) -> dict[str, Any]:
+    def _entries(own: dict[str, Any]) -> dict[str, Any]:
         return {**own["_modules"], **{name: own[name] for name in ON_INSTANCE if own.get(name) is not None}}

@@ -1,4 +1,4 @@
-"""Forward hooks on modules, and who put them there."""
+"""Forward hooks on modules: those of libraries and those of users."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 LIBRARIES = {"torch"}
-"""Packages whose hooks belong to a module: they act on the rank that runs it. All other hooks were put there to see or
-to change something from outside. A model family adds its own packages when it is imported."""
+"""Packages whose hooks belong to a module: they act on the rank that runs it. All other hooks are users' and observe or
+change the module from outside. A model family adds its own packages when it is imported."""
 
 
 def hooks_below(module: nn.Module) -> list[str]:
-    """The names of the parts of a module that have forward hooks from outside."""
+    """Return the names of a module's submodules with users' forward hooks."""
     found = []
     for name, part in module.named_modules():
         hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
@@ -23,7 +23,7 @@ def hooks_below(module: nn.Module) -> list[str]:
 
 
 def from_outside(hook: Any) -> bool:
-    """Whether a user, not a library, has put a hook on a module."""
+    """Return whether a user, not a library, has registered a hook."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__

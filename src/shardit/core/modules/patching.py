@@ -1,4 +1,4 @@
-"""Patches modules in place: a subclass of the own class, tensors replaced."""
+"""Patches modules in place: derives subclasses, replaces tensors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import nn
 from shardit.errors import UnsupportedError
 
 SWAPPED = "shardit_swapped"
-"""An attribute of the classes that are made here: the names of members that hide those of the class before."""
+"""Attribute of the classes derived here: names of members that override those of the original class."""
 
 
 def subclass_in_place(module: Any, members: dict[str, Any], late: Collection[str] = ()) -> None:
-    """Give a module a subclass of its own class, with the same name and the given members, in place.
+    """Change a module's class in place to a subclass with the same name and the given members.
 
-    The subclass is no wrapper: names, indices, isinstance, LoRA keys and checkpoints stay as they are. And it
-    is at `__call__`, outside everything that replaces `forward` (compile, accelerate and cache hooks). late: names of
-    members that look up those of the class before when they are called, so that a change of these counts.
+    The subclass is not a wrapper: names, indices, isinstance, LoRA keys and checkpoints are unchanged. It overrides
+    `__call__`, outside everything that replaces `forward` (compile, accelerate and cache hooks). late: names of members
+    that look up the original ones when called, so later changes of those take effect.
     """
     cls = type(module)
     known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -30,12 +30,12 @@ def subclass_in_place(module: Any, members: dict[str, Any], late: Collection[str
 
 
 CHANGE = ("set_", "load_", "_load_", "unload_", "fuse_", "unfuse_", "enable_", "disable_", "delete_", "add_")
-"""How the names of methods begin that change what a model computes."""
+"""Name prefixes of methods that change the computation of a model."""
 
 
 def changing_methods(cls: type, first: Callable[[], None]) -> dict[str, Callable[..., Any]]:
-    """The methods of a class that change what it computes, each with `first` before it: calls in flight are of the
-    model as it was."""
+    """Return the methods of a class that change its computation, each preceded by a call of `first`: calls in flight
+    use the model before the change."""
 
     def method(own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
@@ -52,18 +52,18 @@ def changing_methods(cls: type, first: Callable[[], None]) -> dict[str, Callable
 
 
 def plain_class(thing: Any) -> type:
-    """The class that something had before `subclass_in_place`."""
+    """Return the class that an object had before `subclass_in_place`."""
     return plain_type(type(thing))
 
 
 def plain_type(cls: type) -> type:
-    """The class from which `subclass_in_place` has derived another."""
+    """Return the class from which `subclass_in_place` derived another."""
     return next(one for one in cls.__mro__ if SWAPPED not in vars(one))
 
 
 def hides(cls: type, home: type, name: str) -> bool:
-    """Return whether a change of a member of `home`, a base of `cls`, has no effect on a class that was made here, or
-    took the place of the member of that class."""
+    """Return whether a change of a member of `home`, a base of `cls`, conflicts with a class derived here: it has no
+    effect, or it replaced the member of the derived class."""
     bases = cls.__mro__
     for place, made in enumerate(bases):
         if name in vars(made).get(SWAPPED, ()) and home in bases[place:]:
@@ -73,22 +73,22 @@ def hides(cls: type, home: type, name: str) -> bool:
     return False
 
 
-Made = dict[tuple[Any, ...], type]
-"""Classes made by `share_subclass`, by what they were made of."""
+Subclasses = dict[tuple[Any, ...], type]
+"""Classes derived by `share_subclass`, by original class and key."""
 
 
-def share_subclass(module: Any, made: Made, key: tuple[Any, ...], members: Callable[[], dict[str, Any]]) -> None:
-    """As `subclass_in_place`, with one class for all modules of a class and key: what is compiled for one fits all."""
+def share_subclass(module: Any, known: Subclasses, key: tuple[Any, ...], members: Callable[[], dict[str, Any]]) -> None:
+    """Change a class like `subclass_in_place`, once per class and key, so that its modules share compiled code."""
     key = (type(module), *key)
-    if key not in made:
+    if key not in known:
         subclass_in_place(module, members())
-        made[key] = type(module)
-    module.__class__ = made[key]
+        known[key] = type(module)
+    module.__class__ = known[key]
 
 
-def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A `to` for modules of which some rank has a part on meta: changes of dtype are fine, moves are refused, on every
-    rank alike, whatever it has itself."""
+def fixed_device_to(plain: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Return a `to` for modules that are partly on meta on some rank: it allows changes of dtype and refuses moves, on
+    every rank alike."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found: Any = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -102,8 +102,8 @@ def fixed_place(plain: Callable[..., Any], device: torch.device) -> Callable[...
     return to
 
 
-def put(module: nn.Module, path: str, tensor: torch.Tensor) -> None:
-    """Replace a parameter or a buffer of a module, or of one below it, by another of its kind."""
+def set_tensor(module: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Replace a parameter or a buffer of a module, or of one of its submodules, by another of the same kind."""
     *parents, leaf = path.split(".")
     for name in parents:
         module = getattr(module, name)

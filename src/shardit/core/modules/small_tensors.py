@@ -1,4 +1,4 @@
-"""The small tensors of a component that one rank owns: every rank has them, and reading one moves nothing."""
+"""Small tensors of a component that one rank owns: replicated on every rank, so reading one sends nothing."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.core.modules.patching import put
+from shardit.core.modules.patching import set_tensor
 from shardit.core.runtime.versions import changed, mark
 
 SMALL_BYTES = 1 << 20
-"""What is on every rank of a component takes at most as many bytes; the smallest tensors come first."""
+"""Maximum bytes of a component's tensors that are on every rank; the smallest tensors are chosen first."""
 
 
 def small_tensors(module: nn.Module) -> frozenset[str]:
-    """The names of the tensors of a component that every rank is to have: of its buffers, wherever they are, and of
-    the parameters of the component itself the smallest, as far as SMALL_BYTES go.
+    """Return the names of the tensors that every rank keeps: the smallest of a component's buffers (of all its modules)
+    and of its own parameters, up to SMALL_BYTES in total.
 
-    That is what pipelines read: means and deviations of latents, running statistics, learned tokens. The weights of its
-    layers are not among them however small they are: they are what only one rank is to have.
+    Pipelines read these: means and deviations of latents, running statistics, learned tokens. Weights of layers are
+    never included, however small: only the owner keeps them.
     """
     named = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers())}
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in named.items()}
@@ -33,31 +33,31 @@ def small_tensors(module: nn.Module) -> frozenset[str]:
     return frozenset(chosen)
 
 
-class Everywhere:
-    """Tensors of a component by name, and what its owner writes to them."""
+class ReplicatedTensors:
+    """Tensors of a component that every rank has, by name, with the writes of the owner."""
 
     def __init__(self, module: nn.Module, names: Collection[str] = ()):
         self.names = frozenset(names)
         pairs = {name: name.rpartition(".") for name in sorted(self.names)}
         self._homes = {name: (module.get_submodule(parent), leaf) for name, (parent, _, leaf) in pairs.items()}
 
-    def look(self) -> dict[str, tuple[torch.Tensor, Any]]:
-        """What tells `written` later which of them were changed: while a module trains, a copy, since torch does not
-        count how often running statistics are updated."""
+    def snapshot(self) -> dict[str, tuple[torch.Tensor, Any]]:
+        """Return a record for `changes`: a copy while a module trains, since torch does not count updates of running
+        statistics."""
         trains = {name for name, (home, _) in self._homes.items() if home.training}
         return {name: (t, t.clone() if name in trains else mark(t)) for name, t in self._tensors().items()}
 
-    def written(self, before: dict[str, tuple[torch.Tensor, Any]]) -> dict[str, torch.Tensor]:
-        """Those that were written to or replaced since `look`."""
+    def changes(self, before: dict[str, tuple[torch.Tensor, Any]]) -> dict[str, torch.Tensor]:
+        """Return the tensors that were written to or replaced since the snapshot `before`."""
         now = self._tensors()
         return {name: now[name] for name, (t, at) in before.items() if now[name] is not t or changed(t, at)}
 
-    def take(self, news: dict[str, torch.Tensor]) -> None:
-        """Put what another rank has written in place of what is here."""
-        for name, tensor in news.items():
+    def apply(self, changes: dict[str, torch.Tensor]) -> None:
+        """Replace the tensors that the owner has changed."""
+        for name, tensor in changes.items():
             home, leaf = self._homes[name]
             old: Any = home._parameters.get(leaf)
-            put(home, leaf, tensor if old is None else nn.Parameter(tensor, old.requires_grad))
+            set_tensor(home, leaf, tensor if old is None else nn.Parameter(tensor, old.requires_grad))
 
     def _tensors(self) -> dict[str, Any]:
         return {

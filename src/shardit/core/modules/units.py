@@ -1,4 +1,4 @@
-"""Units of an encoder: modules that one rank runs, which together hold all of its parameters but a few."""
+"""Units of an encoder: modules that one rank runs, which together hold nearly all of its parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shardit.core.modules.blocks import is_block_list
 
 @dataclass(frozen=True)
 class Unit:
-    """One or more modules (several where they share weights) that go to one owner, by name.
+    """One or more modules (several if they share weights) assigned to one owner, by name.
 
-    parts: where the module is nothing but a list of smaller ones that are called, their names and bytes.
+    parts: names and bytes of the smaller modules in it, if the module consists only of lists of callable modules.
     """
 
     names: tuple[str, ...]
@@ -23,17 +23,17 @@ class Unit:
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """The units of a model, in order of registration, which is nearly that of execution.
+    """Return the units of a model, in order of registration, which is nearly that of execution.
 
-    Each element of an outermost block list is one, and so is each other module that holds parameters and has no
-    block list in it (embeddings, last norms, heads). What is left belongs to every rank: parameters right beside
-    block lists, and modules that share their weights with such.
+    Each element of an outermost block list is a unit, and so is each other module with parameters and without a block
+    list (embeddings, last norms, heads). Every rank keeps all other parameters: those next to block lists, and modules
+    that share weights with them.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in _outermost(model, ""):
         found.setdefault(id(module), (name, module))
     inside = tuple(f"{name}." for name, _ in found.values())
-    everywhere = {id(p) for name, p in model.named_parameters() if not name.startswith(inside)}
+    replicated = {id(p) for name, p in model.named_parameters() if not name.startswith(inside)}
     groups: list[tuple[set[int], list[tuple[str, nn.Module]]]] = []
     for name, module in found.values():
         ids, members = {id(p) for p in module.parameters()}, [(name, module)]
@@ -41,7 +41,7 @@ def find_units(model: nn.Module) -> list[Unit]:
             groups.remove(tied)
             ids, members = ids | tied[0], tied[1] + members
         groups.append((ids, members))
-    return [_unit(members) for ids, members in groups if not ids & everywhere]
+    return [_unit(members) for ids, members in groups if not ids & replicated]
 
 
 def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

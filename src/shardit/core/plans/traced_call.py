@@ -23,7 +23,7 @@ from shardit.core.comm.wire import (
     view_near,
 )
 from shardit.core.modules.blocks import CutModel, inner_tensors
-from shardit.core.modules.patching import put
+from shardit.core.modules.patching import set_tensor
 from shardit.core.plans.call_plan import CallPlan, Leaf, Site, describe_result
 from shardit.core.plans.derive import derive
 from shardit.core.plans.trace import Trace, Watch
@@ -149,7 +149,7 @@ class TracedCall:
             held = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=dense.device)
             held.copy_(dense)
             kind = nn.Parameter(held, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else held
-            put(block, path, kind)
+            set_tensor(block, path, kind)
             self._fetched[id(tensor)] = (tensor, kind)
             log.info("%s.%s is read outside its block: every rank keeps it", name, path)
             return kind

@@ -16,7 +16,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shardit.core.modules.blocks import CutModel
-from shardit.core.modules.passing import Passing
 from shardit.core.modules.state.module_state import (
     State,
     differences,
@@ -24,8 +23,9 @@ from shardit.core.modules.state.module_state import (
     poison,
     restore,
     state_of,
-    unmarked,
+    unversioned_writes,
 )
+from shardit.core.modules.transient import TransientChanges
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.traced_call import TracedCall
 from shardit.core.runtime.flat_call import FlatCall
@@ -60,14 +60,14 @@ class FirstCalls:
         """The result of a call, the plan of those that follow, and the leaves of its arguments whose values decide."""
         name, device = self.cut.name, self.runtime.mesh.device
         before, kept = states(device, []), self._state(call)
-        passing = Passing(lambda: self._state(call), self.cut.model, kept)
-        traced = TracedCall(self.cut, self.runtime.comm, passing.look)
+        transient = TransientChanges(lambda: self._state(call), self.cut.model, kept)
+        traced = TracedCall(self.cut, self.runtime.comm, transient.sample)
         self.traced += 1
         out, plan = traced.run(forward, call)
         after = states(device, [])
         refuse_objects(name, out)
         refuse_draws(name, self.runtime.mesh.sizes, before, traced.drawn, after)
-        self._refuse_counters(kept, forward, call.again(), out, passing)
+        self._refuse_counters(kept, forward, call.again(), out, transient)
         self.left = self._state(call)
         self.cut.generators = self.left.generators()
         local, deciding = LocalPlan.of(plan, self.runtime.comm.rank), traced.trace.deciding
@@ -96,7 +96,7 @@ class FirstCalls:
         uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm)
         return uncounted.run(lambda *_: forward(), FlatCall.of((arguments,), {}))[0]
 
-    def _note_passing(self, names: list[list[str]]) -> None:
+    def _note_transient(self, names: list[list[str]]) -> None:
         """Note that calls run one after the other. names: the changes that each rank found in the middle of a call."""
         found = [name for of_rank in names for name in of_rank]
         if found and not self.alone and self.runtime.mesh.rank == 0:
@@ -105,15 +105,15 @@ class FirstCalls:
         self.alone = self.alone or bool(found)
 
     def _refuse_counters(
-        self, before: State, forward: Callable[..., Any], call: FlatCall, out: Any, passing: Passing
+        self, before: State, forward: Callable[..., Any], call: FlatCall, out: Any, transient: TransientChanges
     ) -> None:
         """Raise UnsupportedError where the model keeps something that changes from call to call: the ranks make other
         calls each. What one call sets and the next leaves alike (a table, say) is harmless, and so is what hooks count
         or collect without reading it: that is NaN in a second call, which must give the same."""
         comm, after = self.runtime.comm, self._state(call)
         changed = [differences(before, after, outside) for outside in (False, True)]
-        gathered = comm.group.gather_objects((any(changed), passing.found(after)))
-        self._note_passing([names for _, names in gathered])
+        gathered = comm.group.gather_objects((any(changed), transient.found(after)))
+        self._note_transient([names for _, names in gathered])
         if not any(differ for differ, _ in gathered):
             return
         poison(before, after)
@@ -121,7 +121,7 @@ class FirstCalls:
             with generators_kept(self.runtime.mesh.device), self.cut.untraced():
                 again = self.watched(lambda: forward(*call.args, **call.kwargs), (call.args, call.kwargs))
             later = self._state(call)
-            still = differences(after, later) + unmarked(before, after)
+            still = differences(after, later) + unversioned_writes(before, after)
             still += changed[1] if not same_bits(out, again) else []
         except UnsupportedError:  # the same call takes another course, on every rank
             still = [*changed[0], *changed[1]]

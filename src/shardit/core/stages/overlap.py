@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from shardit.core.modules.passing import Passing
 from shardit.core.modules.patching import changing_methods, subclass_in_place
 from shardit.core.modules.state.module_state import differences, split_classes, state_of
+from shardit.core.modules.transient import TransientChanges
 from shardit.core.plans.call_plan import ResultPlan, describe_result
 from shardit.core.plans.known_plans import MAX_SIGNATURES
 from shardit.core.runtime.coroutine import Coroutine, looking, yielding_coroutine
@@ -156,8 +156,8 @@ class Overlap:
     def _first(self, key: Any, forward: Callable[..., Any], call: FlatCall) -> Any:
         device = self.runtime.mesh.device
         before, drawn = (state_of(self.model), states(device, [])) if key is not None else (None, {})
-        passing = None if before is None else Passing(lambda: state_of(self.model), self.model, before)
-        token = looking.set(passing.look if passing is not None else None)
+        transient = None if before is None else TransientChanges(lambda: state_of(self.model), self.model, before)
+        token = looking.set(transient.sample if transient is not None else None)
         try:
             out = forward(*call.args, **call.kwargs)
             materialize(out)
@@ -175,7 +175,7 @@ class Overlap:
                 "module that is sharded: name the class, or keep it on the module"
             )
         kept = differences(before, now) or differences(before, now, outside=True)
-        kept = kept or (passing.found(now) if passing is not None else [])
+        kept = kept or (transient.found(now) if transient is not None else [])
         if not kept and not moved(drawn, states(device, [])):
             leaves, spec = tree_flatten(out)
             self._plans[key] = ResultPlan.of(spec, tuple(map(describe_result, leaves)))

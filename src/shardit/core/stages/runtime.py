@@ -20,8 +20,8 @@ class Runtime:
     """State of one pipeline that its parallel modules share: the mesh, its messages, the schedule and the turns.
 
     comm joins the stages of this rank's chain, `replica` all ranks that work on the same requests, `peers` those of
-    them with this rank's slices. careful: whether code of users runs between the calls of models in a pipeline. models:
-    what looks whether a model was changed, and what takes it as it is, of each.
+    them with this rank's slices. has_user_code: whether user code runs between model calls in a pipeline. models: for
+    each model, the function that checks for changes and the function that accepts its present state.
     """
 
     mesh: Mesh
@@ -35,7 +35,7 @@ class Runtime:
     agreement: Agreement
     max_in_flight: int = 1
     split_batch: bool = True
-    careful: bool = False
+    has_user_code: bool = False
     models: list[tuple[Callable[[], Any], Callable[[], None]]] = field(default_factory=list)
 
     @staticmethod
@@ -71,7 +71,7 @@ class Runtime:
     @property
     def watches(self) -> bool:
         """Whether code of users may run between two calls of models."""
-        return self.careful or not self.in_pipeline
+        return self.has_user_code or not self.in_pipeline
 
     def mark_start(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
         """Compare what the first call of a model in a call of a pipeline is given; later calls are not looked at."""

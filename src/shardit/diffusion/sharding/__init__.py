@@ -1,1 +1,1 @@
-"""A pipeline becomes a parallel one, in place."""
+"""Sharding of a pipeline in place."""

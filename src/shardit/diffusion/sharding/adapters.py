@@ -1,4 +1,4 @@
-"""Adapters of a pipeline whose weights lie on several ranks: what looks at the values of all of them."""
+"""Adapter methods of pipelines whose weights are on several ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from shardit.diffusion.sharding.components import components_of
 from shardit.errors import UnsupportedError
 
 
-def fusing(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], Iterable[nn.Module]]) -> Any:
-    """A `fuse_lora` for what is sharded. `models`: those of the object whose method it is."""
+def collective_fuse(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], Iterable[nn.Module]]) -> Any:
+    """Return a `fuse_lora` for sharded models. `models`: returns the models of the object that has the method."""
 
     @functools.wraps(own_method)
     def fuse_lora(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -25,7 +25,7 @@ def fusing(own_method: Callable[..., Any], ranks: Comm, models: Callable[[Any], 
             own_method(self, *args, **kwargs)
             return
         error = None
-        with _looked_at_elsewhere(models(self)):
+        with _local_checks_only(models(self)):
             try:
                 own_method(self, *args, **kwargs)
             except Exception as failure:
@@ -41,43 +41,43 @@ PADDING = {
     "load_lora_adapter": ("enable_lora_hotswap", "_prepare_lora_hotswap_kwargs"),
     "load_adapter": ("enable_peft_hotswap", "_prepare_peft_hotswap_kwargs"),
 }
-"""Methods of models that load adapters (of diffusers, of transformers), what has the first one padded to a number of
-rows that fits all later ones, and where that is noted until it is loaded."""
+"""Methods of models that load adapters (of diffusers, of transformers). Values: the method that makes the first adapter
+be padded to the rank of all later ones, and the attribute that holds this setting until then."""
 
 
-def unpadded(cls: type, title: str, denoises: bool) -> dict[str, Any]:
-    """The methods of a class for a model of which some ranks have a part only: adapters are loaded as they are.
+def unpadded_members(cls: type, title: str, denoises: bool) -> dict[str, Any]:
+    """Return the methods of a class for a model that is partial on some ranks: adapters are loaded without padding.
 
-    What is padded gets memory, which blocks of other ranks have not. denoises: whether it is the model that adapters
-    are for; a pipeline tells all that it has.
+    Padding allocates memory, which blocks of other ranks do not have. denoises: whether adapters are meant for this
+    model; a pipeline calls `enable` on all its models.
     """
     members: dict[str, Any] = {}
-    for load, (enable, noted) in PADDING.items():
+    for load, (enable, setting) in PADDING.items():
         why = (
             f"{title}: {enable} pads adapters, of which each rank has a part: call it and load the first adapter "
             "before parallelize, or swap adapters of the same rank (r) without it"
         )
         if hasattr(cls, load):
-            members[load] = _refused_if(getattr(cls, load), why, noted)
+            members[load] = _refused_if(getattr(cls, load), why, setting)
         if hasattr(cls, enable) and denoises:
             members[enable] = _refused_if(getattr(cls, enable), why, None)
     return members
 
 
-def _refused_if(own_method: Callable[..., Any], why: str, noted: str | None) -> Callable[..., Any]:
-    """A method that raises UnsupportedError, always or where the attribute `noted` of its model is not None."""
+def _refused_if(own_method: Callable[..., Any], why: str, setting: str | None) -> Callable[..., Any]:
+    """Return a method that raises UnsupportedError, always or if the attribute `setting` of its model is not None."""
 
     @functools.wraps(own_method)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if noted is None or getattr(self, noted, None) is not None:
+        if setting is None or getattr(self, setting, None) is not None:
             raise UnsupportedError(why)
         return own_method(self, *args, **kwargs)
 
     return method
 
 
-def moving(own_method: Callable[..., Any]) -> Any:
-    """A `set_lora_device` of a pipeline that is sharded: each rank moves the adapters that it has."""
+def local_set_device(own_method: Callable[..., Any]) -> Any:
+    """Return a `set_lora_device` for a sharded pipeline: each rank moves its own adapters."""
 
     @functools.wraps(own_method)
     def set_lora_device(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -99,8 +99,8 @@ def moving(own_method: Callable[..., Any]) -> Any:
 
 
 @contextmanager
-def _looked_at_elsewhere(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Meanwhile adapters do not look whether their weights are finite where another rank has them, and looks."""
+def _local_checks_only(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Skip the check for finite weights in adapters that another rank has: that rank does the check."""
     layers: list[Any] = [
         layer
         for model in models

@@ -27,16 +27,15 @@ def shared_callback(
     begin: Callable[[Any], Mapping[str, Any]],
     end: Callable[[Any], None],
 ) -> dict[str, Any]:
-    """The keyword arguments of a pipeline's call that begins, with a callback whose outcome is the same on all of
-    `ranks`.
+    """Return the keyword arguments of a pipeline's call, with a callback that has the same outcome on all of `ranks`.
 
-    Each rank runs its own. What rank 0's makes of the tensors and of random generators counts, an interrupt of any rank
-    stops all at this step, and an error of any rank is raised on all. What it changes of models counts for the calls
-    that follow: begin and end are called with the pipeline after the callback and before it, as around a call.
+    Each rank runs its own callback. The tensors and random generators of rank 0 are used, an interrupt of any rank
+    stops all ranks at this step, and an error of any rank is raised on all. Changes of models take effect in later
+    calls: `end` is called with the pipeline before the callback and `begin` after it, as around a call.
     """
     callback, runtime = kwargs.get(CALLBACK), pipe.shardit_runtime
-    pipe.__dict__.update(_heard=callback is not None, _asked=False)
-    runtime.careful |= runs_code_of_users(pipe, args, kwargs)
+    pipe.__dict__.update(_has_callback=callback is not None, _interrupt_requested=False)
+    runtime.has_user_code |= runs_user_code(pipe, args, kwargs)
     if callback is None:
         return kwargs
     asked = {INPUTS: callback.tensor_inputs} if hasattr(callback, "tensor_inputs") else {}
@@ -45,7 +44,7 @@ def shared_callback(
 
 @dataclass
 class SharedCallback:
-    """A callback that all of `ranks` run. generators: those that the pipeline is given."""
+    """A callback that all of `ranks` run. generators: random generators among the pipeline's arguments."""
 
     callback: Callable[..., Any]
     ranks: Comm
@@ -54,7 +53,7 @@ class SharedCallback:
     end: Callable[[Any], None]
 
     def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Run the callback and return the tensors that all ranks go on with. Collective."""
+        """Run the callback and return the tensors with which all ranks continue. Collective."""
         materialize(given)
         pipe.shardit_runtime.schedule.drain()
         self.end(pipe)
@@ -69,11 +68,11 @@ class SharedCallback:
         except Exception as failure:
             made, error = {}, sendable(failure)
         changed = [name for name in {**before, **made} if _changed(name, before, made)]
-        interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_asked", False)
+        interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_interrupt_requested", False)
         after = states(device, self.generators)
         outcome = Outcome(error, interrupt, changed, moved(drawn, after), list(made), dict(alike))
         gathered = self.ranks.group.gather_objects(outcome)
-        # What rank 0's callback drew counts: another's is taken back.
+        # Only the draws of rank 0's callback are kept: those of other ranks are undone.
         back = {name: drawn[name] for name in moved(drawn, after)} | gathered[0].drawn
         set_states(back, device, self.generators)
         _raise_together(gathered)
@@ -87,7 +86,8 @@ class SharedCallback:
 @dataclass
 class Outcome:
     """Outcome of a callback on one rank: its error, whether it interrupts, the names of tensors that it changed, the
-    generators that it moved, the names of the tensors that it returned, and changes that all ranks must have alike."""
+    generators that it advanced, the names of the tensors that it returned, and changes that must be equal on all
+    ranks."""
 
     error: Exception | None
     interrupt: bool
@@ -98,7 +98,7 @@ class Outcome:
 
 
 def _raise_together(gathered: list[Outcome]) -> None:
-    """Raise, on every rank, the error of any, or InputError where models were changed on some ranks only."""
+    """Raise the error of any rank on every rank, or InputError if models were changed on some ranks only."""
     for one in gathered:
         if one.error is not None:
             raise one.error
@@ -108,9 +108,9 @@ def _raise_together(gathered: list[Outcome]) -> None:
         raise InputError(f"ranks differ in {', '.join(wrong)} after {CALLBACK}: make the same changes on every rank")
 
 
-def runs_code_of_users(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether code that is not the library's runs between the calls of models, apart from the shared callback:
-    in a pipeline of a user's own, or in a modular one, whose guiders change models."""
+def runs_user_code(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether user code runs between model calls, apart from the shared callback: in a user's own pipeline, or
+    in a modular one, whose guiders change models."""
     own = not plain_class(pipe).__module__.startswith("diffusers.pipelines.")
     return own or any(map(callable, (*args, kwargs.get("callback"))))
 
@@ -123,13 +123,13 @@ def _changed(name: str, before: dict[str, tuple[Any, Any]], made: dict[str, Any]
 
 
 def _version(value: Any) -> int | None:
-    """The version counter of a tensor; None if there is none."""
+    """Return the version counter of a tensor; None if there is none."""
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
 def interrupt_members(cls: type) -> dict[str, Any]:
-    """`_interrupt` of a pipeline. What is set during a call counts from the next callback on, where ranks exchange it:
-    a rank that stopped alone would leave the others waiting."""
+    """Return the property `_interrupt` of a pipeline. An interrupt during a call takes effect at the next callback,
+    where ranks exchange it: a rank that stopped alone would leave the others waiting."""
     if not hasattr(cls, "interrupt"):
         return {}
 
@@ -137,17 +137,17 @@ def interrupt_members(cls: type) -> dict[str, Any]:
         return self.__dict__.get("_interrupt", False)
 
     def put(self: Any, value: bool) -> None:
-        heard = self.__dict__.get("_heard")
-        if value and heard is False:
+        has_callback = self.__dict__.get("_has_callback")
+        if value and has_callback is False:
             raise UnsupportedError(
-                "an interrupt is heard by the other ranks at a callback only: pass callback_on_step_end (one that "
-                "returns what it is given will do) and set _interrupt in it, or at any time"
+                "other ranks receive an interrupt at a callback only: pass callback_on_step_end (one that returns its "
+                "arguments is enough) and set _interrupt in it, or at any time"
             )
-        self.__dict__["_asked" if value and heard else "_interrupt"] = value
+        self.__dict__["_interrupt_requested" if value and has_callback else "_interrupt"] = value
 
     return {"_interrupt": property(get, put)}
 
 
 def end_callbacks(pipe: Any) -> None:
-    """After the call of a pipeline: interrupts count at once again."""
-    pipe.__dict__["_heard"] = None
+    """Let interrupts take effect immediately again, after the call of a pipeline."""
+    pipe.__dict__["_has_callback"] = None

@@ -1,6 +1,6 @@
-"""What was changed of a sharded component since it was sharded: followed where that is right, refused where it is not.
+"""Changes of a sharded component after it was sharded: applied if that is possible, refused otherwise.
 
-A change is made alike on every rank, as everything is, so all ranks come to the same end here, without a message.
+Changes are the same on every rank, so all ranks reach the same decision here without communication.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.adapters import cut_adapters
 
 if TYPE_CHECKING:
-    from shardit.diffusion.sharding.placed import Placed
+    from shardit.diffusion.sharding.component_sharding import ComponentSharding
 
 COMPILED = "_orig_mod"
-"""Where the module is inside the wrapper that torch.compile makes of one."""
+"""Name of the module in the wrapper that torch.compile returns."""
 
 BLOCKWISE = "call compile_repeated_blocks() on it instead"
-"""What works for models of diffusers that are run by several ranks."""
+"""Advice for models of diffusers that several ranks run together."""
 
 
 def unwrap(module: Any) -> tuple[Any, Any]:
-    """What torch.compile has made a wrapper of, and what compiles (None where it is no wrapper)."""
+    """Return the module in a wrapper of torch.compile, and its compiler; the module itself and None if there is no
+    wrapper."""
     found = getattr(module, "_modules", {}).get(COMPILED)
     return (module, None) if found is None else (found, getattr(module, "dynamo_ctx", None))
 
 
 def unwrap_parts(model: nn.Module) -> None:
-    """Take the wrappers of torch.compile around parts of a model away, in place, and let the parts compile themselves:
-    names, and what is done at calls, are then those of the parts."""
+    """Remove wrappers of torch.compile around parts of a model, in place, and compile the calls of the parts instead:
+    names and interceptors of the parts then stay in effect."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             part, compiler = unwrap(child)
@@ -44,13 +45,13 @@ def unwrap_parts(model: nn.Module) -> None:
 
 
 def compile_call(module: nn.Module, compiler: Any) -> None:
-    """Have a module compile its own calls, as `module.compile()` does, with the settings of another compilation."""
+    """Compile the calls of a module, as `module.compile()` does, with an existing compiler and its settings."""
     module._compiled_call_impl = compiler(module._call_impl)
 
 
 def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> None:
-    """Raise UnsupportedError where the whole of `model`, or one of the parts, is compiled: it waits for other ranks
-    inside."""
+    """Raise UnsupportedError if the whole `model`, or one of the parts, is compiled: its forward waits for other
+    ranks."""
     if any(getattr(part, "_compiled_call_impl", None) is not None for part in (model, *parts)):
         advice = BLOCKWISE if hasattr(model, "compile_repeated_blocks") else "leave it uncompiled"
         raise UnsupportedError(
@@ -59,114 +60,114 @@ def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> 
 
 
 def cut_blocks(model: Any) -> list[tuple[str, nn.Module]]:
-    """The blocks of a model at whose calls it is cut, by name."""
+    """Return the blocks of a model whose calls are intercepted, by name."""
     stages, sequence = (getattr(model, name, None) for name in ("shardit_stages", "shardit_sequence"))
     return [*getattr(getattr(stages, "cut", None), "blocks", ()), *getattr(sequence, "blocks", ())]
 
 
-def follow(placed: Placed, changes: list[Change]) -> None:
-    """Make what was changed right. Raises UnsupportedError where that cannot be done."""
-    model: Any = placed.module
-    if placed.denoises:
-        refuse_compiled(placed.title, model, ())
+def apply_changes(sharding: ComponentSharding, changes: list[Change]) -> None:
+    """Apply changes of a component to its sharded parts. Raises UnsupportedError if that is not possible."""
+    model: Any = sharding.module
+    if sharding.denoises:
+        refuse_compiled(sharding.title, model, ())
         for name, block in cut_blocks(model):
-            _same_module(placed, name, block)
-        _own_interceptors(placed)
+            _same_module(sharding, name, block)
+        _own_interceptors(sharding)
     layerwise = getattr(model, "shardit_layerwise", None)
     if layerwise is not None:
-        refuse_compiled(placed.title, model, model.modules())
+        refuse_compiled(sharding.title, model, model.modules())
         for name, unit in layerwise.units:
-            _same_module(placed, name, unit)
+            _same_module(sharding, name, unit)
     parts = dict(model.named_modules(remove_duplicate=False)) if changes else {}
     for change in changes:
-        _refuse_hidden(placed, change, parts.get(change.module))
-    if placed.slices is not None:
-        _follow_slices(placed, changes)
+        _refuse_hidden(sharding, change, parts.get(change.module))
+    if sharding.slices is not None:
+        _apply_to_slices(sharding, changes)
     for name in ("shardit_stages", "shardit_sequence", "shardit_overlap"):
         known = getattr(model, name, None)
         if known is not None:
             known.forget()
 
 
-def _same_module(placed: Placed, name: str, module: nn.Module) -> None:
-    now: Any = placed.module
+def _same_module(sharding: ComponentSharding, name: str, module: nn.Module) -> None:
+    now: Any = sharding.module
     for part in name.split("."):
         now = getattr(now, part, None)
     if now is not module:
         raise UnsupportedError(
-            f"{placed.title}.{name} was replaced after parallelize, by a module that all ranks would run whole: "
+            f"{sharding.title}.{name} was replaced after parallelize, by a module that all ranks would run whole: "
             "replace it before"
         )
 
 
-def _own_interceptors(placed: Placed) -> None:
-    """Raise UnsupportedError where a block has lost its interceptor with its class, or has that of another block."""
+def _own_interceptors(sharding: ComponentSharding) -> None:
+    """Raise UnsupportedError if a new class of a block has no interceptor, or that of another block."""
     found: dict[Any, nn.Module] = {}
-    for name, block in cut_blocks(placed.module):
+    for name, block in cut_blocks(sharding.module):
         own = next((c for c in type(block).__mro__ if SWAPPED in vars(c) and "__call__" in vars(c)), None)
         if own is None or found.setdefault(own, block) is not block:
             raise UnsupportedError(
-                f"{placed.title}.{name} was given another class after parallelize, which knows nothing of the other "
-                "ranks: do it before, or derive the class from type() of the block"
+                f"{sharding.title}.{name} was given another class after parallelize, which does not communicate with "
+                "other ranks: do it before, or derive the class from type() of the block"
             )
 
 
-def _refuse_hidden(placed: Placed, change: Change, module: nn.Module | None) -> None:
-    """Raise UnsupportedError where what ranks do together hides the new member of a module's class, or is lost. module:
-    None for a processor."""
+def _refuse_hidden(sharding: ComponentSharding, change: Change, module: nn.Module | None) -> None:
+    """Raise UnsupportedError if an interceptor hides the new member of a module's class, or is lost. module: None for a
+    processor."""
     if module is not None and change.home is not None and hides(type(module), change.home, change.name):
         raise UnsupportedError(
-            f"{placed.title}{'.' if change.module else ''}{change.module}: the {change.name} of its class was replaced "
-            "after parallelize, but ranks share its calls, with the one before: replace it before parallelize"
+            f"{sharding.title}{'.' if change.module else ''}{change.module}: the {change.name} of its class was "
+            "replaced after parallelize, but ranks share its calls, with the one before: replace it before parallelize"
         )
 
 
-def _follow_slices(placed: Placed, changes: list[Change]) -> None:
-    """Only what is known to be right may come next to linears that are cut: LoRA, and attention processors, of which
-    tensor parallelism takes care itself."""
-    assert placed.slices is not None
-    cut = {name.rpartition(".")[0] for name in placed.slices.cuts} | set(placed.slices.roles)
-    places = {name.rpartition(".")[0].rpartition(".")[0] for name in placed.slices.cuts}
-    own = cut | set(placed.slices.units)
+def _apply_to_slices(sharding: ComponentSharding, changes: list[Change]) -> None:
+    """Apply changes next to sliced linears. Only LoRA and attention processors are allowed, which tensor parallelism
+    handles itself. Raises UnsupportedError for all others."""
+    assert sharding.slices is not None
+    cut = {name.rpartition(".")[0] for name in sharding.slices.cuts} | set(sharding.slices.roles)
+    places = {name.rpartition(".")[0].rpartition(".")[0] for name in sharding.slices.cuts}
+    own = cut | set(sharding.slices.units)
     for change in changes:
         if change.name in ((CLASS,) if change.home is None else (FORWARD, "__call__")) and change.module in own:
             raise UnsupportedError(
-                f"{placed.title}.{change.path} was changed after parallelize, but tensor ranks run a part of it in "
+                f"{sharding.title}.{change.path} was changed after parallelize, but tensor ranks run a part of it in "
                 "their own way: do it before parallelize, or use tensor_parallel_size=1"
             )
         if change.name == FORWARD and change.home is None and change.now is not None and change.module in cut:
-            _refuse_own_forward(placed, change)
-        if change.name in placed.slices.attributes.get(change.module, ()):
+            _refuse_own_forward(sharding, change)
+        if change.name in sharding.slices.attributes.get(change.module, ()):
             raise UnsupportedError(
-                f"{placed.title}.{change.path} was changed after parallelize, but tensor ranks have set it to their "
+                f"{sharding.title}.{change.path} was changed after parallelize, but tensor ranks have set it to their "
                 "own part: set it before parallelize, or use tensor_parallel_size=1"
             )
         inside = change.module in places or any(f"{place}.".startswith(f"{change.path}.") for place in places)
         here = inside and change.name != PROCESSOR and isinstance(change.now, nn.Module)
         if here and not _adapted(change):
             raise UnsupportedError(
-                f"{placed.title}.{change.path} became {type(change.now).__name__} after parallelize, next to linears "
+                f"{sharding.title}.{change.path} became {type(change.now).__name__} after parallelize, next to linears "
                 "that are cut over tensor ranks: do it before parallelize, or use tensor_parallel_size=1"
             )
-    checks = getattr(placed.module, "shardit_checks", None)
+    checks = getattr(sharding.module, "shardit_checks", None)
     if checks is not None:
         checks.forget()
-    cut_adapters(placed.module, placed.slices, Collectives(placed.runtime.mesh.axes["tp"]))
+    cut_adapters(sharding.module, sharding.slices, Collectives(sharding.runtime.mesh.axes["tp"]))
 
 
-def _refuse_own_forward(placed: Placed, change: Change) -> None:
-    """Raise UnsupportedError for a forward that was put in place of that of a cut module (some LoRA loaders do so),
-    unless a hook of diffusers or accelerate did it, which goes on to call the one before."""
-    module = _base(placed.module.get_submodule(change.module))  # an adapter may have come around it
+def _refuse_own_forward(sharding: ComponentSharding, change: Change) -> None:
+    """Raise UnsupportedError for a forward that replaces that of a sliced module (some LoRA loaders do so), unless a
+    hook of diffusers or accelerate set it, which still calls the original."""
+    module = _base(sharding.module.get_submodule(change.module))  # an adapter may wrap it by now
     if not (hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")):
         raise UnsupportedError(
-            f"{placed.title}.{change.path} was replaced after parallelize, where tensor ranks add up their parts: "
-            "use a forward hook, or tensor_parallel_size=1"
+            f"{sharding.title}.{change.path} was replaced after parallelize, but tensor ranks add up their parts "
+            "there: use a forward hook, or tensor_parallel_size=1"
         )
 
 
 def _adapted(change: Change) -> bool:
-    """Whether an adapter came around a linear, or went."""
+    """Return whether an adapter around a linear was added or removed."""
     return _base(change.before) is _base(change.now)
 
 

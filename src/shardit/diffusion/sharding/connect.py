@@ -1,4 +1,4 @@
-"""Parts of a pipeline that are placed become parallel ones, in place, and so does the pipeline that uses them."""
+"""Connects the sharded components of a pipeline, and the pipeline itself, to the other ranks, in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.layerwise import cut_layerwise
-from shardit.core.components.owned import own
+from shardit.core.components.owned import make_owned
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment, Cut
@@ -22,11 +22,12 @@ from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
 from shardit.diffusion.family import FAMILY, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
-from shardit.diffusion.sharding.adapters import fusing, moving
+from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
 from shardit.diffusion.sharding.changes import BLOCKWISE, compile_call, unwrap, unwrap_parts
+from shardit.diffusion.sharding.component_sharding import ComponentSharding, sharding_of
 from shardit.diffusion.sharding.components import (
-    BEFORE,
+    BEFORE_PARALLELIZE,
     OFFLOAD,
     SAVE,
     components_of,
@@ -37,7 +38,6 @@ from shardit.diffusion.sharding.components import (
     shared_tensors,
 )
 from shardit.diffusion.sharding.layout import Layout
-from shardit.diffusion.sharding.placed import Placed, placed_on
 from shardit.errors import UnsupportedError
 from shardit.parallel.sequence.choose import shard_tokens
 from shardit.parallel.tensor.adapters import pipeline_members
@@ -53,8 +53,8 @@ def connect(
     runtime: Runtime,
     config: DiffusionParallelConfig,
 ) -> None:
-    """Turn the assigned components of a pipeline, loaded in whole or in part, into parallel ones, and the pipeline with
-    them. Components that another pipeline shares with it are parallel already, over the same runtime."""
+    """Make the assigned components of a pipeline, loaded in whole or in part, and the pipeline itself parallel.
+    Components that it shares with another pipeline are already parallel, over the same runtime."""
     cuts, assignment = layout.cuts, layout.assignment
     shared = shared_tensors(components_of(pipe) or {})
 
@@ -64,36 +64,36 @@ def connect(
     for name, cut in assignment.cut.items():
         shard_model(getattr(pipe, name), name, runtime, config, cut, cuts.get(name), assignment, shared)
     for name, owner in assignment.owned.items():
-        comm, width = _among(name, assignment, runtime)
+        comm, width = _owner_ranks(name, assignment, runtime)
         small, cut = assignment.small.get(name, ()), cuts[name].cuts if name in cuts else ()
         if name in assignment.tiles:
             shard_tiles(getattr(pipe, name), runtime.replica, assignment.tiles[name], small, shared, alone)
         else:
-            own(getattr(pipe, name), comm, owner // width, small, cut, shared, alone)
+            make_owned(getattr(pipe, name), comm, owner // width, small, cut, shared, alone)
     for name, found in assignment.layerwise.items():
-        comm, width = _among(name, assignment, runtime)
+        comm, width = _owner_ranks(name, assignment, runtime)
         owners, cut = [owner // width for owner in found.owners], cuts[name].cuts if name in cuts else ()
         cut_layerwise(getattr(pipe, name), comm, found.units, owners, cut, shared, alone)
     for name in (*assignment.owned, *assignment.layerwise):
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
         guard(part, name, runtime.mesh)
-        Placed(name, part, config, runtime, False, None, assignment, cuts.get(name))
+        ComponentSharding(name, part, config, runtime, False, None, assignment, cuts.get(name))
         if name in assignment.owned and runtime.mesh.rank == 0 and (why := left_whole(part)):
             log.warning("%s is whole on one rank: %s", name, why)
     join(pipe, runtime)
 
 
 def refuse_shared_blocks(pipe: Any, assignment: Assignment) -> None:
-    """Raise UnsupportedError where a component that is loaded in part uses blocks of a transformer that other stages
-    have: they were not read here."""
+    """Raise UnsupportedError if a partly loaded component uses blocks of a transformer that are on other stages: they
+    were not read here."""
     shared = shared_tensors(components_of(pipe) or {})
     for name, cut in assignment.cut.items() if len(set(assignment.stages)) > 1 else ():
         for key, parameter in getattr(pipe, name).named_parameters():
             others = [other for other in shared.get(id(parameter), ()) if other != name]
             if others and key.startswith(tuple(f"{block}." for block in cut.blocks)):
                 raise UnsupportedError(
-                    f"{others[0]} uses {key} of {name}, which lies on one of the stages: load the pipeline with "
+                    f"{others[0]} uses {key} of {name}, which is on one of the stages only: load the pipeline with "
                     "diffusers and parallelize it, or use pipeline_parallel_size=1"
                 )
 
@@ -108,9 +108,9 @@ def shard_model(
     assignment: Assignment | None = None,
     shared: Collection[int] = (),
 ) -> None:
-    """Make one transformer parallel, in place. `shared`: ids of the tensors that another component has, too."""
+    """Make one transformer parallel, in place. `shared`: ids of the tensors that another component also has."""
     mesh = runtime.mesh
-    # Stages also carry the guidance axis: a call that another replica runs is one whose result arrives later.
+    # Stages also implement the guidance axis: a call run by another replica is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
     stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared)) if pieces else None
     overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
@@ -126,15 +126,15 @@ def shard_model(
         if type(part) is not plain_class(part):
             FAMILY.register(plain_class(part), type(part))
     guard(model, name or type(model).__name__, mesh)
-    placed = Placed(name, model, config, runtime, True, cut.plan, assignment, slices)
-    entry_of(model).guard(runtime, placed.begin, placed.end)
+    sharding = ComponentSharding(name, model, config, runtime, True, cut.plan, assignment, slices)
+    entry_of(model).guard(runtime, sharding.begin, sharding.end)
 
 
 def join(pipe: Any, runtime: Runtime) -> None:
-    """Give a pipeline whose components are sharded the methods that go with it; nothing if it has them."""
+    """Give a pipeline with sharded components its parallel methods, unless it has them already."""
     if getattr(type(pipe), "shardit_runtime", None) is runtime:
         return
-    _join_those_made_of_spread_parts()
+    _patch_pipeline_constructors()
     cls, device = type(pipe), runtime.mesh.device
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,66 +142,68 @@ def join(pipe: Any, runtime: Runtime) -> None:
             component.to(*args, **kwargs)
         return self
 
-    share = functools.partial(shared_callback, begin=begin_parts, end=take_parts)
+    share = functools.partial(shared_callback, begin=begin_parts, end=update_parts)
     call = pipeline_entry(cls.__call__, runtime, begin_parts, share, end_parts)
     functools.update_wrapper(call, cls.__call__)  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
-    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE)})
+    members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE_PARALLELIZE)})
     if hasattr(cls, "fuse_lora"):
-        members["fuse_lora"] = fusing(cls.fuse_lora, runtime.replica, lambda self: (components_of(self) or {}).values())
+        members["fuse_lora"] = collective_fuse(
+            cls.fuse_lora, runtime.replica, lambda self: (components_of(self) or {}).values()
+        )
     if hasattr(cls, "set_lora_device"):
-        members["set_lora_device"] = moving(cls.set_lora_device)
-    found = {id(part): placed_on(part) for part in (components_of(pipe) or {}).values()}
-    slices = {key: placed.slices for key, placed in found.items() if placed is not None and placed.slices is not None}
+        members["set_lora_device"] = local_set_device(cls.set_lora_device)
+    found = {id(part): sharding_of(part) for part in (components_of(pipe) or {}).values()}
+    slices = {key: one.slices for key, one in found.items() if one is not None and one.slices is not None}
     members.update(pipeline_members(cls, slices))
     members = {name: member for name, member in members.items() if hasattr(cls, name)}
     subclass_in_place(pipe, {**members, **interrupt_members(cls), "shardit_runtime": runtime})
 
 
 def begin_parts(pipe: Any) -> dict[str, Any]:
-    """Before a call of a pipeline: what of its parts all ranks must have alike. Raises UnsupportedError where parts are
-    not (or not any more) what they were when it was made parallel."""
+    """Check a pipeline's parts before its call, and return the state that must be equal on all ranks. Raises
+    UnsupportedError if a part was not sharded with it, or was replaced since."""
     modules, alike = modules_of(pipe) or {}, {}
     for name, part in modules.items():
         part, compiler = unwrap(part)
-        placed = placed_on(part)
-        if placed is not None and compiler is not None:
+        sharding = sharding_of(part)
+        if sharding is not None and compiler is not None:
             setattr(pipe, name, part)
             compile_part(name, part, compiler)
-        if placed is None:
+        if sharding is None:
             if name not in outermost(modules):  # a part of another component
                 continue
             raise UnsupportedError(
                 f"{name} was put into the pipeline after parallelize, so every rank would run all of it: call "
                 "parallelize on the pipeline once more, with the same configuration"
             )
-        if placed.runtime is not pipe.shardit_runtime:
+        if sharding.runtime is not pipe.shardit_runtime:
             raise UnsupportedError(
-                f"{name} belongs to a pipeline that was sharded by itself, and takes turns with that one alone: make "
+                f"{name} belongs to a pipeline that was sharded separately, and is scheduled only with that one: make "
                 "the pipelines that share components before parallelize"
             )
-        alike.update(placed.begin())
+        alike.update(sharding.begin())
     return alike
 
 
 def end_parts(pipe: Any) -> None:
-    """After a call of a pipeline, however it went."""
+    """Finish a call of a pipeline, also after an error."""
     end_callbacks(pipe)
-    take_parts(pipe)
+    update_parts(pipe)
 
 
-def take_parts(pipe: Any) -> None:
-    """Take the settings of a pipeline's parts as they are after calls for what is right."""
+def update_parts(pipe: Any) -> None:
+    """Record the settings of a pipeline's parts after calls, so that later changes are relative to them."""
     for part in (modules_of(pipe) or {}).values():
-        placed = placed_on(part)
-        if placed is not None:
-            placed.end()
+        sharding = sharding_of(part)
+        if sharding is not None:
+            sharding.end()
 
 
 def take_compilers(target: Any, modules: dict[str, nn.Module]) -> dict[str, Any]:
-    """Take the wrappers of torch.compile around components, and around their parts, away, in place, also in `modules`;
-    what compiled the components by name, for `compile_part`."""
+    """Remove wrappers of torch.compile around components and their parts, in place, also in `modules`. Return the
+    compilers of the components by name, for `compile_part`."""
     compilers = {}
     for name, module in list(modules.items()):
         part, compiler = unwrap(module)
@@ -217,21 +219,21 @@ def take_compilers(target: Any, modules: dict[str, nn.Module]) -> dict[str, Any]
 
 
 def compile_part(name: str, part: Any, compiler: Any) -> None:
-    """Compile a component of a pipeline, of which torch.compile had made a wrapper: a model that denoises block by
-    block, since its forward waits for other ranks between them; another one whole, where it runs."""
+    """Compile a component of a pipeline that torch.compile had wrapped: a denoiser block by block, since its forward
+    waits for other ranks between blocks; any other component whole, on its owner."""
     if denoises(name, part):
         for _, block in find_blocks(part):
             compile_call(block, compiler)
-        log.info("%s: torch.compile compiles its blocks, each by itself", name)
+        log.info("%s: torch.compile compiles each of its blocks separately", name)
     elif hasattr(part, "shardit_layerwise"):
-        log.warning("%s is not compiled: its layers lie on several ranks", name)
+        log.warning("%s is not compiled: its layers are on several ranks", name)
     else:
         compile_call(part, compiler)
 
 
 @functools.cache
-def _join_those_made_of_spread_parts() -> None:
-    """Have pipelines of diffusers that are made of sharded components later (`from_pipe`, or by hand) join them."""
+def _patch_pipeline_constructors() -> None:
+    """Make later pipelines of diffusers that use sharded components (by `from_pipe` or constructors) parallel."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     own_register, own_from_pipe = DiffusionPipeline.register_modules, DiffusionPipeline.from_pipe.__func__
@@ -239,17 +241,17 @@ def _join_those_made_of_spread_parts() -> None:
     @functools.wraps(own_register)
     def register_modules(self: Any, **kwargs: Any) -> None:
         own_register(self, **kwargs)
-        found = [placed_on(part) for part in kwargs.values() if isinstance(part, nn.Module)]
-        runtimes = {id(placed.runtime): placed.runtime for placed in found if placed is not None}
+        found = [sharding_of(part) for part in kwargs.values() if isinstance(part, nn.Module)]
+        runtimes = {id(sharding.runtime): sharding.runtime for sharding in found if sharding is not None}
         if found and None not in found and len(runtimes) == 1:
             join(self, *runtimes.values())
 
     @functools.wraps(own_from_pipe)
     def from_pipe(cls: Any, pipeline: Any, **kwargs: Any) -> Any:
-        # It takes over what is of exactly the class that it expects, which is not that of a sharded component.
+        # It reuses components of exactly the expected class; the class of a sharded component is a subclass.
         expected, types = cls._get_signature_keys(cls)[0], cls._get_signature_types()
         for name, part in pipeline.components.items():
-            if placed_on(part) is not None and name in expected and plain_class(part) in types.get(name, ()):
+            if sharding_of(part) is not None and name in expected and plain_class(part) in types.get(name, ()):
                 kwargs.setdefault(name, part)
         return own_from_pipe(cls, pipeline, **kwargs)
 
@@ -258,6 +260,6 @@ def _join_those_made_of_spread_parts() -> None:
     patched.from_pipe = classmethod(from_pipe)
 
 
-def _among(name: str, assignment: Assignment, runtime: Runtime) -> tuple[Comm, int]:
-    """The ranks among which a component has owners, and how many neighbours own it together."""
+def _owner_ranks(name: str, assignment: Assignment, runtime: Runtime) -> tuple[Comm, int]:
+    """Return the ranks that may own a component, and the number of tensor ranks that own it together."""
     return (runtime.peers, assignment.tp) if name in assignment.sliced else (runtime.replica, 1)

@@ -1,4 +1,4 @@
-"""Comparison of the decisions of ranks on how something is sharded, before anything is cut."""
+"""Comparison of the sharding decisions of all ranks, before anything is cut."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from shardit.parallel.tensor.plan import TensorPlan
 T = TypeVar("T")
 
 
-def decided_alike(
-    ranks: Comm, what: str, decide: Callable[[], T], describe: Callable[[T], dict[str, str]] = lambda _: {}
+def collective_decision(
+    ranks: Comm, name: str, decide: Callable[[], T], describe: Callable[[T], dict[str, str]] = lambda _: {}
 ) -> T:
-    """Return the result of `decide`, which is the same on every rank. Collective, one small message.
+    """Return the result of `decide`, which must be equal on every rank. Collective, one small message.
 
-    describe: the parts of the decision as text, by their names in messages. Raises InputError on
-    all ranks where they differ, or where any of them refuses: a rank alone would leave the others waiting.
+    name: of the model or pipeline, for messages. describe: returns the parts of the decision as text, by their names in
+    messages. Raises InputError on all ranks if they differ, or if any of them refuses: a rank that raised alone would
+    leave the others waiting.
     """
     found, refusal, words = None, None, {}
     try:
@@ -33,14 +34,14 @@ def decided_alike(
     if len(set(ranks.group.gather_bytes(short_hash(*encoded)))) > 1:
         everything = ranks.group.gather_objects((None if refusal is None else str(refusal), words))
         if refusal is None:
-            raise InputError(_difference(what, everything))
+            raise InputError(_difference(name, everything))
     if refusal is not None:
         raise refusal
     return found  # pyright: ignore[reportReturnType]
 
 
-def _difference(what: str, everything: list[tuple[str | None, dict[str, str]]]) -> str:
-    """One line about what ranks have decided in different ways."""
+def _difference(title: str, everything: list[tuple[str | None, dict[str, str]]]) -> str:
+    """Return one line about the parts on which ranks have decided differently."""
     for rank, (refusal, _) in enumerate(everything):
         if refusal is not None:
             return f"rank {rank} refuses, others do not: {refusal}"
@@ -48,13 +49,13 @@ def _difference(what: str, everything: list[tuple[str | None, dict[str, str]]]) 
     names = dict.fromkeys(name for words in decisions for name in words)
     wrong = [name for name in names if len({words.get(name) for words in decisions}) > 1]
     return (
-        f"ranks would shard {', '.join(wrong) or 'the components'} of {what} in different ways: give every rank the "
+        f"ranks would shard {', '.join(wrong) or 'the components'} of {title} in different ways: give every rank the "
         "same components, in the same dtype, and the same arguments"
     )
 
 
 def describe_layout(layout: Layout | None) -> dict[str, str]:
-    """How each component of a pipeline is sharded."""
+    """Describe the sharding of each component of a pipeline."""
     if layout is None:
         return {}
     cuts, assignment = layout.cuts, layout.assignment
@@ -66,11 +67,11 @@ def describe_layout(layout: Layout | None) -> dict[str, str]:
 
 
 def describe_blocks(decision: tuple[Mapping[str, TensorPlan], Cut | None]) -> dict[str, str]:
-    """How the blocks of a model that is sharded by itself are sharded."""
+    """Describe the sharding of the blocks of a model outside a pipeline."""
     slices, cut = decision
     return {"the blocks": repr(cut) + "".join(map(describe_slices, slices.values()))}
 
 
 def describe_slices(plan: TensorPlan | None) -> str:
-    """How the tensors of a component are cut."""
+    """Describe the slices of a component's tensors."""
     return repr(sorted(plan.cuts.items(), key=lambda cut: cut[0])) if plan is not None else ""

@@ -1,4 +1,4 @@
-"""How the components of a pipeline are sliced and who owns what: one way for checks, `inspect` and loading."""
+"""Slices and owners of the components of a pipeline, decided in one place for checks, `inspect` and loading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layout:
     assignment: Assignment
 
     def owned(self, modules: Iterable[str], member: int) -> dict[str, Owned]:
-        """What a member of a replica holds of each of these components, by parameter name."""
+        """Return the parameters, by name, that a member of a replica holds of each of these components."""
         neighbour = member % self.assignment.tp
         return {n: owned_slices(self.assignment.owns(n, member), self.cuts.get(n), neighbour) for n in modules}
 
@@ -43,10 +43,9 @@ def lay_out(
     plans: Plan | Mapping[str, Plan] | None = None,
     held: Sequence[float] | None = None,
 ) -> Layout:
-    """Decide how components are sliced and who owns what, from shapes alone. The arguments by name are those of
-    `assign`.
+    """Decide the slices and owners of components, from shapes alone. Keyword arguments are those of `assign`.
 
-    Raises InputError and UnsupportedError where the configuration does not fit the pipeline.
+    Raises InputError and UnsupportedError if the configuration does not fit the pipeline.
     """
     roles = roles_of(modules, pipeline_class)
     cuts = plan_components(modules, roles, config.tensor_parallel_size, FAMILY, owners_of_wholes(config))
@@ -63,7 +62,7 @@ def lay_out(
     return Layout(cuts, assignment.counted(modules))
 
 
-def warn_of(unmet: Iterable[str], mesh: Mesh) -> None:
-    """Say once, on the first rank, what was asked for and cannot be followed."""
+def warn_unmet(unmet: Iterable[str], mesh: Mesh) -> None:
+    """Log, once, on the first rank, the requests that cannot be met."""
     for note in unmet if mesh.rank == 0 else ():
         log.warning("%s", note)

@@ -16,13 +16,13 @@ from shardit.engine.process.memory import held_bytes, limit_bytes
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, first_line
 from shardit.language.cache_size import request_tokens
-from shardit.language.generation import OnStep, continued
-from shardit.language.info import LanguageInfo, end_tokens, room_of
+from shardit.language.generation import OnStep, generate_group
+from shardit.language.info import LanguageInfo, end_tokens, max_positions
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import decoder_source
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.rows import PromptGroup
-from shardit.language.sharding import cache_of_stages, lay_out_decoder, over_ranks
+from shardit.language.sharding import cache_of_stages, lay_out_decoder, shard_decoder
 from shardit.loading.safetensors_file import Reads
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class LoadedDecoder:
         self.tokenizer: Any = prepared.source.tokenizer()
         self.runtime = Runtime.of(mesh, spec.max_in_flight, split_batch=False) if len(mesh.replica.ranks) > 1 else None
         if self.runtime is not None:
-            over_ranks(self.model, self.runtime, layout, spec.config)
+            shard_decoder(self.model, self.runtime, layout, spec.config)
         limit = limit_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size)))
         check_memory(self.model, layout.owners, spec, mesh, limit)
         own = self.model.generation_config
@@ -78,7 +78,7 @@ class LoadedDecoder:
         # What the file says of sampling are defaults of the caller's parameters, and must not count twice.
         self.model.generation_config = GenerationConfig(pad_token_id=self._pad)
         self.info = LanguageInfo(
-            room=room_of(self.model.config),
+            max_model_len=max_positions(self.model.config),
             vocabulary=self.model.config.get_text_config().vocab_size,
             defaults=defaults,
             notes=layout.notes,
@@ -96,7 +96,7 @@ class LoadedDecoder:
         yield functools.partial(self._continue, request, report), []
 
     def _continue(self, group: PromptGroup, report: OnStep) -> Any:
-        rows = continued(self.model, group, self._ends, self._pad, self._decode, report)
+        rows = generate_group(self.model, group, self._ends, self._pad, self._decode, report)
         if self.runtime is not None and any(row.params.logprobs is not None for row in group.rows):
             logits = self.runtime.comm.size - 1
             rows = self.runtime.comm.group.broadcast_object(rows, logits)

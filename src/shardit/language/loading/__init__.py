@@ -1,1 +1,1 @@
-"""From the name of a causal language model to its weights on a rank."""
+"""Loading of causal language models, from a name to the weights of a rank."""

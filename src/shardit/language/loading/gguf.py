@@ -1,4 +1,4 @@
-"""A GGUF file: transformers' reading of its configuration and tensors, of which a rank reads only its own."""
+"""GGUF files: transformers converts configuration and tensors; each rank reads only its own tensors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _OF_LAYER = re.compile(r"blk\.(\d+)\.")
 
 class GGUFFile:
     """A file of llama.cpp with the configuration, the tokenizer and the (mostly quantised) tensors of a model. Tensors
-    become plain ones when they are read.
+    are dequantised when they are read.
 
-    Raises InputError where the package gguf is missing, or the file or its architecture cannot be read.
+    Raises InputError if the package gguf is missing, or the file or its architecture cannot be read.
     """
 
     def __init__(self, path: Path):
@@ -41,7 +41,7 @@ class GGUFFile:
             raise InputError(f"transformers cannot read {path}: {first_line(error)}") from error
 
     def build(self, dtype: torch.dtype | None) -> nn.Module:
-        """The model on meta; `dtype` None means float32."""
+        """Build the model on meta; `dtype` None means float32."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with parsed_once():
@@ -52,8 +52,8 @@ class GGUFFile:
         return build_transformers(kinds[type(config)], config, dtype or torch.float32, str(self.path))
 
     def load(self, module: Any, owned: Owned, *, device: torch.device | str, reads: Reads | None) -> nn.Module:
-        """Fill the parameters of `module` for which `owned(name)` holds, or gives a slice; the others stay on meta.
-        Raises InputError where the file lacks one of them."""
+        """Fill the parameters of `module` for which `owned(name)` is true or a slice; all others stay on meta. Raises
+        InputError if the file lacks one of them."""
         held: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
         groups = tied_names(module)
         targets = {name: Target(tuple(names), None, held[name]) for names in groups for name in names}
@@ -76,7 +76,7 @@ class GGUFFile:
         return module.eval()
 
     def _tensors(self, module: Any, owned: Owned, reads: Reads | None) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of owned layers, and the owned ones outside of layers, by their names in the model."""
+        """Yield the tensors of owned layers, and owned tensors outside layers, with their names in the model."""
         import gguf
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -88,7 +88,7 @@ class GGUFFile:
         layers = [
             any(owned(f"{name}.{one}") for one, _ in layer.named_parameters()) for name, layer in find_blocks(module)
         ]
-        parsed: dict[str, Any] = {**self._parsed, "tensors": {}}  # experts are put together there
+        parsed: dict[str, Any] = {**self._parsed, "tensors": {}}  # processors collect merged experts in "tensors"
         for tensor in reader.tensors:
             layer, name = _OF_LAYER.match(tensor.name), names.get(tensor.name)
             if not (layers[int(layer[1])] if layer else name is not None and owned(name)):

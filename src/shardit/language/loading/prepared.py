@@ -1,4 +1,4 @@
-"""Loading of a causal language model of which each rank reads only its own layers."""
+"""Loading of a causal language model: each rank reads only its own layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOptions) -> None:
-    """Raise InputError for what a pipeline of diffusers takes and a language model does not."""
+    """Raise InputError for options that only pipelines of diffusers have."""
     own = {**given, **vars(options)}
     plain = {**dict.fromkeys(given), **vars(NO_OPTIONS)}
     wrong = next((name for name, value in own.items() if value != plain[name]), None)
@@ -33,7 +33,7 @@ def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOp
 
 
 def class_of(source: DecoderSource) -> type:
-    """The class for causal language models of a source. Raises InputError where it has none."""
+    """Return the causal language model class of a source. Raises InputError if it has none."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
@@ -47,7 +47,7 @@ def class_of(source: DecoderSource) -> type:
 
 
 class PreparedDecoder:
-    """A language model on meta, and the files of its weights."""
+    """A language model on meta, with the files of its weights."""
 
     def __init__(self, source: DecoderSource, dtype: Setting = None):
         self.source, self.kept = source, dtype_of(dtype, "model")
@@ -61,11 +61,11 @@ class PreparedDecoder:
             self.module = build(class_of(source), source.folder, self.kept, self._checkpoint.stored_dtype)
 
     def owned(self, layout: DecoderLayout, coords: Mapping[str, int]) -> Owned:
-        """Which weights the rank at `coords` of the mesh needs: its slices of those of its stage's blocks, and of those
-        outside of all blocks."""
+        """Return the weights that the rank at `coords` of the mesh needs: its slices of the weights of its stage's
+        blocks, and of those outside all blocks."""
         blocks = [name for name, _ in blocks_of(self.module)]
         others = tuple(f"{name}." for name, owner in zip(blocks, layout.owners, strict=True) if owner != coords["pp"])
-        # Tied weights have several names, and are needed where one of them is.
+        # Tied weights have several names, and are needed if any of these is.
         groups = tied_names(self.module)
         needed = {name for tied in groups for name in tied if any(not one.startswith(others) for one in tied)}
         return owned_slices(needed.__contains__, layout.slices, coords["tp"])
@@ -77,11 +77,11 @@ class PreparedDecoder:
         device: torch.device | str,
         reads: Reads | None = None,
     ) -> nn.Module:
-        """The model with the weights that the rank at `coords` of the mesh needs."""
+        """Load the weights that the rank at `coords` of the mesh needs, and return the model."""
         return self._load(self.owned(layout, coords), device, reads)
 
     def load_whole(self, device: torch.device | str, reads: Reads | None = None) -> nn.Module:
-        """The model with all of its weights."""
+        """Load all weights, and return the model."""
         return self._load(lambda _: True, device, reads)
 
     def _load(self, owned: Owned, device: torch.device | str, reads: Reads | None) -> nn.Module:

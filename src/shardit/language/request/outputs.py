@@ -1,4 +1,4 @@
-"""What a language model gives for a prompt."""
+"""Outputs of a language model for prompts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One text for a prompt.
+    """One generated text for a prompt.
 
-    token_ids: with the end token, if one has ended it. finish_reason: "stop" (an end token or a stop text) or "length".
-    stop_reason: the stop text or token that ended it, None for an end token of the model. logprobs: for each token the
-    logarithmic probabilities of some tokens by their ids, None if they were not asked for.
+    token_ids: including the end token, if one ended the text. finish_reason: "stop" (an end token or a stop string) or
+    "length". stop_reason: the stop string or token that ended it, None for an end token of the model. logprobs: for
+    each token, log probabilities of some tokens by their ids; None if they were not requested.
     """
 
     index: int
@@ -25,8 +25,8 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class CompletionChunk:
-    """More of a text. prompt_index: the number of its prompt. index: that of the text, where a prompt has several.
-    token_ids: those that came since the last chunk. finish_reason, stop_reason: in the last chunk of a text."""
+    """A piece of a text. prompt_index: the number of its prompt. index: that of the text, if a prompt has several.
+    token_ids: new since the last chunk. finish_reason, stop_reason: set in the last chunk of a text."""
 
     prompt_index: int
     index: int
@@ -38,7 +38,7 @@ class CompletionChunk:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The texts for one prompt. prompt: None where token ids were given."""
+    """The texts for one prompt. prompt: None if token ids were given."""
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
@@ -46,13 +46,13 @@ class RequestOutput:
 
 
 RowResult = tuple[tuple[int, ...], str, int | str | None, Sequence[dict[int, float]] | None]
-"""The token ids of a row, how it ends, and logprobs."""
+"""Token ids of a row, its finish and stop reasons, and logprobs."""
 
 
 @dataclass(frozen=True)
 class GroupOutput:
-    """What one group of prompts has given: for each row the token ids, how they end, and logprobs. seconds: the time
-    from its start. peak_bytes: the most memory that each rank has held."""
+    """Results of one group of prompts: of each row, token ids, finish and stop reasons, and logprobs. seconds: since
+    its start. peak_bytes: peak memory of each rank."""
 
     rows: Sequence[RowResult] = ()
     error: str | None = None

@@ -1,4 +1,4 @@
-"""Prompts of a user become rows of tokens, and rows become groups."""
+"""Conversion of users' prompts to rows of tokens, and of rows to groups."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Prompt = str | Mapping[str, Any] | Sequence[int]
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list; a single one may be given as it is."""
+    """Return prompts as a list; a single prompt is also accepted."""
     if isinstance(prompts, (str, Mapping)) or (prompts and all(isinstance(one, int) for one in prompts)):
         return [prompts]  # pyright: ignore[reportReturnType]
     return list(prompts)  # pyright: ignore[reportReturnType]
 
 
 def params_of_each(given: Any, count: int) -> list[SamplingParams]:
-    """The parameters of each of `count` prompts. Raises InputError."""
+    """Return the parameters of each of `count` prompts. Raises InputError for any other number."""
     found = [given] * count if isinstance(given, SamplingParams) else list(given)
     if len(found) != count or not all(isinstance(one, SamplingParams) for one in found):
         raise InputError(f"sampling_params must be one SamplingParams, or one for each of the {count} prompts")
@@ -31,8 +31,8 @@ def params_of_each(given: Any, count: int) -> list[SamplingParams]:
 
 
 def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | None, tuple[int, ...]]:
-    """The text of a prompt, None where ids were given, and its tokens. vocabulary: the number of tokens that the model
-    knows. Raises InputError."""
+    """Return the text of a prompt (None for token ids) and its tokens. vocabulary: the number of tokens in the model's
+    vocabulary. Raises InputError for an invalid prompt."""
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     if isinstance(text, str):
         return text, tuple(tokenizer(text)["input_ids"])
@@ -45,35 +45,39 @@ def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | No
 
 
 def chat_tokens(
-    tokenizer: Any, messages: Sequence[Any], template: str | None, tools: Sequence[Any] | None, begins_answer: bool
+    tokenizer: Any,
+    messages: Sequence[Any],
+    template: str | None,
+    tools: Sequence[Any] | None,
+    add_generation_prompt: bool,
 ) -> list[int]:
-    """The tokens of a conversation. begins_answer: whether the beginning of an answer follows. Raises InputError for
-    what the chat template refuses, and where there is none."""
+    """Return the tokens of a conversation. add_generation_prompt: whether to append the start of an answer. Raises
+    InputError if the chat template refuses the messages, or there is none."""
     if template is None and tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template: give chat_template, or a prompt to generate()")
     try:
         return tokenizer.apply_chat_template(
             list(messages),
-            add_generation_prompt=begins_answer,
+            add_generation_prompt=add_generation_prompt,
             chat_template=template,
             tools=tools,
             tokenize=True,
             return_dict=False,
         )
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates raise any exception
         raise InputError(f"the chat template refuses the messages: {error}") from error
 
 
 def rows_of(
-    number: int, tokens: tuple[int, ...], params: SamplingParams, room: int | None, seed: int | None
+    number: int, tokens: tuple[int, ...], params: SamplingParams, limit: int | None, seed: int | None
 ) -> list[Row]:
-    """The rows of prompt `number`, one for each text that is wanted. room: the most tokens of prompt and text. seed: of
-    all prompts. Raises InputError where the prompt is too long."""
+    """Return the rows of prompt `number`, one for each requested text. limit: maximum tokens of prompt and text. seed:
+    of all prompts. Raises InputError if the prompt is too long."""
     if not tokens:
         raise InputError(f"prompt {number} has no tokens")
-    left = None if room is None else room - len(tokens)
+    left = None if limit is None else limit - len(tokens)
     if left is not None and left < 1:
-        raise InputError(f"prompt {number} has {len(tokens)} tokens, and the model has room for {room}")
+        raise InputError(f"prompt {number} has {len(tokens)} tokens, and the model has room for {limit}")
     wanted = params.max_tokens or left
     if wanted is None:
         raise InputError("max_tokens must be given: the model states no limit")
@@ -83,9 +87,9 @@ def rows_of(
     return [Row(tokens, replace(params, max_tokens=most), first + copy) for copy in range(params.n)]
 
 
-def dealt(rows: Sequence[Row], groups: int, most: int) -> list[tuple[list[int], PromptGroup]]:
-    """Groups of rows of like length, with the numbers of their rows. groups: how many at least, where there are enough
-    rows. most: rows of a group at most."""
+def group_rows(rows: Sequence[Row], groups: int, most: int) -> list[tuple[list[int], PromptGroup]]:
+    """Return groups of rows of similar length, with the numbers of their rows. groups: minimum number of groups, if
+    there are enough rows. most: maximum rows of a group."""
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
     count = min(len(rows), max(groups, -(-len(rows) // most)))
     parts = [order[len(order) * k // count : len(order) * (k + 1) // count] for k in range(count)]

@@ -1,4 +1,4 @@
-"""A group of prompts that a language model continues together."""
+"""Groups of prompts that a language model continues in one batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardit.language.request.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt as tokens, its parameters (`max_tokens` is a number), and its own seed."""
+    """A prompt as tokens, its parameters (`max_tokens` is set), and its own seed."""
 
     prompt: tuple[int, ...]
     params: SamplingParams

@@ -1,4 +1,4 @@
-"""`SamplingParams`: how the tokens of one prompt are chosen, and when they end."""
+"""`SamplingParams`: token sampling and stopping for one prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardit.settings.checks import FLAG, matching, number, numbers, whole
 from shardit.settings.declare import Flag, check_declared, declare
 
 _stop = matching(
-    "a text or a list of texts that are not empty",
+    "a non-empty string or a list of those",
     lambda value: bool(value) and all(isinstance(one, str) and one for one in _listed(value)),
 )
 
@@ -27,40 +27,40 @@ def _listed(stop: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The parameters of one prompt, under vLLM's names. Wrong values raise InputError."""
+    """The parameters of one prompt, with vLLM's names. Invalid values raise InputError."""
 
-    n: int = _value(1, "Texts for the prompt. With a seed, text i has seed + i.", whole(1))
-    temperature: float = declare(1.0, "Divides the logits; 0 takes the likeliest token each time.", number(0))
+    n: int = _value(1, "Number of texts for the prompt. With a seed, text i has seed + i.", whole(1))
+    temperature: float = declare(1.0, "Divides the logits; 0 always takes the most likely token.", number(0))
     top_p: float = declare(
-        1.0, "The likeliest tokens whose probabilities come to this are kept.", number(above=0, maximum=1)
+        1.0, "Sampling from the most likely tokens up to this total probability.", number(above=0, maximum=1)
     )
-    top_k: int = declare(0, "How many of the likeliest tokens are kept; 0 and -1 keep all.", whole(-1))
+    top_k: int = declare(0, "Sampling from this many of the most likely tokens; 0 and -1 mean all.", whole(-1))
     min_p: float = declare(
-        0.0, "Tokens are kept whose probability is at least this share of that of the likeliest.", number(0, 1)
+        0.0, "Minimum probability of a token, as a share of that of the most likely token.", number(0, 1)
     )
     repetition_penalty: float = declare(
         1.0,
-        "Tokens of the prompt and of the text so far become this much less likely; below 1, likelier.",
+        "Penalty on tokens of the prompt and of the text so far; values below 1 encourage them.",
         number(above=0),
     )
-    presence_penalty: float = declare(0.0, "Subtracted from the logits of tokens that the text has.", number(-2, 2))
+    presence_penalty: float = declare(0.0, "Subtracted from the logits of tokens in the text so far.", number(-2, 2))
     frequency_penalty: float = declare(
-        0.0, "Subtracted from the logits of tokens for each time that the text has them.", number(-2, 2)
+        0.0, "Subtracted from the logits of a token for each occurrence in the text so far.", number(-2, 2)
     )
-    seed: int | None = declare(None, "Of this prompt's own generator; None and -1 draw one.", SEED)
+    seed: int | None = declare(None, "Seed of this prompt's own generator; None and -1 draw one.", SEED)
     stop: str | Sequence[str] | None = declare(
-        None, "Text that ends the text, and is not part of it.", _stop, flag=Flag(each=str, metavar="<text>")
+        None, "String that ends the text and is not part of it.", _stop, flag=Flag(each=str, metavar="<text>")
     )
     stop_token_ids: Sequence[int] | None = _value(
-        None, "Tokens that end the text, besides the model's own end tokens.", numbers(whole(0))
+        None, "Tokens that end the text, in addition to the model's own end tokens.", numbers(whole(0))
     )
-    ignore_eos: bool = declare(False, "Whether the text goes on after an end token of the model.", FLAG)
-    max_tokens: int | None = declare(16, "Tokens at most; None for as many as the model has room for.")
-    min_tokens: int = _value(0, "Tokens before an end token or a stop text may come.", whole(0))
+    ignore_eos: bool = declare(False, "Whether to continue after an end token of the model.", FLAG)
+    max_tokens: int | None = declare(16, "Maximum number of tokens; None for the limit of the model.")
+    min_tokens: int = _value(0, "Minimum number of tokens before an end token or a stop string.", whole(0))
     logprobs: int | None = _value(
-        None, "For each token, how many of the likeliest tokens come with their logarithmic probabilities.", whole(0)
+        None, "Number of most likely tokens to return with log probabilities for each token.", whole(0)
     )
-    skip_special_tokens: bool = _value(True, "Whether special tokens are left out of the text.", FLAG)
+    skip_special_tokens: bool = _value(True, "Whether to omit special tokens from the text.", FLAG)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         reject_unknown_names(cls.__name__, kwargs, [item.name for item in fields(cls)])
@@ -75,5 +75,5 @@ class SamplingParams:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts of `stop`."""
+        """Return the strings of `stop`."""
         return () if self.stop is None else _listed(self.stop)

@@ -126,7 +126,7 @@ def _loading(cls: Any, name: str, plan: TensorPlan, ranks: Collectives) -> Calla
             raise UnsupportedError(f"hotswap does not work on cut linears: unload the adapter first, {ONE_RANK}")
         boundary = getattr(self, "shardit_boundary", None)  # of a component that one group of ranks runs
         try:
-            with whole_sizes(self, plan), boundary.entered() if boundary is not None else nullcontext():
+            with whole_sizes(self, plan), boundary.original_classes() if boundary is not None else nullcontext():
                 out = own_method(self, *args, **kwargs)
             cut_adapters(self, plan, ranks)
         except torch.OutOfMemoryError:

@@ -14,7 +14,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
 from shardit.core.modules.blocks import nbytes
-from shardit.core.modules.patching import Made, put, subclass_in_place
+from shardit.core.modules.patching import Subclasses, set_tensor, subclass_in_place
 from shardit.core.placement.balance import WHOLE_SHARE, even_shares
 from shardit.core.placement.roles import Roles
 from shardit.core.placement.slices import Owned, Shards, Slice
@@ -151,12 +151,12 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
         if name in plan.cuts:
             if id(parameter) not in cut:
                 cut[id(parameter)] = _own_part(parameter, plan.cuts[name], ranks.index)
-            put(module, name, cut[id(parameter)])
+            set_tensor(module, name, cut[id(parameter)])
     for name, numbers in plan.attributes.items():
         part: Any = module.get_submodule(name)
         for attribute, values in numbers.items():
             set_number(part, attribute, values[ranks.index])
-    made: Made = {}
+    made: Subclasses = {}
     for name, role in plan.roles.items():
         install_role(module.get_submodule(name), role, ranks, made)
     take_slices_of(module, plan, ranks.index)

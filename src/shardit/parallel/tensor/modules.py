@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.modules.patching import Made, share_subclass
+from shardit.core.modules.patching import Subclasses, share_subclass
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.forward import together, unless_whole
 from shardit.parallel.tensor.norms import across_gated, across_heads
 from shardit.parallel.tensor.plan import PLAIN, Role
 
 
-def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Made) -> None:
+def install_role(module: nn.Module, role: Role, ranks: Collectives, made: Subclasses) -> None:
     """Give a module with a cut weight the forward of its role, in place."""
     plain = {PLAIN: type(module)}
     share_subclass(module, made, (role,), lambda: {"forward": unless_whole(_FORWARDS[role.kind](role, ranks)), **plain})

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.modules.patching import Made, share_subclass
+from shardit.core.modules.patching import Subclasses, share_subclass
 from shardit.parallel.tensor.forward import together, unless_whole
 from shardit.parallel.tensor.plan import PLAIN, Role
 
@@ -56,7 +56,7 @@ def install_pair(
     key_norm: nn.Module,
     roles: tuple[Role, Role],
     ranks: Collectives,
-    made: Made,
+    made: Subclasses,
 ) -> None:
     """Make two norms with these `roles` send their sums together, in place.
 

@@ -22,7 +22,7 @@ from shardit.core.components.owned import empty, reader, run_on
 from shardit.core.modules.attributes import Attributes
 from shardit.core.modules.block_calls import BlockCalls, install
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.modules.small_tensors import Everywhere
+from shardit.core.modules.small_tensors import ReplicatedTensors
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.errors import InputError, RankError, first_filled_line
 from shardit.parallel.vae.plan import TilePlan, find_tiles, placeholder
@@ -45,7 +45,7 @@ class Tiles:
     """
 
     def __init__(
-        self, module: nn.Module, comm: Comm, ranks: tuple[int, ...], small: Everywhere, attributes: Attributes
+        self, module: nn.Module, comm: Comm, ranks: tuple[int, ...], small: ReplicatedTensors, attributes: Attributes
     ):
         self.module, self.comm, self.ranks, self.small, self.attributes = module, comm, ranks, small, attributes
         self.place = ranks.index(comm.rank) if comm.rank in ranks else None
@@ -235,19 +235,19 @@ def shard_tiles(
     module: nn.Module,
     comm: Comm,
     ranks: tuple[int, ...],
-    everywhere: Collection[str] = (),
+    replicated: Collection[str] = (),
     shared: Collection[int] = (),
     alone: Callable[[], bool] = lambda: False,
 ) -> Tiles:
     """Share the tiles of a VAE between the members `ranks` of `comm`, in place, and enable its tiling. Other ranks keep
-    its shape on meta and get its outputs, but have the tensors that are on every rank (`everywhere` by name, `shared`
+    its shape on meta and get its outputs, but have the tensors that are on every rank (`replicated` by name, `shared`
     by id). `alone`: see Boundary."""
     if comm.rank not in ranks:
-        empty(module, everywhere, shared)
+        empty(module, replicated, shared)
     module.enable_tiling()  # pyright: ignore[reportCallIssue]
-    small = Everywhere(module, everywhere)
+    small = ReplicatedTensors(module, replicated)
     tiles = Tiles(module, comm, ranks, small, Attributes(lambda: boundary.reached))
     boundary = Boundary(comm.group.device, tiles.call, reader(module, comm, ranks[0], small), alone=alone)
-    boundary.put(module, "")
+    boundary.install(module, "")
     subclass_in_place(module, {"shardit_tiles": property(lambda self: tiles)})
     return tiles

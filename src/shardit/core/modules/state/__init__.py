@@ -1,1 +1,1 @@
-"""State that modules, processors and hooks keep from call to call: read, compared, put back."""
+"""State that modules, processors and hooks keep between calls: read, compared, restored."""

@@ -1,4 +1,4 @@
-"""Values that are changed in place: tensors, arrays, random generators, counters; what they hold at one time."""
+"""Contents of values that are modified in place: tensors, arrays, random generators, counters."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from shardit.core.runtime.digests import checksum
 from shardit.core.runtime.randomness import is_generator, set_state, state_in
 from shardit.errors import UnsupportedError
 
-COPIED, PARAMETER = 2**22, 64
-"""Elements of the largest tensors, and of the largest parameters, of which a copy is kept. Of larger ones torch's count
-of writes tells whether they were written to."""
+MAX_COPIED, MAX_COPIED_PARAMETER = 2**22, 64
+"""Elements of the largest tensors, and of the largest parameters, that are copied. For larger ones, torch's version
+counter shows whether they were written to."""
 
 TENSORS = (torch.Tensor, nn.Parameter)
-"""Classes of tensors that are looked at; others (pending, quantized) count by identity."""
+"""Classes of tensors that are compared by content; others (pending, quantized) are compared by identity."""
 
 
 @dataclass
 class Content:
-    """What a value holds. version: torch's count of the writes to a tensor, None where nobody counts. held: a copy, or
-    a checksum where the value is too large to be put back (None: the version alone tells)."""
+    """Content of a value at one time. version: torch's version counter of a tensor, None if there is none. held: a
+    copy, or a checksum if the value is too large to be restored (None: only the version is known)."""
 
     path: str
     value: Any
@@ -35,13 +35,14 @@ class Content:
 
 
 def content_of(path: str, value: Any, copies: bool, outside: bool) -> Content | None:
-    """The content of a value that can be changed in place; None of any other. copies: so that it can be put back."""
+    """Return the content of a value that can be modified in place; None for any other value. copies: whether to make it
+    restorable."""
     if isinstance(value, torch.Tensor):
         if type(value) not in TENSORS or value.is_meta or value.layout is not torch.strided:
             return None
         parameter = isinstance(value, nn.Parameter)
         version, held = None if value.is_inference() else value._version, None
-        if copies and value.numel() <= (PARAMETER if parameter else COPIED):
+        if copies and value.numel() <= (MAX_COPIED_PARAMETER if parameter else MAX_COPIED):
             held = value.detach().clone()
         elif version is None and not parameter:
             held = checksum(value.detach())
@@ -60,12 +61,12 @@ def content_of(path: str, value: Any, copies: bool, outside: bool) -> Content | 
 
 
 def written(before: Content, after: Content) -> bool:
-    """Whether a value was written to in between, as far as can be seen."""
+    """Return whether a value was written to between two contents, as far as that can be detected."""
     return before.version != after.version or differs(before, after)
 
 
 def differs(before: Content, after: Content) -> bool:
-    """Whether a value holds something else than before."""
+    """Return whether a value's content has changed."""
     one, other = before.held, after.held
     if one is None or other is None:
         return False
@@ -81,14 +82,14 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _same_state(one: Any, other: Any) -> bool:
-    """Of generators and of all that compares by itself."""
+    """Compare states of generators, and other values with `==`."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_same_state, one, other))
     return numpy.array_equal(one, other) if isinstance(one, numpy.ndarray) else bool(one == other)
 
 
-def put_back(content: Content) -> None:
-    """Let a value hold again what it held. Raises UnsupportedError where that is not known."""
+def restore_content(content: Content) -> None:
+    """Restore the content of a value. Raises UnsupportedError if it has no copy."""
     now = content_of(content.path, content.value, content.version is None or content.held is not None, False)
     if now is None or not written(content, now):
         return
@@ -109,22 +110,22 @@ def put_back(content: Content) -> None:
         value[:] = held
     else:
         raise UnsupportedError(
-            f"{content.path} is changed in place by a call, and cannot be put back after the call was tried: keep such "
+            f"{content.path} is modified in place by a call, and cannot be restored after a trial call: keep such "
             "state in tensors of up to 4 million elements, numbers, or random generators"
         )
 
 
-def spoilt(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of NaN in place of another; the other itself where its numbers have none."""
+def nan_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of NaN like another; the other itself if its dtype has no NaN."""
     floats = tensor.is_floating_point() and tensor.itemsize > 1
     return torch.full_like(tensor, torch.nan) if floats else tensor
 
 
-def spoil(content: Content) -> None:
-    """Put NaN in place of all numbers of a tensor or an array that can be put back."""
+def fill_nan(content: Content) -> None:
+    """Overwrite all numbers of a restorable tensor or array with NaN."""
     value = content.value
     if isinstance(value, torch.Tensor) and content.held is not None:
         with torch.no_grad():
-            value.copy_(spoilt(value))
+            value.copy_(nan_like(value))
     elif isinstance(value, numpy.ndarray) and value.dtype.kind in "fc":
         value[...] = numpy.nan

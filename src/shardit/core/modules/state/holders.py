@@ -1,6 +1,6 @@
-"""Things that keep state: modules, objects, lists and dicts, functions with their variables, classes.
+"""Holders of state: modules, objects, lists and dicts, functions with their variables, classes.
 
-Their entries are read and set in one way, by keys: attributes and variables by their names, all else by pairs.
+Their entries are read and set uniformly, by keys: attributes and variables by name, all others by pairs.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from shardit.core.modules.patching import SWAPPED
 from shardit.errors import UnsupportedError
 
 OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
+"""Attributes of every module."""
 
 TENSORS_OF = ("_parameters", "_buffers")
 
 LIBRARIES = frozenset({"torch", "shardit", "numpy", "builtins", "functools", "logging", "threading", "importlib", "io"})
-"""Packages whose functions and objects keep nothing that changes results."""
+"""Packages whose functions and objects keep no state that affects results."""
 
 VALUES = frozenset({"pathlib", "datetime", "uuid", "re", "typing", "inspect", "abc", "weakref", "contextlib"})
-"""Packages whose objects do not change, but for what they remember of themselves."""
+"""Packages whose objects are immutable except for internal caches."""
 
 _NO_CLASSES = LIBRARIES | sys.stdlib_module_names
 
@@ -41,37 +41,37 @@ PLAIN = (
     bool, int, float, str, bytes, type(None), torch.Size, torch.dtype, torch.device, slice, range, enum.Enum,
     ModuleType, BuiltinFunctionType, numbers.Number,
 )  # fmt: skip
-"""What cannot be changed in place. Two of one value are as good as one."""
+"""Immutable types, compared by value."""
 
 Entries = dict[Any, Any]
 
 
 def home(thing: Any) -> str:
-    """The package in which a class was defined."""
+    """Return the package in which a class was defined."""
     return (getattr(thing, "__module__", None) or "").partition(".")[0]
 
 
 def _home_of(function: FunctionType) -> str:
-    """The package in which a function was defined, whatever it wraps."""
+    """Return the package in which a function was defined, ignoring the function that it wraps."""
     return str(function.__globals__.get("__name__", "")).partition(".")[0]
 
 
 def of_library(value: Any) -> bool:
-    """Whether a value is an object of a library of models."""
+    """Return whether a value is an object of an installed model library."""
     package = home(type(value))
     return package not in _NO_CLASSES and _installed(package)
 
 
 @functools.cache
 def _installed(package: str) -> bool:
-    """Whether the code of a package is not a user's own."""
+    """Return whether a package is installed, not a user's own code."""
     file = getattr(sys.modules.get(package), "__file__", None) or ""
     return package in _NO_CLASSES or "site-packages" in file or "dist-packages" in file
 
 
 def is_holder(value: Any) -> bool:
-    """Whether something may keep state of a user's or of a model's, not what torch, Python or this package are made
-    of."""
+    """Return whether a value may hold state of a user or a model. Internals of torch, Python and this package do
+    not."""
     if isinstance(value, (*COLLECTIONS, nn.Module)):
         return True
     if isinstance(value, type):
@@ -86,7 +86,7 @@ def is_holder(value: Any) -> bool:
 
 
 def entries(holder: Any) -> Entries:
-    """What a thing holds now."""
+    """Return the present entries of a holder."""
     if isinstance(holder, FunctionType):
         return _variables(holder)
     if isinstance(holder, type):
@@ -120,12 +120,12 @@ def _slots(cls: type) -> Iterator[str]:
 
 
 def _is_data(name: str, value: Any) -> bool:
-    """Whether something in a class is a value, not a part of its code."""
+    """Return whether a member of a class is data, not code."""
     return not name.startswith(("__", "_abc_")) and not hasattr(type(value), "__get__") and not isinstance(value, type)
 
 
 def _variables(function: FunctionType) -> Entries:
-    """The variables that a function has enclosed, those of its module that its code names, its defaults and its own
+    """Return the variables of a function: its closure, the module globals that its code names, its defaults and its own
     attributes."""
     found: Entries = {("cell", name): cell.cell_contents for name, cell in _cells(function).items()}
     found |= {("global", name): function.__globals__[name] for name in _globals_of(function)}
@@ -135,13 +135,13 @@ def _variables(function: FunctionType) -> Entries:
 
 
 def _cells(function: FunctionType) -> dict[str, CellType]:
-    """The variables that a function has enclosed and that have a value."""
+    """Return the closure variables of a function that have a value."""
     found = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     return {name: cell for name, cell in found.items() if cell != CellType()}
 
 
 def _globals_of(function: FunctionType) -> Iterator[str]:
-    """The variables of its module that code of a user's names, functions in it included."""
+    """Yield the module globals that a user's function names, including those that its nested functions name."""
     if _installed(_home_of(function)):
         return
     codes = [function.__code__]
@@ -151,7 +151,7 @@ def _globals_of(function: FunctionType) -> Iterator[str]:
 
 
 def name_of(path: str, key: Any) -> str:
-    """The full name of an entry; members of a collection without names have its own."""
+    """Return the full name of an entry; unnamed members of a collection have the name of the collection."""
     if isinstance(key, tuple) and (key[0] == "member" or not isinstance(key[1], str) or not key[1]):
         return path
     name = str(key[1] if isinstance(key, tuple) else key)
@@ -159,7 +159,7 @@ def name_of(path: str, key: Any) -> str:
 
 
 def code_of(holder: Any) -> Iterator[tuple[Any, Any]]:
-    """What a thing leads to besides its entries: its parts, and the code that works with them."""
+    """Yield the objects that a holder leads to in addition to its entries: submodules, and the code that uses them."""
     if isinstance(holder, nn.Module):
         yield from holder._modules.items()
     if isinstance(holder, FunctionType):
@@ -171,8 +171,8 @@ def code_of(holder: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def unpacked(value: Any) -> Iterator[Any]:
-    """What a value that is no holder leads to: the members of a tuple, the object of a method, a function in its
-    wrapping."""
+    """Yield the objects inside a value that is no holder: members of a tuple, the object of a method, a wrapped
+    function."""
     if isinstance(value, FIXED):
         yield from value
     elif isinstance(value, functools.partial):
@@ -188,10 +188,10 @@ def unpacked(value: Any) -> Iterator[Any]:
 
 
 def put_entries(holder: Any, before: Entries, now: Entries) -> None:
-    """Let a thing hold again what it held before."""
+    """Restore the earlier entries of a holder."""
     if isinstance(holder, GeneratorType):
         raise UnsupportedError(
-            "a call goes on with a Python generator, which cannot be put back after the call was tried: keep numbers"
+            "a call advances a Python generator, which cannot be restored after a trial call: keep numbers instead"
         )
     function: Any = holder
     if isinstance(holder, COLLECTIONS):

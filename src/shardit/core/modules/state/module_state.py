@@ -1,5 +1,5 @@
-"""State that modules, attention processors, hooks and functions keep from call to call: put back after a trial,
-compared, named."""
+"""State that modules, attention processors, hooks and functions keep between calls: compared, named, and restored after
+a trial call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.hooks import from_outside
 from shardit.core.modules.patching import SWAPPED
-from shardit.core.modules.state.contents import Content, content_of, put_back, spoil, spoilt, written
+from shardit.core.modules.state.contents import Content, content_of, fill_nan, nan_like, restore_content, written
 from shardit.core.modules.state.holders import (
     COLLECTIONS,
     FIXED,
@@ -40,17 +40,17 @@ from shardit.core.runtime.storages import storage_key
 
 log = logging.getLogger(__name__)
 
-MOST = 50_000
-"""Things that are looked at, the nearest ones first; a warning says that there are more."""
+MAX_HOLDERS = 50_000
+"""Maximum number of holders that are read, the nearest ones first; a warning is logged if there are more."""
 
-NESTED = 8
-"""How deep collections are compared that were made again."""
+MAX_DEPTH = 8
+"""Maximum depth of the comparison of collections that were created again."""
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A module, an object, a collection, a function with its variables, or a class: what it held at one time. outside:
-    it is reached only through hooks and functions that users have put on modules."""
+class HolderState:
+    """Entries of a module, an object, a collection, a function with its variables, or a class at one time. outside: it
+    is reached only through hooks and functions that users have attached to modules."""
 
     path: str
     holder: Any
@@ -60,36 +60,37 @@ class Thing:
 
 @dataclass
 class State:
-    """All that is reached from a model or other objects at one time: things by id, and by id the contents of tensors,
-    arrays and random generators. copies: whether contents can be put back."""
+    """State reachable from a model or other objects at one time: holders, and contents of tensors, arrays and random
+    generators, both by id. copies: whether contents can be restored."""
 
     copies: bool = True
-    things: dict[int, Thing] = field(default_factory=dict)
+    holders: dict[int, HolderState] = field(default_factory=dict)
     contents: dict[int, Content] = field(default_factory=dict)
 
     def outside(self) -> State:
-        """The part that is reached only through hooks and functions of users."""
-        things = {key: thing for key, thing in self.things.items() if thing.outside}
-        return State(self.copies, things, {key: one for key, one in self.contents.items() if one.outside})
+        """Return the part that is reached only through hooks and functions of users."""
+        holders = {key: one for key, one in self.holders.items() if one.outside}
+        return State(self.copies, holders, {key: one for key, one in self.contents.items() if one.outside})
 
     def generators(self) -> list[Generator]:
-        """The random generators that were found."""
+        """Return the random generators in this state."""
         return [one.value for one in self.contents.values() if is_generator(one.value)]
 
-    def look(self, roots: Iterable[tuple[str, Any]], outside: bool = False) -> None:
-        """Add what is reached from some values and is not known yet."""
+    def add(self, roots: Iterable[tuple[str, Any]], outside: bool = False) -> None:
+        """Add all state reachable from `roots` (path, value) that is not recorded yet."""
         todo = deque(roots)
         while todo:
             path, value = todo.popleft()
-            if isinstance(value, PLAIN) or id(value) in self.things or id(value) in self.contents:
+            if isinstance(value, PLAIN) or id(value) in self.holders or id(value) in self.contents:
                 continue
             content = content_of(path, value, self.copies, outside)
             if content is not None:
                 self.contents[id(value)] = content
             elif not is_holder(value):
                 todo.extend((path, one) for one in unpacked(value))
-            elif len(self.things) >= MOST:
-                log.warning("more than %d objects are reached from %s: changes in the rest are not seen", MOST, path)
+            elif len(self.holders) >= MAX_HOLDERS:
+                text = "more than %d objects are reachable from %s: changes in the rest are not detected"
+                log.warning(text, MAX_HOLDERS, path)
                 return
             else:
                 self._add(path, value, outside, todo)
@@ -97,36 +98,36 @@ class State:
     def _add(self, path: str, value: Any, outside: bool, todo: deque[tuple[str, Any]]) -> None:
         path = value.__name__ if isinstance(value, type) else path
         held = entries(value)
-        self.things[id(value)] = Thing(path, value, held, outside)
-        later = FUNCTIONS if isinstance(value, nn.Module) and not outside else ()  # what was put on modules
+        self.holders[id(value)] = HolderState(path, value, held, outside)
+        later = FUNCTIONS if isinstance(value, nn.Module) and not outside else ()  # see `_attached_code`
         found = [(name_of(path, key), one) for key, one in held.items() if not isinstance(one, (*PLAIN, *later))]
         todo.extend(found)
         todo.extend((name_of(path, key), one) for key, one in code_of(value))
 
 
 def state_of(model: nn.Module, others: Iterable[Any] = ()) -> State:
-    """What a model's modules and their processors keep, with all that these have, what hooks and functions that users
-    have put on modules know, and what other objects have."""
+    """Return the state of a model's modules and processors, of the hooks and functions that users have attached to
+    modules, and of other objects."""
     state = State()
-    with without_modes():  # that watch what a forward computes
-        state.look(model.named_modules())
-        state.look(("an argument", one) for one in others)
-        state.look(_put_on(model), outside=True)
+    with without_modes():  # reading is not part of the traced computation
+        state.add(model.named_modules())
+        state.add(("an argument", one) for one in others)
+        state.add(_attached_code(model), outside=True)
     return state
 
 
 def state_in(thing: Any) -> State:
-    """What one object keeps, to be compared only."""
+    """Return the state of one object, for comparison only."""
     state = State(copies=False)
     with without_modes():
-        state.look([("", thing)])
+        state.add([("", thing)])
     return state
 
 
-def _put_on(model: nn.Module) -> Iterable[tuple[str, Any]]:
-    """The hooks on a model's modules and on all modules, and functions in place of methods."""
-    everywhere = [*torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()]
-    yield from (("hook", hook) for hook in everywhere if from_outside(hook))
+def _attached_code(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    """Yield users' hooks on a model's modules, global hooks, and functions that replace methods."""
+    global_hooks = [*torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()]
+    yield from (("hook", hook) for hook in global_hooks if from_outside(hook))
     for path, module in model.named_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         yield from ((name_of(path, "hook"), hook) for hook in hooks if from_outside(hook))
@@ -136,90 +137,91 @@ def _put_on(model: nn.Module) -> Iterable[tuple[str, Any]]:
 
 
 def restore(state: State) -> None:
-    """Undo what was set, put in and written since. Raises UnsupportedError where something cannot be undone."""
-    for thing in state.things.values():
-        now = entries(thing.holder)
-        if now.keys() != thing.held.keys() or any(now[key] is not value for key, value in thing.held.items()):
-            put_entries(thing.holder, thing.held, now)
+    """Undo all assignments and writes since `state` was read. Raises UnsupportedError if that is not possible."""
+    for one in state.holders.values():
+        now = entries(one.holder)
+        if now.keys() != one.held.keys() or any(now[key] is not value for key, value in one.held.items()):
+            put_entries(one.holder, one.held, now)
     with without_modes():
         for content in state.contents.values():
-            put_back(content)
+            restore_content(content)
 
 
 def poison(before: State, after: State) -> None:
-    """Put NaN in place of all numbers in the tensors of what hooks and functions of users have changed in between, so
-    that a result shows whether they are read. `restore` of the later state brings them back."""
+    """Overwrite tensors that hooks and functions of users have changed with NaN, so that a result shows whether they
+    are read. `restore(after)` undoes it."""
     names = differences(before, after, outside=True)
-    for old, new in _both(before, after):
+    for old, new in _common_contents(before, after):
         if new.outside and written(old, new):
-            spoil(new)
-    for thing in after.outside().things.values():
-        now = {key: _bad(one) if name_of(thing.path, key) in names else one for key, one in thing.held.items()}
-        if any(now[key] is not one for key, one in thing.held.items()):
-            put_entries(thing.holder, now, thing.held)
+            fill_nan(new)
+    for one in after.outside().holders.values():
+        now = {key: _poisoned(held) if name_of(one.path, key) in names else held for key, held in one.held.items()}
+        if any(now[key] is not held for key, held in one.held.items()):
+            put_entries(one.holder, now, one.held)
 
 
-def _bad(value: Any) -> Any:
+def _poisoned(value: Any) -> Any:
     if not isinstance(value, (torch.Tensor, list, dict, tuple)):
         return value
-    return tree_map_only(torch.Tensor, spoilt, value)
+    return tree_map_only(torch.Tensor, nan_like, value)
 
 
 def differences(before: State, after: State, outside: bool = False) -> list[str]:
-    """The full names of what is different in the later state: other numbers and texts, other objects, collections of
-    others, contents that were written to. `outside`: those of things that are `outside`, in place of the others."""
+    """Return the full names of all differences in the later state: other numbers and strings, other objects,
+    collections with changed members, contents that were written to. `outside`: compare the part that is reached only
+    through users' hooks and functions, instead of the rest."""
     found: dict[str, None] = {}
-    for key, new in after.things.items():
-        old = before.things.get(key)
+    for key, new in after.holders.items():
+        old = before.holders.get(key)
         if old is not None and new.outside == outside:
             for name in {**old.held, **new.held}:
                 both = name in old.held and name in new.held
                 if not both or not _alike(old.held[name], new.held[name], before, after):
                     found[name_of(new.path, name)] = None
-    for old, new in _both(before, after):
+    for old, new in _common_contents(before, after):
         if new.outside == outside and written(old, new):
             found[new.path] = None
     return [*found]
 
 
-def unmarked(before: State, after: State) -> list[str]:
-    """The full names of contents that were changed while nothing counted it: when the same is written again, nobody
-    sees it."""
-    found = (new for old, new in _both(before, after) if old.version == new.version and written(old, new))
+def unversioned_writes(before: State, after: State) -> list[str]:
+    """Return the full names of contents that changed without a new version: writing the same values again would go
+    undetected."""
+    found = (new for old, new in _common_contents(before, after) if old.version == new.version and written(old, new))
     return [new.path for new in found if not new.outside]
 
 
 def late_changes(before: State, after: State) -> list[str]:
-    """The full names of what calls have changed, without what pipelines exchange between them: objects of libraries,
-    attention processors."""
-    things = (*before.things.values(), *after.things.values())
-    others = {name_of(one.path, key) for one in things for key, value in one.held.items() if of_library(value)}
+    """Return the full names of all changes by calls, except objects that pipelines replace between calls: objects of
+    libraries, attention processors."""
+    holders = (*before.holders.values(), *after.holders.values())
+    others = {name_of(one.path, key) for one in holders for key, value in one.held.items() if of_library(value)}
     return [name for name in differences(before, after) if name not in others and not name.endswith(PROCESSOR)]
 
 
 def split_classes(before: State, after: State) -> list[str]:
-    """The full names of attributes that were set on classes that this package has derived. Modules that have shared
-    one class have several of these."""
+    """Return the full names of attributes that were set on classes derived by this package. Modules that shared one
+    class originally now have several."""
     names = [name_of(cls.path, key) for cls in _derived(after) for key in cls.held]
     return [name for name in differences(before, after) if name in names]
 
 
-def _derived(state: State) -> Iterable[Thing]:
-    classes = (thing for thing in state.things.values() if isinstance(thing.holder, type))
-    return (thing for thing in classes if SWAPPED in vars(thing.holder))
+def _derived(state: State) -> Iterable[HolderState]:
+    classes = (one for one in state.holders.values() if isinstance(one.holder, type))
+    return (one for one in classes if SWAPPED in vars(one.holder))
 
 
-def _both(before: State, after: State) -> Iterable[tuple[Content, Content]]:
+def _common_contents(before: State, after: State) -> Iterable[tuple[Content, Content]]:
     return ((old, after.contents[key]) for key, old in before.contents.items() if key in after.contents)
 
 
-def _alike(one: Any, other: Any, before: State, after: State, depth: int = NESTED) -> bool:
-    """Whether two values are one object, the same numbers or texts, or collections of such. What was multiplied and
-    divided again by a scale may differ in its last bit."""
+def _alike(one: Any, other: Any, before: State, after: State, depth: int = MAX_DEPTH) -> bool:
+    """Return whether two values are one object, equal numbers or strings, or collections of such. Floats may differ in
+    the last bit: a scale may have been applied and removed."""
     if one is other:
         return True
     if isinstance(one, torch.Tensor) and one.is_meta and isinstance(other, torch.Tensor):
-        return True  # a parameter that its owner has shared meanwhile
+        return True  # a parameter that its owner has sent in the meantime
     if type(one) is not type(other) or not depth:
         return False
     if isinstance(one, (*COLLECTIONS, *FIXED)):
@@ -231,27 +233,27 @@ def _alike(one: Any, other: Any, before: State, after: State, depth: int = NESTE
 
 
 def _members(collection: Any, state: State) -> Entries:
-    known = state.things.get(id(collection))
+    known = state.holders.get(id(collection))
     return known.held if known else entries(collection) if is_holder(collection) else dict(enumerate(collection))
 
 
 def new_values(before: State, after: State) -> list[torch.Tensor]:
-    """The tensors that modules and processors have set, put in or written to in between (of the latter copies), and
-    the floats."""
+    """Return the tensors that modules and processors have set, added or written to (copies of the latter), and the
+    floats that they have set."""
     found = []
     with without_modes():
         for key, new in after.contents.items():
             old = before.contents.get(key)
             if isinstance(new.value, torch.Tensor) and not new.outside and (old is None or written(old, new)):
                 found.append(new.value if old is None else new.value.detach().clone())
-    for key, thing in after.things.items():
-        known = before.things[key].held if key in before.things else {}
-        floats = {} if thing.outside else {name: one for name, one in thing.held.items() if isinstance(one, float)}
+    for key, state in after.holders.items():
+        known = before.holders[key].held if key in before.holders else {}
+        floats = {} if state.outside else {name: one for name, one in state.held.items() if isinstance(one, float)}
         found += [torch.tensor(one) for name, one in floats.items() if known.get(name) != one]
     return found
 
 
-def apart(state: State, value: Any) -> Any:
-    """A value with copies in place of those of its tensors whose memory the state has, too: `restore` writes there."""
+def copy_aliases(state: State, value: Any) -> Any:
+    """Return a value with copies of its tensors that share memory with the state: `restore` writes to that memory."""
     kept = {storage_key(one.value) for one in state.contents.values() if isinstance(one.value, torch.Tensor)}
     return tree_map_only(torch.Tensor, lambda one: one.clone() if storage_key(one) in kept else one, value)

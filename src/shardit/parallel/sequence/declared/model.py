@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.modules.state.module_state import State, apart, new_values, restore, state_of
+from shardit.core.modules.state.module_state import State, copy_aliases, new_values, restore, state_of
 from shardit.core.runtime.coroutine import undisturbed
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
@@ -180,7 +180,7 @@ class PlannedSequence:
             out = run(lambda: self._run(whole, call, args, kwargs), given)
         if not all(same(a, b) for a, b in zip(leaves, given, strict=True) if isinstance(a, torch.Tensor)):
             self._refuse("it writes to its arguments", None)
-        return (apart(kept, out), new_values(kept, state_of(self.model))), whole.events
+        return (copy_aliases(kept, out), new_values(kept, state_of(self.model))), whole.events
 
     def _compare(
         self, run: Any, call: Forward, leaves: list[Any], spec: Any, kept: State, expected: Any, events: list[Seen]

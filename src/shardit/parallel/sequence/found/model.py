@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from shardit.core.comm.barrier import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.patching import subclass_in_place
-from shardit.core.modules.state.module_state import apart, new_values, restore, state_of
+from shardit.core.modules.state.module_state import copy_aliases, new_values, restore, state_of
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen, floats_in
 from shardit.core.runtime.pending import PendingTensor, materialize, materialize_leaves
@@ -190,7 +190,7 @@ class SequenceParallel:
                     def run(*args: Any, **kwargs: Any) -> Any:
                         restore(kept)  # so that all trials start equal
                         out = call(*args, **kwargs)
-                        return apart(kept, out), new_values(kept, state_of(self.blocks[index][1]))
+                        return copy_aliases(kept, out), new_values(kept, state_of(self.blocks[index][1]))
 
                     with generators_kept(self.attention.sp.group.device):
                         # In a context of its own: code that collects outputs of blocks (transformers does, by hooks) is

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.comm.collectives import Collectives
-from shardit.core.components.kv_stand_ins import empty_layers_kept, find_caches
-from shardit.core.modules.state.module_state import State, apart, new_values, restore, state_of
+from shardit.core.components.kv_stand_ins import copy_empty_layers, find_caches
+from shardit.core.modules.state.module_state import State, copy_aliases, new_values, restore, state_of
 from shardit.core.placement.slices import shards
 from shardit.core.runtime.randomness import States, is_generator, moved, set_states, states
 from shardit.errors import RankError
@@ -59,7 +59,7 @@ class Comparison:
             self._given = [leaf for leaf in leaves if is_generator(leaf)]
             twins, before, generators = _copies(leaves), state_of(unit, self._given), self._random_state()
             kept = [(leaf, dict(vars(leaf))) for leaf in leaves if is_agent(leaf)]
-            caches = [(cache, empty_layers_kept(cache)) for cache in find_caches(self.args, self.kwargs)]
+            caches = [(cache, copy_empty_layers(cache)) for cache in find_caches(self.args, self.kwargs)]
         out = error = None
         try:
             out = self._run(unit, self.args, self.kwargs, together=True)
@@ -74,7 +74,7 @@ class Comparison:
             after, later = state_of(unit, self._given), self._random_state()
             if error is None:
                 self._sums += new_values(before, after)
-                self.right = self._is_right(unit, apart(before, out), twins, before, generators)
+                self.right = self._is_right(unit, copy_aliases(before, out), twins, before, generators)
                 restore(after)
             if self.right:
                 self._set_random_state(later)

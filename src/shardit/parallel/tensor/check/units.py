@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import find_caches
 from shardit.core.modules.fingerprint import PROCESSOR
-from shardit.core.modules.patching import Made, share_subclass, subclass_in_place
+from shardit.core.modules.patching import Subclasses, share_subclass, subclass_in_place
 from shardit.core.runtime.coroutine import undisturbed, yielding_coroutine
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen
@@ -43,8 +43,8 @@ NAME = "shardit_unit"
 """The attribute of a unit that has its name."""
 
 PLACES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
-"""Attributes that number otherwise equal modules. Classes from the library of the model look up their caches with these;
-other code may do anything with them."""
+"""Attributes that number otherwise equal modules. Classes from the library of the model look up their caches with
+these; other code may do anything with them."""
 
 
 @dataclass
@@ -214,7 +214,7 @@ def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def watch_units(title: str, model: nn.Module, plan: TensorPlan, ranks: Collectives) -> Checks:
     """Compare the units of a cut model, in place, at the calls that need it."""
-    attentions, made = attentions_in(model, plan.units), Made()
+    attentions, made = attentions_in(model, plan.units), Subclasses()
     checks = Checks(title, model, plan, ranks, pending=set(plan.units), _attentions=attentions)
     for attention in attentions.values():
         mark_cut(attention)

@@ -1,4 +1,4 @@
-"""Members of classes and settings of modules, noted so that later changes are noticed."""
+"""Snapshots of class members and module settings, compared to detect later changes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 """Values of attributes that can be settings of a module."""
 
 COLLECTIONS = (list, tuple, set, frozenset, dict)
-LONGEST = 256
-"""Collections of those, and how many they hold at most."""
+MAX_ITEMS = 256
+"""Collections of those, and their maximum length."""
 
 OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
-"""Attributes that every module has and that are no settings."""
+"""Attributes of every module that are not settings."""
 
 CALLED = ("__call__", "__getattr__")
-"""Special members of classes that count; the others Python makes by itself."""
+"""Special members of classes that are compared; Python creates all others itself."""
 
 NOTHING: Any = type("Nothing", (), {"__repr__": lambda self: "nothing"})()
 """The value of an entry that does not exist."""
@@ -29,8 +29,8 @@ NOTHING: Any = type("Nothing", (), {"__repr__": lambda self: "nothing"})()
 
 @dataclass(frozen=True)
 class Difference:
-    """An entry that has another value now. holder: the class, or the dict of the object, with the entry. number: its
-    place among the holders."""
+    """An entry whose value has changed. holder: the class, or the dict of the object, with the entry. number: the index
+    of the holder."""
 
     number: int
     holder: Any
@@ -39,7 +39,7 @@ class Difference:
     now: Any
 
     def set(self, value: Any) -> None:
-        """Give the entry a value."""
+        """Set the entry to a value."""
         if not isinstance(self.holder, type):
             self.holder.pop(self.name, None) if value is NOTHING else self.holder.update({self.name: value})
         elif value is NOTHING:
@@ -48,10 +48,10 @@ class Difference:
             setattr(self.holder, self.name, value)
 
 
-class Kept:
-    """Members of classes, or attributes of objects (by their dicts), as they were.
+class Snapshot:
+    """Copy of the members of classes, or of the attributes of objects (given as their dicts).
 
-    `changed` compares whole dicts, which look at identities first.
+    `changed` compares whole dicts, which compare identities first.
     """
 
     def __init__(self, holders: Iterable[Any]):
@@ -60,32 +60,32 @@ class Kept:
         self._before = list(map(_copied, self._now))
 
     def changed(self) -> bool:
-        """Return whether any entry may have another value."""
-        return bool(self._unlike())
+        """Return whether any entry may have changed."""
+        return bool(self._changed_holders())
 
     def differences(self) -> list[Difference]:
-        """Return the entries with other values, of those that count."""
+        """Return the changed entries that can affect computation."""
         return [
             Difference(number, self.holders[number], name, before.get(name, NOTHING), now.get(name, NOTHING))
-            for number in self._unlike()
+            for number in self._changed_holders()
             for now, before in [(self._now[number], self._before[number])]
             for name in sorted({**before, **now})
-            if _counts(name, isinstance(self.holders[number], type))
+            if _is_relevant(name, isinstance(self.holders[number], type))
             and _differs(before.get(name, NOTHING), now.get(name, NOTHING))
         ]
 
-    def take(self) -> None:
-        """Take the present values for the right ones."""
-        for number in self._unlike():
+    def update(self) -> None:
+        """Replace the snapshot by the present values."""
+        for number in self._changed_holders():
             self._before[number] = _copied(self._now[number])
 
-    def _unlike(self) -> list[int]:
+    def _changed_holders(self) -> list[int]:
         pairs = zip(self._now, self._before, strict=True)
         try:
             if self._now == self._before:
                 return []
             return [number for number, (now, before) in enumerate(pairs) if now != before]
-        except Exception:  # values that cannot be compared, as tensors and arrays
+        except Exception:  # values that cannot be compared, such as tensors and arrays
             return [number for number, (now, before) in enumerate(pairs) if not _alike(now, before)]
 
 
@@ -101,16 +101,15 @@ def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _counts(name: str, of_class: bool) -> bool:
-    """Return whether an entry of this name can decide how something computes."""
+def _is_relevant(name: str, of_class: bool) -> bool:
+    """Return whether an entry of this name can affect computation."""
     if of_class:
         return not (name.startswith(("__", "_abc_")) and name not in CALLED)
     return name not in OF_MODULES
 
 
 def _differs(before: Any, now: Any) -> bool:
-    """Return whether a setting has another value: numbers, texts, functions and other callables, collections of
-    those."""
+    """Return whether a setting has changed: numbers, strings, functions and other callables, collections of those."""
     if before is now:
         return False
     if type(before) is type(now) and isinstance(now, (*PLAIN, *COLLECTIONS)):
@@ -123,7 +122,7 @@ def _differs(before: Any, now: Any) -> bool:
 def is_setting(value: Any) -> bool:
     """Return whether a value can be a setting."""
     if isinstance(value, COLLECTIONS):
-        return len(value) <= LONGEST and all(isinstance(item, PLAIN) for item in _items(value))
+        return len(value) <= MAX_ITEMS and all(isinstance(item, PLAIN) for item in _items(value))
     return isinstance(value, PLAIN) or (not isinstance(value, nn.Module) and _is_code(value))
 
 

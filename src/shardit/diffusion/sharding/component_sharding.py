@@ -1,4 +1,4 @@
-"""Notes on components that are sharded, for pipelines that share them and for changes that come later."""
+"""Records of sharded components, for pipelines that share them and for later changes."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig
 from shardit.core.modules.fingerprint import PROCESSOR, Change, Fingerprint
 from shardit.core.modules.hints import Plan
-from shardit.core.modules.kept import PLAIN
 from shardit.core.modules.patching import plain_class, subclass_in_place
+from shardit.core.modules.snapshot import PLAIN
 from shardit.core.placement.assignment import Assignment
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import dropout_in_training
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.class_homes import MODELS
-from shardit.diffusion.sharding.adapters import fusing, unpadded
-from shardit.diffusion.sharding.changes import cut_blocks, follow, unwrap_parts
+from shardit.diffusion.sharding.adapters import collective_fuse, unpadded_members
+from shardit.diffusion.sharding.changes import apply_changes, cut_blocks, unwrap_parts
 from shardit.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from shardit.parallel.tensor.plan import TensorPlan
 
 
-KNOWN = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
-"""Methods of models that change them in a way that is right: they put linears next to others, made of those, or bring
-all parameters (with `_apply`, which stands behind `to`, `half` ...) to another dtype or memory format."""
+SAFE_METHODS = ("fuse_qkv_projections", "unfuse_qkv_projections", "_apply")
+"""Methods that change sharded models correctly: they add linears made from existing ones, or convert all parameters
+(`_apply`, used by `to`, `half` ...) to another dtype or memory format."""
 
 
 ORDERED = (list, tuple, dict)
-"""Collections of settings whose text is the same on every rank."""
+"""Collections of settings whose `repr` is equal on every rank."""
 
 
-_WITHIN: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
-"""The modules inside components that are sharded: what messages call the component, and whether every rank has all of
-the module's own parameters."""
+_PARENTS: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
+"""For each module inside a sharded component: the title of the component, and whether every rank has all of the
+module's own parameters."""
 
 
 @dataclass(eq=False)
-class Placed:
-    """One component that is sharded.
+class ComponentSharding:
+    """One sharded component.
 
     name: in the pipeline with which it was sharded. denoises: all ranks take part in each of its calls, which begin at
-    its `__call__`; else one rank, or one for each of its units, runs its methods. assignment: None for a model that was
-    sharded by itself. slices: how its linears are cut over tensor ranks.
+    its `__call__`; otherwise one rank, or one per unit, runs its methods. assignment: None for a model that was sharded
+    outside a pipeline. slices: of its linears, over tensor ranks.
     """
 
     name: str
@@ -59,38 +59,39 @@ class Placed:
     plan: Plan | None = None
     assignment: Assignment | None = None
     slices: TensorPlan | None = None
-    _taken: Fingerprint = field(init=False, repr=False)
+    _fingerprint: Fingerprint = field(init=False, repr=False)
     _methods: dict[str, Any] = field(init=False, repr=False)
     _history: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:
-        known = [name for name in KNOWN if self.denoises and hasattr(self.module, name)]
-        members: dict[str, Any] = {name: self._known(name) for name in known}
+        safe = [name for name in SAFE_METHODS if self.denoises and hasattr(self.module, name)]
+        members: dict[str, Any] = {name: self._safe_method(name) for name in safe}
         if self.denoises and hasattr(self.module, "set_attn_processor"):
-            members["set_attn_processor"] = self._setting_processors()
+            members["set_attn_processor"] = self._processor_setter()
         own_fuse = getattr(type(self.module), "fuse_lora", None)
         if own_fuse is not None:
-            members["fuse_lora"] = fusing(own_fuse, self.runtime.replica, lambda model: [model])
+            members["fuse_lora"] = collective_fuse(own_fuse, self.runtime.replica, lambda model: [model])
         if not self.denoises or self.runtime.mesh.pp_size > 1:
-            members |= unpadded(type(self.module), self.title, self.denoises)
-        subclass_in_place(self.module, {**members, "shardit_placed": property(lambda module: self)})
-        missing = self._not_everywhere()
+            members |= unpadded_members(type(self.module), self.title, self.denoises)
+        subclass_in_place(self.module, {**members, "shardit_sharding": property(lambda module: self)})
+        partial = self._partial_modules()
         for name, part in self.module.named_modules():
             if part is not self.module:
-                _WITHIN[part] = (self.title, name not in missing)
-        self.take()
+                _PARENTS[part] = (self.title, name not in partial)
+        self.update()
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Return its name in messages."""
         return self.name or type(self.module).__name__
 
-    def take(self) -> None:
-        """Take the component as it is now for what is right."""
-        self._taken, self._methods = Fingerprint(self.module, self._set_up()), _own_methods(self.module)
+    def update(self) -> None:
+        """Record the component's present state, so that later changes are relative to it."""
+        self._fingerprint = Fingerprint(self.module, self._configured_modules())
+        self._methods = _own_methods(self.module)
 
-    def _set_up(self) -> list[str]:
-        """Return the names of modules whose settings are compared: not those of torch, which act on each element or are
+    def _configured_modules(self) -> list[str]:
+        """Return the names of modules whose settings are compared: neither those of torch, which act elementwise or are
         known, nor adapters."""
         if not self.denoises and self.slices is None:
             return []
@@ -100,29 +101,29 @@ class Placed:
         return list(own)
 
     def begin(self) -> dict[str, Any]:
-        """`check`, before a call; what all ranks must have alike, by what messages call it: hooks that users have put
-        on modules, and a hash of all changes so far."""
+        """Check the component before a call. Return the state that must be equal on all ranks, by its name in messages:
+        hooks of users on modules, and a hash of all changes so far."""
         self.check()
         found: dict[str, Any] = {f"changes of {self.title}": self._history} if self._history else {}
-        hooked = self._taken.hooked()
+        hooked = self._fingerprint.hooked()
         return {**found, f"hooks of {self.title}": hooked} if hooked else found
 
     def end(self) -> None:
-        """Take the settings as they are after a call for what is right: a forward may count its calls in one."""
-        self._taken.take_settings()
+        """Record the settings after a call: a forward may count its calls in one."""
+        self._fingerprint.update_settings()
         stages = getattr(self.module, "shardit_stages", None)
         if stages is not None:
             stages.first.end()
 
     def check(self) -> None:
-        """Follow what was changed since it was sharded, or raise UnsupportedError, on every rank alike."""
-        changes = self._taken.changes() if self._taken.changed() else []
+        """Apply all changes since it was sharded, or raise UnsupportedError, on every rank alike."""
+        changes = self._fingerprint.changes() if self._fingerprint.changed() else []
         if changes:
             self._finish_calls()
             unwrap_parts(self.module)
-            self._record(*(_told(change) for change in changes))
-            follow(self, changes)
-            self.take()
+            self._record(*(_describe(change) for change in changes))
+            apply_changes(self, changes)
+            self.update()
         if not self.denoises and self.slices is None:
             now = _own_methods(self.module)
             name = next((name for name, method in now.items() if self._methods.get(name) is not method), None)
@@ -131,44 +132,44 @@ class Placed:
                     f"{self.title}.{name} was replaced on the object after parallelize, so every rank would run it, "
                     "but one alone has the weights: replace (compile, wrap) it before"
                 )
-        elif self._taken.training():
+        elif self._fingerprint.training():
             self._refuse_dropout()
 
     def _finish_calls(self) -> None:
-        """Let calls in flight go on to their end with the model as it was when they began."""
+        """Finish calls in flight with the model as it was when they began."""
         if self.runtime.schedule.active:
-            with self._taken.undone():
+            with self._fingerprint.undone():
                 self.runtime.schedule.drain()
 
     def _record(self, *changes: str) -> None:
         self._history = short_hash(self._history, *(change.encode() for change in changes))
 
-    def _known(self, name: str) -> Callable[..., Any]:
-        """A method that changes the model, and does so right however it is sharded."""
+    def _safe_method(self, name: str) -> Callable[..., Any]:
+        """Return the wrapper of a method that changes the model correctly with any sharding."""
         own_method = getattr(type(self.module), name)
 
         @functools.wraps(own_method)
         def method(module: Any, *args: Any, **kwargs: Any) -> Any:
-            self.check()  # what was changed before is none of this method's
-            self.runtime.schedule.drain()  # calls in flight are of the model as it was
+            self.check()  # earlier changes are checked separately
+            self.runtime.schedule.drain()  # calls in flight use the unchanged model
             out = own_method(module, *args, **kwargs)
-            follow(self, [])
+            apply_changes(self, [])
             self._record(name)
-            self.take()
+            self.update()
             return out
 
         return method
 
-    def _setting_processors(self) -> Callable[..., Any]:
-        """`set_attn_processor`, which pipelines call in the middle of their own call, too: what is known of the model's
-        calls may not hold for a processor that is not the library's, so they are watched again."""
+    def _processor_setter(self) -> Callable[..., Any]:
+        """Return the wrapper of `set_attn_processor`, which pipelines also call during their own call: plans may not
+        hold with a processor from outside the library, so the model's calls are traced again."""
         own_method: Callable[..., Any] = getattr(type(self.module), "set_attn_processor")  # noqa: B009
 
         @functools.wraps(own_method)
         def set_attn_processor(module: Any, *args: Any, **kwargs: Any) -> Any:
             out = own_method(module, *args, **kwargs)
             stages = getattr(module, "shardit_stages", None)
-            if stages is not None and not all(map(_is_librarys, _processor_classes(module))):
+            if stages is not None and not all(map(_is_from_library, _processor_classes(module))):
                 stages.forget()
             return out
 
@@ -182,11 +183,11 @@ class Placed:
             )
 
     def bytes_of(self, member: int) -> float:
-        """About how many bytes a member of a replica holds of it; 0 of a model that was sharded by itself."""
+        """Return the estimated bytes that a member of a replica holds of it; 0 for a model outside a pipeline."""
         return self.assignment.held[self.name][member] if self.assignment is not None else 0.0
 
-    def _not_everywhere(self) -> set[str]:
-        """The names of the modules that have parameters of their own which some rank has not, or a slice of only."""
+    def _partial_modules(self) -> set[str]:
+        """Return the names of modules whose own parameters are missing or sliced on some rank."""
         names = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]
         if self.assignment is not None:
             members = range(len(self.assignment.stages))
@@ -203,8 +204,8 @@ def _processor_classes(model: nn.Module) -> set[type]:
     return {type(own[PROCESSOR]) for own in map(vars, model.modules()) if PROCESSOR in own}
 
 
-def _is_librarys(processor: type) -> bool:
-    """Whether a class of attention processors is one of diffusers', which keep nothing from call to call."""
+def _is_from_library(processor: type) -> bool:
+    """Return whether a class of attention processors is from diffusers: those keep no state between calls."""
     return processor.__module__.startswith(MODELS)
 
 
@@ -213,8 +214,8 @@ def _home(module: nn.Module) -> str:
     return f"{plain_class(module).__module__}."
 
 
-def _told(change: Change) -> str:
-    """A change in words that are the same on every rank."""
+def _describe(change: Change) -> str:
+    """Describe a change with text that is equal on every rank."""
     values = (
         repr(v) if type(v) in (*PLAIN, *ORDERED) else plain_class(v).__qualname__ for v in (change.before, change.now)
     )
@@ -222,53 +223,53 @@ def _told(change: Change) -> str:
 
 
 def _own_methods(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that replace methods of its class, and so hide the interceptor at calls from outside."""
+    """Return the attributes of a module that replace methods of its class, and so hide their interceptors."""
     cls = type(module)
     return {
         name: value for name, value in vars(module).items() if callable(value) and callable(getattr(cls, name, None))
     }
 
 
-def placed_on(module: Any) -> Placed | None:
-    """How a module is sharded; None where it is not."""
-    return getattr(module, "shardit_placed", None) if isinstance(module, nn.Module) else None
+def sharding_of(module: Any) -> ComponentSharding | None:
+    """Return the record of a sharded module; None for any other."""
+    return getattr(module, "shardit_sharding", None) if isinstance(module, nn.Module) else None
 
 
 def check_earlier(
-    earlier: Mapping[str, Placed], config: DiffusionParallelConfig, plans: Plan | Mapping[str, Plan] | None
+    earlier: Mapping[str, ComponentSharding], config: DiffusionParallelConfig, plans: Plan | Mapping[str, Plan] | None
 ) -> None:
-    """Look at those of some modules that were sharded `earlier`. Raises InputError where that was done in another way
-    than it is asked for now, or where they come from pipelines that were sharded without sharing anything."""
-    for name, placed in earlier.items():
-        what = name or type(placed.module).__name__
-        if placed.config != config:
+    """Raise InputError if modules that were sharded `earlier` have another configuration than is requested now, or come
+    from different pipelines that were sharded separately."""
+    for name, sharding in earlier.items():
+        title = name or type(sharding.module).__name__
+        if sharding.config != config:
             raise InputError(
-                f"{what} is already sharded, with {_differences(placed.config, config)}: use the same configuration "
+                f"{title} is already sharded, with {_differences(sharding.config, config)}: use the same configuration "
                 "for all pipelines that share it, or load it again"
             )
         plan = plans if isinstance(plans, Plan) or plans is None else plans.get(name)
-        if plan is not None and plan != placed.plan:
-            raise InputError(f"{what} is already sharded, with {placed.plan}: leave out the plan, or load it again")
-    runtimes = {id(placed.runtime): name for name, placed in earlier.items()}
+        if plan is not None and plan != sharding.plan:
+            raise InputError(f"{title} is already sharded, with {sharding.plan}: leave out the plan, or load it again")
+    runtimes = {id(sharding.runtime): name for name, sharding in earlier.items()}
     if len(runtimes) > 1:
         first, second, *_ = runtimes.values()
         raise InputError(
-            f"{first} and {second} were sharded as parts of different pipelines, which take turns of their own: make "
+            f"{first} and {second} were sharded as parts of different pipelines, which are scheduled separately: make "
             "the pipelines that share components before parallelize, or load the components again"
         )
 
 
 def refuse_overlap(name: str, module: nn.Module) -> None:
-    """Raise UnsupportedError if a module that is not sharded is inside one that is, or the other way round, or uses
-    weights of it that some ranks do not have: it would be sharded once more, by ranks that have a part of it only."""
+    """Raise UnsupportedError if an unsharded module is inside a sharded one, contains one, or uses weights of one that
+    some ranks do not have: it would be sharded again, by ranks that have only a part of it."""
     remedy = "give each weights of its own (load it again, or copy.deepcopy it before parallelize)"
-    if module in _WITHIN:
-        raise UnsupportedError(f"{name} is a part of {_WITHIN[module][0]}, which is already sharded: {remedy}")
+    if module in _PARENTS:
+        raise UnsupportedError(f"{name} is a part of {_PARENTS[module][0]}, which is already sharded: {remedy}")
     for path, part in module.named_modules():
-        placed = placed_on(part)
-        title, everywhere = (placed.title, False) if placed is not None else _WITHIN.get(part, ("", True))
-        if not everywhere:
-            whose = title if placed is not None else f"a part of {title}"
+        sharding = sharding_of(part)
+        title, replicated = (sharding.title, False) if sharding is not None else _PARENTS.get(part, ("", True))
+        if not replicated:
+            whose = title if sharding is not None else f"a part of {title}"
             raise UnsupportedError(f"{name}.{path} is {whose}, which is already sharded: {remedy}")
 
 

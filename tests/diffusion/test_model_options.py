@@ -28,7 +28,7 @@ from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.loading.weight_names import choose
 from tests.pipelines.entry import entries
-from tests.support.brought import pipeline, run, write_lora
+from tests.support.brought import mapped, pipeline, run, write_lora
 from tests.support.loading import loaded
 from tests.support.ranks import run_ranks
 from tests.support.real_omni import started
@@ -45,7 +45,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def plain_with_loras(loras: list[str]) -> Any:
-    pipe = pipeline("flux")
+    pipe = mapped("flux")
     for number, path in enumerate(loras):
         pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
     pipe.set_adapters(["lora_0", "lora_1"], [0.5, 1.0])

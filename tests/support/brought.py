@@ -39,6 +39,14 @@ def pipeline(name: str, dtype: str | None = None) -> Any:
     return copied(_loaded(name, dtype))
 
 
+def mapped(name: str) -> Any:
+    """Load a tiny pipeline: its weights lie in memory as in the file, like those that shardit loads. Kernels of some
+    CPUs give other last bits for a copy, which begins at other addresses (docs/numerics.md)."""
+    pipe = tiny.load_plain(tiny.resolve(f"tiny/{name}"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def copied(pipe: Any) -> Any:
     """Copy a pipeline with modules and a scheduler of its own; tokenizers, which are never changed, are shared."""
     parts = pipe.components.values()

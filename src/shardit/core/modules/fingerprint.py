@@ -80,8 +80,8 @@ class Fingerprint:
         self._settings = Snapshot(self._configured.values())
 
     def _settings_of(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Return the dicts with settings, by the names of their modules, processors and other objects in attributes of
-        modules, each once."""
+        """Return the dicts with settings, by the names of their modules, processors and other objects in public
+        attributes of modules, each once."""
         found, seen = dict(zip(self._names, self._own, strict=True)), set[int]()
         for name in names:
             processor = found[name].get(PROCESSOR)
@@ -92,7 +92,7 @@ class Fingerprint:
                     seen.add(id(own))
                     yield path, own
             for attribute, value in sorted(found[name].items()):
-                if is_object(value) and id(vars(value)) not in seen:
+                if not attribute.startswith("_") and is_object(value) and id(vars(value)) not in seen:
                     seen.add(id(vars(value)))
                     yield f"{name}.{attribute}", vars(value)
 

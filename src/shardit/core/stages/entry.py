@@ -28,14 +28,15 @@ def pipeline_entry(
     own_call: Forward,
     runtime: Runtime,
     begin: Callable[[Any], Mapping[str, Any]],
+    settings: Callable[[Any], Mapping[str, Any]],
     share: Callable[[Any, tuple[Any, ...], dict[str, Any], Comm], dict[str, Any]],
     end: Callable[[Any], None],
 ) -> Forward:
     """A pipeline's `__call__` that ranks begin alike, and whose results are plain tensors.
 
     begin: given the pipeline before anything else happens; what it returns is compared with the arguments. If it
-    refuses on some ranks, all of them raise. share: returns the keyword arguments with callbacks that all ranks share.
-    end: given the pipeline after the call, however that went.
+    refuses on some ranks, all of them raise. settings: returns what is compared, too. share: returns the keyword
+    arguments with callbacks that all ranks share. end: given the pipeline after the call, however that went.
     """
 
     def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +44,9 @@ def pipeline_entry(
             alike, refusal = begin(pipe), None
         except InputError as error:
             alike, refusal = {f"parts ({error})": None}, error
-        with runtime.pipeline_call(type(pipe).__name__, lambda: {**named(own_call, args, kwargs), **alike}):
+        with runtime.pipeline_call(
+            type(pipe).__name__, lambda: {**named(own_call, args, kwargs), **settings(pipe), **alike}
+        ):
             if refusal is not None:
                 raise refusal
             kwargs = share(pipe, args, kwargs, runtime.replica)

@@ -148,7 +148,7 @@ def join(pipe: Any, runtime: Runtime) -> None:
         return self
 
     share = functools.partial(shared_callback, begin=begin_parts, end=update_parts)
-    call = pipeline_entry(cls.__call__, runtime, begin_parts, share, end_parts)
+    call = pipeline_entry(cls.__call__, runtime, begin_parts, _configurations, share, end_parts)
     functools.update_wrapper(call, cls.__call__)  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
@@ -189,15 +189,19 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
                 "the pipelines that share components before parallelize"
             )
         alike.update(sharding.begin())
-    return {**alike, **_configurations(pipe)}
+    return alike
 
 
 def _configurations(pipe: Any) -> dict[str, Any]:
     """Return the configurations of the components of a pipeline, its scheduler too, by names for messages."""
     found = getattr(pipe, "components", None)
     parts = found if isinstance(found, dict) else vars(pipe)
+
+    def public(config: Mapping[str, Any]) -> dict[str, Any]:  # others list the items of sets, in any order
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+
     return {
-        f"configuration of {name}": {"class": type(part).__qualname__, **config}
+        f"configuration of {name}": {"class": type(part).__qualname__, **public(config)}
         for name, part in parts.items()
         if isinstance(config := getattr(part, "config", None), Mapping)
     }

@@ -30,6 +30,11 @@ class SliceShape:
         held = self.holder.get(self.leaf)
         return self.shape if held is None else held.shape
 
+    def is_whole(self) -> bool:
+        """Return whether the parameter has the size that it has without the cut."""
+        cut = self.plan.cuts.get(self.name)
+        return cut is not None and len(self.now) > cut.dim and self.now[cut.dim] == cut.total
+
 
 def slice_shapes(model: nn.Module, plan: TensorPlan) -> list[SliceShape]:
     """Return the shapes of the parameters that a plan cuts, as they are now."""
@@ -45,5 +50,5 @@ def slice_shapes(model: nn.Module, plan: TensorPlan) -> list[SliceShape]:
 
 
 def first_whole(slices: Sequence[SliceShape]) -> SliceShape | None:
-    """Return the first parameter that has another shape although it is still cut; None if there is none."""
-    return next((one for one in slices if one.now != one.shape and one.name in one.plan.cuts), None)
+    """Return the first parameter that became whole although it is still cut; None if there is none."""
+    return next((one for one in slices if one.now != one.shape and one.is_whole()), None)

@@ -19,7 +19,7 @@ from shardit.diffusion.output.from_file import differences, other_pictures, othe
 from shardit.diffusion.output.output import SUFFIXES, check_path, savable
 from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
-from shardit.errors import InputError
+from shardit.errors import InputError, is_interrupt
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
 from shardit.settings.flag_class import Once, options_of
 
@@ -99,6 +99,8 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED  # who pressed Ctrl-C knows
     except Exception as error:
+        if is_interrupt(error):
+            return INTERRUPTED
         if os.environ.get("SHARDIT_DEBUG") == "1":
             traceback.print_exc()
         # Usage errors: typer has its own copy of click's classes, or click's, depending on its version.

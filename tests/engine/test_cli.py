@@ -374,15 +374,41 @@ def test_wrong_further_arguments(omni, capsys, flags, text):
     assert FakeOmni.last is None
 
 
-def test_interrupted_while_it_is_imported(monkeypatch, capsys):
-    from shardit.__main__ import main as command
+def as_runtime_error() -> None:
+    """What Python until 3.11 makes of Ctrl-C in `__set_name__`, and what transformers makes of that."""
+    try:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+    except RuntimeError as error:
+        raise ModuleNotFoundError("Could not import module 'AutoConfig'") from error
+
+
+def as_it_is() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [as_it_is, as_runtime_error])
+def test_interrupted_while_it_is_imported(monkeypatch, capsys, interrupt):
+    import shardit.__main__ as entry
 
     class Interrupts:
         def find_spec(self, name, *_):
             if name == "shardit.cli":
-                raise KeyboardInterrupt
+                interrupt()
 
+    ended = []
+    monkeypatch.setattr(entry, "end_process", ended.append)
     monkeypatch.delitem(sys.modules, "shardit.cli")
     monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
-    assert command() == 130
+    assert entry.main() == 130
+    assert ended == [130]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("interrupt", [as_it_is, as_runtime_error])
+def test_interrupted_while_libraries_are_imported(monkeypatch, capsys, interrupt):
+    monkeypatch.setattr("shardit.language.loading.source.known_decoder", lambda *_: interrupt())
+    assert main(["inspect", "tiny/flux"]) == 130
     assert capsys.readouterr().err == ""

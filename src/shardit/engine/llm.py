@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
@@ -17,7 +17,7 @@ from shardit.engine.process.process import started_by_torchrun
 from shardit.engine.progress_bars import TokenBar
 from shardit.engine.session_spec import session_spec
 from shardit.engine.start import start_ranks
-from shardit.engine.streaming import Pieces, in_thread
+from shardit.engine.streaming import Pieces, in_background, in_thread
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.language.loading.source import decoder_source
@@ -113,10 +113,10 @@ class LLM:
         )
         self._tokenizer: Any
         self._ranks: Any
-        with ThreadPoolExecutor(1) as meanwhile:  # the ranks start at the same time; those of torchrun are this process
-            reading = source.tokenizer() if started_by_torchrun(os.environ) else meanwhile.submit(source.tokenizer)
-            self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
-            self._tokenizer = reading.result() if isinstance(reading, Future) else reading
+        # The ranks start at the same time; those of torchrun are this process.
+        reading = source.tokenizer() if started_by_torchrun(os.environ) else in_background(source.tokenizer)
+        self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
+        self._tokenizer = reading.result() if isinstance(reading, Future) else reading
         limit = self._info.max_model_len
         if max_model_len is not None and limit is not None and max_model_len > limit:
             self.close()

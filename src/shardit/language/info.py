@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardit.language.limits import ROOM
+
 
 @dataclass(frozen=True)
 class LanguageInfo:
@@ -31,5 +33,4 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 def room_of(config: Any) -> int | None:
     """The most tokens that the positions of a model allow."""
     text = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-    return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
+    return next((value for name in ROOM if isinstance(value := getattr(text, name, None), int)), None)

@@ -164,16 +164,16 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1260,
-    "core": 5460,
-    "diffusion": 3580,
-    "engine": 2540,
-    "language": 1040,
+    ".": 1270,
+    "core": 5490,
+    "diffusion": 3650,
+    "engine": 2560,
+    "language": 1140,
     "loading": 1340,
     "models": 850,
-    "parallel": 3550,
-    "server": 4130,
-    "settings": 180,
+    "parallel": 3570,
+    "server": 4145,
+    "settings": 210,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import sys
 import time
@@ -16,7 +17,8 @@ from typer import Option
 
 from shardit import commands, language_commands
 from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
-from shardit.diffusion.output.output import SUFFIXES, check_path, savable
+from shardit.diffusion.output.output import savable
+from shardit.diffusion.output.target import SUFFIXES, check_path
 from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError, is_interrupt
@@ -90,6 +92,7 @@ def _note(lines: Sequence[str]) -> None:
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
     """Run a typer application; every way it can end becomes an exit code and at most one line on stderr."""
+    _take_any_bytes()
     try:
         # Not standalone: typer would print usage errors in boxes and end the process by itself.
         code = typer.main.get_command(app).main(
@@ -109,6 +112,15 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
         if isinstance(error, InputError):
             return _failed(str(error), USERS)
         return _failed(_in_one_line(error), OURS, every_rank=True)
+
+
+def _take_any_bytes() -> None:
+    """Let standard input and output pass bytes that are no valid text: a check says what is wrong with them, and names
+    of files may have any."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _usage(error: Any) -> str:

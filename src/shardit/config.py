@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -151,7 +152,7 @@ def config_of(
     something else, or where a keyword is neither a field nor one of `others`.
     """
     names = [item.name for item in fields(DiffusionParallelConfig)]
-    reject_unknown_names(callee, fields_given, [*others, *names])
+    reject_unknown_names(callee, fields_given, list(dict.fromkeys([*others, *names])))
     if config is not None and not isinstance(config, DiffusionParallelConfig):
         raise InputError(f"{callee}: the parallel configuration must be a DiffusionParallelConfig, got {config!r:.80}")
     if config is not None and fields_given:
@@ -160,6 +161,21 @@ def config_of(
             "set it there, or leave the configuration out"
         )
     return config if config is not None else DiffusionParallelConfig(**fields_given)
+
+
+DEVICES = ("cpu", "cuda")
+"""Types of devices that ranks run on; ROCm devices are of type cuda."""
+
+
+def device_kind(device: str) -> str:
+    """The type of a device by its name, such as "cuda:1". Raises UnsupportedError where ranks do not run on it."""
+    kind, _, number = device.partition(":")
+    if kind not in DEVICES and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(","):
+        allow = f"; to try it, set SHARDIT_ALLOW_DEVICE={kind}" if kind.isidentifier() else ""
+        raise UnsupportedError(f"device {kind!r} is not supported (use cpu or cuda){allow}")
+    if ":" in device and not number.isdecimal():
+        raise InputError(f"device {device!r} must be a type and a number, such as cuda:0")
+    return kind
 
 
 def parse_layer_partition(text: str, source: str) -> tuple[int, ...]:
@@ -304,5 +320,5 @@ def reject_unknown_names(what: str, given: Iterable[str], known: Sequence[str]) 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The text " (did you mean 'x'?)" for the nearest known name, or nothing."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

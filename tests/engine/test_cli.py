@@ -168,7 +168,7 @@ def test_tiny_models_run_at_their_size(omni, capsys):
         (["--num-inference-steps=-1"], "num_inference_steps must be"),
         (["--guidance-scale=nan"], "guidance_scale must be a finite number"),
         (["--seed=-2"], "seed must be"),
-        (["--fps=0"], "fps must be greater than 0"),
+        (["--fps=0"], "fps must be at least 0.01"),
         (["--pipeline-parallel-size=0"], "pipeline_parallel_size must be"),
         (["--layer-partition=8,a"], "--layer-partition='8,a'"),
         (["--layer-partition=8,8"], "layer_partition has 2 entries"),

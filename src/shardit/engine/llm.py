@@ -20,12 +20,15 @@ from shardit.engine.start import start_ranks
 from shardit.engine.streaming import Pieces, in_background, in_thread
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError, UnsupportedError
+from shardit.language.limits import check_max_model_len
 from shardit.language.loading.source import decoder_source
+from shardit.language.preflight import check_decoder
 from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput, RowResult
 from shardit.language.request.prompt_batch import PromptBatch
 from shardit.language.request.prompts import (
     Prompt,
     chat_tokens,
+    check_tokens,
     group_rows,
     params_of_each,
     prompt_list,
@@ -104,6 +107,7 @@ class LLM:
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
             raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
         source = decoder_source(model)
+        check_decoder(source, config, max_model_len)
         stages = config.pipeline_parallel_size
         self._max_num_seqs, self._groups = max_num_seqs, stages * config.data_parallel_size
         self._seed = None if seed == RANDOM_SEED else seed
@@ -118,11 +122,11 @@ class LLM:
         self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
         self._tokenizer = reading.result() if isinstance(reading, Future) else reading
         limit = self._info.max_model_len
-        if max_model_len is not None and limit is not None and max_model_len > limit:
+        try:
+            check_max_model_len(max_model_len, limit)
+        except InputError:
             self.close()
-            raise InputError(
-                f"max_model_len={max_model_len} is more than the {limit} tokens that the model has room for"
-            )
+            raise
         self._max_model_len = max_model_len or limit
 
     @property
@@ -192,6 +196,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer conversations: a list of messages ({"role": ..., "content": ...}), or a list of such lists. template:
         as of `chat_prompt`."""
+        if not isinstance(messages, (list, tuple)):
+            raise InputError(f"messages must be a list of dicts with role and content, got {messages!r:.80}")
         listed = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [self.chat_prompt(one, **template) for one in listed]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -212,6 +218,8 @@ class LLM:
             raise InputError("this LLM is closed; make a new one")
         given = prompt_list(prompts)
         params = params_of_each(sampling_params or self.get_default_sampling_params(), len(given))
+        for one in params:
+            check_tokens(one, self._info.vocabulary)
         read = [tokens_of(prompt, self._tokenizer, self._info.vocabulary) for prompt in given]
         rows = [
             (number, copy, row)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import Any
 
-from shardit.config import DiffusionParallelConfig
+from shardit.config import DiffusionParallelConfig, device_kind
 from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.engine.process.messages import SESSION, SessionSpec
 from shardit.errors import InputError
@@ -32,6 +32,8 @@ def session_spec(
     known = isinstance(device, str) or (type(device).__module__, type(device).__name__) == ("torch", "device")
     if device is not None and not (known and str(device)):
         raise InputError(f"device must be a name, a torch.device or None, got {device!r}")
+    if device is not None:
+        device_kind(str(device))
     spec = SessionSpec(os.fspath(model), config, session=session, options=options, **launch)
     check_declared(spec)
     return dataclasses.replace(

@@ -12,6 +12,7 @@ from shardit.diffusion.loading.model_options import WHOLE
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.diffusion.request.step_lists import listed
 from shardit.errors import InputError
+from shardit.settings.paths import check_name
 
 # Entries of a record that are not arguments of the pipeline.
 _ABOUT = ("software", "pipeline", "revision", "versions", "parallel", "made", "input_image_sizes", "sample_rate")
@@ -25,6 +26,7 @@ _NOT_HELD = {
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return the record in a file's metadata (`Output.record`). Raises InputError if the file has none."""
+    check_name("--from-file", path)
     if not path.is_file():
         raise InputError(f"there is no file {path}; give one that shardit has written")
     try:

@@ -87,6 +87,17 @@ def parsed_once() -> Iterator[None]:
             gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
 
 
+def check_magic(path: Path) -> None:
+    """Raise InputError where a file is no GGUF file by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give another file") from error
+    if begin != b"GGUF":
+        raise InputError(f"{path} is no GGUF file (it does not begin with GGUF): download or copy it again")
+
+
 def check_package(path: Path) -> None:
     """Raise InputError where the package that reads GGUF files is missing."""
     if importlib.util.find_spec("gguf") is None:

@@ -6,35 +6,53 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.language.request.rows import PromptGroup, Row
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import seed_or_drawn
+from shardit.settings.checks import TEXT, text_problem
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """A text, {"prompt": text}, {"prompt_token_ids": ids}, or ids."""
 
 
+_KEYS = ("prompt", "prompt_token_ids")
+
+
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return prompts as a list; a single prompt is also accepted."""
-    if isinstance(prompts, (str, Mapping)) or (prompts and all(isinstance(one, int) for one in prompts)):
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InputError(f"prompts must be a text, a dict, ids or a list of them, got {prompts!r:.80}")
+    if prompts and all(isinstance(one, int) for one in prompts):
         return [prompts]  # pyright: ignore[reportReturnType]
     return list(prompts)  # pyright: ignore[reportReturnType]
 
 
 def params_of_each(given: Any, count: int) -> list[SamplingParams]:
     """Return the parameters of each of `count` prompts. Raises InputError for any other number."""
-    found = [given] * count if isinstance(given, SamplingParams) else list(given)
+    found = [given] * count if isinstance(given, SamplingParams) else list(given) if _is_list(given) else []
     if len(found) != count or not all(isinstance(one, SamplingParams) for one in found):
         raise InputError(f"sampling_params must be one SamplingParams, or one for each of the {count} prompts")
     return found
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
 def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | None, tuple[int, ...]]:
     """Return the text of a prompt (None for token ids) and its tokens. vocabulary: the number of tokens in the model's
     vocabulary. Raises InputError for an invalid prompt."""
+    if isinstance(prompt, Mapping):
+        reject_unknown_names("a prompt", prompt, _KEYS)
+        if len(prompt) > 1:
+            raise InputError("a prompt is given twice, as prompt and as prompt_token_ids; give one of them")
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     if isinstance(text, str):
+        TEXT("prompt", text)
         return text, tuple(tokenizer(text)["input_ids"])
     ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
     if not isinstance(ids, Sequence) or not ids or not all(isinstance(one, int) for one in ids):
@@ -42,6 +60,9 @@ def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | No
     if not all(0 <= one < vocabulary for one in ids):
         raise InputError(f"prompt_token_ids must be from 0 to {vocabulary - 1}, got {min(ids)} to {max(ids)}")
     return None, tuple(ids)
+
+
+_CONTENTS = {"content", "tool_calls"}
 
 
 def chat_tokens(
@@ -53,6 +74,11 @@ def chat_tokens(
 ) -> list[int]:
     """Return the tokens of a conversation. add_generation_prompt: whether to append the start of an answer. Raises
     InputError if the chat template refuses the messages, or there is none."""
+    if problem := text_problem((messages, template, tools)):
+        raise InputError(f"messages must be {problem}")
+    for one in messages:
+        if isinstance(one, Mapping) and not (isinstance(one.get("role"), str) and one.keys() & _CONTENTS):
+            raise InputError(f'a message is {{"role": ..., "content": ...}}, got {one!r:.80}')
     if template is None and tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template: give chat_template, or a prompt to generate()")
     try:
@@ -68,13 +94,21 @@ def chat_tokens(
         raise InputError(f"the chat template refuses the messages: {error}") from error
 
 
+def check_tokens(params: SamplingParams, vocabulary: int) -> None:
+    """Raise InputError for parameters that ask for more tokens, or others, than the model knows."""
+    if params.logprobs is not None and params.logprobs > vocabulary:
+        raise InputError(f"logprobs={params.logprobs} is more than the {vocabulary} tokens that the model knows")
+    if unknown := [one for one in params.stop_token_ids or () if one >= vocabulary]:
+        raise InputError(f"stop_token_ids must be from 0 to {vocabulary - 1}, got {unknown[0]}")
+
+
 def rows_of(
     number: int, tokens: tuple[int, ...], params: SamplingParams, limit: int | None, seed: int | None
 ) -> list[Row]:
     """Return the rows of prompt `number`, one for each requested text. limit: maximum tokens of prompt and text. seed:
     of all prompts. Raises InputError if the prompt is too long."""
     if not tokens:
-        raise InputError(f"prompt {number} has no tokens")
+        raise InputError(f"prompt {number} has no tokens: give it a text that is not empty")
     left = None if limit is None else limit - len(tokens)
     if left is not None and left < 1:
         raise InputError(f"prompt {number} has {len(tokens)} tokens, and the model has room for {limit}")

@@ -164,9 +164,9 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1260,
+    ".": 1270,
     "core": 5490,
-    "diffusion": 3650,
+    "diffusion": 3660,
     "engine": 2540,
     "language": 1100,
     "loading": 1340,

@@ -15,6 +15,13 @@ def main() -> int:
         return run()
     except KeyboardInterrupt:  # who pressed it knows
         return INTERRUPTED
+    except ModuleNotFoundError as error:  # a package of the command line itself: typer, pillow
+        from shardit.loading.missing import missing_package
+
+        if (error.name or "").partition(".")[0] == "shardit":
+            raise
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

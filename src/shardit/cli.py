@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
+from shardit.loading.missing import missing_package
 from shardit.settings.flag_class import Once, options_of
 
 if TYPE_CHECKING:
@@ -93,6 +96,7 @@ def _note(lines: Sequence[str]) -> None:
 def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
     """Run a typer application; every way it can end becomes an exit code and at most one line on stderr."""
     _take_any_bytes()
+    pressed = _noted_interrupts()
     try:
         # Not standalone: typer would print usage errors in boxes and end the process by itself.
         code = typer.main.get_command(app).main(
@@ -102,6 +106,8 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED  # who pressed Ctrl-C knows
     except Exception as error:
+        if pressed:  # in the middle of an import, it becomes an ImportError
+            return INTERRUPTED
         if os.environ.get("SHARDIT_DEBUG") == "1":
             traceback.print_exc()
         # Usage errors: typer has its own copy of click's classes, or click's, depending on its version.
@@ -109,7 +115,23 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
             return _failed(_usage(error), USERS)
         if isinstance(error, InputError):
             return _failed(str(error), USERS)
+        if isinstance(error, ImportError) and not str(error.name).startswith("shardit"):
+            return _failed(str(missing_package(error)), USERS)
         return _failed(_in_one_line(error), OURS, every_rank=True)
+
+
+def _noted_interrupts() -> list[int]:
+    """Return a list that gets an entry for each Ctrl-C from now on, which is otherwise as before."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    mine = threading.current_thread() is threading.main_thread()
+    if mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    return pressed
 
 
 def _take_any_bytes() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
@@ -17,7 +17,7 @@ from shardit.engine.process.process import started_by_torchrun
 from shardit.engine.progress_bars import TokenBar
 from shardit.engine.session_spec import session_spec
 from shardit.engine.start import start_ranks
-from shardit.engine.streaming import Pieces, in_thread
+from shardit.engine.streaming import Pieces, in_background, in_thread
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.language.limits import check_room
@@ -36,6 +36,7 @@ from shardit.language.request.prompts import (
     tokens_of,
 )
 from shardit.language.request.sampling_params import SamplingParams
+from shardit.loading.missing import FRAMEWORKS, check_installed
 from shardit.params import RANDOM_SEED, SEED
 from shardit.settings.checks import number, whole
 
@@ -106,6 +107,7 @@ class LLM:
         config = config_of(parallel_config, parallel, "LLM", EngineArgs.names())
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
             raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
+        check_installed(FRAMEWORKS)
         source = decoder_source(model)
         check_decoder(source, config, max_model_len)
         stages = config.pipeline_parallel_size
@@ -117,10 +119,10 @@ class LLM:
         )
         self._tokenizer: Any
         self._ranks: Any
-        with ThreadPoolExecutor(1) as meanwhile:  # the ranks start at the same time; those of torchrun are this process
-            reading = source.tokenizer() if started_by_torchrun(os.environ) else meanwhile.submit(source.tokenizer)
-            self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
-            self._tokenizer = reading.result() if isinstance(reading, Future) else reading
+        # The ranks start at the same time; those of torchrun are this process.
+        reading = source.tokenizer() if started_by_torchrun(os.environ) else in_background(source.tokenizer)
+        self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
+        self._tokenizer = reading.result() if isinstance(reading, Future) else reading
         room = self._info.room
         try:
             check_room(max_model_len, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +97,11 @@ def _note(lines: Sequence[str]) -> None:
 def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
     """Run a typer application; every way it can end becomes an exit code and at most one line on stderr."""
     _take_any_bytes()
-    pressed = _noted_interrupts()
+    with _noted_interrupts() as pressed:
+        return _run(app, arguments, name, pressed)
+
+
+def _run(app: typer.Typer, arguments: Sequence[str] | None, name: str, pressed: list[int]) -> int:
     try:
         # Not standalone: typer would print usage errors in boxes and end the process by itself.
         code = typer.main.get_command(app).main(
@@ -120,8 +125,9 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
         return _failed(_in_one_line(error), OURS, every_rank=True)
 
 
-def _noted_interrupts() -> list[int]:
-    """Return a list that gets an entry for each Ctrl-C from now on, which is otherwise as before."""
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Yield a list that gets an entry for each Ctrl-C, which is otherwise as before."""
     pressed: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -129,9 +135,13 @@ def _noted_interrupts() -> list[int]:
         signal.default_int_handler(number, frame)
 
     mine = threading.current_thread() is threading.main_thread()
-    if mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if mine := mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, note)
-    return pressed
+    try:
+        yield pressed
+    finally:
+        if mine and signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _take_any_bytes() -> None:

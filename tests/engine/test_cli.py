@@ -390,10 +390,8 @@ def test_an_interrupted_import_is_no_missing_package(capsys):
     app.command()(interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert before is signal.default_int_handler
-    try:
-        assert run_app(app, [], "x") == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert run_app(app, [], "x") == 130
+    assert signal.getsignal(signal.SIGINT) is before
     assert capsys.readouterr().err == ""
 
 

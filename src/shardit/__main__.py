@@ -20,13 +20,22 @@ def main() -> int:
     except KeyboardInterrupt:  # who pressed it knows
         code = INTERRUPTED
     except Exception as error:
-        from shardit.errors import is_interrupt
-
-        if not is_interrupt(error):
-            raise
-        code = INTERRUPTED
+        code = _failed_import(error)
     end_process(code)
     return code
+
+
+def _failed_import(error: Exception) -> int:
+    """Return the exit code of an error within the imports of the command line: Ctrl-C, or a missing package."""
+    from shardit.errors import is_interrupt
+    from shardit.loading.missing import missing_package
+
+    if is_interrupt(error):
+        return INTERRUPTED
+    if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] == "shardit":
+        raise error
+    print(f"error: {missing_package(error)}", file=sys.stderr)
+    return 2
 
 
 def end_process(code: int) -> None:

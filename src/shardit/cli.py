@@ -23,6 +23,7 @@ from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError, is_interrupt
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
+from shardit.loading.missing import missing_package
 from shardit.settings.flag_class import Once, options_of
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
             return _failed(_usage(error), USERS)
         if isinstance(error, InputError):
             return _failed(str(error), USERS)
+        if isinstance(error, ImportError) and not str(error.name).startswith("shardit"):
+            return _failed(str(missing_package(error)), USERS)
         return _failed(_in_one_line(error), OURS, every_rank=True)
 
 

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading import shipped
 from shardit.diffusion.loading.model_options import ModelOptions, given_options, model_options, split_model
-from shardit.diffusion.output.from_file import check_fits, flags_of, read_record
+from shardit.diffusion.output.from_file import check_fits, check_model_is_here, flags_of, read_record
 from shardit.diffusion.output.target import SUFFIXES, check_path, numbered
 from shardit.diffusion.request.images import open_image, read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
@@ -111,6 +111,8 @@ class GenerateFlags(
         record = read_record(self.from_file)
         if record.get("input_image_sizes") and not self.image:
             raise InputError(f"{self.from_file} was made from input pictures, which it does not hold; add --image")
+        if not self.model:
+            check_model_is_here(self.from_file, record)
         standard = {item.name: item.default for item in dataclasses.fields(self)}
         flags, extra = flags_of(record, standard, self.extra_arguments())
         chosen = {name: value for name, value in flags.items() if getattr(self, name) == standard[name]}

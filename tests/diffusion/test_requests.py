@@ -512,6 +512,10 @@ def test_pictures_for_an_adapter_that_is_not_loaded():
     assert build({"prompt": "a", "ip_adapter_image_embeds": [1]}, takes=NOTED)
 
 
+def test_more_outputs_than_any_pipeline_makes():
+    refused("num_outputs_per_prompt is 10001 outputs, the limit is 10000", "a", num_outputs_per_prompt=10001)
+
+
 def test_names_that_no_attention_reads():
     refused("attention_kwargs takes no 'scal' .did you mean 'scale'", "a", attention_kwargs={"scal": 0.5})
     assert build("a", attention_kwargs={"scale": 0.5})

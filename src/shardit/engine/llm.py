@@ -36,6 +36,7 @@ from shardit.language.request.prompts import (
     tokens_of,
 )
 from shardit.language.request.sampling_params import SamplingParams
+from shardit.loading.missing import FRAMEWORKS, check_installed
 from shardit.params import RANDOM_SEED, SEED
 from shardit.settings.checks import number, whole
 
@@ -106,6 +107,7 @@ class LLM:
         config = config_of(parallel_config, parallel, "LLM", EngineArgs.names())
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
             raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
+        check_installed(FRAMEWORKS)
         source = decoder_source(model)
         check_decoder(source, config, max_model_len)
         stages = config.pipeline_parallel_size

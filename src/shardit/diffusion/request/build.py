@@ -142,7 +142,8 @@ def _build(
     _check_values(kwargs, takes)
     if problem := steps_problem(kwargs):
         raise InputError(problem)
-    if excess := limit_problem(kwargs, takes.defaults, ResultLimits()):
+    counted = {**kwargs, "num_outputs_per_prompt": params.num_outputs_per_prompt}
+    if excess := limit_problem(counted, takes.defaults, ResultLimits()):
         name, what = excess
         raise InputError(f"{'width x height' if name == 'size' else name} {what}")
     _rename_frames(kwargs, takes)

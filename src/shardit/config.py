@@ -144,15 +144,17 @@ class DiffusionParallelConfig:
 
 
 def config_of(
-    config: Any, fields_given: Mapping[str, Any], callee: str, others: Sequence[str] = ()
+    config: Any, fields_given: Mapping[str, Any], callee: str, others: Sequence[str] = (), *, listed: bool = True
 ) -> DiffusionParallelConfig:
     """The configuration that a call of `callee` asks for, given whole or by its fields as keywords.
 
-    `others` are the keywords that `callee` takes itself. Raises InputError where both are given, where `config` is
-    something else, or where a keyword is neither a field nor one of `others`.
+    `others` are the keywords that `callee` takes itself; unless `listed`, they include the fields to propose. Raises
+    InputError where both are given, where `config` is something else, or where a keyword is neither a field nor one of
+    `others`.
     """
     names = [item.name for item in fields(DiffusionParallelConfig)]
-    reject_unknown_names(callee, fields_given, list(dict.fromkeys([*others, *names])))
+    unknown = [name for name in fields_given if name not in names]
+    reject_unknown_names(callee, unknown, [*others, *names] if listed else others)
     if config is not None and not isinstance(config, DiffusionParallelConfig):
         raise InputError(f"{callee}: the parallel configuration must be a DiffusionParallelConfig, got {config!r:.80}")
     if config is not None and fields_given:

@@ -266,7 +266,7 @@ def test_prompts_and_messages_are_checked_whole(two: LLM, folder: Path) -> None:
     with pytest.raises(InputError, match="sampling_params must be one"):
         two.generate("a", 5)  # pyright: ignore[reportArgumentType]
     for message in ({"rol": "user", "content": "x"}, {"role": "user", "contents": "x"}):
-        with pytest.raises(InputError, match="a message is"):
+        with pytest.raises(InputError, match="did you mean"):
             two.chat([message])
     with pytest.raises(InputError, match="messages must be valid text"):
         two.chat([{"role": "user", "content": "caf\udce9"}])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from shardit.config import reject_unknown_names
+from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.language.request.rows import PromptGroup, Row
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import seed_or_drawn
-from shardit.settings.checks import TEXT, text_problem
+from shardit.settings.checks import TEXT
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """A text, {"prompt": text}, {"prompt_token_ids": ids}, or ids."""
@@ -24,9 +24,11 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return prompts as a list; a single prompt is also accepted."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
         raise InputError(f"prompts must be a text, a dict, ids or a list of them, got {prompts!r:.80}")
-    if prompts and all(isinstance(one, int) for one in prompts):
+    if not prompts:
+        raise InputError("the list of prompts is empty; give at least one prompt")
+    if all(isinstance(one, int) for one in prompts):
         return [prompts]  # pyright: ignore[reportReturnType]
     return list(prompts)  # pyright: ignore[reportReturnType]
 
@@ -43,11 +45,20 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
+def _check_keys(prompt: Mapping[str, Any]) -> None:
+    for name in prompt:
+        if name in _KEYS:
+            continue
+        if name in [item.name for item in fields(SamplingParams)]:
+            raise InputError(f"a prompt takes no {name!r}: it is a field of SamplingParams, the second argument")
+        raise InputError(f"a prompt takes no {name!r}{did_you_mean(str(name), _KEYS)}; it takes: {', '.join(_KEYS)}")
+
+
 def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | None, tuple[int, ...]]:
     """Return the text of a prompt (None for token ids) and its tokens. vocabulary: the number of tokens in the model's
     vocabulary. Raises InputError for an invalid prompt."""
     if isinstance(prompt, Mapping):
-        reject_unknown_names("a prompt", prompt, _KEYS)
+        _check_keys(prompt)
         if len(prompt) > 1:
             raise InputError("a prompt is given twice, as prompt and as prompt_token_ids; give one of them")
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
@@ -55,43 +66,12 @@ def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | No
         TEXT("prompt", text)
         return text, tuple(tokenizer(text)["input_ids"])
     ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
-    if not isinstance(ids, Sequence) or not ids or not all(isinstance(one, int) for one in ids):
+    listed = isinstance(ids, Sequence) and not isinstance(ids, (str, bytes, bytearray))
+    if not listed or not ids or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
         raise InputError(f'a prompt is a text, {{"prompt": text}} or {{"prompt_token_ids": ids}}, got {prompt!r:.80}')
     if not all(0 <= one < vocabulary for one in ids):
         raise InputError(f"prompt_token_ids must be from 0 to {vocabulary - 1}, got {min(ids)} to {max(ids)}")
     return None, tuple(ids)
-
-
-_CONTENTS = {"content", "tool_calls"}
-
-
-def chat_tokens(
-    tokenizer: Any,
-    messages: Sequence[Any],
-    template: str | None,
-    tools: Sequence[Any] | None,
-    add_generation_prompt: bool,
-) -> list[int]:
-    """Return the tokens of a conversation. add_generation_prompt: whether to append the start of an answer. Raises
-    InputError if the chat template refuses the messages, or there is none."""
-    if problem := text_problem((messages, template, tools)):
-        raise InputError(f"messages must be {problem}")
-    for one in messages:
-        if isinstance(one, Mapping) and not (isinstance(one.get("role"), str) and one.keys() & _CONTENTS):
-            raise InputError(f'a message is {{"role": ..., "content": ...}}, got {one!r:.80}')
-    if template is None and tokenizer.chat_template is None:
-        raise InputError("the tokenizer has no chat template: give chat_template, or a prompt to generate()")
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=add_generation_prompt,
-            chat_template=template,
-            tools=tools,
-            tokenize=True,
-            return_dict=False,
-        )
-    except Exception as error:  # templates raise any exception
-        raise InputError(f"the chat template refuses the messages: {error}") from error
 
 
 def check_tokens(params: SamplingParams, vocabulary: int) -> None:

@@ -286,15 +286,6 @@ def check_stages(pp_size: int, num_blocks: int) -> None:
         )
 
 
-def check_heads(tp_size: int, class_name: str, most: int) -> None:
-    """Raise UnsupportedError where a model has attention of `most` heads, which are fewer than there are ranks."""
-    if most < tp_size:
-        raise UnsupportedError(
-            f"tensor_parallel_size={tp_size} does not fit {class_name}: its attention has {most} heads "
-            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
-        )
-
-
 def get_pp_indices(num_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
     """First and past-the-last layer of one stage of an even partition.
 

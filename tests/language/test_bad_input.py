@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+import torch
 
+import shardit
 from shardit import LLM, DiffusionParallelConfig, EngineArgs, InputError, Omni, OmniDiffusionSamplingParams
 from shardit import SamplingParams as Params
+from shardit.language.loading.gguf_header import read_values
 from shardit.language.request.messages import chat_tokens
 from tests.language.folders import tokenizer, write
 
@@ -128,3 +134,75 @@ def test_an_interrupted_start_does_not_wait_for_the_tokenizer() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=50)
     assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 0)
     assert time.monotonic() - begin < 30
+
+
+WITHOUT_TORCH = """
+import json, sys
+from shardit import LLM, InputError
+
+for model, arguments, says in json.loads(sys.argv[1]):
+    try:
+        LLM(model, **arguments)
+    except InputError as error:
+        assert says in str(error), (says, str(error))
+    else:
+        raise AssertionError(says)
+assert "torch" not in sys.modules
+"""
+
+
+def written_gguf(path: Path) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("general.tags", ["one", "two"])
+    writer.add_block_count(6)
+    writer.add_context_length(64)
+    writer.add_head_count(9)
+    writer.add_head_count_kv(3)
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_sizes_are_refused_before_torch_is_imported(llm: LLM, tmp_path: Path) -> None:
+    folder, file, other = llm._ranks.spec.model, written_gguf(tmp_path / "a.gguf"), tmp_path / "b.gguf"
+    other.write_bytes(b"PK" * 40)
+    cases = [
+        (folder, {"cfg_parallel_size": 2}, "cfg_parallel_size=2: a language model runs over"),
+        (folder, {"pipeline_parallel_size": 9}, "pipeline_parallel_size=9 is more than the 4 blocks"),
+        (folder, {"tensor_parallel_size": 3}, "num_attention_heads=4 and num_key_value_heads=2; use 1, 2 or 4"),
+        (folder, {"pipeline_parallel_size": 2, "layer_partition": [1, 2]}, "layer_partition 1,2 adds up to 3"),
+        (folder, {"max_model_len": 10**9}, "max_model_len=1000000000 is more than the 256 tokens"),
+        (folder, {"device": "gpu"}, "device 'gpu' is not supported (use cpu or cuda)"),
+        (str(file), {"ulysses_degree": 2}, "ulysses_degree=2: a language model runs over"),
+        (str(file), {"pipeline_parallel_size": 7}, "pipeline_parallel_size=7 is more than the 6 blocks"),
+        (
+            str(file),
+            {"tensor_parallel_size": 5},
+            "num_key_value_heads=3; use 1, 2, 3, 4 or 9",
+        ),
+        (str(file), {"max_model_len": 65}, "max_model_len=65 is more than the 64 tokens"),
+        (str(other), {}, "is no GGUF file"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((folder, {"device": "cuda"}, "device 'cuda': this machine has no driver of a GPU"))
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_gguf_header(tmp_path: Path) -> None:
+    whole = written_gguf(tmp_path / "a.gguf").read_bytes()
+    read = read_values(tmp_path / "a.gguf")
+    assert read["llama.block_count"] == 6
+    assert read["general.tags"] == ["one", "two"]
+    assert not any(name.startswith("tokenizer.") for name in read)
+    for count in (0, 3, 9, 40, len(whole) // 2):
+        (cut := tmp_path / "b.gguf").write_bytes(whole[:count])
+        assert read_values(cut).items() <= read.items() or count > 40
+
+
+def test_load_names_the_devices() -> None:
+    for model in ("tiny/llama", "tiny/flux"):
+        refused(r"device 'gpu' is not supported \(use cpu or cuda\)", shardit.load, model, device="gpu")

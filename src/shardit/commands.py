@@ -67,6 +67,9 @@ def inspect(flags: InspectFlags) -> None:
     if source is None and configs is None:
         source = named_decoder(flags.what())
     if source is not None:
+        from shardit.language.preflight import check_decoder
+
+        check_decoder(source, config, None)
         from shardit.engine.inspect_language import inspect_decoder
 
         return _show(inspect_decoder(source, config, dtype), flags.json)

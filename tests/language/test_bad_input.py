@@ -18,6 +18,7 @@ import shardit
 from shardit import LLM, DiffusionParallelConfig, EngineArgs, InputError, Omni, OmniDiffusionSamplingParams
 from shardit import SamplingParams as Params
 from shardit.language.loading.gguf_header import read_values
+from shardit.language.loading.source import DecoderSource
 from shardit.language.request.messages import chat_tokens
 from tests.language.folders import tokenizer, write
 
@@ -139,6 +140,7 @@ def test_an_interrupted_start_does_not_wait_for_the_tokenizer() -> None:
 WITHOUT_TORCH = """
 import json, sys
 from shardit import LLM, InputError
+from shardit.cli import main
 
 for model, arguments, says in json.loads(sys.argv[1]):
     try:
@@ -147,6 +149,7 @@ for model, arguments, says in json.loads(sys.argv[1]):
         assert says in str(error), (says, str(error))
     else:
         raise AssertionError(says)
+assert main(["inspect", json.loads(sys.argv[1])[0][0], "--cfg-parallel-size", "2"]) == 2
 assert "torch" not in sys.modules
 """
 
@@ -203,6 +206,16 @@ def test_a_damaged_gguf_header(tmp_path: Path) -> None:
         assert read_values(cut).items() <= read.items() or count > 40
 
 
-def test_load_names_the_devices() -> None:
+def test_load_and_omni_name_the_devices() -> None:
+    refused(r"device 'gpu' is not supported \(use cpu or cuda\)", Omni, "tiny/flux", device="gpu")
     for model in ("tiny/llama", "tiny/flux"):
         refused(r"device 'gpu' is not supported \(use cpu or cuda\)", shardit.load, model, device="gpu")
+
+
+def test_a_tokenizer_that_cannot_be_read_ends_the_ranks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr("shardit.engine.llm.start_ranks", lambda *_: (llm._ranks, lambda: closed.append(True)))
+    monkeypatch.setattr(DecoderSource, "tokenizer", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        LLM(llm._ranks.spec.model)
+    assert closed

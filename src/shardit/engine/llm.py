@@ -124,11 +124,11 @@ class LLM:
         # The ranks start at the same time; those of torchrun are this process.
         reading = source.tokenizer() if started_by_torchrun(os.environ) else in_background(source.tokenizer)
         self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
-        self._tokenizer = reading.result() if isinstance(reading, Future) else reading
-        limit = self._info.max_model_len
         try:
+            self._tokenizer = reading.result() if isinstance(reading, Future) else reading
+            limit = self._info.max_model_len
             check_max_model_len(max_model_len, limit)
-        except InputError:
+        except BaseException:
             self.close()
             raise
         self._max_model_len = max_model_len or limit

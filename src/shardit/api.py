@@ -20,7 +20,7 @@ from shardit.diffusion.loading.attention_backends import use_attention_backend
 from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, split_model, take_options
 from shardit.diffusion.loading.pipeline import Prepared, load_pipeline, prepare
 from shardit.diffusion.loading.start_options import load_loras, use_vae_options
-from shardit.diffusion.roles import denoises
+from shardit.diffusion.roles import denoises, is_vae
 from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.component_sharding import ComponentSharding, check_earlier, refuse_overlap, sharding_of
 from shardit.diffusion.sharding.components import components_of, device_of, refuse_hooks
@@ -34,7 +34,7 @@ from shardit.diffusion.sharding.connect import (
 )
 from shardit.diffusion.sharding.decision import collective_decision, describe_blocks, describe_layout
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
-from shardit.errors import InputError
+from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.prepared import check_decoder_options
 from shardit.language.loading.source import named_decoder
 from shardit.language.parallel import is_decoder, is_split, load_decoder, parallelize_decoder
@@ -71,11 +71,9 @@ def parallelize(
     if is_decoder(target) and is_split(config):
         return parallelize_decoder(target, config, plan, timeout_s)
     modules = components_of(target)
-    if modules is None and config.vae_patch_parallel_size > 1:
-        raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
+    if modules is None:
+        _check_alone(target, config, plan)
     given = modules if modules is not None else {ALONE: target}
-    if modules is None and plan is not None and not isinstance(plan, Plan):
-        raise InputError("plan: a single transformer takes one Plan, not one for each component")
     earlier = {name: sharding for name, module in given.items() if (sharding := sharding_of(module)) is not None}
     fresh = {name: module for name, module in given.items() if name not in earlier}
     for name, module in fresh.items():
@@ -99,6 +97,18 @@ def parallelize(
     else:
         _whole(target, fresh, runtime, config, plan, compilers, check, earlier)
     return module_or_pipeline
+
+
+def _check_alone(model: Any, config: DiffusionParallelConfig, plan: Any) -> None:
+    """Raise an error for a model outside a pipeline that is no transformer, or is given what only pipelines have."""
+    if config.vae_patch_parallel_size > 1:
+        raise InputError("vae_patch_parallel_size: a transformer alone has no VAE; give the pipeline, or set it to 1")
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError("plan: a single transformer takes one Plan, not one for each component")
+    if is_vae(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no transformer, and its methods run whole: give the pipeline that has it"
+        )
 
 
 def _whole(

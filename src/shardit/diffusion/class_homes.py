@@ -11,3 +11,6 @@ VAE_PACKAGE = "diffusers.models.autoencoders"
 
 ENCODERS = "transformers."
 """Text and image encoders."""
+
+PLACING = ("torch.", "shardit.", "peft.", "accelerate.", "bitsandbytes.")
+"""Python modules of libraries that place tensors on the devices of parameters."""

@@ -43,15 +43,14 @@ def check_decoder(source: DecoderSource, config: DiffusionParallelConfig, max_mo
 
 
 def _of_config(source: DecoderSource) -> _Numbers:
-    own = read_config(source.folder)
+    own, name = read_config(source.folder), str(source.architecture)
+    if "text_config" in own:  # a model of several parts
+        return _Numbers(name)
     numbers = {name: value for name, value in own.items() if isinstance(value, int) and value > 0}
     plain = own.get("model_type") in _PLAIN
     layers = numbers.get("num_hidden_layers") if plain else None
     if source.remote is None:
         layers = _layers_of_files(source)
-    name = str(source.architecture or own.get("model_type"))
-    if "text_config" in own:
-        return _Numbers(name, layers=layers)
     positions = next((numbers[one] for one in POSITION_LIMITS if one in numbers), None)
     heads = numbers.get("num_attention_heads") if plain else None
     return _Numbers(name, positions, layers, heads, numbers.get("num_key_value_heads"))

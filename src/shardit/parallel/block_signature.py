@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,8 +40,10 @@ def fingerprint(block: nn.Module, ignored: Callable[[type], Container[str]] = la
 def _described(thing: Any, ignored: Callable[[type], Container[str]]) -> tuple[Any, ...]:
     cls, without = type(thing), ignored(type(thing))
     plain = {k: v for k, v in vars(thing).items() if k not in without and _is_plain(v)}
-    objects = {k: id(v) for k, v in vars(thing).items() if is_object(v)}
-    return cls.__module__, cls.__qualname__, sorted(plain.items(), key=itemgetter(0)), sorted(objects.items())
+    others = {k: id(v) for k, v in vars(thing).items() if k not in plain and (is_object(v) or _is_function(v))}
+    if _is_function(thing):
+        others[""] = id(thing)
+    return cls.__module__, cls.__qualname__, sorted(plain.items(), key=itemgetter(0)), sorted(others.items())
 
 
 def _put_on(module: nn.Module) -> Iterator[int]:
@@ -57,7 +61,13 @@ def _innermost(code: Any) -> Any:
     return code
 
 
+def _is_function(value: Any) -> bool:
+    return isinstance(value, (FunctionType, partial))
+
+
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
     if isinstance(value, (tuple, list)):
         return all(_is_plain(v) for v in value)
     return isinstance(value, (bool, int, float, str, type(None), torch.dtype))

@@ -47,6 +47,7 @@ class Agreement:
     depth: number of nested pipeline calls. marked: whether the first latents of the outermost one have been compared.
     differ: the global generators that are not the same on all ranks. drawing: names of models that drew random numbers
     on this rank only. failure: the first error of a model on this rank only.
+    _last: the last call of a model in the outermost pipeline's call, and its arguments.
     """
 
     ranks: Comm
@@ -55,6 +56,7 @@ class Agreement:
     differ: tuple[str, ...] = ()
     drawing: set[str] = field(default_factory=set)
     failure: Exception | None = None
+    _last: tuple[str, Callable[[], Mapping[str, Any]]] | None = None
 
     @contextmanager
     def call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -64,7 +66,7 @@ class Agreement:
             with self._deeper():
                 yield
             return
-        device, self.marked = self.ranks.group.device, False
+        device, self.marked, self._last = self.ranks.group.device, False, None
         self.drawing.clear()
         self.failure = None
         before = states(device, [])
@@ -90,7 +92,10 @@ class Agreement:
 
     def mark(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> None:
         """Compare the first call of a model inside a call of a pipeline: the noise has been drawn. Collective."""
-        if not self.depth or self.marked:
+        if not self.depth:
+            return
+        self._last = name, arguments
+        if self.marked:
             return
         self.marked = True
         when = "in its first step although the pipeline's arguments are the same"
@@ -133,11 +138,19 @@ class Agreement:
             )
         return tuple(kind for kind, other in zip(KINDS, differ[1:], strict=True) if other)
 
+    def _last_step(self) -> bytes:
+        """Return a checksum of what the last call of a model was given, in which all steps before have left a trace."""
+        last, self._last = self._last, None
+        if last is None:
+            return _UNUSED
+        return short_hash(*(f"{key}={value!r}".encode() for key, value in digests(last[1](), SUMMED).items()))
+
     def _check_end(self, name: str, before: States, after: States) -> None:
         """At the end of a call: check that no rank failed, that generators that were equal still are, and that the
         others were not used. Collective, one message."""
         drawn = moved(before, after)
         mine = [_FAILED if self.failure is not None else _DRAWING if self.drawing else _UNUSED]
+        mine += [self._last_step()]
         mine += [_bytes_of(kind, drawn, after, kind in self.differ) for kind in KINDS]
         gathered = [
             [one[i : i + 8] for i in range(0, len(one), 8)] for one in self.ranks.group.gather_bytes(b"".join(mine))
@@ -147,7 +160,13 @@ class Agreement:
             raise self.failure or next(error for error in found if error is not None)
         if any(one[0] != _UNUSED for one in gathered):
             raise UnsupportedError(f"{name} called a model that {DRAWS}")
-        for number, kind in enumerate(KINDS, start=1):
+        if len({one[1] for one in gathered}) > 1:
+            raise InputError(
+                f"ranks differ in the last step of {name}, though not in the first: a scheduler, a callback or other "
+                "code between the steps computes something else on each rank (from a generator of its own?): make it "
+                f"the same, and {SEEDS}"
+            )
+        for number, kind in enumerate(KINDS, start=2):
             values = {one[number] for one in gathered}
             if kind in self.differ and values != {_UNUSED}:
                 raise InputError(f"{name} drew from {KINDS[kind]}, which ranks have in different states: {SEEDS}")

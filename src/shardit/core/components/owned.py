@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -98,19 +99,26 @@ def run_on(
 
     Its writes to arguments, to tensors that every rank has and to attributes are repeated on every stage.
     """
-    arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    leaves = tree_leaves((args, kwargs))
+    arguments = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    arrays = [leaf for leaf in leaves if isinstance(leaf, numpy.ndarray)]
 
-    def run() -> tuple[Any, list[int], dict[str, torch.Tensor], Found]:
+    def run() -> tuple[Any, list[int], dict[int, numpy.ndarray], dict[str, torch.Tensor], Found]:
         before, tensors, values = [mark(t) for t in arguments], small.snapshot(), attributes.snapshot()
+        copies = [array.copy() for array in arrays]
         out = function(*args, **kwargs)
         written = [q for q, t in enumerate(arguments) if changed(t, before[q])]
-        return out, written, small.changes(tensors), attributes.changes(values)
+        filled = {q: a for q, a in enumerate(arrays) if a.tobytes() != copies[q].tobytes()}
+        return out, written, filled, small.changes(tensors), attributes.changes(values)
 
-    out, written, new_tensors, new_values = call_on(comm, stage, run, arguments, generators_in((args, kwargs)))
+    generators = generators_in((args, kwargs))
+    out, written, filled, new_tensors, new_values = call_on(comm, stage, run, arguments, generators)
     for q in written:
         LazyBroadcast.written(comm, stage, arguments[q])
     materialize((new_tensors, new_values))
     if comm.rank != stage:
+        for q, array in filled.items():
+            arrays[q][...] = array
         small.apply(new_tensors)
         attributes.apply(new_values)
     return out
@@ -206,7 +214,7 @@ def call_on(
         return load_with_tensors(blob, tensors)
     before = states(comm.group.device, given)
     try:
-        blob, tensors = dump_with_tensors(function())
+        blob, tensors = _dumped(function())
     except Exception as error:
         comm.group.broadcast_object((sendable(error), moved(before, states(comm.group.device, given))), stage)
         raise
@@ -223,6 +231,16 @@ def call_on(
         own.append(LazyBroadcast(comm, stage, _memory_of(tensor)).wrap(tensor))
     comm.group.broadcast_object(((blob, parts), moved(before, states(comm.group.device, given))), stage)
     return load_with_tensors(blob, own)
+
+
+def _dumped(result: Any) -> tuple[bytes, list[torch.Tensor]]:
+    try:
+        return dump_with_tensors(result)
+    except Exception as error:  # pickle raises several kinds
+        raise UnsupportedError(
+            f"a method of a component that one rank holds returns what cannot be sent to the others ({error}): return "
+            "tensors and plain values"
+        ) from error
 
 
 def _memory_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,12 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.S
 Parts = Callable[[], Iterable[tuple[str, nn.Module]]]
 """The parts of a component that code outside has reached, by name."""
 
+_MUTABLE = (list, dict, set)
+"""Containers that a call may change in place."""
+
+_MOST = 4096
+"""Items of those up to which changes are looked for: a vocabulary is not copied at each call."""
+
 Found = dict[tuple[str, str], Any]
 """Values of attributes, by the name of the part and that of the attribute."""
 
@@ -28,7 +34,7 @@ class Attributes:
     def snapshot(self) -> Found:
         """Return the present values, for `changes`."""
         return {
-            (path, name): value
+            (path, name): value.copy() if type(value) in _MUTABLE and len(value) <= _MOST else value
             for path, module in self._parts()
             for name, value in vars(module).items()
             if not name.startswith("_") and not isinstance(value, nn.Module)
@@ -47,8 +53,15 @@ class Attributes:
 
 
 def _same(before: Any, now: Any) -> bool:
-    return before is now or (type(before) is type(now) and isinstance(now, PLAIN) and before == now)
+    if before is now or type(before) is not type(now):
+        return before is now
+    if isinstance(now, (list, tuple)):
+        return len(before) == len(now) and all(map(_same, before, now))
+    if isinstance(now, dict):
+        return before.keys() == now.keys() and all(_same(value, now[key]) for key, value in before.items())
+    return isinstance(now, (*PLAIN, set)) and before == now
 
 
 def _sendable(value: Any) -> bool:
-    return all(isinstance(leaf, (*PLAIN, torch.Tensor)) for leaf in tree_leaves(value))
+    leaves = tree_leaves(list(value) if isinstance(value, set) else value)
+    return all(isinstance(leaf, (*PLAIN, torch.Tensor)) for leaf in leaves)

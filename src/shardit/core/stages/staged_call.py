@@ -215,6 +215,10 @@ def _check(expected: Leaf, got: Any, what: str) -> None:
     if isinstance(got, torch.Tensor):
         same = expected.kind != "value" and (got.dtype, tuple(got.shape)) == (expected.dtype, expected.size)
         if not same or (expected.kind == "tensor" and what != "the result" and tuple(got.stride()) != expected.stride):
-            raise RuntimeError(f"{what} gives {tuple(got.shape)} {got.dtype}, not {expected.size} {expected.dtype}")
+            found, known = (got.dtype, tuple(got.shape), got.stride()), (expected.dtype, expected.size, expected.stride)
+            raise RuntimeError(
+                f"{what} gives {found}, not {known} (dtype, shape, strides) as before: it follows values, which other "
+                "ranks do not have: use pipeline_parallel_size=1 and cfg_parallel_size=1"
+            )
     elif expected.kind != "value" or got != expected.value:
         raise RuntimeError(f"{what} gives {got!r}, which was {expected.value!r} in the first call of this signature")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from torch import nn
 
 from shardit.core.comm.barrier import sendable
 from shardit.core.comm.p2p import Comm
-from shardit.core.runtime.digests import named
+from shardit.core.runtime.digests import named, short_hash
 from shardit.diffusion.sharding.components import components_of
 from shardit.errors import UnsupportedError
 
@@ -36,6 +37,26 @@ def collective_fuse(own_method: Callable[..., Any], ranks: Comm, models: Callabl
 
     return fuse_lora
 
+
+class AdapterScales:
+    """The scales and the active adapters of the adapter layers of a model, as one hash."""
+
+    def __init__(self, model: nn.Module):
+        layers = [vars(layer) for layer in model.modules() if hasattr(layer, "base_layer")]
+        self._names = [[name for name in _SCALES if name in own] for own in layers]
+        self._layers, self._before, self._hash = layers, None, b""
+
+    def hash(self) -> bytes:
+        """Return the hash of the present values; empty without adapters."""
+        pairs = zip(self._layers, self._names, strict=True)
+        now = [copy.copy(own[name]) for own, names in pairs for name in names]
+        if now != self._before:
+            self._before, self._hash = now, short_hash(repr(now).encode())
+        return self._hash if self._layers else b""
+
+
+_SCALES = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+"""The attributes of peft's layers that decide with which weight adapters count."""
 
 PADDING = {
     "load_lora_adapter": ("enable_lora_hotswap", "_prepare_lora_hotswap_kwargs"),

@@ -20,9 +20,10 @@ from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import dropout_in_training
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.class_homes import MODELS
-from shardit.diffusion.sharding.adapters import collective_fuse, unpadded_members
+from shardit.diffusion.sharding.adapters import AdapterScales, collective_fuse, unpadded_members
 from shardit.diffusion.sharding.changes import apply_changes, cut_blocks, unwrap_parts
 from shardit.errors import InputError, UnsupportedError
+from shardit.parallel.tensor.check.slice_shapes import SliceShape, first_whole, slice_shapes
 
 if TYPE_CHECKING:
     from shardit.parallel.tensor.plan import TensorPlan
@@ -61,6 +62,8 @@ class ComponentSharding:
     slices: TensorPlan | None = None
     _fingerprint: Fingerprint = field(init=False, repr=False)
     _methods: dict[str, Any] = field(init=False, repr=False)
+    _adapters: AdapterScales | None = field(init=False, repr=False)
+    _slices: list[SliceShape] = field(init=False, repr=False)
     _history: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class ComponentSharding:
         """Record the component's present state, so that later changes are relative to it."""
         self._fingerprint = Fingerprint(self.module, self._configured_modules())
         self._methods = _own_methods(self.module)
+        self._adapters = AdapterScales(self.module) if self.denoises else None
+        self._slices = slice_shapes(self.module, self.slices) if self.slices is not None else []
 
     def _configured_modules(self) -> list[str]:
         """Return the names of modules whose settings are compared: neither those of torch, which act elementwise or are
@@ -105,6 +110,8 @@ class ComponentSharding:
         hooks of users on modules, and a hash of all changes so far."""
         self.check()
         found: dict[str, Any] = {f"changes of {self.title}": self._history} if self._history else {}
+        if self._adapters is not None and (scales := self._adapters.hash()):
+            found[f"adapters of {self.title}"] = scales
         hooked = self._fingerprint.hooked()
         return {**found, f"hooks of {self.title}": hooked} if hooked else found
 
@@ -117,6 +124,11 @@ class ComponentSharding:
 
     def check(self) -> None:
         """Apply all changes since it was sharded, or raise UnsupportedError, on every rank alike."""
+        if (whole := first_whole(self._slices)) is not None:
+            raise UnsupportedError(
+                f"{self.title}.{whole.name} was replaced by a tensor of shape {list(whole.now)} after parallelize, but "
+                f"each tensor rank has a slice ({list(whole.shape)}): use load_state_dict, or replace it before"
+            )
         changes = self._fingerprint.changes() if self._fingerprint.changed() else []
         if changes:
             self._finish_calls()

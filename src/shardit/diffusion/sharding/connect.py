@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.p2p import Comm
 from shardit.core.components.layerwise import cut_layerwise
 from shardit.core.components.owned import make_owned
+from shardit.core.modules.absent import mark_absent
 from shardit.core.modules.blocks import find_blocks
 from shardit.core.modules.patching import plain_class, subclass_in_place
 from shardit.core.placement.assignment import Assignment, Cut
@@ -20,6 +22,7 @@ from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
+from shardit.diffusion.class_homes import PLACING
 from shardit.diffusion.family import FAMILY, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
@@ -78,6 +81,7 @@ def connect(
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
         guard(part, name, runtime.mesh)
+        mark_absent(part, torch.device(runtime.mesh.device), PLACING)
         ComponentSharding(name, part, config, runtime, False, None, assignment, cuts.get(name))
         if name in assignment.owned and runtime.mesh.rank == 0 and (why := left_whole(part)):
             log.warning("%s is whole on one rank: %s", name, why)
@@ -126,6 +130,7 @@ def shard_model(
         if type(part) is not plain_class(part):
             FAMILY.register(plain_class(part), type(part))
     guard(model, name or type(model).__name__, mesh)
+    mark_absent(model, torch.device(mesh.device), PLACING)
     sharding = ComponentSharding(name, model, config, runtime, True, cut.plan, assignment, slices)
     entry_of(model).guard(runtime, sharding.begin, sharding.end)
 
@@ -184,7 +189,18 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
                 "the pipelines that share components before parallelize"
             )
         alike.update(sharding.begin())
-    return alike
+    return {**alike, **_configurations(pipe)}
+
+
+def _configurations(pipe: Any) -> dict[str, Any]:
+    """Return the configurations of the components of a pipeline, its scheduler too, by names for messages."""
+    found = getattr(pipe, "components", None)
+    parts = found if isinstance(found, dict) else vars(pipe)
+    return {
+        f"configuration of {name}": {"class": type(part).__qualname__, **config}
+        for name, part in parts.items()
+        if isinstance(config := getattr(part, "config", None), Mapping)
+    }
 
 
 def end_parts(pipe: Any) -> None:

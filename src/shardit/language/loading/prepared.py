@@ -33,12 +33,17 @@ def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOp
 
 
 def class_of(source: DecoderSource) -> type:
-    """Return the causal language model class of a source. Raises InputError if it has none."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+    """Return the class of a source: a causal language model, or a model of text and images.
 
-    named = source.architecture
-    name = named if named in NAMES.values() else NAMES.get(str(source.model_type))
+    Raises InputError if it has none.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    named, kind = source.architecture, str(source.model_type)
+    causal, images = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    known = named in (*causal.values(), *images.values())
+    name = named if known else causal.get(kind, images.get(kind))
     if not isinstance(name, str):
         raise InputError(
             f"{source.folder} holds {named or 'no model'}: shardit runs causal language models of transformers"

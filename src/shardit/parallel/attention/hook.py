@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import BuiltinFunctionType
 from typing import Any, Protocol
 
 import torch
@@ -81,9 +82,15 @@ def _sdpa(
         raise UnsupportedError(
             f"attention over tensors of {query.ndim} dimensions (batch, heads, tokens, width needed)"
         )
-    not_ring = "causal attention" if is_causal else "dropout" if dropout_p else None
+    not_ring = "causal attention" if is_causal else "dropout" if dropout_p else _replaced()
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     return _hand_over(handler, Call(q, k, v, attn_mask, inner, scale, not_ring)).transpose(1, 2)
+
+
+def _replaced() -> str | None:
+    if isinstance(_plain_sdpa, BuiltinFunctionType):
+        return None
+    return f"{getattr(_plain_sdpa, '__qualname__', 'a function')} in place of F.scaled_dot_product_attention"
 
 
 def _hand_over(handler: Handler, call: Call) -> torch.Tensor:

@@ -20,7 +20,7 @@ from shardit.core.placement.slices import Shards
 from shardit.core.runtime.digests import named
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor.forward import unless_whole
-from shardit.parallel.tensor.loads import take_slices
+from shardit.parallel.tensor.loads import take_slices, takes_slices
 from shardit.parallel.tensor.modules import FINISH, unfinished
 from shardit.parallel.tensor.plan import PLAIN, TensorPlan
 
@@ -85,6 +85,8 @@ def _cut_part(linear: nn.Linear, name: str, cut: Shards, rank: int) -> None:
     if whole.shape[cut.dim] == cut.total:
         with torch.no_grad():
             setattr(linear, name, nn.Parameter(cut.of(rank).take(whole), whole.requires_grad))
+    elif not takes_slices(linear):
+        raise UnsupportedError(f"an adapter was made on slices, with other weights on each rank: load it, {ONE_RANK}")
     take_slices(linear, {name: cut}, rank)
     if name == "weight":
         linear.out_features, linear.in_features = linear.weight.shape

@@ -87,9 +87,9 @@ def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, 
     query, keys = (part_of(module, part) for part in (names.query[0], names.key_value[0]))
     size = number_of(module, rules.HEAD_SIZES)
     count = number_of(module, rules.HEAD_COUNTS)
-    if size is None and count is not None and query.out_features % count == 0:
+    if size is None and count and query.out_features % count == 0:
         size = query.out_features // count
-    if size is None or query.out_features % size or keys.out_features % size:
+    if not size or query.out_features % size or keys.out_features % size:
         return "its number of heads is not known"
     behind = [part_of(module, part).in_features for part in present(module, names.out) if names.gated]
     gates = 2 if 2 * max(behind, default=0) == query.out_features else 1
@@ -104,9 +104,9 @@ def read_fused_heads(module: nn.Module, names: rules.FusedAttention, family: rul
     """Read the heads of attention with one linear for queries, keys and values; None if its sizes do not fit."""
     into, out = part_of(module, names.into).out_features, part_of(module, names.out).in_features
     count, size = number_of(module, rules.HEAD_COUNTS), number_of(module, (*rules.HEAD_SIZES, "head_size"))
-    if count is not None and out % count == 0:
+    if count and out % count == 0:
         size = out // count
-    if size is None or out % size or (into - out) % (2 * size) or into <= out:
+    if not size or out % size or (into - out) % (2 * size) or into <= out:
         return None
     heads = Heads(out // size, (into - out) // (2 * size), size, family.replicates_keys)
     fits = heads.queries % heads.keys == 0 and (not names.by_head or heads.queries == heads.keys)

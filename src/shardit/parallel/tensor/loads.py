@@ -43,8 +43,17 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 def take_slices(module: nn.Module, cuts: Mapping[str, Shards], rank: int) -> None:
     """Make loads into a module take slices of whole values, in place. Does nothing the second time."""
     hook = TakeSlices(dict(cuts), rank)
-    if not any(getattr(known, "hook", None) == hook for known in module._load_state_dict_pre_hooks.values()):
+    if not any(known == hook for known in _hooks(module)):
         module.register_load_state_dict_pre_hook(hook)
+
+
+def takes_slices(module: nn.Module) -> bool:
+    """Return whether a module was made whole and then cut."""
+    return any(isinstance(known, TakeSlices) for known in _hooks(module))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [getattr(known, "hook", None) for known in module._load_state_dict_pre_hooks.values()]
 
 
 def take_slices_of(model: nn.Module, plan: TensorPlan, rank: int) -> None:

@@ -195,6 +195,12 @@ def test_sizes_are_refused_before_torch_is_imported(llm: LLM, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+def test_a_damaged_config(tmp_path: Path) -> None:
+    for text, says in (("{", "is damaged: download"), ("[]", "is damaged, it is no dict")):
+        (tmp_path / "config.json").write_text(text)
+        refused(says, LLM, tmp_path)
+
+
 def test_a_damaged_gguf_header(tmp_path: Path) -> None:
     whole = written_gguf(tmp_path / "a.gguf").read_bytes()
     read = read_values(tmp_path / "a.gguf")

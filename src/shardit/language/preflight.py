@@ -43,7 +43,8 @@ def check_decoder(source: DecoderSource, config: DiffusionParallelConfig, max_mo
 
 
 def _of_config(source: DecoderSource) -> _Numbers:
-    own, name = read_config(source.folder), str(source.architecture)
+    own = read_config(source.folder)
+    name = str(source.architecture or own.get("model_type"))
     if "text_config" in own:  # a model of several parts
         return _Numbers(name)
     numbers = {name: value for name, value in own.items() if isinstance(value, int) and value > 0}

@@ -73,9 +73,12 @@ class DecoderSource:
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json. Raises InputError where it is damaged."""
     try:
-        return json.loads((folder / CONFIG).read_text("utf-8"))
+        found = json.loads((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} is damaged: download or copy it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{folder / CONFIG} is damaged, it is no dict: download or copy it again")
+    return found
 
 
 def local_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:

@@ -87,7 +87,7 @@ def parsed_once() -> Iterator[None]:
             gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
 
 
-_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_SCALARS: dict[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _TEXT, _ARRAY = 8, 9
 """Types of values, by their numbers in the format."""
 

@@ -66,12 +66,13 @@ def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | No
         TEXT("prompt", text)
         return text, tuple(tokenizer(text)["input_ids"])
     ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
-    listed = isinstance(ids, Sequence) and not isinstance(ids, (str, bytes, bytearray))
-    if not listed or not ids or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+    wrong = isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Sequence) or not ids
+    if wrong or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
         raise InputError(f'a prompt is a text, {{"prompt": text}} or {{"prompt_token_ids": ids}}, got {prompt!r:.80}')
-    if not all(0 <= one < vocabulary for one in ids):
-        raise InputError(f"prompt_token_ids must be from 0 to {vocabulary - 1}, got {min(ids)} to {max(ids)}")
-    return None, tuple(ids)
+    tokens: tuple[int, ...] = tuple(ids)
+    if not all(0 <= one < vocabulary for one in tokens):
+        raise InputError(f"prompt_token_ids must be from 0 to {vocabulary - 1}, got {min(tokens)} to {max(tokens)}")
+    return None, tokens
 
 
 def check_tokens(params: SamplingParams, vocabulary: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import os
@@ -123,7 +124,8 @@ def _take_any_bytes() -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+            with contextlib.suppress(io.UnsupportedOperation):  # somebody has already read from it
+                stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _usage(error: Any) -> str:

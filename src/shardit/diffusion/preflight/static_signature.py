@@ -8,7 +8,14 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardit.diffusion.loading.diffusers_source import definition, has_method, lineage, method, parameters
+from shardit.diffusion.loading.diffusers_source import (
+    definition,
+    has_method,
+    lineage,
+    method,
+    parameters,
+    refused_above,
+)
 from shardit.diffusion.loading.variants import image_pipeline_name
 from shardit.diffusion.preflight.static_sizes import configs_in, static_sizes, with_defaults
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_from
@@ -60,7 +67,7 @@ def _sized(found: PipelineSignature | None, configs: Mapping[str, Mapping[str, A
     if found is None:
         return None
     lacks = has_method(found.class_name, "load_ip_adapter") and not any(map(has_adapter, configs.values()))
-    return dataclasses.replace(found, **sizes, lacks_adapter=lacks)
+    return dataclasses.replace(found, **sizes, most=refused_above(found.class_name), lacks_adapter=lacks)
 
 
 def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:

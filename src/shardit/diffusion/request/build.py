@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import did_you_mean
+from shardit.diffusion.loading.diffusers_source import module_of
 from shardit.diffusion.loading.required_packages import check_packages
 from shardit.diffusion.request.argument_values import check_attention, checked_value
 from shardit.diffusion.request.images import open_image
@@ -40,6 +41,7 @@ _RESERVED = {
     "callback_on_step_end_tensor_inputs": "functions cannot be sent to the ranks; use shardit.parallelize",
 }
 
+_RARE_FORMS = ("mesh", "text", "seq")
 _ADAPTER = "load one into a pipeline of diffusers (load_ip_adapter) and give that to shardit.parallelize"
 
 
@@ -177,11 +179,15 @@ def _build(
 
 def _check_values(kwargs: Mapping[str, Any], takes: PipelineSignature) -> None:
     for name, value in kwargs.items():
-        if problem := takes.size_problem(name, value) or takes.tensor_problem(name, value):
+        checks = takes.size_problem, takes.tensor_problem, takes.limit_problem
+        if problem := next(filter(None, (check(name, value) for check in checks)), None):
             raise InputError(problem)
         if name not in takes.pictures and (problem := text_problem(value)):  # paths may have any bytes
             raise InputError(f"{name} must be {problem}, got {value!r:.200}")
         check_attention(name, value)
+    form, source = kwargs.get("output_type"), module_of(takes.class_name)
+    if form in _RARE_FORMS and source and f'"{form}"' not in source:
+        raise InputError(f"{takes.class_name} makes no output_type {form!r}; leave it out")
 
 
 def _defaults(kwargs: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:

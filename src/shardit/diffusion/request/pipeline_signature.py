@@ -64,6 +64,8 @@ class PipelineSignature:
     """Required multiples of height and width, if the pipeline refuses others (`size_multiples`)."""
     least: Mapping[str, int] = field(default_factory=dict)
     """The least height and width that leave latents (`least_sides`)."""
+    most: Mapping[str, int] = field(default_factory=dict)
+    """The largest values of arguments above which the pipeline raises (`refused_above`)."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
     outputs: tuple[str, ...] = ()
@@ -132,6 +134,13 @@ class PipelineSignature:
             return None
         below, above = value // step * step, (value // step + 1) * step
         return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
+
+    def limit_problem(self, name: str, value: Any) -> str | None:
+        """Return the error in a number that the pipeline refuses as too large; None if it is valid."""
+        most = self.most.get(name)
+        if most is None or not isinstance(value, int) or value <= most:
+            return None
+        return f"{name} must be at most {most}, got {value}"
 
     def needs_adapter(self, name: str) -> bool:
         """Return whether an argument is of an IP-Adapter that is not loaded."""

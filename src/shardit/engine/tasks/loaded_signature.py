@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.loading.diffusers_source import refused_above
 from shardit.diffusion.loading.model_options import recorded
 from shardit.diffusion.loading.required_packages import missing
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
@@ -26,8 +27,15 @@ def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: 
     configs = (getattr(part, "config", None) for part in pipe.components.values())
     adapted = any(has_adapter(config) for config in configs if isinstance(config, Mapping))
     lacks = hasattr(pipe, "load_ip_adapter") and not adapted
-    made_by = _made_by(spec)
-    return dataclasses.replace(found, **sizes, made_by=made_by, missing=missing(type(pipe)), lacks_adapter=lacks)
+    own = type(pipe).__module__.partition(".")[0] == "diffusers"
+    return dataclasses.replace(
+        found,
+        **sizes,
+        most=refused_above(found.class_name) if own else {},
+        made_by=_made_by(spec),
+        missing=missing(type(pipe)),
+        lacks_adapter=lacks,
+    )
 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:

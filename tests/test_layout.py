@@ -164,16 +164,16 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1260,
-    "core": 5580,
-    "diffusion": 3640,
-    "engine": 2540,
-    "language": 1040,
+    ".": 1290,
+    "core": 5590,
+    "diffusion": 3720,
+    "engine": 2570,
+    "language": 1200,
     "loading": 1340,
     "models": 850,
-    "parallel": 3640,
-    "server": 4130,
-    "settings": 180,
+    "parallel": 3620,
+    "server": 4160,
+    "settings": 210,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -71,7 +71,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    try:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    except ModuleNotFoundError as error:
+        from shardit.loading.missing import missing_package
+
+        if (error.name or "").partition(".")[0] == __name__:
+            raise
+        raise missing_package(error) from error
 
 
 def __dir__() -> list[str]:

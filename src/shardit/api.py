@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from shardit.config import DiffusionParallelConfig, config_of, idle_chunks
+from shardit.config import DiffusionParallelConfig, config_of, device_kind, idle_chunks
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.modules.hints import Plan
 from shardit.core.placement.assignment import Cut, assign_blocks
@@ -198,6 +198,8 @@ def load(
     options = take_options(settings)
     own = ("model", "config", "dtype", "device", "plan", "pipeline_class", "timeout_s", "model_config", *OPTION_NAMES)
     config = config_of(config, settings, "load", own)
+    if device is not None:
+        device_kind(str(device))
     if not model:
         raise InputError("no model given: name a folder, a hub id or tiny/NAME")
     source = named_decoder(model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import os
 import sys
 import time
@@ -16,11 +18,13 @@ from typer import Option
 
 from shardit import commands, language_commands
 from shardit.diffusion.output.from_file import differences, other_pictures, other_revision, read_record
-from shardit.diffusion.output.output import SUFFIXES, check_path, savable
+from shardit.diffusion.output.output import savable
+from shardit.diffusion.output.target import SUFFIXES, check_path
 from shardit.engine.nodes.node_facts import versions
 from shardit.engine.process.process import is_first_rank
-from shardit.errors import InputError
+from shardit.errors import InputError, is_interrupt
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
+from shardit.loading.missing import missing_package
 from shardit.settings.flag_class import Once, options_of
 
 if TYPE_CHECKING:
@@ -90,6 +94,7 @@ def _note(lines: Sequence[str]) -> None:
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
     """Run a typer application; every way it can end becomes an exit code and at most one line on stderr."""
+    _take_any_bytes()
     try:
         # Not standalone: typer would print usage errors in boxes and end the process by itself.
         code = typer.main.get_command(app).main(
@@ -99,6 +104,8 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED  # who pressed Ctrl-C knows
     except Exception as error:
+        if is_interrupt(error):
+            return INTERRUPTED
         if os.environ.get("SHARDIT_DEBUG") == "1":
             traceback.print_exc()
         # Usage errors: typer has its own copy of click's classes, or click's, depending on its version.
@@ -106,7 +113,19 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
             return _failed(_usage(error), USERS)
         if isinstance(error, InputError):
             return _failed(str(error), USERS)
+        if isinstance(error, ImportError) and not str(error.name).startswith("shardit"):
+            return _failed(str(missing_package(error)), USERS)
         return _failed(_in_one_line(error), OURS, every_rank=True)
+
+
+def _take_any_bytes() -> None:
+    """Let standard input and output pass bytes that are no valid text: a check says what is wrong with them, and names
+    of files may have any."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            with contextlib.suppress(io.UnsupportedOperation):  # somebody has already read from it
+                stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _usage(error: Any) -> str:

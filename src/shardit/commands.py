@@ -13,6 +13,7 @@ from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
 from shardit.flags import InspectFlags
 from shardit.loading.dtypes import setting
+from shardit.loading.missing import FRAMEWORKS, SERVER, check_installed
 from shardit.logs import FORMAT_VARIABLE
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def serve(flags: ServeFlags) -> int:
     from shardit.engine.process.process import started_by_torchrun
     from shardit.server.unservable import unservable
 
+    check_installed(SERVER)
     options = flags.options()
     os.environ[FORMAT_VARIABLE] = flags.log_format.value  # all processes of the server inherit it
     local = options.executor == "local"
@@ -53,6 +55,7 @@ def serve(flags: ServeFlags) -> int:
 def inspect(flags: InspectFlags) -> None:
     """Show what each rank would hold; reads no weights."""
     config, dtype = flags.parallel_config(), setting(flags.dtype, "--dtype")
+    check_installed(("diffusers", *FRAMEWORKS))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of every optional package that it misses
     from shardit.diffusion.loading.model_options import model_options
     from shardit.diffusion.loading.shipped import configurations
@@ -64,6 +67,9 @@ def inspect(flags: InspectFlags) -> None:
     if source is None and configs is None:
         source = named_decoder(flags.what())
     if source is not None:
+        from shardit.language.preflight import check_decoder
+
+        check_decoder(source, config, None)
         from shardit.engine.inspect_language import inspect_decoder
 
         return _show(inspect_decoder(source, config, dtype), flags.json)
@@ -123,6 +129,7 @@ def tiny(
     """Write a tiny checkpoint, a complete diffusers folder to try things on."""
     from shardit.models import tiny as checkpoints
 
+    check_installed(("diffusers", *FRAMEWORKS))
     written = checkpoints.write(name, folder)
     if is_first_rank(os.environ):
         print(written or folder)

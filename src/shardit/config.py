@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -143,15 +144,17 @@ class DiffusionParallelConfig:
 
 
 def config_of(
-    config: Any, fields_given: Mapping[str, Any], callee: str, others: Sequence[str] = ()
+    config: Any, fields_given: Mapping[str, Any], callee: str, others: Sequence[str] = (), *, listed: bool = True
 ) -> DiffusionParallelConfig:
     """The configuration that a call of `callee` asks for, given whole or by its fields as keywords.
 
-    `others` are the keywords that `callee` takes itself. Raises InputError where both are given, where `config` is
-    something else, or where a keyword is neither a field nor one of `others`.
+    `others` are the keywords that `callee` takes itself; unless `listed`, they include the fields to propose. Raises
+    InputError where both are given, where `config` is something else, or where a keyword is neither a field nor one of
+    `others`.
     """
     names = [item.name for item in fields(DiffusionParallelConfig)]
-    reject_unknown_names(callee, fields_given, [*others, *names])
+    unknown = [name for name in fields_given if name not in names]
+    reject_unknown_names(callee, unknown, [*others, *names] if listed else others)
     if config is not None and not isinstance(config, DiffusionParallelConfig):
         raise InputError(f"{callee}: the parallel configuration must be a DiffusionParallelConfig, got {config!r:.80}")
     if config is not None and fields_given:
@@ -160,6 +163,21 @@ def config_of(
             "set it there, or leave the configuration out"
         )
     return config if config is not None else DiffusionParallelConfig(**fields_given)
+
+
+DEVICES = ("cpu", "cuda")
+"""Types of devices that ranks run on; ROCm devices are of type cuda."""
+
+
+def device_kind(device: str) -> str:
+    """The type of a device by its name, such as "cuda:1". Raises UnsupportedError where ranks do not run on it."""
+    kind, _, number = device.partition(":")
+    if kind not in DEVICES and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(","):
+        allow = f"; to try it, set SHARDIT_ALLOW_DEVICE={kind}" if kind.isidentifier() else ""
+        raise UnsupportedError(f"device {kind!r} is not supported (use cpu or cuda){allow}")
+    if ":" in device and not number.isdecimal():
+        raise InputError(f"device {device!r} must be a type and a number, such as cuda:0")
+    return kind
 
 
 def parse_layer_partition(text: str, source: str) -> tuple[int, ...]:
@@ -268,15 +286,6 @@ def check_stages(pp_size: int, num_blocks: int) -> None:
         )
 
 
-def check_heads(tp_size: int, class_name: str, most: int) -> None:
-    """Raise UnsupportedError where a model has attention of `most` heads, which are fewer than there are ranks."""
-    if most < tp_size:
-        raise UnsupportedError(
-            f"tensor_parallel_size={tp_size} does not fit {class_name}: its attention has {most} heads "
-            f"to deal out; use 1{f' to {most}' if most > 1 else ''}"
-        )
-
-
 def get_pp_indices(num_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
     """First and past-the-last layer of one stage of an even partition.
 
@@ -304,5 +313,5 @@ def reject_unknown_names(what: str, given: Iterable[str], known: Sequence[str]) 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The text " (did you mean 'x'?)" for the nearest known name, or nothing."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -33,6 +33,21 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[:count]) or type(error).__name__
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether an exception comes of Ctrl-C: imports of libraries, and Python until 3.11 in `__set_name__`, turn
+    a KeyboardInterrupt into another error with that as its cause."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, KeyboardInterrupt):
+            return True
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            todo += [one.__cause__, one.__context__]
+    return False
+
+
 def first_filled_line(text: str) -> str:
     """The first line of a text with more than blanks in it; "" where there is none."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -14,8 +14,8 @@ from PIL.Image import Image
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading import shipped
 from shardit.diffusion.loading.model_options import ModelOptions, given_options, model_options, split_model
-from shardit.diffusion.output.from_file import check_fits, flags_of, read_record
-from shardit.diffusion.output.output import check_path
+from shardit.diffusion.output.from_file import check_fits, check_model_is_here, flags_of, read_record
+from shardit.diffusion.output.target import SUFFIXES, check_path, numbered
 from shardit.diffusion.request.images import open_image, read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.messages import SessionSpec
@@ -23,9 +23,10 @@ from shardit.errors import InputError
 from shardit.language.loading.source import refuse_decoder
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import OmniDiffusionSamplingParams, field_names
-from shardit.settings.checks import whole
+from shardit.settings.checks import text_problem, whole
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, parse_values, values_of
+from shardit.settings.paths import check_name
 
 MODEL = "Hub id, diffusers folder or tiny/NAME."
 LaunchFlags = flag_class(SessionSpec, only=("dtype", "attention_backend"))
@@ -110,6 +111,8 @@ class GenerateFlags(
         record = read_record(self.from_file)
         if record.get("input_image_sizes") and not self.image:
             raise InputError(f"{self.from_file} was made from input pictures, which it does not hold; add --image")
+        if not self.model:
+            check_model_is_here(self.from_file, record)
         standard = {item.name: item.default for item in dataclasses.fields(self)}
         flags, extra = flags_of(record, standard, self.extra_arguments())
         chosen = {name: value for name, value in flags.items() if getattr(self, name) == standard[name]}
@@ -125,6 +128,7 @@ class GenerateFlags(
         from shardit.diffusion.request.build import build_requests
 
         check_flags(self, SessionSpec)
+        check_texts(self, "prompt", "negative_prompt")
         if self.config is None:
             refuse_decoder(self.model)
         if writes:
@@ -136,8 +140,12 @@ class GenerateFlags(
             for picture in self.pictures:
                 open_image(picture)
             return
-        if writes and self.output is not None:
-            check_path(self.output, takes.kinds_as(params.output_type), transparent=takes.image_mode == "RGBA")
+        if writes:
+            kinds = takes.kinds_as(params.output_type)
+            path, size = self.output or f"output{SUFFIXES[kinds[0]][0]}", (params.width, params.height)
+            check_path(path, kinds, transparent=takes.image_mode == "RGBA", size=size)
+            for file in numbered(Path(path), params.num_outputs_per_prompt)[-1:]:
+                check_name("output", file)
         self.check_file(with_image if self.image and with_image else takes)
         build_requests(prompts, params, takes=takes, takes_with_image=with_image)
 
@@ -198,6 +206,13 @@ class GenerateFlags(
         return {name: value for name, value in found.items() if name != "negative_prompt"}
 
 
+def check_texts(flags: Any, *names: str) -> None:
+    """Raise InputError where one of these flags, as far as there are such, is no valid text."""
+    for name in names:
+        if problem := text_problem(getattr(flags, name, None)):
+            raise InputError(f"--{name.replace('_', '-')} must be {problem}; a terminal or file of another encoding?")
+
+
 AXES = ("pipeline_parallel_size", "tensor_parallel_size", "layer_partition")
 """The settings of the parallel configuration that one text at a time has a use for."""
 
@@ -223,6 +238,7 @@ class LanguageFlags(
 
     def check(self) -> None:
         """Find mistakes that need no model. Raises InputError, which names the flag."""
+        check_texts(self, "stop", "prompt", "system")
         check_flags(self, SamplingParams)
         if not self.model:
             raise InputError(f"name a model: {DECODER[0].lower()}{DECODER[1:-1]}")
@@ -257,3 +273,9 @@ class CompleteFlags(LanguageFlags):
 
     prompt: list[str] | None = declare(None, "Text to continue. [default: standard input]")
     json: bool = declare(False, "Print one JSON document with texts, tokens and reasons.")
+
+    def check(self) -> None:
+        """Find mistakes that need no model. Raises InputError, which names the flag."""
+        super().check()
+        if "" in (self.prompt or ()):
+            raise InputError("--prompt is empty; give a text to continue, or leave it out and send one to the input")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.engine.process.process import started_by_torchrun
 from shardit.errors import InputError
 from shardit.flags import ChatFlags, CompleteFlags, LanguageFlags
+from shardit.settings.checks import TEXT
 
 if TYPE_CHECKING:
     from shardit import LLM
@@ -29,7 +30,8 @@ def chat(flags: ChatFlags) -> None:
 
 def complete(flags: CompleteFlags) -> None:
     """Continue texts; a single one is printed as it comes."""
-    prompts = flags.prompt or [sys.stdin.read().removesuffix("\n")]
+    flags.check()
+    prompts = flags.prompt or [_standard_input()]
     with _opened(flags) as llm:
         params = flags.sampling(**_recommended(llm))
         if len(prompts) == 1 and not flags.json:
@@ -42,6 +44,14 @@ def complete(flags: CompleteFlags) -> None:
             print(json.dumps([dataclasses.asdict(one) for one in outputs], ensure_ascii=False))
         for output in () if flags.json else outputs:
             print(output.outputs[0].text)
+
+
+def _standard_input() -> str:
+    text = sys.stdin.read().removesuffix("\n")
+    if not text:
+        raise InputError("standard input is empty; send a text to continue, or give --prompt")
+    TEXT("standard input", text)
+    return text
 
 
 def _opened(flags: LanguageFlags) -> LLM:

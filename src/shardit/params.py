@@ -25,6 +25,9 @@ DRAWN_SEEDS = 2**32
 """Seeds are drawn below this."""
 
 SEED = whole(RANDOM_SEED, MAX_SEED, meaning=f"a whole number from 0 to {MAX_SEED}, or {RANDOM_SEED} for a random one")
+FRAME_RATE = number(0.01, 1000)
+"""Frame rates that a file can hold and a player show."""
+
 _OUTPUT_TYPE = matching(
     "'pil' (pictures), 'np' or 'pt' (pixels as numbers) or 'latent' (latents before the VAE), or, of pipelines that "
     "make them, 'mesh', 'text' or 'seq'",
@@ -77,10 +80,10 @@ class OmniDiffusionSamplingParams:
         number(0),
     )
 
-    seed: int | None = declare(None, "Seed, from 0; -1 for a random one. [default: drawn, printed and recorded]", SEED)
+    seed: int | None = declare(None, "Seed, from 0; -1 for a random one. [default: drawn and recorded]", SEED)
     """Seed of a torch CPU generator."""
 
-    fps: float | None = declare(None, "Frames per second of a video. [default: the model's]", number(above=0))
+    fps: float | None = declare(None, "Frames per second of a video. [default: the model's]", FRAME_RATE)
     """Written into the saved file, and given to a model that has an argument for it."""
 
     num_outputs_per_prompt: int = declare(1, "Number of outputs for each prompt.", whole(1))

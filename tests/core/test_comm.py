@@ -25,7 +25,7 @@ from shardit.core.comm.wire import (
 from shardit.core.placement.partition import place_blocks
 from shardit.core.runtime.pending import PendingTensor
 from shardit.core.stages.stages import Runtime, stage
-from shardit.errors import RankError, UnsupportedError
+from shardit.errors import InputError, RankError, UnsupportedError
 from tests.support.ranks import run_ranks
 
 WIDTH = 256
@@ -393,3 +393,6 @@ def test_unsupported_devices_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("SHARDIT_ALLOW_DEVICE", "xpu,mps")
     with pytest.raises(UnsupportedError, match="'meta'"):
         pick_device("meta", 0)
+    for kind in ("gpu", "cuda:x", "cuda:", ""):
+        with pytest.raises(InputError, match="device"):
+            pick_device(kind, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from shardit.cli import main
 from shardit.diffusion.loading.model_options import model_options, recorded
 from shardit.diffusion.output.from_file import (
     check_fits,
+    check_model_is_here,
     differences,
     flags_of,
     other_pictures,
@@ -158,3 +161,13 @@ def test_other_versions_are_noted():
 def test_no_model_is_named(capsys):
     assert main(["generate", "--prompt", "a"]) == 2
     assert capsys.readouterr().err == "error: --model is missing: name a hub id, a diffusers folder or tiny/NAME\n"
+
+
+def test_a_model_folder_that_is_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = {"model": "my-folder", "revision": "0" * 64}
+    with pytest.raises(InputError, match=r"a.png was made by the model in the folder my-folder, which is not here"):
+        check_model_is_here(Path("a.png"), record)
+    check_model_is_here(Path("a.png"), {**record, "revision": "0" * 40})
+    (tmp_path / "my-folder").mkdir()
+    check_model_is_here(Path("a.png"), record)

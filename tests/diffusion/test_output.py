@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from shardit.diffusion.output.from_file import read_record
-from shardit.diffusion.output.output import Output, check_path
+from shardit.diffusion.output.output import Output
+from shardit.diffusion.output.target import check_path
 from shardit.diffusion.request.images import open_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
@@ -125,6 +126,54 @@ def test_video(tmp_path, width, height):
         for frame, original in zip(frames, output.frames[0], strict=True):
             pixels = frame.to_ndarray()[:height, :width].astype(int)
             assert abs(pixels.mean(axis=(0, 1)) - np.asarray(original).mean(axis=(0, 1))).max() < 6
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "says"),
+    [
+        (Output("a", 1, images=[Image.new("RGB", (16384, 1))]), "a.webp", "at most 16383 pixels in width, got 16384"),
+        (Output("a", 1, images=[Image.new("RGB", (1, 65501))]), "a.jpg", "at most 65500 pixels in height, got 65501"),
+        (Output("a", 1, frames=[[Image.new("RGB", (16386, 2))]]), "a.mp4", "at most 16384 pixels in width, got 16386"),
+        (Output("a", 1, frames=[[Image.new("RGB", (2, 2))]], fps=1e-9), "a.mp4", "fps must be at least 0.01"),
+        (Output("a", 1, frames=[[Image.new("RGB", (2, 2))]], fps=1e12), "a.mp4", "fps must be at most 1000"),
+        (Output("a", 1, audio=np.zeros((1, 1, 9), "f4"), sample_rate=2**31), "a.wav", "sample_rate must be"),
+        (Output("a", 1, audio=np.zeros((1, 1, 0), "f4"), sample_rate=8000), "a.wav", "the sound has no samples"),
+        (Output("a", 1, audio=np.zeros((0, 1, 9), "f4"), sample_rate=8000), "a.wav", "nothing to save"),
+        (Output("a", 1, images=[Image.new("F", (2, 2))]), "a.webp", "use .safetensors"),
+        (Output("a", 1, images=[Image.new("LA", (2, 2))]), "a.jpg", "would lose transparency; use .png"),
+        (Output("a", 1, images=[Image.new("L", (2, 2))]), f"{'a' * 300}.png", "is too long"),
+        (
+            Output("a", 1, extra={"a.b": np.zeros(2), "a": {"b": np.zeros(2)}}),
+            "a.safetensors",
+            "two results are called a.b",
+        ),
+    ],
+)
+def test_what_a_format_cannot_hold(tmp_path, made, name, says):
+    with pytest.raises(InputError, match=says):
+        made.save(tmp_path / name)
+    assert files(tmp_path) == []
+
+
+def test_pictures_of_any_mode_are_saved(tmp_path):
+    for mode, suffix in (("P", ".jpg"), ("CMYK", ".png"), ("LA", ".webp"), ("1", ".webp"), ("PA", ".png")):
+        [path] = Output("a", 1, images=[Image.new(mode, (2, 2))]).save(tmp_path / f"{mode}{suffix}")
+        assert Image.open(path).size == (2, 2)
+
+
+def test_half_characters_are_saved_escaped(tmp_path):
+    [path] = Output("caf\udce9", 1, images=[noise()], settings={"model": "m"}).save(tmp_path / "a.png")
+    assert Image.open(path).text["prompt"] == "caf\\udce9"
+    assert read_record(path)["prompt"] == "caf\udce9"
+    [path] = Output("a", 1, texts=["caf\udce9"]).save(tmp_path / "a.txt")
+    assert path.read_text() == "caf\\udce9"
+
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path):
+    made = Output("a", 1, extra={"words": np.array(["x"]), "wide": np.array([1], np.longdouble), "some": np.zeros(2)})
+    [path] = made.save(tmp_path / "a.safetensors")
+    assert load_file(path).keys() == {"some"}
+    assert made.left_out(path) == ["words", "wide"]
 
 
 def test_existing_file_is_replaced(tmp_path):

@@ -19,6 +19,7 @@ from shardit.diffusion.loading.model_options import model_options
 from shardit.diffusion.loading.required_packages import missing, missing_by_name
 from shardit.diffusion.preflight import preflight
 from shardit.diffusion.preflight.static_signature import static_signature, static_signatures_of_model
+from shardit.diffusion.request.build import build_requests
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.errors import InputError
 from shardit.loading.index import component_class, components, pipeline_class
@@ -252,9 +253,28 @@ def test_signatures_from_the_source(name):
     found, with_image = static_signatures_of_model(f"tiny/{name}")
     cls = getattr(diffusers, recipe(name).pipeline)
     assert found is not None
-    without_sizes = dataclasses.replace(found, multiples={}, least={})  # the folder tells them, not the class
+    # The folder tells these, not the class.
+    without_sizes = dataclasses.replace(found, multiples={}, least={}, most={}, lacks_adapter=False)
     assert without_sizes == signature_of(cls, recipe(name).config)
     assert (with_image is not None) == (name == "wan2.2-ti2v")
+
+
+def test_limits_from_the_source():
+    found, _ = static_signatures_of_model("tiny/flux")
+    assert found is not None
+    assert (found.most, found.lacks_adapter) == ({"max_sequence_length": 512}, True)
+    assert "ip_adapter_image" not in found.choices
+    for extra, says in {
+        "max_sequence_length": (513, "max_sequence_length must be at most 512, got 513"),
+        "output_type": ("mesh", "FluxPipeline makes no output_type 'mesh'"),
+        "ip_adapter_image": ("a.png", "the model has no IP-Adapter"),
+    }.items():
+        value, message = says
+        with pytest.raises(InputError, match=message):
+            build_requests({"prompt": "a", extra: value}, None, takes=found)
+    found, _ = static_signatures_of_model("tiny/wan2.2-t2v")
+    assert found is not None
+    assert (found.most, found.lacks_adapter) == ({}, False)
 
 
 @pytest.mark.full

@@ -1,5 +1,6 @@
 """Prompts and parameters of users become pipeline calls."""
 
+import dataclasses
 import math
 import pickle
 
@@ -484,6 +485,40 @@ class RatePipelineWithout:
 )
 def test_reserved_arguments(name, advice):
     assert advice in refused(f"{name} cannot be given", "a", **{name: 1})
+
+
+def test_texts_are_valid_in_every_place():
+    says = "must be valid text in UTF-8"
+    refused(f"prompt {says}", "caf\udce9")
+    refused(f"negative_prompt {says}", {"prompt": "a", "negative_prompt": "caf\udce9"})
+    refused(f"note {says}", {"prompt": "a", "note": ["b", {"caf\udce9": 1}]}, takes=NOTED)
+    refused("takes no 'caf", {"prompt": "a", "caf\udce9": 1})
+    refused(r"prompts\[1\]: prompt", ["a", "\ud800"])
+
+
+class NotePipeline:
+    def __call__(self, prompt=None, note=None, ip_adapter_image=None, ip_adapter_image_embeds=None):
+        """With an argument of its own."""
+
+
+NOTED = signature_of(NotePipeline)
+
+
+def test_pictures_for_an_adapter_that_is_not_loaded():
+    lacking = dataclasses.replace(NOTED, lacks_adapter=True)
+    for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
+        refused(f"{name} cannot be given; the model has no IP-Adapter", {"prompt": "a", name: [1]}, takes=lacking)
+    assert lacking.choices == ["prompt", "note", "seed"]
+    assert build({"prompt": "a", "ip_adapter_image_embeds": [1]}, takes=NOTED)
+
+
+def test_more_outputs_than_any_pipeline_makes():
+    refused("num_outputs_per_prompt is 10001 outputs, the limit is 10000", "a", num_outputs_per_prompt=10001)
+
+
+def test_names_that_no_attention_reads():
+    refused("attention_kwargs takes no 'scal' .did you mean 'scale'", "a", attention_kwargs={"scal": 0.5})
+    assert build("a", attention_kwargs={"scale": 0.5})
 
 
 def test_functions_cannot_travel():

@@ -204,7 +204,11 @@ BAD = {
         "negative_prompt_embeds": torch.zeros(1, 48, 7),
         "negative_pooled_prompt_embeds": torch.zeros(1, 64),
     },
-    "check of the pipeline": {"prompt": "x", "max_sequence_length": 5000},
+    "check of the pipeline": {
+        "prompt": "x",
+        "prompt_embeds": torch.zeros(1, 48, 64),
+        "pooled_prompt_embeds": torch.zeros(1, 64),
+    },
 }
 
 

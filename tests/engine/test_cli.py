@@ -3,20 +3,25 @@
 import dataclasses
 import importlib.util
 import json
+import shlex
+import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 import shardit
-from shardit.cli import check_kind, main
+from shardit.cli import check_kind, main, run_app
 from shardit.commands import table
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.images import read_image
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.engine.streaming import in_background
 from shardit.errors import InputError, RankError
 from shardit.flags import GenerateFlags
 from shardit.params import OmniDiffusionSamplingParams
@@ -168,7 +173,7 @@ def test_tiny_models_run_at_their_size(omni, capsys):
         (["--num-inference-steps=-1"], "num_inference_steps must be"),
         (["--guidance-scale=nan"], "guidance_scale must be a finite number"),
         (["--seed=-2"], "seed must be"),
-        (["--fps=0"], "fps must be greater than 0"),
+        (["--fps=0"], "fps must be at least 0.01"),
         (["--pipeline-parallel-size=0"], "pipeline_parallel_size must be"),
         (["--layer-partition=8,a"], "--layer-partition='8,a'"),
         (["--layer-partition=8,8"], "layer_partition has 2 entries"),
@@ -374,15 +379,75 @@ def test_wrong_further_arguments(omni, capsys, flags, text):
     assert FakeOmni.last is None
 
 
-def test_interrupted_while_it_is_imported(monkeypatch, capsys):
-    from shardit.__main__ import main as command
+def test_an_interrupted_import_is_no_missing_package(capsys):
+    def interrupted():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:  # as the lazy modules of libraries do
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    app = typer.Typer()
+    app.command()(interrupted)
+    assert run_app(app, [], "x") == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_what_runs_in_the_background_keeps_no_program():
+    code = "import time; from shardit.engine.streaming import in_background as run; run(lambda: time.sleep(60))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    assert in_background(lambda: 3).result() == 3
+    with pytest.raises(ZeroDivisionError):
+        in_background(lambda: 1 / 0).result()
+
+
+def test_the_demo_prints_commands_that_can_be_pasted(monkeypatch, capsys, tmp_path):
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    spec.loader.exec_module(demo := importlib.util.module_from_spec(spec))
+    ran = []
+    done = types.SimpleNamespace(returncode=0, stdout="")
+    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: ran.append(command) or done)
+    demo.generate(tmp_path / "a.mp4", stages=2)
+    [line, *_] = capsys.readouterr().out.splitlines()
+    shown = shlex.split(line)
+    assert shown[:2] == ["$", "shardit"]
+    assert shown[2:] == [part if part != str(tmp_path / "a.mp4") else "a.mp4" for part in ran[0][3:]]
+
+
+def as_runtime_error() -> None:
+    """What Python until 3.11 makes of Ctrl-C in `__set_name__`, and what transformers makes of that."""
+    try:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+    except RuntimeError as error:
+        raise ModuleNotFoundError("Could not import module 'AutoConfig'") from error
+
+
+def as_it_is() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [as_it_is, as_runtime_error])
+def test_interrupted_while_it_is_imported(monkeypatch, capsys, interrupt):
+    import shardit.__main__ as entry
 
     class Interrupts:
         def find_spec(self, name, *_):
             if name == "shardit.cli":
-                raise KeyboardInterrupt
+                interrupt()
 
+    ended = []
+    monkeypatch.setattr(entry, "end_process", ended.append)
     monkeypatch.delitem(sys.modules, "shardit.cli")
     monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
-    assert command() == 130
+    assert entry.main() == 130
+    assert ended == [130]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("interrupt", [as_it_is, as_runtime_error])
+def test_interrupted_while_libraries_are_imported(monkeypatch, capsys, interrupt):
+    monkeypatch.setattr("shardit.language.loading.source.known_decoder", lambda *_: interrupt())
+    assert main(["inspect", "tiny/flux"]) == 130
     assert capsys.readouterr().err == ""

@@ -62,6 +62,14 @@ def test_defaults_of_the_pipeline_are_within_the_limits(tmp_path: Path) -> None:
         assert (status, job["size"]) == (200, "512x512")
 
 
+def test_files_hold_the_result(images: Served) -> None:
+    for format_, size, most in (("webp", "16384x16", 16383), ("jpeg", "16x65504", 65500)):
+        fields = {"prompt": "a cat", "size": size, "output_format": format_}
+        error = error_of(images, "/v1/images/generations", fields, 400)
+        assert (error["param"], error["code"]) == ("size", "too_large")
+        assert f"at most {most} pixels" in error["message"]
+
+
 def test_pictures_are_decoded_last(images: Served) -> None:
     """A damaged picture is not noticed where something else is wrong, and of two the header of the second is first."""
     damaged = picture()[:-40]

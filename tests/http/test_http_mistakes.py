@@ -137,7 +137,7 @@ def test_unknown_query_parameters_are_named(images: Served) -> None:
     assert answer["error"]["message"] == text
     assert images.call("POST", f"{NOW}?n=2", {"prompt": "a cat"})[1]["error"]["param"] == "n"
     assert images.call("GET", "/v1/images?limit=1&order=asc")[0] == 200
-    assert images.call("GET", "/health?x=1")[0] == 400
+    assert images.call("GET", "/health?x=1")[0] == 200  # probes may add one against caches
     assert images.call("GET", "/?x=1")[0] == 200  # the page
 
 

@@ -247,6 +247,37 @@ def test_invalid_arguments(two: LLM, folder: Path) -> None:
         LLM(folder, pipeline_parallel_size=9, device="cpu")
 
 
+def test_prompts_and_messages_are_checked_whole(two: LLM, folder: Path) -> None:
+    for wrong, says in (
+        (5, "prompts must be a text"),
+        (None, "prompts must be a text"),
+        ({"prompt": "a", "max_tokens": 3}, "a prompt takes no 'max_tokens'"),
+        ({"prompt": "a", "prompt_token_ids": [3]}, "a prompt is given twice"),
+        ("caf\udce9", "prompt must be valid text in UTF-8"),
+    ):
+        with pytest.raises(InputError, match=says):
+            two.generate(wrong)  # pyright: ignore[reportArgumentType]
+    for values, says in (
+        ({"logprobs": 1000}, "logprobs=1000 is more than"),
+        ({"stop_token_ids": [10**9]}, "stop_token"),
+    ):
+        with pytest.raises(InputError, match=says):
+            two.generate("a", SamplingParams(**values))
+    with pytest.raises(InputError, match="sampling_params must be one"):
+        two.generate("a", 5)  # pyright: ignore[reportArgumentType]
+    for message in ({"rol": "user", "content": "x"}, {"role": "user", "contents": "x"}):
+        with pytest.raises(InputError, match="did you mean"):
+            two.chat([message])
+    with pytest.raises(InputError, match="messages must be valid text"):
+        two.chat([{"role": "user", "content": "caf\udce9"}])
+    with pytest.raises(InputError, match="messages must be a list"):
+        two.chat("hello")
+    with pytest.raises(InputError, match="device 'gpu' is not supported"):
+        LLM(folder, device="gpu")
+    with pytest.raises(InputError, match="max_model_len=257 is more than the 256 tokens"):
+        LLM(folder, max_model_len=257)
+
+
 def test_defaults_of_the_folder(tmp_path: Path) -> None:
     folder = write(tmp_path, do_sample=True, temperature=0.5, top_k=7, repetition_penalty=1.3, eos_token_id=1)
     with LLM(folder, device="cpu", timeout_s=60) as llm:

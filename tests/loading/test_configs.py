@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from typing import Any
 
@@ -16,6 +17,7 @@ from shardit.diffusion.loading.description import describe_configs
 from shardit.diffusion.loading.shipped import FOLDER, HUB_IDS, names, shipped
 from shardit.engine.inspect import inspect_model
 from shardit.errors import InputError
+from tests.support.paths import DOCS
 
 WHOLE = {
     "Wan2.2-T2V-A14B": {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68, "vae": 0.127},
@@ -101,3 +103,9 @@ def test_every_configuration_is_complete():
     assert sorted(path.name for path in FOLDER.iterdir()) == names() == sorted(WHOLE)
     assert all(shipped(hub_id) == FOLDER / name for hub_id, name in HUB_IDS.items())
     assert shipped("Wan2.2") is None
+
+
+def test_the_docs_name_them_all():
+    page = (DOCS / "parallelism.md").read_text("utf-8")
+    [sentence] = re.findall(r"`shardit inspect` shows what each rank would hold, of (.*?) even", page, re.DOTALL)
+    assert re.findall(r"`([^`]+)`", sentence) == names()

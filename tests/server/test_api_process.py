@@ -136,6 +136,22 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
         one.api.stop()
 
 
+def test_a_package_that_is_broken_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fastapi.py").write_text("raise ImportError('cannot import name x from pydantic')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with listening("127.0.0.1", 0) as listener:
+        one = Kept(tmp_path, listener)
+        one.api.start()
+        one.until(lambda: one.api.unable)
+        for _ in range(4):
+            one.api.look_after()
+        assert one.starts == 1
+    err = capfd.readouterr().err
+    assert "error: the server cannot answer HTTP: a package cannot be used (cannot import name x from pydantic)" in err
+
+
 def test_a_hung_api_process_is_restarted(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "PATIENCE_S", 3.0)
     kept.until(kept.answers)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from shardit.config import reject_unknown_names
+
 
 @dataclass(frozen=True)
 class EngineArgs:
@@ -24,6 +26,10 @@ class EngineArgs:
     timeout_s: float = 600
     layer_partition: Sequence[int] | None = None
     distributed_executor_backend: str | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> EngineArgs:
+        reject_unknown_names(cls.__name__, kwargs, cls.names())
+        return super().__new__(cls)
 
     @classmethod
     def names(cls) -> list[str]:

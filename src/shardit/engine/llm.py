@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import NO_OPTIONS
+from shardit.engine.arguments import checked_arguments
 from shardit.engine.engine_args import EngineArgs
 from shardit.engine.process.failure import Timeouts
 from shardit.engine.process.messages import SESSION
@@ -17,15 +18,18 @@ from shardit.engine.process.process import started_by_torchrun
 from shardit.engine.progress_bars import TokenBar
 from shardit.engine.session_spec import session_spec
 from shardit.engine.start import start_ranks
-from shardit.engine.streaming import Pieces, in_thread
+from shardit.engine.streaming import Pieces, in_background, in_thread
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError, UnsupportedError
+from shardit.language.limits import check_max_model_len
 from shardit.language.loading.source import decoder_source
+from shardit.language.preflight import check_decoder
+from shardit.language.request.messages import chat_tokens, conversations_of
 from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput, RowResult
 from shardit.language.request.prompt_batch import PromptBatch
 from shardit.language.request.prompts import (
     Prompt,
-    chat_tokens,
+    check_tokens,
     group_rows,
     params_of_each,
     prompt_list,
@@ -33,6 +37,7 @@ from shardit.language.request.prompts import (
     tokens_of,
 )
 from shardit.language.request.sampling_params import SamplingParams
+from shardit.loading.missing import FRAMEWORKS, check_installed
 from shardit.params import RANDOM_SEED, SEED
 from shardit.settings.checks import number, whole
 
@@ -82,6 +87,7 @@ class LLM:
 
     _timeouts = Timeouts()
 
+    @checked_arguments("LLM")
     def __init__(
         self,
         model: str | os.PathLike[str] = "",
@@ -100,10 +106,12 @@ class LLM:
         self._closed = False
         limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
         _check({**limits, "max_num_seqs": max_num_seqs, "seed": seed}, distributed_executor_backend)
-        config = config_of(parallel_config, parallel, "LLM", EngineArgs.names())
+        config = config_of(parallel_config, parallel, "LLM", ["parallel_config", *EngineArgs.names()], listed=False)
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
             raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
+        check_installed(FRAMEWORKS)
         source = decoder_source(model)
+        check_decoder(source, config, max_model_len)
         stages = config.pipeline_parallel_size
         self._max_num_seqs, self._groups = max_num_seqs, stages * config.data_parallel_size
         self._seed = None if seed == RANDOM_SEED else seed
@@ -113,16 +121,16 @@ class LLM:
         )
         self._tokenizer: Any
         self._ranks: Any
-        with ThreadPoolExecutor(1) as meanwhile:  # the ranks start at the same time; those of torchrun are this process
-            reading = source.tokenizer() if started_by_torchrun(os.environ) else meanwhile.submit(source.tokenizer)
-            self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
+        # The ranks start at the same time; those of torchrun are this process.
+        reading = source.tokenizer() if started_by_torchrun(os.environ) else in_background(source.tokenizer)
+        self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
+        try:
             self._tokenizer = reading.result() if isinstance(reading, Future) else reading
-        limit = self._info.max_model_len
-        if max_model_len is not None and limit is not None and max_model_len > limit:
+            limit = self._info.max_model_len
+            check_max_model_len(max_model_len, limit)
+        except BaseException:
             self.close()
-            raise InputError(
-                f"max_model_len={max_model_len} is more than the {limit} tokens that the model has room for"
-            )
+            raise
         self._max_model_len = max_model_len or limit
 
     @property
@@ -144,6 +152,7 @@ class LLM:
         chosen = {name: own[name] for name in DEFAULTS if own.get(name) is not None}
         return SamplingParams(**(chosen if own.get("do_sample") else {**chosen, "temperature": 0.0}))
 
+    @checked_arguments("LLM.generate", SamplingParams)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -162,6 +171,7 @@ class LLM:
             made = self._run(batch, lambda _: lambda index, step, total, made=None: bar.update(index, made))
         return batch.outputs(made) if made else []
 
+    @checked_arguments("LLM.stream", SamplingParams)
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -182,20 +192,26 @@ class LLM:
             self._ranks.cancel_all,
         )
 
+    @checked_arguments("LLM.chat", SamplingParams)
     def chat(
         self,
         messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        **template: Any,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations: a list of messages ({"role": ..., "content": ...}), or a list of such lists. template:
-        as of `chat_prompt`."""
-        listed = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        prompts = [self.chat_prompt(one, **template) for one in listed]
+        """Answer conversations: a list of messages ({"role": ..., "content": ...}), or a list of such lists. Other
+        arguments: as of `generate` and `chat_prompt`."""
+        prompts = [
+            self.chat_prompt(one, add_generation_prompt=add_generation_prompt, chat_template=chat_template, tools=tools)
+            for one in conversations_of(messages)
+        ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    @checked_arguments("LLM.chat_prompt")
     def chat_prompt(
         self,
         messages: Sequence[Any],
@@ -211,7 +227,10 @@ class LLM:
         if self._closed:
             raise InputError("this LLM is closed; make a new one")
         given = prompt_list(prompts)
-        params = params_of_each(sampling_params or self.get_default_sampling_params(), len(given))
+        chosen = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = params_of_each(chosen, len(given))
+        for one in params:
+            check_tokens(one, self._info.vocabulary)
         read = [tokens_of(prompt, self._tokenizer, self._info.vocabulary) for prompt in given]
         rows = [
             (number, copy, row)

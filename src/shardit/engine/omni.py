@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import OPTION_NAMES, split_model, take_options
 from shardit.diffusion.preflight import preflight
+from shardit.engine.arguments import checked_arguments
 from shardit.engine.process.failure import Timeouts
 from shardit.engine.process.messages import SESSION
 from shardit.engine.progress_bars import Bars
@@ -38,6 +39,7 @@ class Omni:
     _session = SESSION  # replaced by tests, along with shorter times
     _timeouts = Timeouts()
 
+    @checked_arguments("Omni")
     def __init__(
         self,
         model: str | os.PathLike[str] = "",  # as if it were required, so that a wrong keyword in its place is named
@@ -59,6 +61,7 @@ class Omni:
             preflight.check(spec.model, config, options, dtype=spec.dtype, attention_backend=spec.attention_backend)
         self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
 
+    @checked_arguments("Omni.generate")
     def generate(
         self,
         prompts: Any = None,

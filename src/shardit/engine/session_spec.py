@@ -6,8 +6,9 @@ import dataclasses
 import os
 from typing import Any
 
-from shardit.config import DiffusionParallelConfig
+from shardit.config import DiffusionParallelConfig, device_kind
 from shardit.diffusion.loading.model_options import ModelOptions
+from shardit.engine.process.gpu_driver import has_gpu_driver
 from shardit.engine.process.messages import SESSION, SessionSpec
 from shardit.errors import InputError
 from shardit.loading.dtypes import setting
@@ -32,6 +33,8 @@ def session_spec(
     known = isinstance(device, str) or (type(device).__module__, type(device).__name__) == ("torch", "device")
     if device is not None and not (known and str(device)):
         raise InputError(f"device must be a name, a torch.device or None, got {device!r}")
+    if device is not None and device_kind(str(device)) == "cuda" and not has_gpu_driver():
+        raise InputError(f"device {str(device)!r}: this machine has no driver of a GPU; leave device out, or use cpu")
     spec = SessionSpec(os.fspath(model), config, session=session, options=options, **launch)
     check_declared(spec)
     return dataclasses.replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from shardit.engine.tasks.task import OnProgress
@@ -53,6 +54,21 @@ class Pieces:
         prompt, copy, _ = self._batch.rows[number]
         new, self._given[number] = tuple(tokens[self._given[number] :]), len(tokens)
         return CompletionChunk(prompt, copy, text, new, *reasons)
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Start `work` in a thread that nothing waits for when the program ends, unlike those of an executor: after Ctrl-C
+    imports would keep it for many seconds."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="shardit-background", daemon=True).start()
+    return found
 
 
 def in_thread(

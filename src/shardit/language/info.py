@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardit.language.limits import POSITION_LIMITS
+
 
 @dataclass(frozen=True)
 class LanguageInfo:
@@ -31,5 +33,4 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 def max_positions(config: Any) -> int | None:
     """Return the maximum number of positions of a model; None if it has no limit."""
     text = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-    return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
+    return next((value for name in POSITION_LIMITS if isinstance(value := getattr(text, name, None), int)), None)

@@ -27,6 +27,7 @@ from shardit.errors import InputError, UnsupportedError
 from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
 from shardit.language.generate import call_member, members_of
+from shardit.language.limits import check_axes
 from shardit.language.tensor import describe_replicated, plan_decoder
 from shardit.parallel.tensor.apply import cut_model, notes_together
 from shardit.parallel.tensor.plan import TensorPlan
@@ -80,20 +81,6 @@ def cache_of_stages(model: Any, owners: Sequence[int], tokens: int, tensor_ranks
     for stage, count in zip(stages, cached, strict=True):
         found[stage] += count
     return found
-
-
-def check_axes(config: DiffusionParallelConfig) -> None:
-    """Raise UnsupportedError for axes that a language model does not have."""
-    for name in ("ulysses_degree", "ring_degree", "cfg_parallel_size", "vae_patch_parallel_size"):
-        if getattr(config, name) > 1:
-            raise UnsupportedError(
-                f"{name}={getattr(config, name)}: a language model runs over pipeline_parallel_size, "
-                "tensor_parallel_size and data_parallel_size; set it to 1"
-            )
-    if config.pipeline_chunks not in (None, 1):
-        raise UnsupportedError(
-            f"pipeline_chunks={config.pipeline_chunks}: the stages of a language model are contiguous; leave it out"
-        )
 
 
 @dataclass(frozen=True)

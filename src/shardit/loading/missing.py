@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable
 
@@ -13,6 +14,7 @@ _PIP = {
     "bs4": "beautifulsoup4",
     "cv2": "opencv-python",
     "google": "protobuf",
+    "python_multipart": "python-multipart",
     "huggingface_hub": "huggingface-hub",
     "imageio": "imageio[ffmpeg]",
     "prometheus_client": "prometheus-client",
@@ -21,6 +23,9 @@ _PIP = {
     "yaml": "pyyaml",
 }
 """Names in pip of packages with another import name."""
+
+
+_DISTRIBUTION = re.compile(r"'([\w.-]+?)[<>=!~ ].*'")
 
 
 def pip_line(packages: Iterable[str]) -> str:
@@ -33,10 +38,25 @@ def missing_package(error: ImportError) -> InputError:
     text = " ".join(str(error).split())
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return InputError(f"a package cannot be used ({text}); install it again, or a version that fits the others")
-    module = error.name.partition(".")[0]
+    named = _DISTRIBUTION.search(error.name)  # importlib.metadata may have a sentence in place of a name
+    module = named[1] if named else error.name.partition(".")[0]
     if module == "torch":
         return InputError("torch is not installed; pip install torch, in the build for your machine (pytorch.org)")
     return InputError(f"the module {module} is not installed; {pip_line([module])}")
+
+
+FRAMEWORKS = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "greenlet", "numpy", "tqdm")
+"""Packages without which no model can be loaded; a pipeline needs diffusers, too."""
+
+SERVER = ("fastapi", "uvicorn", "pydantic", "starlette", "python_multipart", "prometheus_client", "structlog")
+"""Packages without which the server cannot start."""
+
+
+def check_installed(packages: Iterable[str]) -> None:
+    """Raise InputError, with the command that installs it, for the first package that is missing."""
+    for name in packages:
+        if is_missing(name):
+            raise missing_package(ModuleNotFoundError(f"No module named {name!r}", name=name))
 
 
 def is_missing(package: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from shardit.errors import InputError
 from shardit.loading.hub import HubRemote, is_hub_id, open_hub, weight_files
 from shardit.loading.index import INDEX, read_index
+from shardit.settings.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def local_folder(model: str | os.PathLike) -> Path | None:
         return None
     if not text:
         raise InputError("no model given: name a folder, a hub id or tiny/NAME")
-    path = Path(text).expanduser()
+    path = user_path("model", text)
     if path.is_dir():
         read_index(path)  # raises if the index is damaged
         return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 from dataclasses import MISSING, dataclass
@@ -19,6 +21,7 @@ from shardit.server.keys import digest
 from shardit.server.options import Executor, Limits, ServeOptions
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, values_of
+from shardit.settings.paths import check_name, user_path
 
 
 class LogFormat(Enum):
@@ -50,6 +53,8 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
             refuse_decoder(self.model)
         model, loading = split_model(self.model, self.config, self.model_options())
         local_folder(model)
+        if self.data_dir is not None:
+            check_name("--data-dir", self.data_dir)
         given = {
             "data_dir": default_data_dir(self.served_model_name or self.model),
             # A single file is the model, not its configuration.
@@ -88,9 +93,17 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
             )
 
 
+_LONGEST_NAME = 200
+"""Characters of a folder's name; file systems take 255 bytes."""
+
+
 def default_data_dir(name: str) -> Path:
     """Return a folder in the user's data folder, one for each model name or model folder."""
-    folder = Path(name).expanduser()
-    name = str(folder.resolve()) if folder.is_dir() else name
+    with contextlib.suppress(InputError):  # a name that clients see need be no path
+        folder = user_path("model", name)
+        name = str(folder.resolve()) if folder.is_dir() else name
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(base) / "shardit" / re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
+    if len(plain) > _LONGEST_NAME:
+        plain = f"{plain[:_LONGEST_NAME]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+    return Path(base) / "shardit" / plain

@@ -38,7 +38,8 @@ class Check:
     def limits(self) -> str:
         """The limits of a number alone, as in "at least 1"."""
         if self.above is not None or self.minimum is None:
-            return self.meaning if self.above is None else f"above {self.above:g}"
+            upper = "" if self.maximum is None else f" and at most {self.maximum:g}"
+            return self.meaning if self.above is None else f"above {self.above:g}{upper}"
         return f"at least {self.minimum}" if self.maximum is None else f"from {self.minimum} to {self.maximum}"
 
 
@@ -97,7 +98,24 @@ def numbers(each: Check, *, or_one: bool = False) -> Check:
 
 
 FLAG = matching("True or False", lambda value: isinstance(value, bool))
-TEXT = matching("a string", lambda value: isinstance(value, str))
+
+
+def text_problem(value: Any) -> str | None:
+    """Return the requirement that a text, or a text in nested lists and dicts, violates; None for other values. What a
+    shell passes on in another encoding than UTF-8 becomes lone halves of characters, which no tokenizer takes."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "valid text in UTF-8, without half characters (lone surrogates)"
+    elif isinstance(value, Mapping):
+        return next(filter(None, map(text_problem, (*value.keys(), *value.values()))), None)
+    elif isinstance(value, (list, tuple)):
+        return next(filter(None, map(text_problem, value)), None)
+    return None
+
+
+TEXT = Check("a string", lambda value: text_problem(value) if isinstance(value, str) else "a string")
 NAME = matching("a name", lambda value: isinstance(value, str) and value != "")
 NAMED_VALUES = matching(
     "a dict with names as keys",

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardit.config import DEGREES
+from shardit.config import DEGREES, device_kind
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.malloc import keep_freed_memory
-from shardit.errors import InputError, RankError, UnsupportedError
+from shardit.errors import InputError, RankError
 
 if TYPE_CHECKING:
     from shardit.config import DiffusionParallelConfig
@@ -107,11 +107,9 @@ def axis_ranks(sizes: dict[str, int], *axes: str) -> list[tuple[int, ...]]:
 
 def pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
     """Return the device of a rank: cuda if available, else cpu, unless given. Raises InputError, UnsupportedError."""
-    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind not in BACKENDS and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(","):
-        raise UnsupportedError(
-            f"device {kind!r} is not supported (use cpu or cuda); to try it, set SHARDIT_ALLOW_DEVICE={kind}"
-        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device_kind(device if isinstance(device, str) else torch.device(device).type)
     if kind == "cpu":
         return torch.device("cpu")
     visible = getattr(torch, kind).device_count()

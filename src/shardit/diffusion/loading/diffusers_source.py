@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,24 @@ def lineage(name: str) -> Iterator[ast.ClassDef]:
 def method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
     """Return the method that a class defines itself, None if it does not."""
     return next((x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == name), None)
+
+
+def refused_above(name: str) -> dict[str, int]:
+    """Return the largest values of arguments above which a pipeline class of diffusers raises, as in
+    `if max_sequence_length is not None and max_sequence_length > 512: raise ...`."""
+    nodes = list(lineage(name))
+    found: dict[str, int] = {}
+    for checks in ("check_inputs", "__call__"):
+        function = next(filter(None, (method(node, checks) for node in nodes)), None)
+        for line in [] if function is None else function.body:
+            if isinstance(line, ast.If) and isinstance(line.body[-1], ast.Raise):
+                limit = _LIMIT.fullmatch(ast.unparse(line.test))
+                if limit is not None and limit[1] in (None, limit[2]):
+                    found.setdefault(limit[2], int(limit[3]))
+    return found
+
+
+_LIMIT = re.compile(r"(?:(\w+) is not None and )?(\w+) > (\d+)")
 
 
 def assigned(node: ast.ClassDef, name: str) -> ast.expr | None:

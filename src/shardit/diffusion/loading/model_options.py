@@ -14,6 +14,7 @@ from shardit.errors import InputError
 from shardit.loading.hub import is_hub_id
 from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, is_number, number
 from shardit.settings.declare import Flag, check_declared, declare
+from shardit.settings.paths import check_name, user_path
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def split_model(model: Any, model_config: Any, options: ModelOptions) -> tuple[A
     Raises InputError if one is given without the other.
     """
     is_name = isinstance(model, (str, os.PathLike)) and os.fspath(model) != ""
-    file = Path(model).expanduser() if is_name else Path()
+    file = user_path("model", model) if is_name else Path()
     single = is_name and (file.is_file() or (file.suffix in _WEIGHTS and not file.is_dir()))
     if not single:
         if model_config is not None:
@@ -127,7 +128,7 @@ def _single_files(given: Any) -> dict[str, str]:
     for name, value in given.items():
         if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
             raise InputError(f"single_files: {name} must be the path of a file, got {value!r}")
-        path = Path(value).expanduser()
+        path = user_path(f"single_files: {name}", value)
         if not path.is_file():
             raise InputError(f"single file {path} does not exist: correct the path")
         if path.suffix == ".gguf":
@@ -222,12 +223,13 @@ def parse_lora(text: str) -> tuple[str, float]:
         scale = float(last)
     except ValueError:
         return text, 1.0
+    check_name("lora", text)
     return (path, scale) if colon and path and not Path(text).exists() else (text, 1.0)
 
 
 def _existing(path: str) -> str:
     """Return the path. Raises InputError if it neither exists on this disk nor has the form of a hub id."""
-    found = Path(path).expanduser()
+    found = user_path("lora", path)
     if found.is_file() and found.suffix != ".safetensors":
         raise InputError(f"lora {path} is no .safetensors file: pickles can run code, convert it first")
     if found.exists():

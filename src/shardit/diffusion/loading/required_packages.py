@@ -13,7 +13,7 @@ from typing import Any
 from shardit.diffusion.loading import diffusers_source
 from shardit.errors import InputError
 from shardit.loading.index import Component, component_class
-from shardit.loading.missing import is_missing, missing_package, pip_line
+from shardit.loading.missing import FRAMEWORKS, check_installed, is_missing, pip_line
 from shardit.loading.quiet import quiet
 
 _NAMED = (
@@ -58,9 +58,7 @@ def missing_by_name(pipeline: str) -> dict[str, tuple[str, ...]]:
 
 def check_frameworks() -> None:
     """Raise InputError if a package is missing without which no model can be loaded."""
-    for name in ("torch", "diffusers", "transformers"):
-        if is_missing(name):
-            raise missing_package(ModuleNotFoundError(f"No module named {name!r}", name=name))
+    check_installed(("diffusers", *FRAMEWORKS))
 
 
 def check_packages(class_name: str, lacking: Mapping[str, Collection[str]], given: Collection[str] = ()) -> None:

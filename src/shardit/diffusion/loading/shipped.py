@@ -12,6 +12,7 @@ from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.loading.index import INDEX
 from shardit.loading.weight_names import is_weights
+from shardit.settings.paths import user_path
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -55,7 +56,7 @@ def _configurations(model: str | os.PathLike[str]) -> Path | None:
     from shardit.loading.source import local_folder
 
     name = os.fspath(model)
-    path, folder = Path(name).expanduser(), shipped(name)
+    path, folder = user_path("model", name), shipped(name)
     if path.is_dir():
         has_weights = any(is_weights(file.name) for file in path.rglob("*"))
         return None if has_weights or not (path / INDEX).exists() else path

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from shardit.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,15 +20,28 @@ def array_of(numbers: Any) -> np.ndarray:
 
 
 def named_arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors and arrays in nested dicts and lists, with names such as "images.0.verts"."""
+    """Yield the tensors and arrays in nested dicts and lists, with names such as "images.0.verts"; without those that a
+    .safetensors file cannot hold: text, objects, complex numbers, long doubles."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        yield name, array_of(value)
+        array = array_of(value)
+        if array.dtype.kind in "biuf" and array.dtype.itemsize <= 8:
+            yield name, array
     elif isinstance(value, Mapping):
         for key, each in value.items():
             yield from named_arrays(each, f"{name}.{key}")
     elif isinstance(value, (list, tuple)):
         for position, each in enumerate(value):
             yield from named_arrays(each, f"{name}.{position}")
+
+
+def by_name(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return arrays by name. Raises InputError if two have the same."""
+    found: dict[str, np.ndarray] = {}
+    for name, array in pairs:
+        if name in found:
+            raise InputError(f"two results are called {name}, which one file cannot hold; save them from Python")
+        found[name] = array
+    return found
 
 
 def pixels_of(pictures: Sequence[Image]) -> Any:

@@ -27,6 +27,12 @@ _LONGEST_EXIF = 60_000
 # Constant rate factor of H.264 (0 lossless .. 51): 17 is hard to tell from the original by eye. The preset takes half
 # the time of the usual one, for 0.3 dB and a file that is no larger.
 _QUALITY = {"preset": "veryfast", "crf": "17"}
+_MODES = {
+    ".png": ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"),
+    ".jpg": ("1", "L", "RGB", "CMYK"),
+    ".webp": ("L", "RGB", "RGBA"),
+}
+"""Modes of pictures by the formats that hold them unchanged."""
 _BT709 = 1  # the code of this colour space in H.264, and of its primaries and transfer curve
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG, the default of players
 
@@ -47,6 +53,7 @@ def write_image(picture: Image.Image, path: Path, record: Mapping[str, Any], qua
 def _encode(
     picture: Image.Image, into: io.BytesIO, suffix: str, record: Mapping[str, Any], quality: int | None
 ) -> None:
+    picture = _in_mode_of(picture, suffix)
     if suffix == ".png":
         info = PngInfo()
         for name in ("prompt", "seed"):
@@ -55,8 +62,6 @@ def _encode(
         _add_text(info, "settings", record_text(record))
         picture.save(into, format="PNG", pnginfo=info)
         return
-    if picture.mode == "I;16":  # these formats have 8 bits
-        picture = _eight_bits(picture)
     exif = Image.Exif()
     exif[EXIF_DESCRIPTION] = record_text(record) if suffix == ".webp" else _shortened(record)
     if suffix == ".webp":
@@ -65,6 +70,24 @@ def _encode(
     else:
         chosen = {"quality": 95, "subsampling": 0} if quality is None else {"quality": quality}
         picture.save(into, format="JPEG", exif=exif, **chosen)
+
+
+def is_transparent(picture: Image.Image) -> bool:
+    """Return whether a picture has an alpha channel or a transparent colour."""
+    return "A" in picture.mode or "transparency" in picture.info
+
+
+def _in_mode_of(picture: Image.Image, suffix: str) -> Image.Image:
+    """Return a picture in a mode that files of that extension hold. Raises InputError if there is none."""
+    if picture.mode in ("F", "I"):
+        raise InputError(
+            f"a picture of mode {picture.mode} has numbers of no defined brightness; use .safetensors, or convert it"
+        )
+    if picture.mode == "I;16" and suffix != ".png":  # the other formats have 8 bits
+        return _eight_bits(picture)
+    if picture.mode in _MODES[suffix.replace("jpeg", "jpg")]:
+        return picture
+    return picture.convert("RGBA" if is_transparent(picture) else "RGB")
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -105,6 +128,7 @@ def record_text(record: Mapping[str, Any]) -> str:
 
 
 def _add_text(info: PngInfo, name: str, text: str) -> None:
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half characters, which UTF-8 lacks
     # Plain text chunks are Latin-1 and lose other scripts; the international ones are UTF-8.
     (info.add_text if text.isascii() else info.add_itxt)(name, text)
 

@@ -12,9 +12,12 @@ from shardit.diffusion.loading.model_options import WHOLE
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.diffusion.request.step_lists import listed
 from shardit.errors import InputError
+from shardit.settings.paths import check_name, user_path
 
 # Entries of a record that are not arguments of the pipeline.
 _ABOUT = ("software", "pipeline", "revision", "versions", "parallel", "made", "input_image_sizes", "sample_rate")
+_OF_FOLDER = 64
+"""Digits of a folder's revision (`node_facts.fingerprint`); a commit of the hub has 40."""
 # Placeholders in `Request.settings` for values that a file does not contain.
 _NOT_HELD = {
     "numbers": re.compile(r"(Tensor|Parameter|ndarray)\([\d, ]*\)"),
@@ -25,6 +28,7 @@ _NOT_HELD = {
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return the record in a file's metadata (`Output.record`). Raises InputError if the file has none."""
+    check_name("--from-file", path)
     if not path.is_file():
         raise InputError(f"there is no file {path}; give one that shardit has written")
     try:
@@ -65,6 +69,13 @@ def flags_of(
         if values:
             flags[flag] = [f"{name}={json.dumps(value)}" for name, value in values.items()]
     return flags, extra
+
+
+def check_model_is_here(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise InputError if a file was made by a model in a folder that is not here: its name looks like a hub id."""
+    model, revision = str(record["model"]), record.get("revision")
+    if isinstance(revision, str) and len(revision) == _OF_FOLDER and not user_path("model", model).exists():
+        raise InputError(f"{path} was made by the model in the folder {model}, which is not here; give --model")
 
 
 def check_fits(path: Path, model: str, given: Collection[str], takes: PipelineSignature) -> None:

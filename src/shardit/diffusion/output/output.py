@@ -11,32 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardit.diffusion.output.arrays import named_arrays, pictures_of_map, pixels_of
-from shardit.diffusion.output.encode import record_text, write_image, write_video
-from shardit.diffusion.output.sound import write_wav
+from shardit.diffusion.output.arrays import by_name, named_arrays, pictures_of_map, pixels_of
+from shardit.diffusion.output.encode import is_transparent, record_text, write_image, write_video
+from shardit.diffusion.output.sound import MOST_SAMPLES, write_wav
+from shardit.diffusion.output.target import IN_WORDS, SUFFIXES, check_path, numbered, path_of
 from shardit.diffusion.request.returned import MAPS, Kind
 from shardit.errors import InputError
+from shardit.params import FRAME_RATE
 from shardit.settings.checks import whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    "image": (".png", ".jpg", ".jpeg", ".webp"),
-    "video": (".mp4",),
-    "audio": (".wav",),
-    "text": (".txt",),
-    "tensors": (".safetensors",),
-}
-"""File extensions by kind of content; the first of each is the usual one."""
-
-_IN_WORDS: dict[Kind, str] = {
-    "image": "an image",
-    "video": "a video",
-    "audio": "sound",
-    "text": "text",
-    "tensors": "numbers",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,20 +111,22 @@ class Output:
         output is an error or has nothing to save, the folder is missing, the extension does not fit, the sample rate is
         not known, `quality` is given for another format or the disk is full.
         """
-        path = _path(path)
+        target = path_of(path)
         if self.error is not None:
-            raise InputError(f"nothing to save, the request failed: {_one_line(self.error)}")
+            raise InputError(f"the request failed: {_one_line(self.error)}")
         kinds = self.kinds
         if not kinds:
             raise InputError("nothing to save, the output holds no pictures; leave out output_type")
-        if self.audio is not None and Path(path).suffix.lower() in SUFFIXES["audio"]:
+        if self.audio is not None and target.suffix.lower() in SUFFIXES["audio"]:
             self._sound(self.audio)
-        transparent = any(picture.mode == "RGBA" for picture in self.images)
-        target = check_path(path, kinds, transparent=transparent)
+        check_path(target, kinds, transparent=any(map(is_transparent, self.images)))
         kind: Kind = next(kind for kind in kinds if target.suffix.lower() in SUFFIXES[kind])
         _check_quality(quality, target)
         writers = self._writers(kind, quality)
-        targets = [check_path(name, kind) for name in _numbered(target, len(writers))]
+        if not writers:
+            raise InputError(f"nothing to save, the output holds no {IN_WORDS[kind]}")
+        size = _largest(self.frames[0] if self.frames else self.pictures())
+        targets = [check_path(name, kind, size=size) for name in numbered(target, len(writers))]
         return _write_all(dict(zip(targets, writers, strict=True)))
 
     def left_out(self, path: str | os.PathLike[str]) -> list[str]:
@@ -157,6 +144,7 @@ class Output:
     def _writers(self, kind: Kind, quality: int | None) -> list[Writer]:
         record = self.record()
         if kind == "video":
+            FRAME_RATE("fps", self.fps)
             sounds = [None] * len(self.frames or ()) if self.audio is None else [self._sound(one) for one in self.audio]
             if len(sounds) != len(self.frames or ()):
                 raise InputError(f"{len(sounds)} waveforms for {len(self.frames or ())} videos; save them as .wav")
@@ -175,17 +163,18 @@ class Output:
     def _sound(self, waveform: Any) -> tuple[Any, int]:
         if not self.sample_rate:
             raise InputError("the model does not define its sample rate; dataclasses.replace(output, sample_rate=...)")
-        return waveform, self.sample_rate
+        whole(1, MOST_SAMPLES)("sample_rate", self.sample_rate)
+        return waveform, int(self.sample_rate)
 
     def _numbers(self) -> dict[str, Any]:
         held = {"latents": self.latents, "audio": self.audio, **self.extra}
-        return {name: array for field, value in held.items() for name, array in named_arrays(value, field)}
+        return by_name(pair for field, value in held.items() for pair in named_arrays(value, field))
 
     def _arrays(self) -> dict[str, Any]:
         """Return all arrays of a .safetensors file; pictures and frames as their pixels, from 0 to 255."""
         shown = {"images": pixels_of(self.images), "frames": [pixels_of(video) for video in self.frames or ()]}
-        pixels = {name: array for field, value in shown.items() for name, array in named_arrays(value, field)}
-        return {**self._numbers(), **pixels}
+        pixels = [pair for field, value in shown.items() for pair in named_arrays(value, field)]
+        return by_name([*self._numbers().items(), *pixels])
 
     def record(self) -> dict[str, Any]:
         """The metadata of saved files: enough to make the output again."""
@@ -206,46 +195,16 @@ def savable(output: Output) -> tuple[Output, list[str]]:
     return replace(output, audio=None), ["not in the file: audio, because the model does not define its sample rate"]
 
 
-def check_path(
-    path: str | os.PathLike[str], kind: Kind | Sequence[Kind] | None = None, *, transparent: bool = False
-) -> Path:
-    """Check that `path` can be written, without writing it, so that nobody waits for a picture that cannot be saved.
-
-    kind: the content to save, or several of which one can be saved; None if it is not known yet. transparent: pictures
-    have an alpha channel. Returns the path, raises `InputError`.
-    """
-    target = _path(path)
-    suffix = target.suffix.lower()
-    kinds: Any = list(SUFFIXES) if kind is None else [kind] if isinstance(kind, str) else kind
-    fitting = [each for one in kinds for each in SUFFIXES[one]]
-    if target.is_dir():
-        raise InputError(f"output {target} is a folder; give a file name in it, such as {target / 'out'}{fitting[0]}")
-    if suffix not in fitting:
-        what = " or ".join(_IN_WORDS[one] for one in kinds) if kind else "what pipelines make"
-        raise InputError(f"output {target} does not fit {what}; use an extension among {', '.join(fitting)}")
-    if transparent and suffix in (".jpg", ".jpeg"):
-        raise InputError(f"output {target} would lose transparency; use .png or .webp")
-    if not target.parent.is_dir():
-        what = "is not a folder" if target.parent.exists() else "does not exist; make it"
-        raise InputError(f"output folder {target.parent} {what} or choose another")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"output folder {target.parent} is not writable; choose another")
-    return target
-
-
-def _path(path: object) -> Path:
-    try:
-        return Path(path)  # type: ignore[arg-type]
-    except TypeError:
-        raise InputError(f"output must be a path, as in 'cat.png', got {path!r}") from None
-
-
 def _check_quality(quality: object, target: Path) -> None:
     if quality is None:
         return
     whole(0, 100)("quality", quality)
     if quality != 100 and target.suffix.lower() not in (".jpg", ".jpeg", ".webp"):
         raise InputError(f"quality is of JPEG and WebP, not of {target.suffix} files; leave it out")
+
+
+def _largest(pictures: Sequence[Image]) -> tuple[int, int]:
+    return max((one.width for one in pictures), default=0), max((one.height for one in pictures), default=0)
 
 
 Writer = Callable[[Path], None]
@@ -267,7 +226,7 @@ def _sound_writer(sound: tuple[Any, int], record: Mapping[str, Any]) -> Writer:
 
 def _text_writer(text: str) -> Writer:
     def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     return write
 
@@ -287,12 +246,6 @@ def _says(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_says(each) for each in value)
     return value is not None and value is not False and not (isinstance(value, (str, Mapping)) and not value)
-
-
-def _numbered(target: Path, count: int) -> list[Path]:
-    if count == 1:
-        return [target]
-    return [target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(count)]
 
 
 def _write_all(writers: Mapping[Path, Writer]) -> list[Path]:

@@ -18,6 +18,8 @@ _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 6400
 _AAC_BITS_PER_CHANNEL = 128_000
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 _BLOCK = 1 << 16
+MOST_SAMPLES = 10_000_000
+"""Largest sample rate of a file."""
 
 
 def samples_of(waveform: Any) -> np.ndarray:
@@ -32,6 +34,8 @@ def write_wav(waveform: Any, path: Path, sample_rate: int, comment: str) -> None
     import av
 
     samples = samples_of(waveform)
+    if not samples.size:
+        raise InputError("nothing to save, the sound has no samples")
     with av.open(str(path), "w", format="wav") as container:
         container.metadata["comment"] = comment
         track = _add(container, "pcm_s16le", sample_rate, len(samples))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from shardit.config import DiffusionParallelConfig, check_heads, fitting_partition
+from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.modules.block_names import count_blocks
+from shardit.core.placement.head_counts import check_heads
 from shardit.diffusion.loading.diffusers_source import denoises
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.index import Component, read_config

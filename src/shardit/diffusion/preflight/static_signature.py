@@ -8,10 +8,17 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardit.diffusion.loading.diffusers_source import definition, lineage, method, parameters
+from shardit.diffusion.loading.diffusers_source import (
+    definition,
+    has_method,
+    lineage,
+    method,
+    parameters,
+    refused_above,
+)
 from shardit.diffusion.loading.variants import image_pipeline_name
 from shardit.diffusion.preflight.static_sizes import configs_in, static_sizes, with_defaults
-from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_from
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_from
 
 
 def static_signature(class_name: str, model_index: Mapping[str, Any] | None = None) -> PipelineSignature | None:
@@ -57,7 +64,10 @@ def static_signatures_of_model(
 
 def _sized(found: PipelineSignature | None, configs: Mapping[str, Mapping[str, Any]]) -> PipelineSignature | None:
     sizes: dict[str, Any] = static_sizes(found.class_name, found.names, configs) if found else {}
-    return found and dataclasses.replace(found, **sizes)
+    if found is None:
+        return None
+    lacks = has_method(found.class_name, "load_ip_adapter") and not any(map(has_adapter, configs.values()))
+    return dataclasses.replace(found, **sizes, most=refused_above(found.class_name), lacks_adapter=lacks)
 
 
 def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.settings.checks import is_number, text_as_flag
 
@@ -31,6 +32,16 @@ def checked_value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
         if any(isinstance(part, (str, bytes, bool, Mapping)) for part in parts):
             raise InputError(f"{name} must be a number, got {_short(value)}")
     return value
+
+
+ATTENTION_NAMES = ("scale", "gligen", "ip_adapter_masks", "ip_hidden_states", "attention_mask")
+"""What the models and attention processors of diffusers read from `attention_kwargs`; most ignore any other name."""
+
+
+def check_attention(name: str, value: Any) -> None:
+    """Raise InputError for names in `attention_kwargs` (or joint_, cross_) that nobody takes."""
+    if name.endswith("attention_kwargs") and isinstance(value, Mapping):
+        reject_unknown_names(name, value, ATTENTION_NAMES)
 
 
 def _short(value: Any) -> str:

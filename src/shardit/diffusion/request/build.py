@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import did_you_mean
+from shardit.diffusion.loading.diffusers_source import module_of
 from shardit.diffusion.loading.required_packages import check_packages
-from shardit.diffusion.request.argument_values import checked_value
+from shardit.diffusion.request.argument_values import check_attention, checked_value
 from shardit.diffusion.request.images import open_image
 from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_count
@@ -17,8 +18,8 @@ from shardit.diffusion.request.request import Request
 from shardit.diffusion.request.result_limits import ResultLimits, limit_problem
 from shardit.diffusion.request.step_lists import listed, steps_problem
 from shardit.errors import InputError
-from shardit.params import OmniDiffusionSamplingParams, field_names, seed_or_drawn
-from shardit.settings.checks import number
+from shardit.params import FRAME_RATE, OmniDiffusionSamplingParams, field_names, seed_or_drawn
+from shardit.settings.checks import TEXT, text_problem
 
 if TYPE_CHECKING:
     from shardit.diffusion.request.images import ImageSource
@@ -39,6 +40,9 @@ _RESERVED = {
     "callback_on_step_end": "functions cannot be sent to the ranks; use shardit.parallelize for callbacks",
     "callback_on_step_end_tensor_inputs": "functions cannot be sent to the ranks; use shardit.parallelize",
 }
+
+_RARE_FORMS = ("mesh", "text", "seq")
+_ADAPTER = "load one into a pipeline of diffusers (load_ip_adapter) and give that to shardit.parallelize"
 
 
 def build_requests(
@@ -137,12 +141,11 @@ def _build(
     _check_taken(params, takes)
     kwargs = {name: value for name, value in params.given().items() if name not in _OWN_FIELDS}
     kwargs.update({name: checked_value(name, value, takes.defaults) for name, value in params.extra_args.items()})
-    for name, value in kwargs.items():
-        if problem := takes.size_problem(name, value) or takes.tensor_problem(name, value):
-            raise InputError(problem)
+    _check_values(kwargs, takes)
     if problem := steps_problem(kwargs):
         raise InputError(problem)
-    if excess := limit_problem(kwargs, takes.defaults, ResultLimits()):
+    counted = {**kwargs, "num_outputs_per_prompt": params.num_outputs_per_prompt}
+    if excess := limit_problem(counted, takes.defaults, ResultLimits()):
         name, what = excess
         raise InputError(f"{'width x height' if name == 'size' else name} {what}")
     _rename_frames(kwargs, takes)
@@ -174,6 +177,19 @@ def _build(
     )
 
 
+def _check_values(kwargs: Mapping[str, Any], takes: PipelineSignature) -> None:
+    for name, value in kwargs.items():
+        checks = takes.size_problem, takes.tensor_problem, takes.limit_problem
+        if problem := next(filter(None, (check(name, value) for check in checks)), None):
+            raise InputError(problem)
+        if name not in takes.pictures and (problem := text_problem(value)):  # paths may have any bytes
+            raise InputError(f"{name} must be {problem}, got {value!r:.200}")
+        check_attention(name, value)
+    form, source = kwargs.get("output_type"), module_of(takes.class_name)
+    if form in _RARE_FORMS and source and f'"{form}"' not in source:
+        raise InputError(f"{takes.class_name} makes no output_type {form!r}; leave it out")
+
+
 def _defaults(kwargs: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
     """Return the defaults of the pipeline, without the number of steps if a list determines it."""
     hidden = "num_inference_steps" if listed(kwargs) else None
@@ -196,7 +212,7 @@ def _set_rate(kwargs: dict[str, Any], fps: float | None, takes: PipelineSignatur
     if name is None:
         return
     if name in kwargs:
-        number(above=0)(name, kwargs[name])
+        FRAME_RATE(name, kwargs[name])
     value = kwargs.get(name, fps)
     if value is not None:
         kwargs[name] = _like(value, takes.defaults.get(name))
@@ -262,6 +278,8 @@ def _extra_args_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_name(name: str, takes: PipelineSignature) -> None:
     reserved = "use num_outputs_per_prompt" if is_count(str(name)) else _RESERVED.get(name)
+    if reserved is None and takes.needs_adapter(str(name)):
+        reserved = f"the model has no IP-Adapter; {_ADAPTER}"
     if reserved is not None:
         raise InputError(f"{name} cannot be given; {reserved}")
     if name not in takes.names and name not in field_names():
@@ -286,6 +304,7 @@ def _prompt(values: Mapping[str, Any], kwargs: Mapping[str, Any], takes: Pipelin
         return None
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be a string, got {type(prompt).__name__}; give a list of prompts for several")
+    TEXT("prompt", prompt)
     if "prompt" not in takes.names:
         raise InputError(f"{takes.class_name} takes no prompt; it takes: {', '.join(takes.choices)}")
     return prompt

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image, ImageOps
 
 from shardit.errors import InputError, first_filled_line
+from shardit.settings.paths import check_name
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -73,8 +74,10 @@ def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
     name = _name_of(source)
     if isinstance(source, str) and source.split("://")[0] in ("http", "https"):
         raise InputError(f"video {source} is an address; download it and give the file")
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise InputError(f"video {name} does not exist; correct the path")
+    if not isinstance(source, bytes):
+        check_name("video", source)
+        if not Path(source).is_file():
+            raise InputError(f"video {name} does not exist; correct the path")
     import av  # its libraries take a while to load
     from av.error import FFmpegError
 
@@ -111,6 +114,8 @@ def _load_upright(source: ImageSource) -> Image.Image:
     if not isinstance(source, (str, os.PathLike, bytes)):
         rows = "; rows of pictures go through shardit.parallelize only" if isinstance(source, (list, tuple)) else ""
         raise InputError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}{rows}")
+    if not isinstance(source, bytes):
+        check_name("image", source)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
         picture.load()
         return ImageOps.exif_transpose(picture)

@@ -64,6 +64,8 @@ class PipelineSignature:
     """Required multiples of height and width, if the pipeline refuses others (`size_multiples`)."""
     least: Mapping[str, int] = field(default_factory=dict)
     """The least height and width that leave latents (`least_sides`)."""
+    most: Mapping[str, int] = field(default_factory=dict)
+    """The largest values of arguments above which the pipeline raises (`refused_above`)."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """The model, its revision, number formats and versions of packages, as JSON values: recorded in files."""
     outputs: tuple[str, ...] = ()
@@ -73,6 +75,9 @@ class PipelineSignature:
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Missing packages that it needs; with each the arguments of which one must be given to need it, () if every call
     needs it."""
+
+    lacks_adapter: bool = False
+    """Whether it has arguments of an IP-Adapter, and no such adapter is loaded."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -111,6 +116,7 @@ class PipelineSignature:
     def choices(self) -> list[str]:
         """Names that a user can give, as shardit calls them."""
         chosen = [name for name in self.names if name not in _NOT_CHOICES and not is_count(name)]
+        chosen = [name for name in chosen if not self.needs_adapter(name)]
         chosen += ["pil_image"] if self.image_name else []
         chosen += ["num_outputs_per_prompt"] if self.count_name else []
         chosen += ["num_frames"] if self.frames_name else []
@@ -128,6 +134,17 @@ class PipelineSignature:
             return None
         below, above = value // step * step, (value // step + 1) * step
         return f"{name} must be a multiple of {step}, got {value}; use {f'{below} or ' if below else ''}{above}"
+
+    def limit_problem(self, name: str, value: Any) -> str | None:
+        """Return the error in a number that the pipeline refuses as too large; None if it is valid."""
+        most = self.most.get(name)
+        if most is None or not isinstance(value, int) or value <= most:
+            return None
+        return f"{name} must be at most {most}, got {value}"
+
+    def needs_adapter(self, name: str) -> bool:
+        """Return whether an argument is of an IP-Adapter that is not loaded."""
+        return self.lacks_adapter and "ip_adapter_image" in name
 
     def tensor_problem(self, name: str, value: Any) -> str | None:
         """Return the error in an argument that must be a tensor: text and plain numbers, also in lists, are invalid."""
@@ -207,6 +224,11 @@ def signature_of(
     own = (inspect.signature(vars(base)[method]) for base in pipeline_class.__mro__ if method in vars(base))
     found = signature_from(pipeline_class.__name__, (list(call.parameters.values()) for call in own), model_index)
     return dataclasses.replace(found, outputs=declared_fields(pipeline_class), sample_rate=sample_rate)
+
+
+def has_adapter(config: Mapping[str, Any]) -> bool:
+    """Return whether a component with this configuration has an IP-Adapter, as a UNet saved with one."""
+    return config.get("encoder_hid_dim_type") == "ip_image_proj"
 
 
 def is_count(name: str) -> bool:

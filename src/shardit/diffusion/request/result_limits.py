@@ -62,7 +62,9 @@ def _counts(asked: Mapping[str, Any], limits: ResultLimits) -> _Amounts:
     bounds = {"steps": limits.steps, "frames": limits.frames, "tokens": limits.prompt_tokens, "layers": limits.outputs}
     found: _Amounts = []
     for name, value in asked.items():
-        if name.endswith(("sigmas", "timesteps")):
+        if name == "num_outputs_per_prompt":
+            found.append((name, value, limits.outputs, "outputs"))
+        elif name.endswith(("sigmas", "timesteps")):
             found.append((name, len(value) if isinstance(value, Collection) else 0, limits.steps, "steps"))
         elif (word := _COUNTED.search(name)) is not None:
             unit = "tokens" if word[0] == "length" else word[0]

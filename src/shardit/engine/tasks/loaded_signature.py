@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.loading.diffusers_source import refused_above
 from shardit.diffusion.loading.model_options import recorded
 from shardit.diffusion.loading.required_packages import missing
-from shardit.diffusion.request.pipeline_signature import PipelineSignature, signature_of
+from shardit.diffusion.request.pipeline_signature import PipelineSignature, has_adapter, signature_of
 from shardit.diffusion.request.size_multiples import least_sides, size_multiples
 from shardit.engine.nodes.node_facts import fingerprint, versions
 from shardit.loading.hub import cached
@@ -22,7 +24,18 @@ def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: 
     """Return the signature of a pipeline with this index; rate: samples per second of its sound."""
     found = signature_of(type(pipe), index, sample_rate=rate)
     sizes: dict[str, Any] = {"multiples": size_multiples(pipe), "least": least_sides(pipe)}
-    return dataclasses.replace(found, **sizes, made_by=_made_by(spec), missing=missing(type(pipe)))
+    configs = (getattr(part, "config", None) for part in pipe.components.values())
+    adapted = any(has_adapter(config) for config in configs if isinstance(config, Mapping))
+    lacks = hasattr(pipe, "load_ip_adapter") and not adapted
+    own = type(pipe).__module__.partition(".")[0] == "diffusers"
+    return dataclasses.replace(
+        found,
+        **sizes,
+        most=refused_above(found.class_name) if own else {},
+        made_by=_made_by(spec),
+        missing=missing(type(pipe)),
+        lacks_adapter=lacks,
+    )
 
 
 def _made_by(spec: SessionSpec) -> dict[str, Any]:

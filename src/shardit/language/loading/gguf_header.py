@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,48 @@ def parsed_once() -> Iterator[None]:
             yield
         finally:
             gguf.GGUFReader, gguf.get_tensor_name_map = reader, table
+
+
+_SCALARS: dict[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_TEXT, _ARRAY = 8, 9
+"""Types of values, by their numbers in the format."""
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Return the texts and numbers that a header states before the vocabulary, and reads no more of it: it takes
+    milliseconds. Of a damaged or big-endian file, only those before what cannot be read."""
+    found: dict[str, Any] = {}
+    with open(path, "rb") as file:
+
+        def read(form: str) -> Any:
+            return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))[0]
+
+        def value(kind: int) -> Any:
+            if kind == _ARRAY:
+                return [value(each) for each, count in [(read("I"), read("Q"))] for _ in range(count)]
+            return file.read(read("Q")).decode() if kind == _TEXT else read(_SCALARS[kind])
+
+        with suppress(struct.error, KeyError, ValueError, OverflowError, MemoryError):
+            file.seek(4)
+            if read("I") in (2, 3):  # versions
+                _, count = read("Q"), read("Q")
+                for _ in range(count):
+                    name, kind = value(_TEXT), read("I")
+                    if name.startswith("tokenizer."):
+                        break
+                    found[name] = value(kind)
+    return found
+
+
+def check_magic(path: Path) -> None:
+    """Raise InputError where a file is no GGUF file by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give another file") from error
+    if begin != b"GGUF":
+        raise InputError(f"{path} is no GGUF file (it does not begin with GGUF): download or copy it again")
 
 
 def check_package(path: Path) -> None:

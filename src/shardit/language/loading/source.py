@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardit.errors import InputError, first_line
-from shardit.language.loading.gguf_header import check_package, parsed_once
+from shardit.language.loading.gguf_header import check_magic, check_package, parsed_once
 from shardit.loading.hub import FlatRemote, flat_on_hub, is_hub_id, open_flat
 from shardit.loading.index import INDEX
 from shardit.loading.quiet import quiet
 from shardit.models.tiny.language import CONFIGURATIONS, language_folder
+from shardit.settings.paths import user_path
 
 CONFIG = "config.json"
 """The configuration file of a model of transformers."""
@@ -51,8 +52,6 @@ class DecoderSource:
         from transformers import AutoTokenizer
 
         options: dict[str, Any] = {} if self.gguf is None else {"gguf_file": self.gguf}
-        if self.gguf is not None:
-            check_package(self.folder / self.gguf)
         try:
             with quiet(), nullcontext() if self.gguf is None else parsed_once():
                 return AutoTokenizer.from_pretrained(str(self.folder), **options)
@@ -63,19 +62,23 @@ class DecoderSource:
     @property
     def model_type(self) -> str | None:
         """Return the name of the model's family in config.json; None for a GGUF file."""
-        return None if self.gguf is not None else str(_read_config(self.folder).get("model_type"))
+        return None if self.gguf is not None else str(read_config(self.folder).get("model_type"))
 
     @property
     def architecture(self) -> str | None:
         """Return the first class that config.json names; None for a GGUF file."""
-        return None if self.gguf is not None else next(iter(_read_config(self.folder).get("architectures") or []), None)
+        return None if self.gguf is not None else next(iter(read_config(self.folder).get("architectures") or []), None)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json. Raises InputError where it is damaged."""
     try:
-        return json.loads((folder / CONFIG).read_text("utf-8"))
+        found = json.loads((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} is damaged: download or copy it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{folder / CONFIG} is damaged, it is no dict: download or copy it again")
+    return found
 
 
 def local_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
@@ -84,16 +87,38 @@ def local_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
     text = os.fspath(model)
     if (tiny := language_folder(text)) is not None:
         return DecoderSource(tiny)
-    path = _of_package(text) or Path(text).expanduser()
+    path = _of_package(text) or user_path("model", text)
     if path.suffix.lower() == GGUF and path.is_file():
         return DecoderSource(path.parent, path.name)
-    return DecoderSource(path) if (path / CONFIG).is_file() and not (path / INDEX).is_file() else None
+    if not (path / CONFIG).is_file() or (path / INDEX).is_file() or is_component(path):
+        return None
+    return DecoderSource(path)
+
+
+def is_component(folder: Path) -> bool:
+    """Whether a folder is one component of a pipeline of diffusers, by the class in its config.json."""
+    try:
+        found = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "_class_name" in found
+
+
+def check_readable(source: DecoderSource) -> DecoderSource:
+    """The same files. Raises InputError where a GGUF file is none, or the package that reads it is missing."""
+    if source.gguf is not None:
+        check_magic(source.folder / source.gguf)
+        check_package(source.folder / source.gguf)
+    return source
 
 
 def known_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
     """Return the files of a language model that is on this disk or has a short name; None for other names. The hub is
     queried only for a short name."""
-    return decoder_source(model) if os.fspath(model) in ALIASES else local_decoder(model)
+    if os.fspath(model) in ALIASES:
+        return decoder_source(model)
+    found = local_decoder(model)
+    return found and check_readable(found)
 
 
 def refuse_decoder(model: str | os.PathLike[str]) -> None:
@@ -121,13 +146,14 @@ def decoder_source(model: str | os.PathLike[str]) -> DecoderSource:
     text = os.fspath(model)
     found = local_decoder(model)
     if found is not None:
-        return found
+        return check_readable(found)
     if text.startswith("tiny/"):
         raise InputError(f"there is no tiny language model {text!r}: there are {', '.join(sorted(CONFIGURATIONS))}")
-    path = Path(text).expanduser()
+    path = user_path("model", text)
     if path.is_dir():
         kind = "a pipeline of diffusers: use Omni" if (path / INDEX).is_file() else f"no model: it has no {CONFIG}"
-        raise InputError(f"{text} holds {kind}")
+        part = f"a component of a pipeline of diffusers: give Omni the folder that holds {INDEX}"
+        raise InputError(f"{text} holds {part if is_component(path) else kind}")
     if path.exists():
         raise InputError(f"{text} is no language model: give a folder of transformers, a GGUF file or a hub id")
     hub_id = ALIASES[text].hub_id if text in ALIASES else text

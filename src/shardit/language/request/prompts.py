@@ -3,69 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.language.request.rows import PromptGroup, Row
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import seed_or_drawn
+from shardit.settings.checks import TEXT
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """A text, {"prompt": text}, {"prompt_token_ids": ids}, or ids."""
 
 
+_KEYS = ("prompt", "prompt_token_ids")
+
+
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return prompts as a list; a single prompt is also accepted."""
-    if isinstance(prompts, (str, Mapping)) or (prompts and all(isinstance(one, int) for one in prompts)):
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
+        raise InputError(f"prompts must be a text, a dict, ids or a list of them, got {prompts!r:.80}")
+    if not prompts:
+        raise InputError("the list of prompts is empty; give at least one prompt")
+    if all(isinstance(one, int) for one in prompts):
         return [prompts]  # pyright: ignore[reportReturnType]
     return list(prompts)  # pyright: ignore[reportReturnType]
 
 
 def params_of_each(given: Any, count: int) -> list[SamplingParams]:
     """Return the parameters of each of `count` prompts. Raises InputError for any other number."""
-    found = [given] * count if isinstance(given, SamplingParams) else list(given)
+    found = [given] * count if isinstance(given, SamplingParams) else list(given) if _is_list(given) else []
     if len(found) != count or not all(isinstance(one, SamplingParams) for one in found):
         raise InputError(f"sampling_params must be one SamplingParams, or one for each of the {count} prompts")
     return found
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _check_keys(prompt: Mapping[str, Any]) -> None:
+    for name in prompt:
+        if name in _KEYS:
+            continue
+        if name in [item.name for item in fields(SamplingParams)]:
+            raise InputError(f"a prompt takes no {name!r}: it is a field of SamplingParams, the second argument")
+        raise InputError(f"a prompt takes no {name!r}{did_you_mean(str(name), _KEYS)}; it takes: {', '.join(_KEYS)}")
+
+
 def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | None, tuple[int, ...]]:
     """Return the text of a prompt (None for token ids) and its tokens. vocabulary: the number of tokens in the model's
     vocabulary. Raises InputError for an invalid prompt."""
+    if isinstance(prompt, Mapping):
+        _check_keys(prompt)
+        if len(prompt) > 1:
+            raise InputError("a prompt is given twice, as prompt and as prompt_token_ids; give one of them")
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     if isinstance(text, str):
+        TEXT("prompt", text)
         return text, tuple(tokenizer(text)["input_ids"])
     ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
-    if not isinstance(ids, Sequence) or not ids or not all(isinstance(one, int) for one in ids):
+    wrong = isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Sequence) or not ids
+    if wrong or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
         raise InputError(f'a prompt is a text, {{"prompt": text}} or {{"prompt_token_ids": ids}}, got {prompt!r:.80}')
-    if not all(0 <= one < vocabulary for one in ids):
-        raise InputError(f"prompt_token_ids must be from 0 to {vocabulary - 1}, got {min(ids)} to {max(ids)}")
-    return None, tuple(ids)
+    tokens: tuple[int, ...] = tuple(ids)
+    if not all(0 <= one < vocabulary for one in tokens):
+        raise InputError(f"prompt_token_ids must be from 0 to {vocabulary - 1}, got {min(tokens)} to {max(tokens)}")
+    return None, tokens
 
 
-def chat_tokens(
-    tokenizer: Any,
-    messages: Sequence[Any],
-    template: str | None,
-    tools: Sequence[Any] | None,
-    add_generation_prompt: bool,
-) -> list[int]:
-    """Return the tokens of a conversation. add_generation_prompt: whether to append the start of an answer. Raises
-    InputError if the chat template refuses the messages, or there is none."""
-    if template is None and tokenizer.chat_template is None:
-        raise InputError("the tokenizer has no chat template: give chat_template, or a prompt to generate()")
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=add_generation_prompt,
-            chat_template=template,
-            tools=tools,
-            tokenize=True,
-            return_dict=False,
-        )
-    except Exception as error:  # templates raise any exception
-        raise InputError(f"the chat template refuses the messages: {error}") from error
+def check_tokens(params: SamplingParams, vocabulary: int) -> None:
+    """Raise InputError for parameters that ask for more tokens, or others, than the model knows."""
+    if params.logprobs is not None and params.logprobs > vocabulary:
+        raise InputError(f"logprobs={params.logprobs} is more than the {vocabulary} tokens that the model knows")
+    if unknown := [one for one in params.stop_token_ids or () if one >= vocabulary]:
+        raise InputError(f"stop_token_ids must be from 0 to {vocabulary - 1}, got {unknown[0]}")
 
 
 def rows_of(
@@ -74,7 +89,7 @@ def rows_of(
     """Return the rows of prompt `number`, one for each requested text. limit: maximum tokens of prompt and text. seed:
     of all prompts. Raises InputError if the prompt is too long."""
     if not tokens:
-        raise InputError(f"prompt {number} has no tokens")
+        raise InputError(f"prompt {number} has no tokens: give it a text that is not empty")
     left = None if limit is None else limit - len(tokens)
     if left is not None and left < 1:
         raise InputError(f"prompt {number} has {len(tokens)} tokens, and the model has room for {limit}")

@@ -10,12 +10,15 @@ from typing import Any
 from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.params import SEED
-from shardit.settings.checks import FLAG, matching, number, numbers, whole
+from shardit.settings.checks import FLAG, Check, number, numbers, text_problem, whole
 from shardit.settings.declare import Flag, check_declared, declare
 
-_stop = matching(
-    "a non-empty string or a list of those",
-    lambda value: bool(value) and all(isinstance(one, str) and one for one in _listed(value)),
+_STOP = "a non-empty string or a list of those"
+_stop = Check(
+    _STOP,
+    lambda value: (
+        text_problem(value) if value and all(isinstance(one, str) and one for one in _listed(value)) else _STOP
+    ),
 )
 
 _value = functools.partial(declare, flag=None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.errors import InputError
+from shardit.settings.paths import check_name
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32"
 
     folder = Path(folder).absolute()
     chosen = recipe(name)
+    check_name("folder", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder")
     try:

@@ -9,13 +9,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from shardit.errors import InputError
+from shardit.settings.paths import check_name
 
 PREFIX = "tiny/"
 
 
 def cache_root() -> Path:
     """$SHARDIT_CACHE, or ~/.cache/shardit."""
-    return Path(os.environ.get("SHARDIT_CACHE") or Path.home() / ".cache" / "shardit")
+    told = os.environ.get("SHARDIT_CACHE")
+    if told:
+        check_name("SHARDIT_CACHE", told)
+    return Path(told or Path.home() / ".cache" / "shardit")
 
 
 def cached_folder(name: str) -> Path:

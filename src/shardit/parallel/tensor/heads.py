@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from shardit.core.placement.head_counts import heads_fit
 from shardit.core.placement.slices import Parts, Shards, even, even_runs
 from shardit.parallel.tensor import rules as rules
 
@@ -25,9 +26,8 @@ class Heads:
     gates: int = 1
 
     def fit(self, ranks: int) -> bool:
-        """Whether each rank gets key heads, or query heads with copies of their key heads, if no rank has twice as many
-        query heads as another."""
-        return ranks <= self.keys or (self.replicates and -(-self.queries // ranks) < 2 * (self.queries // ranks))
+        """Whether each rank gets key heads, or copies of the key heads that it needs."""
+        return ranks <= self.keys or (self.replicates and heads_fit(ranks, self.queries, self.keys))
 
     def key_shards(self, parts: Parts) -> Shards:
         if (shared := self._shared(parts)) is None:

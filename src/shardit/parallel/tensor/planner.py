@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from shardit.config import check_heads
 from shardit.core.modules.fingerprint import PROCESSOR
+from shardit.core.placement.head_counts import check_heads, check_query_heads
 from shardit.core.placement.slices import Parts, Shards, even, even_runs, one_behind_the_other, shards
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor import rules as rules
@@ -66,11 +66,8 @@ def _refuse_heads(cutter: Cutter) -> None:
     model, most = type(cutter.model).__name__, max(cutter.too_few, key=lambda heads: heads.queries)
     if not most.replicates:
         check_heads(cutter.size, model, max(heads.keys for heads in cutter.too_few))
-    sizes = [n for n in range(1, most.queries + 1) if all(heads.fit(n) for heads in cutter.too_few)]
-    raise UnsupportedError(
-        f"tensor_parallel_size={cutter.size} does not fit {model} with num_attention_heads={most.queries} and "
-        f"num_key_value_heads={most.keys}; use {', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
-    )
+    others = [(heads.queries, heads.keys) for heads in cutter.too_few]
+    check_query_heads(cutter.size, model, most.queries, most.keys, others)
 
 
 def _is_shared(cutter: Cutter, name: str, module: nn.Module, kept: Container[int]) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from shardit.errors import InputError
 from shardit.server.options import ServeOptions
 from shardit.server.process import api_process
+from shardit.settings.paths import check_name
 
 if TYPE_CHECKING:
     from shardit.engine.process.placement import Placement
@@ -87,6 +88,7 @@ def locked(folder: Path, patience_s: float = 0.0) -> Iterator[bool]:
     """Lock the data folder for this server; yields whether the previous server was killed, so that its processes may
     still be running. Raises InputError if another server holds the folder for `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
+    check_name("data folder", folder)
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

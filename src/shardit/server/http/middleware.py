@@ -31,7 +31,7 @@ _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 _PROBES = ("/health", "/ready", "/metrics")
 _POLLED = ("/v1/server", "/v1/images", "/v1/videos", "/v1/generations")
 """Routes that the page polls."""
-_FOR_ANY_HOST = ("/health", "/ready")
+PROBED = ("/health", "/ready")
 """Routes for probes, which may use another name for the server or none: they only report whether it works."""
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
@@ -96,7 +96,7 @@ class Guard:
         try:
             self._check_host(headers)
         except ApiError:
-            if scope["path"] not in _FOR_ANY_HOST:
+            if scope["path"] not in PROBED:
                 raise
             scope["state"]["stranger"] = True
         if not self._is_open(scope["path"]):

@@ -19,8 +19,10 @@ from shardit.server.messages import Ping, Pong, Step
 from shardit.server.options import ServeOptions
 from shardit.server.process.heartbeat import Heartbeat
 
-API = "shardit.server.http.main"
+API = "shardit.server.http.start"
 """The module of the API process."""
+UNABLE = 77
+"""Exit code of an API process that cannot be imported."""
 MAX_BACKLOG = 1000
 """Number of unread messages above which an API process gets no more steps."""
 CALM_S = 5.0
@@ -90,6 +92,8 @@ class ApiProcess:
         self._pause_s = 0.0
         self._again = 0.0
         self._leave_by = 0.0
+        self.unable = False
+        """Whether the first process could not be imported: the user must change something."""
 
     def start(self) -> None:
         """Send the process its options; returns at once."""
@@ -124,10 +128,11 @@ class ApiProcess:
         if self._process is not None and (code := self._process.poll()) is not None:
             self._pause_s = 0.0 if now - self._begun > CALM_S else min(MAX_PAUSE_S, 2 * self._pause_s + 0.25)
             self._log.warning("api_process_ended", reason=describe_exit(code), again_in_s=self._pause_s)
+            self.unable = code == UNABLE and self._process is self._first.process
             self._process, self._again = None, now + self._pause_s
             if self._pipe is not None:
                 self._pipe.close()
-        if self._process is None and now >= self._again:
+        if self._process is None and now >= self._again and not self.unable:
             try:
                 self._begin(start(self._listener))
             except OSError as error:  # no memory, no process numbers

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardit.diffusion.output.output import SUFFIXES as BY_KIND
 from shardit.diffusion.output.output import Output, savable
+from shardit.diffusion.output.target import SUFFIXES as BY_KIND
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 """Suffixes of result files, by OpenAI's names of their formats."""

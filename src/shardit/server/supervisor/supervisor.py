@@ -154,6 +154,9 @@ class Supervisor:
     def tick(self) -> None:
         """Check for unreported events."""
         self.api.look_after()
+        if self.api.unable:
+            self.error = InputError("the server cannot start: a package is missing or broken, see the line before")
+            self.loop.stop()
         self.jobs.look_after()
         if self._of_ranks() != self.state.ranks:
             self._set(self.state.state, reason=self.state.reason)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from shardit.diffusion.request.argument_values import checked_value
+from shardit.diffusion.output.target import side_problem
+from shardit.diffusion.request.argument_values import check_attention, checked_value
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.diffusion.request.result_limits import limit_problem
@@ -90,6 +91,12 @@ def arguments(values: Mapping[str, Any], takes: PipelineSignature, options: Serv
     check_limits(given, takes, options.limits)
     if disagreement := steps_problem(given):
         raise ApiError(400, disagreement, code="invalid_value", param="num_inference_steps")
+    suffix = ".mp4" if takes.kind == "video" else f".{values.get('output_format', 'auto')}"
+    if problem := side_problem(suffix, given.get("width"), given.get("height")):
+        raise ApiError(400, problem, code="too_large", param="size")
+    for name in takes.most:
+        if problem := takes.limit_problem(name, given.get(name, given.get("extra_args", {}).get(name))):
+            raise ApiError(400, problem, code="invalid_value", param=name)
     for name in SIDES:
         if problem := takes.size_problem(name, given.get(name)):
             raise ApiError(400, problem, code="invalid_value", param=name if name in values else "size")
@@ -102,6 +109,8 @@ def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, An
     try:
         values = {**given, **{name: checked_value(name, given[name], takes.defaults) for name in own}}
         extra = given.get("extra_args", {})
+        for name, value in {**extra, **given}.items():
+            check_attention(name, value)
         checked = {name: checked_value(name, value, takes.defaults) for name, value in extra.items()}
         if takes.rate_name in {**extra, **given}:
             number(*FPS)(str(takes.rate_name), {**checked, **values}[takes.rate_name])

@@ -1,0 +1,74 @@
+"""Checks a language model and the arguments of `LLM` by its files alone, before torch is imported and ranks start."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from shardit.config import DiffusionParallelConfig, fitting_partition
+from shardit.core.modules.block_names import count_blocks
+from shardit.core.placement.head_counts import check_query_heads
+from shardit.language.limits import POSITION_LIMITS, check_axes, check_max_model_len
+from shardit.language.loading.gguf_header import read_values
+from shardit.language.loading.source import DecoderSource, read_config
+from shardit.loading.checkpoint import Checkpoint
+
+_PLAIN = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
+_PLAIN = (*_PLAIN, "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen2moe", "qwen3moe")
+"""Families, under their names in config.json and in GGUF files, all of whose layers have attention with one linear each
+for queries, keys and values, and the numbers of heads that the configuration states."""
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What files state of a model; None if they do not, or other parts of the model may differ."""
+
+    model: str
+    positions: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    key_heads: int | None = None
+
+
+def check_decoder(source: DecoderSource, config: DiffusionParallelConfig, max_model_len: int | None) -> None:
+    """Raise InputError or UnsupportedError for what the files of a model show. What they do not show is found when the
+    model is built."""
+    check_axes(config)
+    found = _of_config(source) if source.gguf is None else _of_gguf(source)
+    check_max_model_len(max_model_len, found.positions)
+    if found.layers:
+        fitting_partition(config, os.environ, found.layers)
+    if found.heads:
+        check_query_heads(config.tensor_parallel_size, found.model, found.heads, found.key_heads or found.heads)
+
+
+def _of_config(source: DecoderSource) -> _Numbers:
+    own = read_config(source.folder)
+    name = str(source.architecture or own.get("model_type"))
+    if "text_config" in own:  # a model of several parts
+        return _Numbers(name)
+    numbers = {name: value for name, value in own.items() if isinstance(value, int) and value > 0}
+    plain = own.get("model_type") in _PLAIN
+    layers = numbers.get("num_hidden_layers") if plain else None
+    if source.remote is None:
+        layers = _layers_of_files(source)
+    positions = next((numbers[one] for one in POSITION_LIMITS if one in numbers), None)
+    heads = numbers.get("num_attention_heads") if plain else None
+    return _Numbers(name, positions, layers, heads, numbers.get("num_key_value_heads"))
+
+
+def _layers_of_files(source: DecoderSource) -> int | None:
+    """Return the number of layers of a folder with weights, whose headers are checked."""
+    checkpoint = Checkpoint.open(source.folder)
+    for file in checkpoint.names:
+        checkpoint.header(file)
+    return count_blocks({name: checkpoint.entry(name).shape for name in checkpoint.files})
+
+
+def _of_gguf(source: DecoderSource) -> _Numbers:
+    found = read_values(source.folder / str(source.gguf))
+    name = str(found.get("general.architecture"))
+    own = {key.removeprefix(f"{name}."): value for key, value in found.items() if isinstance(value, int)}
+    positions, layers = own.get("context_length"), own.get("block_count")
+    heads = own.get("attention.head_count") if name in _PLAIN else None
+    return _Numbers(name, positions, layers, heads, own.get("attention.head_count_kv"))

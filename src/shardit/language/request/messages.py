@@ -1,0 +1,88 @@
+"""Conversion of conversations to tokens by the tokenizer's chat template, which drops in silence what it does not
+know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardit.config import did_you_mean
+from shardit.errors import InputError
+from shardit.settings.checks import text_problem
+
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+"""Keys of messages; a chat template may know others."""
+
+_USUAL_ROLES = ("user", "assistant")
+_MARK = "shardit-mark"
+
+
+def conversations_of(messages: Any) -> list[Any]:
+    """Return conversations as a list; a single conversation is also accepted. Raises InputError for anything else."""
+    if not isinstance(messages, (list, tuple)):
+        raise InputError(f"messages must be a list of dicts with role and content, got {messages!r:.80}")
+    if not messages:
+        raise InputError("the list of messages is empty; give at least one message")
+    return [messages] if isinstance(messages[0], Mapping) else list(messages)
+
+
+def chat_tokens(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    template: str | None,
+    tools: Sequence[Any] | None,
+    add_generation_prompt: bool,
+) -> list[int]:
+    """Return the tokens of a conversation. add_generation_prompt: whether to append the start of an answer. Raises
+    InputError for wrong messages, if the chat template refuses or drops them, or there is none."""
+    if template is None and tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template: give chat_template, or a prompt to generate()")
+    if problem := text_problem((messages, template, tools)):
+        raise InputError(f"messages must be {problem}")
+    _check_messages(messages, str(template or tokenizer.chat_template))
+    options: dict[str, Any] = {
+        "add_generation_prompt": add_generation_prompt,
+        "chat_template": template,
+        "tools": tools,
+        "return_dict": False,
+    }
+    try:
+        tokens = tokenizer.apply_chat_template(list(messages), tokenize=True, **options)
+    except Exception as error:  # templates raise any exception
+        raise InputError(f"the chat template refuses the messages: {error}") from error
+    for role in dict.fromkeys(one["role"] for one in messages if one["role"] not in _USUAL_ROLES):
+        if _drops(tokenizer, messages, role, options):
+            raise InputError(f"the chat template drops messages with the role {role!r}: give them another role")
+    return tokens
+
+
+def _check_messages(messages: Any, template: str) -> None:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise InputError(f"a conversation must be a list of messages that is not empty, got {messages!r:.80}")
+    for number, one in enumerate(messages):
+        what = f"messages[{number}]"
+        if not isinstance(one, Mapping):
+            raise InputError(f'{what} must be {{"role": ..., "content": ...}}, got {one!r:.80}')
+        for key in one:
+            if key not in _KEYS and not re.search(rf"\b{re.escape(str(key))}\b", template):
+                raise InputError(f"{what} has {key!r}{did_you_mean(str(key), _KEYS)}; keys: {', '.join(_KEYS)}")
+        if not isinstance(one.get("role"), str) or not one["role"]:
+            raise InputError(f'{what} has no role: give it one, such as "user"')
+        if not isinstance(one.get("content"), (str, list, tuple)) and not one.get("tool_calls"):
+            raise InputError(f"{what} must have content that is a text, got {one.get('content')!r:.80}")
+
+
+def _drops(tokenizer: Any, messages: Sequence[Any], role: str, options: Mapping[str, Any]) -> bool:
+    """Return whether the text of messages with a role is no part of the prompt: another text gives the same prompt."""
+    if not any(one["role"] == role and one.get("content") for one in messages):
+        return False
+    marked = [
+        {**one, "content": _MARK} if one["role"] == role and isinstance(one.get("content"), str) else one
+        for one in messages
+    ]
+    try:
+        found = [tokenizer.apply_chat_template(list(some), tokenize=False, **options) for some in (messages, marked)]
+    except Exception:  # the template does not take this text
+        return False
+    return found[0] == found[1] and marked != list(messages)

@@ -1,0 +1,42 @@
+"""Checks of paths that users give."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from shardit.errors import InputError
+
+_SHOWN = 60
+"""Characters of a path in messages about its length."""
+
+
+def user_path(what: str, value: str | os.PathLike[str]) -> Path:
+    """Return a path with ~ expanded, whether or not something is there. Raises InputError as `check_name` does, and for
+    the home of an unknown user; `what` begins the message."""
+    check_name(what, value)
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:
+        raise InputError(f"{what} {os.fspath(value)}: there is no user of that name; write the whole path") from None
+    check_name(what, path)
+    return path
+
+
+def check_name(what: str, path: str | os.PathLike[str]) -> None:
+    """Raise InputError for a path that cannot exist or be looked at: too long, with a null character, in a folder
+    without permission. pathlib's own methods raise OSError for these."""
+    text = os.fspath(path)
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValueError:
+        raise InputError(f"{what} {text[:_SHOWN]!r} holds a null character; leave it out") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise InputError(f"{what} {text} cannot be used: {error.strerror}; choose another") from None
+        length = max(len(os.fsencode(part)) for part in Path(text).parts)
+        shown = f"{text[:_SHOWN]}..." if len(text) > _SHOWN else text
+        raise InputError(f"{what} {shown} is too long (a name of {length} bytes); choose a shorter one") from None

@@ -1,0 +1,146 @@
+"""Mistakes that the command line answers by itself, with one line and before torch is imported."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from shardit.cli import main
+from shardit.models.tiny.language import language_folder
+
+LONG = "a" * 300
+LATIN = "caf\udce9"  # what Python makes of Latin-1 bytes on a command line
+GENERATE = ["generate", "--model", "tiny/flux", "--prompt", "x"]
+NOT_UTF8 = "must be valid text in UTF-8"
+
+
+@pytest.fixture(autouse=True)
+def no_ranks(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shardit.engine.start.LocalRanks", lambda *_: pytest.fail("ranks were made"))
+
+
+def refused(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*GENERATE, "--output", f"{LONG}.png"],
+        [*GENERATE, "--from-file", f"{LONG}.png"],
+        [*GENERATE, "--lora", f"{LONG}.safetensors"],
+        [*GENERATE, "--lora", f"{LONG}:0.5"],
+        [*GENERATE, "--single-file", f"transformer={LONG}.safetensors"],
+        [*GENERATE, "--image", f"{LONG}.png"],
+        ["generate", "--prompt", "x", "--model", LONG],
+        ["generate", "--prompt", "x", "--model", f"{LONG}.safetensors", "--config", "tiny/flux"],
+        ["serve", LONG],
+        ["serve", "tiny/flux", "--data-dir", LONG],
+        ["inspect", LONG],
+        ["tiny", "flux", LONG],
+        ["complete", LONG, "--prompt", "x"],
+        ["chat", f"{LONG}.gguf"],
+    ],
+)
+def test_paths_that_are_too_long(flags, capsys):
+    err = refused(capsys, *flags)
+    assert "is too long" in err
+    assert "choose a shorter one" in err
+    assert len(err) < 200
+
+
+def test_homes_of_unknown_users(capsys):
+    for flags in (
+        ["generate", "--prompt", "x", "--model", "~nobody-here/x"],
+        ["complete", "~nobody-here", "--prompt=x"],
+    ):
+        assert "no user of that name" in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([*GENERATE[:3], "--prompt", LATIN], "--prompt"),
+        (["generate", "--model", "of/hub", "--prompt", LATIN], "--prompt"),
+        ([*GENERATE, "--negative-prompt", LATIN], "--negative-prompt"),
+        ([*GENERATE, "--extra", f"prompt_2={LATIN}"], "prompt_2"),
+        (["complete", "tiny/llama", "--prompt", LATIN], "--prompt"),
+        (["complete", "tiny/llama", "--prompt", "a", "--stop", LATIN], "--stop"),
+        (["chat", "tiny/llama", "--system", LATIN], "--system"),
+    ],
+)
+def test_texts_that_are_not_utf8(flags, named, capsys):
+    err = refused(capsys, *flags)
+    assert named in err
+    assert NOT_UTF8 in err
+
+
+def test_standard_input_that_is_not_utf8_or_empty(monkeypatch, capsys):
+    for data, says in ((b"caf\xe9\n", NOT_UTF8), (b"", "standard input is empty"), (b"\n", "standard input is empty")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        assert says in refused(capsys, "complete", "tiny/llama")
+    assert "--prompt is empty" in refused(capsys, "complete", "tiny/llama", "--prompt", "")
+
+
+@pytest.mark.parametrize(
+    ("output", "size", "says"),
+    [
+        ("a.webp", ["--width", "16400", "--height", "16"], ".webp has at most 16383 pixels in width, got 16400"),
+        ("a.jpg", ["--width", "16", "--height", "65504"], ".jpg has at most 65500 pixels in height, got 65504"),
+        (f"{'a' * 250}.png", ["--num-outputs-per-prompt", "11"], "is too long (a name of 257 bytes)"),
+    ],
+)
+def test_files_that_cannot_hold_the_result(output, size, says, capsys):
+    assert says in refused(capsys, *GENERATE, "--output", output, *size)
+
+
+def test_a_range_is_named_whole(capsys):
+    assert "--top-p must be above 0 and at most 1" in refused(capsys, "complete", "m", "--prompt", "x", "--top-p", "2")
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--pipeline-parallel-size=9", "pipeline_parallel_size=9 is more than the 4 blocks"),
+        ("--max-model-len=513", "max_model_len=513 is more than the 512 tokens"),
+    ],
+)
+def test_more_than_a_language_model_has(flag, says, capsys):
+    language_folder("tiny/llama")  # written on first use, with progress bars
+    capsys.readouterr()
+    assert says in refused(capsys, "complete", "tiny/llama", "--prompt=x", flag)
+
+
+def test_a_file_that_is_no_gguf(capsys, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"<html>")
+    for command in (["complete", "a.gguf", "--prompt", "x"], ["inspect", "a.gguf"]):
+        assert "does not begin with GGUF" in refused(capsys, *command)
+
+
+def test_an_adapter_that_is_not_there(capsys):
+    err = refused(capsys, *GENERATE, "--extra", "ip_adapter_image=cat.png")
+    assert "ip_adapter_image cannot be given; the model has no IP-Adapter" in err
+
+
+def test_a_component_is_no_language_model(capsys, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    assert "give the folder that holds it" in refused(capsys, "generate", "--prompt=x", "--model", "transformer")
+    assert "component of a pipeline" in refused(capsys, "complete", "transformer", "--prompt", "x")
+    assert "model_index.json" in refused(capsys, "inspect", "transformer")
+
+
+def test_names_of_files_may_have_any_bytes(tmp_path):
+    code = (
+        f"import sys; from shardit.cli import run_app, _new_app, Path; app = _new_app(); "
+        f"app.command()(lambda: print({LATIN!r})); sys.exit(run_app(app, [], 'x'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == b"caf\xe9\n"

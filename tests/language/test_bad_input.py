@@ -1,0 +1,227 @@
+"""Mistakes of users of `LLM`, and Ctrl-C: one line with the remedy, at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+import shardit
+from shardit import LLM, DiffusionParallelConfig, EngineArgs, InputError, Omni, OmniDiffusionSamplingParams
+from shardit import SamplingParams as Params
+from shardit.language.loading.gguf_header import read_values
+from shardit.language.loading.source import DecoderSource
+from shardit.language.request.messages import chat_tokens
+from tests.language.folders import tokenizer, write
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    with LLM(write(tmp_path_factory.mktemp("llama")), device="cpu", timeout_s=60) as one:
+        yield one
+
+
+def refused(says: str, act: Callable[..., object], *args: Any, **options: Any) -> None:
+    with pytest.raises(InputError, match=says) as caught:
+        act(*args, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts(llm: LLM) -> None:
+    for prompts, says in (
+        ({"prompt": "a", "max_tokens": 3}, r"a prompt takes no 'max_tokens': it is a field of SamplingParams"),
+        ({"promt": "a"}, r"a prompt takes no 'promt' \(did you mean 'prompt'\?\); it takes: prompt, prompt_token_ids"),
+        ([], "the list of prompts is empty"),
+        (b"abc", "prompts must be a text, a dict, ids or a list of them, got b'abc'"),
+        ([b"abc"], 'a prompt is a text, {"prompt": text}'),
+        ([[True, False]], 'a prompt is a text, {"prompt": text}'),
+    ):
+        refused(says, llm.generate, prompts)
+        refused(says, lambda given: next(llm.stream(given)), prompts)
+
+
+def test_sampling_params(llm: LLM) -> None:
+    for params in (OmniDiffusionSamplingParams(), [], {}, "", 0):
+        refused(
+            "sampling_params must be one SamplingParams, or one for each of the 1 prompts", llm.generate, "a", params
+        )
+
+
+def test_arguments(llm: LLM) -> None:
+    field = r"LLM\.{} takes no 'max_tokens': it is a field of SamplingParams, give SamplingParams\(max_tokens=2\)"
+    for method in (llm.generate, llm.stream, llm.chat):
+        refused(field.format(method.__name__), method, "a", max_tokens=2)
+    refused(r"takes no 'use_tqmd' \(did you mean 'use_tqdm'\?\); it takes: prompts, ", llm.generate, "a", use_tqmd=True)
+    refused(r"takes 2 arguments without a name \(prompts, sampling_params\), got 3", llm.generate, "a", Params(), True)
+    refused("LLM.generate: missing a required argument: 'prompts'", llm.generate)
+    refused("chat_prompt takes no 'tool'", llm.chat_prompt, [], tool=[])
+    refused("takes 1 argument without a name.* such as parallel_config=", Omni, "tiny/flux", DiffusionParallelConfig())
+    refused("takes 1 argument without a name.* such as parallel_config=", LLM, "tiny/llama", DiffusionParallelConfig())
+    refused("EngineArgs takes no 'enforce_eager'; it takes: model, pipe", EngineArgs, enforce_eager=True)
+
+
+def test_names_that_are_proposed() -> None:
+    """Each once, and none that is refused."""
+    with pytest.raises(InputError, match="LLM takes no 'enforce_eager'; it takes: ") as caught:
+        LLM("tiny/llama", enforce_eager=True)
+    names = str(caught.value).partition("it takes: ")[2].split(", ")
+    assert sorted(names) == sorted(["parallel_config", *EngineArgs.names()])
+    refused("cfg_parallel_size=2: a language model runs over", LLM, "tiny/llama", cfg_parallel_size=2)
+
+
+def test_messages(llm: LLM) -> None:
+    user = {"role": "user", "content": "x"}
+    for messages, says in (
+        ([], "the list of messages is empty"),
+        ([[]], "a conversation must be a list of messages that is not empty"),
+        (["x"], "a conversation must be a list of messages"),
+        ([user, "x"], r"messages\[1\] must be"),
+        ([{**user, "rol": "user"}], r"messages\[0\] has 'rol' \(did you mean 'role'\?\); keys: role, content, "),
+        ([{**user, "contents": "y"}], r"messages\[0\] has 'contents' \(did you mean 'content'\?\)"),
+        ([user, {"content": "x"}], r"messages\[1\] has no role"),
+        ([{"role": "", "content": "x"}], "has no role"),
+        ([{"role": "user"}], "must have content that is a text, got None"),
+        ([{"role": "user", "content": 5}], "must have content that is a text, got 5"),
+    ):
+        refused(says, llm.chat, messages)
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert llm.chat_prompt([user, calls, {"role": "tool", "content": "3", "tool_call_id": "a", "name": "f"}])
+
+
+KNOWN_ROLES = (
+    "{% for one in messages %}{% if one.role in ('user', 'system') %}<{{ one.role }}>{{ one.content }}{{ one.mood }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_roles_and_keys_that_the_template_does_not_know() -> None:
+    def made(*messages: dict[str, Any]) -> list[int]:
+        return chat_tokens(tokenizer(), messages, KNOWN_ROLES, None, False)
+
+    user = {"role": "user", "content": "x"}
+    refused("the chat template drops messages with the role 'usr'", made, {"role": "usr", "content": "x"}, user)
+    assert made({"role": "system", "content": "be short"}, user)
+    assert len(made({**user, "mood": "good"})) == len(made(user)) + 4  # the template asks for it
+    refused("has 'mod'", made, {**user, "mod": "good"})
+
+
+INTERRUPTED = """
+import sys, time
+import shardit.engine.llm as llm
+from shardit.language.loading.source import DecoderSource
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+DecoderSource.tokenizer = lambda self: time.sleep(60)
+llm.start_ranks = interrupt
+try:
+    llm.LLM("tiny/llama")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupted_start_does_not_wait_for_the_tokenizer() -> None:
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 0)
+    assert time.monotonic() - begin < 30
+
+
+WITHOUT_TORCH = """
+import json, sys
+from shardit import LLM, InputError
+from shardit.cli import main
+
+for model, arguments, says in json.loads(sys.argv[1]):
+    try:
+        LLM(model, **arguments)
+    except InputError as error:
+        assert says in str(error), (says, str(error))
+    else:
+        raise AssertionError(says)
+assert main(["inspect", json.loads(sys.argv[1])[0][0], "--cfg-parallel-size", "2"]) == 2
+assert "torch" not in sys.modules
+"""
+
+
+def written_gguf(path: Path) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("general.tags", ["one", "two"])
+    writer.add_block_count(6)
+    writer.add_context_length(64)
+    writer.add_head_count(9)
+    writer.add_head_count_kv(3)
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_sizes_are_refused_before_torch_is_imported(llm: LLM, tmp_path: Path) -> None:
+    folder, file, other = llm._ranks.spec.model, written_gguf(tmp_path / "a.gguf"), tmp_path / "b.gguf"
+    other.write_bytes(b"PK" * 40)
+    cases = [
+        (folder, {"cfg_parallel_size": 2}, "cfg_parallel_size=2: a language model runs over"),
+        (folder, {"pipeline_parallel_size": 9}, "pipeline_parallel_size=9 is more than the 4 blocks"),
+        (folder, {"tensor_parallel_size": 3}, "num_attention_heads=4 and num_key_value_heads=2; use 1, 2 or 4"),
+        (folder, {"pipeline_parallel_size": 2, "layer_partition": [1, 2]}, "layer_partition 1,2 adds up to 3"),
+        (folder, {"max_model_len": 10**9}, "max_model_len=1000000000 is more than the 256 tokens"),
+        (folder, {"device": "gpu"}, "device 'gpu' is not supported (use cpu or cuda)"),
+        (str(file), {"ulysses_degree": 2}, "ulysses_degree=2: a language model runs over"),
+        (str(file), {"pipeline_parallel_size": 7}, "pipeline_parallel_size=7 is more than the 6 blocks"),
+        (
+            str(file),
+            {"tensor_parallel_size": 5},
+            "num_key_value_heads=3; use 1, 2, 3, 4 or 9",
+        ),
+        (str(file), {"max_model_len": 65}, "max_model_len=65 is more than the 64 tokens"),
+        (str(other), {}, "is no GGUF file"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((folder, {"device": "cuda"}, "device 'cuda': this machine has no driver of a GPU"))
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_config(tmp_path: Path) -> None:
+    for text, says in (("{", "is damaged: download"), ("[]", "is damaged, it is no dict")):
+        (tmp_path / "config.json").write_text(text)
+        refused(says, LLM, tmp_path)
+
+
+def test_a_damaged_gguf_header(tmp_path: Path) -> None:
+    whole = written_gguf(tmp_path / "a.gguf").read_bytes()
+    read = read_values(tmp_path / "a.gguf")
+    assert read["llama.block_count"] == 6
+    assert read["general.tags"] == ["one", "two"]
+    assert not any(name.startswith("tokenizer.") for name in read)
+    for count in (0, 3, 9, 40, len(whole) // 2):
+        (cut := tmp_path / "b.gguf").write_bytes(whole[:count])
+        assert read_values(cut).items() <= read.items() or count > 40
+
+
+def test_load_and_omni_name_the_devices() -> None:
+    refused(r"device 'gpu' is not supported \(use cpu or cuda\)", Omni, "tiny/flux", device="gpu")
+    for model in ("tiny/llama", "tiny/flux"):
+        refused(r"device 'gpu' is not supported \(use cpu or cuda\)", shardit.load, model, device="gpu")
+
+
+def test_a_tokenizer_that_cannot_be_read_ends_the_ranks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr("shardit.engine.llm.start_ranks", lambda *_: (llm._ranks, lambda: closed.append(True)))
+    monkeypatch.setattr(DecoderSource, "tokenizer", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        LLM(llm._ranks.spec.model)
+    assert closed

@@ -83,8 +83,9 @@ class Runtime:
     def defer(self, name: str, failure: BaseException | None) -> bool:
         """Note that the model called `name` failed on this rank alone. Return whether the call of the pipeline is one
         that raises it at its end, on all ranks; requests end with their ranks."""
-        alone = self.turns.current is None and isinstance(failure, Exception)
-        return alone and self.agreement.defer(name, failure)
+        if self.turns.current is not None or not isinstance(failure, Exception):
+            return False
+        return self.agreement.defer(name, failure)
 
     def wait_for(self, flight: Flight) -> None:
         """Return when `flight` is virtually done. Where code of users has run since it began, models are looked at: a

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import os
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,20 +17,14 @@ from shardit.diffusion.output.from_file import differences, other_pictures, othe
 from shardit.diffusion.output.output import savable
 from shardit.diffusion.output.target import SUFFIXES, check_path
 from shardit.engine.nodes.node_facts import versions
+from shardit.engine.process.exit_code import INTERRUPTED, OK, ended_by, take_any_bytes
 from shardit.engine.process.process import is_first_rank
-from shardit.errors import InputError, is_interrupt
+from shardit.errors import InputError
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
-from shardit.loading.missing import missing_package
 from shardit.settings.flag_class import Once, options_of
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
-
-OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
-
-RANK_0_FIRST_S = 3.0
-"""Under torchrun the first rank that ends with an error has all others ended; it is to be the one that says why."""
 
 _GIB = 1024**3
 
@@ -94,7 +84,7 @@ def _note(lines: Sequence[str]) -> None:
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int:
     """Run a typer application; every way it can end becomes an exit code and at most one line on stderr."""
-    _take_any_bytes()
+    take_any_bytes()
     try:
         # Not standalone: typer would print usage errors in boxes and end the process by itself.
         code = typer.main.get_command(app).main(
@@ -104,53 +94,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> int
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED  # who pressed Ctrl-C knows
     except Exception as error:
-        if is_interrupt(error):
-            return INTERRUPTED
-        if os.environ.get("SHARDIT_DEBUG") == "1":
-            traceback.print_exc()
-        # Usage errors: typer has its own copy of click's classes, or click's, depending on its version.
-        if hasattr(error, "format_message"):
-            return _failed(_usage(error), USERS)
-        if isinstance(error, InputError):
-            return _failed(str(error), USERS)
-        if isinstance(error, ImportError) and not str(error.name).startswith("shardit"):
-            return _failed(str(missing_package(error)), USERS)
-        return _failed(_in_one_line(error), OURS, every_rank=True)
-
-
-def _take_any_bytes() -> None:
-    """Let standard input and output pass bytes that are no valid text: a check says what is wrong with them, and names
-    of files may have any."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            with contextlib.suppress(io.UnsupportedOperation):  # somebody has already read from it
-                stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
-
-
-def _usage(error: Any) -> str:
-    """The message of a usage error; of an unknown flag it names --extra, where the command has that."""
-    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-    further = name.isidentifier() and any(one.name == "extra" for one in error.ctx.command.params)
-    more = f" An argument of the pipeline that has no flag is given as --extra {name}=VALUE." if further else ""
-    return error.format_message() + more
-
-
-def _failed(text: str, code: int, every_rank: bool = False) -> int:
-    # Under torchrun every rank finds the same mistake; only what can differ is worth printing from each.
-    if every_rank or is_first_rank(os.environ):
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    else:
-        time.sleep(RANK_0_FIRST_S)
-    return code
-
-
-def _in_one_line(error: Exception) -> str:
-    from shardit.errors import RankError
-
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    named = lines[0] if isinstance(error, RankError) else f"{type(error).__name__}: {lines[0]}"
-    return named if len(lines) == 1 else f"{named} (SHARDIT_DEBUG=1 shows all of it)"
+        return ended_by(error)
 
 
 def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], None]:

@@ -29,6 +29,8 @@ def test_a_kind(name: str, tmp_path: Path) -> None:
     entry = entries()[name]
     pipe = entry.build()
     pipe.save_pretrained(tmp_path)
+    # Kernels of some CPUs give other last bits for weights that begin at other addresses than in the file.
+    pipe = type(pipe).from_pretrained(str(tmp_path))
     call = entry.call()
     output_type = {"output_type": "np"} if "output_type" in call else {}
     generator = {"generator": torch.Generator().manual_seed(5)} if entry.generator else {}

@@ -61,7 +61,6 @@ class Omni:
             preflight.check(spec.model, config, options, dtype=spec.dtype, attention_backend=spec.attention_backend)
         self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
 
-    @checked_arguments("Omni.generate")
     def generate(
         self,
         prompts: Any = None,

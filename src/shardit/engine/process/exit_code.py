@@ -1,0 +1,70 @@
+"""The exit codes of the commands, and the line that says why one failed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+from shardit.engine.process.process import is_first_rank
+from shardit.errors import InputError, RankError, is_interrupt
+from shardit.loading.missing import missing_package
+
+OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
+
+RANK_0_FIRST_S = 3.0
+"""Under torchrun the first rank that ends with an error has all others ended; it is to be the one that says why."""
+
+
+def ended_by(error: Exception) -> int:
+    """Print at most one line on stderr for an error that has ended a command, and return the exit code."""
+    if is_interrupt(error):
+        return INTERRUPTED
+    if os.environ.get("SHARDIT_DEBUG") == "1":
+        traceback.print_exc()
+    # Usage errors: typer has its own copy of click's classes, or click's, depending on its version.
+    if hasattr(error, "format_message"):
+        return _failed(_usage(error), USERS)
+    if isinstance(error, InputError):
+        return _failed(str(error), USERS)
+    if isinstance(error, ImportError) and not str(error.name).startswith("shardit"):
+        return _failed(str(missing_package(error)), USERS)
+    return _failed(_in_one_line(error), OURS, every_rank=True)
+
+
+def take_any_bytes() -> None:
+    """Let standard input and output pass bytes that are no valid text: a check says what is wrong with them, and names
+    of files may have any."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            with contextlib.suppress(io.UnsupportedOperation):  # somebody has already read from it
+                stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
+def _usage(error: Any) -> str:
+    """The message of a usage error; of an unknown flag it names --extra, where the command has that."""
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    further = name.isidentifier() and any(one.name == "extra" for one in error.ctx.command.params)
+    more = f" An argument of the pipeline that has no flag is given as --extra {name}=VALUE." if further else ""
+    return error.format_message() + more
+
+
+def _failed(text: str, code: int, every_rank: bool = False) -> int:
+    # Under torchrun every rank finds the same mistake; only what can differ is worth printing from each.
+    if every_rank or is_first_rank(os.environ):
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    else:
+        time.sleep(RANK_0_FIRST_S)
+    return code
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = lines[0] if isinstance(error, RankError) else f"{type(error).__name__}: {lines[0]}"
+    return named if len(lines) == 1 else f"{named} (SHARDIT_DEBUG=1 shows all of it)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from shardit.diffusion.sharding.components import (
     refused,
     shared_tensors,
 )
+from shardit.diffusion.sharding.configurations import Configurations
 from shardit.diffusion.sharding.layout import Layout
 from shardit.errors import UnsupportedError
 from shardit.parallel.sequence.choose import shard_tokens
@@ -148,7 +149,7 @@ def join(pipe: Any, runtime: Runtime) -> None:
         return self
 
     share = functools.partial(shared_callback, begin=begin_parts, end=update_parts)
-    call = pipeline_entry(cls.__call__, runtime, begin_parts, _configurations, share, end_parts)
+    call = pipeline_entry(cls.__call__, runtime, begin_parts, Configurations(), share, end_parts)
     functools.update_wrapper(call, cls.__call__)  # tools read the signature
     members = {"__call__": call, "to": to, "device": property(lambda self: device)}
     members["_execution_device"] = property(lambda self: device)
@@ -190,21 +191,6 @@ def begin_parts(pipe: Any) -> dict[str, Any]:
             )
         alike.update(sharding.begin())
     return alike
-
-
-def _configurations(pipe: Any) -> dict[str, Any]:
-    """Return the configurations of the components of a pipeline, its scheduler too, by names for messages."""
-    found = getattr(pipe, "components", None)
-    parts = found if isinstance(found, dict) else vars(pipe)
-
-    def public(config: Mapping[str, Any]) -> dict[str, Any]:  # others list the items of sets, in any order
-        return {key: value for key, value in config.items() if not key.startswith("_")}
-
-    return {
-        f"configuration of {name}": {"class": type(part).__qualname__, **public(config)}
-        for name, part in parts.items()
-        if isinstance(config := getattr(part, "config", None), Mapping)
-    }
 
 
 def end_parts(pipe: Any) -> None:

@@ -87,3 +87,23 @@ def test_options_of_pipelines_are_refused(tmp_path: Path) -> None:
 def test_one_rank(tmp_path: Path) -> None:
     write(tmp_path, "llama", False, False)
     assert compare(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), shardit.load(tmp_path), CASES[0]) == "right"
+
+
+def generated(rank: int, count: int, method: str, folder: str, axis: str) -> list[int]:
+    config = DiffusionParallelConfig(**{axis: count})
+    init_mesh(config, device="cpu", timeout_s=30, rank=rank, init_method=method)
+    ids = torch.arange(10, 24).reshape(2, 7)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    return shardit.load(folder, config, device="cpu", timeout_s=30).generate(ids, **options).flatten().tolist()
+
+
+@pytest.mark.parametrize("axis", ["pipeline_parallel_size", "tensor_parallel_size"])
+def test_head_of_its_own_in_a_tied_configuration(tmp_path: Path, axis: str) -> None:
+    """transformers does not tie weights of which the file has two that differ."""
+    write(tmp_path, "llama", True, True)
+    tied = generated(0, 1, "", str(tmp_path), "pipeline_parallel_size")
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": torch.randn(128, 32)}, file, {"format": "pt"})
+    expected = generated(0, 1, "", str(tmp_path), "pipeline_parallel_size")
+    assert expected != tied
+    assert run_ranks(2, generated, str(tmp_path), axis) == [expected, expected]

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import shardit
@@ -20,6 +29,7 @@ from shardit.core.stages.runtime import Runtime
 from shardit.language.sharding import lay_out_decoder, owners_of, run_interleaved, shard_decoder
 from tests.language import families
 from tests.language.cases import CASES, compare, errors_of
+from tests.language.folders import tokenizer
 from tests.support.ranks import run_ranks
 
 FAST = ("llama", "gemma2", "gpt_oss", "mamba", "qwen3_next", "deepseek_v3", "gpt2", "gemma4_text")
@@ -307,3 +317,42 @@ def test_unsupported_configurations() -> None:
         owners_of(model, DiffusionParallelConfig(pipeline_parallel_size=2, ulysses_degree=2))
     with pytest.raises(UnsupportedError, match="pipeline_parallel_size=8 is more than the 4 blocks"):
         owners_of(model, DiffusionParallelConfig(pipeline_parallel_size=8))
+
+
+def differ_or_stream(rank: int, count: int, method: str) -> dict[str, Any]:
+    """Give ranks other generation configurations; give all ranks streamers."""
+    model, ids = make_sharded("llama", started(rank, count, method), vocab_size=259), torch.arange(10, 24).reshape(2, 7)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "max_new_tokens": 4}
+    own = GenerationConfig(max_new_tokens=3 + 2 * rank, pad_token_id=0)
+
+    def of_model() -> Any:
+        model.generation_config.eos_token_id = [5 + rank]
+        try:
+            return model.generate(ids, **options)
+        finally:
+            model.generation_config.eos_token_id = None
+
+    mistakes = {
+        "given": lambda: model.generate(ids, generation_config=own, attention_mask=options["attention_mask"]),
+        "model's": of_model,
+    }
+    found: dict[str, Any] = errors_of(mistakes)
+    tokens = tokenizer()
+    with pytest.raises(ValueError, match="batch size 1") as caught:
+        model.generate(ids, streamer=TextStreamer(tokens), **options)
+    found["streamer"] = str(caught.value)
+    first = {**options, "attention_mask": options["attention_mask"][:1]}
+    texts = TextIteratorStreamer(tokens, timeout=20)
+    model.generate(ids[:1], streamer=texts, **first)
+    found["text"] = "".join(texts)
+    return found
+
+
+def test_configurations_that_differ_and_streamers_of_all_ranks() -> None:
+    first, second = run_ranks(2, differ_or_stream)
+    for found in (first, second):
+        assert "ranks differ in generation_config of" in found["given"]
+        assert "ranks differ in model.generation_config of" in found["model's"]
+    assert first["streamer"] == second["streamer"]
+    assert first["text"]
+    assert second["text"] == ""

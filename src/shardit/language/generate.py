@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -77,12 +79,36 @@ def _generate_member(cls: Any, runtime: Runtime) -> Callable[..., Any]:
             if kwargs.get(name):
                 raise UnsupportedError(f"{name}: assisted decoding does not run over several ranks; leave it out")
         streamer = kwargs.pop("streamer", None)
-        with runtime.pipeline_call(f"{cls.__name__}.generate", lambda: named(own_generate, args, kwargs)):
-            if runtime.mesh.rank == 0 and streamer is not None:  # one rank prints
-                kwargs["streamer"] = streamer
+
+        def compared() -> dict[str, Any]:
+            found = {"model.generation_config": self.generation_config, **named(own_generate, args, kwargs)}
+            return {
+                name: value.to_dict() if isinstance(value, GenerationConfig) else value for name, value in found.items()
+            }
+
+        with runtime.pipeline_call(f"{cls.__name__}.generate", compared):
+            if streamer is not None:  # one rank prints
+                kwargs["streamer"] = streamer if runtime.mesh.rank == 0 else silent(streamer)
             return _plain(own_generate(self, *args, **kwargs))
 
     return generate
+
+
+def silent(streamer: Any) -> Any:
+    """Return a streamer for the other ranks, which refuses the same calls and gives no text; one that is iterated ends.
+    None for a streamer of another kind than those of transformers."""
+    give = getattr(streamer, "on_finalized_text", None)
+    if give is None:
+        return None
+    quiet, iterated = copy.copy(streamer), hasattr(streamer, "text_queue")
+    quiet.token_cache = []
+
+    def on_finalized_text(text: str, stream_end: bool = False) -> None:
+        if stream_end and iterated:
+            give("", stream_end=True)
+
+    quiet.on_finalized_text = on_finalized_text
+    return quiet
 
 
 def _stopping_criteria_member(cls: Any, stages: DecoderStages | None, runtime: Runtime) -> Callable[..., Any]:

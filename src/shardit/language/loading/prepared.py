@@ -9,6 +9,7 @@ from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
 from shardit.errors import InputError
 from shardit.language.loading.gguf import GGUFFile
 from shardit.language.loading.source import DecoderSource
+from shardit.language.loading.untied import untie
 from shardit.language.sharding import DecoderLayout, blocks_of
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import Setting, dtype_of
@@ -64,6 +65,7 @@ class PreparedDecoder:
         else:
             self._checkpoint = Checkpoint.open(source.folder, source.remote)
             self.module = build(class_of(source), source.folder, self.kept, self._checkpoint.stored_dtype)
+            untie(self.module, self._checkpoint)
 
     def owned(self, layout: DecoderLayout, coords: Mapping[str, int]) -> Owned:
         """Return the weights that the rank at `coords` of the mesh needs: its slices of the weights of its stage's

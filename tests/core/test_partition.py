@@ -40,6 +40,15 @@ def largest(costs: list[float], sizes: list[int]) -> float:
     return max(sum(costs[end - size : end]) for size, end in zip(sizes, ends, strict=True))
 
 
+def squares(costs: list[float], sizes: list[int]) -> float:
+    ends = list(itertools.accumulate(sizes))
+    return sum(sum(costs[end - size : end]) ** 2 for size, end in zip(sizes, ends, strict=True))
+
+
+def test_large_ends_leave_the_others_even() -> None:
+    assert balanced_cuts([50.0, *[1.0] * 8, 50.0], 4) == [1, 4, 4, 1]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_balanced_cuts_against_brute_force(data) -> None:
@@ -53,6 +62,9 @@ def test_balanced_cuts_against_brute_force(data) -> None:
     best = min(largest(costs, cut) for cut in cuts)
     assert largest(costs, sizes) == best
     equals = [cut for cut in cuts if largest(costs, cut) == best]
+    even = min(squares(costs, cut) for cut in equals)
+    assert squares(costs, sizes) == even
+    equals = [cut for cut in equals if squares(costs, cut) == even]
     assert sizes[-1] == min(cut[-1] for cut in equals)  # the last stage, which runs the epilogue, is the lightest
 
 

@@ -118,6 +118,16 @@ def test_seeds_belong_to_a_request(two: LLM) -> None:
     assert len({one.token_ids for one in several.outputs}) == 3
 
 
+def test_texts_of_one_call_have_seeds_of_their_own() -> None:
+    wanted = SamplingParams(temperature=0.9, n=2, max_tokens=10, ignore_eos=True)
+    with LLM("tiny/llama", device="cpu", timeout_s=60, seed=5) as llm:
+        outputs = llm.generate(["ab", "ab"], wanted)
+        assert len({text.token_ids for one in outputs for text in one.outputs}) == 4
+        assert [[text.token_ids for text in one.outputs] for one in llm.generate(["ab", "ab"], wanted)] == [
+            [text.token_ids for text in one.outputs] for one in outputs
+        ]
+
+
 def test_stop_strings_and_tokens(two: LLM) -> None:
     free = two.generate("xxy", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))[0].outputs[0]
     assert free.finish_reason == "length"

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
@@ -76,10 +77,10 @@ class LLM:
     name ("smollm2-135m"), or "tiny/NAME". parallel_config: a DiffusionParallelConfig, or its fields as keywords:
     LLM(model, pipeline_parallel_size=2). dtype: None for that of the weights (float32 for GGUF files). max_model_len:
     the most tokens of a prompt and its text together, None for what the model has room for.
-    max_num_seqs: the most prompts that one batch has. seed: prompt i without a seed of its own has this one + i; None
-    draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its weights and the
-    cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None, as ranks are
-    processes of this machine. device, timeout_s: as for `Omni`.
+    max_num_seqs: the most prompts that one batch has. seed: text i of a call, if its prompt has no seed, has this
+    one + i; None draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its
+    weights and the cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None,
+    as ranks are processes of this machine. device, timeout_s: as for `Omni`.
 
     Returns when every rank has loaded its layers. Raises InputError for what can be corrected and RankError where a
     rank fails.
@@ -232,10 +233,12 @@ class LLM:
         for one in params:
             check_tokens(one, self._info.vocabulary)
         read = [tokens_of(prompt, self._tokenizer, self._info.vocabulary) for prompt in given]
+        counts = accumulate((one.n for one in params), initial=0)
+        seeds = [None if self._seed is None else self._seed + before for before in counts]
         rows = [
             (number, copy, row)
             for number, ((_, tokens), wanted) in enumerate(zip(read, params, strict=True))
-            for copy, row in enumerate(rows_of(number, tokens, wanted, self._max_model_len, self._seed))
+            for copy, row in enumerate(rows_of(number, tokens, wanted, self._max_model_len, seeds[number]))
         ]
         return PromptBatch(self._tokenizer, read, rows)
 

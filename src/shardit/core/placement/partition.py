@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -33,7 +34,8 @@ def block_cost(block: torch.nn.Module) -> float:
 
 
 def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
-    """Return sizes of `parts` contiguous non-empty runs of `costs` that minimise the largest sum.
+    """Return sizes of `parts` contiguous non-empty runs of `costs` that minimise the largest sum, and then the sum of
+    squares: if one large block decides the largest sum, the others are still even.
 
     Linear partition by dynamic programming; among equals the later runs are the lighter ones, since the last stage also
     runs the epilogue. Raises UnsupportedError if there are fewer blocks than parts.
@@ -44,21 +46,31 @@ def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
-    best = [[float("inf")] * (n + 1) for _ in range(parts + 1)]
+    largest, _ = _best_runs(prefix, parts, lambda before, run: max(before, run))
+    bound = largest * (1 + 1e-12)
+    _, sizes = _best_runs(prefix, parts, lambda before, run: before + run * run if run <= bound else inf)
+    return sizes
+
+
+def _best_runs(prefix: Sequence[float], parts: int, worth: Callable[[float, float], float]) -> tuple[float, list[int]]:
+    """Return the least worth of runs, and their sizes. prefix: sums from the beginning. worth: given that of the runs
+    before, and the sum of one more."""
+    n = len(prefix) - 1
+    best = [[inf] * (n + 1) for _ in range(parts + 1)]
     cut = [[0] * (n + 1) for _ in range(parts + 1)]
     best[0][0] = 0.0
     for k in range(1, parts + 1):
         for end in range(k, n + 1):
             # Ties go to the longest prefix, that is to the lightest last run.
             for start in range(end - 1, k - 2, -1):
-                worst = max(best[k - 1][start], prefix[end] - prefix[start])
-                if worst < best[k][end] * (1 - 1e-12):
-                    best[k][end], cut[k][end] = worst, start
+                found = worth(best[k - 1][start], prefix[end] - prefix[start])
+                if found < best[k][end] * (1 - 1e-12):
+                    best[k][end], cut[k][end] = found, start
     sizes, end = [], n
     for k in range(parts, 0, -1):
         sizes.append(end - cut[k][end])
         end = cut[k][end]
-    return sizes[::-1]
+    return best[parts][n], sizes[::-1]
 
 
 def automatic_chunks(num_blocks: int, pp_size: int, in_flight: int) -> int:

@@ -87,7 +87,7 @@ def rows_of(
     number: int, tokens: tuple[int, ...], params: SamplingParams, limit: int | None, seed: int | None
 ) -> list[Row]:
     """Return the rows of prompt `number`, one for each requested text. limit: maximum tokens of prompt and text. seed:
-    of all prompts. Raises InputError if the prompt is too long."""
+    of the first, if the parameters have none. Raises InputError if the prompt is too long."""
     if not tokens:
         raise InputError(f"prompt {number} has no tokens: give it a text that is not empty")
     left = None if limit is None else limit - len(tokens)
@@ -97,8 +97,7 @@ def rows_of(
     if wanted is None:
         raise InputError("max_tokens must be given: the model states no limit")
     most = wanted if left is None else min(wanted, left)
-    own = seed + number if params.seed is None and seed is not None else params.seed
-    first = seed_or_drawn(own)
+    first = seed_or_drawn(seed if params.seed is None else params.seed)
     return [Row(tokens, replace(params, max_tokens=most), first + copy) for copy in range(params.n)]
 
 

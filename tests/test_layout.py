@@ -168,7 +168,7 @@ BUDGET = {
     "core": 5600,
     "diffusion": 3740,
     "engine": 2610,
-    "language": 1200,
+    "language": 1240,
     "loading": 1340,
     "models": 850,
     "parallel": 3620,

@@ -356,3 +356,17 @@ def test_configurations_that_differ_and_streamers_of_all_ranks() -> None:
     assert first["streamer"] == second["streamer"]
     assert first["text"]
     assert second["text"] == ""
+
+
+def cross_window(rank: int, count: int, method: str) -> list[bool]:
+    """Generate over the sliding window of 8 tokens, after a shorter prompt, with layers that share keys."""
+    model, plain, found = make_sharded("gemma4_text", started(rank, count, method)), families.make("gemma4_text"), []
+    for batch, length, new in ((1, 4, 6), (2, 4, 12), (2, 9, 3), (2, 4, 6)):
+        ids = torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(1))
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
+        found.append(torch.equal(plain.generate(ids, **options), model.generate(ids, **options)))
+    return found
+
+
+def test_shared_keys_beyond_a_window() -> None:
+    assert run_ranks(2, cross_window) == [[True] * 4] * 2

@@ -51,7 +51,8 @@ class CacheTracker(Protocol):
 class DecoderStages:
     """A decoder cut at the calls of its blocks (embedding, layers, head).
 
-    owners[i]: stage of block i. ran[i]: how often this rank ran it. Calls of blocks run without gradients.
+    owners[i]: stage of block i. ran[i]: how often this rank ran it. _storing: blocks that store keys in mappings, whose
+    lengths follow no argument, so they are sent each time. Calls of blocks run without gradients.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class DecoderStages:
     caches: CacheTracker
     ran: Counter[int] = field(default_factory=Counter)
     _known: dict[Any, Returned] = field(default_factory=dict)
+    _storing: set[int] = field(default_factory=set)
     _inside: bool = False
     _given: Given = field(default_factory=lambda: Given.of((), {}))
 
@@ -94,7 +96,7 @@ class DecoderStages:
         self.caches.before_call(index, given.leaves, owner == link.rank)
         key = index, given.structure
         known = self._known.get(key)
-        expected = None if known is None else given.sizes(known)
+        expected = None if known is None or index in self._storing else given.sizes(known)
         if owner == link.rank:
             out = self._own(key, call, given, known, expected)
         else:
@@ -107,6 +109,8 @@ class DecoderStages:
             out, written = out
             for mapping, entries in zip(given.mappings, written, strict=True):
                 mapping.update(entries)
+            if any(written):
+                self._storing.add(index)
         return out
 
     def _own(self, key: Any, call: Callable[..., Any], given: Given, known: Returned | None, expected: Sizes) -> Any:

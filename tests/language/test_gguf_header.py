@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +62,19 @@ def test_header_of_real_weights() -> None:
     with parsed_once():
         fast = _content(gguf.GGUFReader(path))
     assert fast == _content(gguf.GGUFReader(path))
+
+
+def test_several_threads_leave_the_reader_as_it_was() -> None:
+    before, together = gguf.GGUFReader, threading.Barrier(4)
+
+    def use() -> None:
+        together.wait(10)
+        with parsed_once():
+            time.sleep(0.01)
+            with parsed_once():
+                assert gguf.GGUFReader is not before
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(use) for _ in range(4)]:
+            done.result(20)
+    assert gguf.GGUFReader is before

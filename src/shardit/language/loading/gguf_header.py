@@ -77,8 +77,11 @@ def parsed_once() -> Iterator[None]:
     and each module: of 30 layers and a vocabulary of 49,152 these take 0.4 (gguf's own reader: 3) and 6 seconds."""
     import gguf
 
-    reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
     with _ONE_AT_A_TIME:
+        reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
+        if not isinstance(reader, type):  # in the same thread already
+            yield
+            return
         gguf.GGUFReader = lambda path: _parsed(reader, str(path), os.stat(path).st_mtime_ns)  # pyright: ignore
         gguf.get_tensor_name_map = functools.cache(table)
         try:

@@ -168,7 +168,7 @@ BUDGET = {
     "core": 5600,
     "diffusion": 3740,
     "engine": 2610,
-    "language": 1240,
+    "language": 1250,
     "loading": 1340,
     "models": 850,
     "parallel": 3620,

@@ -47,7 +47,7 @@ class Agreement:
     depth: number of nested pipeline calls. marked: whether the first latents of the outermost one have been compared.
     differ: the global generators that are not the same on all ranks. drawing: names of models that drew random numbers
     on this rank only. failure: the first error of a model on this rank only.
-    _last: the last call of a model in the outermost pipeline's call, and its arguments.
+    _last: the arguments of the last call of a model in the outermost pipeline's call.
     """
 
     ranks: Comm
@@ -56,7 +56,7 @@ class Agreement:
     differ: tuple[str, ...] = ()
     drawing: set[str] = field(default_factory=set)
     failure: Exception | None = None
-    _last: tuple[str, Callable[[], Mapping[str, Any]]] | None = None
+    _last: Callable[[], Mapping[str, Any]] | None = None
 
     @contextmanager
     def call(self, name: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -75,6 +75,7 @@ class Agreement:
             with self._deeper():
                 yield
         except Exception as error:
+            self._last = None  # holds tensors
             if self.failure is not None:  # which this one follows from
                 raise self.failure from error
             raise
@@ -94,7 +95,7 @@ class Agreement:
         """Compare the first call of a model inside a call of a pipeline: the noise has been drawn. Collective."""
         if not self.depth:
             return
-        self._last = name, arguments
+        self._last = arguments
         if self.marked:
             return
         self.marked = True
@@ -143,7 +144,7 @@ class Agreement:
         last, self._last = self._last, None
         if last is None:
             return _UNUSED
-        return short_hash(*(f"{key}={value!r}".encode() for key, value in digests(last[1](), SUMMED).items()))
+        return short_hash(*(f"{key}={value!r}".encode() for key, value in digests(last(), SUMMED).items()))
 
     def _check_end(self, name: str, before: States, after: States) -> None:
         """At the end of a call: check that no rank failed, that generators that were equal still are, and that the

@@ -91,14 +91,23 @@ def make(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """Return a random model, with weights large enough for errors to show in the tokens. changes: values of its
     configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(model_type, **changes)).eval()
+    return prepared(AutoModelForCausalLM.from_config(config_of(model_type, **changes)))
+
+
+def prepared(model: Any) -> Any:
+    """Return a model with random weights that are large enough for errors to show, and without an end token."""
+    randomize(model)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def randomize(model: Any) -> None:
+    """Give the matrices of a model random weights that are large enough for errors to show in the tokens, in place."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
 
 
 def parameters(model: Any) -> int:
@@ -106,4 +115,4 @@ def parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-__all__ = ["classes", "config_of", "make", "parameters", "transformers"]
+__all__ = ["classes", "config_of", "make", "parameters", "prepared", "randomize", "transformers"]

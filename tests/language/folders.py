@@ -42,10 +42,7 @@ def write(folder: Path, name: str = "llama", **generation: object) -> Path:
     config.vocab_size = len(tokens)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+    families.randomize(model)
     model.generation_config = GenerationConfig(pad_token_id=0, **generation)
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)

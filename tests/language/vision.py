@@ -12,6 +12,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from tests.language import families
+
 IMAGE, BEGIN, END = 120, 122, 123
 """Tokens of an image, and of its beginning and end."""
 
@@ -59,16 +61,9 @@ BUILD = {"qwen2_5_vl": _qwen, "gemma3": _gemma}
 
 
 def make(family: str) -> Any:
-    """Return a random model, with weights that are wide enough for errors to show in the tokens."""
+    """Return a random model, as `families.make` does."""
     torch.manual_seed(0)
-    model = BUILD[family]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
+    return families.prepared(BUILD[family]())
 
 
 def prompts(family: str, images: bool = True, padding: int = 0) -> dict[str, torch.Tensor]:

@@ -136,7 +136,8 @@ class StagedCall:
             self._cut.calls.interceptor = None
 
     def _is_deferred(self, error: Exception) -> bool:
-        """Whether the call of the pipeline raises the error of a block at its end. Its results are NaN until then."""
+        """Return whether the call of the pipeline raises the error of a block at its end. What this rank still sends as
+        the result of the model is NaN."""
         if not isinstance(error, BlockError) or not self._runtime.defer(self._cut.name, error.__cause__):
             return False
         for _, view in self._result.views():

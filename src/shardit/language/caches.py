@@ -176,6 +176,11 @@ def _advance(cache: Any, number: int, shape: torch.Size) -> None:
             layer.has_previous_state[state] = True
 
 
+def is_stand_in(layer: Any) -> bool:
+    """Return whether a cache layer is the stand-in of one that another rank has."""
+    return OWN in vars(layer)
+
+
 def stand_in(own: Any) -> Any:
     """Return the stand-in of a cache layer of another rank, which delegates to an own layer."""
     return _class_of(type(own))(own)

@@ -1,79 +1,92 @@
-"""Sampling of the next token of each row, with its own generator, on the ranks that have the logits."""
+"""Sampling of the next token of each sequence, with its own generator, on the ranks that have the logits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections.abc
 
 import torch
-from transformers import LogitsProcessor
 
-from shardit.core.decoder.stage_tensor import mapped
-from shardit.language.request.rows import Row
+from shardit.language.batching.sequence import Sequence
+from shardit.language.request.sampling_params import SamplingParams
 
 OFF = float("-inf")
 
 
-class RowSampler(LogitsProcessor):
-    """A logits processor for `generate` that masks all but one token of each row.
+def next_tokens(
+    sequences: collections.abc.Sequence[Sequence], logits: torch.Tensor, ends: frozenset[int]
+) -> torch.Tensor:
+    """Return the next token of each sequence, on the CPU. logits: of the last position, (sequences, vocabulary). ends:
+    the end tokens of the model."""
+    logits = logits.to(device="cpu", dtype=torch.float32)
+    tokens = logits.argmax(-1)
+    for number, sequence in enumerate(sequences):
+        if not _is_plain(sequence):
+            tokens[number] = _next_token(sequence, logits[number], ends)
+    return tokens
 
-    ends: the end tokens of the model. logprobs: the requested log probabilities of each row for each step.
-    """
 
-    def __init__(self, rows: Sequence[Row], ends: frozenset[int], prompt_length: int):
-        self.rows, self.ends, self.prompt_length = rows, ends, prompt_length
-        self.logprobs: list[list[dict[int, float]]] = [[] for _ in rows]
-        self._generators = [torch.Generator().manual_seed(row.seed) for row in rows]
+def log_probabilities(
+    sequences: collections.abc.Sequence[Sequence], logits: torch.Tensor, tokens: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Return tokens and log probabilities as float64, (sequences, 2, count + 1): of the chosen token, then of the
+    `count` most likely ones."""
+    likely = torch.log_softmax(logits.to(device="cpu", dtype=torch.float32), -1)
+    chosen = torch.cat([tokens[:, None], likely.topk(count).indices], 1)
+    return torch.stack([chosen.double(), likely.gather(1, chosen).double()], 1)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores of -inf, except for the chosen token of each row."""
-        return mapped(lambda logits: self._choose_tokens(input_ids, logits), scores)
 
-    def _choose_tokens(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        out = torch.full_like(logits, OFF)
-        for number, row in enumerate(self.rows):
-            made = input_ids[number, self.prompt_length :]
-            token = self._next_token(number, row, made, logits[number].float().cpu())
-            out[number, token] = 0.0
-        return out
+def _is_plain(sequence: Sequence) -> bool:
+    """Return whether the most likely token is taken from unchanged logits."""
+    params = sequence.row.params
+    penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return params.temperature == 0 and not penalized and len(sequence.made) >= params.min_tokens
 
-    def _next_token(self, number: int, row: Row, made: torch.Tensor, logits: torch.Tensor) -> int:
-        params = row.params
-        likely = torch.log_softmax(logits, -1) if params.logprobs is not None else None
-        scores = self._apply_penalties(row, made.cpu(), logits)
-        if len(made) < params.min_tokens:
-            ends = sorted(self.ends | set(params.stop_token_ids or ()))
-            scores = scores.index_fill(0, torch.tensor(ends, dtype=torch.int64), OFF)
-        token = int(scores.argmax()) if params.temperature == 0 else self._sample(number, row, scores)
-        if likely is not None:
-            best = likely.topk(params.logprobs or 0).indices.tolist()
-            self.logprobs[number].append({one: float(likely[one]) for one in dict.fromkeys([token, *best])})
-        return token
 
-    def _apply_penalties(self, row: Row, made: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits after the penalties, as defined by transformers and vLLM."""
-        params, scores = row.params, logits
-        if params.repetition_penalty != 1.0:
-            seen = torch.unique(torch.cat([torch.tensor(row.prompt), made]))
-            picked = scores[seen]
-            penalty = params.repetition_penalty
-            scores = scores.index_copy(0, seen, torch.where(picked < 0, picked * penalty, picked / penalty))
-        if params.presence_penalty or params.frequency_penalty:
-            counts = torch.bincount(made, minlength=scores.shape[0]).to(scores.dtype)
-            scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-        return scores
+def _next_token(sequence: Sequence, logits: torch.Tensor, ends: frozenset[int]) -> int:
+    params = sequence.row.params
+    scores = _apply_penalties(sequence, logits)
+    if len(sequence.made) < params.min_tokens:
+        unwanted = sorted(ends | set(params.stop_token_ids or ()))
+        scores = scores.index_fill(0, torch.tensor(unwanted, dtype=torch.int64), OFF)
+    return int(scores.argmax()) if params.temperature == 0 else _sample(sequence, scores)
 
-    def _sample(self, number: int, row: Row, scores: torch.Tensor) -> int:
-        params, scores = row.params, scores / row.params.temperature
-        if params.top_k > 0:
-            scores = scores.masked_fill(scores < scores.topk(min(params.top_k, len(scores))).values[-1], OFF)
-        if params.min_p > 0:
-            probabilities = scores.softmax(-1)
-            scores = scores.masked_fill(probabilities < params.min_p * probabilities.max(), OFF)
-        if params.top_p < 1:
-            ordered, order = scores.sort(descending=False)
-            dropped = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
-            dropped[-1] = False
-            scores = scores.index_fill(0, order[dropped], OFF)
-        # The argmax of probability / exponential noise is a sample from the distribution.
-        noise = torch.empty_like(scores).exponential_(generator=self._generators[number])
-        return int((scores.softmax(-1) / noise).argmax())
+
+def _apply_penalties(sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits after the penalties, as defined by transformers and vLLM."""
+    params, scores = sequence.row.params, logits
+    if params.repetition_penalty != 1.0:
+        seen = torch.unique(torch.tensor(sequence.tokens))
+        picked = scores[seen]
+        penalty = params.repetition_penalty
+        scores = scores.index_copy(0, seen, torch.where(picked < 0, picked * penalty, picked / penalty))
+    if params.presence_penalty or params.frequency_penalty:
+        counts = torch.bincount(torch.tensor(sequence.made, dtype=torch.int64), minlength=scores.shape[0])
+        scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    return scores
+
+
+def _sample(sequence: Sequence, scores: torch.Tensor) -> int:
+    scores = _truncated(sequence.row.params, scores)
+    if sequence.generator is None:
+        sequence.generator = torch.Generator().manual_seed(sequence.row.seed)
+        for _ in sequence.row.made:  # drawn by ranks that have ended since
+            torch.empty_like(scores).exponential_(generator=sequence.generator)
+    # The argmax of probability / exponential noise is a sample from the distribution.
+    noise = torch.empty_like(scores).exponential_(generator=sequence.generator)
+    return int((scores.softmax(-1) / noise).argmax())
+
+
+def _truncated(params: SamplingParams, scores: torch.Tensor) -> torch.Tensor:
+    """Return the scores over the temperature, and -inf for tokens that are never sampled."""
+    scores = scores / params.temperature
+    if params.top_k > 0:
+        scores = scores.masked_fill(scores < scores.topk(min(params.top_k, len(scores))).values[-1], OFF)
+    if params.min_p > 0:
+        probabilities = scores.softmax(-1)
+        scores = scores.masked_fill(probabilities < params.min_p * probabilities.max(), OFF)
+    if params.top_p < 1:
+        ordered, order = scores.sort(descending=False)
+        dropped = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
+        dropped[-1] = False
+        scores = scores.index_fill(0, order[dropped], OFF)
+    return scores

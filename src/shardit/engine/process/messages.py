@@ -57,7 +57,13 @@ class SessionSpec:
     max_model_len: int | None = None
     """Of a language model: the most tokens of a request."""
     gpu_memory_utilization: float | None = None
-    """Of a language model: the share of a rank's memory that weights and the cache of one request may take."""
+    """Of a language model: the share of a rank's memory that weights and caches may take."""
+    max_num_seqs: int = 32
+    """Of a language model: the most sequences of a batch."""
+    max_num_batched_tokens: int = 512
+    """Of a language model: the most tokens of one prefill."""
+    kv_cache_memory: int | None = None
+    """Of a language model: the most bytes of caches on a rank; None for half of the free memory."""
     options: ModelOptions = field(default_factory=ModelOptions)
     can_cancel: bool = False
     """Whether requests may be cancelled while they run; those of a server may."""

@@ -1,0 +1,89 @@
+"""Finds out what a model allows in a batch, by a few calls with a handful of tokens.
+
+Padding on the left changes the text of some models in transformers itself, states of linear attention may not continue
+in chunks, and caches of unknown classes cannot be joined. Such models get batches of rows of one length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardit.core.decoder.stage_tensor import materialized
+from shardit.language.batching.cache_rows import join
+from shardit.language.batching.forward import Forward
+
+LONG, SHORT = 7, 4
+"""Tokens of the two prompts."""
+
+CLOSE = 0.05
+"""Maximum relative distance of logits. Rounding gives about 0.01 in bfloat16, a wrong position about 1."""
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """joins: whether rows of different lengths can join and leave a batch. pads: whether prompts of different lengths
+    can be computed together. chunks: whether a prompt can be computed in several chunks."""
+
+    joins: bool
+    pads: bool
+    chunks: bool
+
+
+@torch.no_grad()
+def probe(forward: Forward, pad: int, vocabulary: int) -> Abilities:
+    """Return what a model allows. Collective."""
+    if not forward.joins:
+        return Abilities(False, False, False)
+    calls = _Calls(forward, pad, vocabulary)
+    alone = [calls.steps([calls.prompts[0]], (LONG,)), calls.steps([calls.prompts[1]], (SHORT,))]
+    expected = [torch.cat([long, short]) for long, short in zip(*alone, strict=True)]
+    return Abilities(
+        joins=_agrees(lambda: calls.joined(), expected[1:]),
+        pads=_agrees(lambda: calls.steps(calls.prompts, (LONG,)), expected),
+        chunks=_agrees(lambda: calls.steps([calls.prompts[0]], (SHORT, LONG)), alone[0]),
+    )
+
+
+class _Calls:
+    def __init__(self, forward: Forward, pad: int, vocabulary: int):
+        self.forward, self.pad = forward, pad
+        self.prompts = [[(31 * k + 7 * length) % vocabulary for k in range(length)] for length in (LONG, SHORT)]
+        self.following = [(113 + length) % vocabulary for length in (LONG, SHORT)]
+
+    def prefill(self, prompts: list[list[int]], stops: tuple[int, ...]) -> tuple[dict[str, Any], torch.Tensor]:
+        width, state, start, logits = max(map(len, prompts)), {"cache": self.forward.new_cache()}, 0, torch.empty(0)
+        ids = torch.tensor([[self.pad] * (width - len(one)) + one for one in prompts])
+        for stop in stops:
+            lengths = [len(one) - (width - stop) for one in prompts]
+            logits = self.forward(ids[:, start:stop], lengths, stop, state, is_first=start == 0)
+            start = stop
+        return state, materialized(logits)[:, -1].float()
+
+    def step(self, state: dict[str, Any], prompts: list[list[int]]) -> torch.Tensor:
+        ids = torch.tensor([[self.following[self.prompts.index(one)]] for one in prompts])
+        width = max(map(len, prompts)) + 1
+        logits = self.forward(ids, [len(one) + 1 for one in prompts], width, state, is_first=False)
+        return materialized(logits)[:, -1].float()
+
+    def steps(self, prompts: list[list[int]], stops: tuple[int, ...]) -> list[torch.Tensor]:
+        """Return the logits after a prefill up to each of `stops`, and after one more token."""
+        state, logits = self.prefill(prompts, stops)
+        return [logits, self.step(state, prompts)]
+
+    def joined(self) -> list[torch.Tensor]:
+        """Return the logits of both prompts after a token that they get together, each computed alone before."""
+        (long, _), (short, _) = (self.prefill([one], (len(one),)) for one in self.prompts)
+        join(long["cache"], short["cache"], LONG)
+        return [self.step(long, self.prompts)]
+
+
+def _agrees(make: Callable[[], list[torch.Tensor]], expected: list[torch.Tensor]) -> bool:
+    try:
+        made = make()
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+        return False
+    return all(bool((a - b).norm() <= CLOSE * b.norm()) for a, b in zip(made, expected, strict=True))

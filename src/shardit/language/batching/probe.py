@@ -25,8 +25,8 @@ CLOSE = 0.05
 
 @dataclass(frozen=True)
 class Abilities:
-    """joins: whether rows of different lengths can join and leave a batch. pads: whether prompts of different lengths
-    can be computed together. chunks: whether a prompt can be computed in several chunks."""
+    """joins: whether rows of different lengths can join and leave a batch, and be computed again. pads, chunks: whether
+    prompts of different lengths can be computed together, and one in several chunks."""
 
     joins: bool
     pads: bool
@@ -42,7 +42,7 @@ def probe(forward: Forward, pad: int, vocabulary: int) -> Abilities:
     alone = [calls.steps([calls.prompts[0]], (LONG,)), calls.steps([calls.prompts[1]], (SHORT,))]
     expected = [torch.cat([long, short]) for long, short in zip(*alone, strict=True)]
     return Abilities(
-        joins=_agrees(lambda: calls.joined(), expected[1:]),
+        joins=_agrees(calls.joined, expected[1:]) and _agrees(calls.recomputed, [alone[0][1]]),
         pads=_agrees(lambda: calls.steps(calls.prompts, (LONG,)), expected),
         chunks=_agrees(lambda: calls.steps([calls.prompts[0]], (SHORT, LONG)), alone[0]),
     )
@@ -79,6 +79,11 @@ class _Calls:
         (long, _), (short, _) = (self.prefill([one], (len(one),)) for one in self.prompts)
         join(long["cache"], short["cache"], LONG)
         return [self.step(long, self.prompts)]
+
+    def recomputed(self) -> list[torch.Tensor]:
+        """Return the logits after the long prompt and one more token, computed at once."""
+        _, logits = self.prefill([[*self.prompts[0], self.following[0]]], (LONG + 1,))
+        return [logits]
 
 
 def _agrees(make: Callable[[], list[torch.Tensor]], expected: list[torch.Tensor]) -> bool:

@@ -186,7 +186,7 @@ class Scheduler:
             return not group.started and group.width == length
         width = max(group.width, length)
         padded, real = (count + 1) * width, sum(one.length for one in group.members) + length
-        return width <= FREE_COLUMNS or padded <= 2 * real
+        return width <= FREE_COLUMNS or 2 * padded <= 3 * real  # padding is at most a third
 
     def _drop_ended(self, group: Group) -> tuple[int, ...] | None:
         group.joining = [one for one in group.joining if one.ended is None]

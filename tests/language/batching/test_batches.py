@@ -1,0 +1,143 @@
+"""Batches that sequences join and leave: tokens are those of `generate` for each prompt alone, on one rank and over
+stages and tensor ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shardit import DiffusionParallelConfig, SamplingParams
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.stages.runtime import Runtime
+from shardit.language.request.rows import Row
+from shardit.language.sharding import lay_out_decoder, shard_decoder
+from tests.language import families
+from tests.language.batched import batcher_of, continued, run
+from tests.support.ranks import run_ranks
+
+WORK = tuple((4 + 7 * number % 23, 3 + 5 * number % 11) for number in range(8))
+"""Lengths of prompts and texts."""
+
+NAMES = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next", "mamba", "jamba", "gpt2")
+CLOSED = ("bert", "recurrent_gemma", "rwkv")
+"""Families whose rows cannot join a batch, for their masks or their states in modules."""
+
+
+def rows(**changes: Any) -> list[Row]:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, families.VOCABULARY, (length,), generator=generator).tolist() for length, _ in WORK]
+    options = {"temperature": 0.0, **changes}
+    return [
+        Row(tuple(prompt), SamplingParams(max_tokens=new, ignore_eos=True, **options), seed)
+        for seed, (prompt, (_, new)) in enumerate(zip(prompts, WORK, strict=True))
+    ]
+
+
+def long_rows(**changes: Any) -> list[Row]:
+    """Return short prompts with long texts, of which `TIGHT` holds two."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True, **{"temperature": 0.0, **changes})
+    return [Row(tuple(range(10 * length, 11 * length)), params, length) for length in (5, 6, 8, 9)]
+
+
+TIGHT = 100
+
+
+def alone(plain: Any) -> list[tuple[int, ...]]:
+    found = []
+    for row in rows():
+        ids = torch.tensor([row.prompt])
+        made = plain.generate(ids, do_sample=False, max_new_tokens=row.params.max_tokens)
+        found.append(tuple(made[0, ids.shape[1] :].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES + CLOSED)
+def test_one_rank(name: str) -> None:
+    model = families.make(name)
+    expected = alone(model)
+    batcher = batcher_of(model, rows=3, tokens=16)
+    assert batcher.limits.joins == (name not in CLOSED)
+    assert [tokens for tokens, *_ in run(batcher, rows())] == expected
+    assert len(set(expected)) == len(expected)  # control: swapped rows would be detected
+
+
+def test_preemption_changes_nothing_but_time() -> None:
+    model = families.make("llama")
+    sampled = long_rows(temperature=0.9, repetition_penalty=1.1, presence_penalty=0.5, logprobs=2)
+    expected = run(batcher_of(model), sampled)
+    batcher = batcher_of(model, rows=8, tokens=16, memory=TIGHT)
+    made = run(batcher, sampled)
+    assert [row[:3] for row in made] == [row[:3] for row in expected]
+    assert batcher.scheduler.preempted > 1
+    for got, wanted in zip(made, expected, strict=True):
+        assert [list(one) for one in got[3] or ()] == [list(one) for one in wanted[3] or ()]
+        assert len(got[3] or ()) == len(got[0])
+
+
+def test_texts_continue_from_their_tokens() -> None:
+    """As after a restart of the ranks."""
+    model = families.make("llama")
+    for params in ({}, {"temperature": 0.8, "top_k": 20, "frequency_penalty": 0.3}):
+        wanted = rows(**params)
+        expected = continued(model, wanted)
+        halves = [
+            Row(row.prompt, row.params, row.seed, tokens[: len(tokens) // 2])
+            for row, tokens in zip(wanted, expected, strict=True)
+        ]
+        assert continued(model, halves) == expected
+
+
+def test_a_cancelled_request_leaves_at_the_next_step() -> None:
+    model = families.make("llama")
+    batcher = batcher_of(model, rows=8)
+    seen: list[int] = []
+
+    def pause() -> None:
+        seen.append(sum(len(group.rows) for group in batcher.scheduler.groups))
+        if len(seen) == 3:
+            batcher.cancel(2)
+
+    found = []
+    batcher.on_end = lambda key, _: found.append(key)
+    from shardit.language.request.rows import PromptGroup
+
+    for key, row in enumerate(rows()):
+        batcher.add(key, PromptGroup(key, (row,)), lambda *_: None)
+    batcher.pause = pause
+    program = batcher.program()
+    assert program is not None
+    assert batcher.program() is None
+    program.run()
+    assert sorted(found) == [0, 1, 3, 4, 5, 6, 7]
+    assert batcher.scheduler.used == 0
+
+
+def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConfig, names: Any) -> dict[str, Any]:
+    mesh = init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method)
+    found: dict[str, Any] = {}
+    for name in names:
+        plain, model = families.make(name), families.make(name)
+        expected = alone(plain)
+        runtime = Runtime.of(mesh, split_batch=False)
+        shard_decoder(model, runtime, lay_out_decoder(model, config), config)
+        batcher = batcher_of(model, runtime, rows=3, tokens=16, groups=2)
+        tight = batcher_of(model, runtime, rows=8, tokens=16, groups=2, memory=TIGHT)
+        found[name] = [
+            [tokens for tokens, *_ in run(batcher, rows(), runtime)] == expected,
+            [tokens for tokens, *_ in run(tight, long_rows(), runtime)] == continued(plain, long_rows()),
+        ]
+        found[f"{name} logprobs"] = run(batcher, rows(logprobs=1)[:2], runtime)
+        found[f"{name} preempted"] = tight.scheduler.preempted
+    return found
+
+
+@pytest.mark.parametrize("axis", ["pipeline_parallel_size", "tensor_parallel_size"])
+def test_over_ranks(axis: str) -> None:
+    names = ("llama", "gemma3_text", "qwen3_next", "mamba", "rwkv") if axis.startswith("pipe") else ("llama", "jamba")
+    found = run_ranks(2, over_ranks, DiffusionParallelConfig(**{axis: 2}), names, timeout=240)
+    for rank in found:
+        assert all(all(rank[name]) for name in names), rank
+    assert found[0] == found[1]  # results with logprobs too
+    assert found[0]["llama preempted"] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -103,7 +102,8 @@ class Session:
 
         batcher.on_end = end
         for position in range(self.mesh.coords["dp"], len(requests), self.mesh.sizes["dp"]):
-            batcher.add(position, requests[position], functools.partial(on_progress, position))
+            report = lambda step, total, made, _, position=position: on_progress(position, step, total, made)  # noqa: E731
+            batcher.add(position, requests[position], report)
         starts = lambda _: batcher.program()  # noqa: E731
         for program in self.turns.rounds(starts, lambda active: active > 0 or batcher.is_open):
             for position in batcher.ended(program):

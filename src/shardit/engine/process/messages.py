@@ -184,12 +184,13 @@ class Ready:
 @dataclass(frozen=True)
 class Progress:
     """A request has finished `step` of `total` steps (first rank of a replica only). made: the result of the step, for
-    tasks with results step by step."""
+    tasks with results step by step. logprobs: of each row, log probabilities for its token in `made`, if requested."""
 
     key: int
     step: int
     total: int
     made: Any = None
+    logprobs: Any = None
 
 
 @dataclass(frozen=True)

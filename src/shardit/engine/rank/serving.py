@@ -197,9 +197,9 @@ class ServingWorker:
         self.in_batches[taken.key] = replace(taken, begun=time.perf_counter())
         self.batcher.add(taken.key, taken.request, functools.partial(self._send_progress, taken.key))
 
-    def _send_progress(self, key: int, step: int, total: int, made: Any = None) -> None:
+    def _send_progress(self, key: int, step: int, total: int, made: Any = None, logprobs: Any = None) -> None:
         if self.session.leads:
-            self.channel.send(Progress(key, step, total, made))
+            self.channel.send(Progress(key, step, total, made, logprobs))
 
     def _progress(self, key: int) -> Any:
         def report(_: int, step: int, total: int, made: Any = None) -> None:

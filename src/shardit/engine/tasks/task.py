@@ -39,8 +39,8 @@ class Batcher(Protocol):
         """Whether there are unfinished requests."""
         ...
 
-    def add(self, key: int, request: Any, on_tokens: Callable[[int, int, Any], None]) -> None:
-        """Queue a request. on_tokens: called with step, total and the result of each step."""
+    def add(self, key: int, request: Any, on_tokens: Callable[[int, int, Any, Any], None]) -> None:
+        """Queue a request. on_tokens: called with step, total, the result of each step, and its log probabilities."""
         ...
 
     def cancel(self, key: int) -> bool:

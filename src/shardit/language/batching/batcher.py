@@ -24,9 +24,9 @@ from shardit.language.request.outputs import RowResult
 from shardit.language.request.rows import PromptGroup
 from shardit.language.sampling import log_probabilities, next_tokens
 
-OnTokens = Callable[[int, int, tuple[int | None, ...]], None]
-"""Called after a step of a request with the tokens of its longest text so far, their maximum, and for each row the
-token that its text gets: None for a row without a new one."""
+OnTokens = Callable[[int, int, tuple[int | None, ...], tuple[dict[int, float] | None, ...] | None], None]
+"""Called after a step of a request with the tokens of its longest text so far, their maximum, for each row the token
+that its text gets (None for a row without a new one), and the log probabilities of each, None if none requested any."""
 
 OnEnd = Callable[[int, list[RowResult]], None]
 """Called with the key of a request and the results of its rows when all of them have ended."""
@@ -148,20 +148,29 @@ class Batcher:
 
     def _take(self, sequences: list[Sequence]) -> None:
         """Record the new tokens of sequences: report them, and the requests that have ended with them."""
-        changed: dict[int, dict[int, int | None]] = {}
+        changed: dict[int, list[Sequence]] = {}
         for one in sequences:
             one.ended = end_of(one, self.ends, self.decode)
             one.final = None if one.ended is None else tuple(one.made)
-            changed.setdefault(one.key, {})[one.index] = None if ended_by_token(one.ended) else one.made[-1]
-        for key, tokens in changed.items():
+            changed.setdefault(one.key, []).append(one)
+        for key, found in changed.items():
             request = self._open.get(key)
             if request is None:
                 continue
-            count = max(len(one.made) for one in request.rows)
-            request.on_tokens(count, request.maximum, tuple(tokens.get(n) for n in range(len(request.rows))))
+            _report(request, found)
             if all(one.ended is not None for one in request.rows):
                 del self._open[key]
                 self.on_end(key, [_result(one) for one in request.rows])
+
+
+def _report(request: _Open, changed: list[Sequence]) -> None:
+    count = max(len(one.made) for one in request.rows)
+    tokens: list[int | None] = [None] * len(request.rows)
+    logprobs: list[dict[int, float] | None] = [None] * len(request.rows)
+    for one in changed:
+        tokens[one.index] = None if ended_by_token(one.ended) else one.made[-1]
+        logprobs[one.index] = one.logprobs[-1] if one.logprobs else None
+    request.on_tokens(count, request.maximum, tuple(tokens), tuple(logprobs) if any(logprobs) else None)
 
 
 def _result(sequence: Sequence) -> RowResult:

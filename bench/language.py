@@ -1,4 +1,4 @@
-"""Prompts in batches over two stages, against one rank and against two copies of it at once: `python -m bench.language`.
+"""Prompts in batches over two stages, against one rank and two copies of it at once: `python -m bench.language`.
 
 The ceiling is two copies, each of which continues all prompts, so it has twice the work in the time that is measured.
 Runs of all kinds take turns; the result is the median of the ratios of one turn.
@@ -37,7 +37,6 @@ def wide() -> Any:
 
 def named(name: str) -> Any:
     """The model of a folder, a GGUF file or a short name, in float32."""
-    from shardit.core.comm.mesh import Mesh  # noqa: F401
     from shardit.language.loading.prepared import PreparedDecoder
     from shardit.language.loading.source import decoder_source
     from shardit.loading.safetensors_file import Reads
@@ -65,14 +64,14 @@ def measure(rank: int, count: int, method: str, arguments: argparse.Namespace) -
     shard_decoder(model, runtime, lay_out_decoder(model, config), config)
     ids = torch.tensor([one.prompt for one in todo])
     options = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    own = batcher_of(plain, rows=arguments.prompts // count, groups=count)
+    own = batcher_of(plain, rows=arguments.prompts // count, groups=count, tokens=arguments.chunk)
     kinds: dict[str, Callable[[], Any]] = {
         "generate": lambda: plain.generate(ids, attention_mask=torch.ones_like(ids), **options) if rank == 0 else None,
         "one rank": lambda: run(own, todo) if rank == 0 else None,
         "copies": lambda: run(own, todo),
     }
     for groups in arguments.groups:
-        staged = batcher_of(model, runtime, rows=arguments.prompts // groups, groups=groups)
+        staged = batcher_of(model, runtime, rows=arguments.prompts // groups, groups=groups, tokens=arguments.chunk)
         kinds[f"{groups} groups"] = lambda staged=staged: run(staged, todo, runtime)
     found: dict[str, Any] = {name: [] for name in kinds}
     results = {name: kind() for name, kind in kinds.items()}  # first calls
@@ -95,6 +94,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=64, help="max_num_batched_tokens")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--partition", type=lambda text: [int(one) for one in text.split(",")], help='such as "19,11"')
     arguments = parser.parse_args()

@@ -141,3 +141,24 @@ def test_over_ranks(axis: str) -> None:
         assert all(all(rank[name]) for name in names), rank
     assert found[0] == found[1]  # results with logprobs too
     assert found[0]["llama preempted"] > 0
+
+
+def test_prompts_that_begin_alike() -> None:
+    """Turns of a conversation, and prompts with one head: the keys of the head are not computed again."""
+    model = families.make("llama")
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    head = tuple(range(3, 53))
+    first = Row(head, params, 0)
+    batcher = batcher_of(model)
+    ((answer, *_),) = run(batcher, [first])
+    turns = [Row((*head, *answer, 7, 8), params, 0), Row((*head[:40], 99, 98), params, 0), Row(head[::-1], params, 0)]
+    expected = [continued(model, [row])[0] for row in turns]
+    assert [tokens for tokens, *_ in run(batcher, turns)] == expected
+    assert batcher.prefixes.reused == len(head) + len(answer) - 1 + 40
+    batcher.prefixes.shrink(0)
+    assert batcher.prefixes.bytes == 0
+
+
+def test_windows_and_states_keep_no_head() -> None:
+    for name, longest in (("gemma3_text", 7), ("qwen3_next", 0), ("mamba", 0)):
+        assert batcher_of(families.make(name)).prefixes.longest == longest

@@ -17,6 +17,7 @@ from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.ends import Decode, end_of, ended_by_token
 from shardit.language.batching.forward import Forward
 from shardit.language.batching.group_run import GroupRun
+from shardit.language.batching.prefixes import PrefixStore, longest_storable
 from shardit.language.batching.probe import probe
 from shardit.language.batching.scheduler import Group, Limits, Scheduler
 from shardit.language.batching.sequence import Sequence
@@ -65,7 +66,9 @@ class Batcher:
         self.limits = replace(self.limits, joins=able.joins, pads=able.pads, chunks=able.chunks)
         if not self.forward.has_cache:  # state in modules: one batch at a time
             self.limits = replace(self.limits, groups=1)
-        self.scheduler = Scheduler(self.limits, self.row_bytes)
+        longest = longest_storable(self.forward.new_cache()) if able.joins and able.chunks else 0
+        self.prefixes = PrefixStore(self.row_bytes, longest)
+        self.scheduler = Scheduler(self.limits, self.row_bytes, lambda one: self.prefixes.length(one.tokens))
         axes = {} if self.runtime is None else self.runtime.mesh.axes
         self._neighbours = Collectives(axes["tp"]) if "tp" in axes else None
         self._groups: dict[Program, Group] = {}
@@ -90,8 +93,9 @@ class Batcher:
         group = self.scheduler.place()
         if group is None:
             return None
-        run = GroupRun(self.forward, self.scheduler, group, self.pad, self._choose, self._take, lambda: self.pause())
-        program = Program(functools.partial(self._run, run), seed=0)
+        parts = (self.forward, self.scheduler, group, self.pad, self.prefixes)
+        run = GroupRun(*parts, self._choose, self._take, lambda: self.pause())
+        program = Program(functools.partial(self._run, run), seed=None)
         self._groups[program] = group
         return program
 

@@ -11,6 +11,7 @@ import torch
 
 from shardit.language.batching.cache_rows import join, keep_rows
 from shardit.language.batching.forward import Forward
+from shardit.language.batching.prefixes import PrefixStore
 from shardit.language.batching.scheduler import Chunk, Group, Scheduler
 from shardit.language.batching.sequence import Sequence
 
@@ -22,15 +23,16 @@ Choose = Callable[[list[Sequence], torch.Tensor], list[int]]
 class GroupRun:
     """Runs the rounds of a group until it has no members.
 
-    pad: a token for padding. choose: see `Choose`. on_tokens: called with the sequences that got a token, in each step.
-    pause: lets other groups run. state: what calls of the model hand on, see `Forward`. prefills: the same for
-    sequences that have not joined yet.
+    pad: a token for padding. prefixes: keys of earlier texts. choose: see `Choose`. on_tokens: called with the
+    sequences that got a token, in each step. pause: lets other groups run. state: what calls of the model hand on, see
+    `Forward`.
     """
 
     forward: Forward
     scheduler: Scheduler
     group: Group
     pad: int
+    prefixes: PrefixStore
     choose: Choose
     on_tokens: Callable[[list[Sequence]], None]
     pause: Callable[[], None]
@@ -41,7 +43,13 @@ class GroupRun:
     def __call__(self) -> None:
         """Run all rounds."""
         with torch.no_grad():
-            while (step := self.scheduler.next(self.group)) is not None:
+            while True:
+                before = list(self.group.rows)
+                step = self.scheduler.next(self.group)
+                if step is None or step.keep is not None:
+                    self._store(before, () if step is None else step.keep or ())
+                if step is None:
+                    return
                 if step.keep is not None:
                     self._keep(step.keep, step.columns)
                 if step.decode:
@@ -49,6 +57,14 @@ class GroupRun:
                 if step.chunk is not None:
                     self._compute(step.chunk)
                 self.pause()
+
+    def _store(self, rows: list[Sequence], keep: collections.abc.Sequence[int]) -> None:
+        """Keep the keys of texts that leave, for prompts that begin alike."""
+        for number, one in enumerate(rows):
+            if number not in keep and self.prefixes.longest:
+                self.prefixes.add(one.tokens[:-1], self.state["cache"], number)
+        if self.scheduler.limits.memory is not None:
+            self.prefixes.shrink(self.scheduler.limits.memory - self.scheduler.used)
 
     def _keep(self, rows: collections.abc.Sequence[int], columns: int) -> None:
         if not rows:
@@ -66,6 +82,8 @@ class GroupRun:
         prefill = chunk.prefill
         if self._prefill is not prefill:
             cache = self.forward.new_cache()
+            if prefill.known:
+                self.prefixes.fill(cache, prefill.sequences[0].tokens, prefill.known)
             self._prefill, self._prefill_state = prefill, {} if cache is None else {"cache": cache}
         width, sequences = prefill.width, prefill.sequences
         rows = [[self.pad] * (width - one.length) + list(one.tokens) for one in sequences]

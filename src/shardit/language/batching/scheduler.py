@@ -39,11 +39,12 @@ class Limits:
 @dataclass(eq=False)
 class Prefill:
     """Sequences that are computed up to their present length, in chunks of columns, before they join. width: columns.
-    done: columns computed so far."""
+    done: columns computed so far. known: of these, columns whose keys were kept from another text."""
 
     sequences: list[Sequence]
     width: int
     done: int = 0
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,18 @@ class Group:
 
 class Scheduler:
     """row_bytes: returns the bytes of the cache of a row with a number of columns, on the rank where it is largest.
+    known: returns how many tokens of a sequence need not be computed, because their keys are kept elsewhere.
 
     preempted: number of times that a sequence had to give up its cache.
     """
 
-    def __init__(self, limits: Limits, row_bytes: Callable[[int], int]):
-        self.limits, self.row_bytes = limits, row_bytes
+    def __init__(
+        self,
+        limits: Limits,
+        row_bytes: Callable[[int], int],
+        known: Callable[[Sequence], int] = lambda sequence: 0,
+    ):
+        self.limits, self.row_bytes, self.known = limits, row_bytes, known
         self.waiting: list[Sequence] = []
         self.groups: list[Group] = []
         self.preempted = 0
@@ -249,14 +256,18 @@ class Scheduler:
 
     def _prefill(self, joining: list[Sequence]) -> Prefill:
         """Take from the queue of a group what fits into one chunk, at least one sequence."""
-        taken, width = [joining.pop(0)], 0
+        taken = [joining.pop(0)]
         width = taken[0].length
+        if (known := self.known(taken[0])) > 0:
+            return Prefill(taken, width, known, known)
         while joining:
             following = joining[0].length
             wider = max(width, following)
             if not self.limits.pads and following != width:
                 break
             if self.limits.joins and (len(taken) + 1) * wider > self.limits.tokens:
+                break
+            if self.known(joining[0]) > 0:
                 break
             taken.append(joining.pop(0))
             width = wider

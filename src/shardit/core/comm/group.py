@@ -30,7 +30,7 @@ class GroupCoordinator:
     device_group carries tensors on the device, cpu_group host objects (gloo). Both are None for one rank alone, for
     which every operation but send and receive does nothing. edges[(a, b)] carries the messages from place a to place b
     of a chain of stages, so that no message waits behind one of another kind. posted: receives that are posted before
-    somebody asks for them, by source and kind; all users of the group share them. axis: its name in messages. Every
+    somebody asks for them, by source and path; all users of the group share them. axis: its name in messages. Every
     wait is bounded and ends in RankError.
     """
 

@@ -68,9 +68,9 @@ class Comm:
     def receive(self, message: torch.Tensor, source: int, *, result: bool = False) -> Transfer:
         """Post the receive of a flat byte message from stage `source`; wait for it with `wait`."""
         if self._is_small(message):
-            posted = self.group.posted
-            transfer = posted.pop((source, result), None) or self._post(self._buffer(), source, result, AHEAD)
-            posted[source, result] = self._post(self._buffer(), source, result, AHEAD)
+            posted, path = self.group.posted, (source, result or (source, self.rank) not in self.group.edges)
+            transfer = posted.pop(path, None) or self._post(self._buffer(), source, result, AHEAD)
+            posted[path] = self._post(self._buffer(), source, result, AHEAD)
             transfer.posted, transfer.message = transfer.message, message
         else:
             transfer = self._post(message, source, result)

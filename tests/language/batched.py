@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from transformers import GenerationConfig
+
+from shardit import SamplingParams
 from shardit.core.runtime.request_loop import Schedule, Turns
 from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.batcher import Batcher
@@ -35,6 +39,44 @@ def run(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = None) -
     return [found[key] for key in range(len(rows))]
 
 
-def continued(model: Any, rows: Sequence[Row], runtime: Runtime | None = None, **limits: Any) -> list[tuple[int, ...]]:
+def continued(
+    model: Any, prompts: Sequence[Row], runtime: Runtime | None = None, **limits: Any
+) -> list[tuple[int, ...]]:
     """Return the tokens of rows."""
-    return [tokens for tokens, *_ in run(batcher_of(model, runtime, **limits), rows, runtime)]
+    return [tokens for tokens, *_ in run(batcher_of(model, runtime, **limits), prompts, runtime)]
+
+
+WORK = tuple((4 + 7 * number % 23, 3 + 5 * number % 11) for number in range(8))
+"""Lengths of prompts and texts."""
+
+
+def prompts_of(vocabulary: int, **changes: Any) -> list[Row]:
+    """Return prompts of different lengths. changes: of their parameters, which are greedy."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length, _ in WORK]
+    options = {"temperature": 0.0, **changes}
+    return [
+        Row(tuple(prompt), SamplingParams(max_tokens=new, ignore_eos=True, **options), seed)
+        for seed, (prompt, (_, new)) in enumerate(zip(prompts, WORK, strict=True))
+    ]
+
+
+def alone(plain: Any, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """Return the tokens with which transformers continues each prompt alone."""
+    plain.generation_config = GenerationConfig(pad_token_id=0)
+    found = []
+    for row in rows:
+        ids = torch.tensor([row.prompt])
+        made = plain.generate(ids, do_sample=False, max_new_tokens=row.params.max_tokens)
+        found.append(tuple(made[0, ids.shape[1] :].tolist()))
+    return found
+
+
+def compare_batches(plain: Any, model: Any, runtime: Runtime | None) -> str:
+    """Compare prompts in two batches, which they join and leave, with each alone, as `compare` does."""
+    rows = prompts_of(128)
+    try:
+        expected = alone(plain, rows)
+    except Exception:
+        return "not on one rank"
+    return "right" if continued(model, rows, runtime, rows=3, tokens=16, groups=2) == expected else "WRONG"

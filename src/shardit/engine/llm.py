@@ -63,7 +63,7 @@ CHECKS = {
 
 def _check(settings: Mapping[str, Any], backend: Any) -> None:
     for name, value in settings.items():
-        if value is not None or name.startswith("max_num_"):
+        if value is not None or name == "max_num_seqs":
             CHECKS[name](name, value)
     if backend not in (None, "mp"):
         raise UnsupportedError(
@@ -80,7 +80,7 @@ class LLM:
     LLM(model, pipeline_parallel_size=2). dtype: None for that of the weights (float32 for GGUF files). max_model_len:
     the most tokens of a prompt and its text together, None for what the model has room for.
     max_num_seqs: maximum prompts of a batch; there is a batch for each stage. max_num_batched_tokens: maximum tokens
-    of one step for prompts, so that a long prompt does not delay texts that are being generated. kv_cache_memory:
+    of one step for prompts, None for 64 on CPUs and 512 on GPUs; fewer delay running texts less. kv_cache_memory:
     maximum bytes of keys and values on a rank, None for half of its free memory; where it is full, the youngest text
     gives up its cache and computes it again later. seed: text i of a call, if its prompt has no seed, has this
     one + i; None draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its
@@ -103,7 +103,7 @@ class LLM:
         device: Any = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int | None = None,
         kv_cache_memory: int | None = None,
         seed: int | None = None,
         gpu_memory_utilization: float | None = None,
@@ -112,13 +112,9 @@ class LLM:
         **parallel: Any,
     ):
         self._closed = False
-        limits = {
-            "max_model_len": max_model_len,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "kv_cache_memory": kv_cache_memory,
-        }
+        limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
+        limits |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        limits |= {"kv_cache_memory": kv_cache_memory}
         _check({**limits, "seed": seed}, distributed_executor_backend)
         config = config_of(parallel_config, parallel, "LLM", ["parallel_config", *EngineArgs.names()], listed=False)
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
@@ -128,17 +124,8 @@ class LLM:
         check_decoder(source, config, max_model_len)
         self._seed = None if seed == RANDOM_SEED else seed
         launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
-        spec = session_spec(
-            model,
-            config,
-            NO_OPTIONS,
-            SESSION,
-            task=TASK,
-            max_in_flight=config.pipeline_parallel_size,
-            can_cancel=True,
-            **limits,
-            **launch,
-        )
+        fixed = {"task": TASK, "max_in_flight": config.pipeline_parallel_size, "can_cancel": True}
+        spec = session_spec(model, config, NO_OPTIONS, SESSION, **fixed, **limits, **launch)
         self._tokenizer: Any
         self._ranks: Any
         # The ranks start at the same time; those of torchrun are this process.

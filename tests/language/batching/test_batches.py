@@ -6,19 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from shardit import DiffusionParallelConfig, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.request.rows import Row
+from shardit.language.request.rows import PromptGroup, Row
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families
-from tests.language.batched import batcher_of, continued, run
+from tests.language.batched import alone, batcher_of, continued, prompts_of, run
 from tests.support.ranks import run_ranks
-
-WORK = tuple((4 + 7 * number % 23, 3 + 5 * number % 11) for number in range(8))
-"""Lengths of prompts and texts."""
 
 NAMES = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next", "mamba", "jamba", "gpt2")
 CLOSED = ("bert", "recurrent_gemma", "rwkv")
@@ -26,13 +22,7 @@ CLOSED = ("bert", "recurrent_gemma", "rwkv")
 
 
 def rows(**changes: Any) -> list[Row]:
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, families.VOCABULARY, (length,), generator=generator).tolist() for length, _ in WORK]
-    options = {"temperature": 0.0, **changes}
-    return [
-        Row(tuple(prompt), SamplingParams(max_tokens=new, ignore_eos=True, **options), seed)
-        for seed, (prompt, (_, new)) in enumerate(zip(prompts, WORK, strict=True))
-    ]
+    return prompts_of(families.VOCABULARY, **changes)
 
 
 def long_rows(**changes: Any) -> list[Row]:
@@ -44,19 +34,10 @@ def long_rows(**changes: Any) -> list[Row]:
 TIGHT = 100
 
 
-def alone(plain: Any) -> list[tuple[int, ...]]:
-    found = []
-    for row in rows():
-        ids = torch.tensor([row.prompt])
-        made = plain.generate(ids, do_sample=False, max_new_tokens=row.params.max_tokens)
-        found.append(tuple(made[0, ids.shape[1] :].tolist()))
-    return found
-
-
 @pytest.mark.parametrize("name", NAMES + CLOSED)
 def test_one_rank(name: str) -> None:
     model = families.make(name)
-    expected = alone(model)
+    expected = alone(model, rows())
     batcher = batcher_of(model, rows=3, tokens=16)
     assert batcher.limits.joins == (name not in CLOSED)
     assert [tokens for tokens, *_ in run(batcher, rows())] == expected
@@ -101,8 +82,6 @@ def test_a_cancelled_request_leaves_at_the_next_step() -> None:
 
     found = []
     batcher.on_end = lambda key, _: found.append(key)
-    from shardit.language.request.rows import PromptGroup
-
     for key, row in enumerate(rows()):
         batcher.add(key, PromptGroup(key, (row,)), lambda *_: None)
     batcher.pause = pause
@@ -119,7 +98,7 @@ def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConf
     found: dict[str, Any] = {}
     for name in names:
         plain, model = families.make(name), families.make(name)
-        expected = alone(plain)
+        expected = alone(plain, rows())
         runtime = Runtime.of(mesh, split_batch=False)
         shard_decoder(model, runtime, lay_out_decoder(model, config), config)
         batcher = batcher_of(model, runtime, rows=3, tokens=16, groups=2)

@@ -60,8 +60,8 @@ class SessionSpec:
     """Of a language model: the share of a rank's memory that weights and caches may take."""
     max_num_seqs: int = 32
     """Of a language model: the most sequences of a batch."""
-    max_num_batched_tokens: int = 512
-    """Of a language model: the most tokens of one prefill."""
+    max_num_batched_tokens: int | None = None
+    """Of a language model: the most tokens of one prefill; None for 64 on CPUs and 512 on GPUs."""
     kv_cache_memory: int | None = None
     """Of a language model: the most bytes of caches on a rank; None for half of the free memory."""
     options: ModelOptions = field(default_factory=ModelOptions)

@@ -12,29 +12,20 @@ ended.
 from __future__ import annotations
 
 import functools
-import select
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.request_loop import Interrupted, Program, is_out_of_memory
 from shardit.engine.process.channel import Channel
-from shardit.engine.process.memory import peak_bytes, reset_peak
-from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFailed, RequestFinished
+from shardit.engine.process.memory import reset_peak
+from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFinished
+from shardit.engine.rank.counts import Counts, readable
+from shardit.engine.rank.outcomes import Outcomes, Taken
 from shardit.errors import InputError
 from shardit.logs import logger
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A received request; begun: time of its start in the rounds, by `perf_counter`."""
-
-    key: int
-    request: Any
-    request_id: str = ""
-    begun: float = 0.0
 
 
 class ServingWorker:
@@ -54,6 +45,7 @@ class ServingWorker:
         self.busy_s = 0.0
         self.log = logger("rank").bind(rank=session.mesh.rank)
         self._since = time.perf_counter()
+        self.outcomes = Outcomes(session, channel, lambda: self.busy_s + time.perf_counter() - self._since, self.log)
         self._can_cancel = session.spec.of_server or session.spec.can_cancel
 
     def admit(self, active: int) -> Program | None:
@@ -91,57 +83,23 @@ class ServingWorker:
         if self.batcher is not None:
             for key in sorted(self.batcher.ended(program)):
                 assert program.error is not None
-                self._failed(self.in_batches.pop(key), program.error)
+                self.outcomes.failed(self.in_batches.pop(key), program.error)
             return
         taken = self.running.pop(program)
         if isinstance(program.error, Interrupted):
             # Its remaining work in flight may take long and is not to count against later requests.
             self.session.turns.schedule.drain()
-            self._ended(taken, program.start, None, cancelled=True)
+            self.outcomes.ended(taken, program.start, None, cancelled=True)
         elif program.error is not None:
-            self._failed(taken, program.error, program.start)
+            self.outcomes.failed(taken, program.error, program.start)
         else:
-            self._ended(taken, program.start, program.value)
+            self.outcomes.ended(taken, program.start, program.value)
 
     def _batched_ended(self, key: int, result: Any) -> None:
         """Report the end of a request of a batch. Its tokens are compared between ranks."""
         taken = self.in_batches.pop(key)
         seconds = time.perf_counter() - taken.begun
-        self._ended(taken, short_hash(repr(result).encode()).hex(), (result, seconds, []))
-
-    def _failed(self, taken: Taken, error: Exception, start: str | None = None) -> None:
-        text = self.session.model.error_text(taken.request, error)
-        # Before the comparison: if it fails on this rank alone, the others may never come to compare.
-        self.channel.send(RequestFailed(taken.key, text))
-        self.session.agree((taken.key, type(error).__name__), f"here: {error!r}")
-        self._ended(taken, start, None, error=text)
-
-    def _ended(
-        self, taken: Taken, start: str | None, value: Any, *, error: str | None = None, cancelled: bool = False
-    ) -> None:
-        output = None
-        if self.session.leads and not cancelled:
-            output = self.session.model.collect(taken.request, value, error)
-        self.channel.send(
-            RequestFinished(
-                key=taken.key,
-                start=start,
-                cancelled=cancelled,
-                error=error,
-                output=output,
-                peak_bytes=peak_bytes(),
-                busy_s=self.busy_s + time.perf_counter() - self._since,
-                waited_s=self.session.waited_s,
-            )
-        )
-        if self.session.spec.of_server:
-            self.log.info(
-                "request_finished",
-                request_id=taken.request_id,
-                how="cancelled" if cancelled else error or "completed",
-                seconds=round(time.perf_counter() - taken.begun, 3),
-                peak_bytes=peak_bytes(),
-            )
+        self.outcomes.ended(taken, short_hash(repr(result).encode()).hex(), (result, seconds, []))
 
     def report(self, error: Exception) -> None:
         """Before an error ends this rank: name the request that ran out of memory, if one did."""
@@ -181,7 +139,7 @@ class ServingWorker:
             return
         assert isinstance(command, Cancel)
         if self.batcher is not None and self.batcher.cancel(command.key):
-            self._ended(self.in_batches.pop(command.key), None, None, cancelled=True)
+            self.outcomes.ended(self.in_batches.pop(command.key), None, None, cancelled=True)
         for taken in list(self.waiting):
             if taken.key == command.key:
                 self.waiting.remove(taken)
@@ -209,30 +167,3 @@ class ServingWorker:
                 self.session.turns.yield_turn(2 if self.counts.ahead else 1)
 
         return report
-
-
-class Counts:
-    """The number of commands that take effect in each round, decided by the first rank of a replica, a round `ahead` or
-    when the round begins."""
-
-    def __init__(self, session: Any):
-        self.comm = session.replica
-        self.ahead = session.mesh.sizes["pp"] > 1
-        self._given: deque[int] = deque([0] if self.ahead else [])  # of the first round: nothing
-
-    def take(self) -> int:
-        """Return the number for the round that begins. Raises RankError after the timeout."""
-        if self._given:
-            return self._given.popleft()
-        return self.comm.receive_count()
-
-    def give(self, count: int) -> None:
-        """On the first rank: send the next number."""
-        self._given.append(count)
-        if self.comm is not None:
-            self.comm.send_count(count)
-
-
-def readable(channel: Channel, timeout_s: float | None) -> bool:
-    """Return whether a message (or the end) can be read, after waiting for `timeout_s` at most, or forever."""
-    return bool(select.select([channel], [], [], timeout_s)[0])

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from shardit.engine.process.messages import SessionSpec
 
 
+CHUNK = {True: 64, False: 512}
+"""Tokens of one prefill on CPUs, and on accelerators: with fewer, reading the weights takes most of the time."""
+
 _checked: list[tuple[SessionSpec, PreparedDecoder]] = []
 """The argument of the last `check`, and the model that it has built on meta. A rank that the fork server forks gets a
 copy of it, which loading uses up."""
@@ -80,7 +83,7 @@ class LoadedDecoder:
         self.model.generation_config = GenerationConfig(pad_token_id=pad)
         limits = Limits(
             rows=spec.max_num_seqs,
-            tokens=spec.max_num_batched_tokens,
+            tokens=spec.max_num_batched_tokens or CHUNK[mesh.device.type == "cpu"],
             groups=spec.config.pipeline_parallel_size,
             memory=self._cache_bytes(spec, limit),
         )

@@ -19,11 +19,11 @@ from shardit.language.batching.forward import Forward
 from shardit.language.batching.group_run import GroupRun
 from shardit.language.batching.prefixes import PrefixStore, longest_storable
 from shardit.language.batching.probe import probe
+from shardit.language.batching.sampling import log_probabilities, next_tokens
 from shardit.language.batching.scheduler import Group, Limits, Scheduler
 from shardit.language.batching.sequence import Sequence
 from shardit.language.request.outputs import RowResult
 from shardit.language.request.rows import PromptGroup
-from shardit.language.sampling import log_probabilities, next_tokens
 
 OnTokens = Callable[[int, int, tuple[int | None, ...], tuple[dict[int, float] | None, ...] | None], None]
 """Called after a step of a request with the tokens of its longest text so far, their maximum, for each row the token

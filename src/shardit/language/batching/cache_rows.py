@@ -41,8 +41,8 @@ def join(cache: Any, other: Any, columns: int) -> None:
             continue
         if isinstance(layer, CacheLayerMixin) and layer.is_initialized:
             count = kept_columns(layer, columns)
-            layer.keys = torch.cat([_aligned(layer.keys, count), _aligned(more.keys, count)])
-            layer.values = torch.cat([_aligned(layer.values, count), _aligned(more.values, count)])
+            for name in ("keys", "values"):
+                setattr(layer, name, torch.cat([_aligned(getattr(one, name), count) for one in (layer, more)]))
             _set_length(layer, columns)
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for states, others in (
@@ -60,9 +60,9 @@ def keep_rows(cache: Any, rows: Sequence[int], columns: int) -> None:
         if is_stand_in(layer):
             continue
         if isinstance(layer, CacheLayerMixin) and layer.is_initialized:
-            chosen, count = torch.tensor(rows, device=layer.keys.device), kept_columns(layer, columns)
-            layer.keys = _aligned(layer.keys, count).index_select(0, chosen)
-            layer.values = _aligned(layer.values, count).index_select(0, chosen)
+            chosen, count = torch.tensor(rows, device=layer.device), kept_columns(layer, columns)
+            for name in ("keys", "values"):
+                setattr(layer, name, _aligned(getattr(layer, name), count).index_select(0, chosen))
             _set_length(layer, columns)
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for states in (layer.conv_states, layer.recurrent_states):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -45,7 +44,7 @@ class TokenBar:
         self._off = not shown or count == 0 or os.environ.get("SHARDIT_PROGRESS") == "0"
         self._ended: set[int] = set()
 
-    def update(self, index: int, step: int, total: int, made: Sequence[int | None]) -> None:
+    def update(self, index: int, step: int, total: int, made: Any = ()) -> None:
         """Count token `step` of at most `total` of text `index`; None if it has ended with one that is not shown; as
         an `OnProgress`."""
         if self._off:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +10,6 @@ import torch
 from shardit.core.comm.mesh import Mesh, pick_device
 from shardit.core.stages.runtime import Runtime
 from shardit.engine.process.memory import held_bytes, limit_bytes
-from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, first_line
 from shardit.language.batching.batcher import Batcher
 from shardit.language.batching.memory import CacheMemory, fitting
@@ -108,12 +105,6 @@ class LoadedDecoder:
         if self.runtime is None or own is None:
             return own
         return min(self.runtime.replica.group.gather_objects(own))
-
-    def opened(
-        self, request: PromptGroup, on_progress: OnProgress, has_turn: Callable[[], bool]
-    ) -> AbstractContextManager[tuple[Callable[[], Any], list[str]]]:
-        """Not called, as requests run in batches."""
-        raise NotImplementedError
 
     def _decode(self, ids: Any, skip_special: bool) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)

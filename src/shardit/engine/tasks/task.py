@@ -71,7 +71,7 @@ class Model(Protocol):
         self, request: Any, on_progress: OnProgress, has_turn: Callable[[], bool]
     ) -> AbstractContextManager[tuple[Callable[[], Any], list[str]]]:
         """Open a request: yields the call of the model, and notes for the user, complete when the context ends.
-        has_turn: returns whether the running code belongs to this request."""
+        has_turn: returns whether the running code belongs to this request. Not called if there is a batcher."""
         ...
 
     def error_text(self, request: Any, error: Exception) -> str:

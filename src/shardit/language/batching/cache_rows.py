@@ -60,7 +60,7 @@ def keep_rows(cache: Any, rows: Sequence[int], columns: int) -> None:
         if is_stand_in(layer):
             continue
         if isinstance(layer, CacheLayerMixin) and layer.is_initialized:
-            chosen, count = torch.tensor(rows, device=layer.device), kept_columns(layer, columns)
+            chosen, count = torch.tensor(rows, device=_device(layer)), kept_columns(layer, columns)
             for name in ("keys", "values"):
                 setattr(layer, name, _aligned(getattr(layer, name), count).index_select(0, chosen))
             _set_length(layer, columns)
@@ -80,6 +80,10 @@ def _aligned(keys: torch.Tensor, count: int) -> torch.Tensor:
     """Return the last `count` columns, with zeros on the left where there are fewer."""
     missing = count - keys.shape[-2]
     return F.pad(keys, (0, 0, missing, 0)) if missing >= 0 else keys[..., -missing:, :]
+
+
+def _device(layer: Any) -> torch.device:
+    return layer.keys.device
 
 
 def _set_length(layer: Any, columns: int) -> None:

@@ -181,6 +181,22 @@ def is_stand_in(layer: Any) -> bool:
     return OWN in vars(layer)
 
 
+def delegates(cache: Any) -> tuple[dict[int, int], set[int] | None]:
+    """Return for each stand-in of a cache the number of the layer to which it delegates, and the layers of other ranks
+    without a stand-in; None for a cache without layers of other ranks. For `add_delegates`."""
+    numbers = {id(layer): number for number, layer in enumerate(cache.layers)}
+    own = {number: vars(layer)[OWN] for number, layer in enumerate(cache.layers) if is_stand_in(layer)}
+    return {number: numbers[id(layer)] for number, layer in own.items()}, getattr(cache, OWN, None)
+
+
+def add_delegates(cache: Any, like: tuple[dict[int, int], set[int] | None]) -> None:
+    """Add the stand-ins of another cache of the model to a cache whose own layers are filled."""
+    for number, own in like[0].items():
+        cache.layers[number] = stand_in(cache.layers[own])
+    if like[1] is not None:
+        setattr(cache, OWN, set(like[1]))
+
+
 def stand_in(own: Any) -> Any:
     """Return the stand-in of a cache layer of another rank, which delegates to an own layer."""
     return _class_of(type(own))(own)

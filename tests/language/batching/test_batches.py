@@ -107,6 +107,15 @@ def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConf
             [tokens for tokens, *_ in run(batcher, rows(), runtime)] == expected,
             [tokens for tokens, *_ in run(tight, long_rows(), runtime)] == continued(plain, long_rows()),
         ]
+        turns = [
+            Row(tuple(range(3, 3 + length)), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), 0)
+            for length in (40, 99, 60)
+        ]
+        alike = batcher_of(model, runtime)
+        found[name].append(
+            [run(alike, [one], runtime)[0][0] for one in turns] == [continued(plain, [one])[0] for one in turns]
+        )
+        found[f"{name} reused"] = alike.prefixes.reused
         found[f"{name} logprobs"] = run(batcher, rows(logprobs=1)[:2], runtime)
         found[f"{name} preempted"] = tight.scheduler.preempted
     return found
@@ -120,6 +129,7 @@ def test_over_ranks(axis: str) -> None:
         assert all(all(rank[name]) for name in names), rank
     assert found[0] == found[1]  # results with logprobs too
     assert found[0]["llama preempted"] > 0
+    assert found[0]["llama reused"] >= 40 + 59
 
 
 def test_prompts_that_begin_alike() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from shardit.language.caches import is_stand_in
+from shardit.language.caches import add_delegates, delegates, is_stand_in
 
 SHORTEST = 32
 """Tokens of the shortest prefix that is reused; computing fewer costs less than the copies."""
@@ -27,7 +27,7 @@ class PrefixStore:
 
     def __init__(self, row_bytes: Callable[[int], int], longest: int):
         self._row_bytes, self.longest = row_bytes, longest
-        self._entries: OrderedDict[tuple[int, ...], list[Any]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], tuple[list[Any], Any]] = OrderedDict()
         self.reused = 0
 
     @property
@@ -48,7 +48,8 @@ class PrefixStore:
             del self._entries[other]
         if any(one[: len(tokens)] == tokens for one in self._entries):
             return
-        self._entries[tokens] = [_row_of(layer, row, len(tokens)) for layer in cache.layers]
+        layers = [None if is_stand_in(layer) else _row_of(layer, row, len(tokens)) for layer in cache.layers]
+        self._entries[tokens] = layers, delegates(cache)
         if len(self._entries) > ENTRIES:
             self._entries.popitem(last=False)
 
@@ -62,9 +63,11 @@ class PrefixStore:
         found = next(one for one in self._entries if _common(one, tokens) == length)
         self._entries.move_to_end(found)
         self.reused += length
-        for number, layer in enumerate(self._entries[found]):
-            if layer is not None:
-                cache.layers[number] = _cut(layer, length)
+        layers, others = self._entries[found]
+        cache.layers[:] = [
+            one if layer is None else _cut(layer, length) for one, layer in zip(cache.layers, layers, strict=True)
+        ]
+        add_delegates(cache, others)
 
 
 def longest_storable(cache: Any) -> int:
@@ -84,8 +87,6 @@ def _common(known: tuple[int, ...], tokens: tuple[int, ...]) -> int:
 
 
 def _row_of(layer: Any, row: int, length: int) -> Any:
-    if is_stand_in(layer):
-        return None
     out = copy.copy(layer)
     out.keys = layer.keys[row : row + 1, :, -length:].clone()
     out.values = layer.values[row : row + 1, :, -length:].clone()

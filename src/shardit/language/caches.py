@@ -48,13 +48,15 @@ class NewCache:
 class StageCaches:
     """Tracks the caches among the arguments of a decoder's blocks.
 
-    slots[i]: the layers of a cache that block i updates, known after its first call.
+    slots[i]: the layers of a cache that block i updates, known after its first call with one. _complete: whether all
+    blocks have had one; calls without a cache show nothing.
     """
 
     def __init__(self, owners: Sequence[int], rank: int):
         self.slots: dict[int, tuple[int, ...]] = {}
         self._owners, self._rank = owners, rank
         self._new: list[NewCache] = []
+        self._complete = False
 
     def before_call(self, index: int, arguments: Sequence[Any], own: bool) -> None:
         """Prepare a block call: advance the layers that a block of another rank updates, if they have no stand-in. A
@@ -62,7 +64,7 @@ class StageCaches:
         for cache in caches_in(arguments):
             missing = getattr(cache, OWN, None)
             if missing is None:
-                if len(self.slots) == len(self._owners):
+                if self._complete:
                     missing = self._add_stand_ins(cache)
                 else:
                     self._record_new(cache, index, own, arguments)
@@ -97,6 +99,7 @@ class StageCaches:
 
     def end_call(self) -> None:
         """Add stand-ins for layers of other ranks to new caches, at the end of a call of the model."""
+        self._complete = self._complete or (len(self.slots) == len(self._owners) and any(self.slots.values()))
         for new in self._new:
             missing = self._add_stand_ins(new.cache)
             # Later blocks (another group may be in the middle of its call) advance their own layers.

@@ -64,7 +64,7 @@ class Batcher:
         self.forward = Forward(self.model)
         able = probe(self.forward, self.pad, self.model.config.get_text_config().vocab_size)
         self.limits = replace(self.limits, joins=able.joins, pads=able.pads, chunks=able.chunks)
-        if not self.forward.has_cache:  # state in modules: one batch at a time
+        if not able.joins:  # some keep states in modules, and have no room for a second batch
             self.limits = replace(self.limits, groups=1)
         longest = longest_storable(self.forward.new_cache()) if able.joins and able.chunks else 0
         self.prefixes = PrefixStore(self.row_bytes, longest)

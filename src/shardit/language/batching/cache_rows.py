@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -21,10 +22,14 @@ from transformers.cache_utils import (
 from shardit.language.caches import is_stand_in
 
 KNOWN = (
-    *(DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer),
+    *(DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer, LinearAttentionLayer),
     *(LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer),
 )
 """Classes of cache layers whose rows can join and leave."""
+
+
+INDEXED = {"indexer_keys": (0, 1), "indexer_position_ids": (1, 2)}
+"""Further tensors of `DynamicIndexedLayer`, with their dimensions of rows and of columns."""
 
 
 def can_join(cache: Any) -> bool:
@@ -44,11 +49,13 @@ def join(cache: Any, other: Any, columns: int) -> None:
             for name in ("keys", "values"):
                 setattr(layer, name, torch.cat([_aligned(getattr(one, name), count) for one in (layer, more)]))
             _set_length(layer, columns)
+            for name, (dim, at) in INDEXED.items():
+                if getattr(layer, name, None) is not None:
+                    parts = [_aligned(getattr(one, name), columns, at) for one in (layer, more)]
+                    setattr(layer, name, torch.cat(parts, dim))
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            for states, others in (
-                (layer.conv_states, more.conv_states),
-                (layer.recurrent_states, more.recurrent_states),
-            ):
+            for name in ("conv_states", "recurrent_states"):
+                states, others = getattr(layer, name), getattr(more, name)
                 for number, state in states.items():
                     if state is not None:
                         states[number] = torch.cat([state, others[number]])
@@ -64,6 +71,9 @@ def keep_rows(cache: Any, rows: Sequence[int], columns: int) -> None:
             for name in ("keys", "values"):
                 setattr(layer, name, _aligned(getattr(layer, name), count).index_select(0, chosen))
             _set_length(layer, columns)
+            for name, (dim, at) in INDEXED.items():
+                if getattr(layer, name, None) is not None:
+                    setattr(layer, name, _aligned(getattr(layer, name), columns, at).index_select(dim, chosen))
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for states in (layer.conv_states, layer.recurrent_states):
                 for number, state in states.items():
@@ -76,10 +86,12 @@ def kept_columns(layer: Any, columns: int) -> int:
     return min(columns, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else columns
 
 
-def _aligned(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the last `count` columns, with zeros on the left where there are fewer."""
-    missing = count - keys.shape[-2]
-    return F.pad(keys, (0, 0, missing, 0)) if missing >= 0 else keys[..., -missing:, :]
+def _aligned(keys: torch.Tensor, count: int, dim: int = 2) -> torch.Tensor:
+    """Return the last `count` columns, which are along `dim`, with zeros on the left where there are fewer."""
+    missing = count - keys.shape[dim]
+    if missing < 0:
+        return keys.narrow(dim, -missing, count)
+    return F.pad(keys, (0, 0) * (keys.ndim - 1 - dim) + (missing, 0))
 
 
 def _device(layer: Any) -> torch.device:

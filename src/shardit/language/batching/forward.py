@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from transformers import DynamicCache
 
 from shardit.language.batching.cache_rows import can_join
 
+WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
+"""Functions of transformers for the masks of sliding windows."""
+
 
 class Forward:
     """A model, and its calls. Prepares arguments as `generate` of transformers does.
 
     has_cache: whether its state is a cache of transformers, created here. joins: whether rows of it can join and leave.
-    only_states: whether it is one of states without keys.
+    only_states: whether it is one of states without keys. masks_windows: whether its code masks what a sliding window
+    hides, in prompts that continue, too.
     """
 
     def __init__(self, model: Any):
@@ -25,6 +30,8 @@ class Forward:
         cache = self.new_cache()
         self.joins = self.has_cache and can_join(cache)
         self.only_states = self.joins and all(cache.is_linear)
+        code, slides = vars(sys.modules[type(model).__module__]), self.joins and any(cache.is_sliding)
+        self.masks_windows = not slides or any(name in code for name in WINDOW_MASKS)
 
     def new_cache(self) -> Any:
         """Return an empty cache; None for a model that makes its own."""
@@ -50,11 +57,23 @@ class Forward:
         prepared = model.prepare_inputs_for_generation(
             ids.to(device), is_first_iteration=is_first, use_cache=True, **arguments
         )
+        return model(**prepared, return_dict=True).logits
+
+    def unpadded(self, ids: torch.Tensor, state: dict[str, Any], is_first: bool) -> torch.Tensor:
+        """Compute a prompt, or the next token, of rows of one length as `generate` does, for any model. ids: all tokens
+        of the rows. state: as for a call. Return the logits of the last position."""
+        model, device = self.model, self.model.device
+        if is_first:
+            state.update({"use_cache": True, "attention_mask": torch.ones_like(ids, device=device)})
+            if "position_ids" in self._takes:
+                state["position_ids"] = torch.arange(ids.shape[1], device=device).repeat(len(ids), 1)
+            if "logits_to_keep" in self._takes:
+                state["logits_to_keep"] = 1
+        prepared = model.prepare_inputs_for_generation(
+            ids.to(device), next_sequence_length=None if is_first else 1, is_first_iteration=is_first, **state
+        )
         out = model(**prepared, return_dict=True)
-        if not self.has_cache:
-            kept = {"attention_mask", "position_ids", "logits_to_keep"}
-            updated = model._update_model_kwargs_for_generation(out, dict(state))
-            state.update({name: value for name, value in updated.items() if name not in kept})
+        state.update(model._update_model_kwargs_for_generation(out, dict(state)))
         return out.logits
 
 

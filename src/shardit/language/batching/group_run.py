@@ -74,8 +74,11 @@ class GroupRun:
 
     def _decode(self) -> None:
         group = self.group
-        ids = torch.tensor([[one.tokens[-1]] for one in group.rows])
-        logits = self.forward(ids, [one.length for one in group.rows], group.columns, self.state, is_first=False)
+        if self.scheduler.limits.joins:
+            ids = torch.tensor([[one.made[-1]] for one in group.rows])
+            logits = self.forward(ids, [one.length for one in group.rows], group.columns, self.state, is_first=False)
+        else:
+            logits = self.forward.unpadded(_whole(group.rows), self.state, is_first=False)
         self._take(group.rows, logits)
 
     def _compute(self, chunk: Chunk) -> None:
@@ -86,10 +89,13 @@ class GroupRun:
                 self.prefixes.fill(cache, prefill.sequences[0].tokens, prefill.known)
             self._prefill, self._prefill_state = prefill, {} if cache is None else {"cache": cache}
         width, sequences = prefill.width, prefill.sequences
-        rows = [[self.pad] * (width - one.length) + list(one.tokens) for one in sequences]
-        ids = torch.tensor(rows)[:, chunk.start : chunk.stop]
-        lengths = [max(one.length - (width - chunk.stop), 0) for one in sequences]
-        logits = self.forward(ids, lengths, chunk.stop, self._prefill_state, is_first=chunk.start == 0)
+        if self.scheduler.limits.joins:
+            rows = [[self.pad] * (width - one.length) + list(one.tokens) for one in sequences]
+            ids = torch.tensor(rows)[:, chunk.start : chunk.stop]
+            lengths = [one.length - (width - chunk.stop) for one in sequences]
+            logits = self.forward(ids, lengths, chunk.stop, self._prefill_state, is_first=chunk.start == 0)
+        else:
+            logits = self.forward.unpadded(_whole(sequences), self._prefill_state, is_first=True)
         if chunk.is_last:
             self._join(prefill)
             self._take(sequences, logits)
@@ -110,3 +116,7 @@ class GroupRun:
             if one.ended is None or not self.scheduler.limits.joins:  # rows that cannot leave go on
                 one.made.append(token)
         self.on_tokens(going)
+
+
+def _whole(rows: list[Sequence]) -> torch.Tensor:
+    return torch.tensor([one.tokens for one in rows])

@@ -88,6 +88,8 @@ def _common(known: tuple[int, ...], tokens: tuple[int, ...]) -> int:
 
 def _row_of(layer: Any, row: int, length: int) -> Any:
     out = copy.copy(layer)
+    if not layer.is_initialized:
+        return out
     out.keys = layer.keys[row : row + 1, :, -length:].clone()
     out.values = layer.values[row : row + 1, :, -length:].clone()
     return out
@@ -95,6 +97,8 @@ def _row_of(layer: Any, row: int, length: int) -> Any:
 
 def _cut(layer: Any, length: int) -> Any:
     out = copy.copy(layer)
+    if not layer.is_initialized:
+        return out
     out.keys, out.values = layer.keys[:, :, :length], layer.values[:, :, :length]
     if isinstance(out, DynamicSlidingWindowLayer):
         out.cumulative_length = length

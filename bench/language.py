@@ -1,6 +1,7 @@
-"""Groups of prompts over two stages, against one rank and against two copies of it at once: `python -m bench.language`.
+"""Prompts in batches over two stages, against one rank and two copies of it at once: `python -m bench.language`.
 
-The ceiling is two copies, each of which runs all groups, so it has twice the work in the time that is measured.
+The ceiling is two copies, each of which continues all prompts, so it has twice the work in the time that is measured.
+Runs of all kinds take turns; the result is the median of the ratios of one turn.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardit import DiffusionParallelConfig
+from shardit import DiffusionParallelConfig, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import lay_out_decoder, run_interleaved, shard_decoder
+from shardit.language.request.rows import Row
+from shardit.language.sharding import lay_out_decoder, shard_decoder
+from tests.language.batched import batcher_of, run
 from tests.support.ranks import run_ranks
-
-RUNS = 3
 
 
 def wide() -> Any:
@@ -34,64 +35,79 @@ def wide() -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def named(folder: str) -> Any:
-    """The model of a folder, in float32."""
-    from transformers import AutoModelForCausalLM
+def named(name: str) -> Any:
+    """The model of a folder, a GGUF file or a short name, in float32."""
+    from shardit.language.loading.prepared import PreparedDecoder
+    from shardit.language.loading.source import decoder_source
+    from shardit.loading.safetensors_file import Reads
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prepared = PreparedDecoder(decoder_source(name), torch.float32)
+    layout = lay_out_decoder(prepared.module, DiffusionParallelConfig(), None)
+    return prepared.load(layout, {"pp": 0, "tp": 0}, torch.device("cpu"), Reads())
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """The median time of a function."""
-    found = []
-    for _ in range(RUNS):
-        dist.barrier()
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+def rows(arguments: argparse.Namespace) -> list[Row]:
+    """Return prompts of equal length."""
+    generator = torch.Generator().manual_seed(5)
+    params = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
+    ids = torch.randint(10, 2000, (arguments.prompts, arguments.length), generator=generator).tolist()
+    return [Row(tuple(one), params, 0) for one in ids]
 
 
 def measure(rank: int, count: int, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of one rank alone, of all ranks with a copy each, and of the stages; whether the tokens are the same."""
+    """Return seconds of each run by kind, and whether the tokens are those of `generate`."""
     config = DiffusionParallelConfig(pipeline_parallel_size=count, layer_partition=arguments.partition)
-    mesh = init_mesh(config, device="cpu", timeout_s=120, rank=rank, init_method=method)
-    model: Any = named(arguments.model) if arguments.model else wide()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(10, 2000, (arguments.batch, 16), generator=generator) for _ in range(arguments.groups)]
-    options = {"max_new_tokens": arguments.tokens, "do_sample": False}
-
-    def continued(ids: torch.Tensor) -> torch.Tensor:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-
-    expected = [continued(ids) for ids in prompts]
-    copies = seconds(lambda: [continued(ids) for ids in prompts])
-    alone = seconds(lambda: [continued(ids) for ids in prompts] if rank == 0 else None)
+    mesh = init_mesh(config, device="cpu", timeout_s=300, rank=rank, init_method=method)
+    make = (lambda: named(arguments.model)) if arguments.model else wide
+    plain, model, todo = make(), make(), rows(arguments)
     runtime = Runtime.of(mesh, split_batch=False)
     shard_decoder(model, runtime, lay_out_decoder(model, config), config)
-    functions = [lambda ids=ids: continued(ids) for ids in prompts]
-    made = run_interleaved(runtime, functions, [0] * len(functions))
-    stages = seconds(lambda: run_interleaved(runtime, functions, [0] * len(functions)))
-    same = all(torch.equal(one, other) for one, other in zip(expected, made, strict=True))
-    return {"copies": copies, "alone": alone, "stages": stages, "same": same}
+    ids = torch.tensor([one.prompt for one in todo])
+    options = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    own = batcher_of(plain, rows=arguments.prompts // count, groups=count, tokens=arguments.chunk)
+    kinds: dict[str, Callable[[], Any]] = {
+        "generate": lambda: plain.generate(ids, attention_mask=torch.ones_like(ids), **options) if rank == 0 else None,
+        "one rank": lambda: run(own, todo) if rank == 0 else None,
+        "copies": lambda: run(own, todo),
+    }
+    for groups in arguments.groups:
+        staged = batcher_of(model, runtime, rows=arguments.prompts // groups, groups=groups, tokens=arguments.chunk)
+        kinds[f"{groups} groups"] = lambda staged=staged: run(staged, todo, runtime)
+    found: dict[str, Any] = {name: [] for name in kinds}
+    results = {name: kind() for name, kind in kinds.items()}  # first calls
+    for _ in range(arguments.runs):
+        for name, kind in kinds.items():
+            dist.barrier()
+            start = time.perf_counter()
+            kind()
+            found[name].append(time.perf_counter() - start)
+    expected = [tuple(one) for one in plain.generate(ids, **options)[:, arguments.length :].tolist()]
+    found["same"] = {name: [one[0] for one in made] == expected for name, made in results.items() if name[0].isdigit()}
+    return found
 
 
 def main() -> None:
     """Measure and print rates."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="", help="folder of transformers [default: random, 8 layers of 1,024]")
-    parser.add_argument("--groups", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--model", default="", help="folder, file or name [default: random, 8 layers of 1,024]")
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=64, help="max_num_batched_tokens")
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--partition", type=lambda text: [int(one) for one in text.split(",")], help='such as "19,11"')
     arguments = parser.parse_args()
-    found = run_ranks(2, measure, arguments, timeout=900)[0]
-    tokens = arguments.groups * arguments.batch * arguments.tokens
-    ceiling = 2 * tokens / found["copies"]
-    for name in ("alone", "stages"):
-        print(f"{name}: {tokens / found[name]:.1f} tokens/s, {tokens / found[name] / ceiling:.2f} of the ceiling")
-    print(f"ceiling (two copies at once): {ceiling:.1f} tokens/s; same tokens: {found['same']}")
+    found = run_ranks(2, measure, arguments, timeout=1800)[0]
+    tokens = arguments.prompts * arguments.tokens
+    for name, seconds in found.items():
+        if name == "same":
+            continue
+        ratios = [copies / 2 / own for copies, own in zip(found["copies"], seconds, strict=True)]
+        share = "" if name == "copies" else f", {statistics.median(ratios):.2f} of the ceiling"
+        rate = tokens * (2 if name == "copies" else 1) / statistics.median(seconds)
+        print(f"{name}: {rate:.1f} tokens/s{share}")
+    print(f"same tokens: {found['same']}")
 
 
 if __name__ == "__main__":

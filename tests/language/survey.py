@@ -1,7 +1,8 @@
 """Survey of every causal language model of transformers that can be built tiny, over two stages.
 
-`python -m tests.language.survey [--tensor] [FAMILY ...]` prints a line for each family, and the totals. --tensor: two
-tensor ranks instead, with equal tokens and close logits; the line lists the modules that stay whole.
+`python -m tests.language.survey [--tensor] [FAMILY ...]` prints a line for each family, and the totals. Each runs the
+kinds of `generate` in `cases.py`, and prompts in batches as `LLM` does. --tensor: two tensor ranks instead, with equal
+tokens and close logits; the line lists the modules that stay whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families
+from tests.language.batched import compare_batches
 from tests.language.cases import CASES, compare
 from tests.support.ranks import RanksFailed, run_ranks
 
@@ -53,6 +55,7 @@ def measure(rank: int, count: int, method: str, names: list[str], axis: str) -> 
                     raise
                 except Exception as error:
                     results.append(f"{type(error).__name__}: {error}")
+            results.append(compare_batches(plain, model, runtime))
             if close:
                 became_whole = [*model.shardit_checks.whole.values()][:1]
                 found[-1] = (name, results, "; ".join([*layout.notes, *became_whole]))

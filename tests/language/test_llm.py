@@ -85,7 +85,7 @@ from shardit import LLM, SamplingParams
 
 with LLM(sys.argv[1], pipeline_parallel_size=2, device="cpu", timeout_s=60) as llm:
     made = llm.generate(["xy", "xxy"], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
-print(os.environ["RANK"], [one.outputs[0].token_ids for one in made])
+sys.stdout.write(f"{os.environ['RANK']} {[one.outputs[0].token_ids for one in made]}\\n")
 """
 
 

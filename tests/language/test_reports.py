@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ from shardit.core.comm.mesh import axis_sizes, coordinates, init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.engine.inspect_language import inspect_decoder
 from shardit.engine.process.memory import limit_bytes
-from shardit.language.generation import generate_group
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import decoder_source
-from shardit.language.request.prompts import group_rows, rows_of
-from shardit.language.request.rows import PromptGroup, Row
-from shardit.language.sharding import lay_out_decoder, run_interleaved, shard_decoder
+from shardit.language.request.prompts import rows_of
+from shardit.language.request.rows import Row
+from shardit.language.sharding import lay_out_decoder, shard_decoder
 from shardit.loading.safetensors_file import Reads
 from tests.language import families
+from tests.language.batched import continued
 from tests.language.cases import CASES, compare, errors_of
 from tests.language.folders import tokenizer
 from tests.language.test_loading import write
@@ -59,22 +59,6 @@ def prompts() -> list[tuple[int, ...]]:
     return [tuple(torch.randint(3, families.VOCABULARY, (n,), generator=generator).tolist()) for n in LENGTHS]
 
 
-def continued(model: Any, rows: Sequence[Row]) -> list[tuple[int, ...]]:
-    """Return the tokens of the rows of one batch."""
-    made = generate_group(model, PromptGroup(0, tuple(rows)), frozenset(), 0, lambda *_: "", lambda *_: None)
-    return [tokens for tokens, *_ in made]
-
-
-def in_groups(runtime: Runtime, model: Any, rows: list[Row], count: int) -> list[tuple[int, ...]]:
-    """Return the tokens of rows that run as several groups in flight."""
-    groups = group_rows(rows, count, len(rows))
-    run = [lambda group=group: continued(model, group.rows) for _, group in groups]
-    found: dict[int, tuple[int, ...]] = {}
-    for (part, _), made in zip(groups, run_interleaved(runtime, run, [0] * count), strict=True):
-        found.update(zip(part, made, strict=True))
-    return [found[number] for number in range(len(rows))]
-
-
 def alone(plain: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
     ids = torch.tensor([prompt])
     out = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
@@ -87,16 +71,16 @@ def compare_rows(runtime: Runtime, plain: Any, model: Any) -> dict[str, bool]:
     rows = [rows_of(number, prompt, GREEDY, LIMIT, None)[0] for number, prompt in enumerate(prompts())]
     swapped = [rows[1], rows[0], *rows[2:]]
     return {
-        "together": continued(model, rows) == expected,
-        "one by one": [continued(model, [row])[0] for row in rows] == expected,
-        "reversed": continued(model, rows[::-1]) == expected[::-1],
-        "two groups": in_groups(runtime, model, rows, 2) == expected,
-        "three groups": in_groups(runtime, model, rows, 3) == expected,
-        "control": continued(model, swapped) != expected and len(set(expected)) == len(expected),
+        "together": continued(model, rows, runtime) == expected,
+        "one by one": [continued(model, [row], runtime)[0] for row in rows] == expected,
+        "reversed": continued(model, rows[::-1], runtime) == expected[::-1],
+        "two groups": continued(model, rows, runtime, groups=2) == expected,
+        "three groups": continued(model, rows, runtime, groups=3) == expected,
+        "control": continued(model, swapped, runtime) != expected and len(set(expected)) == len(expected),
     }
 
 
-def compare_seeds(plain: Any, model: Any) -> list[bool]:
+def compare_seeds(runtime: Runtime, plain: Any, model: Any) -> list[bool]:
     """Compare a prompt with a seed beside others without one, with itself alone on one rank; the others differ."""
     seeded = SamplingParams(temperature=0.9, seed=42, max_tokens=12, ignore_eos=True)
     expected = continued(plain, rows_of(0, (5, 6, 7), seeded, LIMIT, None))[0]
@@ -106,7 +90,7 @@ def compare_seeds(plain: Any, model: Any) -> list[bool]:
         # Ranks get rows whose seeds have been drawn; here each rank would draw its own.
         others = [Row((9,) * (8 + repeat), free, seed=100 * repeat + copy) for copy in range(2)]
         one, two = (rows_of(number, (5, 6, 7), seeded, LIMIT, None)[0] for number in range(2))
-        made = continued(model, [others[0], one, others[1], two])
+        made = continued(model, [others[0], one, others[1], two], runtime)
         found += [made[1] == expected, made[3] == expected, made[0] != made[2]]
     drawn = [rows_of(number, (5,), SamplingParams(), LIMIT, None)[0].seed for number in range(2)]
     return [*found, drawn[0] != drawn[1]]
@@ -216,7 +200,7 @@ def check_reports(rank: int, count: int, method: str, axis: str, folder: Path) -
     names = PADDED if (axis, count) == AXES[0] else PADDED[:1]
     return {
         "rows": {name: compare_rows(runtime, *pair(name)) for name in names},
-        "seeds": compare_seeds(*pair("llama")),
+        "seeds": compare_seeds(runtime, *pair("llama")),
         "endings": use_endings(rank, *pair("llama", vocab_size=len(tokenizer()))),
         "tied": {f"{name} {head}": compare_tied(folder / f"{name} {head}", config, rank) for name, head in TIED},
     }

@@ -15,7 +15,8 @@ from shardit.core.runtime.request_loop import Interrupted, Program, Schedule, Tu
 from shardit.engine.process import hangs as hang_detector
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import Cancel, RequestFailed, RequestFinished
-from shardit.engine.rank.serving import ServingWorker, Taken
+from shardit.engine.rank.outcomes import Taken
+from shardit.engine.rank.serving import ServingWorker
 from shardit.server.supervisor import patience as patience_module
 from shardit.server.supervisor import running
 from shardit.server.supervisor.patience import MAX_SIZES, MIN_PATIENCE_S, Patience
@@ -243,6 +244,7 @@ def test_a_cancelled_job_leaves_when_its_calls_in_flight_have_ended() -> None:
         replica=None,
         turns=SimpleNamespace(schedule=schedule),
         mesh=SimpleNamespace(sizes={"pp": 2}, rank=0),
+        model=SimpleNamespace(batcher=None),
         leads=False,
         waited_s=0.0,
         spec=SimpleNamespace(of_server=True),
@@ -277,6 +279,7 @@ def test_a_job_cancelled_in_a_step_without_a_pause_begins_no_other(stages: int) 
         replica=None,
         turns=turns,
         mesh=SimpleNamespace(sizes={"pp": stages}, rank=0),
+        model=SimpleNamespace(batcher=None),
         leads=True,
         waited_s=0.0,
         spec=SimpleNamespace(of_server=True, max_in_flight=1),

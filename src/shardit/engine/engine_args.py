@@ -21,6 +21,8 @@ class EngineArgs:
     device: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory: int | None = None
     seed: int | None = None
     gpu_memory_utilization: float | None = None
     timeout_s: float = 600

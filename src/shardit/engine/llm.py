@@ -31,12 +31,12 @@ from shardit.language.request.prompt_batch import PromptBatch
 from shardit.language.request.prompts import (
     Prompt,
     check_tokens,
-    group_rows,
     params_of_each,
     prompt_list,
     rows_of,
     tokens_of,
 )
+from shardit.language.request.rows import PromptGroup
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.loading.missing import FRAMEWORKS, check_installed
 from shardit.params import RANDOM_SEED, SEED
@@ -54,6 +54,8 @@ DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 CHECKS = {
     "max_model_len": whole(1),
     "max_num_seqs": whole(1),
+    "max_num_batched_tokens": whole(1),
+    "kv_cache_memory": whole(1),
     "seed": SEED,
     "gpu_memory_utilization": number(above=0, maximum=1),
 }
@@ -77,7 +79,10 @@ class LLM:
     name ("smollm2-135m"), or "tiny/NAME". parallel_config: a DiffusionParallelConfig, or its fields as keywords:
     LLM(model, pipeline_parallel_size=2). dtype: None for that of the weights (float32 for GGUF files). max_model_len:
     the most tokens of a prompt and its text together, None for what the model has room for.
-    max_num_seqs: the most prompts that one batch has. seed: text i of a call, if its prompt has no seed, has this
+    max_num_seqs: maximum prompts of a batch; there is a batch for each stage. max_num_batched_tokens: maximum tokens
+    of one step for prompts, None for 64 on CPUs and 512 on GPUs; fewer delay running texts less. kv_cache_memory:
+    maximum bytes of keys and values on a rank, None for half of its free memory; where it is full, the youngest text
+    gives up its cache and computes it again later. seed: text i of a call, if its prompt has no seed, has this
     one + i; None draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its
     weights and the cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None,
     as ranks are processes of this machine. device, timeout_s: as for `Omni`.
@@ -98,6 +103,8 @@ class LLM:
         device: Any = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
+        max_num_batched_tokens: int | None = None,
+        kv_cache_memory: int | None = None,
         seed: int | None = None,
         gpu_memory_utilization: float | None = None,
         distributed_executor_backend: str | None = None,
@@ -106,20 +113,19 @@ class LLM:
     ):
         self._closed = False
         limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
-        _check({**limits, "max_num_seqs": max_num_seqs, "seed": seed}, distributed_executor_backend)
+        limits |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        limits |= {"kv_cache_memory": kv_cache_memory}
+        _check({**limits, "seed": seed}, distributed_executor_backend)
         config = config_of(parallel_config, parallel, "LLM", ["parallel_config", *EngineArgs.names()], listed=False)
         if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
             raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
         check_installed(FRAMEWORKS)
         source = decoder_source(model)
         check_decoder(source, config, max_model_len)
-        stages = config.pipeline_parallel_size
-        self._max_num_seqs, self._groups = max_num_seqs, stages * config.data_parallel_size
         self._seed = None if seed == RANDOM_SEED else seed
         launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
-        spec = session_spec(
-            model, config, NO_OPTIONS, SESSION, task=TASK, max_in_flight=stages, can_cancel=True, **limits, **launch
-        )
+        fixed = {"task": TASK, "max_in_flight": config.pipeline_parallel_size, "can_cancel": True}
+        spec = session_spec(model, config, NO_OPTIONS, SESSION, **fixed, **limits, **launch)
         self._tokenizer: Any
         self._ranks: Any
         # The ranks start at the same time; those of torchrun are this process.
@@ -169,7 +175,7 @@ class LLM:
         """
         batch = self._batch(prompts, sampling_params)
         with contextlib.closing(TokenBar(len(batch.rows), shown=use_tqdm)) as bar:
-            made = self._run(batch, lambda _: lambda index, step, total, made=None: bar.update(index, made))
+            made = self._run(batch, lambda _: bar.update)
         return batch.outputs(made) if made else []
 
     @checked_arguments("LLM.stream", SamplingParams)
@@ -245,17 +251,19 @@ class LLM:
     def _run(self, batch: PromptBatch, on_progress: Callable[[list[list[int]]], OnProgress]) -> list[RowResult]:
         """The result of each row; none on ranks of torchrun but the first. on_progress: made of the numbers of the rows
         of each group."""
-        groups = group_rows([row for *_, row in batch.rows], self._groups, self._max_num_seqs) if batch.rows else []
-        numbers = [part for part, _ in groups]
+        rows = [row for *_, row in batch.rows]
+        # Prompts of like lengths are together in a batch, with little padding.
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt))
+        requests = [PromptGroup(position, (rows[index],)) for position, index in enumerate(order)]
         outputs: list[GroupOutput | None]
-        outputs = self._ranks.generate(lambda: [one for _, one in groups], on_progress(numbers)) if groups else []
+        outputs = self._ranks.generate(lambda: requests, on_progress([[one] for one in order])) if requests else []
         made: dict[int, RowResult] = {}
-        for part, output in zip(numbers, outputs, strict=bool(outputs)):
+        for index, output in zip(order, outputs, strict=bool(outputs)):
             if output is not None and output.error is not None:
                 raise RankError(-1, output.error)
             if output is not None:
-                made.update(zip(part, output.rows, strict=True))
-        return [made[number] for number in range(len(made))] if outputs and None not in outputs else []
+                (made[index],) = output.rows
+        return [made[index] for index in range(len(made))] if outputs and None not in outputs else []
 
     def close(self) -> None:
         """End the ranks; may be called twice. Happens by itself at the end of the program."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -43,10 +42,11 @@ class TokenBar:
     def __init__(self, count: int, shown: bool = True):
         self._count, self._tokens, self._bar = count, 0, None
         self._off = not shown or count == 0 or os.environ.get("SHARDIT_PROGRESS") == "0"
-        self._ended: set[tuple[int, int]] = set()
+        self._ended: set[int] = set()
 
-    def update(self, index: int, made: Sequence[int | None]) -> None:
-        """Count a step of group `index`: the token of each of its texts, None for those that have ended."""
+    def update(self, index: int, step: int, total: int, made: Any = ()) -> None:
+        """Count token `step` of at most `total` of text `index`; None if it has ended with one that is not shown; as
+        an `OnProgress`."""
         if self._off:
             return
         if self._bar is None:
@@ -57,7 +57,8 @@ class TokenBar:
             self._begun = time.perf_counter()
         self._tokens += sum(token is not None for token in made)
         before = len(self._ended)
-        self._ended.update((index, row) for row, token in enumerate(made) if token is None)
+        if step >= total or None in made:
+            self._ended.add(index)
         rate = self._tokens / max(time.perf_counter() - self._begun, 1e-3)
         self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         self._bar.update(len(self._ended) - before)

@@ -48,13 +48,15 @@ class NewCache:
 class StageCaches:
     """Tracks the caches among the arguments of a decoder's blocks.
 
-    slots[i]: the layers of a cache that block i updates, known after its first call.
+    slots[i]: the layers of a cache that block i updates, known after its first call with one. _complete: whether all
+    blocks have had one; calls without a cache show nothing.
     """
 
     def __init__(self, owners: Sequence[int], rank: int):
         self.slots: dict[int, tuple[int, ...]] = {}
         self._owners, self._rank = owners, rank
         self._new: list[NewCache] = []
+        self._complete = False
 
     def before_call(self, index: int, arguments: Sequence[Any], own: bool) -> None:
         """Prepare a block call: advance the layers that a block of another rank updates, if they have no stand-in. A
@@ -62,7 +64,7 @@ class StageCaches:
         for cache in caches_in(arguments):
             missing = getattr(cache, OWN, None)
             if missing is None:
-                if len(self.slots) == len(self._owners):
+                if self._complete:
                     missing = self._add_stand_ins(cache)
                 else:
                     self._record_new(cache, index, own, arguments)
@@ -97,6 +99,7 @@ class StageCaches:
 
     def end_call(self) -> None:
         """Add stand-ins for layers of other ranks to new caches, at the end of a call of the model."""
+        self._complete = self._complete or (len(self.slots) == len(self._owners) and any(self.slots.values()))
         for new in self._new:
             missing = self._add_stand_ins(new.cache)
             # Later blocks (another group may be in the middle of its call) advance their own layers.
@@ -174,6 +177,27 @@ def _advance(cache: Any, number: int, shape: torch.Size) -> None:
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for state in list(layer.has_previous_state):
             layer.has_previous_state[state] = True
+
+
+def is_stand_in(layer: Any) -> bool:
+    """Return whether a cache layer is the stand-in of one that another rank has."""
+    return OWN in vars(layer)
+
+
+def delegates(cache: Any) -> tuple[dict[int, int], set[int] | None]:
+    """Return for each stand-in of a cache the number of the layer to which it delegates, and the layers of other ranks
+    without a stand-in; None for a cache without layers of other ranks. For `add_delegates`."""
+    numbers = {id(layer): number for number, layer in enumerate(cache.layers)}
+    own = {number: vars(layer)[OWN] for number, layer in enumerate(cache.layers) if is_stand_in(layer)}
+    return {number: numbers[id(layer)] for number, layer in own.items()}, getattr(cache, OWN, None)
+
+
+def add_delegates(cache: Any, like: tuple[dict[int, int], set[int] | None]) -> None:
+    """Add the stand-ins of another cache of the model to a cache whose own layers are filled."""
+    for number, own in like[0].items():
+        cache.layers[number] = stand_in(cache.layers[own])
+    if like[1] is not None:
+        setattr(cache, OWN, set(like[1]))
 
 
 def stand_in(own: Any) -> Any:

@@ -29,8 +29,9 @@ class GroupCoordinator:
 
     device_group carries tensors on the device, cpu_group host objects (gloo). Both are None for one rank alone, for
     which every operation but send and receive does nothing. edges[(a, b)] carries the messages from place a to place b
-    of a chain of stages, so that no message waits behind one of another kind. axis: its name in messages. Every wait is
-    bounded and ends in RankError.
+    of a chain of stages, so that no message waits behind one of another kind. posted: receives that are posted before
+    somebody asks for them, by source and path; all users of the group share them. axis: its name in messages. Every
+    wait is bounded and ends in RankError.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class GroupCoordinator:
     device_group: dist.ProcessGroup | None = field(default=None, repr=False)
     cpu_group: dist.ProcessGroup | None = field(default=None, repr=False)
     edges: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+    posted: dict[tuple[int, bool], Any] = field(default_factory=dict, repr=False)
     axis: str = ""
 
     @staticmethod

@@ -13,6 +13,11 @@ import torch.distributed as dist
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.wire import flat_bytes
 
+AHEAD_BYTES = 1 << 18
+"""Largest message on CPUs that is received in a buffer posted ahead of it. gloo sends nothing before the other side has
+announced the receive, which takes milliseconds if all processors are busy."""
+AHEAD = 3
+"""The tag of these messages."""
 COUNTS = 1
 """The tag of the numbers of `send_count`, which share a group with other messages."""
 COUNTS_AHEAD = 64
@@ -21,11 +26,13 @@ COUNTS_AHEAD = 64
 
 @dataclass(eq=False)
 class Transfer:
-    """A message in flight: the handle and the memory, which must both live until it is done (then they are None)."""
+    """A message in flight: the handle and the memory, which must both live until it is done (then they are None).
+    posted: the buffer that was posted ahead for a received message, which may be longer."""
 
     work: dist.Work | None
     message: torch.Tensor | None
     what: str
+    posted: torch.Tensor | None = None
 
 
 class Comm:
@@ -49,8 +56,10 @@ class Comm:
 
     def send(self, message: torch.Tensor, target: int, *, result: bool = False) -> Transfer:
         """Start sending a flat byte message to stage `target`. The caller must not write to it any more."""
-        group = self._path(self.rank, target, result)
-        work = self.group.guard(lambda: dist.isend(message, self.group.ranks[target], group=group), f"send to {target}")
+        group, tag = self._path(self.rank, target, result), AHEAD if self._is_small(message) else 0
+        work = self.group.guard(
+            lambda: dist.isend(message, self.group.ranks[target], group=group, tag=tag), f"send to {target}"
+        )
         self.sent_bytes += message.numel()
         self.messages += 1
         # gloo cancels a send whose handle is dropped, and frees nothing before a wait for it.
@@ -58,13 +67,27 @@ class Comm:
 
     def receive(self, message: torch.Tensor, source: int, *, result: bool = False) -> Transfer:
         """Post the receive of a flat byte message from stage `source`; wait for it with `wait`."""
-        group = self._path(source, self.rank, result)
-        what = f"receive from stage {source}"
-        work = self.group.guard(lambda: dist.irecv(message, self.group.ranks[source], group=group), what)
-        transfer = Transfer(work, message, what)
+        if self._is_small(message):
+            posted, path = self.group.posted, (source, result or (source, self.rank) not in self.group.edges)
+            transfer = posted.pop(path, None) or self._post(self._buffer(), source, result, AHEAD)
+            posted[path] = self._post(self._buffer(), source, result, AHEAD)
+            transfer.posted, transfer.message = transfer.message, message
+        else:
+            transfer = self._post(message, source, result)
         if result:  # a result may never be used, but its sender needs it to be received
             self._hold(transfer)
         return transfer
+
+    def _post(self, message: torch.Tensor, source: int, result: bool, tag: int = 0) -> Transfer:
+        group, what = self._path(source, self.rank, result), f"receive from stage {source}"
+        work = self.group.guard(lambda: dist.irecv(message, self.group.ranks[source], group=group, tag=tag), what)
+        return Transfer(work, message, what)
+
+    def _is_small(self, message: torch.Tensor) -> bool:
+        return message.numel() <= AHEAD_BYTES and message.device.type == "cpu"
+
+    def _buffer(self) -> torch.Tensor:
+        return torch.empty(AHEAD_BYTES, dtype=torch.uint8)
 
     def _path(self, source: int, target: int, result: bool) -> dist.ProcessGroup | None:
         """The torch group of a message: that of the hop between two stages; results and hops off the ring share one."""
@@ -78,7 +101,9 @@ class Comm:
             since = time.perf_counter()
             self.group.wait([work], transfer.what)
             self.waited_s += time.perf_counter() - since
-            transfer.work = transfer.message = None
+            if transfer.posted is not None and transfer.message is not None:
+                transfer.message.copy_(transfer.posted[: transfer.message.numel()])
+            transfer.work = transfer.message = transfer.posted = None
         self._outstanding.pop(transfer, None)
 
     def flush(self) -> None:

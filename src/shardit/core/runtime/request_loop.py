@@ -114,7 +114,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(eq=False)
 class Program:
-    """One request: a function to run, the seed of its global generators, and what became of it.
+    """One request: a function to run, the seed of its global generators, and what became of it. seed: None if it draws
+    nothing from global generators, which then stay as they are.
 
     start: a checksum of what its first transformer call is given, the same on every rank that drew the same noise;
     at the end also of the states of its global generators.
@@ -122,7 +123,7 @@ class Program:
     """
 
     run: Callable[[], Any]
-    seed: int
+    seed: int | None
     value: Any = None
     error: Exception | None = None
     turns: int = 0
@@ -256,7 +257,7 @@ class Turns:
             program.value = program.coroutine.value
 
     def _switch_generators(self, program: Program) -> None:
-        if self._installed is program:
+        if program.seed is None or self._installed is program:
             return
         if self._installed is not None:
             self._installed.generators = Generators.capture()

@@ -57,7 +57,13 @@ class SessionSpec:
     max_model_len: int | None = None
     """Of a language model: the most tokens of a request."""
     gpu_memory_utilization: float | None = None
-    """Of a language model: the share of a rank's memory that weights and the cache of one request may take."""
+    """Of a language model: the share of a rank's memory that weights and caches may take."""
+    max_num_seqs: int = 32
+    """Of a language model: the most sequences of a batch."""
+    max_num_batched_tokens: int | None = None
+    """Of a language model: the most tokens of one prefill; None for 64 on CPUs and 512 on GPUs."""
+    kv_cache_memory: int | None = None
+    """Of a language model: the most bytes of caches on a rank; None for half of the free memory."""
     options: ModelOptions = field(default_factory=ModelOptions)
     can_cancel: bool = False
     """Whether requests may be cancelled while they run; those of a server may."""
@@ -178,12 +184,13 @@ class Ready:
 @dataclass(frozen=True)
 class Progress:
     """A request has finished `step` of `total` steps (first rank of a replica only). made: the result of the step, for
-    tasks with results step by step."""
+    tasks with results step by step. logprobs: of each row, log probabilities for its token in `made`, if requested."""
 
     key: int
     step: int
     total: int
     made: Any = None
+    logprobs: Any = None
 
 
 @dataclass(frozen=True)

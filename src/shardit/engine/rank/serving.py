@@ -11,28 +11,21 @@ ended.
 
 from __future__ import annotations
 
-import select
+import functools
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.request_loop import Interrupted, Program, is_out_of_memory
 from shardit.engine.process.channel import Channel
-from shardit.engine.process.memory import peak_bytes, reset_peak
-from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFailed, RequestFinished
+from shardit.engine.process.memory import reset_peak
+from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFinished
+from shardit.engine.rank.counts import Counts, readable
+from shardit.engine.rank.outcomes import Outcomes, Taken
 from shardit.errors import InputError
 from shardit.logs import logger
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A received request; begun: time of its start in the rounds, by `perf_counter`."""
-
-    key: int
-    request: Any
-    request_id: str = ""
-    begun: float = 0.0
 
 
 class ServingWorker:
@@ -45,71 +38,68 @@ class ServingWorker:
         self.commands: deque[Any] = deque()
         self.waiting: deque[Taken] = deque()
         self.running: dict[Program, Taken] = {}
+        self.in_batches: dict[int, Taken] = {}
+        self.batcher = session.model.batcher
+        if self.batcher is not None:
+            self.batcher.on_end, self.batcher.pause = self._batched_ended, session.turns.yield_turn
         self.busy_s = 0.0
         self.log = logger("rank").bind(rank=session.mesh.rank)
         self._since = time.perf_counter()
+        self.outcomes = Outcomes(session, channel, lambda: self.busy_s + time.perf_counter() - self._since, self.log)
         self._can_cancel = session.spec.of_server or session.spec.can_cancel
 
     def admit(self, active: int) -> Program | None:
         """At the beginning of a round: act on the commands that take effect now; return a program to add."""
-        has_room = active < self.session.spec.max_in_flight
+        has_room = self.batcher is not None or active < self.session.spec.max_in_flight
         if self._listens(has_room):
             if not self.counts.ahead:
                 self._read()
             for _ in range(self.counts.take()):
                 self._act(self._next_command())
-        taken = self.waiting.popleft() if self.waiting and has_room else None
-        if taken is None and active == 0:
+        program = self._next_program(has_room)
+        if program is None and active == 0:
             self.busy_s += time.perf_counter() - self._since
             readable(self.channel, None)
             self._since = time.perf_counter()
         if self.counts.ahead:
             self._read()
-        if taken is None:
-            return None
-        if active == 0:
+        if program is not None and active == 0:
             reset_peak()
+        return program
+
+    def _next_program(self, has_room: bool) -> Program | None:
+        if self.batcher is not None:
+            return self.batcher.program()
+        if not self.waiting or not has_room:
+            return None
+        taken = self.waiting.popleft()
         program = self.session.program(taken.request, self._progress(taken.key))
         self.running[program] = replace(taken, begun=time.perf_counter())
         return program
 
     def finish(self, program: Program) -> None:
-        """Report the outcome of a program. One that failed must have failed on all ranks: they compare the outcome, or
-        wait."""
+        """Report the outcome of a program, of each request in it. One that failed must have failed on all ranks: they
+        compare the outcome, or wait."""
+        if self.batcher is not None:
+            for key in sorted(self.batcher.ended(program)):
+                assert program.error is not None
+                self.outcomes.failed(self.in_batches.pop(key), program.error)
+            return
         taken = self.running.pop(program)
-        cancelled = isinstance(program.error, Interrupted)
-        error = None
-        if cancelled:  # its remaining work in flight may take long and is not to count against later requests
+        if isinstance(program.error, Interrupted):
+            # Its remaining work in flight may take long and is not to count against later requests.
             self.session.turns.schedule.drain()
-        if program.error is not None and not cancelled:
-            kind = type(program.error).__name__
-            error = self.session.model.error_text(taken.request, program.error)
-            # Before the comparison: if it fails on this rank alone, the others may never come to compare.
-            self.channel.send(RequestFailed(taken.key, error))
-            self.session.agree((taken.key, kind), f"here: {program.error!r}")
-        output = None
-        if self.session.leads and not cancelled:
-            output = self.session.model.collect(taken.request, program.value, error)
-        self.channel.send(
-            RequestFinished(
-                key=taken.key,
-                start=program.start,
-                cancelled=cancelled,
-                error=error,
-                output=output,
-                peak_bytes=peak_bytes(),
-                busy_s=self.busy_s + time.perf_counter() - self._since,
-                waited_s=self.session.waited_s,
-            )
-        )
-        if self.session.spec.of_server:
-            self.log.info(
-                "request_finished",
-                request_id=taken.request_id,
-                how="cancelled" if cancelled else error or "completed",
-                seconds=round(time.perf_counter() - taken.begun, 3),
-                peak_bytes=peak_bytes(),
-            )
+            self.outcomes.ended(taken, program.start, None, cancelled=True)
+        elif program.error is not None:
+            self.outcomes.failed(taken, program.error, program.start)
+        else:
+            self.outcomes.ended(taken, program.start, program.value)
+
+    def _batched_ended(self, key: int, result: Any) -> None:
+        """Report the end of a request of a batch. Its tokens are compared between ranks."""
+        taken = self.in_batches.pop(key)
+        seconds = time.perf_counter() - taken.begun
+        self.outcomes.ended(taken, short_hash(repr(result).encode()).hex(), (result, seconds, []))
 
     def report(self, error: Exception) -> None:
         """Before an error ends this rank: name the request that ran out of memory, if one did."""
@@ -143,11 +133,13 @@ class ServingWorker:
     def _act(self, command: Any) -> None:
         if isinstance(command, Begin):
             try:
-                self.waiting.append(Taken(command.key, command.load(), command.request_id))
+                self._take_in(Taken(command.key, command.load(), command.request_id))
             except InputError as error:
                 self.channel.send(RequestFinished(key=command.key, start=None, error=str(error), refused=True))
             return
         assert isinstance(command, Cancel)
+        if self.batcher is not None and self.batcher.cancel(command.key):
+            self.outcomes.ended(self.in_batches.pop(command.key), None, None, cancelled=True)
         for taken in list(self.waiting):
             if taken.key == command.key:
                 self.waiting.remove(taken)
@@ -156,39 +148,22 @@ class ServingWorker:
             if taken.key == command.key:
                 program.interrupted = True
 
+    def _take_in(self, taken: Taken) -> None:
+        if self.batcher is None:
+            self.waiting.append(taken)
+            return
+        self.in_batches[taken.key] = replace(taken, begun=time.perf_counter())
+        self.batcher.add(taken.key, taken.request, functools.partial(self._send_progress, taken.key))
+
+    def _send_progress(self, key: int, step: int, total: int, made: Any = None, logprobs: Any = None) -> None:
+        if self.session.leads:
+            self.channel.send(Progress(key, step, total, made, logprobs))
+
     def _progress(self, key: int) -> Any:
         def report(_: int, step: int, total: int, made: Any = None) -> None:
-            if self.session.leads:
-                self.channel.send(Progress(key, step, total, made))
+            self._send_progress(key, step, total, made)
             if self._can_cancel:  # other requests wait for an answer, and this one may be cancelled
                 # Where commands count a round later, a step in one turn (a first call) ends only in the round after.
                 self.session.turns.yield_turn(2 if self.counts.ahead else 1)
 
         return report
-
-
-class Counts:
-    """The number of commands that take effect in each round, decided by the first rank of a replica, a round `ahead` or
-    when the round begins."""
-
-    def __init__(self, session: Any):
-        self.comm = session.replica
-        self.ahead = session.mesh.sizes["pp"] > 1
-        self._given: deque[int] = deque([0] if self.ahead else [])  # of the first round: nothing
-
-    def take(self) -> int:
-        """Return the number for the round that begins. Raises RankError after the timeout."""
-        if self._given:
-            return self._given.popleft()
-        return self.comm.receive_count()
-
-    def give(self, count: int) -> None:
-        """On the first rank: send the next number."""
-        self._given.append(count)
-        if self.comm is not None:
-            self.comm.send_count(count)
-
-
-def readable(channel: Channel, timeout_s: float | None) -> bool:
-    """Return whether a message (or the end) can be read, after waiting for `timeout_s` at most, or forever."""
-    return bool(select.select([channel], [], [], timeout_s)[0])

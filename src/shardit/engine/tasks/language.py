@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,21 +10,25 @@ import torch
 from shardit.core.comm.mesh import Mesh, pick_device
 from shardit.core.stages.runtime import Runtime
 from shardit.engine.process.memory import held_bytes, limit_bytes
-from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, first_line
+from shardit.language.batching.batcher import Batcher
+from shardit.language.batching.memory import CacheMemory, fitting
+from shardit.language.batching.scheduler import Limits
 from shardit.language.cache_size import request_tokens
-from shardit.language.generation import OnStep, generate_group
 from shardit.language.info import LanguageInfo, end_tokens, max_positions
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import decoder_source
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.rows import PromptGroup
-from shardit.language.sharding import cache_of_stages, lay_out_decoder, shard_decoder
+from shardit.language.sharding import lay_out_decoder, shard_decoder
 from shardit.loading.safetensors_file import Reads
 
 if TYPE_CHECKING:
     from shardit.engine.process.messages import SessionSpec
 
+
+CHUNK = {True: 64, False: 512}
+"""Tokens of one prefill on CPUs, and on accelerators: with fewer, reading the weights takes most of the time."""
 
 _checked: list[tuple[SessionSpec, PreparedDecoder]] = []
 """The argument of the last `check`, and the model that it has built on meta. A rank that the fork server forks gets a
@@ -70,15 +71,24 @@ class LoadedDecoder:
         if self.runtime is not None:
             shard_decoder(self.model, self.runtime, layout, spec.config)
         limit = limit_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size)))
-        check_memory(self.model, layout.owners, spec, mesh, limit)
+        memory = CacheMemory(self.model, layout.owners, spec.config)
+        check_memory(memory, spec, mesh, limit)
         own = self.model.generation_config
-        self._ends = end_tokens(own, self.tokenizer)
-        self._pad = next((one for one in (self.tokenizer.pad_token_id, own.pad_token_id) if one is not None), 0)
+        pad = next((one for one in (self.tokenizer.pad_token_id, own.pad_token_id) if one is not None), 0)
         defaults = own.to_diff_dict()
         # What the file says of sampling are defaults of the caller's parameters, and must not count twice.
-        self.model.generation_config = GenerationConfig(pad_token_id=self._pad)
+        self.model.generation_config = GenerationConfig(pad_token_id=pad)
+        limits = Limits(
+            rows=spec.max_num_seqs,
+            tokens=spec.max_num_batched_tokens or CHUNK[mesh.device.type == "cpu"],
+            groups=spec.config.pipeline_parallel_size,
+            memory=self._cache_bytes(spec, limit),
+        )
+        self.batcher = Batcher(
+            self.model, self.runtime, limits, memory.row_bytes, end_tokens(own, self.tokenizer), pad, self._decode
+        )
         self.info = LanguageInfo(
-            max_model_len=max_positions(self.model.config),
+            max_model_len=fitting(max_positions(self.model.config), limits.memory, memory.row_bytes),
             vocabulary=self.model.config.get_text_config().vocab_size,
             defaults=defaults,
             notes=layout.notes,
@@ -87,20 +97,14 @@ class LoadedDecoder:
             limit_bytes=limit,
         )
 
-    @contextmanager
-    def opened(
-        self, request: PromptGroup, on_progress: OnProgress, has_turn: Callable[[], bool]
-    ) -> Iterator[tuple[Callable[[], Any], list[str]]]:
-        """The call that continues the prompts of a group."""
-        report = functools.partial(on_progress, request.index)
-        yield functools.partial(self._continue, request, report), []
-
-    def _continue(self, group: PromptGroup, report: OnStep) -> Any:
-        rows = generate_group(self.model, group, self._ends, self._pad, self._decode, report)
-        if self.runtime is not None and any(row.params.logprobs is not None for row in group.rows):
-            logits = self.runtime.comm.size - 1
-            rows = self.runtime.comm.group.broadcast_object(rows, logits)
-        return rows
+    def _cache_bytes(self, spec: SessionSpec, limit: int | None) -> int | None:
+        """Return the bytes of all caches on a rank, the same on all ranks of a replica; None without a limit."""
+        own = spec.kv_cache_memory
+        if own is None and limit is not None:
+            own = max(limit - held_bytes(), 0) // 2
+        if self.runtime is None or own is None:
+            return own
+        return min(self.runtime.replica.group.gather_objects(own))
 
     def _decode(self, ids: Any, skip_special: bool) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
@@ -120,14 +124,19 @@ class LoadedDecoder:
         return GroupOutput(rows, seconds=seconds)
 
 
-def check_memory(model: Any, owners: Sequence[int], spec: SessionSpec, mesh: Mesh, limit: int | None) -> None:
+def check_memory(memory: CacheMemory, spec: SessionSpec, mesh: Mesh, limit: int | None) -> None:
     """Raise InputError if gpu_memory_utilization is given and a rank has no memory for its weights and the cache of one
-    request of max_model_len tokens."""
+    request of max_model_len tokens, or if that cache is larger than kv_cache_memory."""
+    tokens = request_tokens(memory.model.config, spec.max_model_len)
+    own = memory.of_stages(tokens)[mesh.pp_rank]
+    if spec.kv_cache_memory is not None and own > spec.kv_cache_memory:
+        raise InputError(
+            f"kv_cache_memory={spec.kv_cache_memory:,} is too small: rank {mesh.rank} needs {own:,} bytes for the "
+            f"cache of one request of max_model_len={tokens}; raise it, or lower max_model_len"
+        )
     if spec.gpu_memory_utilization is None or limit is None:
         return
-    tokens = request_tokens(model.config, spec.max_model_len)
-    own = cache_of_stages(model, owners, tokens, spec.config.tensor_parallel_size)[mesh.pp_rank]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
+    weights = sum(p.numel() * p.element_size() for p in memory.model.parameters() if not p.is_meta)
     usable = int(spec.gpu_memory_utilization * limit)
     if weights + own > usable:
         raise InputError(

@@ -73,6 +73,7 @@ class LoadedPipeline:
         self._of_server = spec.of_server
         checked, prepared = _checked.pop() if _checked else (None, None)
         reads = Reads()
+        self.batcher = None
         self.pipe, self.assignment, self.runtime = load_parallel(
             spec.model,
             spec.config,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from shardit.core.comm.mesh import Mesh
+    from shardit.core.runtime.request_loop import Program
     from shardit.core.stages.runtime import Runtime
     from shardit.diffusion.request.model_info import ModelInfo
     from shardit.engine.process.messages import SessionSpec
@@ -23,20 +24,54 @@ class OnProgress(Protocol):
         ...
 
 
+class Batcher(Protocol):
+    """Runs the requests of a model in shared batches. All ranks of a replica call it alike.
+
+    on_end: called with the key and the result of a request that has ended, on every rank. pause: called between the
+    rounds of a batch, in its program.
+    """
+
+    on_end: Callable[[int, Any], None]
+    pause: Callable[[], None]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are unfinished requests."""
+        ...
+
+    def add(self, key: int, request: Any, on_tokens: Callable[[int, int, Any, Any], None]) -> None:
+        """Queue a request. on_tokens: called with step, total, the result of each step, and its log probabilities."""
+        ...
+
+    def cancel(self, key: int) -> bool:
+        """Forget a request. Return whether it was open."""
+        ...
+
+    def program(self) -> Program | None:
+        """Return a program that runs a new batch, if a request needs one."""
+        ...
+
+    def ended(self, program: Program) -> set[int]:
+        """Record the end of a program. Return the keys of requests that have failed with it."""
+        ...
+
+
 class Model(Protocol):
     """A loaded model with this rank's share of the weights.
 
     runtime: runs calls of the model together with other ranks; None with one rank. info: for the user's process.
+    batcher: runs its requests in shared batches; None where each request is a program of its own, by `opened`.
     """
 
     runtime: Runtime | None
     info: ModelInfo
+    batcher: Batcher | None
 
     def opened(
         self, request: Any, on_progress: OnProgress, has_turn: Callable[[], bool]
     ) -> AbstractContextManager[tuple[Callable[[], Any], list[str]]]:
         """Open a request: yields the call of the model, and notes for the user, complete when the context ends.
-        has_turn: returns whether the running code belongs to this request."""
+        has_turn: returns whether the running code belongs to this request. Not called if there is a batcher."""
         ...
 
     def error_text(self, request: Any, error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shardit.config import did_you_mean
 from shardit.errors import InputError
-from shardit.language.request.rows import PromptGroup, Row
+from shardit.language.request.rows import Row
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import seed_or_drawn
 from shardit.settings.checks import TEXT
@@ -99,12 +99,3 @@ def rows_of(
     most = wanted if left is None else min(wanted, left)
     first = seed_or_drawn(seed if params.seed is None else params.seed)
     return [Row(tokens, replace(params, max_tokens=most), first + copy) for copy in range(params.n)]
-
-
-def group_rows(rows: Sequence[Row], groups: int, most: int) -> list[tuple[list[int], PromptGroup]]:
-    """Return groups of rows of similar length, with the numbers of their rows. groups: minimum number of groups, if
-    there are enough rows. most: maximum rows of a group."""
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
-    count = min(len(rows), max(groups, -(-len(rows) // most)))
-    parts = [order[len(order) * k // count : len(order) * (k + 1) // count] for k in range(count)]
-    return [(part, PromptGroup(k, tuple(rows[number] for number in part))) for k, part in enumerate(parts)]

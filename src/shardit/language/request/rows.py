@@ -1,4 +1,4 @@
-"""Groups of prompts that a language model continues in one batch."""
+"""Prompts as the ranks get them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from shardit.language.request.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt as tokens, its parameters (`max_tokens` is set), and its own seed."""
+    """A prompt as tokens, its parameters (`max_tokens` is set), and its own seed. made: tokens of the text that are
+    known already, because ranks that have ended since have made them; the ranks continue after them."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
     seed: int
+    made: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """Rows of one batch. index: the number of the group. seed: of the global generators."""
+    """The rows of one request. index: the number of the request."""
 
     index: int
     rows: tuple[Row, ...]

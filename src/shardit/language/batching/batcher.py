@@ -1,0 +1,184 @@
+"""The requests of a language model on a rank: their rows as sequences of one scheduler, and their results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from shardit.core.comm.collectives import Collectives
+from shardit.core.decoder.stage_tensor import StageTensor
+from shardit.core.runtime.request_loop import Program
+from shardit.core.stages.runtime import Runtime
+from shardit.language.batching.ends import Decode, end_of, ended_by_token
+from shardit.language.batching.forward import Forward
+from shardit.language.batching.group_run import GroupRun
+from shardit.language.batching.prefixes import PrefixStore, longest_storable
+from shardit.language.batching.probe import probe
+from shardit.language.batching.sampling import log_probabilities, next_tokens
+from shardit.language.batching.scheduler import Group, Limits, Scheduler
+from shardit.language.batching.sequence import Sequence
+from shardit.language.request.outputs import RowResult
+from shardit.language.request.rows import PromptGroup
+
+OnTokens = Callable[[int, int, tuple[int | None, ...], tuple[dict[int, float] | None, ...] | None], None]
+"""Called after a step of a request with the tokens of its longest text so far, their maximum, for each row the token
+that its text gets (None for a row without a new one), and the log probabilities of each, None if none requested any."""
+
+OnEnd = Callable[[int, list[RowResult]], None]
+"""Called with the key of a request and the results of its rows when all of them have ended."""
+
+
+@dataclass
+class _Open:
+    rows: list[Sequence]
+    on_tokens: OnTokens
+    maximum: int
+
+
+@dataclass
+class Batcher:
+    """Continuous batching on this rank. All ranks of a replica call it alike.
+
+    runtime: None for one rank. ends: end tokens of the model. pad: a token for padding. decode: see `Decode`. on_end:
+    see `OnEnd`.
+    """
+
+    model: Any
+    runtime: Runtime | None
+    limits: Limits
+    row_bytes: Callable[[int], int]
+    ends: frozenset[int]
+    pad: int
+    decode: Decode
+    on_end: OnEnd = lambda key, rows: None
+    pause: Callable[[], None] = lambda: None
+    _open: dict[int, _Open] = field(default_factory=dict)
+    _arrivals: int = 0
+
+    def __post_init__(self) -> None:
+        self.forward = Forward(self.model)
+        able = probe(self.forward, self.pad, self.model.config.get_text_config().vocab_size)
+        self.limits = replace(self.limits, joins=able.joins, pads=able.pads, chunks=able.chunks)
+        if not able.joins:  # some keep states in modules, and have no room for a second batch
+            self.limits = replace(self.limits, groups=1)
+        longest = longest_storable(self.forward.new_cache()) if able.joins and able.chunks else 0
+        self.prefixes = PrefixStore(self.row_bytes, longest)
+        self.scheduler = Scheduler(self.limits, self.row_bytes, lambda one: self.prefixes.length(one.tokens))
+        axes = {} if self.runtime is None else self.runtime.mesh.axes
+        self._neighbours = Collectives(axes["tp"]) if "tp" in axes else None
+        self._groups: dict[Program, Group] = {}
+
+    def add(self, key: int, request: PromptGroup, on_tokens: OnTokens) -> None:
+        """Queue the rows of a request."""
+        rows = []
+        for index, row in enumerate(request.rows):
+            rows.append(Sequence(key, index, row, self._arrivals, list(row.made)))
+            self._arrivals += 1
+        self._open[key] = _Open(rows, on_tokens, max(row.params.max_tokens or 1 for row in request.rows))
+        for one in rows:
+            self.scheduler.add(one)
+
+    def cancel(self, key: int) -> bool:
+        """Forget a request; its rows leave their batches before the next step. Return whether it was open."""
+        self.scheduler.cancel(key)
+        return self._open.pop(key, None) is not None
+
+    def program(self) -> Program | None:
+        """Return a program that runs a new group, if there is a waiting sequence with room."""
+        group = self.scheduler.place()
+        if group is None:
+            return None
+        parts = (self.forward, self.scheduler, group, self.pad, self.prefixes)
+        run = GroupRun(*parts, self._choose, self._take, lambda: self.pause())
+        program = Program(functools.partial(self._run, run), seed=None)
+        self._groups[program] = group
+        return program
+
+    def ended(self, program: Program) -> set[int]:
+        """Forget the group of a program that has ended. Return the keys of the requests that have failed with it."""
+        group = self._groups.pop(program)
+        if program.error is None:
+            return set()
+        if group in self.scheduler.groups:
+            self.scheduler.groups.remove(group)
+        keys = {one.key for one in group.members if one.key in self._open}
+        for key in keys:
+            self.cancel(key)
+        return keys
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are unfinished requests."""
+        return bool(self._open)
+
+    def _run(self, run: GroupRun) -> None:
+        with nullcontext() if self.runtime is None else self.runtime.pipeline_call("generate", dict):
+            run()
+
+    def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
+        staged = type(logits) is StageTensor
+        here = logits.data_here if staged else logits
+        tokens = torch.empty(len(sequences), dtype=torch.int64, device="meta")
+        if here is not None:
+            tokens = next_tokens(sequences, here[:, -1], self.ends).to(here.device)
+        if staged:
+            tokens = logits.link.share(tokens, logits.holders)
+        if self._neighbours is not None:
+            tokens = self._neighbours.of_first(tokens)
+        if any(one.row.params.logprobs is not None for one in sequences):
+            self._add_logprobs(sequences, logits, tokens)
+        return tokens.tolist()
+
+    def _add_logprobs(self, sequences: list[Sequence], logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        wanted = [number for number, one in enumerate(sequences) if one.row.params.logprobs is not None]
+        count = max(sequences[number].row.params.logprobs or 0 for number in wanted)
+        staged = type(logits) is StageTensor
+        here = logits.data_here if staged else logits
+        found = torch.empty(len(wanted), 2, count + 1, dtype=torch.float64, device="meta")
+        if here is not None:
+            chosen = [sequences[number] for number in wanted]
+            found = log_probabilities(chosen, here[wanted, -1], tokens[wanted].cpu(), count).to(here.device)
+        if staged:
+            found = logits.link.share(found, logits.holders)
+        for number, (ids, values) in zip(wanted, found.tolist(), strict=True):
+            most = (sequences[number].row.params.logprobs or 0) + 1
+            pairs = list(zip(map(int, ids), values, strict=True))[:most]
+            sequences[number].logprobs.append(dict(pairs))
+
+    def _take(self, sequences: list[Sequence]) -> None:
+        """Record the new tokens of sequences: report them, and the requests that have ended with them."""
+        changed: dict[int, list[Sequence]] = {}
+        for one in sequences:
+            one.ended = end_of(one, self.ends, self.decode)
+            one.final = None if one.ended is None else tuple(one.made)
+            changed.setdefault(one.key, []).append(one)
+        for key, found in changed.items():
+            request = self._open.get(key)
+            if request is None:
+                continue
+            _report(request, found)
+            if all(one.ended is not None for one in request.rows):
+                del self._open[key]
+                self.on_end(key, [_result(one) for one in request.rows])
+
+
+def _report(request: _Open, changed: list[Sequence]) -> None:
+    count = max(len(one.made) for one in request.rows)
+    tokens: list[int | None] = [None] * len(request.rows)
+    logprobs: list[dict[int, float] | None] = [None] * len(request.rows)
+    for one in changed:
+        tokens[one.index] = None if ended_by_token(one.ended) else one.made[-1]
+        logprobs[one.index] = one.logprobs[-1] if one.logprobs else None
+    request.on_tokens(count, request.maximum, tuple(tokens), tuple(logprobs) if any(logprobs) else None)
+
+
+def _result(sequence: Sequence) -> RowResult:
+    assert sequence.ended is not None
+    assert sequence.final is not None
+    reason, stop = sequence.ended
+    return sequence.final, reason, stop, sequence.logprobs[: len(sequence.final)] or None

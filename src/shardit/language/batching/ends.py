@@ -1,0 +1,33 @@
+"""The end of a text: end tokens, stop strings, the maximum length."""
+
+from __future__ import annotations
+
+import collections.abc
+from collections.abc import Callable
+
+from shardit.language.batching.sequence import RowEnd, Sequence
+
+Decode = Callable[[collections.abc.Sequence[int], bool], str]
+"""Returns the text of token ids. Second argument: whether to skip special tokens."""
+
+
+def end_of(sequence: Sequence, ends: frozenset[int], decode: Decode) -> RowEnd | None:
+    """Return how a sequence ends with its last token; None if it goes on. ends: the end tokens of the model."""
+    params, made = sequence.row.params, sequence.made
+    if len(made) >= max(params.min_tokens, 1):
+        token = made[-1]
+        if token in (params.stop_token_ids or ()):
+            return "stop", token
+        if token in ends and not params.ignore_eos:
+            return "stop", None
+        text = decode(made, params.skip_special_tokens) if params.stops else ""
+        found = min(((text.find(stop), stop) for stop in params.stops if stop in text), default=None)
+        if found is not None:
+            return "stop", found[1]
+    assert params.max_tokens is not None
+    return ("length", None) if len(made) >= params.max_tokens else None
+
+
+def ended_by_token(end: RowEnd | None) -> bool:
+    """Return whether the last token ended a text, and so is not part of it."""
+    return end is not None and end[0] == "stop" and not isinstance(end[1], str)

@@ -1,0 +1,86 @@
+"""Calls of a causal language model for the batches of the scheduler: one call of its own forward for each step."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from shardit.language.batching.cache_rows import can_join
+
+WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
+"""Functions of transformers for the masks of sliding windows."""
+
+
+class Forward:
+    """A model, and its calls. Prepares arguments as `generate` of transformers does.
+
+    has_cache: whether its state is a cache of transformers, created here. joins: whether rows of it can join and leave.
+    only_states: whether it is one of states without keys. masks_windows: whether its code masks what a sliding window
+    hides, in prompts that continue, too.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._takes = set(inspect.signature(type(model).forward).parameters)
+        self.has_cache = model._supports_default_dynamic_cache()
+        cache = self.new_cache()
+        self.joins = self.has_cache and can_join(cache)
+        self.only_states = self.joins and all(cache.is_linear)
+        code, slides = vars(sys.modules[type(model).__module__]), self.joins and any(cache.is_sliding)
+        self.masks_windows = not slides or any(name in code for name in WINDOW_MASKS)
+
+    def new_cache(self) -> Any:
+        """Return an empty cache; None for a model that makes its own."""
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True)) if self.has_cache else None
+
+    def __call__(
+        self, ids: torch.Tensor, lengths: list[int], columns: int, state: dict[str, Any], is_first: bool
+    ) -> torch.Tensor:
+        """Compute the last columns of a batch and return the logits of the last one.
+
+        ids: their tokens, (rows, new columns). lengths: real tokens of each row, with these. columns: of the batch,
+        with these. state: arguments that a call hands to the next one, such as the cache; updated.
+        """
+        arguments = dict(state)
+        if min(lengths) < columns and not self.only_states:
+            arguments["attention_mask"] = _mask(lengths, columns)
+        if "position_ids" in self._takes:
+            arguments["position_ids"] = _positions(lengths, columns, ids.shape[1])
+        if "logits_to_keep" in self._takes:
+            arguments["logits_to_keep"] = 1
+        model, device = self.model, self.model.device
+        arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        prepared = model.prepare_inputs_for_generation(
+            ids.to(device), is_first_iteration=is_first, use_cache=True, **arguments
+        )
+        return model(**prepared, return_dict=True).logits
+
+    def unpadded(self, ids: torch.Tensor, state: dict[str, Any], is_first: bool) -> torch.Tensor:
+        """Compute a prompt, or the next token, of rows of one length as `generate` does, for any model. ids: all tokens
+        of the rows. state: as for a call. Return the logits of the last position."""
+        model, device = self.model, self.model.device
+        if is_first:
+            state.update({"use_cache": True, "attention_mask": torch.ones_like(ids, device=device)})
+            if "position_ids" in self._takes:
+                state["position_ids"] = torch.arange(ids.shape[1], device=device).repeat(len(ids), 1)
+            if "logits_to_keep" in self._takes:
+                state["logits_to_keep"] = 1
+        prepared = model.prepare_inputs_for_generation(
+            ids.to(device), next_sequence_length=None if is_first else 1, is_first_iteration=is_first, **state
+        )
+        out = model(**prepared, return_dict=True)
+        state.update(model._update_model_kwargs_for_generation(out, dict(state)))
+        return out.logits
+
+
+def _mask(lengths: list[int], columns: int) -> torch.Tensor:
+    return (torch.arange(columns)[None] >= columns - torch.tensor(lengths)[:, None]).long()
+
+
+def _positions(lengths: list[int], columns: int, new: int) -> torch.Tensor:
+    first = torch.tensor(lengths)[:, None] - columns  # position of column 0, negative for padding
+    return (first + torch.arange(columns - new, columns)[None]).clamp(min=0)

@@ -1,0 +1,122 @@
+"""The rounds of a group on a rank: calls of the model, new tokens, rows that join and leave."""
+
+from __future__ import annotations
+
+import collections.abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardit.language.batching.cache_rows import join, keep_rows
+from shardit.language.batching.forward import Forward
+from shardit.language.batching.prefixes import PrefixStore
+from shardit.language.batching.scheduler import Chunk, Group, Scheduler
+from shardit.language.batching.sequence import Sequence
+
+Choose = Callable[[list[Sequence], torch.Tensor], list[int]]
+"""Returns the next token of each sequence from the logits of the last position, on every rank."""
+
+
+@dataclass
+class GroupRun:
+    """Runs the rounds of a group until it has no members.
+
+    pad: a token for padding. prefixes: keys of earlier texts. choose: see `Choose`. on_tokens: called with the
+    sequences that got a token, in each step. pause: lets other groups run. state: what calls of the model hand on, see
+    `Forward`.
+    """
+
+    forward: Forward
+    scheduler: Scheduler
+    group: Group
+    pad: int
+    prefixes: PrefixStore
+    choose: Choose
+    on_tokens: Callable[[list[Sequence]], None]
+    pause: Callable[[], None]
+    state: dict[str, Any] = field(default_factory=dict)
+    _prefill: Any = None
+    _prefill_state: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        """Run all rounds."""
+        with torch.no_grad():
+            while True:
+                before = list(self.group.rows)
+                step = self.scheduler.next(self.group)
+                if step is None or step.keep is not None:
+                    self._store(before, () if step is None else step.keep or ())
+                if step is None:
+                    return
+                if step.keep is not None:
+                    self._keep(step.keep, step.columns)
+                if step.decode:
+                    self._decode()
+                if step.chunk is not None:
+                    self._compute(step.chunk)
+                self.pause()
+
+    def _store(self, rows: list[Sequence], keep: collections.abc.Sequence[int]) -> None:
+        """Keep the keys of texts that leave, for prompts that begin alike."""
+        for number, one in enumerate(rows):
+            if number not in keep and self.prefixes.longest:
+                self.prefixes.add(one.tokens[:-1], self.state["cache"], number)
+        if self.scheduler.limits.memory is not None:
+            self.prefixes.shrink(self.scheduler.limits.memory - self.scheduler.used)
+
+    def _keep(self, rows: collections.abc.Sequence[int], columns: int) -> None:
+        if not rows:
+            self.state = {}
+        elif self.scheduler.limits.joins:
+            keep_rows(self.state["cache"], rows, columns)
+
+    def _decode(self) -> None:
+        group = self.group
+        if self.scheduler.limits.joins:
+            ids = torch.tensor([[one.made[-1]] for one in group.rows])
+            logits = self.forward(ids, [one.length for one in group.rows], group.columns, self.state, is_first=False)
+        else:
+            logits = self.forward.unpadded(_whole(group.rows), self.state, is_first=False)
+        self._take(group.rows, logits)
+
+    def _compute(self, chunk: Chunk) -> None:
+        prefill = chunk.prefill
+        if self._prefill is not prefill:
+            cache = self.forward.new_cache()
+            if prefill.known:
+                self.prefixes.fill(cache, prefill.sequences[0].tokens, prefill.known)
+            self._prefill, self._prefill_state = prefill, {} if cache is None else {"cache": cache}
+        width, sequences = prefill.width, prefill.sequences
+        if self.scheduler.limits.joins:
+            rows = [[self.pad] * (width - one.length) + list(one.tokens) for one in sequences]
+            ids = torch.tensor(rows)[:, chunk.start : chunk.stop]
+            lengths = [one.length - (width - chunk.stop) for one in sequences]
+            logits = self.forward(ids, lengths, chunk.stop, self._prefill_state, is_first=chunk.start == 0)
+        else:
+            logits = self.forward.unpadded(_whole(sequences), self._prefill_state, is_first=True)
+        if chunk.is_last:
+            self._join(prefill)
+            self._take(sequences, logits)
+
+    def _join(self, prefill: Any) -> None:
+        had_rows = bool(self.group.rows)
+        self.scheduler.joined(prefill, self.group)
+        if had_rows:
+            join(self.state["cache"], self._prefill_state["cache"], self.group.columns)
+        else:
+            self.state = self._prefill_state
+        self._prefill, self._prefill_state = None, {}
+
+    def _take(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        going = [one for one in sequences if one.ended is None]
+        tokens = self.choose(sequences, logits)
+        for one, token in zip(sequences, tokens, strict=True):
+            if one.ended is None or not self.scheduler.limits.joins:  # rows that cannot leave go on
+                one.made.append(token)
+        self.on_tokens(going)
+
+
+def _whole(rows: list[Sequence]) -> torch.Tensor:
+    return torch.tensor([one.tokens for one in rows])

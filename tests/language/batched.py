@@ -1,0 +1,82 @@
+"""Rows that a rank continues in batches, without processes of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from shardit import SamplingParams
+from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.stages.runtime import Runtime
+from shardit.language.batching.batcher import Batcher
+from shardit.language.batching.scheduler import Limits
+from shardit.language.request.outputs import RowResult
+from shardit.language.request.rows import PromptGroup, Row
+
+
+def batcher_of(model: Any, runtime: Runtime | None = None, **limits: Any) -> Batcher:
+    """Return a batcher in whose memory each column of a row takes one byte."""
+    wanted = Limits(**{"rows": 32, "tokens": 512, **limits})
+    return Batcher(model, runtime, wanted, lambda columns: columns, frozenset(), 0, lambda *_: "")
+
+
+def run(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = None) -> list[RowResult]:
+    """Run rows, each as a request, and return their results."""
+    found: dict[int, RowResult] = {}
+    batcher.on_end = lambda key, results: found.update({key: results[0]})
+    turns = Turns(Schedule(0)) if runtime is None else runtime.turns
+    batcher.pause = turns.yield_turn
+    for key, row in enumerate(rows):
+        batcher.add(key, PromptGroup(key, (row,)), lambda *_: None)
+    starts = lambda _: batcher.program()  # noqa: E731
+    for program in turns.rounds(starts, lambda active: active > 0 or batcher.is_open):
+        batcher.ended(program)
+        if program.error is not None:
+            raise program.error
+    return [found[key] for key in range(len(rows))]
+
+
+def continued(
+    model: Any, prompts: Sequence[Row], runtime: Runtime | None = None, **limits: Any
+) -> list[tuple[int, ...]]:
+    """Return the tokens of rows."""
+    return [tokens for tokens, *_ in run(batcher_of(model, runtime, **limits), prompts, runtime)]
+
+
+WORK = tuple((4 + 7 * number % 23, 3 + 5 * number % 11) for number in range(8))
+"""Lengths of prompts and texts."""
+
+
+def prompts_of(vocabulary: int, **changes: Any) -> list[Row]:
+    """Return prompts of different lengths. changes: of their parameters, which are greedy."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length, _ in WORK]
+    options = {"temperature": 0.0, **changes}
+    return [
+        Row(tuple(prompt), SamplingParams(max_tokens=new, ignore_eos=True, **options), seed)
+        for seed, (prompt, (_, new)) in enumerate(zip(prompts, WORK, strict=True))
+    ]
+
+
+def alone(plain: Any, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """Return the tokens with which transformers continues each prompt alone."""
+    plain.generation_config = GenerationConfig(pad_token_id=0)
+    found = []
+    for row in rows:
+        ids = torch.tensor([row.prompt])
+        made = plain.generate(ids, do_sample=False, max_new_tokens=row.params.max_tokens)
+        found.append(tuple(made[0, ids.shape[1] :].tolist()))
+    return found
+
+
+def compare_batches(plain: Any, model: Any, runtime: Runtime | None) -> str:
+    """Compare prompts in two batches, which they join and leave, with each alone, as `compare` does."""
+    rows = prompts_of(128)
+    try:
+        expected = alone(plain, rows)
+    except Exception:
+        return "not on one rank"
+    return "right" if continued(model, rows, runtime, rows=3, tokens=16, groups=2) == expected else "WRONG"

@@ -1,0 +1,153 @@
+"""Batches that sequences join and leave: tokens are those of `generate` for each prompt alone, on one rank and over
+stages and tensor ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shardit import DiffusionParallelConfig, SamplingParams
+from shardit.core.comm.mesh import init_mesh
+from shardit.core.stages.runtime import Runtime
+from shardit.language.request.rows import PromptGroup, Row
+from shardit.language.sharding import lay_out_decoder, shard_decoder
+from tests.language import families
+from tests.language.batched import alone, batcher_of, continued, prompts_of, run
+from tests.support.ranks import run_ranks
+
+NAMES = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next", "mamba", "jamba", "gpt2")
+CLOSED = ("bert", "recurrent_gemma", "rwkv")
+"""Families whose rows cannot join a batch, for their masks or their states in modules."""
+
+
+def rows(**changes: Any) -> list[Row]:
+    return prompts_of(families.VOCABULARY, **changes)
+
+
+def long_rows(**changes: Any) -> list[Row]:
+    """Return short prompts with long texts, of which `TIGHT` holds two."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True, **{"temperature": 0.0, **changes})
+    return [Row(tuple(range(10 * length, 11 * length)), params, length) for length in (5, 6, 8, 9)]
+
+
+TIGHT = 100
+
+
+@pytest.mark.parametrize("name", NAMES + CLOSED)
+def test_one_rank(name: str) -> None:
+    model = families.make(name)
+    expected = alone(model, rows())
+    batcher = batcher_of(model, rows=3, tokens=16)
+    assert batcher.limits.joins == (name not in CLOSED)
+    assert [tokens for tokens, *_ in run(batcher, rows())] == expected
+    assert len(set(expected)) == len(expected)  # control: swapped rows would be detected
+
+
+def test_preemption_changes_nothing_but_time() -> None:
+    model = families.make("llama")
+    sampled = long_rows(temperature=0.9, repetition_penalty=1.1, presence_penalty=0.5, logprobs=2)
+    expected = run(batcher_of(model), sampled)
+    batcher = batcher_of(model, rows=8, tokens=16, memory=TIGHT)
+    made = run(batcher, sampled)
+    assert [row[:3] for row in made] == [row[:3] for row in expected]
+    assert batcher.scheduler.preempted > 1
+    for got, wanted in zip(made, expected, strict=True):
+        assert [list(one) for one in got[3] or ()] == [list(one) for one in wanted[3] or ()]
+        assert len(got[3] or ()) == len(got[0])
+
+
+def test_texts_continue_from_their_tokens() -> None:
+    """As after a restart of the ranks."""
+    model = families.make("llama")
+    for params in ({}, {"temperature": 0.8, "top_k": 20, "frequency_penalty": 0.3}):
+        wanted = rows(**params)
+        expected = continued(model, wanted)
+        halves = [
+            Row(row.prompt, row.params, row.seed, tokens[: len(tokens) // 2])
+            for row, tokens in zip(wanted, expected, strict=True)
+        ]
+        assert continued(model, halves) == expected
+
+
+def test_a_cancelled_request_leaves_at_the_next_step() -> None:
+    model = families.make("llama")
+    batcher = batcher_of(model, rows=8)
+    seen: list[int] = []
+
+    def pause() -> None:
+        seen.append(sum(len(group.rows) for group in batcher.scheduler.groups))
+        if len(seen) == 3:
+            batcher.cancel(2)
+
+    found = []
+    batcher.on_end = lambda key, _: found.append(key)
+    for key, row in enumerate(rows()):
+        batcher.add(key, PromptGroup(key, (row,)), lambda *_: None)
+    batcher.pause = pause
+    program = batcher.program()
+    assert program is not None
+    assert batcher.program() is None
+    program.run()
+    assert sorted(found) == [0, 1, 3, 4, 5, 6, 7]
+    assert batcher.scheduler.used == 0
+
+
+def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConfig, names: Any) -> dict[str, Any]:
+    mesh = init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method)
+    found: dict[str, Any] = {}
+    for name in names:
+        plain, model = families.make(name), families.make(name)
+        expected = alone(plain, rows())
+        runtime = Runtime.of(mesh, split_batch=False)
+        shard_decoder(model, runtime, lay_out_decoder(model, config), config)
+        batcher = batcher_of(model, runtime, rows=3, tokens=16, groups=2)
+        tight = batcher_of(model, runtime, rows=8, tokens=16, groups=2, memory=TIGHT)
+        found[name] = [
+            [tokens for tokens, *_ in run(batcher, rows(), runtime)] == expected,
+            [tokens for tokens, *_ in run(tight, long_rows(), runtime)] == continued(plain, long_rows()),
+        ]
+        turns = [
+            Row(tuple(range(3, 3 + length)), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), 0)
+            for length in (40, 99, 60)
+        ]
+        alike = batcher_of(model, runtime)
+        found[name].append(
+            [run(alike, [one], runtime)[0][0] for one in turns] == [continued(plain, [one])[0] for one in turns]
+        )
+        found[f"{name} reused"] = alike.prefixes.reused
+        found[f"{name} logprobs"] = run(batcher, rows(logprobs=1)[:2], runtime)
+        found[f"{name} preempted"] = tight.scheduler.preempted
+    return found
+
+
+@pytest.mark.parametrize("axis", ["pipeline_parallel_size", "tensor_parallel_size"])
+def test_over_ranks(axis: str) -> None:
+    names = ("llama", "gemma3_text", "qwen3_next", "mamba", "rwkv") if axis.startswith("pipe") else ("llama", "jamba")
+    found = run_ranks(2, over_ranks, DiffusionParallelConfig(**{axis: 2}), names, timeout=240)
+    for rank in found:
+        assert all(all(rank[name]) for name in names), rank
+    assert found[0] == found[1]  # results with logprobs too
+    assert found[0]["llama preempted"] > 0
+    assert found[0]["llama reused"] >= 40 + 59
+
+
+def test_prompts_that_begin_alike() -> None:
+    """Turns of a conversation, and prompts with one head: the keys of the head are not computed again."""
+    model = families.make("llama")
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    head = tuple(range(3, 53))
+    first = Row(head, params, 0)
+    batcher = batcher_of(model)
+    ((answer, *_),) = run(batcher, [first])
+    turns = [Row((*head, *answer, 7, 8), params, 0), Row((*head[:40], 99, 98), params, 0), Row(head[::-1], params, 0)]
+    expected = [continued(model, [row])[0] for row in turns]
+    assert [tokens for tokens, *_ in run(batcher, turns)] == expected
+    assert batcher.prefixes.reused == len(head) + len(answer) - 1 + 40
+    batcher.prefixes.shrink(0)
+    assert batcher.prefixes.bytes == 0
+
+
+def test_windows_and_states_keep_no_head() -> None:
+    for name, longest in (("gemma3_text", 7), ("qwen3_next", 0), ("mamba", 0)):
+        assert batcher_of(families.make(name)).prefixes.longest == longest

@@ -45,8 +45,10 @@ def probe(forward: Forward, pad: int, vocabulary: int) -> Abilities:
     if alone[0] is None or alone[1] is None or not calls.agree(calls.recomputed, [alone[0][1]]):
         return Abilities(False, False, False)  # such as models that are not causal
     expected = [torch.cat([long, short]) for long, short in zip(*alone, strict=True)]
+    if not calls.agree(calls.joined, expected[1:]):
+        return Abilities(False, False, False)
     return Abilities(
-        joins=calls.agree(calls.joined, expected[1:]),
+        joins=True,
         pads=calls.agree(lambda: calls.steps(calls.prompts, (LONG,)), expected),
         chunks=forward.masks_windows and calls.agree(lambda: calls.steps([calls.prompts[0]], (SHORT, LONG)), alone[0]),
     )

@@ -168,7 +168,7 @@ BUDGET = {
     "core": 5640,
     "diffusion": 3740,
     "engine": 2740,
-    "language": 1850,
+    "language": 1900,
     "loading": 1340,
     "models": 850,
     "parallel": 3620,

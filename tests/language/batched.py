@@ -26,7 +26,7 @@ def batcher_of(model: Any, runtime: Runtime | None = None, **limits: Any) -> Bat
 def run(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = None) -> list[RowResult]:
     """Run rows, each as a request, and return their results."""
     found: dict[int, RowResult] = {}
-    batcher.on_end = lambda key, results: found.update({key: results[0]})
+    batcher.on_end = lambda key, output: found.update({key: output.rows[0]})
     turns = Turns(Schedule(0)) if runtime is None else runtime.turns
     batcher.pause = turns.yield_turn
     for key, row in enumerate(rows):

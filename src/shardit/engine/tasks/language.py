@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +121,8 @@ class LoadedDecoder:
         """What a group has given."""
         if value is None:
             return GroupOutput(error=error)
-        rows, seconds, _ = value
-        return GroupOutput(rows, seconds=seconds)
+        output, seconds, _ = value
+        return dataclasses.replace(output, seconds=seconds)
 
 
 def check_memory(memory: CacheMemory, spec: SessionSpec, mesh: Mesh, limit: int | None) -> None:

@@ -22,15 +22,15 @@ from shardit.language.batching.probe import probe
 from shardit.language.batching.sampling import log_probabilities, next_tokens
 from shardit.language.batching.scheduler import Group, Limits, Scheduler
 from shardit.language.batching.sequence import Sequence
-from shardit.language.request.outputs import RowResult
+from shardit.language.request.outputs import GroupOutput, RowResult
 from shardit.language.request.rows import PromptGroup
 
 OnTokens = Callable[[int, int, tuple[int | None, ...], tuple[dict[int, float] | None, ...] | None], None]
 """Called after a step of a request with the tokens of its longest text so far, their maximum, for each row the token
 that its text gets (None for a row without a new one), and the log probabilities of each, None if none requested any."""
 
-OnEnd = Callable[[int, list[RowResult]], None]
-"""Called with the key of a request and the results of its rows when all of them have ended."""
+OnEnd = Callable[[int, GroupOutput], None]
+"""Called with the key of a request and its result when all of its rows have ended."""
 
 
 @dataclass
@@ -164,7 +164,8 @@ class Batcher:
             _report(request, found)
             if all(one.ended is not None for one in request.rows):
                 del self._open[key]
-                self.on_end(key, [_result(one) for one in request.rows])
+                results = [_result(one) for one in request.rows]
+                self.on_end(key, GroupOutput(results, sum(one.preemptions for one in request.rows)))
 
 
 def _report(request: _Open, changed: list[Sequence]) -> None:

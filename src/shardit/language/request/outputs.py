@@ -51,10 +51,11 @@ RowResult = tuple[tuple[int, ...], str, int | str | None, Sequence[dict[int, flo
 
 @dataclass(frozen=True)
 class GroupOutput:
-    """Results of one group of prompts: of each row, token ids, finish and stop reasons, and logprobs. seconds: since
-    its start. peak_bytes: peak memory of each rank."""
+    """Results of one group of prompts: of each row, token ids, finish and stop reasons, and logprobs. preemptions: how
+    often its rows gave up their caches. seconds: since its start. peak_bytes: peak memory of each rank."""
 
     rows: Sequence[RowResult] = ()
+    preemptions: int = 0
     error: str | None = None
     seconds: float = 0.0
     peak_bytes: Sequence[int] = ()

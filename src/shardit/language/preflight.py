@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.modules.block_names import count_blocks
 from shardit.core.placement.head_counts import check_query_heads
+from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
+from shardit.errors import InputError
 from shardit.language.limits import POSITION_LIMITS, check_axes, check_max_model_len
 from shardit.language.loading.gguf_header import read_values
 from shardit.language.loading.source import DecoderSource, read_config
@@ -28,6 +32,15 @@ class _Numbers:
     layers: int | None = None
     heads: int | None = None
     key_heads: int | None = None
+
+
+def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOptions) -> None:
+    """Raise InputError for options that only pipelines of diffusers have."""
+    own = {**given, **vars(options)}
+    plain = {**dict.fromkeys(given), **vars(NO_OPTIONS)}
+    wrong = next((name for name, value in own.items() if value != plain[name]), None)
+    if wrong is not None:
+        raise InputError(f"{wrong}: {model} holds a language model, which takes none; leave it out")
 
 
 def check_decoder(source: DecoderSource, config: DiffusionParallelConfig, max_model_len: int | None) -> None:

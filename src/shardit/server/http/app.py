@@ -22,6 +22,7 @@ from shardit.server.http.routes.generations import generation_routes
 from shardit.server.http.routes.images import image_routes
 from shardit.server.http.routes.page import page_files, page_routes
 from shardit.server.http.routes.texts import text_routes
+from shardit.server.http.routes.tokens import token_routes
 from shardit.server.http.routes.videos import video_routes
 from shardit.server.http.schema.errors import ApiError, ErrorBody, busy
 from shardit.server.http.schema.fields import ImageUrl, field_models
@@ -49,7 +50,7 @@ def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> Fa
     )
     app.state.texts = texts
     files = page_files()
-    routes = (image_routes, video_routes, generation_routes, text_routes, about_routes)
+    routes = (image_routes, video_routes, generation_routes, text_routes, token_routes, about_routes)
     for router in (*(make(context) for make in routes), page_routes(files)):
         app.include_router(router)
     for kind, handler in _HANDLERS.items():
@@ -58,7 +59,9 @@ def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> Fa
     bodies: dict[str, tuple[Any, tuple[str, ...]]] = {"image": (fields.image, uploads), "edit": (fields.edit, uploads)}
     bodies["video"] = (fields.video, ("input_reference", *uploads))
     bodies["generation"] = (fields.generation, uploads)
-    jsons = {"chat_completion": context.text_fields.chat, "completion": context.text_fields.completion}
+    of_texts = context.text_fields
+    jsons = {"chat_completion": of_texts.chat, "completion": of_texts.completion}
+    jsons |= {"tokenize": of_texts.tokenize, "detokenize": of_texts.detokenize}
     describe(app, (ImageUrl, ErrorBody, StreamOptions, ResponseFormat), bodies, jsons)
     app.add_middleware(
         Guard, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files

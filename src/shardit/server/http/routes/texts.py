@@ -1,4 +1,4 @@
-"""/v1/completions, /v1/chat/completions, /tokenize, /detokenize"""
+"""/v1/completions, /v1/chat/completions"""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from shardit.core.modules.block_names import count_blocks
 from shardit.core.placement.head_counts import check_query_heads
 from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
 from shardit.errors import InputError
+from shardit.language.info import LanguageInfo
 from shardit.language.limits import POSITION_LIMITS, check_axes, check_max_model_len
 from shardit.language.loading.gguf_header import read_values
 from shardit.language.loading.source import DecoderSource, read_config
@@ -21,6 +22,9 @@ _PLAIN = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "olmo
 _PLAIN = (*_PLAIN, "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen2moe", "qwen3moe")
 """Families, under their names in config.json and in GGUF files, all of whose layers have attention with one linear each
 for queries, keys and values, and the numbers of heads that the configuration states."""
+
+
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,17 @@ def check_decoder(source: DecoderSource, config: DiffusionParallelConfig, max_mo
         fitting_partition(config, os.environ, found.layers)
     if found.heads:
         check_query_heads(config.tensor_parallel_size, found.model, found.heads, found.key_heads or found.heads)
+
+
+def info_of_files(source: DecoderSource) -> LanguageInfo | None:
+    """Return what requests are checked by, before ranks have loaded the model; None if its files do not state all of
+    it."""
+    if source.gguf is not None or not (source.folder / _GENERATION).is_file():
+        return None
+    own, vocabulary = _of_config(source), read_config(source.folder).get("vocab_size")
+    if own.positions is None or not isinstance(vocabulary, int):
+        return None
+    return LanguageInfo(own.positions, vocabulary, read_config(source.folder, _GENERATION))
 
 
 def _of_config(source: DecoderSource) -> _Numbers:

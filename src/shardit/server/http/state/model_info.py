@@ -12,6 +12,8 @@ from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 from shardit.language.info import LanguageInfo
+from shardit.language.loading.source import decoder_source
+from shardit.language.preflight import info_of_files
 from shardit.server.http.state.live_state import Info
 from shardit.server.jobs.store import Store
 
@@ -51,12 +53,19 @@ def recall(store: Store, model: str) -> Info | None:
 def from_files(model: str, of_language: bool = False) -> Info | None:
     """Read the facts from the files of `model`, before it is loaded; None if the files are not sufficient."""
     if of_language:
-        return None
+        return _of_language(model)
     try:
         plain, with_image = static_signatures_of_model(model)
     except (InputError, OSError):  # the ranks report it
         return None
     return None if plain is None else ModelInfo(plain, with_image)
+
+
+def _of_language(model: str) -> LanguageInfo | None:
+    try:
+        return info_of_files(decoder_source(model))
+    except (InputError, OSError):
+        return None
 
 
 def _signature(kept: Mapping[str, Any]) -> PipelineSignature:

@@ -152,3 +152,14 @@ def test_tokens_end_with_the_room_of_the_model(served: Served, asked: int | None
 def test_nothing_is_kept(served: Served) -> None:
     assert ask(served, prompt="hi")[0] == 200
     served.until_empty()
+
+
+def test_tools_that_a_template_does_not_show(served: Served) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for stream in (False, True):
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": stream, "tools": tools}
+        status, _, headers = served.call("POST", "/v1/chat/completions", body)
+        assert status == 200
+        assert "shows no tools" in headers["x-shardit-notes"]
+        _, _, headers = served.call("POST", "/v1/chat/completions", {**body, "tool_choice": "none"})
+        assert "x-shardit-notes" not in headers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -42,14 +43,15 @@ def text_routes(context: Context) -> APIRouter:
 
 async def _made(request: Request, context: Context, asked: Asked) -> Response:
     job, shown = TextJob(request, context, asked), Answers(asked, context.options.name)
+    headers = {"X-Shardit-Notes": json.dumps(asked.notes)} if asked.notes else {}
     streams = False
     try:
         await job.start()
         if asked.stream:
             streams = True
-            return EventResponse(events(job, shown), job.close)
+            return EventResponse(events(job, shown), job.close, headers)
         results = await job.results()
-        return JSONResponse(await job.run(shown.whole, results))
+        return JSONResponse(await job.run(shown.whole, results), headers=headers)
     finally:
         if not streams:
             job.close()

@@ -53,6 +53,13 @@ def chat_prompt(tokenizer: Any, values: Mapping[str, Any]) -> list[int]:
         raise ApiError(400, text, code="invalid_value", param="messages") from error
 
 
+def notes_of(tokenizer: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return what the model does not see of a request."""
+    if not values.get("tools") or values.get("tool_choice") == "none" or "tools" in str(tokenizer.chat_template):
+        return []
+    return ["the chat template of the model shows no tools: they are left out"]
+
+
 def _plain(message: Any, where: str) -> Any:
     """Return a message with its content as one text."""
     if not isinstance(message, dict):

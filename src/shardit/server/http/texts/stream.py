@@ -22,8 +22,8 @@ class EventResponse(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
-        super().__init__(events)
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], headers: Mapping[str, str]):
+        super().__init__(events, headers=headers)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from shardit.server.http.submit.body import read_json
 from shardit.server.http.submit.resolve import check_model
 from shardit.server.http.submit.submit import check_open, not_known, owner
 from shardit.server.http.texts.fields import MOST_TEXTS, check_fields
-from shardit.server.http.texts.prompts import chat_prompt, check_length, sampling_of, text_prompts
+from shardit.server.http.texts.prompts import chat_prompt, check_length, notes_of, sampling_of, text_prompts
 from shardit.server.http.texts.text_model import TextModel
 from shardit.server.jobs.job import NewJob, new_id
 from shardit.server.jobs.text_request import rows_of_prompts, stored_request
@@ -41,6 +41,8 @@ class Asked:
     with_usage: bool
     logprobs: int | None
     chat: bool
+    notes: Sequence[str] = ()
+    """What differs from what was asked."""
 
     def row_of(self, chunk: CompletionChunk) -> int:
         """Return the number of the text of a chunk among all texts."""
@@ -146,4 +148,5 @@ async def _asked(
     )
     batch = PromptBatch(tokenizer, [(None, tuple(tokens)) for tokens in prompts], rows)
     with_usage = bool(values.get("stream_options", {}).get("include_usage"))
-    return Asked(new, batch, bool(values.get("stream")), with_usage, params.logprobs, chat)
+    notes = notes_of(tokenizer, values)
+    return Asked(new, batch, bool(values.get("stream")), with_usage, params.logprobs, chat, notes)

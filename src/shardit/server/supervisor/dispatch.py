@@ -31,7 +31,7 @@ from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
 from shardit.server.supervisor.patience import Patience, slowdown
 from shardit.server.supervisor.prefetch import Prefetcher
-from shardit.server.supervisor.running import Running, in_flight
+from shardit.server.supervisor.running import Running, Size, in_flight
 from shardit.server.supervisor.texts import Texts
 
 SUSPECT_AFTER = 2
@@ -76,7 +76,7 @@ class Dispatcher:
         self.hang_detector = HangDetector(
             rank_group,
             lambda: [running.on_ranks for running in self.running.values()],
-            lambda replica: slowdown() * self.patience.bound([one.size for one in self._in_flight(replica)]),
+            lambda replica: slowdown() * self.patience.bound(self._sizes(replica)),
             rank_group.timeouts.doubt_s,
         )
 
@@ -173,6 +173,11 @@ class Dispatcher:
     def in_flight(self) -> int:
         """Jobs that have a slot."""
         return sum(not running.ahead for running in self.running.values())
+
+    def _sizes(self, replica: int) -> list[Size]:
+        """Return the sizes of the jobs that take turns. Texts of one size are computed in one batch."""
+        sizes = [one.size for one in self._in_flight(replica)]
+        return list(dict.fromkeys(sizes)) if isinstance(self.info, LanguageInfo) else sizes
 
     def _in_flight(self, replica: int) -> list[Running]:
         return in_flight(self.running, replica)

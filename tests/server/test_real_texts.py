@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import socket
 import threading
 import time
@@ -113,7 +114,7 @@ def test_many_clients_at_once(client: openai.OpenAI, llm: LLM) -> None:
 
 
 def long_body(**more: Any) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": "Once", "max_tokens": 450, "ignore_eos": True, **more}
+    return {"model": MODEL, "prompt": "Once", "max_tokens": 450, **more}
 
 
 @contextlib.contextmanager
@@ -130,7 +131,7 @@ def connected(server: RealServer, body: dict[str, Any]) -> Iterator[socket.socke
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(server: RealServer, stream: bool) -> None:
     wait_idle(server)
-    with connected(server, long_body(stream=stream)) as connection:
+    with connected(server, long_body(stream=stream, ignore_eos=True)) as connection:
         if stream:
             while b"data:" not in connection.recv(4096):
                 pass
@@ -146,9 +147,9 @@ def test_a_client_that_leaves_the_queue(server: RealServer) -> None:
     slots = int(metric(server, "shardit_slots"))
     with contextlib.ExitStack() as stack:
         for _ in range(slots):
-            stack.enter_context(connected(server, long_body()))
+            stack.enter_context(connected(server, long_body(ignore_eos=True)))
         server.wait(lambda: metric(server, "shardit_in_flight_jobs") == slots, "all run")
-        with connected(server, long_body(stream=True)):
+        with connected(server, long_body(stream=True, ignore_eos=True)):
             server.wait(lambda: metric(server, "shardit_queue_jobs") == 1, "it waits")
         server.wait(lambda: metric(server, "shardit_queue_jobs") == 0, "it is gone", 1.5)
         assert metric(server, "shardit_in_flight_jobs") == slots
@@ -200,6 +201,90 @@ def test_a_text_that_waits_survives_the_death_of_a_rank(server: RealServer, clie
     thread.join(60)
     assert found[0].choices == wanted.choices
     assert found[0].usage == wanted.usage
+
+
+def test_texts_end_with_their_connections(server: RealServer, client: openai.OpenAI) -> None:
+    """The API process dies: its texts are cancelled, and a new one takes requests."""
+    wait_idle(server)
+    stream = client.completions.create(**long_body(extra_body={"ignore_eos": True}, stream=True))
+    next(stream)
+    server.kill("api")
+    with pytest.raises(openai.APIConnectionError):
+        list(stream)
+    server.wait_ready()
+    wait_idle(server)
+    assert server.events("job_ended")[-1]["state"] == "cancelled"
+    assert client.completions.create(model=MODEL, prompt="a", max_tokens=2).usage.completion_tokens == 2
+
+
+REQUESTS, CLIENTS = 40, 8
+
+
+def random_bodies(seed: int) -> list[dict[str, Any]]:
+    draw = random.Random(seed)
+    return [
+        {
+            "prompt": [draw.randrange(2, 258) for _ in range(draw.randrange(1, 40))],
+            "max_tokens": draw.randrange(1, 50),
+            "temperature": draw.choice([0.0, 0.7, 1.3]),
+            "seed": number,
+            "n": draw.choice([1, 1, 2, 3]),
+            "stop": draw.choice([None, ["e"], ["th", "1"]]),
+            "frequency_penalty": draw.choice([0.0, 0.5]),
+        }
+        for number in range(REQUESTS)
+    ]
+
+
+def test_many_requests_with_cancels_and_a_death(server: RealServer, client: openai.OpenAI, llm: LLM) -> None:
+    """Each ends once, and those that are not cancelled have the texts of one rank."""
+    wait_idle(server)
+    bodies = random_bodies(5)
+    params = [SamplingParams(**{name: body[name] for name in body if name != "prompt"}) for body in bodies]
+    wanted = llm.generate([body["prompt"] for body in bodies], params)
+    before = len(server.events("job_ended"))
+    found: dict[int, list[tuple[str, str]]] = {}
+    errors: list[BaseException] = []
+    todo = iter(range(REQUESTS))
+
+    def ask(number: int) -> None:
+        if number % 3 == 0:
+            answer = client.completions.create(model=MODEL, **bodies[number])
+            found[number] = [(one.text, one.finish_reason) for one in answer.choices]
+            return
+        stream = client.completions.create(model=MODEL, stream=True, **bodies[number])
+        if number % 3 == 1:
+            next(stream)
+            stream.close()
+            return
+        parts = [["", ""] for _ in range(bodies[number]["n"])]
+        for chunk in stream:
+            for one in chunk.choices:
+                parts[one.index][0] += one.text
+                parts[one.index][1] = one.finish_reason or ""
+        found[number] = [(text, reason) for text, reason in parts]
+
+    def work() -> None:
+        try:
+            for number in todo:
+                if number == REQUESTS // 2:
+                    server.kill("rank 1")
+                ask(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not errors
+    assert sorted(found) == [number for number in range(REQUESTS) if number % 3 != 1]
+    for number, texts in found.items():
+        assert texts == [(one.text, one.finish_reason) for one in wanted[number].outputs], bodies[number]
+    wait_idle(server)
+    ended = [line["request_id"] for line in server.events("job_ended")[before:]]
+    assert len(set(ended)) == len(ended)
 
 
 def test_the_store_keeps_no_texts(server: RealServer) -> None:

@@ -21,7 +21,7 @@ class Watch:
         self.steps = steps
         self._event = asyncio.Event()
         self._tokens: list[Tokens] = []
-        self._changed = True
+        self._changed = False
 
     async def news(self, timeout_s: float) -> None:
         """Return at the next change, at once if there was one since the last call, or after `timeout_s`."""

@@ -60,6 +60,7 @@ class TextJob:
         """Yield pieces of the texts as they come, then the last ones; an empty list now and then while nothing comes.
         Raises ApiError if the job fails, ClientGone."""
         gone = asyncio.ensure_future(client_gone(self._request))
+        gone.add_done_callback(lambda _: self._watch.ring())
         try:
             while True:
                 for one in self._watch.taken():
@@ -107,9 +108,7 @@ class TextJob:
     async def _news(self, gone: asyncio.Future[None]) -> None:
         if self._context.live_state.stopping:
             raise busy("the server is about to end; send the request again later", 5, "stopping")
-        news = asyncio.ensure_future(self._watch.news(LOOK_S))
-        await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
-        news.cancel()
+        await self._watch.news(LOOK_S)
         if gone.done():
             raise ClientGone
 

@@ -191,6 +191,7 @@ def test_bodies(served: Served) -> None:
     error = error_of(served, "/v1/completions", b"{", 400, {"Content-Type": "application/json"})
     assert error["code"] == "invalid_json"
     assert error_of(served, "/v1/completions", b"{}", 415, {"Content-Type": "text/plain"})["code"]
+    assert prompt_error(served, {"prompt": "a" * 17 * 1024**2}, 413)["code"] == "request_too_large"
     assert prompt_error(served, {"prompt": "\ud800"})["code"] == "invalid_json"
     assert prompt_error(served, {"model": "other"}, 404)["code"] == "model_not_found"
     assert error_of(served, "/v1/completions", {"prompt": "a"}, 400, {"Idempotency-Key": "k"})["param"]

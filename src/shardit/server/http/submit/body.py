@@ -26,6 +26,8 @@ _MOST_ENTRIES = 10_000
 """Limit for one list or object. Each wrong entry would cost kilobytes for its error."""
 _MOST_MARKS = 300_000
 """Limit for commas and opening brackets: a body is large because of its texts and pictures, not of countless values."""
+_MOST_JSON = 16 * 1024**2
+"""Limit for a body with texts only, in bytes: tokens are made one body after the other."""
 _LONGEST_NAME = 256
 _BRACKETS = re.compile(r"([a-z0-9_]+)\[([a-z0-9_]*)\]")
 _TEXTS = re.compile(
@@ -60,7 +62,11 @@ async def read_json(request: Request) -> dict[str, Any]:
     if kind != "application/json":
         text = f"the content type {kind!r} is not taken here; use application/json"
         raise ApiError(415, text, code="unsupported_media_type")
-    return await run_in_threadpool(_parse_json, await request.body(), _MOST_MARKS)
+    data = await request.body()
+    if len(data) > _MOST_JSON:
+        text = f"the body is larger than {_MOST_JSON} bytes, which are more than any model has room for; send less"
+        raise ApiError(413, text, code="request_too_large")
+    return await run_in_threadpool(_parse_json, data, _MOST_MARKS)
 
 
 def check_text(value: Any, depth: int = 0, most: int = _MOST_ENTRIES) -> None:

@@ -90,6 +90,15 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of a language model (`http_fake.Served`)."""
+    from tests.support.text_fake import served_texts
+
+    with served_texts(tmp_path_factory.mktemp("texts")) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of a video model (`http_fake.Served`)."""
     from tests.support.http_fake import VIDEO, serving

@@ -172,7 +172,7 @@ BUDGET = {
     "loading": 1340,
     "models": 850,
     "parallel": 3620,
-    "server": 4160,
+    "server": 5300,
     "settings": 210,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

@@ -35,9 +35,9 @@ from shardit.diffusion.sharding.connect import (
 from shardit.diffusion.sharding.decision import collective_decision, describe_blocks, describe_layout
 from shardit.diffusion.sharding.layout import Layout, lay_out, warn_unmet
 from shardit.errors import InputError, UnsupportedError
-from shardit.language.loading.prepared import check_decoder_options
 from shardit.language.loading.source import named_decoder
 from shardit.language.parallel import is_decoder, is_split, load_decoder, parallelize_decoder
+from shardit.language.preflight import check_decoder_options
 from shardit.loading.dtypes import setting
 from shardit.parallel.tensor.apply import TensorPlan, plan_components, shard_components
 from shardit.parallel_state import set_mesh_of_model

@@ -18,18 +18,32 @@ from shardit.logs import FORMAT_VARIABLE
 
 if TYPE_CHECKING:
     from shardit.server.flags import ServeFlags
+    from shardit.server.options import ServeOptions
 
 
 def serve(flags: ServeFlags) -> int:
     """Serve a model over HTTP: OpenAI's interface, jobs that survive crashes, and a page."""
-    from shardit.diffusion.preflight import preflight
-    from shardit.diffusion.preflight.static_signature import static_signatures_of_model
     from shardit.engine.process.process import started_by_torchrun
-    from shardit.server.unservable import unservable
 
     check_installed(SERVER)
     options = flags.options()
     os.environ[FORMAT_VARIABLE] = flags.log_format.value  # all processes of the server inherit it
+    if not options.of_language:
+        _check_pipeline(options)
+    if started_by_torchrun(os.environ):
+        from shardit.server.entry.torchrun_agent import serve_as_rank
+
+        return serve_as_rank(options)
+    from shardit.server.entry.serve import serve as run
+
+    return run(options)
+
+
+def _check_pipeline(options: ServeOptions) -> None:
+    from shardit.diffusion.preflight import preflight
+    from shardit.diffusion.preflight.static_signature import static_signatures_of_model
+    from shardit.server.unservable import unservable
+
     local = options.executor == "local"
     preflight.check(
         options.model,
@@ -43,13 +57,6 @@ def serve(flags: ServeFlags) -> int:
     takes, _ = static_signatures_of_model(options.model)
     if takes is not None and (problem := unservable(takes)):
         raise InputError(problem)
-    if started_by_torchrun(os.environ):
-        from shardit.server.entry.torchrun_agent import serve_as_rank
-
-        return serve_as_rank(options)
-    from shardit.server.entry.serve import serve as run
-
-    return run(options)
 
 
 def inspect(flags: InspectFlags) -> None:

@@ -20,7 +20,9 @@ from tests.support.code_blocks import blocks, commands
 from tests.support.http_fake import WAIT_S, Served, picture
 from tests.support.paths import ROOT
 
-OF_README, OF_SERVING = (block.text for block in blocks() if block.language == "python" and "OpenAI(" in block.text)
+OF_README, OF_SERVING, OF_TEXTS = (
+    block.text for block in blocks() if block.language == "python" and "OpenAI(" in block.text
+)
 CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on the PATH")
 
 
@@ -32,18 +34,18 @@ def run(command: list[str], folder: Path) -> str:
 
 @CURL
 @pytest.mark.parametrize("line", commands("curl"))
-def test_commands_of_the_docs(line: str, images: Served, videos: Served, tmp_path: Path) -> None:
+def test_commands_of_the_docs(line: str, images: Served, videos: Served, texts: Served, tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(picture())
-    served = images if "/v1/images" in line else videos
+    served = images if "/v1/images" in line else texts if "complet" in line or "tokenize" in line else videos
     line = line.replace("localhost:8091", f"localhost:{served.port}")
     if "video_..." in line:
         line = line.replace("video_...", videos.call("POST", "/v1/videos", {"prompt": "a cat"})[1]["id"])
     said = run(["sh", "-c", line.replace("curl ", "curl -sS ")], tmp_path)
-    assert '"message"' not in said
+    assert not said.startswith('{"error"')
     if "-o cat.mp4" in line:
         av.open(str(tmp_path / "cat.mp4")).close()
     else:
-        assert '"b64_json"' in said or '"status"' in said
+        assert any(f'"{name}"' in said for name in ("b64_json", "status", "choices", "tokens"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of OpenAI's own service
@@ -59,6 +61,11 @@ def test_the_program_of_the_docs(
     Path("cat.mp4").unlink()
     exec(OF_README.replace("localhost:8091", f"localhost:{videos.port}"), {})
     av.open("cat.mp4").close()
+
+
+def test_the_program_with_texts(texts: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(OF_TEXTS.replace("localhost:8091", f"localhost:{texts.port}"), {})
+    assert capsys.readouterr().out == "<user>Name three\n<user>Name three"
 
 
 @CURL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,29 @@ from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.support.http_fake import IMAGE, VIDEO, Served, serving
+from tests.support.text_fake import served_texts
 
 # What the model at hand takes is more than a schema can say.
 _NOT_CHECKED = [positive_data_acceptance]
 _KINDS = {"image": IMAGE, "video": VIDEO}
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("kind", ["image", "video", "text"])
 def test_answers_are_as_documented(kind: str, tmp_path: Path) -> None:
-    assert _try_out(kind, tmp_path, examples=12) >= 250  # 500 of both kinds
+    assert _try_out(kind, tmp_path, examples=12) >= 250  # of each kind
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("kind", ["image", "video", "text"])
 def test_many_answers_are_as_documented(kind: str, tmp_path: Path) -> None:
     assert _try_out(kind, tmp_path, examples=200) >= 5000
 
 
 def _try_out(kind: str, folder: Path, examples: int) -> int:
     """Number of requests; every answer is checked."""
-    with serving(folder, _KINDS[kind], queue_size=10**6) as served:
+    serve = served_texts if kind == "text" else functools.partial(serving, info=_KINDS[kind])
+    with serve(folder, queue_size=10**6) as served:
         schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
         session = requests.Session()
         count = 0

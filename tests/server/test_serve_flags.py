@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from shardit.errors import InputError
+from shardit.models.tiny.language import language_folder
 from shardit.server.entry.serve import listening, locked, serve
 from shardit.server.flags import ServeFlags
 from shardit.server.keys import digest, owner_of
@@ -130,3 +132,42 @@ def test_a_single_file_is_the_model_that_clients_name(tmp_path: Path) -> None:
     assert (made.model, made.name, made.loading.single_files) == ("tiny/flux", file, {"*": file})
     named = ServeFlags(model=file, config="tiny/flux", served_model_name="a/name")
     assert named.options().name == "a/name"
+
+
+# Language models.
+
+
+def test_the_folder_says_the_kind(tmp_path: Path) -> None:
+    made = ServeFlags(model="tiny/llama", max_model_len=64, dtype="float32", pipeline_parallel_size=2).options()
+    assert made.of_language
+    assert (made.model, made.name, made.max_model_len) == ("tiny/llama", "tiny/llama", 64)
+    assert made.data_dir.name == "tiny--llama"
+    assert not options().of_language
+    path = tmp_path / "model"
+    folder = language_folder("tiny/llama")
+    assert folder is not None
+    shutil.copytree(folder, path)
+    assert ServeFlags(model=str(path)).options().of_language
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"scheduler": "UniPCMultistepScheduler"}, "scheduler: tiny/llama holds a language model"),
+        ({"vae_tiling": True}, "vae_tiling: tiny/llama holds a language model"),
+        ({"attention_backend": "native"}, "attention_backend: tiny/llama holds a language model"),
+        ({"cfg_parallel_size": 2}, "cfg_parallel_size=2: a language model runs over"),
+        ({"pipeline_parallel_size": 5}, "4"),
+        ({"tensor_parallel_size": 3}, "num_attention_heads"),
+        ({"max_model_len": 513}, "max_model_len=513 is more than the 512 tokens"),
+        ({"max_model_len": 0}, "--max-model-len must be at least 1"),
+    ],
+)
+def test_what_a_language_model_does_not_take(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        ServeFlags(model="tiny/llama", **flags).options()
+
+
+def test_a_pipeline_has_no_length() -> None:
+    with pytest.raises(InputError, match="--max-model-len: tiny/flux is no language model"):
+        options(max_model_len=64)

@@ -153,6 +153,11 @@ class FakeSupervisor:
                     return
 
     def _run(self, job: Job) -> None:
+        if job.kind == "text":
+            from tests.support.text_fake import run_text
+
+            run_text(self, job, self._end.wait)
+            return
         prompt = job.request.get("prompt") or ""
         steps = 200 if "slow" in prompt else 30 if "steady" in prompt else 2
         for step in range(1, steps + 1):
@@ -254,6 +259,13 @@ class Served:
             if job["status"] in states:
                 return job
             assert time.monotonic() < end, job
+            time.sleep(0.02)
+
+    def until_empty(self) -> None:
+        """Until the store has no job."""
+        end = time.monotonic() + WAIT_S
+        while self.store.counts():
+            assert time.monotonic() < end, self.store.counts()
             time.sleep(0.02)
 
     def stop(self) -> None:

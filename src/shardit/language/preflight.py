@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.modules.block_names import count_blocks
 from shardit.core.placement.head_counts import check_query_heads
+from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
+from shardit.errors import InputError
+from shardit.language.info import LanguageInfo
 from shardit.language.limits import POSITION_LIMITS, check_axes, check_max_model_len
 from shardit.language.loading.gguf_header import read_values
 from shardit.language.loading.source import DecoderSource, read_config
@@ -17,6 +22,9 @@ _PLAIN = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "olmo
 _PLAIN = (*_PLAIN, "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen2moe", "qwen3moe")
 """Families, under their names in config.json and in GGUF files, all of whose layers have attention with one linear each
 for queries, keys and values, and the numbers of heads that the configuration states."""
+
+
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,15 @@ class _Numbers:
     key_heads: int | None = None
 
 
+def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOptions) -> None:
+    """Raise InputError for options that only pipelines of diffusers have."""
+    own = {**given, **vars(options)}
+    plain = {**dict.fromkeys(given), **vars(NO_OPTIONS)}
+    wrong = next((name for name, value in own.items() if value != plain[name]), None)
+    if wrong is not None:
+        raise InputError(f"{wrong}: {model} holds a language model, which takes none; leave it out")
+
+
 def check_decoder(source: DecoderSource, config: DiffusionParallelConfig, max_model_len: int | None) -> None:
     """Raise InputError or UnsupportedError for what the files of a model show. What they do not show is found when the
     model is built."""
@@ -40,6 +57,17 @@ def check_decoder(source: DecoderSource, config: DiffusionParallelConfig, max_mo
         fitting_partition(config, os.environ, found.layers)
     if found.heads:
         check_query_heads(config.tensor_parallel_size, found.model, found.heads, found.key_heads or found.heads)
+
+
+def info_of_files(source: DecoderSource) -> LanguageInfo | None:
+    """Return what requests are checked by, before ranks have loaded the model; None if its files do not state all of
+    it."""
+    if source.gguf is not None or not (source.folder / _GENERATION).is_file():
+        return None
+    own, vocabulary = _of_config(source), read_config(source.folder).get("vocab_size")
+    if own.positions is None or not isinstance(vocabulary, int):
+        return None
+    return LanguageInfo(own.positions, vocabulary, read_config(source.folder, _GENERATION))
 
 
 def _of_config(source: DecoderSource) -> _Numbers:

@@ -47,6 +47,10 @@ class Work:
         return float(self.size * self.steps * (2 if self.guided else 1))
 
 
+NO_WORK = Work(0, 0, 0, 0, 0, False)
+"""Of a request whose cost is not estimated here."""
+
+
 def work_of(request: Mapping[str, Any], takes: PipelineSignature) -> Work:
     """Return the work of a job's stored request; missing values are taken from the pipeline's defaults."""
     given = {**(request.get("extra_args") or {}), **request}

@@ -10,15 +10,17 @@ from dataclasses import MISSING, dataclass
 from enum import Enum
 from pathlib import Path
 
-from shardit.diffusion.loading.model_options import WHOLE, split_model
+from shardit.diffusion.loading.model_options import NO_OPTIONS, WHOLE, ModelOptions, split_model
+from shardit.engine.process.messages import TASK
 from shardit.errors import InputError
-from shardit.flags import MODEL, LaunchFlags, ModelFlags, ParallelFlags
-from shardit.language.loading.source import refuse_decoder
+from shardit.flags import LaunchFlags, ModelFlags, ParallelFlags
+from shardit.language.loading.source import named_decoder
+from shardit.language.preflight import check_decoder, check_decoder_options
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 from shardit.logs import FORMAT_VARIABLE
 from shardit.server.keys import digest
-from shardit.server.options import Executor, Limits, ServeOptions
+from shardit.server.options import LANGUAGE, Executor, Limits, ServeOptions
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, values_of
 from shardit.settings.paths import check_name, user_path
@@ -32,11 +34,14 @@ class LogFormat(Enum):
     json = "json"
 
 
+_MODEL = "Hub id, folder of diffusers or transformers, GGUF file, smollm2-135m or tiny/NAME."
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), flag_class(ServeOptions)):
     """The flags of `shardit serve`."""
 
-    model: str = declare(MISSING, MODEL, flag=Flag(metavar="MODEL", positional=True))
+    model: str = declare(MISSING, _MODEL, flag=Flag(metavar="MODEL", positional=True))
     omni: bool = declare(False, "Has no effect; accepted for compatibility with other servers.")
     api_key: list[str] | None = declare(None, "Key that clients must send. [default: SHARDIT_API_KEY, else none]")
     log_format: LogFormat = declare(
@@ -49,10 +54,7 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
         """Return all options, checked. Raises InputError."""
         check_flags(self, ServeOptions, Limits)
         self._check_nodes()
-        if self.config is None:
-            refuse_decoder(self.model)
-        model, loading = split_model(self.model, self.config, self.model_options())
-        local_folder(model)
+        task, model, loading = self._model()
         if self.data_dir is not None:
             check_name("--data-dir", self.data_dir)
         given = {
@@ -62,15 +64,29 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
             **values_of(self, ServeOptions),
         }
         return ServeOptions(
-            model=str(model),
+            model=model,
             config=self.parallel_config(),
             dtype=setting(self.dtype, "--dtype"),
             attention_backend=self.attention_backend,
             loading=loading,
+            task=task,
             api_key_hashes=tuple(digest(key) for key in self._keys()),
             limits=Limits(**values_of(self, Limits)),
             **given,
         )
+
+    def _model(self) -> tuple[str, str, ModelOptions]:
+        """Return the task, the model, and how it is loaded. What the model is follows from its files."""
+        decoder = named_decoder(self.model) if self.config is None else None
+        if decoder is not None:
+            check_decoder_options(self.model, {"attention_backend": self.attention_backend}, self.model_options())
+            check_decoder(decoder, self.parallel_config(), self.max_model_len)
+            return LANGUAGE, self.model, NO_OPTIONS
+        if self.max_model_len is not None:
+            raise InputError(f"--max-model-len: {self.model} is no language model; leave it out")
+        model, loading = split_model(self.model, self.config, self.model_options())
+        local_folder(model)
+        return TASK, str(model), loading
 
     def _keys(self) -> list[str]:
         told = os.environ.get("SHARDIT_API_KEY", "")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shardit.diffusion.request.model_info import ModelInfo
+from shardit.language.info import LanguageInfo
 
 RanksState = Literal["loading", "ready", "restarting", "failed", "stopping"]
 
@@ -49,7 +50,7 @@ class Ranks:
 
     state: RanksState
     reason: str = ""
-    info: ModelInfo | None = None
+    info: ModelInfo | LanguageInfo | None = None
     ranks: tuple[dict[str, Any], ...] = ()
     restarts: int = 0
 
@@ -70,6 +71,16 @@ class Step:
     total: int
     phase: Literal["encode", "denoise", "decode"]
     seconds_per_step: float | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """New tokens of a text job: for each of its texts one or None. Unlike steps, none is ever left out. logprobs: for
+    each text, log probabilities of some tokens by their ids, None if they were not requested."""
+
+    job_id: str
+    made: tuple[int | None, ...]
+    logprobs: tuple[dict[int, float] | None, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,14 @@ from typing import Literal
 from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.diffusion.request.result_limits import ResultLimits
+from shardit.engine.process.messages import TASK
 from shardit.errors import InputError
 from shardit.loading.dtypes import Setting
 from shardit.settings.checks import NAME, number, whole
 from shardit.settings.declare import Flag, declare
+
+LANGUAGE = "shardit.engine.tasks.language"
+"""The task of causal language models; TASK is that of pipelines."""
 
 
 class Executor(Enum):
@@ -66,6 +70,11 @@ class ServeOptions:
     device: str | None = None
     attention_backend: str | None = None
     loading: ModelOptions = field(default_factory=ModelOptions)
+    task: str = TASK
+    """The kind of model, as in `SessionSpec`."""
+    max_model_len: int | None = declare(
+        None, "Of a language model: tokens of prompt and text at most. [default: the room of the model]", whole(1)
+    )
     host: str = declare(
         "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.", flag=Flag(envvar="SHARDIT_HOST")
     )
@@ -106,6 +115,11 @@ class ServeOptions:
         flag=Flag(kind=Executor, default=Executor.local, read=lambda executor: executor.value),
     )
     num_nodes: int = declare(1, "Number of machines, with --executor ray.", whole(1))
+
+    @property
+    def of_language(self) -> bool:
+        """Whether the model is a language model."""
+        return self.task == LANGUAGE
 
     @property
     def name(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
 from shardit.errors import InputError
 from shardit.language.loading.gguf import GGUFFile
 from shardit.language.loading.source import DecoderSource
@@ -22,15 +21,6 @@ from shardit.parallel.tensor.apply import owned_slices
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOptions) -> None:
-    """Raise InputError for options that only pipelines of diffusers have."""
-    own = {**given, **vars(options)}
-    plain = {**dict.fromkeys(given), **vars(NO_OPTIONS)}
-    wrong = next((name for name, value in own.items() if value != plain[name]), None)
-    if wrong is not None:
-        raise InputError(f"{wrong}: {model} holds a language model, which takes none; leave it out")
 
 
 def class_of(source: DecoderSource) -> type:

@@ -70,14 +70,14 @@ class DecoderSource:
         return None if self.gguf is not None else next(iter(read_config(self.folder).get("architectures") or []), None)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of config.json. Raises InputError where it is damaged."""
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """The content of config.json, or of another such file. Raises InputError where it is damaged."""
     try:
-        found = json.loads((folder / CONFIG).read_text("utf-8"))
+        found = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG} is damaged: download or copy it again") from error
+        raise InputError(f"{folder / name} is damaged: download or copy it again") from error
     if not isinstance(found, dict):
-        raise InputError(f"{folder / CONFIG} is damaged, it is no dict: download or copy it again")
+        raise InputError(f"{folder / name} is damaged, it is no dict: download or copy it again")
     return found
 
 

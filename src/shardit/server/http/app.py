@@ -21,6 +21,8 @@ from shardit.server.http.routes.about import about_routes
 from shardit.server.http.routes.generations import generation_routes
 from shardit.server.http.routes.images import image_routes
 from shardit.server.http.routes.page import page_files, page_routes
+from shardit.server.http.routes.texts import text_routes
+from shardit.server.http.routes.tokens import token_routes
 from shardit.server.http.routes.videos import video_routes
 from shardit.server.http.schema.errors import ApiError, ErrorBody, busy
 from shardit.server.http.schema.fields import ImageUrl, field_models
@@ -28,6 +30,8 @@ from shardit.server.http.schema.openapi import describe
 from shardit.server.http.state.context import Context
 from shardit.server.http.state.live_state import LiveState
 from shardit.server.http.state.metrics import HttpMetrics
+from shardit.server.http.texts.fields import ResponseFormat, StreamOptions, text_fields
+from shardit.server.http.texts.text_model import TextModel
 from shardit.server.jobs.store import Store
 from shardit.server.options import ServeOptions
 
@@ -37,22 +41,28 @@ _OPEN = ("/health", "/ready", "/favicon.ico")
 
 def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> FastAPI:
     """Build the application; `live_state` must be updated in the event loop in which it runs."""
-    context = Context(options, store, live_state, field_models(options.limits), HttpMetrics())
+    texts = TextModel(options.model) if options.of_language else None
+    fields = field_models(options.limits)
+    context = Context(options, store, live_state, fields, HttpMetrics(), text_fields(), texts)
     checks = [Depends(_known_query)]
     app = FastAPI(
         title="shardit", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, dependencies=checks
     )
+    app.state.texts = texts
     files = page_files()
-    routes = (image_routes, video_routes, generation_routes, about_routes)
+    routes = (image_routes, video_routes, generation_routes, text_routes, token_routes, about_routes)
     for router in (*(make(context) for make in routes), page_routes(files)):
         app.include_router(router)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    fields, uploads = context.fields, ("image", "image[]")
+    uploads = ("image", "image[]")
     bodies: dict[str, tuple[Any, tuple[str, ...]]] = {"image": (fields.image, uploads), "edit": (fields.edit, uploads)}
     bodies["video"] = (fields.video, ("input_reference", *uploads))
     bodies["generation"] = (fields.generation, uploads)
-    describe(app, (ImageUrl, ErrorBody), bodies)
+    of_texts = context.text_fields
+    jsons = {"chat_completion": of_texts.chat, "completion": of_texts.completion}
+    jsons |= {"tokenize": of_texts.tokenize, "detokenize": of_texts.detokenize}
+    describe(app, (ImageUrl, ErrorBody, StreamOptions, ResponseFormat), bodies, jsons)
     app.add_middleware(
         Guard, options=options, metrics=context.metrics, is_open=lambda path: path in _OPEN or path in files
     )

@@ -11,14 +11,14 @@ import socket
 import sqlite3
 
 import uvicorn
+from fastapi import FastAPI
 
-from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.process.process import die_with_parent, lower_session_priority
 from shardit.logs import logger, take_over
 from shardit.server.http.app import create_app
 from shardit.server.http.state import model_info
-from shardit.server.http.state.live_state import LiveState
+from shardit.server.http.state.live_state import Info, LiveState
 from shardit.server.http.state.supervisor_link import SupervisorClient
 from shardit.server.http.timeouts import PatientProtocol
 from shardit.server.jobs.store import Store
@@ -47,14 +47,14 @@ def main(control_fd: int, listen_fd: int) -> None:
 async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
 
-    def keep(reported: ModelInfo) -> None:
+    def keep(reported: Info) -> None:
         loop.run_in_executor(None, model_info.remember, store, options.model, reported)
 
     live_state = LiveState(
         link.send,
         info=model_info.recall(store, options.model),
         on_info=keep,
-        foresee=functools.partial(model_info.from_files, options.model),
+        foresee=functools.partial(model_info.from_files, options.model, options.of_language),
     )
     link.start(loop, live_state.deliver)
     try:
@@ -66,16 +66,19 @@ async def _serve(options: ServeOptions, store: Store, link: SupervisorClient, li
         _LOG.info("dropped", jobs=dropped, reason="their clients waited on a connection that is gone")
         live_state.wake()
     take_over(_LOG)
-    server = _Server(_config(options, store, live_state), live_state)
+    app = create_app(options, store, live_state)
+    server = _Server(_config(app), live_state)
     gc.freeze()
     gc.enable()  # it was off during the imports
+    if options.of_language:
+        app.state.texts.load()
     lower_session_priority()  # only now, to keep the start quick
     await server.serve(sockets=[listener])
 
 
-def _config(options: ServeOptions, store: Store, live_state: LiveState) -> uvicorn.Config:
+def _config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(options, store, live_state),
+        app,
         http=PatientProtocol,
         log_config=None,
         access_log=False,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-Kind = Literal["image", "video", "generation"]
+Kind = Literal["image", "video", "generation", "text"]
 
 OPEN: tuple[State, ...] = ("queued", "in_progress")
 ENDED: tuple[State, ...] = ("completed", "failed", "cancelled")
@@ -40,6 +40,8 @@ class NewJob:
     idempotency_key: str | None = None
     fingerprint: str = ""
     """Digest of the request; distinguishes a repeated idempotency key from a misused one."""
+    id: str = ""
+    """Its id, for a sender that follows it from the beginning."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def new_id(kind: Kind) -> str:
 
 def is_id(name: str) -> bool:
     """Return whether a text has the form of an id from `new_id`."""
-    return re.fullmatch(r"(image|video|generation)_[0-9a-f]{32}", name) is not None
+    return re.fullmatch(r"(image|video|generation|text)_[0-9a-f]{32}", name) is not None
 
 
 def due_time(accepted_at: float, cost: float, priority: int) -> float:

@@ -60,7 +60,7 @@ class Store:
         """
         if (known := known_or_room(self._db, new, queue_size, of_owner)) is not None:
             return known, False
-        job_id = new_id(new.kind)
+        job_id = new.id or new_id(new.kind)
         try:
             write_inputs(self.files_of(job_id), new)  # which may take a while, in which others can write
             with self._db.transaction(durable=not new.waits):  # if its client waits, the connection is lost as well
@@ -103,12 +103,13 @@ class Store:
         error: dict[str, Any] | None = None,
         files: Sequence[str] = (),
         facts: dict[str, Any] | None = None,
+        durable: bool = True,
     ) -> bool:
         """Set the final state of a job; returns False if it has ended already. Its files must be in their folder by
-        now."""
+        now. durable: as of `Database.transaction`."""
         assert state in ENDED, state
         size = sum((self.files_of(job_id) / name).stat().st_size for name in files)
-        with self._db.transaction():
+        with self._db.transaction(durable):
             done = self._db.change(
                 "UPDATE jobs SET state=?, finished_at=MAX(?, created_at), error=?, files=?, facts=?, bytes=bytes+?"
                 " WHERE id=? AND state IN ('queued', 'in_progress')",
@@ -149,9 +150,12 @@ class Store:
         return True
 
     def drop_waiting(self) -> list[str]:
-        """Cancel the jobs whose clients waited on a connection of an earlier API process."""
-        rows = self._db.all("SELECT id FROM jobs WHERE waits=1 AND state IN ('queued', 'in_progress')")
-        return [row["id"] for row in rows if self.request_cancel(row["id"])]
+        """Cancel the jobs whose clients waited on a connection of an earlier API process. Texts are deleted, since
+        nobody can ask for them again."""
+        rows = self._db.all("SELECT id FROM jobs WHERE waits=1 AND kind<>'text' AND state IN ('queued', 'in_progress')")
+        gone = [row["id"] for row in rows if self.request_cancel(row["id"])]
+        open_texts = [row["id"] for row in self._db.all("SELECT id FROM jobs WHERE kind='text' AND doomed=0")]
+        return gone + [job_id for job_id in open_texts if self.delete(job_id)]
 
     def recover(self) -> list[Job]:
         """After a start: queue jobs in progress again, or cancel them if that was requested. Returns the queued ones.

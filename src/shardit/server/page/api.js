@@ -84,6 +84,22 @@ export function release(url) {
 /** Server-sent events of `path`: {name, data}. EventSource cannot send a key, fetch can. */
 export async function* events(path, signal) {
   const answer = await request(path, { signal, headers: { Accept: "text/event-stream" } });
+  for await (const { name, data } of eventsOf(answer)) yield { name, data: JSON.parse(data) };
+}
+
+/** Chunks of a text that is made for `body`, until its end. */
+export async function* chunks(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  const answer = await request(path, { method: "POST", body: JSON.stringify(body), signal, headers });
+  for await (const { data } of eventsOf(answer)) {
+    if (data === "[DONE]") return;
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new ServerError(chunk.error.message, 500, chunk.error.param ?? null);
+    yield chunk;
+  }
+}
+
+async function* eventsOf(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -95,9 +111,9 @@ export async function* events(path, signal) {
       const event = { name: "message", data: "" };
       for (const line of block.split(/\r?\n/)) {
         if (line.startsWith("event:")) event.name = line.slice(6).trim();
-        if (line.startsWith("data:")) event.data += line.slice(5);
+        if (line.startsWith("data:")) event.data += line.slice(5).trim();
       }
-      if (event.data) yield { name: event.name, data: JSON.parse(event.data) };
+      if (event.data) yield event;
     }
   }
 }

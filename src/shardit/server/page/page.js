@@ -3,6 +3,7 @@
 
 import { events, hasKey, json, useKey, whenLocked } from "./api.js";
 import { finishedCard, runningCard } from "./cards.js";
+import { clearChat, fitChat, openChat } from "./chat.js";
 import { fit, reuse, send } from "./form.js";
 import { isOpen, progressOf } from "./jobs.js";
 import { showServer, showUnreachable } from "./status.js";
@@ -24,6 +25,7 @@ let timer = 0;
 let looking = false;
 let sending = 0; // requests of the form that have no answer yet
 let edited = false; // since the last of them
+let chats = null; // whether the server has a language model, once it has told
 
 // Looking.
 
@@ -34,9 +36,11 @@ async function look() {
   try {
     const server = await json("v1/server");
     showServer(server);
-    fit(server);
+    if (chats === null && server.kind !== null) choose(server.kind === "text");
+    if (chats) fitChat(server);
+    else fit(server);
     $("send").disabled = server.kind === null; // not known before the model is loaded
-    if (server.kind !== null) {
+    if (server.kind !== null && !chats) {
       folder = `v1/${server.kind}s`; // images, videos or generations
       await readJobs();
     }
@@ -46,6 +50,18 @@ async function look() {
   looking = false;
   const quiet = $("dot").dataset.state === "ready" && ![...entries.values()].some((entry) => isOpen(entry.job));
   timer = setTimeout(look, quiet ? IDLE_MS : BUSY_MS);
+}
+
+// A language model has a chat in place of jobs.
+function choose(text) {
+  chats = text;
+  showMain();
+  if (chats) openChat();
+}
+
+function showMain() {
+  $("main").hidden = chats === true;
+  $("chat").hidden = !chats;
 }
 
 async function readJobs() {
@@ -187,7 +203,7 @@ document.addEventListener("visibilitychange", look);
 
 whenLocked((message) => {
   $("lock").hidden = false;
-  $("main").hidden = true;
+  $("main").hidden = $("chat").hidden = true;
   $("key-error").textContent = hasKey() ? message : "";
   $("key").focus();
 });
@@ -196,12 +212,13 @@ $("key-form").addEventListener("submit", (event) => {
   useKey($("key").value.trim());
   $("key").value = "";
   $("lock").hidden = true;
-  $("main").hidden = false;
+  showMain();
   look();
 });
 $("forget").addEventListener("click", () => {
   useKey(null);
   [...entries.keys()].forEach(drop);
+  if (chats) clearChat();
   $("server").open = false;
   look();
 });

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
@@ -18,16 +18,21 @@ from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFinished
 from shardit.engine.process.rank_group import RankGroup
 from shardit.errors import InputError
-from shardit.server.estimate import Work, work_of
+from shardit.language.info import LanguageInfo
+from shardit.language.request.outputs import GroupOutput
+from shardit.language.request.rows import PromptGroup
+from shardit.server.estimate import NO_WORK, Work, work_of
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.store import Store
+from shardit.server.jobs.text_request import stored_results
 from shardit.server.messages import Changed, Step
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
 from shardit.server.supervisor.patience import Patience, slowdown
 from shardit.server.supervisor.prefetch import Prefetcher
-from shardit.server.supervisor.running import Running, in_flight
+from shardit.server.supervisor.running import Running, Size, in_flight
+from shardit.server.supervisor.texts import Texts
 
 SUSPECT_AFTER = 2
 """Number of deaths of ranks during a job after which it runs alone, to find out whether it is the cause."""
@@ -56,10 +61,11 @@ class Dispatcher:
         self.notify, self.log, self.metrics = notify, log, metrics
         self.slots = 1
         self.learned = CostHistory(store, options)
-        self.info: ModelInfo | None = None
+        self.info: ModelInfo | LanguageInfo | None = None
         self.running: dict[int, Running] = {}
         self.ends = JobFinisher(store, loop, writers, notify, log, metrics)
         self.prefetcher = Prefetcher(store, loop, then=self.fill)
+        self.texts = Texts(metrics)
         self.peaks: dict[int, int] = {}
         """Peak memory of each rank during its newest job, in bytes."""
         self._keys = itertools.count(1)
@@ -70,13 +76,13 @@ class Dispatcher:
         self.hang_detector = HangDetector(
             rank_group,
             lambda: [running.on_ranks for running in self.running.values()],
-            lambda replica: slowdown() * self.patience.bound([one.size for one in self._in_flight(replica)]),
+            lambda replica: slowdown() * self.patience.bound(self._sizes(replica)),
             rank_group.timeouts.doubt_s,
         )
 
     # Events.
 
-    def ready(self, infos: list[ModelInfo]) -> None:
+    def ready(self, infos: Sequence[ModelInfo | LanguageInfo]) -> None:
         """All ranks have loaded; `infos` by rank."""
         self.info = infos[0]
         self.hang_detector.reset()
@@ -168,6 +174,11 @@ class Dispatcher:
         """Jobs that have a slot."""
         return sum(not running.ahead for running in self.running.values())
 
+    def _sizes(self, replica: int) -> list[Size]:
+        """Return the sizes of the jobs that take turns. Texts of one size are computed in one batch."""
+        sizes = [one.size for one in self._in_flight(replica)]
+        return list(dict.fromkeys(sizes)) if isinstance(self.info, LanguageInfo) else sizes
+
     def _in_flight(self, replica: int) -> list[Running]:
         return in_flight(self.running, replica)
 
@@ -177,8 +188,9 @@ class Dispatcher:
         job = next(iter(self.store.queued(1)), None)
         if job is None:
             self.prefetcher.forget()
+            self.texts.keep({running.job.id for running in self.running.values()})
             return False
-        is_ready = self.prefetcher.ready(job, self.info)  # while it waits for a slot, too
+        is_ready = job.kind == "text" or self.prefetcher.ready(job, self.info)  # while it waits for a slot, too
         if not is_ready or self._must_be_alone(job) or (replica := self._free_replica(job)) is None:
             return False
         if self.store.start(job.id):
@@ -219,12 +231,13 @@ class Dispatcher:
 
     def _work(self, job: Job) -> Work:
         assert self.info is not None
-        return work_of(job.request, self.info.signature)
+        return NO_WORK if isinstance(self.info, LanguageInfo) else work_of(job.request, self.info.signature)
 
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None
         try:
-            request, work = self.prefetcher.take(job, self.info), self._work(job)
+            request = self.texts.request(job) if job.kind == "text" else self.prefetcher.take(job, self.info)
+            work = self._work(job)
         except Exception as error:  # accepted for another model, or its files are gone
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             self.ends.end(job, "failed", error=failure("invalid_request", text))
@@ -256,6 +269,12 @@ class Dispatcher:
 
     def _progress(self, running: Running, message: Progress) -> None:
         took = running.progress(message.step, message.total)
+        if message.made is not None:
+            if (tokens := self.texts.progress(running.job, message)) is not None:
+                self.notify(tokens)
+            if running.leaving:
+                self.fill()
+            return
         if took is not None:
             self.metrics.step(took)
         phase = "denoise" if message.step < message.total else "decode"
@@ -269,10 +288,14 @@ class Dispatcher:
         self._enters_next(running.replica)
         self.fill()  # the ranks continue while the result is written
         first = running.on_ranks.first
+        self.texts.forget(running.job.id)
         if first.cancelled:
             self.ends.end(running.job, "cancelled")
         elif first.error is not None:
             self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
+        elif isinstance(first.output, GroupOutput):
+            self.ends.end(running.job, "completed", facts=stored_results(first.output))
+            self.patience.completed(running.size)
         else:
             peaks = {rank: end.peak_bytes for rank, end in running.on_ranks.finished.items()}
             self.ends.write(running.job, first.output, peaks, then=self.fill)
@@ -281,6 +304,9 @@ class Dispatcher:
             self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))
 
     def _too_large(self, running: Running, reason: str) -> str:
+        if isinstance(running.request, PromptGroup):
+            tokens = sum(len(row.prompt) for row in running.request.rows)
+            return f"out of memory ({tokens} tokens of prompts): {reason}; ask for fewer tokens or fewer texts"
         asked = {name: running.request.kwargs.get(name) for name in ("width", "height", "num_frames")}
         size = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
         return f"out of memory ({size or 'default size'}): {reason}; ask for a smaller size or fewer outputs"

@@ -68,7 +68,7 @@ class JobFinisher:
             end: State = "cancelled" if cancelled else state
             facts: dict[str, Any] = {} if cancelled else more
             try:
-                ended = self._store.finish(job.id, end, **facts)
+                ended = self._store.finish(job.id, end, durable=job.kind != "text", **facts)
             except FileNotFoundError as error:  # the results were removed meanwhile
                 end, facts = "failed", {"error": failure("storage", str(error))}
                 ended = self._store.finish(job.id, end, **facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 disable_created_metrics()
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
+_TOKEN_SECONDS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1, 3, 10)
 
 
 class SupervisorMetrics:
@@ -22,8 +23,8 @@ class SupervisorMetrics:
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
 
-        def histogram(name: str, text: str, labels: tuple[str, ...] = ()) -> Histogram:
-            return Histogram(name, text, labels, buckets=_SECONDS, registry=registry)
+        def histogram(name: str, text: str, labels: tuple[str, ...] = (), buckets: Any = _SECONDS) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
 
         self.queue = Gauge("shardit_queue_jobs", "Jobs that wait", registry=registry)
         self.in_flight = Gauge("shardit_in_flight_jobs", "Jobs that the ranks work on", registry=registry)
@@ -34,6 +35,11 @@ class SupervisorMetrics:
         self._steps = histogram("shardit_step_seconds", "Time between two steps of a job")
         self._phases = histogram("shardit_phase_seconds", "Time of a job in a phase", ("phase",))
         self._latency = histogram("shardit_job_seconds", "Time from acceptance to the end of a job", ("state",))
+        self.first_token = histogram("shardit_first_token_seconds", "Time from acceptance to the first token of a text")
+        self.token_seconds = histogram(
+            "shardit_token_seconds", "Time between two tokens of a text", buckets=_TOKEN_SECONDS
+        )
+        self.tokens = Counter("shardit_tokens", "Tokens of texts", registry=registry)
         self._memory = Gauge(
             "shardit_rank_peak_bytes", "Peak memory since the rank last had nothing to do", ("rank",), registry=registry
         )

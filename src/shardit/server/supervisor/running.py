@@ -9,14 +9,17 @@ from typing import Any
 
 from shardit.diffusion.request.request import Request
 from shardit.engine.process.in_flight import InFlight
+from shardit.language.request.rows import PromptGroup
 from shardit.server.estimate import Work
 from shardit.server.jobs.job import Job
 
 Size = tuple[Any, ...]
 
 
-def size_of(request: Request) -> Size:
+def size_of(request: Request | PromptGroup) -> Size:
     """Return the key for the time of a step: requests of equal size are expected to behave alike."""
+    if isinstance(request, PromptGroup):  # of numbers, their order of magnitude
+        return ("text", max(len(row.prompt) for row in request.rows).bit_length(), len(request.rows).bit_length())
     names = ("height", "width", "num_frames", "resolution", "layers")
     sides = [request.kwargs.get(name) for name in names]
     # Without a size of its own the result takes that of the picture.
@@ -34,7 +37,7 @@ class Running:
     """A job in flight on one replica. Times are those of the monotonic clock, in seconds."""
 
     job: Job
-    request: Request
+    request: Request | PromptGroup
     on_ranks: InFlight
     jobs_at_start: int
     """Jobs in flight on the replica when it began, itself included."""

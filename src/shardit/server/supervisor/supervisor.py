@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.loading.model_options import described
-from shardit.diffusion.request.model_info import ModelInfo
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import SESSION, SessionSpec
@@ -60,18 +59,7 @@ class Supervisor:
         self.store = Store(options.data_dir)
         self.listener = listener
         self.slots = options.max_in_flight or useful_slots(options)
-        spec = SessionSpec(
-            model=options.model,
-            config=options.config,
-            dtype=options.dtype,
-            device=options.device,
-            max_in_flight=self.slots,
-            timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # the decision of `HangDetector` comes first
-            session=self._session,
-            attention_backend=options.attention_backend,
-            options=options.loading,
-            of_server=True,
-        )
+        spec = spec_of(options, self.slots, self._session)
         self.rank_group = RankGroup(
             spec,
             placement,
@@ -173,7 +161,7 @@ class Supervisor:
             if len(gone) == RETAIN_AT_MOST:
                 self._retain_at = now
 
-    def on_up(self, infos: list[ModelInfo]) -> None:
+    def on_up(self, infos: list[Any]) -> None:
         """Handle ranks that have loaded."""
         self._was_up, self._pause_s = True, 0.0
         self.log.info("ranks_ready", seconds=round(time.monotonic() - self._started, 3))
@@ -266,10 +254,34 @@ class Supervisor:
         self.api.send(self.state)
 
 
+def spec_of(options: ServeOptions, slots: int, session: str) -> SessionSpec:
+    """Return the settings with which the ranks start."""
+    return SessionSpec(
+        model=options.model,
+        config=options.config,
+        dtype=options.dtype,
+        device=options.device,
+        max_in_flight=options.config.pipeline_parallel_size if options.of_language and _BATCH else slots,
+        timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # the decision of `HangDetector` comes first
+        task=options.task,
+        session=session,
+        attention_backend=options.attention_backend,
+        max_model_len=options.max_model_len,
+        options=options.loading,
+        of_server=True,
+    )
+
+
+_BATCH: int | None = getattr(SessionSpec, "max_num_seqs", None)
+"""Texts that ranks compute in one step; None if they compute one request in each."""
+
+
 def useful_slots(options: ServeOptions) -> int:
     """Return the number of requests at a time beyond which a replica gets no faster: one per stage, or two if messages
-    of one can be sent while another computes."""
+    of one can be sent while another computes. Of texts, a batch per stage."""
     config = options.config
+    if options.of_language and _BATCH is not None:
+        return config.pipeline_parallel_size * _BATCH
     if config.pipeline_parallel_size > 1:
         return max(2, config.pipeline_parallel_size)
     return 2 if config.world_size > config.data_parallel_size * config.cfg_parallel_size else 1

@@ -21,7 +21,7 @@ async def until_ended(request: Request, context: Context, job: Job) -> Job:
 
     Raises ApiError if the server stops or the job is deleted; asyncio.CancelledError if the process exits.
     """
-    gone = asyncio.ensure_future(_gone(request))
+    gone = asyncio.ensure_future(client_gone(request))
     try:
         with context.live_state.watching(job.id, steps=False) as watch:
             while not job.ended:
@@ -50,7 +50,8 @@ class ClientGone(Exception):
     """The client has disconnected and needs no answer."""
 
 
-async def _gone(request: Request) -> None:
+async def client_gone(request: Request) -> None:
+    """Return when the client has disconnected; to be called when its body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

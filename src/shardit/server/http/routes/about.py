@@ -9,7 +9,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
+from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.language.info import LanguageInfo
+from shardit.language.request.defaults import recommended
 from shardit.server.http.schema.errors import ApiError, answers
 from shardit.server.http.state.context import Context
 from shardit.server.http.state.metrics import CONTENT_TYPE
@@ -128,16 +131,16 @@ def _readiness(ranks: Ranks) -> dict[str, Any]:
 
 def _server(context: Context) -> dict[str, Any]:
     info, options, counts = context.live_state.info, context.options, context.store.counts()
-    takes = info.signature if info else None
-    with_image = info.signature_with_image if info else None
+    takes = info.signature if isinstance(info, ModelInfo) else None
+    with_image = info.signature_with_image if isinstance(info, ModelInfo) else None
     return {
         **_readiness(context.live_state.ranks),
         "model": options.name,
-        "kind": job_kind(takes) if takes else None,
+        "kind": "text" if options.of_language else job_kind(takes) if takes else None,
         "takes_image": bool((takes and takes.image_name) or with_image),
         "needs_image": bool(takes and takes.needs_image),
         "most_images": _most_images(with_image or takes, options.limits),
-        "parameters": pipeline_names(info),
+        "parameters": pipeline_names(info if isinstance(info, ModelInfo) else None),
         "defaults": _defaults(context),
         "default_fps": takes.default_fps if takes and takes.kind == "video" else None,
         "queued": counts.get("queued", 0),
@@ -158,6 +161,8 @@ def _defaults(context: Context) -> dict[str, Any]:
     from shardit.models import tiny
 
     info, options = context.live_state.info, context.options
+    if isinstance(info, LanguageInfo):
+        return recommended(info.defaults)
     if info is None:
         return {}
     names = set(pipeline_names(info))

@@ -61,10 +61,14 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
+    def detail(self) -> dict[str, Any]:
+        """Return the error as in `ErrorDetail`."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"message": printable(str(self)), "type": kind, "param": self.param, "code": self.code}
+
     def response(self) -> JSONResponse:
         """Return the response for this error."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        detail = {"message": printable(str(self)), "type": kind, "param": self.param, "code": self.code}
+        detail = self.detail()
         headers = self.headers
         if self.status in (409, 500):  # a retry does not help, but clients would try
             headers = {**headers, "x-should-retry": "false"}
@@ -79,7 +83,7 @@ def busy(message: str, retry_after_s: float, code: str, status: int = 503) -> Ap
 def from_input_error(error: InputError, fields: Iterable[str]) -> ApiError:
     """Return the error for a user's mistake. Messages of checks begin with the name of the checked field, if it is one
     of `fields`."""
-    first = str(error).split(" ", 1)[0].split("[", 1)[0].rstrip(":,")
+    first = str(error).split(" ", 1)[0].split("[", 1)[0].split("=", 1)[0].rstrip(":,")
     return ApiError(400, str(error), code="invalid_value", param=first if first in set(fields) else None)
 
 

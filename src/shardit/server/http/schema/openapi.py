@@ -63,18 +63,30 @@ def _body_of(model: type[BaseModel], uploads: tuple[str, ...]) -> dict[str, Any]
     }
 
 
+def _json_body_of(model: type[BaseModel]) -> dict[str, Any]:
+    schema = model.model_json_schema(ref_template=_REFERENCE)
+    schema.pop("$defs", None)
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
 def describe(
-    app: FastAPI, models: tuple[type[BaseModel], ...], bodies: Mapping[str, tuple[type[BaseModel], tuple[str, ...]]]
+    app: FastAPI,
+    models: tuple[type[BaseModel], ...],
+    bodies: Mapping[str, tuple[type[BaseModel], tuple[str, ...]]],
+    jsons: Mapping[str, type[BaseModel]],
 ) -> None:
     """Make `app` return a corrected document. It is built on first use, as that takes a while.
 
-    models: additions to the schemas. bodies: by name, the model of each body and the names of its uploads.
+    models: additions to the schemas. bodies: by name, the model of each body and the names of its uploads. jsons: by
+    name, the models of bodies that are JSON only.
     """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = _corrected(get_openapi(title=app.title, version=app.version, routes=app.routes), models)
-            document["components"]["requestBodies"] = {name: _body_of(*parts) for name, parts in bodies.items()}
+            made = {name: _body_of(*parts) for name, parts in bodies.items()}
+            made |= {name: _json_body_of(model) for name, model in jsons.items()}
+            document["components"]["requestBodies"] = made
             app.openapi_schema = document
         return app.openapi_schema
 

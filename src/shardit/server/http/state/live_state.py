@@ -4,28 +4,49 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from shardit.diffusion.request.model_info import ModelInfo
-from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Wake
+from shardit.language.info import LanguageInfo
+from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Tokens, Wake
+
+Info = ModelInfo | LanguageInfo
+"""Facts about a model."""
 
 
 class Watch:
-    """Wakes a request that waits for changes of one job; for its `steps` only if asked for."""
+    """Wakes a request that waits for changes of one job; for its `steps` and tokens only if asked for."""
 
     def __init__(self, steps: bool) -> None:
         self.steps = steps
         self._event = asyncio.Event()
+        self._tokens: list[Tokens] = []
+        self._changed = False
 
     async def news(self, timeout_s: float) -> None:
         """Return at the next change, at once if there was one since the last call, or after `timeout_s`."""
-        with suppress(TimeoutError, asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(self._event.wait(), timeout_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            self._changed = True  # a lost message would say so
         self._event.clear()
 
-    def ring(self) -> None:
-        """Signal a change."""
+    def ring(self, tokens: Tokens | None = None, *, step: bool = False) -> None:
+        """Signal a change, a step or new tokens."""
+        if tokens is not None:
+            self._tokens.append(tokens)
+        self._changed = self._changed or not (step or tokens)
         self._event.set()
+
+    def taken(self) -> list[Tokens]:
+        """Return the tokens that have come since the last call."""
+        taken, self._tokens = self._tokens, []
+        return taken
+
+    def changed(self) -> bool:
+        """Return whether the stored state of the job may have changed since the last call."""
+        changed, self._changed = self._changed, False
+        return changed
 
 
 class LiveState:
@@ -39,9 +60,9 @@ class LiveState:
         self,
         send: Callable[[object], None],
         *,
-        info: ModelInfo | None = None,
-        on_info: Callable[[ModelInfo], None] | None = None,
-        foresee: Callable[[], ModelInfo | None] | None = None,
+        info: Info | None = None,
+        on_info: Callable[[Info], None] | None = None,
+        foresee: Callable[[], Info | None] | None = None,
     ):
         self.ranks = Ranks("loading")
         self.info = info
@@ -49,7 +70,7 @@ class LiveState:
         self._send = send
         self._on_info = on_info
         self._foresee = foresee
-        self._foreseen: asyncio.Future[ModelInfo | None] | None = None
+        self._foreseen: asyncio.Future[Info | None] | None = None
         self._steps: dict[str, Step] = {}
         self._watches: dict[str, set[Watch]] = {}
         self._scrapes: set[asyncio.Future[bytes]] = set()
@@ -59,6 +80,10 @@ class LiveState:
         if isinstance(message, Step):
             self._steps[message.job_id] = message
             self._ring(message.job_id, step=True)
+        elif isinstance(message, Tokens):
+            for watch in self._watches.get(message.job_id, ()):
+                if watch.steps:
+                    watch.ring(message)
         elif isinstance(message, Changed):
             self._steps.pop(message.job_id, None)  # it has begun, ended or been put back: its steps are out of date
             self._ring(message.job_id)
@@ -74,7 +99,7 @@ class LiveState:
         """Whether the server is about to stop."""
         return self.ranks.state == "stopping"
 
-    async def known(self) -> ModelInfo | None:
+    async def known(self) -> Info | None:
         """Return `info`, read from the files of the model if no ranks have loaded it yet."""
         if self.info is None and self._foresee is not None:
             if self._foreseen is None:
@@ -138,4 +163,4 @@ class LiveState:
     def _ring(self, job_id: str, *, step: bool = False) -> None:
         for watch in self._watches.get(job_id, ()):
             if watch.steps or not step:
-                watch.ring()
+                watch.ring(step=step)

@@ -11,13 +11,24 @@ from shardit.diffusion.preflight.static_signature import static_signatures_of_mo
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
+from shardit.language.info import LanguageInfo
+from shardit.language.loading.source import decoder_source
+from shardit.language.preflight import info_of_files
+from shardit.server.http.state.live_state import Info
 from shardit.server.jobs.store import Store
 
 _NAME = "model_info"
+_OF_LANGUAGE = ("max_model_len", "vocabulary", "defaults", "notes")
+"""What is kept of a language model."""
 
 
-def remember(store: Store, model: str, info: ModelInfo) -> None:
+def remember(store: Store, model: str, info: Info) -> None:
     """Store the facts about `model`."""
+    if isinstance(info, LanguageInfo):
+        kept = {"model": model, "language": {name: getattr(info, name) for name in _OF_LANGUAGE}}
+        if store.recall(_NAME) != kept:
+            store.remember(_NAME, kept)
+        return
     kept = {
         "model": model,
         "notes": list(info.notes),
@@ -27,21 +38,34 @@ def remember(store: Store, model: str, info: ModelInfo) -> None:
         store.remember(_NAME, kept)
 
 
-def recall(store: Store, model: str) -> ModelInfo | None:
+def recall(store: Store, model: str) -> Info | None:
     """Return the stored facts about `model`, if any."""
     kept = store.recall(_NAME)
-    if not isinstance(kept, dict) or kept.get("model") != model or "signatures" not in kept:
+    if not isinstance(kept, dict) or kept.get("model") != model:
+        return None
+    if "language" in kept:
+        return LanguageInfo(**{name: kept["language"].get(name) for name in _OF_LANGUAGE})
+    if "signatures" not in kept:
         return None
     return ModelInfo(*map(_signature, kept["signatures"]), notes=tuple(kept["notes"]))
 
 
-def from_files(model: str) -> ModelInfo | None:
-    """Read the signatures from the files of `model`, before it is loaded; None if the files are not sufficient."""
+def from_files(model: str, of_language: bool = False) -> Info | None:
+    """Read the facts from the files of `model`, before it is loaded; None if the files are not sufficient."""
+    if of_language:
+        return _of_language(model)
     try:
         plain, with_image = static_signatures_of_model(model)
     except (InputError, OSError):  # the ranks report it
         return None
     return None if plain is None else ModelInfo(plain, with_image)
+
+
+def _of_language(model: str) -> LanguageInfo | None:
+    try:
+        return info_of_files(decoder_source(model))
+    except (InputError, OSError):
+        return None
 
 
 def _signature(kept: Mapping[str, Any]) -> PipelineSignature:

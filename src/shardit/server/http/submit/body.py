@@ -26,6 +26,8 @@ _MOST_ENTRIES = 10_000
 """Limit for one list or object. Each wrong entry would cost kilobytes for its error."""
 _MOST_MARKS = 300_000
 """Limit for commas and opening brackets: a body is large because of its texts and pictures, not of countless values."""
+_MOST_JSON = 16 * 1024**2
+"""Limit for a body with texts only, in bytes: tokens are made one body after the other."""
 _LONGEST_NAME = 256
 _BRACKETS = re.compile(r"([a-z0-9_]+)\[([a-z0-9_]*)\]")
 _TEXTS = re.compile(
@@ -54,9 +56,22 @@ async def read_body(request: Request, model: type[BaseModel], limits: Limits) ->
     raise ApiError(415, text, code="unsupported_media_type")
 
 
-def check_text(value: Any, depth: int = 0) -> None:
+async def read_json(request: Request) -> dict[str, Any]:
+    """Read and parse a body that must be JSON, with lists of tokens of any length. Raises ApiError."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        text = f"the content type {kind!r} is not taken here; use application/json"
+        raise ApiError(415, text, code="unsupported_media_type")
+    data = await request.body()
+    if len(data) > _MOST_JSON:
+        text = f"the body is larger than {_MOST_JSON} bytes, which are more than any model has room for; send less"
+        raise ApiError(413, text, code="request_too_large")
+    return await run_in_threadpool(_parse_json, data, _MOST_MARKS)
+
+
+def check_text(value: Any, depth: int = 0, most: int = _MOST_ENTRIES) -> None:
     """Raise ApiError for invalid text (lone halves of UTF-16 pairs), and for too deep or too long values, anywhere in a
-    JSON value."""
+    JSON value. most: entries of one list or object."""
     if depth > _DEEPEST:
         raise ApiError(400, f"the body is nested more than {_DEEPEST} deep; send it flat", code="invalid_json")
     if isinstance(value, str):
@@ -67,8 +82,8 @@ def check_text(value: Any, depth: int = 0) -> None:
                 400, "the body holds half a character (a lone surrogate); send valid text", code="invalid_json"
             ) from None
     elif isinstance(value, (list, dict)):
-        if len(value) > _MOST_ENTRIES:
-            text = f"the body holds a list or object of {len(value)} entries, the limit is {_MOST_ENTRIES}; send fewer"
+        if len(value) > most:
+            text = f"the body holds a list or object of {len(value)} entries, the limit is {most}; send fewer"
             raise ApiError(400, text, code="invalid_json")
         if isinstance(value, dict):
             for name in value:
@@ -76,7 +91,7 @@ def check_text(value: Any, depth: int = 0) -> None:
                 if len(name) > _LONGEST_NAME:
                     raise ApiError(400, f"there is no field {name[:40]!r}...", code="unknown_field")
         for entry in value.values() if isinstance(value, dict) else value:
-            check_text(entry, depth + 1)
+            check_text(entry, depth + 1, most)
 
 
 def _load(text: str) -> Any:
@@ -97,7 +112,7 @@ def _given_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parse_json(data: bytes) -> dict[str, Any]:
+def _parse_json(data: bytes, most: int = _MOST_ENTRIES) -> dict[str, Any]:
     try:
         values = _load(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -105,7 +120,7 @@ def _parse_json(data: bytes) -> dict[str, Any]:
         raise ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from error
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object, as in {...}", code="invalid_json")
-    check_text(values)
+    check_text(values, most=most)
     return values
 
 

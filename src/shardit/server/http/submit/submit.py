@@ -65,17 +65,15 @@ async def accept(
 ) -> Accepted:
     """Read, check and store a request. needs_picture: it must have an input picture. one: its answer is one file.
     Raises ApiError."""
-    if context.live_state.stopping:
-        raise busy("the server is about to stop; try again later", _LOADING_RETRY_S, "stopping")
+    check_open(context)
+    if context.options.of_language:
+        text = "this server makes texts; use POST /v1/chat/completions or POST /v1/completions"
+        raise ApiError(400, text, code="wrong_kind", param="model")
     key = _idempotency_key(request)
     body = await read_body(request, model, context.options.limits)
     info = await context.live_state.known()
-    if info is None:
-        raise busy(
-            "the model is being loaded, and its files do not say what it takes; try again soon",
-            _LOADING_RETRY_S,
-            "loading",
-        )
+    if not isinstance(info, ModelInfo):
+        raise not_known()
     _check_kind(info.signature, kind)
     if problem := unservable(info.signature):
         raise ApiError(400, problem, code="unsupported_model", param="model")
@@ -96,13 +94,25 @@ async def accept(
     def store() -> Job:
         whose = owner(request)
         new, work = _new_job(asked, values, pictures, takes, info, context, kind, waits=waits, key=key, owner=whose)
-        job, is_new = _store(context, new, work)
+        job, is_new = store_job(context, new, work)
         if is_new:
             context.live_state.wake()
         return job
 
     job = await run_in_threadpool(store)
     return Accepted(job, values.get("response_format", "auto"))
+
+
+def check_open(context: Context) -> None:
+    """Raise ApiError if the server is about to stop."""
+    if context.live_state.stopping:
+        raise busy("the server is about to stop; try again later", _LOADING_RETRY_S, "stopping")
+
+
+def not_known() -> ApiError:
+    """Return the error while nothing is known of the model."""
+    text = "the model is being loaded, and its files do not say what it takes; try again soon"
+    return busy(text, _LOADING_RETRY_S, "loading")
 
 
 def owner(request: Request) -> str | None:
@@ -213,7 +223,8 @@ def _fingerprint(kind: Kind, values: Mapping[str, Any], pictures: Mapping[str, b
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _store(context: Context, new: NewJob, work: estimate.Work) -> tuple[Job, bool]:
+def store_job(context: Context, new: NewJob, work: estimate.Work) -> tuple[Job, bool]:
+    """Put a job into the queue; returns it, and whether it is new. Waits for the disk. Raises ApiError."""
     options = context.options
     try:
         if not context.store.knows(new):

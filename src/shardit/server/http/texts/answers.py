@@ -1,0 +1,158 @@
+"""Texts in the format of OpenAI: whole answers and the chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from shardit.language.request.outputs import CompletionChunk, CompletionOutput, RowResult
+from shardit.server.http.texts.submit import Asked
+from shardit.server.http.texts.token_texts import TokenTexts
+
+Reason = Literal["stop", "length"]
+
+
+class Usage(BaseModel):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(BaseModel):
+    """An answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """One answer to a conversation."""
+
+    index: int
+    message: ChatMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: Reason
+
+
+class ChatAnswer(BaseModel):
+    """Answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(BaseModel):
+    """One text behind a prompt."""
+
+    index: int = Field(description="Number of the prompt x n + number of the text.")
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: Reason
+
+
+class CompletionAnswer(BaseModel):
+    """Texts behind prompts."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+def usage_of(asked: Asked, results: Sequence[RowResult]) -> dict[str, int]:
+    """Return the numbers of tokens; each prompt counts once."""
+    prompt, made = sum(len(tokens) for _, tokens in asked.batch.prompts), sum(len(row[0]) for row in results)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+
+class Answers:
+    """Makes the answers to one request. model: the name of the model for clients."""
+
+    def __init__(self, asked: Asked, model: str):
+        self.asked = asked
+        kind = "chat.completion" if asked.chat else "text_completion"
+        prefix = "chatcmpl" if asked.chat else "cmpl"
+        self._head = {
+            "id": f"{prefix}-{asked.new.id.partition('_')[2]}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._texts = TokenTexts(asked.batch.tokenizer)
+        self._offsets = [0] * len(asked.batch.rows)
+
+    def whole(self, results: Sequence[RowResult]) -> dict[str, Any]:
+        """Return the answer that is not streamed."""
+        choices = []
+        for index, result in enumerate(results):
+            text = self.asked.batch.completion(index, result)
+            own = {"message": {"role": "assistant", "content": text.text, "refusal": None}}
+            choices.append(
+                {
+                    "index": index,
+                    **(own if self.asked.chat else {"text": text.text}),
+                    "logprobs": self.logprobs(index, text.token_ids, text.logprobs, ended_by_token(text)),
+                    "finish_reason": text.finish_reason,
+                }
+            )
+        return {**self._head, "choices": choices, "usage": usage_of(self.asked, results)}
+
+    def first(self) -> list[dict[str, Any]]:
+        """Return the chunks with which a stream begins: the roles."""
+        if not self.asked.chat:
+            return []
+        return [self._chunk(n, {"role": "assistant", "content": ""}) for n in range(len(self.asked.batch.rows))]
+
+    def piece(
+        self, chunk: CompletionChunk, tokens: Sequence[int], values: Sequence[Mapping[int, float]]
+    ) -> dict[str, Any]:
+        """Return a chunk with a piece of a text. tokens, values: log probabilities that go with it."""
+        index = self.asked.row_of(chunk)
+        shown = self.logprobs(index, tokens, values, ended_by_token(chunk)) if values else None
+        content = {"content": chunk.text} if chunk.text else {}
+        return self._chunk(index, content if self.asked.chat else chunk.text, shown, chunk.finish_reason)
+
+    def last(self, results: Sequence[RowResult]) -> dict[str, Any]:
+        """Return the chunk with the numbers of tokens."""
+        return {**self._with_kind(), "choices": [], "usage": usage_of(self.asked, results)}
+
+    def _with_kind(self) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk"} if self.asked.chat else dict(self._head)
+
+    def _chunk(self, index: int, content: Any, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+        own = {"delta" if self.asked.chat else "text": content}
+        choice = {"index": index, **own, "logprobs": logprobs, "finish_reason": reason}
+        usage = {"usage": None} if self.asked.with_usage else {}
+        return {**self._with_kind(), "choices": [choice], **usage}
+
+    def logprobs(
+        self, index: int, tokens: Sequence[int], values: Sequence[Mapping[int, float]] | None, by_token: bool
+    ) -> dict[str, Any] | None:
+        """Return the log probabilities of tokens of a text. by_token: the last of them ended it and is no part of
+        it."""
+        most = self.asked.logprobs
+        if most is None or values is None:
+            return None
+        pairs = list(zip(tokens, values, strict=False))
+        pairs = pairs[:-1] if by_token and len(values) == len(tokens) else pairs
+        if self.asked.chat:
+            return {"content": [self._texts.entry(*pair, most) for pair in pairs], "refusal": None}
+        found, self._offsets[index] = self._texts.columns(pairs, most, self._offsets[index])
+        return found
+
+
+def ended_by_token(text: CompletionOutput | CompletionChunk) -> bool:
+    """Return whether a token ended a text, and not a stop string or its length."""
+    return text.finish_reason == "stop" and not isinstance(text.stop_reason, str)

@@ -1,0 +1,184 @@
+"""The fields of requests for texts as pydantic models: OpenAI's, and those of `SamplingParams` under their own
+names."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+from shardit.config import did_you_mean
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.server.http.schema.errors import ApiError
+from shardit.settings.declare import declared
+
+MOST_TEXTS = 128
+"""Texts of one request."""
+MOST_LOGPROBS = 20
+_MOST_STOPS = 16
+
+
+def _whole(value: Any) -> Any:
+    # In JSON, 4.0 is a whole number.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole: Any = Annotated[int, BeforeValidator(_whole)]
+_Label: Any = Annotated[str, Field(max_length=512)]
+_Stop: Any = Annotated[str, Field(min_length=1)]
+_Count: Any = Annotated[_Whole, Field(ge=1, le=2**31)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream has besides texts."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool | None = Field(None, description="Whether a last chunk has the numbers of tokens.")
+    include_obfuscation: bool | None = Field(None, description="Changes nothing.")
+
+
+class ResponseFormat(BaseModel):
+    """The form of a text."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"] = Field(description="Texts are free; schemas are not there yet.")
+
+
+NO_EFFECT: dict[str, Any] = {
+    "user": _Label,
+    "safety_identifier": _Label,
+    "prompt_cache_key": _Label,
+    "metadata": dict[str, _Label],
+    "store": Annotated[bool, Field()],
+    "service_tier": Literal["auto", "default"],
+    "parallel_tool_calls": bool,
+    "modalities": Annotated[list[Literal["text"]], Field(max_length=1)],
+}
+"""OpenAI's fields that change nothing here, and what they may be."""
+
+
+@dataclass(frozen=True)
+class TextFields:
+    """The bodies of requests for texts."""
+
+    chat: type[BaseModel]
+    completion: type[BaseModel]
+    tokenize: type[BaseModel]
+    detokenize: type[BaseModel]
+
+
+def text_fields() -> TextFields:
+    """Build the models."""
+    model = _optional(str, "The served model, which is also the default.")
+    prompt: Any = str | Annotated[list[Any], Field(min_length=1)]
+    messages: Any = Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools = _optional(list[dict[str, Any]], "Functions, which the chat template shows to the model.")
+    shared = {**_sampling_fields(), **_openai_fields(), "model": model}
+    shared |= {name: _optional(kind, "Changes nothing.") for name, kind in NO_EFFECT.items()}
+    chat = {
+        "messages": (messages, Field(description="The conversation: role and content of each message.")),
+        "max_completion_tokens": _optional(_Count, "As max_tokens."),
+        "logprobs": _optional(bool, "Whether the answer has log probabilities of its tokens."),
+        "top_logprobs": _optional(_between(0, MOST_LOGPROBS), "Also those of so many of the most likely tokens."),
+        "tools": tools,
+        "tool_choice": _optional(Literal["none", "auto"], 'With "none" the model is not shown the tools.'),
+        "response_format": _optional(ResponseFormat, "The form of the text."),
+    }
+    completion = {
+        "prompt": (prompt, Field(description="A text, a list of texts, tokens, or a list of lists of tokens.")),
+        "logprobs": _optional(_between(0, MOST_LOGPROBS), "Log probabilities of so many tokens for each token."),
+        "best_of": _optional(_between(1, MOST_TEXTS), "As n; nothing else is possible."),
+        "echo": _optional(Annotated[bool, Field()], "Only false: the prompt is not repeated."),
+        "suffix": _optional(Literal[""], "Only null or empty."),
+    }
+    tokenize = {
+        "model": model,
+        "prompt": _optional(str, "A text."),
+        "messages": _optional(messages, "A conversation, instead of a text."),
+        "tools": tools,
+        "add_special_tokens": _optional(bool, "Whether tokens such as a first one are added to a text; true."),
+        "add_generation_prompt": _optional(bool, "Whether a conversation ends with the start of an answer; true."),
+    }
+    tokens = {"model": model, "tokens": (list[_Whole], Field(description="Tokens by their numbers."))}
+    return TextFields(
+        chat=_model("ChatRequest", {**chat, **shared}),
+        completion=_model("CompletionRequest", {**completion, **shared}),
+        tokenize=_model("TokenizeRequest", tokenize),
+        detokenize=_model("DetokenizeRequest", tokens),
+    )
+
+
+def _sampling_fields() -> dict[str, Any]:
+    hints, fields = typing.get_type_hints(SamplingParams), {}
+    for item in declared(SamplingParams):
+        hint, check, kind = hints[item.name], item.metadata["check"], Any
+        if hint in (int, int | None) and check is not None:
+            kind = Annotated[_Whole, Field(ge=check.minimum, le=check.maximum)]
+        elif hint is float:
+            kind = Annotated[float, Field(ge=check.minimum, gt=check.above, le=check.maximum)]
+        elif hint is bool:
+            kind = bool
+        fields[item.name] = _optional(kind, item.metadata["help"])
+    del fields["logprobs"]  # OpenAI has other ones
+    fields["n"] = _optional(_between(1, MOST_TEXTS), "Texts for each prompt.")
+    fields["max_tokens"] = _optional(_Count, "Maximum number of tokens of a text.")
+    fields["stop"] = _optional(
+        _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)], "Texts that end a text and are not part of it."
+    )
+    fields["stop_token_ids"] = _optional(list[Annotated[_Whole, Field(ge=0)]], "Tokens that end a text.")
+    return fields
+
+
+def _openai_fields() -> dict[str, Any]:
+    bias: Any = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+    return {
+        "stream": _optional(bool, "Whether pieces of the text come as server-sent events."),
+        "stream_options": _optional(StreamOptions, "What a stream has besides texts."),
+        "logit_bias": _optional(bias, "Not there yet: only an empty one is taken."),
+        "priority": _optional(_between(-10, 10), "Each step is worth ten minutes of waiting."),
+    }
+
+
+def check_fields(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given fields that are not null, checked. Raises ApiError naming the field."""
+    for name in values:
+        if name not in model.model_fields:
+            text = f"there is no field {name!r}{did_you_mean(name, list(model.model_fields))}"
+            raise ApiError(400, text, code="unknown_field", param=name)
+    try:
+        checked = model.model_validate(dict(values), strict=True).model_dump(exclude_none=True)
+    except ValidationError as error:
+        raise _first_of(error) from None
+    # These are checked in other places, and null has a meaning in them.
+    return {name: values[name] if name in ("messages", "prompt", "tools") else checked[name] for name in checked}
+
+
+def _first_of(error: ValidationError) -> ApiError:
+    problems: Sequence[Any] = error.errors(include_url=False, include_context=False)
+    name = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
+    if problems[0]["type"] == "missing" and len(problems[0]["loc"]) == 1:
+        return ApiError(400, f"{name} is missing; give it", code="missing_field", param=name)
+    reasons = [item["msg"].removeprefix("Input ") for item in problems if item["loc"][:1] == (name,)]
+    shown = repr(problems[0]["input"])
+    shown = shown if len(shown) <= 100 else shown[:100] + " ..."
+    if name == "response_format":
+        text = 'response_format must be {"type": "text"}: schemas of answers are not there yet; leave it out'
+        return ApiError(400, text, code="unsupported_value", param=name)
+    text = f"{name} {' or '.join(dict.fromkeys(reasons))}, got {shown}"
+    return ApiError(400, text, code="invalid_value", param=name)
+
+
+def _optional(kind: Any, description: str) -> tuple[Any, Any]:
+    return kind | None, Field(None, description=description)
+
+
+def _between(minimum: int, maximum: int) -> Any:
+    return Annotated[_Whole, Field(ge=minimum, le=maximum)]
+
+
+def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    return create_model(name, __config__=config, **fields)

@@ -1,0 +1,141 @@
+"""From the fields of a request to tokens and sampling parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardit.errors import InputError
+from shardit.language.info import LanguageInfo
+from shardit.language.request.defaults import recommended
+from shardit.language.request.messages import chat_tokens
+from shardit.language.request.prompts import check_tokens, tokens_of
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.server.http.schema.errors import ApiError, from_input_error
+
+MOST_PROMPTS = 128
+_SAMPLING = [item.name for item in dataclasses.fields(SamplingParams) if item.name not in ("seed", "logprobs")]
+_EMPTY_KEYS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "name")
+"""Keys of answers that clients send back without a content."""
+
+
+def sampling_of(
+    values: Mapping[str, Any], info: LanguageInfo, logprobs: int | None, most: int | None
+) -> SamplingParams:
+    """Return the sampling parameters of a request, without its seed. most: of tokens, if it does not say. Raises
+    ApiError."""
+    bias = values.get("logit_bias") or {}
+    if outside := [token for token in bias if int(token) >= info.vocabulary]:
+        text = f"logit_bias must have tokens from 0 to {info.vocabulary - 1}, got {outside[0]}"
+        raise ApiError(400, text, code="invalid_value", param="logit_bias")
+    if bias:
+        raise ApiError(400, "logit_bias is not there yet; leave it out", code="unsupported_value", param="logit_bias")
+    given = {name: values[name] for name in _SAMPLING if name in values}
+    given["stop"] = given.get("stop") or None
+    try:
+        params = SamplingParams(**{**recommended(info.defaults), "max_tokens": most, **given, "logprobs": logprobs})
+        check_tokens(params, info.vocabulary)
+    except InputError as error:
+        raise from_input_error(error, values) from error
+    return params
+
+
+def chat_prompt(tokenizer: Any, values: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of a conversation. Raises ApiError."""
+    messages = [_plain(one, f"messages[{number}]") for number, one in enumerate(values["messages"])]
+    tools = values.get("tools") if values.get("tool_choice") != "none" else None
+    try:
+        return chat_tokens(tokenizer, messages, None, tools or None, values.get("add_generation_prompt", True))
+    except InputError as error:
+        text = str(error).replace("give chat_template, or a prompt to generate()", "send a prompt to /v1/completions")
+        raise ApiError(400, text, code="invalid_value", param="messages") from error
+
+
+def notes_of(tokenizer: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return what the model does not see of a request."""
+    if not values.get("tools") or values.get("tool_choice") == "none" or "tools" in str(tokenizer.chat_template):
+        return []
+    return ["the chat template of the model shows no tools: they are left out"]
+
+
+def _plain(message: Any, where: str) -> Any:
+    """Return a message with its content as one text."""
+    if not isinstance(message, dict):
+        return message  # the check of the conversation reports it
+    kept = {name: value for name, value in message.items() if value or name not in _EMPTY_KEYS}
+    content = kept.get("content")
+    if isinstance(content, list):
+        kept["content"] = "".join(_text_of(part, f"{where}.content[{number}]") for number, part in enumerate(content))
+    if isinstance(calls := kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_with_arguments(one, f"{where}.tool_calls[{number}]") for number, one in enumerate(calls)]
+        kept.setdefault("content", None)
+    return kept
+
+
+def _text_of(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    text = f'{where} must be {{"type": "text", "text": ...}}: this model takes text only, got {part!r:.80}'
+    raise ApiError(400, text, code="invalid_value", param="messages")
+
+
+def _with_arguments(call: Any, where: str) -> Any:
+    """Return a call of a tool with its arguments as an object, as chat templates expect them; OpenAI has JSON in a
+    text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        text = (
+            f'{where} must be {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, got {call!r:.80}'
+        )
+        raise ApiError(400, text, code="invalid_value", param="messages")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            text = f"{where}.function.arguments must be JSON, got {arguments!r:.80}"
+            raise ApiError(400, text, code="invalid_value", param="messages") from None
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def text_prompts(tokenizer: Any, prompt: Any, vocabulary: int) -> list[list[int]]:
+    """Return the tokens of the prompts of a completion: a text, texts, tokens, or lists of these. Raises ApiError."""
+    several = not isinstance(prompt, str) and not all(_is_token(one) for one in prompt)
+    prompts: Sequence[Any] = prompt if several else [prompt]
+    if len(prompts) > MOST_PROMPTS:
+        text = f"prompt must be at most {MOST_PROMPTS} prompts, got {len(prompts)}; send several requests"
+        raise ApiError(400, text, code="invalid_value", param="prompt")
+    try:
+        return [list(tokens_of(one, tokenizer, vocabulary)[1]) for one in map(_checked_prompt, prompts)]
+    except InputError as error:
+        raise ApiError(400, _of_prompt(str(error)), code="invalid_value", param="prompt") from error
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked_prompt(prompt: Any) -> Any:
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_token, prompt))):
+        return prompt
+    raise InputError(f"prompt must be a text, texts, tokens or lists of tokens, got {prompt!r:.80}")
+
+
+def _of_prompt(text: str) -> str:
+    return text.replace("prompt_token_ids must be", "tokens of prompt must be")
+
+
+def check_length(prompts: Sequence[Sequence[int]], limit: int | None, param: str) -> None:
+    """Raise ApiError for a prompt that leaves no room for a text. Prompts are never shortened."""
+    for tokens in prompts:
+        if not tokens:
+            text = f"{param} has no tokens; give it a text that is not empty"
+            raise ApiError(400, text, code="invalid_value", param=param)
+        if limit is not None and len(tokens) >= limit:
+            text = (
+                f"{param} has {len(tokens)} tokens, and the model has room for {limit} tokens of prompt and text "
+                "together; send a shorter one"
+            )
+            raise ApiError(400, text, code="context_length_exceeded", param=param)

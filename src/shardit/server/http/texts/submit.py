@@ -1,0 +1,152 @@
+"""Turns a body into a text job. Its tokens and parameters are final: ranks are given nothing that can be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from shardit.errors import InputError
+from shardit.language.info import LanguageInfo
+from shardit.language.request.outputs import CompletionChunk
+from shardit.language.request.prompt_batch import PromptBatch
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.params import RANDOM_SEED, seed_or_drawn
+from shardit.server.http.schema.errors import ApiError, from_input_error
+from shardit.server.http.state.context import Context
+from shardit.server.http.submit.body import read_json
+from shardit.server.http.submit.resolve import check_model
+from shardit.server.http.submit.submit import check_open, not_known, owner
+from shardit.server.http.texts.fields import MOST_TEXTS, check_fields
+from shardit.server.http.texts.prompts import chat_prompt, check_length, notes_of, sampling_of, text_prompts
+from shardit.server.http.texts.text_model import TextModel
+from shardit.server.jobs.job import NewJob, new_id
+from shardit.server.jobs.text_request import rows_of_prompts, stored_request
+
+_COMPLETION_TOKENS = 16
+"""Tokens of a completion that does not say how many, as of OpenAI."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checked request. new: its job. batch: its texts. logprobs: how many most likely tokens it wants for each token,
+    None for none at all."""
+
+    new: NewJob
+    batch: PromptBatch
+    stream: bool
+    with_usage: bool
+    logprobs: int | None
+    chat: bool
+    notes: Sequence[str] = ()
+    """What differs from what was asked."""
+
+    def row_of(self, chunk: CompletionChunk) -> int:
+        """Return the number of the text of a chunk among all texts."""
+        return chunk.prompt_index * self.batch.rows[0][2].params.n + chunk.index
+
+
+async def read_fields(request: Request, context: Context, model: type[BaseModel]) -> dict[str, Any]:
+    """Read and check the fields of a request to the language model. Raises ApiError."""
+    check_open(context)
+    if not context.options.of_language:
+        text = "this server serves no language model; see GET /v1/server for what it makes"
+        raise ApiError(400, text, code="wrong_kind", param="model")
+    if "idempotency-key" in request.headers:
+        text = "texts are not kept, so a key cannot give one again; leave the header Idempotency-Key out"
+        raise ApiError(400, text, code="unsupported_value", param="Idempotency-Key")
+    values = check_fields(model, await read_json(request))
+    check_model(values, context.options)
+    return values
+
+
+async def facts(context: Context) -> LanguageInfo:
+    """Return the facts about the model. Raises ApiError while they are not known."""
+    info = await context.live_state.known()
+    if not isinstance(info, LanguageInfo):
+        raise not_known()
+    return info
+
+
+def texts_of(context: Context) -> TextModel:
+    """Return the tokenizer of the served language model."""
+    assert context.texts is not None
+    return context.texts
+
+
+async def ask_completion(request: Request, context: Context) -> Asked:
+    """Read and check a request to continue prompts. Raises ApiError."""
+    values = await read_fields(request, context, context.text_fields.completion)
+    if values.get("echo"):
+        raise ApiError(400, "echo must be false: the prompt is not repeated", code="unsupported_value", param="echo")
+    if values.get("best_of", values.get("n", 1)) != values.get("n", 1):
+        text = "best_of must be as n, since texts are not ranked; leave it out"
+        raise ApiError(400, text, code="unsupported_value", param="best_of")
+    info, logprobs = await facts(context), values.get("logprobs")
+    params = sampling_of(values, info, logprobs, _COMPLETION_TOKENS)
+
+    def read(tokenizer: Any) -> list[list[int]]:
+        return text_prompts(tokenizer, values["prompt"], info.vocabulary)
+
+    return await _asked(request, context, values, params, read, chat=False)
+
+
+async def ask_chat(request: Request, context: Context) -> Asked:
+    """Read and check a request to answer a conversation. Raises ApiError."""
+    values = await read_fields(request, context, context.text_fields.chat)
+    most = values.pop("max_completion_tokens", None)
+    if most is not None and values.setdefault("max_tokens", most) != most:
+        text = f"max_completion_tokens and max_tokens disagree ({most} and {values['max_tokens']}); give one of them"
+        raise ApiError(400, text, code="invalid_value", param="max_completion_tokens")
+    logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
+    if values.get("top_logprobs") and logprobs is None:
+        text = "top_logprobs needs logprobs; set it to true"
+        raise ApiError(400, text, code="invalid_value", param="top_logprobs")
+    params = sampling_of(values, await facts(context), logprobs, None)
+    return await _asked(request, context, values, params, lambda tokenizer: [chat_prompt(tokenizer, values)], chat=True)
+
+
+async def _asked(
+    request: Request,
+    context: Context,
+    values: Mapping[str, Any],
+    params: SamplingParams,
+    read: Callable[[Any], list[list[int]]],
+    *,
+    chat: bool,
+) -> Asked:
+    if values.get("stream_options") and not values.get("stream"):
+        text = "stream_options needs stream; set it to true"
+        raise ApiError(400, text, code="invalid_value", param="stream_options")
+    texts, info = texts_of(context), await facts(context)
+    tokenizer = await texts.tokenizer()
+    prompts = await texts.run(read, tokenizer)
+    if len(prompts) * params.n > MOST_TEXTS:
+        text = f"n texts for each prompt are {len(prompts) * params.n} texts, the limit is {MOST_TEXTS}; ask for fewer"
+        raise ApiError(400, text, code="invalid_value", param="n")
+    limit = context.options.max_model_len or info.max_model_len
+    check_length(prompts, limit, "messages" if chat else "prompt")
+    given = values.get("seed", RANDOM_SEED)
+    seeds = [seed_or_drawn(None if given == RANDOM_SEED else given) for _ in prompts]
+    stored = stored_request(prompts, params, seeds, limit)
+    try:
+        rows = rows_of_prompts(stored)
+    except InputError as error:
+        raise from_input_error(error, values) from error
+    new = NewJob(
+        kind="text",
+        request=stored,
+        seed=seeds[0],
+        cost=0.0,
+        owner=owner(request),
+        priority=values.get("priority", 0),
+        waits=True,
+        id=new_id("text"),
+    )
+    batch = PromptBatch(tokenizer, [(None, tuple(tokens)) for tokens in prompts], rows)
+    with_usage = bool(values.get("stream_options", {}).get("include_usage"))
+    notes = notes_of(tokenizer, values)
+    return Asked(new, batch, bool(values.get("stream")), with_usage, params.logprobs, chat, notes)

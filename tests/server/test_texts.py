@@ -1,0 +1,133 @@
+"""Decisions about text jobs with ranks played by the test: tokens, restarts, ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardit.engine.process.messages import Begin, Progress, RequestFinished
+from shardit.language.info import LanguageInfo
+from shardit.language.request.outputs import GroupOutput
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.server.jobs.job import NewJob
+from shardit.server.jobs.text_request import group_of, results_of, stored_request
+from shardit.server.messages import Tokens
+from shardit.server.supervisor import texts
+from tests.support import played
+from tests.support.played import Server, played_server
+
+INFO = LanguageInfo(64, 258)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(played, "INFO", INFO)
+    with played_server(tmp_path, pipeline_parallel_size=2) as made:
+        yield made
+
+
+def put(server: Server, n: int = 1) -> str:
+    request = stored_request([[5, 6]], SamplingParams(n=n, max_tokens=8), [3], 64)
+    job_id = server.store.accept(NewJob("text", request, 3, 0.0, waits=True), queue_size=1000)[0].id
+    server.jobs.wake()
+    return job_id
+
+
+def make(server: Server, job_id: str, *made: int | None, step: int = 1) -> None:
+    server.jobs.on_rank_message(0, Progress(server.key(job_id), step, 8, made))
+
+
+def end(server: Server, job_id: str, **more: Any) -> None:
+    key = server.key(job_id)
+    for rank in server.ranks(job_id):
+        output = GroupOutput([((7, 8), "length", None, [{7: -0.5}, {8: -1.0}])]) if rank == 0 and not more else None
+        server.jobs.on_rank_message(rank, RequestFinished(key, "sum", output=output, **more))
+
+
+def tokens(server: Server) -> list[tuple[int | None, ...]]:
+    return [message.made for message in server.told if isinstance(message, Tokens)]
+
+
+def begun(server: Server) -> Any:
+    return [message for _, message in server.rank_group.sent if isinstance(message, Begin)][-1].load()
+
+
+def test_a_stored_request_is_the_same_each_time() -> None:
+    params = SamplingParams(n=2, max_tokens=None, stop=["a", "b"], stop_token_ids=[3], logprobs=2, temperature=0.5)
+    stored = stored_request([[1, 2], [3]], params, [10, 20], 64)
+    group = group_of(stored)
+    assert group == group_of(stored)
+    assert [(row.prompt, row.seed, row.params.max_tokens) for row in group.rows] == [
+        ((1, 2), 10, 62),
+        ((1, 2), 11, 62),
+        ((3,), 20, 63),
+        ((3,), 21, 63),
+    ]
+    assert group.rows[0].params.stops == ("a", "b")
+    assert group.rows[0].params.logprobs == 2
+
+
+def test_tokens_are_passed_on(server: Server) -> None:
+    job_id = put(server, n=2)
+    make(server, job_id, 7, 8)
+    make(server, job_id, None, 9)
+    make(server, job_id, None, None)
+    assert tokens(server) == [(7, 8), (None, 9)]
+    end(server, job_id)
+    assert server.state(job_id) == "completed"
+    assert results_of(server.job(job_id).facts) == [((7, 8), "length", None, [{7: -0.5}, {8: -1.0}])]
+    assert server.log.ends() == [(job_id, "completed")]
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_restart_repeats_no_token(server: Server, monkeypatch: pytest.MonkeyPatch, continues: bool) -> None:
+    """Ranks that cannot continue behind tokens make them again; these are not passed on a second time."""
+    monkeypatch.setattr(texts, "_CONTINUES", continues)
+    if continues:
+        monkeypatch.setattr(texts, "_with_tokens", lambda row, made: row)
+    job_id = put(server, n=2)
+    make(server, job_id, 7, 8)
+    make(server, job_id, None, 9)
+    server.die()
+    assert server.state(job_id) == "in_progress"
+    for made in [(None, 10), (None, 11)] if continues else [(7, 8), (None, 9), (None, 10), (None, 11)]:
+        make(server, job_id, *made)
+    assert tokens(server) == [(7, 8), (None, 9), (None, 10), (None, 11)]
+    server.die()
+    assert server.jobs.texts._texts[job_id].made == [[7], [8, 9, 10, 11]]
+    end(server, job_id)
+    assert not server.jobs.texts._texts
+
+
+def test_a_text_that_is_cancelled_without_ranks(server: Server) -> None:
+    job_id = put(server)
+    make(server, job_id, 7)
+    server.store.delete(job_id)
+    server.die()
+    assert server.store.get(job_id) is None
+    server.jobs.wake()
+    assert not server.jobs.texts._texts
+
+
+def test_errors_and_cancels(server: Server) -> None:
+    failed, cancelled = put(server), put(server)
+    end(server, failed, error="it is wrong")
+    assert server.job(failed).error == {"code": "generation_failed", "message": "it is wrong"}
+    server.store.request_cancel(cancelled)
+    server.jobs.wake()
+    assert server.cancels() == {server.key(cancelled)}
+    end(server, cancelled, cancelled=True)
+    assert server.state(cancelled) == "cancelled"
+
+
+def test_metrics(server: Server) -> None:
+    job_id = put(server, n=2)
+    for _ in range(3):
+        make(server, job_id, 7, 8)
+    shown = server.jobs.metrics.text().decode()
+    assert "shardit_first_token_seconds_count 1.0" in shown
+    assert "shardit_token_seconds_count 2.0" in shown
+    assert "shardit_tokens_total 6.0" in shown

@@ -68,6 +68,8 @@ def test_texts_continue_from_their_tokens() -> None:
             for row, tokens in zip(wanted, expected, strict=True)
         ]
         assert continued(model, halves) == expected
+        ended = [Row(row.prompt, row.params, row.seed, tokens) for row, tokens in zip(wanted, expected, strict=True)]
+        assert continued(model, ended) == expected
 
 
 def test_a_cancelled_request_leaves_at_the_next_step() -> None:
@@ -91,6 +93,29 @@ def test_a_cancelled_request_leaves_at_the_next_step() -> None:
     program.run()
     assert sorted(found) == [0, 1, 3, 4, 5, 6, 7]
     assert batcher.scheduler.used == 0
+
+
+def test_a_request_cancelled_while_its_token_travels() -> None:
+    """It gets no token, and is not mistaken for one that goes on."""
+    model = families.make("llama")
+    batcher = batcher_of(model, rows=8)
+    choose = batcher._choose
+
+    def cancelled(sequences: Any, logits: Any) -> list[int]:
+        made = choose(sequences, logits)
+        batcher.cancel(3)
+        return made
+
+    batcher._choose = cancelled
+    found = []
+    batcher.on_end = lambda key, _: found.append(key)
+    for key, row in enumerate(rows()):
+        batcher.add(key, PromptGroup(key, (row,)), lambda *_: None)
+    program = batcher.program()
+    assert program is not None
+    assert batcher.program() is None
+    program.run()
+    assert sorted(found) == [0, 1, 2, 4, 5, 6, 7]
 
 
 def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConfig, names: Any) -> dict[str, Any]:

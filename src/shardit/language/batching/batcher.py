@@ -81,7 +81,11 @@ class Batcher:
             self._arrivals += 1
         self._open[key] = _Open(rows, on_tokens, max(row.params.max_tokens or 1 for row in request.rows))
         for one in rows:
-            self.scheduler.add(one)
+            if one.made:  # the ranks that made the last token may have ended before they could say so
+                self._note_end(one)
+            if one.ended is None:
+                self.scheduler.add(one)
+        self._end_if_complete(key)
 
     def cancel(self, key: int) -> bool:
         """Forget a request; its rows leave their batches before the next step. Return whether it was open."""
@@ -154,18 +158,24 @@ class Batcher:
         """Record the new tokens of sequences: report them, and the requests that have ended with them."""
         changed: dict[int, list[Sequence]] = {}
         for one in sequences:
-            one.ended = end_of(one, self.ends, self.decode)
-            one.final = None if one.ended is None else tuple(one.made)
+            self._note_end(one)
             changed.setdefault(one.key, []).append(one)
         for key, found in changed.items():
             request = self._open.get(key)
             if request is None:
                 continue
             _report(request, found)
-            if all(one.ended is not None for one in request.rows):
-                del self._open[key]
-                results = [_result(one) for one in request.rows]
-                self.on_end(key, GroupOutput(results, sum(one.preemptions for one in request.rows)))
+            self._end_if_complete(key)
+
+    def _note_end(self, one: Sequence) -> None:
+        one.ended = end_of(one, self.ends, self.decode)
+        one.final = None if one.ended is None else tuple(one.made)
+
+    def _end_if_complete(self, key: int) -> None:
+        rows = self._open[key].rows
+        if all(one.ended is not None for one in rows):
+            del self._open[key]
+            self.on_end(key, GroupOutput([_result(one) for one in rows], sum(one.preemptions for one in rows)))
 
 
 def _report(request: _Open, changed: list[Sequence]) -> None:

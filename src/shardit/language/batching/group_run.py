@@ -13,7 +13,7 @@ from shardit.language.batching.cache_rows import join, keep_rows
 from shardit.language.batching.forward import Forward
 from shardit.language.batching.prefixes import PrefixStore
 from shardit.language.batching.scheduler import Chunk, Group, Scheduler
-from shardit.language.batching.sequence import Sequence
+from shardit.language.batching.sequence import CANCELLED, Sequence
 
 Choose = Callable[[list[Sequence], torch.Tensor], list[int]]
 """Returns the next token of each sequence from the logits of the last position, on every rank."""
@@ -61,7 +61,7 @@ class GroupRun:
     def _store(self, rows: list[Sequence], keep: collections.abc.Sequence[int]) -> None:
         """Keep the keys of texts that leave, for prompts that begin alike."""
         for number, one in enumerate(rows):
-            if number not in keep and self.prefixes.longest:
+            if number not in keep and self.prefixes.longest and one.made and one.ended != CANCELLED:
                 self.prefixes.add(one.tokens[:-1], self.state["cache"], number)
         if self.scheduler.limits.memory is not None:
             self.prefixes.shrink(self.scheduler.limits.memory - self.scheduler.used)
@@ -110,8 +110,8 @@ class GroupRun:
         self._prefill, self._prefill_state = None, {}
 
     def _take(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        going = [one for one in sequences if one.ended is None]
         tokens = self.choose(sequences, logits)
+        going = [one for one in sequences if one.ended is None]  # others may have been cancelled meanwhile
         for one, token in zip(sequences, tokens, strict=True):
             if one.ended is None or not self.scheduler.limits.joins:  # rows that cannot leave go on
                 one.made.append(token)

@@ -7,21 +7,16 @@ import time
 from typing import Any
 
 from shardit.engine.process.messages import Progress
-from shardit.language.request.rows import PromptGroup, Row
+from shardit.language.request.rows import PromptGroup
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.text_request import group_of
 from shardit.server.messages import Tokens
-
-_CONTINUES = "made" in {item.name for item in dataclasses.fields(Row)}
-"""Whether ranks continue rows behind tokens that they are given. If not, they make these again, with the same seeds."""
 
 
 @dataclasses.dataclass
 class _Text:
     made: list[list[int]]
     """Tokens of each row."""
-    repeated: list[int]
-    """For each row, how many of its tokens the ranks make again."""
     last: float | None = None
     """Time of its newest token, by the monotonic clock."""
 
@@ -38,31 +33,21 @@ class Texts:
         group = group_of(job.request)
         known = self._texts.get(job.id)
         made = known.made if known is not None else [[] for _ in group.rows]
-        repeated = [0 if _CONTINUES else len(row) for row in made]
-        self._texts[job.id] = _Text(made, repeated)
-        return dataclasses.replace(group, rows=tuple(map(_with_tokens, group.rows, made)))
+        self._texts[job.id] = _Text(made)
+        rows = [dataclasses.replace(row, made=tuple(own)) for row, own in zip(group.rows, made, strict=True)]
+        return dataclasses.replace(group, rows=tuple(rows))
 
     def progress(self, job: Job, message: Progress) -> Tokens | None:
         """Record a step; return the message for the API process, None for a step without new tokens."""
         text = self._texts[job.id]
-        new = [self._is_new(text, row, token) for row, token in enumerate(message.made)]
-        if not any(new):
+        count = sum(token is not None for token in message.made)
+        if not count:
             return None
-        tokens = tuple(token if one else None for token, one in zip(message.made, new, strict=True))
-        self._measure(job, text, sum(new))
-        for row, token in enumerate(tokens):
+        self._measure(job, text, count)
+        for row, token in enumerate(message.made):
             if token is not None:
                 text.made[row].append(token)
-        logprobs = getattr(message, "logprobs", None)
-        return Tokens(job.id, tokens, logprobs)
-
-    def _is_new(self, text: _Text, row: int, token: int | None) -> bool:
-        if token is None:
-            return False
-        if text.repeated[row]:
-            text.repeated[row] -= 1
-            return False
-        return True
+        return Tokens(job.id, message.made, message.logprobs)
 
     def _measure(self, job: Job, text: _Text, count: int) -> None:
         now = time.monotonic()
@@ -81,8 +66,3 @@ class Texts:
         """Release the tokens of all other jobs, which have ended while they had no ranks."""
         for job_id in self._texts.keys() - job_ids:
             del self._texts[job_id]
-
-
-def _with_tokens(row: Row, made: list[int]) -> Row:
-    more: dict[str, Any] = {"made": tuple(made)} if _CONTINUES and made else {}
-    return dataclasses.replace(row, **more)

@@ -221,15 +221,6 @@ def check_partition_variables(config: DiffusionParallelConfig, environ: Mapping[
             parse_layer_partition(text, name)
 
 
-def threads_asked(environ: Mapping[str, str]) -> int | None:
-    """The threads of a rank that OMP_NUM_THREADS asks for; None where it is not set. Raises InputError."""
-    text = environ.get("OMP_NUM_THREADS", "").strip()
-    wish = text.partition(",")[0].strip()  # further numbers are for nested regions
-    if text and not (wish.isdecimal() and int(wish) > 0):
-        raise InputError(f"OMP_NUM_THREADS must be a whole number of at least 1, got {text!r}; correct or unset it")
-    return int(wish) if text else None
-
-
 def partition_chunks(config: DiffusionParallelConfig, partition: Sequence[int], source: str) -> int:
     """Chunks per rank that a partition asks for; a partition with one entry per stage asks for contiguous stages."""
     stages, chunks, entries = config.pipeline_parallel_size, config.pipeline_chunks, len(partition)

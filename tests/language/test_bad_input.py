@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import shardit
 from shardit import LLM, DiffusionParallelConfig, EngineArgs, InputError, Omni, OmniDiffusionSamplingParams
 from shardit import SamplingParams as Params
+from shardit.cli import main
 from shardit.language.loading.gguf_header import read_values
 from shardit.language.loading.source import DecoderSource
 from shardit.language.request.messages import chat_tokens
@@ -53,6 +55,22 @@ def test_sampling_params(llm: LLM) -> None:
         refused(
             "sampling_params must be one SamplingParams, or one for each of the 1 prompts", llm.generate, "a", params
         )
+
+
+def test_a_text_for_which_there_is_no_room(llm: LLM, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("shardit.language_commands._opened", lambda _: nullcontext(llm))
+    long = ["--prompt", "x" * 250, "--ignore-eos", "--max-tokens"]
+    note = "note: the model had room for 6 of --max-tokens 100\n"
+    for flags, says in (
+        ([*long, "100"], note),
+        ([*long, "100", "--prompt", "a"], note),
+        ([*long, "100", "--json"], note),
+        ([*long, "6"], ""),
+        (["--prompt", "x" * 250, "--ignore-eos"], ""),
+    ):
+        assert main(["complete", "tiny/llama", "--temperature=0", *flags]) == 0
+        said = capsys.readouterr().err
+        assert said.endswith(says) if says else "note:" not in said, said
 
 
 def test_arguments(llm: LLM) -> None:

@@ -58,7 +58,10 @@ class SamplingParams:
         None, "Tokens that end the text, in addition to the model's own end tokens.", numbers(whole(0))
     )
     ignore_eos: bool = declare(False, "Whether to continue after an end token of the model.", FLAG)
-    max_tokens: int | None = declare(16, "Maximum number of tokens; None for the limit of the model.")
+    max_tokens: int | None = declare(
+        16,
+        "Maximum number of tokens; fewer where the prompt leaves less room in the model. None for all the room.",
+    )
     min_tokens: int = _value(0, "Minimum number of tokens before an end token or a stop string.", whole(0))
     logprobs: int | None = _value(
         None, "Number of most likely tokens to return with log probabilities for each token.", whole(0)

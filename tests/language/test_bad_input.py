@@ -86,6 +86,33 @@ def test_arguments(llm: LLM) -> None:
     refused("EngineArgs takes no 'enforce_eager'; it takes: model, pipe", EngineArgs, enforce_eager=True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"pipeline_parallel_size": "2"}, "pipeline_parallel_size must be a whole number of at least 1, got '2'"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be"),
+        ({"data_parallel_size": 1.5}, "data_parallel_size must be"),
+        ({"layer_partition": [2, 0]}, "layer_partition"),
+        ({"seed": "x"}, "seed must be a whole number"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number"),
+        ({"max_num_seqs": None}, "max_num_seqs must be a whole number"),
+        ({"max_model_len": 0}, "max_model_len must be"),
+        ({"gpu_memory_utilization": 2}, "gpu_memory_utilization must be at most 1"),
+        ({"timeout_s": 0}, "timeout_s must be"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend='ray': LLM starts processes"),
+    ],
+)
+def test_values_are_checked_by_engine_args_as_by_llm(arguments: dict[str, Any], says: str) -> None:
+    for callee in (EngineArgs, LLM):
+        refused(says, callee, "tiny/llama", **arguments)
+
+
+def test_engine_args_in_place_of_arguments() -> None:
+    refused(r"give LLM\(\*\*args.as_kwargs\(\)\)", LLM, EngineArgs("tiny/llama"))
+    code = "import sys, shardit; shardit.EngineArgs('a', max_num_seqs=3); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
 def test_names_that_are_proposed() -> None:
     """Each once, and none that is refused."""
     with pytest.raises(InputError, match="LLM takes no 'enforce_eager'; it takes: ") as caught:

@@ -11,7 +11,7 @@ from typing import Any
 
 from shardit.errors import InputError, UnsupportedError
 from shardit.settings.checks import FLAG, numbers, whole
-from shardit.settings.declare import Flag, check_declared, declare
+from shardit.settings.declare import Flag, check_declared, declare, hinted
 
 PARTITION_VARIABLES = ("SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
 """Environment variables that give a layer partition, the first that is set wins."""
@@ -31,6 +31,7 @@ PARTITION = numbers(whole(1))
 """The check of a layer partition."""
 
 
+@hinted("config")
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
     """Degrees of parallelism. Every degree is a number of ranks, at least 1; 1 switches the axis off.

@@ -11,6 +11,7 @@ from shardit.engine.process.messages import TIMEOUT
 from shardit.errors import UnsupportedError
 from shardit.params import SEED
 from shardit.settings.checks import number, whole
+from shardit.settings.declare import hinted
 
 CHECKS = {
     "max_model_len": whole(1),
@@ -26,6 +27,7 @@ CHECKS = {
 SIZES = ("pipeline_parallel_size", "tensor_parallel_size", "data_parallel_size", "layer_partition")
 
 
+@hinted("args")
 @dataclass(frozen=True)
 class EngineArgs:
     """The arguments of `LLM` under vLLM's names, as data: LLM(**EngineArgs(...).as_kwargs()). Wrong values raise

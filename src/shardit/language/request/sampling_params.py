@@ -11,7 +11,7 @@ from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.params import SEED
 from shardit.settings.checks import FLAG, Check, number, numbers, text_problem, whole
-from shardit.settings.declare import Flag, check_declared, declare
+from shardit.settings.declare import Flag, check_declared, declare, hinted
 
 _STOP = "a non-empty string or a list of those"
 _stop = Check(
@@ -28,6 +28,7 @@ def _listed(stop: Any) -> tuple[Any, ...]:
     return (stop,) if not isinstance(stop, (list, tuple)) else tuple(stop)
 
 
+@hinted("params")
 @dataclass(frozen=True)
 class SamplingParams:
     """The parameters of one prompt, with vLLM's names. Invalid values raise InputError."""

@@ -149,6 +149,39 @@ def test_names_of_files_may_have_any_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["chat", "nope"],
+        ["complete", "nope", "--prompt=x"],
+        ["generate", "--prompt=x", "--model=nope"],
+        ["serve", "nope"],
+    ],
+)
+@pytest.mark.parametrize("offline", [False, True])
+def test_names_that_the_hub_cannot_be_asked_for(command, offline, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: away())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    err = refused(capsys, *command)
+    assert err.endswith(" or give a folder or tiny/NAME\n")
+    assert "nope" in err
+
+
+def away():
+    raise ConnectionError("no network")
+
+
+def test_names_that_are_none(capsys):
+    err = refused(capsys, "inspect", "nope")
+    assert "there is no model 'nope'; give a hub id, a folder or tiny/NAME, or one of FLUX.1-dev, " in err
+    err = refused(capsys, "complete", "tiny/flux", "--prompt=x")
+    assert "tiny/flux is a pipeline of diffusers: use Omni or shardit generate" in err
+    assert "there are llama" in refused(capsys, "complete", "tiny/nope", "--prompt=x")
+    err = refused(capsys, "foo")
+    assert err == "error: No such command 'foo'. Commands: generate, serve, chat, complete, inspect, tiny.\n"
+
+
+@pytest.mark.parametrize(
     "command", [GENERATE, ["serve", "tiny/flux"], ["complete", "tiny/llama", "--prompt=x"], ["chat", "tiny/llama"]]
 )
 @pytest.mark.parametrize(

@@ -50,11 +50,16 @@ def take_any_bytes() -> None:
 
 
 def _usage(error: Any) -> str:
-    """The message of a usage error; of an unknown flag it names --extra, where the command has that."""
+    """The message of a usage error; of an unknown flag it names --extra, where the command has that; of an unknown
+    command it lists the commands."""
+    text = error.format_message()
+    commands = getattr(getattr(error.ctx, "command", None), "commands", ())
+    if commands and text.startswith("No such command"):
+        return f"{text} Commands: {', '.join(commands)}."
     name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
     further = name.isidentifier() and any(one.name == "extra" for one in error.ctx.command.params)
     more = f" An argument of the pipeline that has no flag is given as --extra {name}=VALUE." if further else ""
-    return error.format_message() + more
+    return text + more
 
 
 def _failed(text: str, code: int, every_rank: bool = False) -> int:

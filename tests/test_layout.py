@@ -166,14 +166,14 @@ def test_the_server_imports_no_torch() -> None:
 BUDGET = {
     ".": 1260,
     "core": 5640,
-    "diffusion": 3740,
-    "engine": 2740,
-    "language": 1850,
+    "diffusion": 3760,
+    "engine": 2760,
+    "language": 1890,
     "loading": 1340,
     "models": 850,
     "parallel": 3620,
-    "server": 4160,
-    "settings": 230,
+    "server": 4180,
+    "settings": 240,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -166,14 +166,14 @@ def test_the_server_imports_no_torch() -> None:
 BUDGET = {
     ".": 1260,
     "core": 5640,
-    "diffusion": 3740,
-    "engine": 2740,
-    "language": 1900,
+    "diffusion": 3760,
+    "engine": 2770,
+    "language": 1910,
     "loading": 1340,
     "models": 850,
     "parallel": 3620,
-    "server": 5300,
-    "settings": 210,
+    "server": 5340,
+    "settings": 240,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

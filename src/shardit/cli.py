@@ -21,6 +21,7 @@ from shardit.engine.process.exit_code import INTERRUPTED, OK, ended_by, take_any
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
+from shardit.settings.environment import check_environment
 from shardit.settings.flag_class import Once, options_of
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def _command(run: Callable[[Any], int | None], flags: type, *, output: Path | No
     """A function for typer that calls `run` with an object of class `flags`; `output` is the default of --output."""
 
     def command(**values: Any) -> int | None:
+        check_environment()
         return run(flags(**values))
 
     options = [one.replace(default=output) if output and one.name == "output" else one for one in options_of(flags)]

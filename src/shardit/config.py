@@ -11,7 +11,7 @@ from typing import Any
 
 from shardit.errors import InputError, UnsupportedError
 from shardit.settings.checks import FLAG, numbers, whole
-from shardit.settings.declare import Flag, check_declared, declare
+from shardit.settings.declare import Flag, check_declared, declare, hinted
 
 PARTITION_VARIABLES = ("SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
 """Environment variables that give a layer partition, the first that is set wins."""
@@ -31,6 +31,7 @@ PARTITION = numbers(whole(1))
 """The check of a layer partition."""
 
 
+@hinted("config")
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
     """Degrees of parallelism. Every degree is a number of ranks, at least 1; 1 switches the axis off.
@@ -219,15 +220,6 @@ def check_partition_variables(config: DiffusionParallelConfig, environ: Mapping[
         set_ones = ((name, text) for name in PARTITION_VARIABLES if (text := environ.get(name, "").strip()))
         for name, text in list(set_ones)[:1]:
             parse_layer_partition(text, name)
-
-
-def threads_asked(environ: Mapping[str, str]) -> int | None:
-    """The threads of a rank that OMP_NUM_THREADS asks for; None where it is not set. Raises InputError."""
-    text = environ.get("OMP_NUM_THREADS", "").strip()
-    wish = text.partition(",")[0].strip()  # further numbers are for nested regions
-    if text and not (wish.isdecimal() and int(wish) > 0):
-        raise InputError(f"OMP_NUM_THREADS must be a whole number of at least 1, got {text!r}; correct or unset it")
-    return int(wish) if text else None
 
 
 def partition_chunks(config: DiffusionParallelConfig, partition: Sequence[int], source: str) -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardit.engine.process.process import started_by_torchrun
@@ -35,15 +35,26 @@ def complete(flags: CompleteFlags) -> None:
     with _opened(flags) as llm:
         params = flags.sampling(**_recommended(llm))
         if len(prompts) == 1 and not flags.json:
+            reason, count = None, 0
             for piece in llm.stream(prompts, params):
                 print(piece.text, end="", flush=True)
+                reason, count = piece.finish_reason, count + len(piece.token_ids)
             print()
-            return
+            return _say_if_cut(flags, [(reason, count)])
         outputs = llm.generate(prompts, params)
         if flags.json:
             print(json.dumps([dataclasses.asdict(one) for one in outputs], ensure_ascii=False))
         for output in () if flags.json else outputs:
             print(output.outputs[0].text)
+        _say_if_cut(flags, [(one.outputs[0].finish_reason, len(one.outputs[0].token_ids)) for one in outputs])
+    return None
+
+
+def _say_if_cut(flags: CompleteFlags, ends: Sequence[tuple[str | None, int]]) -> None:
+    """Say so if a text ended because the model had no room for --max-tokens. ends: reason and tokens of each text."""
+    fewest = min((count for reason, count in ends if reason == "length"), default=None)
+    if flags.max_tokens is not None and fewest is not None and fewest < flags.max_tokens:
+        _say(f"note: the model had room for {fewest} of --max-tokens {flags.max_tokens}", True)
 
 
 def _standard_input() -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.settings.checks import NAMED_VALUES, TEXT, matching, number, numbers, whole
-from shardit.settings.declare import check_declared, declare
+from shardit.settings.declare import check_declared, declare, hinted
 
 MAX_SEED = 2**63 - 1
 """Largest seed. torch would also take 64-bit seeds and negative ones (as another name for a positive one), but then
@@ -45,6 +45,7 @@ _OF_FAMILIES = (
 """Arguments of single model families that are taken as keywords, as in vLLM-Omni; they become `extra_args`."""
 
 
+@hinted("params")
 @dataclass(frozen=True, kw_only=True)
 class OmniDiffusionSamplingParams:
     """Generation arguments under their diffusers names. None (the default) means the pipeline's own default.

@@ -73,6 +73,24 @@ def test_quality_makes_files_smaller(tmp_path, suffix):
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
 
 
+def test_frame_rate_of_a_file(tmp_path):
+    picture = Image.new("RGB", (16, 16))
+    video = Output(prompt="a", seed=1, frames=[[picture] * 6], fps=24, settings={"model": "m"})
+    for fps, rate in ((3, 3), (None, 24)):
+        (path,) = video.save(tmp_path / "a.mp4", fps=fps)
+        with av.open(path) as file:
+            assert file.streams.video[0].average_rate == rate
+        assert read_record(path)["fps"] == rate
+    assert video.fps == 24
+    for fps, name, says in (
+        (0, "a.mp4", "fps must be"),
+        ("3", "a.mp4", "fps must be"),
+        (3, "a.png", "fps is of videos"),
+    ):
+        with pytest.raises(InputError, match=says):
+            Output(prompt="a", seed=1, images=[picture], frames=[[picture]]).save(tmp_path / name, fps=fps)
+
+
 @pytest.mark.parametrize(
     ("quality", "suffix"), [(-1, ".jpg"), (101, ".jpg"), ("high", ".webp"), (50, ".png"), (1, ".mp4")]
 )

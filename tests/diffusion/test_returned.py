@@ -365,6 +365,16 @@ def test_errors_of_libraries_come_with_what_to_change(text, words):
     assert error_text(plain, RuntimeError(text)) == f"RuntimeError: {text}"
 
 
+def test_errors_of_tensors_come_with_their_shapes():
+    kwargs = {"latents": torch.zeros(3), "prompt_embeds": [torch.zeros(1, 2)] * 2, "height": 512, "sigmas": [1.0]}
+    asked = dataclasses.replace(request(), kwargs=kwargs)
+    for error in (IndexError("tuple index out of range"), RuntimeError("size"), ValueError("no"), TypeError("x")):
+        text = error_text(asked, error)
+        assert text == f"{type(error).__name__}: {error}; given: latents (3,), prompt_embeds [(1, 2), (1, 2)]"
+    assert error_text(asked, InputError("no")) == "no"
+    assert error_text(asked, OSError("no file")) == "OSError: no file"
+
+
 def test_long_warnings_are_cut():
     """A pipeline that cuts a prompt may repeat all of it."""
     with warnings_of("somebody", lambda: True) as heard:

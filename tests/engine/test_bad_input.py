@@ -223,6 +223,8 @@ def test_bad_request_among_good_ones(flux, bad, place):
     failed = outputs.pop(place)
     assert failed.error
     assert "\n" not in failed.error
+    given = {name: tuple(value.shape) for name, value in BAD[bad].items() if isinstance(value, torch.Tensor)}
+    assert all(f"{name} {shape}" in failed.error for name, shape in given.items())
     assert (failed.seed, list(failed.images)) == (3, [])
     for good, output in zip(goods, outputs, strict=True):
         assert output.error is None

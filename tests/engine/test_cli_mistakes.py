@@ -1,6 +1,7 @@
 """Mistakes that the command line answers by itself, with one line and before torch is imported."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from shardit.cli import main
 from shardit.models.tiny.language import language_folder
+from shardit.settings.environment import switch
 
 LONG = "a" * 300
 LATIN = "caf\udce9"  # what Python makes of Latin-1 bytes on a command line
@@ -144,3 +146,67 @@ def test_names_of_files_may_have_any_bytes(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stdout == b"caf\xe9\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["chat", "nope"],
+        ["complete", "nope", "--prompt=x"],
+        ["generate", "--prompt=x", "--model=nope"],
+        ["serve", "nope"],
+    ],
+)
+@pytest.mark.parametrize("offline", [False, True])
+def test_names_that_the_hub_cannot_be_asked_for(command, offline, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: away())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    err = refused(capsys, *command)
+    assert err.endswith(" or give a folder or tiny/NAME\n")
+    assert "nope" in err
+
+
+def away():
+    raise ConnectionError("no network")
+
+
+def test_names_that_are_none(capsys):
+    err = refused(capsys, "inspect", "nope")
+    assert "there is no model 'nope'; give a hub id, a folder or tiny/NAME, or one of FLUX.1-dev, " in err
+    err = refused(capsys, "complete", "tiny/flux", "--prompt=x")
+    assert "tiny/flux is a pipeline of diffusers: use Omni or shardit generate" in err
+    assert "there are llama" in refused(capsys, "complete", "tiny/nope", "--prompt=x")
+    err = refused(capsys, "foo")
+    assert err == "error: No such command 'foo'. Commands: generate, serve, chat, complete, inspect, tiny.\n"
+
+
+@pytest.mark.parametrize(
+    "command", [GENERATE, ["serve", "tiny/flux"], ["complete", "tiny/llama", "--prompt=x"], ["chat", "tiny/llama"]]
+)
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("SHARDIT_DEBUG", "maybe", "SHARDIT_DEBUG must be 0 or 1 (or false, true, no, yes), got 'maybe'"),
+        ("SHARDIT_PROGRESS", "2", "SHARDIT_PROGRESS must be 0 or 1"),
+        ("OMP_NUM_THREADS", "abc", "OMP_NUM_THREADS must be a whole number of at least 1, got 'abc'"),
+    ],
+)
+def test_variables_of_the_environment(command, name, value, says, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("shardit.flags.LanguageFlags.check", lambda _: pytest.fail("it went on"))
+    assert says in refused(capsys, *command)
+
+
+def test_variables_are_checked_before_torch_is_imported():
+    code = "import sys; from shardit.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", f"{code}; sys.exit(code)", "complete", "tiny/llama", "--prompt=x"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "abc"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+def test_switches():
+    for text, is_on in (("", None), ("0", False), (" 1", True), ("No", False), ("TRUE", True), ("yes", True)):
+        for default in (False, True):
+            assert switch("A", {"A": text}, default) == (default if is_on is None else is_on)
+    assert switch("A", {}, default=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,10 @@ from shardit.config import (
     partition_chunks,
     resolve_layer_partition,
 )
+from shardit.engine.engine_args import EngineArgs
 from shardit.errors import InputError
+from shardit.language.request.sampling_params import SamplingParams
+from shardit.params import OmniDiffusionSamplingParams
 
 OURS, THEIRS = "SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION"
 
@@ -45,8 +49,23 @@ def test_config_is_frozen_and_travels():
     assert pickle.loads(pickle.dumps(config)) == config
     assert hash(config) == hash(dataclasses.replace(config))
     assert config.world_size == 2
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.pipeline_parallel_size = 3
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "word"),
+    [
+        (DiffusionParallelConfig(), "ring_degree", "config"),
+        (SamplingParams(), "n", "params"),
+        (OmniDiffusionSamplingParams(), "seed", "params"),
+        (EngineArgs(), "max_num_seqs", "args"),
+    ],
+)
+def test_an_attribute_that_is_set(made, name, word):
+    says = re.escape(f"{type(made).__name__} does not change; make another: dataclasses.replace({word}, {name}=3)")
+    with pytest.raises(dataclasses.FrozenInstanceError, match=says):
+        setattr(made, name, 3)
+    assert getattr(dataclasses.replace(made, **{name: 3}), name) == 3
+    assert pickle.loads(pickle.dumps(made)) == made
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "2", None])

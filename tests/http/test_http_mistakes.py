@@ -108,6 +108,9 @@ def test_shapes_are_described_in_words(images: Served, videos: Served) -> None:
     assert error["message"] == 'size must be WIDTHxHEIGHT in pixels, as in "1280x704", or "auto", got \'64 x 64\''
     error = error_of(videos, "/v1/videos", {"prompt": "a cat", "seconds": "4s"}, 400)
     assert error["message"] == "seconds must be a number above 0, as in \"4\", got '4s'"
+    for seconds in ("100000", 100000, 1e308):
+        error = error_of(videos, "/v1/videos", {"prompt": "a cat", "seconds": seconds}, 400)
+        assert "seconds must be more than 0 and at most " in error["message"]
     error = error_of(videos, "/v1/videos", {"prompt": "a cat", "input_reference": {"file_id": "file-1"}}, 400)
     assert "an upload, a data: URL" in error["message"]
 
@@ -343,3 +346,7 @@ def test_methods_that_are_not_there(images: Served) -> None:
     status, answer, headers = images.call("PUT", "/v1/images/generations", {})
     assert (status, headers["allow"]) == (405, "POST")
     assert answer["error"]["message"]
+    paths = {"/v1/images/image_0": "DELETE, GET, HEAD", "/v1/images/image_0/events": "GET", "/": "GET, HEAD"}
+    for path, methods in {**paths, "/v1/generations": "GET, HEAD, POST"}.items():
+        status, _, headers = images.call("PUT", path, {})
+        assert (status, headers["allow"]) == (405, methods), path

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import shardit
 from shardit import LLM, DiffusionParallelConfig, EngineArgs, InputError, Omni, OmniDiffusionSamplingParams
 from shardit import SamplingParams as Params
+from shardit.cli import main
 from shardit.language.loading.gguf_header import read_values
 from shardit.language.loading.source import DecoderSource
 from shardit.language.request.messages import chat_tokens
@@ -55,6 +57,22 @@ def test_sampling_params(llm: LLM) -> None:
         )
 
 
+def test_a_text_for_which_there_is_no_room(llm: LLM, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("shardit.language_commands._opened", lambda _: nullcontext(llm))
+    long = ["--prompt", "x" * 250, "--ignore-eos", "--max-tokens"]
+    note = "note: the model had room for 6 of --max-tokens 100\n"
+    for flags, says in (
+        ([*long, "100"], note),
+        ([*long, "100", "--prompt", "a"], note),
+        ([*long, "100", "--json"], note),
+        ([*long, "6"], ""),
+        (["--prompt", "x" * 250, "--ignore-eos"], ""),
+    ):
+        assert main(["complete", "tiny/llama", "--temperature=0", *flags]) == 0
+        said = capsys.readouterr().err
+        assert said.endswith(says) if says else "note:" not in said, said
+
+
 def test_arguments(llm: LLM) -> None:
     field = r"LLM\.{} takes no 'max_tokens': it is a field of SamplingParams, give SamplingParams\(max_tokens=2\)"
     for method in (llm.generate, llm.stream, llm.chat):
@@ -66,6 +84,33 @@ def test_arguments(llm: LLM) -> None:
     refused("takes 1 argument without a name.* such as parallel_config=", Omni, "tiny/flux", DiffusionParallelConfig())
     refused("takes 1 argument without a name.* such as parallel_config=", LLM, "tiny/llama", DiffusionParallelConfig())
     refused("EngineArgs takes no 'enforce_eager'; it takes: model, pipe", EngineArgs, enforce_eager=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"pipeline_parallel_size": "2"}, "pipeline_parallel_size must be a whole number of at least 1, got '2'"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be"),
+        ({"data_parallel_size": 1.5}, "data_parallel_size must be"),
+        ({"layer_partition": [2, 0]}, "layer_partition"),
+        ({"seed": "x"}, "seed must be a whole number"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number"),
+        ({"max_num_seqs": None}, "max_num_seqs must be a whole number"),
+        ({"max_model_len": 0}, "max_model_len must be"),
+        ({"gpu_memory_utilization": 2}, "gpu_memory_utilization must be at most 1"),
+        ({"timeout_s": 0}, "timeout_s must be"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend='ray': LLM starts processes"),
+    ],
+)
+def test_values_are_checked_by_engine_args_as_by_llm(arguments: dict[str, Any], says: str) -> None:
+    for callee in (EngineArgs, LLM):
+        refused(says, callee, "tiny/llama", **arguments)
+
+
+def test_engine_args_in_place_of_arguments() -> None:
+    refused(r"give LLM\(\*\*args.as_kwargs\(\)\)", LLM, EngineArgs("tiny/llama"))
+    code = "import sys, shardit; shardit.EngineArgs('a', max_num_seqs=3); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 def test_names_that_are_proposed() -> None:

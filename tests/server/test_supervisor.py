@@ -216,6 +216,19 @@ def test_jobs_that_wait_for_another_model(tmp_path: Path) -> None:
     assert "as served with vae_tiling=True, now it is vae_tiling=True, dtype bfloat16; serve it as before" in line
 
 
+def test_jobs_that_no_key_sees_are_counted(tmp_path: Path) -> None:
+    store = Store(tmp_path / "data")
+    for owner in (None, None, "somebody"):
+        job = NewJob("image", {"prompt": "a"}, seed=1, cost=1.0, owner=owner)
+        store.accept(job, queue_size=9)
+    store.request_cancel(store.queued()[0].id)
+    store.close()
+    with real_server("flux", tmp_path / "data", "--api-key=abcdef") as server:
+        (line,) = server.wait(lambda: server.events("hidden_jobs"), "hidden_jobs")
+        assert line["jobs"] == 1
+        assert "start without keys" in line["reason"]
+
+
 @pytest.mark.full
 def test_replicas_share_a_queue(tmp_path: Path) -> None:
     with real_server("flux", tmp_path / "data", "--data-parallel-size", "2", "--max-in-flight", "1") as server:

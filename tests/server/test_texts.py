@@ -15,7 +15,6 @@ from shardit.language.request.sampling_params import SamplingParams
 from shardit.server.jobs.job import NewJob
 from shardit.server.jobs.text_request import group_of, results_of, stored_request
 from shardit.server.messages import Tokens
-from shardit.server.supervisor import texts
 from tests.support import played
 from tests.support.played import Server, played_server
 
@@ -36,8 +35,8 @@ def put(server: Server, n: int = 1) -> str:
     return job_id
 
 
-def make(server: Server, job_id: str, *made: int | None, step: int = 1) -> None:
-    server.jobs.on_rank_message(0, Progress(server.key(job_id), step, 8, made))
+def make(server: Server, job_id: str, *made: int | None, step: int = 1, logprobs: Any = None) -> None:
+    server.jobs.on_rank_message(0, Progress(server.key(job_id), step, 8, made, logprobs))
 
 
 def end(server: Server, job_id: str, **more: Any) -> None:
@@ -82,22 +81,22 @@ def test_tokens_are_passed_on(server: Server) -> None:
     assert server.log.ends() == [(job_id, "completed")]
 
 
-@pytest.mark.parametrize("continues", [False, True])
-def test_a_restart_repeats_no_token(server: Server, monkeypatch: pytest.MonkeyPatch, continues: bool) -> None:
-    """Ranks that cannot continue behind tokens make them again; these are not passed on a second time."""
-    monkeypatch.setattr(texts, "_CONTINUES", continues)
-    if continues:
-        monkeypatch.setattr(texts, "_with_tokens", lambda row, made: row)
+def test_a_restart_repeats_no_token(server: Server) -> None:
+    """Ranks continue behind the tokens that they are given; the log probabilities of these are not lost."""
     job_id = put(server, n=2)
-    make(server, job_id, 7, 8)
-    make(server, job_id, None, 9)
+    make(server, job_id, 7, 8, logprobs=({7: -1.0}, {8: -2.0}))
+    make(server, job_id, None, 9, logprobs=(None, {9: -3.0}))
     server.die()
     assert server.state(job_id) == "in_progress"
-    for made in [(None, 10), (None, 11)] if continues else [(7, 8), (None, 9), (None, 10), (None, 11)]:
-        make(server, job_id, *made)
+    assert [row.made for row in begun(server).rows] == [(7,), (8, 9)]
+    make(server, job_id, None, 10, logprobs=(None, {10: -4.0}))
+    make(server, job_id, None, 11, logprobs=(None, {11: -5.0}))
     assert tokens(server) == [(7, 8), (None, 9), (None, 10), (None, 11)]
     server.die()
-    assert server.jobs.texts._texts[job_id].made == [[7], [8, 9, 10, 11]]
+    assert [row.made for row in begun(server).rows] == [(7,), (8, 9, 10, 11)]
+    made = GroupOutput([((7,), "length", None, None), ((8, 9, 10, 11, 12), "length", None, [{12: -6.0}])])
+    found = server.jobs.texts.whole(job_id, made).rows
+    assert found[1][3] == [{8: -2.0}, {9: -3.0}, {10: -4.0}, {11: -5.0}, {12: -6.0}]
     end(server, job_id)
     assert not server.jobs.texts._texts
 

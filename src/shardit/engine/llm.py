@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import NO_OPTIONS
 from shardit.engine.arguments import checked_arguments
-from shardit.engine.engine_args import EngineArgs
+from shardit.engine.engine_args import EngineArgs, check_values
 from shardit.engine.process.failure import Timeouts
 from shardit.engine.process.messages import SESSION
 from shardit.engine.process.process import started_by_torchrun
@@ -21,7 +21,7 @@ from shardit.engine.session_spec import session_spec
 from shardit.engine.start import start_ranks
 from shardit.engine.streaming import Pieces, in_background, in_thread
 from shardit.engine.tasks.task import OnProgress
-from shardit.errors import InputError, RankError, UnsupportedError
+from shardit.errors import InputError, RankError
 from shardit.language.limits import check_max_model_len
 from shardit.language.loading.source import decoder_source
 from shardit.language.preflight import check_decoder
@@ -39,8 +39,7 @@ from shardit.language.request.prompts import (
 from shardit.language.request.rows import PromptGroup
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.loading.missing import FRAMEWORKS, check_installed
-from shardit.params import RANDOM_SEED, SEED
-from shardit.settings.checks import number, whole
+from shardit.params import RANDOM_SEED
 
 if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo
@@ -51,25 +50,11 @@ DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What the generation configuration of a folder may say of sampling, under names that both have."""
 
 
-CHECKS = {
-    "max_model_len": whole(1),
-    "max_num_seqs": whole(1),
-    "max_num_batched_tokens": whole(1),
-    "kv_cache_memory": whole(1),
-    "seed": SEED,
-    "gpu_memory_utilization": number(above=0, maximum=1),
-}
-
-
-def _check(settings: Mapping[str, Any], backend: Any) -> None:
-    for name, value in settings.items():
-        if value is not None or name == "max_num_seqs":
-            CHECKS[name](name, value)
-    if backend not in (None, "mp"):
-        raise UnsupportedError(
-            f"distributed_executor_backend={backend!r}: LLM starts processes of this machine; "
-            'use "mp", or torchrun for several machines'
-        )
+def _check_model(model: Any) -> None:
+    if isinstance(model, EngineArgs):
+        raise InputError("LLM takes the arguments, not an EngineArgs of them: give LLM(**args.as_kwargs())")
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
 
 
 class LLM:
@@ -115,10 +100,9 @@ class LLM:
         limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
         limits |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         limits |= {"kv_cache_memory": kv_cache_memory}
-        _check({**limits, "seed": seed}, distributed_executor_backend)
+        _check_model(model)
+        check_values({**limits, "seed": seed, "distributed_executor_backend": distributed_executor_backend})
         config = config_of(parallel_config, parallel, "LLM", ["parallel_config", *EngineArgs.names()], listed=False)
-        if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
-            raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
         check_installed(FRAMEWORKS)
         source = decoder_source(model)
         check_decoder(source, config, max_model_len)

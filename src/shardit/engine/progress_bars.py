@@ -6,13 +6,15 @@ import os
 import time
 from typing import Any
 
+from shardit.settings.environment import PROGRESS, switch
+
 
 class Bars:
     """A progress bar for each request."""
 
     def __init__(self) -> None:
         self._bars: dict[int, Any] = {}
-        self._off = os.environ.get("SHARDIT_PROGRESS") == "0"
+        self._off = not switch(PROGRESS, os.environ, default=True)
 
     def update(self, index: int, step: int, total: int, made: Any = None) -> None:
         """Show that request `index` has finished `step` of `total` steps; as an `OnProgress`."""
@@ -41,7 +43,7 @@ class TokenBar:
 
     def __init__(self, count: int, shown: bool = True):
         self._count, self._tokens, self._bar = count, 0, None
-        self._off = not shown or count == 0 or os.environ.get("SHARDIT_PROGRESS") == "0"
+        self._off = not shown or count == 0 or not switch(PROGRESS, os.environ, default=True)
         self._ended: set[int] = set()
 
     def update(self, index: int, step: int, total: int, made: Any = ()) -> None:

@@ -14,6 +14,7 @@ from shardit.errors import InputError
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 from shardit.settings.declare import check_declared, declared
+from shardit.settings.environment import check_environment
 
 LAUNCH_NAMES = tuple(item.name for item in declared(SessionSpec))
 """The settings of `SessionSpec` that a user can give."""
@@ -24,6 +25,7 @@ def session_spec(
 ) -> SessionSpec:
     """Check the types of all arguments; their values are checked when the model is read. `launch`: the given settings
     of `LAUNCH_NAMES`, and the task if it is not that of pipelines."""
+    check_environment()
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise InputError(f'model must be a hub id, a folder or "tiny/NAME", got {model!r}')
     if session == SESSION and "task" not in launch:  # other sessions decide what a model is

@@ -258,6 +258,9 @@ def weight_files(remote: HubRemote) -> list[str]:
     return chosen
 
 
+LOCAL = "a folder or tiny/NAME"
+"""Models that need no hub."""
+
 _NOT_CACHED = "is not (wholly) in the cache and HF_HUB_OFFLINE is set: unset it or download it first"
 
 
@@ -265,9 +268,9 @@ class Unreachable(InputError):
     """The hub is unreachable or must not be contacted."""
 
 
-def unreachable(error: BaseException, what: str) -> Unreachable | None:
+def unreachable(error: BaseException, what: str, instead: str = LOCAL) -> Unreachable | None:
     """Convert an error of huggingface_hub to Unreachable if it, or one of its causes, means that the hub cannot be
-    asked for `what`; return None for other errors."""
+    asked for `what`; return None for other errors. instead: what needs no hub."""
     from huggingface_hub import constants, errors
 
     known = (errors.LocalEntryNotFoundError, *_network_errors())
@@ -275,8 +278,8 @@ def unreachable(error: BaseException, what: str) -> Unreachable | None:
     if found is None:
         return None
     if isinstance(found, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        return Unreachable(f"{what} {_NOT_CACHED}")
-    return Unreachable(f"cannot reach {constants.ENDPOINT} for {what}: check the network, or give a local folder")
+        return Unreachable(f"{what} {_NOT_CACHED}, or give {instead}")
+    return Unreachable(f"cannot reach {constants.ENDPOINT} for {what}: check the network, or give {instead}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

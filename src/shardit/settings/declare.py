@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import Field, field, fields
-from typing import Any, NamedTuple
+from dataclasses import Field, FrozenInstanceError, field, fields
+from typing import Any, NamedTuple, TypeVar
 
 from shardit.settings.checks import Check
+
+T = TypeVar("T")
 
 
 class Flag(NamedTuple):
@@ -50,3 +52,18 @@ def check_declared(settings: Any) -> None:
         value, check = getattr(settings, item.name), item.metadata["check"]
         if check is not None and (value is not None or item.default is not None):
             check(item.name, value)
+
+
+def hinted(word: str) -> Callable[[type[T]], type[T]]:
+    """Return a decorator of a frozen dataclass: where an attribute is set, the error says how to get another object
+    with that value. word: the name of an object in it."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        def refuse(self: Any, name: str, value: Any) -> None:
+            another = f"dataclasses.replace({word}, {name}={value!r:.80})"
+            raise FrozenInstanceError(f"{cls.__name__} does not change; make another: {another}")
+
+        cls.__setattr__ = refuse  # pyright: ignore[reportAttributeAccessIssue]
+        return cls
+
+    return decorate

@@ -52,7 +52,7 @@ def configurations(model: str | os.PathLike[str], variant: str | None = None) ->
 
 
 def _configurations(model: str | os.PathLike[str]) -> Path | None:
-    from shardit.loading.hub import cached, is_hub_id
+    from shardit.loading.hub import LOCAL, cached, is_hub_id
     from shardit.loading.source import local_folder
 
     name = os.fspath(model)
@@ -65,6 +65,6 @@ def _configurations(model: str | os.PathLike[str]) -> Path | None:
     if "/" in name:
         local_folder(model)  # raises for a path that does not exist
     if folder is None and "/" not in name:
-        known = names()
-        raise InputError(f"there is no model {name!r}{did_you_mean(name, known)}; known by name: {', '.join(known)}")
+        near, others = did_you_mean(name, names()), ", ".join(names())
+        raise InputError(f"there is no model {name!r}{near}; give a hub id, {LOCAL}, or one of {others}")
     return folder

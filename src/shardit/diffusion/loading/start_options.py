@@ -54,7 +54,7 @@ def _not_loaded(lora: Lora, pipe: Any, error: Exception) -> Exception:
     it."""
     from safetensors import SafetensorError
 
-    if found := unreachable(error, f"lora {lora.path}"):
+    if found := unreachable(error, f"lora {lora.path}", "a local file"):
         return found
     if isinstance(error, InputError) or not isinstance(error, (*_OF_FILES, SafetensorError)):
         return error

@@ -98,18 +98,18 @@ class Output:
             return self.images
         return next((made for name in MAPS if name in self.extra and (made := pictures_of_map(self.extra[name]))), [])
 
-    def save(self, path: str | os.PathLike[str], *, quality: int | None = None) -> list[Path]:
+    def save(self, path: str | os.PathLike[str], *, quality: int | None = None, fps: float | None = None) -> list[Path]:
         """Write the content that fits the extension: pictures (.png, .jpg, .webp), videos with their sound (.mp4),
         sound (.wav), text (.txt), or all numbers in one file by name (.safetensors): `latents`, `audio`, `extra`, and
         the pixels of pictures, from 0 to 255, as `images` (number, height, width, channels) and of videos as
         `frames.0`, `frames.1`.
 
         quality: of JPEG and WebP, 0 to 100; None and 100 mean the best there is (95 without colour subsampling, and
-        lossless).
+        lossless). fps: of a video; None means the attribute `fps`.
         Several become name-0.png, name-1.png, ... Seed and settings are recorded in the file (not in text). Files
         appear complete or not at all, and existing ones are replaced. Returns the paths. Raises `InputError` if this
         output is an error or has nothing to save, the folder is missing, the extension does not fit, the sample rate is
-        not known, `quality` is given for another format or the disk is full.
+        not known, `quality` or `fps` is given for another format or the disk is full.
         """
         target = path_of(path)
         if self.error is not None:
@@ -122,6 +122,9 @@ class Output:
         check_path(target, kinds, transparent=any(map(is_transparent, self.images)))
         kind: Kind = next(kind for kind in kinds if target.suffix.lower() in SUFFIXES[kind])
         _check_quality(quality, target)
+        if fps is not None:
+            _check_fps(fps, target)
+            return replace(self, fps=fps).save(target, quality=quality)
         writers = self._writers(kind, quality)
         if not writers:
             raise InputError(f"nothing to save, the output holds no {IN_WORDS[kind]}")
@@ -201,6 +204,12 @@ def _check_quality(quality: object, target: Path) -> None:
     whole(0, 100)("quality", quality)
     if quality != 100 and target.suffix.lower() not in (".jpg", ".jpeg", ".webp"):
         raise InputError(f"quality is of JPEG and WebP, not of {target.suffix} files; leave it out")
+
+
+def _check_fps(fps: object, target: Path) -> None:
+    FRAME_RATE("fps", fps)
+    if target.suffix.lower() not in SUFFIXES["video"]:
+        raise InputError(f"fps is of videos, not of {target.suffix} files; leave it out")
 
 
 def _largest(pictures: Sequence[Image]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardit.config import DiffusionParallelConfig, check_partition_variables, threads_asked
+from shardit.config import DiffusionParallelConfig, check_partition_variables
 from shardit.diffusion.loading import diffusers_source
 from shardit.diffusion.loading.attention_backends import check_attention_backend
 from shardit.diffusion.loading.model_options import WHOLE, ModelOptions, check_single_files
@@ -67,7 +67,6 @@ def check(
         check_frameworks()
         check_attention_backend(attention_backend)
     check_partition_variables(config, os.environ)
-    threads_asked(os.environ)
     known = _known(model, files)
     name = known and known.class_name
     takes = diffusers_source.init_parameters(name) if name else {}

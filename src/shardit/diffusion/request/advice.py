@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardit.diffusion.request.request import Request
@@ -12,12 +12,36 @@ _OF_DTYPES = re.compile(r"bfloat16|\bhalf\b|float16|same dtype|scalar type", re.
 _OF_SIZES = re.compile(r"kernel size|output size is too small|padding size should be less", re.IGNORECASE)
 _OF_SHAPES = (RuntimeError, IndexError, ZeroDivisionError)
 """Errors of torch and Python for tensors without elements, in many words; custom classes have clear messages."""
+_OF_ARGUMENTS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError)
+"""Errors for a tensor of the wrong shape, which seldom name the argument."""
 _SMALL = 64
 """Side in pixels with few latents in any model."""
 
 
 def advice(request: Request, error: Exception) -> str:
-    """Return the advice to add to the text of a pipeline's error; "" if there is none."""
+    """Return what to add to the text of a pipeline's error: advice, and shapes of given tensors; "" if there is
+    none."""
+    return _remedy(request, error) + _tensors(request, error)
+
+
+def _tensors(request: Request, error: Exception) -> str:
+    """Return the shapes of the tensors that the user gave, as one of them may be the cause."""
+    if type(error) not in _OF_ARGUMENTS:
+        return ""
+    shapes = {name: _shape(value) for name, value in request.kwargs.items()}
+    given = ", ".join(f"{name} {shape}" for name, shape in shapes.items() if shape)
+    return given and f"; given: {given}"
+
+
+def _shape(value: Any) -> str:
+    """Return the shape of a tensor or an array, or of a list of them; "" for other values."""
+    if isinstance(value, (list, tuple)):
+        shapes = [_shape(each) for each in value]
+        return f"[{', '.join(shapes)}]" if shapes and all(shapes) else ""
+    return str(tuple(value.shape)) if hasattr(value, "shape") else ""
+
+
+def _remedy(request: Request, error: Exception) -> str:
     text = str(error)
     dtype = request.made_by.get("dtype")
     if isinstance(dtype, dict) and _OF_DTYPES.search(text):

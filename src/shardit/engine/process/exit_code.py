@@ -13,6 +13,7 @@ from typing import Any
 from shardit.engine.process.process import is_first_rank
 from shardit.errors import InputError, RankError, is_interrupt
 from shardit.loading.missing import missing_package
+from shardit.settings.environment import DEBUG, switch
 
 OK, OURS, USERS, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: done, our failure (a rank died), the user's mistake, Ctrl-C."""
@@ -25,8 +26,9 @@ def ended_by(error: Exception) -> int:
     """Print at most one line on stderr for an error that has ended a command, and return the exit code."""
     if is_interrupt(error):
         return INTERRUPTED
-    if os.environ.get("SHARDIT_DEBUG") == "1":
-        traceback.print_exc()
+    with contextlib.suppress(InputError):  # of a wrong value, which commands report before they do anything
+        if switch(DEBUG, os.environ, default=False):
+            traceback.print_exception(error)
     # Usage errors: typer has its own copy of click's classes, or click's, depending on its version.
     if hasattr(error, "format_message"):
         return _failed(_usage(error), USERS)
@@ -48,11 +50,16 @@ def take_any_bytes() -> None:
 
 
 def _usage(error: Any) -> str:
-    """The message of a usage error; of an unknown flag it names --extra, where the command has that."""
+    """The message of a usage error; of an unknown flag it names --extra, where the command has that; of an unknown
+    command it lists the commands."""
+    text = error.format_message()
+    commands = getattr(getattr(error.ctx, "command", None), "commands", ())
+    if commands and text.startswith("No such command"):
+        return f"{text} Commands: {', '.join(commands)}."
     name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
     further = name.isidentifier() and any(one.name == "extra" for one in error.ctx.command.params)
     more = f" An argument of the pipeline that has no flag is given as --extra {name}=VALUE." if further else ""
-    return error.format_message() + more
+    return text + more
 
 
 def _failed(text: str, code: int, every_rank: bool = False) -> int:

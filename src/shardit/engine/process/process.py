@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import shardit
-from shardit.config import threads_asked
+from shardit.settings.environment import threads_asked
 
 PR_SET_PDEATHSIG = 1
 _NICENESS = 10

@@ -15,6 +15,7 @@ from shardit.language.loading.gguf_header import check_magic, check_package, par
 from shardit.loading.hub import FlatRemote, flat_on_hub, is_hub_id, open_flat
 from shardit.loading.index import INDEX
 from shardit.loading.quiet import quiet
+from shardit.models.tiny.catalog import RECIPES
 from shardit.models.tiny.language import CONFIGURATIONS, language_folder
 from shardit.settings.paths import user_path
 
@@ -148,6 +149,8 @@ def decoder_source(model: str | os.PathLike[str]) -> DecoderSource:
     if found is not None:
         return check_readable(found)
     if text.startswith("tiny/"):
+        if text.removeprefix("tiny/") in RECIPES:
+            raise InputError(f"{text} is a pipeline of diffusers: use Omni or shardit generate")
         raise InputError(f"there is no tiny language model {text!r}: there are {', '.join(sorted(CONFIGURATIONS))}")
     path = user_path("model", text)
     if path.is_dir():

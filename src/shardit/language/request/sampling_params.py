@@ -11,7 +11,7 @@ from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.params import SEED
 from shardit.settings.checks import FLAG, Check, number, numbers, text_problem, whole
-from shardit.settings.declare import Flag, check_declared, declare
+from shardit.settings.declare import Flag, check_declared, declare, hinted
 
 _STOP = "a non-empty string or a list of those"
 _stop = Check(
@@ -28,6 +28,7 @@ def _listed(stop: Any) -> tuple[Any, ...]:
     return (stop,) if not isinstance(stop, (list, tuple)) else tuple(stop)
 
 
+@hinted("params")
 @dataclass(frozen=True)
 class SamplingParams:
     """The parameters of one prompt, with vLLM's names. Invalid values raise InputError."""
@@ -58,7 +59,10 @@ class SamplingParams:
         None, "Tokens that end the text, in addition to the model's own end tokens.", numbers(whole(0))
     )
     ignore_eos: bool = declare(False, "Whether to continue after an end token of the model.", FLAG)
-    max_tokens: int | None = declare(16, "Maximum number of tokens; None for the limit of the model.")
+    max_tokens: int | None = declare(
+        16,
+        "Maximum number of tokens; fewer where the prompt leaves less room in the model. None for all the room.",
+    )
     min_tokens: int = _value(0, "Minimum number of tokens before an end token or a stop string.", whole(0))
     logprobs: int | None = _value(
         None, "Number of most likely tokens to return with log probabilities for each token.", whole(0)

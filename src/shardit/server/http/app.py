@@ -109,7 +109,18 @@ async def _http_error(request: Request, error: Any) -> Response:
         405: ("method_not_allowed", f"{request.method} is not possible here; see the header Allow"),
     }
     code, text = known.get(error.status_code, ("http_error", str(error.detail)))
-    return ApiError(error.status_code, text, code=code, headers=error.headers).response()
+    headers = error.headers if error.status_code != 405 else {"Allow": _methods_of(request)}
+    return ApiError(error.status_code, text, code=code, headers=headers).response()
+
+
+def _methods_of(request: Request) -> str:
+    """Return the methods of the path: each has a route of its own, of which Starlette names one."""
+    route = request.scope["route"]
+    path, described = route.path, request.app.openapi()["paths"]  # which leaves out the page
+    found = {*route.methods, *map(str.upper, described.get(path, ()))}
+    if "GET" in found and not path.endswith("/events"):  # as in `Guard`
+        found.add("HEAD")
+    return ", ".join(sorted(found))
 
 
 async def _invalid(request: Request, error: Any) -> Response:

@@ -249,6 +249,12 @@ class Store:
         assert row is not None
         return row[0]
 
+    def without_owner(self) -> int:
+        """Return the number of open jobs that were sent without a key."""
+        row = self._db.one("SELECT COUNT(*) FROM jobs WHERE owner IS NULL AND state IN ('queued', 'in_progress')")
+        assert row is not None
+        return row[0]
+
     def counts(self) -> dict[str, int]:
         """Return the number of jobs by state."""
         return {row["state"]: row["n"] for row in self._db.all("SELECT state, COUNT(*) AS n FROM jobs GROUP BY state")}

@@ -288,13 +288,16 @@ class Dispatcher:
         self._enters_next(running.replica)
         self.fill()  # the ranks continue while the result is written
         first = running.on_ranks.first
+        output = first.output
+        if isinstance(output, GroupOutput) and output.error is None:
+            output = self.texts.whole(running.job.id, output)
         self.texts.forget(running.job.id)
         if first.cancelled:
             self.ends.end(running.job, "cancelled")
         elif first.error is not None:
             self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
-        elif isinstance(first.output, GroupOutput):
-            self.ends.end(running.job, "completed", facts=stored_results(first.output))
+        elif isinstance(output, GroupOutput):
+            self.ends.end(running.job, "completed", facts=stored_results(output))
             self.patience.completed(running.size)
         else:
             peaks = {rank: end.peak_bytes for rank, end in running.on_ranks.finished.items()}

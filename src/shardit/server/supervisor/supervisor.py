@@ -104,6 +104,9 @@ class Supervisor:
         self.log.info("serving", url=url, model=self.options.model, jobs_to_repeat=repeat, jobs_waiting=new)
         if not self.options.api_key_hashes and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
             self.log.warning("open_to_all", reason="other machines can use it without a key; --api-key sets one")
+        if self.options.api_key_hashes and (hidden := self.store.without_owner()):
+            reason = "they were sent without a key, so no key sees them; they run; start without keys to see them"
+            self.log.warning("hidden_jobs", jobs=hidden, reason=reason)
         try:
             self.api.start()
             self.rank_group.bring_up()

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from shardit.engine.process.messages import Progress
+from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.rows import PromptGroup
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.text_request import group_of
@@ -17,6 +18,10 @@ from shardit.server.messages import Tokens
 class _Text:
     made: list[list[int]]
     """Tokens of each row."""
+    logprobs: list[list[dict[int, float]]]
+    """Of each of these tokens, if they were requested."""
+    before: list[list[dict[int, float]]]
+    """Those that ranks which have ended since have made."""
     last: float | None = None
     """Time of its newest token, by the monotonic clock."""
 
@@ -32,8 +37,10 @@ class Texts:
         """Return the request for the ranks, with the tokens that the job has already."""
         group = group_of(job.request)
         known = self._texts.get(job.id)
-        made = known.made if known is not None else [[] for _ in group.rows]
-        self._texts[job.id] = _Text(made)
+        made, logprobs = [list[int]() for _ in group.rows], [list[dict[int, float]]() for _ in group.rows]
+        if known is not None:
+            made, logprobs = known.made, known.logprobs
+        self._texts[job.id] = _Text(made, logprobs, [list(one) for one in logprobs])
         rows = [dataclasses.replace(row, made=tuple(own)) for row, own in zip(group.rows, made, strict=True)]
         return dataclasses.replace(group, rows=tuple(rows))
 
@@ -47,6 +54,8 @@ class Texts:
         for row, token in enumerate(message.made):
             if token is not None:
                 text.made[row].append(token)
+            if token is not None and message.logprobs is not None and message.logprobs[row] is not None:
+                text.logprobs[row].append(message.logprobs[row])
         return Tokens(job.id, message.made, message.logprobs)
 
     def _measure(self, job: Job, text: _Text, count: int) -> None:
@@ -57,6 +66,14 @@ class Texts:
             self._metrics.first_token.observe(max(0.0, time.time() - job.created_at))
         text.last = now
         self._metrics.tokens.inc(count)
+
+    def whole(self, job_id: str, output: GroupOutput) -> GroupOutput:
+        """Return an output with the log probabilities of all tokens, also those that earlier ranks have made."""
+        rows = [
+            (ids, reason, stop, None if logprobs is None else [*before, *logprobs])
+            for (ids, reason, stop, logprobs), before in zip(output.rows, self._texts[job_id].before, strict=True)
+        ]
+        return dataclasses.replace(output, rows=rows)
 
     def forget(self, job_id: str) -> None:
         """Release the tokens of a job that has ended."""

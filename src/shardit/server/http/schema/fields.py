@@ -94,7 +94,7 @@ def field_models(limits: Limits) -> FieldModels:
         "output_compression": _optional(Literal["auto"], "Changes nothing."),
     }
     image = {**shared, **encoded, "response_format": formats, "image": pictures}
-    length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,4}(\.[0-9]{1,4})?|auto)$")]
+    length: Any = Annotated[str, Field(pattern=r"^([0-9]{1,9}(\.[0-9]{1,9})?|auto)$")]
     seconds = _optional(length | float, "Length: num_frames = round(seconds x fps) + 1.")
     return FieldModels(
         image=_model("ImageRequest", image),

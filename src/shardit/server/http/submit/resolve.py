@@ -159,7 +159,7 @@ def _put(given: dict[str, Any], name: str, value: Any, shown_as: str) -> None:
 
 
 def _frames(seconds: float, fps: float, limits: Limits) -> int:
-    frames = round(seconds * fps) + 1
+    frames = round(min(seconds * fps, 1e9)) + 1  # infinity cannot be rounded
     if seconds <= 0 or frames > limits.frames:
         text = f"seconds must be more than 0 and at most {(limits.frames - 1) / fps:g} at {fps:g} fps, got {seconds:g}"
         raise ApiError(400, text, code="invalid_value", param="seconds")

@@ -284,13 +284,13 @@ class Dispatcher:
 
     def _finished(self, key: int, running: Running) -> None:
         together = self._most[running.replica]
+        output = running.on_ranks.first.output
+        if isinstance(output, GroupOutput) and output.error is None:
+            output = self.texts.whole(running.job.id, output)
         del self.running[key]
         self._enters_next(running.replica)
         self.fill()  # the ranks continue while the result is written
         first = running.on_ranks.first
-        output = first.output
-        if isinstance(output, GroupOutput) and output.error is None:
-            output = self.texts.whole(running.job.id, output)
         self.texts.forget(running.job.id)
         if first.cancelled:
             self.ends.end(running.job, "cancelled")

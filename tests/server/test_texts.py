@@ -40,10 +40,14 @@ def make(server: Server, job_id: str, *made: int | None, step: int = 1) -> None:
     server.jobs.on_rank_message(0, Progress(server.key(job_id), step, 8, made))
 
 
+RESULT = ((7, 8), "length", None, [{7: -0.5}, {8: -1.0}])
+
+
 def end(server: Server, job_id: str, **more: Any) -> None:
     key = server.key(job_id)
+    request: Any = server.jobs.running[key].request
     for rank in server.ranks(job_id):
-        output = GroupOutput([((7, 8), "length", None, [{7: -0.5}, {8: -1.0}])]) if rank == 0 and not more else None
+        output = GroupOutput([RESULT for _ in request.rows]) if rank == 0 and not more else None
         server.jobs.on_rank_message(rank, RequestFinished(key, "sum", output=output, **more))
 
 
@@ -78,7 +82,7 @@ def test_tokens_are_passed_on(server: Server) -> None:
     assert tokens(server) == [(7, 8), (None, 9)]
     end(server, job_id)
     assert server.state(job_id) == "completed"
-    assert results_of(server.job(job_id).facts) == [((7, 8), "length", None, [{7: -0.5}, {8: -1.0}])]
+    assert results_of(server.job(job_id).facts) == [RESULT, RESULT]
     assert server.log.ends() == [(job_id, "completed")]
 
 
@@ -100,6 +104,20 @@ def test_a_restart_repeats_no_token(server: Server, monkeypatch: pytest.MonkeyPa
     assert server.jobs.texts._texts[job_id].made == [[7], [8, 9, 10, 11]]
     end(server, job_id)
     assert not server.jobs.texts._texts
+
+
+def test_log_probabilities_survive_a_restart(server: Server) -> None:
+    """Ranks that continue behind tokens know only those of the tokens that they have made."""
+    job_id = put(server)
+    message: Any = Progress(server.key(job_id), 1, 8, (6,))
+    object.__setattr__(message, "logprobs", ({6: -0.1},))  # ranks may not send them yet
+    server.jobs.on_rank_message(0, message)
+    assert [told.logprobs for told in server.told if isinstance(told, Tokens)] == [({6: -0.1},)]
+    server.die()
+    rows = [((6, 7, 8), "length", None, [{7: -0.5}, {8: -1.0}])]
+    whole = server.jobs.texts.whole(job_id, GroupOutput(rows))
+    assert whole.rows == [((6, 7, 8), "length", None, [{6: -0.1}, {7: -0.5}, {8: -1.0}])]
+    assert server.jobs.texts.whole(job_id, GroupOutput([((6,), "stop", None, None)])).rows[0][3] == [{6: -0.1}]
 
 
 def test_a_text_that_is_cancelled_without_ranks(server: Server) -> None:

@@ -285,10 +285,12 @@ class Dispatcher:
     def _finished(self, key: int, running: Running) -> None:
         together = self._most[running.replica]
         del self.running[key]
+        first = running.on_ranks.first
+        if isinstance(first.output, GroupOutput):
+            first = replace(first, output=self.texts.whole(running.job.id, first.output))
+        self.texts.forget(running.job.id)
         self._enters_next(running.replica)
         self.fill()  # the ranks continue while the result is written
-        first = running.on_ranks.first
-        self.texts.forget(running.job.id)
         if first.cancelled:
             self.ends.end(running.job, "cancelled")
         elif first.error is not None:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from shardit.engine.process.messages import Progress
+from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.rows import PromptGroup, Row
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.text_request import group_of
@@ -22,6 +23,8 @@ class _Text:
     """Tokens of each row."""
     repeated: list[int]
     """For each row, how many of its tokens the ranks make again."""
+    logprobs: list[list[dict[int, float]]]
+    """Log probabilities of the tokens of each row, as far as ranks send them step by step."""
     last: float | None = None
     """Time of its newest token, by the monotonic clock."""
 
@@ -39,7 +42,8 @@ class Texts:
         known = self._texts.get(job.id)
         made = known.made if known is not None else [[] for _ in group.rows]
         repeated = [0 if _CONTINUES else len(row) for row in made]
-        self._texts[job.id] = _Text(made, repeated)
+        logprobs = known.logprobs if known is not None else [[] for _ in group.rows]
+        self._texts[job.id] = _Text(made, repeated, logprobs)
         return dataclasses.replace(group, rows=tuple(map(_with_tokens, group.rows, made)))
 
     def progress(self, job: Job, message: Progress) -> Tokens | None:
@@ -50,11 +54,21 @@ class Texts:
             return None
         tokens = tuple(token if one else None for token, one in zip(message.made, new, strict=True))
         self._measure(job, text, sum(new))
+        logprobs = getattr(message, "logprobs", None)
         for row, token in enumerate(tokens):
             if token is not None:
                 text.made[row].append(token)
-        logprobs = getattr(message, "logprobs", None)
+                if logprobs is not None and logprobs[row] is not None:
+                    text.logprobs[row].append(logprobs[row])
         return Tokens(job.id, tokens, logprobs)
+
+    def whole(self, job_id: str, output: GroupOutput) -> GroupOutput:
+        """Return the output of a job with the log probabilities of tokens that ranks before a restart have made."""
+        rows = []
+        for (tokens, reason, stop, values), kept in zip(output.rows, self._texts[job_id].logprobs, strict=True):
+            missing = len(tokens) - len(values or ())
+            rows.append((tokens, reason, stop, [*kept[:missing], *(values or ())] if kept and missing > 0 else values))
+        return dataclasses.replace(output, rows=rows)
 
     def _is_new(self, text: _Text, row: int, token: int | None) -> bool:
         if token is None:

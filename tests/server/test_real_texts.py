@@ -188,6 +188,28 @@ def test_texts_survive_the_death_of_a_rank(server: RealServer, client: openai.Op
     assert all(server.begun(chunks[0].id.replace("cmpl-", "text_")) == 2 for chunks in found)
 
 
+def test_a_text_that_has_ended_stays_as_it_is(server: RealServer, client: openai.OpenAI) -> None:
+    """One of two texts has ended at a stop string when a rank dies; the other one goes on."""
+    server.wait_ready()
+    wait_idle(server)
+    body: dict[str, Any] = {"model": MODEL, "prompt": "Once", "max_tokens": 90, "temperature": 1.0, "seed": 1, "n": 2}
+    body["extra_body"] = {"ignore_eos": True}
+    first = client.completions.create(**body).choices[0].text
+    body["stop"] = next(one for one in first[3:9] if one.isascii())
+    wanted = client.completions.create(**body)
+    lengths = [len(one.text) for one in wanted.choices]
+    assert abs(lengths[0] - lengths[1]) > 4, wanted
+    stream = client.completions.create(**body, stream=True, stream_options={"include_usage": True})
+    chunks = [next(stream) for _ in range(2 * min(lengths) + 6)]
+    server.kill("rank 1")
+    chunks += stream
+    for index, choice in enumerate(wanted.choices):
+        own = [one for chunk in chunks for one in chunk.choices if one.index == index]
+        assert "".join(one.text for one in own) == choice.text
+        assert own[-1].finish_reason == choice.finish_reason
+    assert chunks[-1].usage == wanted.usage
+
+
 def test_a_text_that_waits_survives_the_death_of_a_rank(server: RealServer, client: openai.OpenAI) -> None:
     server.wait_ready()
     wait_idle(server)

@@ -39,10 +39,14 @@ def make(server: Server, job_id: str, *made: int | None, step: int = 1, logprobs
     server.jobs.on_rank_message(0, Progress(server.key(job_id), step, 8, made, logprobs))
 
 
+RESULT = ((7, 8), "length", None, [{7: -0.5}, {8: -1.0}])
+
+
 def end(server: Server, job_id: str, **more: Any) -> None:
     key = server.key(job_id)
+    request: Any = server.jobs.running[key].request
     for rank in server.ranks(job_id):
-        output = GroupOutput([((7, 8), "length", None, [{7: -0.5}, {8: -1.0}])]) if rank == 0 and not more else None
+        output = GroupOutput([RESULT for _ in request.rows]) if rank == 0 and not more else None
         server.jobs.on_rank_message(rank, RequestFinished(key, "sum", output=output, **more))
 
 
@@ -77,7 +81,7 @@ def test_tokens_are_passed_on(server: Server) -> None:
     assert tokens(server) == [(7, 8), (None, 9)]
     end(server, job_id)
     assert server.state(job_id) == "completed"
-    assert results_of(server.job(job_id).facts) == [((7, 8), "length", None, [{7: -0.5}, {8: -1.0}])]
+    assert results_of(server.job(job_id).facts) == [RESULT, RESULT]
     assert server.log.ends() == [(job_id, "completed")]
 
 
@@ -99,6 +103,18 @@ def test_a_restart_repeats_no_token(server: Server) -> None:
     assert found[1][3] == [{8: -2.0}, {9: -3.0}, {10: -4.0}, {11: -5.0}, {12: -6.0}]
     end(server, job_id)
     assert not server.jobs.texts._texts
+
+
+def test_log_probabilities_survive_a_restart(server: Server) -> None:
+    """Ranks that continue behind tokens know only those of the tokens that they have made."""
+    job_id = put(server)
+    make(server, job_id, 6, logprobs=({6: -0.1},))
+    assert [told.logprobs for told in server.told if isinstance(told, Tokens)] == [({6: -0.1},)]
+    server.die()
+    rows = [((6, 7, 8), "length", None, [{7: -0.5}, {8: -1.0}])]
+    whole = server.jobs.texts.whole(job_id, GroupOutput(rows))
+    assert whole.rows == [((6, 7, 8), "length", None, [{6: -0.1}, {7: -0.5}, {8: -1.0}])]
+    assert server.jobs.texts.whole(job_id, GroupOutput([((6,), "stop", None, None)])).rows[0][3] == [{6: -0.1}]
 
 
 def test_a_text_that_is_cancelled_without_ranks(server: Server) -> None:

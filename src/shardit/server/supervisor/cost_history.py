@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shardit.diffusion.request.model_info import ModelInfo
+from shardit.language.info import LanguageInfo
 from shardit.server import estimate
 from shardit.server.estimate import Seen, Work
 from shardit.server.jobs.store import Store
@@ -30,7 +32,7 @@ class CostHistory:
         self._memory: dict[str, Any] | None = estimate.reset_failures(memory)
         self._saved = (self._speed, memory)
 
-    def at_rest(self, infos: list[ModelInfo]) -> None:
+    def at_rest(self, infos: Sequence[ModelInfo | LanguageInfo]) -> None:
         """Record the memory of loaded ranks at rest. The fullest counts."""
         tightest = max(infos, key=lambda one: one.held_bytes / one.limit_bytes if one.limit_bytes else 0.0)
         self._see(Seen(0, tightest.held_bytes, tightest.limit_bytes))

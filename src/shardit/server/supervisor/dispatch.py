@@ -190,7 +190,8 @@ class Dispatcher:
             self.prefetcher.forget()
             self.texts.keep({running.job.id for running in self.running.values()})
             return False
-        is_ready = job.kind == "text" or self.prefetcher.ready(job, self.info)  # while it waits for a slot, too
+        # While it waits for a slot, too.
+        is_ready = isinstance(self.info, LanguageInfo) or self.prefetcher.ready(job, self.info)
         if not is_ready or self._must_be_alone(job) or (replica := self._free_replica(job)) is None:
             return False
         if self.store.start(job.id):
@@ -236,7 +237,8 @@ class Dispatcher:
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None
         try:
-            request = self.texts.request(job) if job.kind == "text" else self.prefetcher.take(job, self.info)
+            of_texts = isinstance(self.info, LanguageInfo)
+            request = self.texts.request(job) if of_texts else self.prefetcher.take(job, self.info)
             work = self._work(job)
         except Exception as error:  # accepted for another model, or its files are gone
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
@@ -284,24 +286,25 @@ class Dispatcher:
 
     def _finished(self, key: int, running: Running) -> None:
         together = self._most[running.replica]
-        output = running.on_ranks.first.output
+        del self.running[key]
+        first = running.on_ranks.first
+        output = first.output
         if isinstance(output, GroupOutput) and output.error is None:
             output = self.texts.whole(running.job.id, output)
-        del self.running[key]
+        self.texts.forget(running.job.id)
         self._enters_next(running.replica)
         self.fill()  # the ranks continue while the result is written
-        first = running.on_ranks.first
-        self.texts.forget(running.job.id)
         if first.cancelled:
             self.ends.end(running.job, "cancelled")
         elif first.error is not None:
             self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
         elif isinstance(output, GroupOutput):
             self.ends.end(running.job, "completed", facts=stored_results(output))
+            self.metrics.preemptions.inc(output.preemptions)
             self.patience.completed(running.size)
         else:
             peaks = {rank: end.peak_bytes for rank, end in running.on_ranks.finished.items()}
-            self.ends.write(running.job, first.output, peaks, then=self.fill)
+            self.ends.write(running.job, output, peaks, then=self.fill)
             self.patience.completed(running.size)
             self.metrics.phases(running)
             self.learned.completed(running.work, time.monotonic() - running.begun, together, max(peaks.values()))

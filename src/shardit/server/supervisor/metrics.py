@@ -40,6 +40,9 @@ class SupervisorMetrics:
             "shardit_token_seconds", "Time between two tokens of a text", buckets=_TOKEN_SECONDS
         )
         self.tokens = Counter("shardit_tokens", "Tokens of texts", registry=registry)
+        self.preemptions = Counter(
+            "shardit_preemptions", "Times that a text gave up its cache for want of memory", registry=registry
+        )
         self._memory = Gauge(
             "shardit_rank_peak_bytes", "Peak memory since the rank last had nothing to do", ("rank",), registry=registry
         )

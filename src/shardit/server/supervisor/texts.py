@@ -20,8 +20,6 @@ class _Text:
     """Tokens of each row."""
     logprobs: list[list[dict[int, float]]]
     """Of each of these tokens, if they were requested."""
-    before: list[list[dict[int, float]]]
-    """Those that ranks which have ended since have made."""
     last: float | None = None
     """Time of its newest token, by the monotonic clock."""
 
@@ -40,7 +38,7 @@ class Texts:
         made, logprobs = [list[int]() for _ in group.rows], [list[dict[int, float]]() for _ in group.rows]
         if known is not None:
             made, logprobs = known.made, known.logprobs
-        self._texts[job.id] = _Text(made, logprobs, [list(one) for one in logprobs])
+        self._texts[job.id] = _Text(made, logprobs)
         rows = [dataclasses.replace(row, made=tuple(own)) for row, own in zip(group.rows, made, strict=True)]
         return dataclasses.replace(group, rows=tuple(rows))
 
@@ -69,10 +67,10 @@ class Texts:
 
     def whole(self, job_id: str, output: GroupOutput) -> GroupOutput:
         """Return an output with the log probabilities of all tokens, also those that earlier ranks have made."""
-        rows = [
-            (ids, reason, stop, None if logprobs is None else [*before, *logprobs])
-            for (ids, reason, stop, logprobs), before in zip(output.rows, self._texts[job_id].before, strict=True)
-        ]
+        rows = []
+        for (tokens, reason, stop, values), kept in zip(output.rows, self._texts[job_id].logprobs, strict=True):
+            missing = len(tokens) - len(values or ())
+            rows.append((tokens, reason, stop, [*kept[:missing], *(values or ())] if kept and missing > 0 else values))
         return dataclasses.replace(output, rows=rows)
 
     def forget(self, job_id: str) -> None:

@@ -117,7 +117,7 @@ def _sampling_fields() -> dict[str, Any]:
         hint, check, kind = hints[item.name], item.metadata["check"], Any
         if hint in (int, int | None) and check is not None:
             kind = Annotated[_Whole, Field(ge=check.minimum, le=check.maximum)]
-        elif hint is float:
+        elif hint is float and check is not None:
             kind = Annotated[float, Field(ge=check.minimum, gt=check.above, le=check.maximum)]
         elif hint is bool:
             kind = bool

@@ -173,7 +173,7 @@ BUDGET = {
     "models": 850,
     "parallel": 3620,
     "server": 5340,
-    "settings": 240,
+    "settings": 250,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -10,6 +10,7 @@ from shardit.config import DiffusionParallelConfig, reject_unknown_names
 from shardit.engine.process.messages import TIMEOUT
 from shardit.errors import UnsupportedError
 from shardit.params import SEED
+from shardit.settings.byte_sizes import byte_size
 from shardit.settings.checks import number, whole
 from shardit.settings.declare import hinted
 
@@ -42,7 +43,7 @@ class EngineArgs:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int | None = None
-    kv_cache_memory: int | None = None
+    kv_cache_memory: int | str | None = None
     seed: int | None = None
     gpu_memory_utilization: float | None = None
     timeout_s: float = 600
@@ -72,7 +73,7 @@ def check_values(given: Mapping[str, Any]) -> None:
     """Raise InputError for wrong values of arguments of `LLM`. None is valid where it is the default."""
     for name, check in CHECKS.items():
         if name in given and (given[name] is not None or getattr(EngineArgs, name) is not None):
-            check(name, given[name])
+            check(name, byte_size(name, given[name]) if name == "kv_cache_memory" else given[name])
     backend = given.get("distributed_executor_backend")
     if backend not in (None, "mp"):
         raise UnsupportedError(

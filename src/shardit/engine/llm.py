@@ -40,6 +40,7 @@ from shardit.language.request.rows import PromptGroup
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.loading.missing import FRAMEWORKS, check_installed
 from shardit.params import RANDOM_SEED
+from shardit.settings.byte_sizes import byte_size
 
 if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo
@@ -66,9 +67,9 @@ class LLM:
     the most tokens of a prompt and its text together, None for what the model has room for.
     max_num_seqs: maximum prompts of a batch; there is a batch for each stage. max_num_batched_tokens: maximum tokens
     of one step for prompts, None for 64 on CPUs and 512 on GPUs; fewer delay running texts less. kv_cache_memory:
-    maximum bytes of keys and values on a rank, None for half of its free memory; where it is full, the youngest text
-    gives up its cache and computes it again later. seed: text i of a call, if its prompt has no seed, has this
-    one + i; None draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its
+    maximum bytes of keys and values on a rank, also as "2GiB", None for half of its free memory; where it is full, the
+    youngest text gives up its cache and computes it again later. seed: text i of a call, if its prompt has no seed, has
+    this one + i; None draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its
     weights and the cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None,
     as ranks are processes of this machine. device, timeout_s: as for `Omni`.
 
@@ -89,7 +90,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int | None = None,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | str | None = None,
         seed: int | None = None,
         gpu_memory_utilization: float | None = None,
         distributed_executor_backend: str | None = None,
@@ -99,7 +100,7 @@ class LLM:
         self._closed = False
         limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
         limits |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-        limits |= {"kv_cache_memory": kv_cache_memory}
+        limits |= {"kv_cache_memory": byte_size("kv_cache_memory", kv_cache_memory)}
         _check_model(model)
         check_values({**limits, "seed": seed, "distributed_executor_backend": distributed_executor_backend})
         config = config_of(parallel_config, parallel, "LLM", ["parallel_config", *EngineArgs.names()], listed=False)

@@ -20,7 +20,7 @@ from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 from shardit.logs import FORMAT_VARIABLE
 from shardit.server.keys import digest
-from shardit.server.options import LANGUAGE, Executor, Limits, ServeOptions
+from shardit.server.options import LANGUAGE, OF_LANGUAGE, Executor, Limits, ServeOptions
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, values_of
 from shardit.settings.paths import check_name, user_path
@@ -82,8 +82,10 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
             check_decoder_options(self.model, {"attention_backend": self.attention_backend}, self.model_options())
             check_decoder(decoder, self.parallel_config(), self.max_model_len)
             return LANGUAGE, self.model, NO_OPTIONS
-        if self.max_model_len is not None:
-            raise InputError(f"--max-model-len: {self.model} is no language model; leave it out")
+        for name in OF_LANGUAGE:
+            if getattr(self, name) != getattr(ServeOptions, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag}: {self.model} is no language model; leave it out")
         model, loading = split_model(self.model, self.config, self.model_options())
         local_folder(model)
         return TASK, str(model), loading

@@ -237,8 +237,10 @@ class Dispatcher:
     def _begin(self, job: Job, replica: int) -> None:
         assert self.info is not None
         try:
-            of_texts = isinstance(self.info, LanguageInfo)
-            request = self.texts.request(job) if of_texts else self.prefetcher.take(job, self.info)
+            if isinstance(self.info, LanguageInfo):
+                request: Any = self.texts.request(job)
+            else:
+                request = self.prefetcher.take(job, self.info)
             work = self._work(job)
         except Exception as error:  # accepted for another model, or its files are gone
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

@@ -264,27 +264,26 @@ def spec_of(options: ServeOptions, slots: int, session: str) -> SessionSpec:
         config=options.config,
         dtype=options.dtype,
         device=options.device,
-        max_in_flight=options.config.pipeline_parallel_size if options.of_language and _BATCH else slots,
+        max_in_flight=options.config.pipeline_parallel_size if options.of_language else slots,
         timeout_s=TIMES_SLOWEST * options.step_timeout_s + LATER_S,  # the decision of `HangDetector` comes first
         task=options.task,
         session=session,
         attention_backend=options.attention_backend,
         max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        kv_cache_memory=options.kv_cache_memory,
         options=options.loading,
         of_server=True,
     )
-
-
-_BATCH: int | None = getattr(SessionSpec, "max_num_seqs", None)
-"""Texts that ranks compute in one step; None if they compute one request in each."""
 
 
 def useful_slots(options: ServeOptions) -> int:
     """Return the number of requests at a time beyond which a replica gets no faster: one per stage, or two if messages
     of one can be sent while another computes. Of texts, a batch per stage."""
     config = options.config
-    if options.of_language and _BATCH is not None:
-        return config.pipeline_parallel_size * _BATCH
+    if options.of_language:
+        return config.pipeline_parallel_size * options.max_num_seqs
     if config.pipeline_parallel_size > 1:
         return max(2, config.pipeline_parallel_size)
     return 2 if config.world_size > config.data_parallel_size * config.cfg_parallel_size else 1

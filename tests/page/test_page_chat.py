@@ -28,6 +28,7 @@ def visit(browser: Browser, served: Served) -> Iterator[Visit]:
 
 
 def say(visit: Visit, text: str, **settings: Any) -> None:
+    expect(visit.page.get_by_role("button", name="Send")).to_be_visible()  # no answer is under way
     for name, value in settings.items():
         field = visit.page.locator("#chat").get_by_label(name, exact=True)
         if not field.is_visible():

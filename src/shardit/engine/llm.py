@@ -25,6 +25,7 @@ from shardit.errors import InputError, RankError
 from shardit.language.limits import check_max_model_len
 from shardit.language.loading.source import decoder_source
 from shardit.language.preflight import check_decoder
+from shardit.language.request.defaults import recommended
 from shardit.language.request.messages import chat_tokens, conversations_of
 from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput, RowResult
 from shardit.language.request.prompt_batch import PromptBatch
@@ -46,16 +47,6 @@ if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo
 
 TASK = "shardit.engine.tasks.language"
-
-DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""What the generation configuration of a folder may say of sampling, under names that both have."""
-
-
-def _check_model(model: Any) -> None:
-    if isinstance(model, EngineArgs):
-        raise InputError("LLM takes the arguments, not an EngineArgs of them: give LLM(**args.as_kwargs())")
-    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
-        raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
 
 
 class LLM:
@@ -140,9 +131,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters that the folder of the model recommends."""
-        own = self._info.defaults
-        chosen = {name: own[name] for name in DEFAULTS if own.get(name) is not None}
-        return SamplingParams(**(chosen if own.get("do_sample") else {**chosen, "temperature": 0.0}))
+        return SamplingParams(**recommended(self._info.defaults))
 
     @checked_arguments("LLM.generate", SamplingParams)
     def generate(

@@ -49,6 +49,13 @@ if TYPE_CHECKING:
 TASK = "shardit.engine.tasks.language"
 
 
+def _check_model(model: Any) -> None:
+    if isinstance(model, EngineArgs):
+        raise InputError("LLM takes the arguments, not an EngineArgs of them: give LLM(**args.as_kwargs())")
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise InputError(f'model must be a hub id, a folder, a GGUF file or "tiny/NAME", got {model!r}')
+
+
 class LLM:
     """A causal language model on as many devices as the configuration says; a context manager.
 

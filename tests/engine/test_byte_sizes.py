@@ -15,7 +15,7 @@ def test_units() -> None:
     assert byte_size("x", None) is None
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "2TiB", "two", "1e3"])
+@pytest.mark.parametrize("text", ["", "0", "GiB", "-1", "2TiB", "two", "1e3"])
 def test_what_is_no_number_of_bytes(text: str) -> None:
     with pytest.raises(InputError, match="kv_cache_memory must be a number of bytes, as in 2GiB"):
         EngineArgs("tiny/llama", kv_cache_memory=text)

@@ -171,3 +171,16 @@ def test_what_a_language_model_does_not_take(flags: dict[str, Any], words: str) 
 def test_a_pipeline_has_no_length() -> None:
     with pytest.raises(InputError, match="--max-model-len: tiny/flux is no language model"):
         options(max_model_len=64)
+
+
+def test_limits_of_batches() -> None:
+    flags: Any = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "kv_cache_memory": "64MiB"}
+    made = ServeFlags(model="tiny/llama", **flags).options()
+    assert (made.max_num_seqs, made.max_num_batched_tokens, made.kv_cache_memory) == (4, 16, 64 << 20)
+    for name, value in flags.items():
+        with pytest.raises(
+            InputError, match=f"--{name.replace('_', '-')}: tiny/flux is no language model; leave it out"
+        ):
+            options(**{name: value})
+    with pytest.raises(InputError, match="--kv-cache-memory must be a number of bytes, as in 2GiB"):
+        ServeFlags(model="tiny/llama", kv_cache_memory="0").options()

@@ -89,7 +89,6 @@ class ServeOptions:
     kv_cache_memory: int | None = declare(
         None,
         "Of a language model: maximum memory of keys and values on a rank, as in 2GiB. [default: half of what is free]",
-        whole(1),
         flag=Flag(kind=str | None, metavar="<bytes>", read=lambda text: byte_size("--kv-cache-memory", text)),
     )
     host: str = declare(

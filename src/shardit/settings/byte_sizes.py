@@ -16,6 +16,7 @@ def byte_size(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ki|mi|gi|k|m|g)?b?\s*", value.lower())
-    if found is None:
+    count = 0 if found is None else int(float(found[1]) * _UNITS[found[2] or ""])
+    if count < 1:
         raise InputError(f"{name} must be a number of bytes, as in 2GiB, 500MB or 1048576, got {value!r}")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    return count

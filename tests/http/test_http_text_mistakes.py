@@ -49,7 +49,7 @@ def prompt_error(served: Served, body: dict[str, Any], status: int = 400) -> Any
         ({"stop_token_ids": [INFO.vocabulary]}, "stop_token_ids", f"from 0 to {INFO.vocabulary - 1}"),
         ({"logit_bias": {"258": 1}}, "logit_bias", f"from 0 to {INFO.vocabulary - 1}"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "match pattern"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not there yet"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "not permitted"),
         ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),

@@ -83,6 +83,13 @@ def test_defaults_are_those_of_the_model(client: openai.OpenAI, llm: LLM) -> Non
     assert client.completions.create(model=MODEL, prompt="Once").choices[0].text == wanted.outputs[0].text
 
 
+def test_a_bias_on_logits(client: openai.OpenAI) -> None:
+    made = client.completions.create(model=MODEL, prompt="Once", max_tokens=5, temperature=0, logit_bias={"72": 100})
+    assert made.choices[0].text == "g" * 5
+    with pytest.raises(openai.BadRequestError, match="logit_bias must have tokens from 0 to"):
+        client.completions.create(model=MODEL, prompt="Once", logit_bias={"999999": 1})
+
+
 def test_errors_are_those_of_openai(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=MODEL, prompt="a" * 512)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shardit import DiffusionParallelConfig, SamplingParams
+from shardit import DiffusionParallelConfig, InputError, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.language.request.rows import PromptGroup, Row
@@ -176,3 +176,17 @@ def test_prompts_that_begin_alike() -> None:
 def test_windows_and_states_keep_no_head() -> None:
     for name, longest in (("gemma3_text", 7), ("qwen3_next", 0), ("mamba", 0)):
         assert batcher_of(families.make(name)).prefixes.longest == longest
+
+
+def test_a_bias_on_logits() -> None:
+    model = families.make("llama")
+    plain = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompt = (5, 6, 7)
+    ((made, *_),) = run(batcher_of(model), [Row(prompt, plain, 0)])
+    banned = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias=dict.fromkeys(made, -100.0))
+    forced = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={9: 100.0})
+    (without, *_), (nine, *_) = run(batcher_of(model), [Row(prompt, banned, 0), Row(prompt, forced, 0)])
+    assert not set(made) & set(without)
+    assert nine == (9,) * 6
+    with pytest.raises(InputError, match="logit_bias must be numbers by tokens"):
+        SamplingParams(logit_bias={"a": 1.0})  # pyright: ignore[reportArgumentType]

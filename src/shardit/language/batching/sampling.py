@@ -39,7 +39,8 @@ def _is_plain(sequence: Sequence) -> bool:
     """Return whether the most likely token is taken from unchanged logits."""
     params = sequence.row.params
     penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    return params.temperature == 0 and not penalized and len(sequence.made) >= params.min_tokens
+    changed = penalized or params.logit_bias
+    return params.temperature == 0 and not changed and len(sequence.made) >= params.min_tokens
 
 
 def _next_token(sequence: Sequence, logits: torch.Tensor, ends: frozenset[int]) -> int:
@@ -52,8 +53,14 @@ def _next_token(sequence: Sequence, logits: torch.Tensor, ends: frozenset[int]) 
 
 
 def _apply_penalties(sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
-    """Return the logits after the penalties, as defined by transformers and vLLM."""
+    """Return the logits after the bias and the penalties, as defined by transformers and vLLM."""
     params, scores = sequence.row.params, logits
+    if params.logit_bias:
+        tokens, values = (
+            torch.tensor(list(params.logit_bias)),
+            torch.tensor([*params.logit_bias.values()], dtype=logits.dtype),
+        )
+        scores = scores.index_add(0, tokens, values)
     if params.repetition_penalty != 1.0:
         seen = torch.unique(torch.tensor(sequence.tokens))
         picked = scores[seen]

@@ -79,6 +79,8 @@ def check_tokens(params: SamplingParams, vocabulary: int) -> None:
     """Raise InputError for parameters that ask for more tokens, or others, than the model knows."""
     if params.logprobs is not None and params.logprobs > vocabulary:
         raise InputError(f"logprobs={params.logprobs} is more than the {vocabulary} tokens that the model knows")
+    if unknown := [one for one in params.logit_bias or () if one >= vocabulary]:
+        raise InputError(f"logit_bias must have tokens from 0 to {vocabulary - 1}, got {unknown[0]}")
     if unknown := [one for one in params.stop_token_ids or () if one >= vocabulary]:
         raise InputError(f"stop_token_ids must be from 0 to {vocabulary - 1}, got {unknown[0]}")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from shardit.config import reject_unknown_names
 from shardit.errors import InputError
 from shardit.params import SEED
-from shardit.settings.checks import FLAG, Check, number, numbers, text_problem, whole
+from shardit.settings.checks import FLAG, Check, is_number, matching, number, numbers, text_problem, whole
 from shardit.settings.declare import Flag, check_declared, declare, hinted
 
 _STOP = "a non-empty string or a list of those"
@@ -18,6 +18,15 @@ _stop = Check(
     _STOP,
     lambda value: (
         text_problem(value) if value and all(isinstance(one, str) and one for one in _listed(value)) else _STOP
+    ),
+)
+
+_bias = matching(
+    "numbers by tokens, as in {13: -100.0}",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value)
+        and all(is_number(one) for one in value.values())
     ),
 )
 
@@ -67,6 +76,7 @@ class SamplingParams:
     logprobs: int | None = _value(
         None, "Number of most likely tokens to return with log probabilities for each token.", whole(0)
     )
+    logit_bias: Mapping[int, float] | None = _value(None, "Numbers to add to the logits of tokens.", _bias)
     skip_special_tokens: bool = _value(True, "Whether to omit special tokens from the text.", FLAG)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:

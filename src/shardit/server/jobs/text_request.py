@@ -29,7 +29,10 @@ def stored_request(
 def rows_of_prompts(request: Mapping[str, Any]) -> list[tuple[int, int, Row]]:
     """Return for each text of a stored request: the number of its prompt, its number among the texts of that prompt,
     and its row. Raises InputError if a prompt is too long or empty."""
-    params = SamplingParams(**request["params"])
+    given = dict(request["params"])
+    if given.get("logit_bias"):
+        given["logit_bias"] = _by_number(given["logit_bias"])  # names of JSON objects are texts
+    params = SamplingParams(**given)
     return [
         (number, copy, row)
         for number, (tokens, seed) in enumerate(zip(request["prompts"], request["seeds"], strict=True))
@@ -56,4 +59,4 @@ def results_of(facts: Mapping[str, Any]) -> list[RowResult]:
 
 
 def _by_number(logprobs: Mapping[str, float]) -> dict[int, float]:
-    return {int(token): value for token, value in logprobs.items()}  # names of JSON objects are texts
+    return {int(token): value for token, value in logprobs.items()}

@@ -137,7 +137,7 @@ def _openai_fields() -> dict[str, Any]:
     return {
         "stream": _optional(bool, "Whether pieces of the text come as server-sent events."),
         "stream_options": _optional(StreamOptions, "What a stream has besides texts."),
-        "logit_bias": _optional(bias, "Not there yet: only an empty one is taken."),
+        "logit_bias": _optional(bias, "Numbers to add to the logits of tokens."),
         "priority": _optional(_between(-10, 10), "Each step is worth ten minutes of waiting."),
     }
 

@@ -26,14 +26,9 @@ def sampling_of(
 ) -> SamplingParams:
     """Return the sampling parameters of a request, without its seed. most: of tokens, if it does not say. Raises
     ApiError."""
-    bias = values.get("logit_bias") or {}
-    if outside := [token for token in bias if int(token) >= info.vocabulary]:
-        text = f"logit_bias must have tokens from 0 to {info.vocabulary - 1}, got {outside[0]}"
-        raise ApiError(400, text, code="invalid_value", param="logit_bias")
-    if bias:
-        raise ApiError(400, "logit_bias is not there yet; leave it out", code="unsupported_value", param="logit_bias")
     given = {name: values[name] for name in _SAMPLING if name in values}
     given["stop"] = given.get("stop") or None
+    given["logit_bias"] = {int(token): value for token, value in (values.get("logit_bias") or {}).items()} or None
     try:
         params = SamplingParams(**{**recommended(info.defaults), "max_tokens": most, **given, "logprobs": logprobs})
         check_tokens(params, info.vocabulary)

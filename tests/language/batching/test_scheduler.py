@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardit import SamplingParams
+from shardit.language.batching.memory import fitting
 from shardit.language.batching.scheduler import FREE_COLUMNS, Group, Limits, Round, Scheduler
 from shardit.language.batching.sequence import Sequence
 from shardit.language.request.rows import Row
@@ -201,3 +202,10 @@ def test_a_long_prompt_delays_no_step_by_more_than_a_chunk() -> None:
             player.step(one)
         assert [one.length for one in running] == [length + 1 for length in lengths]
     assert len(late.made) == 1
+
+
+def test_the_longest_request_that_fits() -> None:
+    assert fitting(100, 1000, lambda columns: 4 * columns) == 100
+    assert fitting(1000, 1000, lambda columns: 4 * columns) == 249
+    assert fitting(None, 1000, lambda columns: 0) is None
+    assert fitting(100, None, lambda columns: columns) == 100

@@ -26,10 +26,11 @@ class CacheMemory:
 
 
 def fitting(limit: int | None, memory: int | None, row_bytes: Callable[[int], int]) -> int | None:
-    """Return the most tokens of a request: `limit`, or fewer if the memory of caches has no room for these."""
-    if memory is None or (limit is not None and row_bytes(limit + 1) <= memory):
+    """Return the most tokens of a request: `limit`, or fewer if the memory of caches has no room for these. None for a
+    model without a limit, whose requests have to say how many they want."""
+    if memory is None or limit is None or row_bytes(limit + 1) <= memory:
         return limit
-    low, high = 0, limit if limit is not None else 1 << 30
+    low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if row_bytes(middle + 1) <= memory else (low, middle - 1)

@@ -173,6 +173,26 @@ def test_prompts_that_begin_alike() -> None:
     assert batcher.prefixes.bytes == 0
 
 
+def test_a_head_that_is_forgotten_while_a_prompt_begins() -> None:
+    model = families.make("llama")
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    head = tuple(range(3, 53))
+    batcher = batcher_of(model)
+    run(batcher, [Row(head, params, 0)])
+    choose = batcher._choose
+
+    def forgetful(sequences: Any, logits: Any) -> list[int]:
+        if any(group.prefill is not None for group in batcher.scheduler.groups):
+            batcher.prefixes.shrink(0)
+        return choose(sequences, logits)
+
+    batcher._choose = forgetful
+    prompts = [Row((9, 8, 7), params, 0), Row((*head, 7), params, 0)]
+    made = [tokens for tokens, *_ in run(batcher, prompts)]
+    assert made == [continued(model, [row])[0] for row in prompts]
+    assert batcher.prefixes.reused == 50
+
+
 def test_windows_and_states_keep_no_head() -> None:
     for name, longest in (("gemma3_text", 7), ("qwen3_next", 0), ("mamba", 0)):
         assert batcher_of(families.make(name)).prefixes.longest == longest

@@ -12,7 +12,7 @@ import torch
 from shardit.language.batching.cache_rows import join, keep_rows
 from shardit.language.batching.forward import Forward
 from shardit.language.batching.prefixes import PrefixStore
-from shardit.language.batching.scheduler import Chunk, Group, Scheduler
+from shardit.language.batching.scheduler import Chunk, Group, Prefill, Scheduler
 from shardit.language.batching.sequence import CANCELLED, Sequence
 
 Choose = Callable[[list[Sequence], torch.Tensor], list[int]]
@@ -37,7 +37,7 @@ class GroupRun:
     on_tokens: Callable[[list[Sequence]], None]
     pause: Callable[[], None]
     state: dict[str, Any] = field(default_factory=dict)
-    _prefill: Any = None
+    _prefill: Prefill | None = None
     _prefill_state: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
@@ -46,6 +46,8 @@ class GroupRun:
             while True:
                 before = list(self.group.rows)
                 step = self.scheduler.next(self.group)
+                if step is not None and step.chunk is not None:
+                    self._open(step.chunk.prefill)
                 if step is None or step.keep is not None:
                     self._store(before, () if step is None else step.keep or ())
                 if step is None:
@@ -57,6 +59,15 @@ class GroupRun:
                 if step.chunk is not None:
                     self._compute(step.chunk)
                 self.pause()
+
+    def _open(self, prefill: Prefill) -> None:
+        """Make the cache of a new prefill, at once: its known keys may be forgotten in the next step."""
+        if self._prefill is prefill:
+            return
+        cache = self.forward.new_cache()
+        if prefill.known:
+            self.prefixes.fill(cache, prefill.sequences[0].tokens, prefill.known)
+        self._prefill, self._prefill_state = prefill, {} if cache is None else {"cache": cache}
 
     def _store(self, rows: list[Sequence], keep: collections.abc.Sequence[int]) -> None:
         """Keep the keys of texts that leave, for prompts that begin alike."""
@@ -83,11 +94,6 @@ class GroupRun:
 
     def _compute(self, chunk: Chunk) -> None:
         prefill = chunk.prefill
-        if self._prefill is not prefill:
-            cache = self.forward.new_cache()
-            if prefill.known:
-                self.prefixes.fill(cache, prefill.sequences[0].tokens, prefill.known)
-            self._prefill, self._prefill_state = prefill, {} if cache is None else {"cache": cache}
         width, sequences = prefill.width, prefill.sequences
         if self.scheduler.limits.joins:
             rows = [[self.pad] * (width - one.length) + list(one.tokens) for one in sequences]
@@ -100,7 +106,7 @@ class GroupRun:
             self._join(prefill)
             self._take(sequences, logits)
 
-    def _join(self, prefill: Any) -> None:
+    def _join(self, prefill: Prefill) -> None:
         had_rows = bool(self.group.rows)
         self.scheduler.joined(prefill, self.group)
         if had_rows:

@@ -168,7 +168,7 @@ BUDGET = {
     "core": 5640,
     "diffusion": 3760,
     "engine": 2770,
-    "language": 1930,
+    "language": 1940,
     "loading": 1340,
     "models": 850,
     "parallel": 3620,

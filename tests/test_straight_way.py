@@ -10,7 +10,7 @@ from tests.support.paths import ROOT
 from tests.support.walk import Way, lines, walk
 
 FILES = 13
-LINES = 2165
+LINES = 2150
 """What the way may take; a number is raised on purpose, or not at all."""
 
 ROW = re.compile(r"^\| `([\w/]+\.py)` \| (`[^|]+`) \|", re.M)

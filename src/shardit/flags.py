@@ -21,6 +21,7 @@ from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.engine.process.messages import SessionSpec
 from shardit.errors import InputError
 from shardit.language.loading.source import refuse_decoder
+from shardit.language.options import LanguageOptions
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.settings.checks import text_problem, whole
@@ -223,6 +224,7 @@ DECODER = "Hub id, folder of transformers, GGUF file, smollm2-135m or tiny/NAME.
 class LanguageFlags(
     flag_class(DiffusionParallelConfig, only=AXES),
     flag_class(SessionSpec, only=("timeout_s",)),
+    flag_class(LanguageOptions),
     flag_class(SamplingParams, unset=True, default_from="as the model recommends"),
 ):
     """Flags of commands that run a language model."""
@@ -232,14 +234,11 @@ class LanguageFlags(
         None, "Data type of the model, such as bfloat16. [default: that of the weights; float32 for GGUF]"
     )
     max_tokens: int | None = declare(None, "Tokens of a text at most. [default: the room that is left]", whole(1))
-    max_model_len: int | None = declare(
-        None, "Tokens of prompt and text at most. [default: the room of the model]", whole(1)
-    )
 
     def check(self) -> None:
         """Find mistakes that need no model. Raises InputError, which names the flag."""
         check_texts(self, "stop", "prompt", "system")
-        check_flags(self, SamplingParams)
+        check_flags(self, SamplingParams, LanguageOptions)
         if not self.model:
             raise InputError(f"name a model: {DECODER[0].lower()}{DECODER[1:-1]}")
         self.sampling()
@@ -251,7 +250,7 @@ class LanguageFlags(
             "model": self.model,
             "parallel_config": DiffusionParallelConfig(**values_of(self, DiffusionParallelConfig, AXES)),
             "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
+            **values_of(self, LanguageOptions),
             **values_of(self, SessionSpec, ("timeout_s",)),
         }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from shardit.language.options import LanguageOptions
 from tests.support.http_calls import error_of
 from tests.support.http_fake import IMAGE, Served, serving
 from tests.support.text_fake import INFO, LIMIT, ask, served_texts
@@ -139,7 +140,7 @@ def test_a_prompt_that_is_too_long(served: Served) -> None:
 
 
 def test_a_limit_of_the_server(tmp_path: Path) -> None:
-    with served_texts(tmp_path / "data", max_model_len=8) as served:
+    with served_texts(tmp_path / "data", language=LanguageOptions(max_model_len=8)) as served:
         assert "room for 8" in prompt_error(served, {"prompt": "a" * 8})["message"]
         assert ask(served, "completions", prompt="a" * 6)[1]["usage"]["completion_tokens"] == 2
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from shardit import SamplingParams
-from shardit.core.runtime.request_loop import Schedule, Turns
+from shardit.core.runtime.request_loop import Program, Schedule, Turns
 from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.batcher import Batcher
 from shardit.language.batching.scheduler import Limits
-from shardit.language.request.outputs import RowResult
+from shardit.language.request.outputs import GroupOutput, RowResult
 from shardit.language.request.rows import PromptGroup, Row
 
 
@@ -23,20 +23,41 @@ def batcher_of(model: Any, runtime: Runtime | None = None, **limits: Any) -> Bat
     return Batcher(model, runtime, wanted, lambda columns: columns, frozenset(), 0, lambda *_: "")
 
 
-def run(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = None) -> list[RowResult]:
-    """Run rows, each as a request, and return their results."""
-    found: dict[int, RowResult] = {}
-    batcher.on_end = lambda key, output: found.update({key: output.rows[0]})
+def outputs(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = None) -> list[GroupOutput]:
+    """Run rows, each as a request, and return their outputs."""
+    found: dict[int, GroupOutput] = {}
+    batcher.on_end = lambda key, output: found.update({key: output})
     turns = Turns(Schedule(0)) if runtime is None else runtime.turns
     batcher.pause = turns.yield_turn
     for key, row in enumerate(rows):
-        batcher.add(key, PromptGroup(key, (row,)), lambda *_: None)
-    starts = lambda _: batcher.program()  # noqa: E731
-    for program in turns.rounds(starts, lambda active: active > 0 or batcher.is_open):
+        batcher.add(key, PromptGroup((row,)), lambda *_: None)
+
+    def enter(active: int) -> Program | None:
+        return batcher.program()
+
+    for program in turns.rounds(enter, lambda active: active > 0 or batcher.is_open):
         batcher.ended(program)
         if program.error is not None:
             raise program.error
     return [found[key] for key in range(len(rows))]
+
+
+def run(batcher: Batcher, rows: Sequence[Row], runtime: Runtime | None = None) -> list[RowResult]:
+    """Run rows, each as a request, and return their results."""
+    return [output.rows[0] for output in outputs(batcher, rows, runtime)]
+
+
+def reuses(batcher: Batcher) -> list[int]:
+    """Return a list to which the batcher appends the length of each head of a prompt that it does not compute again."""
+    found: list[int] = []
+    fill = batcher.prefixes.fill
+
+    def noted(cache: Any, tokens: tuple[int, ...], length: int) -> None:
+        found.append(length)
+        fill(cache, tokens, length)
+
+    batcher.prefixes.fill = noted
+    return found
 
 
 def continued(
@@ -80,3 +101,13 @@ def compare_batches(plain: Any, model: Any, runtime: Runtime | None) -> str:
     except Exception:
         return "not on one rank"
     return "right" if continued(model, rows, runtime, rows=3, tokens=16, groups=2) == expected else "WRONG"
+
+
+def run_interleaved(runtime: Runtime, functions: Sequence[Callable[[], Any]], seeds: Sequence[int]) -> list[Any]:
+    """Run functions that call models over these stages, and return their results: while one waits for a message, others
+    compute. Raises the first exception of any of them."""
+    programs = [Program(function, seed) for function, seed in zip(functions, seeds, strict=True)]
+    for program in runtime.turns.run(iter(programs), len(programs)):
+        if program.error is not None:
+            raise program.error
+    return [program.value for program in programs]

@@ -26,8 +26,9 @@ import shardit
 from shardit import DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import lay_out_decoder, owners_of, run_interleaved, shard_decoder
+from shardit.language.sharding import lay_out_decoder, owners_of, shard_decoder
 from tests.language import families
+from tests.language.batched import run_interleaved
 from tests.language.cases import CASES, compare, errors_of
 from tests.language.folders import tokenizer
 from tests.support.ranks import run_ranks

@@ -17,10 +17,11 @@ import shardit
 from shardit import LLM, DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.language.sharding import lay_out_decoder, run_interleaved, shard_decoder
+from shardit.language.sharding import lay_out_decoder, shard_decoder
 from shardit.language.tensor import FAMILY, plan_decoder
 from shardit.parallel.tensor.heads import Heads
 from tests.language import families
+from tests.language.batched import run_interleaved
 from tests.language.cases import CASES, alike, compare, errors_of
 from tests.language.folders import write
 from tests.language.test_stages import Clock, Printer

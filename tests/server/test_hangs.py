@@ -16,6 +16,7 @@ from shardit.engine.process import hangs as hang_detector
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import Cancel, RequestFailed, RequestFinished
 from shardit.engine.rank.outcomes import Taken
+from shardit.engine.rank.programs import Programs
 from shardit.engine.rank.serving import ServingWorker
 from shardit.server.supervisor import patience as patience_module
 from shardit.server.supervisor import running
@@ -251,7 +252,8 @@ def test_a_cancelled_job_leaves_when_its_calls_in_flight_have_ended() -> None:
     )
     worker = ServingWorker(session, channel)  # pyright: ignore[reportArgumentType]
     program = Program(lambda: None, 1, error=Interrupted())
-    worker.running[program] = Taken(7, SimpleNamespace())
+    assert isinstance(worker.requests, Programs)
+    worker.requests.running[program] = Taken(7, SimpleNamespace())
     assert not flight.finished
     worker.finish(program)
     assert said == [(True, True)]
@@ -286,7 +288,7 @@ def test_a_job_cancelled_in_a_step_without_a_pause_begins_no_other(stages: int) 
         program=program,
     )
     worker = ServingWorker(session, channel)
-    worker.waiting.append(Taken(7, SimpleNamespace()))
+    worker.requests.add(Taken(7, SimpleNamespace()))
     for one in turns.rounds(worker.admit, lambda active: active > 0):
         worker.finish(one)
         assert isinstance(one.error, Interrupted)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shardit.errors import InputError
+from shardit.language.options import LanguageOptions
 from shardit.models.tiny.language import language_folder
 from shardit.server.entry.serve import listening, locked, serve
 from shardit.server.flags import ServeFlags
@@ -140,7 +141,7 @@ def test_a_single_file_is_the_model_that_clients_name(tmp_path: Path) -> None:
 def test_the_folder_says_the_kind(tmp_path: Path) -> None:
     made = ServeFlags(model="tiny/llama", max_model_len=64, dtype="float32", pipeline_parallel_size=2).options()
     assert made.of_language
-    assert (made.model, made.name, made.max_model_len) == ("tiny/llama", "tiny/llama", 64)
+    assert (made.model, made.name, made.language.max_model_len) == ("tiny/llama", "tiny/llama", 64)
     assert made.data_dir.name == "tiny--llama"
     assert not options().of_language
     path = tmp_path / "model"
@@ -176,7 +177,7 @@ def test_a_pipeline_has_no_length() -> None:
 def test_limits_of_batches() -> None:
     flags: Any = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "kv_cache_memory": "64MiB"}
     made = ServeFlags(model="tiny/llama", **flags).options()
-    assert (made.max_num_seqs, made.max_num_batched_tokens, made.kv_cache_memory) == (4, 16, 64 << 20)
+    assert made.language == LanguageOptions(None, 4, 16, 64 << 20)
     for name, value in flags.items():
         with pytest.raises(
             InputError, match=f"--{name.replace('_', '-')}: tiny/flux is no language model; leave it out"

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig, reject_unknown_names
 from shardit.engine.process.messages import TIMEOUT
 from shardit.errors import UnsupportedError
+from shardit.language.options import LanguageOptions
 from shardit.params import SEED
-from shardit.settings.byte_sizes import byte_size
-from shardit.settings.checks import number, whole
-from shardit.settings.declare import hinted
-
-CHECKS = {
-    "max_model_len": whole(1),
-    "max_num_seqs": whole(1),
-    "max_num_batched_tokens": whole(1),
-    "kv_cache_memory": whole(1),
-    "seed": SEED,
-    "gpu_memory_utilization": number(above=0, maximum=1),
-    "timeout_s": TIMEOUT,
-}
-"""The checks of arguments of `LLM`, but for the sizes of the parallel configuration."""
+from shardit.settings.declare import declared, hinted
 
 SIZES = ("pipeline_parallel_size", "tensor_parallel_size", "data_parallel_size", "layer_partition")
 
@@ -55,9 +43,9 @@ class EngineArgs:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        given = self.as_kwargs()
-        check_values(given)
-        DiffusionParallelConfig(**{name: given[name] for name in SIZES})
+        LanguageOptions(**{item.name: getattr(self, item.name) for item in declared(LanguageOptions)})
+        check_launch(self.seed, self.timeout_s, self.distributed_executor_backend)
+        DiffusionParallelConfig(**{name: getattr(self, name) for name in SIZES})
 
     @classmethod
     def names(cls) -> list[str]:
@@ -69,12 +57,11 @@ class EngineArgs:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
-def check_values(given: Mapping[str, Any]) -> None:
-    """Raise InputError for wrong values of arguments of `LLM`. None is valid where it is the default."""
-    for name, check in CHECKS.items():
-        if name in given and (given[name] is not None or getattr(EngineArgs, name) is not None):
-            check(name, byte_size(name, given[name]) if name == "kv_cache_memory" else given[name])
-    backend = given.get("distributed_executor_backend")
+def check_launch(seed: Any, timeout_s: Any, backend: Any) -> None:
+    """Raise InputError for wrong values of arguments of `LLM` that no other class declares."""
+    if seed is not None:
+        SEED("seed", seed)
+    TIMEOUT("timeout_s", timeout_s)
     if backend not in (None, "mp"):
         raise UnsupportedError(
             f"distributed_executor_backend={backend!r}: LLM starts processes of this machine; "

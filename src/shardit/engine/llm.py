@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shardit.config import DiffusionParallelConfig, config_of
 from shardit.diffusion.loading.model_options import NO_OPTIONS
 from shardit.engine.arguments import checked_arguments
-from shardit.engine.engine_args import EngineArgs, check_values
+from shardit.engine.engine_args import EngineArgs, check_launch
 from shardit.engine.process.failure import Timeouts
 from shardit.engine.process.messages import SESSION
 from shardit.engine.process.process import started_by_torchrun
@@ -24,6 +24,7 @@ from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError
 from shardit.language.limits import check_max_model_len
 from shardit.language.loading.source import decoder_source
+from shardit.language.options import LanguageOptions
 from shardit.language.preflight import check_decoder
 from shardit.language.request.defaults import recommended
 from shardit.language.request.messages import chat_tokens, conversations_of
@@ -41,7 +42,6 @@ from shardit.language.request.rows import PromptGroup
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.loading.missing import FRAMEWORKS, check_installed
 from shardit.params import RANDOM_SEED
-from shardit.settings.byte_sizes import byte_size
 
 if TYPE_CHECKING:
     from shardit.language.info import LanguageInfo
@@ -96,11 +96,11 @@ class LLM:
         **parallel: Any,
     ):
         self._closed = False
-        limits = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
-        limits |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-        limits |= {"kv_cache_memory": byte_size("kv_cache_memory", kv_cache_memory)}
         _check_model(model)
-        check_values({**limits, "seed": seed, "distributed_executor_backend": distributed_executor_backend})
+        check_launch(seed, timeout_s, distributed_executor_backend)
+        options = LanguageOptions(
+            max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_memory, gpu_memory_utilization
+        )
         config = config_of(parallel_config, parallel, "LLM", ["parallel_config", *EngineArgs.names()], listed=False)
         check_installed(FRAMEWORKS)
         source = decoder_source(model)
@@ -108,7 +108,7 @@ class LLM:
         self._seed = None if seed == RANDOM_SEED else seed
         launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
         fixed = {"task": TASK, "max_in_flight": config.pipeline_parallel_size, "can_cancel": True}
-        spec = session_spec(model, config, NO_OPTIONS, SESSION, **fixed, **limits, **launch)
+        spec = session_spec(model, config, NO_OPTIONS, SESSION, language=options, **fixed, **launch)
         self._tokenizer: Any
         self._ranks: Any
         # The ranks start at the same time; those of torchrun are this process.
@@ -235,7 +235,7 @@ class LLM:
         rows = [row for *_, row in batch.rows]
         # Prompts of like lengths are together in a batch, with little padding.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt))
-        requests = [PromptGroup(position, (rows[index],)) for position, index in enumerate(order)]
+        requests = [PromptGroup((rows[index],)) for index in order]
         outputs: list[GroupOutput | None]
         outputs = self._ranks.generate(lambda: requests, on_progress([[one] for one in order])) if requests else []
         made: dict[int, RowResult] = {}

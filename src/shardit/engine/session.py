@@ -11,12 +11,12 @@ import torch.distributed as dist
 from shardit.core.comm.agreement import checksum
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import Comm
-from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import states
 from shardit.core.runtime.request_loop import Program, Schedule, Turns
 from shardit.engine.process.channel import Channel, Closed
+from shardit.engine.rank.batches import run_batches
 from shardit.engine.rank.serving import ServingWorker
-from shardit.engine.tasks.task import Batcher, OnProgress, task_of
+from shardit.engine.tasks.task import OnProgress, task_of
 from shardit.errors import RankError
 from shardit.logs import take_over
 from shardit.parallel_state import destroy_model_parallel
@@ -67,7 +67,7 @@ class Session:
         A mistake in a request ends that request alone. Raises RankError if ranks disagree.
         """
         if self.model.batcher is not None:
-            return self._generate_in_batches(self.model.batcher, requests, on_progress)
+            return run_batches(self, self.model.batcher, requests, on_progress)
         outputs: dict[int, Any] = {}
         programs = {}
         starts: list[tuple[int, str | None]] = []
@@ -92,29 +92,6 @@ class Session:
         if self.runtime is not None:
             self.runtime.flush()
         return outputs
-
-    def _generate_in_batches(self, batcher: Batcher, requests: list[Any], on_progress: OnProgress) -> dict[int, Any]:
-        outputs: dict[int, Any] = {}
-
-        def end(position: int, result: Any, error: str | None = None) -> None:
-            value = None if error is not None else (result, 0.0, [])
-            outputs[position] = self.model.collect(requests[position], value, error)
-
-        batcher.on_end = end
-        for position in range(self.mesh.coords["dp"], len(requests), self.mesh.sizes["dp"]):
-            report = lambda step, total, made, _, position=position: on_progress(position, step, total, made)  # noqa: E731
-            batcher.add(position, requests[position], report)
-        starts = lambda _: batcher.program()  # noqa: E731
-        for program in self.turns.rounds(starts, lambda active: active > 0 or batcher.is_open):
-            for position in batcher.ended(program):
-                assert program.error is not None
-                error = self.model.error_text(requests[position], program.error)
-                self.agree((position, type(program.error).__name__), f"here: {program.error!r}")
-                end(position, None, error)
-        self.agree(short_hash(repr(sorted(outputs.items())).encode()), "the texts")
-        if self.runtime is not None:
-            self.runtime.flush()
-        return outputs if self.leads else {}
 
     def program(self, request: Any, on_progress: OnProgress) -> Program:
         """Make a program for the request loop from a request."""

@@ -20,7 +20,6 @@ from shardit.core.modules.absent import mark_absent
 from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.modules.patching import fixed_device_to, subclass_in_place
 from shardit.core.placement.partition import balanced_cuts
-from shardit.core.runtime.request_loop import Program
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.class_homes import PLACING
 from shardit.errors import InputError, UnsupportedError
@@ -156,13 +155,3 @@ def _refused(name: str) -> Callable[..., None]:
         raise UnsupportedError(f"{name}: each rank holds only its own part; save the model before parallelize")
 
     return method
-
-
-def run_interleaved(runtime: Runtime, functions: Sequence[Callable[[], Any]], seeds: Sequence[int]) -> list[Any]:
-    """Run functions that call models over these stages, and return their results: while one waits for a message, others
-    compute. Raises the first exception of any of them."""
-    programs = [Program(function, seed) for function, seed in zip(functions, seeds, strict=True)]
-    for program in runtime.turns.run(iter(programs), len(programs)):
-        if program.error is not None:
-            raise program.error
-    return [program.value for program in programs]

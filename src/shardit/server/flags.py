@@ -15,12 +15,13 @@ from shardit.engine.process.messages import TASK
 from shardit.errors import InputError
 from shardit.flags import LaunchFlags, ModelFlags, ParallelFlags
 from shardit.language.loading.source import named_decoder
+from shardit.language.options import LanguageOptions
 from shardit.language.preflight import check_decoder, check_decoder_options
 from shardit.loading.dtypes import setting
 from shardit.loading.source import local_folder
 from shardit.logs import FORMAT_VARIABLE
 from shardit.server.keys import digest
-from shardit.server.options import LANGUAGE, OF_LANGUAGE, Executor, Limits, ServeOptions
+from shardit.server.options import LANGUAGE, Executor, Limits, ServeOptions
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import check_flags, flag_class, values_of
 from shardit.settings.paths import check_name, user_path
@@ -38,7 +39,14 @@ _MODEL = "Hub id, folder of diffusers or transformers, GGUF file, smollm2-135m o
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), flag_class(ServeOptions)):
+class ServeFlags(
+    ParallelFlags,
+    ModelFlags,
+    LaunchFlags,
+    flag_class(LanguageOptions),
+    flag_class(Limits),
+    flag_class(ServeOptions),
+):
     """The flags of `shardit serve`."""
 
     model: str = declare(MISSING, _MODEL, flag=Flag(metavar="MODEL", positional=True))
@@ -52,7 +60,7 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
 
     def options(self) -> ServeOptions:
         """Return all options, checked. Raises InputError."""
-        check_flags(self, ServeOptions, Limits)
+        check_flags(self, ServeOptions, LanguageOptions, Limits)
         self._check_nodes()
         task, model, loading = self._model()
         if self.data_dir is not None:
@@ -71,6 +79,7 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
             loading=loading,
             task=task,
             api_key_hashes=tuple(digest(key) for key in self._keys()),
+            language=LanguageOptions(**values_of(self, LanguageOptions)),
             limits=Limits(**values_of(self, Limits)),
             **given,
         )
@@ -82,8 +91,8 @@ class ServeFlags(ParallelFlags, ModelFlags, LaunchFlags, flag_class(Limits), fla
             check_decoder_options(self.model, {"attention_backend": self.attention_backend}, self.model_options())
             check_decoder(decoder, self.parallel_config(), self.max_model_len)
             return LANGUAGE, self.model, NO_OPTIONS
-        for name in OF_LANGUAGE:
-            if getattr(self, name) != getattr(ServeOptions, name):
+        for name, value in values_of(self, LanguageOptions).items():
+            if value != getattr(LanguageOptions, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag}: {self.model} is no language model; leave it out")
         model, loading = split_model(self.model, self.config, self.model_options())

@@ -13,13 +13,10 @@ from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.diffusion.request.result_limits import ResultLimits
 from shardit.engine.process.messages import TASK
 from shardit.errors import InputError
+from shardit.language.options import LanguageOptions
 from shardit.loading.dtypes import Setting
-from shardit.settings.byte_sizes import byte_size
 from shardit.settings.checks import NAME, number, whole
 from shardit.settings.declare import Flag, declare
-
-OF_LANGUAGE = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory")
-"""Options that only language models take."""
 
 LANGUAGE = "shardit.engine.tasks.language"
 """The task of causal language models; TASK is that of pipelines."""
@@ -76,21 +73,7 @@ class ServeOptions:
     loading: ModelOptions = field(default_factory=ModelOptions)
     task: str = TASK
     """The kind of model, as in `SessionSpec`."""
-    max_model_len: int | None = declare(
-        None, "Of a language model: tokens of prompt and text at most. [default: the room of the model]", whole(1)
-    )
-    max_num_seqs: int = declare(32, "Of a language model: maximum texts of a batch; each stage has one.", whole(1))
-    max_num_batched_tokens: int | None = declare(
-        None,
-        "Of a language model: maximum tokens of prompts that are computed between two tokens of running texts. "
-        "[default: 64 on CPUs, 512 on GPUs]",
-        whole(1),
-    )
-    kv_cache_memory: int | None = declare(
-        None,
-        "Of a language model: maximum memory of keys and values on a rank, as in 2GiB. [default: half of what is free]",
-        flag=Flag(kind=str | None, metavar="<bytes>", read=lambda text: byte_size("--kv-cache-memory", text)),
-    )
+    language: LanguageOptions = field(default_factory=LanguageOptions)
     host: str = declare(
         "127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.", flag=Flag(envvar="SHARDIT_HOST")
     )

@@ -13,7 +13,7 @@ from shardit.core.stages.runtime import Runtime
 from shardit.language.request.rows import PromptGroup, Row
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families
-from tests.language.batched import alone, batcher_of, continued, prompts_of, run
+from tests.language.batched import alone, batcher_of, continued, outputs, prompts_of, reuses, run
 from tests.support.ranks import run_ranks
 
 NAMES = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next", "mamba", "jamba", "gpt2")
@@ -49,9 +49,10 @@ def test_preemption_changes_nothing_but_time() -> None:
     sampled = long_rows(temperature=0.9, repetition_penalty=1.1, presence_penalty=0.5, logprobs=2)
     expected = run(batcher_of(model), sampled)
     batcher = batcher_of(model, rows=8, tokens=16, memory=TIGHT)
-    made = run(batcher, sampled)
+    found = outputs(batcher, sampled)
+    made = [output.rows[0] for output in found]
     assert [row[:3] for row in made] == [row[:3] for row in expected]
-    assert batcher.scheduler.preempted > 1
+    assert sum(output.preemptions for output in found) > 1
     for got, wanted in zip(made, expected, strict=True):
         assert [list(one) for one in got[3] or ()] == [list(one) for one in wanted[3] or ()]
         assert len(got[3] or ()) == len(got[0])
@@ -85,7 +86,7 @@ def test_a_cancelled_request_leaves_at_the_next_step() -> None:
     found = []
     batcher.on_end = lambda key, _: found.append(key)
     for key, row in enumerate(rows()):
-        batcher.add(key, PromptGroup(key, (row,)), lambda *_: None)
+        batcher.add(key, PromptGroup((row,)), lambda *_: None)
     batcher.pause = pause
     program = batcher.program()
     assert program is not None
@@ -110,7 +111,7 @@ def test_a_request_cancelled_while_its_token_travels() -> None:
     found = []
     batcher.on_end = lambda key, _: found.append(key)
     for key, row in enumerate(rows()):
-        batcher.add(key, PromptGroup(key, (row,)), lambda *_: None)
+        batcher.add(key, PromptGroup((row,)), lambda *_: None)
     program = batcher.program()
     assert program is not None
     assert batcher.program() is None
@@ -128,21 +129,23 @@ def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConf
         shard_decoder(model, runtime, lay_out_decoder(model, config), config)
         batcher = batcher_of(model, runtime, rows=3, tokens=16, groups=2)
         tight = batcher_of(model, runtime, rows=8, tokens=16, groups=2, memory=TIGHT)
+        crowded = outputs(tight, long_rows(), runtime)
         found[name] = [
             [tokens for tokens, *_ in run(batcher, rows(), runtime)] == expected,
-            [tokens for tokens, *_ in run(tight, long_rows(), runtime)] == continued(plain, long_rows()),
+            [output.rows[0][0] for output in crowded] == continued(plain, long_rows()),
         ]
         turns = [
             Row(tuple(range(3, 3 + length)), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), 0)
             for length in (40, 99, 60)
         ]
         alike = batcher_of(model, runtime)
+        reused = reuses(alike)
         found[name].append(
             [run(alike, [one], runtime)[0][0] for one in turns] == [continued(plain, [one])[0] for one in turns]
         )
-        found[f"{name} reused"] = alike.prefixes.reused
+        found[f"{name} reused"] = sum(reused)
         found[f"{name} logprobs"] = run(batcher, rows(logprobs=1)[:2], runtime)
-        found[f"{name} preempted"] = tight.scheduler.preempted
+        found[f"{name} preempted"] = sum(output.preemptions for output in crowded)
     return found
 
 
@@ -164,11 +167,12 @@ def test_prompts_that_begin_alike() -> None:
     head = tuple(range(3, 53))
     first = Row(head, params, 0)
     batcher = batcher_of(model)
+    reused = reuses(batcher)
     ((answer, *_),) = run(batcher, [first])
     turns = [Row((*head, *answer, 7, 8), params, 0), Row((*head[:40], 99, 98), params, 0), Row(head[::-1], params, 0)]
     expected = [continued(model, [row])[0] for row in turns]
     assert [tokens for tokens, *_ in run(batcher, turns)] == expected
-    assert batcher.prefixes.reused == len(head) + len(answer) - 1 + 40
+    assert sorted(reused) == [40, len(head) + len(answer) - 1]
     batcher.prefixes.shrink(0)
     assert batcher.prefixes.bytes == 0
 
@@ -179,6 +183,7 @@ def test_a_head_that_is_forgotten_while_a_prompt_begins() -> None:
     head = tuple(range(3, 53))
     batcher = batcher_of(model)
     run(batcher, [Row(head, params, 0)])
+    reused = reuses(batcher)
     choose = batcher._choose
 
     def forgetful(sequences: Any, logits: Any) -> list[int]:
@@ -190,7 +195,7 @@ def test_a_head_that_is_forgotten_while_a_prompt_begins() -> None:
     prompts = [Row((9, 8, 7), params, 0), Row((*head, 7), params, 0)]
     made = [tokens for tokens, *_ in run(batcher, prompts)]
     assert made == [continued(model, [row])[0] for row in prompts]
-    assert batcher.prefixes.reused == 50
+    assert reused == [50]
 
 
 def test_windows_and_states_keep_no_head() -> None:

@@ -9,6 +9,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import ModelOptions
 from shardit.engine.process.channel import Packed
 from shardit.errors import InputError, UnsupportedError
+from shardit.language.options import LanguageOptions
 from shardit.loading.dtypes import Setting, setting
 from shardit.settings.checks import TEXT, is_number, matching, whole
 from shardit.settings.declare import Flag, declare
@@ -54,16 +55,7 @@ class SessionSpec:
     attention_backend: str | None = declare(
         None, "Attention back end, as set_attention_backend in diffusers. [default: native]", TEXT
     )
-    max_model_len: int | None = None
-    """Of a language model: the most tokens of a request."""
-    gpu_memory_utilization: float | None = None
-    """Of a language model: the share of a rank's memory that weights and caches may take."""
-    max_num_seqs: int = 32
-    """Of a language model: the most sequences of a batch."""
-    max_num_batched_tokens: int | None = None
-    """Of a language model: the most tokens of one prefill; None for 64 on CPUs and 512 on GPUs."""
-    kv_cache_memory: int | None = None
-    """Of a language model: the most bytes of caches on a rank; None for half of the free memory."""
+    language: LanguageOptions = field(default_factory=LanguageOptions)
     options: ModelOptions = field(default_factory=ModelOptions)
     can_cancel: bool = False
     """Whether requests may be cancelled while they run; those of a server may."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.memory import peak_bytes
-from shardit.engine.process.messages import RequestFailed, RequestFinished
+from shardit.engine.process.messages import Progress, RequestFailed, RequestFinished
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,19 @@ class Outcomes:
     channel: Channel
     busy_s: Callable[[], float]
     log: Any
+
+    def progress(self, key: int, step: int, total: int, made: Any = None, logprobs: Any = None) -> None:
+        """Report a step of a request, from the first rank."""
+        if self.session.leads:
+            self.channel.send(Progress(key, step, total, made, logprobs))
+
+    def refused(self, key: int, text: str) -> None:
+        """Report a request that this rank cannot read."""
+        self.channel.send(RequestFinished(key=key, start=None, error=text, refused=True))
+
+    def left(self, key: int) -> None:
+        """Report a request that was cancelled before it began."""
+        self.channel.send(RequestFinished(key=key, start=None, cancelled=True))
 
     def failed(self, taken: Taken, error: Exception, start: str | None = None) -> None:
         """Report a request that must have failed on all ranks: they compare the outcome, or wait."""

@@ -46,7 +46,7 @@ def check(spec: SessionSpec) -> None:
     if spec.device is not None or torch.cuda.is_available():
         pick_device(spec.device, spec.config.world_size - 1)
     prepared = prepared_for(spec)
-    lay_out_decoder(prepared.module, spec.config, spec.max_model_len)
+    lay_out_decoder(prepared.module, spec.config, spec.language.max_model_len)
     prepared.source.tokenizer()
     _checked[:] = [(spec, prepared)]
 
@@ -65,7 +65,7 @@ class LoadedDecoder:
         checked, prepared = _checked.pop() if _checked else (None, None)
         prepared = prepared if prepared is not None and checked == spec else prepared_for(spec)
         reads = Reads()
-        layout = lay_out_decoder(prepared.module, spec.config, spec.max_model_len)
+        layout = lay_out_decoder(prepared.module, spec.config, spec.language.max_model_len)
         self.model: Any = prepared.load(layout, mesh.coords, mesh.device, reads)
         self.tokenizer: Any = prepared.source.tokenizer()
         self.runtime = Runtime.of(mesh, spec.max_in_flight, split_batch=False) if len(mesh.replica.ranks) > 1 else None
@@ -80,8 +80,8 @@ class LoadedDecoder:
         # What the file says of sampling are defaults of the caller's parameters, and must not count twice.
         self.model.generation_config = GenerationConfig(pad_token_id=pad)
         limits = Limits(
-            rows=spec.max_num_seqs,
-            tokens=spec.max_num_batched_tokens or CHUNK[mesh.device.type == "cpu"],
+            rows=spec.language.max_num_seqs,
+            tokens=spec.language.max_num_batched_tokens or CHUNK[mesh.device.type == "cpu"],
             groups=spec.config.pipeline_parallel_size,
             memory=self._cache_bytes(spec, limit),
         )
@@ -100,7 +100,7 @@ class LoadedDecoder:
 
     def _cache_bytes(self, spec: SessionSpec, limit: int | None) -> int | None:
         """Return the bytes of all caches on a rank, the same on all ranks of a replica; None without a limit."""
-        own = spec.kv_cache_memory
+        own = spec.language.kv_cache_memory
         if own is None and limit is not None:
             own = max(limit - held_bytes(), 0) // 2
         if self.runtime is None or own is None:
@@ -128,20 +128,21 @@ class LoadedDecoder:
 def check_memory(memory: CacheMemory, spec: SessionSpec, mesh: Mesh, limit: int | None) -> None:
     """Raise InputError if gpu_memory_utilization is given and a rank has no memory for its weights and the cache of one
     request of max_model_len tokens, or if that cache is larger than kv_cache_memory."""
-    tokens = request_tokens(memory.model.config, spec.max_model_len)
+    options = spec.language
+    tokens = request_tokens(memory.model.config, options.max_model_len)
     own = memory.of_stages(tokens)[mesh.pp_rank]
-    if spec.kv_cache_memory is not None and own > spec.kv_cache_memory:
+    if options.kv_cache_memory is not None and own > options.kv_cache_memory:
         raise InputError(
-            f"kv_cache_memory={spec.kv_cache_memory:,} is too small: rank {mesh.rank} needs {own:,} bytes for the "
+            f"kv_cache_memory={options.kv_cache_memory:,} is too small: rank {mesh.rank} needs {own:,} bytes for the "
             f"cache of one request of max_model_len={tokens}; raise it, or lower max_model_len"
         )
-    if spec.gpu_memory_utilization is None or limit is None:
+    if options.gpu_memory_utilization is None or limit is None:
         return
     weights = sum(p.numel() * p.element_size() for p in memory.model.parameters() if not p.is_meta)
-    usable = int(spec.gpu_memory_utilization * limit)
+    usable = int(options.gpu_memory_utilization * limit)
     if weights + own > usable:
         raise InputError(
             f"rank {mesh.rank} needs {weights:,} bytes for weights and {own:,} for the cache of one request of "
-            f"max_model_len={tokens}, and gpu_memory_utilization={spec.gpu_memory_utilization:g} of its memory is "
+            f"max_model_len={tokens}, and gpu_memory_utilization={options.gpu_memory_utilization:g} of its memory is "
             f"{usable:,}; lower max_model_len, raise gpu_memory_utilization, or use more ranks"
         )

@@ -14,7 +14,7 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.stage_tensor import StageTensor
 from shardit.core.runtime.request_loop import Program
 from shardit.core.stages.runtime import Runtime
-from shardit.language.batching.ends import Decode, end_of, ended_by_token
+from shardit.language.batching.ends import Decode, end_of
 from shardit.language.batching.forward import Forward
 from shardit.language.batching.group_run import GroupRun
 from shardit.language.batching.prefixes import PrefixStore, longest_storable
@@ -22,7 +22,7 @@ from shardit.language.batching.probe import probe
 from shardit.language.batching.sampling import log_probabilities, next_tokens
 from shardit.language.batching.scheduler import Group, Limits, Scheduler
 from shardit.language.batching.sequence import Sequence
-from shardit.language.request.outputs import GroupOutput, RowResult
+from shardit.language.request.outputs import GroupOutput, RowResult, ended_by_token
 from shardit.language.request.rows import PromptGroup
 
 OnTokens = Callable[[int, int, tuple[int | None, ...], tuple[dict[int, float] | None, ...] | None], None]
@@ -183,7 +183,8 @@ def _report(request: _Open, changed: list[Sequence]) -> None:
     tokens: list[int | None] = [None] * len(request.rows)
     logprobs: list[dict[int, float] | None] = [None] * len(request.rows)
     for one in changed:
-        tokens[one.index] = None if ended_by_token(one.ended) else one.made[-1]
+        by_token = one.ended is not None and ended_by_token(*one.ended)
+        tokens[one.index] = None if by_token else one.made[-1]
         logprobs[one.index] = one.logprobs[-1] if one.logprobs else None
     request.on_tokens(count, request.maximum, tuple(tokens), tuple(logprobs) if any(logprobs) else None)
 

@@ -26,8 +26,3 @@ def end_of(sequence: Sequence, ends: frozenset[int], decode: Decode) -> RowEnd |
             return "stop", found[1]
     assert params.max_tokens is not None
     return ("length", None) if len(made) >= params.max_tokens else None
-
-
-def ended_by_token(end: RowEnd | None) -> bool:
-    """Return whether the last token ended a text, and so is not part of it."""
-    return end is not None and end[0] == "stop" and not isinstance(end[1], str)

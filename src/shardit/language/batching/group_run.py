@@ -47,7 +47,7 @@ class GroupRun:
                 before = list(self.group.rows)
                 step = self.scheduler.next(self.group)
                 if step is not None and step.chunk is not None:
-                    self._open(step.chunk.prefill)
+                    self._begin(step.chunk.prefill)
                 if step is None or step.keep is not None:
                     self._store(before, () if step is None else step.keep or ())
                 if step is None:
@@ -60,7 +60,7 @@ class GroupRun:
                     self._compute(step.chunk)
                 self.pause()
 
-    def _open(self, prefill: Prefill) -> None:
+    def _begin(self, prefill: Prefill) -> None:
         """Make the cache of a new prefill, at once: its known keys may be forgotten in the next step."""
         if self._prefill is prefill:
             return

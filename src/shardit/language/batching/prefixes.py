@@ -21,14 +21,12 @@ ENTRIES = 64
 class PrefixStore:
     """The caches of texts by their tokens, least recently used first. All ranks decide from tokens, so alike.
 
-    row_bytes: see `Scheduler`. longest: tokens of the longest text that is kept. reused: tokens that were not computed
-    again.
+    row_bytes: see `Scheduler`. longest: tokens of the longest text that is kept.
     """
 
     def __init__(self, row_bytes: Callable[[int], int], longest: int):
         self._row_bytes, self.longest = row_bytes, longest
         self._entries: OrderedDict[tuple[int, ...], tuple[list[Any], Any]] = OrderedDict()
-        self.reused = 0
 
     @property
     def bytes(self) -> int:
@@ -62,7 +60,6 @@ class PrefixStore:
         """Put the known tokens of a prompt into a new cache."""
         found = next(one for one in self._entries if _common(one, tokens) == length)
         self._entries.move_to_end(found)
-        self.reused += length
         layers, others = self._entries[found]
         cache.layers[:] = [
             one if layer is None else _cut(layer, length) for one, layer in zip(cache.layers, layers, strict=True)

@@ -97,8 +97,6 @@ class Group:
 class Scheduler:
     """row_bytes: returns the bytes of the cache of a row with a number of columns, on the rank where it is largest.
     known: returns how many tokens of a sequence need not be computed, because their keys are kept elsewhere.
-
-    preempted: number of times that a sequence had to give up its cache.
     """
 
     def __init__(
@@ -110,7 +108,6 @@ class Scheduler:
         self.limits, self.row_bytes, self.known = limits, row_bytes, known
         self.waiting: list[Sequence] = []
         self.groups: list[Group] = []
-        self.preempted = 0
         self._starved = False
 
     def add(self, sequence: Sequence) -> None:
@@ -164,9 +161,9 @@ class Scheduler:
         group.rows += prefill.sequences
         group.columns = max(group.columns, prefill.width)
 
-    def _bytes(self, group: Group, more: int = 0) -> int:
+    def _bytes(self, group: Group) -> int:
         members = len(group.members)
-        return members * self.row_bytes(group.width + 1 + more) if members else 0
+        return members * self.row_bytes(group.width + 1) if members else 0
 
     def _fits(self, group: Group, sequence: Sequence) -> bool:
         if self.limits.memory is None or not self.groups:
@@ -239,7 +236,6 @@ class Scheduler:
         else:
             group.rows.remove(sequence)
             group.columns = _columns(group.rows)
-            self.preempted += 1
             sequence.preemptions += 1
         self.add(sequence)
 

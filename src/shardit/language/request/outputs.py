@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
+def ended_by_token(reason: str | None, stop: int | str | None) -> bool:
+    """Return whether a text ended with a token, which is no part of it. reason, stop: why it ended, as in
+    `CompletionOutput`."""
+    return reason == "stop" and not isinstance(stop, str)
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
     """One generated text for a prompt.

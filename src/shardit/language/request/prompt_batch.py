@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardit.language.request.outputs import CompletionOutput, RequestOutput, RowResult
+from shardit.language.request.outputs import CompletionOutput, RequestOutput, RowResult, ended_by_token
 from shardit.language.request.rows import Row
 
 
@@ -29,8 +29,7 @@ class PromptBatch:
         """Return the completion of row `number`."""
         ids, reason, stop, logprobs = result
         _, copy, row = self.rows[number]
-        by_token = reason == "stop" and not isinstance(stop, str)
-        text = self.decode(ids[:-1] if by_token else ids, row)
+        text = self.decode(ids[:-1] if ended_by_token(reason, stop) else ids, row)
         if isinstance(stop, str):
             text = text[: text.index(stop)]
         return CompletionOutput(copy, text, ids, reason, stop, logprobs)

@@ -20,8 +20,6 @@ class Row:
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """The rows of one request. index: the number of the request."""
+    """The rows of one request."""
 
-    index: int
     rows: tuple[Row, ...]
-    seed: int = 0

@@ -42,7 +42,7 @@ def rows_of_prompts(request: Mapping[str, Any]) -> list[tuple[int, int, Row]]:
 
 def group_of(request: Mapping[str, Any]) -> PromptGroup:
     """Return the request for the ranks."""
-    return PromptGroup(0, tuple(row for *_, row in rows_of_prompts(request)))
+    return PromptGroup(tuple(row for *_, row in rows_of_prompts(request)))
 
 
 def stored_results(output: GroupOutput) -> dict[str, Any]:

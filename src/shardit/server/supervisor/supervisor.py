@@ -269,10 +269,7 @@ def spec_of(options: ServeOptions, slots: int, session: str) -> SessionSpec:
         task=options.task,
         session=session,
         attention_backend=options.attention_backend,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        kv_cache_memory=options.kv_cache_memory,
+        language=options.language,
         options=options.loading,
         of_server=True,
     )
@@ -283,7 +280,7 @@ def useful_slots(options: ServeOptions) -> int:
     of one can be sent while another computes. Of texts, a batch per stage."""
     config = options.config
     if options.of_language:
-        return config.pipeline_parallel_size * options.max_num_seqs
+        return config.pipeline_parallel_size * options.language.max_num_seqs
     if config.pipeline_parallel_size > 1:
         return max(2, config.pipeline_parallel_size)
     return 2 if config.world_size > config.data_parallel_size * config.cfg_parallel_size else 1

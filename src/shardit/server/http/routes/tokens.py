@@ -47,7 +47,7 @@ def token_routes(context: Context) -> APIRouter:
         else:
             special = values.get("add_special_tokens", True)
             tokens = await texts.run(lambda: tokenizer(values["prompt"], add_special_tokens=special)["input_ids"])
-        limit = context.options.max_model_len or info.max_model_len
+        limit = context.options.language.max_model_len or info.max_model_len
         return {"count": len(tokens), "max_model_len": limit, "tokens": list(tokens)}
 
     @router.post("/detokenize", response_model=TextAnswer, responses=_POST, openapi_extra=body("detokenize"))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from shardit.language.request.outputs import CompletionChunk, CompletionOutput, RowResult
+from shardit.language.request.outputs import CompletionChunk, CompletionOutput, RowResult, ended_by_token
 from shardit.server.http.texts.submit import Asked
 from shardit.server.http.texts.token_texts import TokenTexts
 
@@ -103,7 +103,7 @@ class Answers:
                 {
                     "index": index,
                     **(own if self.asked.chat else {"text": text.text}),
-                    "logprobs": self.logprobs(index, text.token_ids, text.logprobs, ended_by_token(text)),
+                    "logprobs": self.logprobs(index, text.token_ids, text.logprobs, text),
                     "finish_reason": text.finish_reason,
                 }
             )
@@ -120,7 +120,7 @@ class Answers:
     ) -> dict[str, Any]:
         """Return a chunk with a piece of a text. tokens, values: log probabilities that go with it."""
         index = self.asked.row_of(chunk)
-        shown = self.logprobs(index, tokens, values, ended_by_token(chunk)) if values else None
+        shown = self.logprobs(index, tokens, values, chunk) if values else None
         content = {"content": chunk.text} if chunk.text else {}
         return self._chunk(index, content if self.asked.chat else chunk.text, shown, chunk.finish_reason)
 
@@ -138,21 +138,20 @@ class Answers:
         return {**self._with_kind(), "choices": [choice], **usage}
 
     def logprobs(
-        self, index: int, tokens: Sequence[int], values: Sequence[Mapping[int, float]] | None, by_token: bool
+        self,
+        index: int,
+        tokens: Sequence[int],
+        values: Sequence[Mapping[int, float]] | None,
+        text: CompletionOutput | CompletionChunk,
     ) -> dict[str, Any] | None:
-        """Return the log probabilities of tokens of a text. by_token: the last of them ended it and is no part of
-        it."""
+        """Return the log probabilities of tokens of a text, without that of a token that ended it."""
         most = self.asked.logprobs
         if most is None or values is None:
             return None
         pairs = list(zip(tokens, values, strict=False))
+        by_token = ended_by_token(text.finish_reason, text.stop_reason)
         pairs = pairs[:-1] if by_token and len(values) == len(tokens) else pairs
         if self.asked.chat:
             return {"content": [self._texts.entry(*pair, most) for pair in pairs], "refusal": None}
         found, self._offsets[index] = self._texts.columns(pairs, most, self._offsets[index])
         return found
-
-
-def ended_by_token(text: CompletionOutput | CompletionChunk) -> bool:
-    """Return whether a token ended a text, and not a stop string or its length."""
-    return text.finish_reason == "stop" and not isinstance(text.stop_reason, str)

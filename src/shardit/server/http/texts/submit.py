@@ -127,7 +127,7 @@ async def _asked(
     if len(prompts) * params.n > MOST_TEXTS:
         text = f"n texts for each prompt are {len(prompts) * params.n} texts, the limit is {MOST_TEXTS}; ask for fewer"
         raise ApiError(400, text, code="invalid_value", param="n")
-    limit = context.options.max_model_len or info.max_model_len
+    limit = context.options.language.max_model_len or info.max_model_len
     check_length(prompts, limit, "messages" if chat else "prompt")
     given = values.get("seed", RANDOM_SEED)
     seeds = [seed_or_drawn(None if given == RANDOM_SEED else given) for _ in prompts]

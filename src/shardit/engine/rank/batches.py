@@ -1,0 +1,89 @@
+"""Requests of a rank that share batches, as those of language models."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from shardit.core.runtime.digests import short_hash
+from shardit.core.runtime.request_loop import Program
+from shardit.engine.rank.outcomes import Outcomes, Taken
+
+if TYPE_CHECKING:
+    from shardit.engine.tasks.task import Batcher, OnProgress
+
+
+class Batches:
+    """The requests of a batcher; a program runs a batch. The same interface as `Programs`."""
+
+    def __init__(self, session: Any, outcomes: Outcomes, batcher: Batcher):
+        self.outcomes, self.batcher = outcomes, batcher
+        self._open: dict[int, Taken] = {}
+        batcher.on_end, batcher.pause = self._ended, session.turns.yield_turn
+
+    def could_begin(self, active: int) -> bool:
+        """Return whether another request could begin: always, as it joins a batch."""
+        return True
+
+    def add(self, taken: Taken) -> None:
+        """Queue a request."""
+        self._open[taken.key] = replace(taken, begun=time.perf_counter())
+        self.batcher.add(taken.key, taken.request, functools.partial(self.outcomes.progress, taken.key))
+
+    def cancel(self, key: int) -> None:
+        """End a request; it leaves its batch before the next step."""
+        if self.batcher.cancel(key):
+            self.outcomes.ended(self._open.pop(key), None, None, cancelled=True)
+
+    def next(self, active: int) -> Program | None:
+        """Return the program of a new batch, if a request needs one."""
+        return self.batcher.program()
+
+    def finish(self, program: Program) -> None:
+        """Report the requests that have failed with a program."""
+        for key in sorted(self.batcher.ended(program)):
+            assert program.error is not None
+            self.outcomes.failed(self._open.pop(key), program.error)
+
+    def of_program(self, program: Program | None) -> Taken | None:
+        """Return the request that a program runs: none, as it runs several."""
+        return None
+
+    def _ended(self, key: int, result: Any) -> None:
+        """Report the end of a request. Its result is compared between ranks."""
+        taken = self._open.pop(key)
+        seconds = time.perf_counter() - taken.begun
+        self.outcomes.ended(taken, short_hash(repr(result).encode()).hex(), (result, seconds, []))
+
+
+def run_batches(session: Any, batcher: Batcher, requests: list[Any], on_progress: OnProgress) -> dict[int, Any]:
+    """Run requests that all ranks have, without a supervising process; see `Session.generate`."""
+    outputs: dict[int, Any] = {}
+
+    def end(position: int, result: Any, error: str | None = None) -> None:
+        value = None if error is not None else (result, 0.0, [])
+        outputs[position] = session.model.collect(requests[position], value, error)
+
+    def add(position: int) -> None:
+        def report(step: int, total: int, made: Any, logprobs: Any) -> None:
+            on_progress(position, step, total, made)
+
+        batcher.add(position, requests[position], report)
+
+    def enter(active: int) -> Program | None:
+        return batcher.program()
+
+    batcher.on_end, batcher.pause = end, session.turns.yield_turn
+    for position in range(session.mesh.coords["dp"], len(requests), session.mesh.sizes["dp"]):
+        add(position)
+    for program in session.turns.rounds(enter, lambda active: active > 0 or batcher.is_open):
+        for position in batcher.ended(program):
+            assert program.error is not None
+            session.agree((position, type(program.error).__name__), f"here: {program.error!r}")
+            end(position, None, session.model.error_text(requests[position], program.error))
+    session.agree(short_hash(repr(sorted(outputs.items())).encode()), "the texts")
+    if session.runtime is not None:
+        session.runtime.flush()
+    return outputs if session.leads else {}

@@ -1,8 +1,8 @@
 """`python -m bench`: a table, and as the last line one JSON document, also written to `bench/results/`.
 
-Names for --only: speed, axes, overhead, memory, startup, numerics, schedules, serve. With --quick everything is small
-and nothing is waited for: it shows that the bench works, not how fast anything is, and writes no result file unless
---output names one.
+Names for --only: speed, axes, overhead, host, memory, startup, numerics, schedules, serve. With --quick everything is
+small and nothing is waited for: it shows that the bench works, not how fast anything is, and writes no result file
+unless --output names one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import machine, memory, model, numerics, overhead, report, schedules, serve, speed, startup
+from bench import host, machine, memory, model, numerics, overhead, report, schedules, serve, speed, startup
 
-NAMES = ("speed", "axes", "overhead", "memory", "startup", "numerics", "schedules", "serve")
+NAMES = ("speed", "axes", "overhead", "host", "memory", "startup", "numerics", "schedules", "serve")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -69,6 +69,7 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
         "speed": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.patience),
         "axes": lambda: speed.measure(size, on_disk(), rounds, 0 if quick else options.patience, speed.AXES),
         "overhead": lambda: overhead.measure(size, on_disk(), 3 if quick else 30),
+        "host": lambda: host.measure(50 if quick else 500),
         "memory": lambda: memory.measure(size, on_disk()),
         "startup": lambda: startup.measure(1 if quick else 3),
         "numerics": lambda: numerics.measure(size),

@@ -1,6 +1,7 @@
-"""Prompts in batches over two stages, against one rank and two copies of it at once: `python -m bench.language`.
+"""Prompts over two ranks against one rank, two copies of it at once and transformers' own: `python -m bench.language`.
 
-The ceiling is two copies, each of which continues all prompts, so it has twice the work in the time that is measured.
+Stages run prompts in batches, as `LLM` does; slices run `generate`. The ceiling is two copies, each of which continues
+all prompts, so it has twice the work in the time that is measured.
 Runs of all kinds take turns; the result is the median of the ratios of one turn.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bench.language_peers import peer_of
 from shardit import DiffusionParallelConfig, SamplingParams
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
@@ -22,6 +24,9 @@ from shardit.language.request.rows import Row
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language.batched import batcher_of, run
 from tests.support.ranks import run_ranks
+
+PEERS = {"pipeline_parallel_size": "pp_size", "tensor_parallel_size": "tp_size"}
+"""The name of each axis in transformers."""
 
 
 def wide() -> Any:
@@ -54,9 +59,10 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
     return [Row(tuple(one), params, 0) for one in ids]
 
 
-def measure(rank: int, count: int, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return seconds of each run by kind, and whether the tokens are those of `generate`."""
-    config = DiffusionParallelConfig(pipeline_parallel_size=count, layer_partition=arguments.partition)
+def measure(rank: int, count: int, method: str, arguments: argparse.Namespace, axis: str) -> dict[str, Any]:
+    """Return seconds of each run by kind, and whether the tokens are those of `generate`. axis: of ParallelConfig."""
+    partition = arguments.partition if axis == "pipeline_parallel_size" else None
+    config = DiffusionParallelConfig(**{axis: count}, layer_partition=partition)
     mesh = init_mesh(config, device="cpu", timeout_s=300, rank=rank, init_method=method)
     make = (lambda: named(arguments.model)) if arguments.model else wide
     plain, model, todo = make(), make(), rows(arguments)
@@ -64,15 +70,19 @@ def measure(rank: int, count: int, method: str, arguments: argparse.Namespace) -
     shard_decoder(model, runtime, lay_out_decoder(model, config), config)
     ids = torch.tensor([one.prompt for one in todo])
     options = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    own = batcher_of(plain, rows=arguments.prompts // count, groups=count, tokens=arguments.chunk)
-    kinds: dict[str, Callable[[], Any]] = {
-        "generate": lambda: plain.generate(ids, attention_mask=torch.ones_like(ids), **options) if rank == 0 else None,
-        "one rank": lambda: run(own, todo) if rank == 0 else None,
-        "copies": lambda: run(own, todo),
-    }
-    for groups in arguments.groups:
-        staged = batcher_of(model, runtime, rows=arguments.prompts // groups, groups=groups, tokens=arguments.chunk)
-        kinds[f"{groups} groups"] = lambda staged=staged: run(staged, todo, runtime)
+
+    def generate(by: Any) -> list[tuple[int, ...]]:
+        made = by.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return [tuple(one) for one in made[:, arguments.length :].tolist()]
+
+    kinds: dict[str, Callable[[], Any]] = {"generate": lambda: generate(plain) if rank == 0 else None}
+    if axis == "pipeline_parallel_size":
+        kinds |= staged(rank, plain, model, runtime, todo, arguments)
+    else:
+        kinds |= {"copies": lambda: generate(plain), "2 slices": lambda: generate(model)}
+    if arguments.peers:
+        peer = peer_of(make, rank, count, PEERS[axis])
+        kinds[f"transformers, {PEERS[axis]}"] = lambda: generate(peer)
     found: dict[str, Any] = {name: [] for name in kinds}
     results = {name: kind() for name, kind in kinds.items()}  # first calls
     for _ in range(arguments.runs):
@@ -81,9 +91,24 @@ def measure(rank: int, count: int, method: str, arguments: argparse.Namespace) -
             start = time.perf_counter()
             kind()
             found[name].append(time.perf_counter() - start)
-    expected = [tuple(one) for one in plain.generate(ids, **options)[:, arguments.length :].tolist()]
-    found["same"] = {name: [one[0] for one in made] == expected for name, made in results.items() if name[0].isdigit()}
+    expected = generate(plain)
+    found["same"] = {name: made == expected for name, made in results.items() if made is not None}
     return found
+
+
+def staged(
+    rank: int, plain: Any, model: Any, runtime: Runtime, todo: list[Row], arguments: argparse.Namespace
+) -> dict[str, Callable[[], Any]]:
+    """Return runs of the batches of `LLM`: on one rank, two copies of it, and over the stages."""
+    count = runtime.mesh.pp_size
+
+    def batches(of: Any, groups: int, runtime: Runtime | None = None) -> Callable[[], Any]:
+        batcher = batcher_of(of, runtime, rows=arguments.prompts // groups, groups=groups, tokens=arguments.chunk)
+        return lambda: [result[0] for result in run(batcher, todo, runtime)]
+
+    own = batches(plain, count)
+    kinds = {"one rank": lambda: own() if rank == 0 else None, "copies": own}
+    return kinds | {f"{groups} groups": batches(model, groups, runtime) for groups in arguments.groups}
 
 
 def main() -> None:
@@ -96,18 +121,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=64, help="max_num_batched_tokens")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--axes", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers' own, too")
     parser.add_argument("--partition", type=lambda text: [int(one) for one in text.split(",")], help='such as "19,11"')
     arguments = parser.parse_args()
-    found = run_ranks(2, measure, arguments, timeout=1800)[0]
+    for axis in arguments.axes:
+        report(axis, run_ranks(2, measure, arguments, axis, timeout=1800)[0], arguments)
+
+
+def report(axis: str, found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print the rates of one axis."""
+    print(f"{axis}=2")
     tokens = arguments.prompts * arguments.tokens
+    same = found.pop("same")
     for name, seconds in found.items():
-        if name == "same":
-            continue
         ratios = [copies / 2 / own for copies, own in zip(found["copies"], seconds, strict=True)]
         share = "" if name == "copies" else f", {statistics.median(ratios):.2f} of the ceiling"
         rate = tokens * (2 if name == "copies" else 1) / statistics.median(seconds)
-        print(f"{name}: {rate:.1f} tokens/s{share}")
-    print(f"same tokens: {found['same']}")
+        print(f"  {name}: {rate:.1f} tokens/s{share}{'' if same.get(name, True) else ', OTHER TOKENS'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ def table(document: dict[str, Any]) -> str:
         "speed": _speed,
         "axes": _speed,
         "overhead": _overhead,
+        "host": _host,
         "memory": _memory,
         "startup": _startup,
         "numerics": _numerics,
@@ -55,7 +56,7 @@ def _speed(found: dict[str, Any]) -> list[str]:
 
 
 def _row(name: Any, *cells: Any) -> str:
-    return f"  {name!s:<30}" + "".join(f"{cell!s:>11}" for cell in cells)
+    return f"  {name!s:<34}" + "".join(f"{cell!s:>11}" for cell in cells)
 
 
 def _overhead(found: dict[str, Any]) -> list[str]:
@@ -64,6 +65,23 @@ def _overhead(found: dict[str, Any]) -> list[str]:
         f"One rank against plain diffusers, CPU time per step ({found['tokens']} tokens, {found['runs']} pairs): "
         f"{found['extra_percent']:+.2f} % (quartiles {low:+.2f} to {high:+.2f} %)"
     ]
+
+
+HOST = {
+    "own_block_us": ("one's own block call, beyond plain", 15),
+    "placeholder_us": ("placeholder", 5),
+    "hop_us": ("hop without the wire", 120),
+    "turn_us": ("turn of a request", None),
+    "exchange_us": ("attention exchange, beyond plain", None),
+    "sum_us": ("sum over tensor ranks, beyond plain", None),
+    "forward_2x8_us": ("forward of 40 blocks, 2 stages x 8 chunks, beyond plain", 1500),
+}
+"""Steps by key, with the goal in microseconds."""
+
+
+def _host(found: dict[str, Any]) -> list[str]:
+    lines = [f"Host time in us; plain PyTorch takes {found['plain_block_us']:.1f} for a block", _row("", "us", "goal")]
+    return lines + [_row(name, f"{found[key]:.1f}", goal or "") for key, (name, goal) in HOST.items()]
 
 
 def _memory(found: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from bench import model, numerics, peers
+from bench import host, model, numerics, peers
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import axis_sizes
 from shardit.engine import session as session_module
@@ -41,6 +41,16 @@ class Worker:
     def write_model(self, size: model.Size, folder: str) -> None:
         """Write the folder of the measured model."""
         model.write_model(size, folder)
+
+    def host_us(self, kind: str, options: dict[str, Any] | None, runs: int) -> float:
+        """Measure the host time of a forward; see `bench.host`."""
+        if options is not None:
+            dist.init_process_group("gloo", init_method=self.method, rank=self.rank, world_size=self.count)
+        return host.forward_us(kind, options, runs)
+
+    def turn_us(self) -> float:
+        """Measure the host time of a turn; see `bench.host`."""
+        return host.turn_us()
 
     def open_plain(self, folder: str) -> None:
         """Load the whole pipeline with diffusers alone."""

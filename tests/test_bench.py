@@ -16,7 +16,7 @@ CASE_KEYS = {"name", "requests", "guided", "chunks", "seconds", "plain_seconds",
 @pytest.mark.full
 @pytest.mark.timeout(120)
 def test_quick_bench(tmp_path: Path) -> None:
-    only = [word for name in ("speed", "axes", "overhead", "memory", "schedules") for word in ("--only", name)]
+    only = [word for name in ("speed", "axes", "overhead", "host", "memory", "schedules") for word in ("--only", name)]
     target = tmp_path / "result.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--quick", *only, "--output", str(target)],
@@ -40,6 +40,7 @@ def test_quick_bench(tmp_path: Path) -> None:
     for case in document["axes"]["cases"]:
         assert case["error"] <= 1e-5, case["name"]
     assert {"plain_cpu_s_per_step", "session_cpu_s_per_step", "extra_percent"} <= set(document["overhead"])
+    assert all(document["host"][key] > 0 for key in ("plain_block_us", "own_block_us", "hop_us", "sum_us"))
     assert [rank["read_over_owned"] <= 1.02 for rank in document["memory"]["ranks"]] == [True, True]
     assert {row["ranks"] for row in document["schedules"]} == set(range(1, 9))
     for row in document["schedules"]:

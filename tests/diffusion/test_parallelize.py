@@ -151,6 +151,8 @@ def refused(rank: int, count: int, method: str) -> None:
     with pytest.raises(shardit.UnsupportedError, match="cannot be moved"):
         pipe.to("meta")
     assert pipe.to("cpu") is pipe
+    with pytest.raises(shardit.UnsupportedError, match=r"state_dict\(\): .* is on another rank; take it before"):
+        pipe.transformer.state_dict()
 
 
 def test_refused() -> None:

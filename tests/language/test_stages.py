@@ -23,7 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import shardit
-from shardit import DiffusionParallelConfig, InputError, UnsupportedError
+from shardit import DiffusionParallelConfig, InputError, RankError, UnsupportedError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.language.sharding import lay_out_decoder, owners_of, shard_decoder
@@ -103,6 +103,19 @@ class Clock(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.steps <= 0)
 
 
+class Broken(StoppingCriteria):
+    """Fails on one rank at its second call."""
+
+    def __init__(self, here: bool):
+        self.here, self.calls = here, 0
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.here and self.calls == 2:
+            raise KeyError("broken")
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
 class Printer(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         print(value.tolist())
@@ -164,6 +177,10 @@ def use_options(rank: int, count: int, method: str) -> dict[str, Any]:
             "save": lambda: model.save_pretrained("nowhere"),
         }
     )
+    broken = StoppingCriteriaList([Broken(rank == 1)])
+    with pytest.raises((KeyError, RankError)) as failure:
+        model.generate(ids, stopping_criteria=broken, **call)
+    found["criterion"] = repr(failure.value)
     found["right after errors"] = torch.equal(plain.generate(ids, **call), model.generate(ids, **call))
     return found
 
@@ -173,6 +190,8 @@ def test_options_of_generate_and_calls() -> None:
     assert first["steps"] == second["steps"] == 3
     assert first["time"] < 5
     assert (first["printed"], second["printed"]) == (1, 0)
+    assert first["criterion"] == "RankError('rank 1 failed: a stopping criterion failed: KeyError: 'broken'')"
+    assert second["criterion"] == "KeyError('broken')"
     for found in (first, second):
         for name in ("processor", "calls", "next call", "copied cache", "inputs_embeds", "right after errors"):
             assert found[name], name

@@ -18,11 +18,12 @@ from transformers.generation.stopping_criteria import (
 )
 
 from shardit.core.comm.collectives import Collectives
+from shardit.core.comm.group import GroupCoordinator
 from shardit.core.decoder.stage_tensor import materialized
 from shardit.core.decoder.stages import DecoderStages
 from shardit.core.runtime.digests import named
 from shardit.core.stages.runtime import Runtime
-from shardit.errors import UnsupportedError
+from shardit.errors import RankError, UnsupportedError, first_line
 from shardit.parallel.tensor.check.units import Checks
 
 TOKEN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
@@ -120,7 +121,7 @@ def _stopping_criteria_member(cls: Any, stages: DecoderStages | None, runtime: R
         criteria = own(self, *args, **kwargs)
         if neighbours is None and _read_only_tokens(criteria):
             return criteria
-        return FirstRankCriteria(criteria, stages, neighbours)
+        return FirstRankCriteria(criteria, runtime, stages, neighbours)
 
     return _get_stopping_criteria
 
@@ -131,26 +132,53 @@ def _read_only_tokens(criteria: StoppingCriteriaList) -> bool:
 
 class FirstRankCriteria(StoppingCriteriaList):
     """Criteria that may read a clock or count their calls: all ranks use the decision of the first. Tensor ranks, which
-    all choose tokens, use those of the first."""
+    all choose tokens, use those of the first. A criterion of a user that fails on one rank fails on all."""
 
     def __init__(
-        self, criteria: StoppingCriteriaList, stages: DecoderStages | None, neighbours: Collectives | None = None
+        self,
+        criteria: StoppingCriteriaList,
+        runtime: Runtime,
+        stages: DecoderStages | None,
+        neighbours: Collectives | None = None,
     ):
         super().__init__(criteria)
         self._of_tokens = _read_only_tokens(criteria)
         self._link = None if stages is None else stages.link
         self._neighbours = neighbours
+        known = all(type(one).__module__.startswith("transformers.") for one in criteria)
+        self._compared = None if known else runtime.replica.group
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Return whether each sequence is done."""
         if self._neighbours is not None:
             input_ids[:, -1] = self._neighbours.of_first(input_ids[:, -1])
-        done = super().__call__(input_ids, scores, **kwargs)
+        if self._compared is None:
+            done = super().__call__(input_ids, scores, **kwargs)
+        else:
+            done = alike(self._compared, lambda: super(FirstRankCriteria, self).__call__(input_ids, scores, **kwargs))
         if self._of_tokens:
             return done
         if self._neighbours is not None:
             done = self._neighbours.of_first(done.to(input_ids.dtype)).bool()
         return done if self._link is None else self._link.share(done, frozenset((0,)))
+
+
+def alike(group: GroupCoordinator, function: Callable[[], Any]) -> Any:
+    """Return the result of a function of a user. If it fails on any rank, all ranks raise: those that failed their own
+    error, the others a RankError."""
+    value, error = None, None
+    try:
+        value = function()
+    except Exception as failed:
+        error = failed
+    failures = group.gather_bytes(bytes([error is not None]))
+    if not any(map(any, failures)):
+        return value
+    reasons = group.gather_objects(None if error is None else f"{type(error).__name__}: {first_line(error)}")
+    if error is not None:
+        raise error
+    rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+    raise RankError(rank, f"a stopping criterion failed: {reason}")
 
 
 def _plain(out: Any) -> Any:

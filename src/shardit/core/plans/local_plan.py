@@ -4,8 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardit.core.plans.call_plan import Address, CallPlan, Hop, Leaf
+from shardit.core.plans.call_plan import Address, CallPlan, Hop, Leaf, Site, span_bytes
 from shardit.core.plans.stand_ins import is_float
+
+
+@dataclass(frozen=True)
+class Step:
+    """The work of one rank at one call site, decided once so that each call of a block takes little Python.
+
+    own: whether this rank runs the block. flatten: whether arguments are looked at before it; aliases: whether its
+    outputs may share their memory. checked: whether its outputs are looked at. lone: the only output, of which no hop
+    reads or fills the memory. stop: whether there is work at the exit.
+    """
+
+    site: Site
+    own: bool
+    flatten: bool
+    aliases: bool
+    checked: bool
+    lone: Leaf | None
+    stop: bool
 
 
 @dataclass
@@ -14,8 +32,8 @@ class LocalPlan:
 
     keep_args, keep_outs: leaves whose tensors are remembered, for a hop. fresh: output storages of unowned sites that
     lie in the message of a hop. last_of: segment that ends at a site. pauses: sites at whose exit a hop is awaited.
-    places: (hop, item) put in place at the exit of a site. copies: those copied there, to be sent later. stops: sites
-    with work at their exit. release: storages that no later hop needs. integers: (offset, size) of the parts of a hop's
+    places: (hop, item) put in place at the exit of a site. copies: those copied there, to be sent later. steps: the
+    work at each site. release: storages that no later hop needs. integers: (offset, size) of the parts of a hop's
     message that code may index with before it arrives.
     """
 
@@ -29,11 +47,9 @@ class LocalPlan:
     pauses: set[int] = field(default_factory=set)
     places: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     copies: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    stops: set[int] = field(default_factory=set)
+    steps: list[Step] = field(default_factory=list)
     release: dict[int, list[Address]] = field(default_factory=dict)
     integers: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    needs_args: set[int] = field(default_factory=set)
-    checked: set[int] = field(default_factory=set)
 
     @staticmethod
     def of(plan: CallPlan, rank: int) -> LocalPlan:
@@ -48,15 +64,24 @@ class LocalPlan:
                 local._add(k, hop)
         for address, k in last_use.items():
             local.release.setdefault(k, []).append(address)
-        for n, site in enumerate(plan.sites):
-            if n in local.keep_args or (site.owner != rank and any(leaf.kind == "arg" for leaf in site.leaves)):
-                local.needs_args.add(n)
-            storages = [leaf.storage for leaf in site.leaves if leaf.kind == "tensor"]
-            aliases = len(storages) != len(set(storages)) or any(leaf.kind != "tensor" for leaf in site.leaves)
-            if n in local.last_of or n in local.keep_outs or aliases:
-                local.checked.add(n)
-        local.stops = {*local.last_of, *local.pauses, *local.places, *local.copies}
+        local.steps = [local._step(n, site) for n, site in enumerate(plan.sites)]
         return local
+
+    def _step(self, n: int, site: Site) -> Step:
+        own, kept = site.owner == self.rank, n in self.keep_outs
+        shared = any(leaf.kind == "arg" for leaf in site.leaves)
+        storages = [leaf.storage for leaf in site.leaves if leaf.kind == "tensor"]
+        aliases = len(storages) != len(set(storages)) or any(leaf.kind != "tensor" for leaf in site.leaves)
+        lone = None if own or kept or not site.spec.is_leaf() else whole_storage(site.leaves[0])
+        return Step(
+            site,
+            own,
+            flatten=n in self.keep_args or (not own and shared),
+            aliases=shared,
+            checked=kept or aliases or n in self.last_of,
+            lone=lone,
+            stop=any(n in work for work in (self.last_of, self.pauses, self.places, self.copies)),
+        )
 
     def _add(self, k: int, hop: Hop) -> None:
         for i, item in enumerate(hop.items):
@@ -75,6 +100,11 @@ class LocalPlan:
                 self.places.setdefault(item.placed, []).append((k, i))
         if hop.target == self.rank:
             self.pauses.add(hop.pause)
+
+
+def whole_storage(leaf: Leaf) -> Leaf | None:
+    """Return a leaf if it is a new tensor that fills its storage."""
+    return leaf if leaf.kind == "tensor" and leaf.offset == 0 and leaf.nbytes == span_bytes(leaf) else None
 
 
 def _width(leaf: Leaf) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardit.core.comm.p2p import Comm, Transfer
-from shardit.core.comm.wire import first_byte, storage_bytes
+from shardit.core.comm.wire import first_byte, storage_bytes, view_bytes
 from shardit.core.plans.call_plan import Address, Item, Leaf
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.plans.stand_ins import blank, is_float
@@ -39,8 +39,18 @@ class Carried:
             k, item, start = where
             offset, size = self.hops[k].layout.parts[item]
             return self._message(k)[offset : offset + size], start
+        return self._blank(leaf), 0
+
+    def unread(self, leaf: Leaf) -> torch.Tensor:
+        """The only output of an unowned block, which fills a storage that no hop reads or fills."""
+        if self._poison or not is_float(leaf):
+            assert leaf.dtype is not None
+            return view_bytes(self._blank(leaf), 0, leaf.dtype, leaf.size, leaf.stride)
+        return torch.empty_strided(leaf.size, leaf.stride, dtype=leaf.dtype, device=self._device)
+
+    def _blank(self, leaf: Leaf) -> torch.Tensor:
         memory = blank(leaf, self._device)
-        return (memory.fill_(0xFF) if self._poison and is_float(leaf) else memory), 0
+        return memory.fill_(0xFF) if self._poison and is_float(leaf) else memory
 
     def place(self, n: int) -> None:
         """At the exit of call site n: put in place what came, copy what is sent later."""

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.comm.p2p import Transfer
 from shardit.core.modules.blocks import CutModel
-from shardit.core.plans.call_plan import Leaf, Site
-from shardit.core.plans.local_plan import LocalPlan
+from shardit.core.plans.call_plan import Leaf
+from shardit.core.plans.local_plan import LocalPlan, Step
 from shardit.core.plans.stand_ins import same_memory, stand_ins
 from shardit.core.runtime.coroutine import Coroutine
 from shardit.core.runtime.flat_call import FlatCall
@@ -159,34 +159,37 @@ class StagedCall:
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block if it is ours, else hand back placeholders; send and wait at the ends of segments."""
-        n, mesh = self._site, self._runtime.mesh
+        n = self._site
         self._site = n + 1
-        if n == 0 and mesh.sizes["cfg"] == 1:  # before that all ranks draw alike
-            self._generators = torch_states(mesh.device, self._cut.generators)
-        if n >= len(self.plan.sites) or self.plan.sites[n].block != index:
+        if n == 0 and self._runtime.mesh.sizes["cfg"] == 1:  # before that all ranks draw alike
+            self._generators = torch_states(self._runtime.mesh.device, self._cut.generators)
+        if n >= len(self.local.steps) or self.local.steps[n].site.block != index:
             raise RuntimeError(f"block call {n} is not the one of the first call of this signature")
-        site = self.plan.sites[n]
+        step = self.local.steps[n]
         arguments: list[Any] = []
-        if n in self.local.needs_args:
+        if step.flatten:
             arguments, _ = tree_flatten((args, kwargs))
             self._carried.keep("arg", n, self.local.keep_args.get(n, ()), arguments)
-        if site.owner == self.local.rank:
-            out = self._own(n, site, call, args, kwargs)
+        if step.own:
+            out = self._own(n, step, call, args, kwargs)
+        elif step.lone is not None:
+            out = self._carried.unread(step.lone)
         else:
-            leaves = stand_ins(site, arguments, lambda leaf: self._carried.placeholder(n, leaf))
+            leaves = stand_ins(step.site, arguments, lambda leaf: self._carried.placeholder(n, leaf))
             self._carried.keep("out", n, self.local.keep_outs.get(n, ()), leaves)
-            out = tree_unflatten(leaves, site.spec)
-        if n in self.local.stops:
+            out = tree_unflatten(leaves, step.site.spec)
+        if step.stop:
             self._stop(n)
         return out
 
-    def _own(self, n: int, site: Site, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._cut.calls.interceptor = None  # a block's own inner modules are no call sites
-        given = tree_leaves((args, kwargs)) if any(leaf.kind == "arg" for leaf in site.leaves) else ()
+    def _own(self, n: int, step: Step, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        calls, ran, site = self._cut.calls, self._cut.ran, step.site
+        calls.interceptor = None  # a block's own inner modules are no call sites
+        given = tree_leaves((args, kwargs)) if step.aliases else ()
         out = call(*args, **kwargs)
-        self._cut.calls.interceptor = self
-        self._cut.ran[site.block] += 1
-        if n in self.local.checked:
+        calls.interceptor = self
+        ran[site.block] += 1
+        if step.checked:
             leaves, _ = tree_flatten(out)
             if len(leaves) != len(site.leaves):
                 raise RuntimeError(f"block call {n} returns {len(leaves)} values, not {len(site.leaves)}")

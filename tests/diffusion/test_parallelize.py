@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import shardit
 from shardit import DiffusionParallelConfig
+from shardit.core.modules.absent import AbsentParameter
 from shardit.models import tiny
 from tests.support import brought
 from tests.support.ranks import run_ranks
@@ -129,6 +131,20 @@ def test_lora(when: str, tmp_path: Path) -> None:
     run_ranks(2, with_lora, str(tmp_path), when)
 
 
+def inputs_of_flux() -> dict[str, torch.Tensor]:
+    """Arguments of a small call of the tiny Flux transformer."""
+    config = brought.pipeline("flux").transformer.config
+    return {
+        "hidden_states": torch.zeros(1, 4, config.in_channels),
+        "encoder_hidden_states": torch.zeros(1, 3, config.joint_attention_dim),
+        "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+        "timestep": torch.ones(1),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(3, 3),
+        "guidance": torch.ones(1),
+    }
+
+
 def refused(rank: int, count: int, method: str) -> None:
     join(rank, count, method)
     two = DiffusionParallelConfig(pipeline_parallel_size=2)
@@ -151,8 +167,20 @@ def refused(rank: int, count: int, method: str) -> None:
     with pytest.raises(shardit.UnsupportedError, match="cannot be moved"):
         pipe.to("meta")
     assert pipe.to("cpu") is pipe
-    with pytest.raises(shardit.UnsupportedError, match=r"state_dict\(\): .* is on another rank; take it before"):
+    with pytest.raises(shardit.UnsupportedError, match=r"FluxTransformer2DModel.state_dict\(\): each rank holds only"):
         pipe.transformer.state_dict()
+    with pytest.raises(shardit.UnsupportedError, match=r"transformer_blocks.\d is on another rank: call"):
+        pipe.transformer.forward(**inputs_of_flux())
+    for thing in (pipe, pipe.transformer):
+        with pytest.raises(shardit.UnsupportedError, match=r"cannot be pickled: each rank holds only its own part"):
+            pickle.dumps(thing)
+    absent = [parameter for parameter in pipe.transformer.parameters() if type(parameter) is AbsentParameter]
+    assert absent
+    with pytest.raises(shardit.UnsupportedError, match="a parameter that is on another rank is read"):
+        absent[0].abs()
+    assert absent[0].numel() > 0
+    assert absent[0].device.type == "cpu"
+    assert pipe.transformer.half().dtype == torch.float16
 
 
 def test_refused() -> None:

@@ -27,7 +27,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusion
 from PIL import Image
 from safetensors.numpy import load_file
 
-from shardit.diffusion.output.collect import collect, error_text, with_arrays
+from shardit.diffusion.output.collect import NOT_NUMBERS, collect, error_text, with_arrays
 from shardit.diffusion.output.output import Output, savable
 from shardit.diffusion.preflight.static_signature import static_signature
 from shardit.diffusion.request.build import build_requests
@@ -127,6 +127,13 @@ def test_sample_rates():
     assert sample_rate_of({"unet": SimpleNamespace(config=SimpleNamespace(sample_rate=8000))}) == 8000
     assert sample_rate_of({"vae": part(sampling_rate=44100), "scheduler": part(), "tokenizer": None}) == 44100
     assert sample_rate_of({"vae": part(scaling_factor=1.0), "other": object()}) is None
+
+
+def test_values_that_are_no_numbers_are_noted():
+    broken = torch.full((1, 3, 4, 4), float("nan"))
+    for made in (broken, broken.numpy(), [broken]):
+        assert output_of({"images": made}).notes == [NOT_NUMBERS]
+    assert output_of({"images": torch.zeros(1, 3, 4, 4), "count": torch.ones(2, dtype=torch.int64)}).notes == []
 
 
 def test_maps_become_pictures(tmp_path):

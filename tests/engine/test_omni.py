@@ -22,6 +22,7 @@ from PIL import Image
 from bench.served import children
 from shardit import InputError, Omni, OmniDiffusionSamplingParams, RankError
 from shardit.cli import main
+from shardit.diffusion.output.collect import NOT_NUMBERS
 from shardit.models import tiny
 from tests.engine.test_launch import assert_gone, family
 from tests.support.paths import EXAMPLES
@@ -95,6 +96,13 @@ def test_several_requests_with_seeds_and_overrides(flux):
     close = np.stack([np.asarray(i, float) for i in by_diffusers("flux", 7, prompt="d", num_images_per_prompt=2)])
     # A batch is split by sample, which may round otherwise.
     assert np.abs(close - np.stack([np.asarray(i, float) for i in outputs[3].images])).max() <= 1
+
+
+def test_pictures_of_no_numbers_are_noted(flux):
+    changes = {"negative_prompt": "x", "true_cfg_scale": 1e300}
+    broken, good = flux.generate([{"prompt": "a", **changes}, {"prompt": "a"}], params(seed=1))
+    assert broken.notes == [NOT_NUMBERS]
+    assert good.notes == []
 
 
 def test_several_params(flux):

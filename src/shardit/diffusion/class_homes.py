@@ -11,6 +11,3 @@ VAE_PACKAGE = "diffusers.models.autoencoders"
 
 ENCODERS = "transformers."
 """Text and image encoders."""
-
-PLACING = ("torch.", "shardit.", "peft.", "accelerate.", "bitsandbytes.")
-"""Python modules of libraries that place tensors on the devices of parameters."""

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from shardit.core.modules import hooks
+from shardit.core.modules.absent import Libraries
 from shardit.diffusion.class_homes import MODELS
 from shardit.parallel.attention.hook import wrapped_back_end
 from shardit.parallel.tensor.rules import Family, FeedForward, FusedAttention, ParallelBlock
@@ -102,3 +103,9 @@ FAMILY = Family(
     register=register,
     unload_adapters=unload_adapters,
 )
+
+LIBRARIES = Libraries(
+    placing=("torch.", "shardit.", "peft.", "accelerate.", "bitsandbytes."),
+    own=("shardit.", "diffusers.", "transformers.", "peft.", "accelerate.", "bitsandbytes."),
+)
+"""Libraries that work on parameters of models."""

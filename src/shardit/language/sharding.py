@@ -16,12 +16,12 @@ from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.link import Link
 from shardit.core.decoder.stages import DecoderStages
-from shardit.core.modules.absent import mark_absent
+from shardit.core.modules.absent import mark_absent, partial_state_dict
 from shardit.core.modules.blocks import drop_blocks, find_blocks
 from shardit.core.modules.patching import fixed_device_to, subclass_in_place
 from shardit.core.placement.partition import balanced_cuts
 from shardit.core.stages.runtime import Runtime
-from shardit.diffusion.class_homes import PLACING
+from shardit.diffusion.family import LIBRARIES
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
@@ -138,12 +138,13 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
     members = {
         **members_of(model, stages, runtime),
         **{name: _refused(name) for name in ("save_pretrained", "push_to_hub") if hasattr(model, name)},
+        "state_dict": partial_state_dict(type(model).state_dict, LIBRARIES),
         "device": property(lambda self: device),
         "to": fixed_device_to(type(model).to, device),
         "shardit_decoder": property(lambda self: decoder),
     }
     subclass_in_place(model, members)
-    mark_absent(model, device, PLACING)
+    mark_absent(model, device, LIBRARIES)
     for name, part in model.named_modules():
         inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)
         if inside and isinstance(part, PreTrainedModel):  # it may be called directly

@@ -56,16 +56,11 @@ class Collectives:
         self._exchange(sends, receives)
 
     def rotate(self, send: torch.Tensor, receive: torch.Tensor) -> Callable[[], None]:
-        """Start sending to the next rank and receiving from the previous one; returns what waits for both.
-
-        Empty tensors do not travel: both sides know that they are empty."""
-        ranks, group = self.group.ranks, self.group.device_group
-        after, before = ranks[(self.index + 1) % self.size], ranks[(self.index - 1) % self.size]
-        ops = [dist.P2POp(dist.irecv, receive, before, group)] if receive.numel() else []
+        """Start sending to the next rank and receiving from the previous one; returns what waits for both."""
+        after, before = (self.index + 1) % self.size, (self.index - 1) % self.size
         if send.numel():
             self._count(send.numel() * send.element_size())
-            ops.insert(0, dist.P2POp(dist.isend, send, after, group))
-        works = self.group.guard(lambda: dist.batch_isend_irecv(ops), "rotate") if ops else []
+        works = self.group.exchange([(send, after)], [(receive, before)], "rotate")
 
         def wait() -> None:
             if works:
@@ -75,19 +70,17 @@ class Collectives:
         return wait
 
     def _exchange(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:
-        """P2P between all pairs, empty messages left out. gloo has no gather or all-to-all of unequal lists."""
-        ops = []
-        for step in range(1, self.size):
-            to, source = (self.index + step) % self.size, (self.index - step) % self.size
-            if sends[to].numel():
-                self._count(sends[to].numel() * sends[to].element_size())
-                ops.append(dist.P2POp(dist.isend, sends[to], self.group.ranks[to], self.group.device_group))
-            if receives[source].numel():
-                ops.append(dist.P2POp(dist.irecv, receives[source], self.group.ranks[source], self.group.device_group))
-        if ops:
-            works = self.group.guard(lambda: dist.batch_isend_irecv(ops), "exchange")
+        """P2P between all pairs. gloo has no gather or all-to-all of unequal lists."""
+        steps = range(1, self.size)
+        out = [(sends[to], to) for to in ((self.index + step) % self.size for step in steps)]
+        into = [(receives[source], source) for source in ((self.index - step) % self.size for step in steps)]
+        for tensor, _ in out:
+            if tensor.numel():
+                self._count(tensor.numel() * tensor.element_size())
+        works = self.group.exchange(out, into, "exchange")
+        if works:
             yield_while_waiting()
-            self.group.wait(works, "exchange", ops)
+            self.group.wait(works, "exchange", (out, into))
 
     def _count(self, nbytes: int) -> None:
         self.sent_bytes += nbytes

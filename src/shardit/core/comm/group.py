@@ -21,6 +21,8 @@ EXCHANGE = 2
 """The tag of `gather_bytes`, which shares a group with other messages."""
 FEW = 4
 """Largest number of ranks for which small messages are exchanged pairwise."""
+Addressed = tuple[torch.Tensor, int]
+"""A tensor, and the place in the group that it goes to or comes from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +178,23 @@ class GroupCoordinator:
         self.guard(lambda: dist.recv(tensor, source, group=self.device_group), "recv")
         return tensor
 
+    def exchange(self, sends: Sequence[Addressed], receives: Sequence[Addressed], what: str) -> list[Any]:
+        """Start messages of tensors to and from places of the group, and return their handles. All are contiguous.
+        Empty ones do not travel, as both sides know that they are empty."""
+        sends, receives = [one for one in sends if one[0].numel()], [one for one in receives if one[0].numel()]
+        group: Any = self.device_group
+        if self.device.type != "cpu":
+            ops = [dist.P2POp(dist.isend, tensor, self.ranks[place], group) for tensor, place in sends]
+            ops += [dist.P2POp(dist.irecv, tensor, self.ranks[place], group) for tensor, place in receives]
+            return self.guard(lambda: dist.batch_isend_irecv(ops), what) if ops else []
+
+        def start() -> list[Any]:
+            """Post receives first, since gloo sends nothing before; the functions of torch.distributed take longer."""
+            works = [group.recv([_real(tensor)], place, 0) for tensor, place in receives]
+            return works + [group.send([_real(tensor)], place, 0) for tensor, place in sends]
+
+        return self.guard(start, what)
+
     def isend_tensor_dict(self, values: dict[str, Any], dst: int | None = None) -> Callable[[], None]:
         """Start sending a dict of tensors and picklable values; returns a function that waits until all is received."""
         target = self.next_rank if dst is None else self.ranks[dst]
@@ -220,6 +239,10 @@ class GroupCoordinator:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             along = f" along {self.axis}" if self.axis else ""
             raise RankError(self.rank, f"communication failed ({what}{along}): {text}") from error
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _describe(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, torch.dtype]]]:

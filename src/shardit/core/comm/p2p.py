@@ -6,6 +6,7 @@ import functools
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,10 +57,8 @@ class Comm:
 
     def send(self, message: torch.Tensor, target: int, *, result: bool = False) -> Transfer:
         """Start sending a flat byte message to stage `target`. The caller must not write to it any more."""
-        group, tag = self._path(self.rank, target, result), AHEAD if self._is_small(message) else 0
-        work = self.group.guard(
-            lambda: dist.isend(message, self.group.ranks[target], group=group, tag=tag), f"send to {target}"
-        )
+        (group, place), tag = self._path(self.rank, target, result), AHEAD if self._is_small(message) else 0
+        work = self.group.guard(lambda: group.send([message], place, tag), f"send to {target}")
         self.sent_bytes += message.numel()
         self.messages += 1
         # gloo cancels a send whose handle is dropped, and frees nothing before a wait for it.
@@ -79,8 +78,8 @@ class Comm:
         return transfer
 
     def _post(self, message: torch.Tensor, source: int, result: bool, tag: int = 0) -> Transfer:
-        group, what = self._path(source, self.rank, result), f"receive from stage {source}"
-        work = self.group.guard(lambda: dist.irecv(message, self.group.ranks[source], group=group, tag=tag), what)
+        (group, place), what = self._path(source, self.rank, result), f"receive from stage {source}"
+        work = self.group.guard(lambda: group.recv([message], place, tag), what)
         return Transfer(work, message, what)
 
     def _is_small(self, message: torch.Tensor) -> bool:
@@ -89,10 +88,12 @@ class Comm:
     def _buffer(self) -> torch.Tensor:
         return torch.empty(AHEAD_BYTES, dtype=torch.uint8)
 
-    def _path(self, source: int, target: int, result: bool) -> dist.ProcessGroup | None:
-        """The torch group of a message: that of the hop between two stages; results and hops off the ring share one."""
-        shared = self.group.device_group
-        return shared if result else self.group.edges.get((source, target), shared)
+    def _path(self, source: int, target: int, result: bool) -> tuple[Any, int]:
+        """The torch group of a message, and the other rank's place in it: that of the hop between two stages; results
+        and hops off the ring share one."""
+        other = source if target == self.rank else target
+        edge = None if result else self.group.edges.get((source, target))
+        return (self.group.device_group, other) if edge is None else (edge, int(other > self.rank))
 
     def wait(self, transfer: Transfer) -> None:
         """Wait for a transfer (on a GPU: make the current stream wait). Raises RankError after the timeout."""

@@ -3,29 +3,93 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-_device = torch.Tensor.device.__get__  # pyright: ignore[reportAttributeAccessIssue]
+from shardit.core.runtime.pending import METADATA
+from shardit.errors import UnsupportedError
+
+_T: Any = torch.Tensor
+APPLY = nn.Module._apply.__code__
+
+_device = _T.device.__get__
+FLAGS = {
+    _T.requires_grad.__set__,
+    _T.grad.__get__,
+    _T.grad.__set__,
+    _T.requires_grad_,
+    _T._version.__get__,
+    _T.__repr__,
+}
+"""Further uses of a parameter that read no data."""
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """Prefixes of Python modules. placing: of libraries that place tensors next to parameters, and so see meta. own: of
+    those whose code handles parameters of which a rank has no data."""
+
+    placing: tuple[str, ...]
+    own: tuple[str, ...]
 
 
 class AbsentParameter(nn.Parameter):
     """A parameter on meta. `x.to(next(model.parameters()).device)` in user code, run on all ranks alike, then keeps the
-    data of x on every rank."""
+    data of x on every rank. User code that reads its data gets an error."""
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The device of this rank; meta for libraries that place tensors."""
         caller = f"{sys._getframe(1).f_globals.get('__name__', '')}."
-        here, placing = vars(self).get("shardit_here", (None, ()))
-        return _device(self) if here is None or caller.startswith(placing) else here
+        here, libraries = vars(self).get("shardit_here", (None, None))
+        return _device(self) if here is None or caller.startswith(libraries.placing) else here
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in METADATA and func not in FLAGS:
+            absent = next((value for value in args if isinstance(value, AbsentParameter)), None)
+            _, libraries = vars(absent).get("shardit_here", (None, None)) if absent is not None else (None, None)
+            if libraries is not None and called_by_user(libraries.own):
+                raise UnsupportedError(
+                    "a parameter that is on another rank is read: each rank holds only its own part; read it before "
+                    "parallelize"
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
-def mark_absent(module: nn.Module, device: torch.device, placing: tuple[str, ...]) -> None:
-    """Make the parameters of a module that are on meta AbsentParameters, in place. placing: prefixes of the modules of
-    libraries that place tensors next to parameters, and so see meta."""
+def called_by_user(libraries: tuple[str, ...]) -> bool:
+    """Return whether no code of these libraries is running above the one that calls the caller. `Module._apply` makes
+    changes of a whole module, such as `half()`, on every rank alike."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if f"{frame.f_globals.get('__name__', '')}.".startswith(libraries) or frame.f_code is APPLY:
+            return False
+        frame = frame.f_back
+    return True
+
+
+def mark_absent(module: nn.Module, device: torch.device, libraries: Libraries) -> None:
+    """Make the parameters of a module that are on meta AbsentParameters, in place."""
     for parameter in module.parameters():
         if parameter.is_meta and type(parameter) is nn.Parameter:
             parameter.__class__ = AbsentParameter
-            vars(parameter)["shardit_here"] = device, placing
+            vars(parameter)["shardit_here"] = device, libraries
+
+
+def partial_state_dict(plain: Callable[..., Any], libraries: Libraries) -> Callable[..., Any]:
+    """Return a `state_dict` for a module of which each rank has a part: it refuses user code, which would save it."""
+
+    def state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if called_by_user(libraries.own):
+            name = type(self).__name__
+            raise UnsupportedError(
+                f"{name}.state_dict(): each rank holds only its own part; take it before parallelize"
+            )
+        return plain(self, *args, **kwargs)
+
+    return state_dict

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import nn
 
 from shardit.core.modules.patching import subclass_in_place
+from shardit.errors import UnsupportedError
 
 
 class Interceptor(Protocol):
@@ -37,10 +38,13 @@ class BlockCalls:
             self.interceptor = before
 
 
-def install(blocks: list[tuple[str, nn.Module]], calls: BlockCalls) -> None:
-    """Make the calls of all blocks interceptable."""
-    for index, (_, block) in enumerate(blocks):
+def install(blocks: list[tuple[str, nn.Module]], calls: BlockCalls, missing: Collection[int] = ()) -> None:
+    """Make the calls of all blocks interceptable. missing: numbers of the blocks whose weights are on other ranks; they
+    are called through an interceptor only."""
+    for index, (name, block) in enumerate(blocks):
         subclass_in_place(block, {"__call__": _interceptable(type(block).__call__, index, calls)})
+        if index in missing:
+            subclass_in_place(block, {"__call__": _missing(type(block).__call__, name, calls)})
 
 
 def _interceptable(own_call: Any, index: int, calls: BlockCalls) -> Any:
@@ -49,5 +53,14 @@ def _interceptable(own_call: Any, index: int, calls: BlockCalls) -> Any:
         if interceptor is None:
             return own_call(self, *args, **kwargs)
         return interceptor.block_call(index, own_call.__get__(self), args, kwargs)
+
+    return __call__
+
+
+def _missing(intercepted_call: Any, name: str, calls: BlockCalls) -> Any:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if calls.interceptor is None:
+            raise UnsupportedError(f"{name} is on another rank: call the model itself, not its forward() or a block")
+        return intercepted_call(self, *args, **kwargs)
 
     return __call__

@@ -102,20 +102,6 @@ def fixed_device_to(plain: Callable[..., Any], device: torch.device) -> Callable
     return to
 
 
-def complete_state_dict(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `state_dict` for modules that are partly on meta on some rank: it refuses to leave values out."""
-
-    def state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = plain(self, *args, **kwargs)
-        for name, value in found.items():
-            if isinstance(value, torch.Tensor) and value.is_meta:
-                what = f"{type(self).__name__}.state_dict(): {name} is on another rank"
-                raise UnsupportedError(f"{what}; take it before parallelize, or read parameters() of each rank")
-        return found
-
-    return state_dict
-
-
 def set_tensor(module: nn.Module, path: str, tensor: torch.Tensor) -> None:
     """Replace a parameter or a buffer of a module, or of one of its submodules, by another of the same kind."""
     *parents, leaf = path.split(".")

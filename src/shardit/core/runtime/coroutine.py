@@ -58,21 +58,27 @@ class Coroutine:
     def resume(self) -> None:
         """Run until the next pause or the end, under the coroutine's own state. Raises the exceptions of the
         function."""
-        self._greenlet.parent = greenlet.getcurrent()
-        outer, compiling = TorchState.capture(), _compile_frames(None)
-        # The guard restores absolute values on exit, so guards of several coroutines need not nest, and the mode of a
-        # paused coroutine is gone from the thread.
-        with torch.inference_mode(self._state.inference):
-            self._state.install()
-            try:
-                self._greenlet.switch()
-            finally:
-                outer.install()
-                _compile_frames(compiling)
-        outer.install()
+        compiling = _compile_frames(None)
+        try:
+            self._enter(self._greenlet.switch)
+        finally:
+            _compile_frames(compiling)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
+
+    def _enter(self, switch: Callable[[], Any]) -> None:
+        """Go into the coroutine under its own state, and come back under the present one."""
+        self._greenlet.parent = greenlet.getcurrent()
+        outer = TorchState.capture()
+        # The guard restores absolute values on exit, so guards of several coroutines need not nest, and the mode of a
+        # paused coroutine is gone from the thread.
+        with torch.inference_mode(self._state.inference):
+            self._state.install(outer)
+            try:
+                switch()
+            finally:
+                outer.install(self._state)
 
     def pause(self) -> None:
         """Inside the coroutine: return control to `resume`'s caller."""
@@ -90,15 +96,7 @@ class Coroutine:
         if not self._greenlet:  # never started: nothing to unwind
             error = None
         if not self._greenlet.dead:
-            self._greenlet.parent = greenlet.getcurrent()
-            outer = TorchState.capture()
-            with torch.inference_mode(self._state.inference):
-                self._state.install()
-                try:
-                    self._greenlet.throw(error or greenlet.GreenletExit())
-                finally:
-                    outer.install()
-            outer.install()
+            self._enter(lambda: self._greenlet.throw(error or greenlet.GreenletExit()))
 
 
 yielding_coroutine: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("shardit_yielding", default=None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -16,8 +17,7 @@ from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
 
-@dataclass
-class TorchState:
+class TorchState(NamedTuple):
     """Grad, inference and autocast modes, function and dispatch modes of one coroutine, while it is not running.
 
     default_device: the value stored by `torch.set_default_device` in addition to the function mode that applies it.
@@ -37,36 +37,39 @@ class TorchState:
         return TorchState(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()),
+            tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]),
             torch.is_autocast_cache_enabled(),
-            tuple(_get_current_function_mode_stack()),
-            tuple(_get_current_dispatch_mode_stack()),
+            tuple(_get_current_function_mode_stack()) if torch._C._len_torch_function_stack() else (),
+            tuple(_get_current_dispatch_mode_stack()) if torch._C._len_torch_dispatch_stack() else (),
             (getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None), _device.CURRENT_DEVICE),
         )
 
-    def install(self) -> None:
-        """Make this the state of the running coroutine (inference mode is set by the caller's guard)."""
-        torch.set_grad_enabled(self.grad)
+    def install(self, present: TorchState) -> None:
+        """Make this the state of the running coroutine, whose state is `present` except for grad and inference mode
+        (which the caller's guard sets)."""
+        torch._C._set_grad_enabled(self.grad)
+        if self[2:] == present[2:]:
+            return
         for kind, enabled, dtype in self.autocast:
-            if enabled != torch.is_autocast_enabled(kind):
-                torch.set_autocast_enabled(kind, enabled)
-            if dtype != torch.get_autocast_dtype(kind):
-                torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
-        _replace(_get_current_function_mode_stack(), self.function_modes, _pop_mode, _push_mode)
-        _replace(_get_current_dispatch_mode_stack(), self.dispatch_modes, _pop_dispatch_mode, _push_dispatch_mode)
+        _replace(present.function_modes, self.function_modes, _pop_mode, _push_mode)
+        _replace(present.dispatch_modes, self.dispatch_modes, _pop_dispatch_mode, _push_dispatch_mode)
         torch._GLOBAL_DEVICE_CONTEXT.device_context, _device.CURRENT_DEVICE = self.default_device
 
 
+@functools.cache
 def _kinds() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def _replace(current: Any, wanted: tuple[Any, ...], pop: Callable[[], Any], push: Callable[[Any], Any]) -> None:
-    current = list(current)
-    if len(current) == len(wanted) and all(a is b for a, b in zip(current, wanted, strict=True)):
+def _replace(
+    present: tuple[Any, ...], wanted: tuple[Any, ...], pop: Callable[[], Any], push: Callable[[Any], Any]
+) -> None:
+    if len(present) == len(wanted) and all(a is b for a, b in zip(present, wanted, strict=True)):
         return
-    for _ in current:
+    for _ in present:
         pop()
     for mode in wanted:
         push(mode)

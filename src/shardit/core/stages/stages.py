@@ -14,7 +14,7 @@ from shardit.core.modules.block_calls import install
 from shardit.core.modules.blocks import CutModel, drop_blocks, find_blocks
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.hints import Plan
-from shardit.core.modules.patching import changing_methods, complete_state_dict, fixed_device_to, subclass_in_place
+from shardit.core.modules.patching import changing_methods, fixed_device_to, subclass_in_place
 from shardit.core.placement.partition import Placement
 from shardit.core.plans.course import DryCall
 from shardit.core.plans.known_plans import KnownPlans
@@ -181,7 +181,7 @@ def stage(
     cut = CutModel(model, find_blocks(model, plan), placement.owners())
     stages = Stages(cut, runtime)
     drop_blocks(model, cut.blocks, cut.owners, runtime.comm.rank, plan, shared)
-    install(cut.blocks, cut.calls)
+    install(cut.blocks, cut.calls, [i for i, owner in enumerate(cut.owners) if owner != runtime.comm.rank])
     Entry(model, stages.call)
 
     def end() -> None:
@@ -191,7 +191,6 @@ def stage(
     members = {
         **changing_methods(type(model), end),
         "device": property(lambda self: runtime.mesh.device),
-        "state_dict": complete_state_dict(type(model).state_dict),
         "to": fixed_device_to(type(model).to, runtime.mesh.device),
         "shardit_stages": property(lambda self: stages),
     }

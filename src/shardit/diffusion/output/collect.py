@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from shardit.diffusion.request.request import Request
 
 
+NOT_NUMBERS = (
+    "the result has values that are not numbers (NaN), which show as black: use dtype float32 for the VAE, or less "
+    "guidance"
+)
+"""A note."""
+
+
 def collect(request: Request, value: tuple[Any, float, list[str]] | None, error: str | None) -> Output:
     """Build the output of a finished request from its result or its error.
 
@@ -42,9 +49,19 @@ def collect(request: Request, value: tuple[Any, float, list[str]] | None, error:
         made, left_out = _read(result, request)
     except Exception as problem:
         return Output(error=f"{request.pipeline} returned what cannot be read: {one_line(problem)}", **common)
-    warnings = [*warnings, *left_out]
+    warnings = list(dict.fromkeys([*warnings, *left_out, *([NOT_NUMBERS] if _has_nan(fields_of(result)) else [])]))
     metrics = {"warnings": warnings} if warnings else {}
     return Output(seconds=seconds, metrics=metrics, **made, **common)
+
+
+def _has_nan(value: Any) -> bool:
+    """Return whether a float tensor or array in nested containers has a NaN."""
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and value.numel() > 0 and bool(value.amin().isnan())
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind == "f" and value.size > 0 and bool(np.isnan(value.min()))
+    nested = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return any(map(_has_nan, nested))
 
 
 def with_arrays(output: Output) -> Output:

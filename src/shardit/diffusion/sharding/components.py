@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.mesh import Mesh
+from shardit.core.modules.absent import partial_state_dict
 from shardit.core.modules.patching import subclass_in_place
+from shardit.diffusion.family import LIBRARIES
 from shardit.errors import InputError, UnsupportedError
 from shardit.mixins import CFGParallelMixin
 
@@ -125,6 +128,9 @@ def guard(module: Any, name: str, mesh: Mesh) -> None:
     """Make methods that cannot work on a sharded component raise UnsupportedError, in place."""
     members: dict[str, Any] = {method: refused(method) for method in (*OFFLOAD, *SAVE) if hasattr(module, method)}
     members |= {method: refused(method) for method in BEFORE_PARALLELIZE_ON_MODULES if hasattr(module, method)}
+    if not hasattr(module, "shardit_boundary"):  # which sends the values of what one rank owns
+        members["state_dict"] = partial_state_dict(type(module).state_dict, LIBRARIES)
+    members["__reduce_ex__"] = unpicklable(type(module))
     own_enable = getattr(type(module), "enable_cache", None)
     if own_enable is not None or hasattr(module, "shardit_stages"):
 
@@ -154,6 +160,18 @@ def _share_decision(model: nn.Module, mesh: Mesh) -> None:
 
 def _any_rank(ranks: Collectives, decide: Callable[[torch.Tensor], bool], residual: torch.Tensor) -> bool:
     return bool(ranks.all_reduce(torch.tensor([float(decide(residual))], device=ranks.group.device)).item())
+
+
+def unpicklable(cls: type) -> Callable[..., Any]:
+    """Return a `__reduce_ex__` for sharded objects: `copy` uses it, pickle is refused."""
+    own: Any = cls.__reduce_ex__
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if sys._getframe(1).f_globals.get("__name__") == "copy":
+            return own(self, protocol)
+        raise UnsupportedError(f"{cls.__name__} cannot be pickled: each rank holds only its own part; save it before")
+
+    return __reduce_ex__
 
 
 def refused(name: str) -> Callable[..., None]:

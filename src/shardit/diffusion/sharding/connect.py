@@ -22,8 +22,7 @@ from shardit.core.stages.entry import entry_of, pipeline_entry
 from shardit.core.stages.overlap import overlap
 from shardit.core.stages.runtime import Runtime
 from shardit.core.stages.stages import stage
-from shardit.diffusion.class_homes import PLACING
-from shardit.diffusion.family import FAMILY, wrap_attention_back_ends
+from shardit.diffusion.family import FAMILY, LIBRARIES, wrap_attention_back_ends
 from shardit.diffusion.roles import denoises, left_whole
 from shardit.diffusion.sharding.adapters import collective_fuse, local_set_device
 from shardit.diffusion.sharding.callbacks import end_callbacks, interrupt_members, shared_callback
@@ -39,6 +38,7 @@ from shardit.diffusion.sharding.components import (
     outermost,
     refused,
     shared_tensors,
+    unpicklable,
 )
 from shardit.diffusion.sharding.configurations import Configurations
 from shardit.diffusion.sharding.layout import Layout
@@ -82,7 +82,7 @@ def connect(
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
         guard(part, name, runtime.mesh)
-        mark_absent(part, torch.device(runtime.mesh.device), PLACING)
+        mark_absent(part, torch.device(runtime.mesh.device), LIBRARIES)
         ComponentSharding(name, part, config, runtime, False, None, assignment, cuts.get(name))
         if name in assignment.owned and runtime.mesh.rank == 0 and (why := left_whole(part)):
             log.warning("%s is whole on one rank: %s", name, why)
@@ -131,7 +131,7 @@ def shard_model(
         if type(part) is not plain_class(part):
             FAMILY.register(plain_class(part), type(part))
     guard(model, name or type(model).__name__, mesh)
-    mark_absent(model, torch.device(mesh.device), PLACING)
+    mark_absent(model, torch.device(mesh.device), LIBRARIES)
     sharding = ComponentSharding(name, model, config, runtime, True, cut.plan, assignment, slices)
     entry_of(model).guard(runtime, sharding.begin, sharding.end)
 
@@ -151,7 +151,7 @@ def join(pipe: Any, runtime: Runtime) -> None:
     share = functools.partial(shared_callback, begin=begin_parts, end=update_parts)
     call = pipeline_entry(cls.__call__, runtime, begin_parts, Configurations(), share, end_parts)
     functools.update_wrapper(call, cls.__call__)  # tools read the signature
-    members = {"__call__": call, "to": to, "device": property(lambda self: device)}
+    members = {"__call__": call, "to": to, "device": property(lambda self: device), "__reduce_ex__": unpicklable(cls)}
     members["_execution_device"] = property(lambda self: device)
     members.update({name: refused(name) for name in (*OFFLOAD, *SAVE, *BEFORE_PARALLELIZE)})
     if hasattr(cls, "fuse_lora"):

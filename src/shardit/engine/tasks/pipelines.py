@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from shardit.api import load_parallel
@@ -19,7 +20,7 @@ from shardit.diffusion.loading.pipeline import Prepared, check_scheduler, prepar
 from shardit.diffusion.loading.required_packages import check_packages, check_processors, missing
 from shardit.diffusion.loading.start_options import check_extras
 from shardit.diffusion.loading.variants import image_pipeline
-from shardit.diffusion.output.collect import collect, error_text, with_arrays
+from shardit.diffusion.output.collect import NOT_NUMBERS, collect, error_text, with_arrays
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.returned import sample_rate_of
@@ -105,15 +106,17 @@ class LoadedPipeline:
     def opened(
         self, request: Request, on_progress: OnProgress, has_turn: Callable[[], bool]
     ) -> Iterator[tuple[Callable[[], Any], list[str]]]:
-        """Open the call of a pipeline for a request; notes are warnings of diffusers, and truncated prompts."""
+        """Open the call of a pipeline for a request; notes are warnings of diffusers, truncated prompts and NaN."""
         cut: list[str] = []
+        odd: list[str] = []
         notes: list[str] = []
         pipe = self._own_pipeline(request, on_progress, cut.append)
         takes = "generator" in inspect.signature(type(pipe).__call__).parameters
         seeded = {"generator": torch.Generator("cpu").manual_seed(request.seed)} if takes else {}
-        with warnings_of("diffusers", has_turn) as warned, processors_put_back(pipe):
+        note_nan = numpy.errstate(invalid="call", call=lambda *_: odd.append(NOT_NUMBERS))  # where pictures are made
+        with warnings_of("diffusers", has_turn) as warned, processors_put_back(pipe), note_nan:
             yield functools.partial(pipe, **request.call_arguments(), **seeded), notes
-        notes += warned.lines
+        notes += [*warned.lines, *dict.fromkeys(odd)]
         if not any("truncated" in line for line in warned.lines):
             notes += dict.fromkeys(cut)
 

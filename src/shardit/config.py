@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shardit.errors import InputError, UnsupportedError
-from shardit.settings.checks import FLAG, numbers, whole
+from shardit.settings.checks import FLAG, matching, numbers, whole
 from shardit.settings.declare import Flag, check_declared, declare, hinted
 
 PARTITION_VARIABLES = ("SHARDIT_PP_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION")
@@ -107,6 +107,13 @@ class DiffusionParallelConfig:
         flag=None,
     )
     """False keeps the batch whole, which keeps the last bits too."""
+
+    transport: str = declare(
+        "auto",
+        "Way of messages between ranks: auto (NCCL on GPUs, gloo on CPUs), or host (through host memory, over gloo).",
+        matching("auto or host", lambda value: value in ("auto", "host")),
+    )
+    """host: for devices that cannot send to each other, and for ranks that share a GPU. Error: any other value."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DiffusionParallelConfig:
         reject_unknown_names(cls.__name__, kwargs, [item.name for item in fields(cls)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.runtime.coroutine import yield_while_waiting
@@ -26,9 +25,7 @@ class Collectives:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; the same bits on every rank."""
         self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size)
-        work = self.group.guard(
-            lambda: dist.all_reduce(tensor, group=self.group.device_group, async_op=True), "all-reduce"
-        )
+        work = self.group.start("all-reduce", lambda group: group.allreduce([tensor]))
         yield_while_waiting()
         self.group.wait([work], "all-reduce", tensor)
         return tensor

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from shardit.core.comm.host_group import HostGroup
 from shardit.errors import InputError, RankError
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ class GroupCoordinator:
     ranks: tuple[int, ...]
     device: torch.device
     timeout: timedelta
-    device_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    device_group: dist.ProcessGroup | HostGroup | None = field(default=None, repr=False)
     cpu_group: dist.ProcessGroup | None = field(default=None, repr=False)
-    edges: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+    edges: dict[tuple[int, int], dist.ProcessGroup | HostGroup] = field(default_factory=dict, repr=False)
     posted: dict[tuple[int, bool], Any] = field(default_factory=dict, repr=False)
     axis: str = ""
 
@@ -53,7 +54,10 @@ class GroupCoordinator:
         found = dict.fromkeys((*mesh.sizes, "sp", "world"), alone) | mesh.axes | {"pp": mesh.pipeline}
         if mesh.world_size > 1:
             world = tuple(range(mesh.world_size))
-            found["world"] = replace(alone, ranks=world, device_group=dist.group.WORLD, cpu_group=dist.group.WORLD)
+            group: Any = dist.group.WORLD
+            if isinstance(mesh.replica.device_group, HostGroup) or isinstance(mesh.pipeline.device_group, HostGroup):
+                group = HostGroup(group)
+            found["world"] = replace(alone, ranks=world, device_group=group, cpu_group=dist.group.WORLD)
         return found
 
     @property
@@ -94,7 +98,7 @@ class GroupCoordinator:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place."""
         if self.world_size > 1:
-            self.guard(lambda: dist.all_reduce(tensor, group=self.device_group), "all_reduce")
+            self.wait([self.start("all_reduce", lambda group: group.allreduce([tensor]))], "all_reduce")
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = 0, separate_tensors: bool = False) -> Any:
@@ -104,7 +108,7 @@ class GroupCoordinator:
             parts = [tensor]
         else:
             own = tensor.contiguous()
-            self.guard(lambda: dist.all_gather(parts, own, group=self.device_group), "all_gather")
+            self.wait([self.start("all_gather", lambda group: group.allgather([parts], [own]))], "all_gather")
         return parts if separate_tensors else torch.cat(parts, dim)
 
     def reduce_scatter(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -118,7 +122,7 @@ class GroupCoordinator:
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Broadcast the tensor of rank `src` of the group, in place."""
         if self.world_size > 1:
-            self.guard(lambda: dist.broadcast(tensor, self.ranks[src], group=self.device_group), "broadcast")
+            self.wait([self.start("broadcast", lambda group: group.broadcast(tensor, src))], "broadcast")
         return tensor
 
     def broadcast_object(self, value: Any = None, src: int = 0) -> Any:
@@ -168,32 +172,35 @@ class GroupCoordinator:
 
     def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
         """Send to place `dst` of the group (default: the next)."""
-        target = self.next_rank if dst is None else self.ranks[dst]
-        self.guard(lambda: dist.send(tensor.contiguous(), target, group=self.device_group), "send")
+        whole, place = tensor.contiguous(), self.ranks.index(self.next_rank) if dst is None else dst
+        self.wait([self.start("send", lambda group: group.send([whole], place, 0))], "send", whole)
 
     def recv(self, size: Any, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
         """Receive a tensor of known size from place `src` of the group (default: the previous)."""
-        source = self.prev_rank if src is None else self.ranks[src]
+        place = self.ranks.index(self.prev_rank) if src is None else src
         tensor = torch.empty(size, dtype=dtype, device=self.device)
-        self.guard(lambda: dist.recv(tensor, source, group=self.device_group), "recv")
+        self.wait([self.start("recv", lambda group: group.recv([tensor], place, 0))], "recv")
         return tensor
 
     def exchange(self, sends: Sequence[Addressed], receives: Sequence[Addressed], what: str) -> list[Any]:
         """Start messages of tensors to and from places of the group, and return their handles. All are contiguous.
         Empty ones do not travel, as both sides know that they are empty."""
         sends, receives = [one for one in sends if one[0].numel()], [one for one in receives if one[0].numel()]
-        group: Any = self.device_group
-        if self.device.type != "cpu":
-            ops = [dist.P2POp(dist.isend, tensor, self.ranks[place], group) for tensor, place in sends]
-            ops += [dist.P2POp(dist.irecv, tensor, self.ranks[place], group) for tensor, place in receives]
+        if self.device.type != "cpu" and not isinstance(self.device_group, HostGroup):
+            ops = [dist.P2POp(dist.isend, tensor, self.ranks[place], self.device_group) for tensor, place in sends]
+            ops += [dist.P2POp(dist.irecv, tensor, self.ranks[place], self.device_group) for tensor, place in receives]
             return self.guard(lambda: dist.batch_isend_irecv(ops), what) if ops else []
 
-        def start() -> list[Any]:
+        def start(group: Any) -> list[Any]:
             """Post receives first, since gloo sends nothing before; the functions of torch.distributed take longer."""
             works = [group.recv([_real(tensor)], place, 0) for tensor, place in receives]
             return works + [group.send([_real(tensor)], place, 0) for tensor, place in sends]
 
-        return self.guard(start, what)
+        return self.start(what, start)
+
+    def start(self, what: str, begin: Callable[[Any], Any]) -> Any:
+        """Begin an operation of the torch group, of which `begin` returns the handle."""
+        return self.guard(lambda: begin(self.device_group), what)
 
     def isend_tensor_dict(self, values: dict[str, Any], dst: int | None = None) -> Callable[[], None]:
         """Start sending a dict of tensors and picklable values; returns a function that waits until all is received."""
@@ -202,8 +209,8 @@ class GroupCoordinator:
         header = torch.frombuffer(bytearray(pickle.dumps(described)), dtype=torch.uint8)
         head = [torch.tensor([len(header)]), header]
         tensors = [values[name].contiguous() for name in described[1]]
-        parts = [(part, self.cpu_group) for part in head] + [(tensor, self.device_group) for tensor in tensors]
-        works = [self.guard(lambda: dist.isend(part, target, group=group), "send") for part, group in parts]  # noqa: B023
+        works = [self.guard(lambda: dist.isend(part, target, group=self.cpu_group), "send") for part in head]  # noqa: B023
+        works += self.exchange([(tensor, self.ranks.index(target)) for tensor in tensors], [], "send")
         return lambda: self.wait(works, "send", head + tensors)
 
     def irecv_tensor_dict(self, src: int | None = None) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -217,7 +224,7 @@ class GroupCoordinator:
         described = pickle.loads(header.numpy().tobytes())
         values = _empty(described, self.device)
         tensors = [values[name] for name in described[1]]
-        works = [self.guard(lambda: dist.irecv(t, source, group=self.device_group), "receive") for t in tensors]  # noqa: B023
+        works = self.exchange([], [(tensor, self.ranks.index(source)) for tensor in tensors], "receive")
         return values, lambda: self.wait(works, "receive", tensors)
 
     def barrier(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardit.config import DEGREES, device_kind
 from shardit.core.comm.group import GroupCoordinator
+from shardit.core.comm.host_group import HostGroup
 from shardit.core.comm.malloc import keep_freed_memory
 from shardit.errors import InputError, RankError
 
@@ -66,9 +68,8 @@ class Mesh:
         names = tuple(axis for axis in AXES if self.sizes[axis] > 1)
         if not names:
             raise InputError("there is one rank, which has no DeviceMesh")
-        groups: list[Any] = [
-            self.pipeline.device_group if axis == "pp" else self.axes[axis].device_group for axis in names
-        ]
+        found = [self.pipeline.device_group if axis == "pp" else self.axes[axis].device_group for axis in names]
+        groups: list[Any] = [one.group if isinstance(one, HostGroup) else one for one in found]
         ranks = torch.arange(self.world_size).view([self.sizes[axis] for axis in names])
         return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
 
@@ -105,16 +106,20 @@ def axis_ranks(sizes: dict[str, int], *axes: str) -> list[tuple[int, ...]]:
     return [tuple(ranks) for ranks in groups.values()]
 
 
-def pick_device(device: str | torch.device | None, local_rank: int) -> torch.device:
-    """Return the device of a rank: cuda if available, else cpu, unless given. Raises InputError, UnsupportedError."""
+def pick_device(device: str | torch.device | None, local_rank: int, shared: bool = False) -> torch.device:
+    """Return the device of a rank: cuda if available, else cpu, unless given. shared: several ranks may have the same.
+    Raises InputError, UnsupportedError."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device_kind(device if isinstance(device, str) else torch.device(device).type)
     if kind == "cpu":
         return torch.device("cpu")
     visible = getattr(torch, kind).device_count()
+    if shared and visible:
+        local_rank %= visible
     if local_rank >= visible:
-        other = "use fewer ranks, or show them more devices" if visible else "leave device out, or use cpu"
+        other = 'use fewer ranks, show them more devices, or share them by transport="host"'
+        other = other if visible else "leave device out, or use cpu"
         raise InputError(
             f"more ranks than {kind} devices: rank {local_rank} of this machine, {visible} visible; {other}"
         )
@@ -141,9 +146,10 @@ def init_mesh(
         alone = GroupCoordinator(0, (0,), place, timeout)
         return Mesh(sizes, 0, place, timeout, alone, alone, alone)
     local_rank = int(os.environ.get("LOCAL_RANK", rank if rank is not None else os.environ.get("RANK", 0)))
-    place = pick_device(device, local_rank)
+    host = config.transport == "host"
+    place = pick_device(device, local_rank, host)
     if not dist.is_initialized():
-        _start(place, wanted, timeout, rank, init_method)
+        _start("gloo" if host else BACKENDS.get(place.type), place, wanted, timeout, rank, init_method)
     if dist.get_world_size() != wanted:
         raise InputError(
             f"the process group has {dist.get_world_size()} ranks, but the configuration needs {wanted} "
@@ -153,14 +159,20 @@ def init_mesh(
         keep_freed_memory()
     else:
         getattr(torch, place.type).set_device(place)
-    mesh = Mesh(sizes, dist.get_rank(), place, timeout, *_make_groups(sizes, place, timeout))
-    if place.type not in BACKENDS:
+    mesh = Mesh(sizes, dist.get_rank(), place, timeout, *_make_groups(sizes, place, timeout, host))
+    if place.type not in BACKENDS and not host:
         check_p2p(mesh)
     return mesh
 
 
-def _start(place: torch.device, world_size: int, timeout: timedelta, rank: int | None, init_method: str | None) -> None:
-    backend = BACKENDS.get(place.type)
+def _start(
+    backend: str | None,
+    place: torch.device,
+    world_size: int,
+    timeout: timedelta,
+    rank: int | None,
+    init_method: str | None,
+) -> None:
     if init_method is None and "RANK" not in os.environ:
         raise InputError("no process group: start under torchrun, or call torch.distributed.init_process_group first")
     kwargs = {} if init_method is None else {"init_method": init_method, "rank": rank, "world_size": world_size}
@@ -170,7 +182,7 @@ def _start(place: torch.device, world_size: int, timeout: timedelta, rank: int |
 
 
 def _make_groups(
-    sizes: dict[str, int], place: torch.device, timeout: timedelta
+    sizes: dict[str, int], place: torch.device, timeout: timedelta, host: bool
 ) -> tuple[GroupCoordinator, GroupCoordinator, GroupCoordinator, dict[str, GroupCoordinator]]:
     """Make all groups of all axes, on every rank in the same order; return those of this rank."""
     axes: dict[str, GroupCoordinator] = {}
@@ -179,12 +191,12 @@ def _make_groups(
         if name == "sp" and len(wide) == 1:  # the other axis is 1: the ranks are the same
             axes["sp"] = replace(axes[wide[0]], axis="sp")
         elif wide:
-            axes[name] = _join(axis_ranks(sizes, *members), place, timeout, axis=name)
+            axes[name] = _join(axis_ranks(sizes, *members), place, timeout, host, axis=name)
     made: dict[tuple[str, ...], GroupCoordinator] = {}
     for members in (("pp",), AXES[1:-1], AXES[1:]):
         wide = tuple(axis for axis in members if sizes[axis] > 1)
         if wide not in made:
-            made[wide] = _join(axis_ranks(sizes, *wide), place, timeout, chain=wide == ("pp",))
+            made[wide] = _join(axis_ranks(sizes, *wide), place, timeout, host, chain=wide == ("pp",))
     pipeline, peers, replica = (
         made[tuple(axis for axis in members if sizes[axis] > 1)] for members in (("pp",), AXES[1:-1], AXES[1:])
     )
@@ -192,10 +204,17 @@ def _make_groups(
 
 
 def _join(
-    groups: list[tuple[int, ...]], place: torch.device, timeout: timedelta, *, axis: str = "", chain: bool = False
+    groups: list[tuple[int, ...]],
+    place: torch.device,
+    timeout: timedelta,
+    host: bool,
+    *,
+    axis: str = "",
+    chain: bool = False,
 ) -> GroupCoordinator:
-    """Make the torch groups of all `groups` of ranks; return the one of this rank. chain: its ranks are stages of a
-    pipeline."""
+    """Make the torch groups of all `groups` of ranks; return the one of this rank. host: messages travel through host
+    memory. chain: its ranks are stages of a pipeline."""
+    new_group = functools.partial(dist.new_group, timeout=timeout, backend="gloo" if host else None)
     mine = GroupCoordinator(dist.get_rank(), (dist.get_rank(),), place, timeout)
     for ranks in groups:
         size = len(ranks)
@@ -203,12 +222,14 @@ def _join(
             continue
         # One communicator per directed edge: with two stages, 0 -> 1 and 1 -> 0 never queue behind each other.
         hops = [(s, (s + 1) % size) for s in range(size)] if chain else []
-        edges: Any = {(a, b): dist.new_group([ranks[a], ranks[b]], timeout=timeout) for a, b in hops}
-        group: Any = dist.new_group(list(ranks), timeout=timeout)
+        edges: Any = {(a, b): new_group([ranks[a], ranks[b]]) for a, b in hops}
+        group: Any = new_group(list(ranks))
         control: Any = group  # all ranks of an axis do the same in the same order: objects need no group of their own
         if not axis or place.type != "cpu":
             control = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
         if mine.rank in ranks:
+            if host:
+                group, edges = HostGroup(group), {hop: HostGroup(one) for hop, one in edges.items()}
             mine = replace(mine, ranks=ranks, device_group=group, cpu_group=control, edges=edges, axis=axis)
     return mine
 
@@ -228,13 +249,8 @@ def check_p2p(mesh: Mesh) -> None:
         out = torch.full((8,), float(me), device=mesh.device)
         got = torch.empty_like(out)
         try:
-            works = [
-                dist.irecv(got, group.ranks[source], group=group.device_group),
-                dist.isend(out, group.ranks[to], group=group.device_group),
-            ]
-            for work in works:
-                if work is not None:
-                    work.wait(bound)
+            for work in group.exchange([(out, to)], [(got, source)], "check"):
+                work.wait(bound)
             value = float(got[0])
         except RuntimeError as error:
             raise RankError(mesh.rank, f"asynchronous P2P does not work on {mesh.device.type}: {error}") from error

@@ -44,7 +44,7 @@ def prepared_for(spec: SessionSpec) -> PreparedDecoder:
 def check(spec: SessionSpec) -> None:
     """Find mistakes before ranks start. Raises InputError. Reads no weights."""
     if spec.device is not None or torch.cuda.is_available():
-        pick_device(spec.device, spec.config.world_size - 1)
+        pick_device(spec.device, spec.config.world_size - 1, spec.config.transport == "host")
     prepared = prepared_for(spec)
     lay_out_decoder(prepared.module, spec.config, spec.language.max_model_len)
     prepared.source.tokenizer()

@@ -48,7 +48,7 @@ loading consumes."""
 def check(spec: SessionSpec) -> None:
     """Find mistakes before ranks start. Raises InputError. Reads no weights."""
     if spec.device is not None or torch.cuda.is_available():
-        pick_device(spec.device, spec.config.world_size - 1)
+        pick_device(spec.device, spec.config.world_size - 1, spec.config.transport == "host")
     check_attention_backend(spec.attention_backend)
     prepared = prepare(spec.model, None, spec.dtype, spec.options)
     found = description_of(prepared)

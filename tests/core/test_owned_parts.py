@@ -213,6 +213,11 @@ def uses(rank: int, count: int, method: str) -> None:
         same(use(plain), use(vae), name)
     with pytest.raises(UnsupportedError, match=r"assigning to \.data .* has no effect: write into it"):
         vae.decoder.conv_in.weight.data = vae.decoder.conv_in.weight.data * 2
+    first, second = vae.decoder.conv_in, vae.decoder.conv_out
+    with pytest.raises(UnsupportedError, match=r"decoder.conv_out.bias cannot become another parameter"):
+        second.bias = first.bias
+    with pytest.raises(UnsupportedError, match=r"one rank owns cannot become another nn.Parameter: change the"):
+        nn.utils.parametrizations.weight_norm(first)
     with torch.enable_grad(), pytest.raises(UnsupportedError, match="is called for its gradients"):
         vae.decode(_noise(1, 16, 4, 4).requires_grad_())
     vae.encoder.down_blocks[0].resnets[0].conv1.to(torch.float32)
@@ -223,6 +228,7 @@ def uses(rank: int, count: int, method: str) -> None:
     ):
         expected, encoder = load().text_encoder, load().text_encoder
         shard(encoder)
+        encoder.tie_weights()
         for name, use in ENCODER_USES.items():
             same(use(expected), use(encoder), name)
     with pytest.raises(UnsupportedError, match=r"mlp.fc1 of CLIPTextModel has a hook, and runs on one rank: put it on"):

@@ -30,7 +30,7 @@ def loaded(shard: Callable[[Any], Any]) -> list[torch.Tensor]:
     whole = brought.pipeline("flux")
     pipe = shard(brought.pipeline("flux"))
     model, block, outs = pipe.transformer, whole.transformer.transformer_blocks[1], []
-    before = model.state_dict()
+    before = model.state_dict(keep_vars=False)
 
     def see() -> None:
         outs.append(brought.run(pipe, "flux"))

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.pending import PendingTensor, materialize
+from shardit.core.runtime.pending import PendingTensor, is_read_parameter, materialize
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
 
@@ -75,7 +75,10 @@ class Boundary:
         computed = {name: self._method(path, name, plain, cls) for name, plain in computing(cls).items()}
         members: dict[str, Any] = dict(computed)
         members["__getattr__"] = self._attribute(path, cls)
+        members["__setattr__"] = self._assignment(path, cls)
         members["state_dict"] = self._state_dict(path, cls)
+        if hasattr(cls, "tie_weights"):
+            members["tie_weights"] = self._on_every_rank(cls.tie_weights)
         members["to"] = fixed_device_to(cls.to, self.device)
         if "device" not in vars(module) and (hasattr(cls, "device") or not path):
             members["device"] = property(lambda _: self.device)
@@ -165,6 +168,30 @@ class Boundary:
             return found
 
         return state_dict
+
+    def _assignment(self, path: str, cls: Any) -> Function:
+        plain = cls.__setattr__
+
+        def __setattr__(module: nn.Module, name: str, value: Any) -> None:
+            if not self.inside and is_read_parameter(value):
+                place = f"{type(self._plain[0][0]).__name__}.{path}.{name}" if path else name
+                raise UnsupportedError(
+                    f"{place} cannot become another parameter of a component that one rank owns: share them before "
+                    "parallelize"
+                )
+            plain(module, name, value)
+
+        return __setattr__
+
+    def _on_every_rank(self, plain: Function) -> Function:
+        """Return a method that changes the component in the same way on every rank, without interceptors."""
+
+        @functools.wraps(plain)
+        def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with self.original_classes():
+                return plain(module, *args, **kwargs)
+
+        return method
 
     def _attribute(self, path: str, cls: Any) -> Function:
         plain = cls.__getattr__

@@ -82,14 +82,13 @@ def mark_absent(module: nn.Module, device: torch.device, libraries: Libraries) -
 
 
 def partial_state_dict(plain: Callable[..., Any], libraries: Libraries) -> Callable[..., Any]:
-    """Return a `state_dict` for a module of which each rank has a part: it refuses user code, which would save it."""
+    """Return a `state_dict` for a module of which each rank has a part: without arguments it refuses user code, which
+    would save it."""
 
     def state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if called_by_user(libraries.own):
-            name = type(self).__name__
-            raise UnsupportedError(
-                f"{name}.state_dict(): each rank holds only its own part; take it before parallelize"
-            )
+        if not (args or kwargs) and called_by_user(libraries.own):
+            advice = "take it before parallelize, or use state_dict(keep_vars=True) for the part of this rank"
+            raise UnsupportedError(f"{type(self).__name__}.state_dict(): each rank holds only its own part; {advice}")
         return plain(self, *args, **kwargs)
 
     return state_dict

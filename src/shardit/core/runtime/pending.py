@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -130,6 +131,7 @@ class PendingTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        refuse_new_parameter(func, args)
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -155,9 +157,26 @@ class Fetched(torch.Tensor):
                 "assigning to .data of a parameter that one rank owns has no effect: write into it (.data.copy_), or "
                 "assign an nn.Parameter to the module"
             )
+        refuse_new_parameter(func, args)
         materialize((args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+def is_read_parameter(value: Any) -> bool:
+    """Return whether a value stands for a parameter of a component that one rank owns, as outside code has read it."""
+    return isinstance(value, (PendingTensor, Fetched)) and getattr(value, "_is_param", False)
+
+
+def refuse_new_parameter(func: Any, args: Any) -> None:
+    """Raise UnsupportedError where torch makes a new nn.Parameter of such a parameter (weight norm, for example)."""
+    if func is not _T.detach or not is_read_parameter(args[0]):
+        return
+    if sys._getframe(2).f_globals.get("__name__") == "torch.nn.parameter":
+        raise UnsupportedError(
+            "a parameter of a component that one rank owns cannot become another nn.Parameter: change the component "
+            "before parallelize"
+        )
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.nn.utils import prune
 
 import shardit
 from shardit import DiffusionParallelConfig
@@ -135,6 +136,26 @@ def whole_weights(shard: Shard, rank: int) -> list[Result]:
         if name.endswith("ff.net.2"):
             pipe.transformer.get_submodule(name).weight = nn.Parameter(module.weight.detach() * 1.05)
     return [*outs, attempt(lambda: run(pipe))]
+
+
+def written_weights(shard: Shard, rank: int) -> list[Result]:
+    """Weights that code of a user changes by what it sees of them; loads before that are followed."""
+    pipe, outs = shard(flux()), []
+    model = pipe.transformer
+    block = model.transformer_blocks[1]
+    weights = flux().transformer.transformer_blocks[1].state_dict()
+    block.load_state_dict({name: value * 0.9 for name, value in weights.items()})
+    outs.append(run(pipe))
+    with torch.no_grad():
+        block.attn.to_q.weight.div_(block.attn.to_q.weight.norm())
+    outs.append(attempt(lambda: run(pipe)))
+    return outs
+
+
+def pruned(shard: Shard, rank: int) -> list[Result]:
+    pipe = shard(flux())
+    prune.l1_unstructured(pipe.transformer.transformer_blocks[1].attn.to_q, "weight", 0.3)
+    return [attempt(lambda: run(pipe))]
 
 
 def injected(shard: Shard, rank: int) -> list[Result]:
@@ -280,6 +301,8 @@ CASES: dict[str, dict[Case, dict[int, str]]] = {
         by_object: {},
         by_argument: {},
         whole_weights: {1: r"^UnsupportedError: transformer.*ff.net.2.weight was replaced by a tensor of shape"},
+        written_weights: {1: r"^UnsupportedError: transformer.*1.attn.to_q.weight was written to after parallelize"},
+        pruned: {0: r"^UnsupportedError: transformer.*1.attn.to_q.weight was taken out of its module"},
         injected: {1: r"^UnsupportedError: an adapter was made on slices"},
         type_error: {},
     },

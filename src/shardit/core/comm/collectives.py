@@ -25,7 +25,7 @@ class Collectives:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; the same bits on every rank."""
         self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size)
-        work = self.group.start("all-reduce", lambda group: group.allreduce([tensor]))
+        work = self.group.start_all_reduce(tensor)
         yield_while_waiting()
         self.group.wait([work], "all-reduce", tensor)
         return tensor

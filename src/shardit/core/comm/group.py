@@ -186,7 +186,7 @@ class GroupCoordinator:
         """Start messages of tensors to and from places of the group, and return their handles. All are contiguous.
         Empty ones do not travel, as both sides know that they are empty."""
         sends, receives = [one for one in sends if one[0].numel()], [one for one in receives if one[0].numel()]
-        if self.device.type != "cpu" and not isinstance(self.device_group, HostGroup):
+        if not self._is_direct and not isinstance(self.device_group, HostGroup):
             ops = [dist.P2POp(dist.isend, tensor, self.ranks[place], self.device_group) for tensor, place in sends]
             ops += [dist.P2POp(dist.irecv, tensor, self.ranks[place], self.device_group) for tensor, place in receives]
             return self.guard(lambda: dist.batch_isend_irecv(ops), what) if ops else []
@@ -197,6 +197,18 @@ class GroupCoordinator:
             return works + [group.send([_real(tensor)], place, 0) for tensor, place in sends]
 
         return self.start(what, start)
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Any:
+        """Start a sum over the group, in place, and return its handle."""
+        if self._is_direct or isinstance(self.device_group, HostGroup):
+            return self.start("all-reduce", lambda group: group.allreduce([tensor]))
+        return self.guard(lambda: dist.all_reduce(tensor, group=self.device_group, async_op=True), "all-reduce")
+
+    @property
+    def _is_direct(self) -> bool:
+        """Whether methods of the torch group are called, which takes half the time of the functions of
+        torch.distributed. torch.compile knows only those; it makes this False in code that it compiles."""
+        return self.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def start(self, what: str, begin: Callable[[Any], Any]) -> Any:
         """Begin an operation of the torch group, of which `begin` returns the handle."""

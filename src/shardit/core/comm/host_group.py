@@ -30,38 +30,38 @@ class HostWork:
 
 @dataclass(frozen=True, eq=False)
 class HostGroup:
-    """A gloo group that takes tensors of a device, with the methods of torch's ProcessGroup that the groups use."""
+    """A gloo group that takes tensors of a device, with the methods of torch's ProcessGroup that the groups use. Lists
+    have one tensor."""
 
     group: dist.ProcessGroup
 
     def send(self, tensors: list[torch.Tensor], place: int, tag: int) -> HostWork:
         """Start sending to a place of the group."""
         hosts = _copies(tensors)
-        return HostWork(self.group.send(hosts, place, tag), hosts)
+        return HostWork(dist.isend(hosts[0], group=self.group, group_dst=place, tag=tag), hosts)
 
     def recv(self, tensors: list[torch.Tensor], place: int, tag: int) -> HostWork:
         """Start receiving from a place of the group; `wait` fills the tensors."""
         hosts = list(map(_blank, tensors))
-        return HostWork(self.group.recv(hosts, place, tag), hosts, tensors)
+        return HostWork(dist.irecv(hosts[0], group=self.group, group_src=place, tag=tag), hosts, tensors)
 
     def allreduce(self, tensors: list[torch.Tensor]) -> HostWork:
         """Start a sum over all ranks, in place."""
         hosts = _copies(tensors)
-        return HostWork(self.group.allreduce(hosts), hosts, tensors)
+        return HostWork(dist.all_reduce(hosts[0], group=self.group, async_op=True), hosts, tensors)
 
     def allgather(self, parts: list[list[torch.Tensor]], tensors: list[torch.Tensor]) -> HostWork:
         """Start gathering the tensors of all ranks into `parts`."""
-        hosts = [list(map(_blank, each)) for each in parts]
-        work = self.group.allgather(hosts, _copies(tensors))
-        return HostWork(work, [host for each in hosts for host in each], [part for each in parts for part in each])
+        hosts = list(map(_blank, parts[0]))
+        work = dist.all_gather(hosts, _copies(tensors)[0], group=self.group, async_op=True)
+        return HostWork(work, hosts, parts[0])
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> HostWork:
         """Start a broadcast from a place of the group, in place."""
-        if self.group.rank() == root:
-            hosts = _copies([tensor])
-            return HostWork(self.group.broadcast(hosts[0], root), hosts)
-        hosts = [_blank(tensor)]
-        return HostWork(self.group.broadcast(hosts[0], root), hosts, [tensor])
+        is_root = dist.get_rank(self.group) == root
+        hosts = _copies([tensor]) if is_root else [_blank(tensor)]
+        work = dist.broadcast(hosts[0], group=self.group, group_src=root, async_op=True)
+        return HostWork(work, hosts, () if is_root else [tensor])
 
 
 def _blank(tensor: torch.Tensor) -> torch.Tensor:

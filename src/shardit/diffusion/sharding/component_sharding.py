@@ -23,7 +23,7 @@ from shardit.diffusion.class_homes import MODELS
 from shardit.diffusion.sharding.adapters import AdapterScales, collective_fuse, unpadded_members
 from shardit.diffusion.sharding.changes import apply_changes, cut_blocks, unwrap_parts
 from shardit.errors import InputError, UnsupportedError
-from shardit.parallel.tensor.check.slice_shapes import SliceShape, first_whole, slice_shapes
+from shardit.parallel.tensor.check.slices import Slice, first_problem, slices_of
 
 if TYPE_CHECKING:
     from shardit.parallel.tensor.plan import TensorPlan
@@ -63,7 +63,7 @@ class ComponentSharding:
     _fingerprint: Fingerprint = field(init=False, repr=False)
     _methods: dict[str, Any] = field(init=False, repr=False)
     _adapters: AdapterScales | None = field(init=False, repr=False)
-    _slices: list[SliceShape] = field(init=False, repr=False)
+    _slices: list[Slice] = field(init=False, repr=False)
     _history: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class ComponentSharding:
         self._fingerprint = Fingerprint(self.module, self._configured_modules())
         self._methods = _own_methods(self.module)
         self._adapters = AdapterScales(self.module) if self.denoises else None
-        self._slices = slice_shapes(self.module, self.slices) if self.slices is not None else []
+        self._slices = slices_of(self.module, self.slices) if self.slices is not None else []
 
     def _configured_modules(self) -> list[str]:
         """Return the names of modules whose settings are compared: neither those of torch, which act elementwise or are
@@ -124,10 +124,11 @@ class ComponentSharding:
 
     def check(self) -> None:
         """Apply all changes since it was sharded, or raise UnsupportedError, on every rank alike."""
-        if (whole := first_whole(self._slices)) is not None:
+        if (found := first_problem(self._slices)) is not None:
+            one, problem = found
             raise UnsupportedError(
-                f"{self.title}.{whole.name} was replaced by a tensor of shape {list(whole.now)} after parallelize, but "
-                f"each tensor rank has a slice ({list(whole.shape)}): use load_state_dict, or replace it before"
+                f"{self.title}.{one.name} {problem} after parallelize, but each tensor rank has a slice "
+                f"({list(one.shape)}): use load_state_dict, or change it before"
             )
         changes = self._fingerprint.changes() if self._fingerprint.changed() else []
         if changes:

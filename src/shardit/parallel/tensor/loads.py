@@ -17,6 +17,9 @@ from shardit.parallel.tensor.heads import join, owner_of
 from shardit.parallel.tensor.plan import TensorPlan
 from shardit.parallel.tensor.whole import FUSED, fused_cut, part_at
 
+LOADS = "_shardit_loads"
+"""Attribute of a cut module."""
+
 
 @dataclass(frozen=True)
 class TakeSlices:
@@ -26,12 +29,18 @@ class TakeSlices:
     rank: int
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        vars(module)[LOADS] = loads_of(module) + 1
         for name, cut in self.cuts.items():
             given, held = state_dict.get(prefix + name), _parameter(module, name)
             if not isinstance(given, torch.Tensor) or held is None or given.ndim != held.ndim:
                 continue
             if given.shape[cut.dim] == cut.total != held.shape[cut.dim]:
                 state_dict[prefix + name] = cut.of(self.rank).take(given)
+
+
+def loads_of(module: nn.Module) -> int:
+    """Return how often a cut module has loaded weights."""
+    return vars(module).get(LOADS, 0)
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -188,8 +188,8 @@ def load(
     model_config: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Any:
-    """The parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it owns.
-    Of a folder with a causal language model of transformers: that model, over stages and tensor ranks.
+    """Return the parallel pipeline of a model folder, hub id or "tiny/NAME"; every rank reads only the weights that it
+    owns. Of a folder with a causal language model of transformers: that model, over stages and tensor ranks.
 
     Collective, like `parallelize`. dtype: None as the checkpoint's classes have it, else what `torch_dtype` means to
     `from_pretrained`. model_config: as for `Omni`. settings: how the model is loaded (as for `Omni`), and fields of the

@@ -112,7 +112,8 @@ def _checked(run: Callable[[GenerateFlags], None]) -> Callable[[GenerateFlags], 
 
 
 def _command(run: Callable[[Any], int | None], flags: type, *, output: Path | None = None) -> Callable[..., int | None]:
-    """A function for typer that calls `run` with an object of class `flags`; `output` is the default of --output."""
+    """Return a function for typer that calls `run` with an object of class `flags`; `output` is the default of
+    --output."""
 
     def command(**values: Any) -> int | None:
         check_environment()

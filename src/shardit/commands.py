@@ -96,7 +96,7 @@ def _show(document: dict[str, Any], as_json: bool) -> None:
 
 
 def table(document: dict[str, Any]) -> str:
-    """The document of `shardit inspect --json` for people."""
+    """Return the document of `shardit inspect --json` for people."""
     rows = [("rank", "component", "blocks", "parameters", "MiB")]
     for rank in document["ranks"]:
         for name, part in rank["components"].items():

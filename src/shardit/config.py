@@ -154,7 +154,7 @@ class DiffusionParallelConfig:
 def config_of(
     config: Any, fields_given: Mapping[str, Any], callee: str, others: Sequence[str] = (), *, listed: bool = True
 ) -> DiffusionParallelConfig:
-    """The configuration that a call of `callee` asks for, given whole or by its fields as keywords.
+    """Return the configuration that a call of `callee` asks for, given whole or by its fields as keywords.
 
     `others` are the keywords that `callee` takes itself; unless `listed`, they include the fields to propose. Raises
     InputError where both are given, where `config` is something else, or where a keyword is neither a field nor one of
@@ -178,7 +178,8 @@ DEVICES = ("cpu", "cuda")
 
 
 def device_kind(device: str) -> str:
-    """The type of a device by its name, such as "cuda:1". Raises UnsupportedError where ranks do not run on it."""
+    """Return the type of a device by its name, such as "cuda:1". Raises UnsupportedError where ranks do not run on
+    it."""
     kind, _, number = device.partition(":")
     if kind not in DEVICES and kind not in os.environ.get("SHARDIT_ALLOW_DEVICE", "").split(","):
         allow = f"; to try it, set SHARDIT_ALLOW_DEVICE={kind}" if kind.isidentifier() else ""
@@ -205,7 +206,8 @@ def parse_layer_partition(text: str, source: str) -> tuple[int, ...]:
 def resolve_layer_partition(
     config: DiffusionParallelConfig, environ: Mapping[str, str]
 ) -> tuple[tuple[int, ...] | None, str]:
-    """The layer partition in force and the name of where it came from; (None, "automatic") where none is given."""
+    """Return the layer partition in force and the name of where it came from; (None, "automatic") where none is
+    given."""
     if config.layer_partition is not None:
         return tuple(config.layer_partition), "layer_partition"
     for variable in PARTITION_VARIABLES:
@@ -261,7 +263,7 @@ def idle_chunks(config: DiffusionParallelConfig) -> str | None:
 def fitting_partition(
     config: DiffusionParallelConfig, environ: Mapping[str, str], num_blocks: int
 ) -> tuple[int, ...] | None:
-    """The layer partition in force, None where none is given. Raises InputError and UnsupportedError where a
+    """Return the layer partition in force, None where none is given. Raises InputError and UnsupportedError where a
     transformer with so many blocks does not go with it, or with the number of stages."""
     partition, source = resolve_layer_partition(config, environ)
     if partition is None:
@@ -311,6 +313,6 @@ def reject_unknown_names(what: str, given: Iterable[str], known: Sequence[str]) 
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The text " (did you mean 'x'?)" for the nearest known name, or nothing."""
+    """Return the text " (did you mean 'x'?)" for the nearest known name, or nothing."""
     nearest = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

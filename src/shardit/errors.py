@@ -49,5 +49,5 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 def first_filled_line(text: str) -> str:
-    """The first line of a text with more than blanks in it; "" where there is none."""
+    """Return the first line of a text with more than blanks in it; "" where there is none."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")

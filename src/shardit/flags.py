@@ -38,7 +38,7 @@ class ParallelFlags(flag_class(DiffusionParallelConfig)):
     """The distribution of a model over ranks."""
 
     def parallel_config(self) -> DiffusionParallelConfig:
-        """The configuration that the flags ask for."""
+        """Return the configuration that the flags ask for."""
         return DiffusionParallelConfig(**values_of(self, DiffusionParallelConfig))
 
 
@@ -53,7 +53,7 @@ class ModelFlags(flag_class(ModelOptions)):
     )
 
     def model_options(self) -> ModelOptions:
-        """The options that the flags ask for. Raises InputError."""
+        """Return the options that the flags ask for. Raises InputError."""
         return model_options(**values_of(self, ModelOptions))
 
 
@@ -72,7 +72,7 @@ class InspectFlags(
     json: bool = declare(False, "Print one JSON document.")
 
     def what(self) -> str:
-        """The model to look at. Raises InputError where none is given, or two are."""
+        """Return the model to look at. Raises InputError where none is given, or two are."""
         given = [value for value in (self.name, self.model) if value is not None]
         if len(given) != 1:
             raise InputError(f"name one model: a hub id, a folder, tiny/NAME, or one of {', '.join(shipped.names())}")
@@ -104,7 +104,7 @@ class GenerateFlags(
     )
 
     def completed(self) -> GenerateFlags:
-        """These flags with what --from-file adds to them. Raises InputError where no model is named."""
+        """Return these flags with what --from-file adds to them. Raises InputError where no model is named."""
         if self.from_file is None:
             if not self.model:
                 raise InputError("--model is missing: name a hub id, a diffusers folder or tiny/NAME")
@@ -157,14 +157,14 @@ class GenerateFlags(
             check_fits(self.from_file, self.config or self.model, [*params.given(), *params.extra_args], takes)
 
     def omni_arguments(self) -> dict[str, Any]:
-        """The arguments of `shardit.Omni`."""
+        """Return the arguments of `shardit.Omni`."""
         config = {"model_config": self.config} if self.config is not None else {}
         options = given_options(self.model_options())
         launch = {"dtype": None, "attention_backend": None, **values_of(self, SessionSpec)}
         return {"model": self.model, "parallel_config": self.parallel_config(), **launch, **options, **config}
 
     def prompts(self) -> dict[str, Any]:
-        """The first argument of `Omni.generate`."""
+        """Return the first argument of `Omni.generate`."""
         entry: dict[str, Any] = {} if self.prompt is None else {"prompt": self.prompt}
         if self.negative_prompt is not None:
             entry["negative_prompt"] = self.negative_prompt
@@ -178,7 +178,7 @@ class GenerateFlags(
         return [read_image(path) for path in self.image or ()]
 
     def sampling_params(self) -> OmniDiffusionSamplingParams:
-        """The second argument of `Omni.generate`."""
+        """Return the second argument of `Omni.generate`."""
         return self._params
 
     @functools.cached_property
@@ -190,7 +190,7 @@ class GenerateFlags(
         return OmniDiffusionSamplingParams(**given, **fields, **self.filled_in, extra_args=extra)
 
     def extra_arguments(self) -> dict[str, Any]:
-        """The values of --extra by name. Raises InputError for what is not NAME=VALUE, or given twice."""
+        """Return the values of --extra by name. Raises InputError for what is not NAME=VALUE, or given twice."""
         return parse_values("--extra", self.extra, "use_resolution_binning=false")
 
     @functools.cached_property
@@ -245,7 +245,7 @@ class LanguageFlags(
         self.llm_arguments()
 
     def llm_arguments(self) -> dict[str, Any]:
-        """The arguments of `shardit.LLM`."""
+        """Return the arguments of `shardit.LLM`."""
         return {
             "model": self.model,
             "parallel_config": DiffusionParallelConfig(**values_of(self, DiffusionParallelConfig, AXES)),
@@ -255,7 +255,7 @@ class LanguageFlags(
         }
 
     def sampling(self, **defaults: Any) -> SamplingParams:
-        """The parameters that the flags ask for; `defaults` are those of the rest."""
+        """Return the parameters that the flags ask for; `defaults` are those of the rest."""
         return SamplingParams(**{"max_tokens": None, **defaults, **values_of(self, SamplingParams)})
 
 

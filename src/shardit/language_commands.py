@@ -76,7 +76,7 @@ def _opened(flags: LanguageFlags) -> LLM:
 
 
 def _recommended(llm: LLM) -> dict[str, Any]:
-    """The sampling that the model's folder recommends."""
+    """Return the sampling that the model's folder recommends."""
     standard = llm.get_default_sampling_params()
     return {
         item.name: getattr(standard, item.name) for item in dataclasses.fields(standard) if item.name != "max_tokens"

@@ -15,8 +15,8 @@ FORMAT_VARIABLE = "SHARDIT_LOG_FORMAT"
 
 
 def logger(process: str) -> Any:
-    """The log of one process of the server; `process` is "supervisor", "api" or "rank". Fields go in as keywords:
-    request_id for a job, rank for a rank."""
+    """Return the log of one process of the server; `process` is "supervisor", "api" or "rank". Fields go in as
+    keywords: request_id for a job, rank for a rank."""
     return _Later(process)
 
 

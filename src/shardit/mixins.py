@@ -36,7 +36,7 @@ class CFGParallelMixin:
         cfg_normalize: bool = True,
         output_slice: int | None = None,
     ) -> torch.Tensor:
-        """The prediction of one step, the same on every rank: both branches combined, or the positive one alone.
+        """Return the prediction of one step, the same on every rank: both branches combined, or the positive one alone.
 
         output_slice: how many tokens (dimension 1) of each prediction count. Raises ValueError for guidance without
         negative_kwargs.
@@ -65,7 +65,7 @@ class CFGParallelMixin:
         return combined * (noise_pred.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
     def scheduler_step(self, noise_pred: torch.Tensor, t: Any, latents: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """The latents after a step; every rank takes it, so nothing is sent. kwargs go to the scheduler."""
+        """Return the latents after a step; every rank takes it, so nothing is sent. kwargs go to the scheduler."""
         return self.scheduler.step(noise_pred, t, latents, return_dict=False, **kwargs)[0]
 
 

@@ -59,7 +59,7 @@ def set_mesh_of_model(mesh: Mesh) -> None:
 
 
 def own_mesh() -> Mesh | None:
-    """The mesh of groups that the program itself has asked for."""
+    """Return the mesh of groups that the program itself has asked for."""
     return _MESH[0] if _MESH else None
 
 
@@ -71,7 +71,7 @@ def destroy_model_parallel() -> None:
 
 
 def model_parallel_is_initialized() -> bool:
-    """Whether there are groups."""
+    """Return whether there are groups."""
     return bool(_GROUPS)
 
 
@@ -87,54 +87,54 @@ def _group(name: str) -> GroupCoordinator:
 
 
 def get_device_mesh() -> DeviceMesh:
-    """The axes of more than one rank as torch's DeviceMesh, over the same groups, for code that takes one (DTensor,
-    say). Raises InputError where there is one rank."""
+    """Return the axes of more than one rank as torch's DeviceMesh, over the same groups, for code that takes one
+    (DTensor, say). Raises InputError where there is one rank."""
     _group("world")
     return _IN_USE[0].device_mesh()
 
 
 def get_world_group() -> GroupCoordinator:
-    """All ranks."""
+    """Return all ranks."""
     return _group("world")
 
 
 def get_pp_group() -> GroupCoordinator:
-    """The stages of this rank's pipeline."""
+    """Return the stages of this rank's pipeline."""
     return _group("pp")
 
 
 def get_tp_group() -> GroupCoordinator:
-    """The ranks that share each linear layer."""
+    """Return the ranks that share each linear layer."""
     return _group("tp")
 
 
 def get_sp_group() -> GroupCoordinator:
-    """The ranks that share the tokens: ring x ulysses, ulysses varying fastest."""
+    """Return the ranks that share the tokens: ring x ulysses, ulysses varying fastest."""
     return _group("sp")
 
 
 def get_ulysses_group() -> GroupCoordinator:
-    """The ranks that attention heads are dealt to."""
+    """Return the ranks that attention heads are dealt to."""
     return _group("ulysses")
 
 
 def get_ring_group() -> GroupCoordinator:
-    """The ranks that keys and values travel around."""
+    """Return the ranks that keys and values travel around."""
     return _group("ring")
 
 
 def get_cfg_group() -> GroupCoordinator:
-    """The ranks that the branches of guidance are dealt to."""
+    """Return the ranks that the branches of guidance are dealt to."""
     return _group("cfg")
 
 
 def get_dp_group() -> GroupCoordinator:
-    """The copies of the model."""
+    """Return the copies of the model."""
     return _group("dp")
 
 
 def get_pp_rank() -> int:
-    """This rank's stage."""
+    """Return this rank's stage."""
     return get_pp_group().rank_in_group
 
 
@@ -144,7 +144,7 @@ def get_pp_world_size() -> int:
 
 
 def get_tp_rank() -> int:
-    """This rank's place among those that share each linear layer."""
+    """Return this rank's place among those that share each linear layer."""
     return get_tp_group().rank_in_group
 
 
@@ -154,7 +154,7 @@ def get_tp_world_size() -> int:
 
 
 def get_sp_rank() -> int:
-    """This rank's place among those that share the tokens."""
+    """Return this rank's place among those that share the tokens."""
     return get_sp_group().rank_in_group
 
 
@@ -192,10 +192,10 @@ get_sequence_parallel_world_size = get_sp_world_size
 
 
 def is_pipeline_first_stage() -> bool:
-    """Whether this rank holds the first blocks."""
+    """Return whether this rank holds the first blocks."""
     return get_pp_group().is_first_rank
 
 
 def is_pipeline_last_stage() -> bool:
-    """Whether this rank holds the last blocks."""
+    """Return whether this rank holds the last blocks."""
     return get_pp_group().is_last_rank

@@ -168,7 +168,7 @@ class OmniDiffusionSamplingParams:
 
 
 def seed_or_drawn(seed: int | None) -> int:
-    """The given seed; a drawn one for None and -1."""
+    """Return the given seed; a drawn one for None and -1."""
     return secrets.randbelow(DRAWN_SEEDS) if seed is None or seed == RANDOM_SEED else int(seed)
 
 

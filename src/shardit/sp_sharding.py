@@ -25,7 +25,7 @@ _alone: list[Collectives] = []
 
 
 def sp_shard(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """This rank's part of `x` along `dim`: neighbouring tokens, in the order of the ranks.
+    """Return this rank's part of `x` along `dim`: neighbouring tokens, in the order of the ranks.
 
     Lengths need not divide: the first ranks have one token more. The same tensor where tokens are not sharded. `x` is
     the same on all ranks. Raises InputError where `x` has no such dimension, UnsupportedError inside a model that
@@ -42,7 +42,7 @@ def sp_shard(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def sp_gather(x: torch.Tensor, dim: int, total: int | None = None) -> torch.Tensor:
-    """The shards of all ranks, one after the other along `dim`: undoes `sp_shard`. Collective.
+    """Return the shards of all ranks, one after the other along `dim`: undoes `sp_shard`. Collective.
 
     Shards may have any lengths. The same tensor where tokens are not sharded. Inside a model they are learned once for
     each shape. Outside of one they are exchanged at every call (8 bytes), unless `total` is given, the length of what
@@ -75,7 +75,7 @@ def _pass(name: str, x: torch.Tensor, dim: int) -> Pass | None:
 
 
 def _comm() -> Collectives | None:
-    """The sequence ranks, if there are several."""
+    """Return the sequence ranks, if there are several."""
     mesh = own_mesh()
     if mesh is None or "sp" not in mesh.axes:
         return None

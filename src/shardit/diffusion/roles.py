@@ -19,26 +19,28 @@ LIBRARIES = ("builtins.", "abc.", "typing.", "torch.", "transformers.", "diffuse
 
 
 def denoises(name: str, module: nn.Module) -> bool:
-    """Whether a component is called in every step, and so is cut: one of diffusers' classes that denoise, or derived
-    from one; or another class, by its name in the pipeline or because `_sp_plan` says how its tokens are split."""
+    """Return whether a component is called in every step, and so is cut: one of diffusers' classes that denoise, or
+    derived from one; or another class, by its name in the pipeline or because `_sp_plan` says how its tokens are
+    split."""
     theirs = any(base.__module__.startswith(CUT_PACKAGES) for base in type(module).__mro__)
     own = not (is_vae(module) or type(module).__module__.startswith(ENCODERS))
     return theirs or getattr(module, "_sp_plan", None) is not None or (own and name.startswith(CUT_NAMES))
 
 
 def is_vae(module: nn.Module) -> bool:
-    """Whether a component is of one of diffusers' classes of VAEs, or derived from one."""
+    """Return whether a component is of one of diffusers' classes of VAEs, or derived from one."""
     return any(base.__module__.startswith(VAE_PACKAGE) for base in type(module).__mro__)
 
 
 def encodes(module: nn.Module) -> bool:
-    """Whether a component is of one of transformers' classes, or derived from one: an encoder, unless it `denoises`."""
+    """Return whether a component is of one of transformers' classes, or derived from one: an encoder, unless it
+    `denoises`."""
     return any(base.__module__.startswith(ENCODERS) for base in type(module).__mro__) and not is_vae(module)
 
 
 def own_code(module: nn.Module) -> type | None:
-    """The class of a component, or one that it is derived from, that has methods and comes from no library: they may
-    read any of its weights."""
+    """Return the class of a component, or one that it is derived from, that has methods and comes from no library: they
+    may read any of its weights."""
     for cls in plain_class(module).__mro__:
         own = not f"{cls.__module__}.".startswith(LIBRARIES)
         if own and any(inspect.isroutine(value) or isinstance(value, property) for value in vars(cls).values()):
@@ -60,7 +62,7 @@ def left_whole(module: nn.Module) -> str | None:
 
 
 def roles_of(modules: Mapping[str, nn.Module], pipeline_class: type | None = None) -> Roles:
-    """The roles of the components of a pipeline; without a pipeline class those of components by themselves."""
+    """Return the roles of the components of a pipeline; without a pipeline class those of components by themselves."""
     title = pipeline_class.__name__ if pipeline_class is not None else "the model"
     vaes = {name: type(module) for name, module in modules.items() if is_vae(module)}
     tiled = tuple(name for name, kind in vaes.items() if any("tiled_decode" in method for method in dir(kind)))

@@ -64,7 +64,7 @@ def _end(is_first: bool) -> str:
 
 
 def _cache_note(module: Any, owners: list[int], config: DiffusionParallelConfig) -> str:
-    """The memory of the cache of the longest request."""
+    """Return the memory of the cache of the longest request."""
     tokens = request_tokens(module.config, None)
     most = max(cache_of_stages(module, owners, tokens, config.tensor_parallel_size).values())
     return f"cache of one request of {tokens:,} tokens: up to {most / 1024**2:,.1f} MiB on a rank"

@@ -133,11 +133,11 @@ class LLM:
         return list(self._info.notes)
 
     def get_tokenizer(self) -> Any:
-        """The tokenizer of the model, of transformers."""
+        """Return the tokenizer of the model, of transformers."""
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters that the folder of the model recommends."""
+        """Return the parameters that the folder of the model recommends."""
         return SamplingParams(**recommended(self._info.defaults))
 
     @checked_arguments("LLM.generate", SamplingParams)
@@ -208,7 +208,7 @@ class LLM:
         chat_template: str | None = None,
         tools: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
-        """The prompt that the chat template makes of a conversation, for `generate` and `stream`."""
+        """Return the prompt that the chat template makes of a conversation, for `generate` and `stream`."""
         return {"prompt_token_ids": chat_tokens(self._tokenizer, messages, chat_template, tools, add_generation_prompt)}
 
     def _batch(self, prompts: Any, sampling_params: Any) -> PromptBatch:
@@ -230,8 +230,8 @@ class LLM:
         return PromptBatch(self._tokenizer, read, rows)
 
     def _run(self, batch: PromptBatch, on_progress: Callable[[list[list[int]]], OnProgress]) -> list[RowResult]:
-        """The result of each row; none on ranks of torchrun but the first. on_progress: made of the numbers of the rows
-        of each group."""
+        """Return the result of each row; none on ranks of torchrun but the first. on_progress: made of the numbers of
+        the rows of each group."""
         rows = [row for *_, row in batch.rows]
         # Prompts of like lengths are together in a batch, with little padding.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt))

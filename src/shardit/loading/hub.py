@@ -232,7 +232,7 @@ def _index_name(remote: HubRemote, folder: str) -> str | None:
 
 
 def _chosen_index(names: list[str], where: str, variant: str | None = None) -> str | None:
-    """The index of the weights that will be loaded, if they have one."""
+    """Return the index of the weights that will be loaded, if they have one."""
     if not any(is_weights(name) for name in names):
         return None
     try:

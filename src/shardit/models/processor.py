@@ -22,7 +22,8 @@ def is_needed(class_name: str) -> bool:
 
 
 def build_processor(folder: str | Path, class_name: str = CLASSES[0]) -> Any:
-    """An instance of the real processor class for `folder`: tokenizer, PIL image processor, no video processor."""
+    """Return an instance of the real processor class for `folder`: tokenizer, PIL image processor, no video
+    processor."""
     import transformers
     from transformers.processing_utils import ProcessorMixin
 
@@ -42,7 +43,7 @@ def build_processor(folder: str | Path, class_name: str = CLASSES[0]) -> Any:
 
 
 def _pil_image_processor(folder: Path) -> Any:
-    """The image processor that works on PIL images and numpy, by the name it has in this transformers."""
+    """Return the image processor that works on PIL images and numpy, by the name it has in this transformers."""
     import transformers
 
     for name in ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor"):
@@ -53,7 +54,7 @@ def _pil_image_processor(folder: Path) -> Any:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The processor's chat template: a Jinja file, or the older JSON file."""
+    """Return the processor's chat template: a Jinja file, or the older JSON file."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "chat_template.json").is_file():

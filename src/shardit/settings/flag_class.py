@@ -18,7 +18,7 @@ from shardit.settings.declare import Flag, declared
 
 
 def flag_class(cls: type, *, only: Collection[str] = (), unset: bool = False, default_from: str = "") -> Any:
-    """A dataclass with a field for each flag of the settings that `cls` declares.
+    """Return a dataclass with a field for each flag of the settings that `cls` declares.
 
     only: names of settings, where not all are wanted. unset: all flags are None by default, and so tell what was given.
     default_from: for the help of these, if defaults come from elsewhere.
@@ -42,7 +42,8 @@ def _field(item: dataclasses.Field[Any], kind: Any, unset: bool, default_from: s
 
 
 def options_of(flags: type) -> list[inspect.Parameter]:
-    """An argument for each field of a class of flags, from which typer makes an option; the class's own come first."""
+    """Return an argument for each field of a class of flags, from which typer makes an option; the class's own come
+    first."""
     hints, own = typing.get_type_hints(flags), inspect.get_annotations(flags)
     return [
         inspect.Parameter(
@@ -81,7 +82,7 @@ class Once(TyperCommand):
 
 
 def _path(text: str) -> Path:
-    """A path of the command line: an empty one would be the current folder."""
+    """Return a path of the command line: an empty one would be the current folder."""
     if not text:
         raise BadParameter("it is empty; name a file or a folder")
     return Path(text)
@@ -92,8 +93,8 @@ def _spelt(name: str) -> str:
 
 
 def values_of(flags: Any, cls: type, only: Collection[str] = ()) -> dict[str, Any]:
-    """The settings of `cls` by name, as given by flags; those that are None are left out. only: as of `flag_class`.
-    Raises InputError."""
+    """Return the settings of `cls` by name, as given by flags; those that are None are left out. only: as of
+    `flag_class`. Raises InputError."""
     found = {}
     for item in declared(cls):
         if (flag := item.metadata["flag"]) is None or (only and item.name not in only):
@@ -123,7 +124,8 @@ def check_flags(flags: Any, *classes: type) -> None:
 
 
 def parse_values(flag: str, entries: Sequence[str] | None, example: str) -> dict[str, Any]:
-    """The values of a repeated `flag name=value` by name. Raises InputError for other text, and what is given twice."""
+    """Return the values of a repeated `flag name=value` by name. Raises InputError for other text, and what is given
+    twice."""
     found: dict[str, Any] = {}
     for entry in entries or ():
         name, sign, text = entry.partition("=")
@@ -136,7 +138,7 @@ def parse_values(flag: str, entries: Sequence[str] | None, example: str) -> dict
 
 
 def _as_value(flag: str, name: str, text: str) -> Any:
-    """The value of `flag name=text`: JSON, or the text itself where it is none."""
+    """Return the value of `flag name=text`: JSON, or the text itself where it is none."""
     python = {"True": "true", "False": "false", "None": "null"}
     if text in python:
         raise InputError(f"{flag} {name}={text}: values are JSON; write {name}={python[text]}")

@@ -23,7 +23,7 @@ class Collectives:
         self.messages = 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place; the same bits on every rank."""
+        """Return the sum over all ranks, in place; the same bits on every rank."""
         self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size)
         work = self.group.start_all_reduce(tensor)
         yield_while_waiting()
@@ -31,7 +31,7 @@ class Collectives:
         return tensor
 
     def all_gather(self, shard: torch.Tensor, sizes: Sequence[int], dim: int) -> torch.Tensor:
-        """The shards of all ranks, one after the other along `dim`; sizes[i] is the length of rank i's."""
+        """Return the shards of all ranks, one after the other along `dim`; sizes[i] is the length of rank i's."""
         front = shard.movedim(dim, 0).contiguous()
         full = front.new_empty((sum(sizes), *front.shape[1:]))
         parts = full.split(list(sizes))
@@ -40,7 +40,7 @@ class Collectives:
         return full.movedim(0, dim)
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first rank's tensor, of which every rank has one of the same shape."""
+        """Return the first rank's tensor, of which every rank has one of the same shape."""
         flat = tensor.flatten()
         sizes = [flat.numel() if rank == 0 else 0 for rank in range(self.size)]
         return self.all_gather(flat[: sizes[self.index]], sizes, 0).view(tensor.shape)

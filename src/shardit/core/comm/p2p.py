@@ -89,8 +89,8 @@ class Comm:
         return torch.empty(AHEAD_BYTES, dtype=torch.uint8)
 
     def _path(self, source: int, target: int, result: bool) -> tuple[Any, int]:
-        """The torch group of a message, and the other rank's place in it: that of the hop between two stages; results
-        and hops off the ring share one."""
+        """Return the torch group of a message, and the other rank's place in it: that of the hop between two stages;
+        results and hops off the ring share one."""
         other = source if target == self.rank else target
         edge = None if result else self.group.edges.get((source, target))
         return (self.group.device_group, other) if edge is None else (edge, int(other > self.rank))

@@ -62,7 +62,7 @@ class Given:
         return found
 
     def sizes(self, known: Returned) -> Sizes:
-        """The sizes of the new tensors that a block returns, as far as they are known."""
+        """Return the sizes of the new tensors that a block returns, as far as they are known."""
         found = self._sizes.get(id(known))
         if found is None:
             found = self._sizes[id(known)] = sizes(known, self.leaves), known  # its id must not become another's

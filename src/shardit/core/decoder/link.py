@@ -41,7 +41,8 @@ class Link:
         return out
 
     def share(self, tensor: torch.Tensor, holders: frozenset[int]) -> torch.Tensor:
-        """A small tensor that some ranks have (on others: one on meta), for all; pending on those that get it."""
+        """Return a small tensor that some ranks have (on others: one on meta), for all; pending on those that get
+        it."""
         source = min(holders)
         if self.rank in holders:
             if self.rank == source:
@@ -69,8 +70,8 @@ class Link:
 
 
 def strided_as(like: torch.Tensor, message: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor with the strides and the alignment of another: kernels give other last bits for memory that
-    is laid out or aligned in another way."""
+    """Return a contiguous tensor with the strides and the alignment of another: kernels give other last bits for memory
+    that is laid out or aligned in another way."""
     skew = first_byte(like) % ALIGN
     if skew == 0 and message.stride() == like.stride():
         return message

@@ -57,7 +57,7 @@ class Returned:
         return self.spec.is_leaf() and self.leaves[0].dims is not None
 
     def sizes_then(self) -> Sizes:
-        """The sizes in the call that it describes."""
+        """Return the sizes in the call that it describes."""
         return [None if leaf.dims is None else tuple(map(_length, leaf.dims)) for leaf in self.leaves]
 
 
@@ -135,7 +135,7 @@ _ONE = frozenset((1,))
 
 
 def sizes(returned: Returned, arguments: Sequence[Any]) -> Sizes:
-    """The sizes of new tensors in a call with these arguments; None if what is known leaves several possible."""
+    """Return the sizes of new tensors in a call with these arguments; None if what is known leaves several possible."""
     found: list[tuple[int, ...] | None] = []
     for leaf in returned.leaves:
         if leaf.dims is None:
@@ -154,7 +154,7 @@ def sizes(returned: Returned, arguments: Sequence[Any]) -> Sizes:
 
 
 def fits(out: Any, writes: tuple[int, ...], known: Returned | None, expected: Sizes) -> bool:
-    """Whether a result is what the other ranks take it for."""
+    """Return whether a result is what the other ranks take it for."""
     assert known is not None
     assert expected is not None
     if known.lone and type(out) is torch.Tensor:
@@ -176,7 +176,8 @@ def _as_known(tensor: torch.Tensor, leaf: Leaf) -> bool:
 
 
 def _order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The dims from the outermost in memory to the innermost; those of length 1 stay next to the dim that follows."""
+    """Return the dims from the outermost in memory to the innermost; those of length 1 stay next to the dim that
+    follows."""
     found = sorted((dim for dim in range(tensor.ndim) if tensor.shape[dim] != 1), key=lambda d: (-tensor.stride(d), d))
     for dim in reversed(range(tensor.ndim)):
         if tensor.shape[dim] == 1:
@@ -185,8 +186,8 @@ def _order(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _dense(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
-    """Whether a tensor has no gaps in memory, and its dims lie in this order. The stride of a dim of length 1 means
-    nothing."""
+    """Return whether a tensor has no gaps in memory, and its dims lie in this order. The stride of a dim of length 1
+    means nothing."""
     found, expected = tensor.stride(), strides(tuple(tensor.shape), order)
     return not tensor.numel() or all(
         length == 1 or one == other for length, one, other in zip(tensor.shape, found, expected, strict=True)
@@ -194,7 +195,7 @@ def _dense(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
 
 
 def strides(size: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a dense tensor whose dims lie in memory in this order."""
+    """Return the strides of a dense tensor whose dims lie in memory in this order."""
     found, step = [0] * len(size), 1
     for dim in reversed(order):
         found[dim] = step

@@ -69,7 +69,7 @@ def look_of(tensor: torch.Tensor) -> Look:
 
 
 def stage_tensor(look: Look, data: torch.Tensor | None, memory: Memory, link: Link) -> StageTensor:
-    """A stage tensor over a tensor of this rank, or over nothing."""
+    """Return a stage tensor over a tensor of this rank, or over nothing."""
     size, strides, offset, dtype = look
     out: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
         StageTensor, size, strides=strides, storage_offset=offset, dtype=dtype, device=link.device
@@ -182,7 +182,7 @@ def _result(changed: list[Any]) -> Any:
 
 
 def _ranks(staged: Sequence[StageTensor]) -> frozenset[int]:
-    """The ranks that run an operation: those that have all operands; if there are none, the last of their first
+    """Return the ranks that run an operation: those that have all operands; if there are none, the last of their first
     holders gets them."""
     ranks = staged[0].holders
     for tensor in staged[1:]:
@@ -212,8 +212,8 @@ def _wrapped(out: Any, kind: _Kind, base: StageTensor, ranks: frozenset[int], li
 
 
 def _drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: frozenset[int], link: Link) -> Any:
-    """The result of an operation that draws. The generator that it draws from moves on all ranks as on those that run
-    it."""
+    """Return the result of an operation that draws. The generator that it draws from moves on all ranks as on those
+    that run it."""
     generator = kwargs.get("generator") or global_generator(link.device)
     if link.rank in ranks:
         out = func(*tree_map(_data, args), **tree_map(_data, kwargs))
@@ -245,8 +245,8 @@ _known_shapes: dict[Any, Any] = {}
 
 
 def _shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation with a `_Shape` for each tensor. Meta kernels find it, once for operands of a look:
-    many are Python code and take ten times as long as the operation itself."""
+    """Return the result of an operation with a `_Shape` for each tensor. Meta kernels find it, once for operands of a
+    look: many are Python code and take ten times as long as the operation itself."""
     key = (func, _key(args), _key(tuple(kwargs.items())))
     try:
         return _known_shapes[key]
@@ -285,7 +285,7 @@ def _or_meta(tensor: StageTensor) -> torch.Tensor:
 
 
 def _example(leaf: Any) -> Any:
-    """A tensor of the same kind on the device, whose values do not matter."""
+    """Return a tensor of the same kind on the device, whose values do not matter."""
     if type(leaf) is not StageTensor:
         return leaf
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.link.device)

@@ -89,7 +89,7 @@ class DecoderStages:
         return forward
 
     def block_call(self, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The owner runs the block, the others get stage tensors for its results."""
+        """Run a block on its owner; the others get stage tensors for its results."""
         owner, link = self.owners[index], self.link
         given = self._given = self._given.next(args, kwargs)
         bring(given.staged, self._each[owner])
@@ -147,7 +147,8 @@ class DecoderStages:
         return self._wrapped(out, plain, given.leaves)
 
     def _wrapped(self, out: Any, plain: list[Any], arguments: list[Any]) -> Any:
-        """The result of an own block, with a stage tensor for each new tensor, and the arguments that it hands back."""
+        """Return the result of an own block, with a stage tensor for each new tensor, and the arguments that it hands
+        back."""
         places = {id(leaf): number for number, leaf in enumerate(plain) if isinstance(leaf, torch.Tensor)}
         leaves, spec = tree_flatten(out)
         for number, leaf in enumerate(leaves):
@@ -158,7 +159,7 @@ class DecoderStages:
         return tree_unflatten(leaves, spec)
 
     def _absent(self, known: Returned, expected: Sizes, arguments: list[Any], owner: int) -> Any:
-        """The result of a block of another rank."""
+        """Return the result of a block of another rank."""
         assert expected is not None
         leaves: list[Any] = []
         for leaf, size in zip(known.leaves, expected, strict=True):

@@ -17,8 +17,8 @@ def check_heads(tp_size: int, class_name: str, most: int) -> None:
 
 
 def heads_fit(tp_size: int, queries: int, keys: int) -> bool:
-    """Whether each rank gets key heads, or query heads with copies of their key heads, if no rank has twice as many
-    query heads as another."""
+    """Return whether each rank gets key heads, or query heads with copies of their key heads, if no rank has twice as
+    many query heads as another."""
     return tp_size <= keys or -(-queries // tp_size) < 2 * (queries // tp_size)
 
 

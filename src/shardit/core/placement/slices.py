@@ -27,11 +27,11 @@ class Slice:
         return sum(length for _, length in self.segments)
 
     def shape(self, full: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the slice of a tensor of shape `full`."""
+        """Return the shape of the slice of a tensor of shape `full`."""
         return (*full[: self.dim], self.length, *full[self.dim + 1 :])
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slice of a whole tensor, in memory of its own."""
+        """Return the slice of a whole tensor, in memory of its own."""
         import torch
 
         parts = [tensor.narrow(self.dim, start, length) for start, length in self.segments]
@@ -51,7 +51,7 @@ class Shards:
     ranks: tuple[Segments, ...]
 
     def of(self, rank: int) -> Slice:
-        """The slice of one rank."""
+        """Return the slice of one rank."""
         return Slice(self.dim, self.ranks[rank])
 
     @property

@@ -26,7 +26,8 @@ _of_generators: dict[type, bool] = {}
 
 
 def is_generator(value: Any) -> TypeGuard[Generator]:
-    """Whether a value is a random generator. By names: torch.compile fails at the class `random.Random` in code."""
+    """Return whether a value is a random generator. By names: torch.compile fails at the class `random.Random` in
+    code."""
     kind = type(value)
     if kind not in _of_generators:
         _of_generators[kind] = any((cls.__module__, cls.__name__) in _NAMES for cls in kind.__mro__)
@@ -38,7 +39,7 @@ DEPTH = 3
 
 
 def generators_in(arguments: Any, depth: int = DEPTH) -> list[Generator]:
-    """The generators among the arguments of a call, and in objects among them, in order."""
+    """Return the generators among the arguments of a call, and in objects among them, in order."""
     found: list[Generator] = []
     for leaf in tree_leaves(arguments):
         if is_generator(leaf):
@@ -49,7 +50,7 @@ def generators_in(arguments: Any, depth: int = DEPTH) -> list[Generator]:
 
 
 def state_in(generator: Generator) -> Any:
-    """The state of a generator, as picklable data."""
+    """Return the state of a generator, as picklable data."""
     if isinstance(generator, numpy.random.Generator):
         return pickle.dumps(generator.bit_generator.state)
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
@@ -66,7 +67,8 @@ def set_state(generator: Generator, state: Any) -> None:
 
 
 def states(device: torch.device, given: Sequence[Generator]) -> States:
-    """The states of the global generators (torch's on the CPU and on `device`, Python's, numpy's) and of the given."""
+    """Return the states of the global generators (torch's on the CPU and on `device`, Python's, numpy's) and of the
+    given."""
     found: States = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy.random.get_state()}
     if device.type == "cuda" and torch.cuda.is_initialized():
         found["device"] = torch.cuda.get_rng_state(device)
@@ -74,7 +76,7 @@ def states(device: torch.device, given: Sequence[Generator]) -> States:
 
 
 def torch_states(device: torch.device, given: Sequence[Generator] = ()) -> list[Any]:
-    """The states of torch's global generators alone, in some microseconds, and of the given."""
+    """Return the states of torch's global generators alone, in some microseconds, and of the given."""
     found: list[Any] = [torch.get_rng_state()]
     if device.type == "cuda" and torch.cuda.is_initialized():
         found.append(torch.cuda.get_rng_state(device))
@@ -82,12 +84,12 @@ def torch_states(device: torch.device, given: Sequence[Generator] = ()) -> list[
 
 
 def any_moved(before: list[Any], after: list[Any]) -> bool:
-    """Whether one of the generators has been drawn from."""
+    """Return whether one of the generators has been drawn from."""
     return not all(map(_same, before, after))
 
 
 def moved(before: States, after: States) -> States:
-    """Those of the states that have changed."""
+    """Return those of the states that have changed."""
     return {name: state for name, state in after.items() if name not in before or not _same(before[name], state)}
 
 
@@ -126,7 +128,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def dropout_in_training(model: nn.Module) -> str | None:
-    """The name of a module of `model` that would drop values at random now, if there is one.
+    """Return the name of a module of `model` that would drop values at random now, if there is one.
 
     Code that calls the function `dropout` itself keeps its probability in an attribute that says so.
     """

@@ -106,7 +106,7 @@ class Interrupted(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice. On CPUs torch says so in the text of a plain RuntimeError only."""
+    """Return whether memory did not suffice. On CPUs torch says so in the text of a plain RuntimeError only."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -42,7 +42,7 @@ class Carried:
         return self._blank(leaf), 0
 
     def unread(self, leaf: Leaf) -> torch.Tensor:
-        """The only output of an unowned block, which fills a storage that no hop reads or fills."""
+        """Return the only output of an unowned block, which fills a storage that no hop reads or fills."""
         if self._poison or not is_float(leaf):
             assert leaf.dtype is not None
             return view_bytes(self._blank(leaf), 0, leaf.dtype, leaf.size, leaf.stride)

@@ -32,7 +32,7 @@ def pipeline_entry(
     share: Callable[[Any, tuple[Any, ...], dict[str, Any], Comm], dict[str, Any]],
     end: Callable[[Any], None],
 ) -> Forward:
-    """A pipeline's `__call__` that ranks begin alike, and whose results are plain tensors.
+    """Return a pipeline's `__call__` that ranks begin alike, and whose results are plain tensors.
 
     begin: given the pipeline before anything else happens; what it returns is compared with the arguments. If it
     refuses on some ranks, all of them raise. settings: returns what is compared, too. share: returns the keyword
@@ -113,5 +113,5 @@ class Entry:
 
 
 def entry_of(model: nn.Module) -> Entry:
-    """The entry of a model; it gets one if it has none."""
+    """Return the entry of a model; it gets one if it has none."""
     return getattr(model, "shardit_entry", None) or Entry(model)

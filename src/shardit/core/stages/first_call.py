@@ -57,7 +57,8 @@ class FirstCalls:
     left: State | None = None
 
     def run(self, forward: Callable[..., Any], call: FlatCall, code: Any) -> tuple[Any, LocalPlan, set[int]]:
-        """The result of a call, the plan of those that follow, and the leaves of its arguments whose values decide."""
+        """Return the result of a call, the plan of those that follow, and the leaves of its arguments whose values
+        decide."""
         name, device = self.cut.name, self.runtime.mesh.device
         before, kept = states(device, []), self._state(call)
         transient = TransientChanges(lambda: self._state(call), self.cut.model, kept)
@@ -91,8 +92,8 @@ class FirstCalls:
             log.warning(text, self.cut.name, late[0])
 
     def watched(self, forward: Callable[[], Any], arguments: Any) -> Any:
-        """The result of a forward that runs block by block on all stages at once, of which nothing is remembered. Only
-        inside `CutModel.untraced`."""
+        """Return the result of a forward that runs block by block on all stages at once, of which nothing is
+        remembered. Only inside `CutModel.untraced`."""
         uncounted = TracedCall(replace(self.cut, ran=Counter()), self.runtime.comm)
         return uncounted.run(lambda *_: forward(), FlatCall.of((arguments,), {}))[0]
 
@@ -192,7 +193,7 @@ VALUES = (torch.Tensor, str, bytes, int, float, complex, bool, type(None), torch
 
 
 def object_in(out: Any) -> str | None:
-    """The class of an object in the result of a forward that may hold state, as a cache does."""
+    """Return the class of an object in the result of a forward that may hold state, as a cache does."""
     found = (leaf for leaf in tree_leaves(out) if not isinstance(leaf, VALUES))
     return next((type(leaf).__name__ for leaf in found), None)
 
@@ -208,7 +209,7 @@ def refuse_objects(name: str, out: Any) -> None:
 
 
 def same_bits(expected: Any, got: Any) -> bool:
-    """Whether two results have the same structure and their tensors the same bits."""
+    """Return whether two results have the same structure and their tensors the same bits."""
     a, b = tree_leaves(expected), tree_leaves(got)
     return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
 

@@ -86,7 +86,8 @@ class GuidanceScheduler:
         self.steps.pop(program, None)
 
     def parts(self, program: object, samples: int) -> int:
-        """The number of pieces for a call of `samples` samples, so that every replica has work (1 in the first step).
+        """Return the number of pieces for a call of `samples` samples, so that every replica has work (1 in the first
+        step).
 
         Raises InputError where there are more replicas than pieces of work.
         """
@@ -98,7 +99,7 @@ class GuidanceScheduler:
         return -(-self.size // step.branches) if self._check(step.branches, samples) else 1
 
     def _check(self, branches: int, samples: int) -> bool:
-        """Whether there is something to share."""
+        """Return whether there is something to share."""
         work = branches * samples
         if work == 1:
             self._warn_idle()
@@ -110,7 +111,7 @@ class GuidanceScheduler:
         return work > 1
 
     def next(self, program: object) -> int:
-        """The replica that runs the next piece."""
+        """Return the replica that runs the next piece."""
         step = self._step(program)
         step.dealt += 1
         return (step.dealt - 1) % self.size

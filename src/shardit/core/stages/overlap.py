@@ -131,7 +131,7 @@ class Overlap:
     _plans: OrderedDict[Any, ResultPlan] = field(default_factory=OrderedDict)
 
     def call(self, forward: Callable[..., Any], call: FlatCall) -> Any:
-        """A call of the model: returns at once with pending tensors, except the first of each signature."""
+        """Make a call of the model: it returns at once with pending tensors, except the first of each signature."""
         # A cache keeps a call's state on the model, and a scale multiplies weights for the length of the forward.
         alone = (
             getattr(self.model, "is_cache_enabled", False) or scales_adapters(call.kwargs) or torch.is_grad_enabled()
@@ -200,7 +200,7 @@ def overlap(model: nn.Module, runtime: Runtime, alone: bool = False) -> Overlap:
 
 
 def _plain(leaf: Any) -> bool:
-    """Whether an argument cannot be something that a forward writes to, such as a cache of keys."""
+    """Return whether an argument cannot be something that a forward writes to, such as a cache of keys."""
     return isinstance(leaf, (torch.Tensor, bool, int, float, str, bytes, type(None), torch.dtype, torch.device))
 
 

@@ -26,12 +26,12 @@ class Route:
 
     @staticmethod
     def of(mesh: Mesh, comm: Comm) -> Route:
-        """The route of this rank."""
+        """Return the route of this rank."""
         stages = range(mesh.pp_size)
         return Route(comm, tuple(tuple(mesh.member(cfg=c, pp=s) for s in stages) for c in range(mesh.sizes["cfg"])))
 
     def of_one(self, replica: int) -> Route:
-        """The route of a call that every guidance replica runs for itself."""
+        """Return the route of a call that every guidance replica runs for itself."""
         return Route(self.comm, tuple(m if c == replica else () for c, m in enumerate(self.members)))
 
     def send(self, message: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ class Result:
         self.source = Source(materialize)
 
     def tree(self) -> Any:
-        """The value that the caller gets."""
+        """Return the value that the caller gets."""
         leaves = [leaf.value for leaf in self.plan.leaves]
         for number, tensor in self.views():
             leaves[number] = self.source.wrap(tensor)

@@ -53,7 +53,8 @@ class Stages:
         return list(self.known.plans.values())
 
     def call(self, forward: Forward, call: FlatCall) -> Any:
-        """A call of the transformer: returns at once with pending tensors, except the first of each signature."""
+        """Make a call of the transformer: it returns at once with pending tensors, except the first of each
+        signature."""
         runtime, code = self.runtime, self._code()
         if call.asks_for_gradients():
             what = "stages and guidance ranks run without gradients; use torch.no_grad()"
@@ -109,7 +110,7 @@ class Stages:
         return fits[0]
 
     def _by_sample(self, forward: Forward, call: FlatCall, code: Any, parts: int) -> Any:
-        """A batched call, in as many parts if they give what the whole batch gives."""
+        """Make a batched call, in as many parts if they give what the whole batch gives."""
         key = call.mode_key(code), microbatch.pattern(call.args, call.kwargs), parts
         if key in self._splits and not self._splits[key]:
             return self._whole(forward, call, code)
@@ -161,7 +162,7 @@ class Stages:
 
 
 def scales_adapters(kwargs: dict[str, Any]) -> bool:
-    """Whether a call asks for another strength of its adapters than they were given."""
+    """Return whether a call asks for another strength of its adapters than they were given."""
     return any(
         isinstance(value, dict) and value.get("scale", 1.0) != 1.0
         for name, value in kwargs.items()

@@ -180,7 +180,7 @@ class Output:
         return by_name([*self._numbers().items(), *pixels])
 
     def record(self) -> dict[str, Any]:
-        """The metadata of saved files: enough to make the output again."""
+        """Return the metadata of saved files: enough to make the output again."""
         rate: dict[str, Any] = {"fps": self.fps} if self.frames else {}
         rate |= {"sample_rate": self.sample_rate} if self.audio is not None else {}
         pictures = self.frames[0] if self.frames else self.pictures()

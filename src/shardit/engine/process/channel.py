@@ -61,7 +61,7 @@ class Channel:
         sock.settimeout(timeout_s)
 
     def fileno(self) -> int:
-        """The file descriptor, for `multiprocessing.connection.wait`."""
+        """Return the file descriptor, for `multiprocessing.connection.wait`."""
         return self.socket.fileno()
 
     def send(self, message: object) -> None:

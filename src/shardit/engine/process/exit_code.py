@@ -50,8 +50,8 @@ def take_any_bytes() -> None:
 
 
 def _usage(error: Any) -> str:
-    """The message of a usage error; of an unknown flag it names --extra, where the command has that; of an unknown
-    command it lists the commands."""
+    """Return the message of a usage error; of an unknown flag it names --extra, where the command has that; of an
+    unknown command it lists the commands."""
     text = error.format_message()
     commands = getattr(getattr(error.ctx, "command", None), "commands", ())
     if commands and text.startswith("No such command"):

@@ -37,7 +37,7 @@ copy of it, which loading uses up."""
 
 
 def prepared_for(spec: SessionSpec) -> PreparedDecoder:
-    """The model of a specification on meta. Raises InputError."""
+    """Return the model of a specification on meta. Raises InputError."""
     return PreparedDecoder(decoder_source(spec.model), spec.dtype)
 
 
@@ -111,7 +111,7 @@ class LoadedDecoder:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
     def error_text(self, request: PromptGroup, error: Exception) -> str:
-        """An error of a group in one line."""
+        """Return an error of a group in one line."""
         text = first_line(error)
         return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 

@@ -22,7 +22,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def _texts(data: Any, at: int, count: int) -> list[Any]:
-    """The length and the bytes of each of `count` texts that begin at `at`."""
+    """Return the length and the bytes of each of `count` texts that begin at `at`."""
     parts, raw = [], memoryview(data)
     for _ in range(count):
         end = at + 8 + _LENGTH.unpack_from(raw, at)[0]
@@ -67,7 +67,7 @@ def _fast(reader: Any) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _parsed(reader: type, path: str, changed: int) -> Any:
-    """The header of a file, and its tensors as mapped memory. changed: when the file was written."""
+    """Return the header of a file, and its tensors as mapped memory. changed: when the file was written."""
     return _fast(reader)(path)
 
 

@@ -72,7 +72,7 @@ class DecoderSource:
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    """The content of config.json, or of another such file. Raises InputError where it is damaged."""
+    """Return the content of config.json, or of another such file. Raises InputError where it is damaged."""
     try:
         found = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -97,7 +97,7 @@ def local_decoder(model: str | os.PathLike[str]) -> DecoderSource | None:
 
 
 def is_component(folder: Path) -> bool:
-    """Whether a folder is one component of a pipeline of diffusers, by the class in its config.json."""
+    """Return whether a folder is one component of a pipeline of diffusers, by the class in its config.json."""
     try:
         found = json.loads((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError):
@@ -106,7 +106,7 @@ def is_component(folder: Path) -> bool:
 
 
 def check_readable(source: DecoderSource) -> DecoderSource:
-    """The same files. Raises InputError where a GGUF file is none, or the package that reads it is missing."""
+    """Return the same files. Raises InputError where a GGUF file is none, or the package that reads it is missing."""
     if source.gguf is not None:
         check_magic(source.folder / source.gguf)
         check_package(source.folder / source.gguf)

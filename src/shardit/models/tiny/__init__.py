@@ -34,7 +34,7 @@ _OWN_SIZE = (
 
 
 def names() -> tuple[str, ...]:
-    """The names of all tiny checkpoints, sorted."""
+    """Return the names of all tiny checkpoints, sorted."""
     from shardit.models.tiny.catalog import RECIPES
 
     return tuple(sorted(RECIPES))
@@ -80,7 +80,7 @@ def images(name: str) -> int:
 
 
 def resolve(model: str) -> Path | None:
-    """The cached folder for "tiny/NAME", written on first use; None for any other string."""
+    """Return the cached folder for "tiny/NAME", written on first use; None for any other string."""
     from shardit.models.tiny.cache import PREFIX, cached_folder
     from shardit.models.tiny.catalog import recipe
 
@@ -94,7 +94,7 @@ def resolve(model: str) -> Path | None:
 def load_plain(
     folder: str | Path, *, dtype: str | torch.dtype | None = None, pipeline_class: str | None = None, **kw: Any
 ) -> Any:
-    """A plain diffusers pipeline on the CPU: the reference. `dtype` None: float32."""
+    """Return a plain diffusers pipeline on the CPU: the reference. `dtype` None: float32."""
     from shardit.models.tiny.plain import load_plain as load
 
     return load(folder, dtype=dtype, pipeline_class=pipeline_class, **kw)

@@ -10,7 +10,7 @@ RECIPES: dict[str, Recipe] = {**picture.RECIPES, **qwen.RECIPES, **wan.RECIPES}
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name, or an InputError that lists the names."""
+    """Return the recipe of that name, or an InputError that lists the names."""
     try:
         return RECIPES[name]
     except KeyError:

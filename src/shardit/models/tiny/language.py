@@ -27,7 +27,7 @@ TEMPLATE = (
 
 
 def language_folder(model: str) -> Path | None:
-    """The folder of "tiny/NAME" in the cache, written on first use; None for what is no tiny language model."""
+    """Return the folder of "tiny/NAME" in the cache, written on first use; None for what is no tiny language model."""
     name = model.removeprefix(PREFIX)
     if not model.startswith(PREFIX) or name not in CONFIGURATIONS:
         return None
@@ -66,7 +66,7 @@ def _save(name: str, folder: Path) -> None:
 
 
 def tokenizer() -> Any:
-    """A tokenizer of bytes, with a token for padding and one for the end."""
+    """Return a tokenizer of bytes, with a token for padding and one for the end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -33,7 +33,7 @@ def _dtype_argument() -> str:
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype by name, or itself."""
+    """Return a torch dtype by name, or itself."""
     import torch
 
     from shardit.errors import InputError

@@ -32,17 +32,17 @@ class Recipe:
 
 
 def transformer(cls: str, **config: Any) -> Part:
-    """A diffusers transformer, saved as several shards."""
+    """Return a diffusers transformer, saved as several shards."""
     return Part("model", "diffusers", cls, config, shards=3)
 
 
 def flow_euler(**config: Any) -> Part:
-    """The flow-matching Euler scheduler of the image families."""
+    """Return the flow-matching Euler scheduler of the image families."""
     return Part("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler", config)
 
 
 def dynamic_shift(max_shift: float, **config: Any) -> Part:
-    """The same with a shift that depends on the number of image tokens."""
+    """Return the same with a shift that depends on the number of image tokens."""
     return flow_euler(
         use_dynamic_shifting=True,
         base_shift=0.5,

@@ -41,7 +41,7 @@ UMT5_ENCODER = Part("text", "transformers", "UMT5EncoderModel", _T5, shards=3)
 
 
 def clip(cls: str, layers: int, hidden: int = 32, act: str = "quick_gelu") -> Part:
-    """A CLIP text encoder; `CLIPTextModelWithProjection` projects to the same width."""
+    """Return a CLIP text encoder; `CLIPTextModelWithProjection` projects to the same width."""
     config = {
         "vocab_size": VOCAB,
         "hidden_size": hidden,

@@ -11,7 +11,7 @@ from shardit.models.tiny.words import CHAT_TEMPLATES, CLIP_SPECIALS, QWEN_SPECIA
 
 
 def build_tokenizer(style: str, chat: str | None = None) -> Any:
-    """The transformers tokenizer of a style ("qwen", "clip", "t5"), with the named chat template."""
+    """Return the transformers tokenizer of a style ("qwen", "clip", "t5"), with the named chat template."""
     tokenizer = _STYLES[style]()
     if len(tokenizer) > VOCAB:
         raise AssertionError(f"the {style} tokenizer has {len(tokenizer)} ids, more than the {VOCAB} embedding rows")

@@ -172,7 +172,7 @@ def shapes_of(leaves: Sequence[Any]) -> list[Shape | None]:
 
 
 def same_left(whole: Sequence[torch.Tensor], sharded: Sequence[torch.Tensor]) -> bool:
-    """Whether a call leaves the same on modules; what has another shape is taken for a shard."""
+    """Return whether a call leaves the same on modules; what has another shape is taken for a shard."""
     alike = (x.shape != y.shape or _close(x, y) for x, y in zip(whole, sharded, strict=False))
     return len(whole) == len(sharded) and all(alike)
 

@@ -33,7 +33,7 @@ class ShardSource(Source):
         self._buffer, self._comm = buffer, comm
 
     def whole(self) -> torch.Tensor:
-        """The whole tensor, pending."""
+        """Return the whole tensor, pending."""
         return self.wrap(self._buffer)
 
     def is_whole(self, tensor: PendingTensor) -> bool:

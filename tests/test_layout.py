@@ -168,7 +168,7 @@ BUDGET = {
     "core": 5850,
     "diffusion": 3800,
     "engine": 2770,
-    "language": 1940,
+    "language": 1980,
     "loading": 1340,
     "models": 850,
     "parallel": 3650,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import shardit
-from shardit import DiffusionParallelConfig, InputError, UnsupportedError
+from shardit import DiffusionParallelConfig, InputError, RankError, UnsupportedError
 from shardit.core.runtime.digests import SUMMED, checksum, digests, named
 from shardit.core.runtime.randomness import dropout_in_training
 from shardit.models import tiny
@@ -256,3 +257,21 @@ def test_arguments_by_name() -> None:
     assert named(Takes.call, (1, 2), {"c": 3}) == {"a": 1, "b": 2, "c": 3}
     assert named(Takes.call, (1,), {}) == {"a": 1}
     assert named(Takes.call, (1, 2, 3), {"d": 4}) == {"0": 1, "1": 2, "2": 3, "d": 4}
+
+
+def called_on_one_rank(rank: int, count: int, method: str) -> str:
+    """A pipeline that the first rank alone calls, while the other one waits."""
+    join(rank, count, method)
+    pipe = shardit.parallelize(pipeline("flux"), STAGES, timeout_s=1)
+    pipe.set_progress_bar_config(disable=True)
+    if rank == 1:
+        time.sleep(4)
+        return ""
+    with pytest.raises(RankError) as caught:
+        run(pipe)
+    return str(caught.value)
+
+
+def test_a_rank_that_does_not_call_is_named() -> None:
+    said, _ = run_ranks(2, called_on_one_rank)
+    assert re.match(r"rank 1 failed: it makes no call .*; every rank has to call the pipeline or model alike \(", said)

@@ -105,6 +105,14 @@ def test_pictures_of_no_numbers_are_noted(flux):
     assert good.notes == []
 
 
+def test_arguments_without_effect_are_noted(flux):
+    (output,) = flux.generate("a", params(seed=1, true_cfg_scale=3.0, joint_attention_kwargs={"scale": 0.5}))
+    assert output.notes == [
+        "true_cfg_scale has no effect without negative_prompt",
+        "joint_attention_kwargs: scale has no effect without a LoRA",
+    ]
+
+
 def test_several_params(flux):
     outputs = flux.generate(["a", "b"], [params(seed=1), params(seed=2, guidance_scale=1.0)])
     assert same(by_diffusers("flux", 1, prompt="a"), outputs[0].images)

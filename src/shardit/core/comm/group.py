@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from shardit.core.comm.host_group import HostGroup
-from shardit.errors import InputError, RankError
+from shardit.errors import InputError, RankError, first_line
 
 if TYPE_CHECKING:
     from shardit.core.comm.mesh import Mesh
@@ -157,9 +157,13 @@ class GroupCoordinator:
         places = [out[self.ranks.index(rank)] for rank in others]
         works = [dist.irecv(place, r, group=group, tag=EXCHANGE) for place, r in zip(places, others, strict=True)]
         works += [dist.isend(mine, rank, group=group, tag=EXCHANGE) for rank in others]
-        for work in works:
+        for work, rank in zip(works, [*others, *others], strict=True):
             assert work is not None
-            work.wait(self.timeout)
+            try:
+                work.wait(self.timeout)
+            except RuntimeError as error:
+                text = "it makes no call where this rank does; every rank has to call the pipeline or model alike"
+                raise RankError(rank, f"{text} ({first_line(error)})") from error
 
     def broadcast_tensor_dict(self, values: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
         """Broadcast a dict of tensors and picklable values of rank `src`; tensors are sent as tensors."""
@@ -254,6 +258,8 @@ class GroupCoordinator:
         """Call a function of torch.distributed; raises RankError if it fails."""
         try:
             return act()
+        except RankError:
+            raise
         except RuntimeError as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             along = f" along {self.axis}" if self.axis else ""

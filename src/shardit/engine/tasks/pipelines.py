@@ -24,6 +24,7 @@ from shardit.diffusion.output.collect import NOT_NUMBERS, collect, error_text, w
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.returned import sample_rate_of
+from shardit.diffusion.run.ineffective import ineffective
 from shardit.diffusion.run.own_pipeline import own_pipeline
 from shardit.diffusion.run.processors import check_in_flight, processors_put_back
 from shardit.diffusion.run.progress import report_progress
@@ -106,17 +107,18 @@ class LoadedPipeline:
     def opened(
         self, request: Request, on_progress: OnProgress, has_turn: Callable[[], bool]
     ) -> Iterator[tuple[Callable[[], Any], list[str]]]:
-        """Open the call of a pipeline for a request; notes are warnings of diffusers, truncated prompts and NaN."""
+        """Open the call of a pipeline for a request; notes are warnings of diffusers, truncated prompts, NaN, and
+        arguments without effect."""
         cut: list[str] = []
         odd: list[str] = []
         notes: list[str] = []
         pipe = self._own_pipeline(request, on_progress, cut.append)
-        takes = "generator" in inspect.signature(type(pipe).__call__).parameters
-        seeded = {"generator": torch.Generator("cpu").manual_seed(request.seed)} if takes else {}
+        takes, arguments = inspect.signature(type(pipe).__call__).parameters, request.call_arguments()
+        seeded = {"generator": torch.Generator("cpu").manual_seed(request.seed)} if "generator" in takes else {}
         note_nan = numpy.errstate(invalid="call", call=lambda *_: odd.append(NOT_NUMBERS))  # where pictures are made
         with warnings_of("diffusers", has_turn) as warned, processors_put_back(pipe), note_nan:
-            yield functools.partial(pipe, **request.call_arguments(), **seeded), notes
-        notes += [*warned.lines, *dict.fromkeys(odd)]
+            yield functools.partial(pipe, **arguments, **seeded), notes
+        notes += [*warned.lines, *dict.fromkeys(odd), *ineffective(arguments, takes, pipe)]
         if not any("truncated" in line for line in warned.lines):
             notes += dict.fromkeys(cut)
 

@@ -51,7 +51,8 @@ class AbsentParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in METADATA and func not in FLAGS:
-            absent = next((value for value in args if isinstance(value, AbsentParameter)), None)
+            values = (*args, *(kwargs or {}).values())
+            absent = next((value for value in values if isinstance(value, AbsentParameter)), None)
             _, libraries = vars(absent).get("shardit_here", (None, None)) if absent is not None else (None, None)
             if libraries is not None and called_by_user(libraries.own):
                 raise UnsupportedError(

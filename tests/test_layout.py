@@ -167,12 +167,12 @@ BUDGET = {
     ".": 1270,
     "core": 5640,
     "diffusion": 3760,
-    "engine": 2770,
-    "language": 1940,
+    "engine": 2800,
+    "language": 2190,
     "loading": 1340,
     "models": 850,
     "parallel": 3620,
-    "server": 5340,
+    "server": 5500,
     "settings": 250,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
@@ -88,6 +89,55 @@ def test_a_bias_on_logits(client: openai.OpenAI) -> None:
     assert made.choices[0].text == "g" * 5
     with pytest.raises(openai.BadRequestError, match="logit_bias must have tokens from 0 to"):
         client.completions.create(model=MODEL, prompt="Once", logit_bias={"999999": 1})
+
+
+BAD_SCHEMAS: list[tuple[Any, str]] = [
+    ({"properties": {"foo": "bar"}}, r"schema\.properties\.foo"),
+    ({"type": "array", "items": {"not": {}}}, r"schema\.items.*not"),
+    ({"type": "string", "pattern": "("}, "unclosed group"),
+]
+GOOD_SCHEMAS: list[Any] = [
+    {"type": "integer", "minimum": 0, "maximum": 20000000000},
+    {"type": "array", "items": [{"type": "boolean"}, {"enum": [1, 2]}], "minItems": 2, "maxItems": 2},
+    {"type": "object", "patternProperties": {"^a[bc]$": {"type": "boolean"}}, "additionalProperties": False},
+]
+
+
+def test_a_schema_hurts_only_its_sender(server: RealServer, client: openai.OpenAI, llm: LLM) -> None:
+    """Good and bad ones, beside a free text; ranks keep their process ids. Texts are those of `LLM`."""
+    pytest.importorskip("llguidance")
+    server.wait_ready()
+    before = server.pids()
+    body: dict[str, Any] = {"model": MODEL, "prompt": "Once", "max_tokens": 60, **SAMPLED}
+    (wanted,) = llm.generate("Once", SamplingParams(max_tokens=60, **SAMPLED))
+    stream = client.completions.create(**body, stream=True)
+    free = next(stream).choices[0].text
+    for schema, words in BAD_SCHEMAS:
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.completions.create(**body, extra_body={"response_format": form})
+    for schema in GOOD_SCHEMAS:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        texts = client.completions.create(**body, n=2, extra_body={"response_format": form})
+        for choice in texts.choices:
+            assert choice.finish_reason == "stop"
+            jsonschema.Draft7Validator(schema).validate(json.loads(choice.text))
+        params = SamplingParams(max_tokens=60, n=2, structured_outputs={"json": schema}, **SAMPLED)
+        assert [one.text for one in llm.generate("Once", params)[0].outputs] == [one.text for one in texts.choices]
+    assert free + "".join(chunk.choices[0].text for chunk in stream) == wanted.outputs[0].text
+    assert server.pids() == before
+
+
+def test_metrics_of_caches(server: RealServer, client: openai.OpenAI) -> None:
+    wait_idle(server)
+    hits = metric(server, "shardit_prefix_hits_total")
+    for _ in range(2):
+        client.completions.create(model=MODEL, prompt="a long beginning that is the same in two prompts", max_tokens=3)
+    server.wait(lambda: metric(server, "shardit_prefix_hits_total") >= hits + 1, "it is counted", 5.0)
+    used, limit = (metric(server, f'shardit_cache_{name}{{replica="0"}}') for name in ("bytes", "limit_bytes"))
+    assert 0 < used < limit
+    assert metric(server, 'shardit_cache_share{replica="0"}') == pytest.approx(used / limit)
+    assert metric(server, "shardit_prompt_tokens_total") > 90
 
 
 def test_errors_are_those_of_openai(client: openai.OpenAI) -> None:

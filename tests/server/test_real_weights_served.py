@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from shardit.language.loading.source import local_decoder
@@ -63,7 +64,25 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     assert "".join(found.tokens) == answer.choices[0].text
 
 
-def test_a_schema_is_refused(client: openai.OpenAI) -> None:
-    schema: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
-    with pytest.raises(openai.BadRequestError, match="not there yet"):
-        client.chat.completions.create(model=MODEL, messages=[FRANCE], response_format=schema)  # type: ignore[list-item]
+class City(pydantic.BaseModel):
+    name: str
+    inhabitants: int
+    continent: Literal["Africa", "Asia", "Europe"]
+
+
+def test_a_schema(client: openai.OpenAI) -> None:
+    """The same text streamed, and what OpenAI's client makes of it."""
+    pytest.importorskip("llguidance")
+    ask: list[Any] = [{"role": "user", "content": "Describe the city of Paris as JSON."}]
+    answer = client.chat.completions.parse(model=MODEL, messages=ask, response_format=City, max_tokens=100)
+    assert answer.choices[0].message.parsed == City.model_validate_json(answer.choices[0].message.content or "")
+    assert answer.choices[0].message.parsed.continent == "Europe"
+    assert answer.choices[0].finish_reason == "stop"
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": City.model_json_schema()}}
+    stream = client.chat.completions.create(
+        model=MODEL, messages=ask, response_format=schema, max_tokens=100, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer.choices[0].message.content
+    free = client.chat.completions.create(model=MODEL, messages=ask, max_tokens=100).choices[0].message.content
+    with pytest.raises(pydantic.ValidationError):
+        City.model_validate_json(free or "")

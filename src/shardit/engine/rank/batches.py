@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.request_loop import Program
+from shardit.engine.process.messages import CacheUse
 from shardit.engine.rank.outcomes import Outcomes, Taken
 
 if TYPE_CHECKING:
     from shardit.engine.tasks.task import Batcher, OnProgress
+
+
+TELL_S = 0.5
+"""Shortest time between two reports of the use of caches, in seconds."""
 
 
 class Batches:
@@ -22,6 +27,9 @@ class Batches:
         self.outcomes, self.batcher = outcomes, batcher
         self._open: dict[int, Taken] = {}
         batcher.on_end, batcher.pause = self._ended, session.turns.yield_turn
+        self._tells = session.leads and session.spec.of_server
+        self._told: tuple[int, int | None, int, int] = (0, None, 0, 0)
+        self._told_at = 0.0
 
     def could_begin(self, active: int) -> bool:
         """Return whether another request could begin: always, as it joins a batch."""
@@ -39,7 +47,15 @@ class Batches:
 
     def next(self, active: int) -> Program | None:
         """Return the program of a new batch, if a request needs one."""
+        if self._tells and (not self._open or time.perf_counter() - self._told_at >= TELL_S):
+            self._tell_use()
         return self.batcher.program()
+
+    def _tell_use(self) -> None:
+        use, self._told_at = self.batcher.cache_use, time.perf_counter()
+        if use != self._told:
+            self.outcomes.channel.send(CacheUse(*use[:2], use[2] - self._told[2], use[3] - self._told[3]))
+            self._told = use
 
     def finish(self, program: Program) -> None:
         """Report the requests that have failed with a program."""

@@ -39,6 +39,12 @@ class Batcher(Protocol):
         """Whether there are unfinished requests."""
         ...
 
+    @property
+    def cache_use(self) -> tuple[int, int | None, int, int]:
+        """Return the bytes of all caches and their limit, and since the start how many prompts began with kept keys,
+        and their tokens that were not computed again."""
+        ...
+
     def add(self, key: int, request: Any, on_tokens: Callable[[int, int, Any, Any], None]) -> None:
         """Queue a request. on_tokens: called with step, total, the result of each step, and its log probabilities."""
         ...

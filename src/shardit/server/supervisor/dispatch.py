@@ -15,7 +15,7 @@ from shardit.engine.process.failure import Failure
 from shardit.engine.process.hangs import HangDetector
 from shardit.engine.process.in_flight import InFlight
 from shardit.engine.process.loop import Loop
-from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFinished
+from shardit.engine.process.messages import Begin, CacheUse, Cancel, OutOfMemory, Progress, RequestFinished
 from shardit.engine.process.rank_group import RankGroup
 from shardit.errors import InputError
 from shardit.language.info import LanguageInfo
@@ -107,7 +107,10 @@ class Dispatcher:
         self.fill()
 
     def on_rank_message(self, rank: int, message: Any) -> None:
-        """Handle a message of a rank about a job."""
+        """Handle a message of a rank about a job, or about its caches."""
+        if isinstance(message, CacheUse):
+            self.metrics.caches(rank // self._together, message)
+            return
         running = self.running.get(message.key)
         if running is None:
             return
@@ -135,6 +138,7 @@ class Dispatcher:
     def down(self, why: Failure) -> None:
         """Handle the loss of the ranks: queue their jobs again."""
         self.info = None
+        self.metrics.no_caches()
         died, alone = not why.memory, self.in_flight == 1
         for running in self.running.values():
             self.ends.again_or_never(running.job, why.text, died=died and not running.ahead, alone=alone)
@@ -290,16 +294,16 @@ class Dispatcher:
         together = self._most[running.replica]
         del self.running[key]
         first = running.on_ranks.first
-        output = first.output
-        if isinstance(output, GroupOutput) and output.error is None:
+        output, error = first.output, first.error
+        if isinstance(output, GroupOutput) and (error := error or output.error) is None:
             output = self.texts.whole(running.job.id, output)
         self.texts.forget(running.job.id)
         self._enters_next(running.replica)
         self.fill()  # the ranks continue while the result is written
         if first.cancelled:
             self.ends.end(running.job, "cancelled")
-        elif first.error is not None:
-            self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
+        elif error is not None:
+            self.ends.end(running.job, "failed", error=failure("generation_failed", error))
         elif isinstance(output, GroupOutput):
             self.ends.end(running.job, "completed", facts=stored_results(output))
             self.metrics.preemptions.inc(output.preemptions)

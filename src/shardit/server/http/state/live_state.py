@@ -74,6 +74,7 @@ class LiveState:
         self._steps: dict[str, Step] = {}
         self._watches: dict[str, set[Watch]] = {}
         self._scrapes: set[asyncio.Future[bytes]] = set()
+        self._loaded = asyncio.Event()
 
     def deliver(self, message: object) -> None:
         """Handle a message from the supervisor."""
@@ -107,6 +108,13 @@ class LiveState:
             foreseen = await asyncio.shield(self._foreseen)
             self.info = self.info or foreseen  # the ranks may have been faster, and know more
         return self.info
+
+    async def loaded(self) -> Info | None:
+        """Return `info` once it is known, from the ranks at the latest; None if the server is about to stop before."""
+        if (info := await self.known()) is None:
+            await self._loaded.wait()
+            info = self.info
+        return info
 
     def step(self, job_id: str) -> Step | None:
         """Return the last step of a job in progress."""
@@ -157,6 +165,8 @@ class LiveState:
             self.info = ranks.info
             if self._on_info is not None:
                 self._on_info(ranks.info)
+        if self.info is not None or self.stopping:
+            self._loaded.set()
         for job_id in list(self._watches) if another else ():  # new peaks of memory do not concern jobs
             self._ring(job_id)
 

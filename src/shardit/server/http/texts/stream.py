@@ -43,7 +43,8 @@ async def events(job: TextJob, answers: Answers) -> AsyncIterator[bytes]:
             yield _event(first)
         async for chunks in job.chunks():
             for chunk in chunks:
-                yield _event(answers.piece(chunk, *job.logprobs_of(chunk)))
+                if (piece := answers.piece(chunk, *job.logprobs_of(chunk))) is not None:
+                    yield _event(piece)
             if chunks:
                 spoke = time.monotonic()
             elif time.monotonic() - spoke >= HEARTBEAT_S:

@@ -99,7 +99,12 @@ BAD_SCHEMAS: list[tuple[Any, str]] = [
 GOOD_SCHEMAS: list[Any] = [
     {"type": "integer", "minimum": 0, "maximum": 20000000000},
     {"type": "array", "items": [{"type": "boolean"}, {"enum": [1, 2]}], "minItems": 2, "maxItems": 2},
-    {"type": "object", "patternProperties": {"^a[bc]$": {"type": "boolean"}}, "additionalProperties": False},
+    {
+        "type": "object",
+        "patternProperties": {"^a[bc]$": {"type": "boolean"}},
+        "additionalProperties": False,
+        "maxProperties": 2,
+    },
 ]
 
 

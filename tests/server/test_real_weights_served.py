@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -65,6 +66,7 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 
 
 class City(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
     name: str
     inhabitants: int
     continent: Literal["Africa", "Asia", "Europe"]
@@ -86,3 +88,31 @@ def test_a_schema(client: openai.OpenAI) -> None:
     free = client.chat.completions.create(model=MODEL, messages=ask, max_tokens=100).choices[0].message.content
     with pytest.raises(pydantic.ValidationError):
         City.model_validate_json(free or "")
+
+
+def test_a_call_of_a_tool(client: openai.OpenAI) -> None:
+    """One that is required; the template of this model shows no tools."""
+    pytest.importorskip("llguidance")
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {**city, "additionalProperties": False}},
+    }
+    more: dict[str, Any] = {"model": MODEL, "max_tokens": 60, "tools": [TOOL | {"function": {"name": "clock"}}, tool]}
+    more |= {"messages": [{"role": "user", "content": "How is the weather in Rome?"}]}
+    more |= {"tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    (choice,) = client.chat.completions.create(**more).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Rome"})
+    chunks = list(client.chat.completions.create(**more, stream=True))
+    (streamed,) = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or []]
+    assert streamed.function is not None
+    assert (streamed.index, streamed.function.arguments) == (0, call.function.arguments)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    # Back with the answer of the tool.
+    more["messages"] += [choice.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
+    again = client.chat.completions.create(**{**more, "tool_choice": "none"})
+    assert again.choices[0].message.content

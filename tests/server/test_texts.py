@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from shardit.engine.process.messages import Begin, CacheUse, Progress, RequestFinished
+from shardit.engine.process.failure import Failure
+from shardit.engine.process.messages import Begin, CacheUse, OutOfMemory, Progress, RequestFinished
 from shardit.language.info import LanguageInfo
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.sampling_params import SamplingParams
@@ -158,6 +159,27 @@ def test_errors_and_cancels(server: Server) -> None:
     assert server.cancels() == {server.key(cancelled)}
     end(server, cancelled, cancelled=True)
     assert server.state(cancelled) == "cancelled"
+
+
+def out_of_memory(server: Server, job_id: str) -> None:
+    server.jobs.on_rank_message(0, OutOfMemory(server.key(job_id), "tried to allocate 9 GiB"))
+    server.jobs.down(Failure("rank 0 ran out of memory", memory=True))
+    server.jobs.ready([INFO] * server.rank_group.size)
+
+
+def test_the_text_that_uses_up_the_memory_is_found(server: Server) -> None:
+    """Beside others it runs alone after two times, and fails by name; the others go on."""
+    large, *others = [put(server) for _ in range(4)]
+    for number in range(3):
+        assert (server.running() == [large]) == (number == 2)
+        out_of_memory(server, large)
+    assert server.job(large).error == {
+        "code": "out_of_memory",
+        "message": "out of memory (2 tokens of prompts): tried to allocate 9 GiB; ask for fewer tokens or fewer texts",
+    }
+    assert server.running()
+    assert large not in server.running()
+    assert all(server.job(one).deaths == 0 for one in others)
 
 
 def test_metrics_of_caches(server: Server) -> None:

@@ -64,8 +64,9 @@ class Batches:
             self.outcomes.failed(self._open.pop(key), program.error)
 
     def of_program(self, program: Program | None) -> Taken | None:
-        """Return the request that a program runs: none, as it runs several."""
-        return None
+        """Return the request that a program runs, None if it runs several."""
+        keys = set() if program is None else self.batcher.suspects(program)
+        return self._open.get(keys.pop()) if len(keys) == 1 else None
 
     def _ended(self, key: int, result: Any) -> None:
         """Report the end of a request. Its result is compared between ranks."""

@@ -57,6 +57,10 @@ class Batcher(Protocol):
         """Return a program that runs a new batch, if a request needs one."""
         ...
 
+    def suspects(self, program: Program) -> set[int]:
+        """Return the keys of the requests one of which has most likely used up the memory in a program."""
+        ...
+
     def ended(self, program: Program) -> set[int]:
         """Record the end of a program. Return the keys of requests that have failed with it."""
         ...

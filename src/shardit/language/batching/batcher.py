@@ -110,6 +110,15 @@ class Batcher:
         self._groups[program] = group
         return program
 
+    def suspects(self, program: Program) -> set[int]:
+        """Return the keys of the requests that a program computes: those of prompts, if there are any, as these take
+        more memory than the next tokens of texts."""
+        group = self._groups.get(program)
+        if group is None:
+            return set()
+        sequences = group.members if group.prefill is None else group.prefill.sequences
+        return {one.key for one in sequences}
+
     def ended(self, program: Program) -> set[int]:
         """Forget the group of a program that has ended. Return the keys of the requests that have failed with it."""
         group = self._groups.pop(program)

@@ -120,7 +120,9 @@ class Dispatcher:
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, OutOfMemory):
-            self.learned.out_of_memory(self._together_now(running.replica))
+            running.used_up_memory = True
+            if not isinstance(running.request, PromptGroup):
+                self.learned.out_of_memory(self._together_now(running.replica))
             if running.jobs_at_start == len(self._in_flight(running.replica)) == 1:
                 self.running.pop(message.key)
                 text = self._too_large(running, message.reason)
@@ -139,8 +141,10 @@ class Dispatcher:
         """Handle the loss of the ranks: queue their jobs again."""
         self.info = None
         self.metrics.no_caches()
-        died, alone = not why.memory, self.in_flight == 1
+        alone = self.in_flight == 1
         for running in self.running.values():
+            # Fewer texts at a time do not help as with pictures: the one that is too large has to be found.
+            died = not why.memory or (running.used_up_memory and isinstance(running.request, PromptGroup))
             self.ends.again_or_never(running.job, why.text, died=died and not running.ahead, alone=alone)
         self.running.clear()
 

@@ -67,7 +67,7 @@ def _plain(message: Any, where: str) -> Any:
         kept["content"] = "".join(_text_of(part, f"{where}.content[{number}]") for number, part in enumerate(content))
     if isinstance(calls := kept.get("tool_calls"), list):
         kept["tool_calls"] = [_with_arguments(one, f"{where}.tool_calls[{number}]") for number, one in enumerate(calls)]
-        kept.setdefault("content", None)
+        kept["content"] = kept.get("content") or ""  # templates add texts to it, or look whether it is empty
     return kept
 
 

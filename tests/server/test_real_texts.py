@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import socket
 import threading
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from shardit import LLM, SamplingParams
 from tests.support.real_server import RealServer, real_server
+from tests.support.text_crowd import check_crowd, random_bodies, texts_of_one_rank
 
 MODEL = "tiny/llama"
 USER = [{"role": "user", "content": "Name three rivers."}]
@@ -301,71 +301,12 @@ def test_texts_end_with_their_connections(server: RealServer, client: openai.Ope
     assert client.completions.create(model=MODEL, prompt="a", max_tokens=2).usage.completion_tokens == 2
 
 
-REQUESTS, CLIENTS = 40, 8
-
-
-def random_bodies(seed: int) -> list[dict[str, Any]]:
-    draw = random.Random(seed)
-    return [
-        {
-            "prompt": [draw.randrange(2, 258) for _ in range(draw.randrange(1, 40))],
-            "max_tokens": draw.randrange(1, 50),
-            "temperature": draw.choice([0.0, 0.7, 1.3]),
-            "seed": number,
-            "n": draw.choice([1, 1, 2, 3]),
-            "stop": draw.choice([None, ["e"], ["th", "1"]]),
-            "frequency_penalty": draw.choice([0.0, 0.5]),
-        }
-        for number in range(REQUESTS)
-    ]
-
-
 def test_many_requests_with_cancels_and_a_death(server: RealServer, client: openai.OpenAI, llm: LLM) -> None:
     """Each ends once, and those that are not cancelled have the texts of one rank."""
     wait_idle(server)
-    bodies = random_bodies(5)
-    params = [SamplingParams(**{name: body[name] for name in body if name != "prompt"}) for body in bodies]
-    wanted = llm.generate([body["prompt"] for body in bodies], params)
+    bodies = random_bodies(5, count=40, vocabulary=258)
     before = len(server.events("job_ended"))
-    found: dict[int, list[tuple[str, str]]] = {}
-    errors: list[BaseException] = []
-    todo = iter(range(REQUESTS))
-
-    def ask(number: int) -> None:
-        if number % 3 == 0:
-            answer = client.completions.create(model=MODEL, **bodies[number])
-            found[number] = [(one.text, one.finish_reason) for one in answer.choices]
-            return
-        stream = client.completions.create(model=MODEL, stream=True, **bodies[number])
-        if number % 3 == 1:
-            next(stream)
-            stream.close()
-            return
-        parts = [["", ""] for _ in range(bodies[number]["n"])]
-        for chunk in stream:
-            for one in chunk.choices:
-                parts[one.index][0] += one.text
-                parts[one.index][1] = one.finish_reason or ""
-        found[number] = [(text, reason) for text, reason in parts]
-
-    def work() -> None:
-        try:
-            for number in todo:
-                if number == REQUESTS // 2:
-                    server.kill("rank 1")
-                ask(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not errors
-    assert sorted(found) == [number for number in range(REQUESTS) if number % 3 != 1]
-    for number, texts in found.items():
-        assert texts == [(one.text, one.finish_reason) for one in wanted[number].outputs], bodies[number]
+    check_crowd(server, client, bodies, texts_of_one_rank(llm, bodies))
     wait_idle(server)
     ended = [line["request_id"] for line in server.events("job_ended")[before:]]
     assert len(set(ended)) == len(ended)

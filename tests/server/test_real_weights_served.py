@@ -10,8 +10,10 @@ import openai
 import pydantic
 import pytest
 
+from shardit import LLM
 from shardit.language.loading.source import local_decoder
 from tests.support.real_server import RealServer
+from tests.support.text_crowd import check_crowd, random_bodies, texts_of_one_rank
 
 MODEL = "smollm2-135m"
 
@@ -25,16 +27,22 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    server = RealServer(MODEL, tmp_path_factory.mktemp("weights") / "data", "--pipeline-parallel-size", "2")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    flags = ("--pipeline-parallel-size", "2", "--log-format", "json")
+    made = RealServer(MODEL, tmp_path_factory.mktemp("weights") / "data", *flags)
     try:
-        server.start()
-        server.wait_ready()
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
-            yield made
-        assert server.stop() == 0
+        made.start()
+        made.wait_ready()
+        yield made
+        assert made.stop() == 0
     finally:
-        server.end()
+        made.end()
+
+
+@pytest.fixture(scope="module")
+def client(server: RealServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=100) as made:
+        yield made
 
 
 def test_a_conversation(client: openai.OpenAI) -> None:
@@ -116,3 +124,17 @@ def test_a_call_of_a_tool(client: openai.OpenAI) -> None:
     more["messages"] += [choice.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
     again = client.chat.completions.create(**{**more, "tool_choice": "none"})
     assert again.choices[0].message.content
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_two_hundred_requests_with_cancels_and_a_death(server: RealServer, client: openai.OpenAI) -> None:
+    """Each ends once, and those that are not cancelled have the texts of one rank alone."""
+    bodies = random_bodies(11, count=200, vocabulary=49_000)
+    with LLM(MODEL) as llm:
+        wanted = texts_of_one_rank(llm, bodies)
+    check_crowd(server, client, bodies, wanted)
+    server.wait(lambda: not list((server.folder / "jobs").iterdir()), "no job is left", 20)
+    ended = [line["request_id"] for line in server.events("job_ended")]
+    assert len(set(ended)) == len(ended) >= 200
+    assert len(server.events("ranks_down")) == 1

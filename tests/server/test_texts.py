@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from shardit.engine.process.failure import Failure
-from shardit.engine.process.messages import Begin, CacheUse, OutOfMemory, Progress, RequestFinished
+from shardit.engine.process.messages import BatchStep, Begin, CacheUse, OutOfMemory, Progress, RequestFinished
 from shardit.language.info import LanguageInfo
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.language.request.structured_outputs import StructuredOutputsParams
 from shardit.server.jobs.job import NewJob
 from shardit.server.jobs.text_request import group_of, results_of, stored_request
-from shardit.server.messages import Tokens
+from shardit.server.messages import StepTokens, Tokens
 from tests.support import played
 from tests.support.played import Server, played_server
 
@@ -106,6 +106,20 @@ def test_tokens_are_passed_on(server: Server) -> None:
     assert server.state(job_id) == "completed"
     assert results_of(server.job(job_id).facts) == [RESULT, RESULT]
     assert server.log.ends() == [(job_id, "completed")]
+
+
+def test_the_tokens_of_a_step_are_one_message(server: Server) -> None:
+    one, other = put(server), put(server)
+    before = len(server.told)
+    steps = (Progress(server.key(one), 1, 8, (7,)), Progress(server.key(other), 1, 8, (8,)), Progress(999, 1, 8, (9,)))
+    server.jobs.on_rank_message(0, BatchStep(steps))
+    assert server.told[before:] == [StepTokens((Tokens(one, (7,)), Tokens(other, (8,))))]
+    server.die()
+    assert [row.made for row in begun(server).rows] == [(8,)]
+    server.jobs.on_rank_message(0, BatchStep((Progress(999, 1, 8, (9,)),)))  # of a job that has ended meanwhile
+    end(server, one)
+    end(server, other)
+    assert server.state(one) == server.state(other) == "completed"
 
 
 def test_a_restart_repeats_no_token(server: Server) -> None:

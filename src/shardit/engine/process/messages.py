@@ -186,6 +186,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class BatchStep:
+    """The progress of all requests of a batch in one step: one message in place of one for each request."""
+
+    of: tuple[Progress, ...]
+
+
+@dataclass(frozen=True)
 class CacheUse:
     """The caches of a replica that runs batches, now and then (first rank of a replica of a server only). bytes: of all
     texts, also of ended ones that are kept. limit: None without one. hits, reused_tokens: since the last message,

@@ -27,11 +27,12 @@ class OnProgress(Protocol):
 class Batcher(Protocol):
     """Runs the requests of a model in shared batches. All ranks of a replica call it alike.
 
-    on_end: called with the key and the result of a request that has ended, on every rank. pause: called between the
-    rounds of a batch, in its program.
+    on_end: called with the key and the result of a request that has ended, on every rank. on_step: called when all
+    tokens of a step have been reported, before `on_end`. pause: called between the rounds of a batch, in its program.
     """
 
     on_end: Callable[[int, Any], None]
+    on_step: Callable[[], None]
     pause: Callable[[], None]
 
     @property

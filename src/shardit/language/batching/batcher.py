@@ -51,7 +51,7 @@ class Batcher:
     """Continuous batching on this rank. All ranks of a replica call it alike.
 
     runtime: None for one rank. ends: end tokens of the model. pad: a token for padding. decode: see `Decode`. masks:
-    for texts with a grammar. on_end: see `OnEnd`.
+    for texts with a grammar. on_end: see `OnEnd`. on_step: called when all tokens of a step have been reported.
     """
 
     model: Any
@@ -63,6 +63,7 @@ class Batcher:
     decode: Decode
     masks: TokenMasks | None = None
     on_end: OnEnd = lambda key, rows: None
+    on_step: Callable[[], None] = lambda: None
     pause: Callable[[], None] = lambda: None
     _open: dict[int, _Open] = field(default_factory=dict)
     _arrivals: int = 0
@@ -195,11 +196,11 @@ class Batcher:
         for one in sequences:
             self._note_end(one)
             changed.setdefault(one.key, []).append(one)
-        for key, found in changed.items():
-            request = self._open.get(key)
-            if request is None:
-                continue
-            _report(request, found)
+        going = {key: found for key, found in changed.items() if key in self._open}
+        for key, found in going.items():
+            _report(self._open[key], found)
+        self.on_step()
+        for key in going:
             self._end_if_complete(key)
 
     def _note_end(self, one: Sequence) -> None:

@@ -15,7 +15,7 @@ from shardit.engine.process.failure import Failure
 from shardit.engine.process.hangs import HangDetector
 from shardit.engine.process.in_flight import InFlight
 from shardit.engine.process.loop import Loop
-from shardit.engine.process.messages import Begin, CacheUse, Cancel, OutOfMemory, Progress, RequestFinished
+from shardit.engine.process.messages import BatchStep, Begin, CacheUse, Cancel, OutOfMemory, Progress, RequestFinished
 from shardit.engine.process.rank_group import RankGroup
 from shardit.errors import InputError
 from shardit.language.info import LanguageInfo
@@ -25,7 +25,7 @@ from shardit.server.estimate import NO_WORK, Work, work_of
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.store import Store
 from shardit.server.jobs.text_request import stored_results
-from shardit.server.messages import Changed, Step
+from shardit.server.messages import Changed, Step, StepTokens, Tokens
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
@@ -111,12 +111,13 @@ class Dispatcher:
         if isinstance(message, CacheUse):
             self.metrics.caches(rank // self._together, message)
             return
+        if isinstance(message, BatchStep):
+            self._batch_step(message)
+            return
         running = self.running.get(message.key)
         if running is None:
             return
-        silence = self.hang_detector.record_message(running.replica)
-        for one in self._in_flight(running.replica):
-            self.patience.record(one.size, silence)
+        self._heard_of(running.replica)
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, OutOfMemory):
@@ -136,6 +137,22 @@ class Dispatcher:
                 self.rank_group.fail(f"ranks differ in how {running.job.id} went: {outcomes}")
             elif running.on_ranks.complete:
                 self._finished(message.key, running)
+
+    def _batch_step(self, step: BatchStep) -> None:
+        """Handle the progress of all texts of a batch at once: it comes often."""
+        known = [(self.running[one.key], one) for one in step.of if one.key in self.running]
+        if not known:
+            return
+        self._heard_of(known[0][0].replica)
+        told = [self._tokens(running, one) for running, one in known]
+        self.notify(StepTokens(tuple(one for one in told if one is not None)))
+        if any(running.leaving for running, _ in known):
+            self.fill()
+
+    def _heard_of(self, replica: int) -> None:
+        silence = self.hang_detector.record_message(replica)
+        for size in {one.size for one in self._in_flight(replica)}:
+            self.patience.record(size, silence)
 
     def down(self, why: Failure) -> None:
         """Handle the loss of the ranks: queue their jobs again."""
@@ -280,19 +297,23 @@ class Dispatcher:
             self._enters(replica)
 
     def _progress(self, running: Running, message: Progress) -> None:
-        took = running.progress(message.step, message.total)
         if message.made is not None:
-            if (tokens := self.texts.progress(running.job, message)) is not None:
+            if (tokens := self._tokens(running, message)) is not None:
                 self.notify(tokens)
             if running.leaving:
                 self.fill()
             return
+        took = running.progress(message.step, message.total)
         if took is not None:
             self.metrics.step(took)
         phase = "denoise" if message.step < message.total else "decode"
         self.notify(Step(running.job.id, message.step, message.total, phase, running.seconds_per_step))
         if running.leaving:
             self.fill()
+
+    def _tokens(self, running: Running, message: Progress) -> Tokens | None:
+        running.progress(message.step, message.total)
+        return self.texts.progress(running.job, message)
 
     def _finished(self, key: int, running: Running) -> None:
         together = self._most[running.replica]

@@ -44,7 +44,7 @@ size: install ## lines of code of each folder
 	$(BIN)/python -m bench.size
 
 bench-serve: install ## the server against the offline engine
-	$(BIN)/python -m bench --only serve
+	$(BIN)/python -m bench --only serve --only serve-texts
 
 bench: install ## two ranks against plain diffusers on one
 	$(BIN)/python -m bench

@@ -1,8 +1,8 @@
 """`python -m bench`: a table, and as the last line one JSON document, also written to `bench/results/`.
 
-Names for --only: speed, axes, overhead, host, memory, startup, numerics, schedules, serve. With --quick everything is
-small and nothing is waited for: it shows that the bench works, not how fast anything is, and writes no result file
-unless --output names one.
+Names for --only: speed, axes, overhead, host, memory, startup, numerics, schedules, serve, serve-texts. With --quick
+everything is small and nothing is waited for: it shows that the bench works, not how fast anything is, and writes no
+result file unless --output names one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import host, machine, memory, model, numerics, overhead, report, schedules, serve, speed, startup
+from bench import (
+    host,
+    machine,
+    memory,
+    model,
+    numerics,
+    overhead,
+    report,
+    schedules,
+    serve,
+    serve_texts,
+    speed,
+    startup,
+)
 
-NAMES = ("speed", "axes", "overhead", "host", "memory", "startup", "numerics", "schedules", "serve")
+NAMES = ("speed", "axes", "overhead", "host", "memory", "startup", "numerics", "schedules", "serve", "serve-texts")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -75,11 +88,14 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
         "numerics": lambda: numerics.measure(size),
         "schedules": lambda: schedules.measure(size),
         "serve": lambda: serve.measure(1, 4) if quick else serve.measure(options.rounds or 3),
+        "serve-texts": lambda: serve_texts.measure(serve_texts.SMALL if quick else serve_texts.Size(), rounds),
     }
 
 
 def _quiet(document: dict[str, Any]) -> bool:
-    timed = [document[name]["most_used_by_others"] for name in ("speed", "axes", "serve") if name in document]
+    timed = [
+        document[name]["most_used_by_others"] for name in ("speed", "axes", "serve", "serve-texts") if name in document
+    ]
     if timed:
         return max(timed) <= machine.QUIET
     return document["machine"]["load_before"][0] < 0.5

@@ -19,6 +19,7 @@ def table(document: dict[str, Any]) -> str:
         "numerics": _numerics,
         "schedules": _schedules,
         "serve": _serve,
+        "serve-texts": _serve_texts,
     }
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -153,3 +154,28 @@ def _serve(found: dict[str, Any]) -> list[str]:
         f"  {'':<44}{'measured':>11}{'wanted':>11}",
         *(f"  {name:<44}{value:>11}{wanted:>11}" for name, value, wanted in rows),
     ]
+
+
+def _serve_texts(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Texts: {found['model']} on two stages, prompts of {found['prompt']} and texts of {found['text']} tokens, "
+        f"medians of {found['rounds']} turns. Tokens/s; shares of LLM.generate with as many at a time (wanted: 0.9)",
+        _row("clients", "streamed", "share", "whole", "share", "generate", "one rank", "requests/s"),
+    ]
+    for one in found["clients"]:
+        rate, share = one["tokens_per_s"], one["share_of_generate"]
+        cells = [f"{rate['streamed']:.1f}", f"{share['streamed']:.2f}", f"{rate['whole']:.1f}", f"{share['whole']:.2f}"]
+        cells += [f"{rate['generate']:.1f}", f"{rate['one_rank']:.1f}", f"{one['requests_per_s']:.2f}"]
+        lines.append(_row(one["clients"], *cells))
+    lines.append(_row("ms, 50th 95th 99th percentile", "first token", "", "", "token", "", "", "request", "", ""))
+    for one in found["clients"]:
+        times = [
+            one[name][part] for name in ("first_token_s", "token_s", "request_s") for part in ("p50", "p95", "p99")
+        ]
+        lines.append(_row(one["clients"], *(f"{1000 * value:.1f}" for value in times)))
+    lines.append("A long prompt beside eight texts, ms")
+    lines.append(_row("", "step", "longest", "longer by", "one chunk", "first token"))
+    for name, row in found["long_prompt"].items():
+        order = ("usual_step_s", "longest_step_s", "lengthened_by_s", "chunk_alone_s", "first_token_s")
+        lines.append(_row(name, *(f"{1000 * row[each]:.1f}" for each in order)))
+    return lines

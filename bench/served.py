@@ -108,13 +108,13 @@ class Connection:
     """One client's connection."""
 
     def __init__(self, port: int):
-        self._http = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
+        self.http = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes, dict[str, str]]:
         """Status, body and headers of one answer."""
         data = None if body is None else json.dumps(body).encode()
-        self._http.request(method, path, data, {} if data is None else {"Content-Type": "application/json"})
-        answer = self._http.getresponse()
+        self.http.request(method, path, data, {} if data is None else {"Content-Type": "application/json"})
+        answer = self.http.getresponse()
         return answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
 
     def good(self, method: str, path: str, body: Any = None) -> tuple[bytes, dict[str, str]]:
@@ -126,8 +126,8 @@ class Connection:
 
     def events(self, path: str) -> Any:
         """Server-sent events as (name, data, monotonic time), until the answer ends."""
-        self._http.request("GET", path)
-        answer, name = self._http.getresponse(), ""
+        self.http.request("GET", path)
+        answer, name = self.http.getresponse(), ""
         while line := answer.readline():
             key, _, value = line.decode().rstrip("\n").partition(": ")
             if key == "event":

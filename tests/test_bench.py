@@ -62,3 +62,20 @@ def test_quick_bench_of_the_server(tmp_path: Path) -> None:
     assert found["api_rss_mib"] < 150
     assert found["health_requests"] > 10
     assert "ranks' time while HTTP is flooded" in done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_quick_bench_of_texts(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench", "--quick", "--only", "serve-texts", "--output", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())["serve-texts"]
+    assert [one["clients"] for one in found["clients"]] == [1, 4, 16]
+    for one in found["clients"]:
+        assert 0 < one["share_of_generate"]["streamed"] < 2
+        assert 0 < one["token_s"]["p50"] <= one["token_s"]["p99"] < one["request_s"]["p99"]
+    chunks, whole = (found["long_prompt"][name] for name in ("chunks", "whole"))
+    assert 0 < chunks["usual_step_s"] <= chunks["longest_step_s"] < whole["first_token_s"] + 1
+    assert "A long prompt beside eight texts" in done.stdout

@@ -167,12 +167,12 @@ BUDGET = {
     ".": 1270,
     "core": 5850,
     "diffusion": 3800,
-    "engine": 2770,
-    "language": 1980,
+    "engine": 2800,
+    "language": 2230,
     "loading": 1340,
     "models": 850,
     "parallel": 3650,
-    "server": 5340,
+    "server": 5500,
     "settings": 250,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardit.language.request.outputs import CompletionOutput as CompletionOutput
     from shardit.language.request.outputs import RequestOutput as RequestOutput
     from shardit.language.request.sampling_params import SamplingParams as SamplingParams
+    from shardit.language.request.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
     from shardit.params import OmniDiffusionSamplingParams as OmniDiffusionSamplingParams
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _PLACES = {
     "LLM": "shardit.engine.llm",
     "RequestOutput": "shardit.language.request.outputs",
     "SamplingParams": "shardit.language.request.sampling_params",
+    "StructuredOutputsParams": "shardit.language.request.structured_outputs",
     "DiffusionParallelConfig": "shardit.config",
     "InputError": "shardit.errors",
     "Omni": "shardit.engine.omni",
@@ -60,6 +62,7 @@ __all__ = [
     "RankError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedError",
     "__version__",
     "get_pp_indices",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from shardit.models.tiny.language import language_folder
 from shardit.server.keys import digest
+from shardit.server.messages import Ranks
 from tests.support.http_calls import error_of
 from tests.support.http_fake import WAIT_S, Served
 from tests.support.text_fake import INFO, ask, chunks, joined, served_texts
@@ -108,6 +113,29 @@ def test_a_model_that_is_being_loaded(tmp_path: Path) -> None:
         assert f"room for {INFO.max_model_len}" in ask(served, "completions", prompt="a" * 512)[1]["error"]["message"]
     with served_texts(tmp_path / "data", state="loading") as served:  # it is remembered
         assert f"room for {INFO.max_model_len}" in ask(served, "completions", prompt="a" * 512)[1]["error"]["message"]
+
+
+def test_requests_wait_until_the_model_is_known(tmp_path: Path) -> None:
+    """The files of some models do not say what they take, as GGUF files."""
+    folder = tmp_path / "model"
+    found = language_folder("tiny/llama")
+    assert found is not None
+    shutil.copytree(found, folder)
+    (folder / "generation_config.json").unlink()
+    with served_texts(tmp_path / "data", state="loading", model=str(folder)) as served:
+        connection, stream = opened(served, BODY), opened(served, {**BODY, "stream": True})
+        connection.sock.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.sock.recv(1)
+        served.supervisor.tell(Ranks("ready", info=INFO))  # type: ignore[arg-type]
+        connection.sock.settimeout(30)
+        assert json.loads(connection.getresponse().read())["choices"][0]["text"] == "aaa"
+        assert joined(chunks(stream.getresponse().read())) == ("aaa", "length")
+    with served_texts(tmp_path / "other", state="loading", model=str(folder)) as served:
+        connection = opened(served, BODY)
+        time.sleep(0.3)
+        served.process.terminate()
+        assert connection.getresponse().status == 503
 
 
 def test_a_server_that_stops(tmp_path: Path) -> None:

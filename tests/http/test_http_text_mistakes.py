@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from shardit.language.options import LanguageOptions
+from shardit.server.http.texts.fields import check_fields, text_fields
+from shardit.server.http.texts.forms import form_of
 from tests.support.http_calls import error_of
 from tests.support.http_fake import IMAGE, Served, serving
 from tests.support.text_fake import INFO, LIMIT, ask, served_texts
@@ -83,13 +85,6 @@ def test_fields_of_both(served: Served, body: dict[str, Any], param: str, words:
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"logprobs": 3}, "logprobs", "valid boolean"),
-        ({"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not there yet"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"properties": {"foo": "bar"}}}},
-            "response_format",
-            "not there yet",
-        ),
     ],
 )
 def test_fields_of_chats(served: Served, body: dict[str, Any], param: str, words: str) -> None:
@@ -116,8 +111,8 @@ def test_fields_of_chats(served: Served, body: dict[str, Any], param: str, words
         ({"prompt": ["a"] * 129}, "prompt", "at most 128 prompts"),
         ({"prompt": ["a"] * 100, "n": 2}, "n", "are 200 texts"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
-        ({"echo": True}, "echo", "must be false"),
-        ({"suffix": "x"}, "suffix", "should be ''"),
+        ({"echo": True, "logprobs": 1}, "echo", "does not go with logprobs"),
+        ({"suffix": "x"}, "suffix", "must be empty"),
         ({"best_of": 2}, "best_of", "must be as n"),
         ({"messages": [USER]}, "messages", "no field"),
     ],
@@ -126,6 +121,50 @@ def test_fields_of_completions(served: Served, body: dict[str, Any], param: str,
     error = prompt_error(served, body)
     assert error["param"] == param, error
     assert words in error["message"], error
+
+
+def schema(value: Any, **more: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": value, **more}}}
+
+
+SCHEMA = "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format", "response_format.type should be"),
+        ({"response_format": {}}, "response_format", "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", f"{SCHEMA} is missing"),
+        (schema(None), "response_format", "valid dictionary"),
+        (schema({}, strictly=True), "response_format", "json_schema.strictly"),
+        (schema({"properties": {"foo": "bar"}}), "response_format", f"{SCHEMA}.properties.foo cannot be used"),
+        (schema({"not": {}}), "response_format", f'{SCHEMA} cannot be used: Unimplemented keys: ["not"]'),
+        (schema({"$ref": "#"}), "response_format", "no text has this form"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "structured_outputs.regex cannot be used"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "must have one of"),
+        ({"structured_outputs": {"jason": {}}}, "structured_outputs", "jason"),
+        ({"structured_outputs": {"regex": "a"}, **schema({})}, "structured_outputs", "give one of them"),
+        ({"min_tokens": 3, **schema({})}, "min_tokens", "does not go with structured_outputs"),
+        ({"ignore_eos": True, **schema({})}, "ignore_eos", "does not go with structured_outputs"),
+    ],
+)
+def test_forms(served: Served, body: dict[str, Any], param: str, words: str) -> None:
+    pytest.importorskip("llguidance")
+    for error in (chat_error(served, body), prompt_error(served, body)):
+        assert error["param"] == param, error
+        assert words in error["message"], error
+
+
+@pytest.mark.parametrize("value", [{"maximum": 20_000_000_000}, {"const": None}, {"type": ["null", "integer"]}])
+def test_accepted_forms(served: Served, value: dict[str, Any]) -> None:
+    pytest.importorskip("llguidance")
+    for body in (schema(value, strict=True, description="x"), {"structured_outputs": {"json": value}}):
+        for path in ("completions", "chat/completions"):
+            assert ask(served, path, prompt="hi", max_tokens=2, **body)[0] == 200
+        form = form_of(check_fields(text_fields().chat, {"messages": [USER], **body}))
+        assert form is not None
+        assert form.given == {"json": value}
 
 
 def test_a_prompt_that_is_too_long(served: Served) -> None:

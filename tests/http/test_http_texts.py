@@ -120,6 +120,13 @@ def test_prompts_of_tokens(served: Served) -> None:
         assert ask(served, "completions", prompt=prompt, max_tokens=3)[1]["choices"][0]["text"] == "abc"
 
 
+def test_a_text_after_its_prompt(served: Served) -> None:
+    assert both(served, prompt="abc", max_tokens=2, echo=True) == ("abcab", "length")
+    assert both(served, prompt=[*ids("ab"), END], max_tokens=9, echo=True) == ("ab<end>ab", "stop")
+    _, answer = ask(served, "completions", prompt=["ab", "xy"], n=2, max_tokens=1, echo=True)
+    assert [choice["text"] for choice in answer["choices"]] == ["aba", "aba", "xyx", "xyx"]
+
+
 def test_log_probabilities_of_an_answer(served: Served) -> None:
     body = {"prompt": "é", "max_tokens": 8, "logprobs": True, "top_logprobs": 1}
     (choice,) = ask(served, **body)[1]["choices"]

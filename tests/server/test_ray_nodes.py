@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.nodes import Servers, equal, expected
+from tests.support.nodes import Servers, equal, expected, expected_text
 from tests.support.paths import ROOT
 
 
@@ -50,9 +50,11 @@ def folder_of_ray():
         yield pathlib.Path(folder)
 
 
-def serve_by_ray(servers: Servers, cluster: Any, *flags: str, **environment: str) -> subprocess.Popen:
+def serve_by_ray(
+    servers: Servers, cluster: Any, *flags: str, model: str = "tiny/flux", **environment: str
+) -> subprocess.Popen:
     more = ("--executor=ray", f"--data-dir={servers.data}", "--port=0", *flags)
-    return servers.run("shardit", "serve", "tiny/flux", *more, RAY_ADDRESS=cluster.address, **environment)
+    return servers.run("shardit", "serve", model, *more, RAY_ADDRESS=cluster.address, **environment)
 
 
 @needs_ray
@@ -66,6 +68,17 @@ def test_two_nodes_of_ray(servers, cluster):
     assert server.wait(20) == 0
     assert time.monotonic() - begin < 10
     servers.wait(lambda: not ray_ranks(), 20)
+
+
+@needs_ray
+def test_texts_of_two_nodes_of_ray(servers, cluster):
+    """A language model has the tokens of plain transformers."""
+    flags = ("--pipeline-parallel-size=2", "--num-nodes=2")
+    server = serve_by_ray(servers, cluster, *flags, model="tiny/llama")
+    assert servers.text() == expected_text()
+    assert len(ray_ranks()) == 2
+    server.terminate()
+    assert server.wait(20) == 0
 
 
 @needs_ray

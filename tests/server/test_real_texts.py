@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
 from shardit import LLM, SamplingParams
 from tests.support.real_server import RealServer, real_server
+from tests.support.text_crowd import check_crowd, random_bodies, texts_of_one_rank
 
 MODEL = "tiny/llama"
 USER = [{"role": "user", "content": "Name three rivers."}]
@@ -88,6 +89,60 @@ def test_a_bias_on_logits(client: openai.OpenAI) -> None:
     assert made.choices[0].text == "g" * 5
     with pytest.raises(openai.BadRequestError, match="logit_bias must have tokens from 0 to"):
         client.completions.create(model=MODEL, prompt="Once", logit_bias={"999999": 1})
+
+
+BAD_SCHEMAS: list[tuple[Any, str]] = [
+    ({"properties": {"foo": "bar"}}, r"schema\.properties\.foo"),
+    ({"type": "array", "items": {"not": {}}}, r"schema\.items.*not"),
+    ({"type": "string", "pattern": "("}, "unclosed group"),
+]
+GOOD_SCHEMAS: list[Any] = [
+    {"type": "integer", "minimum": 0, "maximum": 20000000000},
+    {"type": "array", "items": [{"type": "boolean"}, {"enum": [1, 2]}], "minItems": 2, "maxItems": 2},
+    {
+        "type": "object",
+        "patternProperties": {"^a[bc]$": {"type": "boolean"}},
+        "additionalProperties": False,
+        "maxProperties": 2,
+    },
+]
+
+
+def test_a_schema_hurts_only_its_sender(server: RealServer, client: openai.OpenAI, llm: LLM) -> None:
+    """Good and bad ones, beside a free text; ranks keep their process ids. Texts are those of `LLM`."""
+    pytest.importorskip("llguidance")
+    server.wait_ready()
+    before = server.pids()
+    body: dict[str, Any] = {"model": MODEL, "prompt": "Once", "max_tokens": 60, **SAMPLED}
+    (wanted,) = llm.generate("Once", SamplingParams(max_tokens=60, **SAMPLED))
+    stream = client.completions.create(**body, stream=True)
+    free = next(stream).choices[0].text
+    for schema, words in BAD_SCHEMAS:
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.completions.create(**body, extra_body={"response_format": form})
+    for schema in GOOD_SCHEMAS:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        texts = client.completions.create(**body, n=2, extra_body={"response_format": form})
+        for choice in texts.choices:
+            assert choice.finish_reason == "stop"
+            jsonschema.Draft7Validator(schema).validate(json.loads(choice.text))
+        params = SamplingParams(max_tokens=60, n=2, structured_outputs={"json": schema}, **SAMPLED)
+        assert [one.text for one in llm.generate("Once", params)[0].outputs] == [one.text for one in texts.choices]
+    assert free + "".join(chunk.choices[0].text for chunk in stream) == wanted.outputs[0].text
+    assert server.pids() == before
+
+
+def test_metrics_of_caches(server: RealServer, client: openai.OpenAI) -> None:
+    wait_idle(server)
+    hits = metric(server, "shardit_prefix_hits_total")
+    for _ in range(2):
+        client.completions.create(model=MODEL, prompt="a long beginning that is the same in two prompts", max_tokens=3)
+    server.wait(lambda: metric(server, "shardit_prefix_hits_total") >= hits + 1, "it is counted", 5.0)
+    used, limit = (metric(server, f'shardit_cache_{name}{{replica="0"}}') for name in ("bytes", "limit_bytes"))
+    assert 0 < used < limit
+    assert metric(server, 'shardit_cache_share{replica="0"}') == pytest.approx(used / limit)
+    assert metric(server, "shardit_prompt_tokens_total") > 90
 
 
 def test_errors_are_those_of_openai(client: openai.OpenAI) -> None:
@@ -246,71 +301,12 @@ def test_texts_end_with_their_connections(server: RealServer, client: openai.Ope
     assert client.completions.create(model=MODEL, prompt="a", max_tokens=2).usage.completion_tokens == 2
 
 
-REQUESTS, CLIENTS = 40, 8
-
-
-def random_bodies(seed: int) -> list[dict[str, Any]]:
-    draw = random.Random(seed)
-    return [
-        {
-            "prompt": [draw.randrange(2, 258) for _ in range(draw.randrange(1, 40))],
-            "max_tokens": draw.randrange(1, 50),
-            "temperature": draw.choice([0.0, 0.7, 1.3]),
-            "seed": number,
-            "n": draw.choice([1, 1, 2, 3]),
-            "stop": draw.choice([None, ["e"], ["th", "1"]]),
-            "frequency_penalty": draw.choice([0.0, 0.5]),
-        }
-        for number in range(REQUESTS)
-    ]
-
-
 def test_many_requests_with_cancels_and_a_death(server: RealServer, client: openai.OpenAI, llm: LLM) -> None:
     """Each ends once, and those that are not cancelled have the texts of one rank."""
     wait_idle(server)
-    bodies = random_bodies(5)
-    params = [SamplingParams(**{name: body[name] for name in body if name != "prompt"}) for body in bodies]
-    wanted = llm.generate([body["prompt"] for body in bodies], params)
+    bodies = random_bodies(5, count=40, vocabulary=258)
     before = len(server.events("job_ended"))
-    found: dict[int, list[tuple[str, str]]] = {}
-    errors: list[BaseException] = []
-    todo = iter(range(REQUESTS))
-
-    def ask(number: int) -> None:
-        if number % 3 == 0:
-            answer = client.completions.create(model=MODEL, **bodies[number])
-            found[number] = [(one.text, one.finish_reason) for one in answer.choices]
-            return
-        stream = client.completions.create(model=MODEL, stream=True, **bodies[number])
-        if number % 3 == 1:
-            next(stream)
-            stream.close()
-            return
-        parts = [["", ""] for _ in range(bodies[number]["n"])]
-        for chunk in stream:
-            for one in chunk.choices:
-                parts[one.index][0] += one.text
-                parts[one.index][1] = one.finish_reason or ""
-        found[number] = [(text, reason) for text, reason in parts]
-
-    def work() -> None:
-        try:
-            for number in todo:
-                if number == REQUESTS // 2:
-                    server.kill("rank 1")
-                ask(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not errors
-    assert sorted(found) == [number for number in range(REQUESTS) if number % 3 != 1]
-    for number, texts in found.items():
-        assert texts == [(one.text, one.finish_reason) for one in wanted[number].outputs], bodies[number]
+    check_crowd(server, client, bodies, texts_of_one_rank(llm, bodies))
     wait_idle(server)
     ended = [line["request_id"] for line in server.events("job_ended")[before:]]
     assert len(set(ended)) == len(ended)

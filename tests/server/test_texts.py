@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shardit.engine.process.messages import Begin, Progress, RequestFinished
+from shardit.engine.process.failure import Failure
+from shardit.engine.process.messages import BatchStep, Begin, CacheUse, OutOfMemory, Progress, RequestFinished
 from shardit.language.info import LanguageInfo
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.sampling_params import SamplingParams
+from shardit.language.request.structured_outputs import StructuredOutputsParams
 from shardit.server.jobs.job import NewJob
 from shardit.server.jobs.text_request import group_of, results_of, stored_request
-from shardit.server.messages import Tokens
+from shardit.server.messages import StepTokens, Tokens
 from tests.support import played
 from tests.support.played import Server, played_server
 
@@ -73,6 +76,26 @@ def test_a_stored_request_is_the_same_each_time() -> None:
     assert group.rows[0].params.logprobs == 2
 
 
+def test_a_stored_form_is_the_same() -> None:
+    for form in ({"json": {"const": None, "maximum": 1.5}}, {"choice": ["a", "b"]}, {"json_object": True}):
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(**form))
+        stored = json.loads(json.dumps(stored_request([[1]], params, [1], 64)))
+        found = group_of(stored).rows[0].params.structured_outputs
+        assert found is not None
+        assert found.given == form
+
+
+def test_texts_of_a_grammar_that_fails(server: Server) -> None:
+    job_id, other = put(server), put(server)
+    key = server.key(job_id)
+    for rank in server.ranks(job_id):
+        output = GroupOutput(error="the grammar became too complex") if rank == 0 else None
+        server.jobs.on_rank_message(rank, RequestFinished(key, "sum", output=output))
+    assert server.state(job_id) == "failed"
+    assert server.job(job_id).error == {"code": "generation_failed", "message": "the grammar became too complex"}
+    assert server.state(other) == "in_progress"
+
+
 def test_tokens_are_passed_on(server: Server) -> None:
     job_id = put(server, n=2)
     make(server, job_id, 7, 8)
@@ -83,6 +106,20 @@ def test_tokens_are_passed_on(server: Server) -> None:
     assert server.state(job_id) == "completed"
     assert results_of(server.job(job_id).facts) == [RESULT, RESULT]
     assert server.log.ends() == [(job_id, "completed")]
+
+
+def test_the_tokens_of_a_step_are_one_message(server: Server) -> None:
+    one, other = put(server), put(server)
+    before = len(server.told)
+    steps = (Progress(server.key(one), 1, 8, (7,)), Progress(server.key(other), 1, 8, (8,)), Progress(999, 1, 8, (9,)))
+    server.jobs.on_rank_message(0, BatchStep(steps))
+    assert server.told[before:] == [StepTokens((Tokens(one, (7,)), Tokens(other, (8,))))]
+    server.die()
+    assert [row.made for row in begun(server).rows] == [(8,)]
+    server.jobs.on_rank_message(0, BatchStep((Progress(999, 1, 8, (9,)),)))  # of a job that has ended meanwhile
+    end(server, one)
+    end(server, other)
+    assert server.state(one) == server.state(other) == "completed"
 
 
 def test_a_restart_repeats_no_token(server: Server) -> None:
@@ -136,6 +173,47 @@ def test_errors_and_cancels(server: Server) -> None:
     assert server.cancels() == {server.key(cancelled)}
     end(server, cancelled, cancelled=True)
     assert server.state(cancelled) == "cancelled"
+
+
+def out_of_memory(server: Server, job_id: str) -> None:
+    server.jobs.on_rank_message(0, OutOfMemory(server.key(job_id), "tried to allocate 9 GiB"))
+    server.jobs.down(Failure("rank 0 ran out of memory", memory=True))
+    server.jobs.ready([INFO] * server.rank_group.size)
+
+
+def test_the_text_that_uses_up_the_memory_is_found(server: Server) -> None:
+    """Beside others it runs alone after two times, and fails by name; the others go on."""
+    large, *others = [put(server) for _ in range(4)]
+    for number in range(3):
+        assert (server.running() == [large]) == (number == 2)
+        out_of_memory(server, large)
+    assert server.job(large).error == {
+        "code": "out_of_memory",
+        "message": "out of memory (2 tokens of prompts): tried to allocate 9 GiB; ask for fewer tokens or fewer texts",
+    }
+    assert server.running()
+    assert large not in server.running()
+    assert all(server.job(one).deaths == 0 for one in others)
+
+
+def test_metrics_of_caches(server: Server) -> None:
+    put(server)
+    server.jobs.on_rank_message(0, CacheUse(50, 200, hits=1, reused_tokens=40))
+    server.jobs.on_rank_message(0, CacheUse(20, 200, hits=2, reused_tokens=64))
+    shown = server.jobs.metrics.text().decode()
+    for line in (
+        'shardit_cache_bytes{replica="0"} 20.0',
+        'shardit_cache_limit_bytes{replica="0"} 200.0',
+        'shardit_cache_share{replica="0"} 0.1',
+        "shardit_prefix_hits_total 3.0",
+        "shardit_prefix_tokens_total 104.0",
+        "shardit_prompt_tokens_total 2.0",
+    ):
+        assert f"{line}\n" in shown
+    server.die()
+    shown = server.jobs.metrics.text().decode()
+    assert "shardit_cache_bytes{" not in shown
+    assert "shardit_prompt_tokens_total 2.0" in shown  # the text goes on, and counts once
 
 
 def test_metrics(server: Server) -> None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.support.nodes import equal, expected, parent
+from tests.support.nodes import equal, expected, expected_text, parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
@@ -25,6 +25,18 @@ def test_two_nodes_of_torchrun(servers):
     servers.wait(lambda: not servers.everything(), 30)
     assert time.monotonic() - begin < 10
     assert "ranks_down" not in servers.said()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+@pytest.mark.parametrize("deaths", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_texts_of_two_nodes_of_torchrun(servers, deaths):
+    """A language model has the tokens of plain transformers, also after the death of a rank."""
+    servers.torchrun("tiny/llama", "--pipeline-parallel-size=2", restarts=deaths)
+    assert servers.text() == expected_text()
+    for _ in range(deaths):
+        os.kill(servers.ranks()[0], signal.SIGKILL)
+        servers.wait(lambda: servers.said().count('"event": "serving"') == 2)
+        assert servers.text() == expected_text()
 
 
 @pytest.mark.full

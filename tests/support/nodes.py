@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
 
+from shardit.models.tiny.language import language_folder, tokenizer
 from shardit.server.jobs.job import NewJob
 from shardit.server.jobs.store import Store
 from tests.support.paths import ROOT
 
 CALL = {"prompt": "a cat", "height": 128, "width": 128, "num_inference_steps": 2, "max_sequence_length": 32}
+
+
+TEXT_PROMPT = [70, 71, 72, 73, 74]
+
+
+def expected_text() -> str:
+    """What plain transformers makes of `TEXT_PROMPT`, on one rank."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(language_folder("tiny/llama"))
+    made = model.generate(torch.tensor([TEXT_PROMPT]), do_sample=False, max_new_tokens=12)
+    return tokenizer().decode(made[0, len(TEXT_PROMPT) :], skip_special_tokens=True)
 
 
 class Servers:
@@ -65,6 +82,24 @@ class Servers:
         assert job is not None
         assert job.state == "completed", (job.error, self.said())
         return Image.open(self.store.files_of(job_id) / job.files[0])
+
+    def text(self, timeout_s: float = 100) -> str:
+        """The greedy text of `TEXT_PROMPT` over HTTP, once the server answers."""
+        body = json.dumps({"prompt": TEXT_PROMPT, "max_tokens": 12, "temperature": 0}).encode()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            addresses = re.findall(r'"url": "([^"]+)"', self.said())
+            request = urllib.request.Request(
+                f"{addresses[-1] if addresses else 'http://127.0.0.1:1'}/v1/completions",
+                body,
+                {"Content-Type": "application/json"},
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                    return json.load(answer)["choices"][0]["text"]
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError(self.said())
 
     def wait(self, what: Callable[[], Any], timeout_s: float = 200) -> None:
         deadline = time.monotonic() + timeout_s

@@ -22,6 +22,7 @@ from shardit.engine.start import start_ranks
 from shardit.engine.streaming import Pieces, in_background, in_thread
 from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError
+from shardit.language.grammar.grammars import check_forms
 from shardit.language.limits import check_max_model_len
 from shardit.language.loading.source import decoder_source
 from shardit.language.options import LanguageOptions
@@ -219,6 +220,7 @@ class LLM:
         params = params_of_each(chosen, len(given))
         for one in params:
             check_tokens(one, self._info.vocabulary)
+        check_forms((one.structured_outputs for one in params), self._tokenizer)
         read = [tokens_of(prompt, self._tokenizer, self._info.vocabulary) for prompt in given]
         counts = accumulate((one.n for one in params), initial=0)
         seeds = [None if self._seed is None else self._seed + before for before in counts]

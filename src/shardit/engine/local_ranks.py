@@ -17,6 +17,7 @@ from shardit.engine.process.hangs import HangDetector
 from shardit.engine.process.in_flight import InFlight
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import (
+    BatchStep,
     Begin,
     Cancel,
     Progress,
@@ -143,6 +144,10 @@ class LocalRanks:
         self._failure = failure
 
     def _take(self, rank: int, message: Any) -> None:
+        if isinstance(message, BatchStep):
+            for progress in message.of:
+                self._take(rank, progress)
+            return
         one = self._in_flight.get(message.key)
         if one is None:
             return

@@ -84,6 +84,13 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class StepTokens:
+    """The tokens of all texts of a batch in one step: one message in place of one for each."""
+
+    of: tuple[Tokens, ...]
+
+
+@dataclass(frozen=True)
 class Measured:
     """The supervisor's metrics, in prometheus' text format."""
 

@@ -215,3 +215,22 @@ def test_a_bias_on_logits() -> None:
     assert nine == (9,) * 6
     with pytest.raises(InputError, match="logit_bias must be numbers by tokens"):
         SamplingParams(logit_bias={"a": 1.0})  # pyright: ignore[reportArgumentType]
+
+
+def test_the_request_that_used_up_the_memory_is_named() -> None:
+    """That of the prompt that is computed; of several texts none."""
+    model = families.make("llama")
+    batcher = batcher_of(model, rows=8, tokens=4)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for key, length in enumerate((3, 3, 20)):
+        batcher.add(key, PromptGroup((Row(tuple(range(3, 3 + length)), params, 0),)), lambda *_: None)
+    found: list[set[int]] = []
+    program = batcher.program()
+    assert program is not None
+    assert batcher.program() is None
+    batcher.pause = lambda: found.append(batcher.suspects(program))
+    program.run()
+    assert {2} in found
+    assert {0, 1, 2} in found
+    batcher.ended(program)
+    assert batcher.suspects(program) == set()

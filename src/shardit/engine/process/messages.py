@@ -186,6 +186,25 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class BatchStep:
+    """The progress of all requests of a batch in one step: one message in place of one for each request."""
+
+    of: tuple[Progress, ...]
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """The caches of a replica that runs batches, now and then (first rank of a replica of a server only). bytes: of all
+    texts, also of ended ones that are kept. limit: None without one. hits, reused_tokens: since the last message,
+    prompts that began with the keys of an ended text, and their tokens that were not computed again."""
+
+    bytes: int
+    limit: int | None
+    hits: int
+    reused_tokens: int
+
+
+@dataclass(frozen=True)
 class RequestFailed:
     """A request has failed on this rank; it must fail on all of them."""
 

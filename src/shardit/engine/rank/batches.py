@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.request_loop import Program
+from shardit.engine.process.messages import BatchStep, CacheUse, Progress
 from shardit.engine.rank.outcomes import Outcomes, Taken
 
 if TYPE_CHECKING:
     from shardit.engine.tasks.task import Batcher, OnProgress
+
+
+TELL_S = 0.5
+"""Shortest time between two reports of the use of caches, in seconds."""
 
 
 class Batches:
@@ -21,7 +26,12 @@ class Batches:
     def __init__(self, session: Any, outcomes: Outcomes, batcher: Batcher):
         self.outcomes, self.batcher = outcomes, batcher
         self._open: dict[int, Taken] = {}
-        batcher.on_end, batcher.pause = self._ended, session.turns.yield_turn
+        self._step: list[Progress] = []
+        batcher.on_end, batcher.on_step, batcher.pause = self._ended, self._end_step, session.turns.yield_turn
+        self._leads = session.leads
+        self._tells = session.leads and session.spec.of_server
+        self._told: tuple[int, int | None, int, int] = (0, None, 0, 0)
+        self._told_at = 0.0
 
     def could_begin(self, active: int) -> bool:
         """Return whether another request could begin: always, as it joins a batch."""
@@ -30,7 +40,7 @@ class Batches:
     def add(self, taken: Taken) -> None:
         """Queue a request."""
         self._open[taken.key] = replace(taken, begun=time.perf_counter())
-        self.batcher.add(taken.key, taken.request, functools.partial(self.outcomes.progress, taken.key))
+        self.batcher.add(taken.key, taken.request, functools.partial(self._progress, taken.key))
 
     def cancel(self, key: int) -> None:
         """End a request; it leaves its batch before the next step."""
@@ -39,7 +49,15 @@ class Batches:
 
     def next(self, active: int) -> Program | None:
         """Return the program of a new batch, if a request needs one."""
+        if self._tells and (not self._open or time.perf_counter() - self._told_at >= TELL_S):
+            self._tell_use()
         return self.batcher.program()
+
+    def _tell_use(self) -> None:
+        use, self._told_at = self.batcher.cache_use, time.perf_counter()
+        if use != self._told:
+            self.outcomes.channel.send(CacheUse(*use[:2], use[2] - self._told[2], use[3] - self._told[3]))
+            self._told = use
 
     def finish(self, program: Program) -> None:
         """Report the requests that have failed with a program."""
@@ -48,8 +66,18 @@ class Batches:
             self.outcomes.failed(self._open.pop(key), program.error)
 
     def of_program(self, program: Program | None) -> Taken | None:
-        """Return the request that a program runs: none, as it runs several."""
-        return None
+        """Return the request that a program runs, None if it runs several."""
+        keys = set() if program is None else self.batcher.suspects(program)
+        return self._open.get(keys.pop()) if len(keys) == 1 else None
+
+    def _progress(self, key: int, step: int, total: int, made: Any, logprobs: Any) -> None:
+        self._step.append(Progress(key, step, total, made, logprobs))
+
+    def _end_step(self) -> None:
+        """Report the progress of all requests in one step, from the first rank."""
+        step, self._step = tuple(self._step), []
+        if step and self._leads:
+            self.outcomes.channel.send(step[0] if len(step) == 1 else BatchStep(step))
 
     def _ended(self, key: int, result: Any) -> None:
         """Report the end of a request. Its result is compared between ranks."""

@@ -31,10 +31,10 @@ class Outcomes:
     busy_s: Callable[[], float]
     log: Any
 
-    def progress(self, key: int, step: int, total: int, made: Any = None, logprobs: Any = None) -> None:
+    def progress(self, key: int, step: int, total: int, made: Any = None) -> None:
         """Report a step of a request, from the first rank."""
         if self.session.leads:
-            self.channel.send(Progress(key, step, total, made, logprobs))
+            self.channel.send(Progress(key, step, total, made))
 
     def refused(self, key: int, text: str) -> None:
         """Report a request that this rank cannot read."""

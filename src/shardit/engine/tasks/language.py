@@ -16,6 +16,7 @@ from shardit.language.batching.batcher import Batcher
 from shardit.language.batching.memory import CacheMemory, fitting
 from shardit.language.batching.scheduler import Limits
 from shardit.language.cache_size import request_tokens
+from shardit.language.grammar.token_masks import TokenMasks
 from shardit.language.info import LanguageInfo, end_tokens, max_positions
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import decoder_source
@@ -85,9 +86,9 @@ class LoadedDecoder:
             groups=spec.config.pipeline_parallel_size,
             memory=self._cache_bytes(spec, limit),
         )
-        self.batcher = Batcher(
-            self.model, self.runtime, limits, memory.row_bytes, end_tokens(own, self.tokenizer), pad, self._decode
-        )
+        ends = end_tokens(own, self.tokenizer)
+        masks = TokenMasks(self.tokenizer, ends)
+        self.batcher = Batcher(self.model, self.runtime, limits, memory.row_bytes, ends, pad, self._decode, masks)
         self.info = LanguageInfo(
             max_model_len=fitting(max_positions(self.model.config), limits.memory, memory.row_bytes),
             vocabulary=self.model.config.get_text_config().vocab_size,

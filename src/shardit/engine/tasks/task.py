@@ -27,16 +27,23 @@ class OnProgress(Protocol):
 class Batcher(Protocol):
     """Runs the requests of a model in shared batches. All ranks of a replica call it alike.
 
-    on_end: called with the key and the result of a request that has ended, on every rank. pause: called between the
-    rounds of a batch, in its program.
+    on_end: called with the key and the result of a request that has ended, on every rank. on_step: called when all
+    tokens of a step have been reported, before `on_end`. pause: called between the rounds of a batch, in its program.
     """
 
     on_end: Callable[[int, Any], None]
+    on_step: Callable[[], None]
     pause: Callable[[], None]
 
     @property
     def is_open(self) -> bool:
         """Whether there are unfinished requests."""
+        ...
+
+    @property
+    def cache_use(self) -> tuple[int, int | None, int, int]:
+        """Return the bytes of all caches and their limit, and since the start how many prompts began with kept keys,
+        and their tokens that were not computed again."""
         ...
 
     def add(self, key: int, request: Any, on_tokens: Callable[[int, int, Any, Any], None]) -> None:
@@ -49,6 +56,10 @@ class Batcher(Protocol):
 
     def program(self) -> Program | None:
         """Return a program that runs a new batch, if a request needs one."""
+        ...
+
+    def suspects(self, program: Program) -> set[int]:
+        """Return the keys of the requests one of which has most likely used up the memory in a program."""
         ...
 
     def ended(self, program: Program) -> set[int]:

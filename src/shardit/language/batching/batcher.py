@@ -19,15 +19,21 @@ from shardit.language.batching.forward import Forward
 from shardit.language.batching.group_run import GroupRun
 from shardit.language.batching.prefixes import PrefixStore, longest_storable
 from shardit.language.batching.probe import probe
-from shardit.language.batching.sampling import log_probabilities, next_tokens
+from shardit.language.batching.sampling import NO_TOKEN, log_probabilities, next_tokens
 from shardit.language.batching.scheduler import Group, Limits, Scheduler
-from shardit.language.batching.sequence import Sequence
+from shardit.language.batching.sequence import FAILED, Sequence
+from shardit.language.grammar.token_masks import TokenMasks
 from shardit.language.request.outputs import GroupOutput, RowResult, ended_by_token
 from shardit.language.request.rows import PromptGroup
 
 OnTokens = Callable[[int, int, tuple[int | None, ...], tuple[dict[int, float] | None, ...] | None], None]
 """Called after a step of a request with the tokens of its longest text so far, their maximum, for each row the token
 that its text gets (None for a row without a new one), and the log probabilities of each, None if none requested any."""
+
+GRAMMAR_FAILED = (
+    "structured_outputs: the grammar became too complex, or no token of the model fits it; use a simpler one, or a "
+    "model with an end token and a usual tokenizer"
+)
 
 OnEnd = Callable[[int, GroupOutput], None]
 """Called with the key of a request and its result when all of its rows have ended."""
@@ -44,8 +50,8 @@ class _Open:
 class Batcher:
     """Continuous batching on this rank. All ranks of a replica call it alike.
 
-    runtime: None for one rank. ends: end tokens of the model. pad: a token for padding. decode: see `Decode`. on_end:
-    see `OnEnd`.
+    runtime: None for one rank. ends: end tokens of the model. pad: a token for padding. decode: see `Decode`. masks:
+    for texts with a grammar. on_end: see `OnEnd`. on_step: called when all tokens of a step have been reported.
     """
 
     model: Any
@@ -55,7 +61,9 @@ class Batcher:
     ends: frozenset[int]
     pad: int
     decode: Decode
+    masks: TokenMasks | None = None
     on_end: OnEnd = lambda key, rows: None
+    on_step: Callable[[], None] = lambda: None
     pause: Callable[[], None] = lambda: None
     _open: dict[int, _Open] = field(default_factory=dict)
     _arrivals: int = 0
@@ -103,6 +111,15 @@ class Batcher:
         self._groups[program] = group
         return program
 
+    def suspects(self, program: Program) -> set[int]:
+        """Return the keys of the requests that a program computes: those of prompts, if there are any, as these take
+        more memory than the next tokens of texts."""
+        group = self._groups.get(program)
+        if group is None:
+            return set()
+        sequences = group.members if group.prefill is None else group.prefill.sequences
+        return {one.key for one in sequences}
+
     def ended(self, program: Program) -> set[int]:
         """Forget the group of a program that has ended. Return the keys of the requests that have failed with it."""
         group = self._groups.pop(program)
@@ -120,6 +137,13 @@ class Batcher:
         """Whether there are unfinished requests."""
         return bool(self._open)
 
+    @property
+    def cache_use(self) -> tuple[int, int | None, int, int]:
+        """Return the bytes of all caches and their limit, and since the start how many prompts began with kept keys,
+        and their tokens that were not computed again."""
+        kept = self.prefixes
+        return self.scheduler.used + kept.bytes, self.limits.memory, kept.hits, kept.reused_tokens
+
     def _run(self, run: GroupRun) -> None:
         with nullcontext() if self.runtime is None else self.runtime.pipeline_call("generate", dict):
             run()
@@ -129,14 +153,26 @@ class Batcher:
         here = logits.data_here if staged else logits
         tokens = torch.empty(len(sequences), dtype=torch.int64, device="meta")
         if here is not None:
-            tokens = next_tokens(sequences, here[:, -1], self.ends).to(here.device)
+            tokens = next_tokens(sequences, here[:, -1], self.ends, self.masks).to(here.device)
         if staged:
             tokens = logits.link.share(tokens, logits.holders)
         if self._neighbours is not None:
             tokens = self._neighbours.of_first(tokens)
+        made = tokens.tolist()
+        if NO_TOKEN in made:
+            self._end_failed([one for one, token in zip(sequences, made, strict=True) if token == NO_TOKEN])
+            tokens = tokens.clamp(min=0)
         if any(one.row.params.logprobs is not None for one in sequences):
             self._add_logprobs(sequences, logits, tokens)
         return tokens.tolist()
+
+    def _end_failed(self, sequences: list[Sequence]) -> None:
+        """End the requests of sequences whose grammar cannot go on; they leave their batches before the next step."""
+        for one in sequences:
+            one.ended = FAILED
+            if one.key in self._open:
+                self.cancel(one.key)
+                self.on_end(one.key, GroupOutput(error=GRAMMAR_FAILED))
 
     def _add_logprobs(self, sequences: list[Sequence], logits: torch.Tensor, tokens: torch.Tensor) -> None:
         wanted = [number for number, one in enumerate(sequences) if one.row.params.logprobs is not None]
@@ -160,11 +196,11 @@ class Batcher:
         for one in sequences:
             self._note_end(one)
             changed.setdefault(one.key, []).append(one)
-        for key, found in changed.items():
-            request = self._open.get(key)
-            if request is None:
-                continue
-            _report(request, found)
+        going = {key: found for key, found in changed.items() if key in self._open}
+        for key, found in going.items():
+            _report(self._open[key], found)
+        self.on_step()
+        for key in going:
             self._end_if_complete(key)
 
     def _note_end(self, one: Sequence) -> None:

@@ -26,6 +26,8 @@ class PrefixStore:
 
     def __init__(self, row_bytes: Callable[[int], int], longest: int):
         self._row_bytes, self.longest = row_bytes, longest
+        self.hits = self.reused_tokens = 0
+        """Prompts that began with kept keys, and how many of their tokens these were."""
         self._entries: OrderedDict[tuple[int, ...], tuple[list[Any], Any]] = OrderedDict()
 
     @property
@@ -60,6 +62,7 @@ class PrefixStore:
         """Put the known tokens of a prompt into a new cache."""
         found = next(one for one in self._entries if _common(one, tokens) == length)
         self._entries.move_to_end(found)
+        self.hits, self.reused_tokens = self.hits + 1, self.reused_tokens + length
         layers, others = self._entries[found]
         cache.layers[:] = [
             one if layer is None else _cut(layer, length) for one, layer in zip(cache.layers, layers, strict=True)

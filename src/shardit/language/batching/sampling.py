@@ -7,21 +7,29 @@ import collections.abc
 import torch
 
 from shardit.language.batching.sequence import Sequence
+from shardit.language.grammar.token_masks import GrammarError, TokenMasks
 from shardit.language.request.sampling_params import SamplingParams
 
 OFF = float("-inf")
 
+NO_TOKEN = -1
+"""Stands for the next token of a sequence whose grammar cannot go on."""
+
 
 def next_tokens(
-    sequences: collections.abc.Sequence[Sequence], logits: torch.Tensor, ends: frozenset[int]
+    sequences: collections.abc.Sequence[Sequence], logits: torch.Tensor, ends: frozenset[int], masks: TokenMasks | None
 ) -> torch.Tensor:
-    """Return the next token of each sequence, on the CPU. logits: of the last position, (sequences, vocabulary). ends:
-    the end tokens of the model."""
+    """Return the next token of each sequence, on the CPU, or `NO_TOKEN`. logits: of the last position, (sequences,
+    vocabulary). ends: the end tokens of the model. masks: for sequences with a grammar."""
     logits = logits.to(device="cpu", dtype=torch.float32)
     tokens = logits.argmax(-1)
     for number, sequence in enumerate(sequences):
-        if not _is_plain(sequence):
-            tokens[number] = _next_token(sequence, logits[number], ends)
+        if _is_plain(sequence):
+            continue
+        try:
+            tokens[number] = _next_token(sequence, logits[number], ends, masks)
+        except GrammarError:
+            tokens[number] = NO_TOKEN
     return tokens
 
 
@@ -39,13 +47,17 @@ def _is_plain(sequence: Sequence) -> bool:
     """Return whether the most likely token is taken from unchanged logits."""
     params = sequence.row.params
     penalized = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    changed = penalized or params.logit_bias
+    changed = penalized or params.logit_bias or params.structured_outputs is not None
     return params.temperature == 0 and not changed and len(sequence.made) >= params.min_tokens
 
 
-def _next_token(sequence: Sequence, logits: torch.Tensor, ends: frozenset[int]) -> int:
+def _next_token(sequence: Sequence, logits: torch.Tensor, ends: frozenset[int], masks: TokenMasks | None) -> int:
     params = sequence.row.params
     scores = _apply_penalties(sequence, logits)
+    if params.structured_outputs is not None and sequence.ended is None:  # some go on in a batch after their end
+        assert masks is not None
+        sequence.mask = sequence.mask or masks.begin(params.structured_outputs, len(logits))
+        scores = scores.masked_fill(~sequence.mask.after(sequence.made), OFF)
     if len(sequence.made) < params.min_tokens:
         unwanted = sorted(ends | set(params.stop_token_ids or ()))
         scores = scores.index_fill(0, torch.tensor(unwanted, dtype=torch.int64), OFF)

@@ -10,6 +10,8 @@ from shardit.language.request.rows import Row
 if TYPE_CHECKING:
     import torch
 
+    from shardit.language.grammar.token_masks import TokenMask
+
 RowEnd = tuple[str, int | str | None]
 """The finish reason of a row, and the stop string or token that ended it."""
 
@@ -20,8 +22,8 @@ class Sequence:
 
     key: of its request. index: number of the row in the request. arrival: its place in the queue. made: tokens so far.
     ended: set when it has ended or was cancelled; it then leaves its batch before the next step. final: its tokens at
-    the end; some models go on with rows that have ended. preemptions: how often
-    its cache was given up. generator: for sampling, on ranks with logits.
+    the end; some models go on with rows that have ended. preemptions: how often its cache was given up. generator,
+    mask: for sampling, and the state of its grammar, on ranks with logits.
     """
 
     key: int
@@ -34,6 +36,7 @@ class Sequence:
     logprobs: list[dict[int, float]] = field(default_factory=list)
     preemptions: int = 0
     generator: torch.Generator | None = field(default=None, repr=False)
+    mask: TokenMask | None = field(default=None, repr=False)
 
     @property
     def length(self) -> int:
@@ -47,3 +50,4 @@ class Sequence:
 
 
 CANCELLED: RowEnd = ("cancelled", None)
+FAILED: RowEnd = ("failed", None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from shardit.config import reject_unknown_names
 from shardit.errors import InputError
+from shardit.language.request.structured_outputs import StructuredOutputsParams, structured_outputs_of
 from shardit.params import SEED
 from shardit.settings.checks import FLAG, Check, is_number, matching, number, numbers, text_problem, whole
 from shardit.settings.declare import Flag, check_declared, declare, hinted
@@ -78,6 +79,9 @@ class SamplingParams:
     )
     logit_bias: Mapping[int, float] | None = _value(None, "Numbers to add to the logits of tokens.", _bias)
     skip_special_tokens: bool = _value(True, "Whether to omit special tokens from the text.", FLAG)
+    structured_outputs: StructuredOutputsParams | None = declare(
+        None, "Form that the text must have, such as JSON by a schema; also as a dict.", flag=None
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         reject_unknown_names(cls.__name__, kwargs, [item.name for item in fields(cls)])
@@ -85,10 +89,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_declared(self)
+        self._check_form()
         if self.max_tokens is not None:
             whole(1)("max_tokens", self.max_tokens)
             if self.min_tokens > self.max_tokens:
                 raise InputError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+
+    def _check_form(self) -> None:
+        if self.structured_outputs is None:
+            return
+        object.__setattr__(self, "structured_outputs", structured_outputs_of(self.structured_outputs))
+        for name, value in (("min_tokens", self.min_tokens), ("ignore_eos", self.ignore_eos)):
+            if value:
+                raise InputError(
+                    f"{name} does not go with structured_outputs, which says where a text ends; leave it out"
+                )
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ def stored_request(
         for item in dataclasses.fields(params)
         if getattr(params, item.name) != getattr(standard, item.name) and item.name != "seed"
     }
+    if params.structured_outputs is not None:
+        given["structured_outputs"] = params.structured_outputs.given
     return {"prompts": [list(one) for one in prompts], "params": given, "seeds": list(seeds), "limit": limit}
 
 

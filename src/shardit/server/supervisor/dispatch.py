@@ -15,7 +15,7 @@ from shardit.engine.process.failure import Failure
 from shardit.engine.process.hangs import HangDetector
 from shardit.engine.process.in_flight import InFlight
 from shardit.engine.process.loop import Loop
-from shardit.engine.process.messages import Begin, Cancel, OutOfMemory, Progress, RequestFinished
+from shardit.engine.process.messages import BatchStep, Begin, CacheUse, Cancel, OutOfMemory, Progress, RequestFinished
 from shardit.engine.process.rank_group import RankGroup
 from shardit.errors import InputError
 from shardit.language.info import LanguageInfo
@@ -25,7 +25,7 @@ from shardit.server.estimate import NO_WORK, Work, work_of
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.store import Store
 from shardit.server.jobs.text_request import stored_results
-from shardit.server.messages import Changed, Step
+from shardit.server.messages import Changed, Step, StepTokens, Tokens
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
@@ -107,17 +107,23 @@ class Dispatcher:
         self.fill()
 
     def on_rank_message(self, rank: int, message: Any) -> None:
-        """Handle a message of a rank about a job."""
+        """Handle a message of a rank about a job, or about its caches."""
+        if isinstance(message, CacheUse):
+            self.metrics.caches(rank // self._together, message)
+            return
+        if isinstance(message, BatchStep):
+            self._batch_step(message)
+            return
         running = self.running.get(message.key)
         if running is None:
             return
-        silence = self.hang_detector.record_message(running.replica)
-        for one in self._in_flight(running.replica):
-            self.patience.record(one.size, silence)
+        self._heard_of(running.replica)
         if isinstance(message, Progress):
             self._progress(running, message)
         elif isinstance(message, OutOfMemory):
-            self.learned.out_of_memory(self._together_now(running.replica))
+            running.used_up_memory = True
+            if not isinstance(running.request, PromptGroup):
+                self.learned.out_of_memory(self._together_now(running.replica))
             if running.jobs_at_start == len(self._in_flight(running.replica)) == 1:
                 self.running.pop(message.key)
                 text = self._too_large(running, message.reason)
@@ -132,11 +138,30 @@ class Dispatcher:
             elif running.on_ranks.complete:
                 self._finished(message.key, running)
 
+    def _batch_step(self, step: BatchStep) -> None:
+        """Handle the progress of all texts of a batch at once: it comes often."""
+        known = [(self.running[one.key], one) for one in step.of if one.key in self.running]
+        if not known:
+            return
+        self._heard_of(known[0][0].replica)
+        told = [self._tokens(running, one) for running, one in known]
+        self.notify(StepTokens(tuple(one for one in told if one is not None)))
+        if any(running.leaving for running, _ in known):
+            self.fill()
+
+    def _heard_of(self, replica: int) -> None:
+        silence = self.hang_detector.record_message(replica)
+        for size in {one.size for one in self._in_flight(replica)}:
+            self.patience.record(size, silence)
+
     def down(self, why: Failure) -> None:
         """Handle the loss of the ranks: queue their jobs again."""
         self.info = None
-        died, alone = not why.memory, self.in_flight == 1
+        self.metrics.no_caches()
+        alone = self.in_flight == 1
         for running in self.running.values():
+            # Fewer texts at a time do not help as with pictures: the one that is too large has to be found.
+            died = not why.memory or (running.used_up_memory and isinstance(running.request, PromptGroup))
             self.ends.again_or_never(running.job, why.text, died=died and not running.ahead, alone=alone)
         self.running.clear()
 
@@ -272,13 +297,13 @@ class Dispatcher:
             self._enters(replica)
 
     def _progress(self, running: Running, message: Progress) -> None:
-        took = running.progress(message.step, message.total)
         if message.made is not None:
-            if (tokens := self.texts.progress(running.job, message)) is not None:
+            if (tokens := self._tokens(running, message)) is not None:
                 self.notify(tokens)
             if running.leaving:
                 self.fill()
             return
+        took = running.progress(message.step, message.total)
         if took is not None:
             self.metrics.step(took)
         phase = "denoise" if message.step < message.total else "decode"
@@ -286,20 +311,24 @@ class Dispatcher:
         if running.leaving:
             self.fill()
 
+    def _tokens(self, running: Running, message: Progress) -> Tokens | None:
+        running.progress(message.step, message.total)
+        return self.texts.progress(running.job, message)
+
     def _finished(self, key: int, running: Running) -> None:
         together = self._most[running.replica]
         del self.running[key]
         first = running.on_ranks.first
-        output = first.output
-        if isinstance(output, GroupOutput) and output.error is None:
+        output, error = first.output, first.error
+        if isinstance(output, GroupOutput) and (error := error or output.error) is None:
             output = self.texts.whole(running.job.id, output)
         self.texts.forget(running.job.id)
         self._enters_next(running.replica)
         self.fill()  # the ranks continue while the result is written
         if first.cancelled:
             self.ends.end(running.job, "cancelled")
-        elif first.error is not None:
-            self.ends.end(running.job, "failed", error=failure("generation_failed", first.error))
+        elif error is not None:
+            self.ends.end(running.job, "failed", error=failure("generation_failed", error))
         elif isinstance(output, GroupOutput):
             self.ends.end(running.job, "completed", facts=stored_results(output))
             self.metrics.preemptions.inc(output.preemptions)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 if TYPE_CHECKING:
-    from shardit.engine.process.messages import RequestFinished
+    from shardit.engine.process.messages import CacheUse, RequestFinished
     from shardit.server.jobs.job import Job, State
     from shardit.server.supervisor.running import Running
 
@@ -43,6 +43,17 @@ class SupervisorMetrics:
         self.preemptions = Counter(
             "shardit_preemptions", "Times that a text gave up its cache for want of memory", registry=registry
         )
+        self.prompt_tokens = Counter("shardit_prompt_tokens", "Tokens of prompts, for each text", registry=registry)
+        self._hits = Counter(
+            "shardit_prefix_hits", "Prompts that began with the keys of an ended text", registry=registry
+        )
+        self._reused = Counter(
+            "shardit_prefix_tokens", "Tokens of prompts whose keys were not computed again", registry=registry
+        )
+        replica = ("replica",)
+        self._cache = Gauge("shardit_cache_bytes", "Keys and values, on a rank with most", replica, registry=registry)
+        self._cache_limit = Gauge("shardit_cache_limit_bytes", "Limit of these bytes", replica, registry=registry)
+        self._cache_share = Gauge("shardit_cache_share", "Share of the limit in use", replica, registry=registry)
         self._memory = Gauge(
             "shardit_rank_peak_bytes", "Peak memory since the rank last had nothing to do", ("rank",), registry=registry
         )
@@ -63,6 +74,20 @@ class SupervisorMetrics:
             self._memory.labels(rank).set(left.peak_bytes)
         if left.busy_s > 0:
             self._idle.labels(rank).set(min(1.0, left.waited_s / left.busy_s))
+
+    def caches(self, replica: int, use: CacheUse) -> None:
+        """Record the caches of a replica."""
+        self._cache.labels(replica).set(use.bytes)
+        if use.limit is not None:
+            self._cache_limit.labels(replica).set(use.limit)
+            self._cache_share.labels(replica).set(use.bytes / max(use.limit, 1))
+        self._hits.inc(use.hits)
+        self._reused.inc(use.reused_tokens)
+
+    def no_caches(self) -> None:
+        """Record that all caches are gone."""
+        for gauge in (self._cache, self._cache_limit, self._cache_share):
+            gauge.clear()
 
     def phases(self, running: Running) -> None:
         """Record the phases of a computed job."""

@@ -52,6 +52,8 @@ class Running:
     denoised: float | None = None
     """Time at which the last step was done."""
     cancelling: bool = False
+    used_up_memory: bool = False
+    """Whether a rank ran out of memory in it."""
     ahead: bool = False
     """Whether the ranks have it, but not yet a free slot for it."""
 

@@ -38,6 +38,8 @@ class Texts:
         made, logprobs = [list[int]() for _ in group.rows], [list[dict[int, float]]() for _ in group.rows]
         if known is not None:
             made, logprobs = known.made, known.logprobs
+        else:
+            self._metrics.prompt_tokens.inc(sum(len(row.prompt) for row in group.rows))
         self._texts[job.id] = _Text(made, logprobs)
         rows = [dataclasses.replace(row, made=tuple(own)) for row, own in zip(group.rows, made, strict=True)]
         return dataclasses.replace(group, rows=tuple(rows))

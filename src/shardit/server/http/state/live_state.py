@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.language.info import LanguageInfo
-from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, Tokens, Wake
+from shardit.server.messages import Changed, Measured, Ranks, Scrape, Step, StepTokens, Tokens, Wake
 
 Info = ModelInfo | LanguageInfo
 """Facts about a model."""
@@ -19,24 +19,33 @@ class Watch:
 
     def __init__(self, steps: bool) -> None:
         self.steps = steps
-        self._event = asyncio.Event()
+        self._rung = False
+        self._waiting: asyncio.Future[None] | None = None
         self._tokens: list[Tokens] = []
         self._changed = False
 
     async def news(self, timeout_s: float) -> None:
         """Return at the next change, at once if there was one since the last call, or after `timeout_s`."""
-        try:
-            await asyncio.wait_for(self._event.wait(), timeout_s)
-        except (TimeoutError, asyncio.TimeoutError):
-            self._changed = True  # a lost message would say so
-        self._event.clear()
+        if not self._rung:
+            # For each token of each text: `asyncio.wait_for` would make a task.
+            loop = asyncio.get_running_loop()
+            self._waiting = loop.create_future()
+            timer = loop.call_later(timeout_s, self.ring)  # a lost message would say that something has changed
+            try:
+                await self._waiting
+            finally:
+                timer.cancel()
+                self._waiting = None
+        self._rung = False
 
     def ring(self, tokens: Tokens | None = None, *, step: bool = False) -> None:
         """Signal a change, a step or new tokens."""
         if tokens is not None:
             self._tokens.append(tokens)
         self._changed = self._changed or not (step or tokens)
-        self._event.set()
+        self._rung = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def taken(self) -> list[Tokens]:
         """Return the tokens that have come since the last call."""
@@ -74,16 +83,18 @@ class LiveState:
         self._steps: dict[str, Step] = {}
         self._watches: dict[str, set[Watch]] = {}
         self._scrapes: set[asyncio.Future[bytes]] = set()
+        self._loaded = asyncio.Event()
 
     def deliver(self, message: object) -> None:
         """Handle a message from the supervisor."""
         if isinstance(message, Step):
             self._steps[message.job_id] = message
             self._ring(message.job_id, step=True)
-        elif isinstance(message, Tokens):
-            for watch in self._watches.get(message.job_id, ()):
-                if watch.steps:
-                    watch.ring(message)
+        elif isinstance(message, (Tokens, StepTokens)):
+            for tokens in message.of if isinstance(message, StepTokens) else (message,):
+                for watch in self._watches.get(tokens.job_id, ()):
+                    if watch.steps:
+                        watch.ring(tokens)
         elif isinstance(message, Changed):
             self._steps.pop(message.job_id, None)  # it has begun, ended or been put back: its steps are out of date
             self._ring(message.job_id)
@@ -107,6 +118,13 @@ class LiveState:
             foreseen = await asyncio.shield(self._foreseen)
             self.info = self.info or foreseen  # the ranks may have been faster, and know more
         return self.info
+
+    async def loaded(self) -> Info | None:
+        """Return `info` once it is known, from the ranks at the latest; None if the server is about to stop before."""
+        if (info := await self.known()) is None:
+            await self._loaded.wait()
+            info = self.info
+        return info
 
     def step(self, job_id: str) -> Step | None:
         """Return the last step of a job in progress."""
@@ -157,6 +175,8 @@ class LiveState:
             self.info = ranks.info
             if self._on_info is not None:
                 self._on_info(ranks.info)
+        if self.info is not None or self.stopping:
+            self._loaded.set()
         for job_id in list(self._watches) if another else ():  # new peaks of memory do not concern jobs
             self._ring(job_id)
 

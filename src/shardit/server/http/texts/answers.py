@@ -11,8 +11,9 @@ from pydantic import BaseModel, Field
 from shardit.language.request.outputs import CompletionChunk, CompletionOutput, RowResult, ended_by_token
 from shardit.server.http.texts.submit import Asked
 from shardit.server.http.texts.token_texts import TokenTexts
+from shardit.server.http.texts.tool_calls import Found, ToolCalls
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "tool_calls"]
 
 
 class Usage(BaseModel):
@@ -23,12 +24,28 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class CalledFunction(BaseModel):
+    """A function and its arguments, as JSON in a text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """An answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="Null where there are calls and no text.")
     refusal: None
+    tool_calls: list[ToolCall] = Field([], description="Only where there are calls.")
 
 
 class ChatChoice(BaseModel):
@@ -92,37 +109,65 @@ class Answers:
         }
         self._texts = TokenTexts(asked.batch.tokenizer)
         self._offsets = [0] * len(asked.batch.rows)
+        self._calls = [ToolCalls() for _ in asked.batch.rows] if asked.has_calls else None
 
     def whole(self, results: Sequence[RowResult]) -> dict[str, Any]:
         """Return the answer that is not streamed."""
         choices = []
         for index, result in enumerate(results):
             text = self.asked.batch.completion(index, result)
-            own = {"message": {"role": "assistant", "content": text.text, "refusal": None}}
+            own = {"text": self._echo(index) + text.text}
+            if self.asked.chat:
+                own = {"message": self._message(index, text.text)}
             choices.append(
                 {
                     "index": index,
-                    **(own if self.asked.chat else {"text": text.text}),
+                    **own,
                     "logprobs": self.logprobs(index, text.token_ids, text.logprobs, text),
-                    "finish_reason": text.finish_reason,
+                    "finish_reason": self._reason(index, text.finish_reason),
                 }
             )
         return {**self._head, "choices": choices, "usage": usage_of(self.asked, results)}
 
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if self._calls is None:
+            return message
+        found = self._calls[index].add(text, is_last=True)
+        calls = [{name: call[name] for name in ("id", "type", "function")} for call in found.calls]
+        return {**message, "content": found.text or None, "tool_calls": calls} if calls else message
+
+    def _reason(self, index: int, reason: str | None) -> str | None:
+        called = self._calls is not None and self._calls[index].count > 0
+        return "tool_calls" if called and reason == "stop" else reason
+
     def first(self) -> list[dict[str, Any]]:
-        """Return the chunks with which a stream begins: the roles."""
+        """Return the chunks with which a stream begins: the roles, or the prompts if they are repeated."""
+        rows = range(len(self.asked.batch.rows))
         if not self.asked.chat:
-            return []
-        return [self._chunk(n, {"role": "assistant", "content": ""}) for n in range(len(self.asked.batch.rows))]
+            return [self._chunk(n, self._echo(n)) for n in rows if self.asked.echo]
+        return [self._chunk(n, {"role": "assistant", "content": ""}) for n in rows]
+
+    def _echo(self, index: int) -> str:
+        return self.asked.echo[self.asked.batch.rows[index][0]] if self.asked.echo else ""
 
     def piece(
         self, chunk: CompletionChunk, tokens: Sequence[int], values: Sequence[Mapping[int, float]]
-    ) -> dict[str, Any]:
-        """Return a chunk with a piece of a text. tokens, values: log probabilities that go with it."""
-        index = self.asked.row_of(chunk)
+    ) -> dict[str, Any] | None:
+        """Return a chunk with a piece of a text; None if nothing is certain with it. tokens, values: log probabilities
+        that go with it."""
+        index, reason = self.asked.row_of(chunk), chunk.finish_reason
         shown = self.logprobs(index, tokens, values, chunk) if values else None
-        content = {"content": chunk.text} if chunk.text else {}
-        return self._chunk(index, content if self.asked.chat else chunk.text, shown, chunk.finish_reason)
+        if not self.asked.chat:
+            return self._chunk(index, chunk.text, shown, reason)
+        found = Found(chunk.text)
+        if self._calls is not None:
+            found = self._calls[index].add(chunk.text, is_last=reason is not None)
+        parts = {"content": found.text, "tool_calls": found.calls}
+        content = {name: part for name, part in parts.items() if part}
+        if not content and shown is None and reason is None:
+            return None
+        return self._chunk(index, content, shown, self._reason(index, reason))
 
     def last(self, results: Sequence[RowResult]) -> dict[str, Any]:
         """Return the chunk with the numbers of tokens."""

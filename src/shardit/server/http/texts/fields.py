@@ -40,11 +40,37 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(None, description="Changes nothing.")
 
 
+class JsonSchema(BaseModel):
+    """A schema with a name."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str | None = Field(None, description="Changes nothing.")
+    description: str | None = Field(None, description="Changes nothing; the model does not see it.")
+    strict: bool | None = Field(None, description="Changes nothing: a schema is always kept to.")
+    json_schema: dict[str, Any] = Field(alias="schema", description="A JSON schema that the text validates.")
+
+
 class ResponseFormat(BaseModel):
     """The form of a text."""
 
     model_config = ConfigDict(extra="forbid")
-    type: Literal["text"] = Field(description="Texts are free; schemas are not there yet.")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class NamedFunction(BaseModel):
+    """A function by its name."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+
+
+class NamedChoice(BaseModel):
+    """The function that an answer must call."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    function: NamedFunction
 
 
 NO_EFFECT: dict[str, Any] = {
@@ -54,7 +80,6 @@ NO_EFFECT: dict[str, Any] = {
     "metadata": dict[str, _Label],
     "store": Annotated[bool, Field()],
     "service_tier": Literal["auto", "default"],
-    "parallel_tool_calls": bool,
     "modalities": Annotated[list[Literal["text"]], Field(max_length=1)],
 }
 """OpenAI's fields that change nothing here, and what they may be."""
@@ -84,15 +109,18 @@ def text_fields() -> TextFields:
         "logprobs": _optional(bool, "Whether the answer has log probabilities of its tokens."),
         "top_logprobs": _optional(_between(0, MOST_LOGPROBS), "Also those of so many of the most likely tokens."),
         "tools": tools,
-        "tool_choice": _optional(Literal["none", "auto"], 'With "none" the model is not shown the tools.'),
-        "response_format": _optional(ResponseFormat, "The form of the text."),
+        "tool_choice": _optional(
+            Literal["none", "auto", "required"] | NamedChoice,
+            'With "none" the model is not shown the tools; with "required" or a function it must call one.',
+        ),
+        "parallel_tool_calls": _optional(bool, 'Whether an answer with tool_choice "required" may have several calls.'),
     }
     completion = {
         "prompt": (prompt, Field(description="A text, a list of texts, tokens, or a list of lists of tokens.")),
         "logprobs": _optional(_between(0, MOST_LOGPROBS), "Log probabilities of so many tokens for each token."),
         "best_of": _optional(_between(1, MOST_TEXTS), "As n; nothing else is possible."),
-        "echo": _optional(Annotated[bool, Field()], "Only false: the prompt is not repeated."),
-        "suffix": _optional(Literal[""], "Only null or empty."),
+        "echo": _optional(bool, "Whether a text begins with its prompt; not together with logprobs."),
+        "suffix": _optional(str, "Only null or empty: texts are continued, not filled in."),
     }
     tokenize = {
         "model": model,
@@ -128,6 +156,8 @@ def _sampling_fields() -> dict[str, Any]:
     fields["stop"] = _optional(
         _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)], "Texts that end a text and are not part of it."
     )
+    form = "As response_format, with the fields json, json_object, regex, choice or grammar of StructuredOutputsParams."
+    fields["structured_outputs"] = _optional(dict[str, Any], form)
     fields["stop_token_ids"] = _optional(list[Annotated[_Whole, Field(ge=0)]], "Tokens that end a text.")
     return fields
 
@@ -135,11 +165,19 @@ def _sampling_fields() -> dict[str, Any]:
 def _openai_fields() -> dict[str, Any]:
     bias: Any = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
     return {
+        "response_format": _optional(ResponseFormat, "The form of the text; the prompt should ask for it, too."),
         "stream": _optional(bool, "Whether pieces of the text come as server-sent events."),
         "stream_options": _optional(StreamOptions, "What a stream has besides texts."),
         "logit_bias": _optional(bias, "Numbers to add to the logits of tokens."),
         "priority": _optional(_between(-10, 10), "Each step is worth ten minutes of waiting."),
     }
+
+
+_AS_GIVEN = ("messages", "prompt", "tools", "response_format", "structured_outputs")
+"""Fields in which null has a meaning; they are checked in other places."""
+
+_BY_PATH = ("response_format", "stream_options")
+"""Fields that are objects: errors name what is wrong in them."""
 
 
 def check_fields(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,8 +190,7 @@ def check_fields(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str,
         checked = model.model_validate(dict(values), strict=True).model_dump(exclude_none=True)
     except ValidationError as error:
         raise _first_of(error) from None
-    # These are checked in other places, and null has a meaning in them.
-    return {name: values[name] if name in ("messages", "prompt", "tools") else checked[name] for name in checked}
+    return {name: values[name] if name in _AS_GIVEN else checked[name] for name in checked}
 
 
 def _first_of(error: ValidationError) -> ApiError:
@@ -164,10 +201,8 @@ def _first_of(error: ValidationError) -> ApiError:
     reasons = [item["msg"].removeprefix("Input ") for item in problems if item["loc"][:1] == (name,)]
     shown = repr(problems[0]["input"])
     shown = shown if len(shown) <= 100 else shown[:100] + " ..."
-    if name == "response_format":
-        text = 'response_format must be {"type": "text"}: schemas of answers are not there yet; leave it out'
-        return ApiError(400, text, code="unsupported_value", param=name)
-    text = f"{name} {' or '.join(dict.fromkeys(reasons))}, got {shown}"
+    path = ".".join(map(str, problems[0]["loc"])) if name in _BY_PATH else name
+    text = f"{path} {' or '.join(dict.fromkeys(reasons))}, got {shown}"
     return ApiError(400, text, code="invalid_value", param=name)
 
 

@@ -14,6 +14,7 @@ from shardit.language.request.messages import chat_tokens
 from shardit.language.request.prompts import check_tokens, tokens_of
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.server.http.schema.errors import ApiError, from_input_error
+from shardit.server.http.texts.forms import form_of
 
 MOST_PROMPTS = 128
 _SAMPLING = [item.name for item in dataclasses.fields(SamplingParams) if item.name not in ("seed", "logprobs")]
@@ -28,6 +29,7 @@ def sampling_of(
     ApiError."""
     given = {name: values[name] for name in _SAMPLING if name in values}
     given["stop"] = given.get("stop") or None
+    given["structured_outputs"] = form_of(values)
     given["logit_bias"] = {int(token): value for token, value in (values.get("logit_bias") or {}).items()} or None
     try:
         params = SamplingParams(**{**recommended(info.defaults), "max_tokens": most, **given, "logprobs": logprobs})
@@ -65,7 +67,7 @@ def _plain(message: Any, where: str) -> Any:
         kept["content"] = "".join(_text_of(part, f"{where}.content[{number}]") for number, part in enumerate(content))
     if isinstance(calls := kept.get("tool_calls"), list):
         kept["tool_calls"] = [_with_arguments(one, f"{where}.tool_calls[{number}]") for number, one in enumerate(calls)]
-        kept.setdefault("content", None)
+        kept["content"] = kept.get("content") or ""  # templates add texts to it, or look whether it is empty
     return kept
 
 
@@ -106,6 +108,15 @@ def text_prompts(tokenizer: Any, prompt: Any, vocabulary: int) -> list[list[int]
         return [list(tokens_of(one, tokenizer, vocabulary)[1]) for one in map(_checked_prompt, prompts)]
     except InputError as error:
         raise ApiError(400, _of_prompt(str(error)), code="invalid_value", param="prompt") from error
+
+
+def prompt_texts(tokenizer: Any, prompt: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """Return the texts of prompts: as they were given, or those of their tokens."""
+    given = [prompt] if isinstance(prompt, str) else prompt
+    if all(isinstance(one, str) for one in given):
+        return list(given)
+    decode = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [tokenizer.decode(tokens, **decode) for tokens in prompts]
 
 
 def _is_token(value: Any) -> bool:

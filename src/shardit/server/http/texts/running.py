@@ -37,6 +37,8 @@ class TextJob:
         self._stack = ExitStack()
         self._watch = self._stack.enter_context(context.live_state.watching(asked.new.id, steps=asked.stream))
         self._pieces = Pieces(asked.batch)
+        self._found: list[CompletionChunk | None] = []
+        self._take = self._pieces.takes([list(range(len(asked.batch.rows)))], self._found.append)
         self._logprobs: list[list[dict[int, float]]] = [[] for _ in asked.batch.rows]
         self._given = [0] * len(asked.batch.rows)
         self.finished: list[RowResult] = []
@@ -63,9 +65,8 @@ class TextJob:
         gone.add_done_callback(lambda _: self._watch.ring())
         try:
             while True:
-                for one in self._watch.taken():
-                    if found := self._read(one):
-                        yield found
+                if found := self._read(self._watch.taken()):
+                    yield found
                 job = await self._changed_job()
                 if job is not None and job.ended:
                     break
@@ -73,9 +74,8 @@ class TextJob:
                 yield []
         finally:
             gone.cancel()
-        for one in self._watch.taken():
-            if found := self._read(one):
-                yield found
+        if found := self._read(self._watch.taken()):
+            yield found
         check_completed(job)
         self.finished = results_of(job.facts)
         yield await self.run(self._pieces.rest, self.finished)
@@ -112,13 +112,15 @@ class TextJob:
         if gone.done():
             raise ClientGone
 
-    def _read(self, tokens: Tokens) -> list[CompletionChunk]:
-        found: list[CompletionChunk | None] = []
-        for row, values in enumerate(tokens.logprobs or ()):
-            if values is not None:
-                self._logprobs[row].append(values)
-        self._pieces.takes([list(range(len(tokens.made)))], found.append)(0, 0, 0, tokens.made)
-        return [one for one in found if one is not None]
+    def _read(self, steps: Sequence[Tokens]) -> list[CompletionChunk]:
+        for tokens in steps:
+            for row, values in enumerate(tokens.logprobs or ()):
+                if values is not None:
+                    self._logprobs[row].append(values)
+            self._take(0, 0, 0, tokens.made)
+        found = [one for one in self._found if one is not None]
+        self._found.clear()
+        return found
 
     def close(self) -> None:
         """Stop following the job and delete it; one that runs is cancelled."""

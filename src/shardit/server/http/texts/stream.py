@@ -42,9 +42,9 @@ async def events(job: TextJob, answers: Answers) -> AsyncIterator[bytes]:
         for first in answers.first():
             yield _event(first)
         async for chunks in job.chunks():
-            for chunk in chunks:
-                yield _event(answers.piece(chunk, *job.logprobs_of(chunk)))
-            if chunks:
+            pieces = [answers.piece(chunk, *job.logprobs_of(chunk)) for chunk in chunks]
+            if sent := b"".join(_event(piece) for piece in pieces if piece is not None):
+                yield sent
                 spoke = time.monotonic()
             elif time.monotonic() - spoke >= HEARTBEAT_S:
                 spoke = time.monotonic()

@@ -15,14 +15,23 @@ from shardit.language.request.outputs import CompletionChunk
 from shardit.language.request.prompt_batch import PromptBatch
 from shardit.language.request.sampling_params import SamplingParams
 from shardit.params import RANDOM_SEED, seed_or_drawn
-from shardit.server.http.schema.errors import ApiError, from_input_error
+from shardit.server.http.schema.errors import ApiError, busy, from_input_error
 from shardit.server.http.state.context import Context
 from shardit.server.http.submit.body import read_json
 from shardit.server.http.submit.resolve import check_model
-from shardit.server.http.submit.submit import check_open, not_known, owner
+from shardit.server.http.submit.submit import check_open, owner
 from shardit.server.http.texts.fields import MOST_TEXTS, check_fields
-from shardit.server.http.texts.prompts import chat_prompt, check_length, notes_of, sampling_of, text_prompts
+from shardit.server.http.texts.forms import check_form_of
+from shardit.server.http.texts.prompts import (
+    chat_prompt,
+    check_length,
+    notes_of,
+    prompt_texts,
+    sampling_of,
+    text_prompts,
+)
 from shardit.server.http.texts.text_model import TextModel
+from shardit.server.http.texts.tools import has_calls
 from shardit.server.jobs.job import NewJob, new_id
 from shardit.server.jobs.text_request import rows_of_prompts, stored_request
 
@@ -41,6 +50,10 @@ class Asked:
     with_usage: bool
     logprobs: int | None
     chat: bool
+    has_calls: bool = False
+    """Whether calls of tools are looked for in the texts."""
+    echo: Sequence[str] = ()
+    """The texts of the prompts, if texts begin with these."""
     notes: Sequence[str] = ()
     """What differs from what was asked."""
 
@@ -64,10 +77,11 @@ async def read_fields(request: Request, context: Context, model: type[BaseModel]
 
 
 async def facts(context: Context) -> LanguageInfo:
-    """Return the facts about the model. Raises ApiError while they are not known."""
-    info = await context.live_state.known()
+    """Return the facts about the model, once they are known: its files may not state them, so the request waits until
+    the ranks have loaded it. Raises ApiError if the server ends before."""
+    info = await context.live_state.loaded()
     if not isinstance(info, LanguageInfo):
-        raise not_known()
+        raise busy("the server is about to end; send the request again later", 5, "stopping")
     return info
 
 
@@ -80,11 +94,7 @@ def texts_of(context: Context) -> TextModel:
 async def ask_completion(request: Request, context: Context) -> Asked:
     """Read and check a request to continue prompts. Raises ApiError."""
     values = await read_fields(request, context, context.text_fields.completion)
-    if values.get("echo"):
-        raise ApiError(400, "echo must be false: the prompt is not repeated", code="unsupported_value", param="echo")
-    if values.get("best_of", values.get("n", 1)) != values.get("n", 1):
-        text = "best_of must be as n, since texts are not ranked; leave it out"
-        raise ApiError(400, text, code="unsupported_value", param="best_of")
+    _check_completion(values)
     info, logprobs = await facts(context), values.get("logprobs")
     params = sampling_of(values, info, logprobs, _COMPLETION_TOKENS)
 
@@ -92,6 +102,18 @@ async def ask_completion(request: Request, context: Context) -> Asked:
         return text_prompts(tokenizer, values["prompt"], info.vocabulary)
 
     return await _asked(request, context, values, params, read, chat=False)
+
+
+def _check_completion(values: Mapping[str, Any]) -> None:
+    name, problem = "", ""
+    if values.get("echo") and "logprobs" in values:
+        name, problem = "echo", "does not go with logprobs: there are none of prompts; leave one of them out"
+    elif values.get("suffix"):
+        name, problem = "suffix", "must be empty: texts are continued, not filled in; leave it out"
+    elif values.get("best_of", values.get("n", 1)) != values.get("n", 1):
+        name, problem = "best_of", "must be as n, since texts are not ranked; leave it out"
+    if problem:
+        raise ApiError(400, f"{name} {problem}", code="unsupported_value", param=name)
 
 
 async def ask_chat(request: Request, context: Context) -> Asked:
@@ -129,6 +151,7 @@ async def _asked(
         raise ApiError(400, text, code="invalid_value", param="n")
     limit = context.options.language.max_model_len or info.max_model_len
     check_length(prompts, limit, "messages" if chat else "prompt")
+    await texts.run(check_form_of, params.structured_outputs, values, tokenizer)
     given = values.get("seed", RANDOM_SEED)
     seeds = [seed_or_drawn(None if given == RANDOM_SEED else given) for _ in prompts]
     stored = stored_request(prompts, params, seeds, limit)
@@ -149,4 +172,6 @@ async def _asked(
     batch = PromptBatch(tokenizer, [(None, tuple(tokens)) for tokens in prompts], rows)
     with_usage = bool(values.get("stream_options", {}).get("include_usage"))
     notes = notes_of(tokenizer, values)
-    return Asked(new, batch, bool(values.get("stream")), with_usage, params.logprobs, chat, notes)
+    echo = await texts.run(prompt_texts, tokenizer, values["prompt"], prompts) if values.get("echo") else ()
+    flags = {"with_usage": with_usage, "chat": chat, "has_calls": has_calls(values, tokenizer)}
+    return Asked(new, batch, bool(values.get("stream")), logprobs=params.logprobs, echo=echo, notes=notes, **flags)

@@ -1,0 +1,1 @@
+"""Grammars of texts: which tokens may come next, by llguidance."""

@@ -28,8 +28,8 @@ def gradients(rank: int, size: int, method: str, name: str, count: int = 4, **op
 def one_step(chosen: Task, count: int, options: dict[str, Any]) -> dict[str, Any]:
     """Compare one step with one rank."""
     plain, model = chosen.build(), chosen.build()
+    expected = accumulate(plain, chosen.loss, [chosen.batch(number, False) for number in range(count)])
     batches = [chosen.batch(number, False) for number in range(count)]
-    expected = accumulate(plain, chosen.loss, batches)
     staged = training.stages(model, chosen.loss, plan=chosen.plan, timeout_s=30, **options)
     value = staged.step(batches)
     largest, compared, only = worst(staged.named_parameters(), plain)

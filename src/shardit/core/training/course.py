@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -100,5 +99,6 @@ class Course:
 
     def digest(self) -> str:
         """Return a hash for the comparison between ranks."""
-        text: Any = (self.sites, self.segments, self.owners, self.cuts, self.draws, self.plain_calls)
+        blocks = tuple(site.block for site in self.sites)
+        text = (blocks, self.segments, self.owners, self.cuts, self.draws, self.plain_calls)
         return hashlib.sha256(repr(text).encode()).hexdigest()

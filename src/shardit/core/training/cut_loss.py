@@ -14,7 +14,7 @@ from shardit.core.modules.blocks import CutModel, drop_blocks
 from shardit.core.modules.hints import Plan
 from shardit.core.plans.call_plan import segments_of
 from shardit.core.runtime.flat_call import FlatCall, modes
-from shardit.core.runtime.randomness import generators_kept, seed_all, torch_states
+from shardit.core.runtime.randomness import generators_kept, torch_states
 from shardit.core.training.course import Course
 from shardit.core.training.holdings import Holdings
 from shardit.core.training.liveness import Liveness
@@ -83,15 +83,13 @@ class CutLoss:
 
     def _alone(self, data: StepData) -> torch.Tensor:
         for number, batch in enumerate(data.batches):
-            seed_all(data.seeds[number])
-            loss = self.loss(self.cut.model, batch) * data.factors[number]
+            loss = self.run.fresh(batch, data.seeds[number]) * data.factors[number]
             loss.backward()
             data.losses[number] = loss.detach().reshape(())
         return _sum(data, self.comm.group.device)
 
     def _plain_results(self, batch: Any, seed: int) -> list[Any]:
-        seed_all(seed)
-        return self.run.plain.collect(lambda: self.loss(self.cut.model, batch))
+        return self.run.plain.collect(lambda: self.run.fresh(batch, seed))
 
     def _schedules(self, batch: Any, seed: int) -> Schedules:
         """Return the schedules of the losses like that of a micro-batch; watch it if it is the first one."""
@@ -126,9 +124,8 @@ class CutLoss:
 
     def _watch(self, batch: Any, seed: int, call: FlatCall) -> tuple[Course, set[int]]:
         watched = WatchedLoss(self.cut, self.comm)
-        seed_all(seed)
         with self.run.plain.recorded(lambda: bool(watched.trace.sites)) as plain:
-            loss = watched.watch_loss(lambda: self.loss(self.cut.model, batch), call)
+            loss = watched.watch_loss(lambda: self.run.fresh(batch, seed), call)
         self._settle(watched)
         course = self._course(watched, watched.trace.number(loss), len(plain))
         if len(set(self.comm.group.gather_objects(course.digest()))) > 1:

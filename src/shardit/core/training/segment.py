@@ -49,8 +49,13 @@ class LossRun:
     def call(self, number: int) -> torch.Tensor:
         """Run the loss of one micro-batch of the step with its own random numbers."""
         assert self.step is not None
-        seed_all(self.step.seeds[number])
-        return self.loss(self.cut.model, self.step.batches[number])
+        return self.fresh(self.step.batches[number], self.step.seeds[number])
+
+    def fresh(self, batch: Any, seed: int) -> torch.Tensor:
+        """Run the loss with the random numbers of a seed, on lists and dicts of its own: a forward may empty them."""
+        seed_all(seed)
+        leaves, spec = tree_flatten(batch)
+        return self.loss(self.cut.model, tree_unflatten(leaves, spec))
 
 
 class Segment(nn.Module):

@@ -42,3 +42,12 @@ def one_step(chosen: Task, count: int, options: dict[str, Any]) -> dict[str, Any
         "held": held,
         "of": sum(1 for _ in plain.parameters()),
     }
+
+
+def cases_right(rank: int, size: int, method: str, names: list[str], **options: Any) -> dict[str, Any]:
+    """Compare one step of each case with one rank."""
+    from tests.training.cases import cases
+
+    join(rank, size, method)
+    known = cases()
+    return {name: one_step(known[name], 3, {"pipeline_parallel_size": size, **options}) for name in names}

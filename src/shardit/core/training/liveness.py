@@ -19,7 +19,8 @@ class Liveness:
     """The storages that are live across each cut.
 
     looks: layouts at handles. learns: whether each call site has a block with trainable parameters. home: segment of
-    the last write to a storage. born: the event that created a storage with data of a block. rewrites: segments of
+    the last write to a storage. born: storages that code outside blocks or a block created with data of a block. early:
+    storages that a receiver needs before the cut, since its code makes others of them again. rewrites: segments of
     later writes, and whether a block made them. grads: storages that may require a gradient.
     """
 
@@ -29,7 +30,7 @@ class Liveness:
     learns: list[bool]
     grads: set[int]
     home: dict[int, int] = field(default_factory=dict)
-    born: dict[int, int] = field(default_factory=dict)
+    born: set[int] = field(default_factory=set)
     rewrites: dict[int, list[tuple[int, bool]]] = field(default_factory=dict)
     live: list[dict[int, None]] = field(default_factory=list)
     early: set[int] = field(default_factory=set)
@@ -41,25 +42,21 @@ class Liveness:
         segment_of = [k for k, (first, last) in enumerate(self.segments) for _ in range(first, last + 1)]
         end = Event(len(segment_of), (loss,), (), True)
         seen: set[int] = set(self.trace.inputs)
-        for number, event in enumerate([*self.trace.events, end]):
+        for event in [*self.trace.events, end]:
             outside = event.after == 0 and not event.block
-            self._follow(number, event, -1 if outside else segment_of[min(event.after, len(segment_of) - 1)], seen)
+            self._follow(event, -1 if outside else segment_of[min(event.after, len(segment_of) - 1)], seen)
             seen.update(event.reads, event.writes)
-        found: list[dict[int, list[Carried]]] = [{} for _ in self.live]
-        for k in reversed(range(len(self.live))):
-            todo = list(self.live[k])
-            while todo:  # what is made again on the receiver adds its ingredients
-                storage = todo.pop()
-                if storage not in found[k]:
-                    found[k][storage] = self._items(storage, k)
-                    todo += [one for one in self.live[k] if one not in found[k]]
+        found: list[dict[int, list[Carried]]] = []
+        wanted = -1
+        while wanted != (wanted := len(self.early) + sum(map(len, self.live))):  # what is made again adds ingredients
+            found = [{s: self._items(s, k) for s in sorted(of)} for k, of in enumerate([dict(of) for of in self.live])]
         for k, items in enumerate(found):
-            late = [s for s, of in items.items() if s in self.early and any(item.late for item in of)]
-            if late:
-                raise self._refusal(late[0], k)
+            wrong = [s for s, of in items.items() if s in self.early and (s in self.rewrites or any(i.late for i in of))]
+            if wrong:
+                raise self._refusal(wrong[0], k)
         return tuple(tuple(item for storage in sorted(of) for item in of[storage]) for of in found)
 
-    def _follow(self, number: int, event: Event, segment: int, seen: set[int]) -> None:
+    def _follow(self, event: Event, segment: int, seen: set[int]) -> None:
         """Take one event in: what it reads is live from its last write on."""
         for storage in event.reads:
             if storage in self.home:
@@ -70,7 +67,7 @@ class Liveness:
             if storage in seen:
                 self.rewrites.setdefault(storage, []).append((segment, event.block))
             else:
-                self.born[storage] = number
+                self.born.add(storage)
                 self._ingredients[storage] = {one: self.home[one] for one in event.reads if one in self.home}
             self.home[storage] = segment
 
@@ -90,10 +87,11 @@ class Liveness:
                 raise self._refusal(storage, k)
             late = any(segment <= k and not block for segment, block in rewrites)
             return [self._item(one, storage, late, rewritten) for one in sorted(views.values(), key=_place)]
+        again = not rewrites and storage in self.born
         whole = [one for one in handles if self.looks[one].is_whole]
-        if whole:
+        if whole and not (again and storage in self.early):
             return [self._item(whole[0], storage, True, rewritten)]
-        if rewrites or storage not in self.born:
+        if not again:
             raise self._refusal(storage, k)
         for one, start in self._ingredients[storage].items():
             self.early.add(one)

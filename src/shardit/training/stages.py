@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from shardit.core.training.schedules import NAMES
 from shardit.core.training.segment import StepData
 from shardit.errors import InputError, UnsupportedError
 from shardit.training.plan_step import StepPlan, plan_step
+from shardit.training.save import save_model
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -142,6 +144,21 @@ class Stages:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale.to(parameter.grad.dtype))
         return norm.float()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the model as one ordinary folder of its library, with original names; a model with an adapter of peft
+        as one LoRA file. The first rank writes it, under another name until it is complete.
+
+        Raises InputError on all ranks where it cannot be written.
+        """
+        problem = None
+        if self.mesh.coords["dp"] == 0:
+            problem = save_model(self.model, self.cut_loss, Path(folder))
+        replicas = self.mesh.axes.get("dp")
+        if replicas is not None:
+            problem = replicas.broadcast_object(problem, 0)
+        if problem is not None:
+            raise InputError(problem)
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad and not p.is_meta]

@@ -17,12 +17,14 @@ class Holdings:
     """The parameters of one stage.
 
     own: those that this stage has, by name; tied ones once. shared: those that several stages have, by name, on meta
-    where this stage is none of them. owner: the first stage that has each parameter.
+    where this stage is none of them. owner: the first stage that has each parameter. ties: further names of parameters,
+    and their first ones.
     """
 
     own: dict[str, nn.Parameter]
     shared: dict[str, nn.Parameter]
     owner: dict[str, int]
+    ties: dict[str, str]
 
     @staticmethod
     def of(cut: CutModel, rank: int, size: int, replicate: Iterable[str]) -> Holdings:
@@ -39,6 +41,8 @@ class Holdings:
             stages_of[id(parameter)] = set(everywhere)
         named = dict(cut.model.named_parameters())
         stages = {name: stages_of[id(parameter)] for name, parameter in named.items()}
+        first = {id(parameter): name for name, parameter in named.items()}
+        every = cut.model.named_parameters(remove_duplicate=False)
         return Holdings(
             {name: parameter for name, parameter in named.items() if rank in stages[name]},
             {
@@ -47,6 +51,7 @@ class Holdings:
                 if len(stages[name]) > 1 and parameter.requires_grad
             },
             {name: min(of) for name, of in stages.items()},
+            {name: first[id(parameter)] for name, parameter in every if name not in named},
         )
 
     def trainable(self) -> list[nn.Parameter]:

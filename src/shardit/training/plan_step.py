@@ -28,17 +28,19 @@ class StepPlan:
     seeds: list[int]
 
 
-def plan_step(micro_batches: Sequence[Any], weights: Any, mesh: Mesh) -> StepPlan:
-    """Compare what the stages were given, and count over the replicas. Collective; raises InputError on all ranks."""
+def plan_step(micro_batches: Sequence[Any], weights: Any, mesh: Mesh, state: Any) -> StepPlan:
+    """Compare what the stages were given and their `state`, and count over the replicas. Collective; raises InputError
+    on all ranks."""
     problem, batches, numbers = _checked(micro_batches, weights)
     base = int(torch.randint(_SEEDS, ()))
-    mine = {"problem": problem, "base": base, **_digests(batches, numbers)}
+    mine = {"problem": problem, "base": base, "batches": _digests(batches, numbers), "state": state}
     of_stages = mesh.pipeline.gather_objects(mine)
-    for one in of_stages:
-        problem = problem or one["problem"]
-        if problem is None and {**one, "base": 0} != {**mine, "base": 0}:
-            problem = "stages were given different micro-batches: give all ranks of a replica the same"
     base = of_stages[0]["base"]
+    problem = next((one["problem"] for one in of_stages if one["problem"]), None)
+    if problem is None and any(one["batches"] != mine["batches"] for one in of_stages):
+        problem = "stages were given different micro-batches: give all ranks of a replica the same"
+    if problem is None and any(one["state"] != state for one in of_stages):
+        problem = "stages differ in train() or eval(), requires_grad or autocast: set them alike on all ranks"
     replicas = mesh.axes.get("dp")
     summary = (problem, base, len(batches), math.fsum(numbers))
     everyone = replicas.gather_objects(summary) if replicas is not None else [summary]
@@ -74,5 +76,5 @@ def _checked(micro_batches: Any, weights: Any) -> tuple[str | None, list[Any], l
     return None, batches, numbers
 
 
-def _digests(batches: list[Any], weights: list[float]) -> dict[str, Any]:
-    return {"batches": digests(dict(zip(map(str, range(len(batches))), batches, strict=True))), "weights": weights}
+def _digests(batches: list[Any], weights: list[float]) -> Any:
+    return digests(dict(zip(map(str, range(len(batches))), batches, strict=True))), weights

@@ -117,7 +117,7 @@ class Stages:
         Stages get the same micro-batches, replicas their own; the mean is over those of all replicas, by `weights`
         (say, numbers of tokens) if they are given. A micro-batch of weight 0 is left out.
         """
-        planned = plan_step(micro_batches, weights, self.mesh)
+        planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state())
         trainable = self._trainable()
         before = self._take_gradients(trainable)
         with generators_kept(self.mesh.device), torch.enable_grad():

@@ -94,7 +94,7 @@ class CutLoss:
     def _schedules(self, batch: Any, seed: int) -> Schedules:
         """Return the schedules of the losses like that of a micro-batch; watch it if it is the first one."""
         call = FlatCall.of((batch,), {})
-        key = call.signature(self._state())
+        key = call.signature(self.state())
         found = self.known.get((key, self._contents(key, call)))
         if found is not None:
             return found
@@ -110,11 +110,11 @@ class CutLoss:
         self.known[key, self._contents(key, call)] = found
         return found
 
-    def _state(self) -> Any:
-        """Return the state of the model and of torch on which a course depends."""
+    def state(self) -> Any:
+        """Return the state of the model and of torch on which a course depends, the same on every stage."""
         model = self.cut.model
-        flags = bytes(module.training for module in model.modules())
-        return flags, bytes(p.requires_grad for p in model.parameters()), modes()
+        every = model.named_parameters(remove_duplicate=False)  # tied ones are apart where a stage has none of them
+        return bytes(m.training for m in model.modules()), bytes(p.requires_grad for _, p in every), modes()
 
     def _contents(self, key: Any, call: FlatCall) -> bytes:
         digest = hashlib.blake2b(digest_size=16)

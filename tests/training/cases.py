@@ -113,6 +113,9 @@ class Odd(nn.Module):
         h, kept = self.embed(x), []
         for number, block in enumerate(self.blocks):
             h = self._block(block, h)
+            if self.odd == "numpy":
+                kept.append(torch.from_numpy(h.detach().numpy().copy()))
+                continue
             if self.odd == "in place":
                 h += 0.5 * x
                 h.mul_(1.1)
@@ -124,7 +127,7 @@ class Odd(nn.Module):
                 h = h.transpose(0, 1) * 1.1
                 h = h.transpose(0, 1)
             kept.append(h if self.odd != "made between" or number else h.sin())
-        if self.odd == "passes through":
+        if self.odd in ("passes through", "numpy"):
             return self.head(h + kept[0] * 0.3 + kept[1])
         if self.odd == "made between":
             return self.head(h + kept[0])
@@ -182,6 +185,7 @@ def cases() -> dict[str, Task]:
         "dropout, checkpointing": _changed(_dropping_and_checkpointed, base, loss=_seeded(base.loss)),
         "teacher": replace(base, loss=_with_teacher),
         "tied embedding": tied,
+        "two calls": replace(odd("plain"), loss=lambda model, x: (model(x) ** 2).mean() + model(-x).sin().mean()),
         **{name: odd(name) for name in ODD},
     }
 

@@ -42,9 +42,11 @@ class TracedCall:
     drawn: the states of the generators at the first block call.
     """
 
-    def __init__(self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None):
+    def __init__(
+        self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None, trace: Trace | None = None
+    ):
         self.cut, self.owners, self.blocks, self.comm = cut, cut.owners, cut.blocks, comm
-        self.trace = Trace()
+        self.trace = Trace() if trace is None else trace
         self.watch = Watch(self.trace, self._fetch)
         self._inner = inner_tensors(cut.model, cut.blocks)
         self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

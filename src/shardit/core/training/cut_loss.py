@@ -15,6 +15,7 @@ from shardit.core.modules.hints import Plan
 from shardit.core.plans.call_plan import segments_of
 from shardit.core.runtime.flat_call import FlatCall, modes
 from shardit.core.runtime.randomness import generators_kept, torch_states
+from shardit.core.training.check import check_course
 from shardit.core.training.course import Course
 from shardit.core.training.holdings import Holdings
 from shardit.core.training.liveness import Liveness
@@ -46,6 +47,7 @@ class CutLoss:
     run: LossRun = field(init=False)
     _deciding: dict[Any, tuple[int, ...]] = field(default_factory=dict)
     _held: Holdings | None = None
+    _checked: set[Any] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         plain, device = PlainCalls(self.cut, self.comm), self.comm.group.device
@@ -130,6 +132,10 @@ class CutLoss:
         course = self._course(watched, watched.trace.number(loss), len(plain))
         if len(set(self.comm.group.gather_objects(course.digest()))) > 1:
             raise UnsupportedError("ranks found different cuts: the loss does not do the same on every rank")
+        kind = call.mode_key(self.state()), tuple(site.block for site in course.sites)
+        if kind not in self._checked:
+            check_course(self.run, course, self.comm, StepData([batch], [1.0], [seed], {0: plain}), loss.detach())
+            self._checked.add(kind)
         return course, watched.trace.deciding
 
     def _settle(self, watched: WatchedLoss) -> None:

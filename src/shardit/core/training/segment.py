@@ -59,10 +59,12 @@ class LossRun:
 
 
 class Segment(nn.Module):
-    """Segment number `number` of the losses of one course."""
+    """Segment number `number` of the losses of one course. blank: the content of placeholders; zeros, since a NaN
+    times zero is a NaN in a backward."""
 
-    def __init__(self, run: LossRun, course: Course, number: int):
+    def __init__(self, run: LossRun, course: Course, number: int, blank: float = 0.0):
         super().__init__()
+        self.blank = blank
         self.run, self.course, self.number = run, course, number
         self.first, self.last = course.segments[number]
         self.into = course.cuts[number - 1] if number else ()
@@ -156,9 +158,13 @@ class Segment(nn.Module):
             elif shape in alike:
                 leaves.append(alike[shape])
             else:
-                blank = torch.empty_strided(leaf.size, leaf.stride, dtype=leaf.dtype, device=self.run.device).zero_()
-                leaves.append(alike.setdefault(shape, blank))
+                leaves.append(alike.setdefault(shape, self._blank(leaf)))
         return leaves
+
+    def _blank(self, leaf: Leaf) -> torch.Tensor:
+        assert leaf.dtype is not None
+        blank = torch.empty_strided(leaf.size, leaf.stride, dtype=leaf.dtype, device=self.run.device)
+        return blank.fill_(self.blank) if leaf.dtype.is_floating_point else blank.zero_()
 
     def _place(self) -> None:
         """At the cut: write late tensors over the content of the tensors at their addresses, set the generators."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +12,29 @@ from torch.utils._pytree import tree_flatten
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.blocks import CutModel
 from shardit.core.plans.call_plan import Address
+from shardit.core.plans.trace import Trace
 from shardit.core.plans.traced_call import TracedCall
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.randomness import any_moved, torch_states
 from shardit.core.training.course import Look
 from shardit.errors import InputError, UnsupportedError
+
+
+@dataclass
+class LossTrace(Trace):
+    """The events of a loss. decided: what was read on the host, after how many block calls."""
+
+    decided: list[tuple[int, str]] = field(default_factory=list)
+
+    def reads_on_host(self, what: str) -> None:
+        """Note it: after the last block there is one stage that does anything next."""
+        self.decided.append((len(self.sites), what))
+
+    def refuse_decisions(self) -> None:
+        """Raise UnsupportedError where code between blocks depends on values that one stage alone has."""
+        for after, what in self.decided:
+            if after < len(self.sites):
+                super().reads_on_host(what)
 
 
 class WatchedLoss(TracedCall):
@@ -26,7 +45,8 @@ class WatchedLoss(TracedCall):
     """
 
     def __init__(self, cut: CutModel, comm: Comm):
-        super().__init__(cut, comm)
+        self.seen = LossTrace()
+        super().__init__(cut, comm, trace=self.seen)
         self.looks: dict[Address, Look] = {}
         self.outside: list[str] = []
         self.drawing: list[int] = []
@@ -35,6 +55,7 @@ class WatchedLoss(TracedCall):
     def watch_loss(self, loss: Callable[[], Any], call: FlatCall) -> torch.Tensor:
         """Run the loss; return it, the same on every rank. Collective."""
         out = self._follow(lambda *_: loss(), call, gradients=True)
+        self.seen.refuse_decisions()
         torch.clear_autocast_cache()  # holds weights that were cast without gradients
         if not isinstance(out, torch.Tensor) or out.numel() != 1 or not out.is_floating_point():
             shape = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__

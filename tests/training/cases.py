@@ -1,4 +1,4 @@
-"""What training meets beside plain models: dropout, checkpointing, adapters, writes in place, teachers and their like."""
+"""What training meets beside plain models: dropout, checkpointing, adapters, writes in place, teachers."""
 
 from __future__ import annotations
 

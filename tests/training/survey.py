@@ -1,7 +1,7 @@
 """Survey of gradients over two stages: every class of diffusers that the survey of calls has, 1F1B.
 
-`python -m tests.training.survey [NAME ...]` prints a line for each class, and the totals. NAME: a class of diffusers, or
-a family of causal language models.
+`python -m tests.training.survey [NAME ...]` prints a line for each class, and the totals. NAME: a class of diffusers,
+or a family of causal language models.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def check(of_ranks: list[dict[str, Any]], expected: int) -> None:
         for rank, found in enumerate(of_ranks):
             got = found[name]
             assert not got["only"], (name, rank, got["only"][:3])
-            assert got["worst"] < CLOSE and got["loss"] < CLOSE, (name, rank, got)
+            assert max(got["worst"], got["loss"]) < CLOSE, (name, rank, got)
             assert got["held"] < got["of"], (name, rank, "no stage may have the whole model")
         assert sum(found[name]["compared"] for found in of_ranks) > 0
 
@@ -101,7 +101,8 @@ def several_steps(rank: int, size: int, method: str) -> list[float]:
         expected = accumulate(plain, chosen.loss, batches, weights)
         found.append(abs(float(staged.step(batches, weights)) - expected) / abs(expected))
         largest, compared, only = worst(staged.named_parameters(), plain)
-        assert compared and not only
+        assert compared
+        assert not only
         found.append(largest)
     return found
 
@@ -130,7 +131,8 @@ def empty(rank: int, size: int, method: str) -> tuple[float, list[float]]:
 
 def test_micro_batches_of_weight_zero_give_no_nan() -> None:
     for value, zeros in run_ranks(2, empty, timeout=120):
-        assert value == value and set(zeros) == {0.0}
+        assert value == value
+        assert set(zeros) == {0.0}
 
 
 def curve(rank: int, size: int, method: str, steps: int) -> tuple[list[float], list[float]]:

@@ -77,7 +77,8 @@ def refusals(rank: int, size: int, method: str) -> dict[str, str]:
 def test_what_cannot_be_right_is_refused() -> None:
     for found in run_ranks(2, refusals, timeout=120):
         for name, (_, part) in cases().items():
-            assert part in found[name] and "\n" not in found[name], (name, found[name])
+            assert part in found[name], (name, found[name])
+            assert "\n" not in found[name]
 
 
 def late_order(rank: int, size: int, method: str, refused: bool, make: Callable[[], Task]) -> str:

@@ -22,9 +22,7 @@ def replicated(rank: int, size: int, method: str, stages: int) -> list[float]:
     chosen = task("llama")
     plain, model = chosen.build(), chosen.build()
     copies = size // stages
-    staged = training.stages(
-        model, chosen.loss, data_parallel_size=copies, pipeline_parallel_size=stages, timeout_s=30
-    )
+    staged = training.stages(model, chosen.loss, data_parallel_size=copies, pipeline_parallel_size=stages, timeout_s=30)
     mine, found = rank // stages, []
     for counts, weights in (([2, 2], None), ([1, 3], [3.0, 13.0, 4.0, 1.0]), ([3, 1], [1.0, 0.0, 2.0, 0.0])):
         batches = [chosen.batch(number, number == 1) for number in range(4)]
@@ -33,7 +31,8 @@ def replicated(rank: int, size: int, method: str, stages: int) -> list[float]:
         part = slice(start, start + counts[mine])
         value = staged.step(batches[part], weights and weights[part])
         largest, compared, only = worst(staged.named_parameters(), plain)
-        assert compared and not only
+        assert compared
+        assert not only
         found += [abs(float(value) - expected) / expected, largest]
         plain.zero_grad()
         model.zero_grad()
@@ -68,7 +67,8 @@ def draws(rank: int, size: int, method: str, stages: int, counts: int) -> list[f
 
 def test_replicas_draw_differently_and_stages_alike() -> None:
     of_ranks = run_ranks(4, functools.partial(draws, stages=2, counts=2), timeout=120)
-    assert of_ranks[0] == of_ranks[1] and of_ranks[2] == of_ranks[3]
+    assert of_ranks[0] == of_ranks[1]
+    assert of_ranks[2] == of_ranks[3]
     alone = draws(0, 1, "", 1, 4)
     assert of_ranks[0][:2] + of_ranks[2][:2] == alone[:4]
     assert len(set(alone[:4])) == 4
@@ -108,7 +108,11 @@ def mistakes(rank: int, size: int, method: str) -> list[str]:
         other = chosen.build()
         other.model.norm.weight += rank  # pyright: ignore
     refused(lambda: training.stages(other, chosen.loss, pipeline_parallel_size=size))
-    refused(lambda: training.stages(chosen.build(), lambda m, b: m(b).logits, pipeline_parallel_size=2).step([chosen.batch(0, False)]))
+    refused(
+        lambda: training.stages(chosen.build(), lambda m, b: m(b).logits, pipeline_parallel_size=2).step(
+            [chosen.batch(0, False)]
+        )
+    )
     return found
 
 
@@ -130,4 +134,5 @@ def test_mistakes_are_named_in_one_line() -> None:
     for found in run_ranks(2, mistakes, timeout=120):
         assert len(found) == len(parts)
         for text, part in zip(found, parts, strict=True):
-            assert part in text and "\n" not in text, text
+            assert part in text
+            assert "\n" not in text

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from shardit.config import DiffusionParallelConfig as ParallelConfig
-from shardit.training.stages import Stages, stages
+from shardit.training.staged import Stages, stages
 
 __all__ = ["ParallelConfig", "Stages", "stages"]

@@ -18,7 +18,14 @@ from shardit.errors import InputError, first_line
 ADAPTER_MARKS = ("lora_", "modules_to_save")
 """Parts of the names of parameters of adapters."""
 
-WEIGHTS = ("model-", "model.safetensors", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "pytorch_model")
+WEIGHTS = (
+    "model-",
+    "model.safetensors",
+    "diffusion_pytorch_model",
+    "adapter_model",
+    "pytorch_lora_weights",
+    "pytorch_model",
+)
 """Beginnings of the names of files of weights, which belong together."""
 
 
@@ -74,7 +81,7 @@ def _write_lora(model: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     if len(model.peft_config) > 1:
-        raise InputError(f"the model has the adapters {', '.join(model.peft_config)}: a file has one; delete the others")
+        raise InputError(f"the model has the adapters {', '.join(model.peft_config)}: delete all but one")
     adapter_name, settings = next(iter(model.peft_config.items()))
     component = "unet" if "UNet" in type(model).__name__ else "transformer"
     found = get_peft_model_state_dict(model, adapter_name=adapter_name)

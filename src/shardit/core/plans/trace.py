@@ -78,7 +78,9 @@ class Trace:
 
     def reads_on_host(self, what: str) -> None:
         """Handle values derived from a block that decide what code outside blocks does next."""
-        raise UnsupportedError(f"the forward {what} that comes from a block, so its course cannot be known on every rank")
+        raise UnsupportedError(
+            f"the forward {what} that comes from a block, so its course cannot be known on every rank"
+        )
 
     def number(self, tensor: torch.Tensor) -> int:
         """Return the number of the storage under a tensor."""

@@ -42,9 +42,7 @@ class TracedCall:
     drawn: the states of the generators at the first block call.
     """
 
-    def __init__(
-        self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None, trace: Trace | None = None
-    ):
+    def __init__(self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None, trace: Trace | None = None):
         self.cut, self.owners, self.blocks, self.comm = cut, cut.owners, cut.blocks, comm
         self.trace = Trace() if trace is None else trace
         self.watch = Watch(self.trace, self._fetch)

@@ -65,4 +65,3 @@ def _same(expected: float, got: float, dtype: torch.dtype, draws: bool) -> bool:
         return math.isfinite(expected) == math.isfinite(got)
     # In the watched call each stage drew with its own generator.
     return draws or abs(got - expected) <= CLOSE.get(dtype, 5e-2) * max(abs(expected), 1e-6)
-

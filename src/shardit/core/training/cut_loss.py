@@ -159,8 +159,8 @@ class CutLoss:
         if self.settled and self.cut.owners != before:
             first = self.cut.blocks[next(b for n, b in enumerate(order) if n != b)][0]
             raise UnsupportedError(
-                f"blocks run in another order than they are registered in ({first} comes earlier), and parameters() was "
-                "called before: give stages() a micro-batch in example=, or the order of the lists in plan="
+                f"blocks run in another order than they are registered in ({first} comes earlier), and parameters() "
+                "was called before: give stages() a micro-batch in example=, or the order of the lists in plan="
             )
         self._held = self._held if self.settled and not outside else None
         self.settled = self.dropped = True

@@ -51,7 +51,9 @@ class Liveness:
         while wanted != (wanted := len(self.early) + sum(map(len, self.live))):  # what is made again adds ingredients
             found = [{s: self._items(s, k) for s in sorted(of)} for k, of in enumerate([dict(of) for of in self.live])]
         for k, items in enumerate(found):
-            wrong = [s for s, of in items.items() if s in self.early and (s in self.rewrites or any(i.late for i in of))]
+            wrong = [
+                s for s, of in items.items() if s in self.early and (s in self.rewrites or any(i.late for i in of))
+            ]
             if wrong:
                 raise self._refusal(wrong[0], k)
         return tuple(tuple(item for storage in sorted(of) for item in of[storage]) for of in found)

@@ -7,7 +7,7 @@ schedule; its forwards then get the results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -88,10 +88,8 @@ class PlainCalls:
     def collect(self, loss: Callable[[], Any]) -> list[Any]:
         """Run a loss up to its first block call with gradients; return the results of its calls before. Collective."""
         with self.recorded() as results, self.cut.calls.intercepted_by(_Stop()):
-            try:
+            with suppress(_Reached):
                 loss()
-            except _Reached:
-                pass
         return results
 
 

@@ -83,7 +83,7 @@ class Schedules:
 
     def _fitting(self, count: int) -> int:
         """Return how many of `count` micro-batches the schedule takes at once: interleaved ones need whole rounds."""
-        if self.kind == "1f1b" and not self._looped:
+        if self.kind == "gpipe" or not self._looped:
             return count
         return next(n for n in range(count, 0, -1) if n % max(1, n // self.group.world_size) == 0)
 

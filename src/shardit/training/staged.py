@@ -69,7 +69,9 @@ def _check(config: DiffusionParallelConfig, schedule: str) -> None:
     """Raise an error for degrees and schedules that training does not have."""
     for name in DEGREES.values():
         if name not in ("data_parallel_size", "pipeline_parallel_size") and getattr(config, name) > 1:
-            raise UnsupportedError(f"{name}={getattr(config, name)}: training takes only 1; use more stages or replicas")
+            raise UnsupportedError(
+                f"{name}={getattr(config, name)}: training takes only 1; use more stages or replicas"
+            )
     if schedule not in NAMES:
         raise InputError(f"schedule={schedule!r} must be one of {', '.join(NAMES)}")
     if config.pipeline_parallel_size > 1 and schedule == "interleaved" and config.pipeline_chunks == 1:
@@ -86,7 +88,13 @@ class Stages:
     `named_parameters`."""
 
     def __init__(
-        self, model: nn.Module, loss: Loss, config: DiffusionParallelConfig, mesh: Mesh, schedule: str, plan: Plan | None
+        self,
+        model: nn.Module,
+        loss: Loss,
+        config: DiffusionParallelConfig,
+        mesh: Mesh,
+        schedule: str,
+        plan: Plan | None,
     ):
         self.model, self.config, self.mesh = model, config, mesh
         comm = Comm(mesh.pipeline)
@@ -138,7 +146,7 @@ class Stages:
         held, comm = self.cut_loss.holdings, self.cut_loss.comm
         mine = [parameter for name, parameter in held.own.items() if held.owner[name] == comm.rank]
         squares = norm_of(mine).to(self.mesh.device)
-        norm = mesh_sum(squares, comm.group).sqrt()
+        norm = comm.group.all_reduce(squares).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter in held.own.values():
             if parameter.grad is not None:
@@ -185,13 +193,8 @@ class Stages:
     def _mean(self, total: torch.Tensor) -> torch.Tensor:
         for group in (self.cut_loss.comm.group, self.mesh.axes.get("dp")):
             if group is not None:
-                total = mesh_sum(total, group)
+                total = group.all_reduce(total)
         return total.float()
-
-
-def mesh_sum(value: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return the sum of a number over a group."""
-    return group.all_reduce(value.clone())
 
 
 def _data(planned: StepPlan) -> StepData:

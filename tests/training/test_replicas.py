@@ -24,7 +24,7 @@ def replicated(rank: int, size: int, method: str, stages: int) -> list[float]:
     copies = size // stages
     staged = training.stages(model, chosen.loss, data_parallel_size=copies, pipeline_parallel_size=stages, timeout_s=30)
     mine, found = rank // stages, []
-    for counts, weights in (([2, 2], None), ([1, 3], [3.0, 13.0, 4.0, 1.0]), ([3, 1], [1.0, 0.0, 2.0, 0.0])):
+    for counts, weights in (([2, 2], None), ([1, 3], [3.0, 13.0, 4.0, 1.0]), ([3, 1], [1.0, 0.0, 2.0, 0.0]), ([1, 3], [0.0, 1.0, 2.0, 0.0])):
         batches = [chosen.batch(number, number == 1) for number in range(4)]
         expected = accumulate(plain, chosen.loss, batches, weights)
         start = sum(counts[:mine])
@@ -103,6 +103,7 @@ def mistakes(rank: int, size: int, method: str) -> list[str]:
     staged.model.eval()
     staged.step([chosen.batch(0, False)])
     refused(lambda: staged.model(chosen.batch(0, False)))
+    refused(lambda: training.stages(staged.model, chosen.loss, pipeline_parallel_size=size))
     torch.manual_seed(rank)
     with torch.no_grad():
         other = chosen.build()
@@ -128,6 +129,7 @@ def test_mistakes_are_named_in_one_line() -> None:
         "different micro-batches",
         "train() or eval()",
         "with gradients outside of step()",
+        "parallel already",
         "model.norm.weight",
         "one floating-point number, not a tensor of shape",
     )

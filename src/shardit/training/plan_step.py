@@ -21,11 +21,13 @@ _STRIDE = 0x9E3779B97F4A7C15
 @dataclass(frozen=True)
 class StepPlan:
     """The micro-batches of this replica, without those of weight 0; factors: their shares of the mean over all
-    replicas; seeds: of their random numbers, the same for any numbers of stages and replicas."""
+    replicas; seeds: of their random numbers, the same for any numbers of stages and replicas. first: the first
+    micro-batch that was given, of whatever weight."""
 
     batches: list[Any]
     factors: list[float]
     seeds: list[int]
+    first: Any
 
 
 def plan_step(micro_batches: Sequence[Any], weights: Any, mesh: Mesh, state: Any) -> StepPlan:
@@ -55,6 +57,7 @@ def plan_step(micro_batches: Sequence[Any], weights: Any, mesh: Mesh, state: Any
         [batches[number] for number in kept],
         [numbers[number] / total for number in kept],
         [(base + (start + number) * _STRIDE) % 2**63 for number in kept],
+        batches[0],
     )
 
 

@@ -16,6 +16,7 @@ from shardit.core.comm.p2p import Comm
 from shardit.core.modules.block_calls import install
 from shardit.core.modules.blocks import CutModel, find_blocks
 from shardit.core.modules.hints import Plan
+from shardit.core.modules.patching import SWAPPED
 from shardit.core.placement.partition import block_cost, place_blocks
 from shardit.core.runtime.digests import digests
 from shardit.core.runtime.randomness import generators_kept
@@ -61,7 +62,7 @@ def stages(
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     made = Stages(model, loss, config, mesh, schedule, plan)
     if example is not None:
-        made.cut_loss.prepare(example)
+        made._settle(example)
     return made
 
 
@@ -97,6 +98,8 @@ class Stages:
         plan: Plan | None,
     ):
         self.model, self.config, self.mesh = model, config, mesh
+        if SWAPPED in vars(type(model)):
+            raise InputError(f"{type(model).__name__} is parallel already: build the model anew for stages()")
         comm = Comm(mesh.pipeline)
         _compare_weights(model, mesh)
         blocks = find_blocks(model, plan)
@@ -126,8 +129,8 @@ class Stages:
         (say, numbers of tokens) if they are given. A micro-batch of weight 0 is left out.
         """
         planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state())
-        trainable = self._trainable()
-        before = self._take_gradients(trainable)
+        self._settle(planned.first, next(iter(planned.seeds), 0))
+        before = self._take_gradients()
         with generators_kept(self.mesh.device), torch.enable_grad():
             total = self.cut_loss.step(_data(planned))
         self._sum_gradients(before)
@@ -168,12 +171,18 @@ class Stages:
         if problem is not None:
             raise InputError(problem)
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad and not p.is_meta]
+    def _settle(self, example: Any, seed: int = 0) -> None:
+        """Before the first step: settle which stage has what, on all replicas alike."""
+        if self.cut_loss.dropped or self.cut_loss.comm.size == 1:
+            return
+        self.cut_loss.prepare(example, seed)
+        owners, replicas = self.cut_loss.cut.owners, self.mesh.axes.get("dp")
+        if replicas is not None and any(one != owners for one in replicas.gather_objects(owners)):
+            raise UnsupportedError("blocks run in another order on other replicas: give stages() the same example=")
 
-    def _take_gradients(self, trainable: list[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
+    def _take_gradients(self) -> dict[nn.Parameter, torch.Tensor]:
         """Set gradients of earlier steps aside: they are sums over ranks already."""
-        before = {p: p.grad for p in trainable if p.grad is not None}
+        before = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in before:
             parameter.grad = None
         return before

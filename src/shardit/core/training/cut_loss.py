@@ -77,7 +77,7 @@ class CutLoss:
             schedules.step(numbers, data)
         return _sum(data, self.comm.group.device)
 
-    def prepare(self, batch: Any, seed: int = 0) -> None:
+    def prepare(self, batch: Any, seed: int) -> None:
         """Watch the loss of a micro-batch, if none of its kind was, and settle which stage has what."""
         if self.comm.size > 1:
             with generators_kept(self.comm.group.device):

@@ -11,6 +11,9 @@ from torch import nn
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.modules.blocks import CutModel, keeps
 
+BUCKET_BYTES = 1 << 26
+"""Bytes of gradients that are summed in one message, about."""
+
 
 @dataclass
 class Holdings:
@@ -80,18 +83,40 @@ def sum_gradients(parameters: list[nn.Parameter], held: list[bool], group: Group
     for number, count in enumerate(counts):
         if count:
             by_kind.setdefault(parameters[number].dtype, []).append(number)
-    for dtype, numbers in by_kind.items():
-        sizes = [parameters[number].numel() for number in numbers]
-        flat = torch.zeros(sum(sizes), dtype=dtype, device=group.device)
-        parts = dict(zip(numbers, flat.split(sizes), strict=True))
-        for number, part in parts.items():
-            gradient = parameters[number].grad
-            if held[number] and gradient is not None:
-                part.copy_(gradient.reshape(-1))
-        group.all_reduce(flat)
-        for number, part in parts.items():
-            if held[number]:
-                parameters[number].grad = part.view(parameters[number].shape).clone()
+    for numbers in by_kind.values():
+        for bucket in _buckets(numbers, parameters):
+            _sum_bucket(bucket, parameters, held, group)
+
+
+def _buckets(numbers: list[int], parameters: list[nn.Parameter]) -> list[list[int]]:
+    """Divide parameters of one type into runs of about BUCKET_BYTES."""
+    found: list[list[int]] = []
+    size = BUCKET_BYTES
+    for number in numbers:
+        if size >= BUCKET_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(number)
+        size += parameters[number].numel() * parameters[number].element_size()
+    return found
+
+
+def _sum_bucket(
+    numbers: list[int], parameters: list[nn.Parameter], held: list[bool], group: GroupCoordinator
+) -> None:
+    sizes = [parameters[number].numel() for number in numbers]
+    flat = torch.zeros(sum(sizes), dtype=parameters[numbers[0]].dtype, device=group.device)
+    for number, part in zip(numbers, flat.split(sizes), strict=True):
+        gradient = parameters[number].grad
+        if held[number] and gradient is not None:
+            part.copy_(gradient.reshape(-1))
+    group.all_reduce(flat)
+    for number, part in zip(numbers, flat.split(sizes), strict=True):
+        gradient, shape = parameters[number].grad, parameters[number].shape
+        if held[number] and gradient is not None:
+            gradient.copy_(part.view(shape))
+        elif held[number]:
+            parameters[number].grad = part.view(shape).clone()
 
 
 def norm_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -119,7 +119,8 @@ class Segment(nn.Module):
         if number == self.last and self.onward is not None:
             # The forward is left at the next block call, since here it may be inside a checkpointed function.
             states = torch_states(self.run.device) if self.course.draws else []
-            self._out = (*(item.pack(self._handles[item.address]) for item in self.onward), *states)
+            tensors = (item.pack(self._handles[item.address]) for item in self.onward)
+            self._out = (*tensors, *(state.to(self.run.device) for state in states))
         return out
 
     def _check(self, number: int, index: int, given: list[Any]) -> Site:
@@ -172,7 +173,7 @@ class Segment(nn.Module):
             if item.late:
                 place_over(self._handles[item.address], self._given[item.address])
         if self._states:
-            set_torch_states([state.detach() for state in self._states], self.run.device)
+            set_torch_states([state.detach().cpu() for state in self._states], self.run.device)
 
 
 def _of_argument(leaf: Leaf, base: torch.Tensor) -> torch.Tensor:

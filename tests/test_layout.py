@@ -165,7 +165,7 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1270,
-    "core": 5850,
+    "core": 6660,
     "diffusion": 3800,
     "engine": 2800,
     "language": 2230,
@@ -174,6 +174,7 @@ BUDGET = {
     "parallel": 3650,
     "server": 5500,
     "settings": 250,
+    "training": 270,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

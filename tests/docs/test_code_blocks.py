@@ -99,8 +99,9 @@ def test_programs_with_omni(folder: Path) -> None:
     assert written == {"cat.png", "mountains.mp4", "seed-1.png", "seed-2.png", "dog.png"}
 
 
-def run_pages(rank: int, count: int, method: str, scripts: list[Block], port: int) -> int:
+def run_pages(rank: int, count: int, method: str, scripts: list[Block], port: int, folder: str) -> int:
     """Run blocks in the environment that torchrun sets. The blocks of a page share their names."""
+    os.chdir(folder)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     names: dict[str, dict[str, Any]] = {}
@@ -113,13 +114,13 @@ def run_pages(rank: int, count: int, method: str, scripts: list[Block], port: in
     return len(scripts)
 
 
-def test_programs_under_torchrun() -> None:
+def test_programs_under_torchrun(tmp_path: Path) -> None:
     for name in ("wan2.2-t2v", "flux"):
         tiny.resolve(f"tiny/{name}")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     scripts = python("torchrun")
-    assert run_ranks(2, run_pages, scripts, port) == [len(scripts)] * 2
+    assert run_ranks(2, run_pages, scripts, port, str(tmp_path)) == [len(scripts)] * 2
 
 
 def shardit(words: list[str]) -> None:

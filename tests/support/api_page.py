@@ -20,7 +20,13 @@ from shardit.settings.declare import declared
 from tests.support.paths import DOCS
 
 PAGE = DOCS / "api.md"
-MODULES = ("shardit.parallel_state", "shardit.sp_plan", "shardit.sp_sharding", "shardit.mixins")
+MODULES = (
+    "shardit.parallel_state",
+    "shardit.sp_plan",
+    "shardit.sp_sharding",
+    "shardit.mixins",
+    "shardit.training.staged",
+)
 """Public modules besides `shardit` itself."""
 
 HEAD = """# API

@@ -76,6 +76,12 @@ class Trace:
         if self.knows(tensor) and self.number(tensor) not in self.derived:
             self.deciding |= self.sources.get(self.number(tensor), set())
 
+    def reads_on_host(self, what: str) -> None:
+        """Handle values derived from a block that decide what code outside blocks does next."""
+        raise UnsupportedError(
+            f"the forward {what} that comes from a block, so its course cannot be known on every rank"
+        )
+
     def number(self, tensor: torch.Tensor) -> int:
         """Return the number of the storage under a tensor."""
         return self._storages.number(tensor)
@@ -176,10 +182,7 @@ class Recorder(TorchDispatchMode):
                 continue
             for tensor in _deciding(func, reads, args):
                 if self.trace.knows(tensor) and self.trace.number(tensor) in self.trace.derived:
-                    raise UnsupportedError(
-                        f"the forward {what} ({func}) that comes from a block, so its course cannot be known on every "
-                        "rank"
-                    )
+                    self.trace.reads_on_host(f"{what} ({func})")
                 self.trace.decides(tensor)
 
 

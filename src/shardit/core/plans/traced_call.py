@@ -42,9 +42,9 @@ class TracedCall:
     drawn: the states of the generators at the first block call.
     """
 
-    def __init__(self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None):
+    def __init__(self, cut: CutModel, comm: Comm, look: Callable[[], None] = lambda: None, trace: Trace | None = None):
         self.cut, self.owners, self.blocks, self.comm = cut, cut.owners, cut.blocks, comm
-        self.trace = Trace()
+        self.trace = Trace() if trace is None else trace
         self.watch = Watch(self.trace, self._fetch)
         self._inner = inner_tensors(cut.model, cut.blocks)
         self._fetched: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -58,19 +58,7 @@ class TracedCall:
         Collective. Raises the errors of the forward on every rank, and UnsupportedError if it cannot be cut into
         stages.
         """
-        self.trace.begin(call.leaves)
-        try:
-            with self.cut.calls.intercepted_by(self), torch.no_grad(), self.watch:
-                out = forward(*call.args, **call.kwargs)
-            self._barrier("the end")
-        except Exception as error:
-            if not self._shared and not isinstance(error, RankError):
-                self._barrier(error)
-            raise
-        if not self.trace.sites:
-            raise UnsupportedError("the forward calls none of the model's blocks")
-        if self.trace.mutated_input:
-            raise UnsupportedError("the forward writes into one of its arguments")
+        out = self._follow(forward, call, gradients=False)
         known = set(map(id, call.leaves))
         added = [
             leaf
@@ -85,6 +73,23 @@ class TracedCall:
         if len(set(digests)) > 1:
             raise UnsupportedError("ranks found different plans: the forward does not do the same on every rank")
         return out, plan
+
+    def _follow(self, forward: Callable[..., Any], call: FlatCall, *, gradients: bool) -> Any:
+        """Run the forward and record its trace."""
+        self.trace.begin(call.leaves)
+        try:
+            with self.cut.calls.intercepted_by(self), torch.set_grad_enabled(gradients), self.watch:
+                out = forward(*call.args, **call.kwargs)
+            self._barrier("the end")
+        except Exception as error:
+            if not self._shared and not isinstance(error, RankError):
+                self._barrier(error)
+            raise
+        if not self.trace.sites:
+            raise UnsupportedError("the forward calls none of the model's blocks")
+        if self.trace.mutated_input:
+            raise UnsupportedError("the forward writes into one of its arguments")
+        return out
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block on its owner; broadcast its output and its changes."""
@@ -170,10 +175,7 @@ class TracedCall:
                     "a block changes a list or dict among its arguments, which no other rank would see"
                 )
             if moved(drawn, states(device, [])):
-                raise UnsupportedError(
-                    f"block {self.blocks[index][0]} draws random numbers, which other ranks would not do: call .eval() "
-                    "on the model, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
-                )
+                self._drew(index)
         except Exception as error:
             self.comm.group.broadcast_object(sendable(error), self.comm.rank)
             self._shared = True
@@ -187,6 +189,13 @@ class TracedCall:
             tensor = tensors[storage]
             self.comm.broadcast(storage_bytes(tensor, 0, tensor.untyped_storage().nbytes()), self.comm.rank)
         return out, {id(t): leaf for t, leaf in zip(tensors, leaves, strict=True)}, mutated
+
+    def _drew(self, index: int) -> None:
+        """Handle a block that has drawn random numbers, on its owner."""
+        raise UnsupportedError(
+            f"block {self.blocks[index][0]} draws random numbers, which other ranks would not do: call .eval() "
+            "on the model, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
+        )
 
     def _other(self, owner: int, arguments: list[torch.Tensor | None]) -> tuple[Any, dict[int, Leaf], list[int]]:
         message = self.comm.group.broadcast_object(None, owner)

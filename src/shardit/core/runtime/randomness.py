@@ -83,6 +83,20 @@ def torch_states(device: torch.device, given: Sequence[Generator] = ()) -> list[
     return found + list(map(state_in, given))
 
 
+def set_torch_states(found: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Set the states of torch's global generators that `torch_states` gave."""
+    torch.set_rng_state(found[0])
+    if len(found) > 1:
+        torch.cuda.set_rng_state(found[1], device)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, Python and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
 def any_moved(before: list[Any], after: list[Any]) -> bool:
     """Return whether one of the generators has been drawn from."""
     return not all(map(_same, before, after))

@@ -1,0 +1,1 @@
+"""Cuts a loss function at the block calls of its model, and runs its forward and backward over stages."""

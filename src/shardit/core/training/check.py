@@ -1,0 +1,67 @@
+"""Checks a course: the loss over the stages, with NaN in every placeholder, must be that of the watched call.
+
+This finds what torch does not see: numpy, attributes, caches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from shardit.core.comm.p2p import Comm
+from shardit.core.training.course import Course
+from shardit.core.training.segment import LossRun, Segment, StepData
+from shardit.errors import RankError, UnsupportedError
+
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative difference by the type of the loss; layouts, and so rounding, may change at a cut."""
+
+
+def check_course(run: LossRun, course: Course, comm: Comm, step: StepData, expected: torch.Tensor) -> None:
+    """Run the only micro-batch of `step` segment after segment. Collective; raises UnsupportedError on all stages."""
+    received: list[torch.Tensor] = []
+    got, problem = math.nan, None
+    for number, owner in enumerate(course.owners):
+        out: tuple[torch.Tensor, ...] = ()
+        if owner == comm.rank and problem is None:
+            try:
+                out = _run(run, Segment(run, course, number, blank=math.nan), received, step)
+            except RankError:
+                raise
+            except Exception as error:
+                problem = f"it fails ({type(error).__name__}: {error})"
+        problem = comm.group.broadcast_object(problem, owner)
+        if problem is None and number < len(course.cuts):
+            received = [torch.empty_like(meta, device=run.device) for meta in course.messages(number)]
+            for tensor, content in zip(received, out, strict=False):
+                tensor.detach().copy_(content)
+            for tensor in received:
+                comm.broadcast(tensor.detach(), owner)
+        elif problem is None:
+            got = comm.group.broadcast_object(float(out[0]) if out else None, owner)
+    if problem is None and not _same(float(expected), got, expected.dtype, course.draws):
+        problem = f"the loss is {got:.7g}, not {float(expected):.7g}"
+    if problem is not None:
+        raise UnsupportedError(
+            f"{run.cut.name} cannot be cut at its block calls for this loss: with placeholders for the blocks of other "
+            f"stages {problem}, so something that crosses a cut is neither an argument nor an output of a block"
+        )
+
+
+def _run(run: LossRun, segment: Segment, received: list[torch.Tensor], step: StepData) -> tuple[torch.Tensor, ...]:
+    before, run.step = run.step, step
+    try:
+        with torch.enable_grad():
+            out = segment(*received, index=torch.zeros(1))
+    finally:
+        run.step = before
+    torch.clear_autocast_cache()
+    return tuple(one.detach() for one in (out if isinstance(out, tuple) else (out,)))
+
+
+def _same(expected: float, got: float, dtype: torch.dtype, draws: bool) -> bool:
+    if not math.isfinite(expected) or not math.isfinite(got):
+        return math.isfinite(expected) == math.isfinite(got)
+    # In the watched call each stage drew with its own generator.
+    return draws or abs(got - expected) <= CLOSE.get(dtype, 5e-2) * max(abs(expected), 1e-6)

@@ -1,0 +1,200 @@
+"""A loss function over a model that is cut at its block calls: placement of blocks, courses of losses, steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from shardit.core.comm.p2p import Comm
+from shardit.core.modules.blocks import CutModel, drop_blocks
+from shardit.core.modules.hints import Plan
+from shardit.core.plans.call_plan import segments_of
+from shardit.core.runtime.flat_call import FlatCall, modes
+from shardit.core.runtime.randomness import generators_kept, torch_states
+from shardit.core.training.check import check_course
+from shardit.core.training.course import Course
+from shardit.core.training.holdings import Holdings
+from shardit.core.training.liveness import Liveness
+from shardit.core.training.plain_calls import PlainCalls
+from shardit.core.training.schedules import Schedules, check_owners
+from shardit.core.training.segment import LossRun, StepData
+from shardit.core.training.watch import WatchedLoss
+from shardit.errors import UnsupportedError
+
+
+@dataclass
+class CutLoss:
+    """A loss over the stages of one pipeline. All methods are collective over them, but `holdings`.
+
+    place: gives the chunk of each block for an order of the blocks. known: schedules by key, with contents of the
+    micro-batch that decide the course. settled: the order of the blocks may not change any more.
+    """
+
+    cut: CutModel
+    loss: Callable[[Any, Any], torch.Tensor]
+    comm: Comm
+    kind: str
+    place: Callable[[Sequence[int]], list[int]]
+    hints: Plan | None = None
+    chunk_of: list[int] = field(default_factory=list)
+    settled: bool = False
+    dropped: bool = False
+    known: dict[Any, Schedules] = field(default_factory=dict)
+    run: LossRun = field(init=False)
+    _deciding: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    _held: Holdings | None = None
+    _checked: set[Any] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        plain, device = PlainCalls(self.cut, self.comm), self.comm.group.device
+        self.run = LossRun(self.cut, self.loss, device, self.comm.rank, plain)
+        self._place(range(len(self.cut.blocks)))
+
+    @property
+    def holdings(self) -> Holdings:
+        """The parameters of this stage. From now on the order of the blocks is settled."""
+        self.settled = True
+        if self._held is None:
+            replicate = self.hints.replicate if self.hints else ()
+            self._held = Holdings.of(self.cut, self.comm.rank, self.comm.size, replicate)
+        return self._held
+
+    def step(self, data: StepData) -> torch.Tensor:
+        """Run forward and backward of all micro-batches; return the sum of the losses of this rank."""
+        if self.comm.size == 1:
+            return self._alone(data)
+        parts: dict[int, tuple[Schedules, list[int]]] = {}
+        for number, batch in enumerate(data.batches):
+            schedules = self._schedules(batch, data.seeds[number])
+            parts.setdefault(id(schedules), (schedules, []))[1].append(number)
+            if schedules.course.plain_calls:
+                data.plain[number] = self._plain_results(batch, data.seeds[number])
+        for schedules, numbers in parts.values():
+            schedules.step(numbers, data)
+        return _sum(data, self.comm.group.device)
+
+    def prepare(self, batch: Any, seed: int) -> None:
+        """Watch the loss of a micro-batch, if none of its kind was, and settle which stage has what."""
+        if self.comm.size > 1:
+            with generators_kept(self.comm.group.device):
+                self._schedules(batch, seed)
+
+    def _alone(self, data: StepData) -> torch.Tensor:
+        for number, batch in enumerate(data.batches):
+            loss = self.run.fresh(batch, data.seeds[number]) * data.factors[number]
+            loss.backward()
+            data.losses[number] = loss.detach().reshape(())
+        return _sum(data, self.comm.group.device)
+
+    def _plain_results(self, batch: Any, seed: int) -> list[Any]:
+        return self.run.plain.collect(lambda: self.run.fresh(batch, seed))
+
+    def _schedules(self, batch: Any, seed: int) -> Schedules:
+        """Return the schedules of the losses like that of a micro-batch; watch it if it is the first one."""
+        call = FlatCall.of((batch,), {})
+        key = call.signature(self.state())
+        found = self.known.get((key, self._contents(key, call)))
+        if found is not None:
+            return found
+        course, deciding = self._watch(batch, seed, call)
+        before = self._deciding.get(key, ())
+        self._deciding[key] = tuple(sorted({*before, *deciding}))
+        if self._deciding[key] != before:
+            for old in [one for one in self.known if one[0] == key]:
+                del self.known[old]
+        digest = course.digest()
+        same = (one for one in self.known.values() if one.course.digest() == digest)
+        found = next(same, None) or Schedules(self.run, course, self.comm.group, self.kind)
+        self.known[key, self._contents(key, call)] = found
+        return found
+
+    def state(self) -> Any:
+        """Return the state of the model and of torch on which a course depends, the same on every stage."""
+        model = self.cut.model
+        every = model.named_parameters(remove_duplicate=False)  # tied ones are apart where a stage has none of them
+        return bytes(m.training for m in model.modules()), bytes(p.requires_grad for _, p in every), modes()
+
+    def _contents(self, key: Any, call: FlatCall) -> bytes:
+        digest = hashlib.blake2b(digest_size=16)
+        for number in self._deciding.get(key, ()):
+            digest.update(call.leaves[number].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.digest()
+
+    def _watch(self, batch: Any, seed: int, call: FlatCall) -> tuple[Course, set[int]]:
+        watched = WatchedLoss(self.cut, self.comm)
+        with self.run.plain.recorded(lambda: bool(watched.trace.sites)) as plain:
+            loss = watched.watch_loss(lambda: self.run.fresh(batch, seed), call)
+        self._settle(watched)
+        course = self._course(watched, watched.trace.number(loss), len(plain))
+        if len(set(self.comm.group.gather_objects(course.digest()))) > 1:
+            raise UnsupportedError("ranks found different cuts: the loss does not do the same on every rank")
+        kind = call.mode_key(self.state()), tuple(site.block for site in course.sites)
+        if kind not in self._checked:
+            check_course(self.run, course, self.comm, StepData([batch], [1.0], [seed], {0: plain}), loss.detach())
+            self._checked.add(kind)
+        return course, watched.trace.deciding
+
+    def _settle(self, watched: WatchedLoss) -> None:
+        """After the first watched loss: place blocks in the order in which they ran, release those of other stages."""
+        trainable = [name for name in watched.outside if self._trainable(name)]
+        known = self.hints.replicate if self.hints else ()
+        outside = tuple(sorted(set(watched.outside) - set(known)))
+        if outside and (self.dropped or (self._held is not None and trainable)):
+            raise UnsupportedError(
+                f"{outside[0]} is used outside its block, so all stages need it: give stages() a micro-batch in "
+                f"example=, or name it in plan=Plan(replicate=({outside[0]!r},))"
+            )
+        if outside:
+            self.hints = replace(self.hints or Plan(), replicate=(*known, *outside))
+        if self.dropped:
+            return
+        ran = list(dict.fromkeys(site.block for site in watched.trace.sites))
+        order = [*ran, *(n for n in range(len(self.cut.blocks)) if n not in ran)]
+        before = list(self.cut.owners)
+        self._place(order)
+        if self.settled and self.cut.owners != before:
+            first = self.cut.blocks[next(b for n, b in enumerate(order) if n != b)][0]
+            raise UnsupportedError(
+                f"blocks run in another order than they are registered in ({first} comes earlier), and parameters() "
+                "was called before: give stages() a micro-batch in example=, or the order of the lists in plan="
+            )
+        self._held = self._held if self.settled and not outside else None
+        self.settled = self.dropped = True
+        _ = self.holdings
+        drop_blocks(self.cut.model, self.cut.blocks, self.cut.owners, self.comm.rank, self.hints)
+        self.run.plain.whole = False
+
+    def _place(self, order: Sequence[int]) -> None:
+        chunks = self.place(order)
+        self.chunk_of = chunks
+        self.cut.owners[:] = [chunk % self.comm.size for chunk in chunks]
+
+    def _trainable(self, name: str) -> bool:
+        found = dict(self.cut.model.named_parameters(remove_duplicate=False)).get(name)
+        return found is not None and found.requires_grad
+
+    def _course(self, watched: WatchedLoss, loss: int, plain_calls: int) -> Course:
+        trace, model = watched.trace, self.cut.model
+        sites = tuple(replace(site, owner=self.cut.owners[site.block]) for site in trace.sites)
+        chunks = [self.chunk_of[site.block] for site in sites]
+        segments = segments_of(chunks)
+        owners = tuple(self.cut.owners[sites[first].block] for first, _ in segments)
+        check_owners(owners, self.comm.size, [self.cut.blocks[sites[first].block][0] for first, _ in segments])
+        learning = {n for n, (_, b) in enumerate(self.cut.blocks) if any(p.requires_grad for p in b.parameters())}
+        leaves = [p for p in model.parameters() if p.requires_grad and not p.is_meta and trace.knows(p)]
+        grads = {trace.number(leaf) for leaf in leaves}
+        learns = [site.block in learning for site in sites]
+        cuts = Liveness(trace, segments, watched.looks, learns, grads).cuts(loss)
+        sizes = tuple(state.numel() for state in torch_states(self.comm.group.device))
+        return Course(sites, tuple(segments), owners, cuts, bool(watched.drawing), plain_calls, sizes)
+
+
+def _sum(data: StepData, device: torch.device) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for loss in data.losses.values():
+        total += loss.double()
+    return total

@@ -1,0 +1,223 @@
+"""`stages`: a model and a loss function are cut into stages whose gradients are those of one rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardit.config import DEGREES, DiffusionParallelConfig, config_of, fitting_partition
+from shardit.core.comm.mesh import Mesh, init_mesh
+from shardit.core.comm.p2p import Comm
+from shardit.core.modules.block_calls import install
+from shardit.core.modules.blocks import CutModel, find_blocks
+from shardit.core.modules.hints import Plan
+from shardit.core.modules.patching import SWAPPED
+from shardit.core.placement.partition import block_cost, place_blocks
+from shardit.core.runtime.digests import digests
+from shardit.core.runtime.randomness import generators_kept
+from shardit.core.training.cut_loss import CutLoss
+from shardit.core.training.holdings import norm_of, sum_gradients
+from shardit.core.training.schedules import NAMES
+from shardit.core.training.segment import StepData
+from shardit.errors import InputError, UnsupportedError
+from shardit.training.plan_step import StepPlan, plan_step
+from shardit.training.save import save_model
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def stages(
+    model: nn.Module,
+    loss: Loss,
+    config: DiffusionParallelConfig | None = None,
+    *,
+    schedule: str = "1f1b",
+    example: Any = None,
+    plan: Plan | None = None,
+    timeout_s: float = 600,
+    **parallel: Any,
+) -> Stages:
+    """Cut a model into stages for training; works in place.
+
+    Collective: every rank holds the same model and calls this, and later `step`, alike. The process group is started
+    from the environment (torchrun) if there is none. After the first step, or at once if an `example` micro-batch is
+    given, each rank keeps the blocks that it owns, and no others.
+
+    loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b" or "interleaved".
+    example: a micro-batch; needed where blocks run in another order than that of their registration, and `parameters`
+    is called before the first step. plan: overrides what is found in the model. timeout_s bounds every wait.
+    parallel: fields of the configuration as keywords, in its place.
+
+    Raises InputError where something does not fit, UnsupportedError where it cannot be done right.
+    """
+    own = ("model", "loss", "config", "schedule", "example", "plan", "timeout_s")
+    config = config_of(config, parallel, "stages", own)
+    _check(config, schedule)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    mesh = init_mesh(config, device=device, timeout_s=timeout_s)
+    made = Stages(model, loss, config, mesh, schedule, plan)
+    if example is not None:
+        made._settle(example)
+    return made
+
+
+def _check(config: DiffusionParallelConfig, schedule: str) -> None:
+    """Raise an error for degrees and schedules that training does not have."""
+    for name in DEGREES.values():
+        if name not in ("data_parallel_size", "pipeline_parallel_size") and getattr(config, name) > 1:
+            raise UnsupportedError(
+                f"{name}={getattr(config, name)}: training takes only 1; use more stages or replicas"
+            )
+    if schedule not in NAMES:
+        raise InputError(f"schedule={schedule!r} must be one of {', '.join(NAMES)}")
+    if config.pipeline_parallel_size > 1 and schedule == "interleaved" and config.pipeline_chunks == 1:
+        raise InputError("pipeline_chunks=1: schedule='interleaved' needs at least 2; or use schedule='1f1b'")
+    if schedule != "interleaved" and (config.pipeline_chunks or 1) > 1:
+        raise InputError(
+            f"pipeline_chunks={config.pipeline_chunks}: schedule={schedule!r} has one chunk per rank; "
+            "use schedule='interleaved'"
+        )
+
+
+class Stages:
+    """A model and its loss over stages and replicas. All methods are collective but `parameters` and
+    `named_parameters`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        config: DiffusionParallelConfig,
+        mesh: Mesh,
+        schedule: str,
+        plan: Plan | None,
+    ):
+        self.model, self.config, self.mesh = model, config, mesh
+        if SWAPPED in vars(type(model)):
+            raise InputError(f"{type(model).__name__} is parallel already: build the model anew for stages()")
+        comm = Comm(mesh.pipeline)
+        _compare_weights(model, mesh)
+        blocks = find_blocks(model, plan)
+        if not blocks and comm.size > 1:
+            raise UnsupportedError(f"{type(model).__name__} has no block lists to cut: use pipeline_parallel_size=1")
+        cut = CutModel(model, blocks, [0] * len(blocks))
+        if comm.size > 1:
+            install(blocks, cut.calls)
+        chunks = (config.pipeline_chunks or 2) if schedule == "interleaved" else 1
+        partition = fitting_partition(config, os.environ, len(blocks)) if comm.size > 1 else None
+
+        def place(order: Sequence[int]) -> list[int]:
+            """Return the chunk of each block."""
+            if comm.size == 1:
+                return [0] * len(blocks)
+            costs = [block_cost(blocks[number][1]) for number in order]
+            sizes = place_blocks(costs, comm.size, chunks, partition).sizes
+            of_place = [chunk for chunk, size in enumerate(sizes) for _ in range(size)]
+            return [of_place[list(order).index(number)] for number in range(len(blocks))]
+
+        self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan)
+
+    def step(self, micro_batches: Sequence[Any], weights: Sequence[float] | torch.Tensor | None = None) -> torch.Tensor:
+        """Add the gradients of the mean loss of the micro-batches to those of the parameters; return the mean.
+
+        Stages get the same micro-batches, replicas their own; the mean is over those of all replicas, by `weights`
+        (say, numbers of tokens) if they are given. A micro-batch of weight 0 is left out.
+        """
+        planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state())
+        self._settle(planned.first, next(iter(planned.seeds), 0))
+        before = self._take_gradients()
+        with generators_kept(self.mesh.device), torch.enable_grad():
+            total = self.cut_loss.step(_data(planned))
+        self._sum_gradients(before)
+        return self._mean(total)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the parameters that this rank owns, with their names in the model."""
+        yield from self.cut_loss.holdings.own.items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters that this rank owns; those outside of the blocks are on every rank."""
+        yield from self.cut_loss.holdings.own.values()
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients so that their norm over all stages is at most `max_norm`; return the norm before."""
+        held, comm = self.cut_loss.holdings, self.cut_loss.comm
+        mine = [parameter for name, parameter in held.own.items() if held.owner[name] == comm.rank]
+        squares = norm_of(mine).to(self.mesh.device)
+        norm = comm.group.all_reduce(squares).sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in held.own.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+        return norm.float()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the model as one ordinary folder of its library, with original names; a model with an adapter of peft
+        as one LoRA file. The first rank writes it, under another name until it is complete.
+
+        Raises InputError on all ranks where it cannot be written.
+        """
+        problem = None
+        if self.mesh.coords["dp"] == 0:
+            problem = save_model(self.model, self.cut_loss, Path(folder))
+        replicas = self.mesh.axes.get("dp")
+        if replicas is not None:
+            problem = replicas.broadcast_object(problem, 0)
+        if problem is not None:
+            raise InputError(problem)
+
+    def _settle(self, example: Any, seed: int = 0) -> None:
+        """Before the first step: settle which stage has what, on all replicas alike."""
+        if self.cut_loss.dropped or self.cut_loss.comm.size == 1:
+            return
+        self.cut_loss.prepare(example, seed)
+        owners, replicas = self.cut_loss.cut.owners, self.mesh.axes.get("dp")
+        if replicas is not None and any(one != owners for one in replicas.gather_objects(owners)):
+            raise UnsupportedError("blocks run in another order on other replicas: give stages() the same example=")
+
+    def _take_gradients(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Set gradients of earlier steps aside: they are sums over ranks already."""
+        before = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        for parameter in before:
+            parameter.grad = None
+        return before
+
+    def _sum_gradients(self, before: dict[nn.Parameter, torch.Tensor]) -> None:
+        """Sum the gradients of shared parameters over stages, and of all parameters over replicas."""
+        held, comm = self.cut_loss.holdings, self.cut_loss.comm
+        shared = list(held.shared.values())
+        sum_gradients(shared, [not parameter.is_meta for parameter in shared], comm.group)
+        replicas = self.mesh.axes.get("dp")
+        if replicas is not None:
+            own = held.trainable()
+            sum_gradients(own, [True] * len(own), replicas)
+        for parameter, gradient in before.items():
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
+    def _mean(self, total: torch.Tensor) -> torch.Tensor:
+        for group in (self.cut_loss.comm.group, self.mesh.axes.get("dp")):
+            if group is not None:
+                total = group.all_reduce(total)
+        return total.float()
+
+
+def _data(planned: StepPlan) -> StepData:
+    return StepData(planned.batches, planned.factors, planned.seeds)
+
+
+def _compare_weights(model: nn.Module, mesh: Mesh) -> None:
+    """Raise InputError where ranks start from different weights."""
+    if mesh.world_size == 1:
+        return
+    mine = digests({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    for group in (mesh.pipeline, mesh.axes.get("dp")):
+        of_ranks = group.gather_objects(mine) if group is not None else [mine]
+        names = [name for one in of_ranks for name in {**one, **mine} if one.get(name) != mine.get(name)]
+        if any(group.gather_objects(bool(names))) if group is not None else names:
+            name = names[0] if names else "a parameter"
+            raise InputError(f"ranks have different weights ({name}): seed alike, or load the same file, on every rank")

@@ -1,0 +1,53 @@
+"""What ranks do in tests of training: steps over stages, compared with one plain rank."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch.distributed as dist
+
+from shardit import training
+from tests.training.models import Task, accumulate, task, worst
+
+
+def join(rank: int, size: int, method: str) -> None:
+    """Start the process group of a test."""
+    warnings.filterwarnings("ignore")
+    os.environ["RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size)
+
+
+def gradients(rank: int, size: int, method: str, name: str, count: int = 4, **options: Any) -> dict[str, Any]:
+    """Return how the gradients of one step differ from those of one rank."""
+    join(rank, size, method)
+    return one_step(task(name), count, {"pipeline_parallel_size": size, **options})
+
+
+def one_step(chosen: Task, count: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Compare one step with one rank."""
+    plain, model = chosen.build(), chosen.build()
+    expected = accumulate(plain, chosen.loss, [chosen.batch(number, False) for number in range(count)])
+    batches = [chosen.batch(number, False) for number in range(count)]
+    staged = training.stages(model, chosen.loss, plan=chosen.plan, timeout_s=30, **options)
+    value = staged.step(batches)
+    largest, compared, only = worst(staged.named_parameters(), plain)
+    held = sum(not parameter.is_meta for parameter in model.parameters())
+    return {
+        "worst": largest,
+        "compared": compared,
+        "only": only,
+        "loss": abs(float(value) - expected) / abs(expected),
+        "held": held,
+        "of": sum(1 for _ in plain.parameters()),
+    }
+
+
+def cases_right(rank: int, size: int, method: str, names: list[str], **options: Any) -> dict[str, Any]:
+    """Compare one step of each case with one rank."""
+    from tests.training.cases import cases
+
+    join(rank, size, method)
+    known = cases()
+    return {name: one_step(known[name], 3, {"pipeline_parallel_size": size, **options}) for name in names}

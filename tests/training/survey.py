@@ -1,0 +1,64 @@
+"""Survey of gradients over two stages: every class of diffusers that the survey of calls has, 1F1B.
+
+`python -m tests.training.survey [NAME ...]` prints a line for each class, and the totals. NAME: a class of diffusers,
+or a family of causal language models.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+
+from shardit import RankError, UnsupportedError
+from tests.support.ranks import RanksFailed, run_ranks
+from tests.training.models import survey_ids, task
+from tests.training.runs import join, one_step
+
+AT_ONCE = 8
+"""Classes that a group of ranks runs before it is restarted."""
+
+CLOSE = 2e-6
+"""Largest relative difference of a gradient, and of the loss."""
+
+
+def measure(rank: int, size: int, method: str, names: list[str]) -> list[tuple[str, str]]:
+    """Return the outcome of each class on this rank, up to one that ends the ranks."""
+    join(rank, size, method)
+    logging.disable(logging.WARNING)
+    found = []
+    for name in names:
+        try:
+            got = one_step(task(name), 3, {"pipeline_parallel_size": size})
+            right = not got["only"] and got["worst"] < CLOSE and got["loss"] < CLOSE and got["compared"] > 0
+            text = f"{got['worst']:.1e} over {got['compared']} of {got['of']} parameters, loss {got['loss']:.0e}"
+            found.append((name, f"right: {text}" if right else f"WRONG: {text} {got['only'][:2]}"))
+        except RankError as error:
+            found.append((name, f"ended: {error}"))
+            break
+        except UnsupportedError as error:
+            found.append((name, f"refused: {error}"))
+        except Exception as error:
+            found.append((name, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+    return found
+
+
+def main(names: list[str]) -> Counter[str]:
+    """Measure the classes, print a line for each, and return the number of each outcome."""
+    todo, sums = names or survey_ids(), Counter[str]()
+    while todo:
+        try:
+            of_ranks = run_ranks(2, measure, todo[:AT_ONCE], timeout=200)
+        except RanksFailed as error:
+            of_ranks = [[(todo[0], f"ended: {str(error).splitlines()[-1]}")]] * 2
+        for one, other in zip(*of_ranks, strict=False):
+            name, outcome = next((o for o in (one, other) if not o[1].startswith("right")), one)
+            sums[outcome.partition(":")[0]] += 1
+            print(f"{name}: {outcome[:230]}", flush=True)
+            todo.remove(name)
+    print(dict(sums))
+    return sums
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,162 @@
+"""Gradients and losses of stages against one rank that accumulates over the same micro-batches."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from shardit import training
+from tests.support.ranks import run_ranks
+from tests.training.cases import cases
+from tests.training.models import accumulate, task, worst
+from tests.training.runs import cases_right, join, one_step
+
+CLOSE = 2e-6
+PICTURES = (
+    "WanTransformer3DModel",
+    "FluxTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+)
+TEXTS = ("llama", "gemma3_text", "mixtral")
+
+
+def all_of(rank: int, size: int, method: str, names: tuple[str, ...], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    join(rank, size, method)
+    made = {}
+    for name in names:
+        for options in runs:
+            chosen = {"pipeline_parallel_size": size, **options}
+            count = chosen.pop("count", 4)
+            made[f"{name} {options}"] = one_step(task(name), count, chosen)
+    return made
+
+
+def check(of_ranks: list[dict[str, Any]], expected: int) -> None:
+    """Every parameter of the model is right on the ranks that have it, and every one has a rank."""
+    assert len(of_ranks[0]) == expected
+    for name in of_ranks[0]:
+        for rank, found in enumerate(of_ranks):
+            got = found[name]
+            assert not got["only"], (name, rank, got["only"][:3])
+            assert max(got["worst"], got["loss"]) < CLOSE, (name, rank, got)
+            assert got["held"] < got["of"], (name, rank, "no stage may have the whole model")
+        assert sum(found[name]["compared"] for found in of_ranks) > 0
+
+
+@pytest.mark.parametrize("names", [PICTURES, TEXTS])
+def test_two_stages(names: tuple[str, ...]) -> None:
+    runs: list[dict[str, Any]] = [{}, {"schedule": "interleaved"}, {"schedule": "gpipe", "count": 3}]
+    check(run_ranks(2, all_of, names, runs, timeout=200), len(names) * len(runs))
+
+
+def test_four_and_uneven_stages() -> None:
+    names = ("WanTransformer3DModel", "SD3Transformer2DModel", "llama")
+    check(run_ranks(4, all_of, names, [{}, {"count": 2}], timeout=200), 6)
+    uneven: list[dict[str, Any]] = [{"layer_partition": (1, 4)}, {"layer_partition": (3, 2), "count": 1}]
+    check(run_ranks(2, all_of, names[:1], uneven, timeout=200), 2)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved"])
+def test_any_number_of_micro_batches(schedule: str) -> None:
+    runs = [{"schedule": schedule, "count": count} for count in (1, 2, 3, 5, 7, 8)]
+    check(run_ranks(2, all_of, ("llama",), runs, timeout=200), len(runs))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_what_training_meets(size: int) -> None:
+    names = list(cases())
+    for_ranks = run_ranks(size, cases_right, names, timeout=240)
+    check(for_ranks, len(names))
+    late = [found["lora in the last block"]["compared"] for found in for_ranks]
+    assert late == [0] * (size - 1) + [4]
+
+
+def test_the_comparison_sees_a_wrong_gradient() -> None:
+    """The negative control: one rank with one other micro-batch."""
+    chosen = task("WanTransformer3DModel")
+    plain, other = chosen.build(), chosen.build()
+    accumulate(plain, chosen.loss, [chosen.batch(number, False) for number in (0, 1)])
+    accumulate(other, chosen.loss, [chosen.batch(number, False) for number in (0, 2)])
+    assert worst(other.named_parameters(), plain)[0] > 1e-2
+
+
+def several_steps(rank: int, size: int, method: str) -> list[float]:
+    """Steps of other sizes, gradients that add up over steps, weights, and micro-batches of several sizes in one."""
+    join(rank, size, method)
+    chosen = task("WanTransformer3DModel")
+    plain, model = chosen.build(), chosen.build()
+    staged = training.stages(model, chosen.loss, pipeline_parallel_size=size, timeout_s=30)
+    found = []
+    for sizes, weights in (
+        ((False, False), None),
+        ((True, True, True), [1.0, 3.0, 0.5]),
+        ((False, True, False), [3.0, 13.0, 0.0]),
+        ((False,), None),
+    ):
+        batches = [chosen.batch(number, big) for number, big in enumerate(sizes)]
+        expected = accumulate(plain, chosen.loss, batches, weights)
+        found.append(abs(float(staged.step(batches, weights)) - expected) / abs(expected))
+        largest, compared, only = worst(staged.named_parameters(), plain)
+        assert compared
+        assert not only
+        found.append(largest)
+    return found
+
+
+def test_sizes_change_weights_count_and_gradients_add_up() -> None:
+    for found in run_ranks(2, several_steps, timeout=120):
+        assert max(found) < CLOSE, found
+
+
+def empty(rank: int, size: int, method: str) -> tuple[float, list[float]]:
+    """A micro-batch without tokens, whose loss is NaN, has weight 0; then a step of nothing but such."""
+    join(rank, size, method)
+    chosen = task("llama")
+
+    def loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        return chosen.loss(model, batch.abs()) if int(batch[0, 0]) >= 0 else chosen.loss(model, batch.abs()) * torch.nan
+
+    staged = training.stages(chosen.build(), loss, pipeline_parallel_size=size, timeout_s=30)
+    good, bad = chosen.batch(0, False) + 1, -chosen.batch(1, False) - 1
+    value = float(staged.step([good, bad], weights=[5, 0]))
+    first = [float(p.grad.norm()) for p in staged.parameters() if p.grad is not None]
+    none = float(staged.step([bad], weights=[0]))
+    second = [float(p.grad.norm()) for p in staged.parameters() if p.grad is not None]
+    return value, [none, *(a - b for a, b in zip(first, second, strict=True))]
+
+
+def test_micro_batches_of_weight_zero_give_no_nan() -> None:
+    for value, zeros in run_ranks(2, empty, timeout=120):
+        assert value == value
+        assert set(zeros) == {0.0}
+
+
+def curve(rank: int, size: int, method: str, steps: int) -> tuple[list[float], list[float]]:
+    """The losses of optimizer steps, over stages and on one rank."""
+    join(rank, size, method)
+    chosen = task("WanTransformer3DModel")
+    plain, model = chosen.build(), chosen.build()
+    staged = training.stages(model, chosen.loss, pipeline_parallel_size=size, timeout_s=30)
+    mine = torch.optim.AdamW(staged.parameters(), lr=1e-3)
+    other = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    got, expected = [], []
+    for _ in range(steps):
+        batches = [chosen.batch(number, False) for number in range(4)]
+        expected.append(accumulate(plain, chosen.loss, batches))
+        got.append(float(staged.step(batches)))
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        staged.clip_grad_norm_(1.0)
+        for optimizer in (mine, other):
+            optimizer.step()
+            optimizer.zero_grad()
+    return got, expected
+
+
+def test_twenty_steps_follow_the_losses_of_one_rank() -> None:
+    for got, expected in run_ranks(2, functools.partial(curve, steps=20), timeout=200):
+        assert got == pytest.approx(expected, rel=2e-5)
+        assert expected[-1] < 0.9 * expected[0]

@@ -1,0 +1,140 @@
+"""Replicas: gradients averaged once per step, over unequal shares, with draws of their own."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from shardit import InputError, training
+from tests.support.ranks import run_ranks
+from tests.training.models import accumulate, task, worst
+from tests.training.runs import join
+
+CLOSE = 2e-6
+
+
+def replicated(rank: int, size: int, method: str, stages: int) -> list[float]:
+    """Steps over replicas with unequal shares and weights, compared with one rank that has all micro-batches."""
+    join(rank, size, method)
+    chosen = task("llama")
+    plain, model = chosen.build(), chosen.build()
+    copies = size // stages
+    staged = training.stages(model, chosen.loss, data_parallel_size=copies, pipeline_parallel_size=stages, timeout_s=30)
+    mine, found = rank // stages, []
+    for counts, weights in (([2, 2], None), ([1, 3], [3.0, 13.0, 4.0, 1.0]), ([3, 1], [1.0, 0.0, 2.0, 0.0]), ([1, 3], [0.0, 1.0, 2.0, 0.0])):
+        batches = [chosen.batch(number, number == 1) for number in range(4)]
+        expected = accumulate(plain, chosen.loss, batches, weights)
+        start = sum(counts[:mine])
+        part = slice(start, start + counts[mine])
+        value = staged.step(batches[part], weights and weights[part])
+        largest, compared, only = worst(staged.named_parameters(), plain)
+        assert compared
+        assert not only
+        found += [abs(float(value) - expected) / expected, largest]
+        plain.zero_grad()
+        model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_replicas_give_the_gradients_of_one_rank(stages: int) -> None:
+    for found in run_ranks(2 * stages, functools.partial(replicated, stages=stages), timeout=120):
+        assert max(found) < CLOSE, found
+
+
+def draws(rank: int, size: int, method: str, stages: int, counts: int) -> list[float]:
+    """The random numbers that each micro-batch of this rank draws in its loss."""
+    if size > 1:
+        join(rank, size, method)
+    seen: list[float] = []
+
+    def loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        seen.append(float(torch.rand(())))
+        return chosen.loss(model, batch)
+
+    chosen = task("llama")
+    torch.manual_seed(7)
+    staged = training.stages(
+        chosen.build(), loss, data_parallel_size=size // stages, pipeline_parallel_size=stages, timeout_s=30
+    )
+    staged.step([chosen.batch(number, False) for number in range(counts)])
+    after = float(torch.rand(()))
+    return [*dict.fromkeys(seen), after]
+
+
+def test_replicas_draw_differently_and_stages_alike() -> None:
+    of_ranks = run_ranks(4, functools.partial(draws, stages=2, counts=2), timeout=120)
+    assert of_ranks[0] == of_ranks[1]
+    assert of_ranks[2] == of_ranks[3]
+    alone = draws(0, 1, "", 1, 4)
+    assert of_ranks[0][:2] + of_ranks[2][:2] == alone[:4]
+    assert len(set(alone[:4])) == 4
+    assert of_ranks[0][-1] == alone[-1]  # the generators go on as if one number had been drawn
+
+
+def mistakes(rank: int, size: int, method: str) -> list[str]:
+    """What is refused, in words."""
+    join(rank, size, method)
+    chosen = task("llama")
+    found = []
+
+    def refused(act: Any) -> None:
+        with pytest.raises(InputError) as error:
+            act()
+        found.append(str(error.value))
+
+    def two(**options: Any) -> training.Stages:
+        return training.stages(chosen.build(), chosen.loss, pipeline_parallel_size=size, timeout_s=30, **options)
+
+    refused(lambda: training.stages(chosen.build(), chosen.loss, tensor_parallel_size=2))
+    refused(lambda: two(schedule="zigzag"))
+    refused(lambda: two(pipeline_chunks=2))
+    refused(lambda: training.stages(task("llama").build(), chosen.loss, pipeline_parallel_size=9))
+    staged = two()
+    refused(lambda: staged.step([]))
+    refused(lambda: staged.step([chosen.batch(0, False)], weights=[1, 2]))
+    refused(lambda: staged.step([chosen.batch(0, False)], weights=[-1]))
+    refused(lambda: staged.step([chosen.batch(rank, False)]))
+    staged.model.train(rank == 0)
+    refused(lambda: staged.step([chosen.batch(0, False)]))
+    staged.model.eval()
+    staged.step([chosen.batch(0, False)])
+    refused(lambda: staged.model(chosen.batch(0, False)))
+    refused(lambda: training.stages(staged.model, chosen.loss, pipeline_parallel_size=size))
+    torch.manual_seed(rank)
+    with torch.no_grad():
+        other = chosen.build()
+        other.model.norm.weight += rank  # pyright: ignore
+    refused(lambda: training.stages(other, chosen.loss, pipeline_parallel_size=size))
+    refused(
+        lambda: training.stages(chosen.build(), lambda m, b: m(b).logits, pipeline_parallel_size=2).step(
+            [chosen.batch(0, False)]
+        )
+    )
+    return found
+
+
+def test_mistakes_are_named_in_one_line() -> None:
+    parts = (
+        "tensor_parallel_size=2",
+        "schedule='zigzag' must be one of gpipe",
+        "pipeline_chunks=2",
+        "the process group has 2 ranks",
+        "micro_batches is empty",
+        "weights has 2 entries",
+        "weights has -1",
+        "different micro-batches",
+        "train() or eval()",
+        "with gradients outside of step()",
+        "parallel already",
+        "model.norm.weight",
+        "one floating-point number, not a tensor of shape",
+    )
+    for found in run_ranks(2, mistakes, timeout=120):
+        assert len(found) == len(parts)
+        for text, part in zip(found, parts, strict=True):
+            assert part in text
+            assert "\n" not in text

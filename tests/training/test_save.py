@@ -1,0 +1,116 @@
+"""What is saved from two stages: ordinary folders and LoRA files, the same as those of one rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shardit import InputError, training
+from tests.support.ranks import run_ranks
+from tests.training.cases import lora, wan
+from tests.training.models import Task, accumulate, task
+from tests.training.runs import join
+
+
+def trained(rank: int, size: int, method: str, name: str, folder: str, adapter: bool, steps: int) -> list[str]:
+    """Train over stages with AdamW and save; return the norms before clipping, and errors."""
+    join(rank, size, method)
+    chosen = task(name)
+    model = chosen.build()
+    if adapter:
+        lora(model)
+    staged = training.stages(model, chosen.loss, pipeline_parallel_size=size, timeout_s=30)
+    optimizer = torch.optim.AdamW([p for p in staged.parameters() if p.requires_grad], lr=1e-2)
+    found = []
+    for step in range(steps):
+        staged.step([chosen.batch(step * 3 + number, False) for number in range(3)])
+        found.append(float(staged.clip_grad_norm_(0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    staged.save_pretrained(folder)
+    if rank == 0:
+        Path(folder, "notes.txt").write_text("mine")
+        Path(folder, "tokenizer").mkdir()
+        Path(folder, "model-00001-of-00002.safetensors").write_text("weights of an earlier save")
+    staged.save_pretrained(folder)  # over the first
+    with pytest.raises(InputError, match="cannot be written"):
+        staged.save_pretrained(Path(folder, "config.json" if not adapter else "pytorch_lora_weights.safetensors"))
+    staged.step([chosen.batch(0, False)])  # saving leaves the stages as they are
+    return found
+
+
+def plainly(chosen: Task, adapter: bool, steps: int) -> tuple[Any, list[float]]:
+    """The same on one rank."""
+    model: Any = chosen.build()
+    if adapter:
+        lora(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    norms = []
+    for step in range(steps):
+        accumulate(model, chosen.loss, [chosen.batch(step * 3 + number, False) for number in range(3)])
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, norms
+
+
+def close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 2e-6 * tensor.norm() + 1e-7, name
+
+
+def test_a_lora_of_two_stages_is_that_of_one_rank_and_loads_in_plain_diffusers(tmp_path: Path) -> None:
+    folder = tmp_path / "lora"
+    of_ranks = run_ranks(2, trained, "WanTransformer3DModel", str(folder), True, 2, timeout=100)
+    plain, norms = plainly(wan(), True, 2)
+    assert of_ranks[0] == of_ranks[1]
+    assert of_ranks[0] == pytest.approx(norms, rel=2e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "tokenizer", "pytorch_lora_weights.safetensors"}
+    plain.save_lora_adapter(tmp_path / "plain")
+    expected = load_file(tmp_path / "plain" / "pytorch_lora_weights.safetensors")
+    close(
+        load_file(folder / "pytorch_lora_weights.safetensors"),
+        {f"transformer.{name}": tensor for name, tensor in expected.items()},
+    )
+    _loads_in_a_pipeline(folder, plain)
+
+
+def _loads_in_a_pipeline(folder: Path, trained_model: Any) -> None:
+    from diffusers import WanPipeline
+
+    fresh = wan().build()
+    pipe: Any = WanPipeline(None, None, None, None, transformer=fresh)  # pyright: ignore
+    pipe.load_lora_weights(folder)
+    batch = wan().batch(9, False)
+    with torch.no_grad():
+        got, expected, base = (m(**batch).sample for m in (fresh, trained_model, wan().build()))
+    assert (got - expected).abs().max() < 1e-5
+    assert (got - base).abs().max() > 1e-3
+
+
+def test_a_diffusers_model_of_two_stages_loads_whole(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    folder = tmp_path / "made" / "model"
+    run_ranks(2, trained, "WanTransformer3DModel", str(folder), False, 2, timeout=100)
+    loaded: Any = WanTransformer3DModel.from_pretrained(folder)
+    plain, _ = plainly(wan(), False, 2)
+    close(loaded.state_dict(), plain.state_dict())
+    assert json.loads((folder / "config.json").read_text())["_class_name"] == "WanTransformer3DModel"
+
+
+def test_a_language_model_of_two_stages_loads_whole(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    run_ranks(2, trained, "llama", str(folder), False, 2, timeout=100)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    plain, _ = plainly(task("llama"), False, 2)
+    close(loaded.state_dict(), plain.state_dict())

@@ -28,16 +28,20 @@ FUSED_ATTENTIONS = (
 )
 
 KEPT_ATTENTIONS = {
-    "LTXVideoTransformer3DModel": "its rotary tables span all heads",
-    "LTX2VideoTransformer3DModel": "its rotary tables span all heads",
-    "SanaWMLTX2RefinerTransformer3DModel": "its rotary tables span all heads",
-    "MochiTransformer3DModel": "its rotary tables differ by head",
     "PriorTransformer": "its mask is repeated for all heads",
-    "OmniGenTransformer2DModel": "it reshapes to the width of all heads",
     "EasyAnimateTransformer3DModel": "one of its outputs passes no linear",
 }
 
 KEPT_PROCESSORS = {"AttnAddedKVProcessor2_0": "its processor reshapes to the width of all heads"}
+
+HEAD_TABLES = {
+    "LTXVideoTransformer3DModel": ("image_rotary_emb",),
+    "LTX2VideoTransformer3DModel": ("query_rotary_emb", "key_rotary_emb"),
+    "SanaWMLTX2RefinerTransformer3DModel": ("query_rotary_emb", "key_rotary_emb"),
+    "MochiTransformer3DModel": ("image_rotary_emb",),
+}
+
+HEAD_WIDTHS = {"OmniGenAttnProcessor2_0": ("out_dim",)}
 
 PARALLEL_BLOCKS = (
     ParallelBlock(
@@ -97,6 +101,9 @@ FAMILY = Family(
     parallel_blocks=PARALLEL_BLOCKS,
     kept_attentions=KEPT_ATTENTIONS,
     kept_processors=KEPT_PROCESSORS,
+    head_tables=HEAD_TABLES,
+    head_widths=HEAD_WIDTHS,
+    replicates_keys=True,
     rms_norms=("diffusers.models.normalization.RMSNorm",),
     processors=MODELS,
     register=register,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.patching import Subclasses, share_subclass
@@ -66,6 +69,16 @@ def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     return forward
 
 
+def _channels(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """Return the forward of a convolution cut by its inputs."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        part = self._conv_forward(input, self.weight, self.bias if ranks.index == 0 else None)
+        return together(ranks.all_reduce, part)
+
+    return forward
+
+
 def _gathered(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     """Return the forward of a linear cut by its outputs, for readers that need all of them."""
     finish = _gather(role, ranks)
@@ -111,6 +124,35 @@ def _parts(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     return forward
 
 
+def _of_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """Make the forward of attention with its own code, which gets the tables of its heads."""
+    ((start, length),) = role.shards.of(ranks.index).segments
+    total, size = role.shards.total, role.head
+
+    def own(table: Any) -> Any:
+        if not isinstance(table, torch.Tensor):
+            return table
+        if table.shape[-1] == total != size:
+            return table.narrow(-1, start, length)
+        if table.ndim > 2 and table.shape[1] == total // size:
+            return table.narrow(1, start // size, length // size)
+        return table
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        plain = _plain_forward(self)
+        kwargs = {**kwargs, **dict(zip(_argument_names(plain), args, strict=False))}
+        kwargs |= {name: tree_map(own, kwargs[name]) for name in role.tables if name in kwargs}
+        return plain(self, **kwargs)
+
+    return forward
+
+
+@functools.cache
+def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the arguments behind the module itself."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
 def _of_first(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     """Make the forward of a whole module that returns the first rank's result: last bits may differ by machine."""
 
@@ -126,10 +168,12 @@ def _plain_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
 
 _FORWARDS = {
     "rows": _rows,
+    "channels": _channels,
     "gathered": _gathered,
     "vocabulary": _vocabulary,
     "norm": across_heads,
     "gated_norm": across_gated,
     "sum": _parts,
     "first": _of_first,
+    "heads": _of_heads,
 }

@@ -9,7 +9,7 @@ from typing import Any
 from shardit.core.modules import hooks
 from shardit.diffusion.class_homes import MODELS
 from shardit.parallel.attention.hook import wrapped_back_end
-from shardit.parallel.tensor.rules import Family, FeedForward, FusedAttention, ParallelBlock
+from shardit.parallel.tensor.rules import Experts, Family, FeedForward, FusedAttention, ParallelBlock
 
 hooks.LIBRARIES.update(("transformers", "peft", "accelerate"))
 
@@ -29,7 +29,6 @@ FUSED_ATTENTIONS = (
 
 KEPT_ATTENTIONS = {
     "PriorTransformer": "its mask is repeated for all heads",
-    "EasyAnimateTransformer3DModel": "one of its outputs passes no linear",
 }
 
 KEPT_PROCESSORS = {"AttnAddedKVProcessor2_0": "its processor reshapes to the width of all heads"}
@@ -42,6 +41,18 @@ HEAD_TABLES = {
 }
 
 HEAD_WIDTHS = {"OmniGenAttnProcessor2_0": ("out_dim",)}
+
+EXPERTS = (
+    Experts(
+        widths=("moe_intermediate_dim",),
+        transposed=True,
+        halves=True,
+        biased=False,
+        gates=True,
+        normed=False,
+        classes=("SwiGLUExperts",),
+    ),
+)
 
 PARALLEL_BLOCKS = (
     ParallelBlock(
@@ -99,6 +110,7 @@ FAMILY = Family(
     feed_forwards=FEED_FORWARDS,
     fused_attentions=FUSED_ATTENTIONS,
     parallel_blocks=PARALLEL_BLOCKS,
+    experts=EXPERTS,
     kept_attentions=KEPT_ATTENTIONS,
     kept_processors=KEPT_PROCESSORS,
     head_tables=HEAD_TABLES,

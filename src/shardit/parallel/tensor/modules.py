@@ -38,7 +38,8 @@ def _sum(role: Role, ranks: Collectives) -> Finish:
 
 def _gather(role: Role, ranks: Collectives) -> Finish:
     lengths = role.shards.lengths
-    return lambda part: together(lambda tensor: ranks.all_gather(tensor, lengths, -1), part)
+    # Packed, as the whole linear's output is: code may view it in another shape.
+    return lambda part: together(lambda tensor: ranks.all_gather(tensor, lengths, -1).contiguous(), part)
 
 
 FINISH: dict[str, Callable[[Role, Collectives], Finish]] = {"rows": _sum, "gathered": _gather}
@@ -125,9 +126,10 @@ def _parts(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
 
 
 def _of_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
-    """Make the forward of attention with its own code, which gets the tables of its heads."""
+    """Make the forward of attention with its own code, which gets the tables of its heads, and of which results that
+    are heads are gathered."""
     ((start, length),) = role.shards.of(ranks.index).segments
-    total, size = role.shards.total, role.head
+    total, size, gather = role.shards.total, role.head, _gather(role, ranks)
 
     def own(table: Any) -> Any:
         if not isinstance(table, torch.Tensor):
@@ -138,11 +140,16 @@ def _of_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
             return table.narrow(1, start // size, length // size)
         return table
 
+    def whole(result: Any) -> Any:
+        heads = isinstance(result, torch.Tensor) and result.shape[-1:] == (length,)
+        return gather(result) if heads and length != total else result
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         plain = _plain_forward(self)
         kwargs = {**kwargs, **dict(zip(_argument_names(plain), args, strict=False))}
         kwargs |= {name: tree_map(own, kwargs[name]) for name in role.tables if name in kwargs}
-        return plain(self, **kwargs)
+        out = plain(self, **kwargs)
+        return tree_map(whole, out) if role.alone else out
 
     return forward
 

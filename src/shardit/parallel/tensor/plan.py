@@ -29,10 +29,11 @@ Kind = Literal["rows", "gathered", "vocabulary", "norm", "gated_norm", "sum", "f
 class Role:
     """The communication of a module around its slice; `shards` is the cut of its weight.
 
-    rows: sums its output; channels: the same for a convolution. gathered: gathers it. vocabulary: looks up its own rows, then sums. norm: sums the squares;
-    gated_norm: the same after a product with gates. sum: sums the results of its own code; only the first rank uses the
-    parameters in `once`. first: is whole, and every rank takes the result of the first rank. heads: has its own code, and
-    gets of the arguments `tables`, which differ by head, the part for its heads of `head` channels.
+    rows: sums its output; channels: the same for a convolution. gathered: gathers it. vocabulary: looks up its own
+    rows, then sums. norm: sums the squares; gated_norm: the same after a product with gates. sum: sums the results of
+    its own code; only the first rank uses the parameters in `once`. first: is whole, and every rank takes the result of
+    the first rank. heads: has its own code, and gets of the arguments `tables`, which differ by head, the part for its
+    heads of `head` channels; alone: heads that it returns pass no linear, and are gathered.
     Linears cut by columns need no role: their outputs are cut.
     """
 
@@ -41,6 +42,7 @@ class Role:
     once: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     head: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ class Cutter:
 
     def stays_whole(self, name: str) -> bool:
         """Return whether a module, or one that it is in, was left whole for good."""
-        return any(not tried and f"{name}.".startswith(f"{whole}." if whole else "") for whole, tried in self.whole.items())
+        return any(
+            not tried and f"{name}.".startswith(f"{whole}." if whole else "") for whole, tried in self.whole.items()
+        )
 
     def forget_notes(self, name: str) -> None:
         """Forget that a module, or one in it, was left whole: it is cut after all."""

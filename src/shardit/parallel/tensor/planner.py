@@ -38,7 +38,6 @@ from shardit.parallel.tensor.processors import processor_parts
 from shardit.parallel.tensor.rules import Family
 from shardit.parallel.tensor.states import channel_states, experts, head_states
 
-
 Noted = TypeVar("Noted")
 """What a table of a `Family` says of a class."""
 
@@ -173,9 +172,10 @@ def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.At
             cutter.plan.cuts[join(name, part)] = _by_head(query, heads.size)
     for part in present(module, names.head_gates):
         cutter.columns(join(name, part), part_of(module, part), _by_head(query, heads.size))
-    tables = _noted(cutter.family.head_tables, cutter.model)
-    if tables is not None:
-        cutter.plan.roles[name] = Role("heads", query, tables=tables, head=heads.size)
+    tables = _noted(cutter.family.head_tables, cutter.model) or ()
+    alone = any(part_of(module, into) is not None and part_of(module, out) is None for into, out in names.second)
+    if tables or alone:
+        cutter.plan.roles[name] = Role("heads", query, tables=tables, head=heads.size, alone=alone)
     more = _noted(cutter.family.head_widths, getattr(module, PROCESSOR, None)) or ()
     cutter.set_numbers(name, module, dict.fromkeys(more, query.total), query.lengths)
     _set_heads(cutter, name, module, heads)

@@ -18,9 +18,9 @@ class Attention:
     query, key_value: linears cut by columns at heads (a gate on the heads' output is like a query); out: linears cut by
     rows. query_norms, key_norms: norms over one head (kept) or over all (cut). per_head: tables with a column for each
     head. head_vectors: parameters with an entry for each head. head_gates: linears with an output for each head.
-    full_input: parts that read the input before the heads,
-    and so are kept. gated: the first query linear may give each head a gate after its query. Any other part with
-    parameters makes the module unknown: it is left whole.
+    second: queries and output of a second sequence; without the output, its heads are gathered. full_input: parts that
+    read the input before the heads, and so are kept. gated: the first query linear may give each head a gate after its
+    query. Any other part with parameters makes the module unknown: it is left whole unless a trial shows how to cut it.
     """
 
     query: tuple[str, ...]
@@ -31,6 +31,7 @@ class Attention:
     per_head: tuple[str, ...] = ()
     head_vectors: tuple[str, ...] = ()
     head_gates: tuple[str, ...] = ()
+    second: tuple[tuple[str, str], ...] = ()
     gated: bool = False
     full_input: tuple[str, ...] = ()
 
@@ -43,6 +44,7 @@ ATTENTIONS = (
         query_norms=("norm_q", "norm_added_q", "q_rms_norm", "q_rms_norm_t"),
         key_norms=("norm_k", "norm_added_k", "k_rms_norm", "k_rms_norm_t"),
         head_gates=("to_gate_logits",),
+        second=(("add_q_proj", "to_add_out"), ("to_q_t", "to_out_t")),
         full_input=("norm_cross", "group_norm"),
     ),
     Attention(
@@ -266,10 +268,10 @@ class Family:
     attention is left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
     for classes of attention processors. head_tables: by model, arguments of its attentions with tables that differ by
     head, which are cut with the heads (rotary tables); head_widths: by class of attention processor, attributes for the
-    channels of all heads besides `QUERY_WIDTHS`. rms_norms: full names of norms across all heads that can be cut like torch's.
-    processors: the package of attention processors that store none of their results. register: called with a class and
-    a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes all adapters from a
-    model, also those that were loaded in part.
+    channels of all heads besides `QUERY_WIDTHS`. rms_norms: full names of norms across all heads that can be cut like
+    torch's. processors: the package of attention processors that store none of their results. register: called with a
+    class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes all
+    adapters from a model, also those that were loaded in part.
     """
 
     attentions: tuple[Attention, ...] = ()

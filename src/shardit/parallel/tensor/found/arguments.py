@@ -24,8 +24,9 @@ MOST_NEEDED = 5
 """Most arguments that a module may need."""
 
 
-def candidates(module: nn.Module, width: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Yield arguments to try, first those that most modules take. width: of the input."""
+def candidates(module: nn.Module, width: int, convolved: bool) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield arguments to try, first those that most modules take. width: of the input; convolved: it is a picture
+    or a video."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p.name for p in named if p.default is p.empty][1:]
@@ -38,7 +39,8 @@ def candidates(module: nn.Module, width: int) -> Iterator[tuple[tuple[Any, ...],
         return torch.randn(shape, generator=generator, **KIND)
 
     others = [name for name in needed if name not in SECOND]
-    for shape in ((1, TOKENS, width), (1, width, 4, 4), (1, 2, 2, 2, width), (2, width)):
+    pictures = ((1, width, 4, 4), (1, 2, 2, 2, width))
+    for shape in pictures if convolved else ((1, TOKENS, width), (2, width)):
         for table, other in ((None, draw(1, width)), (draw(TOKENS, 2), draw(1, width)), (None, None)):
             given = {name: table if any(part in name for part in ROTARY) else other for name in others}
             if second:

@@ -102,7 +102,8 @@ def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], par
     except Exception:  # objects that cannot be copied: anything may come from there
         return None
     head = number_of(module, (*rules.HEAD_SIZES, *rules.FURTHER_HEAD_SIZES))
-    for args, kwargs in candidates(module, trial.linears[names[0]].size):
+    first = trial.linears[names[0]]
+    for args, kwargs in candidates(module, first.size, first.dim == 1):
         try:
             for structure in read_structure(trial, (args, kwargs), names, head):
                 if found := _confirmed(trial, again, (args, kwargs), structure, parts):

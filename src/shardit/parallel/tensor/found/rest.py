@@ -27,9 +27,13 @@ def cut_rest(cutter: Cutter) -> None:
     modules = dict(cutter.model.named_modules())
     total = sum(parameter.numel() for parameter in cutter.model.parameters())
     for name, module in reversed(modules.items()):  # a part before the module around it
-        if name not in cutter.done and not cutter.stays_whole(name) and _share(cutter, name, module) > TRIED * total:
-            if cut_as_found(cutter, name, module, known):
-                cutter.forget_notes(name)
+        if name in cutter.done or cutter.stays_whole(name) or _share(cutter, name, module) <= TRIED * total:
+            continue
+        if cut_as_found(cutter, name, module, known):
+            cutter.forget_notes(name)
+    for name in [name for name, tried in cutter.whole.items() if tried and name in modules]:
+        if _share(cutter, name, modules[name]) <= TRIED * total:  # its parts were cut
+            cutter.forget_notes(name)
     if cutter.plan.units:
         _gather(cutter, modules, total)
 

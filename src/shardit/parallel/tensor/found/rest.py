@@ -5,6 +5,8 @@ That is right for any linear, but sends more than a sum behind several of them.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from typing import Any
 
@@ -19,6 +21,10 @@ TRIED = 5e-4
 
 LEFT = 5e-3
 """Share of a model's parameters that may stay whole before further linears are gathered."""
+
+
+FEWEST = 1 << 16
+"""Fewest parameters of linears of one kind that are gathered: fewer need no memory."""
 
 
 def cut_rest(cutter: Cutter) -> None:
@@ -50,9 +56,37 @@ def _gather(cutter: Cutter, modules: dict[str, nn.Module], total: int) -> None:
     for name, module in modules.items():
         if is_linear(module) and name not in cutter.done and not cutter.stays_whole(name):
             kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append((name, module))
-    for found in sorted(kinds.values(), key=lambda one: -sum(linear.weight.numel() for _, linear in one)):
-        if left <= LEFT * total:
+    sizes = {kind: sum(linear.weight.numel() for _, linear in found) for kind, found in kinds.items()}
+    for kind in sorted(kinds, key=lambda one: -sizes[one]):
+        if left <= LEFT * total or sizes[kind] < FEWEST:
             return
-        for name, linear in found:
-            cutter.gathered(name, linear)
-            left -= sum(p.numel() for p in linear.parameters()) if name in cutter.done else 0
+        for name, linear in kinds[kind]:
+            if not _is_read(modules, name):
+                cutter.gathered(name, linear)
+                left -= sum(p.numel() for p in linear.parameters()) if name in cutter.done else 0
+
+
+def _is_read(modules: dict[str, nn.Module], name: str) -> bool:
+    """Return whether code of a module around a linear reads its weight itself, instead of calling the linear."""
+    *above, last = name.split(".")
+    return any(
+        _names_weight(base, last)
+        for depth in range(len(above) + 1)
+        for base in type(modules[".".join(above[:depth])]).__mro__
+    )
+
+
+@functools.cache
+def _names_weight(cls: type, last: str) -> bool:
+    part = rf"\[{last}\]" if last.isdigit() else rf"\.{last}"
+    pattern = re.compile(rf"{part}\.(weight|bias)\b(?!\.(dtype|device))")
+    code = () if cls is nn.Module else vars(cls).items()
+    methods = [held for name, held in code if inspect.isfunction(held) and not name.lstrip("_").startswith(SETTING_UP)]
+    try:
+        return any(pattern.search(inspect.getsource(method)) for method in methods)
+    except OSError:  # made at run time
+        return False
+
+
+SETTING_UP = ("init", "reset")
+"""Beginnings of names of methods that give weights their first values."""

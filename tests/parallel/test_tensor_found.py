@@ -100,6 +100,19 @@ class InBlock(nn.Module):
         return x + self.outward(F.gelu(self.inward(self.norm(x))))
 
 
+class ReadByCode(nn.Module):
+    """Takes the weight of one linear itself, and only the dtype of that of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Gated("halves")
+        self.read, self.asked = nn.Linear(256, 512), nn.ModuleList([nn.Linear(512, 512)])
+
+    def forward(self, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        hidden = F.linear(more.to(self.asked[0].weight.dtype), self.read.weight, self.read.bias)
+        return self.block(x) + self.asked[0](hidden).sum()
+
+
 KINDS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "halves": (Gated, "halves", ("",)),
     "in turn": (Gated, "in turn", ("",)),
@@ -120,6 +133,8 @@ def arguments(model: nn.Module) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     shape = (2, 8, 5, 5) if isinstance(model, Convolved) else (2, 5, 16)
     x = torch.randn(shape, generator=generator)
+    if isinstance(model, ReadByCode):
+        return x, torch.randn(3, 256, generator=generator)
     return (x, torch.randn(2, 1, 16, generator=generator), x) if isinstance(model, InBlock) else (x,)
 
 
@@ -164,17 +179,24 @@ def test_a_plan_needs_no_weights() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_a_weight_that_code_reads_itself_is_not_gathered() -> None:
+    plan = plan_tensors(ReadByCode(), 2, FAMILY)
+    assert plan.roles["asked.0"].kind == "gathered"
+    assert "read.weight" not in plan.cuts
+    assert "block.inward.weight" in plan.cuts
+
+
 def small_models(rank: int, count: int, method: str) -> dict[str, tuple[float, bool]]:
     ranks = Collectives(tensor_mesh(rank, count, method).axes["tp"])
     found = {}
-    for name, (make, way, units) in KINDS.items():
-        if units:
-            model = randomise(make(way)).eval()
-            plan = plan_tensors(model, count, FAMILY)
-            with torch.no_grad():
-                expected = model(*arguments(model))
-                cut_model(model, plan, ranks, name)
-                found[name] = (distance(expected, model(*arguments(model))), bool(model.shardit_checks.whole))
+    made = {name: make(way) for name, (make, way, units) in KINDS.items() if units} | {"gathered": ReadByCode()}
+    for name, model in made.items():
+        randomise(model).eval()
+        plan = plan_tensors(model, count, FAMILY)
+        with torch.no_grad():
+            expected = model(*arguments(model))
+            cut_model(model, plan, ranks, name)
+            found[name] = (distance(expected, model(*arguments(model))), bool(model.shardit_checks.whole))
     return found
 
 

@@ -5,9 +5,11 @@ That is right for any linear, but sends more than a sum behind several of them.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import re
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -78,14 +80,18 @@ def _is_read(modules: dict[str, nn.Module], name: str) -> bool:
 
 @functools.cache
 def _names_weight(cls: type, last: str) -> bool:
-    part = rf"\[{last}\]" if last.isdigit() else rf"\.{last}"
-    pattern = re.compile(rf"{part}\.(weight|bias)\b(?!\.(dtype|device))")
     code = () if cls is nn.Module else vars(cls).items()
     methods = [held for name, held in code if inspect.isfunction(held) and not name.lstrip("_").startswith(SETTING_UP)]
-    try:
-        return any(pattern.search(inspect.getsource(method)) for method in methods)
-    except OSError:  # made at run time
-        return False
+    return any(_loads_weight(method.__code__, last) for method in methods)
+
+
+def _loads_weight(code: CodeType, last: str) -> bool:
+    """Return whether code takes `.last.weight` or `[last].weight`, for more than its dtype or device."""
+    steps = [step for step in dis.get_instructions(code) if not step.opname.startswith(("CACHE", "BINARY_SUBSCR"))]
+    for part, weight, then in zip(steps, steps[1:], [*steps[2:], steps[-1]], strict=False):
+        if str(part.argval) == last and weight.argval in ("weight", "bias") and then.argval not in ("dtype", "device"):
+            return True
+    return any(_loads_weight(inner, last) for inner in code.co_consts if isinstance(inner, CodeType))
 
 
 SETTING_UP = ("init", "reset")

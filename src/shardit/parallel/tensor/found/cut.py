@@ -13,7 +13,7 @@ from torch import nn
 from shardit.core.placement.slices import Parts, Segments, Shards
 from shardit.parallel.tensor import rules as rules
 from shardit.parallel.tensor.found.arguments import candidates
-from shardit.parallel.tensor.found.stand_ins import NoTrialError, Trial, mixes_channels
+from shardit.parallel.tensor.found.stand_ins import NoTrialError, Trial, is_like_linear
 from shardit.parallel.tensor.found.structure import Call, Structure, close, read_structure, tensors_in
 from shardit.parallel.tensor.heads import has_hooks, is_linear, join, number_of
 from shardit.parallel.tensor.plan import Cutter, Role
@@ -39,7 +39,7 @@ class Found:
 
 def cut_as_found(cutter: Cutter, name: str, module: nn.Module, known: dict[Any, Found | None]) -> bool:
     """Cut a module if a trial finds how. known: results of modules that are built alike. Returns whether it is cut."""
-    linears = [part for part, one in module.named_modules() if mixes_channels(one)]
+    linears = [part for part, one in module.named_modules() if is_like_linear(one)]
     names = tuple(part for part in linears if join(name, part) not in cutter.done)
     if len(names) < 2 or len(linears) > MOST_LINEARS or has_hooks(module):
         return False

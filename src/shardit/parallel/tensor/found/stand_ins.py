@@ -26,9 +26,9 @@ class NoTrialError(Exception):
 
 
 def is_convolution(module: Any) -> bool:
-    """Return whether a module is a plain convolution of all channels at one place."""
+    """Return whether a module is a plain convolution of all channels that keeps the size of a picture."""
     plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not has_hooks(module)
-    return plain and module.groups == 1 and set(module.kernel_size) == {1}
+    return plain and module.groups == 1 and set(module.stride) == {1} and module.padding != "valid"
 
 
 def is_depthwise(module: Any) -> bool:
@@ -38,8 +38,13 @@ def is_depthwise(module: Any) -> bool:
 
 
 def mixes_channels(module: Any) -> bool:
-    """Return whether a module is a linear, or a convolution like one: each output has a part of each input."""
+    """Return whether each output channel of a module has a part of each input channel."""
     return is_linear(module) or is_convolution(module)
+
+
+def is_like_linear(module: Any) -> bool:
+    """Return whether a module is a linear, or a convolution of all channels at one place."""
+    return is_linear(module) or (is_convolution(module) and set(module.kernel_size) == {1})
 
 
 class StandIn(nn.Module):

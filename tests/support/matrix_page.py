@@ -59,6 +59,15 @@ def render(results: Path, names: tuple[str, ...]) -> str:
     return HEAD + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
 
 
+def put_section(heading: str, section: str) -> None:
+    """Put a section into the page: in place of the one with its heading, else behind the first one."""
+    first, *others = PAGE.read_text(encoding="utf-8").split("\n## ")
+    kept = [other for other in others if f"## {other}".split("\n")[0] != heading]
+    at = next((i for i, other in enumerate(others) if f"## {other}".split("\n")[0] == heading), 0)
+    kept.insert(at, section.removeprefix("## "))
+    PAGE.write_text("\n## ".join([first, *kept]), encoding="utf-8")
+
+
 if __name__ == "__main__":
     from shardit.models import tiny
 

@@ -18,7 +18,7 @@ from shardit.core.runtime.pending import materialize
 from shardit.parallel.sequence.choose import shard_tokens
 from tests.parallel import test_tensor
 from tests.support import survey_models
-from tests.support.matrix_page import PAGE
+from tests.support.matrix_page import put_section
 from tests.support.ranks import run_ranks
 from tests.support.survey_models import Draw, all_entries
 from tests.support.survey_runs import Outcome, survey
@@ -99,13 +99,6 @@ def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str,
     return HEAD + table + (heading + "\n".join(lines) if lines else "") + "\n"
 
 
-def write(section: str) -> None:
-    """Put the section behind the first one of the page."""
-    first, *others = PAGE.read_text(encoding="utf-8").split("\n## ")
-    others = [other for other in others if f"## {other}".split("\n")[0] != HEADING]
-    PAGE.write_text("\n## ".join([first, section.removeprefix("## "), *others]), encoding="utf-8")
-
-
 if __name__ == "__main__":
     ids = [entry.id for entry in all_entries()]
     found: dict[tuple[str, int], list[Outcome]] = {}
@@ -114,4 +107,4 @@ if __name__ == "__main__":
             found.setdefault((outcome.id, outcome.chunks), []).append(outcome)
     others: dict[str, Found] = {"tp 2": run_ranks(2, test_tensor.survey, ids, timeout=1800)[0]}
     others |= {way: run_ranks(2, run_sharded, ids, config, timeout=1800)[0] for way, config in TOKENS.items()}
-    write(render(found, others))
+    put_section(HEADING, render(found, others))

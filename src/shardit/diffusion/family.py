@@ -10,7 +10,7 @@ from shardit.core.modules import hooks
 from shardit.core.modules.absent import Libraries
 from shardit.diffusion.class_homes import MODELS
 from shardit.parallel.attention.hook import wrapped_back_end
-from shardit.parallel.tensor.rules import Family, FeedForward, FusedAttention, ParallelBlock
+from shardit.parallel.tensor.rules import Experts, Family, FeedForward, FusedAttention, ParallelBlock
 
 hooks.LIBRARIES.update(("transformers", "peft", "accelerate"))
 
@@ -29,16 +29,31 @@ FUSED_ATTENTIONS = (
 )
 
 KEPT_ATTENTIONS = {
-    "LTXVideoTransformer3DModel": "its rotary tables span all heads",
-    "LTX2VideoTransformer3DModel": "its rotary tables span all heads",
-    "SanaWMLTX2RefinerTransformer3DModel": "its rotary tables span all heads",
-    "MochiTransformer3DModel": "its rotary tables differ by head",
     "PriorTransformer": "its mask is repeated for all heads",
-    "OmniGenTransformer2DModel": "it reshapes to the width of all heads",
-    "EasyAnimateTransformer3DModel": "one of its outputs passes no linear",
 }
 
 KEPT_PROCESSORS = {"AttnAddedKVProcessor2_0": "its processor reshapes to the width of all heads"}
+
+HEAD_TABLES = {
+    "LTXVideoTransformer3DModel": ("image_rotary_emb",),
+    "LTX2VideoTransformer3DModel": ("query_rotary_emb", "key_rotary_emb"),
+    "SanaWMLTX2RefinerTransformer3DModel": ("query_rotary_emb", "key_rotary_emb"),
+    "MochiTransformer3DModel": ("image_rotary_emb",),
+}
+
+HEAD_WIDTHS = {"OmniGenAttnProcessor2_0": ("out_dim",)}
+
+EXPERTS = (
+    Experts(
+        widths=("moe_intermediate_dim",),
+        transposed=True,
+        halves=True,
+        biased=False,
+        gates=True,
+        normed=False,
+        classes=("SwiGLUExperts",),
+    ),
+)
 
 PARALLEL_BLOCKS = (
     ParallelBlock(
@@ -96,8 +111,12 @@ FAMILY = Family(
     feed_forwards=FEED_FORWARDS,
     fused_attentions=FUSED_ATTENTIONS,
     parallel_blocks=PARALLEL_BLOCKS,
+    experts=EXPERTS,
     kept_attentions=KEPT_ATTENTIONS,
     kept_processors=KEPT_PROCESSORS,
+    head_tables=HEAD_TABLES,
+    head_widths=HEAD_WIDTHS,
+    replicates_keys=True,
     rms_norms=("diffusers.models.normalization.RMSNorm",),
     processors=MODELS,
     register=register,

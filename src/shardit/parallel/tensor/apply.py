@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -93,11 +94,30 @@ def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int
 def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
     """Return notes on the plan of a component for the user: the share that stays whole, and unexpected whole
     modules."""
-    sizes = {key: p.numel() for key, p in module.named_parameters() if key not in plan.cuts}
-    share = sum(sizes.values()) / max(sum(p.numel() for p in module.parameters()), 1)
-    largest = sorted(sizes, key=lambda key: -sizes[key])[:3]
-    lines = [f"{name}: {share:.1%} of its parameters are whole on every tensor rank ({', '.join(largest)}, ...)"]
-    return lines + [f"{name}: {note}" for note in notes_together(plan.notes)]
+    return [f"{name}: {whole_share(module, plan)[1]}"] + [f"{name}: {note}" for note in notes_together(plan.notes)]
+
+
+MUCH = 0.05
+"""Share of a component's parameters from which on it is a warning that they stay whole."""
+
+MANY = 1 << 20
+"""Fewest parameters that stay whole of which a warning says so: those of tiny models need no memory."""
+
+
+def whole_share(module: nn.Module, plan: TensorPlan) -> tuple[bool, str]:
+    """Return whether much of a component stays whole on every rank, and a sentence with the share and the largest
+    modules of it. The module may have whole parameters, slices or none of the data."""
+    total, whole = 0, Counter[str]()
+    for name, parameter in module.named_parameters():
+        cut = plan.cuts.get(name)
+        held = parameter.numel()
+        total += held if cut is None else held // max(parameter.shape[cut.dim], 1) * cut.total
+        if cut is None:
+            whole[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] += held
+    share = sum(whole.values()) / max(total, 1)
+    much = share > MUCH and sum(whole.values()) >= MANY
+    largest = ", ".join(name for name, _ in whole.most_common(8 if much else 3))
+    return much, f"{share:.1%} of its parameters are whole on every tensor rank ({largest}, ...)"
 
 
 def notes_together(notes: Iterable[str]) -> list[str]:
@@ -115,8 +135,12 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
         ranks = Collectives(mesh.axes["tp"])  # one for all, so that their bytes are counted together
         for name, plan in plans.items():
             title = name or type(components[name]).__name__
-            for note in notes_together(plan.notes) if mesh.rank == 0 else ():
-                log.warning("%s: %s", title, note)
+            if mesh.rank == 0:
+                with base_linears(components[name]):
+                    much, sentence = whole_share(components[name], plan)
+                log.log(logging.WARNING if much else logging.INFO, "%s: %s", title, sentence)
+                for note in notes_together(plan.notes):
+                    log.warning("%s: %s", title, note)
             cut_model(components[name], plan, ranks, title)
 
 

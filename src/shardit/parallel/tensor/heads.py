@@ -71,11 +71,11 @@ def read_heads(module: nn.Module, names: rules.Attention, family: rules.Family, 
     out: whether the linear behind the heads is its own, rather than one of the block around it.
     """
     known = (*names.query, *names.key_value, *names.out, *names.query_norms, *names.key_norms, *names.per_head)
-    known = (*known, *names.head_vectors, *names.full_input)
+    known = (*known, *names.head_vectors, *names.head_gates, *names.full_input)
     stranger = unknown_part(module, (*known, "processor"))  # that is matched separately
     if stranger is not None:
         return f"no rule matches {stranger}"
-    linears = [*names.query, *names.key_value, *names.out]
+    linears = [*names.query, *names.key_value, *names.out, *names.head_gates]
     strange = [part for part in present(module, linears) if not is_linear(part_of(module, part)) and part != "to_out"]
     if strange:
         return f"{strange[0]} is no plain linear"
@@ -120,6 +120,7 @@ def _misfit(module: nn.Module, names: rules.Attention, heads: Heads, family: rul
     widths += [(part, "out_features", query) for part in names.query[1:]]
     widths += [(part, "out_features", keys) for part in names.key_value]
     widths += [(part, "in_features", query) for part in names.out]
+    widths += [(part, "out_features", heads.queries) for part in names.head_gates]
     for part, side, width in widths:
         found = part_of(module, part)
         if is_linear(found) and getattr(found, side) != width:

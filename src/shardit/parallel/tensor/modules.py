@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.modules.patching import Subclasses, share_subclass
@@ -35,7 +38,8 @@ def _sum(role: Role, ranks: Collectives) -> Finish:
 
 def _gather(role: Role, ranks: Collectives) -> Finish:
     lengths = role.shards.lengths
-    return lambda part: together(lambda tensor: ranks.all_gather(tensor, lengths, -1), part)
+    # Packed, as the whole linear's output is: code may view it in another shape.
+    return lambda part: together(lambda tensor: ranks.all_gather(tensor, lengths, -1).contiguous(), part)
 
 
 FINISH: dict[str, Callable[[Role, Collectives], Finish]] = {"rows": _sum, "gathered": _gather}
@@ -62,6 +66,16 @@ def _rows(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
         # The bias is added to one summand, which needs no extra pass.
         part = F.linear(input, self.weight, self.bias if ranks.index == 0 else None)
         return part if _unfinished.get() is self else finish(part)
+
+    return forward
+
+
+def _channels(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """Return the forward of a convolution cut by its inputs."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        part = self._conv_forward(input, self.weight, self.bias if ranks.index == 0 else None)
+        return together(ranks.all_reduce, part)
 
     return forward
 
@@ -111,6 +125,41 @@ def _parts(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     return forward
 
 
+def _of_heads(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
+    """Make the forward of attention with its own code, which gets the tables of its heads, and of which results that
+    are heads are gathered."""
+    ((start, length),) = role.shards.of(ranks.index).segments
+    total, size, gather = role.shards.total, role.head, _gather(role, ranks)
+
+    def own(table: Any) -> Any:
+        if not isinstance(table, torch.Tensor):
+            return table
+        if table.shape[-1] == total != size:
+            return table.narrow(-1, start, length)
+        if table.ndim > 2 and table.shape[1] == total // size:
+            return table.narrow(1, start // size, length // size)
+        return table
+
+    def whole(result: Any) -> Any:
+        heads = isinstance(result, torch.Tensor) and result.shape[-1:] == (length,)
+        return gather(result) if heads and length != total else result
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        plain = _plain_forward(self)
+        kwargs = {**kwargs, **dict(zip(_argument_names(plain), args, strict=False))}
+        kwargs |= {name: tree_map(own, kwargs[name]) for name in role.tables if name in kwargs}
+        out = plain(self, **kwargs)
+        return tree_map(whole, out) if role.alone else out
+
+    return forward
+
+
+@functools.cache
+def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the arguments behind the module itself."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
 def _of_first(role: Role, ranks: Collectives) -> Callable[..., torch.Tensor]:
     """Make the forward of a whole module that returns the first rank's result: last bits may differ by machine."""
 
@@ -126,10 +175,12 @@ def _plain_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
 
 _FORWARDS = {
     "rows": _rows,
+    "channels": _channels,
     "gathered": _gathered,
     "vocabulary": _vocabulary,
     "norm": across_heads,
     "gated_norm": across_gated,
     "sum": _parts,
     "first": _of_first,
+    "heads": _of_heads,
 }

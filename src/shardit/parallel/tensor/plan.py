@@ -20,22 +20,29 @@ PLAIN = "_shardit_plain"
 WHOLE = "shardit_whole"
 """The attribute of modules that were cut and are whole again."""
 
-Kind = Literal["rows", "gathered", "vocabulary", "norm", "gated_norm", "sum", "first"]
+_IS_WHOLE = " is whole on every rank: "
+
+Kind = Literal["rows", "gathered", "vocabulary", "norm", "gated_norm", "sum", "first", "channels", "heads"]
 
 
 @dataclass(frozen=True)
 class Role:
     """The communication of a module around its slice; `shards` is the cut of its weight.
 
-    rows: sums its output. gathered: gathers it. vocabulary: looks up its own rows, then sums. norm: sums the squares;
-    gated_norm: the same after a product with gates. sum: sums the results of its own code; only the first rank uses the
-    parameters in `once`. first: is whole, and every rank takes the result of the first rank.
+    rows: sums its output; channels: the same for a convolution. gathered: gathers it. vocabulary: looks up its own
+    rows, then sums. norm: sums the squares; gated_norm: the same after a product with gates. sum: sums the results of
+    its own code; only the first rank uses the parameters in `once`. first: is whole, and every rank takes the result of
+    the first rank. heads: has its own code, and gets of the arguments `tables`, which differ by head, the part for its
+    heads of `head` channels; alone: heads that it returns pass no linear, and are gathered.
     Linears cut by columns need no role: their outputs are cut.
     """
 
     kind: Kind
     shards: Shards
     once: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    head: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,8 @@ class Cutter:
     """Builds a plan for one model; its methods are the steps of rules.
 
     parts: number of slices, or their relative sizes; size: number of slices. done: names of modules covered by a rule
-    for a module above them. attentions: number of cut ones. too_few: the heads of attentions with fewer heads than
+    for a module above them. whole: names of modules that stay whole, and whether a trial may still find how to cut
+    them. attentions: number of cut ones. too_few: the heads of attentions with fewer heads than
     ranks.
     """
 
@@ -92,6 +100,7 @@ class Cutter:
         self.family = family
         self.plan = TensorPlan(self.size, family)
         self.done: set[str] = set()
+        self.whole: dict[str, bool] = {}
         self.attentions = 0
         self.too_few: list[Heads] = []
 
@@ -126,13 +135,28 @@ class Cutter:
         found = {key: tuple(lengths) for key, number in full.items() if number_at(module, key) == number}
         if found:
             self.plan.attributes.setdefault(name, {}).update(found)
-        if sum(lengths) != next(iter(full.values()), 0):
+        if found and sum(lengths) != next(iter(full.values())):
             self.plan.totals.update({(name, key): full[key] for key in found})
 
-    def left_whole(self, name: str, why: str) -> bool:
-        """Record that a module is unexpectedly whole; it counts as covered."""
-        self.plan.notes.append(f"{name} is whole on every rank: {why}")
+    def left_whole(self, name: str, why: str, tried: bool = False) -> bool:
+        """Record that a module is unexpectedly whole; it counts as covered. tried: unless a trial finds how to cut
+        it."""
+        self.plan.notes.append(f"{name}{_IS_WHOLE}{why}")
+        self.whole[name] = tried
         return True
+
+    def stays_whole(self, name: str) -> bool:
+        """Return whether a module, or one that it is in, was left whole for good."""
+        return any(
+            not tried and f"{name}.".startswith(f"{whole}." if whole else "") for whole, tried in self.whole.items()
+        )
+
+    def forget_notes(self, name: str) -> None:
+        """Forget that a module, or one in it, was left whole: it is cut after all."""
+        inside = f"{name}." if name else ""
+        for whole in [whole for whole in self.whole if f"{whole}.".startswith(inside)]:
+            del self.whole[whole]
+            self.plan.notes[:] = [note for note in self.plan.notes if not note.startswith(f"{whole}{_IS_WHOLE}")]
 
     def has_too_few(self, name: str, heads: Heads) -> bool:
         """Do the same for attention with fewer heads than ranks."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from shardit.core.placement.slices import Parts, Shards, even, even_runs, one_be
 from shardit.errors import UnsupportedError
 from shardit.parallel.tensor import rules as rules
 from shardit.parallel.tensor.check.kept import exposing_attribute
+from shardit.parallel.tensor.found.rest import cut_rest
 from shardit.parallel.tensor.heads import (
     Heads,
     all_known,
@@ -37,6 +38,9 @@ from shardit.parallel.tensor.processors import processor_parts
 from shardit.parallel.tensor.rules import Family
 from shardit.parallel.tensor.states import channel_states, experts, head_states
 
+Noted = TypeVar("Noted")
+"""What a table of a `Family` says of a class."""
+
 
 def plan_tensors(
     model: nn.Module, parts: Parts, family: Family, *, must_cut: bool = False, kept: Container[int] = ()
@@ -50,6 +54,7 @@ def plan_tensors(
     for name, module in model.named_modules():
         if name not in cutter.done and not _is_shared(cutter, name, module, kept):
             _visit(cutter, name, module)
+    cut_rest(cutter)
     if must_cut and cutter.too_few and not cutter.attentions:
         _refuse_heads(cutter)
     cutter.agree_on_tied()
@@ -64,7 +69,7 @@ def plan_tensors(
 def _refuse_heads(cutter: Cutter) -> None:
     """Raise UnsupportedError with the possible numbers of ranks."""
     model, most = type(cutter.model).__name__, max(cutter.too_few, key=lambda heads: heads.queries)
-    if not most.replicates:
+    if not most.replicates or all(heads.queries == heads.keys for heads in cutter.too_few):
         check_heads(cutter.size, model, max(heads.keys for heads in cutter.too_few))
     others = [(heads.queries, heads.keys) for heads in cutter.too_few]
     check_query_heads(cutter.size, model, most.queries, most.keys, others)
@@ -93,9 +98,11 @@ def _attention(cutter: Cutter, name: str, module: nn.Module) -> bool:
     names = next((n for n in known if all(part_of(module, p) for p in (n.query[0], *n.key_value[:2]))), None)
     if names is None:
         return _added_alone(cutter, name, module)
-    heads = _noted(cutter.family.kept_attentions, cutter.model) or read_heads(module, names, cutter.family)
+    if (why := _noted(cutter.family.kept_attentions, cutter.model)) is not None:
+        return cutter.left_whole(name, why)
+    heads = read_heads(module, names, cutter.family)
     if isinstance(heads, str):
-        return cutter.left_whole(name, heads)
+        return cutter.left_whole(name, heads, tried=True)
     if not heads.fit(cutter.size):
         return cutter.has_too_few(name, heads)
     why = _cut_processor(cutter, name, module, heads)
@@ -131,7 +138,7 @@ def _cut_processor(cutter: Cutter, name: str, module: nn.Module, heads: Heads) -
     return None
 
 
-def _noted(kept: Mapping[str, str], thing: Any) -> str | None:
+def _noted(kept: Mapping[str, Noted], thing: Any) -> Noted | None:
     """Return the entry in a table for the class of an object, or for one of its base classes."""
     return next((kept[base.__name__] for base in type(thing).__mro__ if base.__name__ in kept), None)
 
@@ -163,6 +170,14 @@ def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.At
     for part in names.head_vectors:
         if part in module._parameters:
             cutter.plan.cuts[join(name, part)] = _by_head(query, heads.size)
+    for part in present(module, names.head_gates):
+        cutter.columns(join(name, part), part_of(module, part), _by_head(query, heads.size))
+    tables = _noted(cutter.family.head_tables, cutter.model) or ()
+    alone = any(part_of(module, into) is not None and part_of(module, out) is None for into, out in names.second)
+    if tables or alone:
+        cutter.plan.roles[name] = Role("heads", query, tables=tables, head=heads.size, alone=alone)
+    more = _noted(cutter.family.head_widths, getattr(module, PROCESSOR, None)) or ()
+    cutter.set_numbers(name, module, dict.fromkeys(more, query.total), query.lengths)
     _set_heads(cutter, name, module, heads)
     cutter.attentions += 1
 
@@ -286,7 +301,7 @@ def _feed_forward(cutter: Cutter, name: str, module: nn.Module) -> bool:
         width = out.in_features
         known = all_known(module, (*names.into, names.out, *rules.FEED_FORWARD_KEPT))
         if not known or width < cutter.size or any(linear.out_features != gates * width for linear in into):
-            cutter.left_whole(name, "it is no plain feed-forward")
+            cutter.left_whole(name, "it is no plain feed-forward", tried=True)
             return False
         cut = shards(0, gates * width, [even_runs(width, cutter.parts, offset=g * width) for g in range(gates)])
         for part, linear in zip(names.into, into, strict=True):

@@ -17,9 +17,10 @@ class Attention:
 
     query, key_value: linears cut by columns at heads (a gate on the heads' output is like a query); out: linears cut by
     rows. query_norms, key_norms: norms over one head (kept) or over all (cut). per_head: tables with a column for each
-    head. head_vectors: parameters with an entry for each head. full_input: parts that read the input before the heads,
-    and so are kept. gated: the first query linear may give each head a gate after its query. Any other part with
-    parameters makes the module unknown: it is left whole.
+    head. head_vectors: parameters with an entry for each head. head_gates: linears with an output for each head.
+    second: queries and output of a second sequence; without the output, its heads are gathered. full_input: parts that
+    read the input before the heads, and so are kept. gated: the first query linear may give each head a gate after its
+    query. Any other part with parameters makes the module unknown: it is left whole unless a trial shows how to cut it.
     """
 
     query: tuple[str, ...]
@@ -29,17 +30,21 @@ class Attention:
     key_norms: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
     head_vectors: tuple[str, ...] = ()
+    head_gates: tuple[str, ...] = ()
+    second: tuple[tuple[str, str], ...] = ()
     gated: bool = False
     full_input: tuple[str, ...] = ()
 
 
 ATTENTIONS = (
     Attention(
-        query=("to_q", "add_q_proj", "to_gate"),
-        key_value=("to_k", "to_v", "add_k_proj", "add_v_proj"),
-        out=("to_out.0", "to_out", "to_add_out"),
-        query_norms=("norm_q", "norm_added_q"),
-        key_norms=("norm_k", "norm_added_k"),
+        query=("to_q", "add_q_proj", "to_q_t", "to_gate"),
+        key_value=("to_k", "to_v", "add_k_proj", "add_v_proj", "to_k_t", "to_v_t"),
+        out=("to_out.0", "to_out", "to_add_out", "to_out_t"),
+        query_norms=("norm_q", "norm_added_q", "q_rms_norm", "q_rms_norm_t", "q_norm"),
+        key_norms=("norm_k", "norm_added_k", "k_rms_norm", "k_rms_norm_t", "k_norm"),
+        head_gates=("to_gate_logits",),
+        second=(("add_q_proj", "to_add_out"), ("to_q_t", "to_out_t")),
         full_input=("norm_cross", "group_norm"),
     ),
     Attention(
@@ -79,6 +84,9 @@ class FusedAttention:
 HEAD_SIZES = ("head_dim", "key_value_proj_dim")
 """Attributes that give the channels of one head; without them they follow from the number of heads."""
 
+FURTHER_HEAD_SIZES = ("dim_head", "dim_heads", "head_size")
+"""Further ones, which some modules have for something else."""
+
 HEAD_COUNTS = ("heads", "num_heads", "n_heads", "num_attention_heads")
 """Attributes for the number of query heads; existing ones are set to this rank's number."""
 
@@ -93,6 +101,10 @@ QUERY_WIDTHS = ("inner_dim",)
 
 KEY_WIDTHS = ("inner_kv_dim", "kv_inner_dim")
 """Attributes for the channels of all key and value heads."""
+
+
+HIDDEN_WIDTHS = ("mlp_hidden_dim",)
+"""Attributes for the hidden channels of a feed-forward."""
 
 
 @dataclass(frozen=True)
@@ -254,10 +266,12 @@ class Family:
     head_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`. replicates_keys:
     whether ranks may have copies of key heads where there are fewer key heads than ranks. kept_attentions: models whose
     attention is left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
-    for classes of attention processors. rms_norms: full names of norms across all heads that can be cut like torch's.
-    processors: the package of attention processors that store none of their results. register: called with a class and
-    a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes all adapters from a
-    model, also those that were loaded in part.
+    for classes of attention processors. head_tables: by model, arguments of its attentions with tables that differ by
+    head, which are cut with the heads (rotary tables); head_widths: by class of attention processor, attributes for the
+    channels of all heads besides `QUERY_WIDTHS`. rms_norms: full names of norms across all heads that can be cut like
+    torch's. processors: the package of attention processors that store none of their results. register: called with a
+    class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes all
+    adapters from a model, also those that were loaded in part.
     """
 
     attentions: tuple[Attention, ...] = ()
@@ -272,6 +286,8 @@ class Family:
     replicates_keys: bool = False
     kept_attentions: Mapping[str, str] = field(default_factory=dict)
     kept_processors: Mapping[str, str] = field(default_factory=dict)
+    head_tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head_widths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rms_norms: tuple[str, ...] = ()
     processors: str = ""
     register: Callable[[type, type], None] = lambda plain, cls: None

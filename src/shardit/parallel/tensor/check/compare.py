@@ -102,7 +102,7 @@ class Comparison:
                 module = self.model.get_submodule(name)
                 if together:
                     hooks.append(module.register_forward_pre_hook(lambda *_: self._all_or_raise()))
-                if role.kind == "rows":
+                if role.kind in ("rows", "channels"):
                     hooks.append(
                         module.register_forward_hook(lambda *given: self._sums.append(given[-1].detach().clone()))
                     )

@@ -177,7 +177,7 @@ BUDGET = {
     "parallel": 4160,
     "server": 5500,
     "settings": 250,
-    "training": 270,
+    "training": 290,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Processes that run tests, each a whole file: while one waits, another computes.
 WORKERS ?= 2
 
-.PHONY: demo test test-full matrix survey transformers lint api size bench bench-serve install clean
+.PHONY: demo test test-full matrix survey transformers lint api size bench bench-serve gpu install clean
 
 demo: export DEMO_STARTED := $(shell date +%s)
 demo: install ## two stages make a video; compared with one rank
@@ -45,6 +45,9 @@ size: install ## lines of code of each folder
 
 bench-serve: install ## the server against the offline engine
 	$(BIN)/python -m bench --only serve --only serve-texts
+
+gpu: install ## on a machine with a GPU: its tests, then transformers of real size; elsewhere nothing
+	$(BIN)/python -m bench.gpu
 
 bench: install ## two ranks against plain diffusers on one
 	$(BIN)/python -m bench

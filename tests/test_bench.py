@@ -79,3 +79,16 @@ def test_quick_bench_of_texts(tmp_path: Path) -> None:
     chunks, whole = (found["long_prompt"][name] for name in ("chunks", "whole"))
     assert 0 < chunks["usual_step_s"] <= chunks["longest_step_s"] < whole["first_token_s"] + 1
     assert "A long prompt beside eight texts" in done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.timeout(120)
+def test_measurement_of_a_gpu_on_a_cpu() -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--small", "--runs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        found = json.loads(line[line.index("{") :])
+        assert found["equal"]
+        assert found["compiled_distance"] < 0.02
+    assert len(done.stdout.splitlines()) == 3

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-import shardit
 from shardit import DiffusionParallelConfig, InputError
 from shardit.core.comm.collectives import Collectives
 from shardit.core.comm.group import GroupCoordinator
@@ -15,16 +14,8 @@ from shardit.core.comm.host_group import HostGroup
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import AHEAD_BYTES, Comm
 from shardit.models import tiny
-from tests.support import brought
 from tests.support.ranks import run_ranks
-
-AXES: tuple[dict[str, Any], ...] = (
-    {"pipeline_parallel_size": 2},
-    {"cfg_parallel_size": 2},
-    {"tensor_parallel_size": 2},
-    {"ulysses_degree": 2},
-    {"ring_degree": 2},
-)
+from tests.support.shared_device import AXES, BITWISE, run_axis
 
 
 def use_groups(rank: int, count: int, method: str) -> dict[str, Any]:
@@ -88,25 +79,11 @@ def test_operations_of_groups(count: int) -> None:
     assert torch.equal(results[1]["dict"]["a"], ones)
 
 
-def run_axes(rank: int, count: int, method: str) -> list[list[bool]]:
-    """Run a pipeline on each axis with both transports and compare their latents."""
-    torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=count)
-    call = {**tiny.defaults("flux"), "output_type": "latent", "true_cfg_scale": 3.0, "negative_prompt": "dark"}
-    found = []
-    for axis in AXES:
-        made = []
-        for transport in ("auto", "host"):
-            pipe = brought.pipeline("flux")
-            pipe.set_progress_bar_config(disable=True)
-            shardit.parallelize(pipe, DiffusionParallelConfig(**axis, transport=transport), timeout_s=60)
-            made.append(pipe(prompt="a cat", generator=torch.Generator().manual_seed(1), **call).images)
-        found.append([torch.equal(*made), bool(made[0].isfinite().all())])
-    return found
-
-
-def test_axes_give_the_same_bits() -> None:
+@pytest.mark.parametrize("axis", [axis for axis, (count, _) in AXES.items() if count == 2] + ["stages of slices"])
+def test_every_axis(axis: str) -> None:
     tiny.resolve("tiny/flux")
-    assert run_ranks(2, run_axes) == [[[True, True]] * len(AXES)] * 2
+    for distance in run_ranks(AXES[axis][0], run_axis, axis, "cpu"):
+        assert distance <= (0 if axis in BITWISE else 1e-5)
 
 
 def test_other_transports_are_refused() -> None:

@@ -1,7 +1,7 @@
 """`make gpu`: the tests marked gpu, then transformers of real size with random weights on one GPU, with a result file.
 
-Each transformer runs alone, in bfloat16: plain, through shardit on one rank, and with its blocks compiled. Without a GPU
-this says so and ends. `--device cpu --small` shows that the measurement works.
+Each transformer runs alone, in bfloat16: plain, through shardit on one rank, and with its blocks compiled. Without a
+GPU this says so and ends. `--device cpu --small` shows that the measurement works.
 """
 
 from __future__ import annotations

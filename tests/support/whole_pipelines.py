@@ -146,7 +146,7 @@ def run_case(rank: int, count: int, method: str, case: Case) -> dict[str, Any]:
         "calls": {name: cut.ran.total() for name, cut in cuts.items()},
         "ran": {name: len(cut.ran) for name, cut in cuts.items()},
         "in_flight": max((s.runtime.schedule.most_in_flight for s in stages.values()), default=0),
-        "splits": [dict(s._splits) for s in stages.values()],
+        "splits": [dict(s._split._known) for s in stages.values()],
     }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from shardit.core.modules.block_calls import install
@@ -21,14 +20,13 @@ from shardit.core.plans.known_plans import KnownPlans
 from shardit.core.plans.local_plan import LocalPlan
 from shardit.core.runtime import microbatch
 from shardit.core.runtime.flat_call import FlatCall
-from shardit.core.runtime.pending import materialize
-from shardit.core.runtime.randomness import generators_kept, moved, states
 from shardit.core.stages.entry import Entry, Forward
 from shardit.core.stages.first_call import FirstCalls
 from shardit.core.stages.guidance import RemoteCall
 from shardit.core.stages.runtime import Runtime
+from shardit.core.stages.split_calls import SplitCalls
 from shardit.core.stages.staged_call import StagedCall
-from shardit.errors import RankError, UnsupportedError
+from shardit.errors import UnsupportedError
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +39,12 @@ class Stages:
     runtime: Runtime
     known: KnownPlans = field(default_factory=KnownPlans)
     first: FirstCalls = field(init=False)
-    _splits: dict[Any, bool] = field(default_factory=dict)
+    _split: SplitCalls = field(init=False)
     _attentions: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.first = FirstCalls(self.cut, self.runtime)
+        self._split = SplitCalls(self.cut.name, self.runtime, self.first, self._whole)
 
     @property
     def plans(self) -> list[LocalPlan]:
@@ -64,7 +63,7 @@ class Stages:
         dealt = runtime.guidance.parts(runtime.program, samples)
         parts = min(samples, dealt * -(-runtime.mesh.pp_size // runtime.max_in_flight))
         if parts > 1:
-            return self._by_sample(forward, call, code, parts)
+            return self._split.run(forward, call, code, parts)
         if not exclusive:
             return self._whole(forward, call, code)
         # The scale multiplies the adapters' own in place for the length of the forward, or it changes modules itself:
@@ -109,48 +108,12 @@ class Stages:
         self.known.learn(key, call.leaves, read, fits[0])
         return fits[0]
 
-    def _by_sample(self, forward: Forward, call: FlatCall, code: Any, parts: int) -> Any:
-        """Make a batched call, in as many parts if they give what the whole batch gives."""
-        key = call.mode_key(code), microbatch.pattern(call.args, call.kwargs), parts
-        if key in self._splits and not self._splits[key]:
-            return self._whole(forward, call, code)
-
-        def in_parts() -> Any:
-            return microbatch.merge([self._whole(forward, piece, code) for piece in microbatch.split(call, parts)])
-
-        if key in self._splits:
-            return in_parts()
-        device = self.runtime.mesh.device
-        before = states(device, [])
-        whole = self._whole(forward, call.again(), code)
-        materialize(whole)
-        merged, error = None, None
-        try:
-            if self.first.alone:
-                raise UnsupportedError("it changes its modules for the length of a call")
-            if moved(before, states(device, [])):
-                raise UnsupportedError("it draws random numbers")
-            with generators_kept(device):
-                merged = in_parts()
-                materialize(merged)
-        except (RankError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as failure:  # a model that takes no such batch: it is kept whole
-            error = failure
-        close = error is None and microbatch.close(whole, merged)
-        self._splits[key] = all(self.runtime.replica.group.gather_objects(close))
-        if not self._splits[key] and self.runtime.mesh.rank == 0:
-            why = error or "it differs"
-            log.warning("%s: a batch cannot be split by sample (%s); it stays whole", self.cut.name, why)
-        # What is split later is split now, too: the same request gives the same bits however often it is run.
-        return merged if self._splits[key] else whole
-
     def forget(self) -> None:
         """The model has been changed: all that is known of its calls is found again, on every rank."""
         self.known = KnownPlans()
         self.first.checked.clear()
         self.first.alone = False
-        self._splits.clear()
+        self._split.forget()
         self._attentions = None
 
     def _code(self) -> Any:

@@ -16,7 +16,8 @@ from torch import nn
 
 import shardit
 from bench.ranks import Ranks
-from shardit.core.runtime.request_loop import Program, Schedule, Turns
+from shardit.core.runtime.program import Program
+from shardit.core.runtime.request_loop import Schedule, Turns
 
 BLOCKS = 40
 CHUNKS = 8

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardit.core.runtime.pending import Source
-from shardit.core.runtime.request_loop import Program, Schedule, Turns
+from shardit.core.runtime.program import Program
+from shardit.core.runtime.request_loop import Schedule, Turns
 from shardit.errors import RankError
 
 

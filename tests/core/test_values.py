@@ -15,7 +15,7 @@ from torch import nn
 import shardit
 from shardit import DiffusionParallelConfig
 from shardit.core.runtime.pending import materialize
-from shardit.core.runtime.request_loop import Program
+from shardit.core.runtime.program import Program
 from shardit.core.stages.stages import Runtime, Stages
 from tests.pipelines.entry import entries
 from tests.support.awkward_models import WIDTH, Plain

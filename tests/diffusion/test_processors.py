@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shardit.core.runtime.request_loop import Interrupted
+from shardit.core.runtime.program import Interrupted
 from shardit.diffusion.run.processors import processors_put_back
 from tests.pipelines.entry import entries
 

@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from shardit import SamplingParams
-from shardit.core.runtime.request_loop import Program, Schedule, Turns
+from shardit.core.runtime.program import Program
+from shardit.core.runtime.request_loop import Schedule, Turns
 from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.batcher import Batcher
 from shardit.language.batching.scheduler import Limits

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from shardit.core.runtime.request_loop import Interrupted, Program, Schedule, Turns
+from shardit.core.runtime.program import Interrupted, Program
+from shardit.core.runtime.request_loop import Schedule, Turns
 from shardit.engine.process import hangs as hang_detector
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.messages import Cancel, RequestFailed, RequestFinished

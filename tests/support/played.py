@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.request.model_info import ModelInfo
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
+from shardit.engine.process.channel import Channel
 from shardit.engine.process.failure import Failure, Timeouts
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import Cancel, Progress, RequestFinished
@@ -28,6 +29,21 @@ from shardit.server.supervisor.metrics import SupervisorMetrics
 
 SIGNATURE = PipelineSignature("FakePipeline", ("prompt", "image", "height", "width", "num_inference_steps"))
 INFO = ModelInfo(SIGNATURE, held_bytes=1)
+
+
+class FakePipe(Channel):
+    """Records the messages that a rank would read."""
+
+    def __init__(self, rank: int, sent: list[tuple[int, Any]]):
+        self.rank, self.sent, self.left = rank, sent, b""
+
+    def send_encoded(self, parts: Sequence[Any]) -> None:
+        self.left = b"".join(parts)
+        self.sent.append((self.rank, self.recv()))
+
+    def _read(self, length: int) -> bytearray:
+        data, self.left = self.left[:length], self.left[length:]
+        return bytearray(data)
 
 
 class FakeFleet:
@@ -43,8 +59,8 @@ class FakeFleet:
         self.stacks: dict[int, str] = {}
         self.looks = 0
 
-    def send(self, ranks: Iterable[int], message: Any) -> None:
-        self.sent += [(rank, message) for rank in ranks]
+    def pipes(self, ranks: Iterable[int]) -> list[Any]:
+        return [FakePipe(rank, self.sent) for rank in ranks]
 
     def fail(self, reason: str, rank: int = -1) -> None:
         failure = Failure(reason, rank=rank)

@@ -24,7 +24,12 @@ def replicated(rank: int, size: int, method: str, stages: int) -> list[float]:
     copies = size // stages
     staged = training.stages(model, chosen.loss, data_parallel_size=copies, pipeline_parallel_size=stages, timeout_s=30)
     mine, found = rank // stages, []
-    for counts, weights in (([2, 2], None), ([1, 3], [3.0, 13.0, 4.0, 1.0]), ([3, 1], [1.0, 0.0, 2.0, 0.0]), ([1, 3], [0.0, 1.0, 2.0, 0.0])):
+    for counts, weights in (
+        ([2, 2], None),
+        ([1, 3], [3.0, 13.0, 4.0, 1.0]),
+        ([3, 1], [1.0, 0.0, 2.0, 0.0]),
+        ([1, 3], [0.0, 1.0, 2.0, 0.0]),
+    ):
         batches = [chosen.batch(number, number == 1) for number in range(4)]
         expected = accumulate(plain, chosen.loss, batches, weights)
         start = sum(counts[:mine])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from shardit.engine.process.channel import Packed
+from shardit.engine.process.channel import Packed, send_all
 from shardit.engine.process.failure import Failure, Timeouts
 from shardit.engine.process.hangs import HangDetector
 from shardit.engine.process.in_flight import InFlight
@@ -99,7 +99,7 @@ class LocalRanks:
     def cancel_all(self) -> None:
         """End the requests in flight at their next steps; called by `on_progress`, in the thread of `generate`."""
         for key, one in self._in_flight.items():
-            self._group.send(one.ranks, Cancel(key))
+            send_all(self._group.pipes(one.ranks), Cancel(key))
 
     def close(self) -> None:
         """Stop all processes."""
@@ -125,7 +125,7 @@ class LocalRanks:
             requests.append(InFlight(replica, ranks))
             self._in_flight[begin.key] = requests[-1]
             self._hangs.begins(replica)
-            self._group.send(ranks, begin)
+            send_all(self._group.pipes(ranks), begin)
         self._run_until(lambda: not self._in_flight)
         return requests
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from shardit.core.comm.agreement import checksum
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.comm.p2p import Comm
+from shardit.core.runtime.program import Program
 from shardit.core.runtime.randomness import states
-from shardit.core.runtime.request_loop import Program, Schedule, Turns
+from shardit.core.runtime.request_loop import Schedule, Turns
 from shardit.engine.process.channel import Channel, Closed
 from shardit.engine.rank.batches import run_batches
 from shardit.engine.rank.serving import ServingWorker

@@ -52,6 +52,20 @@ def same_memory(site: Site, leaves: Sequence[Any], arguments: Sequence[Any]) -> 
     return True
 
 
+def check_kind(expected: Leaf, got: Any, what: str) -> None:
+    """Raise RuntimeError where a value is not of the kind that the plan expects."""
+    if isinstance(got, torch.Tensor):
+        same = expected.kind != "value" and (got.dtype, tuple(got.shape)) == (expected.dtype, expected.size)
+        if not same or (expected.kind == "tensor" and what != "the result" and tuple(got.stride()) != expected.stride):
+            found, known = (got.dtype, tuple(got.shape), got.stride()), (expected.dtype, expected.size, expected.stride)
+            raise RuntimeError(
+                f"{what} gives {found}, not {known} (dtype, shape, strides) as before: it follows values, which other "
+                "ranks do not have: use pipeline_parallel_size=1 and cfg_parallel_size=1"
+            )
+    elif expected.kind != "value" or got != expected.value:
+        raise RuntimeError(f"{what} gives {got!r}, which was {expected.value!r} in the first call of this signature")
+
+
 def blank(leaf: Leaf, device: torch.device) -> torch.Tensor:
     """Allocate memory for a new storage. Arithmetic on uninitialized floats is harmless; indexing with uninitialized
     integers is not, so these are zero."""

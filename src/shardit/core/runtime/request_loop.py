@@ -5,43 +5,14 @@ Each request is a program that runs until it needs a pending result, then the ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import torch
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from shardit.core.runtime.coroutine import Coroutine
 from shardit.core.runtime.digests import SUMMED, digests
+from shardit.core.runtime.program import Flight, Interrupted, Program, is_out_of_memory
 from shardit.core.runtime.thread_state import Generators
 from shardit.errors import RankError
-
-
-class Flight(Protocol):
-    """One call in flight, cut into segments; segment k runs on stage owners[k]."""
-
-    finished: bool
-
-    @property
-    def owners(self) -> Sequence[int]:
-        """The stage of each segment."""
-        ...
-
-    def begin(self) -> None:
-        """Run what comes before the first segment; on its owner also the first segment, and send."""
-        ...
-
-    def run(self, segment: int) -> None:
-        """On the owner: take what hop segment - 1 brought, run the segment, send."""
-        ...
-
-    def post(self, segment: int) -> None:
-        """On the owner of segment + 1: post the receive of the hop that follows `segment`."""
-        ...
-
-    def finish(self) -> None:
-        """After the last segment: its owner sends the result back, all others post the receive of it."""
-        ...
 
 
 class Schedule:
@@ -99,40 +70,6 @@ class Schedule:
     def _drop(self, flight: Flight) -> None:
         self._next.pop(id(flight), None)
         self.active = [f for f in self.active if f is not flight]
-
-
-class Interrupted(Exception):
-    """Ends a program at the beginning of a turn, because somebody asked for it."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory did not suffice. On CPUs torch says so in the text of a plain RuntimeError only."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-@dataclass(eq=False)
-class Program:
-    """One request: a function to run, the seed of its global generators, and what became of it. seed: None if it draws
-    nothing from global generators, which then stay as they are.
-
-    start: a checksum of what its first transformer call is given, the same on every rank that drew the same noise;
-    at the end also of the states of its global generators.
-    Setting `interrupted`, on every rank between the same two turns, ends it at its next turn with Interrupted.
-    """
-
-    run: Callable[[], Any]
-    seed: int | None
-    value: Any = None
-    error: Exception | None = None
-    turns: int = 0
-    breathed: int = 0
-    start: str | None = None
-    interrupted: bool = False
-    coroutine: Coroutine | None = field(default=None, repr=False)
-    generators: Generators | None = field(default=None, repr=False)
-    waits_for: Flight | None = field(default=None, repr=False)
 
 
 class Turns:

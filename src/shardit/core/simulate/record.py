@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from shardit.core.runtime.request_loop import Flight, Program, Schedule, Turns
+from shardit.core.runtime.program import Flight, Program
+from shardit.core.runtime.request_loop import Schedule, Turns
 
 
 @dataclass(frozen=True)

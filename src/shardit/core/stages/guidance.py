@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from shardit.core.comm.p2p import Transfer
 from shardit.core.plans.call_plan import CallPlan
 from shardit.core.runtime.pending import Source
-from shardit.core.runtime.request_loop import Flight
+from shardit.core.runtime.program import Flight
 from shardit.core.stages.result import Result, Route
 from shardit.errors import InputError
 

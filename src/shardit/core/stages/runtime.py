@@ -10,7 +10,8 @@ from typing import Any
 from shardit.core.comm.agreement import Agreement
 from shardit.core.comm.mesh import Mesh
 from shardit.core.comm.p2p import Comm
-from shardit.core.runtime.request_loop import Flight, Schedule, Turns
+from shardit.core.runtime.program import Flight
+from shardit.core.runtime.request_loop import Schedule, Turns
 from shardit.core.stages.guidance import GuidanceScheduler
 from shardit.core.stages.result import Route
 

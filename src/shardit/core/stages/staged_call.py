@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.comm.p2p import Transfer
 from shardit.core.modules.blocks import CutModel
-from shardit.core.plans.call_plan import Leaf
 from shardit.core.plans.local_plan import LocalPlan, Step
-from shardit.core.plans.stand_ins import same_memory, stand_ins
+from shardit.core.plans.stand_ins import check_kind, same_memory, stand_ins
 from shardit.core.runtime.coroutine import Coroutine
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.randomness import any_moved, torch_states
@@ -154,7 +153,7 @@ class StagedCall:
             raise RuntimeError(f"the forward ends after {self._site} of {len(self.plan.sites)} block calls")
         leaves, _ = tree_flatten(out)
         for number, view in self._result.views():
-            _check(self.plan.result.leaves[number], leaves[number], "the result")
+            check_kind(self.plan.result.leaves[number], leaves[number], "the result")
             view.copy_(leaves[number])
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,7 +193,7 @@ class StagedCall:
             if len(leaves) != len(site.leaves):
                 raise RuntimeError(f"block call {n} returns {len(leaves)} values, not {len(site.leaves)}")
             for expected, got in zip(site.leaves, leaves, strict=True):
-                _check(expected, got, f"block call {n}")
+                check_kind(expected, got, f"block call {n}")
             if not same_memory(site, leaves, given):
                 raise RuntimeError(f"block call {n} returns tensors that share memory in another way than in the first")
             self._carried.keep("out", n, self.local.keep_outs.get(n, ()), leaves)
@@ -212,17 +211,3 @@ class StagedCall:
         self._carried.place(n)
         if ends is not None:
             self._carried.release(ends)
-
-
-def _check(expected: Leaf, got: Any, what: str) -> None:
-    """Raise RuntimeError where a value is not of the kind that the plan expects."""
-    if isinstance(got, torch.Tensor):
-        same = expected.kind != "value" and (got.dtype, tuple(got.shape)) == (expected.dtype, expected.size)
-        if not same or (expected.kind == "tensor" and what != "the result" and tuple(got.stride()) != expected.stride):
-            found, known = (got.dtype, tuple(got.shape), got.stride()), (expected.dtype, expected.size, expected.stride)
-            raise RuntimeError(
-                f"{what} gives {found}, not {known} (dtype, shape, strides) as before: it follows values, which other "
-                "ranks do not have: use pipeline_parallel_size=1 and cfg_parallel_size=1"
-            )
-    elif expected.kind != "value" or got != expected.value:
-        raise RuntimeError(f"{what} gives {got!r}, which was {expected.value!r} in the first call of this signature")

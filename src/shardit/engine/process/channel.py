@@ -11,7 +11,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,13 @@ class Pipe:
 
 
 _END = object()
+
+
+def send_all(pipes: Iterable[Pipe], message: Any) -> None:
+    """Send a message along several pipes. It is pickled once."""
+    parts = encode(message)
+    for pipe in pipes:
+        pipe.send_encoded(parts)
 
 
 class _Pickler(pickle.Pickler):

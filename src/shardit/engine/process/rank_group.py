@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardit.diffusion.request.model_info import ModelInfo
-from shardit.engine.process.channel import Channel, Pipe, encode
+from shardit.engine.process.channel import Channel, Pipe
 from shardit.engine.process.failure import Cause, Failure, Timeouts, root_of
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import Failed, OutOfMemory, Ready, Refused, SessionSpec
@@ -85,11 +85,9 @@ class RankGroup:
         self._starting = threading.Thread(target=self._start, args=(generation, self._starting), daemon=True)
         self._starting.start()
 
-    def send(self, ranks: Iterable[int], message: Any) -> None:
-        """Send to some ranks, if the ranks are up. The message is pickled once."""
-        parts = encode(message)
-        for rank in ranks if self._pipes else ():
-            self._pipes[rank].send_encoded(parts)
+    def pipes(self, ranks: Iterable[int]) -> list[Pipe]:
+        """Return the pipes to some ranks, none if the ranks are not up."""
+        return [self._pipes[rank] for rank in ranks] if self._pipes else []
 
     def fail(self, reason: str, rank: int = -1) -> None:
         """Treat the ranks as failed, without a failure of their own."""

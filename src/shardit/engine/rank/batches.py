@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from shardit.core.runtime.digests import short_hash
-from shardit.core.runtime.request_loop import Program
+from shardit.core.runtime.program import Program
 from shardit.engine.process.messages import BatchStep, CacheUse, Progress
 from shardit.engine.rank.outcomes import Outcomes, Taken
 

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
-from shardit.core.runtime.request_loop import Interrupted, Program
+from shardit.core.runtime.program import Interrupted, Program
 from shardit.engine.rank.outcomes import Outcomes, Taken
 
 

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from typing import Any
 
-from shardit.core.runtime.request_loop import Program, is_out_of_memory
+from shardit.core.runtime.program import Program, is_out_of_memory
 from shardit.engine.process.channel import Channel
 from shardit.engine.process.memory import reset_peak
 from shardit.engine.process.messages import Begin, Cancel, OutOfMemory

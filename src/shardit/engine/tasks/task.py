@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from shardit.core.comm.mesh import Mesh
-    from shardit.core.runtime.request_loop import Program
+    from shardit.core.runtime.program import Program
     from shardit.core.stages.runtime import Runtime
     from shardit.diffusion.request.model_info import ModelInfo
     from shardit.engine.process.messages import SessionSpec

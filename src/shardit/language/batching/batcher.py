@@ -12,7 +12,7 @@ import torch
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.decoder.stage_tensor import StageTensor
-from shardit.core.runtime.request_loop import Program
+from shardit.core.runtime.program import Program
 from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.ends import Decode, end_of
 from shardit.language.batching.forward import Forward

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardit.diffusion.request.model_info import ModelInfo
-from shardit.engine.process.channel import Packed
+from shardit.engine.process.channel import Packed, send_all
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.hangs import HangDetector
 from shardit.engine.process.in_flight import InFlight
@@ -103,7 +103,7 @@ class Dispatcher:
             for key, running in self.running.items():
                 if running.job.id in wanted and not running.cancelling:
                     running.cancelling = True
-                    self.rank_group.send(running.on_ranks.ranks, Cancel(key))
+                    send_all(self.rank_group.pipes(running.on_ranks.ranks), Cancel(key))
         self.fill()
 
     def on_rank_message(self, rank: int, message: Any) -> None:
@@ -278,7 +278,7 @@ class Dispatcher:
         self.running[key] = Running(job, request, InFlight(replica, ranks), count + (not ahead), work, ahead=ahead)
         if not ahead:
             self._enters(replica)
-        self.rank_group.send(ranks, Begin(key, Packed.of(request), job.id))
+        send_all(self.rank_group.pipes(ranks), Begin(key, Packed.of(request), job.id))
         self.log.info("job_started", request_id=job.id, replica=replica, attempt=job.attempts)
         self.notify(Changed(job.id))
 

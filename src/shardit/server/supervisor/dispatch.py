@@ -21,7 +21,7 @@ from shardit.errors import InputError
 from shardit.language.info import LanguageInfo
 from shardit.language.request.outputs import GroupOutput
 from shardit.language.request.rows import PromptGroup
-from shardit.server.estimate import NO_WORK, Work, work_of
+from shardit.server.estimate import Work
 from shardit.server.jobs.job import Job
 from shardit.server.jobs.store import Store
 from shardit.server.jobs.text_request import stored_results
@@ -29,6 +29,7 @@ from shardit.server.messages import Changed, Step, StepTokens, Tokens
 from shardit.server.options import ServeOptions
 from shardit.server.supervisor.cost_history import CostHistory
 from shardit.server.supervisor.finish import JobFinisher, failure
+from shardit.server.supervisor.kinds import PipelineJobs, TextJobs, kind_of
 from shardit.server.supervisor.patience import Patience, slowdown
 from shardit.server.supervisor.prefetch import Prefetcher
 from shardit.server.supervisor.running import Running, Size, in_flight
@@ -61,7 +62,7 @@ class Dispatcher:
         self.notify, self.log, self.metrics = notify, log, metrics
         self.slots = 1
         self.learned = CostHistory(store, options)
-        self.info: ModelInfo | LanguageInfo | None = None
+        self.kind: PipelineJobs | TextJobs | None = None
         self.running: dict[int, Running] = {}
         self.ends = JobFinisher(store, loop, writers, notify, log, metrics)
         self.prefetcher = Prefetcher(store, loop, then=self.fill)
@@ -84,7 +85,7 @@ class Dispatcher:
 
     def ready(self, infos: Sequence[ModelInfo | LanguageInfo]) -> None:
         """All ranks have loaded; `infos` by rank."""
-        self.info = infos[0]
+        self.kind = kind_of(infos[0], self.prefetcher, self.texts)
         self.hang_detector.reset()
         self.patience.cold = True
         self.learned.at_rest(infos)
@@ -156,7 +157,7 @@ class Dispatcher:
 
     def down(self, why: Failure) -> None:
         """Handle the loss of the ranks: queue their jobs again."""
-        self.info = None
+        self.kind = None
         self.metrics.no_caches()
         alone = self.in_flight == 1
         for running in self.running.values():
@@ -189,7 +190,7 @@ class Dispatcher:
 
     def put_all_back(self) -> None:
         """Queue running jobs again when the server stops, and begin no more."""
-        self.info = None
+        self.kind = None
         for running in self.running.values():
             self.ends.put_back(running.job)
         self.running.clear()
@@ -202,13 +203,13 @@ class Dispatcher:
     def _sizes(self, replica: int) -> list[Size]:
         """Return the sizes of the jobs that take turns. Texts of one size are computed in one batch."""
         sizes = [one.size for one in self._in_flight(replica)]
-        return list(dict.fromkeys(sizes)) if isinstance(self.info, LanguageInfo) else sizes
+        return list(dict.fromkeys(sizes)) if self.kind is not None and self.kind.batched else sizes
 
     def _in_flight(self, replica: int) -> list[Running]:
         return in_flight(self.running, replica)
 
     def _begin_next(self) -> bool:
-        if self.info is None or self.rank_group.failing or len(self.ends.writing) >= MAX_WRITING:
+        if self.kind is None or self.rank_group.failing or len(self.ends.writing) >= MAX_WRITING:
             return False
         job = next(iter(self.store.queued(1)), None)
         if job is None:
@@ -216,8 +217,7 @@ class Dispatcher:
             self.texts.keep({running.job.id for running in self.running.values()})
             return False
         # While it waits for a slot, too.
-        is_ready = isinstance(self.info, LanguageInfo) or self.prefetcher.ready(job, self.info)
-        if not is_ready or self._must_be_alone(job) or (replica := self._free_replica(job)) is None:
+        if not self.kind.ready(job) or self._must_be_alone(job) or (replica := self._free_replica(job)) is None:
             return False
         if self.store.start(job.id):
             self._begin(replace(job, state="in_progress", attempts=job.attempts + 1), replica)
@@ -256,16 +256,13 @@ class Dispatcher:
         return sum(running.work.size for running in self._in_flight(replica))
 
     def _work(self, job: Job) -> Work:
-        assert self.info is not None
-        return NO_WORK if isinstance(self.info, LanguageInfo) else work_of(job.request, self.info.signature)
+        assert self.kind is not None
+        return self.kind.work(job)
 
     def _begin(self, job: Job, replica: int) -> None:
-        assert self.info is not None
+        assert self.kind is not None
         try:
-            if isinstance(self.info, LanguageInfo):
-                request: Any = self.texts.request(job)
-            else:
-                request = self.prefetcher.take(job, self.info)
+            request = self.kind.request(job)
             work = self._work(job)
         except Exception as error:  # accepted for another model, or its files are gone
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ from shardit.diffusion.output.from_file import read_record
 from shardit.diffusion.output.output import Output
 from shardit.diffusion.output.target import check_path
 from shardit.diffusion.request.images import open_image
+from shardit.diffusion.request.picture_arguments import open_pictures
 from shardit.diffusion.request.pipeline_signature import PipelineSignature
 from shardit.errors import InputError
 
@@ -348,6 +349,20 @@ def test_transparency_goes_on_white_or_stays():
     assert open_image(half, "RGBA").getpixel((0, 0)) == (255, 0, 0, 128)
     assert open_image(Image.new("RGB", (2, 2), "red"), "RGBA").getpixel((0, 0)) == (255, 0, 0, 255)
     assert open_image(Image.new("LA", (2, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(clear, "opaque").getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(Image.new("LA", (2, 2), (0, 0)), "opaque").getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_strokes_of_masks_stay_on_black():
+    mask = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    mask.putpixel((1, 0), (255, 255, 255, 255))
+    takes = PipelineSignature(
+        "Inpaint", ("image", "mask_image", "ip_adapter_image"), pictures=("mask_image", "ip_adapter_image")
+    )
+    given = dict.fromkeys(("mask_image", "ip_adapter_image"), encoded(mask, "PNG"))
+    found = open_pictures(given, takes)
+    assert [found["mask_image"].getpixel((x, 0))[0] for x in (0, 1)] == [0, 255]
+    assert [found["ip_adapter_image"].getpixel((x, 0))[0] for x in (0, 1)] == [255, 255]
 
 
 def test_palette_with_transparency():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
-Mode = Literal["RGB", "RGBA"]
+Mode = Literal["RGB", "RGBA", "opaque"]
 
 
 def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
@@ -27,7 +27,8 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
 
     - The EXIF orientation is applied.
     - "RGB" puts transparent pictures on white, as they appear on a page; "RGBA" keeps transparency and makes opaque
-    pictures fully opaque.
+    pictures fully opaque; "opaque" is "RGB" with the colours that transparent pixels have, as in diffusers: for masks,
+    whose strokes programs save on a transparent layer.
     - 16-bit greys are scaled to 8 bits (PIL alone would clip them to white). CMYK, palettes, grey and black-and-white
     are converted; colour profiles are not applied, as in diffusers.
     - Only the first frame of an animation is used.
@@ -134,6 +135,8 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _to_mode(picture: Image.Image, mode: Mode) -> Image.Image:
+    if mode == "opaque":
+        return picture.convert("RGBA").convert("RGB")
     if picture.mode == mode and "transparency" not in picture.info:
         return picture.copy()
     transparent = "transparency" in picture.info or picture.mode in ("RGBA", "RGBa", "LA", "La", "PA")

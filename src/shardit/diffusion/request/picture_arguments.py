@@ -11,6 +11,9 @@ from shardit.diffusion.request.images import is_file, open_image, open_video
 from shardit.diffusion.request.pipeline_signature import PipelineSignature, is_mask_of_video, is_video
 from shardit.errors import InputError
 
+OPAQUE = ("mask", "control")
+"""Words in the names of arguments whose pictures are drawn in white on nothing."""
+
 
 def open_pictures(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, Any]:
     """Return the given picture arguments, with paths and bytes in them read: as pictures, or as lists of frames. If a
@@ -31,9 +34,10 @@ def _opened(name: str, value: Any, takes: PipelineSignature) -> Any:
     try:
         if is_file(value) and (is_video(name) or is_mask_of_video(name, takes)):
             return open_video(value)
+        mode = "opaque" if any(word in name for word in OPAQUE) else "RGB"
         if isinstance(value, (list, tuple)):
-            return [open_image(entry) if is_file(entry) else entry for entry in value]
-        picture = open_image(value) if is_file(value) else value
+            return [open_image(entry, mode) if is_file(entry) else entry for entry in value]
+        picture = open_image(value, mode) if is_file(value) else value
         return [picture] if name in takes.listed and isinstance(picture, Image) else picture
     except InputError as error:
         raise InputError(f"{name}: {error}") from error

@@ -4,7 +4,7 @@ A model whose forward calls them declares `_sp_plan = {}` (or a plan with someth
 splits it; then attention between a shard and its gather runs over the ranks, and the whole model is checked. See
 docs/sequence-plans.md.
 
-Outside of a model that was made parallel both return what they get, so that such a model beside it stays whole, unless
+Outside of a model that was made parallel both return what they get, so that such a model next to it stays whole, unless
 the program has made groups itself (`parallel_state.initialize_model_parallel`): then they cut and gather, and
 attention is the program's own business.
 """

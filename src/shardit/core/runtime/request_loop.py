@@ -97,7 +97,7 @@ class Turns:
         program.waits_for = None
 
     def mark_start(self, arguments: Callable[[], Mapping[str, Any]]) -> None:
-        """Once per request: note what its first call is given. Whoever runs the requests compares the marks of all
+        """Once per request: note what its first call is given. The caller of `rounds` compares the marks of all
         ranks; doing it here would make every rank wait for the others and drain the pipeline."""
         program = self.current
         if program is not None and program.start is None:
@@ -153,7 +153,7 @@ class Turns:
 
     def yield_turn(self, rounds: int = 1) -> None:
         """Give the others a turn in `rounds` rounds, if the program that runs has had no pause since it was here last.
-        Programs that never wait for a result do so once per step, so that others can run beside them, and they can be
+        Programs that never wait for a result do so once per step, so that others can run meanwhile, and they can be
         ended."""
         program = self.current
         if program is None:

@@ -22,7 +22,7 @@ class Programs:
         self._ahead, self._can_cancel = ahead, can_cancel
 
     def could_begin(self, active: int) -> bool:
-        """Return whether another request could begin beside `active` programs."""
+        """Return whether another request could begin next to `active` programs."""
         return active < self.session.spec.max_in_flight and not self.waiting
 
     def add(self, taken: Taken) -> None:

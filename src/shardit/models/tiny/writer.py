@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write_folder(name: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> Path:
-    """Writes into a temporary folder beside the target, then renames it: the target is whole or absent."""
+    """Writes into a temporary folder next to the target, then renames it: the target is whole or absent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

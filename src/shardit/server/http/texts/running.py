@@ -25,7 +25,7 @@ from shardit.server.messages import Tokens
 
 T = TypeVar("T")
 _cleaning: set[asyncio.Task[None]] = set()
-"""Tasks are kept alive by whoever holds them."""
+"""Holds tasks, which would end otherwise."""
 
 
 class TextJob:

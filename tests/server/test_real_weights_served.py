@@ -130,7 +130,7 @@ def test_a_call_of_a_tool(client: openai.OpenAI) -> None:
 @pytest.mark.timeout(600)
 def test_two_hundred_requests_with_cancels_and_a_death(server: RealServer, client: openai.OpenAI) -> None:
     """Each ends once, and those that are not cancelled have the texts of one rank alone."""
-    bodies = random_bodies(11, count=200, vocabulary=49_000)
+    bodies = random_bodies(11, count=200, vocabulary=49_000, longest=20)
     with LLM(MODEL) as llm:
         wanted = texts_of_one_rank(llm, bodies)
     check_crowd(server, client, bodies, wanted)

@@ -18,13 +18,13 @@ Texts = list[tuple[str, str]]
 """The texts of a request with their finish reasons."""
 
 
-def random_bodies(seed: int, count: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Requests of random lengths, seeds, stops and penalties."""
+def random_bodies(seed: int, count: int, vocabulary: int, longest: int = 49) -> list[dict[str, Any]]:
+    """Requests of random lengths (texts of at most `longest` tokens), seeds, stops and penalties."""
     draw = random.Random(seed)
     return [
         {
             "prompt": [draw.randrange(2, vocabulary) for _ in range(draw.randrange(1, 40))],
-            "max_tokens": draw.randrange(1, 50),
+            "max_tokens": draw.randrange(1, longest + 1),
             "temperature": draw.choice([0.0, 0.7, 1.3]),
             "seed": number,
             "n": draw.choice([1, 1, 2, 3]),

@@ -147,3 +147,14 @@ def test_over_ranks(axis: str) -> None:
         check(tokens)
         assert tokens == expected
         assert "no token of the model fits it" in error
+
+
+def test_after_a_prompt_that_is_known() -> None:
+    """The state of a grammar begins behind the prompt, whether its keys are computed or kept."""
+    batcher = batcher_of(model_of("llama"))
+    params = SamplingParams(temperature=1.0, max_tokens=150, structured_outputs={"json": SCHEMA})  # type: ignore[arg-type]
+    row = Row(tuple(range(20, 70)), params, seed=3)
+    first, second = made(batcher, [row]), made(batcher, [row])
+    assert first == second
+    assert batcher.prefixes.hits == 1
+    assert json.loads(TOKENIZER.decode(first[0], skip_special_tokens=True))["colour"] in ("red", "green")

@@ -57,11 +57,14 @@ def check_form_of(form: StructuredOutputsParams | None, values: Mapping[str, Any
         check_form(form, tokenizer)
     except InputError as error:
         own = values.get("structured_outputs") is not None
-        raise _as_api_error(error, "structured_outputs" if own else "response_format") from error
+        param = "tools" if is_forced(values) else "structured_outputs" if own else "response_format"
+        raise _as_api_error(error, param) from error
 
 
 def _as_api_error(error: InputError, param: str) -> ApiError:
     text = str(error)
-    if param == "response_format":
+    if param == "tools":
+        text = text.replace("structured_outputs.grammar", "tools", 1).replace("structured_outputs ", "tool_choice ", 1)
+    elif param == "response_format":
         text = text.replace("structured_outputs.json", _SCHEMA, 1).replace("structured_outputs ", "response_format ", 1)
     return ApiError(400, text, code="invalid_value", param=param)

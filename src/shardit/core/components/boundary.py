@@ -77,8 +77,8 @@ class Boundary:
         members["__getattr__"] = self._attribute(path, cls)
         members["__setattr__"] = self._assignment(path, cls)
         members["state_dict"] = self._state_dict(path, cls)
-        if hasattr(cls, "tie_weights"):
-            members["tie_weights"] = self._on_every_rank(cls.tie_weights)
+        if (tie := getattr(cls, "tie_weights", None)) is not None:
+            members["tie_weights"] = self._on_every_rank(tie)
         members["to"] = fixed_device_to(cls.to, self.device)
         if "device" not in vars(module) and (hasattr(cls, "device") or not path):
             members["device"] = property(lambda _: self.device)

@@ -24,8 +24,9 @@ def check_tools(values: Mapping[str, Any]) -> None:
     tools, choice = values.get("tools") or [], values.get("tool_choice", "auto")
     names: list[str] = []
     for number, tool in enumerate(tools):
-        function = tool.get("function") if tool.get("type") == "function" else None
-        name = function.get("name") if isinstance(function, dict) else None
+        given = tool.get("function") if tool.get("type") == "function" else None
+        function: dict[str, Any] = given if isinstance(given, dict) else {}
+        name = function.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in names:
             text = (
                 f'must be {{"type": "function", "function": {{"name": ...}}}} with a name of its own, got {tool!r:.80}'

@@ -165,7 +165,7 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1270,
-    "core": 6450,
+    "core": 6550,
     "diffusion": 3760,
     "engine": 2770,
     "language": 1940,
@@ -174,7 +174,7 @@ BUDGET = {
     "parallel": 3620,
     "server": 5340,
     "settings": 250,
-    "training": 270,
+    "training": 290,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

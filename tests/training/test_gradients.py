@@ -49,7 +49,12 @@ def check(of_ranks: list[dict[str, Any]], expected: int) -> None:
 
 @pytest.mark.parametrize("names", [PICTURES, TEXTS])
 def test_two_stages(names: tuple[str, ...]) -> None:
-    runs: list[dict[str, Any]] = [{}, {"schedule": "interleaved"}, {"schedule": "gpipe", "count": 3}]
+    runs: list[dict[str, Any]] = [
+        {},
+        {"schedule": "interleaved"},
+        {"schedule": "gpipe", "count": 3},
+        {"schedule": "zbv"},
+    ]
     check(run_ranks(2, all_of, names, runs, timeout=200), len(names) * len(runs))
 
 
@@ -60,7 +65,7 @@ def test_four_and_uneven_stages() -> None:
     check(run_ranks(2, all_of, names[:1], uneven, timeout=200), 2)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zbv"])
 def test_any_number_of_micro_batches(schedule: str) -> None:
     runs = [{"schedule": schedule, "count": count} for count in (1, 2, 3, 5, 7, 8)]
     check(run_ranks(2, all_of, ("llama",), runs, timeout=200), len(runs))
@@ -73,6 +78,11 @@ def test_what_training_meets(size: int) -> None:
     check(for_ranks, len(names))
     late = [found["lora in the last block"]["compared"] for found in for_ranks]
     assert late == [0] * (size - 1) + [4]
+
+
+def test_what_training_meets_with_deferred_weight_gradients() -> None:
+    names = [name for name in cases() if name != "two calls"]  # which would turn around more than once
+    check(run_ranks(2, functools.partial(cases_right, schedule="zbv"), names, timeout=240), len(names))
 
 
 def test_the_comparison_sees_a_wrong_gradient() -> None:

@@ -24,7 +24,12 @@ def replicated(rank: int, size: int, method: str, stages: int) -> list[float]:
     copies = size // stages
     staged = training.stages(model, chosen.loss, data_parallel_size=copies, pipeline_parallel_size=stages, timeout_s=30)
     mine, found = rank // stages, []
-    for counts, weights in (([2, 2], None), ([1, 3], [3.0, 13.0, 4.0, 1.0]), ([3, 1], [1.0, 0.0, 2.0, 0.0]), ([1, 3], [0.0, 1.0, 2.0, 0.0])):
+    for counts, weights in (
+        ([2, 2], None),
+        ([1, 3], [3.0, 13.0, 4.0, 1.0]),
+        ([3, 1], [1.0, 0.0, 2.0, 0.0]),
+        ([1, 3], [0.0, 1.0, 2.0, 0.0]),
+    ):
         batches = [chosen.batch(number, number == 1) for number in range(4)]
         expected = accumulate(plain, chosen.loss, batches, weights)
         start = sum(counts[:mine])
@@ -92,6 +97,7 @@ def mistakes(rank: int, size: int, method: str) -> list[str]:
     refused(lambda: training.stages(chosen.build(), chosen.loss, tensor_parallel_size=2))
     refused(lambda: two(schedule="zigzag"))
     refused(lambda: two(pipeline_chunks=2))
+    refused(lambda: two(schedule="interleaved", layer_partition=(1, 3)))
     refused(lambda: training.stages(task("llama").build(), chosen.loss, pipeline_parallel_size=9))
     staged = two()
     refused(lambda: staged.step([]))
@@ -122,6 +128,7 @@ def test_mistakes_are_named_in_one_line() -> None:
         "tensor_parallel_size=2",
         "schedule='zigzag' must be one of gpipe",
         "pipeline_chunks=2",
+        "layer_partition has 2 entries",
         "the process group has 2 ranks",
         "micro_batches is empty",
         "weights has 2 entries",

@@ -17,10 +17,11 @@ from shardit.core.runtime.flat_call import FlatCall, modes
 from shardit.core.runtime.randomness import generators_kept, torch_states
 from shardit.core.training.check import check_course
 from shardit.core.training.course import Course
+from shardit.core.training.deferred import Deferred
 from shardit.core.training.holdings import Holdings
 from shardit.core.training.liveness import Liveness
 from shardit.core.training.plain_calls import PlainCalls
-from shardit.core.training.schedules import Schedules, check_owners
+from shardit.core.training.schedules import Schedules, check_owners, owner_of_chunk
 from shardit.core.training.segment import LossRun, StepData
 from shardit.core.training.watch import WatchedLoss
 from shardit.errors import UnsupportedError
@@ -48,6 +49,7 @@ class CutLoss:
     _deciding: dict[Any, tuple[int, ...]] = field(default_factory=dict)
     _held: Holdings | None = None
     _checked: set[Any] = field(default_factory=set)
+    _deferred: Deferred = field(default_factory=Deferred)
 
     def __post_init__(self) -> None:
         plain, device = PlainCalls(self.cut, self.comm), self.comm.group.device
@@ -108,7 +110,7 @@ class CutLoss:
                 del self.known[old]
         digest = course.digest()
         same = (one for one in self.known.values() if one.course.digest() == digest)
-        found = next(same, None) or Schedules(self.run, course, self.comm.group, self.kind)
+        found = next(same, None) or Schedules(self.run, course, self.comm.group, self.kind, self._deferred)
         self.known[key, self._contents(key, call)] = found
         return found
 
@@ -167,11 +169,14 @@ class CutLoss:
         _ = self.holdings
         drop_blocks(self.cut.model, self.cut.blocks, self.cut.owners, self.comm.rank, self.hints)
         self.run.plain.whole = False
+        own = (one for (_, one), owner in zip(self.cut.blocks, self.cut.owners, strict=True) if owner == self.comm.rank)
+        for block in own if self.kind == "zbv" else ():
+            self._deferred.install(block)
 
     def _place(self, order: Sequence[int]) -> None:
         chunks = self.place(order)
         self.chunk_of = chunks
-        self.cut.owners[:] = [chunk % self.comm.size for chunk in chunks]
+        self.cut.owners[:] = [owner_of_chunk(chunk, self.comm.size, self.kind) for chunk in chunks]
 
     def _trainable(self, name: str) -> bool:
         found = dict(self.cut.model.named_parameters(remove_duplicate=False)).get(name)
@@ -183,7 +188,9 @@ class CutLoss:
         chunks = [self.chunk_of[site.block] for site in sites]
         segments = segments_of(chunks)
         owners = tuple(self.cut.owners[sites[first].block] for first, _ in segments)
-        check_owners(owners, self.comm.size, [self.cut.blocks[sites[first].block][0] for first, _ in segments])
+        check_owners(
+            owners, self.comm.size, self.kind, [self.cut.blocks[sites[first].block][0] for first, _ in segments]
+        )
         learning = {n for n, (_, b) in enumerate(self.cut.blocks) if any(p.requires_grad for p in b.parameters())}
         leaves = [p for p in model.parameters() if p.requires_grad and not p.is_meta and trace.knows(p)]
         grads = {trace.number(leaf) for leaf in leaves}

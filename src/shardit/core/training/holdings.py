@@ -101,9 +101,7 @@ def _buckets(numbers: list[int], parameters: list[nn.Parameter]) -> list[list[in
     return found
 
 
-def _sum_bucket(
-    numbers: list[int], parameters: list[nn.Parameter], held: list[bool], group: GroupCoordinator
-) -> None:
+def _sum_bucket(numbers: list[int], parameters: list[nn.Parameter], held: list[bool], group: GroupCoordinator) -> None:
     sizes = [parameters[number].numel() for number in numbers]
     flat = torch.zeros(sum(sizes), dtype=parameters[numbers[0]].dtype, device=group.device)
     for number, part in zip(numbers, flat.split(sizes), strict=True):

@@ -114,6 +114,9 @@ def several_steps(rank: int, size: int, method: str) -> list[float]:
         assert compared
         assert not only
         found.append(largest)
+        with torch.no_grad():  # a look at the model between steps, by all stages together
+            got, want = (m(**chosen.batch(7, True)).sample for m in (model, plain))
+        assert torch.equal(got, want)
     return found
 
 

@@ -140,9 +140,12 @@ class Stages:
         planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state())
         self._settle(planned.first, next(iter(planned.seeds), 0))
         before = self._take_gradients()
-        with generators_kept(self.mesh.device), torch.enable_grad():
-            total = self.cut_loss.step(_data(planned))
-        self._sum_gradients(before)
+        try:
+            with generators_kept(self.mesh.device), torch.enable_grad():
+                total = self.cut_loss.step(_data(planned))
+            self._sum_gradients()
+        finally:
+            _add_gradients(before)
         return self._mean(total)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -196,7 +199,7 @@ class Stages:
             parameter.grad = None
         return before
 
-    def _sum_gradients(self, before: dict[nn.Parameter, torch.Tensor]) -> None:
+    def _sum_gradients(self) -> None:
         """Sum the gradients of shared parameters over stages, and of all parameters over replicas."""
         held, comm = self.cut_loss.holdings, self.cut_loss.comm
         shared = list(held.shared.values())
@@ -205,14 +208,18 @@ class Stages:
         if replicas is not None:
             own = held.trainable()
             sum_gradients(own, [True] * len(own), replicas)
-        for parameter, gradient in before.items():
-            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
     def _mean(self, total: torch.Tensor) -> torch.Tensor:
         for group in (self.cut_loss.comm.group, self.mesh.axes.get("dp")):
             if group is not None:
                 total = group.all_reduce(total)
         return total.float()
+
+
+def _add_gradients(before: dict[nn.Parameter, torch.Tensor]) -> None:
+    """Add the gradients of this step to those before."""
+    for parameter, gradient in before.items():
+        parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
 def _data(planned: StepPlan) -> StepData:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from shardit import training
 from tests.support.ranks import run_ranks
@@ -122,6 +123,58 @@ def several_steps(rank: int, size: int, method: str) -> list[float]:
 
 def test_sizes_change_weights_count_and_gradients_add_up() -> None:
     for found in run_ranks(2, several_steps, timeout=120):
+        assert max(found) < CLOSE, found
+
+
+def padded(rank: int, size: int, method: str) -> tuple[list[float], int, int]:
+    """Texts of other lengths in batches of one size, as a tokenizer returns them: the model looks at each mask."""
+    join(rank, size, method)
+    chosen = task("llama")
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return model(**batch, labels=labels, use_cache=False).loss
+
+    def batch(number: int) -> BatchEncoding:
+        mask = torch.ones(2, 11, dtype=torch.int64)
+        mask[1, 11 - number % 5 :] = 0
+        return BatchEncoding({"input_ids": chosen.batch(number, False), "attention_mask": mask})
+
+    plain, model = chosen.build(), chosen.build()
+    staged = training.stages(model, loss, pipeline_parallel_size=size, timeout_s=30)
+    found = []
+    for step in range(2):
+        batches = [batch(step * 3 + number) for number in range(3)]
+        expected = accumulate(plain, loss, batches)
+        found.append(abs(float(staged.step(batches)) - expected) / expected)
+        found.append(worst(staged.named_parameters(), plain)[0])
+    known = staged.cut_loss.known.schedules.values()
+    runs = sum(count for block, count in staged.cut_loss.cut.ran.items() if block in (0, 2))
+    return found, len({one.course.digest() for one in known}), runs
+
+
+def test_masks_with_other_values_are_watched_once() -> None:
+    for found, courses, runs in run_ranks(2, padded, timeout=120):
+        assert max(found) < CLOSE, found
+        assert courses == 2  # without padding the model makes no mask
+        assert runs == 6 + courses + 1  # once for each micro-batch, again where it is watched, and in one check
+
+
+def other_text(rank: int, size: int, method: str) -> list[float]:
+    """The text alone has another length, which changes nothing that crosses a cut."""
+    join(rank, size, method)
+    chosen = task("WanTransformer3DModel")
+    plain, model = chosen.build(), chosen.build()
+    staged = training.stages(model, chosen.loss, pipeline_parallel_size=size, timeout_s=30)
+    short, long = chosen.batch(0, False), chosen.batch(1, True)
+    for batches in ([short], [{**short, "encoder_hidden_states": long["encoder_hidden_states"]}, short]):
+        accumulate(plain, chosen.loss, batches)
+        staged.step(batches)
+    return [worst(staged.named_parameters(), plain)[0]]
+
+
+def test_text_of_another_length() -> None:
+    for found in run_ranks(2, other_text, timeout=120):
         assert max(found) < CLOSE, found
 
 

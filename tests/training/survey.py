@@ -43,9 +43,9 @@ def measure(rank: int, size: int, method: str, names: list[str]) -> list[tuple[s
     return found
 
 
-def main(names: list[str]) -> Counter[str]:
-    """Measure the classes, print a line for each, and return the number of each outcome."""
-    todo, sums = names or survey_ids(), Counter[str]()
+def outcomes(names: list[str]) -> dict[str, str]:
+    """Measure the classes (all, if none is named), print a line for each, and return what became of each."""
+    todo, found = list(names or survey_ids()), dict[str, str]()
     while todo:
         try:
             of_ranks = run_ranks(2, measure, todo[:AT_ONCE], timeout=200)
@@ -53,12 +53,11 @@ def main(names: list[str]) -> Counter[str]:
             of_ranks = [[(todo[0], f"ended: {str(error).splitlines()[-1]}")]] * 2
         for one, other in zip(*of_ranks, strict=False):
             name, outcome = next((o for o in (one, other) if not o[1].startswith("right")), one)
-            sums[outcome.partition(":")[0]] += 1
+            found[name] = outcome
             print(f"{name}: {outcome[:230]}", flush=True)
             todo.remove(name)
-    print(dict(sums))
-    return sums
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(dict(Counter(text.partition(":")[0] for text in outcomes(sys.argv[1:]).values())))

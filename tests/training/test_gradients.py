@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from shardit import training
 from tests.support.ranks import run_ranks
@@ -49,7 +50,12 @@ def check(of_ranks: list[dict[str, Any]], expected: int) -> None:
 
 @pytest.mark.parametrize("names", [PICTURES, TEXTS])
 def test_two_stages(names: tuple[str, ...]) -> None:
-    runs: list[dict[str, Any]] = [{}, {"schedule": "interleaved"}, {"schedule": "gpipe", "count": 3}]
+    runs: list[dict[str, Any]] = [
+        {},
+        {"schedule": "interleaved"},
+        {"schedule": "gpipe", "count": 3},
+        {"schedule": "zbv"},
+    ]
     check(run_ranks(2, all_of, names, runs, timeout=200), len(names) * len(runs))
 
 
@@ -60,7 +66,7 @@ def test_four_and_uneven_stages() -> None:
     check(run_ranks(2, all_of, names[:1], uneven, timeout=200), 2)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zbv"])
 def test_any_number_of_micro_batches(schedule: str) -> None:
     runs = [{"schedule": schedule, "count": count} for count in (1, 2, 3, 5, 7, 8)]
     check(run_ranks(2, all_of, ("llama",), runs, timeout=200), len(runs))
@@ -73,6 +79,11 @@ def test_what_training_meets(size: int) -> None:
     check(for_ranks, len(names))
     late = [found["lora in the last block"]["compared"] for found in for_ranks]
     assert late == [0] * (size - 1) + [4]
+
+
+def test_what_training_meets_with_deferred_weight_gradients() -> None:
+    names = [name for name in cases() if name != "two calls"]  # which would turn around more than once
+    check(run_ranks(2, functools.partial(cases_right, schedule="zbv"), names, timeout=240), len(names))
 
 
 def test_the_comparison_sees_a_wrong_gradient() -> None:
@@ -104,11 +115,66 @@ def several_steps(rank: int, size: int, method: str) -> list[float]:
         assert compared
         assert not only
         found.append(largest)
+        with torch.no_grad():  # a look at the model between steps, by all stages together
+            got, want = (m(**chosen.batch(7, True)).sample for m in (model, plain))
+        assert torch.equal(got, want)
     return found
 
 
 def test_sizes_change_weights_count_and_gradients_add_up() -> None:
     for found in run_ranks(2, several_steps, timeout=120):
+        assert max(found) < CLOSE, found
+
+
+def padded(rank: int, size: int, method: str) -> tuple[list[float], int, int]:
+    """Texts of other lengths in batches of one size, as a tokenizer returns them: the model looks at each mask."""
+    join(rank, size, method)
+    chosen = task("llama")
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return model(**batch, labels=labels, use_cache=False).loss
+
+    def batch(number: int) -> BatchEncoding:
+        mask = torch.ones(2, 11, dtype=torch.int64)
+        mask[1, 11 - number % 5 :] = 0
+        return BatchEncoding({"input_ids": chosen.batch(number, False), "attention_mask": mask})
+
+    plain, model = chosen.build(), chosen.build()
+    staged = training.stages(model, loss, pipeline_parallel_size=size, timeout_s=30)
+    found = []
+    for step in range(2):
+        batches = [batch(step * 3 + number) for number in range(3)]
+        expected = accumulate(plain, loss, batches)
+        found.append(abs(float(staged.step(batches)) - expected) / expected)
+        found.append(worst(staged.named_parameters(), plain)[0])
+    known = staged.cut_loss.known.schedules.values()
+    runs = sum(count for block, count in staged.cut_loss.cut.ran.items() if block in (0, 2))
+    return found, len({one.course.digest() for one in known}), runs
+
+
+def test_masks_with_other_values_are_watched_once() -> None:
+    for found, courses, runs in run_ranks(2, padded, timeout=120):
+        assert max(found) < CLOSE, found
+        assert courses == 2  # without padding the model makes no mask
+        assert runs == 6 + courses + 1  # once for each micro-batch, again where it is watched, and in one check
+
+
+def other_text(rank: int, size: int, method: str) -> list[float]:
+    """The text alone has another length, which changes nothing that crosses a cut."""
+    join(rank, size, method)
+    chosen = task("WanTransformer3DModel")
+    plain, model = chosen.build(), chosen.build()
+    staged = training.stages(model, chosen.loss, pipeline_parallel_size=size, timeout_s=30)
+    short, long = chosen.batch(0, False), chosen.batch(1, True)
+    for batches in ([short], [{**short, "encoder_hidden_states": long["encoder_hidden_states"]}, short]):
+        accumulate(plain, chosen.loss, batches)
+        staged.step(batches)
+    return [worst(staged.named_parameters(), plain)[0]]
+
+
+def test_text_of_another_length() -> None:
+    for found in run_ranks(2, other_text, timeout=120):
         assert max(found) < CLOSE, found
 
 

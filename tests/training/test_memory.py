@@ -73,7 +73,7 @@ def frozen(rank: int, size: int, method: str, name: str) -> dict[str, Any]:
     staged = training.stages(model, chosen.loss, pipeline_parallel_size=size, timeout_s=30)
     staged.step([chosen.batch(number, False) for number in range(3)])
     parameters = dict(model.named_parameters())
-    (schedules,) = staged.cut_loss.known.values()
+    (schedules,) = staged.cut_loss.known.schedules.values()
     return {
         "frozen with a gradient": sum(p.grad is not None for p in parameters.values() if not p.requires_grad),
         "blocks of others": sum(not p.is_meta for n, p in parameters.items() if _foreign(n, staged)),

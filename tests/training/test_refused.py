@@ -59,7 +59,7 @@ def cases() -> dict[str, tuple[Task, str]]:
         "reads between": (replace(plain, loss=_reads_between), "reads a value on the host"),
         "draws between": (replace(plain, loss=_draws_between), "draws random numbers between block calls"),
         "writes": (replace(plain, loss=_writes_to_its_batch), "writes into one of its arguments"),
-        "first block again": (replace(plain, loss=_first_block_again), "change layer_partition"),
+        "first block again": (replace(plain, loss=_first_block_again), "change schedule or layer_partition"),
     }
 
 

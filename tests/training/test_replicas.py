@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from shardit import InputError, training
 from tests.support.ranks import run_ranks
@@ -16,7 +18,7 @@ from tests.training.runs import join
 CLOSE = 2e-6
 
 
-def replicated(rank: int, size: int, method: str, stages: int) -> list[float]:
+def replicated(rank: int, size: int, method: str, stages: int, folder: str) -> list[float]:
     """Steps over replicas with unequal shares and weights, compared with one rank that has all micro-batches."""
     join(rank, size, method)
     chosen = task("llama")
@@ -41,13 +43,18 @@ def replicated(rank: int, size: int, method: str, stages: int) -> list[float]:
         found += [abs(float(value) - expected) / expected, largest]
         plain.zero_grad()
         model.zero_grad()
+    staged.save_pretrained(folder)
     return found
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_replicas_give_the_gradients_of_one_rank(stages: int) -> None:
-    for found in run_ranks(2 * stages, functools.partial(replicated, stages=stages), timeout=120):
+def test_replicas_give_the_gradients_of_one_rank(stages: int, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for found in run_ranks(2 * stages, functools.partial(replicated, stages=stages, folder=str(folder)), timeout=120):
         assert max(found) < CLOSE, found
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    for name, tensor in task("llama").build().state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
 def draws(rank: int, size: int, method: str, stages: int, counts: int) -> list[float]:
@@ -97,6 +104,7 @@ def mistakes(rank: int, size: int, method: str) -> list[str]:
     refused(lambda: training.stages(chosen.build(), chosen.loss, tensor_parallel_size=2))
     refused(lambda: two(schedule="zigzag"))
     refused(lambda: two(pipeline_chunks=2))
+    refused(lambda: two(schedule="interleaved", layer_partition=(1, 3)))
     refused(lambda: training.stages(task("llama").build(), chosen.loss, pipeline_parallel_size=9))
     staged = two()
     refused(lambda: staged.step([]))
@@ -127,6 +135,7 @@ def test_mistakes_are_named_in_one_line() -> None:
         "tensor_parallel_size=2",
         "schedule='zigzag' must be one of gpipe",
         "pipeline_chunks=2",
+        "layer_partition has 2 entries",
         "the process group has 2 ranks",
         "micro_batches is empty",
         "weights has 2 entries",

@@ -11,6 +11,7 @@ import torch
 
 from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.digests import digests
+from shardit.core.training.micro_batch import tree_of
 from shardit.errors import InputError
 
 _SEEDS = 2**62
@@ -80,4 +81,4 @@ def _checked(micro_batches: Any, weights: Any) -> tuple[str | None, list[Any], l
 
 
 def _digests(batches: list[Any], weights: list[float]) -> Any:
-    return digests(dict(zip(map(str, range(len(batches))), batches, strict=True))), weights
+    return digests({str(number): tree_of(batch) for number, batch in enumerate(batches)}), weights

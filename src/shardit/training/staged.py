@@ -48,7 +48,7 @@ def stages(
     from the environment (torchrun) if there is none. After the first step, or at once if an `example` micro-batch is
     given, each rank keeps the blocks that it owns, and no others.
 
-    loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b" or "interleaved".
+    loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b", "interleaved" or "zbv".
     example: a micro-batch; needed where blocks run in another order than that of their registration, and `parameters`
     is called before the first step. plan: overrides what is found in the model. timeout_s bounds every wait.
     parallel: fields of the configuration as keywords, in its place.
@@ -77,7 +77,11 @@ def _check(config: DiffusionParallelConfig, schedule: str) -> None:
         raise InputError(f"schedule={schedule!r} must be one of {', '.join(NAMES)}")
     if config.pipeline_parallel_size > 1 and schedule == "interleaved" and config.pipeline_chunks == 1:
         raise InputError("pipeline_chunks=1: schedule='interleaved' needs at least 2; or use schedule='1f1b'")
-    if schedule != "interleaved" and (config.pipeline_chunks or 1) > 1:
+    if schedule == "zbv" and config.pipeline_chunks not in (None, 2):
+        raise InputError(
+            f"pipeline_chunks={config.pipeline_chunks}: schedule='zbv' has 2 chunks per rank; leave it out"
+        )
+    if schedule in ("gpipe", "1f1b") and (config.pipeline_chunks or 1) > 1:
         raise InputError(
             f"pipeline_chunks={config.pipeline_chunks}: schedule={schedule!r} has one chunk per rank; "
             "use schedule='interleaved'"
@@ -108,8 +112,13 @@ class Stages:
         cut = CutModel(model, blocks, [0] * len(blocks))
         if comm.size > 1:
             install(blocks, cut.calls)
-        chunks = (config.pipeline_chunks or 2) if schedule == "interleaved" else 1
+        chunks = (config.pipeline_chunks or 2) if schedule in ("interleaved", "zbv") else 1
         partition = fitting_partition(config, os.environ, len(blocks)) if comm.size > 1 else None
+        if partition is not None and len(partition) != comm.size * chunks:
+            raise InputError(
+                f"layer_partition has {len(partition)} entries: schedule={schedule!r} over {comm.size} stages needs "
+                f"{comm.size * chunks}"
+            )
 
         def place(order: Sequence[int]) -> list[int]:
             """Return the chunk of each block."""
@@ -131,9 +140,12 @@ class Stages:
         planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state())
         self._settle(planned.first, next(iter(planned.seeds), 0))
         before = self._take_gradients()
-        with generators_kept(self.mesh.device), torch.enable_grad():
-            total = self.cut_loss.step(_data(planned))
-        self._sum_gradients(before)
+        try:
+            with generators_kept(self.mesh.device), torch.enable_grad():
+                total = self.cut_loss.step(_data(planned))
+            self._sum_gradients()
+        finally:
+            _add_gradients(before)
         return self._mean(total)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -187,7 +199,7 @@ class Stages:
             parameter.grad = None
         return before
 
-    def _sum_gradients(self, before: dict[nn.Parameter, torch.Tensor]) -> None:
+    def _sum_gradients(self) -> None:
         """Sum the gradients of shared parameters over stages, and of all parameters over replicas."""
         held, comm = self.cut_loss.holdings, self.cut_loss.comm
         shared = list(held.shared.values())
@@ -196,14 +208,18 @@ class Stages:
         if replicas is not None:
             own = held.trainable()
             sum_gradients(own, [True] * len(own), replicas)
-        for parameter, gradient in before.items():
-            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
     def _mean(self, total: torch.Tensor) -> torch.Tensor:
         for group in (self.cut_loss.comm.group, self.mesh.axes.get("dp")):
             if group is not None:
                 total = group.all_reduce(total)
         return total.float()
+
+
+def _add_gradients(before: dict[nn.Parameter, torch.Tensor]) -> None:
+    """Add the gradients of this step to those before."""
+    for parameter, gradient in before.items():
+        parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
 def _data(planned: StepPlan) -> StepData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -99,6 +100,12 @@ class Course:
 
     def digest(self) -> str:
         """Return a hash for the comparison between ranks."""
-        blocks = tuple(site.block for site in self.sites)
-        text = (blocks, self.segments, self.owners, self.cuts, self.draws, self.plain_calls)
+        text = (tuple(map(_layouts, self.sites)), self.segments, self.owners, self.cuts, self.draws, self.plain_calls)
         return hashlib.sha256(repr(text).encode()).hexdigest()
+
+
+def _layouts(site: Site) -> tuple[Any, ...]:
+    """Return the block of a call site, and the layouts of its tensors: other values may be objects of each rank."""
+    given = tuple(one[:2] for one in site.given if isinstance(one, tuple) and isinstance(one[0], torch.dtype))
+    out = tuple((leaf.kind, leaf.dtype, leaf.size, leaf.stride, leaf.offset, leaf.arg) for leaf in site.leaves)
+    return site.block, given, out

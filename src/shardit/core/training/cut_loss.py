@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,10 +16,14 @@ from shardit.core.runtime.flat_call import FlatCall, modes
 from shardit.core.runtime.randomness import generators_kept, torch_states
 from shardit.core.training.check import check_course
 from shardit.core.training.course import Course
+from shardit.core.training.deferred import Deferred
+from shardit.core.training.dry import DryLoss
 from shardit.core.training.holdings import Holdings
+from shardit.core.training.known_courses import KnownCourses
 from shardit.core.training.liveness import Liveness
+from shardit.core.training.micro_batch import tree_of
 from shardit.core.training.plain_calls import PlainCalls
-from shardit.core.training.schedules import Schedules, check_owners
+from shardit.core.training.schedules import Schedules, check_owners, owner_of_chunk
 from shardit.core.training.segment import LossRun, StepData
 from shardit.core.training.watch import WatchedLoss
 from shardit.errors import UnsupportedError
@@ -30,8 +33,8 @@ from shardit.errors import UnsupportedError
 class CutLoss:
     """A loss over the stages of one pipeline. All methods are collective over them, but `holdings`.
 
-    place: gives the chunk of each block for an order of the blocks. known: schedules by key, with contents of the
-    micro-batch that decide the course. settled: the order of the blocks may not change any more.
+    place: gives the chunk of each block for an order of the blocks. known: the schedules so far. settled: the order of
+    the blocks may not change any more. dropped: each stage has its own blocks alone.
     """
 
     cut: CutModel
@@ -43,11 +46,11 @@ class CutLoss:
     chunk_of: list[int] = field(default_factory=list)
     settled: bool = False
     dropped: bool = False
-    known: dict[Any, Schedules] = field(default_factory=dict)
+    known: KnownCourses = field(default_factory=KnownCourses)
     run: LossRun = field(init=False)
-    _deciding: dict[Any, tuple[int, ...]] = field(default_factory=dict)
     _held: Holdings | None = None
     _checked: set[Any] = field(default_factory=set)
+    _deferred: Deferred = field(default_factory=Deferred)
 
     def __post_init__(self) -> None:
         plain, device = PlainCalls(self.cut, self.comm), self.comm.group.device
@@ -95,34 +98,36 @@ class CutLoss:
 
     def _schedules(self, batch: Any, seed: int) -> Schedules:
         """Return the schedules of the losses like that of a micro-batch; watch it if it is the first one."""
-        call = FlatCall.of((batch,), {})
+        call = FlatCall.of((tree_of(batch),), {})
         key = call.signature(self.state())
-        found = self.known.get((key, self._contents(key, call)))
+        found = self.known.find(key, call.leaves)
         if found is not None:
             return found
-        course, deciding = self._watch(batch, seed, call)
-        before = self._deciding.get(key, ())
-        self._deciding[key] = tuple(sorted({*before, *deciding}))
-        if self._deciding[key] != before:
-            for old in [one for one in self.known if one[0] == key]:
-                del self.known[old]
-        digest = course.digest()
-        same = (one for one in self.known.values() if one.course.digest() == digest)
-        found = next(same, None) or Schedules(self.run, course, self.comm.group, self.kind)
-        self.known[key, self._contents(key, call)] = found
+        found, deciding = self._same_course(key, batch, seed, call)
+        if found is None:
+            course, deciding = self._watch(batch, seed, call)
+            same = (one for one in self.known.schedules.values() if one.course.digest() == course.digest())
+            found = next(same, None) or Schedules(self.run, course, self.comm.group, self.kind, self._deferred)
+        self.known.learn(key, call.leaves, deciding, found)
         return found
+
+    def _same_course(self, key: Any, batch: Any, seed: int, call: FlatCall) -> tuple[Schedules | None, set[int]]:
+        """Return known schedules that a loss with new contents follows, and the leaves that its course depends on."""
+        for schedules in self.known.of_signature(key):
+            course = schedules.course
+            dry = DryLoss(self.cut, course, self.comm.group.device)
+            fits = not course.plain_calls and dry.fits(
+                lambda: self.run.fresh(batch, seed), call, lambda trace, loss: self._course(trace, loss, 0)
+            )
+            if all(self.comm.group.gather_objects(fits)):
+                return schedules, dry.trace.deciding
+        return None, set()
 
     def state(self) -> Any:
         """Return the state of the model and of torch on which a course depends, the same on every stage."""
         model = self.cut.model
         every = model.named_parameters(remove_duplicate=False)  # tied ones are apart where a stage has none of them
         return bytes(m.training for m in model.modules()), bytes(p.requires_grad for _, p in every), modes()
-
-    def _contents(self, key: Any, call: FlatCall) -> bytes:
-        digest = hashlib.blake2b(digest_size=16)
-        for number in self._deciding.get(key, ()):
-            digest.update(call.leaves[number].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.digest()
 
     def _watch(self, batch: Any, seed: int, call: FlatCall) -> tuple[Course, set[int]]:
         watched = WatchedLoss(self.cut, self.comm)
@@ -132,7 +137,8 @@ class CutLoss:
         course = self._course(watched, watched.trace.number(loss), len(plain))
         if len(set(self.comm.group.gather_objects(course.digest()))) > 1:
             raise UnsupportedError("ranks found different cuts: the loss does not do the same on every rank")
-        kind = call.mode_key(self.state()), tuple(site.block for site in course.sites)
+        crossing = tuple(item.address for cut in course.cuts for item in cut)
+        kind = call.mode_key(self.state()), tuple(site.block for site in course.sites), crossing
         if kind not in self._checked:
             check_course(self.run, course, self.comm, StepData([batch], [1.0], [seed], {0: plain}), loss.detach())
             self._checked.add(kind)
@@ -167,23 +173,28 @@ class CutLoss:
         _ = self.holdings
         drop_blocks(self.cut.model, self.cut.blocks, self.cut.owners, self.comm.rank, self.hints)
         self.run.plain.whole = False
+        own = (one for (_, one), owner in zip(self.cut.blocks, self.cut.owners, strict=True) if owner == self.comm.rank)
+        for block in own if self.kind == "zbv" else ():
+            self._deferred.install(block)
 
     def _place(self, order: Sequence[int]) -> None:
         chunks = self.place(order)
         self.chunk_of = chunks
-        self.cut.owners[:] = [chunk % self.comm.size for chunk in chunks]
+        self.cut.owners[:] = [owner_of_chunk(chunk, self.comm.size, self.kind) for chunk in chunks]
 
     def _trainable(self, name: str) -> bool:
         found = dict(self.cut.model.named_parameters(remove_duplicate=False)).get(name)
         return found is not None and found.requires_grad
 
-    def _course(self, watched: WatchedLoss, loss: int, plain_calls: int) -> Course:
+    def _course(self, watched: WatchedLoss | DryLoss, loss: int, plain_calls: int) -> Course:
         trace, model = watched.trace, self.cut.model
         sites = tuple(replace(site, owner=self.cut.owners[site.block]) for site in trace.sites)
         chunks = [self.chunk_of[site.block] for site in sites]
         segments = segments_of(chunks)
         owners = tuple(self.cut.owners[sites[first].block] for first, _ in segments)
-        check_owners(owners, self.comm.size, [self.cut.blocks[sites[first].block][0] for first, _ in segments])
+        check_owners(
+            owners, self.comm.size, self.kind, [self.cut.blocks[sites[first].block][0] for first, _ in segments]
+        )
         learning = {n for n, (_, b) in enumerate(self.cut.blocks) if any(p.requires_grad for p in b.parameters())}
         leaves = [p for p in model.parameters() if p.requires_grad and not p.is_meta and trace.knows(p)]
         grads = {trace.number(leaf) for leaf in leaves}

@@ -6,15 +6,22 @@ from typing import Any
 
 import torch
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, ScheduleLoopedBFS
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, ScheduleLoopedBFS, ScheduleZBVZeroBubble
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.training.course import Course
+from shardit.core.training.deferred import Deferred
 from shardit.core.training.segment import LossRun, Segment, StepData
 from shardit.errors import InputError, RankError, UnsupportedError
 
-NAMES = ("gpipe", "1f1b", "interleaved")
-"""The schedules: all forwards before all backwards; one forward, one backward; the same with several chunks a rank."""
+NAMES = ("gpipe", "1f1b", "interleaved", "zbv")
+"""The schedules: all forwards before all backwards; one forward, one backward; the same with several chunks a rank; two
+chunks a rank, on the way there and back, with weight gradients in the gaps."""
+
+
+def owner_of_chunk(chunk: int, stages: int, kind: str) -> int:
+    """Return the stage of a chunk."""
+    return 2 * stages - 1 - chunk if kind == "zbv" and chunk >= stages else chunk % stages
 
 
 class _Stage(PipelineStage):
@@ -36,6 +43,10 @@ class _Stage(PipelineStage):
         if self.has_backward and not self.is_last:
             _allocate(self.grad_recv_info[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        _allocate(self.grad_recv_info[mb_index], self.device)  # torch sets what has no gradient to zero
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
@@ -66,24 +77,25 @@ class _ShortSchedule1F1B(Schedule1F1B):
 class Schedules:
     """The schedules of one course, by number of micro-batches."""
 
-    def __init__(self, run: LossRun, course: Course, group: GroupCoordinator, kind: str):
-        self.run, self.course, self.group, self.kind = run, course, group, kind
+    def __init__(self, run: LossRun, course: Course, group: GroupCoordinator, kind: str, deferred: Deferred):
+        self.run, self.course, self.group, self.kind, self.deferred = run, course, group, kind, deferred
         self._made: dict[int, Any] = {}
 
     def step(self, indices: list[int], step: StepData) -> None:
         """Run forward and backward of some of the micro-batches of a step."""
         self.run.step = step
         try:
-            while indices:
-                count = self._fitting(len(indices))
-                self._run(indices[:count])
-                indices = indices[count:]
+            with self.deferred.active():
+                while indices:
+                    count = self._fitting(len(indices))
+                    self._run(indices[:count])
+                    indices = indices[count:]
         finally:
             self.run.step = None
 
     def _fitting(self, count: int) -> int:
         """Return how many of `count` micro-batches the schedule takes at once: interleaved ones need whole rounds."""
-        if self.kind == "gpipe" or not self._looped:
+        if self.kind in ("gpipe", "zbv") or not self._looped:
             return count
         return next(n for n in range(count, 0, -1) if n % max(1, n // self.group.world_size) == 0)
 
@@ -109,6 +121,8 @@ class Schedules:
         numbers = [n for n, owner in enumerate(self.course.owners) if owner == self.group.rank_in_group]
         stages = [self._stage(number) for number in numbers]
         options: dict[str, Any] = {"loss_fn": lambda out, target: out, "scale_grads": False}
+        if self.kind == "zbv":
+            return ScheduleZBVZeroBubble(stages, count, **options)
         if self._looped:
             cls = ScheduleLoopedBFS if self.kind == "gpipe" else ScheduleInterleaved1F1B
             return cls(stages, count, **options)
@@ -130,15 +144,17 @@ class Schedules:
             input_args=course.messages(number - 1) if number else (number_in,),
             output_args=course.messages(number) if number < total - 1 else (loss,),
             group=self.group.device_group,
+            dw_builder=self.deferred.builder if self.kind == "zbv" else None,
         )
 
 
-def check_owners(owners: tuple[int, ...], stages: int, names: list[str]) -> None:
+def check_owners(owners: tuple[int, ...], stages: int, kind: str, names: list[str]) -> None:
     """Raise UnsupportedError where blocks do not run in an order that torch's schedules take: stage after stage."""
-    if len(owners) % stages or owners != tuple(n % stages for n in range(len(owners))):
+    wrong = len(owners) != 2 * stages if kind == "zbv" else len(owners) % stages
+    if wrong or owners != tuple(owner_of_chunk(n, stages, kind) for n in range(len(owners))):
         raise UnsupportedError(
             f"the blocks run on stages {', '.join(map(str, owners))} one after the other, which torch's schedules do "
-            f"not do (first blocks: {', '.join(names[:4])}): change layer_partition, or use fewer stages"
+            f"not do (first blocks: {', '.join(names[:4])}): change schedule or layer_partition"
         )
 
 

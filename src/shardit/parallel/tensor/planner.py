@@ -174,6 +174,7 @@ def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.At
         cutter.columns(join(name, part), part_of(module, part), _by_head(query, heads.size))
     tables = _noted(cutter.family.head_tables, cutter.model) or ()
     alone = any(part_of(module, into) is not None and part_of(module, out) is None for into, out in names.second)
+    alone = alone or type(getattr(module, PROCESSOR, None)).__name__ in cutter.family.head_outputs
     if tables or alone:
         cutter.plan.roles[name] = Role("heads", query, tables=tables, head=heads.size, alone=alone)
     more = _noted(cutter.family.head_widths, getattr(module, PROCESSOR, None)) or ()

@@ -97,21 +97,22 @@ def _outline(module: nn.Module) -> Any:
 
 def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], parts: Parts) -> Found | None:
     """Return how a module can be cut; None where no trial shows it."""
-    try:
-        trial, again = Trial(module, units), Trial(module, units)
-    except Exception:  # objects that cannot be copied: anything may come from there
-        return None
     head = number_of(module, (*rules.HEAD_SIZES, *rules.FURTHER_HEAD_SIZES))
-    first = trial.linears[names[0]]
-    for args, kwargs in candidates(module, first.size, first.dim == 1):
+    for pairs in (False, True) if units else (False,):
         try:
-            for structure in read_structure(trial, (args, kwargs), names, head):
-                if found := _confirmed(trial, again, (args, kwargs), structure, parts):
-                    return found
-        except NoTrialError:
+            trial, again = Trial(module, units, pairs), Trial(module, units, pairs)
+        except Exception:  # objects that cannot be copied: anything may come from there
             return None
-        except Exception:  # the module takes other arguments
-            continue
+        first = trial.linears[names[0]]
+        for call in candidates(module, first.size, first.dim == 1):
+            try:
+                for structure in read_structure(trial, call, names, head):
+                    if found := _confirmed(trial, again, call, structure, parts):
+                        return found
+            except NoTrialError:
+                return None
+            except Exception:  # the module takes other arguments
+                continue
     return None
 
 

@@ -119,6 +119,7 @@ FAMILY = Family(
     head_widths=HEAD_WIDTHS,
     head_outputs=HEAD_OUTPUTS,
     replicates_keys=True,
+    tries=True,
     rms_norms=("diffusers.models.normalization.RMSNorm",),
     processors=MODELS,
     register=register,

@@ -54,7 +54,8 @@ def plan_tensors(
     for name, module in model.named_modules():
         if name not in cutter.done and not _is_shared(cutter, name, module, kept):
             _visit(cutter, name, module)
-    cut_rest(cutter)
+    if family.tries:
+        cut_rest(cutter)
     if must_cut and cutter.too_few and not cutter.attentions:
         _refuse_heads(cutter)
     cutter.agree_on_tied()

@@ -170,12 +170,12 @@ def test_the_server_imports_no_torch() -> None:
 BUDGET = {
     ".": 1270,
     "core": 5640,
-    "diffusion": 3775,
+    "diffusion": 3790,
     "engine": 2770,
     "language": 1940,
     "loading": 1340,
     "models": 850,
-    "parallel": 4130,
+    "parallel": 4200,
     "server": 5340,
     "settings": 250,
 }

@@ -265,8 +265,8 @@ class Family:
     attentions, feed_forwards, fused_attentions, latent_attentions, parallel_blocks, experts, channel_states,
     head_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`. replicates_keys:
     whether ranks may have copies of key heads where there are fewer key heads than ranks. tries: whether modules that
-    no rule names are cut as a trial shows, and further linears gathered. kept_attentions: models whose attention is left
-    whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
+    no rule names are cut as a trial shows, and further linears gathered. kept_attentions: models whose attention is
+    left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
     for classes of attention processors. head_tables: by model, arguments of its attentions with tables that differ by
     head, which are cut with the heads (rotary tables); head_widths: by class of attention processor, attributes for the
     channels of all heads besides `QUERY_WIDTHS`; head_outputs: processors of which a result passes no linear behind the

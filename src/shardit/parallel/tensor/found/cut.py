@@ -40,11 +40,12 @@ class Found:
 def cut_as_found(cutter: Cutter, name: str, module: nn.Module, known: dict[Any, Found | None]) -> bool:
     """Cut a module if a trial finds how. known: results of modules that are built alike. Returns whether it is cut."""
     linears = [part for part, one in module.named_modules() if is_like_linear(one)]
-    names = tuple(part for part in linears if join(name, part) not in cutter.done)
-    if len(names) < 2 or len(linears) > MOST_LINEARS or has_hooks(module):
-        return False
     inside = f"{name}." if name else ""
     units = tuple(unit.removeprefix(inside) for unit in cutter.plan.units if unit.startswith(inside))
+    in_units = tuple(f"{unit}." for unit in units)
+    names = tuple(p for p in linears if join(name, p) not in cutter.done and not p.startswith(in_units))
+    if len(names) < 2 or len(linears) > MOST_LINEARS or has_hooks(module) or name in cutter.plan.units:
+        return False
     kind = (_outline(module), names, units)
     if kind not in known:
         known[kind] = _find(module, names, units, cutter.parts)

@@ -396,7 +396,7 @@ def test_lora_before_and_after(tmp_path: Path) -> None:
 # Many classes of diffusers.
 
 SURVEYED = ("FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel")
-"""The last has attention that is kept whole."""
+"""The last has rotary tables that differ by head."""
 
 NOTHING_TO_CUT = ("no attention or feed-forward", "its attention has 1 heads")
 

@@ -43,6 +43,8 @@ HEAD_TABLES = {
 
 HEAD_WIDTHS = {"OmniGenAttnProcessor2_0": ("out_dim",)}
 
+HEAD_OUTPUTS = ("EasyAnimateAttnProcessor2_0",)
+
 EXPERTS = (
     Experts(
         widths=("moe_intermediate_dim",),
@@ -116,7 +118,9 @@ FAMILY = Family(
     kept_processors=KEPT_PROCESSORS,
     head_tables=HEAD_TABLES,
     head_widths=HEAD_WIDTHS,
+    head_outputs=HEAD_OUTPUTS,
     replicates_keys=True,
+    tries=True,
     rms_norms=("diffusers.models.normalization.RMSNorm",),
     processors=MODELS,
     register=register,

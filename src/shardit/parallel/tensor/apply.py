@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def plan_components(
     modules: Mapping[str, nn.Module], roles: Roles, size: int, family: Family, members: int = 0
 ) -> dict[str, TensorPlan]:
     """Plan the cuts of components: those that are called in every step, and encoders; others are left whole. An encoder
-    is also left whole if no rule matches its attention or feed-forward (it would need its whole memory on every rank).
+    is also left whole if less than half of its linears can be cut (it would need most of its memory on every rank).
 
     members: number of ranks of a replica if the tensor axis is its only axis; a rank that owns a large VAE then gets
     less of the encoders. Raises UnsupportedError if a component that is called in every step has too few heads.
@@ -62,9 +62,12 @@ def plan_components(
 
 
 def _is_cut(module: nn.Module, size: int, family: Family, shared: set[int]) -> bool:
-    """Return whether an encoder has units that a rule matches."""
+    """Return whether an encoder has units to cut, and at least half of its linears can be cut."""
     with base_linears(module):
-        return bool(plan_tensors(module, size, family, kept=shared).units)
+        plan = plan_tensors(module, size, family, kept=shared)
+        sizes = {name: part.weight.numel() for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+        cut = sum(number for name, number in sizes.items() if f"{name}.weight" in plan.cuts)
+        return bool(plan.units) and 2 * cut >= sum(sizes.values())
 
 
 def shared_modules(modules: Mapping[str, nn.Module]) -> set[int]:
@@ -94,7 +97,7 @@ def owned_slices(owns: Callable[[str], bool], plan: TensorPlan | None, rank: int
 def describe_plan(name: str, module: nn.Module, plan: TensorPlan) -> list[str]:
     """Return notes on the plan of a component for the user: the share that stays whole, and unexpected whole
     modules."""
-    return [f"{name}: {whole_share(module, plan)[1]}"] + [f"{name}: {note}" for note in notes_together(plan.notes)]
+    return [f"{name}: {line}" for line in (whole_share(module, plan).sentence, *notes_together(plan.notes))]
 
 
 MUCH = 0.05
@@ -104,9 +107,15 @@ MANY = 1 << 20
 """Fewest parameters that stay whole of which a warning says so: those of tiny models need no memory."""
 
 
-def whole_share(module: nn.Module, plan: TensorPlan) -> tuple[bool, str]:
-    """Return whether much of a component stays whole on every rank, and a sentence with the share and the largest
-    modules of it. The module may have whole parameters, slices or none of the data."""
+class WholeShare(NamedTuple):
+    """Whether much of a component stays whole on every rank, and a sentence with the share and the largest modules."""
+
+    much: bool
+    sentence: str
+
+
+def whole_share(module: nn.Module, plan: TensorPlan) -> WholeShare:
+    """Return what stays whole of a module, which may have whole parameters, slices or none of the data."""
     total, whole = 0, Counter[str]()
     for name, parameter in module.named_parameters():
         cut = plan.cuts.get(name)
@@ -117,7 +126,8 @@ def whole_share(module: nn.Module, plan: TensorPlan) -> tuple[bool, str]:
     share = sum(whole.values()) / max(total, 1)
     much = share > MUCH and sum(whole.values()) >= MANY
     largest = ", ".join(name for name, _ in whole.most_common(8 if much else 3))
-    return much, f"{share:.1%} of its parameters are whole on every tensor rank ({largest}, ...)"
+    sentence = f"{share:.1%} of its parameters are whole on every tensor rank ({largest}, ...)"
+    return WholeShare(much, sentence)
 
 
 def notes_together(notes: Iterable[str]) -> list[str]:
@@ -137,8 +147,8 @@ def shard_components(components: Mapping[str, Any], plans: Mapping[str, TensorPl
             title = name or type(components[name]).__name__
             if mesh.rank == 0:
                 with base_linears(components[name]):
-                    much, sentence = whole_share(components[name], plan)
-                log.log(logging.WARNING if much else logging.INFO, "%s: %s", title, sentence)
+                    found = whole_share(components[name], plan)
+                log.log(logging.WARNING if found.much else logging.INFO, "%s: %s", title, found.sentence)
                 for note in notes_together(plan.notes):
                     log.warning("%s: %s", title, note)
             cut_model(components[name], plan, ranks, title)

@@ -54,7 +54,8 @@ def plan_tensors(
     for name, module in model.named_modules():
         if name not in cutter.done and not _is_shared(cutter, name, module, kept):
             _visit(cutter, name, module)
-    cut_rest(cutter)
+    if family.tries:
+        cut_rest(cutter)
     if must_cut and cutter.too_few and not cutter.attentions:
         _refuse_heads(cutter)
     cutter.agree_on_tied()
@@ -174,6 +175,7 @@ def _cut_attention(cutter: Cutter, name: str, module: nn.Module, names: rules.At
         cutter.columns(join(name, part), part_of(module, part), _by_head(query, heads.size))
     tables = _noted(cutter.family.head_tables, cutter.model) or ()
     alone = any(part_of(module, into) is not None and part_of(module, out) is None for into, out in names.second)
+    alone = alone or type(getattr(module, PROCESSOR, None)).__name__ in cutter.family.head_outputs
     if tables or alone:
         cutter.plan.roles[name] = Role("heads", query, tables=tables, head=heads.size, alone=alone)
     more = _noted(cutter.family.head_widths, getattr(module, PROCESSOR, None)) or ()

@@ -264,11 +264,13 @@ class Family:
 
     attentions, feed_forwards, fused_attentions, latent_attentions, parallel_blocks, experts, channel_states,
     head_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`. replicates_keys:
-    whether ranks may have copies of key heads where there are fewer key heads than ranks. kept_attentions: models whose
-    attention is left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
+    whether ranks may have copies of key heads where there are fewer key heads than ranks. tries: whether modules that
+    no rule names are cut as a trial shows, and further linears gathered. kept_attentions: models whose attention is
+    left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
     for classes of attention processors. head_tables: by model, arguments of its attentions with tables that differ by
     head, which are cut with the heads (rotary tables); head_widths: by class of attention processor, attributes for the
-    channels of all heads besides `QUERY_WIDTHS`. rms_norms: full names of norms across all heads that can be cut like
+    channels of all heads besides `QUERY_WIDTHS`; head_outputs: processors of which a result passes no linear behind the
+    heads. rms_norms: full names of norms across all heads that can be cut like
     torch's. processors: the package of attention processors that store none of their results. register: called with a
     class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes all
     adapters from a model, also those that were loaded in part.
@@ -284,10 +286,12 @@ class Family:
     head_states: tuple[HeadStates, ...] = ()
     gathered: tuple[str, ...] = ()
     replicates_keys: bool = False
+    tries: bool = False
     kept_attentions: Mapping[str, str] = field(default_factory=dict)
     kept_processors: Mapping[str, str] = field(default_factory=dict)
     head_tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_widths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head_outputs: tuple[str, ...] = ()
     rms_norms: tuple[str, ...] = ()
     processors: str = ""
     register: Callable[[type, type], None] = lambda plain, cls: None

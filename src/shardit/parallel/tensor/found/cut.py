@@ -40,11 +40,12 @@ class Found:
 def cut_as_found(cutter: Cutter, name: str, module: nn.Module, known: dict[Any, Found | None]) -> bool:
     """Cut a module if a trial finds how. known: results of modules that are built alike. Returns whether it is cut."""
     linears = [part for part, one in module.named_modules() if is_like_linear(one)]
-    names = tuple(part for part in linears if join(name, part) not in cutter.done)
-    if len(names) < 2 or len(linears) > MOST_LINEARS or has_hooks(module):
-        return False
     inside = f"{name}." if name else ""
     units = tuple(unit.removeprefix(inside) for unit in cutter.plan.units if unit.startswith(inside))
+    in_units = tuple(f"{unit}." for unit in units)
+    names = tuple(p for p in linears if join(name, p) not in cutter.done and not p.startswith(in_units))
+    if len(names) < 2 or len(linears) > MOST_LINEARS or has_hooks(module) or name in cutter.plan.units:
+        return False
     kind = (_outline(module), names, units)
     if kind not in known:
         known[kind] = _find(module, names, units, cutter.parts)
@@ -97,21 +98,22 @@ def _outline(module: nn.Module) -> Any:
 
 def _find(module: nn.Module, names: tuple[str, ...], units: tuple[str, ...], parts: Parts) -> Found | None:
     """Return how a module can be cut; None where no trial shows it."""
-    try:
-        trial, again = Trial(module, units), Trial(module, units)
-    except Exception:  # objects that cannot be copied: anything may come from there
-        return None
     head = number_of(module, (*rules.HEAD_SIZES, *rules.FURTHER_HEAD_SIZES))
-    first = trial.linears[names[0]]
-    for args, kwargs in candidates(module, first.size, first.dim == 1):
+    for pairs in (False, True) if units else (False,):
         try:
-            for structure in read_structure(trial, (args, kwargs), names, head):
-                if found := _confirmed(trial, again, (args, kwargs), structure, parts):
-                    return found
-        except NoTrialError:
+            trial, again = Trial(module, units, pairs), Trial(module, units, pairs)
+        except Exception:  # objects that cannot be copied: anything may come from there
             return None
-        except Exception:  # the module takes other arguments
-            continue
+        first = trial.linears[names[0]]
+        for call in candidates(module, first.size, first.dim == 1):
+            try:
+                for structure in read_structure(trial, call, names, head):
+                    if found := _confirmed(trial, again, call, structure, parts):
+                        return found
+            except NoTrialError:
+                return None
+            except Exception:  # the module takes other arguments
+                continue
     return None
 
 

@@ -87,26 +87,33 @@ class StandIn(nn.Module):
 
 
 class UnitStandIn(nn.Module):
-    """Gives a fixed random output in place of a part that is cut already, of the shape of its first input."""
+    """Gives fixed random outputs in place of a part that is cut already: one of the shape of its first input, or a pair
+    with one of the shape of the second input or nothing."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        return torch.randn(first.shape, generator=torch.Generator().manual_seed(2), **KIND)
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        generator = torch.Generator().manual_seed(2)
+        made = [torch.randn(value.shape, generator=generator, **KIND) for value in given[:2]]
+        return (*made, None)[:2] if self.pair else made[0]
 
 
 class Trial:
     """A copy of a module with stand-ins for its linears, which can be called.
 
-    units: names of parts that are cut already. linears: stand-ins by name. channels: convolutions of each channel
-    apart, by name.
+    units: names of parts that are cut already; pairs: they give two results. linears: stand-ins by name. channels:
+    convolutions of each channel apart, by name.
     """
 
-    def __init__(self, module: nn.Module, units: Sequence[str] = ()) -> None:
+    def __init__(self, module: nn.Module, units: Sequence[str] = (), pairs: bool = False) -> None:
         memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()}
         memo |= {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
         self.module = copy.deepcopy(module, memo).eval()
         for name in units:
-            self.module.set_submodule(name, UnitStandIn())
+            self.module.set_submodule(name, UnitStandIn(pairs))
         names = [name for name, part in self.module.named_modules() if mixes_channels(part)]
         self.linears = {}
         for seed, name in enumerate(names, 1):

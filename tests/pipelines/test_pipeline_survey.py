@@ -36,6 +36,12 @@ def test_a_few_pipelines() -> None:
     assert all(outcome.held < 1 for outcome in outcomes), outcomes  # what a rank did not hold it cannot have computed
 
 
+def test_models_that_empty_lists_on_guidance_ranks() -> None:
+    """Only the rank that runs a call empties the list of the adapter's features."""
+    (outcome,) = measure([("StableDiffusionAdapterPipeline", "cfg 2")], timeout=100)
+    assert outcome.kind == "right", outcome.message
+
+
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("letter", sorted({name[0] for name in entries()}))

@@ -99,14 +99,19 @@ class Entry:
         self._runtime, self._begin, self._end = runtime, begin, end
         runtime.models.append((begin, end))
 
+    def _arguments(self, call: FlatCall) -> dict[str, Any]:
+        """Return the arguments of a call by name, as they were given: a forward may have emptied lists since."""
+        given = call.again()
+        return named(self._forward, given.args, given.kwargs)
+
     def _compare(self, runtime: Runtime, model: nn.Module, call: FlatCall) -> None:
         alike = self._begin() if runtime.watches else {}
         if runtime.in_pipeline:
-            runtime.mark_start(self._name, lambda: named(self._forward, call.args, call.kwargs))
+            runtime.mark_start(self._name, lambda: self._arguments(call))
             return
         key = call.signature(model.training), tuple(map(str, alike.items()))
         if key not in self._known:
-            runtime.agreement.compare(self._name, {**named(self._forward, call.args, call.kwargs), **alike})
+            runtime.agreement.compare(self._name, {**self._arguments(call), **alike})
             self._known[key] = None
             if len(self._known) > MAX_SIGNATURES:
                 self._known.pop(next(iter(self._known)))

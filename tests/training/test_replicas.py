@@ -102,6 +102,7 @@ def mistakes(rank: int, size: int, method: str) -> list[str]:
         return training.stages(chosen.build(), chosen.loss, pipeline_parallel_size=size, timeout_s=30, **options)
 
     refused(lambda: training.stages(chosen.build(), chosen.loss, tensor_parallel_size=2))
+    refused(lambda: two(transport="host"))
     refused(lambda: two(schedule="zigzag"))
     refused(lambda: two(pipeline_chunks=2))
     refused(lambda: two(schedule="interleaved", layer_partition=(1, 3)))
@@ -133,6 +134,7 @@ def mistakes(rank: int, size: int, method: str) -> list[str]:
 def test_mistakes_are_named_in_one_line() -> None:
     parts = (
         "tensor_parallel_size=2",
+        "transport='host'",
         "schedule='zigzag' must be one of gpipe",
         "pipeline_chunks=2",
         "layer_partition has 2 entries",

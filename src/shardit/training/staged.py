@@ -73,6 +73,8 @@ def _check(config: DiffusionParallelConfig, schedule: str) -> None:
             raise UnsupportedError(
                 f"{name}={getattr(config, name)}: training takes only 1; use more stages or replicas"
             )
+    if config.transport == "host":
+        raise UnsupportedError("transport='host': torch's schedules send between devices themselves; use 'auto'")
     if schedule not in NAMES:
         raise InputError(f"schedule={schedule!r} must be one of {', '.join(NAMES)}")
     if config.pipeline_parallel_size > 1 and schedule == "interleaved" and config.pipeline_chunks == 1:

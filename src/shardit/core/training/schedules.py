@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, ScheduleLoopedBFS, ScheduleZBVZeroBubble
 
@@ -119,7 +120,7 @@ class Schedules:
 
     def _make(self, count: int) -> Any:
         numbers = [n for n, owner in enumerate(self.course.owners) if owner == self.group.rank_in_group]
-        stages = [self._stage(number) for number in numbers]
+        stages: list[Any] = [self._stage(number) for number in numbers]
         options: dict[str, Any] = {"loss_fn": lambda out, target: out, "scale_grads": False}
         if self.kind == "zbv":
             return ScheduleZBVZeroBubble(stages, count, **options)
@@ -143,7 +144,7 @@ class Schedules:
             self.run.device,
             input_args=course.messages(number - 1) if number else (number_in,),
             output_args=course.messages(number) if number < total - 1 else (loss,),
-            group=self.group.device_group,
+            group=cast("dist.ProcessGroup | None", self.group.device_group),
             dw_builder=self.deferred.builder if self.kind == "zbv" else None,
         )
 

@@ -57,7 +57,7 @@ def cut_as_found(cutter: Cutter, name: str, module: nn.Module, known: dict[Any, 
         channels = module.get_submodule(part)
         _columns(cutter, join(name, part), channels, ranks)
         lengths = cutter.plan.cuts[join(name, part, "weight")].lengths
-        full = dict.fromkeys(("in_channels", "groups"), sum(lengths))
+        full: dict[str, int] = dict.fromkeys(("in_channels", "groups"), sum(lengths))
         cutter.set_numbers(join(name, part), channels, full, lengths)
     for part, ranks in found.out.items():
         _rows(cutter, join(name, part), module.get_submodule(part), ranks)
@@ -123,7 +123,7 @@ def _confirmed(trial: Trial, again: Trial, call: Call, structure: Structure, par
     if any(len(groups) < count for groups in structure.kinds):
         return None
     into, out = structure.segments("into", parts), structure.segments("out", parts)
-    channels = {name: _like(into, trial, conv.in_channels) for name, conv in trial.channels.items()}
+    channels = {name: _like(into, trial, vars(conv)["in_channels"]) for name, conv in trial.channels.items()}
     if not all(channels.values()):
         return None
     for numbers in _numbers(trial.module, structure, parts):
@@ -167,7 +167,7 @@ def _is_right(trial: Trial, part: Trial, call: Call, cut: Found, rank: int) -> b
     for name, ranks in cut.into.items():
         part.linears[name].share = ranks[rank]
     for name, ranks in cut.channels.items():
-        _narrow(part.channels[name], Shards(0, trial.channels[name].out_channels, ranks), rank)
+        _narrow(part.channels[name], Shards(0, vars(trial.channels[name])["out_channels"], ranks), rank)
     for name, numbers in cut.numbers.items():
         setattr(part.module, name, numbers[rank])
     try:

@@ -77,6 +77,27 @@ def biased(rank: int, count: int, method: str) -> list[float]:
     return found
 
 
+def narrow(rank: int, count: int, method: str) -> float:
+    """An adapter for fewer inputs than the linears have, which diffusers fills up with zeros."""
+    join(rank, count, method)
+    layers = {name: value for name, value in with_biases().items() if not name.endswith("bias")}
+    layers = {name: value[:, :7] if "lora_A" in name else value for name, value in layers.items()}
+    outs = []
+    for sharded in (False, True):
+        pipe = brought.pipeline("flux")
+        if sharded:
+            shardit.parallelize(pipe, TWO)
+        outs.append(brought.run(pipe, "flux"))
+        pipe.load_lora_weights(dict(layers), adapter_name="one")
+        outs.append(brought.run(pipe, "flux"))
+    assert (outs[0] - outs[1]).norm() > 1e-2 * outs[0].norm()
+    return float((outs[1] - outs[3]).norm() / outs[1].norm())
+
+
+def test_adapters_that_are_filled_up() -> None:
+    assert max(run_ranks(2, narrow)) <= 1e-5
+
+
 def with_biases() -> dict[str, torch.Tensor]:
     generator, layers = torch.Generator().manual_seed(0), {}
     for name, module in brought.pipeline("flux").transformer.named_modules():

@@ -153,9 +153,8 @@ def _swaps(model: Any, asked: Any) -> bool:
 
 
 @contextmanager
-def whole_sizes(model: nn.Module, plan: TensorPlan, shapes: bool = False) -> Iterator[None]:
-    """Temporarily give linears the sizes that they have without cuts; with `shapes`, give their weights these shapes
-    too, on meta."""
+def whole_sizes(model: nn.Module, plan: TensorPlan, weights: Weights | None = None) -> Iterator[None]:
+    """Temporarily give linears the sizes that they have without cuts; with `weights`, weights of these shapes, too."""
     changed: list[tuple[Any, str, Any]] = []
     for name, module in model.named_modules():
         cut = plan.cuts.get(f"{name}.weight")
@@ -165,9 +164,9 @@ def whole_sizes(model: nn.Module, plan: TensorPlan, shapes: bool = False) -> Ite
         side = "in_features" if cut.dim == 1 else "out_features"
         changed.append((linear, side, getattr(linear, side)))
         setattr(linear, side, cut.total)
-        if shapes:
+        if weights is not None:
             changed.append((linear, "weight", linear.weight))
-            linear.weight = nn.Parameter(torch.empty(linear.out_features, linear.in_features, device="meta"), False)
+            linear.weight = nn.Parameter(weights(linear), False)
     try:
         yield
     finally:
@@ -175,8 +174,24 @@ def whole_sizes(model: nn.Module, plan: TensorPlan, shapes: bool = False) -> Ite
             setattr(thing, name, value)
 
 
-EXPANDS = ("_maybe_expand_transformer_param_shape_or_error_", "_maybe_expand_lora_state_dict")
-"""Methods of some pipelines of diffusers that enlarge a linear, or an adapter, if the other is larger."""
+Weights = Callable[[nn.Linear], torch.Tensor]
+"""Returns a weight of the present size of a linear, whose values are not read."""
+
+
+def _on_meta(linear: nn.Linear) -> torch.Tensor:
+    return torch.empty(linear.out_features, linear.in_features, device="meta")
+
+
+def _without_memory(linear: nn.Linear) -> torch.Tensor:
+    return torch.zeros((), device=linear.weight.device).expand(linear.out_features, linear.in_features)
+
+
+EXPANDS: dict[str, Weights] = {
+    "_maybe_expand_transformer_param_shape_or_error_": _on_meta,
+    "_maybe_expand_lora_state_dict": _without_memory,  # it makes the adapter's weights on the device of these
+}
+"""Methods of some pipelines of diffusers that enlarge a linear, or an adapter, if the other is larger; and the weights
+that they compare."""
 
 
 def pipeline_members(cls: type, plans: dict[int, TensorPlan]) -> dict[str, Any]:
@@ -190,7 +205,7 @@ def pipeline_members(cls: type, plans: dict[int, TensorPlan]) -> dict[str, Any]:
             plan = plans.get(id(transformer))
             if plan is None:
                 return own_method(transformer, *args, **kwargs)
-            with whole_sizes(transformer, plan, shapes=True):
+            with whole_sizes(transformer, plan, EXPANDS[name]):
                 return own_method(transformer, *args, **kwargs)
 
         return compare

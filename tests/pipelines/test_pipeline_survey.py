@@ -36,10 +36,15 @@ def test_a_few_pipelines() -> None:
     assert all(outcome.held < 1 for outcome in outcomes), outcomes  # what a rank did not hold it cannot have computed
 
 
-def test_models_that_empty_lists_on_guidance_ranks() -> None:
-    """Only the rank that runs a call empties the list of the adapter's features."""
-    (outcome,) = measure([("StableDiffusionAdapterPipeline", "cfg 2")], timeout=100)
-    assert outcome.kind == "right", outcome.message
+def test_arguments_that_calls_change() -> None:
+    """A list that only the rank that runs a call empties, and a cache whose layers are filled where they run."""
+    names = (
+        ("StableDiffusionAdapterPipeline", "cfg 2"),
+        ("QwenImage21Pipeline", "pp 2"),
+        ("QwenImage21Pipeline", "cfg 2"),
+    )
+    for outcome in measure(names, timeout=100):
+        assert outcome.kind == "right", outcome.message
 
 
 @pytest.mark.full

@@ -122,7 +122,7 @@ class FirstCalls:
             with generators_kept(self.runtime.mesh.device), self.cut.untraced():
                 again = self.watched(lambda: forward(*call.args, **call.kwargs), (call.args, call.kwargs))
             later = self._state(call)
-            still = differences(after, later) + unversioned_writes(before, after)
+            still = differences(after, later, rewritten=True) + unversioned_writes(before, after)
             still += changed[1] if not same_bits(out, again) else []
         except UnsupportedError:  # the same call takes another course, on every rank
             still = [*changed[0], *changed[1]]

@@ -46,6 +46,9 @@ MAX_HOLDERS = 50_000
 MAX_DEPTH = 8
 """Maximum depth of the comparison of collections that were created again."""
 
+ARGUMENT = "an argument"
+"""The path of objects that a call is given."""
+
 
 @dataclass(frozen=True)
 class HolderState:
@@ -111,7 +114,7 @@ def state_of(model: nn.Module, others: Iterable[Any] = ()) -> State:
     state = State()
     with without_modes():  # reading is not part of the traced computation
         state.add(model.named_modules())
-        state.add(("an argument", one) for one in others)
+        state.add((ARGUMENT, one) for one in others)
         state.add(_attached_code(model), outside=True)
     return state
 
@@ -166,22 +169,31 @@ def _poisoned(value: Any) -> Any:
     return tree_map_only(torch.Tensor, nan_like, value)
 
 
-def differences(before: State, after: State, outside: bool = False) -> list[str]:
+def differences(before: State, after: State, outside: bool = False, rewritten: bool = False) -> list[str]:
     """Return the full names of all differences in the later state: other numbers and strings, other objects,
     collections with changed members, contents that were written to. `outside`: compare the part that is reached only
-    through users' hooks and functions, instead of the rest."""
+    through users' hooks and functions, instead of the rest. `rewritten`: tensors of objects among the arguments differ
+    by their values, so a call may make the same ones again (a cache of keys that each call fills)."""
     found: dict[str, None] = {}
     for key, new in after.holders.items():
         old = before.holders.get(key)
         if old is not None and new.outside == outside:
             for name in {**old.held, **new.held}:
                 both = name in old.held and name in new.held
-                if not both or not _alike(old.held[name], new.held[name], before, after):
+                same = both and _alike(old.held[name], new.held[name], before, after)
+                if not same and rewritten and both and new.path.startswith(ARGUMENT):
+                    same = _same_tensors(old.held[name], new.held[name])
+                if not same:
                     found[name_of(new.path, name)] = None
     for old, new in _common_contents(before, after):
         if new.outside == outside and written(old, new):
             found[new.path] = None
     return [*found]
+
+
+def _same_tensors(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return tensors and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def unversioned_writes(before: State, after: State) -> list[str]:

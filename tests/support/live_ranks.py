@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig
-from shardit.engine.process.channel import Packed
+from shardit.engine.process.channel import Packed, send_all
 from shardit.engine.process.failure import Failure
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.messages import SESSION, Begin, Cancel, Progress, RequestFinished, SessionSpec
@@ -58,11 +58,14 @@ class LiveRanks:
         """Send a request to all ranks of the first replica."""
         call = {**tiny.defaults(self.model), "prompt": "a cat", **chosen}
         request = build_request(call, seed, [], self.ups[-1][0])
-        self.loop.call(self.rank_group.send, range(self.rank_group.size), Begin(key, Packed.of(request)))
+        self.loop.call(self._send, Begin(key, Packed.of(request)))
 
     def cancel(self, key: int) -> None:
         """Cancel it on all ranks."""
-        self.loop.call(self.rank_group.send, range(self.rank_group.size), Cancel(key))
+        self.loop.call(self._send, Cancel(key))
+
+    def _send(self, message: Any) -> None:
+        send_all(self.rank_group.pipes(range(self.rank_group.size)), message)
 
     def ends(self, key: int) -> list[RequestFinished]:
         """Wait until all ranks have finished a request; return their messages, the first rank's first."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,38 +48,38 @@ def test_quick_bench(tmp_path: Path) -> None:
         assert row["speedup"] <= row["formula"] + 1e-9, row
 
 
+def quick(name: str, target: Path, timeout: float) -> tuple[dict[str, Any], str]:
+    """Run one part of the bench at tiny size; return what it has measured, and what it prints."""
+    command = [sys.executable, "-m", "bench", "--quick", "--only", name, "--output", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(target.read_text())[name], done.stdout
+
+
 @pytest.mark.full
 @pytest.mark.timeout(400)
 def test_quick_bench_of_the_server(tmp_path: Path) -> None:
-    target = tmp_path / "result.json"
-    command = [sys.executable, "-m", "bench", "--quick", "--only", "serve", "--output", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(target.read_text())["serve"]
+    found, printed = quick("serve", tmp_path / "result.json", 380)
     assert len(found["throughput_turns"]) == found["turns"] == 7
     assert 0 < found["throughput_share"] < 2
     assert found["cancel_most_steps"] <= 1
     assert found["restart_beyond_start_s"] < 3
     assert found["api_rss_mib"] < 150
     assert found["health_requests"] > 10
-    assert "ranks' time while HTTP is flooded" in done.stdout
+    assert "ranks' time while HTTP is flooded" in printed
 
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
 def test_quick_bench_of_texts(tmp_path: Path) -> None:
-    target = tmp_path / "result.json"
-    command = [sys.executable, "-m", "bench", "--quick", "--only", "serve-texts", "--output", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(target.read_text())["serve-texts"]
+    found, printed = quick("serve-texts", tmp_path / "result.json", 280)
     assert [one["clients"] for one in found["clients"]] == [1, 4, 16]
     for one in found["clients"]:
         assert 0 < one["share_of_generate"]["streamed"] < 2
         assert 0 < one["token_s"]["p50"] <= one["token_s"]["p99"] < one["request_s"]["p99"]
     chunks, whole = (found["long_prompt"][name] for name in ("chunks", "whole"))
     assert 0 < chunks["usual_step_s"] <= chunks["longest_step_s"] < whole["first_token_s"] + 1
-    assert "A long prompt beside eight texts" in done.stdout
+    assert "A long prompt beside eight texts" in printed
 
 
 @pytest.mark.full

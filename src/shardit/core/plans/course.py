@@ -6,14 +6,14 @@ without a message.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.modules.block_calls import BlockCalls
-from shardit.core.plans.call_plan import CallPlan, describe_result
+from shardit.core.plans.call_plan import CallPlan, Site, describe_result
 from shardit.core.plans.derive import derive
 from shardit.core.plans.stand_ins import blank, stand_ins
 from shardit.core.plans.trace import Trace, Watch
@@ -22,8 +22,17 @@ from shardit.core.runtime.randomness import generators_kept
 from shardit.errors import RankError
 
 
-class _Differs(BaseException):
+class Differs(BaseException):
     """Leaves a forward that does not follow the plan. Not an Exception: models may catch those."""
+
+
+def expected_site(sites: Sequence[Site], number: int, index: int, arguments: list[Any]) -> Site:
+    """Return the call site of a plan with this number. Raises Differs if it is none of this block with such
+    arguments."""
+    site = sites[number] if number < len(sites) else None
+    if site is None or (site.block, site.given) != (index, tuple(map(describe_leaf, arguments))):
+        raise Differs
+    return site
 
 
 class DryCall:
@@ -48,7 +57,7 @@ class DryCall:
             return len(self.trace.sites) == len(self.plan.sites) and found.digest() == self.plan.digest()
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (Exception, _Differs):  # the first call follows and reports the error, if there is one
+        except (Exception, Differs):  # the first call follows and reports the error, if there is one
             return False
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -56,9 +65,7 @@ class DryCall:
         with self._watch.paused():
             n = len(self.trace.sites)
             arguments, _ = tree_flatten((args, kwargs))
-            site = self.plan.sites[n] if n < len(self.plan.sites) else None
-            if site is None or (site.block, site.given) != (index, tuple(map(describe_leaf, arguments))):
-                raise _Differs
+            site = expected_site(self.plan.sites, n, index, arguments)
             leaves = stand_ins(site, arguments, lambda leaf: (blank(leaf, self.device), 0))
             tensors = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in arguments]
             self.trace.block(site, tensors, leaves, list(site.mutated))

@@ -9,7 +9,7 @@ from shardit.core.plans.stand_ins import is_float
 
 
 @dataclass(frozen=True)
-class Step:
+class SiteWork:
     """The work of one rank at one call site, decided once so that each call of a block takes little Python.
 
     own: whether this rank runs the block. flatten: whether arguments are looked at before it; aliases: whether its
@@ -32,8 +32,8 @@ class LocalPlan:
 
     keep_args, keep_outs: leaves whose tensors are remembered, for a hop. fresh: output storages of unowned sites that
     lie in the message of a hop. last_of: segment that ends at a site. pauses: sites at whose exit a hop is awaited.
-    places: (hop, item) put in place at the exit of a site. copies: those copied there, to be sent later. steps: the
-    work at each site. release: storages that no later hop needs. integers: (offset, size) of the parts of a hop's
+    places: (hop, item) put in place at the exit of a site. copies: those copied there, to be sent later. work: that
+    at each site. release: storages that no later hop needs. integers: (offset, size) of the parts of a hop's
     message that code may index with before it arrives.
     """
 
@@ -47,7 +47,7 @@ class LocalPlan:
     pauses: set[int] = field(default_factory=set)
     places: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     copies: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
+    work: list[SiteWork] = field(default_factory=list)
     release: dict[int, list[Address]] = field(default_factory=dict)
     integers: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
@@ -64,23 +64,23 @@ class LocalPlan:
                 local._add(k, hop)
         for address, k in last_use.items():
             local.release.setdefault(k, []).append(address)
-        local.steps = [local._step(n, site) for n, site in enumerate(plan.sites)]
+        local.work = [local._work_at(n, site) for n, site in enumerate(plan.sites)]
         return local
 
-    def _step(self, n: int, site: Site) -> Step:
+    def _work_at(self, n: int, site: Site) -> SiteWork:
         own, kept = site.owner == self.rank, n in self.keep_outs
         shared = any(leaf.kind == "arg" for leaf in site.leaves)
         storages = [leaf.storage for leaf in site.leaves if leaf.kind == "tensor"]
         aliases = len(storages) != len(set(storages)) or any(leaf.kind != "tensor" for leaf in site.leaves)
         lone = None if own or kept or not site.spec.is_leaf() else whole_storage(site.leaves[0])
-        return Step(
+        return SiteWork(
             site,
             own,
             flatten=n in self.keep_args or (not own and shared),
             aliases=shared,
             checked=kept or aliases or n in self.last_of,
             lone=lone,
-            stop=any(n in work for work in (self.last_of, self.pauses, self.places, self.copies)),
+            stop=any(n in known for known in (self.last_of, self.pauses, self.places, self.copies)),
         )
 
     def _add(self, k: int, hop: Hop) -> None:

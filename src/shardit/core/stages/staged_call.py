@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from shardit.core.comm.p2p import Transfer
 from shardit.core.modules.blocks import CutModel
-from shardit.core.plans.local_plan import LocalPlan, Step
+from shardit.core.plans.local_plan import LocalPlan, SiteWork
 from shardit.core.plans.stand_ins import check_kind, same_memory, stand_ins
 from shardit.core.runtime.coroutine import Coroutine
 from shardit.core.runtime.flat_call import FlatCall
@@ -162,33 +162,33 @@ class StagedCall:
         self._site = n + 1
         if n == 0 and self._runtime.mesh.sizes["cfg"] == 1:  # before that all ranks draw alike
             self._generators = torch_states(self._runtime.mesh.device, self._cut.generators)
-        if n >= len(self.local.steps) or self.local.steps[n].site.block != index:
+        if n >= len(self.local.work) or self.local.work[n].site.block != index:
             raise RuntimeError(f"block call {n} is not the one of the first call of this signature")
-        step = self.local.steps[n]
+        work = self.local.work[n]
         arguments: list[Any] = []
-        if step.flatten:
+        if work.flatten:
             arguments, _ = tree_flatten((args, kwargs))
             self._carried.keep("arg", n, self.local.keep_args.get(n, ()), arguments)
-        if step.own:
-            out = self._own(n, step, call, args, kwargs)
-        elif step.lone is not None:
-            out = self._carried.unread(step.lone)
+        if work.own:
+            out = self._own(n, work, call, args, kwargs)
+        elif work.lone is not None:
+            out = self._carried.unread(work.lone)
         else:
-            leaves = stand_ins(step.site, arguments, lambda leaf: self._carried.placeholder(n, leaf))
+            leaves = stand_ins(work.site, arguments, lambda leaf: self._carried.placeholder(n, leaf))
             self._carried.keep("out", n, self.local.keep_outs.get(n, ()), leaves)
-            out = tree_unflatten(leaves, step.site.spec)
-        if step.stop:
+            out = tree_unflatten(leaves, work.site.spec)
+        if work.stop:
             self._stop(n)
         return out
 
-    def _own(self, n: int, step: Step, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        calls, ran, site = self._cut.calls, self._cut.ran, step.site
+    def _own(self, n: int, work: SiteWork, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        calls, ran, site = self._cut.calls, self._cut.ran, work.site
         calls.interceptor = None  # a block's own inner modules are no call sites
-        given = tree_leaves((args, kwargs)) if step.aliases else ()
+        given = tree_leaves((args, kwargs)) if work.aliases else ()
         out = call(*args, **kwargs)
         calls.interceptor = self
         ran[site.block] += 1
-        if step.checked:
+        if work.checked:
             leaves, _ = tree_flatten(out)
             if len(leaves) != len(site.leaves):
                 raise RuntimeError(f"block call {n} returns {len(leaves)} values, not {len(site.leaves)}")

@@ -14,16 +14,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.modules.blocks import CutModel
 from shardit.core.plans.call_plan import Address
+from shardit.core.plans.course import Differs, expected_site
 from shardit.core.plans.stand_ins import blank, stand_ins
 from shardit.core.plans.trace import Watch
-from shardit.core.runtime.flat_call import FlatCall, describe_leaf
+from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.training.course import Course, Look
 from shardit.core.training.watch import LossTrace
 from shardit.errors import RankError
-
-
-class _Differs(BaseException):
-    """Leaves a loss that does not follow the course. Not an Exception: models may catch those."""
 
 
 class DryLoss:
@@ -46,7 +43,7 @@ class DryLoss:
             return same_length and course_of(self, self.trace.number(out)).digest() == self.course.digest()
         except (RankError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (Exception, _Differs):  # the loss is watched then, and reports the error if there is one
+        except (Exception, Differs):  # the loss is watched then, and reports the error if there is one
             return False
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -54,9 +51,7 @@ class DryLoss:
         with self._watch.paused():
             number = len(self.trace.sites)
             given, _ = tree_flatten((args, kwargs))
-            site = self.course.sites[number] if number < len(self.course.sites) else None
-            if site is None or (site.block, site.given) != (index, tuple(map(describe_leaf, given))):
-                raise _Differs
+            site = expected_site(self.course.sites, number, index, given)
             with torch.no_grad():
                 leaves = stand_ins(site, given, lambda leaf: (blank(leaf, self.device), 0))
             for kind, values in (("arg", given), ("out", leaves)):

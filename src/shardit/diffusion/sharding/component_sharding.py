@@ -23,7 +23,7 @@ from shardit.diffusion.class_homes import MODELS
 from shardit.diffusion.sharding.adapters import AdapterScales, collective_fuse, unpadded_members
 from shardit.diffusion.sharding.changes import apply_changes, cut_blocks, unwrap_parts
 from shardit.errors import InputError, UnsupportedError
-from shardit.parallel.tensor.check.slices import Slice, first_problem, slices_of
+from shardit.parallel.tensor.check.slices import HeldSlice, first_problem, slices_of
 
 if TYPE_CHECKING:
     from shardit.parallel.tensor.plan import TensorPlan
@@ -63,7 +63,7 @@ class ComponentSharding:
     _fingerprint: Fingerprint = field(init=False, repr=False)
     _methods: dict[str, Any] = field(init=False, repr=False)
     _adapters: AdapterScales | None = field(init=False, repr=False)
-    _slices: list[Slice] = field(init=False, repr=False)
+    _slices: list[HeldSlice] = field(init=False, repr=False)
     _history: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from shardit.parallel.tensor.plan import TensorPlan
 
 
 @dataclass(frozen=True)
-class Slice:
+class HeldSlice:
     """A parameter that is cut, as it was when this was made. owner: its module; plan: it says whether the parameter is
     still cut. version: torch's counter of writes in place; loads: how often its module has loaded weights."""
 
@@ -46,7 +46,7 @@ class Slice:
         return "was written to" if written and loads_of(self.owner) == self.loads else None
 
 
-def slices_of(model: nn.Module, plan: TensorPlan) -> list[Slice]:
+def slices_of(model: nn.Module, plan: TensorPlan) -> list[HeldSlice]:
     """Return the parameters that a plan cuts, as they are now."""
     found = []
     with base_linears(model):
@@ -56,7 +56,7 @@ def slices_of(model: nn.Module, plan: TensorPlan) -> list[Slice]:
         owner = modules.get(path)
         held = None if owner is None else owner._parameters.get(leaf)
         if owner is not None and held is not None:
-            found.append(Slice(name, leaf, owner, held, held.shape, _version(held), loads_of(owner), plan))
+            found.append(HeldSlice(name, leaf, owner, held, held.shape, _version(held), loads_of(owner), plan))
     return found
 
 
@@ -64,6 +64,6 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def first_problem(slices: Sequence[Slice]) -> tuple[Slice, str] | None:
+def first_problem(slices: Sequence[HeldSlice]) -> tuple[HeldSlice, str] | None:
     """Return the first slice with a problem, and that; None if there is none."""
     return next(((one, problem) for one in slices if (problem := one.problem()) is not None), None)

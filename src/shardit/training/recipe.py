@@ -1,0 +1,58 @@
+"""`Recipe`: what a run of training needs of a kind of model: modules, losses, micro-batches, samples and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from shardit.training.staged import Stages
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one call of a loss is given."""
+
+    model: str
+    """Name of the trained module that takes it, a key of `Recipe.models`."""
+    data: Any
+    """Tensors on the CPU and plain values; alike on all stages of a replica. It contains the seeds of its own noise."""
+    weight: float
+    """Its share of the mean: number of samples, or of label tokens."""
+    items: tuple[str, ...]
+    """Names of its data, for logs and errors."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and on what.
+
+    All functions are pure: `micro_batches` depends on nothing but its arguments, the settings and the data. So a run
+    resumes from the number of its step, any rank can tell what any replica is given, and a loss draws the same
+    numbers wherever it runs.
+    """
+
+    models: Mapping[str, nn.Module]
+    """The trained modules by the name of their component, whole, on every rank; adapters are in place and all that is
+    not trained is frozen."""
+    loss: Callable[[nn.Module, Any], Tensor]
+    """loss(model, MicroBatch.data): a tensor with one number, the mean over the micro-batch's weight."""
+    micro_batches: Callable[[int, int, int], list[MicroBatch]]
+    """micro_batches(step, replica, replicas): those of one replica in an optimizer step, counted from 0."""
+    steps_per_epoch: float
+    """Optimizer steps of all replicas together in one pass over the data."""
+    identity: Mapping[str, Any]
+    """What decides the micro-batches: digests of data and settings by name. A resumed run compares it."""
+    save: Callable[[Mapping[str, Stages], Path], None]
+    """save(stages by name, folder): write the result; collective."""
+    held_out: Callable[[], list[MicroBatch]] | None = None
+    """The micro-batches of the validation, with fixed noise; None without such data."""
+    sample: Callable[[Mapping[str, nn.Module], Path], list[Path]] | None = None
+    """sample(models by name, folder): write samples and return their files; collective, as a call of a cut model is.
+    Leaves modes, generators and gradients as they were."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user before the first step: buckets, what was left out, what is trained."""

@@ -34,6 +34,10 @@ class Recipe:
     All functions are pure: `micro_batches` depends on nothing but its arguments, the settings and the data. So a run
     resumes from the number of its step, any rank can tell what any replica is given, and a loss draws the same
     numbers wherever it runs.
+
+    A kind of model makes one: `recipe(settings, mesh)` in `training/diffusion/recipe.py` and
+    `training/language/recipe.py`, with a `TrainSettings` and a `Mesh`. All ranks call it together, after the global
+    generators have been seeded alike. It raises InputError on all ranks, or on those that see the mistake.
     """
 
     models: Mapping[str, nn.Module]
@@ -54,5 +58,7 @@ class Recipe:
     sample: Callable[[Mapping[str, nn.Module], Path], list[Path]] | None = None
     """sample(models by name, folder): write samples and return their files; collective, as a call of a cut model is.
     Leaves modes, generators and gradients as they were."""
+    unit: str = "samples"
+    """What weights count: "samples" or "tokens"."""
     notes: tuple[str, ...] = ()
     """Lines for the user before the first step: buckets, what was left out, what is trained."""

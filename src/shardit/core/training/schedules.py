@@ -15,10 +15,6 @@ from shardit.core.training.deferred import Deferred
 from shardit.core.training.segment import LossRun, Segment, StepData
 from shardit.errors import InputError, RankError, UnsupportedError
 
-NAMES = ("gpipe", "1f1b", "interleaved", "zbv")
-"""The schedules: all forwards before all backwards; one forward, one backward; the same with several chunks a rank; two
-chunks a rank, on the way there and back, with weight gradients in the gaps."""
-
 
 def owner_of_chunk(chunk: int, stages: int, kind: str) -> int:
     """Return the stage of a chunk."""

@@ -50,14 +50,15 @@ class Recipe:
     steps_per_epoch: float
     """Optimizer steps of all replicas together in one pass over the data."""
     identity: Mapping[str, Any]
-    """What decides the micro-batches: digests of data and settings by name. A resumed run compares it."""
+    """What decides the micro-batches: digests of data and settings by name. A resumed run compares it, but sees to
+    accumulation and replicas itself: what counts is their product."""
     save: Callable[[Mapping[str, Stages], Path], None]
     """save(stages by name, folder): write the result; collective."""
     held_out: Callable[[], list[MicroBatch]] | None = None
     """The micro-batches of the validation, with fixed noise; None without such data."""
     sample: Callable[[Mapping[str, nn.Module], Path], list[Path]] | None = None
-    """sample(models by name, folder): write samples and return their files; collective, as a call of a cut model is.
-    Leaves modes, generators and gradients as they were."""
+    """sample(models by name, folder): write samples and return their files. Collective over all ranks, of which the
+    first one writes. Leaves modes, generators and gradients as they were."""
     unit: str = "samples"
     """What weights count: "samples" or "tokens"."""
     notes: tuple[str, ...] = ()

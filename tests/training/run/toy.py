@@ -102,7 +102,7 @@ class Toy:
             model.eval()
             found: Any = model(input_ids=torch.arange(3, 12)[None], use_cache=False)
             torch.rand(random.randrange(5))
-            if self.mesh.pp_rank == 0:
+            if self.mesh.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{name}.txt").write_text(f"{found.logits.sum().item()}")
                 written.append(folder / f"{name}.txt")

@@ -71,11 +71,13 @@ class Several(Once):
         """Parse the arguments of a command line: `--flag a b` is `--flag a --flag b`."""
         repeated = {name for one in self.get_params(ctx) if getattr(one, "multiple", False) for name in one.opts}
         spread: list[str] = []
-        flag = None
-        for place, text in enumerate(args):
+        flag, first = None, False
+        for text in args:
             if text.startswith("--"):
-                flag = text if text in repeated else None
-            elif flag is not None and args[place - 1] != flag:
-                spread.append(flag)
+                name, sign, _ = text.partition("=")
+                flag, first = name if name in repeated else None, not sign
+            elif flag is not None:
+                spread += [] if first else [flag]
+                first = False
             spread.append(text)
         return super().parse_args(ctx, spread)

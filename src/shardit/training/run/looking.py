@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,13 +51,9 @@ def held_out_loss(
     return float(total[0]) / weight if weight and math.isfinite(weight) else None
 
 
-def samples(
-    recipe: Recipe, models: Mapping[str, nn.Module], mesh: Mesh, seed: int, folder: Path, wait: Callable[[], object]
-) -> list[Path]:
-    """Write samples of the models as they are, on the first replica; the others wait. Collective."""
-    files: list[Path] = []
-    if recipe.sample is not None and mesh.coords["dp"] == 0:
-        with looking(models, mesh, seed):
-            files = recipe.sample(models, folder)
-    wait()
-    return files
+def samples(recipe: Recipe, models: Mapping[str, nn.Module], mesh: Mesh, seed: int, folder: Path) -> list[Path]:
+    """Write samples of the models as they are; return their files. Collective."""
+    if recipe.sample is None:
+        return []
+    with looking(models, mesh, seed):
+        return recipe.sample(models, folder)

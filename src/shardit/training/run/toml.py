@@ -142,6 +142,8 @@ def _converted(path: Path, key: str, value: Any, kind: Any, flag: Flag) -> Any:
     if flag.read is not None and isinstance(value, str):
         return flag.read(value)
     if isinstance(value, list):
+        if flag.read is None:
+            raise InputError(f"{path}: {key} must be one value, got {value!r:.200}")
         return tuple(value)
     if bool in kinds and not isinstance(value, bool):
         raise InputError(f"{path}: {key} must be true or false, got {value!r:.200}")

@@ -142,7 +142,7 @@ class Run:
             found["held_out_loss"] = value
         if chosen.sample_every and self.done % chosen.sample_every == 0:
             folder = self.output / SAMPLES / f"step-{self.done:08d}"
-            for file in samples(self.recipe, models, self.mesh, chosen.seed, folder, self.world.barrier):
+            for file in samples(self.recipe, models, self.mesh, chosen.seed, folder):
                 self.report.say(str(file))
         return found
 

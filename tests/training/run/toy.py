@@ -22,14 +22,15 @@ from tests.language import families
 
 class Toy:
     """The data is "toy:N", N texts. The model is "toy" with words such as "nan:3", which say what happens in a step,
-    counted from 1: nan:STEP, slow:SECONDS, kill:RANK:STEP, refuse:RANK:STEP, raise:RANK:STEP; "experts": two models."""
+    counted from 1: nan:STEP, slow:SECONDS, kill:RANK:STEP, refuse:RANK:STEP, raise:RANK:STEP; "experts": two models;
+    "still": without dropout."""
 
     def __init__(self, settings: TrainSettings, mesh: Mesh):
         self.settings, self.mesh = settings, mesh
         self.words = dict((*word.split(":", 1), "")[:2] for word in settings.model.split())
         self.count = int(settings.data.partition(":")[2])
         names = ("high", "low") if "experts" in self.words else ("decoder",)
-        self.models: dict[str, nn.Module] = {name: made() for name in names}
+        self.models: dict[str, nn.Module] = {name: made("still" in self.words) for name in names}
 
     def recipe(self) -> Recipe:
         """Return the recipe."""
@@ -109,9 +110,9 @@ class Toy:
         return written
 
 
-def made() -> nn.Module:
-    """A tiny model with dropout."""
-    return families.make("llama", attention_dropout=0.1).train()
+def made(still: bool) -> nn.Module:
+    """A tiny model, with dropout unless it is `still`."""
+    return families.make("llama", attention_dropout=0.0 if still else 0.1).train()
 
 
 def kill() -> None:

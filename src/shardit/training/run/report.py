@@ -82,13 +82,13 @@ def cut(file: Path, done: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text("utf-8", errors="replace").splitlines(keepends=True):
+    for line in file.read_text("utf-8", errors="replace").splitlines():
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
             continue
-        if step <= done and line.endswith("\n"):
-            kept.append(line)
+        if step <= done:
+            kept.append(f"{line}\n")
     other = file.with_name(f".{file.name}.partial")
     other.write_text("".join(kept), "utf-8")
     os.replace(other, file)

@@ -71,8 +71,10 @@ class Checkpoints:
         if here:
             try:
                 act()
-            except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
-                problem = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+            except (OSError, RuntimeError) as error:
+                # Where the disk is full, torch raises RuntimeError after the OSError.
+                known = error.__context__ if isinstance(error.__context__, OSError) else error
+                problem = (isinstance(known, OSError) and known.strerror) or first_line(known)
         return next((one for one in self._world.gather_objects(problem) if one), None)
 
     def _begin(self, partial: Path) -> None:
@@ -115,15 +117,14 @@ def _save(trained: Trained, path: Path) -> None:
     """Write what this rank is the first to have, by names that do not depend on the number of stages."""
     own = {name: one for name, one in trained.parameters.items() if name in trained.first}
     average = {} if trained.average is None else trained.average.values
-    torch.save(
-        {
-            "parameters": {name: _compact(one.detach()) for name, one in own.items()},
-            "optimizer": state_of(trained.optimizer, own),
-            "found": found_by(trained.optimizer),
-            "average": {name: value for name, value in average.items() if name in own},
-        },
-        path,
-    )
+    content = {
+        "parameters": {name: _compact(one.detach()) for name, one in own.items()},
+        "optimizer": state_of(trained.optimizer, own),
+        "found": found_by(trained.optimizer),
+        "average": {name: value for name, value in average.items() if name in own},
+    }
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

@@ -43,9 +43,6 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """Directions in each kind of data, by the name behind "shapes:"."""
 
-COUNT = 2000
-"""Items of shapes:KIND; shapes:KIND:COUNT has another number."""
-
 _HELD_OUT = 8
 """One of so many captions is held out."""
 

@@ -67,7 +67,11 @@ class TrainSettings:
     max_length: int = declare(1024, "Tokens of a text; longer ones are cut.", whole(2))
 
     # diffusion
-    timesteps: str = declare("logit-normal", "Draw timesteps uniform, logit-normal or shifted.")
+    timesteps: str = declare(
+        "",
+        "Draw timesteps uniform, logit-normal or shifted. [default: logit-normal for flow matching, shifted with two "
+        "experts, else uniform]",
+    )
     shift: float | None = declare(
         None, "Shift towards noise for --timesteps shifted. [default: the scheduler's]", number(above=0)
     )

@@ -79,9 +79,10 @@ class TrainSettings:
     max_length: int = declare(1024, "Tokens of a text; longer ones are cut.", whole(2))
 
     # diffusion
-    timesteps: str = declare(
-        "logit-normal",
-        "Distribution of timesteps: uniform, logit-normal or shifted.",
+    timesteps: str | None = declare(
+        None,
+        "Distribution of timesteps: uniform, logit-normal or shifted. [default: logit-normal for flow matching, "
+        "shifted with two experts, else uniform]",
         _one_of("uniform", "logit-normal", "shifted"),
     )
     shift: float | None = declare(

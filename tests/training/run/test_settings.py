@@ -90,7 +90,7 @@ def test_flags_and_keys_are_the_same() -> None:
         ("steps = ", ("is no TOML",)),
         ("steps = 3\nepochs = 4", ("steps and epochs are given",)),
         ("full = true\nlora_rank = 4", ("lora_rank is about a LoRA",)),
-        ("shift = 3.0", ("shift has an effect with timesteps=shifted alone",)),
+        ("shift = 3.0\ntimesteps = 'uniform'", ("shift has an effect with timesteps=shifted alone",)),
         ("sample_every = 3", ("needs prompts", "--sample-prompts")),
         ("validation_data = 'x'", ("--validate-every N",)),
         ("tensor_parallel_size = 2", ("there is no key 'tensor_parallel_size'",)),

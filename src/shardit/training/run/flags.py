@@ -52,7 +52,7 @@ def check_together(given: Mapping[str, Any]) -> None:
         wrong = next((name for name in adapters if given[name]), None)
         if wrong is not None:
             raise InputError(f"{wrong} is about a LoRA, and full trains all weights: leave one of them out")
-    if "shift" in given and given.get("timesteps") != "shifted":
+    if "shift" in given and given.get("timesteps") not in (None, "shifted"):
         raise InputError("shift has an effect with timesteps=shifted alone: add --timesteps shifted, or leave it out")
     for every, what, other in (
         ("sample_every", "sample_prompts", "prompts to make samples of"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from shardit.config import DEGREES, DiffusionParallelConfig
 from shardit.errors import InputError, UnsupportedError
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbv")
-"""The schedules: all forwards before all backwards; one forward, one backward; the same with several chunks a rank; two
-chunks a rank, on the way there and back, with weight gradients in the gaps."""
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv")
+"""The schedules: all forwards before all backwards; one forward, one backward; the same with several chunks a rank, and
+with weight gradients in the gaps; two chunks a rank, on the way there and back, with weight gradients in the gaps."""
 
 
 def check_degrees(config: DiffusionParallelConfig, schedule: str) -> None:
@@ -21,8 +21,8 @@ def check_degrees(config: DiffusionParallelConfig, schedule: str) -> None:
         raise UnsupportedError("transport='host': torch's schedules send between devices themselves; use 'auto'")
     if schedule not in SCHEDULES:
         raise InputError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
-    if config.pipeline_parallel_size > 1 and schedule == "interleaved" and config.pipeline_chunks == 1:
-        raise InputError("pipeline_chunks=1: schedule='interleaved' needs at least 2; or use schedule='1f1b'")
+    if config.pipeline_parallel_size > 1 and schedule.startswith("interleaved") and config.pipeline_chunks == 1:
+        raise InputError(f"pipeline_chunks=1: schedule={schedule!r} needs at least 2; or use schedule='1f1b'")
     if schedule == "zbv" and config.pipeline_chunks not in (None, 2):
         raise InputError(
             f"pipeline_chunks={config.pipeline_chunks}: schedule='zbv' has 2 chunks per rank; leave it out"

@@ -44,7 +44,7 @@ class TrainSettings:
     epochs: int | None = declare(None, "Passes over the data, in place of --steps.", whole(1))
     batch_size: int = declare(1, "Samples in a micro-batch.", whole(1))
     accumulation: int = declare(1, "Micro-batches of a replica in an optimizer step.", whole(1))
-    schedule: str = declare("1f1b", "Pipeline schedule: 1f1b, gpipe, interleaved or zbv.", _one_of(*SCHEDULES))
+    schedule: str = declare("1f1b", f"Pipeline schedule: {', '.join(SCHEDULES)}.", _one_of(*SCHEDULES))
     gradient_checkpointing: bool = declare(False, "Compute activations again in the backward.")
     dtype: str | None = declare(None, "Type of the weights. [default: bfloat16 where the folder has it]", NAME)
 

@@ -22,6 +22,7 @@ from shardit.core.runtime.digests import digests
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.training.cut_loss import CutLoss
 from shardit.core.training.holdings import norm_of, sum_gradients
+from shardit.core.training.schedules import CHUNKED
 from shardit.core.training.segment import StepData
 from shardit.errors import InputError, UnsupportedError
 from shardit.training.limits import check_degrees
@@ -48,7 +49,8 @@ def stages(
     from the environment (torchrun) if there is none. After the first step, or at once if an `example` micro-batch is
     given, each rank keeps the blocks that it owns, and no others.
 
-    loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b", "interleaved" or "zbv".
+    loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b", "interleaved",
+    "interleaved-zb" or "zbv".
     example: a micro-batch; needed where blocks run in another order than that of their registration, and `parameters`
     is called before the first step. plan: overrides what is found in the model. timeout_s bounds every wait.
     parallel: fields of the configuration as keywords, in its place.
@@ -90,7 +92,7 @@ class Stages:
         cut = CutModel(model, blocks, [0] * len(blocks))
         if comm.size > 1:
             install(blocks, cut.calls)
-        chunks = (config.pipeline_chunks or 2) if schedule in ("interleaved", "zbv") else 1
+        chunks = (config.pipeline_chunks or 2) if schedule in CHUNKED else 1
         partition = fitting_partition(config, os.environ, len(blocks)) if comm.size > 1 else None
         if partition is not None and len(partition) != comm.size * chunks:
             raise InputError(
@@ -156,15 +158,17 @@ class Stages:
         mine = [parameter for name, parameter in held.own.items() if held.owner[name] == comm.rank]
         return comm.group.all_reduce(norm_of(mine).to(self.mesh.device)).sqrt()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], also: Callable[[Path], object] | None = None) -> None:
         """Save the model as one ordinary folder of its library, with original names; a model with an adapter of peft
         as one LoRA file. The first rank writes it, under another name until it is complete.
+
+        also: writes further files, such as those of a tokenizer, into the folder that it is given.
 
         Raises InputError on all ranks where it cannot be written.
         """
         problem = None
         if self.mesh.coords["dp"] == 0:
-            problem = save_model(self.model, self.cut_loss, Path(folder))
+            problem = save_model(self.model, self.cut_loss, Path(folder), also)
         replicas = self.mesh.axes.get("dp")
         if replicas is not None:
             problem = replicas.broadcast_object(problem, 0)

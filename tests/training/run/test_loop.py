@@ -12,7 +12,7 @@ from torch import nn
 
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.runtime.randomness import seed_all
-from shardit.training.run.trained import step_seed
+from shardit.training.run.steps.trained import step_seed
 from tests.support.fork_servers import kept_fork_server
 from tests.training.run import toy
 from tests.training.run.runs import apart, rows, run, same, spec, weights

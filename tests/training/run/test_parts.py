@@ -14,12 +14,12 @@ from torch import nn
 from shardit import InputError
 from shardit.config import DiffusionParallelConfig
 from shardit.training.recipe import Recipe
-from shardit.training.run.average import Average
-from shardit.training.run.optimizers import make_optimizer, set_state, state_of
-from shardit.training.run.rates import rate
 from shardit.training.run.report import cut
 from shardit.training.run.resume import compare, record_of
-from shardit.training.run.trained import step_seed
+from shardit.training.run.steps.average import Average
+from shardit.training.run.steps.optimizers import make_optimizer, set_state, state_of
+from shardit.training.run.steps.rates import rate
+from shardit.training.run.steps.trained import step_seed
 from shardit.training.settings import TrainSettings
 
 

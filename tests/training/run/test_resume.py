@@ -10,7 +10,7 @@ import pytest
 
 from shardit import InputError, RankError
 from shardit.training.run.checkpoint import find
-from shardit.training.run.rates import rate
+from shardit.training.run.steps.rates import rate
 from tests.support.fork_servers import kept_fork_server
 from tests.training.run.runs import apart, rows, run, same, spec, weights
 

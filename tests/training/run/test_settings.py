@@ -12,9 +12,9 @@ import pytest
 
 from shardit import InputError, cli
 from shardit.config import DiffusionParallelConfig
-from shardit.training.run import toml
-from shardit.training.run.check import check
-from shardit.training.run.flags import TrainFlags
+from shardit.training.run.options import toml
+from shardit.training.run.options.check import check
+from shardit.training.run.options.flags import TrainFlags
 from shardit.training.settings import TrainSettings
 
 

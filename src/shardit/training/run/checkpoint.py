@@ -14,9 +14,9 @@ import torch
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.errors import InputError, first_line
-from shardit.training.run.optimizers import found_by, set_found, set_state, state_of
 from shardit.training.run.places import CHECKPOINTS, RECORD
-from shardit.training.run.trained import Trained
+from shardit.training.run.steps.optimizers import found_by, set_found, set_state, state_of
+from shardit.training.run.steps.trained import Trained
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import os
 
 from shardit.engine.process.exit_code import INTERRUPTED, OK
 from shardit.engine.process.process import started_by_torchrun
-from shardit.training.run.flags import TrainFlags
+from shardit.training.run.options.flags import TrainFlags
 
 
 def train(flags: TrainFlags) -> int:
     """Train a LoRA or all weights of a diffusers pipeline or a language model, over stages and replicas."""
-    from shardit.training.run.check import check
     from shardit.training.run.launch import run_here, run_joined
     from shardit.training.run.messages import SESSION, TrainSpec
+    from shardit.training.run.options.check import check
 
     settings, config = flags.settings()
     recipe = check(settings, config)

@@ -12,7 +12,7 @@ from shardit.errors import InputError
 from shardit.settings.declare import Flag, declare
 from shardit.settings.flag_class import Once, check_flags, flag_class, values_of
 from shardit.settings.paths import user_path
-from shardit.training.run.toml import AXES, read_toml
+from shardit.training.run.options.toml import AXES, read_toml
 from shardit.training.settings import TrainSettings
 
 

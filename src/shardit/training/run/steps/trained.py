@@ -17,9 +17,9 @@ from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError
 from shardit.training.recipe import Recipe
-from shardit.training.run.average import Average
-from shardit.training.run.optimizers import make_optimizer
-from shardit.training.run.shares import Shares, example_of, examples
+from shardit.training.run.steps.average import Average
+from shardit.training.run.steps.optimizers import make_optimizer
+from shardit.training.run.steps.shares import Shares, example_of, examples
 from shardit.training.settings import TrainSettings
 from shardit.training.staged import Stages, stages
 

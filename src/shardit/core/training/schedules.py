@@ -20,10 +20,6 @@ from shardit.core.training.deferred import Deferred
 from shardit.core.training.segment import LossRun, Segment, StepData
 from shardit.errors import InputError, RankError, UnsupportedError
 
-NAMES = ("gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv")
-"""The schedules: all forwards before all backwards; one forward, one backward; the same with several chunks a rank, and
-with weight gradients in the gaps; two chunks a rank, on the way there and back, with weight gradients in the gaps."""
-
 CHUNKED = ("interleaved", "interleaved-zb", "zbv")
 """Schedules with several chunks a rank."""
 

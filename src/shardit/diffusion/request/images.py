@@ -36,7 +36,7 @@ def open_image(source: ImageSource, mode: Mode = "RGB") -> Image.Image:
     Raises `InputError` naming the file if it is missing or not a picture.
     """
     with _naming(source):
-        picture = _to_mode(_to_eight_bits(_load_upright(source)), mode)
+        picture = to_mode(to_eight_bits(_load_upright(source)), mode)
         picture.info = {}  # EXIF data, colour profiles: unused, and they would be sent to every rank
         return picture
 
@@ -59,7 +59,7 @@ def _naming(source: ImageSource) -> Iterator[None]:
         raise InputError(f"image {name} does not exist; correct the path") from None
     # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...
     except Exception as error:
-        raise InputError(f"image {name} cannot be read: {_reason(error)}; give a PNG, JPEG or WebP file") from error
+        raise InputError(f"image {name} cannot be read: {reason(error)}; give a PNG, JPEG or WebP file") from error
 
 
 def is_file(value: object) -> bool:
@@ -84,17 +84,16 @@ def open_video(source: str | os.PathLike[str] | bytes) -> list[Image.Image]:
 
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
-            frames = [_turned(frame) for frame in container.decode(video=0)]
+            frames = [turned(frame, frame.to_image()) for frame in container.decode(video=0)]
     except (FFmpegError, IndexError, ValueError) as error:
-        raise InputError(f"video {name} cannot be read: {_reason(error)}; give a video file, such as MP4") from error
+        raise InputError(f"video {name} cannot be read: {reason(error)}; give a video file, such as MP4") from error
     if not frames:
         raise InputError(f"video {name} has no frames; give another file")
     return frames
 
 
-def _turned(frame: VideoFrame) -> Image.Image:
-    """Rotate a frame as players do: phones store their orientation as a rotation."""
-    picture: Image.Image = frame.to_image()
+def turned(frame: VideoFrame, picture: Image.Image) -> Image.Image:
+    """Rotate the picture of a frame as players do: phones store their orientation as a rotation."""
     degrees = getattr(frame, "rotation", 0)
     return picture.rotate(degrees, expand=True) if degrees else picture
 
@@ -122,7 +121,8 @@ def _load_upright(source: ImageSource) -> Image.Image:
         return ImageOps.exif_transpose(picture)
 
 
-def _to_eight_bits(picture: Image.Image) -> Image.Image:
+def to_eight_bits(picture: Image.Image) -> Image.Image:
+    """Return a picture with 16 bits scaled to 8, any other as it is. Raises InputError for floating-point values."""
     if picture.mode == "F":
         raise InputError("an image with floating-point values has no defined brightness; save it with 8 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
@@ -134,7 +134,8 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _to_mode(picture: Image.Image, mode: Mode) -> Image.Image:
+def to_mode(picture: Image.Image, mode: Mode, background: str = "white") -> Image.Image:
+    """Return an 8-bit picture in a mode, as of `open_image`; "RGB" puts it on `background`."""
     if mode == "opaque":
         return picture.convert("RGBA").convert("RGB")
     if picture.mode == mode and "transparency" not in picture.info:
@@ -145,11 +146,12 @@ def _to_mode(picture: Image.Image, mode: Mode) -> Image.Image:
     if mode == "RGBA" or not transparent:
         return picture.convert(mode)
     picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    behind = Image.new("RGBA", picture.size, background)
+    return Image.alpha_composite(behind, picture).convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return in a few words why a file cannot be read."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is not a picture in a known format"
     if isinstance(error, IsADirectoryError):

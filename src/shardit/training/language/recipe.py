@@ -1,4 +1,4 @@
-"""The recipe of a causal language model: `language_recipe`."""
+"""The recipe of a causal language model: `recipe`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import generators_kept
 from shardit.errors import InputError
 from shardit.language.limits import POSITION_LIMITS
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 _OTHERS = ("resolution", "num_frames", "fps", "caption_dropout", "background", "timesteps", "shift")
 _OTHERS = (*_OTHERS, "train_text_encoder", "cache")
 """Settings that only diffusion has."""
+
+
+def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
+    """Return the recipe for the ranks of a run; see `language_recipe`."""
+    return language_recipe(settings, mesh.sizes["dp"], mesh.device)
 
 
 def language_recipe(settings: TrainSettings, replicas: int, device: torch.device | str = "cpu") -> Recipe:
@@ -62,6 +68,7 @@ def language_recipe(settings: TrainSettings, replicas: int, device: torch.device
         save=_saver(tokenizer),
         held_out=checked.all_once if checked is not None else None,
         sample=_sampler(settings, tokenizer, maker.ends, chat=data.rows[0].messages is not None),
+        unit="tokens",
         notes=(*notes, *loaded, line),
     )
 
@@ -178,7 +185,7 @@ def _identity(settings: TrainSettings, batches: Batches) -> dict[str, Any]:
         digest.update(f"{one.name} {len(one.ids)}\n".encode())
         digest.update(one.ids.numpy().tobytes())
         digest.update(one.learnt.numpy().tobytes())
-    names = ("seed", "batch_size", "accumulation", "repeats", "max_length")
+    names = ("seed", "batch_size", "repeats", "max_length")
     return {"data": digest.hexdigest(), **{name: getattr(settings, name) for name in names}}
 
 

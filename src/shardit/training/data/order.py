@@ -1,0 +1,126 @@
+"""`Order`: which samples the micro-batches of a step have; a pure function of the step."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample in a micro-batch."""
+
+    item: int
+    """Its position among the names that the order was made of."""
+    name: str
+    epoch: int
+    """The pass over the data, from 0."""
+    repeat: int
+    """Which of the repeats of an epoch, from 0."""
+    seed: int
+    """For its noise and timestep: another in each epoch and repeat, from 0 to 2**63 - 1."""
+    drop_caption: bool
+    """Whether it is trained with an empty caption this time."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: samples of one bucket."""
+
+    bucket: Any
+    draws: tuple[Draw, ...]
+
+
+class Order:
+    """The endless stream of micro-batches, epoch after epoch.
+
+    In an epoch each sample comes `repeats` times. The micro-batches of a bucket are full but for the last one. Each
+    micro-batch follows from its number in the stream alone.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        buckets: Sequence[Hashable],
+        *,
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+        caption_dropout: float = 0.0,
+    ):
+        """names: of the samples, each another. buckets: the bucket of each, anything that can be a key."""
+        assert names, "an order needs a sample"
+        assert len(names) == len(buckets), "each sample has a bucket"
+        self._names = names
+        self._batch_size = batch_size
+        self._seed = seed
+        self._repeats = repeats
+        self._dropout = caption_dropout
+        self._buckets: dict[Hashable, list[int]] = defaultdict(list)
+        for number, bucket in enumerate(buckets):
+            self._buckets[bucket].append(number)
+        self.per_epoch = sum(batches for _, _, batches, _ in self.table())
+        """Micro-batches in an epoch."""
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def step(self, step: int, replica: int, replicas: int, accumulation: int) -> list[Batch]:
+        """Return the micro-batches of one replica in a step. All numbers count from 0."""
+        first = (step * replicas + replica) * accumulation
+        return [self.at(first + number) for number in range(accumulation)]
+
+    def at(self, number: int) -> Batch:
+        """Return one micro-batch of the stream."""
+        epoch, place = divmod(number, self.per_epoch)
+        bucket, entries = self._epoch(epoch)[place]
+        return Batch(bucket, tuple(self._draw(item, epoch, repeat) for item, repeat in entries))
+
+    def table(self) -> list[tuple[Any, int, int, int]]:
+        """Return for each bucket its samples, its micro-batches in an epoch and the samples of the last of these."""
+        rows = []
+        for bucket, inside in self._buckets.items():
+            *full, last = _split(range(len(inside) * self._repeats), self._batch_size)
+            rows.append((bucket, len(inside), len(full) + 1, len(last)))
+        return rows
+
+    def once(self) -> list[Batch]:
+        """Return micro-batches with each sample once, in the order of names, with its caption: for validation."""
+        made = []
+        for bucket, inside in self._buckets.items():
+            for chosen in _split(inside, self._batch_size):
+                draws = (Draw(item, self._names[item], 0, 0, self._hash("once", item), False) for item in chosen)
+                made.append(Batch(bucket, tuple(draws)))
+        return made
+
+    def _shuffled(self, epoch: int) -> list[tuple[Hashable, list[tuple[int, int]]]]:
+        """Return the micro-batches of an epoch: bucket, and samples with the number of the repeat."""
+        draw = random.Random(f"{self._seed}/{epoch}")
+        made = []
+        for bucket, inside in self._buckets.items():
+            entries = [(item, repeat) for repeat in range(self._repeats) for item in _mixed(inside, draw)]
+            made += [(bucket, chosen) for chosen in _split(entries, self._batch_size)]
+        return _mixed(made, draw)
+
+    def _draw(self, item: int, epoch: int, repeat: int) -> Draw:
+        share = self._hash("caption", epoch, repeat, item) / 2**63
+        seed = self._hash("noise", epoch, repeat, item)
+        return Draw(item, self._names[item], epoch, repeat, seed, share < self._dropout)
+
+    def _hash(self, purpose: str, *numbers: int) -> int:
+        """Return a number from 0 to 2**63 - 1 for a sample, the last of `numbers`. It counts by its name, so that new
+        data leave others' numbers as they are."""
+        text = f"{self._seed}/{purpose}/{'/'.join(map(str, numbers[:-1]))}/{self._names[numbers[-1]]}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _mixed(values: Sequence[Any], draw: random.Random) -> list[Any]:
+    # By sorting: Python promises the same numbers of random() in all versions, but not the same shuffle().
+    return [value for _, _, value in sorted((draw.random(), place, value) for place, value in enumerate(values))]
+
+
+def _split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]

@@ -1,0 +1,110 @@
+"""Pictures in files: upright, on a background, 8 bits; cut and resized to the size asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from shardit.diffusion.request.images import to_eight_bits, to_mode
+from shardit.errors import InputError
+from shardit.training.data.media import Extent, Reading, array, file_digest, fit, unreadable
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Endings of picture files, in small letters."""
+
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
+
+_TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by the value of that tag."""
+
+_ANIMATED = ("PNG", "WEBP", "GIF")
+"""Formats whose further frames are an animation; those of a JPEG are other views of the same scene."""
+
+_SIDEWAYS = (5, 6, 7, 8)
+"""The values that exchange width and height."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a file."""
+
+    path: Path
+    moving = False
+
+    def extent(self, reading: Reading) -> Extent:
+        """As `Media.extent`."""
+        with _opened(self.path) as picture:
+            return extent_of(picture)
+
+    def read(self, reading: Reading, width: int, height: int, frames: int) -> NDArray[np.uint8]:
+        """As `Media.read`."""
+        with _opened(self.path) as picture:
+            return array([fit(plain(picture, reading.background), width, height)] * frames)
+
+    def digest(self) -> str:
+        """As `Media.digest`."""
+        return file_digest(self.path)
+
+
+def extent_of(picture: Image.Image) -> Extent:
+    """Return how large an opened picture is."""
+    turn, notes = orientation(picture)
+    width, height = picture.size[::-1] if turn in _SIDEWAYS else picture.size
+    if picture.format in _ANIMATED and getattr(picture, "n_frames", 1) > 1:
+        notes = (*notes, "is animated: its first frame is used")
+    return Extent(width, height, 1, notes)
+
+
+def plain(picture: Image.Image, background: str) -> Image.Image:
+    """Return a picture upright, as 8-bit RGB on the background."""
+    turn, _ = orientation(picture)
+    method = _TURNS[turn]
+    upright = picture if method is None else picture.transpose(method)
+    return to_mode(to_eight_bits(upright), "RGB", background)
+
+
+def orientation(picture: Image.Image) -> tuple[int, tuple[str, ...]]:
+    """Return the EXIF orientation of a picture, from 1 to 8, and notes on EXIF data that say none."""
+    with warnings.catch_warnings():  # PIL warns of parts that it cannot read
+        warnings.simplefilter("ignore")
+        try:
+            tags = dict(picture.getexif())
+        except Exception:  # nearly anything, on damaged data
+            tags = {}
+    found = tags.get(_ORIENTATION, 1)
+    if picture.info.get("exif") and not tags:
+        return 1, ("has EXIF data that cannot be read: it is taken as upright",)
+    if found not in _TURNS:
+        return 1, (f"has the EXIF orientation {found!r:.20}, which is none of 1 to 8: it is taken as upright",)
+    return found, ()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        if path.stat().st_size == 0:
+            raise InputError("the file is empty")
+        with warnings.catch_warnings():  # of sizes; what is too large for memory is an error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                yield picture
+    # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...
+    except Exception as error:
+        raise unreadable("picture", path, error) from error

@@ -1,0 +1,68 @@
+"""Data sets of the package `datasets`: a column of pictures and one of captions."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardit.errors import InputError, first_line
+from shardit.loading.missing import check_installed
+from shardit.training.data.items import Found, Item, found
+from shardit.training.data.media import Extent, Reading, array, fit
+from shardit.training.data.pictures import extent_of, plain
+from shardit.training.data.sources.captions import caption
+from shardit.training.data.sources.rows import TEXTS
+
+PICTURES = "image"
+"""The column of pictures."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The picture of a row."""
+
+    table: Any
+    number: int
+    moving = False
+
+    def extent(self, reading: Reading) -> Extent:
+        """As `Media.extent`."""
+        return extent_of(self._picture())
+
+    def read(self, reading: Reading, width: int, height: int, frames: int) -> NDArray[np.uint8]:
+        """As `Media.read`."""
+        return array([fit(plain(self._picture(), reading.background), width, height)] * frames)
+
+    def digest(self) -> str:
+        """As `Media.digest`."""
+        picture = self._picture()
+        content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def _picture(self) -> Any:
+        try:
+            return self.table[self.number][PICTURES]
+        except Exception as error:  # decoders raise nearly anything on damaged data
+            raise InputError(f"row {self.number} of the data cannot be read: {first_line(error)}") from error
+
+
+def hub_items(name: str) -> Found:
+    """Return the items of "NAME" or "NAME:SPLIT" (the split "train"). Raises InputError."""
+    check_installed(["datasets"])
+    import datasets  # pyright: ignore[reportMissingImports]
+
+    repository, _, split = name.partition(":")
+    try:
+        table = datasets.load_dataset(repository, split=split or "train")
+    except Exception as error:  # of the network, the hub, the data's format
+        raise InputError(f"data hf:{name} cannot be loaded: {first_line(error)}") from error
+    texts = [column for column in TEXTS if column in table.column_names]
+    if PICTURES not in table.column_names or len(texts) != 1:
+        there = ", ".join(table.column_names)
+        raise InputError(f"data hf:{name} needs a column {PICTURES} and one of {' or '.join(TEXTS)}, has {there}")
+    captions = [caption(text or "") for text in table[texts[0]]]
+    return found(Item(f"{number:09}", Row(table, number), text) for number, text in enumerate(captions))

@@ -67,10 +67,11 @@ class TrainSettings:
     max_length: int = declare(1024, "Tokens of a text; longer ones are cut.", whole(2))
 
     # diffusion
-    timesteps: str = declare(
-        "",
-        "Draw timesteps uniform, logit-normal or shifted. [default: logit-normal for flow matching, shifted with two "
-        "experts, else uniform]",
+    timesteps: str | None = declare(
+        None,
+        "Distribution of timesteps: uniform, logit-normal or shifted. [default: logit-normal for flow matching, shifted "
+        "with two experts, else uniform]",
+        _one_of("uniform", "logit-normal", "shifted"),
     )
     shift: float | None = declare(
         None, "Shift towards noise for --timesteps shifted. [default: the scheduler's]", number(above=0)

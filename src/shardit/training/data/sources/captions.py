@@ -42,9 +42,8 @@ def decoded(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
     except UnicodeDecodeError as error:
         place = error.start + len(mark)
         if mark:
-            raise InputError(
-                f"{name}: byte {place} is not {encoding.upper()}, as its mark says; save it as UTF-8"
-            ) from None
+            meant = encoding.upper().removesuffix("-LE").removesuffix("-BE")
+            raise InputError(f"{name}: byte {place} is not {meant}, as its mark says; save it as UTF-8") from None
         text = _western(data, name, place)
         notes = (f"{name}: byte {place} (0x{data[place]:02x}) is not UTF-8; the file is read as Windows-1252",)
     if (place := text.find("\0")) >= 0:

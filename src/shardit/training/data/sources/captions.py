@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 from pathlib import Path
 
 from shardit.errors import InputError
@@ -21,6 +22,8 @@ _MARKS = (
 def read_text(path: Path) -> tuple[str, tuple[str, ...]]:
     """Return the text of a file and notes about it, which name the file. Raises InputError."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is not a plain file")
         data = path.read_bytes()
     except OSError as error:
         raise unreadable("file", path, error) from None

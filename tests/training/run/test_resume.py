@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,18 @@ def test_rates_follow_the_formula(whole: Path) -> None:
     settings = spec(whole, **COMMON).settings
     assert [row["lr"] for row in rows(whole)] == [rate(settings, step, 12) for step in range(12)]
     assert [row["step"] for row in rows(whole)] == list(range(1, 13))
+
+
+def test_rates_follow_the_formula_over_ranks_and_a_resume(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"steps": 20, "lr_schedule": "cosine", "warmup_steps": 4, "accumulation": 4}
+    ranks = {"pipeline_parallel_size": 2, "data_parallel_size": 2}
+    with pytest.raises(RankError, match="killed by signal 9"):
+        run(tmp_path / "run", model="toy kill:3:9", save_every=7, **given, **ranks)
+    rename_model(tmp_path / "run")
+    run(tmp_path / "run", save_every=7, resume=True, **given, **ranks)
+    found = [row["lr"] for row in rows(tmp_path / "run")]
+    expected = [1e-2 * k / 4 if k < 4 else 1e-2 * (1 + math.cos(math.pi * (k - 4) / 16)) / 2 for k in range(20)]
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_each_text_is_seen_as_often_as_asked(whole: Path) -> None:

@@ -145,8 +145,12 @@ class Run:
             found["held_out_loss"] = value
         if chosen.sample_every and self.done % chosen.sample_every == 0:
             folder = self.output / SAMPLES / f"step-{self.done:08d}"
-            for file in samples(self.recipe, models, self.mesh, chosen.seed, folder):
+            gather = self.world.gather_objects
+            files, problem = samples(self.recipe, models, self.mesh, chosen.seed, folder, gather)
+            for file in files:
                 self.report.say(str(file))
+            if problem is not None:
+                self.report.note(f"no samples of step {self.done}: {problem}")
         return found
 
     def _save_checkpoint(self) -> None:

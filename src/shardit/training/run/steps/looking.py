@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import generators_kept, seed_all
+from shardit.errors import InputError, first_line
 from shardit.training.recipe import MicroBatch, Recipe
 
 
@@ -51,9 +53,21 @@ def held_out_loss(
     return float(total[0]) / weight if weight and math.isfinite(weight) else None
 
 
-def samples(recipe: Recipe, models: Mapping[str, nn.Module], mesh: Mesh, seed: int, folder: Path) -> list[Path]:
-    """Write samples of the models as they are; return their files. Collective."""
-    if recipe.sample is None:
-        return []
-    with looking(models, mesh, seed):
-        return recipe.sample(models, folder)
+def samples(
+    recipe: Recipe,
+    models: Mapping[str, nn.Module],
+    mesh: Mesh,
+    seed: int,
+    folder: Path,
+    gather: Callable[[Any], list[Any]],
+) -> tuple[list[Path], str | None]:
+    """Write samples of the models as they are; return their files, and why they could not be written. Collective;
+    gather: over all ranks."""
+    files, problem = [], None
+    if recipe.sample is not None:
+        with looking(models, mesh, seed):
+            try:
+                files = recipe.sample(models, folder)
+            except (OSError, InputError) as error:  # a full disk ends no run
+                problem = first_line(error)
+    return files, next((one for one in gather(problem) if one), None)

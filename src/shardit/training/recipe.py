@@ -59,7 +59,7 @@ class Recipe:
     sample: Callable[[Mapping[str, nn.Module], Path], list[Path]] | None = None
     """sample(models by name, folder): write samples and return their files. Collective over all ranks, of which the
     first one writes. Leaves modes, generators and gradients as they were."""
-    unit: str = "samples"
-    """What weights count: "samples" or "tokens"."""
     notes: tuple[str, ...] = ()
     """Lines for the user before the first step: buckets, what was left out, what is trained."""
+    unit: str = "samples"
+    """What weights count: "samples" or "tokens"."""

@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from shardit.engine.joined_ranks import check_world_size, naming_rank
 from shardit.engine.process.channel import send_all
+from shardit.engine.process.exit_code import INTERRUPTED
 from shardit.engine.process.failure import Failure, Timeouts
 from shardit.engine.process.loop import Loop
 from shardit.engine.process.placement import LocalPlacement
@@ -20,7 +22,10 @@ from shardit.training.run.messages import Began, Ended, Stop, TrainSpec
 
 LOOK_EVERY_S = 0.2
 GRACE_S = 5.0
-"""Time that ranks have to leave by themselves when the run is over."""
+"""Time that ranks have to leave by themselves, when the run is over or they were told to end."""
+
+ONE_SIGNAL_S = 2.0
+"""Time in which several signals are one."""
 
 
 def run_here(spec: TrainSpec) -> bool:
@@ -50,7 +55,7 @@ class LocalRun:
     def run(self) -> bool:
         """Start the ranks and wait until all have ended."""
         try:
-            with handled(lambda: self._loop.call(self._stop)):
+            with handled(lambda _: self._loop.call(self._stop)):
                 self.group.bring_up()
                 self._loop.run(lambda: self._failure is not None or len(self._ended) == self.group.size)
             if self._failure is not None:
@@ -84,19 +89,39 @@ def run_joined(spec: TrainSpec) -> bool:
     from shardit.engine.rank.worker import open_session
 
     check_world_size(spec.config.world_size)
-    rank, asked = int(os.environ["RANK"]), threading.Event()
-
-    def stop() -> None:
-        if asked.is_set() or not began:
-            raise KeyboardInterrupt
-        asked.set()
-
-    began: list[bool] = []
-    with handled(stop), naming_rank(rank):
+    rank, asked = int(os.environ["RANK"]), Asked()
+    with handled(asked.signal), naming_rank(rank):
         session = open_session(spec, rank=rank, world_size=spec.config.world_size, init_method="env://")
-        early = session.run(asked.is_set, lambda: began.append(True))
+        early = session.run(asked.is_set, asked.begin)
         session.close()
     return early
+
+
+class Asked:
+    """Whether a rank of torchrun was asked to end after the present step."""
+
+    def __init__(self) -> None:
+        self._began, self._since = False, None
+
+    def begin(self) -> None:
+        """From now on there is a step to end after."""
+        self._began = True
+
+    def is_set(self) -> bool:
+        """Return whether the rank was asked."""
+        return self._since is not None
+
+    def signal(self, number: int) -> None:
+        """Take a signal. Ctrl-C arrives from the terminal and from torchrun, at nearly the same time."""
+        now = time.monotonic()
+        if not self._began or (self._since is not None and now - self._since > ONE_SIGNAL_S):
+            raise KeyboardInterrupt
+        if self._since is None and number == signal.SIGTERM:
+            # torchrun sends it also where another rank has died, for which this one would wait.
+            end = threading.Timer(GRACE_S, os._exit, (INTERRUPTED,))
+            end.daemon = True
+            end.start()
+        self._since = self._since or now
 
 
 def say(text: str) -> None:
@@ -105,14 +130,14 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def handled(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on SIGINT and SIGTERM meanwhile."""
+def handled(stop: Callable[[int], None]) -> Iterator[None]:
+    """Call `stop` with the number of the signal on SIGINT and SIGTERM meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
-        signal.signal(number, lambda *_: stop())
+        signal.signal(number, lambda received, _: stop(received))
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,8 @@ def train(
     """
     assert settings.output is not None  # it was checked
     settings.output.mkdir(parents=True, exist_ok=True)
+    if mesh.rank == 0:
+        print(f"loading {settings.model} and {settings.data} ...", file=sys.stderr, flush=True)
     seed_all(settings.seed)
     return Run(settings, config, mesh, make(settings, mesh)).run(stop, began)
 
@@ -126,7 +129,7 @@ class Run:
         found = self.trained.step(self.done, shares, lr)
         seconds = time.perf_counter() - begin
         self.done += 1
-        names = [item for items in shares.items.values() for item in items]
+        names = [item for _, item in shares.items]
         row: dict[str, Any] = {"step": self.done, **found, "seconds": round(seconds, 4), "samples": shares.samples}
         if self.recipe.unit == "tokens":
             row["tokens"] = shares.weight

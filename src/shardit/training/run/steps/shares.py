@@ -19,11 +19,11 @@ LOOK_AT = 64
 @dataclass(frozen=True)
 class Shares:
     """mine: the micro-batches of this replica by model. weights: of all replicas by model. items: the names of all
-    data, in the order of the stream. stop: a rank was asked to stop."""
+    data, with their models, in the order of the stream. stop: a rank was asked to stop."""
 
     mine: dict[str, list[MicroBatch]]
     weights: dict[str, float]
-    items: dict[str, list[str]]
+    items: list[tuple[str, str]]
     samples: int
     stop: bool
 
@@ -54,7 +54,7 @@ def draw(recipe: Recipe, step: int, mesh: Mesh, world: GroupCoordinator, stop: b
     return Shares(
         grouped,
         {model: math.fsum(weight for name, weight, _ in every if name == model) for model in recipe.models},
-        {model: [item for name, _, items in every if name == model for item in items] for model in recipe.models},
+        [(model, item) for model, _, items in every for item in items],
         sum(len(items) for _, weight, items in every if weight > 0),
         any(one["stop"] for one in everyone),
     )

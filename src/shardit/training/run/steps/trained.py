@@ -104,8 +104,7 @@ class Trained:
         wrong = next((name for name, value in losses.items() if not math.isfinite(value)), None)
         if wrong is None and math.isfinite(norm):
             return
-        models = list(losses) if wrong is None else [wrong]
-        names = [item for name in models for item in shares.items[name]]
+        names = [item for model, item in shares.items if wrong in (None, model)]
         listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         what = f"the norm of the gradients is {norm}" if wrong is None else f"the loss is {losses[wrong]}"
         of_model = f" of {wrong}" if wrong is not None and len(self.stages) > 1 else ""

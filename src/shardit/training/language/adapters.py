@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,7 +47,9 @@ def add_lora(model: Any, settings: TrainSettings, base: str) -> tuple[nn.Module,
         base_model_name_or_path=base,
     )
     model.requires_grad_(False)
-    made: Any = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a name that peft uses
+        made: Any = get_peft_model(model, config)
     made.peft_config["default"].base_model_name_or_path = base
     return made, _line(made, chosen, blocks, settings)
 

@@ -69,8 +69,8 @@ class TrainSettings:
     # diffusion
     timesteps: str | None = declare(
         None,
-        "Distribution of timesteps: uniform, logit-normal or shifted. [default: logit-normal for flow matching, shifted "
-        "with two experts, else uniform]",
+        "Distribution of timesteps: uniform, logit-normal or shifted. [default: logit-normal for flow matching, "
+        "shifted with two experts, else uniform]",
         _one_of("uniform", "logit-normal", "shifted"),
     )
     shift: float | None = declare(

@@ -59,7 +59,7 @@ class Order:
         assert names, "an order needs a sample"
         assert len(names) == len(buckets), "each sample has a bucket"
         self._names = names
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._seed = seed
         self._repeats = repeats
         self._dropout = caption_dropout
@@ -85,7 +85,7 @@ class Order:
         """Return for each bucket its samples, its micro-batches in an epoch and the samples of the last of these."""
         rows = []
         for bucket, inside in self._buckets.items():
-            *full, last = _split(range(len(inside) * self._repeats), self._batch_size)
+            *full, last = _split(range(len(inside) * self._repeats), self.batch_size)
             rows.append((bucket, len(inside), len(full) + 1, len(last)))
         return rows
 
@@ -93,7 +93,7 @@ class Order:
         """Return micro-batches with each sample once, in the order of names, with its caption: for validation."""
         made = []
         for bucket, inside in self._buckets.items():
-            for chosen in _split(inside, self._batch_size):
+            for chosen in _split(inside, self.batch_size):
                 draws = (Draw(item, self._names[item], 0, 0, self._hash("once", item), False) for item in chosen)
                 made.append(Batch(bucket, tuple(draws)))
         return made
@@ -104,7 +104,7 @@ class Order:
         made: list[tuple[Hashable, Sequence[tuple[int, int]]]] = []
         for bucket, inside in self._buckets.items():
             entries = [(item, repeat) for repeat in range(self._repeats) for item in _mixed(inside, draw)]
-            made += [(bucket, chosen) for chosen in _split(entries, self._batch_size)]
+            made += [(bucket, chosen) for chosen in _split(entries, self.batch_size)]
         return _mixed(made, draw)
 
     def _draw(self, item: int, epoch: int, repeat: int) -> Draw:

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from shardit import InputError, training
 from shardit.models import tiny
+from tests.support.ranks import run_ranks
 from tests.training.diffusion.folders import NAMES, model_of, recipe_of, stir
+from tests.training.diffusion.runs import saved
 
 
 @contextmanager
@@ -137,3 +140,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         made.save({part: training.stages(model, made.loss) for part, model in made.models.items()}, file)
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_two_stages_write_what_one_rank_writes(full: bool, tmp_path: Path) -> None:
+    run_ranks(2, saved, str(tmp_path / "two"), 2, full, timeout=100)
+    run_ranks(1, saved, str(tmp_path / "one"), 1, full, timeout=100)
+    two, one = (
+        {str(path.relative_to(tmp_path / name / "out")): path for path in (tmp_path / name / "out").rglob("*.*")}
+        for name in ("two", "one")
+    )
+    assert two.keys() == one.keys()
+    trained = [name for name in one if name.endswith(".safetensors") and not name.startswith(("text", "vae"))]
+    assert len(trained) == 2
+    for name in trained:
+        got, expected = load_file(two[name]), load_file(one[name])
+        assert got.keys() == expected.keys()
+        assert all((got[key] - expected[key]).norm() <= 2e-6 * expected[key].norm() for key in expected)

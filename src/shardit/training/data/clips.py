@@ -153,5 +153,6 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not container.streams.video:
                 raise InputError("it has no pictures")
             yield container, container.streams.video[0]
-    except (OSError, ValueError, LookupError, ArithmeticError) as error:  # errors of av are among these
+    # Damaged data raise nearly anything: errors of av, EOFError, MemoryError, ...
+    except Exception as error:
         raise unreadable("clip", path, error) from error

@@ -14,7 +14,7 @@ from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import Mesh
 from shardit.errors import InputError, UnsupportedError
 from shardit.training.diffusion import components, files
-from shardit.training.diffusion.adapters import add_lora
+from shardit.training.diffusion.adapters import add_lora, targets
 from shardit.training.diffusion.batches import Batches, Loss, Sample
 from shardit.training.diffusion.cache import Cache
 from shardit.training.diffusion.components import Parts
@@ -37,13 +37,16 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
     """
     if settings.train_text_encoder:
         raise UnsupportedError("train_text_encoder: text encoders cannot be trained yet; leave it out")
+    if settings.sample_every and not settings.sample_prompts:
+        raise InputError("sample_every needs sample_prompts: name at least one prompt")
+    cache = Cache(_cache_folder(settings))
     ranks = GroupCoordinator.of_mesh(mesh)["world"]
-    parts = components.load_encoding(settings, mesh.device)
+    parts = components.load_encoding(settings, mesh.device, ranks)
+    _check(settings, parts)
     scheduler = parts.encoding.scheduler
     objective = objective_of(scheduler)
     kind = settings.timesteps or usual_kind(objective.flow, experts=len(parts.trained) > 1, shift=settings.shift)
     timesteps = timesteps_for(kind, settings.shift, scheduler, objective.flow)
-    cache = Cache(_cache_folder(settings))
     data = sized(settings, parts)
     held_out = sized(settings, parts, held_out=True) if settings.validation_data else None
     for one in (data, held_out):
@@ -70,6 +73,16 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
         sampler,
         notes,
     )
+
+
+def _check(settings: TrainSettings, parts: Parts) -> None:
+    """Raise an error for settings that the trained modules do not fit, before anything is encoded for hours."""
+    for name in parts.trained:
+        model = getattr(parts.encoding, name)
+        if not settings.full:
+            targets(model, settings.lora_targets)
+        if settings.gradient_checkpointing and not getattr(model, "_supports_gradient_checkpointing", False):
+            raise UnsupportedError(f"gradient_checkpointing: {type(model).__name__} has none; leave it out")
 
 
 def _cache_folder(settings: TrainSettings) -> Path:
@@ -101,8 +114,6 @@ def _set_up(settings: TrainSettings, models: Mapping[str, nn.Module]) -> list[st
         else:
             notes.append(f"{name}: {add_lora(model, settings)}")
         if settings.gradient_checkpointing:
-            if not getattr(made, "_supports_gradient_checkpointing", False):
-                raise UnsupportedError(f"gradient_checkpointing: {type(made).__name__} has none; leave it out")
             made.enable_gradient_checkpointing()
     return notes
 
@@ -110,8 +121,6 @@ def _set_up(settings: TrainSettings, models: Mapping[str, nn.Module]) -> list[st
 def _sampler(settings: TrainSettings, parts: Parts, data: Sized, mesh: Mesh, ranks: GroupCoordinator) -> Sampler | None:
     """Encode the prompts of the samples while the encoders are there; None if no samples are asked for."""
     if not settings.sample_prompts:
-        if settings.sample_every:
-            raise InputError("sample_every needs sample_prompts: name at least one prompt")
         return None
     arguments = {**parts.own, **dict(parts.family.shown), **data.shown()}
     pictures = data.first_frames(len(settings.sample_prompts)) if parts.family.first_frame else []
@@ -128,6 +137,6 @@ def _save(
     settings: TrainSettings, parts: Parts, stages: Mapping[str, Stages], folder: Path, ranks: GroupCoordinator
 ) -> None:
     if settings.full:
-        files.save_pipeline(stages, parts.prepared.source.folder, folder, ranks)
+        files.save_pipeline(stages, parts.folder, folder, ranks)
     else:
         files.save_lora(stages, folder, ranks)

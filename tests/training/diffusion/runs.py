@@ -61,8 +61,10 @@ def _one(name: str, model: str, size: int, more: dict[str, Any]) -> dict[str, An
             value = staged.step([one.data for one in batches], [one.weight for one in batches])
             largest, compared, only = worst(staged.named_parameters(), plain)
             relative = abs(float(value) - expected) / expected
+            text = [name for name, one in staged.named_parameters() if name.startswith("text") and one.grad is not None]
             bound = 2e-6 if largest < 2e-6 else 2 * noise(made.loss, plain, batches)
             found[part] = {"worst": largest, "bound": bound, "compared": compared, "only": only, "loss": relative}
+            found[part]["of_text"] = len(text)
         return found
 
 

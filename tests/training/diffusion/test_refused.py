@@ -20,7 +20,16 @@ from tests.training.diffusion.folders import recipe_of, unet_folder
     [
         ("longcat-image", {}, "LongCatImagePipeline cannot be trained; these can: WanPipeline, .*ZImagePipeline"),
         ("qwen-image-edit", {}, "QwenImageEditPipeline cannot be trained"),
-        ("flux", {"train_text_encoder": True}, "train_text_encoder: text encoders cannot be trained yet; leave it out"),
+        (
+            "flux",
+            {"train_text_encoder": True},
+            "train_text_encoder: not with FluxPipeline, only with StableDiffusionXLPipeline and StableDiffusion",
+        ),
+        (
+            "sdxl",
+            {"train_text_encoder": True, "full": True},
+            "train_text_encoder adds a LoRA, so it does not go with full",
+        ),
         ("flux", {"dtype": "float16"}, "dtype='float16' loses small gradients: use bfloat16 or float32"),
         ("flux", {"output": None}, "output: name a folder for the run, or one for the cache"),
         ("flux", {"timesteps": "uniform", "shift": 2.0}, "shift=2 has no effect with timesteps='uniform'"),

@@ -44,6 +44,16 @@ def test_a_sample_is_that_of_the_plain_pipeline(name: str, tmp_path: Path) -> No
         assert np.array_equal(pixels_of(files[number]), np.asarray(expected)), prompt
 
 
+def test_text_encoders_that_are_trained_make_samples(tmp_path: Path) -> None:
+    made = [recipe_of("sdxl", tmp_path, sample_prompts=PROMPTS[:1], train_text_encoder=live) for live in (False, True)]
+    (plain,), (live,) = (one.sample(one.models, tmp_path / str(n)) for n, one in enumerate(made) if one.sample)
+    assert np.array_equal(pixels_of(plain), pixels_of(live))
+    stir(made[1].models["unet"])
+    assert made[1].sample is not None
+    (changed,) = made[1].sample(made[1].models, tmp_path / "changed")
+    assert not np.array_equal(pixels_of(plain), pixels_of(changed))
+
+
 @pytest.mark.parametrize("name", ["wan2.2-t2v", "wan2.2-i2v"])
 def test_looking_changes_nothing(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     given = {"sample_prompts": PROMPTS[:1], "lora_dropout": 0.3, "gradient_checkpointing": True}

@@ -46,8 +46,8 @@ def clip(
 ) -> Path:
     """Write a clip whose frame n is a grey of `grey` + 8 * n; lossless for MKV, nearly so for others.
 
-    more: step (in place of 8), codec, pix_fmt, aspect (of pixels), curve (of brightness, as a number of H.273), times (of
-    frames, in 1/1000 s), options.
+    more: step (in place of 8), codec, pix_fmt, aspect (of pixels), curve (of brightness, as a number of H.273), times
+    (of frames, in 1/1000 s), options.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     codec = more.get("codec") or {".mkv": "ffv1", ".webm": "libvpx-vp9", ".gif": "gif"}.get(path.suffix, "libx264")

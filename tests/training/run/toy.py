@@ -23,7 +23,8 @@ from tests.language import families
 class Toy:
     """The data is "toy:N", N texts. The model is "toy" with words such as "nan:3", which say what happens in a step,
     counted from 1: nan:STEP, slow:SECONDS, kill:RANK:STEP, refuse:RANK:STEP, raise:RANK:STEP; "experts": two models;
-    "still": without dropout; draws:PATH: each rank writes the noises that its losses draw."""
+    "still": without dropout; "last": only the last block is trained; draws:PATH: each rank writes the noises that its
+    losses draw."""
 
     def __init__(self, settings: TrainSettings, mesh: Mesh):
         self.settings, self.mesh = settings, mesh
@@ -32,6 +33,9 @@ class Toy:
         self.drawn: list[float] = []
         names = ("high", "low") if "experts" in self.words else ("decoder",)
         self.models: dict[str, nn.Module] = {name: made("still" in self.words) for name in names}
+        for model in self.models.values() if "last" in self.words else ():
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = "layers.3." in name
 
     def recipe(self) -> Recipe:
         """Return the recipe."""

@@ -36,7 +36,7 @@ def looking(models: Mapping[str, nn.Module], mesh: Mesh, seed: int) -> Iterator[
 def held_out_loss(
     recipe: Recipe, batches: list[MicroBatch], models: Mapping[str, nn.Module], mesh: Mesh, seed: int
 ) -> float | None:
-    """Return the mean loss over held-out micro-batches, which the replicas share out; None if they weigh nothing.
+    """Return the mean loss over held-out micro-batches, which the replicas share out; None if that is no number.
     Collective."""
     replica, replicas = mesh.coords["dp"], mesh.sizes["dp"]
     total = torch.zeros(2, dtype=torch.float64)
@@ -49,8 +49,8 @@ def held_out_loss(
                 total += torch.tensor([value * one.weight, one.weight], dtype=torch.float64)
     if (group := mesh.axes.get("dp")) is not None:
         total = group.all_reduce(total.to(mesh.device)).cpu()
-    weight = float(total[1])
-    return float(total[0]) / weight if weight and math.isfinite(weight) else None
+    mean = float(total[0] / total[1])
+    return mean if math.isfinite(mean) else None
 
 
 def samples(

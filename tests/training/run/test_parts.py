@@ -21,6 +21,7 @@ from shardit.training.run.resume import compare, record_of
 from shardit.training.run.steps.average import Average
 from shardit.training.run.steps.optimizers import found_by, make_optimizer, set_found, set_state, state_of
 from shardit.training.run.steps.rates import rate
+from shardit.training.run.steps.sharded import share_out
 from shardit.training.run.steps.trained import step_seed
 from shardit.training.settings import TrainSettings
 
@@ -226,6 +227,14 @@ def test_rows_after_a_checkpoint_are_removed(tmp_path: Path) -> None:
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut(file, 0)
     assert file.read_text() == ""
+
+
+def test_parameters_are_shared_out_evenly() -> None:
+    some = {name: nn.Parameter(torch.zeros(size)) for name, size in zip("abcdef", (5, 1, 4, 3, 2, 3), strict=True)}
+    owners = share_out(some, 2)
+    assert owners == share_out(dict(reversed(some.items())), 2)
+    assert [sum(some[name].numel() for name in some if owners[name] == replica) for replica in (0, 1)] == [9, 9]
+    assert set(share_out({"a": some["a"]}, 3).values()) == {0}
 
 
 def test_each_step_has_its_own_seed() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shardit import InputError, RankError
 from shardit.training.run.checkpoint import find
@@ -94,6 +95,31 @@ def test_stages_and_replicas_may_change(
         assert one["items"] == other["items"]
         assert one["lr"] == other["lr"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("after", [{"shard_optimizer": True}, {"data_parallel_size": 1, "accumulation": 4}])
+def test_the_optimizer_is_shared_out_over_replicas(after: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    """Its state goes on where it is shared out again, and where one rank has all of it."""
+    output, ranks = tmp_path / "run", {"data_parallel_size": 2, "accumulation": 2}
+    killed_at(output, 1, 7, shard_optimizer=True, pipeline_parallel_size=2, **ranks)
+    files = {file.name: file for file in find(output)[0].folder.glob("*.pt")}
+    assert sorted(files) == ["stage-0-replica-1.pt", "stage-0.pt", "stage-1-replica-1.pt", "stage-1.pt"]
+    states = [set(torch.load(files[name])["optimizer"]) for name in sorted(files)]
+    assert all(states)
+    assert not states[0] & states[1]
+    assert not states[2] & states[3]
+    rename_model(output)
+    go_on(output, **{**ranks, **after})
+    assert apart(weights(output), weights(whole)) < 2e-5
+    assert [row["items"] for row in rows(output)] == [row["items"] for row in rows(whole)]
+
+
+def test_a_shared_out_optimizer_makes_the_same_bits(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"data_parallel_size": 2, "accumulation": 2, **COMMON, "steps": 4}
+    run(tmp_path / "each", **given)
+    run(tmp_path / "shared", shard_optimizer=True, **given)
+    assert same(weights(tmp_path / "each"), weights(tmp_path / "shared"))
+    assert rows(tmp_path / "each") == rows(tmp_path / "shared")
 
 
 def test_rates_follow_the_formula(whole: Path) -> None:

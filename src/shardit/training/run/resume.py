@@ -40,6 +40,7 @@ _NOTED = (
     "max_grad_norm",
     "optimizer_args",
     "schedule",
+    "shard_optimizer",
     "steps",
     "warmup_steps",
     "weight_decay",

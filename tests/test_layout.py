@@ -178,7 +178,7 @@ BUDGET = {
     "parallel": 4230,
     "server": 5500,
     "settings": 250,
-    "training": 3800,
+    "training": 3950,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -17,6 +17,7 @@ from torch import nn
 from shardit.core.training.cut_loss import CutLoss
 from shardit.core.training.gather import whole
 from shardit.errors import InputError, first_line
+from shardit.loading.quiet import quiet
 
 ADAPTER_MARKS = ("lora_", "modules_to_save")
 """Parts of the names of parameters of adapters."""
@@ -72,7 +73,7 @@ def _writer(model: Any, adapter: bool) -> Callable[[Path], None]:
         # peft asks the hub whether the embedding was resized, if it is not told.
         return lambda folder: model.save_pretrained(str(folder), save_embedding_layers=False)
     if hasattr(model, "save_pretrained"):
-        return lambda folder: model.save_pretrained(folder)
+        return lambda folder: _write_quietly(model, folder)
 
     def plain(folder: Path) -> None:
         from safetensors.torch import save_model as save
@@ -81,6 +82,11 @@ def _writer(model: Any, adapter: bool) -> Callable[[Path], None]:
         save(model, str(folder / "model.safetensors"))
 
     return plain
+
+
+def _write_quietly(model: Any, folder: Path) -> None:
+    with quiet():
+        model.save_pretrained(folder)
 
 
 def _write_lora(model: Any, folder: Path) -> None:

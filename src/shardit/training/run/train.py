@@ -41,7 +41,10 @@ def train(
     Collective over all ranks. began() is called before the first step. Raises InputError, RankError.
     """
     assert settings.output is not None  # it was checked
-    settings.output.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {settings.output} cannot be made: {error.strerror}; name another") from error
     if mesh.rank == 0:
         print(f"loading {settings.model} and {settings.data} ...", file=sys.stderr, flush=True)
     seed_all(settings.seed)

@@ -129,9 +129,10 @@ class Pipe:
 
     def close(self) -> None:
         """Close the channel; unsent messages are lost."""
-        self._out.put(_END)
+        # First of all: where the writer closes the socket before, the reader keeps it open, and the other side waits.
         with contextlib.suppress(OSError):
             self._channel.socket.shutdown(2)
+        self._out.put(_END)
 
     def _read(self) -> None:
         try:

@@ -165,6 +165,19 @@ def test_events_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(seen) == 4
 
 
+def test_progress_is_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, True, 60, 0, False)
+    for step in range(1, 61):
+        report.row({"step": step, "loss": None if step == 3 else 0.5, "lr": 1e-4})
+    report.say("done")
+    report.close()
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert lines[:2] == ["step 1 of 60: loss 0.5, lr 0.0001", "step 3 of 60: loss nan, lr 0.0001"]
+    assert len(lines) == 21
+    assert said.out == "done\n"
+
+
 def test_an_average_is_swapped_in_and_out() -> None:
     some = parameters()
     average, expected = Average(0.9, some), {key: one.detach().clone() for key, one in some.items()}

@@ -219,8 +219,8 @@ def test_what_may_differ_when_a_run_goes_on() -> None:
         (record(lora_targets=("a",)), record(lora_targets=("a", "b")), "lora_targets"),
         (record(2, accumulation=4), record(4, accumulation=4), "use accumulation=2"),
         (record(3, accumulation=1), record(2, accumulation=1), "use data_parallel_size=3"),
-        (record(identity={"texts": 3}), record(identity={"texts": 4}), "texts differs from that of the checkpoint (3"),
-        (record(identity={"a": 3}), record(identity={"a": 3, "b": 4}), "b differs"),
+        (record(identity={"texts": 3}), record(identity={"texts": 4}), "texts was 3 and is 4"),
+        (record(identity={"a": 3}), record(identity={"a": 3, "b": 4}), "b was None and is 4"),
     ):
         with pytest.raises(InputError) as error:
             compare(before, now, folder)

@@ -166,3 +166,4 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (folder / "run.json").unlink()  # as of a checkpoint that is being removed
     run(output, steps=3, resume=True)
     assert [row["step"] for row in rows(output)] == [1, 2, 3]
+    assert [one.name for one in (output / "checkpoints").iterdir()] == ["step-00000003"]

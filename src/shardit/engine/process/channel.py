@@ -129,9 +129,8 @@ class Pipe:
 
     def close(self) -> None:
         """Close the channel; unsent messages are lost."""
-        # First of all: where the writer closes the socket before, the reader keeps it open, and the other side waits.
         with contextlib.suppress(OSError):
-            self._channel.socket.shutdown(2)
+            self._channel.socket.shutdown(2)  # before the writer closes it: for the reader it would stay open
         self._out.put(_END)
 
     def _read(self) -> None:

@@ -81,7 +81,8 @@ class Checkpoints:
         return next((one for one in self._world.gather_objects(problem) if one), None)
 
     def _begin(self, partial: Path) -> None:
-        for left in self._root.glob(".partial-*"):
+        incomplete = (one for one in self._root.glob("step-*") if not (one / RECORD).exists())
+        for left in (*self._root.glob(".partial-*"), *incomplete):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
 

@@ -159,7 +159,7 @@ def test_a_finished_run_can_be_prolonged(tmp_path: Path) -> None:
         run(output, accumulation=4, resume=True, **{**short, "steps": 4})
     with pytest.raises(InputError, match="use accumulation=2"):
         run(output, accumulation=4, data_parallel_size=2, resume=True, **{**short, "steps": 6})
-    with pytest.raises(InputError, match="--resume: texts was .* and is"):
+    with pytest.raises(InputError, match=r"--resume: texts was .* and is"):
         run(output, accumulation=4, resume=True, **{**short, "data": "toy:7", "steps": 6})
     assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 5]
 

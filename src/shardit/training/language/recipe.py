@@ -18,7 +18,7 @@ from shardit.language.limits import POSITION_LIMITS
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import ALIASES, DecoderSource, decoder_source
 from shardit.loading.dtypes import setting
-from shardit.training.language.adapters import add_lora, train_all
+from shardit.training.language.adapters import add_lora, old_names, train_all
 from shardit.training.language.batches import MODEL, Batches
 from shardit.training.language.examples import Encoder, Example, begin_conversations
 from shardit.training.language.loss import causal_loss
@@ -111,7 +111,8 @@ def _model(source: DecoderSource, settings: TrainSettings, device: torch.device 
     if settings.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise InputError(f"gradient_checkpointing: {type(model).__name__} of transformers has none; leave it out")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with old_names():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, notes
 
 

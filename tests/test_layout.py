@@ -177,7 +177,7 @@ BUDGET = {
     "models": 850,
     "parallel": 4230,
     "server": 5500,
-    "settings": 250,
+    "settings": 260,
     "training": 290,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""

@@ -10,10 +10,13 @@ if TYPE_CHECKING:
 
 _OF_DTYPES = re.compile(r"bfloat16|\bhalf\b|float16|same dtype|scalar type", re.IGNORECASE)
 _OF_SIZES = re.compile(r"kernel size|output size is too small|padding size should be less", re.IGNORECASE)
+_OF_NUMBERS = re.compile(r"without overflow|too large to convert", re.IGNORECASE)
 _OF_SHAPES = (RuntimeError, IndexError, ZeroDivisionError)
 """Errors of torch and Python for tensors without elements, in many words; custom classes have clear messages."""
 _OF_ARGUMENTS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError)
 """Errors for a tensor of the wrong shape, which seldom name the argument."""
+_LARGE = 1e4
+"""Numbers near and above the largest of float16."""
 _SMALL = 64
 """Side in pixels with few latents in any model."""
 
@@ -49,6 +52,10 @@ def _remedy(request: Request, error: Exception) -> str:
         return (
             f"; the components have dtypes of their own ({given}), with which this pipeline does not run: give others"
         )
+    if _OF_NUMBERS.search(text):
+        large = {name: v for name, v in request.kwargs.items() if isinstance(v, (int, float)) and abs(v) > _LARGE}
+        given = ", ".join(f"{name} {value}" for name, value in large.items())
+        return f"; a number is too large for the dtype of the model ({given}): give a smaller one" if given else ""
     sides = {name: request.kwargs[name] for name in ("height", "width") if name in request.kwargs}
     small = type(error) in _OF_SHAPES and any(isinstance(side, int) and side < _SMALL for side in sides.values())
     if sides and (small or _OF_SIZES.search(text)):

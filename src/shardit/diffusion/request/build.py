@@ -184,7 +184,7 @@ def _check_values(kwargs: Mapping[str, Any], takes: PipelineSignature) -> None:
             raise InputError(problem)
         if name not in takes.pictures and (problem := text_problem(value)):  # paths may have any bytes
             raise InputError(f"{name} must be {problem}, got {value!r:.200}")
-        check_attention(name, value)
+        check_attention(name, value, takes.adapted)
     form, source = kwargs.get("output_type"), module_of(takes.class_name)
     if form in _RARE_FORMS and source and f'"{form}"' not in source:
         raise InputError(f"{takes.class_name} makes no output_type {form!r}; leave it out")

@@ -78,6 +78,8 @@ class PipelineSignature:
 
     lacks_adapter: bool = False
     """Whether it has arguments of an IP-Adapter, and no such adapter is loaded."""
+    adapted: bool = False
+    """Whether an IP-Adapter is loaded."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

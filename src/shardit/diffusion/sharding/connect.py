@@ -81,6 +81,7 @@ def connect(
     for name in (*assignment.owned, *assignment.layerwise):
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
+        part.shardit_boundary.libraries = LIBRARIES.own
         guard(part, name, runtime.mesh)
         mark_absent(part, torch.device(runtime.mesh.device), LIBRARIES)
         ComponentSharding(name, part, config, runtime, False, None, assignment, cuts.get(name))

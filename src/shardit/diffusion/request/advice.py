@@ -17,6 +17,8 @@ _OF_ARGUMENTS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError
 """Errors for a tensor of the wrong shape, which seldom name the argument."""
 _LARGE = 1e4
 """Numbers near and above the largest of float16."""
+_OF_NOTHING = re.compile(r"None|incorrect format|must be passed|to be provided|cannot be undefined")
+"""Words of errors of libraries for arguments that are missing."""
 _SMALL = 64
 """Side in pixels with few latents in any model."""
 
@@ -24,7 +26,17 @@ _SMALL = 64
 def advice(request: Request, error: Exception) -> str:
     """Return what to add to the text of a pipeline's error: advice, and shapes of given tensors; "" if there is
     none."""
-    return _remedy(request, error) + _tensors(request, error)
+    return _remedy(request, error) + _pictures(request, error) + _tensors(request, error)
+
+
+def _pictures(request: Request, error: Exception) -> str:
+    """Return the arguments for pictures and videos that were not given, if the error may come of a missing one: it
+    speaks of nothing, of inputs or of one of them."""
+    text, names = str(error), request.pictures_left_out
+    speaks = _OF_NOTHING.search(text) or any(re.search(rf"\b{name}\b", text) for name in names)
+    if not names or not speaks or type(error) not in _OF_ARGUMENTS:
+        return ""
+    return f"; not given: {', '.join(names)}: the pipeline may need a picture or a video there"
 
 
 def _tensors(request: Request, error: Exception) -> str:

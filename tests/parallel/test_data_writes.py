@@ -53,6 +53,8 @@ def test_libraries_and_copies() -> None:
     assert linear.weight.dtype == torch.float64
     assert "shardit_lent" not in vars(linear.weight)
     assert type(copy.deepcopy(linear).weight) is SliceParameter
+    copied = nn.Parameter(linear.weight, requires_grad=False)
+    assert (type(copied), copied.requires_grad) == (SliceParameter, False)
     torch.optim.SGD(linear.parameters(), lr=1.0)
     assert torch.equal(linear(torch.ones(3, dtype=torch.float64)), linear.weight.sum(1) + linear.bias)
 

@@ -186,9 +186,16 @@ class Boundary:
             if self.inside or self.libraries is None or not listed_by_user(self.libraries):
                 return found
             start = len(prefix) + bool(prefix)
-            return ((name, self.read(".".join(filter(None, (path, name[start:]))), value)) for name, value in found)
+            return ((name, self._read(path, name[start:], value)) for name, value in found)
 
         return listed
+
+    def _read(self, path: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a listed tensor as it would be read; as it is if ranks hold slices of it, which none can read."""
+        try:
+            return self.read(f"{path}.{name}" if path else name, tensor)
+        except UnsupportedError:
+            return tensor
 
     def _listed_parts(self, plain: Function) -> Function:
         """Return a method that lists parts, which get interceptors if a user asks for them."""

@@ -37,6 +37,13 @@ class SliceParameter(nn.Parameter):
             _lend(self).taken.append(weakref.ref(taken))
         return taken
 
+    def detach(self) -> torch.Tensor:
+        """Return the values without gradients; for a new nn.Parameter of them as another SliceParameter, as torch
+        expects."""
+        plain = super().detach()
+        makes_parameter = sys._getframe(1).f_globals.get("__name__") == nn.Parameter.__module__
+        return plain.as_subclass(SliceParameter) if makes_parameter else plain
+
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         if _is_of_user(sys._getframe(1).f_globals.get("__name__", "")):

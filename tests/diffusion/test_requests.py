@@ -542,7 +542,7 @@ def test_masks_for_an_adapter_that_is_loaded():
 
 
 class NumberPipeline:
-    def __call__(self, prompt=None, audio_guidance_scale=4.0, steps_mask=2):
+    def __call__(self, prompt=None, audio_guidance_scale=4.0, steps_mask=2, max_timesteps=1.5):
         """With numbers of its own."""
 
 
@@ -551,6 +551,11 @@ def test_numbers_that_no_tensor_takes(value):
     takes = signature_of(NumberPipeline)
     refused("^audio_guidance_scale must be a finite number", "a", takes=takes, audio_guidance_scale=value)
     assert build("a", takes=takes, audio_guidance_scale=3e38, steps_mask=None)
+
+
+def test_arrays_in_place_of_words_and_lists():
+    refused("^output_type must be 'pil'", "a", output_type=np.array([]))
+    assert build("a", takes=signature_of(NumberPipeline), max_timesteps=torch.tensor(1.0))
 
 
 def test_functions_cannot_travel():

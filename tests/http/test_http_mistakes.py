@@ -201,6 +201,7 @@ def test_forms_are_checked_like_json(videos: Served) -> None:
     ({"attention_kwargs": {"attention_mask": "x"}}, "attention_kwargs"),
     ({"attention_kwargs": {"ip_hidden_states": [[1.0]]}}, "attention_kwargs"),
     ({"attention_kwargs": {"scale": "big"}}, "attention_kwargs"),
+    ({"joint_attention_kwargs": {"scale": []}}, "joint_attention_kwargs"),
 ])  # fmt: skip
 def test_values_that_no_tensor_takes(videos: Served, fields: dict[str, Any], param: str) -> None:
     status, answer = videos.call("POST", "/v1/videos", {"prompt": "a cat", **fields})[:2]

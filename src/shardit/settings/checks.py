@@ -44,8 +44,16 @@ class Check:
 
 
 def matching(meaning: str, fits: Callable[[Any], bool]) -> Check:
-    """Return a check by a condition; `meaning` describes the valid values."""
-    return Check(meaning, lambda value: None if fits(value) else meaning)
+    """Return a check by a condition; `meaning` describes the valid values. A condition that cannot be tested does not
+    hold: arrays are neither equal nor unequal to a text."""
+
+    def problem(value: Any) -> str | None:
+        try:
+            return None if fits(value) else meaning
+        except (TypeError, ValueError):
+            return meaning
+
+    return Check(meaning, problem)
 
 
 def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> Check:

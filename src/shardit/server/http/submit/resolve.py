@@ -115,7 +115,7 @@ def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, An
         if takes.rate_name in {**extra, **given}:
             number(*FPS)(str(takes.rate_name), {**checked, **values}[takes.rate_name])
     except InputError as error:
-        raise from_input_error(error, takes.names) from error
+        raise from_input_error(error, {*takes.names, *given}) from error
     return {**values, **({"extra_args": checked} if "extra_args" in given else {})}
 
 

@@ -120,7 +120,7 @@ def test_a_folder_with_a_variant_only(tmp_path: Path) -> None:
     check(spec)
 
 
-@pytest.mark.parametrize("value", [0, -1.0, "3", float("inf"), True])
+@pytest.mark.parametrize("value", [0, -1.0, "3", float("inf"), float("nan"), True])
 def test_a_shift_is_checked_in_both_places(value: Any) -> None:
     said = []
     for given in (

@@ -80,7 +80,7 @@ def model_options(**given: Any) -> ModelOptions:
     for name in ("flow_shift", "shift") if isinstance(arguments, Mapping) else ():
         if arguments.get(name) is not None:
             SHIFT(f"scheduler_args: {name}", arguments[name])
-        if "flow_shift" in chosen and arguments.get(name, chosen["flow_shift"]) != chosen["flow_shift"]:
+        if "flow_shift" in chosen and name in arguments and arguments[name] != chosen["flow_shift"]:
             raise InputError(
                 f"the shift is given twice, as flow_shift {chosen['flow_shift']} and in scheduler_args as {name} "
                 f"{arguments[name]}; give one of them"

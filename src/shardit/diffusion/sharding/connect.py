@@ -118,11 +118,11 @@ def shard_model(
     mesh = runtime.mesh
     # Stages also implement the guidance axis: a call run by another replica is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
-    stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared)) if pieces else None
+    stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared, cut.blocks)) if pieces else None
     overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
     if "sp" in mesh.axes:
         wrap_attention_back_ends()
-        way = shard_tokens(model, mesh, stages, cut.plan)
+        way = shard_tokens(model, mesh, stages, cut.plan, cut.blocks)
         overlaps = overlaps and not way.by_hand  # a result may then have another shape in each call
     elif stages is not None:
         stages()

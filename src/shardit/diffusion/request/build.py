@@ -165,7 +165,6 @@ def _build(
     _check_required(prompt, images, kwargs, takes)
     given = [*kwargs, *([takes.image_name] if images and takes.image_name else [])]
     check_packages(takes.class_name, takes.missing, given)
-    pictures = ("image", *takes.pictures) if takes.image_name else takes.pictures
     return Request(
         index=index,
         pipeline=takes.class_name,
@@ -180,10 +179,16 @@ def _build(
         sample_rate=takes.sample_rate,
         defaults=_defaults(kwargs, takes),
         made_by=takes.made_by,
-        pictures_left_out=tuple(
-            name for name in pictures if kwargs.get(name) is None and not (name == "image" and images)
-        ),
+        pictures_left_out=_pictures_left_out(kwargs, images, takes),
     )
+
+
+def _pictures_left_out(
+    kwargs: Mapping[str, Any], images: Sequence[ImageSource], takes: PipelineSignature
+) -> tuple[str, ...]:
+    """Return the arguments for pictures and videos that have not been given."""
+    names = takes.pictures if images or takes.image_name is None else (takes.image_name, *takes.pictures)
+    return tuple(name for name in names if kwargs.get(name) is None)
 
 
 def _check_values(kwargs: Mapping[str, Any], takes: PipelineSignature) -> None:

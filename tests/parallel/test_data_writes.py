@@ -48,7 +48,7 @@ def test_every_way_of_writing_by_data() -> None:
 
 def test_libraries_and_copies() -> None:
     linear = nn.Linear(3, 4)
-    watch_data(linear.weight)
+    watch_data(linear.weight)  # type: ignore[arg-type]
     linear.to(torch.float64)
     assert linear.weight.dtype == torch.float64
     assert "shardit_lent" not in vars(linear.weight)

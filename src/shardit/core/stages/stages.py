@@ -142,8 +142,7 @@ def stage(
     names: Collection[str] = (),
 ) -> Stages:
     """Cut a transformer in place: keep the blocks of this rank, intercept the calls of all and of the model.
-    `shared`: ids of the tensors that another component has, too; every rank keeps them, and can call the blocks that
-    have no others. `names`: see `blocks_named`."""
+    `shared`: ids of tensors of other components, too, which every rank keeps. `names`: see `blocks_named`."""
     cut = CutModel(model, blocks_named(model, names, plan), placement.owners())
     stages = Stages(cut, runtime)
     drop_blocks(model, cut.blocks, cut.owners, runtime.comm.rank, plan, shared)

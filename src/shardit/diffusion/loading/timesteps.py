@@ -71,13 +71,13 @@ def problem(scheduler: Any, asked: Asked) -> str:
     except Exception as error:  # any of these would end the pipeline
         return f"{type(error).__name__}: {first_line(error)}"
     steps = {name: getattr(copy, name, None) for name in ("sigmas", "timesteps")}
-    wrong = [name for name, values in steps.items() if _numbers(values) and not math.isfinite(float(sum(values)))]
+    wrong = [name for name, values in steps.items() if _is_broken(values)]
     return f"its {wrong[0]} are not finite numbers" if wrong else ""
 
 
-def _numbers(values: Any) -> bool:
-    """Return whether values are numbers in a tensor or an array."""
-    return getattr(values, "ndim", 0) == 1
+def _is_broken(values: Any) -> bool:
+    """Return whether values in a tensor or an array are not all finite numbers."""
+    return getattr(values, "ndim", 0) == 1 and not math.isfinite(float(sum(values)))
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:

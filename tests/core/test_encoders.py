@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -121,10 +122,16 @@ def parts_are_read(rank: int, count: int, method: str) -> tuple[int, int]:
     pipe, found, _ = load_parallel("tiny/wan2.2-t2v", config, init_mesh(config), reads=reads)
     units = found.layerwise["text_encoder"]
     mine = tuple(f"{unit}." for unit, owner in zip(units.units, units.owners, strict=True) if owner == rank)
-    for name, parameter in pipe.text_encoder.named_parameters(remove_duplicate=False):
+    for name, parameter in own_parameters(pipe.text_encoder):
         assert parameter.is_meta != name.startswith(mine), name
     modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
-    return reads.bytes, sum(p.numel() * 4 for m in modules for p in {*m.parameters()} if not p.is_meta)
+    here = {parameter for module in modules for _, parameter in own_parameters(module) if not parameter.is_meta}
+    return reads.bytes, sum(parameter.numel() * 4 for parameter in here)
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters as they are on this rank: `named_parameters()` lists those of other ranks, too."""
+    return module._named_members(lambda part: part._parameters.items(), remove_duplicate=False)
 
 
 def test_no_rank_reads_the_layers_of_another() -> None:

@@ -131,15 +131,15 @@ def test_a_digest_is_of_the_contents(tmp_path: Path) -> None:
 def test_encoders_are_freed_before_training(tmp_path: Path) -> None:
     """Neither text encoders nor, without samples, the VAE hold memory any more."""
 
-    def held() -> set[str]:
+    def held(kind: str) -> int:
         gc.collect()
-        modules = [one for one in gc.get_objects() if isinstance(one, torch.nn.Module)]
-        return {type(one).__name__ for one in modules if any(not p.is_meta for p in one.parameters(recurse=False))}
+        modules = [one for one in gc.get_objects() if isinstance(one, torch.nn.Module) and kind in type(one).__name__]
+        return sum(any(not p.is_meta for p in one.parameters(recurse=False)) for one in modules)
 
-    before = held()
+    t5, vae = held("T5"), held("WanCausal")
     made = recipe_of("wan2.2-ti2v", tmp_path / "one")
-    assert not any("T5" in name or "WanCausal" in name for name in held() - before)
+    assert (held("T5"), held("WanCausal")) == (t5, vae)
     seen = recipe_of("wan2.2-ti2v", tmp_path / "two", sample_prompts=("a red cat",))
-    assert any("WanCausal" in name for name in held() - before)
-    assert not any("T5" in name for name in held() - before)
+    assert held("T5") == t5
+    assert held("WanCausal") > vae
     del made, seen

@@ -169,7 +169,7 @@ def test_the_server_imports_no_torch() -> None:
 
 
 BUDGET = {
-    ".": 1270,
+    ".": 1275,
     "core": 6850,
     "diffusion": 3860,
     "engine": 2800,
@@ -179,7 +179,7 @@ BUDGET = {
     "parallel": 4230,
     "server": 5500,
     "settings": 250,
-    "training": 1400,
+    "training": 3800,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

@@ -153,6 +153,10 @@ def _app() -> typer.Typer:
     app.command("serve", cls=Once)(_command(commands.serve, ServeFlags))
     app.command("chat", cls=Once)(_command(language_commands.chat, ChatFlags))
     app.command("complete", cls=Once)(_command(language_commands.complete, CompleteFlags))
+    from shardit.training.run.command import train
+    from shardit.training.run.options.flags import Several, TrainFlags
+
+    app.command("train", cls=Several)(_command(train, TrainFlags))
     app.command("inspect", cls=Once)(_command(commands.inspect, InspectFlags))
     app.command("tiny", cls=Once)(commands.tiny)
     return app

@@ -91,8 +91,9 @@ class _Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(self.linear(self.norm(x)))
+    def forward(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
+        shift = 0.0 if time is None else time
+        return x + torch.tanh(self.linear(self.norm(x)) + shift)
 
 
 class Odd(nn.Module):
@@ -106,13 +107,19 @@ class Odd(nn.Module):
         self.head = nn.Linear(width, width)
         if odd == "tied blocks":
             self.blocks[3].linear.weight = self.blocks[0].linear.weight
+        if odd == "time embedding":
+            self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        if odd == "weight norm":
+            for block in self.blocks:
+                torch.nn.utils.weight_norm(block.linear)  # pyright: ignore
         if odd == "tied ends":
             self.head.weight = self.embed.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, kept = self.embed(x), []
+        time = self.time(x.mean(1, keepdim=True)) if self.odd == "time embedding" else None
         for number, block in enumerate(self.blocks):
-            h = self._block(block, h)
+            h = self._block(block, h, time)
             if self.odd == "numpy":
                 kept.append(torch.from_numpy(h.detach().numpy().copy()))
                 continue
@@ -135,13 +142,17 @@ class Odd(nn.Module):
             return self.head(self.blocks[0].norm(h))
         return self.head(h)
 
-    def _block(self, block: Any, h: torch.Tensor) -> torch.Tensor:
+    def _block(self, block: Any, h: torch.Tensor, time: torch.Tensor | None) -> torch.Tensor:
         if self.odd == "reentrant":
             out: Any = checkpoint(block, h, use_reentrant=True)
             return out
         if self.odd == "checkpointed":
             found: Any = checkpoint(block, h, use_reentrant=False)
             return found
+        if self.odd == "time embedding":
+            return block(h, time)
+        if self.odd == "each block twice" or (self.odd == "one block twice" and block is self.blocks[1]):
+            return block(block(h))
         return block(h)
 
 
@@ -155,6 +166,10 @@ ODD = (
     "tied blocks",
     "tied ends",
     "checkpointed",
+    "time embedding",
+    "each block twice",
+    "one block twice",
+    "weight norm",
 )
 
 

@@ -27,16 +27,11 @@ class JoinedRanks:
         self.info: ModelInfo | None = None
         self.rank = int(os.environ["RANK"])
         self._session: Any = None
-        world_size, wanted = int(os.environ["WORLD_SIZE"]), spec.config.world_size
-        if world_size != wanted:
-            raise InputError(
-                f"torchrun has started {world_size} ranks, but parallel_config needs {wanted}; "
-                f"use --nproc-per-node {wanted} or change the parallel sizes"
-            )
+        check_world_size(spec.config.world_size)
 
     def start(self) -> None:
         """Load this rank's share of the model."""
-        with self._naming_this_rank():
+        with naming_rank(self.rank):
             self._session = open_session(
                 self.spec, rank=self.rank, world_size=self.spec.config.world_size, init_method="env://"
             )
@@ -44,7 +39,7 @@ class JoinedRanks:
 
     def generate(self, build: Callable[[], list[Any]], on_progress: OnProgress) -> list[Output]:
         """Run the requests that `build` returns on rank 0, which draws seeds and reads pictures, on all ranks."""
-        with self._naming_this_rank():
+        with naming_rank(self.rank):
             requests = from_rank_0(lambda: made_or_error(build))
             if isinstance(requests, (InputError, RankError)):
                 raise requests
@@ -59,14 +54,26 @@ class JoinedRanks:
         if session is not None:
             session.close()
 
-    @contextlib.contextmanager
-    def _naming_this_rank(self) -> Iterator[None]:
-        try:
-            yield
-        except (InputError, RankError):
-            raise
-        except Exception as error:
-            raise RankError(self.rank, f"{type(error).__name__}: {error}") from error
+
+def check_world_size(wanted: int) -> None:
+    """Raise InputError where torchrun has started another number of ranks."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != wanted:
+        raise InputError(
+            f"torchrun has started {world_size} ranks, but parallel_config needs {wanted}; "
+            f"use --nproc-per-node {wanted} or change the parallel sizes"
+        )
+
+
+@contextlib.contextmanager
+def naming_rank(rank: int) -> Iterator[None]:
+    """Raise RankError, which names this rank, for errors of other kinds."""
+    try:
+        yield
+    except (InputError, RankError):
+        raise
+    except Exception as error:
+        raise RankError(rank, f"{type(error).__name__}: {error}") from error
 
 
 def ignore_progress(index: int, step: int, total: int, made: Any = None) -> None:

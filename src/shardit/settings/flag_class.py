@@ -36,7 +36,7 @@ def _field(item: dataclasses.Field[Any], kind: Any, unset: bool, default_from: s
     elif flag.kind is not None:
         kind, default = flag.kind, flag.default
     if unset:
-        standard = f" [default: {default_from or default}]" if default is not None else ""
+        standard = f" [default: {default_from or default}]" if default not in (None, "", False) else ""
         help, kind, default = help + standard, kind | None, None
     return flag.name or item.name, kind, dataclasses.field(default=default, metadata={**item.metadata, "help": help})
 

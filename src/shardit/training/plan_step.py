@@ -31,10 +31,10 @@ class StepPlan:
     first: Any
 
 
-def plan_step(micro_batches: Sequence[Any], weights: Any, mesh: Mesh, state: Any) -> StepPlan:
-    """Compare what the stages were given and their `state`, and count over the replicas. Collective; raises InputError
-    on all ranks."""
-    problem, batches, numbers = _checked(micro_batches, weights)
+def plan_step(micro_batches: Sequence[Any], weights: Any, mesh: Mesh, state: Any, example: Any = None) -> StepPlan:
+    """Compare what the stages were given and their `state`, and count over the replicas. example: a micro-batch like
+    those of other replicas, for one that has none. Collective; raises InputError on all ranks."""
+    problem, batches, numbers = _checked(micro_batches, weights, example)
     base = int(torch.randint(_SEEDS, ()))
     mine = {"problem": problem, "base": base, "batches": _digests(batches, numbers), "state": state}
     of_stages = mesh.pipeline.gather_objects(mine)
@@ -58,16 +58,16 @@ def plan_step(micro_batches: Sequence[Any], weights: Any, mesh: Mesh, state: Any
         [batches[number] for number in kept],
         [numbers[number] / total for number in kept],
         [(base + (start + number) * _STRIDE) % 2**63 for number in kept],
-        batches[0],
+        batches[0] if batches else example,
     )
 
 
-def _checked(micro_batches: Any, weights: Any) -> tuple[str | None, list[Any], list[float]]:
+def _checked(micro_batches: Any, weights: Any, example: Any) -> tuple[str | None, list[Any], list[float]]:
     """Return what is wrong, the micro-batches and their weights."""
     if not isinstance(micro_batches, (list, tuple)):
         return f"micro_batches must be a list, got {type(micro_batches).__name__}", [], []
     batches = list(micro_batches)
-    if not batches:
+    if not batches and example is None:
         return "micro_batches is empty: give every rank at least one", [], []
     if weights is None:
         return None, batches, [1.0] * len(batches)

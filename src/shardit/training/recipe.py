@@ -34,6 +34,10 @@ class Recipe:
     All functions are pure: `micro_batches` depends on nothing but its arguments, the settings and the data. So a run
     resumes from the number of its step, any rank can tell what any replica is given, and a loss draws the same
     numbers wherever it runs.
+
+    A kind of model makes one: `recipe(settings, mesh)` in `training/diffusion/recipe.py` and
+    `training/language/recipe.py`, with a `TrainSettings` and a `Mesh`. All ranks call it together, after the global
+    generators have been seeded alike. It raises InputError on all ranks, or on those that see the mistake.
     """
 
     models: Mapping[str, nn.Module]
@@ -46,13 +50,16 @@ class Recipe:
     steps_per_epoch: float
     """Optimizer steps of all replicas together in one pass over the data."""
     identity: Mapping[str, Any]
-    """What decides the micro-batches: digests of data and settings by name. A resumed run compares it."""
+    """What decides the micro-batches: digests of data and settings by name. A resumed run compares it, but sees to
+    accumulation and replicas itself: what counts is their product."""
     save: Callable[[Mapping[str, Stages], Path], None]
     """save(stages by name, folder): write the result; collective."""
     held_out: Callable[[], list[MicroBatch]] | None = None
     """The micro-batches of the validation, with fixed noise; None without such data."""
     sample: Callable[[Mapping[str, nn.Module], Path], list[Path]] | None = None
-    """sample(models by name, folder): write samples and return their files; collective, as a call of a cut model is.
-    Leaves modes, generators and gradients as they were."""
+    """sample(models by name, folder): write samples and return their files. Collective over all ranks, of which the
+    first one writes. Leaves modes, generators and gradients as they were."""
     notes: tuple[str, ...] = ()
     """Lines for the user before the first step: buckets, what was left out, what is trained."""
+    unit: str = "samples"
+    """What weights count: "samples" or "tokens"."""

@@ -29,8 +29,11 @@ WEIGHTS = (
 """Beginnings of the names of files of weights, which belong together."""
 
 
-def save_model(model: nn.Module, cut_loss: CutLoss, folder: Path) -> str | None:
-    """Save a model over the stages of one pipeline; return what went wrong, on every stage. Collective."""
+def save_model(
+    model: nn.Module, cut_loss: CutLoss, folder: Path, also: Callable[[Path], object] | None = None
+) -> str | None:
+    """Save a model over the stages of one pipeline; return what went wrong, on every stage. also: writes further files
+    into the folder. Collective."""
     adapter = bool(getattr(model, "peft_config", None))
     problem = _mixture(model) if adapter else None
     if problem is not None:
@@ -40,7 +43,7 @@ def save_model(model: nn.Module, cut_loss: CutLoss, folder: Path) -> str | None:
     with whole(cut_loss.cut, cut_loss.holdings, comm, wanted):
         if comm.rank == 0:
             try:
-                _replace(folder, _writer(model, adapter))
+                _replace(folder, _writer(model, adapter), also)
             except Exception as error:
                 problem = f"{folder} cannot be written ({type(error).__name__}: {first_line(error)})"
     return comm.group.broadcast_object(problem, 0) if comm.size > 1 else problem
@@ -62,6 +65,9 @@ def _writer(model: Any, adapter: bool) -> Callable[[Path], None]:
     """Return what writes a model into a new folder, as its library does."""
     if adapter and type(model).__module__.partition(".")[0] == "diffusers":
         return lambda folder: _write_lora(model, folder)
+    if adapter and type(model).__module__.partition(".")[0] == "peft":
+        # peft asks the hub whether the embedding was resized, if it is not told.
+        return lambda folder: model.save_pretrained(str(folder), save_embedding_layers=False)
     if hasattr(model, "save_pretrained"):
         return lambda folder: model.save_pretrained(folder)
 
@@ -95,7 +101,7 @@ def _write_lora(model: Any, folder: Path) -> None:
     save_file(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata=metadata)
 
 
-def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+def _replace(folder: Path, write: Callable[[Path], None], also: Callable[[Path], object] | None) -> None:
     """Write a folder under another name, and rename it when all of it is on the disk. What else the folder had stays,
     but for earlier weights."""
     folder = folder.resolve()
@@ -105,7 +111,9 @@ def _replace(folder: Path, write: Callable[[Path], None]) -> None:
     partial, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
     try:
         write(partial)
-        for path in partial.iterdir():
+        if also is not None:
+            also(partial)
+        for path in (one for one in partial.rglob("*") if one.is_file()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardit.settings.checks import NAME, matching, number, whole
+from shardit.engine.process.messages import TIMEOUT
+from shardit.settings.checks import NAME, Check, matching, number, whole
 from shardit.settings.declare import Flag, declare
+from shardit.training.limits import SCHEDULES
+
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd", "prodigy", "adafactor")
+RATES = ("constant", "cosine", "linear")
+"""The courses of the learning rate."""
 
 
-def _one_of(*names: str):  # noqa: ANN202
+def _one_of(*names: str) -> Check:
     return matching(f"one of {', '.join(names)}", lambda value: value in names)
 
 
@@ -37,26 +44,31 @@ class TrainSettings:
     epochs: int | None = declare(None, "Passes over the data, in place of --steps.", whole(1))
     batch_size: int = declare(1, "Samples in a micro-batch.", whole(1))
     accumulation: int = declare(1, "Micro-batches of a replica in an optimizer step.", whole(1))
-    schedule: str = declare("1f1b", "Pipeline schedule: 1f1b, gpipe, interleaved or zbv.")
+    schedule: str = declare("1f1b", f"Pipeline schedule: {', '.join(SCHEDULES)}.", _one_of(*SCHEDULES))
     gradient_checkpointing: bool = declare(False, "Compute activations again in the backward.")
     dtype: str | None = declare(None, "Type of the weights. [default: bfloat16 where the folder has it]", NAME)
 
     # the optimizer
-    optimizer: str = declare("adamw", "Optimizer: adamw, adamw8bit, sgd, prodigy or adafactor.", NAME)
+    optimizer: str = declare("adamw", "Optimizer: adamw, adamw8bit, sgd, prodigy or adafactor.", _one_of(*OPTIMIZERS))
     optimizer_args: dict[str, object] = declare(
         dict, "Argument of the optimizer.", flag=Flag(example="--optimizer-args eps=1e-7")
     )
     learning_rate: float = declare(1e-4, "Learning rate after the warm-up.", number(above=0))
     weight_decay: float = declare(0.01, "Weight decay.", number(0))
-    lr_schedule: str = declare("constant", "constant, cosine or linear; counts optimizer steps.")
-    warmup_steps: int = declare(0, "Steps over which the rate rises from 0.", whole(0))
+    lr_schedule: str = declare("constant", "Course of the learning rate: constant, cosine or linear.", _one_of(*RATES))
+    warmup_steps: int = declare(0, "Optimizer steps over which the rate rises from 0.", whole(0))
     max_grad_norm: float = declare(1.0, "Limit of the gradients' norm; 0: none.", number(0))
     ema_decay: float | None = declare(None, "Keep an average of the weights with this decay.", number(0, 0.999999))
     seed: int = declare(0, "Seed of all random numbers.", whole(0, 2**63 - 1))
 
     # the data
     resolution: str = declare(
-        "", "Size as WIDTHxHEIGHT, or one number: buckets with about that area. [default: the model's own]"
+        "",
+        "Size as WIDTHxHEIGHT, or one number: buckets with about that area. [default: the model's own]",
+        matching(
+            "WIDTHxHEIGHT or one number, such as 832x480 or 512",
+            lambda value: isinstance(value, str) and re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?)?", value) is not None,
+        ),
     )
     num_frames: int | None = declare(None, "Frames of a clip. [default: the model's own]", whole(1))
     fps: float | None = declare(None, "Frames per second that clips are read at. [default: their own]", number(above=0))
@@ -67,7 +79,12 @@ class TrainSettings:
     max_length: int = declare(1024, "Tokens of a text; longer ones are cut.", whole(2))
 
     # diffusion
-    timesteps: str = declare("logit-normal", "Draw timesteps uniform, logit-normal or shifted.")
+    timesteps: str | None = declare(
+        None,
+        "Distribution of timesteps: uniform, logit-normal or shifted. [default: logit-normal for flow matching, "
+        "shifted with two experts, else uniform]",
+        _one_of("uniform", "logit-normal", "shifted"),
+    )
     shift: float | None = declare(
         None, "Shift towards noise for --timesteps shifted. [default: the scheduler's]", number(above=0)
     )
@@ -81,4 +98,6 @@ class TrainSettings:
     validation_data: str = declare("", "Held-out data, as for --data.")
     validate_every: int = declare(0, "Steps between losses on held-out data; 0: none.", whole(0))
     tensorboard: bool = declare(False, "Write events for TensorBoard as well.")
-    timeout_s: float = declare(600.0, "Limit of every wait among ranks, in seconds.", number(above=0))
+    timeout_s: float = declare(
+        600.0, "Timeout for a message of another rank, in seconds.", TIMEOUT, flag=Flag("timeout")
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardit.config import DEGREES, DiffusionParallelConfig, config_of, fitting_partition
+from shardit.config import DiffusionParallelConfig, config_of, fitting_partition
 from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.block_calls import install
@@ -22,9 +22,10 @@ from shardit.core.runtime.digests import digests
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.training.cut_loss import CutLoss
 from shardit.core.training.holdings import norm_of, sum_gradients
-from shardit.core.training.schedules import NAMES
+from shardit.core.training.schedules import CHUNKED
 from shardit.core.training.segment import StepData
 from shardit.errors import InputError, UnsupportedError
+from shardit.training.limits import check_degrees
 from shardit.training.plan_step import StepPlan, plan_step
 from shardit.training.save import save_model
 
@@ -48,7 +49,8 @@ def stages(
     from the environment (torchrun) if there is none. After the first step, or at once if an `example` micro-batch is
     given, each rank keeps the blocks that it owns, and no others.
 
-    loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b", "interleaved" or "zbv".
+    loss: loss(model, micro_batch) returns a tensor with one number. schedule: "gpipe", "1f1b", "interleaved",
+    "interleaved-zb" or "zbv".
     example: a micro-batch; needed where blocks run in another order than that of their registration, and `parameters`
     is called before the first step. plan: overrides what is found in the model. timeout_s bounds every wait.
     parallel: fields of the configuration as keywords, in its place.
@@ -57,37 +59,13 @@ def stages(
     """
     own = ("model", "loss", "config", "schedule", "example", "plan", "timeout_s")
     config = config_of(config, parallel, "stages", own)
-    _check(config, schedule)
+    check_degrees(config, schedule)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     made = Stages(model, loss, config, mesh, schedule, plan)
     if example is not None:
         made._settle(example)
     return made
-
-
-def _check(config: DiffusionParallelConfig, schedule: str) -> None:
-    """Raise an error for degrees and schedules that training does not have."""
-    for name in DEGREES.values():
-        if name not in ("data_parallel_size", "pipeline_parallel_size") and getattr(config, name) > 1:
-            raise UnsupportedError(
-                f"{name}={getattr(config, name)}: training takes only 1; use more stages or replicas"
-            )
-    if config.transport == "host":
-        raise UnsupportedError("transport='host': torch's schedules send between devices themselves; use 'auto'")
-    if schedule not in NAMES:
-        raise InputError(f"schedule={schedule!r} must be one of {', '.join(NAMES)}")
-    if config.pipeline_parallel_size > 1 and schedule == "interleaved" and config.pipeline_chunks == 1:
-        raise InputError("pipeline_chunks=1: schedule='interleaved' needs at least 2; or use schedule='1f1b'")
-    if schedule == "zbv" and config.pipeline_chunks not in (None, 2):
-        raise InputError(
-            f"pipeline_chunks={config.pipeline_chunks}: schedule='zbv' has 2 chunks per rank; leave it out"
-        )
-    if schedule in ("gpipe", "1f1b") and (config.pipeline_chunks or 1) > 1:
-        raise InputError(
-            f"pipeline_chunks={config.pipeline_chunks}: schedule={schedule!r} has one chunk per rank; "
-            "use schedule='interleaved'"
-        )
 
 
 class Stages:
@@ -114,7 +92,7 @@ class Stages:
         cut = CutModel(model, blocks, [0] * len(blocks))
         if comm.size > 1:
             install(blocks, cut.calls)
-        chunks = (config.pipeline_chunks or 2) if schedule in ("interleaved", "zbv") else 1
+        chunks = (config.pipeline_chunks or 2) if schedule in CHUNKED else 1
         partition = fitting_partition(config, os.environ, len(blocks)) if comm.size > 1 else None
         if partition is not None and len(partition) != comm.size * chunks:
             raise InputError(
@@ -133,13 +111,20 @@ class Stages:
 
         self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan)
 
-    def step(self, micro_batches: Sequence[Any], weights: Sequence[float] | torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self,
+        micro_batches: Sequence[Any],
+        weights: Sequence[float] | torch.Tensor | None = None,
+        *,
+        example: Any = None,
+    ) -> torch.Tensor:
         """Add the gradients of the mean loss of the micro-batches to those of the parameters; return the mean.
 
         Stages get the same micro-batches, replicas their own; the mean is over those of all replicas, by `weights`
-        (say, numbers of tokens) if they are given. A micro-batch of weight 0 is left out.
+        (say, numbers of tokens) if they are given. A micro-batch of weight 0 is left out. A replica may have none in a
+        step, if it gives an `example` of them.
         """
-        planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state())
+        planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state(), example)
         self._settle(planned.first, next(iter(planned.seeds), 0))
         before = self._take_gradients()
         try:
@@ -160,25 +145,30 @@ class Stages:
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients so that their norm over all stages is at most `max_norm`; return the norm before."""
-        held, comm = self.cut_loss.holdings, self.cut_loss.comm
-        mine = [parameter for name, parameter in held.own.items() if held.owner[name] == comm.rank]
-        squares = norm_of(mine).to(self.mesh.device)
-        norm = comm.group.all_reduce(squares).sqrt()
+        norm = self.grad_norm()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in held.own.values():
+        for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale.to(parameter.grad.dtype))
         return norm.float()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def grad_norm(self) -> torch.Tensor:
+        """Return the norm of the gradients over all stages, in float64."""
+        held, comm = self.cut_loss.holdings, self.cut_loss.comm
+        mine = [parameter for name, parameter in held.own.items() if held.owner[name] == comm.rank]
+        return comm.group.all_reduce(norm_of(mine).to(self.mesh.device)).sqrt()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], also: Callable[[Path], object] | None = None) -> None:
         """Save the model as one ordinary folder of its library, with original names; a model with an adapter of peft
         as one LoRA file. The first rank writes it, under another name until it is complete.
+
+        also: writes further files, such as those of a tokenizer, into the folder that it is given.
 
         Raises InputError on all ranks where it cannot be written.
         """
         problem = None
         if self.mesh.coords["dp"] == 0:
-            problem = save_model(self.model, self.cut_loss, Path(folder))
+            problem = save_model(self.model, self.cut_loss, Path(folder), also)
         replicas = self.mesh.axes.get("dp")
         if replicas is not None:
             problem = replicas.broadcast_object(problem, 0)

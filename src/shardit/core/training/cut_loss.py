@@ -23,7 +23,7 @@ from shardit.core.training.known_courses import KnownCourses
 from shardit.core.training.liveness import Liveness
 from shardit.core.training.micro_batch import tree_of
 from shardit.core.training.plain_calls import PlainCalls
-from shardit.core.training.schedules import Schedules, check_owners, owner_of_chunk
+from shardit.core.training.schedules import DEFERRING, Schedules, check_owners, owner_of_chunk
 from shardit.core.training.segment import LossRun, StepData
 from shardit.core.training.watch import WatchedLoss
 from shardit.errors import UnsupportedError
@@ -174,7 +174,7 @@ class CutLoss:
         drop_blocks(self.cut.model, self.cut.blocks, self.cut.owners, self.comm.rank, self.hints)
         self.run.plain.whole = False
         own = (one for (_, one), owner in zip(self.cut.blocks, self.cut.owners, strict=True) if owner == self.comm.rank)
-        for block in own if self.kind == "zbv" else ():
+        for block in own if self.kind in DEFERRING else ():
             self._deferred.install(block)
 
     def _place(self, order: Sequence[int]) -> None:

@@ -58,12 +58,18 @@ class Deferred:
         def forward(linear: nn.Linear, input: torch.Tensor) -> torch.Tensor:
             learns = linear.weight.requires_grad and torch.is_grad_enabled()
             cast = torch.is_autocast_enabled(input.device.type)
-            if not self._active or not learns or cast or input.dim() < 2:
+            if not self._active or not learns or cast or _watched(linear.weight) or input.dim() < 2:
                 return functional.linear(input, linear.weight, linear.bias)
             out: Any = _Linear.apply(input, linear.weight, linear.bias, self._note)
             return out
 
         return forward
+
+
+def _watched(weight: torch.Tensor) -> bool:
+    """Return whether others want the gradient of a weight: those that it was made of (say, a norm and a direction), or
+    hooks."""
+    return not weight.is_leaf or bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
 class _Linear(torch.autograd.Function):

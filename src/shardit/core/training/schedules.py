@@ -7,7 +7,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, ScheduleLoopedBFS, ScheduleZBVZeroBubble
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
+)
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.training.course import Course
@@ -15,9 +20,11 @@ from shardit.core.training.deferred import Deferred
 from shardit.core.training.segment import LossRun, Segment, StepData
 from shardit.errors import InputError, RankError, UnsupportedError
 
-NAMES = ("gpipe", "1f1b", "interleaved", "zbv")
-"""The schedules: all forwards before all backwards; one forward, one backward; the same with several chunks a rank; two
-chunks a rank, on the way there and back, with weight gradients in the gaps."""
+CHUNKED = ("interleaved", "interleaved-zb", "zbv")
+"""Schedules with several chunks a rank."""
+
+DEFERRING = ("interleaved-zb", "zbv")
+"""Schedules that compute weight gradients in the gaps."""
 
 
 def owner_of_chunk(chunk: int, stages: int, kind: str) -> int:
@@ -75,6 +82,9 @@ class _ShortSchedule1F1B(Schedule1F1B):
         return None
 
 
+_LOOPED: dict[str, Any] = {"gpipe": ScheduleLoopedBFS, "interleaved-zb": ScheduleInterleavedZeroBubble}
+
+
 class Schedules:
     """The schedules of one course, by number of micro-batches."""
 
@@ -125,7 +135,7 @@ class Schedules:
         if self.kind == "zbv":
             return ScheduleZBVZeroBubble(stages, count, **options)
         if self._looped:
-            cls = ScheduleLoopedBFS if self.kind == "gpipe" else ScheduleInterleaved1F1B
+            cls = _LOOPED.get(self.kind, ScheduleInterleaved1F1B)
             return cls(stages, count, **options)
         if self.kind == "gpipe":
             return ScheduleGPipe(stages[0], count, **options)
@@ -145,7 +155,7 @@ class Schedules:
             input_args=course.messages(number - 1) if number else (number_in,),
             output_args=course.messages(number) if number < total - 1 else (loss,),
             group=cast("dist.ProcessGroup | None", self.group.device_group),
-            dw_builder=self.deferred.builder if self.kind == "zbv" else None,
+            dw_builder=self.deferred.builder if self.kind in DEFERRING else None,
         )
 
 

@@ -1,0 +1,1 @@
+"""The recipe of diffusers pipelines: caches, timesteps, objectives, adapters, samples and files."""

@@ -1,0 +1,55 @@
+"""Embeddings of prompts: made by the pipeline's own `encode_prompt`, one prompt at a time, and joined to batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from shardit.training.diffusion.families.table import Family, call_default
+
+
+def longest_prompt(pipe: Any, own: dict[str, Any], limit: int) -> int | None:
+    """Return the number of tokens that prompts get: as in a call of the pipeline, at most the `limit`; None if the
+    pipeline takes no such number. own: what the model is called with by default."""
+    usual = own.get("max_sequence_length", call_default(type(pipe), "max_sequence_length"))
+    return None if usual is None else min(int(usual), limit)
+
+
+@torch.no_grad()
+def embedded(family: Family, pipe: Any, caption: str, longest: int | None) -> dict[str, torch.Tensor]:
+    """Return the tensors of one prompt by name, without a batch dimension."""
+    takes = inspect.signature(pipe.encode_prompt).parameters
+    device = pipe._execution_device
+    given: dict[str, Any] = {
+        "prompt": [caption],
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+        **({} if longest is None else {"max_sequence_length": longest}),
+    }
+    made = pipe.encode_prompt(**{name: value for name, value in given.items() if name in takes})
+    named = {name: one[0] for name, one in zip(family.returns, made, strict=True) if name and one is not None}
+    if not caption and pipe.config.get("force_zeros_for_empty_prompt"):
+        named = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
+    return {name: tensor.contiguous().cpu() for name, tensor in named.items()}
+
+
+def joined(family: Family, prompts: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Return the tensors of several prompts as a batch."""
+    if family.listed:
+        return {name: [one[name] for one in prompts] for name in prompts[0]}
+    if not family.padded:
+        return {name: torch.stack([one[name] for one in prompts]) for name in prompts[0]}
+    lengths = [len(one["embeds"]) for one in prompts]
+    longest = max(lengths)
+    embeds = torch.stack([pad(one["embeds"], (0, 0, 0, longest - len(one["embeds"]))) for one in prompts])
+    if min(lengths) == longest:
+        return {"embeds": embeds}
+    mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    return {"embeds": embeds, "mask": mask.long()}

@@ -1,0 +1,29 @@
+"""Random numbers of a sample: from its seed alone, on the CPU, so that they are the same wherever it is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def derived(*parts: object) -> int:
+    """Return a seed that follows from texts and numbers."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63
+
+
+def noise_of(seeds: Sequence[int] | torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return the noise of samples with one shape, stacked; float32."""
+    return torch.stack([torch.randn(list(shape), generator=_generator(int(seed))) for seed in seeds])
+
+
+def uniform_of(seed: int) -> float:
+    """Return the number in (0, 1) that decides the timestep of a sample."""
+    draw = torch.rand((), generator=_generator(derived(seed, "timestep")), dtype=torch.float64)
+    return min(max(float(draw), 1e-9), 1 - 1e-9)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed % 2**63)

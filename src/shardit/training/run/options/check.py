@@ -1,0 +1,111 @@
+"""Finds mistakes in the settings of a run before torch is imported, and the kind of its model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shardit.config import DiffusionParallelConfig
+from shardit.diffusion.loading.model_options import ModelOptions
+from shardit.diffusion.preflight import preflight
+from shardit.errors import InputError, UnsupportedError
+from shardit.language.loading.source import named_decoder
+from shardit.language.preflight import check_decoder
+from shardit.loading.dtypes import setting
+from shardit.loading.missing import FRAMEWORKS, check_installed, is_missing, pip_line
+from shardit.settings.checks import text_problem
+from shardit.settings.declare import check_declared
+from shardit.settings.paths import user_path
+from shardit.training.limits import check_degrees
+from shardit.training.run.places import METRICS
+from shardit.training.settings import TrainSettings
+
+DIFFUSION, LANGUAGE = "shardit.training.diffusion.recipe", "shardit.training.language.recipe"
+"""The modules that make the recipe of a kind of model."""
+
+_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+"""Packages of optimizers that torch does not have."""
+
+_OTHER_DATA = ("shapes:", "hf:")
+"""Beginnings of data that is no path."""
+
+
+def check(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
+    """Return the module that makes the recipe of the model. Raises InputError for mistakes that need no model."""
+    check_declared(settings)
+    check_degrees(config, settings.schedule)
+    _check_given(settings)
+    check_paths(settings)
+    check_optimizer(settings, config)
+    if settings.tensorboard and is_missing("tensorboard"):
+        raise InputError(f"tensorboard: the package is not installed; {pip_line(['tensorboard'])}")
+    if not settings.full and is_missing("peft"):
+        raise InputError(f"a LoRA needs the package peft, which is not installed: {pip_line(['peft'])}; or use --full")
+    return _check_model(settings, config)
+
+
+def _check_given(settings: TrainSettings) -> None:
+    """Raise InputError for what is missing, and for texts that are none."""
+    for name, what in (
+        ("model", "name a hub id, a folder or tiny/NAME"),
+        ("data", "name a folder, a JSONL file, shapes:moving or shapes:still"),
+        ("output", "name the folder of the run"),
+    ):
+        if not getattr(settings, name):
+            raise InputError(f"--{name} is missing: {what}")
+    for name in ("model", "data", "validation_data", "sample_prompts", "lora_targets"):
+        if problem := text_problem(getattr(settings, name)):
+            raise InputError(f"--{name.replace('_', '-')} must be {problem}")
+    if settings.steps is not None and settings.warmup_steps > settings.steps:
+        raise InputError(
+            f"warmup_steps={settings.warmup_steps} is more than steps={settings.steps}: give fewer, or more steps"
+        )
+
+
+def check_paths(settings: TrainSettings) -> None:
+    """Raise InputError for data that is not there, and folders that cannot be written."""
+    for name in ("data", "validation_data"):
+        text = getattr(settings, name)
+        if text and not text.startswith(_OTHER_DATA) and not user_path(f"--{name.replace('_', '-')}", text).exists():
+            raise InputError(f"--{name.replace('_', '-')} {text}: there is no such file or folder")
+    for name in ("output", "cache"):
+        if (value := getattr(settings, name)) is not None:
+            _check_folder(f"--{name}", user_path(f"--{name}", value))
+    if settings.output is not None and (settings.output / METRICS).exists() and not settings.resume:
+        raise InputError(f"--output {settings.output} has a run already: add --resume, or name another folder")
+
+
+def _check_folder(flag: str, path: Path) -> None:
+    """Raise InputError for a path that is no folder and cannot become one."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{flag} {path} is a file: name a folder")
+    first = next((one for one in (path, *path.absolute().parents) if one.exists()), None)
+    if first is not None and not first.is_dir():
+        raise InputError(f"{flag} {path}: {first} is a file; name another folder")
+    if first is not None and not os.access(first, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: no permission to write to {first}; name another folder")
+
+
+def check_optimizer(settings: TrainSettings, config: DiffusionParallelConfig) -> None:
+    """Raise InputError for an optimizer whose package is missing, UnsupportedError for one that cannot be right."""
+    name = settings.optimizer
+    if name == "prodigy" and config.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            f"optimizer=prodigy estimates one step size from all parameters, of which each of "
+            f"{config.pipeline_parallel_size} stages has a part: use pipeline_parallel_size=1, or optimizer=adamw"
+        )
+    if name in _PACKAGES and is_missing(_PACKAGES[name]):
+        package = _PACKAGES[name]
+        raise InputError(f"optimizer={name} needs the package {package}, which is not installed: {pip_line([package])}")
+
+
+def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
+    check_installed(FRAMEWORKS)
+    dtype = setting(settings.dtype, "--dtype")
+    source = named_decoder(settings.model)
+    if source is not None:
+        check_decoder(source, DiffusionParallelConfig(), None)
+        return LANGUAGE
+    check_installed(("diffusers",))
+    preflight.check(settings.model, DiffusionParallelConfig(), ModelOptions(), dtype=dtype)
+    return DIFFUSION

@@ -1,0 +1,106 @@
+"""What a run was, for its checkpoints, and what may differ when it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardit.config import DiffusionParallelConfig
+from shardit.errors import InputError
+from shardit.training.recipe import Recipe
+from shardit.training.settings import TrainSettings
+
+_FREE = (
+    "accumulation",  # times the replicas; see `_check_stream`
+    "cache",
+    "keep",
+    "output",
+    "resume",
+    "sample_every",
+    "sample_prompts",
+    "save_every",
+    "tensorboard",
+    "timeout_s",
+    "validate_every",
+    "validation_data",
+)
+"""Settings that may differ without a word."""
+
+_NOTED = (
+    "data",  # the identity of the recipe says whether it is other data
+    "ema_decay",
+    "epochs",
+    "gradient_checkpointing",
+    "learning_rate",
+    "lora_dropout",
+    "lr_schedule",
+    "max_grad_norm",
+    "optimizer_args",
+    "schedule",
+    "steps",
+    "warmup_steps",
+    "weight_decay",
+)
+"""Settings that may differ, which is said. All others must be the same."""
+
+
+def record_of(settings: TrainSettings, config: DiffusionParallelConfig, recipe: Recipe) -> dict[str, Any]:
+    """Return what a checkpoint says of its run, as JSON gives it back."""
+    found = {
+        "settings": dataclasses.asdict(settings),
+        "data_parallel_size": config.data_parallel_size,
+        "identity": dict(recipe.identity),
+    }
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return notes on what differs between the run of a checkpoint and this one. Raises InputError where the run could
+    not go on rightly."""
+    old, new = before["settings"], now["settings"]
+    notes = []
+    for name in new:
+        was, given = old.get(name), new[name]
+        if was == given or name in _FREE:
+            continue
+        text = f"{name} was {_shown(was)} and is {_shown(given)}"
+        if name not in _NOTED:
+            raise InputError(f"--resume: {text}; give it as before, or choose another --output than {folder}")
+        notes.append(f"resumed run: {text}")
+    _check_stream(before, now)
+    identities = before["identity"], now["identity"]
+    for name in sorted({*identities[0], *identities[1]}):
+        was, given = identities[0].get(name), identities[1].get(name)
+        if was != given:
+            raise InputError(
+                f"--resume: {name} differs from that of the checkpoint ({_shown(was)}, now {_shown(given)}); give it "
+                f"as before, or choose another --output than {folder}"
+            )
+    return notes
+
+
+def _check_stream(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise InputError where a step takes another number of micro-batches: its number tells the place in the data."""
+    (was, _), (given, replicas) = (
+        (one["settings"]["accumulation"] * one["data_parallel_size"], one["data_parallel_size"])
+        for one in (before, now)
+    )
+    if was == given:
+        return
+    fits = was % replicas == 0
+    remedy = f"use accumulation={was // replicas}" if fits else f"use data_parallel_size={before['data_parallel_size']}"
+    raise InputError(
+        f"--resume: a step had {was} micro-batches (accumulation x data_parallel_size) and would have {given}: {remedy}"
+    )
+
+
+def _shown(value: Any) -> str:
+    text = "not given" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,78 @@
+"""Pipelines that are trained in tests, their settings, and their recipes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.group import GroupCoordinator
+from shardit.core.comm.mesh import Mesh, axis_sizes
+from shardit.training.diffusion.recipe import recipe
+from shardit.training.recipe import Recipe
+from shardit.training.settings import TrainSettings
+from tests.pipelines.of_stable_diffusion_xl import xl, xl_unet
+
+TINY = ("wan2.2-ti2v", "wan2.2-t2v", "wan2.2-i2v", "flux", "sd3.5", "qwen-image", "z-image")
+XL = ("sdxl", "sdxl-v")
+NAMES = (*TINY, *XL)
+"""sdxl predicts the noise, sdxl-v the velocity."""
+
+_SIDES = {"sdxl": "64x64", "sdxl-v": "64x64"}
+
+
+@functools.cache
+def xl_folder(prediction: str = "epsilon") -> str:
+    """Return the folder of a tiny SDXL pipeline."""
+    folder = Path(tempfile.mkdtemp(prefix=f"shardit-xl-{prediction}-"))
+    xl("StableDiffusionXLPipeline", unet=xl_unet()).save_pretrained(folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": prediction}))
+    return str(folder)
+
+
+def model_of(name: str) -> str:
+    """Return the model of a name: a tiny one, or a folder."""
+    if name in XL:
+        return xl_folder("v_prediction" if name == "sdxl-v" else "epsilon")
+    return f"tiny/{name}"
+
+
+def settings_of(name: str, output: Path | str, model: str = "", **more: Any) -> TrainSettings:
+    """Return settings for a few drawn items of a small size."""
+    moving = name.startswith("wan")
+    given: dict[str, Any] = {
+        "model": model or model_of(name),
+        "data": "shapes:moving:4" if moving else "shapes:still:4",
+        "output": Path(output),
+        "resolution": _SIDES.get(name, "64x96"),
+        "lora_rank": 4,
+        **({"num_frames": 5} if moving else {}),
+    }
+    return TrainSettings(**{**given, **more})
+
+
+def alone() -> Mesh:
+    """Return the mesh of one rank, whatever process group there is."""
+    place = torch.device("cpu")
+    group = GroupCoordinator(0, (0,), place, timedelta(seconds=60))
+    return Mesh(axis_sizes(DiffusionParallelConfig()), 0, place, group.timeout, group, group, group)
+
+
+def recipe_of(name: str, output: Path | str, **more: Any) -> Recipe:
+    """Return the recipe of one rank."""
+    return recipe(settings_of(name, output, **more), alone())
+
+
+def stir(model: Any) -> None:
+    """Give an adapter weights that are not zero, the same on each rank."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            generator = torch.Generator().manual_seed(number)
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05

@@ -1,0 +1,73 @@
+"""What ranks do in tests of recipes: steps over stages, compared with one plain rank."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from typing import Any
+
+import torch
+
+from shardit import training
+from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.mesh import init_mesh
+from shardit.training.diffusion.recipe import recipe
+from shardit.training.recipe import MicroBatch, Recipe
+from tests.training.diffusion.folders import settings_of, stir
+from tests.training.models import accumulate, worst
+from tests.training.runs import join
+
+
+def staged_recipe(name: str, folder: str, size: int, **more: Any) -> Recipe:
+    """The recipe on one of `size` stages."""
+    mesh = init_mesh(DiffusionParallelConfig(pipeline_parallel_size=size))
+    made = recipe(settings_of(name, folder, **more), mesh)
+    for model in made.models.values():
+        stir(model)
+    return made
+
+
+def of_models(batches: list[MicroBatch]) -> dict[str, list[MicroBatch]]:
+    """The micro-batches of each model."""
+    return {name: [one for one in batches if one.model == name] for name in dict.fromkeys(b.model for b in batches)}
+
+
+def accumulated(loss: Any, model: Any, batches: list[MicroBatch]) -> float:
+    """Forward and backward of one rank over the micro-batches; the mean loss."""
+    return accumulate(model, loss, [one.data for one in batches], [one.weight for one in batches])
+
+
+def gradients(rank: int, size: int, method: str, names: list[str], folders: dict[str, str], more: Any = ()) -> Any:
+    """Return for each family how the gradients of a step over stages differ from those of one rank."""
+    join(rank, size, method)
+    return {name: _one(name, folders.get(name, ""), size, dict(more)) for name in names}
+
+
+def _one(name: str, model: str, size: int, more: dict[str, Any]) -> dict[str, Any]:
+    kind = "moving" if name.startswith("wan") else "still"
+    given = {"model": model, "batch_size": 2, "accumulation": 3, "data": f"shapes:{kind}:5", **more}
+    with tempfile.TemporaryDirectory() as folder:
+        made = staged_recipe(name, folder, size, **given)
+        found = {}
+        for part, batches in of_models(made.micro_batches(0, 0, 1)).items():
+            plain = copy.deepcopy(made.models[part])
+            expected = accumulated(made.loss, plain, batches)
+            staged = training.stages(made.models[part], made.loss, pipeline_parallel_size=size, timeout_s=60)
+            value = staged.step([one.data for one in batches], [one.weight for one in batches])
+            largest, compared, only = worst(staged.named_parameters(), plain)
+            relative = abs(float(value) - expected) / expected
+            bound = 2e-6 if largest < 2e-6 else 2 * noise(made.loss, plain, batches)
+            found[part] = {"worst": largest, "bound": bound, "compared": compared, "only": only, "loss": relative}
+        return found
+
+
+def noise(loss: Any, plain: Any, batches: list[MicroBatch]) -> float:
+    """Return how far one rank's gradients are from those for latents of which each has another last bit."""
+    other = copy.deepcopy(plain)
+    other.zero_grad()
+    for number, one in enumerate(batches):
+        latents = one.data["latents"]
+        signs = torch.randn(latents.shape, generator=torch.Generator().manual_seed(number)).sign()
+        one.data["latents"] = torch.nextafter(latents, latents + signs)
+    accumulated(loss, other, batches)
+    return worst(other.named_parameters(), plain)[0]

@@ -1,0 +1,30 @@
+"""Gradients over two stages are those of one rank, for every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.ranks import run_ranks
+from tests.training.diffusion.folders import TINY, XL, model_of
+from tests.training.diffusion.runs import gradients
+
+FOLDERS = {name: model_of(name) for name in XL}
+
+
+def check(of_ranks: list[Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        for model in of_ranks[0][name]:
+            for rank in of_ranks:
+                found = rank[name][model]
+                assert found["worst"] <= found["bound"] < 2e-5, (name, model, found)
+                assert found["loss"] < 2e-6, (name, model, found)
+                assert found["only"] == [], (name, model, found)
+                assert found["compared"] > 0, (name, model)
+        assert len(of_ranks[0][name]) == (2 if name in ("wan2.2-t2v", "wan2.2-i2v") else 1)
+
+
+@pytest.mark.parametrize("names", [TINY[:3], TINY[3:], XL])
+def test_a_lora_over_two_stages(names: tuple[str, ...]) -> None:
+    check(run_ranks(2, gradients, list(names), FOLDERS, timeout=200), names)

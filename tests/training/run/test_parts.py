@@ -1,0 +1,172 @@
+"""Parts of a run by themselves: rates, optimizers, averages, what may differ when a run goes on, rows of metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from shardit import InputError
+from shardit.config import DiffusionParallelConfig
+from shardit.training.recipe import Recipe
+from shardit.training.run.report import cut
+from shardit.training.run.resume import compare, record_of
+from shardit.training.run.steps.average import Average
+from shardit.training.run.steps.optimizers import make_optimizer, set_state, state_of
+from shardit.training.run.steps.rates import rate
+from shardit.training.run.steps.trained import step_seed
+from shardit.training.settings import TrainSettings
+
+
+@pytest.mark.parametrize(("name", "of_diffusers"), [("constant", "constant_with_warmup"), ("cosine", "cosine")])
+@pytest.mark.parametrize("warmup", [0, 1, 4, 20])
+def test_rates_are_those_of_diffusers(name: str, of_diffusers: str, warmup: int) -> None:
+    _compare_rates(name, of_diffusers, warmup)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_linear_rates_are_those_of_diffusers(warmup: int) -> None:
+    _compare_rates("linear", "linear", warmup)
+
+
+def _compare_rates(name: str, of_diffusers: str, warmup: int) -> None:
+    settings = TrainSettings(learning_rate=3e-3, lr_schedule=name, warmup_steps=warmup)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-3)
+    plain = get_scheduler(of_diffusers, optimizer, num_warmup_steps=warmup, num_training_steps=20)
+    for step in range(20):
+        assert rate(settings, step, 20) == pytest.approx(plain.get_last_lr()[0], abs=1e-15)
+        optimizer.step()
+        plain.step()
+
+
+def parameters(count: int = 2) -> dict[str, nn.Parameter]:
+    torch.manual_seed(1)
+    return {f"m/{number}": nn.Parameter(torch.randn(4, 3)) for number in range(count)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+def test_an_optimizer_goes_on_bit_by_bit(name: str) -> None:
+    more = {"momentum": 0.9} if name == "sgd" else {}
+    settings = TrainSettings(optimizer=name, learning_rate=0.1, optimizer_args=more)
+    plain, torn = parameters(), parameters()
+    whole, parts = make_optimizer(settings, plain), make_optimizer(settings, torn)
+    assert whole is not None
+    assert parts is not None
+    for step in range(6):
+        if step == 3:  # another optimizer takes over, with the state of the first
+            before = {key: dict(value) for key, value in state_of(parts, torn).items()}
+            assert before
+            parts = make_optimizer(settings, torn)
+            assert parts is not None
+            for key, state in before.items():
+                set_state(parts, torn[key], state)
+        for group, optimizer in ((plain, whole), (torn, parts)):
+            for number, one in enumerate(group.values()):
+                one.grad = torch.full_like(one, 0.1 * (number + step + 1))
+            optimizer.step()
+    assert all(torch.equal(plain[key], torn[key]) for key in plain)
+    assert not torch.equal(plain["m/0"], parameters()["m/0"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+def test_an_optimizer_treats_each_tensor_by_itself(name: str) -> None:
+    """So that stages, which have a part of the parameters each, do as one rank does."""
+    settings = TrainSettings(optimizer=name, learning_rate=0.1)
+    whole, parts = parameters(), parameters()
+    optimizers = [make_optimizer(settings, whole), *(make_optimizer(settings, {key: parts[key]}) for key in parts)]
+    for step in range(3):
+        for group in (whole, parts):
+            for number, one in enumerate(group.values()):
+                one.grad = torch.full_like(one, 10.0**number * (step + 1))
+        for optimizer in optimizers:
+            assert optimizer is not None
+            optimizer.step()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_arguments_of_optimizers_are_checked_on_every_stage() -> None:
+    for some in (parameters(), {}):
+        for arguments, part in (
+            ({"bettas": 1}, "did you mean 'betas'"),
+            ({"lr": 1}, "give learning_rate"),
+            ({"weight_decay": 1}, "give weight_decay"),
+            ({"betas": [2, 0.9]}, "AdamW refuses them"),
+        ):
+            with pytest.raises(InputError, match=part):
+                make_optimizer(TrainSettings(optimizer_args=arguments), some)
+    assert make_optimizer(TrainSettings(optimizer_args={"betas": [0.8, 0.9]}), {}) is None
+
+
+def test_an_average_is_swapped_in_and_out() -> None:
+    some = parameters()
+    average, expected = Average(0.9, some), {key: one.detach().clone() for key, one in some.items()}
+    for count in range(30):
+        with torch.no_grad():
+            for one in some.values():
+                one.add_(1)
+        average.update()
+        decay = min(0.9, (1 + count) / (10 + count))
+        expected = {key: decay * value + (1 - decay) * some[key].detach() for key, value in expected.items()}
+    before = {key: one.detach().clone() for key, one in some.items()}
+    with average.in_place():
+        assert all(torch.allclose(some[key], expected[key], atol=1e-5) for key in some)
+        assert not torch.allclose(some["m/0"], before["m/0"], atol=1)
+    assert all(torch.equal(some[key], before[key]) for key in some)
+
+
+def record(replicas: int = 1, identity: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+    def none(*_: Any) -> Any: ...
+
+    recipe = Recipe({}, none, none, 1.0, identity or {"texts": 3}, none)
+    return record_of(TrainSettings(**given), DiffusionParallelConfig(data_parallel_size=replicas), recipe)
+
+
+def test_what_may_differ_when_a_run_goes_on() -> None:
+    folder = Path("run")
+    assert compare(record(), record(), folder) == []
+    assert compare(record(2, accumulation=2), record(4, accumulation=1), folder) == []
+    assert compare(record(), record(save_every=3, keep=1, output=Path("x"), timeout_s=3.0), folder) == []
+    (note,) = compare(record(), record(learning_rate=3e-4), folder)
+    assert "learning_rate was 0.0001 and is 0.0003" in note
+    (note,) = compare(record(steps=3), record(steps=5), folder)
+    assert "steps was 3 and is 5" in note
+    for before, now, part in (
+        (record(), record(batch_size=3), "batch_size was 1 and is 3"),
+        (record(), record(lora_rank=3), "lora_rank was 16 and is 3"),
+        (record(), record(seed=3), "seed was 0 and is 3"),
+        (record(caption_dropout=0.5), record(), "caption_dropout was 0.5 and is 0.0"),
+        (record(lora_targets=("a",)), record(lora_targets=("a", "b")), "lora_targets"),
+        (record(2, accumulation=4), record(4, accumulation=4), "use accumulation=2"),
+        (record(3, accumulation=1), record(2, accumulation=1), "use data_parallel_size=3"),
+        (record(identity={"texts": 3}), record(identity={"texts": 4}), "texts differs from that of the checkpoint (3"),
+        (record(identity={"a": 3}), record(identity={"a": 3, "b": 4}), "b differs"),
+    ):
+        with pytest.raises(InputError) as error:
+            compare(before, now, folder)
+        assert part in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_rows_after_a_checkpoint_are_removed(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    cut(file, 3)
+    assert not file.exists()
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    cut(file, 3)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+    file.write_text('{"step": 1}\n{"step": 2}')
+    cut(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    cut(file, 0)
+    assert file.read_text() == ""
+
+
+def test_each_step_has_its_own_seed() -> None:
+    seeds = {step_seed(seed, step) for seed in range(20) for step in range(50)}
+    assert len(seeds) == 1000
+    assert all(0 <= one < 2**63 for one in seeds)

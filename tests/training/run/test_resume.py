@@ -1,0 +1,133 @@
+"""Runs that end and go on: the same bits, the same rows, whatever the number of stages and replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardit import InputError, RankError
+from shardit.training.run.checkpoint import find
+from shardit.training.run.steps.rates import rate
+from tests.support.fork_servers import kept_fork_server
+from tests.training.run.runs import apart, rows, run, same, spec, weights
+
+COMMON: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 2,
+    "repeats": 3,
+    "caption_dropout": 0.5,
+    "lr_schedule": "cosine",
+    "warmup_steps": 2,
+    "ema_decay": 0.9,
+    "data": "toy:5",
+}
+CLOSE = 2e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_fork_server() -> Iterator[None]:
+    with kept_fork_server():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one rank without an interruption."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert not run(output, accumulation=4, **COMMON)
+    return output
+
+
+def killed_at(output: Path, rank: int, step: int, **given: Any) -> None:
+    """Run until SIGKILL of a rank in a step."""
+    with pytest.raises(RankError, match="killed by signal 9"):
+        run(output, model=f"toy kill:{rank}:{step}", save_every=5, **COMMON, **given)
+    assert [one.step for one in find(output)] == [5]
+
+
+def go_on(output: Path, **given: Any) -> None:
+    """Resume a run. The words of the model, which say when to die, are no other model."""
+    assert not run(output, model="toy", resume=True, save_every=5, **{**COMMON, **given})
+
+
+def rename_model(output: Path) -> None:
+    """Let the checkpoint say that its run had the model without the words."""
+    for one in find(output):
+        file = one.folder / "run.json"
+        file.write_text(file.read_text().replace(one.record["settings"]["model"], "toy"))
+
+
+def test_five_steps_and_sigkill_and_seven_are_twelve(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    killed_at(output, 0, 8, accumulation=4)
+    assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 5, 6, 7]
+    rename_model(output)
+    go_on(output, accumulation=4)
+    assert same(weights(output), weights(whole))
+    assert same(weights(output / "ema"), weights(whole / "ema"))
+    assert apart(weights(whole), weights(whole / "ema")) > 1e-4
+    assert rows(output) == rows(whole)
+    assert [one.step for one in find(output)] == [12, 10]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"pipeline_parallel_size": 2, "accumulation": 4}, {"pipeline_parallel_size": 2, "accumulation": 4}),
+        ({"accumulation": 4}, {"pipeline_parallel_size": 2, "data_parallel_size": 2, "accumulation": 2}),
+        ({"pipeline_parallel_size": 2, "data_parallel_size": 2, "accumulation": 2}, {"accumulation": 4}),
+    ],
+)
+def test_stages_and_replicas_may_change(
+    before: dict[str, int], after: dict[str, int], whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    killed_at(output, 0, 7, **before)
+    rename_model(output)
+    go_on(output, **after)
+    assert apart(weights(output), weights(whole)) < 2e-5  # over 12 steps of AdamW
+    for one, other in zip(rows(output), rows(whole), strict=True):
+        assert one["items"] == other["items"]
+        assert one["lr"] == other["lr"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_rates_follow_the_formula(whole: Path) -> None:
+    settings = spec(whole, **COMMON).settings
+    assert [row["lr"] for row in rows(whole)] == [rate(settings, step, 12) for step in range(12)]
+    assert [row["step"] for row in rows(whole)] == list(range(1, 13))
+
+
+def test_each_text_is_seen_as_often_as_asked(whole: Path) -> None:
+    """An epoch has 8 batches, as texts of two lengths do not share one: two steps."""
+    seen = [item for row in rows(whole) for item in row["items"]]
+    epoch = seen[:15]
+    assert sorted(epoch) == sorted(f"text-{number}" for number in range(5) for _ in range(3))
+
+
+def test_a_finished_run_can_be_prolonged(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    short = {**COMMON, "lr_schedule": "constant", "warmup_steps": 0}
+    run(output, accumulation=4, **{**short, "steps": 3})
+    run(output, accumulation=4, resume=True, **{**short, "steps": 5})
+    run(tmp_path / "other", accumulation=4, **{**short, "steps": 5})
+    assert same(weights(output), weights(tmp_path / "other"))
+    assert rows(output) == rows(tmp_path / "other")
+    with pytest.raises(InputError, match="has done 5 steps, of 4"):
+        run(output, accumulation=4, resume=True, **{**short, "steps": 4})
+    with pytest.raises(InputError, match="use accumulation=2"):
+        run(output, accumulation=4, data_parallel_size=2, resume=True, **{**short, "steps": 6})
+    with pytest.raises(InputError, match="texts differs from that of the checkpoint"):
+        run(output, accumulation=4, resume=True, **{**short, "data": "toy:7", "steps": 6})
+    assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 5]
+
+
+def test_resume_without_a_checkpoint_begins_at_the_beginning(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"step": 1}\n')
+    run(output, resume=True, steps=2)
+    assert [row["step"] for row in rows(output)] == [1, 2]

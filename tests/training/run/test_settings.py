@@ -1,0 +1,183 @@
+"""Flags and TOML files of `shardit train`: what is unknown, misplaced, missing or contradictory is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardit import InputError, cli
+from shardit.config import DiffusionParallelConfig
+from shardit.training.run.options import toml
+from shardit.training.run.options.check import check
+from shardit.training.run.options.flags import TrainFlags
+from shardit.training.settings import TrainSettings
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "train.toml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+WHOLE = """
+model = "tiny/wan2.2-ti2v"
+data = "shapes:moving"
+output = "run"
+steps = 3
+learning_rate = 1
+resolution = 64
+lora_targets = ["to_q", "to_k"]
+pipeline_parallel_size = 2
+layer_partition = [1, 3]
+timeout = 50
+[optimizer_args]
+eps = 1e-7
+betas = [0.9, 0.95]
+"""
+
+
+def test_every_flag_is_a_key_and_flags_override(tmp_path: Path) -> None:
+    settings, config = TrainFlags(config=write(tmp_path, WHOLE), epochs=2, lora_rank=8).settings()
+    assert settings == TrainSettings(
+        model="tiny/wan2.2-ti2v",
+        data="shapes:moving",
+        output=Path("run"),
+        epochs=2,
+        learning_rate=1.0,
+        resolution="64",
+        lora_targets=("to_q", "to_k"),
+        lora_rank=8,
+        timeout_s=50.0,
+        optimizer_args={"eps": 1e-7, "betas": [0.9, 0.95]},
+    )
+    assert isinstance(settings.learning_rate, float)
+    assert config == DiffusionParallelConfig(pipeline_parallel_size=2, layer_partition=(1, 3))
+
+
+def test_flags_and_keys_are_the_same() -> None:
+    names = {name for name in TrainFlags.__dataclass_fields__ if name != "config"}
+    assert names == set(toml.fields())
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("learning-rate = 1e-4", ("'learning-rate'", "did you mean 'learning_rate'")),
+        ("lerning_rate = 1e-4", ("did you mean 'learning_rate'",)),
+        ("gradient_accumulation_steps = 4", ("did you mean 'accumulation'",)),
+        ("[train]\nsteps = 4", ("train.steps belongs at the top", "steps = ...")),
+        ("[optimizer]\ntype = 'adamw'", ("optimizer is one value, not a table", "[optimizer_args]")),
+        ("[optimizer_args]\nsteps = 3", ("optimizer_args.steps", "above the line [optimizer_args]")),
+        ("[optimizer_args]\nlr = 3", ("optimizer_args.lr belongs above", "learning_rate")),
+        ("betas = [0.9, 0.99]", ("betas is an argument of the optimizer", "[optimizer_args]")),
+        ("optimizer_args = 3", ("optimizer_args is a table",)),
+        ("[[directory]]\npath = 'x'", ("there is no key 'directory'",)),
+        ("[model_settings]\nx = 1", ("there is no table [model_settings]",)),
+        ("steps = 0", ("steps must be a whole number of at least 1", "got 0")),
+        ("steps = true", ("steps must be a whole number", "got True")),
+        ("steps = '5'", ("steps must be a whole number", "got '5'")),
+        ("full = 1", ("full must be true or false",)),
+        ("lora_targets = 'to_q'", ("lora_targets must be a list of texts",)),
+        ("model = ['a']", ("model",)),
+        ("resolution = '12by3'", ("resolution must be WIDTHxHEIGHT",)),
+        ("optimizer = 'adam'", ("optimizer must be one of adamw",)),
+        ("steps = 3\nsteps = 4\nfull = true", ("is no TOML", "line 2")),
+        ("steps = ", ("is no TOML",)),
+        ("steps = 3\nepochs = 4", ("steps and epochs are given",)),
+        ("full = true\nlora_rank = 4", ("lora_rank is about a LoRA",)),
+        ("shift = 3.0\ntimesteps = 'uniform'", ("shift has an effect with timesteps=shifted alone",)),
+        ("sample_every = 3", ("needs prompts", "--sample-prompts")),
+        ("validation_data = 'x'", ("--validate-every N",)),
+        ("tensor_parallel_size = 2", ("there is no key 'tensor_parallel_size'",)),
+    ],
+)
+def test_mistakes_in_a_file_are_named(text: str, parts: tuple[str, ...], tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InputError) as error:
+        TrainFlags(config=path).settings()
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for content, part in ((b"\xff\xfe", "is no TOML"), (None, "cannot be read")):
+        path = tmp_path / "train.toml"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match=part):
+            TrainFlags(config=path).settings()
+    (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbfsteps = 3")
+    assert TrainFlags(config=tmp_path / "bom.toml").settings()[0].steps == 3
+
+
+def train(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The error of a command."""
+    assert cli.main(["train", *words]) == 2
+    found = capsys.readouterr().err
+    assert found.count("\n") == 1
+    return found
+
+
+def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    base = ("--model", "tiny/wan2.2-ti2v", "--data", "shapes:moving", "--output", str(tmp_path / "new"))
+
+    def refused(*words: str) -> str:
+        return train(capsys, *base, *words)
+
+    assert "--data is missing" in train(capsys, "--model", "tiny/wan2.2-ti2v", "--output", "x")
+    assert "there is no such file" in train(capsys, *base[:2], "--data", str(tmp_path / "none"), *base[4:])
+    assert "--output" in train(capsys, *base[:4], "--output", str(tmp_path / "file"))
+    assert "has a run already: add --resume" in train(capsys, *base[:4], "--output", str(tmp_path / "run"))
+    assert "--batch-size must be at least 1" in refused("--batch-size", "0")
+    assert "No such option: --lr" in refused("--lr", "3")
+    assert "prodigy estimates one step size" in refused("--optimizer", "prodigy", "--pipeline-parallel-size", "2")
+    assert "pip install prodigyopt" in refused("--optimizer", "prodigy")
+    assert "pip install bitsandbytes" in refused("--optimizer", "adamw8bit")
+    assert "pipeline_chunks=3" in refused("--pipeline-chunks", "3")
+    assert "warmup_steps=9 is more than steps=3" in refused("--warmup-steps", "9", "--steps", "3")
+    assert "--model" in train(capsys, "--data", "shapes:moving", "--output", "x")
+    assert "is given twice" in refused("--steps", "1", "--steps", "2")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_repeated_flag_takes_several_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("shardit.training.run.command.TrainFlags.settings", lambda self: seen.append(self) or stop())
+
+    def stop() -> None:
+        raise InputError("enough")
+
+    words = ["train", "--lora-targets", "to_q", "to_out.0", "--optimizer-args", "eps=1", "--lora-targets=ff", "b"]
+    assert cli.main(words) == 2
+    assert seen[0].lora_targets == ["to_q", "to_out.0", "ff", "b"]
+    assert seen[0].optimizer_args == ["eps=1"]
+
+
+def test_the_kind_of_model_decides_the_recipe(tmp_path: Path) -> None:
+    common = {"data": "shapes:moving", "output": tmp_path / "out"}
+    config = DiffusionParallelConfig()
+    assert check(TrainSettings(model="tiny/wan2.2-ti2v", **common), config).endswith("diffusion.recipe")
+    assert check(TrainSettings(model="tiny/llama", **common), config).endswith("language.recipe")
+    with pytest.raises(InputError, match="no-such-model"):
+        check(TrainSettings(model="tiny/no-such-model", **common), config)
+
+
+def test_mistakes_are_found_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from shardit import cli; "
+        f"code = cli.main(['train', '--model', 'tiny/flux', '--data', 'shapes:moving', '--output', {str(tmp_path)!r}, "
+        "'--optimizer', 'prodigy']); assert code == 2; assert 'torch' not in sys.modules"
+    )
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.monotonic() - begin < 10  # two seconds on an idle machine

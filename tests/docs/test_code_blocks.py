@@ -47,6 +47,15 @@ MODELS = {
 }
 """Models of the pages that tests do not have, and the ones that they use instead."""
 
+STARTS = (
+    "engine.start.LocalRanks",
+    "engine.rank.worker.open_session",
+    "server.entry.serve.serve",
+    "server.entry.torchrun_agent.Agent",
+    "training.run.launch.LocalRun",
+)
+"""What starts ranks, or makes this process one."""
+
 
 class RanksWouldStart(BaseException):
     """Raised in place of starting ranks; no `except Exception` catches it."""
@@ -62,6 +71,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHARDIT_PROGRESS", "0")
     Path("cat.png").write_bytes(picture())
+    for block in blocks():
+        if block.language == "toml":
+            Path(block.text.splitlines()[0].removeprefix("# ")).write_text(block.text, "utf-8")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
@@ -69,7 +81,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_block_is_of_a_known_kind() -> None:
     for block in blocks():
         place = f"{block.page}:{block.line}"
-        assert block.language in ("python", "sh", "text"), f"{place}: tag the block python, sh or text"
+        assert block.language in ("python", "sh", "text", "toml"), f"{place}: tag the block python, sh, toml or text"
         assert block.language != "text" or block.page in TEXT, f"{place}: text that no test compares"
         for command in block.commands if block.language == "sh" else ():
             known = command.split()[0] in (*RUN, "curl")
@@ -124,7 +136,7 @@ def test_programs_under_torchrun(tmp_path: Path) -> None:
 
 
 def shardit(words: list[str]) -> None:
-    starts = words[0] in ("generate", "serve", "chat", "complete") and "--help" not in words
+    starts = words[0] in ("generate", "serve", "chat", "complete", "train") and "--help" not in words
     if words[0] != "tiny":
         words = [MODELS.get(word, word) for word in words]
     try:
@@ -142,7 +154,12 @@ def torchrun(words: list[str]) -> None:
         return
     assert args.training_script == "shardit"
     per_node, rank = int(args.nproc_per_node), int(args.node_rank) * int(args.nproc_per_node)
-    ranks = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": int(args.nnodes) * per_node, "LOCAL_WORLD_SIZE": per_node}
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": int(args.nnodes.partition(":")[0]) * per_node,
+        "LOCAL_WORLD_SIZE": per_node,
+    }
     run = {"GROUP_RANK": args.node_rank, "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_RUN_ID": "run"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ranks, **run, "MASTER_ADDR": args.master_addr, "MASTER_PORT": args.master_port}.items():
@@ -173,7 +190,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_commands(page: str, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("engine.start.LocalRanks", "server.entry.serve.serve", "server.entry.torchrun_agent.Agent"):
+    for name in STARTS:
         monkeypatch.setattr(f"shardit.{name}", would_start)
     if "inspect my-folder" in command:
         tiny.write("wan2.2-t2v", folder / "my-folder")

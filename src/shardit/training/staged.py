@@ -15,6 +15,7 @@ from shardit.core.comm.mesh import Mesh, init_mesh
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.block_calls import install
 from shardit.core.modules.blocks import CutModel, find_blocks
+from shardit.core.modules.compiled import compiled_around, unwrap_parts
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import SWAPPED
 from shardit.core.placement.partition import block_cost, place_blocks
@@ -85,10 +86,8 @@ class Stages:
         if SWAPPED in vars(type(model)):
             raise InputError(f"{type(model).__name__} is parallel already: build the model anew for stages()")
         comm = Comm(mesh.pipeline)
+        blocks = _blocks_of(model, plan, comm.size)
         _compare_weights(model, mesh)
-        blocks = find_blocks(model, plan)
-        if not blocks and comm.size > 1:
-            raise UnsupportedError(f"{type(model).__name__} has no block lists to cut: use pipeline_parallel_size=1")
         cut = CutModel(model, blocks, [0] * len(blocks))
         if comm.size > 1:
             install(blocks, cut.calls)
@@ -216,6 +215,21 @@ def _add_gradients(before: dict[nn.Parameter, torch.Tensor]) -> None:
 
 def _data(planned: StepPlan) -> StepData:
     return StepData(planned.batches, planned.factors, planned.seeds)
+
+
+def _blocks_of(model: nn.Module, plan: Plan | None, stages: int) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of a model. Raises UnsupportedError where several stages could not run them."""
+    if stages == 1:
+        return find_blocks(model, plan)
+    unwrap_parts(model)
+    blocks = find_blocks(model, plan)
+    if not blocks:
+        raise UnsupportedError(f"{type(model).__name__} has no block lists to cut: use pipeline_parallel_size=1")
+    if name := compiled_around(model, [block for _, block in blocks]):
+        raise UnsupportedError(
+            f"{name} is compiled, but its blocks run on several stages: call compile() of each block in its place"
+        )
+    return blocks
 
 
 def _compare_weights(model: nn.Module, mesh: Mesh) -> None:

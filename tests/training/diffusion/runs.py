@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from shardit import training
+from shardit import InputError, training
 from shardit.config import DiffusionParallelConfig
+from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import init_mesh
+from shardit.training.diffusion.cache import Cache, Entry
 from shardit.training.diffusion.recipe import recipe
 from shardit.training.recipe import MicroBatch, Recipe
 from tests.training.diffusion.folders import settings_of, stir
@@ -71,3 +74,55 @@ def noise(loss: Any, plain: Any, batches: list[MicroBatch]) -> float:
         one.data["latents"] = torch.nextafter(latents, latents + signs)
     accumulated(loss, other, batches)
     return worst(other.named_parameters(), plain)[0]
+
+
+def late(rank: int, size: int, method: str, cases: list[tuple[bool, float]]) -> list[dict[str, Any]]:
+    """Compare a step with one rank where adapters are in the last two of eight blocks."""
+    join(rank, size, method)
+    found = []
+    for checkpointing, dropout in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"gradient_checkpointing": checkpointing, "lora_dropout": dropout, "accumulation": 3}
+            targets = (r"blocks\.[67]\.attn1\.to_q",)
+            made = staged_recipe("wan2.2-ti2v", folder, size, lora_targets=targets, **options)
+            model = made.models["transformer"]
+            plain = copy.deepcopy(model)
+            batches = made.micro_batches(0, 0, 1)
+
+            def loss(model: Any, data: Any, own: Any = made.loss) -> torch.Tensor:
+                """Seeds by the micro-batch, so that dropout is the same in any order."""
+                torch.manual_seed(int(data["seeds"][0]))
+                return own(model, data)
+
+            value = accumulated(loss, plain, batches)
+            staged = training.stages(model, loss, pipeline_parallel_size=size, timeout_s=60)
+            staged.step([one.data for one in batches])
+            own = [parameter for parameter in staged.parameters() if parameter.requires_grad]
+            largest, compared, only = worst(staged.named_parameters(), plain)
+            zero = sum(parameter.grad is None or not parameter.grad.abs().max() > 0 for parameter in own)
+            found.append({"worst": largest, "compared": compared, "only": only, "zero": zero, "loss": value})
+            found[-1]["trained"] = len(own)
+    return found
+
+
+def shared_cache(rank: int, size: int, method: str) -> dict[str, Any]:
+    """Fill a cache together, and meet an error of one rank."""
+    join(rank, size, method)
+    ranks = GroupCoordinator.of_mesh(init_mesh(DiffusionParallelConfig(pipeline_parallel_size=size)))["world"]
+    folder = ranks.broadcast_object(tempfile.mkdtemp() if rank == 0 else None)
+    cache, calls = Cache(Path(folder)), []
+    entries = [Entry("latents", {"item": number}, f"item-{number}") for number in range(8)]
+
+    def make(entry: Entry) -> dict[str, torch.Tensor]:
+        calls.append(entry.name)
+        if entry.name == "item-7":
+            raise ValueError("broken")
+        return {"latents": torch.full((3,), float(entry.made_of["item"]))}
+
+    cache.fill(entries[:5], make, ranks)
+    found = {"made": list(calls), "read": [float(cache.read(one)["latents"][0]) for one in entries[:5]]}
+    try:
+        cache.fill(entries, make, ranks)
+    except InputError as error:
+        found["error"] = str(error)
+    return found

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from shardit.core.modules.compiled import COMPILED
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
 from shardit.core.runtime.flat_call import FlatCall
@@ -29,9 +30,6 @@ from shardit.errors import UnsupportedError
 
 ALWAYS = ("__call__", "forward", "generate")
 """Methods that compute for any arguments; `generate` of transformers is defined next to the models."""
-
-COMPILED = "_orig_mod"
-"""Name of the model in the wrapper that `torch.compile` returns."""
 
 DEPTH = 3
 """Maximum depth of the search for pending tensors in objects of unknown types."""

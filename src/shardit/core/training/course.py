@@ -55,6 +55,8 @@ class Carried:
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor to send."""
+        # A tensor may require a gradient that no parameter needs: peft asks that of embeddings under checkpointing.
+        tensor = tensor if self.differentiable else tensor.detach()
         packed = tensor.permute(self.order).contiguous()
         # The code after the cut may write to the tensor before it is sent.
         return packed.clone() if self.rewritten and packed.data_ptr() == tensor.data_ptr() else packed

@@ -26,8 +26,11 @@ class Deferred:
         self._active = False
 
     def install(self, module: nn.Module) -> None:
-        """Defer those of the linears in a module, during `active`."""
-        for linear in [one for one in module.modules() if type(one) is nn.Linear]:
+        """Defer those of the linears in a module, during `active`; not inside of compiled calls, which stay whole."""
+        compiled = {
+            id(inner) for one in module.modules() if one._compiled_call_impl is not None for inner in one.modules()
+        }
+        for linear in [one for one in module.modules() if type(one) is nn.Linear and id(one) not in compiled]:
             subclass_in_place(linear, {"forward": self._forward()})
 
     @contextmanager

@@ -19,34 +19,8 @@ from shardit.parallel.tensor.adapters import cut_adapters
 if TYPE_CHECKING:
     from shardit.diffusion.sharding.component_sharding import ComponentSharding
 
-COMPILED = "_orig_mod"
-"""Name of the module in the wrapper that torch.compile returns."""
-
 BLOCKWISE = "call compile_repeated_blocks() on it instead"
 """Advice for models of diffusers that several ranks run together."""
-
-
-def unwrap(module: Any) -> tuple[Any, Any]:
-    """Return the module in a wrapper of torch.compile, and its compiler; the module itself and None if there is no
-    wrapper."""
-    found = getattr(module, "_modules", {}).get(COMPILED)
-    return (module, None) if found is None else (found, getattr(module, "dynamo_ctx", None))
-
-
-def unwrap_parts(model: nn.Module) -> None:
-    """Remove wrappers of torch.compile around parts of a model, in place, and compile the calls of the parts instead:
-    names and interceptors of the parts then stay in effect."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            part, compiler = unwrap(child)
-            if compiler is not None:
-                parent._modules[name] = part
-                compile_call(part, compiler)
-
-
-def compile_call(module: nn.Module, compiler: Any) -> None:
-    """Compile the calls of a module, as `module.compile()` does, with an existing compiler and its settings."""
-    module._compiled_call_impl = compiler(module._call_impl)
 
 
 def refuse_compiled(name: str, model: nn.Module, parts: Iterable[nn.Module]) -> None:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from shardit.config import DiffusionParallelConfig
+from shardit.core.modules.compiled import unwrap_parts
 from shardit.core.modules.fingerprint import PROCESSOR, Change, Fingerprint
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import plain_class, subclass_in_place
@@ -21,7 +22,7 @@ from shardit.core.runtime.randomness import dropout_in_training
 from shardit.core.stages.runtime import Runtime
 from shardit.diffusion.class_homes import MODELS
 from shardit.diffusion.sharding.adapters import AdapterScales, collective_fuse, unpadded_members
-from shardit.diffusion.sharding.changes import apply_changes, cut_blocks, unwrap_parts
+from shardit.diffusion.sharding.changes import apply_changes, cut_blocks
 from shardit.errors import InputError, UnsupportedError
 from shardit.parallel.tensor.check.slices import HeldSlice, first_problem, slices_of
 

@@ -31,8 +31,8 @@ _REORDERED = 32
 _HIDDEN_FRAMES = ("vp8", "libvpx")
 """Codecs with packets whose frames are not shown."""
 
-_SLACK = 1e-3
-"""Seconds by which a frame may come late: containers round their times."""
+_EARLY = 0.49
+"""Share of its duration by which a frame may be shown early: of two frames, the nearer one is taken."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _count(times: list[float], rate: float, fps: float | None) -> int:
     """Return how many frames there are at `fps`, given the times of a clip's own."""
     if fps is None or not times:
         return len(times)
-    return _shown_before(max(times) - min(times) + 1 / rate, fps)
+    return _shown_before(max(times) - min(times) + 1 / rate, rate, fps)
 
 
 def _at_rate(frames: Iterator[VideoFrame], rate: float, fps: float | None) -> Iterator[tuple[VideoFrame, int]]:
@@ -92,19 +92,19 @@ def _at_rate(frames: Iterator[VideoFrame], rate: float, fps: float | None) -> It
         now = number / rate if frame.time is None else frame.time
         start = now if start is None else start
         time = now - start
-        until = _shown_before(time, fps)
+        until = _shown_before(time, rate, fps)
         if held is not None and until > done:
             yield held, until - done
             done = until
         held = frame
-    until = _shown_before(time + 1 / rate, fps)
+    until = _shown_before(time + 1 / rate, rate, fps)
     if held is not None and until > done:
         yield held, until - done
 
 
-def _shown_before(time: float, fps: float) -> int:
-    """Return how many frames at `fps` begin before a time."""
-    return max(0, math.ceil((time - _SLACK) * fps))
+def _shown_before(time: float, rate: float, fps: float) -> int:
+    """Return how many frames at `fps` come before the one of a clip that starts at `time`."""
+    return max(0, math.ceil((time - _EARLY / rate) * fps))
 
 
 def _packet_times(container: InputContainer, stream: VideoStream, reading: Reading) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,11 +90,23 @@ def orientation(picture: Image.Image) -> tuple[int, tuple[str, ...]]:
         except Exception:  # nearly anything, on damaged data
             tags = {}
     found = tags.get(_ORIENTATION, 1)
-    if picture.info.get("exif") and not tags:
+    if not tags and _lists_tags(picture.info.get("exif") or b""):
         return 1, ("has EXIF data that cannot be read: it is taken as upright",)
     if found not in _TURNS:
         return 1, (f"has the EXIF orientation {found!r:.20}, which is none of 1 to 8: it is taken as upright",)
     return found, ()
+
+
+def _lists_tags(exif: bytes) -> bool:
+    """Return whether EXIF data are more than an empty list of tags, which programs write where there are none."""
+    content = exif.removeprefix(b"Exif\0\0")
+    order = "<" if content.startswith(b"II") else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", content, 4)
+        (length,) = struct.unpack_from(f"{order}H", content, start)
+    except struct.error:
+        return bool(content)
+    return length > 0
 
 
 @contextmanager
@@ -101,8 +114,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         if path.stat().st_size == 0:
             raise InputError("the file is empty")
-        with warnings.catch_warnings():  # of sizes; what is too large for memory is an error
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with warnings.catch_warnings():  # of large sizes and broken EXIF data; what PIL refuses is an error
+            warnings.simplefilter("ignore")
             with Image.open(path) as picture:
                 yield picture
     # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 from pathlib import Path
 
 from shardit.errors import InputError
@@ -21,6 +22,8 @@ _MARKS = (
 def read_text(path: Path) -> tuple[str, tuple[str, ...]]:
     """Return the text of a file and notes about it, which name the file. Raises InputError."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is not a plain file")
         data = path.read_bytes()
     except OSError as error:
         raise unreadable("file", path, error) from None
@@ -42,9 +45,8 @@ def decoded(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
     except UnicodeDecodeError as error:
         place = error.start + len(mark)
         if mark:
-            raise InputError(
-                f"{name}: byte {place} is not {encoding.upper()}, as its mark says; save it as UTF-8"
-            ) from None
+            meant = encoding.upper().removesuffix("-LE").removesuffix("-BE")
+            raise InputError(f"{name}: byte {place} is not {meant}, as its mark says; save it as UTF-8") from None
         text = _western(data, name, place)
         notes = (f"{name}: byte {place} (0x{data[place]:02x}) is not UTF-8; the file is read as Windows-1252",)
     if (place := text.find("\0")) >= 0:

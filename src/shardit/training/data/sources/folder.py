@@ -62,10 +62,8 @@ def _pairs(folder: Path, media: list[Path], texts: list[Path]) -> dict[Path, Pat
             raise InputError(f"{own[0]} and {own[1]} are both the caption of {path}; take one of them out")
         if own:
             if (other := taken.get(own[0])) is not None:
-                example = path.with_name(path.name + CAPTIONS)
-                raise InputError(
-                    f"{other} and {path} both claim the caption {own[0]}; give each its own, as in {example}"
-                )
+                way = f"give each its own, as in {path.name}{CAPTIONS}"
+                raise InputError(f"{other} and {path} both claim the caption {own[0]}; {way}")
             pairs[path], taken[own[0]] = own[0], path
     without = [str(path) for path in media if path not in pairs]
     if pairs and without:
@@ -104,7 +102,7 @@ def _walk(folder: Path, seen: dict[str, Path], notes: list[str]) -> Iterator[Pat
         if entry.name.startswith(".") or entry.name.lower() in _SYSTEM:
             continue
         path = folder / entry.name
-        if entry.is_dir():
+        if path.is_dir():  # unlike the entry's own, it takes links that lead nowhere
             yield from _walk(path, seen, notes)
         else:
             yield path

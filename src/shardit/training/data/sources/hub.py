@@ -64,5 +64,7 @@ def hub_items(name: str) -> Found:
     if PICTURES not in table.column_names or len(texts) != 1:
         there = ", ".join(table.column_names)
         raise InputError(f"data hf:{name} needs a column {PICTURES} and one of {' or '.join(TEXTS)}, has {there}")
+    if not len(table[texts[0]]):
+        raise InputError(f"data hf:{name} has no rows")
     captions = [caption(text or "") for text in table[texts[0]]]
     return found(Item(f"{number:09}", Row(table, number), text) for number, text in enumerate(captions))

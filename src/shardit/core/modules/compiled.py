@@ -1,0 +1,44 @@
+"""Wrappers of torch.compile and compiled calls of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+COMPILED = "_orig_mod"
+"""Name of the module in the wrapper that torch.compile returns."""
+
+
+def unwrap(module: Any) -> tuple[Any, Any]:
+    """Return the module in a wrapper of torch.compile, and its compiler; the module itself and None if there is no
+    wrapper."""
+    found = getattr(module, "_modules", {}).get(COMPILED)
+    return (module, None) if found is None else (found, getattr(module, "dynamo_ctx", None))
+
+
+def unwrap_parts(model: nn.Module) -> None:
+    """Remove wrappers of torch.compile around parts of a model, in place, and compile the calls of the parts instead:
+    names and interceptors of the parts then stay in effect."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            part, compiler = unwrap(child)
+            if compiler is not None:
+                parent._modules[name] = part
+                compile_call(part, compiler)
+
+
+def compile_call(module: nn.Module, compiler: Any) -> None:
+    """Compile the calls of a module, as `module.compile()` does, with an existing compiler and its settings."""
+    module._compiled_call_impl = compiler(module._call_impl)
+
+
+def compiled_around(model: nn.Module, blocks: Iterable[nn.Module]) -> str | None:
+    """Return the name of a module whose compiled call contains calls of blocks; None if there is none."""
+    inside = {id(block) for block in blocks}
+    for name, module in model.named_modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None or unwrap(module)[1] is not None
+        if compiled and any(id(one) in inside for one in module.modules() if one is not module):
+            return name or type(model).__name__
+    return None

@@ -67,7 +67,14 @@ _SHAPES = Recipe(
             "model",
             "diffusers",
             "AutoencoderKLWan",
-            {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1},
+            {
+                "base_dim": 16,
+                "z_dim": 16,
+                "dim_mult": [1, 1, 2, 2],
+                "num_res_blocks": 1,
+                "latents_mean": [0.0] * 16,
+                "latents_std": [1.0] * 16,
+            },
         ),
         "scheduler": Part(
             "scheduler",

@@ -19,17 +19,20 @@ from typing import Any
 import autoencoder
 import classifier
 import numpy as np
+import prompts
 import torch
 from safetensors.torch import load_file, save_file
 
 from shardit.models import tiny
 from shardit.models.tiny.catalog import recipe
+from shardit.models.tiny.tokens import build_tokenizer
 from shardit.models.tiny.writer import write_folder
 from shardit.training.data import shapes
 
 HERE = Path(__file__).parent
 TRAINED = ("vae", "text_encoder", "transformer")
 AUTOENCODER_STEPS = 3000
+PROMPT_STEPS = 500
 SAMPLES, BATCH = 200, 8
 
 
@@ -42,8 +45,13 @@ def main(folder: Path) -> None:
         made = built("vae")
         autoencoder.train(made, AUTOENCODER_STEPS, Progress("autoencoder: mean absolute error"))
         save_file(made.state_dict(), str(vae))
+    if not (text_encoder := folder / "text_encoder.safetensors").exists():
+        made = built("text_encoder")
+        prompts.train(made, build_tokenizer("shapes"), PROMPT_STEPS, Progress("text encoder: loss"))
+        save_file({name: tensor.clone() for name, tensor in made.state_dict().items()}, str(text_encoder))
     if not start.exists():
-        write_start(load_file(str(vae)), start)
+        transformer = built("transformer").state_dict()
+        write_start({"vae": load_file(vae), "text_encoder": load_file(text_encoder), "transformer": transformer}, start)
     if not packed.exists():
         command = [sys.executable, "-m", "shardit", "train", "--config", str(HERE / "train.toml")]
         resume = ["--resume"] if run.exists() else []
@@ -68,12 +76,9 @@ def built(component: str) -> Any:
     return cls(cls.config_class(**part.config))
 
 
-def write_start(vae: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write the pipeline that training starts from. Its text encoder stays as it is made: that tells words apart."""
-    tensors = {f"vae.{name}": tensor for name, tensor in vae.items()}
-    for component in ("text_encoder", "transformer"):
-        state = built(component).state_dict()
-        tensors |= {f"{component}.{name}": tensor.clone() for name, tensor in state.items()}
+def write_start(states: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
+    """Write the pipeline that training starts from."""
+    tensors = {f"{component}.{name}": one for component, state in states.items() for name, one in state.items()}
     save_file(tensors, str(weights := folder.with_suffix(".safetensors")))
     write_folder("shapes", dataclasses.replace(recipe("shapes"), weights=weights), folder, torch.float32)
 

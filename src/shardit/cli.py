@@ -23,6 +23,7 @@ from shardit.errors import InputError
 from shardit.flags import ChatFlags, CompleteFlags, GenerateFlags, InspectFlags
 from shardit.settings.environment import check_environment
 from shardit.settings.flag_class import Once, options_of
+from shardit.training.run import command as training
 
 if TYPE_CHECKING:
     from shardit.diffusion.output.output import Output
@@ -153,10 +154,7 @@ def _app() -> typer.Typer:
     app.command("serve", cls=Once)(_command(commands.serve, ServeFlags))
     app.command("chat", cls=Once)(_command(language_commands.chat, ChatFlags))
     app.command("complete", cls=Once)(_command(language_commands.complete, CompleteFlags))
-    from shardit.training.run.command import train
-    from shardit.training.run.options.flags import Several, TrainFlags
-
-    app.command("train", cls=Several)(_command(train, TrainFlags))
+    app.command("train", cls=training.Several)(_command(training.train, training.TrainFlags))
     app.command("inspect", cls=Once)(_command(commands.inspect, InspectFlags))
     app.command("tiny", cls=Once)(commands.tiny)
     return app

@@ -22,6 +22,7 @@ from shardit.core.components.owned import make_owned
 from shardit.core.modules.small_tensors import SMALL_BYTES, small_tensors
 from shardit.core.modules.units import find_units
 from shardit.core.runtime.pending import PendingTensor
+from shardit.diffusion.family import LIBRARIES
 from shardit.engine.inspect import inspect_model
 from shardit.loading.safetensors_file import Reads
 from tests.pipelines.entry import entries
@@ -133,6 +134,16 @@ def _other_generators(vae: Any) -> Any:
     return [out, torch.rand(2, generator=holder.generator), torch.tensor(others.random(2))]
 
 
+def _scaled(vae: Any) -> torch.Tensor:
+    """All weights of a part are written to, as averages of weights are put into a model."""
+    vae.decoder.requires_grad_(False)
+    for parameter in vae.decoder.parameters():
+        parameter.requires_grad_(False)
+        parameter.data.mul_(1.1)
+        parameter.mul_(1.1)
+    return vae.decode(_noise(1, 16, 4, 4)).sample
+
+
 USES: dict[str, Callable[[Any], Any]] = {
     "small buffer": lambda vae: vae.means.view(1, -1) * 2,
     "buffer of a part": lambda vae: vae.bn.running_var + vae.bn.running_mean,
@@ -154,6 +165,11 @@ USES: dict[str, Callable[[Any], Any]] = {
     "attributes": lambda vae: _marks(vae),
     "generators": _other_generators,
     "state dict": lambda vae: vae.state_dict()["decoder.conv_in.weight"] * 2,
+    "parameters": lambda vae: [next(vae.parameters()).sum(), sum(p.abs().sum() for p in vae.decoder.parameters())],
+    "named parameters": lambda vae: dict(vae.named_parameters(prefix="vae"))["vae.decoder.conv_in.weight"] * 2,
+    "weights of modules()": lambda vae: [m.weight.sum() for m in vae.modules() if isinstance(m, nn.GroupNorm)],
+    "a vector": lambda vae: nn.utils.parameters_to_vector(vae.decoder.conv_out.parameters()),
+    "writes": lambda vae: _scaled(vae),
     "upcast": lambda vae: vae.decoder.conv_in.to(torch.float64)(_noise(1, 16, 4, 4).double()),
 }
 
@@ -204,6 +220,7 @@ def uses(rank: int, count: int, method: str) -> None:
     for one in (plain, vae):
         replace_methods(one)
     make_owned(vae, ranks, 1, small_tensors(vae))
+    vae.shardit_boundary.libraries = LIBRARIES.own
     assert rank == 1 or vae.table.shape == plain.table.shape  # no message for that
     assert isinstance(vae.table, PendingTensor)
     assert not isinstance(vae.means, PendingTensor)
@@ -221,7 +238,7 @@ def uses(rank: int, count: int, method: str) -> None:
     with torch.enable_grad(), pytest.raises(UnsupportedError, match="is called for its gradients"):
         vae.decode(_noise(1, 16, 4, 4).requires_grad_())
     vae.encoder.down_blocks[0].resnets[0].conv1.to(torch.float32)
-    assert (rank == 1) != next(vae.decoder.parameters()).is_meta
+    assert (rank == 1) != vae.decoder.conv_in._parameters["weight"].is_meta
     for shard in (
         lambda e: make_owned(e, ranks, 0),
         lambda e: cut_layerwise(e, ranks, [n for u in find_units(e) for n in u.names], alternating(e)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from transformers.models.t5.modeling_t5 import T5Block
 
 import shardit
-from shardit import DiffusionParallelConfig, InputError
+from shardit import DiffusionParallelConfig, InputError, UnsupportedError
 from shardit.core.modules.fingerprint import Fingerprint
 from shardit.core.modules.patching import subclass_in_place
 from shardit.models import tiny
@@ -448,6 +449,13 @@ def other_class_of_a_block(pipe: Any) -> None:
     run(pipe)
 
 
+def parametrized_block(pipe: Any) -> None:
+    """Only the rank with the block can do that; the others go on."""
+    with contextlib.suppress(UnsupportedError):
+        torch.nn.utils.parametrizations.weight_norm(pipe.transformer.transformer_blocks[0].attn.to_q)
+    run(pipe)
+
+
 def mean_of_tokens(pipe: Any) -> None:
     derived_blocks(lambda _: pipe)
 
@@ -457,8 +465,9 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
         compiled_forward: r"transformer is compiled.*compile_repeated_blocks\(\)",
         compiled_on_one_rank: r"ranks differ in parts \(transformer is compiled.*\) of FluxPipeline",
-        hook_on_one_rank: "ranks differ in changes of vae, hooks of vae of FluxPipeline",
-        processor_on_one_rank: "ranks differ in changes of vae of FluxPipeline",
+        hook_on_one_rank: r"ranks differ in changes of vae \(.*\), hooks of vae of FluxPipeline: make the same",
+        processor_on_one_rank: r"ranks differ in changes of vae \(.*processor.*\) of FluxPipeline: make the same",
+        parametrized_block: r"changes of transformer \(transformer_blocks\.0\.attn\.to_q\..*: make the same changes on",
         compiled_decode: "vae.decode was replaced on the object after parallelize",
         new_tokens: "resize_token_embeddings cannot be combined.*before parallelize",
         broken_adapter: "NaNs detected",

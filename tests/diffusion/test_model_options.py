@@ -120,6 +120,31 @@ def test_a_folder_with_a_variant_only(tmp_path: Path) -> None:
     check(spec)
 
 
+@pytest.mark.parametrize("value", [0, -1.0, "3", float("inf"), float("nan"), True])
+def test_a_shift_is_checked_in_both_places(value: Any) -> None:
+    said = []
+    for given in (
+        {"flow_shift": value},
+        {"scheduler_args": {"shift": value}},
+        {"scheduler_args": {"flow_shift": value}},
+    ):
+        with pytest.raises(InputError) as caught:
+            model_options(**given)
+        said.append(str(caught.value).partition(" must be ")[2])
+    assert len(set(said)) == 1, said
+    assert model_options(scheduler_args={"shift": 2.0, "flow_shift": None}).scheduler_args["shift"] == 2.0
+
+
+def test_arguments_with_which_no_step_is_a_number() -> None:
+    own, cls = diffusers.EulerDiscreteScheduler(), diffusers.StableDiffusionPipeline
+    said = "^scheduler_args: EulerDiscreteScheduler cannot make steps with"
+    with pytest.raises(InputError, match=f"{said} beta_end=3.0: its sigmas are not finite numbers"):
+        changed_scheduler(own, model_options(scheduler_args={"beta_end": 3.0}), cls)
+    with pytest.raises(InputError, match=f"{said} num_train_timesteps=0"):
+        changed_scheduler(own, model_options(scheduler_args={"num_train_timesteps": 0}), cls)
+    assert changed_scheduler(own, model_options(scheduler_args={"beta_end": 0.02}), cls)
+
+
 def test_the_file_of_a_variant() -> None:
     both = ["model.safetensors", "model.fp16.safetensors", "diffusion_pytorch_model.bf16-00001-of-00002.safetensors"]
     assert choose(both, "x", "fp16").name == "model.fp16.safetensors"
@@ -135,7 +160,7 @@ def test_the_file_of_a_variant() -> None:
         ({"scheduler": "DDPMScheduler"}, "DDPMScheduler cannot take the place of FlowMatchEulerDiscreteScheduler"),
         ({"scheduler_args": {"shfit": 1}}, r"takes no 'shfit' \(did you mean 'shift'\?\)"),
         ({"scheduler_args": {"use_karras_sigmas": "yes"}}, "use_karras_sigmas must be true or false"),
-        ({"scheduler_args": {"shift": "3"}}, "shift must be a number"),
+        ({"scheduler_args": {"shift": "3"}}, "shift must be a finite number"),
         ({"flow_shift": 3.0}, "add use_dynamic_shifting=false"),
         ({"lora": "tiny-nothing/x.safetensors"}, "lora tiny-nothing/x.safetensors does not exist"),
         ({"lora": "tiny nothing/x"}, "lora tiny nothing/x does not exist"),

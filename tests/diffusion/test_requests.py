@@ -521,6 +521,43 @@ def test_names_that_no_attention_reads():
     assert build("a", attention_kwargs={"scale": 0.5})
 
 
+@pytest.mark.parametrize(("name", "value", "why"), [
+    ("ip_hidden_states", [np.ones(2)], "has no effect without an IP-Adapter, which this model lacks; leave it out"),
+    ("ip_adapter_masks", [np.ones(2)], "has no effect without an IP-Adapter"),
+    ("attention_mask", "x", "must be a tensor or a list of tensors, got 'x'; give one to shardit.Omni"),
+    ("attention_mask", [[1, 0]], "must be a tensor or a list of tensors"),
+    ("scale", "0.5", "must be a finite number, got '0.5'"),
+    ("scale", None, "must be a finite number"),
+    ("scale", 1e308, r"must be a finite number within 3.4e\+38, got 1e\+308"),
+    ("gligen", 1, "must be a dict, got 1"),
+])  # fmt: skip
+def test_values_that_no_attention_takes(name, value, why):
+    refused(f"^attention_kwargs: {name} {why}", "a", attention_kwargs={name: value})
+
+
+def test_masks_for_an_adapter_that_is_loaded():
+    adapted = dataclasses.replace(DRAW, adapted=True)
+    assert build("a", takes=adapted, attention_kwargs={"ip_adapter_masks": [np.ones(2)], "attention_mask": np.ones(2)})
+    refused("ip_adapter_masks must be a tensor", "a", takes=adapted, attention_kwargs={"ip_adapter_masks": "m.png"})
+
+
+class NumberPipeline:
+    def __call__(self, prompt=None, audio_guidance_scale=4.0, steps_mask=2, max_timesteps=1.5):
+        """With numbers of its own."""
+
+
+@pytest.mark.parametrize("value", [1e308, -(10**400), math.inf, math.nan, [1.0, 1e39]])
+def test_numbers_that_no_tensor_takes(value):
+    takes = signature_of(NumberPipeline)
+    refused("^audio_guidance_scale must be a finite number", "a", takes=takes, audio_guidance_scale=value)
+    assert build("a", takes=takes, audio_guidance_scale=3e38, steps_mask=None)
+
+
+def test_arrays_in_place_of_words_and_lists():
+    refused("^output_type must be 'pil'", "a", output_type=np.array([]))
+    assert build("a", takes=signature_of(NumberPipeline), max_timesteps=torch.tensor(1.0))
+
+
 def test_functions_cannot_travel():
     refused("prompt_embeds is a function", "a", prompt_embeds=print)
 
@@ -609,7 +646,7 @@ def test_counts(name, value):
 
 
 @pytest.mark.parametrize("name", ["guidance_scale", "guidance_scale_2", "true_cfg_scale"])
-@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "4"])
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "4", 1e308, 10**400])
 def test_scales(name, value):
     with pytest.raises(InputError, match=name):
         Params(**{name: value})

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
 from shardit import cli, parallel_state
@@ -74,6 +76,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for block in blocks():
         if block.language == "toml":
             Path(block.text.splitlines()[0].removeprefix("# ")).write_text(block.text, "utf-8")
+    Path("rows.jsonl").write_text('{"text": "Once upon a time"}\n', "utf-8")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
@@ -104,11 +107,12 @@ def python(kind: str) -> list[Block]:
 
 
 def test_programs_with_omni(folder: Path) -> None:
+    given = {path.name for path in folder.glob("*.*")}
     with kept_fork_server():
         for block in python("omni"):
             exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {"__name__": "__main__"})
-    written = {path.name for path in folder.glob("*.*")}
-    assert written == {"cat.png", "mountains.mp4", "seed-1.png", "seed-2.png", "dog.png"}
+    written = {path.name for path in folder.glob("*.*")} - given
+    assert written == {"mountains.mp4", "seed-1.png", "seed-2.png", "dog.png"}
 
 
 def run_pages(rank: int, count: int, method: str, scripts: list[Block], port: int, folder: str) -> int:
@@ -194,5 +198,9 @@ def test_commands(page: str, command: str, folder: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(f"shardit.{name}", would_start)
     if "inspect my-folder" in command:
         tiny.write("wan2.2-t2v", folder / "my-folder")
+    if "--lora my-lora" in command:  # that the command before makes
+        (folder / "my-lora").mkdir()
+        weights = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1, 1)}
+        save_file(weights, folder / "my-lora" / "pytorch_lora_weights.safetensors")
     program, *words = shlex.split(command)
     RUN[program](words)

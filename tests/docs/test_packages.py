@@ -192,6 +192,7 @@ def test_the_readme_from_its_install_lines(tmp_path):
         assert ran.returncode == 0, f"{line}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}"
 
     text = (ROOT / "README.md").read_text()
+    (folder / "rows.jsonl").write_text('{"text": "Once upon a time"}\n', "utf-8")
     for line in (line for block in _blocks(text, "sh") for line in block if line.startswith("pip install")):
         run(line.split("#")[0])
     run("python examples/demo.py")
@@ -205,7 +206,9 @@ def test_the_readme_from_its_install_lines(tmp_path):
         run(_served(served, f"python {script.name}") if with_server else f"{runs} {script.name}")
     for block in _blocks(text, "sh"):
         for line in block:
-            if line.startswith(("shardit generate", "shardit inspect", "shardit tiny", "python examples/")):
+            if line.startswith(
+                ("shardit train", "shardit generate", "shardit inspect", "shardit tiny", "python examples/")
+            ):
                 run(line)
             elif line.startswith("curl"):
                 run(_served(served, line))

@@ -178,7 +178,7 @@ def test_names_that_are_none(capsys):
     assert "tiny/flux is a pipeline of diffusers: use Omni or shardit generate" in err
     assert "there are llama" in refused(capsys, "complete", "tiny/nope", "--prompt=x")
     err = refused(capsys, "foo")
-    assert err == "error: No such command 'foo'. Commands: generate, serve, chat, complete, inspect, tiny.\n"
+    assert err == "error: No such command 'foo'. Commands: generate, serve, chat, complete, train, inspect, tiny.\n"
 
 
 @pytest.mark.parametrize(

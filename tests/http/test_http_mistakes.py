@@ -194,6 +194,22 @@ def test_forms_are_checked_like_json(videos: Served) -> None:
     assert ask(**{"extra_args[attention_kwargs]": "{}"})[0] == 400  # it has a field of its own
 
 
+@pytest.mark.parametrize(("fields", "param"), [
+    ({"guidance_scale": 1e308}, "guidance_scale"),
+    ({"guidance_scale": 10**400}, "guidance_scale"),
+    ({"guidance_scale_2": 1e39}, "guidance_scale_2"),
+    ({"attention_kwargs": {"attention_mask": "x"}}, "attention_kwargs"),
+    ({"attention_kwargs": {"ip_hidden_states": [[1.0]]}}, "attention_kwargs"),
+    ({"attention_kwargs": {"scale": "big"}}, "attention_kwargs"),
+    ({"joint_attention_kwargs": {"scale": []}}, "joint_attention_kwargs"),
+])  # fmt: skip
+def test_values_that_no_tensor_takes(videos: Served, fields: dict[str, Any], param: str) -> None:
+    status, answer = videos.call("POST", "/v1/videos", {"prompt": "a cat", **fields})[:2]
+    assert status == 400
+    assert answer["error"]["param"] == param, answer
+    assert param in answer["error"]["message"]
+
+
 OWN = ModelInfo(
     signature=PipelineSignature(
         "PixArtSigmaPipeline",

@@ -119,9 +119,10 @@ def _attempt(entry: PipelineEntry, axis: str, plain: dict[str, Any]) -> Outcome:
 
 
 def parameters(pipe: Any) -> Iterable[int]:
-    """Sizes of the parameters that are really here."""
+    """Sizes of the parameters that are really here; `parameters()` lists those of other ranks, too."""
     modules = {id(m): m for m in pipe.components.values() if isinstance(m, torch.nn.Module)}
-    return [p.numel() for m in modules.values() for p in m.parameters() if not p.is_meta]
+    named = (own for m in modules.values() for own in m._named_members(lambda part: part._parameters.items()))
+    return [p.numel() for _, p in named if not p.is_meta]
 
 
 def built(entry: PipelineEntry) -> Any:

@@ -53,6 +53,14 @@ def prepare(self):
     placement.stop = lambda *_: time.sleep(100)
 """
 
+# Ranks take their time to end; meanwhile somebody asks again, in both ways.
+ASKED_AGAIN = """
+def prepare(self):
+    placement.stop = lambda *_: time.sleep(2.5)
+    for wait, number in ((2.5, signal.SIGTERM), (3.0, signal.SIGINT), (3.3, signal.SIGTERM)):
+        threading.Timer(wait, os.kill, (os.getpid(), number)).start()
+"""
+
 # As by an API process that was stopped in the middle of a transaction.
 STUCK_STORE = """
 forced_exit.END_S = 2.0
@@ -95,3 +103,10 @@ def test_forced_exit_of_a_stuck_process(tmp_path: Path, stuck: str) -> None:
 
 def test_unread_log_does_not_block_the_exit(tmp_path: Path) -> None:
     end_of(STUCK_LOG, tmp_path)
+
+
+def test_second_signal_changes_nothing(tmp_path: Path) -> None:
+    said = end_of(ASKED_AGAIN, tmp_path).stderr
+    assert said.count("stopping") == 1, said
+    assert "Traceback" not in said
+    assert "wakeup fd" not in said

@@ -10,7 +10,8 @@ import torch
 from transformers import BatchEncoding
 
 from shardit import training
-from shardit.core.training.schedules import DEFERRING, NAMES
+from shardit.core.training.schedules import DEFERRING
+from shardit.training.limits import SCHEDULES
 from tests.support.ranks import run_ranks
 from tests.training.cases import cases, odd
 from tests.training.models import accumulate, task, worst
@@ -68,7 +69,7 @@ def test_four_and_uneven_stages() -> None:
     check(run_ranks(2, all_of, names[:1], uneven, timeout=200), 2)
 
 
-@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_any_number_of_micro_batches(schedule: str) -> None:
     runs = [{"schedule": schedule, "count": count} for count in (1, 2, 3, 5, 7, 8)]
     check(run_ranks(2, all_of, ("llama",), runs, timeout=200), len(runs))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from shardit import training
+from tests.language import families
 from tests.support.ranks import run_ranks
 from tests.training.cases import wan
-from tests.training.models import Task, accumulate, worst
+from tests.training.models import Task, accumulate, task, text_loss, worst
 from tests.training.runs import join
 
 
@@ -80,3 +81,38 @@ def outside(rank: int, size: int, method: str) -> float:
 
 def test_autocast_around_the_steps() -> None:
     assert max(run_ranks(2, outside, timeout=100)) < 3e-2
+
+
+def texts(rank: int, size: int, method: str) -> dict[str, float]:
+    """Language models with dropout, under autocast with weights in float32, with checkpointing."""
+    join(rank, size, method)
+    found = {}
+    for name, dropout in (("olmo2", "attention_dropout"), ("gpt2", "resid_pdrop")):
+
+        def build(name: str = name, dropout: str = dropout) -> Any:
+            model = families.make(name, **{dropout: 0.2}).train()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return model
+
+        def loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(int(batch.sum()))
+            with torch.autocast("cpu", torch.bfloat16):
+                return text_loss(model, batch)
+
+        plain, model = build(), build()
+        batches = [task(name).batch(number, False) for number in range(3)]
+        expected = accumulate(plain, loss, batches)
+        staged = training.stages(model, loss, pipeline_parallel_size=size, timeout_s=30)
+        value = float(staged.step(batches))
+        largest, compared, only = worst(staged.named_parameters(), plain)
+        assert compared
+        assert not only
+        found[name] = max(largest, abs(value / expected - 1))
+    return found
+
+
+def test_what_crosses_a_cut_is_cast_for_each_reader_as_on_one_rank() -> None:
+    """Autocast casts leaves of autograd once, and what crosses a cut would be such a leaf: its gradients from several
+    linears would be summed in half precision."""
+    for found in run_ranks(2, texts, timeout=100):
+        assert max(found.values()) < 2e-6, found

@@ -154,3 +154,33 @@ def test_mistakes_are_named_in_one_line() -> None:
         for text, part in zip(found, parts, strict=True):
             assert part in text
             assert "\n" not in text
+
+
+def shared_out(rank: int, size: int, method: str, stages: int) -> list[float]:
+    """Three samples as 2 + 1 on replicas, or as micro-batches of one, compared with all three in one batch."""
+    join(rank, size, method)
+    chosen, replicas = task("WanTransformer3DModel"), size // stages
+    samples = [chosen.batch(number, False) for number in range(3)]
+
+    def batch(*numbers: int) -> Any:
+        return {name: torch.cat([samples[number][name] for number in numbers]) for name in samples[0]}
+
+    def loss(model: Any, given: Any) -> torch.Tensor:
+        return (model(**given).sample ** 2).mean()
+
+    plain, model = chosen.build(), chosen.build()
+    expected = accumulate(plain, loss, [batch(0, 1, 2)])
+    staged = training.stages(model, loss, data_parallel_size=replicas, pipeline_parallel_size=stages, timeout_s=30)
+    parts = [batch(0, 1), batch(2)]
+    mine = slice(None) if replicas == 1 else slice(rank // stages, rank // stages + 1)
+    value = float(staged.step(parts[mine], [2.0, 1.0][mine]))
+    largest, compared, only = worst(staged.named_parameters(), plain)
+    assert compared
+    assert not only
+    return [abs(value / expected - 1), largest]
+
+
+@pytest.mark.parametrize(("size", "stages"), [(2, 2), (2, 1), (4, 2)])
+def test_short_batches_weigh_by_their_samples(size: int, stages: int) -> None:
+    for found in run_ranks(size, functools.partial(shared_out, stages=stages), timeout=100):
+        assert max(found) < CLOSE, found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,24 @@ def test_an_adapter_of_a_language_model_loads_in_plain_peft(tmp_path: Path) -> N
     with torch.no_grad():
         assert (loaded(ids).logits - plain(ids).logits).abs().max() < 1e-5
         assert (loaded(ids).logits - task("llama").build()(ids).logits).abs().max() > 1e-3  # pyright: ignore
+
+
+def test_a_folder_is_replaced_without_a_moment_in_which_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged = training.stages(torch.nn.Linear(2, 2), lambda model, batch: model(batch).sum())
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "last").write_text("mine")
+    (tmp_path / ".run.partial-1").mkdir()  # of a process that was killed
+    with monkeypatch.context() as patch:
+        if sys.platform == "linux":
+            patch.setattr(Path, "rename", lambda *_: pytest.fail("two names are changed, one after the other"))
+        staged.save_pretrained(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "model.safetensors"]
+    assert (folder / "checkpoints" / "last").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    monkeypatch.setattr("shardit.training.save._exchange", lambda *_: False)
+    staged.save_pretrained(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -44,8 +44,16 @@ class Check:
 
 
 def matching(meaning: str, fits: Callable[[Any], bool]) -> Check:
-    """Return a check by a condition; `meaning` describes the valid values."""
-    return Check(meaning, lambda value: None if fits(value) else meaning)
+    """Return a check by a condition; `meaning` describes the valid values. A condition that cannot be tested does not
+    hold: arrays are neither equal nor unequal to a text."""
+
+    def problem(value: Any) -> str | None:
+        try:
+            return None if fits(value) else meaning
+        except (TypeError, ValueError):
+            return meaning
+
+    return Check(meaning, problem)
 
 
 def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> Check:
@@ -60,17 +68,37 @@ def whole(minimum: int, maximum: int | None = None, *, meaning: str = "") -> Che
     return Check(meaning, problem, minimum, maximum)
 
 
+LARGEST = 3.4028234663852886e38
+"""The largest number of float32: torch raises an error without a name for larger ones."""
+
+
 def is_number(value: object) -> bool:
-    """Return whether a value is a finite number and not a bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value is a finite number of at most LARGEST, and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(float_of(value)) <= LARGEST
+
+
+def float_of(value: Any) -> float:
+    """Convert a number; whole numbers of any length, too."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def number_problem(value: Any) -> str | None:
+    """Return the requirement that a value violates that is no number for `is_number`; None if it is one."""
+    if is_number(value):
+        return None
+    large = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(float_of(value))
+    return "a finite number" + (f" within {LARGEST:.2g}" if large else "")
 
 
 def number(minimum: float | None = None, maximum: float | None = None, *, above: float | None = None) -> Check:
     """Return a check for finite numbers within the limits (`above` excludes the limit itself); bools are refused."""
 
     def problem(value: Any) -> str | None:
-        if not is_number(value):
-            return "a finite number"
+        if wrong := number_problem(value):
+            return wrong
         amount = float(value)
         if above is not None and not amount > above:
             return f"greater than {above:g}"

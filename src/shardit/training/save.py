@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from torch import nn
 from shardit.core.training.cut_loss import CutLoss
 from shardit.core.training.gather import whole
 from shardit.errors import InputError, first_line
+from shardit.loading.quiet import quiet
 
 ADAPTER_MARKS = ("lora_", "modules_to_save")
 """Parts of the names of parameters of adapters."""
@@ -69,7 +73,7 @@ def _writer(model: Any, adapter: bool) -> Callable[[Path], None]:
         # peft asks the hub whether the embedding was resized, if it is not told.
         return lambda folder: model.save_pretrained(str(folder), save_embedding_layers=False)
     if hasattr(model, "save_pretrained"):
-        return lambda folder: model.save_pretrained(folder)
+        return lambda folder: _write_quietly(model, folder)
 
     def plain(folder: Path) -> None:
         from safetensors.torch import save_model as save
@@ -78,6 +82,11 @@ def _writer(model: Any, adapter: bool) -> Callable[[Path], None]:
         save(model, str(folder / "model.safetensors"))
 
     return plain
+
+
+def _write_quietly(model: Any, folder: Path) -> None:
+    with quiet():
+        model.save_pretrained(folder)
 
 
 def _write_lora(model: Any, folder: Path) -> None:
@@ -108,6 +117,8 @@ def _replace(folder: Path, write: Callable[[Path], None], also: Callable[[Path],
     if folder.exists() and not folder.is_dir():
         raise InputError("it is a file")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     partial, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
     try:
         write(partial)
@@ -118,6 +129,8 @@ def _replace(folder: Path, write: Callable[[Path], None], also: Callable[[Path],
                 os.fsync(file.fileno())
         if folder.exists():
             _keep_others(folder, partial)
+            if _exchange(partial, folder):
+                return
             folder.rename(old)
         partial.rename(folder)
     except BaseException:
@@ -127,6 +140,14 @@ def _replace(folder: Path, write: Callable[[Path], None], also: Callable[[Path],
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders, so that at no moment there is none of that name; return whether the system
+    can."""
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _keep_others(folder: Path, partial: Path) -> None:

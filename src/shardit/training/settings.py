@@ -53,6 +53,7 @@ class TrainSettings:
     optimizer_args: dict[str, object] = declare(
         dict, "Argument of the optimizer.", flag=Flag(example="--optimizer-args eps=1e-7")
     )
+    shard_optimizer: bool = declare(False, "Share the state of the optimizer out over the replicas.")
     learning_rate: float = declare(1e-4, "Learning rate after the warm-up.", number(above=0))
     weight_decay: float = declare(0.01, "Weight decay.", number(0))
     lr_schedule: str = declare("constant", "Course of the learning rate: constant, cosine or linear.", _one_of(*RATES))

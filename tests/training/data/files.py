@@ -46,7 +46,8 @@ def clip(
 ) -> Path:
     """Write a clip whose frame n is a grey of `grey` + 8 * n; lossless for MKV, nearly so for others.
 
-    more: step (in place of 8), codec, pix_fmt, aspect (of pixels), times (of frames, in 1/1000 s), options.
+    more: step (in place of 8), codec, pix_fmt, aspect (of pixels), curve (of brightness, as a number of H.273), times
+    (of frames, in 1/1000 s), options.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     codec = more.get("codec") or {".mkv": "ffv1", ".webm": "libvpx-vp9", ".gif": "gif"}.get(path.suffix, "libx264")
@@ -55,6 +56,8 @@ def clip(
         stream.width, stream.height = size
         stream.pix_fmt = more.get("pix_fmt") or {"ffv1": "bgr0", "gif": "rgb8"}.get(codec, "yuv420p")
         stream.options = more.get("options", {"crf": "4"} if codec in ("libx264", "libvpx-vp9") else {})
+        if "curve" in more:
+            stream.codec_context.color_trc = more["curve"]
         if "aspect" in more:
             stream.sample_aspect_ratio = more["aspect"]
         for number in range(frames):

@@ -156,6 +156,13 @@ def test_colours(tmp_path: Path) -> None:
         assert np.abs(read[:, 20:] - (45, 85, 225)).max() < 8
 
 
+@pytest.mark.parametrize(("curve", "kind"), [(16, "PQ"), (18, "HLG"), (1, None)])
+def test_clips_in_hdr_are_noted(tmp_path: Path, curve: int, kind: str | None) -> None:
+    clip(tmp_path / "a.mp4", 9, curve=curve)
+    expected = [f"a.mp4: has HDR colours ({kind}), which are not converted: it looks pale"] if kind else []
+    assert notes(data(tmp_path), "HDR") == expected
+
+
 def test_transparent_frames_show_the_background(tmp_path: Path) -> None:
     clear = [Image.new("P", (8, 8), 1) for _ in range(3)]
     for number, one in enumerate(clear):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -45,8 +44,8 @@ def test_five_pictures_in_three_shapes(tmp_path: Path, batch_size: int) -> None:
         "e.png: smaller than 32x32, enlarged",
         "data: 5 samples in 3 buckets, 3 micro-batches in an epoch",
         "  16x32: 1 sample, 1 micro-batch of 1",
-        "  32x16: 2 samples, 1 micro-batch of 2",
-        "  32x32: 2 samples, 1 micro-batch of 2",
+        f"  32x16: 2 samples, 1 micro-batch{' of 2' if batch_size == 4 else ''}",
+        f"  32x32: 2 samples, 1 micro-batch{' of 2' if batch_size == 4 else ''}",
     )
     steps, replicas, accumulation = 2, 2, 3
     seen = Counter(
@@ -201,9 +200,10 @@ def test_processes_agree(tmp_path: Path) -> None:
 def test_settings_that_decide_are_in_the_identity(tmp_path: Path) -> None:
     root = five(tmp_path)
     base = data(root).identity()
-    for change in ({"seed": 1}, {"batch_size": 3}, {"repeats": 2}, {"caption_dropout": 0.1}, {"background": "red"}):
-        assert data(root, **change).identity() != base
-    assert dataclasses.asdict(TrainSettings())["data"] == ""
+    changes = {"seed": 1, "batch_size": 3, "repeats": 2, "caption_dropout": 0.1, "background": "red"}
+    for name, value in changes.items():
+        settings = TrainSettings(data=str(root), **{name: value})
+        assert open_dataset(settings, PICTURES).identity() != base
 
 
 def test_a_mix_of_everything(tmp_path: Path) -> None:

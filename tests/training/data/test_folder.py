@@ -139,25 +139,24 @@ def test_composed_and_decomposed_names_are_one_name(tmp_path: Path) -> None:
         found(folder(tmp_path / "3", {"é.png": None, f"{apart}.png": None}))
 
 
-ODD = [
-    "new\nline.png",
-    "tab\t.png",
-    "'\"`$.png",
-    "-rf.png",
-    " .png",
-    "a..png",
-    "%s{}.png",
-    "🙂.png",
-    "\u202egnp.png",
-    "#1.png",
-]
+ODD = ["tab\t.png", "new\nline.png", "'\"`$.png", "-rf.png", " .png", "a..png", "%s{}.png", "🙂.png", "赤\u3000い.png"]
 
 
 def test_odd_names(tmp_path: Path) -> None:
     root = folder(tmp_path, dict.fromkeys(ODD))
-    assert sorted(captions(root)) == sorted(ODD)
+    assert sorted(captions(root)) == sorted(["tab\\t.png", "new\\nline.png", *ODD[2:]])
     for item in found(root).items:
         assert item.media.read(Reading(), 4, 4, 1).shape == (1, 4, 4, 3)
+
+
+def test_errors_and_notes_of_odd_names_are_one_line_of_text(tmp_path: Path) -> None:
+    place = os.fsdecode(b"odd\n\xff")
+    root = folder(tmp_path / place, {"a.png": b"", "a.txt": b"\x92"})
+    (item,) = found(root).items
+    assert found(root).notes[0].startswith(f"{tmp_path}/odd\\n\\xff/a.txt: byte 0")
+    with pytest.raises(InputError) as raised:
+        item.media.extent(Reading())
+    assert f"picture {tmp_path}/odd\\n\\xff/a.png cannot be read: the file is empty" in str(raised.value)
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
@@ -217,6 +216,21 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "scandir", refusing)  # root may read all
     with pytest.raises(InputError, match=r"^folder .*/closed cannot be read: Permission denied; "):
         found(root)
+
+
+def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path, {"a.png": None, "b.mp4": None})
+    items = found(root).items
+
+    def refuse(path: Any, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("av.open", refuse)
+    for item, kind in zip(items, ("picture", "clip"), strict=True):
+        with pytest.raises(InputError) as raised:
+            item.media.extent(Reading())
+        assert str(raised.value).startswith(f"{kind} {root}/{item.name} cannot be read: Permission denied; replace it")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def data(folder: Path, format: Format = PICTURES, **settings: Any) -> Dataset:
 @pytest.mark.parametrize("orientation", TURNED)
 @pytest.mark.parametrize("ending", ["png", "webp"])
 def test_orientation(tmp_path: Path, orientation: int, ending: str) -> None:
-    lossless = {"lossless": True, "exact": True} if ending == "webp" else {}
+    lossless: dict[str, Any] = {"lossless": True, "exact": True} if ending == "webp" else {}
     Image.fromarray(CORNERS).save(tmp_path / f"a.{ending}", exif=exif(orientation), **lossless)
     expected = TURNED[orientation]
     height, width = expected.shape[:2]
@@ -149,6 +149,38 @@ def test_transparent_pixels_show_the_background(tmp_path: Path, kind: str, backg
     if background == "white" and kind != "grey with alpha":  # no magenta at the seams: red never exceeds green
         assert (larger[0] <= larger[1] + 0.02).all()
     assert (larger - hidden[:, None, None]).abs().amax(0).min() > 0.5
+
+
+def png(path: Path, depth: int, kind: int, row: bytes, key: bytes) -> Path:
+    """Write a PNG of two pixels of a depth, the second of the colour that is declared as transparent."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0))
+    body = chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + body)
+    return path
+
+
+GREY, COLOURED = 0, 2
+KEYS = {
+    "grey, 1 bit": (1, GREY, bytes([0b01000000]), struct.pack(">H", 1), 0),
+    "grey, 2 bits": (2, GREY, bytes([0b01110000]), struct.pack(">H", 3), 85),
+    "grey, 4 bits": (4, GREY, bytes([0x1E]), struct.pack(">H", 14), 17),
+    "grey, 8 bits": (8, GREY, bytes([17, 200]), struct.pack(">H", 200), 17),
+    "grey, 16 bits": (16, GREY, struct.pack(">2H", 17 * 257, 1000), struct.pack(">H", 1000), 17),
+    "RGB, 16 bits": (16, COLOURED, struct.pack(">6H", *[4369] * 3, 9000, 2, 999), struct.pack(">3H", 9000, 2, 999), 17),
+}
+
+
+@pytest.mark.parametrize(("depth", "kind", "row", "key", "shown"), KEYS.values(), ids=KEYS)
+def test_transparent_colours_at_each_depth(
+    tmp_path: Path, depth: int, kind: int, row: bytes, key: bytes, shown: int
+) -> None:
+    path = png(tmp_path / "a.png", depth, kind, row, key)
+    read = Picture(path).read(Reading(background="#0000ff"), 2, 1, 1)
+    assert read[0, 0].tolist() == [[shown] * 3, [0, 0, 255]]
 
 
 def test_half_transparent_pixels_are_mixed(tmp_path: Path) -> None:

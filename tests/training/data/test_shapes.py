@@ -54,7 +54,8 @@ def test_outlines_have_their_areas_and_smooth_edges() -> None:
         share = covered(shown.frames(200, 200, 1)[0], shown)
         assert share.sum() == pytest.approx(areas[outline], rel=0.01)
         assert outline == "square" or ((share > 0.2) & (share < 0.8)).sum() > 50
-    rows = covered(Drawing("triangle", "white", "black", "", half=0.25).frames(200, 200, 1)[0], shown).sum(1)
+    triangle = Drawing("triangle", "white", "black", "", half=0.25)
+    rows = covered(triangle.frames(200, 200, 1)[0], triangle).sum(1)
     assert rows[60] < rows[140]  # it points up
 
 

@@ -17,21 +17,26 @@ from shardit.core.comm.mesh import Mesh, axis_sizes
 from shardit.training.diffusion.recipe import recipe
 from shardit.training.recipe import Recipe
 from shardit.training.settings import TrainSettings
+from tests.pipelines import parts
+from tests.pipelines.of_stable_diffusion_base import components
 from tests.pipelines.of_stable_diffusion_xl import xl, xl_unet
 
 TINY = ("wan2.2-ti2v", "wan2.2-t2v", "wan2.2-i2v", "flux", "sd3.5", "qwen-image", "z-image")
-XL = ("sdxl", "sdxl-v")
-NAMES = (*TINY, *XL)
-"""sdxl predicts the noise, sdxl-v the velocity."""
-
-_SIDES = {"sdxl": "64x64", "sdxl-v": "64x64"}
+UNETS = ("sd", "sdxl", "sdxl-v")
+NAMES = (*TINY, *UNETS)
+"""sd and sdxl predict the noise, sdxl-v the velocity."""
 
 
 @functools.cache
-def xl_folder(prediction: str = "epsilon") -> str:
-    """Return the folder of a tiny SDXL pipeline."""
-    folder = Path(tempfile.mkdtemp(prefix=f"shardit-xl-{prediction}-"))
-    xl("StableDiffusionXLPipeline", unet=xl_unet()).save_pretrained(folder)
+def unet_folder(name: str) -> str:
+    """Return the folder of a tiny pipeline with a UNet."""
+    prediction = "v_prediction" if name == "sdxl-v" else "epsilon"
+    folder = Path(tempfile.mkdtemp(prefix=f"shardit-{name}-"))
+    if name == "sd":
+        pipe = parts.pipeline("StableDiffusionPipeline", **components())
+    else:
+        pipe = xl("StableDiffusionXLPipeline", unet=xl_unet())
+    pipe.save_pretrained(folder)
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": prediction}))
     return str(folder)
@@ -39,19 +44,17 @@ def xl_folder(prediction: str = "epsilon") -> str:
 
 def model_of(name: str) -> str:
     """Return the model of a name: a tiny one, or a folder."""
-    if name in XL:
-        return xl_folder("v_prediction" if name == "sdxl-v" else "epsilon")
-    return f"tiny/{name}"
+    return unet_folder(name) if name in UNETS else f"tiny/{name}"
 
 
-def settings_of(name: str, output: Path | str, model: str = "", **more: Any) -> TrainSettings:
+def settings_of(name: str, output: Path | str | None, model: str = "", **more: Any) -> TrainSettings:
     """Return settings for a few drawn items of a small size."""
     moving = name.startswith("wan")
     given: dict[str, Any] = {
         "model": model or model_of(name),
         "data": "shapes:moving:4" if moving else "shapes:still:4",
-        "output": Path(output),
-        "resolution": _SIDES.get(name, "64x96"),
+        "output": None if output is None else Path(output),
+        "resolution": "64x64" if name in UNETS else "64x96",
         "lora_rank": 4,
         **({"num_frames": 5} if moving else {}),
     }
@@ -65,7 +68,7 @@ def alone() -> Mesh:
     return Mesh(axis_sizes(DiffusionParallelConfig()), 0, place, group.timeout, group, group, group)
 
 
-def recipe_of(name: str, output: Path | str, **more: Any) -> Recipe:
+def recipe_of(name: str, output: Path | str | None, **more: Any) -> Recipe:
     """Return the recipe of one rank."""
     return recipe(settings_of(name, output, **more), alone())
 

@@ -7,12 +7,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardit import InputError, training
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import init_mesh
+from shardit.training.diffusion import samples
 from shardit.training.diffusion.cache import Cache, Entry
 from shardit.training.diffusion.recipe import recipe
 from shardit.training.recipe import MicroBatch, Recipe
@@ -59,8 +61,10 @@ def _one(name: str, model: str, size: int, more: dict[str, Any]) -> dict[str, An
             value = staged.step([one.data for one in batches], [one.weight for one in batches])
             largest, compared, only = worst(staged.named_parameters(), plain)
             relative = abs(float(value) - expected) / expected
+            text = [name for name, one in staged.named_parameters() if name.startswith("text") and one.grad is not None]
             bound = 2e-6 if largest < 2e-6 else 2 * noise(made.loss, plain, batches)
             found[part] = {"worst": largest, "bound": bound, "compared": compared, "only": only, "loss": relative}
+            found[part]["of_text"] = len(text)
         return found
 
 
@@ -126,3 +130,38 @@ def shared_cache(rank: int, size: int, method: str) -> dict[str, Any]:
     except InputError as error:
         found["error"] = str(error)
     return found
+
+
+def raw_video(frames: Any, path: Path, *_: Any) -> None:
+    """In place of `write_video`: encoders do not write the same bytes each time."""
+    with path.open("wb") as file:
+        np.save(file, np.stack([np.asarray(frame) for frame in frames]))
+
+
+def sampled(rank: int, size: int, method: str, name: str, folder: str, stages: int) -> list[str]:
+    """Train for a step over stages and write samples; return their files."""
+    join(rank, size, method)
+    made = staged_recipe(name, folder, stages, sample_prompts=("a red cat on a boat",), accumulation=24)
+    staged = {}
+    for part, batches in of_models(made.micro_batches(0, 0, 1)).items():
+        staged[part] = training.stages(made.models[part], made.loss, pipeline_parallel_size=stages, timeout_s=60)
+        staged[part].step([one.data for one in batches])
+        torch.optim.SGD(staged[part].parameters(), lr=1e-3).step()
+    assert len(staged) == len(made.models)
+    assert made.sample is not None
+    samples.write_video = raw_video
+    return [str(path) for path in made.sample(made.models, Path(folder) / "samples")]
+
+
+def saved(rank: int, size: int, method: str, folder: str, stages: int, full: bool) -> None:
+    """Train two experts for a step over stages and save the result."""
+    join(rank, size, method)
+    made = staged_recipe("wan2.2-t2v", f"{folder}/run", stages, accumulation=16, full=full)
+    staged = {
+        part: training.stages(model, made.loss, pipeline_parallel_size=stages, timeout_s=60)
+        for part, model in made.models.items()
+    }
+    for part, batches in of_models(made.micro_batches(0, 0, 1)).items():
+        staged[part].step([one.data for one in batches])
+        torch.optim.SGD(staged[part].parameters(), lr=1e-2).step()
+    made.save(staged, Path(folder) / "out")

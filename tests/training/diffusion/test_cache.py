@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,20 @@ def test_a_digest_is_of_the_contents(tmp_path: Path) -> None:
     assert digest_of_files(tmp_path / "other") != first
     (tmp_path / "one" / "sub" / "weights").rename(tmp_path / "one" / "weights")
     assert digest_of_files(tmp_path / "one") != first
+
+
+def test_encoders_are_freed_before_training(tmp_path: Path) -> None:
+    """Neither text encoders nor, without samples, the VAE hold memory any more."""
+
+    def held() -> set[str]:
+        gc.collect()
+        modules = [one for one in gc.get_objects() if isinstance(one, torch.nn.Module)]
+        return {type(one).__name__ for one in modules if any(not p.is_meta for p in one.parameters(recurse=False))}
+
+    before = held()
+    made = recipe_of("wan2.2-ti2v", tmp_path / "one")
+    assert not any("T5" in name or "WanCausal" in name for name in held() - before)
+    seen = recipe_of("wan2.2-ti2v", tmp_path / "two", sample_prompts=("a red cat",))
+    assert any("WanCausal" in name for name in held() - before)
+    assert not any("T5" in name for name in held() - before)
+    del made, seen

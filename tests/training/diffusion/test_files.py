@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from shardit import InputError, training
 from shardit.models import tiny
+from shardit.training.diffusion.families.prompts import embedded_with_gradients
+from tests.support.ranks import run_ranks
 from tests.training.diffusion.folders import NAMES, model_of, recipe_of, stir
+from tests.training.diffusion.runs import saved
 
 
 @contextmanager
@@ -94,6 +98,37 @@ def check_keys(folder: Path, model: Any) -> None:
     assert not any(word in key for key in keys for word in ("default", "rank", "stage"))
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd"])
+def test_a_lora_file_with_text_encoders_loads(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """transformers refuses the peft of this environment for text encoders, for what it does not need here."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    made = recipe_of(name, tmp_path, train_text_encoder=True, lora_alpha=6)
+    trained: Any = made.models["unet"]
+    stir(trained)
+    made.save({"unet": training.stages(trained, made.loss)}, tmp_path / "out")
+    pipe, caption = plain(name), made.micro_batches(0, 0, 1)[0].data["text"]["captions"]
+    place = torch.device("cpu")
+    family = trained.family
+    with torch.no_grad():
+        base = embedded_with_gradients(family, pipe, caption, place)
+        with words() as said:
+            pipe.load_lora_weights(tmp_path / "out")
+        got, expected = embedded_with_gradients(family, pipe, caption, place), trained.prompts(caption, place)
+    assert said == []
+    for key in expected:
+        assert (got[key] - expected[key]).norm() < 1e-6 * expected[key].norm(), key
+        assert (got[key] - base[key]).norm() > 1e-3 * expected[key].norm(), key
+    keys = keys_of(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    encoders = [part for part in ("text_encoder", "text_encoder_2") if getattr(pipe, part, None) is not None]
+    held = {
+        f"{part}.{re.sub(r'[.]default_[0-9]+', '', key)}"
+        for part in ("unet", *encoders)
+        for key, _ in getattr(pipe, part).named_parameters()
+        if "lora_" in key
+    }
+    assert {key.replace("text_model.", "") for key in keys} == {key.replace("text_model.", "") for key in held}
+
+
 def test_the_output_holds_the_lora_and_nothing_else(tmp_path: Path) -> None:
     made = recipe_of("wan2.2-t2v", tmp_path / "run")
     out = tmp_path / "out"
@@ -137,3 +172,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         made.save({part: training.stages(model, made.loss) for part, model in made.models.items()}, file)
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_two_stages_write_what_one_rank_writes(full: bool, tmp_path: Path) -> None:
+    run_ranks(2, saved, str(tmp_path / "two"), 2, full, timeout=100)
+    run_ranks(1, saved, str(tmp_path / "one"), 1, full, timeout=100)
+    two, one = (
+        {str(path.relative_to(tmp_path / name / "out")): path for path in (tmp_path / name / "out").rglob("*.*")}
+        for name in ("two", "one")
+    )
+    assert two.keys() == one.keys()
+    trained = [name for name in one if name.endswith(".safetensors") and not name.startswith(("text", "vae"))]
+    assert len(trained) == 2
+    for name in trained:
+        got, expected = load_file(two[name]), load_file(one[name])
+        assert got.keys() == expected.keys()
+        assert all((got[key] - expected[key]).norm() <= 2e-6 * expected[key].norm() for key in expected)

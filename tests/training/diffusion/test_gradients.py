@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tests.support.ranks import run_ranks
-from tests.training.diffusion.folders import TINY, XL, model_of
+from tests.training.diffusion.folders import TINY, UNETS, model_of
 from tests.training.diffusion.runs import gradients
 
-FOLDERS = {name: model_of(name) for name in XL}
+FOLDERS = {name: model_of(name) for name in UNETS}
 
 
 def check(of_ranks: list[Any], names: tuple[str, ...]) -> None:
@@ -25,6 +25,15 @@ def check(of_ranks: list[Any], names: tuple[str, ...]) -> None:
         assert len(of_ranks[0][name]) == (2 if name in ("wan2.2-t2v", "wan2.2-i2v") else 1)
 
 
-@pytest.mark.parametrize("names", [TINY[:3], TINY[3:], XL])
+@pytest.mark.parametrize("names", [TINY[:3], TINY[3:5], TINY[5:], UNETS])
 def test_a_lora_over_two_stages(names: tuple[str, ...]) -> None:
     check(run_ranks(2, gradients, list(names), FOLDERS, timeout=200), names)
+
+
+def test_text_encoders_that_are_trained_over_two_stages() -> None:
+    more = {"train_text_encoder": True, "caption_dropout": 0.3}
+    of_ranks = run_ranks(2, gradients, ["sdxl", "sd"], FOLDERS, more, timeout=200)
+    check(of_ranks, ("sdxl", "sd"))
+    for rank in of_ranks:
+        assert rank["sdxl"]["unet"]["of_text"] == 24  # the last layer of the first encoder is not used
+        assert rank["sd"]["unet"]["of_text"] == 16

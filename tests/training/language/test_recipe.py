@@ -16,6 +16,7 @@ from shardit.models.tiny.language import tokenizer
 from shardit.training.language.recipe import language_recipe
 from shardit.training.language.samples import continuation, evaluated, prompt_tokens
 from shardit.training.settings import TrainSettings
+from tests.language import families
 from tests.support.ranks import run_ranks
 from tests.training.models import worst
 from tests.training.runs import join
@@ -186,6 +187,7 @@ def test_settings_and_data_that_do_not_fit_are_errors(tmp_path: Path) -> None:
         ({"validation_data": str(tmp_path / "absent")}, "validation_data: there is no file"),
         ({"lora_targets": ("to_q",)}, "nearest names are"),
         ({"model": "tiny/wan2.2-t2v"}, "pipeline of diffusers"),
+        ({"sample_prompts": ("red", "")}, "sample_prompts: '' has no tokens"),
     ):
         settings: Any = TrainSettings(**{"model": "tiny/llama", "data": data, **changes})
         with pytest.raises(InputError) as error:
@@ -222,3 +224,34 @@ def test_half_precision_in_files_is_trained_in_float32(tmp_path: Path) -> None:
         base = [one for one in recipe.models["model"].parameters() if not one.requires_grad]
         assert {one.dtype for one in base} == {kept}
         assert any("trained in float32" in note for note in recipe.notes) == said
+
+
+def saved(rank: int, size: int, method: str, data: str, folder: str) -> torch.Tensor:
+    """Train a model whose embedding is tied to its head for a step, save it; return logits over the stages."""
+    join(rank, size, method)
+    settings = TrainSettings(model="tiny/qwen3", data=data, full=True, batch_size=8)
+    recipe = language_recipe(settings, replicas=1)
+    staged = training.stages(recipe.models["model"], recipe.loss, pipeline_parallel_size=size, timeout_s=30)
+    batches = recipe.micro_batches(0, 0, 1)
+    staged.step([one.data for one in batches], [one.weight for one in batches])
+    torch.optim.AdamW(staged.parameters(), lr=1e-2).step()
+    recipe.save({"model": staged}, Path(folder))
+    with torch.no_grad():
+        return staged.model(input_ids=torch.tensor([[5, 6, 7]])).logits
+
+
+def test_a_model_with_a_tied_head_is_saved_as_it_is(tmp_path: Path) -> None:
+    first, second = run_ranks(2, saved, written(tmp_path, *ROWS), str(tmp_path / "model"), timeout=60)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    with torch.no_grad():
+        expected = loaded(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+
+
+def test_samples_stop_where_the_model_has_no_more_positions() -> None:
+    model = families.make("gpt2", n_positions=20)
+    assert len(continuation(model, [5] * 10, {300}, room=20)) == 10
+    assert len(continuation(model, [5] * 10, {300}, most=4, room=20)) == 4
+    assert continuation(model, [5] * 20, {300}, room=20) == []

@@ -57,6 +57,11 @@ def test_data_that_one_rank_cannot_read_is_one_error(given: dict[str, Any], tmp_
     assert "rank 1" in text
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be made: Not a directory" in ended(tmp_path / "file" / "run", InputError)
+
+
 def test_unreadable_data_before_the_first_step(tmp_path: Path) -> None:
     assert "text-3.txt is no text" in ended(tmp_path / "run", InputError, model="toy refuse:1:1", **TWO)
 
@@ -161,3 +166,4 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (folder / "run.json").unlink()  # as of a checkpoint that is being removed
     run(output, steps=3, resume=True)
     assert [row["step"] for row in rows(output)] == [1, 2, 3]
+    assert [one.name for one in (output / "checkpoints").iterdir()] == ["step-00000003"]

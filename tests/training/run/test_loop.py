@@ -131,6 +131,55 @@ def test_five_texts_two_replicas_batch_two_end_together(tmp_path: Path) -> None:
         assert sorted(epoch) == [f"text-{number}" for number in range(5)]
 
 
+def test_replicas_draw_differently_and_stages_alike(tmp_path: Path) -> None:
+    for name, given in (
+        ("four", {"pipeline_parallel_size": 2, "data_parallel_size": 2, "accumulation": 2}),
+        ("one", {"accumulation": 4}),
+    ):
+        run(tmp_path / name, steps=1, model=f"toy draws:{tmp_path / name}-drawn", **given)
+    four = [set((tmp_path / f"four-drawn-{rank}").read_text().split()) for rank in range(4)]
+    alone = set((tmp_path / "one-drawn-0").read_text().split())
+    assert four[0] == four[1]
+    assert four[2] == four[3]
+    assert not four[0] & four[2]
+    assert four[0] | four[2] == alone
+    assert len(alone) == 4
+
+
+def test_samples_that_cannot_be_written_end_no_run(tmp_path: Path) -> None:
+    looks: dict[str, Any] = {"sample_every": 1, "sample_prompts": ("a",), "data_parallel_size": 2, "steps": 2}
+    assert not run(tmp_path / "run", model="toy full:disk", **looks)
+    assert len(rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"schedule": "gpipe", "layer_partition": (3, 1)},
+        {"schedule": "interleaved", "pipeline_chunks": 2},
+        {"schedule": "zbv"},
+    ],
+)
+def test_schedules_and_partitions_do_as_one_rank(given: dict[str, Any], tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"steps": 3, "accumulation": 4, "optimizer": "sgd", "model": "toy still"}
+    run(tmp_path / "one", **shared)
+    run(tmp_path / "two", pipeline_parallel_size=2, **shared, **given)
+    assert apart(weights(tmp_path / "one"), weights(tmp_path / "two")) < CLOSE
+
+
+def test_a_stage_may_have_nothing_to_train(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"accumulation": 2, "ema_decay": 0.9, "model": "toy still last"}
+    run(tmp_path / "one", steps=4, **shared)
+    run(tmp_path / "two", steps=2, pipeline_parallel_size=2, **shared)
+    run(tmp_path / "two", steps=4, pipeline_parallel_size=2, resume=True, **shared)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert apart(one, two) < CLOSE
+    first = toy.made(still=True).state_dict()
+    changed = {name for name in first if not torch.equal(first[name], two[f"decoder/{name}"])}
+    assert changed
+    assert all("layers.3." in name for name in changed)
+
+
 def test_no_clipping_and_no_average_are_possible(tmp_path: Path) -> None:
     run(tmp_path / "free", steps=2, max_grad_norm=0.0, optimizer="sgd")
     run(tmp_path / "tight", steps=2, max_grad_norm=1e-3, optimizer="sgd")

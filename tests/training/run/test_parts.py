@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from torch import nn
 from shardit import InputError
 from shardit.config import DiffusionParallelConfig
 from shardit.training.recipe import Recipe
-from shardit.training.run.report import cut
+from shardit.training.run.report import Report, cut
 from shardit.training.run.resume import compare, record_of
 from shardit.training.run.steps.average import Average
-from shardit.training.run.steps.optimizers import make_optimizer, set_state, state_of
+from shardit.training.run.steps.optimizers import found_by, make_optimizer, set_found, set_state, state_of
 from shardit.training.run.steps.rates import rate
+from shardit.training.run.steps.sharded import share_out
 from shardit.training.run.steps.trained import step_seed
 from shardit.training.settings import TrainSettings
 
@@ -102,6 +105,79 @@ def test_arguments_of_optimizers_are_checked_on_every_stage() -> None:
     assert make_optimizer(TrainSettings(optimizer_args={"betas": [0.8, 0.9]}), {}) is None
 
 
+class Prodigy(torch.optim.Optimizer):
+    """Stands for the class of prodigyopt: a step size found from all parameters is kept in the group."""
+
+    def __init__(self, params: Any, lr: float = 1.0, weight_decay: float = 0.0, d0: float = 1e-6):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "d0": d0, "d": d0, "k": 0})
+
+    def step(self, closure: Any = None) -> None:
+        group = self.param_groups[0]
+        group["k"] += 1
+        group["d"] = max(group["d"], 1e-3 * group["k"])
+        for one in group["params"]:
+            one.data.add_(one.grad, alpha=-group["lr"] * group["d"])
+
+
+def test_what_an_optimizer_has_found_for_all_parameters_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", types.SimpleNamespace(Prodigy=Prodigy))
+    settings = TrainSettings(optimizer="prodigy", learning_rate=1.0, optimizer_args={"d0": 1e-5})
+    some = parameters()
+    first, second = make_optimizer(settings, some), make_optimizer(settings, some)
+    assert first is not None
+    assert second is not None
+    for one in some.values():
+        one.grad = torch.ones_like(one)
+    first.step()
+    first.step()
+    found = found_by(first)
+    assert found == {"d": 2e-3, "k": 2}
+    second.param_groups[0]["lr"] = 0.5
+    set_found(second, {**found, "d0": 7.0, "lr": 3.0})
+    assert {key: second.param_groups[0][key] for key in ("d", "k", "d0", "lr")} == {
+        **found,
+        "d0": 1e-5,
+        "lr": 0.5,
+    }
+
+
+def test_events_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int):
+            seen.append((folder, purge_step))
+
+        def add_scalar(self, *event: Any) -> None:
+            seen.append(event)
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setenv("SHARDIT_PROGRESS", "0")
+    report = Report(tmp_path, True, 5, 2, True)
+    report.row({"step": 3, "loss": 0.5, "lr": 0.1, "items": ["a"], "held_out_loss": None})
+    report.close()
+    folder = str(tmp_path / "tensorboard")
+    assert seen == [(folder, 3), ("train/loss", 0.5, 3), ("train/lr", 0.1, 3), "closed"]
+    Report(tmp_path / "none", False, 5, 2, True).row({"step": 3})
+    assert len(seen) == 4
+
+
+def test_progress_is_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path, True, 60, 0, False)
+    for step in range(1, 61):
+        report.row({"step": step, "loss": None if step == 3 else 0.5, "lr": 1e-4})
+    report.say("done")
+    report.close()
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert lines[:2] == ["step 1 of 60: loss 0.5, lr 0.0001", "step 3 of 60: loss nan, lr 0.0001"]
+    assert len(lines) == 21
+    assert said.out == "done\n"
+
+
 def test_an_average_is_swapped_in_and_out() -> None:
     some = parameters()
     average, expected = Average(0.9, some), {key: one.detach().clone() for key, one in some.items()}
@@ -143,8 +219,8 @@ def test_what_may_differ_when_a_run_goes_on() -> None:
         (record(lora_targets=("a",)), record(lora_targets=("a", "b")), "lora_targets"),
         (record(2, accumulation=4), record(4, accumulation=4), "use accumulation=2"),
         (record(3, accumulation=1), record(2, accumulation=1), "use data_parallel_size=3"),
-        (record(identity={"texts": 3}), record(identity={"texts": 4}), "texts differs from that of the checkpoint (3"),
-        (record(identity={"a": 3}), record(identity={"a": 3, "b": 4}), "b differs"),
+        (record(identity={"texts": 3}), record(identity={"texts": 4}), "texts was 3 and is 4"),
+        (record(identity={"a": 3}), record(identity={"a": 3, "b": 4}), "b was None and is 4"),
     ):
         with pytest.raises(InputError) as error:
             compare(before, now, folder)
@@ -164,6 +240,14 @@ def test_rows_after_a_checkpoint_are_removed(tmp_path: Path) -> None:
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut(file, 0)
     assert file.read_text() == ""
+
+
+def test_parameters_are_shared_out_evenly() -> None:
+    some = {name: nn.Parameter(torch.zeros(size)) for name, size in zip("abcdef", (5, 1, 4, 3, 2, 3), strict=True)}
+    owners = share_out(some, 2)
+    assert owners == share_out(dict(reversed(some.items())), 2)
+    assert [sum(some[name].numel() for name in some if owners[name] == replica) for replica in (0, 1)] == [9, 9]
+    assert set(share_out({"a": some["a"]}, 3).values()) == {0}
 
 
 def test_each_step_has_its_own_seed() -> None:

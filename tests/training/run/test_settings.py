@@ -143,6 +143,8 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "prodigy estimates one step size" in refused("--optimizer", "prodigy", "--pipeline-parallel-size", "2")
     assert "pip install prodigyopt" in refused("--optimizer", "prodigy")
     assert "pip install bitsandbytes" in refused("--optimizer", "adamw8bit")
+    assert "shard_optimizer has an effect with several replicas" in refused("--shard-optimizer")
+    assert "pip install tensorboard" in refused("--tensorboard")
     assert "pipeline_chunks=3" in refused("--pipeline-chunks", "3")
     assert "warmup_steps=9 is more than steps=3" in refused("--warmup-steps", "9", "--steps", "3")
     assert "--model" in train(capsys, "--data", "shapes:moving", "--output", "x")

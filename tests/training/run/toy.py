@@ -23,14 +23,19 @@ from tests.language import families
 class Toy:
     """The data is "toy:N", N texts. The model is "toy" with words such as "nan:3", which say what happens in a step,
     counted from 1: nan:STEP, slow:SECONDS, kill:RANK:STEP, refuse:RANK:STEP, raise:RANK:STEP; "experts": two models;
-    "still": without dropout."""
+    "still": without dropout; "last": only the last block is trained; draws:PATH: each rank writes the noises that its
+    losses draw."""
 
     def __init__(self, settings: TrainSettings, mesh: Mesh):
         self.settings, self.mesh = settings, mesh
         self.words = dict((*word.split(":", 1), "")[:2] for word in settings.model.split())
         self.count = int(settings.data.partition(":")[2])
+        self.drawn: list[float] = []
         names = ("high", "low") if "experts" in self.words else ("decoder",)
         self.models: dict[str, nn.Module] = {name: made("still" in self.words) for name in names}
+        for model in self.models.values() if "last" in self.words else ():
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = "layers.3." in name
 
     def recipe(self) -> Recipe:
         """Return the recipe."""
@@ -63,6 +68,7 @@ class Toy:
     def micro_batches(self, step: int, replica: int, replicas: int) -> list[MicroBatch]:
         """The micro-batches of a replica; the stream goes on over epochs."""
         self.misbehave(step)
+        self.drawn = []  # what was drawn to see the course of the loss is not of a step
         length, each = len(self.epoch(0)), self.settings.accumulation
         start = (step * replicas + replica) * each
         return [
@@ -83,6 +89,9 @@ class Toy:
     def loss(self, model: Any, data: Mapping[str, Any]) -> torch.Tensor:
         """The model's loss, with a factor of its own for each micro-batch."""
         noise = torch.rand((), generator=torch.Generator().manual_seed(data["seed"]))
+        if "draws" in self.words and torch.is_grad_enabled():
+            self.drawn.append(float(noise))
+            Path(f"{self.words['draws']}-{self.mesh.rank}").write_text(" ".join(map(str, self.drawn)))
         found = model(input_ids=data["ids"], labels=data["ids"], use_cache=False).loss
         return found * (0.5 + noise) * data["scale"]
 
@@ -104,6 +113,8 @@ class Toy:
             found: Any = model(input_ids=torch.arange(3, 12)[None], use_cache=False)
             torch.rand(random.randrange(5))
             if self.mesh.rank == 0:
+                if self.words.get("full") == "disk":
+                    raise OSError(28, "No space left on device")
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{name}.txt").write_text(f"{found.logits.sum().item()}")
                 written.append(folder / f"{name}.txt")

@@ -25,6 +25,9 @@ DRAWS = (
     "not that of one rank: draw outside of models, or use pipeline_parallel_size=1 and cfg_parallel_size=1"
 )
 
+STATE = ("changes of ", "hooks of ", "adapters of ", "configuration of ")
+"""How the names begin of what is compared besides arguments: the state of the models."""
+
 KINDS = {
     "torch": "torch's global generator (torch.manual_seed)",
     "device": "torch's global generator of the device (torch.manual_seed)",
@@ -132,11 +135,13 @@ class Agreement:
             known = self.ranks.group.gather_objects(values)
             names = dict.fromkeys(key for one in known for key in one)
             wrong = [key for key in names if len({one.get(key) for one in known}) > 1]
-            also = f"; {KINDS[self.differ[0]]} differs, too" if self.differ else ""
-            raise InputError(
+            what = (
                 f"ranks differ in {', '.join(wrong) or 'the order of arguments'} of {name}{' ' if when else ''}{when}"
-                f"{also}: give every rank the same values, and {SEEDS}"
             )
+            if wrong and all(key.startswith(STATE) for key in wrong):
+                raise InputError(f"{what}: make the same changes on every rank, or make them before parallelize")
+            also = f"; {KINDS[self.differ[0]]} differs, too" if self.differ else ""
+            raise InputError(f"{what}{also}: give every rank the same values, and {SEEDS}")
         return tuple(kind for kind, other in zip(KINDS, differ[1:], strict=True) if other)
 
     def _last_step(self) -> bytes:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from shardit.core.modules.absent import listed_by_user
 from shardit.core.modules.compiled import COMPILED
 from shardit.core.modules.hooks import hooks_below
 from shardit.core.modules.patching import SWAPPED, fixed_device_to, subclass_in_place
@@ -27,6 +28,9 @@ from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import PendingTensor, is_read_parameter, materialize
 from shardit.core.runtime.randomness import GENERATORS
 from shardit.errors import UnsupportedError
+
+_TENSORS_OF, _PARTS_OF = ("named_parameters", "named_buffers"), ("named_modules", "named_children")
+"""Methods of modules that list their tensors and their parts."""
 
 ALWAYS = ("__call__", "forward", "generate")
 """Methods that compute for any arguments; `generate` of transformers is defined next to the models."""
@@ -51,7 +55,8 @@ class Boundary:
     on_all: `run` runs a method on every rank, so hooks are called there. alone: whether a call comes from a user's own
     program, not from a pipeline. Only some ranks may use its result (to save it, say), so it is sent immediately.
     inside: one of its methods is running, and interceptors call through. reached: the parts with an interceptor, by
-    name.
+    name. libraries: prefixes of Python modules whose code is given the component's own tensors when it lists
+    them; None: all code is.
     """
 
     device: torch.device
@@ -61,6 +66,7 @@ class Boundary:
     alone: Callable[[], bool] = lambda: False
     inside: bool = False
     reached: list[tuple[str, nn.Module]] = field(default_factory=list)
+    libraries: tuple[str, ...] | None = None
     _plain: list[tuple[nn.Module, type]] = field(default_factory=list)
 
     def install(self, module: nn.Module, path: str) -> None:
@@ -75,6 +81,8 @@ class Boundary:
         members["__getattr__"] = self._attribute(path, cls)
         members["__setattr__"] = self._assignment(path, cls)
         members["state_dict"] = self._state_dict(path, cls)
+        members |= {name: self._listed_tensors(path, getattr(cls, name)) for name in _TENSORS_OF}
+        members |= {name: self._listed_parts(getattr(cls, name)) for name in _PARTS_OF}
         if (tie := getattr(cls, "tie_weights", None)) is not None:
             members["tie_weights"] = self._on_every_rank(tie)
         members["to"] = fixed_device_to(cls.to, self.device)
@@ -166,6 +174,40 @@ class Boundary:
             return found
 
         return state_dict
+
+    def _listed_tensors(self, path: str, plain: Function) -> Function:
+        """Return a method that lists tensors, for users as they would be read one by one."""
+
+        @functools.wraps(plain)
+        def listed(module: nn.Module, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+            found = plain(module, prefix, *args, **kwargs)
+            if self.inside or self.libraries is None or not listed_by_user(self.libraries):
+                return found
+            start = len(prefix) + bool(prefix)
+            return ((name, self._read(path, name[start:], value)) for name, value in found)
+
+        return listed
+
+    def _read(self, path: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a listed tensor as it would be read; as it is if ranks hold slices of it, which none can read."""
+        try:
+            return self.read(f"{path}.{name}" if path else name, tensor)
+        except UnsupportedError:
+            return tensor
+
+    def _listed_parts(self, plain: Function) -> Function:
+        """Return a method that lists parts, which get interceptors if a user asks for them."""
+
+        @functools.wraps(plain)
+        def listed(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+            found = plain(module, *args, **kwargs)
+            if self.inside or self.libraries is None or not listed_by_user(self.libraries):
+                return found
+            listed_ones = list(found)
+            self.reach(part for _, part in listed_ones)
+            return iter(listed_ones)
+
+        return listed
 
     def _assignment(self, path: str, cls: Any) -> Function:
         plain = cls.__setattr__

@@ -74,6 +74,22 @@ def called_by_user(libraries: tuple[str, ...]) -> bool:
     return True
 
 
+_LISTING = frozenset(
+    getattr(nn.Module, name).__code__
+    for name in ("parameters", "buffers", "modules", "children", "named_modules", "named_children", "apply")
+)
+
+
+def listed_by_user(libraries: tuple[str, ...]) -> bool:
+    """Return whether code of users lists the parts or tensors of a module, also in a function of torch that they give
+    the list to; not code of these libraries, or of torch (`requires_grad_`) that lists them itself."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code in _LISTING:
+        frame = frame.f_back
+    home = "" if frame is None else f"{frame.f_globals.get('__name__', '')}."
+    return not home.startswith(libraries) and (home.startswith("torch.nn.utils.") or not home.startswith("torch."))
+
+
 def mark_absent(module: nn.Module, device: torch.device, libraries: Libraries) -> None:
     """Make the parameters of a module that are on meta AbsentParameters, in place."""
     for parameter in module.parameters():

@@ -70,6 +70,17 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
     return list(once.values())
 
 
+def blocks_named(model: nn.Module, names: Collection[str], plan: Plan | None = None) -> list[tuple[str, nn.Module]]:
+    """Return the blocks with these names, found when the model was whole: slices have other shares of the parameters.
+    Without names, what `find_blocks` returns."""
+    return [(name, model.get_submodule(name)) for name in names] or find_blocks(model, plan)
+
+
+def lacks_data(module: nn.Module) -> bool:
+    """Return whether a module has a parameter or a buffer on meta."""
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
 def _outermost_lists(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.ModuleList]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"

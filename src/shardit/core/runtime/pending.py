@@ -53,6 +53,9 @@ METADATA = {
 }
 """Queries of a tensor that do not read its data."""
 
+SETTINGS = {_T.requires_grad.__set__, _T.requires_grad_}
+"""Settings of a tensor that do not read its data."""
+
 VIEWS = {
     _T.view,
     _T.reshape,
@@ -132,7 +135,7 @@ class PendingTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         refuse_new_parameter(func, args)
-        if func in METADATA:
+        if func in METADATA or func in SETTINGS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in VIEWS and not any(isinstance(leaf, PendingTensor) for leaf in tree_leaves((args[1:], kwargs))):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from shardit.core.modules.block_calls import install
-from shardit.core.modules.blocks import CutModel, drop_blocks, find_blocks
+from shardit.core.modules.blocks import CutModel, blocks_named, drop_blocks, lacks_data
 from shardit.core.modules.fingerprint import PROCESSOR
 from shardit.core.modules.hints import Plan
 from shardit.core.modules.patching import changing_methods, fixed_device_to, subclass_in_place
@@ -139,13 +139,15 @@ def stage(
     placement: Placement,
     plan: Plan | None = None,
     shared: Collection[int] = (),
+    names: Collection[str] = (),
 ) -> Stages:
     """Cut a transformer in place: keep the blocks of this rank, intercept the calls of all and of the model.
-    `shared`: ids of the tensors that another component has, too; every rank keeps them."""
-    cut = CutModel(model, find_blocks(model, plan), placement.owners())
+    `shared`: ids of tensors of other components, too, which every rank keeps. `names`: see `blocks_named`."""
+    cut = CutModel(model, blocks_named(model, names, plan), placement.owners())
     stages = Stages(cut, runtime)
     drop_blocks(model, cut.blocks, cut.owners, runtime.comm.rank, plan, shared)
-    install(cut.blocks, cut.calls, [i for i, owner in enumerate(cut.owners) if owner != runtime.comm.rank])
+    others = [number for number, owner in enumerate(cut.owners) if owner != runtime.comm.rank]
+    install(cut.blocks, cut.calls, [number for number in others if lacks_data(cut.blocks[number][1])])
     Entry(model, stages.call)
 
     def end() -> None:

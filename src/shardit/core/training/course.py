@@ -66,8 +66,10 @@ class Carried:
         order = self.order
         if order != tuple(range(len(order))):
             received = received.permute([order.index(dim) for dim in range(len(order))])
-        # Code that writes in place must not meet a leaf of autograd.
-        return received.clone() if self.rewritten else received
+        if self.rewritten:  # code that writes in place must not meet a leaf of autograd
+            return received.clone()
+        # Autocast casts a leaf once for all that read it, as a weight: its gradient would be summed in half precision.
+        return received.view_as(received)
 
     def empty(self) -> torch.Tensor:
         """Return a tensor on meta that describes the message."""

@@ -11,6 +11,7 @@ import torch
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.blocks import CutModel, drop_blocks
 from shardit.core.modules.hints import Plan
+from shardit.core.modules.state.buffers import buffers_kept
 from shardit.core.plans.call_plan import segments_of
 from shardit.core.runtime.flat_call import FlatCall, modes
 from shardit.core.runtime.randomness import generators_kept, torch_states
@@ -116,9 +117,10 @@ class CutLoss:
         for schedules in self.known.of_signature(key):
             course = schedules.course
             dry = DryLoss(self.cut, course, self.comm.group.device)
-            fits = not course.plain_calls and dry.fits(
-                lambda: self.run.fresh(batch, seed), call, lambda trace, loss: self._course(trace, loss, 0)
-            )
+            with buffers_kept(self.cut.model):
+                fits = not course.plain_calls and dry.fits(
+                    lambda: self.run.fresh(batch, seed), call, lambda trace, loss: self._course(trace, loss, 0)
+                )
             if all(self.comm.group.gather_objects(fits)):
                 return schedules, dry.trace.deciding
         return None, set()
@@ -130,9 +132,11 @@ class CutLoss:
         return bytes(m.training for m in model.modules()), bytes(p.requires_grad for _, p in every), modes()
 
     def _watch(self, batch: Any, seed: int, call: FlatCall) -> tuple[Course, set[int]]:
-        watched = WatchedLoss(self.cut, self.comm)
-        with self.run.plain.recorded(lambda: bool(watched.trace.sites)) as plain:
-            loss = watched.watch_loss(lambda: self.run.fresh(batch, seed), call)
+        with buffers_kept(self.cut.model):
+            watched = WatchedLoss(self.cut, self.comm)
+            with self.run.plain.recorded(lambda: bool(watched.trace.sites)) as plain:
+                loss = watched.watch_loss(lambda: self.run.fresh(batch, seed), call)
+        self.run.updates |= watched.updates
         self._settle(watched)
         course = self._course(watched, watched.trace.number(loss), len(plain))
         if len(set(self.comm.group.gather_objects(course.digest()))) > 1:
@@ -140,7 +144,8 @@ class CutLoss:
         crossing = tuple(item.address for cut in course.cuts for item in cut)
         kind = call.mode_key(self.state()), tuple(site.block for site in course.sites), crossing
         if kind not in self._checked:
-            check_course(self.run, course, self.comm, StepData([batch], [1.0], [seed], {0: plain}), loss.detach())
+            with buffers_kept(self.cut.model):
+                check_course(self.run, course, self.comm, StepData([batch], [1.0], [seed], {0: plain}), loss.detach())
             self._checked.add(kind)
         return course, watched.trace.deciding
 

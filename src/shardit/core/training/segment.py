@@ -4,6 +4,7 @@ of other stages, and received tensors in the place of what earlier stages have c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardit.core.modules.blocks import CutModel
+from shardit.core.modules.state.buffers import buffers_kept, modules_of_blocks
 from shardit.core.plans.call_plan import Address, Leaf, Site
 from shardit.core.runtime.randomness import seed_all, set_torch_states, torch_states
 from shardit.core.training.course import Course
@@ -37,7 +39,8 @@ class StepData:
 
 @dataclass
 class LossRun:
-    """A loss function over a cut model, and the step that runs at present."""
+    """A loss function over a cut model, and the step that runs at present. updates: code before the first block updates
+    buffers."""
 
     cut: CutModel
     loss: Callable[[Any, Any], torch.Tensor]
@@ -45,6 +48,7 @@ class LossRun:
     rank: int
     plain: PlainCalls
     step: StepData | None = None
+    updates: bool = False
 
     def call(self, number: int) -> torch.Tensor:
         """Run the loss of one micro-batch of the step with its own random numbers."""
@@ -86,7 +90,11 @@ class Segment(nn.Module):
         self._handles: dict[Address, torch.Tensor] = {}
         self._site, self._out = 0, None
         try:
-            with run.cut.calls.intercepted_by(self), run.plain.replayed(step.plain.get(micro_batch, [])):
+            with (
+                self._counted(),
+                run.cut.calls.intercepted_by(self),
+                run.plain.replayed(step.plain.get(micro_batch, [])),
+            ):
                 loss = run.call(micro_batch)
             if self.onward is not None or self._site != len(self.course.sites):
                 raise self._other_course("it ended early")
@@ -97,6 +105,13 @@ class Segment(nn.Module):
             return self._out
         finally:
             self._given, self._handles, self._out, self._states = {}, {}, None, ()
+
+    def _counted(self) -> AbstractContextManager[None]:
+        """Let the first segment of a stage alone update buffers outside of blocks: all run the code before them."""
+        first = self.course.owners.index(self.course.owners[self.number])
+        if not self.run.updates or self.number == first:
+            return nullcontext()
+        return buffers_kept(self.run.cut.model, modules_of_blocks(self.run.cut))
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an own block; return placeholders or received tensors for a block of an earlier stage."""

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.blocks import CutModel
+from shardit.core.modules.state.buffers import Copies, copies_of, modules_of_blocks, name_of, updated
 from shardit.core.plans.call_plan import Address
 from shardit.core.plans.trace import Trace
 from shardit.core.plans.traced_call import TracedCall
@@ -41,7 +42,8 @@ class WatchedLoss(TracedCall):
     """Intercepts block calls while a loss is watched.
 
     looks: layouts of the tensors among arguments and outputs of blocks. outside: names of parameters of blocks that
-    code outside the block reads. drawing: blocks that drew random numbers on this rank.
+    code outside the block reads. drawing: blocks that drew random numbers on this rank. updates: code outside of blocks
+    updates buffers.
     """
 
     def __init__(self, cut: CutModel, comm: Comm):
@@ -50,11 +52,16 @@ class WatchedLoss(TracedCall):
         self.looks: dict[Address, Look] = {}
         self.outside: list[str] = []
         self.drawing: list[int] = []
+        self.updates = False
         self._states: list[Any] = []
+        self._buffers: Copies = {}
 
     def watch_loss(self, loss: Callable[[], Any], call: FlatCall) -> torch.Tensor:
         """Run the loss; return it, the same on every rank. Collective."""
+        start = copies_of(self.cut.model, modules_of_blocks(self.cut))
         out = self._follow(lambda *_: loss(), call, gradients=True)
+        self.updates = bool(updated(start))
+        self._refuse_late_updates()
         self.seen.refuse_decisions()
         torch.clear_autocast_cache()  # holds weights that were cast without gradients
         if not isinstance(out, torch.Tensor) or out.numel() != 1 or not out.is_floating_point():
@@ -62,6 +69,15 @@ class WatchedLoss(TracedCall):
             raise InputError(f"loss must return a tensor with one floating-point number, not {shape}")
         self.drawing = sorted({one for of_rank in self.comm.group.gather_objects(self.drawing) for one in of_rank})
         return out
+
+    def _refuse_late_updates(self) -> None:
+        """Raise UnsupportedError where code after the first block updates a buffer, which stages without the data of
+        blocks would do otherwise."""
+        for buffer in updated(self._buffers):
+            raise UnsupportedError(
+                f"code after the first block updates {name_of(self.cut.model, buffer)}, which the stages would not do "
+                "alike: call eval() of that module, or use pipeline_parallel_size=1"
+            )
 
     def block_call(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block on its owner without gradients; note the layouts of tensors."""
@@ -72,6 +88,7 @@ class WatchedLoss(TracedCall):
             )
         site = len(self.trace.sites)
         with self.watch.paused():
+            self._buffers = self._buffers or copies_of(self.cut.model, modules_of_blocks(self.cut))
             self._refuse_draws_between(index)
             self._note(site, "arg", (args, kwargs))
         with torch.no_grad():

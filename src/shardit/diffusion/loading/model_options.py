@@ -16,6 +16,9 @@ from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, is_number, number
 from shardit.settings.declare import Flag, check_declared, declare
 from shardit.settings.paths import check_name, user_path
 
+SHIFT = number(above=0)
+"""The check of a shift: at 0 all noise levels are equal, or not numbers."""
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -40,9 +43,7 @@ class ModelOptions:
     scheduler: str | None = declare(
         None, "Scheduler of diffusers by its class name. [default: the model's]", NAME, flag=Flag(metavar="<class>")
     )
-    flow_shift: float | None = declare(
-        None, "Shift of a flow-matching scheduler. [default: the model's]", number(above=0)
-    )
+    flow_shift: float | None = declare(None, "Shift of a flow-matching scheduler. [default: the model's]", SHIFT)
     scheduler_args: Mapping[str, Any] = declare(
         dict,
         "Argument of the scheduler, as in use_karras_sigmas=true.",
@@ -76,8 +77,10 @@ def model_options(**given: Any) -> ModelOptions:
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     arguments = chosen.get("scheduler_args", {})
-    for name in ("flow_shift", "shift") if "flow_shift" in chosen else ():
-        if isinstance(arguments, Mapping) and arguments.get(name, chosen["flow_shift"]) != chosen["flow_shift"]:
+    for name in ("flow_shift", "shift") if isinstance(arguments, Mapping) else ():
+        if arguments.get(name) is not None:
+            SHIFT(f"scheduler_args: {name}", arguments[name])
+        if "flow_shift" in chosen and name in arguments and arguments[name] != chosen["flow_shift"]:
             raise InputError(
                 f"the shift is given twice, as flow_shift {chosen['flow_shift']} and in scheduler_args as {name} "
                 f"{arguments[name]}; give one of them"

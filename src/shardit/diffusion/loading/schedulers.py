@@ -40,7 +40,7 @@ def changed_scheduler(own: Any, options: ModelOptions, pipeline_class: Any = Non
         arguments[shift_name(cls.__name__, takes)] = options.flow_shift
     try:
         made = cls.from_config(own.config, **arguments)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+    except Exception as error:  # wrong values meet any line of its code
         first = first_line(error)
         raise InputError(f"scheduler: {cls.__name__} cannot be made with these arguments: {first}") from error
     if _is_flow(own) != _is_flow(made):
@@ -48,6 +48,9 @@ def changed_scheduler(own: Any, options: ModelOptions, pipeline_class: Any = Non
         raise InputError(f"scheduler: the model {what} ({cls.__name__} with these arguments); leave them out")
     if options.flow_shift is not None:
         check_shift(cls.__name__, made.config, _is_flow(made))
+    if options.scheduler_args and (wrong := problem(made, asked)) and not problem(own, asked):
+        given = ", ".join(f"{name}={value}" for name, value in options.scheduler_args.items())
+        raise InputError(f"scheduler_args: {cls.__name__} cannot make steps with {given}: {wrong}")
     return made
 
 

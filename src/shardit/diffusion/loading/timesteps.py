@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Iterator
@@ -54,7 +55,8 @@ def asked_in(source: str) -> Asked:
 
 
 def problem(scheduler: Any, asked: Asked) -> str:
-    """Return the error of a copy of a scheduler when it is called as by a pipeline; "" if it succeeds."""
+    """Return the error of a copy of a scheduler when it is called as by a pipeline, or that its steps are not numbers;
+    "" if it succeeds."""
     given: dict[str, Any] = {"mu": 1.0} if asked.mu else {}
     if asked.sigmas and not (asked.flow_sigmas and scheduler.config.get("use_flow_sigmas")):
         sigmas = [1 - step / _STEPS for step in range(_STEPS)]
@@ -64,10 +66,18 @@ def problem(scheduler: Any, asked: Asked) -> str:
     else:
         given["num_inference_steps"] = _STEPS
     try:
-        type(scheduler).from_config(scheduler.config).set_timesteps(device="cpu", **given)
+        copy = type(scheduler).from_config(scheduler.config)
+        copy.set_timesteps(device="cpu", **given)
     except Exception as error:  # any of these would end the pipeline
         return f"{type(error).__name__}: {first_line(error)}"
-    return ""
+    steps = {name: getattr(copy, name, None) for name in ("sigmas", "timesteps")}
+    wrong = [name for name, values in steps.items() if _is_broken(values)]
+    return f"its {wrong[0]} are not finite numbers" if wrong else ""
+
+
+def _is_broken(values: Any) -> bool:
+    """Return whether values in a tensor or an array are not all finite numbers."""
+    return getattr(values, "ndim", 0) == 1 and not math.isfinite(float(sum(values)))
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:

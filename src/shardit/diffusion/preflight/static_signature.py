@@ -66,8 +66,14 @@ def _sized(found: PipelineSignature | None, configs: Mapping[str, Mapping[str, A
     sizes: dict[str, Any] = static_sizes(found.class_name, found.names, configs) if found else {}
     if found is None:
         return None
-    lacks = has_method(found.class_name, "load_ip_adapter") and not any(map(has_adapter, configs.values()))
-    return dataclasses.replace(found, **sizes, most=refused_above(found.class_name), lacks_adapter=lacks)
+    adapted = any(map(has_adapter, configs.values()))
+    return dataclasses.replace(
+        found,
+        **sizes,
+        most=refused_above(found.class_name),
+        lacks_adapter=has_method(found.class_name, "load_ip_adapter") and not adapted,
+        adapted=adapted,
+    )
 
 
 def _output_fields(call: ast.FunctionDef) -> tuple[str, ...]:

@@ -10,10 +10,15 @@ if TYPE_CHECKING:
 
 _OF_DTYPES = re.compile(r"bfloat16|\bhalf\b|float16|same dtype|scalar type", re.IGNORECASE)
 _OF_SIZES = re.compile(r"kernel size|output size is too small|padding size should be less", re.IGNORECASE)
+_OF_NUMBERS = re.compile(r"without overflow|too large to convert", re.IGNORECASE)
 _OF_SHAPES = (RuntimeError, IndexError, ZeroDivisionError)
 """Errors of torch and Python for tensors without elements, in many words; custom classes have clear messages."""
 _OF_ARGUMENTS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError)
 """Errors for a tensor of the wrong shape, which seldom name the argument."""
+_LARGE = 1e4
+"""Numbers near and above the largest of float16."""
+_OF_NOTHING = re.compile(r"None|incorrect format|must be passed|to be provided|cannot be undefined")
+"""Words of errors of libraries for arguments that are missing."""
 _SMALL = 64
 """Side in pixels with few latents in any model."""
 
@@ -21,7 +26,17 @@ _SMALL = 64
 def advice(request: Request, error: Exception) -> str:
     """Return what to add to the text of a pipeline's error: advice, and shapes of given tensors; "" if there is
     none."""
-    return _remedy(request, error) + _tensors(request, error)
+    return _remedy(request, error) + _pictures(request, error) + _tensors(request, error)
+
+
+def _pictures(request: Request, error: Exception) -> str:
+    """Return the arguments for pictures and videos that were not given, if the error may come of a missing one: it
+    speaks of nothing, of inputs or of one of them."""
+    text, names = str(error), request.pictures_left_out
+    speaks = _OF_NOTHING.search(text) or any(re.search(rf"\b{name}\b", text) for name in names)
+    if not names or not speaks or type(error) not in _OF_ARGUMENTS:
+        return ""
+    return f"; not given: {', '.join(names)}: the pipeline may need a picture or a video there"
 
 
 def _tensors(request: Request, error: Exception) -> str:
@@ -49,6 +64,10 @@ def _remedy(request: Request, error: Exception) -> str:
         return (
             f"; the components have dtypes of their own ({given}), with which this pipeline does not run: give others"
         )
+    if _OF_NUMBERS.search(text):
+        large = {name: v for name, v in request.kwargs.items() if isinstance(v, (int, float)) and abs(v) > _LARGE}
+        given = ", ".join(f"{name} {value}" for name, value in large.items())
+        return f"; a number is too large for the dtype of the model ({given}): give a smaller one" if given else ""
     sides = {name: request.kwargs[name] for name in ("height", "width") if name in request.kwargs}
     small = type(error) in _OF_SHAPES and any(isinstance(side, int) and side < _SMALL for side in sides.values())
     if sides and (small or _OF_SIZES.search(text)):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from shardit.config import reject_unknown_names
 from shardit.errors import InputError
-from shardit.settings.checks import is_number, text_as_flag
+from shardit.settings.checks import is_number, number, number_problem, text_as_flag
 
 _BOOLS_OR_NUMBERS = ("cfg_normalization",)
 """Z-Image takes its limit of a norm as a number, too, although the default is False."""
@@ -31,17 +32,36 @@ def checked_value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
         parts = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(part, (str, bytes, bool, Mapping)) for part in parts):
             raise InputError(f"{name} must be a number, got {_short(value)}")
+        if wrong := next(filter(None, (number_problem(part) for part in parts if isinstance(part, Real))), None):
+            raise InputError(f"{name} must be {wrong}, got {_short(value)}")
     return value
 
 
-ATTENTION_NAMES = ("scale", "gligen", "ip_adapter_masks", "ip_hidden_states", "attention_mask")
+_OF_ADAPTER = ("ip_adapter_masks", "ip_hidden_states")
+_TENSORS = (*_OF_ADAPTER, "attention_mask")
+ATTENTION_NAMES = ("scale", "gligen", *_TENSORS)
 """What the models and attention processors of diffusers read from `attention_kwargs`; most ignore any other name."""
 
 
-def check_attention(name: str, value: Any) -> None:
-    """Raise InputError for names in `attention_kwargs` (or joint_, cross_) that nobody takes."""
-    if name.endswith("attention_kwargs") and isinstance(value, Mapping):
-        reject_unknown_names(name, value, ATTENTION_NAMES)
+def check_attention(name: str, value: Any, adapted: bool) -> None:
+    """Raise InputError for names in `attention_kwargs` (or joint_, cross_) that nobody takes, and for values of another
+    type. adapted: whether the model has an IP-Adapter, which some of the names are for."""
+    if not name.endswith("attention_kwargs") or not isinstance(value, Mapping):
+        return
+    reject_unknown_names(name, value, ATTENTION_NAMES)
+    for key, one in value.items():
+        if key in _OF_ADAPTER and not adapted:
+            raise InputError(f"{name}: {key} has no effect without an IP-Adapter, which this model lacks; leave it out")
+        if key == "scale":
+            number()(f"{name}: scale", one)
+        if key == "gligen" and not isinstance(one, Mapping):
+            raise InputError(f"{name}: gligen must be a dict, got {_short(one)}")
+        parts = one if isinstance(one, (list, tuple)) else [one]
+        if key in _TENSORS and not all(hasattr(part, "shape") for part in parts):
+            raise InputError(
+                f"{name}: {key} must be a tensor or a list of tensors, got {_short(one)}; give one to shardit.Omni, or "
+                "leave it out"
+            )
 
 
 def _short(value: Any) -> str:

@@ -31,8 +31,13 @@ _PROMPT_KEYS = ("prompt", "extra_args", *_IMAGE_KEYS)
 _OWN_FIELDS = ("num_outputs_per_prompt", "seed", "fps")
 # Further arguments of these names would be ignored in favour of these parameters.
 _IN_PLACES = {"prompt": "prompt (--prompt)", "image": "pil_image (--image)", "pil_image": "pil_image (--image)"}
-# Alternative of some inpainting pipelines to a mask.
-_MASKED = "masked_image_latents"
+_EMBEDDED = ("image_embeds", "image_embeddings")
+# What some pipelines take in place of a picture or a video that they need.
+_IN_PLACE_OF = {
+    "mask_image": ("masked_image_latents",),
+    "control_mask": ("masked_image_latents",),
+    "video": ("latents",),
+}
 # Arguments of pipelines that shardit sets itself, and their replacements.
 _RESERVED = {
     "generator": "give a seed instead",
@@ -174,7 +179,16 @@ def _build(
         sample_rate=takes.sample_rate,
         defaults=_defaults(kwargs, takes),
         made_by=takes.made_by,
+        pictures_left_out=_pictures_left_out(kwargs, images, takes),
     )
+
+
+def _pictures_left_out(
+    kwargs: Mapping[str, Any], images: Sequence[ImageSource], takes: PipelineSignature
+) -> tuple[str, ...]:
+    """Return the arguments for pictures and videos that have not been given."""
+    names = takes.pictures if images or takes.image_name is None else (takes.image_name, *takes.pictures)
+    return tuple(name for name in names if kwargs.get(name) is None)
 
 
 def _check_values(kwargs: Mapping[str, Any], takes: PipelineSignature) -> None:
@@ -184,7 +198,7 @@ def _check_values(kwargs: Mapping[str, Any], takes: PipelineSignature) -> None:
             raise InputError(problem)
         if name not in takes.pictures and (problem := text_problem(value)):  # paths may have any bytes
             raise InputError(f"{name} must be {problem}, got {value!r:.200}")
-        check_attention(name, value)
+        check_attention(name, value, takes.adapted)
     form, source = kwargs.get("output_type"), module_of(takes.class_name)
     if form in _RARE_FORMS and source and f'"{form}"' not in source:
         raise InputError(f"{takes.class_name} makes no output_type {form!r}; leave it out")
@@ -315,14 +329,16 @@ def _check_required(
 ) -> None:
     if images and takes.image_name is None:
         raise InputError(f"{takes.class_name} takes no image; leave it out or use a model that edits images")
-    if not images and takes.needs_image:
+    embedded = any(kwargs.get(name) is not None for name in _EMBEDDED if name in takes.names)
+    if not images and takes.needs_image and not embedded:
         raise InputError(f"{takes.class_name} needs an image; give pil_image=... (--image on the command line)")
     if len(images) > 1 and takes.one_image:
         raise InputError(f"{takes.class_name} takes one image, got {len(images)}; give one")
     present = {*kwargs, takes.count_name, takes.image_name if images else "", "prompt" if prompt is not None else ""}
-    masked = takes.mask_name is None or any(kwargs.get(name) is not None for name in (takes.mask_name, _MASKED))
-    needed = [*takes.required, *([] if masked else [str(takes.mask_name)])]
-    present -= set() if masked else {takes.mask_name}  # it may have been given as None
+    shown = [name for name in takes.needed_pictures if name not in takes.required]
+    lacks = [n for n in shown if all(kwargs.get(name) is None for name in (n, *_IN_PLACE_OF.get(n, ())))]
+    needed = [*takes.required, *lacks]
+    present -= set(lacks)  # they may have been given as None
     if missing := [name for name in dict.fromkeys(needed) if name not in present]:
         raise InputError(
             f"{takes.class_name} needs {', '.join(missing)}; give it in the prompt's dict or extra_args (--extra)"

@@ -30,7 +30,14 @@ _PICTURE = re.compile(r"(^|_)(images?|masks?|videos?|conditioning_frames)$")
 _IMAGE = re.compile(r"(^|_)images?$")
 _NO_PICTURE = re.compile("prompt|embeds|latents|attention|padding|size")  # tensors, numbers
 # Most pipelines declare `image=None` and fail later without one; the names of their classes show it.
-_WORDS_OF_IMAGE_PIPELINES = ("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix")
+_WORDS_OF_IMAGE_PIPELINES = (
+    *("Edit", "Img2Img", "Inpaint", "ImageToVideo", "Layered", "Upscale", "Fill", "Pix2Pix", "Depth2Img"),
+    *("SuperResolution", "ImageVariation", "ImageRefiner", "AdapterPipeline", "I2VGen", "CycleDiffusion"),
+)
+_EDIT_WITHOUT_IMAGE = ("BriaFiboEditPipeline", "JoyImageEditPipeline", "JoyImageEditPlusPipeline")
+_CONTROLS = ("control_image", "control_video", "conditioning_frames", "image")
+"""The argument for the condition of a ControlNet: the first of these that a pipeline has."""
+_WORDS_OF_VIDEO_PIPELINES = ("VideoToVideo", "LatentUpsample")
 _WORDS_OF_MASKS = ("Inpaint", "Fill")
 _MASKS = ("mask_image", "control_mask")
 _TENSORS = {"Tensor", "FloatTensor", "LongTensor"}
@@ -78,6 +85,8 @@ class PipelineSignature:
 
     lacks_adapter: bool = False
     """Whether it has arguments of an IP-Adapter, and no such adapter is loaded."""
+    adapted: bool = False
+    """Whether an IP-Adapter is loaded."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -183,6 +192,7 @@ class PipelineSignature:
     def needs_image(self) -> bool:
         """Whether the pipeline cannot run without an input picture."""
         by_name = any(word in self.class_name for word in _WORDS_OF_IMAGE_PIPELINES)
+        by_name = (by_name and self.class_name not in _EDIT_WITHOUT_IMAGE) or self._control_name == "image"
         return "image" in self.required or (self.image_name is not None and by_name)
 
     @property
@@ -196,7 +206,15 @@ class PipelineSignature:
     def needed_pictures(self) -> tuple[str, ...]:
         """Pictures and videos besides `image` without which the pipeline cannot run."""
         required = tuple(name for name in self.required if name in self.pictures)
-        return tuple(dict.fromkeys([*required, *([self.mask_name] if self.mask_name else [])]))
+        video = "video" in self.names and any(word in self.class_name for word in _WORDS_OF_VIDEO_PIPELINES)
+        others = (self.mask_name, self._control_name, "video" if video else None)
+        return tuple(dict.fromkeys([*required, *(name for name in others if name not in (None, "image"))]))
+
+    @property
+    def _control_name(self) -> str | None:
+        """The argument for the condition of a ControlNet or a control model; None for other pipelines."""
+        controlled = "Control" in self.class_name
+        return next((name for name in _CONTROLS if name in self.names), None) if controlled else None
 
     @property
     def one_image(self) -> bool:

@@ -40,6 +40,8 @@ class Request:
     """Values of the pipeline's arguments that were not chosen."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """See `PipelineSignature.made_by`."""
+    pictures_left_out: Sequence[str] = ()
+    """Arguments for pictures and videos that the pipeline takes and that were not given."""
 
     def call_arguments(self) -> dict[str, Any]:
         """Return all arguments of the pipeline's `__call__` except the generator."""

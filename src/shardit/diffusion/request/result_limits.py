@@ -65,11 +65,16 @@ def _counts(asked: Mapping[str, Any], limits: ResultLimits) -> _Amounts:
         if name == "num_outputs_per_prompt":
             found.append((name, value, limits.outputs, "outputs"))
         elif name.endswith(("sigmas", "timesteps")):
-            found.append((name, len(value) if isinstance(value, Collection) else 0, limits.steps, "steps"))
+            found.append((name, _length(value), limits.steps, "steps"))
         elif (word := _COUNTED.search(name)) is not None:
             unit = "tokens" if word[0] == "length" else word[0]
             found.append((name, max((one for one in _flat(value) if is_number(one)), default=0), bounds[unit], unit))
     return found
+
+
+def _length(value: Any) -> int:
+    """Return the number of entries; 0 for what is no list, such as a tensor of one number."""
+    return len(value) if isinstance(value, Collection) and getattr(value, "ndim", 1) else 0
 
 
 def _flat(value: Any) -> list[Any]:

@@ -60,13 +60,14 @@ class SharedCallback:
         device, made = self.ranks.group.device, dict[str, Any]()
         before = {name: (value, _version(value)) for name, value in given.items()}
         drawn, alike, error = states(device, self.generators), {}, None
+        failed: Exception | None = None
         try:
             made = self.callback(pipe, step, timestep, given)
             if not isinstance(made, dict):
                 raise InputError(f"{CALLBACK} must return a dict of tensors, as it is given one, not {made!r}")
             alike = self.begin(pipe)
         except Exception as failure:
-            made, error = {}, sendable(failure)
+            made, failed, error = {}, failure, sendable(failure)
         changed = [name for name in {**before, **made} if _changed(name, before, made)]
         interrupt = getattr(pipe, "_interrupt", False) or pipe.__dict__.get("_interrupt_requested", False)
         after = states(device, self.generators)
@@ -75,7 +76,7 @@ class SharedCallback:
         # Only the draws of rank 0's callback are kept: those of other ranks are undone.
         back = {name: drawn[name] for name in moved(drawn, after)} | gathered[0].drawn
         set_states(back, device, self.generators)
-        _raise_together(gathered)
+        _raise_together(gathered, failed)
         if any(one.interrupt for one in gathered):
             pipe.__dict__["_interrupt"] = True
         known, kept = {name for one in gathered for name in one.changed}, gathered[0].made
@@ -97,11 +98,13 @@ class Outcome:
     alike: dict[str, Any]
 
 
-def _raise_together(gathered: list[Outcome]) -> None:
-    """Raise the error of any rank on every rank, or InputError if models were changed on some ranks only."""
+def _raise_together(gathered: list[Outcome], failed: Exception | None) -> None:
+    """Raise the error of any rank on every rank, or InputError if models were changed on some ranks only. failed: the
+    error of this rank, which is raised as it is if it is the same."""
     for one in gathered:
         if one.error is not None:
-            raise one.error
+            own = failed is not None and str(sendable(failed)) == str(one.error)
+            raise failed if failed is not None and own else one.error
     names = dict.fromkeys(name for one in gathered for name in one.alike)
     wrong = [name for name in names if any(one.alike.get(name) != gathered[0].alike.get(name) for one in gathered)]
     if wrong:

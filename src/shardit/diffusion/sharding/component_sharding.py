@@ -66,6 +66,7 @@ class ComponentSharding:
     _adapters: AdapterScales | None = field(init=False, repr=False)
     _slices: list[HeldSlice] = field(init=False, repr=False)
     _history: bytes = field(init=False, repr=False, default=b"")
+    _last: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
         safe = [name for name in SAFE_METHODS if self.denoises and hasattr(self.module, name)]
@@ -110,7 +111,7 @@ class ComponentSharding:
         """Check the component before a call. Return the state that must be equal on all ranks, by its name in messages:
         hooks of users on modules, and a hash of all changes so far."""
         self.check()
-        found: dict[str, Any] = {f"changes of {self.title}": self._history} if self._history else {}
+        found: dict[str, Any] = {f"changes of {self.title} ({self._last})": self._history} if self._history else {}
         if self._adapters is not None and (scales := self._adapters.hash()):
             found[f"adapters of {self.title}"] = scales
         hooked = self._fingerprint.hooked()
@@ -136,6 +137,7 @@ class ComponentSharding:
             self._finish_calls()
             unwrap_parts(self.module)
             self._record(*(_describe(change) for change in changes))
+            self._last = _shortened([change.path for change in changes])
             apply_changes(self, changes)
             self.update()
         if not self.denoises and self.slices is None:
@@ -169,6 +171,7 @@ class ComponentSharding:
             out = own_method(module, *args, **kwargs)
             apply_changes(self, [])
             self._record(name)
+            self._last = f"{name}()"
             self.update()
             return out
 
@@ -234,6 +237,11 @@ def _describe(change: Change) -> str:
         repr(v) if type(v) in (*PLAIN, *ORDERED) else plain_class(v).__qualname__ for v in (change.before, change.now)
     )
     return " ".join((change.path, *values))
+
+
+def _shortened(paths: list[str]) -> str:
+    """Return the first of several names, and how many there are."""
+    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def _own_methods(module: nn.Module) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def connect(
     for name in (*assignment.owned, *assignment.layerwise):
         part = getattr(pipe, name)
         part.shardit_boundary.reach(vars(pipe).values())
+        part.shardit_boundary.libraries = LIBRARIES.own
         guard(part, name, runtime.mesh)
         mark_absent(part, torch.device(runtime.mesh.device), LIBRARIES)
         ComponentSharding(name, part, config, runtime, False, None, assignment, cuts.get(name))
@@ -118,11 +119,11 @@ def shard_model(
     mesh = runtime.mesh
     # Stages also implement the guidance axis: a call run by another replica is one whose result arrives later.
     pieces = mesh.pp_size > 1 or mesh.sizes["cfg"] > 1
-    stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared)) if pieces else None
+    stages = (lambda: stage(model, runtime, cut.placement, cut.plan, shared, cut.blocks)) if pieces else None
     overlaps = not pieces and (cut.plan is None or cut.plan.overlap)
     if "sp" in mesh.axes:
         wrap_attention_back_ends()
-        way = shard_tokens(model, mesh, stages, cut.plan)
+        way = shard_tokens(model, mesh, stages, cut.plan, cut.blocks)
         overlaps = overlaps and not way.by_hand  # a result may then have another shape in each call
     elif stages is not None:
         stages()

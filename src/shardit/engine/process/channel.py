@@ -129,9 +129,9 @@ class Pipe:
 
     def close(self) -> None:
         """Close the channel; unsent messages are lost."""
-        self._out.put(_END)
         with contextlib.suppress(OSError):
-            self._channel.socket.shutdown(2)
+            self._channel.socket.shutdown(2)  # before the writer closes it: for the reader it would stay open
+        self._out.put(_END)
 
     def _read(self) -> None:
         try:

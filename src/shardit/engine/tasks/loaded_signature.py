@@ -35,6 +35,7 @@ def loaded_signature(pipe: Any, spec: SessionSpec, index: dict[str, Any], rate: 
         made_by=_made_by(spec),
         missing=missing(type(pipe)),
         lacks_adapter=lacks,
+        adapted=adapted,
     )
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from shardit.core.comm.mesh import Mesh
-from shardit.core.modules.blocks import find_blocks
+from shardit.core.modules.blocks import blocks_named
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.stages.stages import Stages
 from shardit.errors import InputError, UnsupportedError
@@ -56,16 +56,20 @@ class Choice:
 
 
 def shard_tokens(
-    model: nn.Module, mesh: Mesh, cut: Callable[[], Stages] | None = None, plan: Any = None
+    model: nn.Module,
+    mesh: Mesh,
+    cut: Callable[[], Stages] | None = None,
+    plan: Any = None,
+    names: Collection[str] = (),
 ) -> SequenceParallel | PlannedSequence:
     """Shard the tokens of a transformer over the "sp" axis of the mesh, in place.
 
     cut: also cuts it into pipeline stages; it is called in the middle. The interceptor of the model's call must lie
     inside that of the stages, which may run a forward in pieces, and those of its modules outside theirs, so that
-    stages see and send shards only. Raises InputError if a declared plan does not fit the model, UnsupportedError if
-    nothing is declared and the model has no block lists.
+    stages see and send shards only. names: see `blocks_named`. Raises InputError if a declared plan does not fit the
+    model, UnsupportedError if nothing is declared and the model has no block lists.
     """
-    choice = _choose(model, SequenceAttention(mesh), plan)
+    choice = _choose(model, SequenceAttention(mesh), plan, names)
     own_call = type(model).__call__
 
     @functools.wraps(own_call)
@@ -80,11 +84,11 @@ def shard_tokens(
     return choice.way
 
 
-def _choose(model: nn.Module, attention: SequenceAttention, plan: Any) -> Choice:
+def _choose(model: nn.Module, attention: SequenceAttention, plan: Any, names: Collection[str]) -> Choice:
     if getattr(model, DECLARED, None) is not None:
         return Choice(read_planned(model, DECLARED, attention))
     has_other = getattr(model, OF_DIFFUSERS, None) is not None
-    blocks = find_blocks(model, plan)
+    blocks = blocks_named(model, names, plan)
     if blocks:
         other = (lambda: read_planned(model, OF_DIFFUSERS, attention)) if has_other else None
         return Choice(SequenceParallel(model, attention, blocks), other)

@@ -32,16 +32,18 @@ class LastResort:
 
     def disarm(self) -> None:
         """Cancel the forced exit after a regular shutdown."""
-        self._over.set()
         signal.set_wakeup_fd(-1)
+        self._over.set()
         self._writes.close()
 
     def _watch(self) -> None:
-        heard = self._reads.recv(1)
-        self._reads.close()
-        if not heard or self._over.wait(END_S):
-            return
-        number = heard[0]
+        with self._reads:  # open to the end: Python prints an error for a signal that it cannot write
+            heard = self._reads.recv(1)
+            if not heard or self._over.wait(END_S):
+                return
+            self._end(heard[0])
+
+    def _end(self, number: int) -> None:
         say = threading.Thread(
             target=self._log.error, args=("ended_by_force",), daemon=True
         )  # the log may be stuck, too

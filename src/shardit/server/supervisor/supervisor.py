@@ -222,7 +222,9 @@ class Supervisor:
     # The end.
 
     def stop(self, number: int) -> None:
-        """Accept no more jobs, queue running ones again, and stop."""
+        """Accept no more jobs, queue running ones again, and stop. A second signal changes nothing."""
+        if self.asked_to_stop:
+            return
         self.code = exit_code(number)
         self.asked_to_stop = True
         self.log.info("stopping", signal=signal.Signals(number).name)

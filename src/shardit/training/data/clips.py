@@ -31,6 +31,9 @@ _REORDERED = 32
 _HIDDEN_FRAMES = ("vp8", "libvpx")
 """Codecs with packets whose frames are not shown."""
 
+_HDR = {16: "PQ", 18: "HLG"}
+"""Brightness curves of HDR, by their number in the standard (H.273)."""
+
 _EARLY = 0.49
 """Share of its duration by which a frame may be shown early: of two frames, the nearer one is taken."""
 
@@ -48,15 +51,15 @@ class Clip:
             first = next(container.decode(stream), None)
             if first is None:
                 raise InputError("it has no frames")
+            notes = _colour_notes(stream)
             wide, high = _upright(first, reading.background).size
             aspect = _pixel_aspect(stream, first)
         with _opened(self.path) as (container, stream):
             rate = _rate(stream)
             count = _count(_packet_times(container, stream, reading), rate, reading.fps)
         width, height = (round(wide * aspect), high) if aspect >= 1 else (wide, round(high / aspect))
-        notes = ()
         if reading.fps is not None and reading.fps > rate * 1.01:
-            notes = (f"has {rate:.4g} frames per second, fewer than {reading.fps:g}: frames are repeated",)
+            notes += (f"has {rate:.4g} frames per second, fewer than {reading.fps:g}: frames are repeated",)
         return Extent(width, height, min(count, reading.frames), notes)
 
     def read(self, reading: Reading, width: int, height: int, frames: int) -> NDArray[np.uint8]:
@@ -136,6 +139,11 @@ def _upright(frame: VideoFrame, background: str) -> Image.Image:
     return turned(frame, picture)
 
 
+def _colour_notes(stream: VideoStream) -> tuple[str, ...]:
+    kind = _HDR.get(int(stream.codec_context.color_trc or 0))
+    return (f"has HDR colours ({kind}), which are not converted: it looks pale",) if kind else ()
+
+
 def _pixel_aspect(stream: VideoStream, frame: VideoFrame) -> float:
     """Return the width of a clip's pixels over their height, once it is upright."""
     aspect = float(stream.sample_aspect_ratio or 1)
@@ -153,5 +161,6 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not container.streams.video:
                 raise InputError("it has no pictures")
             yield container, container.streams.video[0]
-    except (OSError, ValueError, LookupError, ArithmeticError) as error:  # errors of av are among these
+    # Damaged data raise nearly anything: errors of av, EOFError, MemoryError, ...
+    except Exception as error:
         raise unreadable("clip", path, error) from error

@@ -142,7 +142,8 @@ def _table(order: Order) -> Sequence[str]:
     total = count(sum(samples for _, samples, _, _ in rows), "sample", "samples")
     lines = [f"data: {total} in {count(len(rows), 'bucket', 'buckets')}, {_batches(order.per_epoch)} in an epoch"]
     for bucket, samples, batches, last in sorted(rows):
-        ending = f", the last one of {last}" if batches > 1 else f" of {last}"
+        short = f" of {last}" if last < order.batch_size else ""
+        ending = f", the last one{short}" if short and batches > 1 else short
         lines.append(f"  {bucket}: {count(samples, 'sample', 'samples')}, {_batches(batches)}{ending}")
     return lines
 

@@ -23,7 +23,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     found = _items(before.get(ITEMS, {}), now.get(ITEMS, {}))
     for name in sorted((before.keys() | now.keys()) - {ITEMS}):
         if before.get(name) != now.get(name):
-            found.append(f"{name} was {before.get(name)!r} and is {now.get(name)!r}")
+            found.append(f"{name} was {before.get(name)!r:.60} and is {now.get(name)!r:.60}")
     return "; ".join(found)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from shardit.errors import InputError
 from shardit.training.data import clips, pictures
 from shardit.training.data.clips import Clip
-from shardit.training.data.media import Media
+from shardit.training.data.media import Media, shown
 from shardit.training.data.pictures import Picture
 
 ENDINGS = (*pictures.ENDINGS, *clips.ENDINGS)
@@ -63,10 +63,9 @@ def media_of(path: Path) -> Media | None:
 
 
 def portable(name: str | os.PathLike[str]) -> str:
-    """Return a relative path as it is on each machine: composed characters, forward slashes; bytes that are no text
-    are written out."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return unicodedata.normalize("NFC", text.replace(os.sep, "/"))
+    """Return a relative path as it is on each machine: composed characters, forward slashes; line breaks and
+    bytes that are no text are written out."""
+    return unicodedata.normalize("NFC", shown(name).replace(os.sep, "/"))
 
 
 def listed(names: Sequence[str], most: int = _NAMED) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ _PARTS, _PART = 16, 64 * 2**10
 """Number of these parts, and bytes of each."""
 
 _CHUNK = 2**20
+
+_BREAKING = ("Cc", "Zl", "Zp")
+"""Categories of characters that break or disturb a line of text."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,16 @@ def array(pictures: Sequence[Image.Image]) -> NDArray[np.uint8]:
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return a path as one line of text: line breaks and the like, and bytes that are no text, are written out."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(repr(one)[1:-1] if unicodedata.category(one) in _BREAKING else one for one in text)
+
+
 def unreadable(kind: str, path: Path, error: Exception) -> InputError:
     """Return the error of a file that cannot be read. kind: the word for it."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
-    return InputError(f"{kind} {path} cannot be read: {said}; replace it or take it out")
+    return InputError(f"{kind} {shown(path)} cannot be read: {said.rstrip('.')}; replace it or take it out")
 
 
 def file_digest(path: Path, *, sampled: bool = False) -> str:

@@ -8,7 +8,9 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Order:
         assert names, "an order needs a sample"
         assert len(names) == len(buckets), "each sample has a bucket"
         self._names = names
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._seed = seed
         self._repeats = repeats
         self._dropout = caption_dropout
@@ -83,7 +85,7 @@ class Order:
         """Return for each bucket its samples, its micro-batches in an epoch and the samples of the last of these."""
         rows = []
         for bucket, inside in self._buckets.items():
-            *full, last = _split(range(len(inside) * self._repeats), self._batch_size)
+            *full, last = _split(range(len(inside) * self._repeats), self.batch_size)
             rows.append((bucket, len(inside), len(full) + 1, len(last)))
         return rows
 
@@ -91,18 +93,18 @@ class Order:
         """Return micro-batches with each sample once, in the order of names, with its caption: for validation."""
         made = []
         for bucket, inside in self._buckets.items():
-            for chosen in _split(inside, self._batch_size):
+            for chosen in _split(inside, self.batch_size):
                 draws = (Draw(item, self._names[item], 0, 0, self._hash("once", item), False) for item in chosen)
                 made.append(Batch(bucket, tuple(draws)))
         return made
 
-    def _shuffled(self, epoch: int) -> list[tuple[Hashable, list[tuple[int, int]]]]:
+    def _shuffled(self, epoch: int) -> list[tuple[Hashable, Sequence[tuple[int, int]]]]:
         """Return the micro-batches of an epoch: bucket, and samples with the number of the repeat."""
         draw = random.Random(f"{self._seed}/{epoch}")
-        made = []
+        made: list[tuple[Hashable, Sequence[tuple[int, int]]]] = []
         for bucket, inside in self._buckets.items():
             entries = [(item, repeat) for repeat in range(self._repeats) for item in _mixed(inside, draw)]
-            made += [(bucket, chosen) for chosen in _split(entries, self._batch_size)]
+            made += [(bucket, chosen) for chosen in _split(entries, self.batch_size)]
         return _mixed(made, draw)
 
     def _draw(self, item: int, epoch: int, repeat: int) -> Draw:
@@ -117,10 +119,10 @@ class Order:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _mixed(values: Sequence[Any], draw: random.Random) -> list[Any]:
+def _mixed(values: Sequence[T], draw: random.Random) -> list[T]:
     # By sorting: Python promises the same numbers of random() in all versions, but not the same shuffle().
     return [value for _, _, value in sorted((draw.random(), place, value) for place, value in enumerate(values))]
 
 
-def _split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+def _split(values: Sequence[T], size: int) -> list[Sequence[T]]:
     return [values[start : start + size] for start in range(0, len(values), size)]

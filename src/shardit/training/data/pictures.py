@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,13 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture upright, by the value of that tag."""
+
+_SCALES: dict[Any, Callable[[int], int]] = {
+    "L;2": lambda value: value * 85,
+    "L;4": lambda value: value * 17,
+    "RGB;16B": lambda value: value >> 8,
+}
+"""From a value at the depth of a PNG file to 8 bits, by PIL's name of the file's pixels."""
 
 _ANIMATED = ("PNG", "WEBP", "GIF")
 """Formats whose further frames are an animation; those of a JPEG are other views of the same scene."""
@@ -76,9 +84,29 @@ def extent_of(picture: Image.Image) -> Extent:
 def plain(picture: Image.Image, background: str) -> Image.Image:
     """Return a picture upright, as 8-bit RGB on the background."""
     turn, _ = orientation(picture)
-    method = _TURNS[turn]
-    upright = picture if method is None else picture.transpose(method)
-    return to_mode(to_eight_bits(upright), "RGB", background)
+    method, narrow = _TURNS[turn], _eight_bits(picture)
+    return to_mode(narrow if method is None else narrow.transpose(method), "RGB", background)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Return a picture with 8 bits, also where a grey of 16 bits is declared as transparent."""
+    key = picture.info.get("transparency")
+    narrow = to_eight_bits(picture)
+    if isinstance(key, int) and picture.mode.startswith("I"):
+        shown = np.asarray(picture) != key
+        narrow.putalpha(Image.fromarray(shown.astype(np.uint8) * 255))
+    return narrow
+
+
+def _mend_transparency(picture: Image.Image) -> None:
+    """Bring the colour that an opened file declares as transparent to 8 bits: PIL does so with its pixels alone, and
+    then none has that colour."""
+    key = picture.info.get("transparency")
+    if key is None or picture.format != "PNG":
+        return
+    scale = next((_SCALES[tile[3]] for tile in getattr(picture, "tile", ()) if tile[3] in _SCALES), None)
+    if scale is not None:
+        picture.info["transparency"] = tuple(map(scale, key)) if isinstance(key, tuple) else scale(key)
 
 
 def orientation(picture: Image.Image) -> tuple[int, tuple[str, ...]]:
@@ -117,6 +145,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():  # of large sizes and broken EXIF data; what PIL refuses is an error
             warnings.simplefilter("ignore")
             with Image.open(path) as picture:
+                _mend_transparency(picture)
                 yield picture
     # PIL's decoders raise nearly anything on damaged data: SyntaxError, struct.error, EOFError, ValueError, ...
     except Exception as error:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,7 +151,7 @@ def _between(draw: random.Random, low: float, high: float) -> float:
     return low + (high - low) * draw.random()
 
 
-def _distance(outline: str, x: NDArray[np.float32], y: NDArray[np.float32], half: float) -> NDArray[np.float32]:
+def _distance(outline: str, x: NDArray[np.float32], y: NDArray[np.float32], half: float) -> NDArray[Any]:
     """Return the distance of pixels from the outline of a shape around (0, 0), below 0 inside of it."""
     if outline == "circle":
         return np.hypot(x, y) - half

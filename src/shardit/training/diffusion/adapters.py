@@ -19,7 +19,11 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def targets(model: nn.Module, patterns: Sequence[str]) -> tuple[list[str], list[str]]:
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The same of the text encoders that are trained."""
+
+
+def targets(model: nn.Module, patterns: Sequence[str], usual: Sequence[str] = ATTENTION) -> tuple[list[str], list[str]]:
     """Return the names of the modules that get an adapter, and the patterns that say so. A pattern is the end of a
     name, from a dot on, or a regular expression for a whole name.
 
@@ -27,10 +31,10 @@ def targets(model: nn.Module, patterns: Sequence[str]) -> tuple[list[str], list[
     """
     names = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
     if not patterns:
-        used = [pattern for pattern in ATTENTION if _matching(pattern, names)]
+        used = [pattern for pattern in usual if _matching(pattern, names)]
         if not used:
             raise InputError(
-                f"{type(model).__name__} has none of {', '.join(ATTENTION)}: name modules in lora_targets, such as "
+                f"{type(model).__name__} has none of {', '.join(usual)}: name modules in lora_targets, such as "
                 f"{', '.join(sorted(_ends(names))[:3])}"
             )
         patterns = used
@@ -70,24 +74,27 @@ def _ends(names: Collection[str]) -> list[str]:
     return sorted(found)
 
 
-def add_lora(model: Any, settings: TrainSettings) -> str:
-    """Freeze a model and add an adapter, in float32; return a line for the user."""
-    from peft import LoraConfig
+def add_lora(model: Any, settings: TrainSettings, *, text: bool = False) -> str:
+    """Freeze a model and add an adapter, in float32; return a line for the user. text: it is a text encoder, to whose
+    attention projections an adapter is added, whatever the settings name."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    names, patterns = targets(model, settings.lora_targets)
+    names, patterns = targets(model, (), TEXT_ATTENTION) if text else targets(model, settings.lora_targets)
     short = all(_as_end(pattern, names, model) for pattern in patterns)
     model.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # the same first weights on each rank
-        model.add_adapter(
-            LoraConfig(
-                r=settings.lora_rank,
-                lora_alpha=_alpha(settings),
-                lora_dropout=settings.lora_dropout,
-                use_rslora=settings.lora_rslora,
-                target_modules=sorted(patterns) if short else names,
-            )
+        config = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=_alpha(settings),
+            lora_dropout=settings.lora_dropout,
+            use_rslora=settings.lora_rslora,
+            target_modules=sorted(patterns) if short else names,
         )
+        if text:
+            inject_adapter_in_model(config, model)
+        else:
+            model.add_adapter(config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()

@@ -13,6 +13,7 @@ from shardit.training.diffusion.cache import Cache, Entry
 from shardit.training.diffusion.families.predictions import Inputs
 from shardit.training.diffusion.families.prompts import joined
 from shardit.training.diffusion.families.table import Family
+from shardit.training.diffusion.joint import Joint
 from shardit.training.diffusion.noise import noise_of, uniform_of
 from shardit.training.diffusion.objectives import Objective
 from shardit.training.diffusion.timesteps import Timesteps
@@ -21,10 +22,11 @@ from shardit.training.recipe import MicroBatch
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a step: its entries in the cache, the seed of its noise and timestep, its name."""
+    """One sample of a step: its entries in the cache, its caption, the seed of its noise and timestep, its name."""
 
     latents: Entry
     prompt: Entry
+    caption: str
     seed: int
     name: str
 
@@ -40,6 +42,7 @@ class Batches:
     timesteps: Timesteps
     models: tuple[str, ...]
     boundary: float | None
+    live_prompts: bool = False
 
     def of(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """Return one micro-batch for each model that has samples among these, which have latents of one size."""
@@ -60,11 +63,17 @@ class Batches:
         data = {
             "latents": stacked.pop("latents"),
             "condition": {name.removeprefix("condition."): tensor for name, tensor in stacked.items()},
-            "text": joined(self.family, [self.cache.read(sample.prompt) for sample in samples]),
+            "text": self._text(samples),
             "times": torch.tensor(times, dtype=torch.float32),
             "seeds": torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
         }
         return MicroBatch(model, data, float(len(samples)), tuple(sample.name for sample in samples))
+
+    def _text(self, samples: list[Sample]) -> dict[str, Any]:
+        """Return the embeddings of prompts, or the captions themselves for text encoders that are trained."""
+        if self.live_prompts:
+            return {"captions": [sample.caption for sample in samples]}
+        return joined(self.family, [self.cache.read(sample.prompt) for sample in samples])
 
     def _time(self, sample: Sample, latents: torch.Tensor) -> float:
         """Return the timestep of a sample, which follows from its seed."""
@@ -90,7 +99,8 @@ class Loss:
         clean, times = data["latents"].to(self.device), data["times"].to(self.device)
         noise = noise_of(data["seeds"], clean.shape[1:]).to(self.device)
         noised = self.objective.noised(clean, noise, times)
-        text, condition = self._given(data["text"]), self._given(data["condition"])
+        text = model.prompts(data["text"]["captions"], self.device) if isinstance(model, Joint) else data["text"]
+        text, condition = self._given(text), self._given(data["condition"])
         given = Inputs(noised.to(self.dtype), times, text, condition, self.pipeline, dict(self.settings))
         made = self.family.predict(model, given).float()
         errors = (made - self.objective.target(clean, noise, times)) ** 2

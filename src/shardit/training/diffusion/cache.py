@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,16 @@ import torch
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.errors import InputError, first_line
+from shardit.settings.environment import PROGRESS, switch
 
 FORMAT = 1
 """Changes when an entry of the same facts would have other contents."""
+
+_PIECE = 1 << 24
+"""Bytes of a file that are read at once."""
+
+_LINES = 10
+"""Lines of progress where standard error is no terminal, about."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Cache:
 
     def _make(self, entries: list[Entry], make: Any, ranks: GroupCoordinator) -> None:
         problem = None
-        for entry in entries:
+        for entry in _shown(entries, ranks.rank_in_group == 0):
             try:
                 self.write(entry, make(entry))
             except Exception as error:
@@ -109,6 +117,22 @@ class Cache:
         found = next((one for one in ranks.gather_objects(problem) if one), None)
         if found:
             raise InputError(found)
+
+
+def _shown(entries: list[Entry], leads: bool) -> Iterator[Entry]:
+    """Yield entries. The first rank shows how many are made: by a bar on a terminal, elsewhere by a line now and
+    then."""
+    if not (leads and entries and switch(PROGRESS, os.environ, default=True)):
+        yield from entries
+        return
+    from tqdm import tqdm
+
+    kind, count = entries[0].kind, len(entries)
+    bar = tqdm(entries, desc=f"encode {kind}", disable=None)
+    for number, entry in enumerate(bar, 1):
+        yield entry
+        if bar.disable and count >= _LINES and number % (count // _LINES) == 0:
+            print(f"{kind}: {number} of {count} encoded", file=sys.stderr, flush=True)
 
 
 def _told(entry: Entry, error: Exception) -> str:
@@ -127,5 +151,8 @@ def digest_of_files(folder: Path) -> str:
 
 
 def _digest(path: Path) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()

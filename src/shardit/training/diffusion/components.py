@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from shardit.core.comm.group import GroupCoordinator
 from shardit.diffusion.loading.pipeline import Prepared, load_pipeline, prepare
 from shardit.diffusion.roles import denoises
 from shardit.errors import InputError, UnsupportedError
@@ -28,11 +30,12 @@ class Parts:
     """A pipeline for training.
 
     encoding: the pipeline with its encoders and VAE; its trained modules are on meta. dtype: of the trained weights.
-    own: arguments that a tiny model is called with where nothing else is said.
+    own: arguments that a tiny model is called with where nothing else is said. digests: of the folders of the other
+    components.
     """
 
     family: Family
-    prepared: Prepared
+    folder: Path
     encoding: Any
     trained: tuple[str, ...]
     dtype: torch.dtype
@@ -46,8 +49,8 @@ class Parts:
         return None if share is None else share * self.encoding.scheduler.config.num_train_timesteps
 
 
-def load_encoding(settings: TrainSettings, device: torch.device) -> Parts:
-    """Load all but the trained modules. Raises InputError and UnsupportedError."""
+def load_encoding(settings: TrainSettings, device: torch.device, ranks: GroupCoordinator) -> Parts:
+    """Load all but the trained modules. Collective; raises InputError and UnsupportedError."""
     found = prepare(settings.model)
     family = family_of(found.cls)
     trained = tuple(name for name, module in found.modules.items() if denoises(name, module))
@@ -58,8 +61,9 @@ def load_encoding(settings: TrainSettings, device: torch.device) -> Parts:
     check_model(family, pipe)
     check_vae(pipe.vae)
     own = tiny.filled_in(settings.model.removeprefix(_TINY), ()) if settings.model.startswith(_TINY) else {}
-    digests = {name: digest_of_files(part.folder) for name, part in prepared.parts.items() if name not in trained}
-    parts = Parts(family, prepared, pipe, trained, dtype, own, digests)
+    others = {name: part.folder for name, part in prepared.parts.items() if name not in trained}
+    digests = {name: digest_of_files(folder) for name, folder in others.items()} if ranks.is_first_rank else None
+    parts = Parts(family, prepared.source.folder, pipe, trained, dtype, own, ranks.broadcast_object(digests))
     if len(trained) == 2 and parts.boundary is None:
         raise UnsupportedError(f"{found.cls.__name__} has {' and '.join(trained)} but no boundary_ratio")
     return parts

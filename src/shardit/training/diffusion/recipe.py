@@ -14,13 +14,14 @@ from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import Mesh
 from shardit.errors import InputError, UnsupportedError
 from shardit.training.diffusion import components, files
-from shardit.training.diffusion.adapters import add_lora
+from shardit.training.diffusion.adapters import add_lora, targets
 from shardit.training.diffusion.batches import Batches, Loss, Sample
 from shardit.training.diffusion.cache import Cache
 from shardit.training.diffusion.components import Parts
-from shardit.training.diffusion.families.table import spatial_scale
+from shardit.training.diffusion.families.table import FAMILIES, spatial_scale
+from shardit.training.diffusion.joint import Joint
 from shardit.training.diffusion.objectives import objective_of
-from shardit.training.diffusion.samples import Sampler, encode
+from shardit.training.diffusion.samples import Prompt, Sampler, encode
 from shardit.training.diffusion.sized import Sized, sized
 from shardit.training.diffusion.timesteps import timesteps_for, usual_kind
 from shardit.training.recipe import MicroBatch, Recipe
@@ -35,30 +36,33 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
 
     Raises InputError and UnsupportedError, in one line.
     """
-    if settings.train_text_encoder:
-        raise UnsupportedError("train_text_encoder: text encoders cannot be trained yet; leave it out")
+    if settings.sample_every and not settings.sample_prompts:
+        raise InputError("sample_every needs sample_prompts: name at least one prompt")
+    cache = Cache(_cache_folder(settings))
     ranks = GroupCoordinator.of_mesh(mesh)["world"]
-    parts = components.load_encoding(settings, mesh.device)
+    parts = components.load_encoding(settings, mesh.device, ranks)
+    _check(settings, parts)
     scheduler = parts.encoding.scheduler
     objective = objective_of(scheduler)
     kind = settings.timesteps or usual_kind(objective.flow, experts=len(parts.trained) > 1, shift=settings.shift)
     timesteps = timesteps_for(kind, settings.shift, scheduler, objective.flow)
-    cache = Cache(_cache_folder(settings))
     data = sized(settings, parts)
     held_out = sized(settings, parts, held_out=True) if settings.validation_data else None
     for one in (data, held_out):
         if one is not None:
             one.fill(cache, ranks)
-    batches = Batches(cache, parts.family, objective, timesteps, parts.trained, parts.boundary)
+    live = settings.train_text_encoder
+    batches = Batches(cache, parts.family, objective, timesteps, parts.trained, parts.boundary, live)
     sampler = _sampler(settings, parts, data, mesh, ranks)
-    components.release(parts.encoding, keep=("vae",) if sampler is not None else ())
+    kept = (*(("vae",) if sampler is not None else ()), *(parts.family.encoders if live else ()))
+    components.release(parts.encoding, kept)
     pipe = components.load_trained(settings, parts, mesh.device)
+    pipe.register_modules(**{name: getattr(parts.encoding, name) for name in kept})
     if sampler is not None:
-        pipe.register_modules(vae=parts.encoding.vae)
         sampler = replace(sampler, pipe=pipe)
-    models = {name: getattr(pipe, name) for name in parts.trained}
+    models, trained = _set_up(settings, parts, pipe)
     loss = Loss(parts.family, objective, type(pipe), _called_with(pipe), parts.dtype, mesh.device)
-    notes = (*data.data.notes, timesteps.described(), *_set_up(settings, models))
+    notes = (*data.data.notes, timesteps.described(), *trained)
     return Recipe(
         models,
         loss,
@@ -70,6 +74,21 @@ def recipe(settings: TrainSettings, mesh: Mesh) -> Recipe:
         sampler,
         notes,
     )
+
+
+def _check(settings: TrainSettings, parts: Parts) -> None:
+    """Raise an error for settings that the trained modules do not fit, before anything is encoded for hours."""
+    if settings.train_text_encoder and settings.full:
+        raise InputError("train_text_encoder adds a LoRA, so it does not go with full: leave one of them out")
+    if settings.train_text_encoder and not parts.family.encoders:
+        known = " and ".join(one.pipeline for one in FAMILIES if one.encoders)
+        raise UnsupportedError(f"train_text_encoder: not with {parts.family.pipeline}, only with {known}; leave it out")
+    for name in parts.trained:
+        model = getattr(parts.encoding, name)
+        if not settings.full:
+            targets(model, settings.lora_targets)
+        if settings.gradient_checkpointing and not getattr(model, "_supports_gradient_checkpointing", False):
+            raise UnsupportedError(f"gradient_checkpointing: {type(model).__name__} has none; leave it out")
 
 
 def _cache_folder(settings: TrainSettings) -> Path:
@@ -89,36 +108,39 @@ def _called_with(pipe: Any) -> dict[str, Any]:
     return {"expand_timesteps": bool(pipe.config.get("expand_timesteps")), "vae_scale": spatial_scale(pipe)}
 
 
-def _set_up(settings: TrainSettings, models: Mapping[str, nn.Module]) -> list[str]:
-    """Choose the weights that are trained; return lines for the user."""
+def _set_up(settings: TrainSettings, parts: Parts, pipe: Any) -> tuple[dict[str, nn.Module], list[str]]:
+    """Choose the weights that are trained; return the trained modules by name, and lines for the user."""
+    models: dict[str, nn.Module] = {name: getattr(pipe, name) for name in parts.trained}
     notes = []
-    for name, model in models.items():
-        made: Any = model
+    for name in models:
+        made = getattr(pipe, name)
         if settings.full:
             made.requires_grad_(True)
             count = sum(parameter.numel() for parameter in made.parameters())
             notes.append(f"{name}: all {count:,} weights are trained, in {str(made.dtype).removeprefix('torch.')}")
         else:
-            notes.append(f"{name}: {add_lora(model, settings)}")
+            notes.append(f"{name}: {add_lora(made, settings)}")
         if settings.gradient_checkpointing:
-            if not getattr(made, "_supports_gradient_checkpointing", False):
-                raise UnsupportedError(f"gradient_checkpointing: {type(made).__name__} has none; leave it out")
             made.enable_gradient_checkpointing()
-    return notes
+    if settings.train_text_encoder:
+        encoders = parts.family.encoders
+        notes += [f"{name}: {add_lora(getattr(pipe, name).train(), settings, text=True)}" for name in encoders]
+        models = {name: Joint(parts.family, pipe, name, encoders) for name in models}
+    return models, notes
 
 
 def _sampler(settings: TrainSettings, parts: Parts, data: Sized, mesh: Mesh, ranks: GroupCoordinator) -> Sampler | None:
     """Encode the prompts of the samples while the encoders are there; None if no samples are asked for."""
     if not settings.sample_prompts:
-        if settings.sample_every:
-            raise InputError("sample_every needs sample_prompts: name at least one prompt")
         return None
     arguments = {**parts.own, **dict(parts.family.shown), **data.shown()}
     pictures = data.first_frames(len(settings.sample_prompts)) if parts.family.first_frame else []
     prompts = []
     for number, text in enumerate(settings.sample_prompts):
         picture: dict[str, Image.Image] = {"image": pictures[number]} if pictures else {}
-        prompts.append(encode(parts.encoding, text, {**arguments, **picture}))
+        given = {**arguments, **picture}
+        live = settings.train_text_encoder
+        prompts.append(Prompt(text, given) if live else encode(parts.encoding, text, given))
     if not parts.family.casts and parts.dtype != parts.encoding.vae.dtype:
         parts.encoding.vae.to(parts.dtype)
     return Sampler(parts.encoding, prompts, settings.seed, settings.fps, mesh.device, ranks)
@@ -128,6 +150,6 @@ def _save(
     settings: TrainSettings, parts: Parts, stages: Mapping[str, Stages], folder: Path, ranks: GroupCoordinator
 ) -> None:
     if settings.full:
-        files.save_pipeline(stages, parts.prepared.source.folder, folder, ranks)
+        files.save_pipeline(stages, parts.folder, folder, ranks)
     else:
         files.save_lora(stages, folder, ranks)

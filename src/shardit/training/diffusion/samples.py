@@ -25,11 +25,11 @@ FPS = 16.0
 @dataclass(frozen=True)
 class Prompt:
     """A prompt of a sample. embeddings: what `encode_prompt` returned in the pipeline's call, one for each time that it
-    was called."""
+    was called; None if the text encoders are there all the time."""
 
     text: str
     arguments: dict[str, Any]
-    embeddings: list[Any]
+    embeddings: list[Any] | None = None
 
 
 class _Encoded(Exception):
@@ -59,14 +59,16 @@ def encode(pipe: Any, text: str, arguments: Mapping[str, Any]) -> Prompt:
 
 
 @contextmanager
-def _replaced(pipe: Any, **methods: Any) -> Iterator[None]:
-    """Give one pipeline other methods for a while."""
-    pipe.__dict__.update(methods)
+def _replaced(pipe: Any, **others: Any) -> Iterator[None]:
+    """Give one pipeline other methods or modules for a while."""
+    before = {name: pipe.__dict__[name] for name in others if name in pipe.__dict__}
+    pipe.__dict__.update(others)
     try:
         yield
     finally:
-        for name in methods:
+        for name in others:
             pipe.__dict__.pop(name, None)
+        pipe.__dict__.update(before)
 
 
 def _to(device: Any) -> Any:
@@ -96,10 +98,8 @@ class Sampler:
     def _one(self, models: Mapping[str, nn.Module], number: int, prompt: Prompt) -> Any:
         embeddings = tree_map(_to(self.device), prompt.embeddings)
         generator = torch.Generator("cpu").manual_seed(self.seed + number)
-        for name, model in models.items():
-            if getattr(self.pipe, name) is not model:
-                setattr(self.pipe, name, model)
-        with _replaced(self.pipe, encode_prompt=lambda *_, **__: embeddings.pop(0)):
+        own = {} if embeddings is None else {"encode_prompt": lambda *_, **__: embeddings.pop(0)}
+        with _replaced(self.pipe, **models, **own):
             return self.pipe(prompt=prompt.text, generator=generator, output_type="pil", **prompt.arguments)
 
     def _write(self, made: Any, path: Path, prompt: str, seed: int) -> Path:

@@ -73,8 +73,9 @@ class Sized:
     def _samples(self, batches: Sequence[Batch]) -> list[list[Sample]]:
         return [
             [
-                Sample(self._latents[draw.item], self._prompts[self._caption(draw)], draw.seed, draw.name)
+                Sample(self._latents[draw.item], self._prompts[caption], caption, draw.seed, draw.name)
                 for draw in batch.draws
+                for caption in [self._caption(draw)]
             ]
             for batch in batches
         ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,14 @@ from shardit.training.settings import TrainSettings
 
 _SHOWN = 3
 """Nearest names in a message."""
+
+
+@contextmanager
+def old_names() -> Iterator[None]:
+    """Hide the warnings of transformers about names that peft and earlier versions of transformers use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def train_all(model: nn.Module) -> str:
@@ -46,7 +56,8 @@ def add_lora(model: Any, settings: TrainSettings, base: str) -> tuple[nn.Module,
         base_model_name_or_path=base,
     )
     model.requires_grad_(False)
-    made: Any = get_peft_model(model, config)
+    with old_names():
+        made: Any = get_peft_model(model, config)
     made.peft_config["default"].base_model_name_or_path = base
     return made, _line(made, chosen, blocks, settings)
 

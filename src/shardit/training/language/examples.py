@@ -86,10 +86,7 @@ class Encoder:
         """Return the tokens of a conversation; learnt are the answers where the template tells which these are."""
         self.counts["conversations"] += 1
         assert row.messages is not None
-        try:
-            ids = list(chat_tokens(self.tokenizer, row.messages, None, row.tools, False))
-        except InputError as error:
-            raise InputError(f"{row.name}: {error}") from error
+        ids = _conversation(self.tokenizer, row)
         learnt = self._answers(row) if self.marks_answers else [True] * len(ids)
         if row.messages[-1].get("role") == "assistant" and not self._ended(ids):
             self.counts["ended"] += 1
@@ -130,6 +127,14 @@ class Encoder:
         return ids[start:]
 
 
+def _conversation(tokenizer: Any, row: Row) -> list[int]:
+    """Return the tokens of a conversation, as a prompt has them. Raises InputError with file and line."""
+    try:
+        return list(chat_tokens(tokenizer, row.messages or [], None, row.tools, False))
+    except InputError as error:
+        raise InputError(f"{row.name}: {error}") from error
+
+
 def begins_texts(tokenizer: Any) -> bool:
     """Return whether a tokenizer puts its begin token before each text."""
     begin = tokenizer.bos_token_id
@@ -142,8 +147,7 @@ def begin_conversations(tokenizer: Any, row: Row) -> bool:
     template = tokenizer.chat_template
     if not isinstance(template, str) or not begins_texts(tokenizer):
         return False
-    ids = tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=True, return_dict=False)
-    if list(ids)[:1] == [tokenizer.bos_token_id]:
+    if _conversation(tokenizer, row)[:1] == [tokenizer.bos_token_id]:
         return False
     tokenizer.chat_template = "{{- bos_token }}" + template
     return True

@@ -18,13 +18,13 @@ from shardit.language.limits import POSITION_LIMITS
 from shardit.language.loading.prepared import PreparedDecoder
 from shardit.language.loading.source import ALIASES, DecoderSource, decoder_source
 from shardit.loading.dtypes import setting
-from shardit.training.language.adapters import add_lora, train_all
+from shardit.training.language.adapters import add_lora, old_names, train_all
 from shardit.training.language.batches import MODEL, Batches
 from shardit.training.language.examples import Encoder, Example, begin_conversations
 from shardit.training.language.loss import causal_loss
 from shardit.training.language.notes import row_notes
 from shardit.training.language.rows import Row, Rows, read_rows
-from shardit.training.language.samples import write_samples
+from shardit.training.language.samples import Writer, prompt_tokens
 from shardit.training.recipe import Recipe
 from shardit.training.settings import TrainSettings
 
@@ -67,7 +67,7 @@ def language_recipe(settings: TrainSettings, replicas: int, device: torch.device
         identity=_identity(settings, batches),
         save=_saver(tokenizer),
         held_out=checked.all_once if checked is not None else None,
-        sample=_sampler(settings, tokenizer, maker.ends, chat=data.rows[0].messages is not None),
+        sample=_sampler(settings, maker, chat=data.rows[0].messages is not None),
         unit="tokens",
         notes=(*notes, *loaded, line),
     )
@@ -105,13 +105,14 @@ def _model(source: DecoderSource, settings: TrainSettings, device: torch.device 
         prepared = PreparedDecoder(source, "float32")
         notes.append(f"the weights are {str(stored).removeprefix('torch.')} in the files; they are trained in float32")
     if source.gguf is not None:
-        kept = "saved in that type" if settings.full else "kept as they are"
-        notes.append(f"{source.gguf}: its quantised weights are read as {_type_of(prepared.module)}, and {kept}")
+        result = "the result has them in that type" if settings.full else "the adapter is trained on these"
+        notes.append(f"{source.gguf}: its quantised weights are read as {_type_of(prepared.module)}; {result}")
     model: Any = prepared.load_whole(device).train()
     if settings.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise InputError(f"gradient_checkpointing: {type(model).__name__} of transformers has none; leave it out")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with old_names():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, notes
 
 
@@ -130,6 +131,11 @@ def _trained(model: nn.Module, source: DecoderSource, settings: TrainSettings) -
         torch.manual_seed(settings.seed)
         made, line = add_lora(model, settings, base)
     return made.train(), line
+
+
+def positions(model: Any) -> int | None:
+    """Return the most tokens that a model takes, if its configuration says so."""
+    return next((found for one in POSITION_LIMITS if isinstance(found := getattr(model.config, one, None), int)), None)
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -163,9 +169,7 @@ class _Maker:
     @property
     def _limit(self) -> int:
         """Return the most tokens of an example: no more than the model has positions."""
-        config = self.model.config
-        positions = next((found for one in POSITION_LIMITS if isinstance(found := getattr(config, one, None), int)), 0)
-        return min(self.settings.max_length, positions or self.settings.max_length)
+        return min(self.settings.max_length, positions(self.model) or self.settings.max_length)
 
     def _check(self, name: str, examples: Sequence[Example]) -> None:
         """Raise InputError where the tokenizer knows tokens that the model does not."""
@@ -197,11 +201,10 @@ def _saver(tokenizer: Any) -> Any:
     return save
 
 
-def _sampler(settings: TrainSettings, tokenizer: Any, ends: frozenset[int], chat: bool) -> Any:
+def _sampler(settings: TrainSettings, maker: _Maker, chat: bool) -> Any:
     if not settings.sample_prompts:
         return None
-
-    def sample(models: Mapping[str, nn.Module], folder: Path) -> list[Path]:
-        return write_samples(models[MODEL], tokenizer, settings.sample_prompts, ends, chat, folder)
-
-    return sample
+    prompts = [prompt_tokens(maker.tokenizer, prompt, chat) for prompt in settings.sample_prompts]
+    writer = Writer(maker.tokenizer, maker.ends, positions(maker.model))
+    named = list(zip(settings.sample_prompts, prompts, strict=True))
+    return lambda models, folder: writer.write(models[MODEL], named, folder)

@@ -54,12 +54,15 @@ class Checkpoints:
         partial, folder = self._root / f".partial-{step:08d}", self._root / f"step-{step:08d}"
         problem = self._together(lambda: self._begin(partial), self._world.is_first_rank)
         if problem is None:
-            name = f"stage-{trained.mesh.pp_rank}.pt"
-            writes = trained.mesh.coords["dp"] == 0
+            replica = trained.mesh.coords["dp"]
+            name = file_name(trained.mesh.pp_rank, replica)
+            writes = replica == 0 or bool(trained.owners)
             problem = self._together(lambda: _write(partial / name, lambda path: _save(trained, path)), writes)
         if problem is None:
             count = 0 if trained.average is None else trained.average.updates
-            record = {**self._record, "step": step, "stages": trained.mesh.pp_size, "average_updates": count}
+            parts = trained.mesh.sizes["dp"] if trained.owners else 1
+            files = [file_name(stage, part) for stage in range(trained.mesh.pp_size) for part in range(parts)]
+            record = {**self._record, "step": step, "files": files, "average_updates": count}
             problem = self._together(lambda: self._end(partial, folder, record), self._world.is_first_rank)
         if problem is not None:
             self._together(lambda: shutil.rmtree(partial, ignore_errors=True), self._world.is_first_rank)
@@ -78,7 +81,8 @@ class Checkpoints:
         return next((one for one in self._world.gather_objects(problem) if one), None)
 
     def _begin(self, partial: Path) -> None:
-        for left in self._root.glob(".partial-*"):
+        incomplete = (one for one in self._root.glob("step-*") if not (one / RECORD).exists())
+        for left in (*self._root.glob(".partial-*"), *incomplete):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
 
@@ -113,13 +117,21 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def file_name(stage: int, replica: int) -> str:
+    """Return the name of the file of a rank. Replicas after the first write the state of the optimizer that they alone
+    have."""
+    return f"stage-{stage}.pt" if replica == 0 else f"stage-{stage}-replica-{replica}.pt"
+
+
 def _save(trained: Trained, path: Path) -> None:
     """Write what this rank is the first to have, by names that do not depend on the number of stages."""
     own = {name: one for name, one in trained.parameters.items() if name in trained.first}
+    updated = {name: one for name, one in own.items() if name in trained.updated}
+    own = own if trained.mesh.coords["dp"] == 0 else {}
     average = {} if trained.average is None else trained.average.values
     content = {
         "parameters": {name: _compact(one.detach()) for name, one in own.items()},
-        "optimizer": state_of(trained.optimizer, own),
+        "optimizer": state_of(trained.optimizer, updated),
         "found": found_by(trained.optimizer),
         "average": {name: value for name, value in average.items() if name in own},
     }
@@ -136,16 +148,19 @@ def restore(trained: Trained, checkpoint: Checkpoint) -> None:
     """Set weights, optimizer and average to those of a checkpoint, written by whatever number of stages. Raises
     InputError."""
     missing = set(trained.parameters)
-    for stage in range(checkpoint.record["stages"]):
-        path = checkpoint.folder / f"stage-{stage}.pt"
+    for name in checkpoint.record["files"]:
+        path = checkpoint.folder / name
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # torch has many for a damaged file
             raise InputError(f"{path} is damaged: delete {path.parent}, to go on at the one before") from error
-        for name in missing & content["parameters"].keys():
-            _restore(trained, name, content)
+        for key in missing & content["parameters"].keys():
+            _restore(trained, key, content)
         missing -= content["parameters"].keys()
-        set_found(trained.optimizer, content["found"])
+        if trained.optimizer is not None:
+            for key in trained.updated.keys() & content["optimizer"].keys():
+                set_state(trained.optimizer, trained.updated[key], content["optimizer"][key])
+            set_found(trained.optimizer, content["found"])
     if missing:
         raise InputError(f"the checkpoint {checkpoint.folder} has no {min(missing)}: it is of another model or LoRA")
     if trained.average is not None:
@@ -161,7 +176,5 @@ def _restore(trained: Trained, name: str, content: dict[str, Any]) -> None:
             f"{parameter.dtype} of shape {tuple(parameter.shape)}: it is of another model or LoRA"
         )
     parameter.copy_(value)
-    if trained.optimizer is not None and name in content["optimizer"]:
-        set_state(trained.optimizer, parameter, content["optimizer"][name])
     if trained.average is not None:
         trained.average.values[name].copy_(content["average"].get(name, parameter.float()))

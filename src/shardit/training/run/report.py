@@ -13,13 +13,16 @@ from typing import Any
 from shardit.settings.environment import PROGRESS, switch
 from shardit.training.run.places import EVENTS, METRICS
 
+LINES = 20
+"""Lines of progress in a run whose standard error is no terminal, about."""
+
 
 class Report:
     """The output of one rank; does nothing unless it `leads`. steps: of the whole run; done: those before."""
 
     def __init__(self, output: Path, leads: bool, steps: int, done: int, tensorboard: bool):
         self._leads, self._file, self._bar, self._events = leads, output / METRICS, None, None
-        self._failed = False
+        self._failed, self._steps = False, steps
         if not leads:
             return
         cut(self._file, done)
@@ -61,8 +64,16 @@ class Report:
                 if name != "step" and isinstance(value, (int, float)):
                     self._events.add_scalar(f"train/{name}", value, row["step"])
         if self._bar is not None:
-            self._bar.set_postfix_str(_short(row), refresh=False)
-            self._bar.update()
+            self._show(self._bar, row)
+
+    def _show(self, bar: Any, row: dict[str, Any]) -> None:
+        """Move the bar on a terminal; elsewhere print a line now and then."""
+        step = row["step"]
+        if not bar.disable:
+            bar.set_postfix_str(_short(row), refresh=False)
+            bar.update()
+        elif step in (1, self._steps) or step % max(1, self._steps // LINES) == 0:
+            print(f"step {step} of {self._steps}: {_short(row)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the bar and the events."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from shardit.config import DiffusionParallelConfig
 from shardit.errors import InputError
+from shardit.training.data.identity import difference
 from shardit.training.recipe import Recipe
 from shardit.training.settings import TrainSettings
 
@@ -40,6 +41,7 @@ _NOTED = (
     "max_grad_norm",
     "optimizer_args",
     "schedule",
+    "shard_optimizer",
     "steps",
     "warmup_steps",
     "weight_decay",
@@ -75,14 +77,8 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
             raise InputError(f"--resume: {text}; give it as before, or choose another --output than {folder}")
         notes.append(f"resumed run: {text}")
     _check_stream(before, now)
-    identities = before["identity"], now["identity"]
-    for name in sorted({*identities[0], *identities[1]}):
-        was, given = identities[0].get(name), identities[1].get(name)
-        if was != given:
-            raise InputError(
-                f"--resume: {name} differs from that of the checkpoint ({_shown(was)}, now {_shown(given)}); give it "
-                f"as before, or choose another --output than {folder}"
-            )
+    if changed := difference(before["identity"], now["identity"]):
+        raise InputError(f"--resume: {changed}; give the data as before, or choose another --output than {folder}")
     return notes
 
 

@@ -41,7 +41,10 @@ def train(
     Collective over all ranks. began() is called before the first step. Raises InputError, RankError.
     """
     assert settings.output is not None  # it was checked
-    settings.output.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {settings.output} cannot be made: {error.strerror}; name another") from error
     if mesh.rank == 0:
         print(f"loading {settings.model} and {settings.data} ...", file=sys.stderr, flush=True)
     seed_all(settings.seed)
@@ -145,8 +148,12 @@ class Run:
             found["held_out_loss"] = value
         if chosen.sample_every and self.done % chosen.sample_every == 0:
             folder = self.output / SAMPLES / f"step-{self.done:08d}"
-            for file in samples(self.recipe, models, self.mesh, chosen.seed, folder):
+            gather = self.world.gather_objects
+            files, problem = samples(self.recipe, models, self.mesh, chosen.seed, folder, gather)
+            for file in files:
                 self.report.say(str(file))
+            if problem is not None:
+                self.report.note(f"no samples of step {self.done}: {problem}")
         return found
 
     def _save_checkpoint(self) -> None:

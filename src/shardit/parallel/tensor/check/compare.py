@@ -150,10 +150,12 @@ class Comparison:
         pairs = list(zip(self._sums, sums, strict=False))
         wanted, got = tree_leaves(expected), tree_leaves(out)
         agree = len(self._sums) == len(sums) and len(wanted) == len(got)
-        for x, y in zip(wanted, got, strict=False):
-            if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-                per_head = x.ndim == y.ndim == 4 and x.shape[1] != y.shape[1] and not self.attentions
-                pairs.append((x, self._whole_of(y) if per_head else y))
+        both = [(x, y) for x, y in zip(wanted, got, strict=False) if isinstance(x, torch.Tensor)]
+        both = [(x, y) for x, y in both if isinstance(y, torch.Tensor)]
+        per_head = [x.ndim == y.ndim == 4 and x.shape[1] != y.shape[1] and not self.attentions for x, y in both]
+        # A rank may have all heads of one kind, and others none: all take part if one has other numbers of heads.
+        alike = self._everywhere([not flag for flag in per_head]) if both else []
+        pairs += [(x, y if same else self._whole_of(y)) for (x, y), same in zip(both, alike, strict=True)]
         return agree and all(_close(x, y) for x, y in pairs)
 
     def _of_all_heads(self, leaves: list[Any]) -> list[Any]:

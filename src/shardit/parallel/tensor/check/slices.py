@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shardit.parallel.tensor.adapters import base_linears
+from shardit.parallel.tensor.check.lent import watch_data, written_by_data
 from shardit.parallel.tensor.loads import loads_of
 from shardit.parallel.tensor.plan import TensorPlan
 
@@ -42,7 +43,7 @@ class HeldSlice:
             return "was taken out of its module" if hasattr(self.owner, self.leaf) else None
         if now.shape != self.shape and now.ndim > cut.dim and now.shape[cut.dim] == cut.total:
             return f"was replaced by a tensor of shape {list(now.shape)}"
-        written = now is self.held and _version(now) != self.version
+        written = now is self.held and (_version(now) != self.version or written_by_data(now))
         return "was written to" if written and loads_of(self.owner) == self.loads else None
 
 
@@ -56,6 +57,7 @@ def slices_of(model: nn.Module, plan: TensorPlan) -> list[HeldSlice]:
         owner = modules.get(path)
         held = None if owner is None else owner._parameters.get(leaf)
         if owner is not None and held is not None:
+            watch_data(held)
             found.append(HeldSlice(name, leaf, owner, held, held.shape, _version(held), loads_of(owner), plan))
     return found
 

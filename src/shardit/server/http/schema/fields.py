@@ -15,6 +15,7 @@ from shardit.diffusion.loading.model_options import OPTION_NAMES
 from shardit.params import OmniDiffusionSamplingParams, field_names
 from shardit.server.http.schema.errors import ApiError
 from shardit.server.options import Limits
+from shardit.settings.checks import LARGEST
 from shardit.settings.declare import declared
 
 
@@ -169,7 +170,7 @@ def _diffusers_fields(limits: Limits) -> dict[str, Any]:
         elif hint in (int, int | None):
             hint = Annotated[_Whole, Field(ge=check.minimum, le=most.get(item.name, check.maximum))]
         elif hint == float | None:
-            lowest, highest = FPS if item.name == "fps" else (check.minimum, None)
+            lowest, highest = FPS if item.name == "fps" else (check.minimum, LARGEST)
             hint = Annotated[float, Field(ge=lowest, le=highest)]
         fields[item.name] = _optional(hint, item.metadata["help"])
     return {

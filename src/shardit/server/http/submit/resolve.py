@@ -110,12 +110,12 @@ def _checked(given: Mapping[str, Any], takes: PipelineSignature) -> dict[str, An
         values = {**given, **{name: checked_value(name, given[name], takes.defaults) for name in own}}
         extra = given.get("extra_args", {})
         for name, value in {**extra, **given}.items():
-            check_attention(name, value)
+            check_attention(name, value, takes.adapted)
         checked = {name: checked_value(name, value, takes.defaults) for name, value in extra.items()}
         if takes.rate_name in {**extra, **given}:
             number(*FPS)(str(takes.rate_name), {**checked, **values}[takes.rate_name])
     except InputError as error:
-        raise from_input_error(error, takes.names) from error
+        raise from_input_error(error, {*takes.names, *given}) from error
     return {**values, **({"extra_args": checked} if "extra_args" in given else {})}
 
 

@@ -7,7 +7,7 @@ import errno
 from pathlib import Path
 
 from shardit.errors import InputError
-from shardit.training.data.media import unreadable
+from shardit.training.data.media import shown, unreadable
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -27,7 +27,7 @@ def read_text(path: Path) -> tuple[str, tuple[str, ...]]:
         data = path.read_bytes()
     except OSError as error:
         raise unreadable("file", path, error) from None
-    return decoded(data, str(path))
+    return decoded(data, shown(path))
 
 
 def caption(text: str) -> str:

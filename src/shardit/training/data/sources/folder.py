@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shardit.errors import InputError
 from shardit.training.data.items import ENDINGS, Found, Item, count, found, listed, media_of, portable
-from shardit.training.data.media import unreadable
+from shardit.training.data.media import shown, unreadable
 from shardit.training.data.sources.captions import caption, read_text
 
 CAPTIONS = ".txt"
@@ -27,8 +27,8 @@ def folder_items(folder: Path) -> Found:
     media = [path for path in files if media_of(path)]
     if not media:
         rows = next((path for path in files if path.suffix.lower() == ROWS), None)
-        hint = f"; give --data {rows} for its rows" if rows else ""
-        raise InputError(f"data {folder} has no pictures or clips ({', '.join(ENDINGS)}){hint}")
+        hint = f"; give --data {shown(rows)} for its rows" if rows else ""
+        raise InputError(f"data {shown(folder)} has no pictures or clips ({', '.join(ENDINGS)}){hint}")
     texts = [path for path in files if path.suffix.lower() == CAPTIONS]
     pairs = _pairs(folder, media, texts)
     unused = [_name(folder, path) for path in texts if path not in set(pairs.values())]
@@ -41,9 +41,9 @@ def folder_items(folder: Path) -> Found:
     for path in media:
         text, said = read_text(pairs[path]) if path in pairs else ("", ())
         notes += said
-        shown = media_of(path)
-        assert shown is not None
-        items.append(Item(_name(folder, path), shown, caption(text)))
+        content = media_of(path)
+        assert content is not None
+        items.append(Item(_name(folder, path), content, caption(text)))
     return found(items, notes)
 
 
@@ -59,13 +59,15 @@ def _pairs(folder: Path, media: list[Path], texts: list[Path]) -> dict[Path, Pat
         name = _name(folder, path)
         own = by_name.get(name) or by_name.get(name[: -len(path.suffix)]) or []
         if len(own) > 1:
-            raise InputError(f"{own[0]} and {own[1]} are both the caption of {path}; take one of them out")
+            raise InputError(
+                f"{shown(own[0])} and {shown(own[1])} are both the caption of {shown(path)}; take one of them out"
+            )
         if own:
             if (other := taken.get(own[0])) is not None:
-                way = f"give each its own, as in {path.name}{CAPTIONS}"
-                raise InputError(f"{other} and {path} both claim the caption {own[0]}; {way}")
+                way = f"give each its own, as in {shown(path.name)}{CAPTIONS}"
+                raise InputError(f"{shown(other)} and {shown(path)} both claim the caption {shown(own[0])}; {way}")
             pairs[path], taken[own[0]] = own[0], path
-    without = [str(path) for path in media if path not in pairs]
+    without = [shown(path) for path in media if path not in pairs]
     if pairs and without:
         example = Path(without[0]).with_suffix(CAPTIONS).name
         raise InputError(
@@ -82,27 +84,35 @@ def _name(folder: Path, path: Path) -> str:
 def _files(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the files below a folder in the order of their names, and notes on folders that are skipped."""
     notes: list[str] = []
-    files = sorted(_walk(folder, {}, notes), key=lambda path: (_name(folder, path), str(path)))
+    files = sorted(_walk(folder, notes), key=lambda path: (_name(folder, path), str(path)))
     return files, notes
 
 
-def _walk(folder: Path, seen: dict[str, Path], notes: list[str]) -> Iterator[Path]:
+def _walk(root: Path, notes: list[str]) -> Iterator[Path]:
     """Yield the files below a folder. Links to folders are followed; a folder that is met again is not read again."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        notes.append(f"{folder} is the folder {seen[real]}, which has been read already: it is skipped")
-        return
-    seen[real] = folder
+    seen: dict[str, Path] = {}
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            notes.append(
+                f"{shown(folder)} is the folder {shown(seen[real])}, which has been read already: it is skipped"
+            )
+            continue
+        seen[real] = folder
+        inside = [folder / name for name in _names(folder)]
+        below = [path for path in inside if os.path.isdir(path)]  # False for what may not be looked at
+        yield from sorted({*inside} - {*below})
+        folders += reversed(below)
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names in a folder that are not hidden, in an order that no file system decides."""
     try:
         with os.scandir(folder) as entries:
-            inside = sorted(entries, key=lambda entry: (portable(entry.name), entry.name))
+            names = [entry.name for entry in entries]
     except OSError as error:
         raise unreadable("folder", folder, error) from None
-    for entry in inside:
-        if entry.name.startswith(".") or entry.name.lower() in _SYSTEM:
-            continue
-        path = folder / entry.name
-        if path.is_dir():  # unlike the entry's own, it takes links that lead nowhere
-            yield from _walk(path, seen, notes)
-        else:
-            yield path
+    kept = (name for name in names if not name.startswith(".") and name.lower() not in _SYSTEM)
+    return sorted(kept, key=lambda name: (portable(name), name))

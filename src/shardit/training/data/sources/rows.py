@@ -11,6 +11,7 @@ from shardit.errors import InputError
 from shardit.settings.checks import text_problem
 from shardit.settings.paths import check_name
 from shardit.training.data.items import ENDINGS, Found, Item, found, media_of, portable
+from shardit.training.data.media import shown
 from shardit.training.data.sources.captions import caption, read_text
 
 FILES = ("file", "image", "video", "file_name")
@@ -28,13 +29,13 @@ def row_items(path: Path) -> Found:
     times: Counter[str] = Counter()
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            item = _item(path, f"{path}:{number}", line)
+            item = _item(path, f"{shown(path)}:{number}", line)
             times[item.name] += 1
             # The same file may come with several captions.
             name = item.name if times[item.name] == 1 else f"{item.name}#{times[item.name]}"
             items.append(Item(name, item.media, item.caption))
     if not items:
-        raise InputError(f"data {path} has no rows")
+        raise InputError(f"data {shown(path)} has no rows")
     return found(items, notes)
 
 
@@ -54,7 +55,7 @@ def _item(path: Path, place: str, line: str) -> Item:
     if media is None:
         raise InputError(f"{place}: {given!r} is no picture or clip; its name must end in one of {', '.join(ENDINGS)}")
     if not file.is_file():
-        raise InputError(f"{place}: {file} does not exist; correct the path")
+        raise InputError(f"{place}: {shown(file)} does not exist; correct the path")
     return Item(portable(given), media, caption(_text(place, row, TEXTS, "the caption")))
 
 

@@ -22,10 +22,25 @@ def longest_prompt(pipe: Any, own: dict[str, Any], limit: int) -> int | None:
 @torch.no_grad()
 def embedded(family: Family, pipe: Any, caption: str, longest: int | None) -> dict[str, torch.Tensor]:
     """Return the tensors of one prompt by name, without a batch dimension."""
+    named = _embedded(family, pipe, [caption], longest, pipe._execution_device)
+    return {name: tensor[0].contiguous().cpu() for name, tensor in named.items()}
+
+
+def embedded_with_gradients(
+    family: Family, pipe: Any, captions: Sequence[str], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of prompts by name, as a batch, for text encoders that are trained."""
+    return _embedded(family, pipe, list(captions), None, device)
+
+
+def _embedded(
+    family: Family, pipe: Any, captions: list[str], longest: int | None, device: torch.device
+) -> dict[str, Any]:
+    """Call the pipeline's `encode_prompt`. SDXL may want zeros for an empty prompt, which that does only for negative
+    ones."""
     takes = inspect.signature(pipe.encode_prompt).parameters
-    device = pipe._execution_device
     given: dict[str, Any] = {
-        "prompt": [caption],
+        "prompt": captions,
         "prompt_2": None,
         "prompt_3": None,
         "device": device,
@@ -34,10 +49,11 @@ def embedded(family: Family, pipe: Any, caption: str, longest: int | None) -> di
         **({} if longest is None else {"max_sequence_length": longest}),
     }
     made = pipe.encode_prompt(**{name: value for name, value in given.items() if name in takes})
-    named = {name: one[0] for name, one in zip(family.returns, made, strict=True) if name and one is not None}
-    if not caption and pipe.config.get("force_zeros_for_empty_prompt"):
-        named = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
-    return {name: tensor.contiguous().cpu() for name, tensor in named.items()}
+    named = {name: one for name, one in zip(family.returns, made, strict=True) if name and one is not None}
+    if "" in captions and pipe.config.get("force_zeros_for_empty_prompt"):
+        kept = torch.tensor([bool(caption) for caption in captions], device=device)
+        named = {name: one * kept.view(-1, *([1] * (one.dim() - 1))).to(one.dtype) for name, one in named.items()}
+    return named
 
 
 def joined(family: Family, prompts: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:

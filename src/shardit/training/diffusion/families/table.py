@@ -19,7 +19,7 @@ class Family:
     predict: the call of the model. padded: prompts have lengths of their own, and shorter ones in a batch are filled up
     under a mask; listed: they are handed in as a list. video: samples are clips. first_frame: the first frame is given.
     token: latent pixels along the side of a token. casts: the pipeline hands latents to its VAE in the VAE's own type.
-    shown: arguments of samples.
+    encoders: all text encoders, where they are small and load a LoRA. shown: arguments of samples.
     """
 
     pipeline: str
@@ -31,6 +31,7 @@ class Family:
     first_frame: bool = False
     token: int = 2
     casts: bool = False
+    encoders: tuple[str, ...] = ()
     shown: tuple[tuple[str, Any], ...] = ()
 
 
@@ -50,8 +51,14 @@ FAMILIES = (
         shown=(("negative_prompt", " "),),
     ),
     Family("ZImagePipeline", ("embeds", None), predictions.z_image, listed=True, casts=True),
-    Family("StableDiffusionXLPipeline", ("embeds", None, "pooled", None), predictions.unet, token=1),
-    Family("StableDiffusionPipeline", ("embeds", None), predictions.unet, token=1),
+    Family(
+        "StableDiffusionXLPipeline",
+        ("embeds", None, "pooled", None),
+        predictions.unet,
+        token=1,
+        encoders=("text_encoder", "text_encoder_2"),
+    ),
+    Family("StableDiffusionPipeline", ("embeds", None), predictions.unet, token=1, encoders=("text_encoder",)),
 )
 
 

@@ -94,6 +94,13 @@ def check_optimizer(settings: TrainSettings, config: DiffusionParallelConfig) ->
             f"optimizer=prodigy estimates one step size from all parameters, of which each of "
             f"{config.pipeline_parallel_size} stages has a part: use pipeline_parallel_size=1, or optimizer=adamw"
         )
+    if name == "prodigy" and settings.shard_optimizer:
+        raise UnsupportedError(
+            "optimizer=prodigy estimates one step size from all parameters, of which each replica would have a part: "
+            "leave shard_optimizer out, or use optimizer=adamw"
+        )
+    if settings.shard_optimizer and config.data_parallel_size == 1:
+        raise InputError("shard_optimizer has an effect with several replicas alone: raise data_parallel_size")
     if name in _PACKAGES and is_missing(_PACKAGES[name]):
         package = _PACKAGES[name]
         raise InputError(f"optimizer={name} needs the package {package}, which is not installed: {pip_line([package])}")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import generators_kept, seed_all
+from shardit.errors import InputError, first_line
 from shardit.training.recipe import MicroBatch, Recipe
 
 
@@ -34,7 +36,7 @@ def looking(models: Mapping[str, nn.Module], mesh: Mesh, seed: int) -> Iterator[
 def held_out_loss(
     recipe: Recipe, batches: list[MicroBatch], models: Mapping[str, nn.Module], mesh: Mesh, seed: int
 ) -> float | None:
-    """Return the mean loss over held-out micro-batches, which the replicas share out; None if they weigh nothing.
+    """Return the mean loss over held-out micro-batches, which the replicas share out; None if that is no number.
     Collective."""
     replica, replicas = mesh.coords["dp"], mesh.sizes["dp"]
     total = torch.zeros(2, dtype=torch.float64)
@@ -47,13 +49,25 @@ def held_out_loss(
                 total += torch.tensor([value * one.weight, one.weight], dtype=torch.float64)
     if (group := mesh.axes.get("dp")) is not None:
         total = group.all_reduce(total.to(mesh.device)).cpu()
-    weight = float(total[1])
-    return float(total[0]) / weight if weight and math.isfinite(weight) else None
+    mean = float(total[0] / total[1])
+    return mean if math.isfinite(mean) else None
 
 
-def samples(recipe: Recipe, models: Mapping[str, nn.Module], mesh: Mesh, seed: int, folder: Path) -> list[Path]:
-    """Write samples of the models as they are; return their files. Collective."""
-    if recipe.sample is None:
-        return []
-    with looking(models, mesh, seed):
-        return recipe.sample(models, folder)
+def samples(
+    recipe: Recipe,
+    models: Mapping[str, nn.Module],
+    mesh: Mesh,
+    seed: int,
+    folder: Path,
+    gather: Callable[[Any], list[Any]],
+) -> tuple[list[Path], str | None]:
+    """Write samples of the models as they are; return their files, and why they could not be written. Collective;
+    gather: over all ranks."""
+    files, problem = [], None
+    if recipe.sample is not None:
+        with looking(models, mesh, seed):
+            try:
+                files = recipe.sample(models, folder)
+            except (OSError, InputError) as error:  # a full disk ends no run
+                problem = first_line(error)
+    return files, next((one for one in gather(problem) if one), None)

@@ -75,10 +75,9 @@ def found_by(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     return {key: value for key, value in optimizer.param_groups[0].items() if key not in _given(optimizer)}
 
 
-def set_found(optimizer: torch.optim.Optimizer | None, found: Mapping[str, Any]) -> None:
+def set_found(optimizer: torch.optim.Optimizer, found: Mapping[str, Any]) -> None:
     """Set the numbers that `found_by` gave."""
-    if optimizer is not None:
-        optimizer.param_groups[0].update({key: value for key, value in found.items() if key not in _given(optimizer)})
+    optimizer.param_groups[0].update({key: value for key, value in found.items() if key not in _given(optimizer)})
 
 
 def _given(optimizer: torch.optim.Optimizer) -> set[str]:

@@ -19,6 +19,7 @@ from shardit.errors import InputError
 from shardit.training.recipe import Recipe
 from shardit.training.run.steps.average import Average
 from shardit.training.run.steps.optimizers import make_optimizer
+from shardit.training.run.steps.sharded import share_out, spread
 from shardit.training.run.steps.shares import Shares, example_of, examples
 from shardit.training.settings import TrainSettings
 from shardit.training.staged import Stages, stages
@@ -29,7 +30,7 @@ _SHOWN = 8
 
 class Trained:
     """All methods are collective. parameters: those that this rank owns and trains, as MODEL/NAME; first: those of
-    them that no earlier stage has, which this rank saves."""
+    them that no earlier stage has, which this rank saves; updated: those whose optimizer state is on this rank."""
 
     def __init__(
         self, settings: TrainSettings, config: DiffusionParallelConfig, mesh: Mesh, recipe: Recipe, steps: int
@@ -55,7 +56,12 @@ class Trained:
                 if parameter.requires_grad:
                     self.parameters[f"{model}/{name}"] = parameter
                     self.first |= {f"{model}/{name}"} if owner[name] == rank else set()
-        self.optimizer = make_optimizer(settings, self.parameters)
+        self.owners: dict[str, int] = {}
+        if settings.shard_optimizer and mesh.sizes["dp"] > 1:
+            self.owners = share_out(self.parameters, mesh.sizes["dp"])
+        replica = mesh.coords["dp"]
+        self.updated = {key: one for key, one in self.parameters.items() if self.owners.get(key, replica) == replica}
+        self.optimizer = make_optimizer(settings, self.updated)
         self.average = None if settings.ema_decay is None else Average(settings.ema_decay, self.parameters)
 
     @property
@@ -74,15 +80,22 @@ class Trained:
         limit = self.settings.max_grad_norm
         if limit and norm > limit:
             _scale(self.parameters.values(), limit / (norm + 1e-6))
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        self._update(rate)
         if self.average is not None:
             self.average.update()
         more = {"losses": losses} if len(self.stages) > 1 else {}
         return {"loss": loss if losses else None, "lr": rate, "grad_norm": norm, **more}
+
+    def _update(self, rate: float) -> None:
+        """Run the optimizer; with its state over replicas, each of them on its part."""
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        if self.owners:
+            spread(self.parameters, self.owners, self.mesh.axes["dp"])
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _backward(self, number: int, shares: Shares) -> dict[str, float]:
         """Compute the gradients of the mean over the micro-batches of all models; return the mean of each model."""

@@ -1,0 +1,82 @@
+"""Slices whose `.data` code of users has taken: torch does not count what is written through it."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardit.core.modules.hooks import LIBRARIES
+from shardit.core.runtime.digests import checksum
+
+_data: Any = torch.Tensor.data
+_LENT = "shardit_lent"
+
+
+@dataclass
+class Lent:
+    """The checksum of a slice before its `.data` was taken, and the tensors that were taken."""
+
+    before: bytes
+    taken: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+
+
+class SliceParameter(nn.Parameter):
+    """A parameter of which this rank has a slice. If code of users takes or sets `.data`, its values are compared at
+    the next call."""
+
+    @property
+    def data(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The values, without gradients and version counter."""
+        taken = _data.__get__(self)
+        if _is_of_user(sys._getframe(1).f_globals.get("__name__", "")):
+            _lend(self).taken.append(weakref.ref(taken))
+        return taken
+
+    def detach(self) -> torch.Tensor:
+        """Return the values without gradients; for a new nn.Parameter of them as another SliceParameter, as torch
+        expects."""
+        plain = super().detach()
+        makes_parameter = sys._getframe(1).f_globals.get("__name__") == nn.Parameter.__module__
+        return plain.as_subclass(SliceParameter) if makes_parameter else plain
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if _is_of_user(sys._getframe(1).f_globals.get("__name__", "")):
+            _lend(self)
+        _data.__set__(self, value)
+
+
+def _is_of_user(module: str) -> bool:
+    return module.partition(".")[0] not in {*LIBRARIES, "shardit"}
+
+
+def _lend(parameter: nn.Parameter) -> Lent:
+    own = vars(parameter)
+    if _LENT not in own:
+        own[_LENT] = Lent(checksum(parameter))
+    return own[_LENT]
+
+
+def watch_data(parameter: nn.Parameter) -> None:
+    """Notice from now on who takes the `.data` of a parameter, in place; its present values are right."""
+    vars(parameter).pop(_LENT, None)
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = SliceParameter
+
+
+def written_by_data(parameter: nn.Parameter) -> bool:
+    """Return whether the values have changed since `.data` was first taken. It costs one read of the values where
+    somebody has taken it, and nothing otherwise."""
+    lent: Lent | None = vars(parameter).get(_LENT)
+    if lent is None:
+        return False
+    if checksum(parameter) != lent.before:
+        return True
+    if all(one() is None for one in lent.taken):
+        del vars(parameter)[_LENT]
+    return False

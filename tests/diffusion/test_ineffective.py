@@ -1,0 +1,62 @@
+"""Notes on arguments that a call has dropped."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shardit.diffusion.run.ineffective import ineffective
+
+
+class Distilled:
+    components: dict[str, Any] = {}
+
+    def __call__(self, prompt: Any = None, negative_prompt: Any = None, true_cfg_scale: float = 1.0) -> None:
+        """As Flux: its guidance_scale is an input of the model."""
+
+
+class Guided:
+    components: dict[str, Any] = {}
+
+    def __init__(self, scale: float):
+        self._scale = scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._scale > 1
+
+    def __call__(self, prompt: Any = None, negative_prompt: Any = None, guidance_scale: float = 7.5) -> None:
+        """As Stable Diffusion."""
+
+
+class Unknown(Guided):
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        raise AttributeError("_guidance_scale")
+
+
+DROPPED = "the negative prompt has no effect without guidance: give {} above 1"
+
+
+@pytest.mark.parametrize(
+    ("pipe", "arguments", "note"),
+    [
+        (Distilled(), {"negative_prompt": "blurry"}, "true_cfg_scale"),
+        (Distilled(), {"negative_prompt": "blurry", "true_cfg_scale": 1.0}, "true_cfg_scale"),
+        (Distilled(), {"negative_prompt_embeds": torch.ones(1)}, "true_cfg_scale"),
+        (Distilled(), {"negative_prompt": "blurry", "true_cfg_scale": 3.0}, ""),
+        (Distilled(), {"negative_prompt": ""}, ""),
+        (Distilled(), {}, ""),
+        (Guided(1.0), {"negative_prompt": "blurry"}, "guidance_scale"),
+        (Guided(7.5), {"negative_prompt": "blurry"}, ""),
+        (Unknown(1.0), {"negative_prompt": "blurry"}, ""),
+        (SimpleNamespace(components={}), {"negative_prompt": "blurry"}, ""),
+    ],
+)
+def test_negative_prompts_without_guidance(pipe: Any, arguments: dict[str, Any], note: str) -> None:
+    names = inspect.signature(pipe).parameters if callable(pipe) else {}
+    assert ineffective(arguments, names, pipe) == ([DROPPED.format(note)] if note else [])

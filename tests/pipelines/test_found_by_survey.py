@@ -1,0 +1,38 @@
+"""Pipelines on which the survey has found a fault that no other test sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from shardit.core.modules.blocks import blocks_named, find_blocks
+from tests.pipelines.measure import measure
+
+
+def test_heads_of_one_rank_and_blocks_of_two_components() -> None:
+    """Of Gemma 2 with one head for keys one rank has all and the other none. The ControlNet of Z-Image calls blocks of
+    the transformer, which every rank has whole."""
+    found = measure([("ZImageControlNetPipeline", "pp 2"), ("SanaPipeline", "tp 2")], timeout=200)
+    assert [(one.name, one.kind) for one in found] == [
+        ("ZImageControlNetPipeline", "right"),
+        ("SanaPipeline", "right"),
+    ], found
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Linear(100, 100)
+        self.blocks = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+
+
+def test_blocks_of_a_whole_model_are_those_of_its_slices() -> None:
+    """Slices of blocks have a smaller share of the parameters, below that of block lists."""
+    model = Model()
+    names = [name for name, _ in find_blocks(model)]
+    assert names == ["blocks.0", "blocks.1"]
+    for block in model.blocks:
+        block.weight = nn.Parameter(torch.zeros(4, 8))  # type: ignore[assignment]
+    assert find_blocks(model) == []
+    assert blocks_named(model, names) == [("blocks.0", model.blocks[0]), ("blocks.1", model.blocks[1])]
+    assert blocks_named(model, ()) == []

@@ -2,12 +2,12 @@
 
     python examples/shapes/make.py FOLDER
 
-Steps whose result is in the folder are skipped, so that a second run goes on where the first one ended.
+Steps whose result is in the folder are skipped, so that a second run goes on where the first one ended. More arguments
+go to `shardit train`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -18,15 +18,14 @@ from typing import Any
 
 import autoencoder
 import classifier
+import model
 import numpy as np
 import prompts
 import torch
 from safetensors.torch import load_file, save_file
 
 from shardit.models import tiny
-from shardit.models.tiny.catalog import recipe
 from shardit.models.tiny.tokens import build_tokenizer
-from shardit.models.tiny.writer import write_folder
 from shardit.training.data import shapes
 
 HERE = Path(__file__).parent
@@ -36,62 +35,33 @@ PROMPT_STEPS = 500
 SAMPLES, BATCH = 200, 8
 
 
-def main(folder: Path) -> None:
-    """Make everything in `folder`, and print what was measured."""
+def main(folder: Path, *more: str) -> None:
+    """Make everything in `folder`, and print what was measured. more: flags of `shardit train`."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start, run, packed = folder / "start", folder / "run", folder / "shapes.safetensors"
     if not (vae := folder / "autoencoder.safetensors").exists():
-        made = built("vae")
+        made = model.built("vae")
         autoencoder.train(made, AUTOENCODER_STEPS, Progress("autoencoder: mean absolute error"))
         save_file(made.state_dict(), str(vae))
     if not (text_encoder := folder / "text_encoder.safetensors").exists():
-        made = built("text_encoder")
+        made = model.built("text_encoder")
         prompts.train(made, build_tokenizer("shapes"), PROMPT_STEPS, Progress("text encoder: loss"))
         save_file({name: tensor.clone() for name, tensor in made.state_dict().items()}, str(text_encoder))
     if not start.exists():
-        transformer = built("transformer").state_dict()
-        write_start({"vae": load_file(vae), "text_encoder": load_file(text_encoder), "transformer": transformer}, start)
+        states = {"vae": load_file(vae), "text_encoder": load_file(text_encoder)}
+        states["transformer"] = model.built("transformer").state_dict()
+        model.join(states, start.with_suffix(".safetensors"), torch.float32)
+        model.write(start.with_suffix(".safetensors"), start)
     if not packed.exists():
         command = [sys.executable, "-m", "shardit", "train", "--config", str(HERE / "train.toml")]
         resume = ["--resume"] if run.exists() else []
-        subprocess.run([*command, "--model", str(start), "--output", str(run), *resume], check=True)
-        pack(run, packed)
+        subprocess.run([*command, "--model", str(start), "--output", str(run), *resume, *more], check=True)
+        pipe = tiny.load_plain(run)
+        model.join({name: getattr(pipe, name).state_dict() for name in TRAINED}, packed, torch.bfloat16)
     measured = measure(packed)
     (folder / "measured.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(measured, indent=2))
-
-
-def built(component: str) -> Any:
-    """Return a component as its library makes it."""
-    import diffusers
-    import transformers
-
-    part = recipe("shapes").parts[component]
-    assert part is not None
-    torch.manual_seed(1)
-    if part.library == "diffusers":
-        return getattr(diffusers, part.cls)(**part.config)
-    cls = getattr(transformers, part.cls)
-    return cls(cls.config_class(**part.config))
-
-
-def write_start(states: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
-    """Write the pipeline that training starts from."""
-    tensors = {f"{component}.{name}": one for component, state in states.items() for name, one in state.items()}
-    save_file(tensors, str(weights := folder.with_suffix(".safetensors")))
-    write_folder("shapes", dataclasses.replace(recipe("shapes"), weights=weights), folder, torch.float32)
-
-
-def pack(run: Path, file: Path) -> None:
-    """Write the weights of a trained pipeline into one file, in bfloat16."""
-    pipe = tiny.load_plain(run)
-    tensors = {
-        f"{component}.{name}": tensor.bfloat16().contiguous().clone()
-        for component in TRAINED
-        for name, tensor in getattr(pipe, component).state_dict().items()
-    }
-    save_file(tensors, str(file))
 
 
 def measure(weights: Path) -> dict[str, Any]:
@@ -99,7 +69,7 @@ def measure(weights: Path) -> dict[str, Any]:
     judge = classifier.trained()
     folder = weights.with_name("measured")
     if not folder.exists():
-        write_folder("shapes", dataclasses.replace(recipe("shapes"), weights=weights), folder, torch.float32)
+        model.write(weights, folder)
     pipe = tiny.load_plain(folder)
     pipe.set_progress_bar_config(disable=True)
     asked = [shapes.drawing(number, seed=5, held_out=True) for number in range(SAMPLES)]
@@ -120,7 +90,7 @@ def judged(pipe: Any, judge: classifier.Classifier, asked: Sequence[shapes.Drawi
     """Make clips for the captions, and return what the classifier finds in them."""
     generators = [torch.Generator().manual_seed(number) for number, _ in enumerate(asked)]
     prompts = [one.caption for one in asked]
-    frames = pipe(prompt=prompts, generator=generators, output_type="np", **tiny.defaults("shapes")).frames
+    frames = pipe(prompt=prompts, generator=generators, output_type="np", **model.RECIPE.call).frames
     return judge.attributes(torch.from_numpy(np.asarray(frames)).permute(0, 4, 1, 2, 3).float() * 2 - 1)
 
 
@@ -146,4 +116,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    main(Path(sys.argv[1]).absolute(), *sys.argv[2:])

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from classifier import CHOICES
 from torch import nn
 
-from classifier import CHOICES
 from shardit.training.data import shapes
 
 

@@ -47,11 +47,7 @@ def written_folder(name: str) -> Path | None:
 
 
 def _folder(name: str) -> Path:
-    from shardit.models.tiny.catalog import recipe
-
-    weights = recipe(name).weights
-    trained = "" if weights is None else f"-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
-    return cache_root() / "tiny" / f"{name}-{fingerprint()}{trained}"
+    return cache_root() / "tiny" / f"{name}-{fingerprint()}"
 
 
 def check_cache(name: str) -> None:

@@ -1,8 +1,7 @@
-"""Tiny Wan 2.2: text to video and image to video with two experts, and the single-expert TI2V; and `shapes`."""
+"""Tiny Wan 2.2: text to video and image to video with two experts, and the single-expert TI2V."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from shardit.models.tiny.recipe import Part, Recipe, transformer
@@ -56,59 +55,7 @@ _T2V_EXPERT = _expert(heads=4, head_dim=16, channels=16, out=16)
 # latents, the mask of given frames (4 per latent frame) and the encoded image
 _I2V_EXPERT = _expert(heads=3, head_dim=24, channels=16 + 4 + 16, out=16)
 
-# Trained: it shows the moving shape that the prompt asks for. `examples/shapes/make.py` writes its weights.
-_SHAPES = Recipe(
-    pipeline="WanPipeline",
-    config={"boundary_ratio": None, "expand_timesteps": False},
-    parts={
-        "tokenizer": Part("tokenizer", "transformers", "T5TokenizerFast", {"style": "shapes"}),
-        "text_encoder": UMT5_ENCODER,
-        "vae": Part(
-            "model",
-            "diffusers",
-            "AutoencoderKLWan",
-            {
-                "base_dim": 16,
-                "z_dim": 16,
-                "dim_mult": [1, 1, 2, 2],
-                "num_res_blocks": 1,
-                "latents_mean": [0.0] * 16,
-                "latents_std": [1.0] * 16,
-            },
-        ),
-        "scheduler": Part(
-            "scheduler",
-            "diffusers",
-            "UniPCMultistepScheduler",
-            {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0},
-        ),
-        "transformer": transformer(
-            "WanTransformer3DModel",
-            num_attention_heads=4,
-            attention_head_dim=32,
-            in_channels=16,
-            out_channels=16,
-            text_dim=HIDDEN,
-            freq_dim=64,
-            ffn_dim=512,
-            num_layers=8,
-            rope_max_seq_len=64,
-        ),
-        "transformer_2": None,
-    },
-    call={
-        "height": 64,
-        "width": 64,
-        "num_frames": 13,
-        "num_inference_steps": 12,
-        "guidance_scale": 3.0,
-        "max_sequence_length": 24,
-    },
-    weights=Path(__file__).parent / "trained" / "shapes.safetensors",
-)
-
 RECIPES: dict[str, Recipe] = {
-    "shapes": _SHAPES,
     "wan2.2-t2v": Recipe(
         pipeline="WanPipeline",
         config={"boundary_ratio": 0.875},

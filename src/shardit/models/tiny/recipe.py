@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -29,6 +30,8 @@ class Recipe:
     call: dict[str, Any]
     images: int = 0
     config: dict[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    """File with trained weights, named COMPONENT.PARAMETER; without it they are made up."""
 
 
 def transformer(cls: str, **config: Any) -> Part:

@@ -7,11 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shardit.models.tiny.words import CHAT_TEMPLATES, CLIP_SPECIALS, QWEN_SPECIALS, T5_SPECIALS, VOCAB, corpus, words
+from shardit.models.tiny.words import (
+    CHAT_TEMPLATES,
+    CLIP_SPECIALS,
+    QWEN_SPECIALS,
+    T5_SPECIALS,
+    VOCAB,
+    corpus,
+    shapes_words,
+    words,
+)
 
 
 def build_tokenizer(style: str, chat: str | None = None) -> Any:
-    """Return the transformers tokenizer of a style ("qwen", "clip", "t5"), with the named chat template."""
+    """Return the transformers tokenizer of a style ("qwen", "clip", "t5", "shapes"), with the named chat template."""
     tokenizer = _STYLES[style]()
     if len(tokenizer) > VOCAB:
         raise AssertionError(f"the {style} tokenizer has {len(tokenizer)} ids, more than the {VOCAB} embedding rows")
@@ -24,7 +33,7 @@ def save_tokenizer(folder: Path, style: str, chat: str | None = None) -> None:
     """Writes the tokenizer's files; Qwen and CLIP checkpoints also carry vocab.json and merges.txt."""
     tokenizer = build_tokenizer(style, chat)
     tokenizer.save_pretrained(str(folder))
-    if style == "t5":
+    if style in ("t5", "shapes"):
         return
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
@@ -53,12 +62,20 @@ def _clip() -> Any:
 
 
 def _t5() -> Any:
+    return _unigram(words())
+
+
+def _shapes() -> Any:
+    return _unigram(shapes_words())
+
+
+def _unigram(known: list[str]) -> Any:
     import transformers
 
     tokenizer_class: Any = transformers.T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
     characters = [chr(code) for code in range(33, 127)] + sorted(set("äöüßéèàçñ"))
     pieces = [(token, 0.0) for token in T5_SPECIALS]
-    pieces += [("▁", -4.0), *((f"▁{word}", -6.0 - len(word) / 16) for word in words())]
+    pieces += [("▁", -4.0), *((f"▁{word}", -6.0 - len(word) / 16) for word in known)]
     pieces += [(character, -9.0) for character in characters]
     return tokenizer_class(vocab=pieces, extra_ids=0, model_max_length=512)
 
@@ -82,4 +99,4 @@ def _train_bpe(blank: Any, specials: tuple[str, ...], suffix: str) -> tuple[dict
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-_STYLES: dict[str, Callable[[], Any]] = {"qwen": _qwen, "clip": _clip, "t5": _t5}
+_STYLES: dict[str, Callable[[], Any]] = {"qwen": _qwen, "clip": _clip, "t5": _t5, "shapes": _shapes}

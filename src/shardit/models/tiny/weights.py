@@ -12,6 +12,8 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
 
@@ -44,6 +46,17 @@ def fill(model: torch.nn.Module, key: str) -> None:
         for name, parameter in model.named_parameters():
             values = _values(f"{key}/{name}", name, tuple(parameter.shape))
             parameter.copy_(torch.as_tensor(values))
+
+
+def read(model: torch.nn.Module, file: Path, component: str) -> None:
+    """Sets every tensor of `model` to that of a file with the names COMPONENT.NAME."""
+    from safetensors import safe_open
+
+    prefix = f"{component}."
+    with safe_open(str(file), "pt") as tensors:
+        model.load_state_dict(
+            {name[len(prefix) :]: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
+        )
 
 
 def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray:

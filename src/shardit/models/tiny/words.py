@@ -43,6 +43,12 @@ street summer sun sunset table tall tree trees two under walking wall warm water
 wood yellow young
 """
 
+SHAPES_WORDS = """
+a and background black blue circle down green ground in left move moves moving of on purple red right shape square the
+to towards triangle up upwards downwards video white with yellow
+"""
+"""Words of the captions that tiny/shapes is trained on, and some that people use for the same."""
+
 PUNCTUATION = (*",.:;!?'\"()-_/\n", "'s", " (", "),", ").", "):", ":\n", ".\n", "\n\n")
 
 # Written for this project; they produce what the real templates produce for plain conversations.
@@ -83,6 +89,11 @@ CHAT_TEMPLATES = {"qwen2_vl": _HELPFUL + _TURNS + _REPLY, "qwen3": _TURNS + _NO_
 def words() -> list[str]:
     """Every known word once, in alphabetical order."""
     return sorted({*SYSTEM_WORDS.split(), *PROMPT_WORDS.split()})
+
+
+def shapes_words() -> list[str]:
+    """The words that tiny/shapes knows, in alphabetical order."""
+    return sorted(SHAPES_WORDS.split())
 
 
 def corpus() -> list[str]:

@@ -42,18 +42,21 @@ def _write_parts(name: str, recipe: Recipe, folder: Path, dtype: torch.dtype) ->
         index[component] = [None, None] if part is None else [part.library, part.cls]
         if part is not None:
             (folder / component).mkdir()
-            _BUILDERS[part.kind](part, folder / component, f"{name}/{component}", dtype)
+            _BUILDERS[part.kind](part, folder / component, f"{name}/{component}", dtype, recipe.weights)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_model(part: Part, folder: Path, key: str, dtype: torch.dtype) -> None:
+def _save_model(part: Part, folder: Path, key: str, dtype: torch.dtype, weights: Path | None) -> None:
     import torch
 
-    from shardit.models.tiny.weights import fill
+    from shardit.models.tiny.weights import fill, read
 
     with torch.random.fork_rng(devices=[]):
         model = _diffusers_model(part) if part.library == "diffusers" else _transformers_model(part)
-    fill(model, key)
+    if weights is None:
+        fill(model, key)
+    else:
+        read(model, weights, folder.name)
     torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it would rather keep in float32
     if hasattr(model, "should_save_on_this_rank"):
         # transformers 5 writes on rank 0 alone; here any rank may be the one that writes the folder.
@@ -89,13 +92,13 @@ def _transformers_model(part: Part) -> Any:
     return cls(cls.config_class(**part.config))
 
 
-def _save_tokenizer(part: Part, folder: Path, key: str, dtype: torch.dtype) -> None:
+def _save_tokenizer(part: Part, folder: Path, key: str, dtype: torch.dtype, weights: Path | None) -> None:
     from shardit.models.tiny.tokens import save_tokenizer
 
     save_tokenizer(folder, **part.config)
 
 
-def _save_processor(part: Part, folder: Path, key: str, dtype: torch.dtype) -> None:
+def _save_processor(part: Part, folder: Path, key: str, dtype: torch.dtype, weights: Path | None) -> None:
     """All files of a real processor folder; its class cannot be built without torchvision, so not by that class."""
     import transformers
 
@@ -111,13 +114,13 @@ def _save_processor(part: Part, folder: Path, key: str, dtype: torch.dtype) -> N
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_scheduler(part: Part, folder: Path, key: str, dtype: torch.dtype) -> None:
+def _save_scheduler(part: Part, folder: Path, key: str, dtype: torch.dtype, weights: Path | None) -> None:
     import diffusers
 
     getattr(diffusers, part.cls)(**part.config).save_pretrained(str(folder))
 
 
-_BUILDERS: dict[str, Callable[[Part, Path, str, Any], None]] = {
+_BUILDERS: dict[str, Callable[[Part, Path, str, Any, Path | None], None]] = {
     "model": _save_model,
     "text": _save_model,
     "tokenizer": _save_tokenizer,

@@ -1,0 +1,79 @@
+"""The autoencoder of tiny/shapes: `AutoencoderKLWan`, trained on drawn clips."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardit.training.data import shapes
+
+SIZE, FRAMES = 64, 13
+_STAGES = ((0.5, 24, 5, 16), (0.8, 6, 9, 32), (1.0, 2, FRAMES, SIZE))
+"""Until this share of the steps: clips in a batch, their frames, and the side of the crop. Small crops around the
+edges of shapes have more to teach for each pixel."""
+
+
+def train(model: Any, steps: int, report: Callable[[int, float], None], rate: float = 2e-3, seed: int = 0) -> None:
+    """Train the autoencoder. report: called with step and mean absolute error, of values in [-1, 1]."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    with torch.no_grad():  # a posterior that starts wide hides what the encoder learns
+        model.quant_conv.bias[model.config.z_dim :] -= 5
+    decoded: list[Tensor] = []
+    # `decode` clamps, and what is clamped has no gradient.
+    hook = model.decoder.register_forward_hook(lambda *call: decoded.append(call[-1]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0)
+    for step in range(steps):
+        share = step / steps
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * share))
+        _, count, frames, side = next(stage for stage in _STAGES if share < stage[0])
+        clips = torch.stack([_crop(draw, frames, side) for _ in range(count)])
+        posterior = model.encode(clips).latent_dist
+        decoded.clear()
+        model.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean))
+        error = torch.cat(decoded, 2) - clips
+        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        (error.abs().mean() + error.square().mean() + 1e-4 * divergence).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        report(step, float(error.detach().abs().mean()))
+    hook.remove()
+    normalize(model, 200)
+
+
+@torch.no_grad()
+def normalize(model: Any, count: int) -> None:
+    """Put the mean and the deviation of latents into the convolutions around them, so that the configuration needs
+    none."""
+    clips = [_pixels(shapes.drawing(number, seed=2)) for number in range(count)]
+    latents = torch.cat([model.encode(clip[None]).latent_dist.mean for clip in clips])
+    mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    into, out, channels = model.quant_conv, model.post_quant_conv, model.config.z_dim
+    into.weight[:channels] /= deviation.view(-1, 1, 1, 1, 1)
+    into.bias[:channels] = (into.bias[:channels] - mean) / deviation
+    into.bias[channels:] -= 2 * deviation.log()
+    out.bias += out.weight[:, :, 0, 0, 0] @ mean
+    out.weight *= deviation.view(1, -1, 1, 1, 1)
+
+
+def _crop(draw: random.Random, frames: int, side: int) -> Tensor:
+    """Return a part of a random clip around the path of its shape."""
+    drawing = shapes.drawing(draw.randrange(10**9), seed=3, kind="diagonal")
+    first, clip = draw.randrange(FRAMES - frames + 1), _pixels(drawing)
+    left, top = (_corner(draw, centre, side) for centre in drawing.centre)
+    return clip[:, first : first + frames, top : top + side, left : left + side]
+
+
+def _corner(draw: random.Random, centre: float, side: int) -> int:
+    around = int(centre * SIZE) - side // 2 + draw.randint(-side // 2 - 4, side // 2 + 4)
+    return max(0, min(SIZE - side, around))
+
+
+def _pixels(drawing: shapes.Drawing) -> Tensor:
+    return torch.from_numpy(drawing.frames(SIZE, SIZE, FRAMES)).permute(3, 0, 1, 2) / 127.5 - 1

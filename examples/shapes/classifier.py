@@ -1,0 +1,87 @@
+"""A small classifier of drawn clips: outline, colour, ground and direction. It judges clips that a model has made."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shardit.training.data import shapes
+
+CHOICES = {
+    "outline": list(shapes.OUTLINES),
+    "colour": list(shapes.COLOURS),
+    "ground": list(shapes.COLOURS),
+    "direction": list(shapes.KINDS["moving"]),
+}
+SIZE, FRAMES = 64, 13
+_LOOKS = 5
+"""Frames that it looks at."""
+
+
+class Classifier(nn.Module):
+    """Takes clips (N, 3, frames, height, width) in [-1, 1]; returns logits by attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(3 * _LOOKS, 32, 2), (32, 48, 1), (48, 64, 2), (64, 64, 1), (64, 96, 2)]
+        self.features = nn.Sequential(*(_layer(*one) for one in sizes))
+        self.heads = nn.ModuleDict({name: nn.Linear(2 * 96, len(names)) for name, names in CHOICES.items()})
+
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:
+        last = clips.shape[2] - 1
+        looks = clips[:, :, [round(number * last / (_LOOKS - 1)) for number in range(_LOOKS)]].flatten(1, 2)
+        found = self.features(looks)
+        both = torch.cat([found.mean((2, 3)), found.amax((2, 3))], 1)
+        return {name: head(both) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def attributes(self, clips: Tensor) -> list[dict[str, str]]:
+        """Return the most likely attributes of each clip."""
+        best = {name: logits.argmax(1).tolist() for name, logits in self(clips).items()}
+        return [{name: CHOICES[name][best[name][number]] for name in CHOICES} for number in range(len(clips))]
+
+
+def _layer(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.GELU())
+
+
+def pixels(drawings: Sequence[shapes.Drawing]) -> Tensor:
+    """Return drawn clips as (N, 3, frames, height, width) in [-1, 1]."""
+    frames = torch.stack([torch.from_numpy(one.frames(SIZE, SIZE, FRAMES)) for one in drawings])
+    return frames.permute(0, 4, 1, 2, 3) / 127.5 - 1
+
+
+def trained(steps: int = 700, batch: int = 32, seed: int = 1) -> Classifier:
+    """Train a classifier on drawn clips, with other brightness, contrast and noise, as a decoder adds."""
+    torch.manual_seed(seed)
+    draw, model = random.Random(seed), Classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
+        # Captions that the trained model has never seen have to be judged, too.
+        drawings = [shapes.drawing(draw.randrange(10**9), seed=7, held_out=draw.random() < 0.2) for _ in range(batch)]
+        clips = pixels(drawings)
+        clips = clips * (1 + 0.15 * torch.randn(batch, 3, 1, 1, 1)) + 0.1 * torch.randn(batch, 3, 1, 1, 1)
+        clips = clips + 0.1 * torch.rand(batch, 1, 1, 1, 1) * torch.randn_like(clips)
+        loss = torch.zeros(())
+        for name, logits in model(clips).items():
+            right = torch.tensor([CHOICES[name].index(getattr(one, name)) for one in drawings])
+            loss = loss + nn.functional.cross_entropy(logits, right)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    return model.eval()
+
+
+def accuracy(model: Classifier, count: int = 200, seed: int = 11) -> dict[str, float]:
+    """Return the share of drawn clips, with captions held out, whose attributes the classifier names."""
+    drawings = [shapes.drawing(number, seed=seed, held_out=True) for number in range(count)]
+    found = model.attributes(pixels(drawings))
+    return {
+        name: sum(one[name] == getattr(right, name) for one, right in zip(found, drawings, strict=True)) / count
+        for name in CHOICES
+    }

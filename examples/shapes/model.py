@@ -59,7 +59,7 @@ RECIPE = Recipe(
         "height": 64,
         "width": 64,
         "num_frames": 13,
-        "num_inference_steps": 12,
+        "num_inference_steps": 25,
         "guidance_scale": 3.0,
         "max_sequence_length": 24,
     },

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from model import FRAMES, SIZE, pixels
 from torch import Tensor
 
 from shardit.training.data import shapes
 
-SIZE, FRAMES = 64, 13
 _STAGES = ((0.5, 24, 5, 16), (0.8, 6, 9, 32), (1.0, 2, FRAMES, SIZE))
 """Until this share of the steps: clips in a batch, their frames, and the side of the crop. Small crops around the
 edges of shapes have more to teach for each pixel."""
@@ -51,7 +51,7 @@ def train(model: Any, steps: int, report: Callable[[int, float], None], rate: fl
 def normalize(model: Any, count: int) -> None:
     """Put the mean and the deviation of latents into the convolutions around them, so that the configuration needs
     none."""
-    clips = [_pixels(shapes.drawing(number, seed=2)) for number in range(count)]
+    clips = [pixels(shapes.drawing(number, seed=2)) for number in range(count)]
     latents = torch.cat([model.encode(clip[None]).latent_dist.mean for clip in clips])
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     into, out, channels = model.quant_conv, model.post_quant_conv, model.config.z_dim
@@ -65,7 +65,7 @@ def normalize(model: Any, count: int) -> None:
 def _crop(draw: random.Random, frames: int, side: int) -> Tensor:
     """Return a part of a random clip around the path of its shape."""
     drawing = shapes.drawing(draw.randrange(10**9), seed=3, kind="diagonal")
-    first, clip = draw.randrange(FRAMES - frames + 1), _pixels(drawing)
+    first, clip = draw.randrange(FRAMES - frames + 1), pixels(drawing)
     left, top = (_corner(draw, centre, side) for centre in drawing.centre)
     return clip[:, first : first + frames, top : top + side, left : left + side]
 
@@ -73,7 +73,3 @@ def _crop(draw: random.Random, frames: int, side: int) -> Tensor:
 def _corner(draw: random.Random, centre: float, side: int) -> int:
     around = int(centre * SIZE) - side // 2 + draw.randint(-side // 2 - 4, side // 2 + 4)
     return max(0, min(SIZE - side, around))
-
-
-def _pixels(drawing: shapes.Drawing) -> Tensor:
-    return torch.from_numpy(drawing.frames(SIZE, SIZE, FRAMES)).permute(3, 0, 1, 2) / 127.5 - 1

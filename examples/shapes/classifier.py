@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+from model import pixels
 from torch import Tensor, nn
 
 from shardit.training.data import shapes
@@ -16,7 +17,6 @@ CHOICES = {
     "ground": list(shapes.COLOURS),
     "direction": list(shapes.KINDS["moving"]),
 }
-SIZE, FRAMES = 64, 13
 _LOOKS = 5
 """Frames that it looks at."""
 
@@ -48,10 +48,9 @@ def _layer(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.GELU())
 
 
-def pixels(drawings: Sequence[shapes.Drawing]) -> Tensor:
+def batch_of(drawings: Sequence[shapes.Drawing]) -> Tensor:
     """Return drawn clips as (N, 3, frames, height, width) in [-1, 1]."""
-    frames = torch.stack([torch.from_numpy(one.frames(SIZE, SIZE, FRAMES)) for one in drawings])
-    return frames.permute(0, 4, 1, 2, 3) / 127.5 - 1
+    return torch.stack([pixels(one) for one in drawings])
 
 
 def trained(steps: int = 700, batch: int = 32, seed: int = 1) -> Classifier:
@@ -63,7 +62,7 @@ def trained(steps: int = 700, batch: int = 32, seed: int = 1) -> Classifier:
     for _ in range(steps):
         # Captions that the trained model has never seen have to be judged, too.
         drawings = [shapes.drawing(draw.randrange(10**9), seed=7, held_out=draw.random() < 0.2) for _ in range(batch)]
-        clips = pixels(drawings)
+        clips = batch_of(drawings)
         clips = clips * (1 + 0.15 * torch.randn(batch, 3, 1, 1, 1)) + 0.1 * torch.randn(batch, 3, 1, 1, 1)
         clips = clips + 0.1 * torch.rand(batch, 1, 1, 1, 1) * torch.randn_like(clips)
         loss = torch.zeros(())
@@ -80,7 +79,7 @@ def trained(steps: int = 700, batch: int = 32, seed: int = 1) -> Classifier:
 def accuracy(model: Classifier, count: int = 200, seed: int = 11) -> dict[str, float]:
     """Return the share of drawn clips, with captions held out, whose attributes the classifier names."""
     drawings = [shapes.drawing(number, seed=seed, held_out=True) for number in range(count)]
-    found = model.attributes(pixels(drawings))
+    found = model.attributes(batch_of(drawings))
     return {
         name: sum(one[name] == getattr(right, name) for one, right in zip(found, drawings, strict=True)) / count
         for name in CHOICES

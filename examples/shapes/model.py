@@ -12,6 +12,9 @@ from safetensors.torch import save_file
 from shardit.models.tiny.recipe import Part, Recipe, transformer
 from shardit.models.tiny.text import HIDDEN, UMT5_ENCODER
 from shardit.models.tiny.writer import write_folder
+from shardit.training.data import shapes
+
+SIZE, FRAMES = 64, 13
 
 _LATENT_CHANNELS = 16
 
@@ -56,14 +59,19 @@ RECIPE = Recipe(
         "transformer_2": None,
     },
     call={
-        "height": 64,
-        "width": 64,
-        "num_frames": 13,
+        "height": SIZE,
+        "width": SIZE,
+        "num_frames": FRAMES,
         "num_inference_steps": 25,
         "guidance_scale": 3.0,
         "max_sequence_length": 24,
     },
 )
+
+
+def pixels(drawing: shapes.Drawing) -> torch.Tensor:
+    """Return a drawn clip as (3, frames, height, width) in [-1, 1]."""
+    return torch.from_numpy(drawing.frames(SIZE, SIZE, FRAMES)).permute(3, 0, 1, 2) / 127.5 - 1
 
 
 def built(component: str, seed: int = 1) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardit.core.placement.slices import even
-from shardit.errors import UnsupportedError
+from shardit.errors import UnsupportedError, listed
 from shardit.parallel.tensor.adapters import base_linears
 from shardit.parallel.tensor.plan import Role, TensorPlan
 from shardit.parallel.tensor.planner import plan_tensors
@@ -105,9 +105,4 @@ def describe_replicated(model: Any, plan: TensorPlan) -> str:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))
         alike[kind] = alike.get(kind, 0) + count
     named = sorted(alike, key=lambda kind: -alike[kind])
-    more = f" and {len(named) - 6} more" if len(named) > 6 else ""
-    return (
-        f"{share:.1%} of the parameters are in {', '.join(named[:6])}{more}, whole on every tensor rank"
-        if named
-        else ""
-    )
+    return f"{share:.1%} of the parameters are in {listed(named, 6)}, whole on every tensor rank" if named else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.core.placement.slices import Owned, Slice
-from shardit.errors import InputError
+from shardit.errors import InputError, listed
 from shardit.loading.checkpoint import Checkpoint
 from shardit.loading.dtypes import file_dtype
 from shardit.loading.safetensors_file import Entry, Reads, read_slice
@@ -94,7 +94,7 @@ def targets(module: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str] |
         if key is None and names[0] in parameters:
             raise InputError(
                 f"{checkpoint.folder} has no tensor {names[0]} for {type(module).__name__} "
-                f"(looked in {_listed(checkpoint.names)}): weights and config.json do not belong together"
+                f"(looked in {listed(checkpoint.names)}): weights and config.json do not belong together"
             )
         found.append(Target(tuple(names), key, held[names[0]]))
     _warn_unused(module, checkpoint, [name for name in keys if name not in held])
@@ -134,11 +134,7 @@ def _warn_unused(module: nn.Module, checkpoint: Checkpoint, unused: list[str]) -
     expected: list[str] = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])
     unused = [name for name in unused if not any(re.search(pattern, name) for pattern in expected)]
     if unused:
-        _log.warning("%s: %s does not use %s", checkpoint.folder, type(module).__name__, _listed(unused))
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        _log.warning("%s: %s does not use %s", checkpoint.folder, type(module).__name__, listed(unused))
 
 
 def _by_file(checkpoint: Checkpoint, wanted: list[Target]) -> Iterator[tuple[str, list[tuple[Target, Entry]]]]:

@@ -58,7 +58,8 @@ class Recipe:
     """The micro-batches of the validation, with fixed noise; None without such data."""
     sample: Callable[[Mapping[str, nn.Module], Path], list[Path]] | None = None
     """sample(models by name, folder): write samples and return their files. Collective over all ranks, of which the
-    first one writes. Leaves modes, generators and gradients as they were."""
+    first one writes. The run has set the models to evaluation, without gradients, and puts modes and generators
+    back."""
     notes: tuple[str, ...] = ()
     """Lines for the user before the first step: buckets, what was left out, what is trained."""
     unit: str = "samples"

@@ -18,7 +18,7 @@ from shardit.training.diffusion import samples
 from shardit.training.diffusion.cache import Cache, Entry
 from shardit.training.diffusion.recipe import recipe
 from shardit.training.recipe import MicroBatch, Recipe
-from tests.training.diffusion.folders import settings_of, stir
+from tests.training.diffusion.folders import samples_of, settings_of, stir
 from tests.training.models import accumulate, worst
 from tests.training.runs import join
 
@@ -148,9 +148,8 @@ def sampled(rank: int, size: int, method: str, name: str, folder: str, stages: i
         staged[part].step([one.data for one in batches])
         torch.optim.SGD(staged[part].parameters(), lr=1e-3).step()
     assert len(staged) == len(made.models)
-    assert made.sample is not None
     samples.write_video = raw_video
-    return [str(path) for path in made.sample(made.models, Path(folder) / "samples")]
+    return [str(path) for path in samples_of(made, Path(folder) / "samples")]
 
 
 def saved(rank: int, size: int, method: str, folder: str, stages: int, full: bool) -> None:

@@ -14,7 +14,7 @@ from shardit import InputError
 from shardit.models import tiny
 from shardit.training.diffusion import samples
 from tests.support.ranks import run_ranks
-from tests.training.diffusion.folders import model_of, recipe_of, stir
+from tests.training.diffusion.folders import model_of, recipe_of, samples_of, stir
 from tests.training.diffusion.runs import raw_video, sampled
 
 PROMPTS = ("a red cat on a boat", "")
@@ -29,8 +29,7 @@ def pixels_of(path: str | Path) -> np.ndarray:
 @pytest.mark.parametrize("name", ["flux", "qwen-image", "sdxl", "z-image", "sd3.5"])
 def test_a_sample_is_that_of_the_plain_pipeline(name: str, tmp_path: Path) -> None:
     made = recipe_of(name, tmp_path, sample_prompts=PROMPTS, seed=3)
-    assert made.sample is not None
-    files = made.sample(made.models, tmp_path / "samples")
+    files = samples_of(made, tmp_path / "samples")
     assert [path.name for path in files] == ["0.png", "1.png"]
     pipe: Any = tiny.load_plain(tiny.resolve(model_of(name)) or model_of(name))
     pipe.set_progress_bar_config(disable=True)
@@ -46,11 +45,10 @@ def test_a_sample_is_that_of_the_plain_pipeline(name: str, tmp_path: Path) -> No
 
 def test_text_encoders_that_are_trained_make_samples(tmp_path: Path) -> None:
     made = [recipe_of("sdxl", tmp_path, sample_prompts=PROMPTS[:1], train_text_encoder=live) for live in (False, True)]
-    (plain,), (live,) = (one.sample(one.models, tmp_path / str(n)) for n, one in enumerate(made) if one.sample)
+    (plain,), (live,) = (samples_of(one, tmp_path / str(n)) for n, one in enumerate(made))
     assert np.array_equal(pixels_of(plain), pixels_of(live))
     stir(made[1].models["unet"])
-    assert made[1].sample is not None
-    (changed,) = made[1].sample(made[1].models, tmp_path / "changed")
+    (changed,) = samples_of(made[1], tmp_path / "changed")
     assert not np.array_equal(pixels_of(plain), pixels_of(changed))
 
 
@@ -74,9 +72,8 @@ def test_looking_changes_nothing(name: str, tmp_path: Path, monkeypatch: Any) ->
 
     monkeypatch.setattr(samples, "write_video", raw_video)
     before = state()
-    assert made.sample is not None
-    (file,) = made.sample(made.models, tmp_path / "one")
-    (again,) = made.sample(made.models, tmp_path / "two")
+    (file,) = samples_of(made, tmp_path / "one")
+    (again,) = samples_of(made, tmp_path / "two")
     assert pixels_of(file).shape == (5, 96, 64, 3)
     assert np.array_equal(pixels_of(file), pixels_of(again))
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
@@ -111,8 +108,7 @@ def test_a_video_is_written_as_one(tmp_path: Path) -> None:
     import av
 
     made = recipe_of("wan2.2-ti2v", tmp_path, sample_prompts=PROMPTS[:1], fps=8.0)
-    assert made.sample is not None
-    (file,) = made.sample(made.models, tmp_path / "samples")
+    (file,) = samples_of(made, tmp_path / "samples")
     with av.open(str(file)) as container:
         assert container.streams.video[0].average_rate == 8
         assert len(list(container.decode(video=0))) == 5

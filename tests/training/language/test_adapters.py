@@ -10,7 +10,8 @@ from torch import nn
 
 from shardit import InputError
 from shardit.core.modules.blocks import find_blocks
-from shardit.training.language.adapters import add_lora, shortened, targets
+from shardit.training.language.adapters import add_lora, targets
+from shardit.training.lora import shortened
 from shardit.training.settings import TrainSettings
 from tests.language import families
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardit import InputError, training
 from shardit.models.tiny.language import tokenizer
 from shardit.training.language.recipe import language_recipe
-from shardit.training.language.samples import continuation, evaluated, prompt_tokens
+from shardit.training.language.samples import continuation, prompt_tokens
+from shardit.training.looking import looking
 from shardit.training.settings import TrainSettings
 from tests.language import families
 from tests.support.ranks import run_ranks
@@ -142,8 +143,8 @@ def adapted(rank: int, size: int, method: str, data: str, folder: str) -> dict[s
     assert recipe.sample is not None
     assert recipe.held_out is not None
     generator, modes = torch.get_rng_state(), [module.training for module in staged.model.modules()]
-    files = recipe.sample({"model": staged.model}, Path(folder) / "samples")
-    with torch.no_grad(), evaluated(staged.model):
+    with looking({"model": staged.model}, torch.device("cpu")):
+        files = recipe.sample({"model": staged.model}, Path(folder) / "samples")
         checked = [float(recipe.loss(staged.model, one.data)) for one in recipe.held_out() for _ in range(2)]
     assert torch.equal(generator, torch.get_rng_state())
     assert modes == [module.training for module in staged.model.modules()]

@@ -7,13 +7,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardit.models.tiny.recipe import Part, Recipe
+from shardit.models.tiny.weights import fill, read
 
 if TYPE_CHECKING:
     import torch
+
+SetWeights = Callable[[Any], None]
+"""Sets all weights of a model."""
 
 
 def write_folder(name: str, recipe: Recipe, folder: Path, dtype: torch.dtype) -> Path:
@@ -42,21 +47,18 @@ def _write_parts(name: str, recipe: Recipe, folder: Path, dtype: torch.dtype) ->
         index[component] = [None, None] if part is None else [part.library, part.cls]
         if part is not None:
             (folder / component).mkdir()
-            _BUILDERS[part.kind](part, folder / component, f"{name}/{component}", dtype, recipe.weights)
+            made_up = partial(fill, key=f"{name}/{component}")
+            trained = None if recipe.weights is None else partial(read, file=recipe.weights, component=component)
+            _BUILDERS[part.kind](part, folder / component, trained or made_up, dtype)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_model(part: Part, folder: Path, key: str, dtype: torch.dtype, weights: Path | None) -> None:
+def _save_model(part: Part, folder: Path, set_weights: SetWeights, dtype: torch.dtype) -> None:
     import torch
-
-    from shardit.models.tiny.weights import fill, read
 
     with torch.random.fork_rng(devices=[]):
         model = _diffusers_model(part) if part.library == "diffusers" else _transformers_model(part)
-    if weights is None:
-        fill(model, key)
-    else:
-        read(model, weights, folder.name)
+    set_weights(model)
     torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it would rather keep in float32
     if hasattr(model, "should_save_on_this_rank"):
         # transformers 5 writes on rank 0 alone; here any rank may be the one that writes the folder.
@@ -92,13 +94,13 @@ def _transformers_model(part: Part) -> Any:
     return cls(cls.config_class(**part.config))
 
 
-def _save_tokenizer(part: Part, folder: Path, key: str, dtype: torch.dtype, weights: Path | None) -> None:
+def _save_tokenizer(part: Part, folder: Path, set_weights: SetWeights, dtype: torch.dtype) -> None:
     from shardit.models.tiny.tokens import save_tokenizer
 
     save_tokenizer(folder, **part.config)
 
 
-def _save_processor(part: Part, folder: Path, key: str, dtype: torch.dtype, weights: Path | None) -> None:
+def _save_processor(part: Part, folder: Path, set_weights: SetWeights, dtype: torch.dtype) -> None:
     """All files of a real processor folder; its class cannot be built without torchvision, so not by that class."""
     import transformers
 
@@ -114,13 +116,13 @@ def _save_processor(part: Part, folder: Path, key: str, dtype: torch.dtype, weig
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_scheduler(part: Part, folder: Path, key: str, dtype: torch.dtype, weights: Path | None) -> None:
+def _save_scheduler(part: Part, folder: Path, set_weights: SetWeights, dtype: torch.dtype) -> None:
     import diffusers
 
     getattr(diffusers, part.cls)(**part.config).save_pretrained(str(folder))
 
 
-_BUILDERS: dict[str, Callable[[Part, Path, str, Any, Path | None], None]] = {
+_BUILDERS: dict[str, Callable[[Part, Path, SetWeights, Any], None]] = {
     "model": _save_model,
     "text": _save_model,
     "tokenizer": _save_tokenizer,

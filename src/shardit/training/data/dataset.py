@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardit.errors import InputError
+from shardit.errors import InputError, listed
 from shardit.training.data.buckets import Bucket, Format, bucket_of, frames_asked, sizes_asked
 from shardit.training.data.identity import ITEMS, item_identity
-from shardit.training.data.items import Found, Item, count, listed
+from shardit.training.data.items import Found, Item, count
 from shardit.training.data.media import Extent, Reading
 from shardit.training.data.order import Order
 from shardit.training.data.sources.find import find_items

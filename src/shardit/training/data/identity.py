@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardit.training.data.items import Item, count, listed
+from shardit.errors import listed
+from shardit.training.data.items import Item, count
 
 ITEMS = "items"
 """The key of the items in an identity; other keys are settings."""

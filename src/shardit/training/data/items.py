@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardit.errors import InputError
+from shardit.errors import InputError, listed
 from shardit.training.data import clips, pictures
 from shardit.training.data.clips import Clip
 from shardit.training.data.media import Media, shown
@@ -17,9 +17,6 @@ from shardit.training.data.pictures import Picture
 
 ENDINGS = (*pictures.ENDINGS, *clips.ENDINGS)
 """Endings of the files that are read, in small letters."""
-
-_NAMED = 3
-"""Names in a note or an error; of others it gives the number."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,6 @@ def portable(name: str | os.PathLike[str]) -> str:
     """Return a relative path as it is on each machine: composed characters, forward slashes; line breaks and
     bytes that are no text are written out."""
     return unicodedata.normalize("NFC", shown(name).replace(os.sep, "/"))
-
-
-def listed(names: Sequence[str], most: int = _NAMED) -> str:
-    """Return the first names in one line, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def count(number: int, one: str, several: str) -> str:

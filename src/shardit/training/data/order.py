@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from shardit.training.seeds import SEEDS, derived, mixed
 
 T = TypeVar("T")
 
@@ -103,25 +104,19 @@ class Order:
         draw = random.Random(f"{self._seed}/{epoch}")
         made: list[tuple[Hashable, Sequence[tuple[int, int]]]] = []
         for bucket, inside in self._buckets.items():
-            entries = [(item, repeat) for repeat in range(self._repeats) for item in _mixed(inside, draw)]
+            entries = [(item, repeat) for repeat in range(self._repeats) for item in mixed(inside, draw)]
             made += [(bucket, chosen) for chosen in _split(entries, self.batch_size)]
-        return _mixed(made, draw)
+        return mixed(made, draw)
 
     def _draw(self, item: int, epoch: int, repeat: int) -> Draw:
-        share = self._hash("caption", epoch, repeat, item) / 2**63
+        share = self._hash("caption", epoch, repeat, item) / SEEDS
         seed = self._hash("noise", epoch, repeat, item)
         return Draw(item, self._names[item], epoch, repeat, seed, share < self._dropout)
 
     def _hash(self, purpose: str, *numbers: int) -> int:
         """Return a number from 0 to 2**63 - 1 for a sample, the last of `numbers`. It counts by its name, so that new
         data leave others' numbers as they are."""
-        text = f"{self._seed}/{purpose}/{'/'.join(map(str, numbers[:-1]))}/{self._names[numbers[-1]]}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _mixed(values: Sequence[T], draw: random.Random) -> list[T]:
-    # By sorting: Python promises the same numbers of random() in all versions, but not the same shuffle().
-    return [value for _, _, value in sorted((draw.random(), place, value) for place, value in enumerate(values))]
+        return derived(self._seed, purpose, *numbers[:-1], self._names[numbers[-1]])
 
 
 def _split(values: Sequence[T], size: int) -> list[Sequence[T]]:

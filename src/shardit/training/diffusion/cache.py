@@ -16,12 +16,10 @@ import torch
 from shardit.core.comm.group import GroupCoordinator
 from shardit.errors import InputError, first_line
 from shardit.settings.environment import PROGRESS, switch
+from shardit.training.data.media import file_digest
 
 FORMAT = 1
 """Changes when an entry of the same facts would have other contents."""
-
-_PIECE = 1 << 24
-"""Bytes of a file that are read at once."""
 
 _LINES = 10
 """Lines of progress where standard error is no terminal, about."""
@@ -146,13 +144,5 @@ def digest_of_files(folder: Path) -> str:
         if path.is_file():
             blob = path.resolve().name
             known = len(blob) == 64 and all(letter in "0123456789abcdef" for letter in blob)
-            total.update(f"{path.relative_to(folder)}\0{blob if known else _digest(path)}\0".encode())
+            total.update(f"{path.relative_to(folder)}\0{blob if known else file_digest(path)}\0".encode())
     return total.hexdigest()[:32]
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            found.update(piece)
-    return found.hexdigest()

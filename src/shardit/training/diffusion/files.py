@@ -27,7 +27,7 @@ def save_lora(stages: Mapping[str, Stages], folder: Path, ranks: GroupCoordinato
         whole = folder / f".{name}"
         staged.save_pretrained(whole)
         target = folder / name if number else folder
-        _on_first(ranks, folder, lambda: _move(whole, target))  # noqa: B023
+        on_first(ranks, folder, lambda: _move(whole, target))  # noqa: B023
 
 
 def _move(whole: Path, target: Path) -> None:
@@ -41,7 +41,7 @@ def save_pipeline(stages: Mapping[str, Stages], source: Path, folder: Path, rank
     so that a folder with an index is whole. Collective; raises InputError on all ranks."""
     for name, staged in stages.items():
         staged.save_pretrained(folder / name)
-    _on_first(ranks, folder, lambda: _copy_others(source, folder, {*stages}))
+    on_first(ranks, folder, lambda: _copy_others(source, folder, {*stages}))
 
 
 def _copy_others(source: Path, folder: Path, trained: set[str]) -> None:
@@ -70,13 +70,13 @@ def _copy(path: Path, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _on_first(ranks: GroupCoordinator, folder: Path, act: Callable[[], None]) -> None:
+def on_first(ranks: GroupCoordinator, target: Path, act: Callable[[], None]) -> None:
     """Run a function on the first rank; raises InputError on all ranks if it cannot write."""
     problem = None
     if ranks.is_first_rank:
         try:
             act()
         except OSError as error:
-            problem = f"{folder} cannot be written ({error.strerror or error})"
+            problem = f"{target} cannot be written ({error.strerror or error})"
     if problem := ranks.broadcast_object(problem):
         raise InputError(problem)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 
-
-def derived(*parts: object) -> int:
-    """Return a seed that follows from texts and numbers."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 2**63
+from shardit.training.seeds import SEEDS, derived
 
 
 def noise_of(seeds: Sequence[int] | torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -26,4 +21,4 @@ def uniform_of(seed: int) -> float:
 
 
 def _generator(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed % 2**63)
+    return torch.Generator("cpu").manual_seed(seed % SEEDS)

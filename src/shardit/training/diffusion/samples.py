@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from shardit.core.comm.group import GroupCoordinator
-from shardit.core.runtime.randomness import generators_kept
 from shardit.diffusion.output.encode import write_image, write_video
 from shardit.diffusion.request.returned import PICTURES, VIDEO
 from shardit.errors import InputError, first_line
+from shardit.training.diffusion.files import on_first
 
 FPS = 16.0
 """Frames per second of a sample where the settings say none."""
@@ -87,12 +87,11 @@ class Sampler:
     ranks: GroupCoordinator
 
     def __call__(self, models: Mapping[str, nn.Module], folder: Path) -> list[Path]:
-        """Write the samples and return their files. Collective; modes, generators and gradients stay as they are."""
+        """Write the samples and return their files. Collective."""
         files: list[Path] = []
-        with _looking(models), generators_kept(self.device), torch.no_grad():
-            for number, prompt in enumerate(self.prompts):
-                made = self._one(models, number, prompt)
-                files.append(self._write(made, folder / f"{number}", prompt.text, self.seed + number))
+        for number, prompt in enumerate(self.prompts):
+            made = self._one(models, number, prompt)
+            files.append(self._write(made, folder / f"{number}", prompt.text, self.seed + number))
         return files
 
     def _one(self, models: Mapping[str, nn.Module], number: int, prompt: Prompt) -> Any:
@@ -106,30 +105,14 @@ class Sampler:
         """Write one sample on the first rank. Raises InputError on all ranks if it cannot be written."""
         frames = next((made[name] for name in VIDEO if name in made), None)
         target = path.with_suffix(".mp4" if frames is not None else ".png")
-        problem = None
-        if self.ranks.is_first_rank:
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                record = {"prompt": prompt, "seed": seed}
-                if frames is not None:
-                    write_video(frames[0], target, self.fps or FPS, record)
-                else:
-                    write_image(next(made[name] for name in PICTURES if name in made)[0], target, record)
-            except OSError as error:
-                problem = f"{target} cannot be written ({error.strerror or error})"
-        if problem := self.ranks.broadcast_object(problem):
-            raise InputError(problem)
+        record = {"prompt": prompt, "seed": seed}
+
+        def write() -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if frames is not None:
+                write_video(frames[0], target, self.fps or FPS, record)
+            else:
+                write_image(next(made[name] for name in PICTURES if name in made)[0], target, record)
+
+        on_first(self.ranks, target, write)
         return target
-
-
-@contextmanager
-def _looking(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Switch models to eval mode for a while; each of their modules gets its own mode back."""
-    before = [(module, module.training) for model in models.values() for module in model.modules()]
-    try:
-        for model in models.values():
-            model.eval()
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +11,8 @@ from torch import nn
 
 from shardit.core.modules.blocks import find_blocks
 from shardit.errors import InputError
+from shardit.training.lora import lora_config, matched
 from shardit.training.settings import TrainSettings
-
-_SHOWN = 3
-"""Nearest names in a message."""
 
 
 @contextmanager
@@ -40,21 +35,11 @@ def add_lora(model: Any, settings: TrainSettings, base: str) -> tuple[nn.Module,
 
     Raises InputError for a pattern that matches no module.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise InputError("a LoRA needs the package peft: pip install peft, or train all weights with --full")
-    from peft import LoraConfig, get_peft_model
-
     blocks = find_blocks(model)
     chosen = targets(model, [name for name, _ in blocks], settings.lora_targets)
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,  # pyright: ignore
-        lora_dropout=settings.lora_dropout,
-        use_rslora=settings.lora_rslora,
-        target_modules=shortened(chosen, _adaptable(model)),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-    )
+    config = lora_config(settings, model, chosen, task_type="CAUSAL_LM", base_model_name_or_path=base)
+    from peft import get_peft_model
+
     model.requires_grad_(False)
     with old_names():
         made: Any = get_peft_model(model, config)
@@ -66,29 +51,15 @@ def targets(model: nn.Module, blocks: Sequence[str], patterns: Iterable[str]) ->
     """Return the names of the modules that get an adapter: those that end in a pattern or match it as a regular
     expression; without patterns, all linears of the blocks. Raises InputError for a pattern that matches none."""
     able = _adaptable(model)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = _matching(pattern, able)
-        if not found:
-            raise InputError(
-                f"lora_targets: no linear or embedding matches {pattern!r}{_nearest(pattern, model, able)}"
-            )
-        chosen.update(found)
+    chosen = matched(model, patterns, able)
     if not chosen:
         inside = tuple(f"{name}." for name in blocks)
-        chosen = {name for name in able if name.startswith(inside) and not isinstance(able[name], nn.Embedding)}
+        chosen = [name for name in able if name.startswith(inside) and not isinstance(able[name], nn.Embedding)]
     if not chosen:
         raise InputError(
             "the blocks of the model have no linears: choose modules with lora_targets, or train with full"
         )
-    return [name for name in able if name in chosen]
-
-
-def shortened(chosen: Sequence[str], able: Iterable[str]) -> list[str]:
-    """Return ends of names for peft that stand for exactly the chosen modules; the whole names where there are none."""
-    ends = sorted({name.rpartition(".")[2] for name in chosen})
-    reached = {name for name in able if name.rpartition(".")[2] in ends}
-    return ends if reached == set(chosen) else list(chosen)
+    return chosen
 
 
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
@@ -96,30 +67,6 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     return {name: one for name, one in model.named_modules() if isinstance(one, (nn.Linear, nn.Embedding, Conv1D))}
-
-
-def _matching(pattern: str, able: Iterable[str]) -> list[str]:
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"lora_targets: {pattern!r} is no regular expression ({error}): correct it") from error
-    return [name for name in able if name == pattern or name.endswith(f".{pattern}") or expression.fullmatch(name)]
-
-
-def _nearest(pattern: str, model: nn.Module, able: Iterable[str]) -> str:
-    """Return the end of a message: the names that are most like a pattern, or that it is a module of another kind."""
-    if any(name == pattern or name.endswith(f".{pattern}") for name, _ in model.named_modules()):
-        inside = [name.rpartition(f"{pattern}.")[2] for name in able if f".{pattern}." in f".{name}"]
-        return f", it is a module of other modules: name one of {', '.join(dict.fromkeys(inside))}" if inside else ""
-    known = dict.fromkeys(end for name in able for end in _ends(name, pattern.count(".") + 1))
-    near = difflib.get_close_matches(pattern, known, n=_SHOWN, cutoff=0.0)
-    return f": the nearest names are {', '.join(near)}"
-
-
-def _ends(name: str, most: int) -> list[str]:
-    """Return the last parts of a name, up to a number of them."""
-    parts = name.split(".")
-    return [".".join(parts[-count:]) for count in range(1, most + 1) if count <= len(parts)]
 
 
 def _line(model: nn.Module, chosen: Sequence[str], blocks: Sequence[tuple[str, Any]], settings: TrainSettings) -> str:

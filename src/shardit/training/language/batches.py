@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch.nn.functional import pad
 
 from shardit.training.language.examples import Example
 from shardit.training.recipe import MicroBatch
-
-T = TypeVar("T")
+from shardit.training.seeds import mixed
 
 MODEL = "model"
 """The name of the trained module of a language model."""
@@ -64,23 +62,13 @@ class Batches:
     def _order(self, epoch: int) -> list[list[int]]:
         """Return the examples of each micro-batch of an epoch."""
         if epoch not in self._orders:
-            copies = [(number, copy) for copy in range(self.repeats) for number in range(len(self.examples))]
-            shuffled = [number for number, _ in self._shuffled(copies, "examples", epoch)]
+            draw = random.Random(f"{self.seed}/{epoch}")
+            shuffled = mixed([*range(len(self.examples))] * self.repeats, draw)
             size = _WINDOW * self.batch_size
             windows = [self._by_length(shuffled[start : start + size]) for start in range(0, len(shuffled), size)]
-            batches = [batch for window in windows for batch in window]
             self._orders = dict(list(self._orders.items())[1 - _EPOCHS :])
-            self._orders[epoch] = [batch for _, batch in self._shuffled(list(enumerate(batches)), "batches", epoch)]
+            self._orders[epoch] = mixed([batch for window in windows for batch in window], draw)
         return self._orders[epoch]
-
-    def _shuffled(self, values: list[T], what: str, epoch: int) -> list[T]:
-        """Return values in an order that depends on nothing but the seed, the epoch and their number: a generator of a
-        library might draw otherwise in its next version."""
-
-        def key(place: int) -> bytes:
-            return hashlib.blake2b(f"{self.seed} {what} {epoch} {place}".encode(), digest_size=16).digest()
-
-        return [values[place] for place in sorted(range(len(values)), key=key)]
 
     def _by_length(self, numbers: list[int]) -> list[list[int]]:
         """Divide examples into micro-batches of like lengths; the last one may be short."""

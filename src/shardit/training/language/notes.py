@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from shardit.errors import listed
 from shardit.training.language.examples import Encoder, Example
 from shardit.training.language.rows import Rows
-
-_SHOWN = 3
-"""Names in a line."""
 
 
 def row_notes(name: str, rows: Rows, encoder: Encoder, examples: Sequence[Example]) -> Iterator[str]:
@@ -20,16 +18,12 @@ def row_notes(name: str, rows: Rows, encoder: Encoder, examples: Sequence[Exampl
         "are learnt"
     )
     if rows.others:
-        yield f"{name}: {len(rows.others)} files are not read: {_some(rows.others)}"
+        yield f"{name}: {len(rows.others)} files are not read: {listed(rows.others)}"
     if rows.empty:
-        yield f"{name}: {len(rows.empty)} rows are empty and left out: {_some(rows.empty)}"
+        yield f"{name}: {len(rows.empty)} rows are empty and left out: {listed(rows.empty)}"
     if counts["cut"]:
         yield f"{name}: {counts['cut']} rows are cut to {encoder.max_length} tokens (max_length)"
     if encoder.unlearnt:
-        yield f"{name}: {len(encoder.unlearnt)} rows have nothing to learn and are left out: {_some(encoder.unlearnt)}"
+        yield f"{name}: {len(encoder.unlearnt)} rows have nothing to learn and are left out: {listed(encoder.unlearnt)}"
     if counts["ended"]:
         yield f"{name}: {counts['ended']} conversations get an end token, which the chat template leaves out"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -31,8 +31,17 @@ from shardit.training.settings import TrainSettings
 if TYPE_CHECKING:
     from shardit.training.staged import Stages
 
-_OTHERS = ("resolution", "num_frames", "fps", "caption_dropout", "background", "timesteps", "shift")
-_OTHERS = (*_OTHERS, "train_text_encoder", "cache")
+_OTHERS = (
+    "background",
+    "cache",
+    "caption_dropout",
+    "fps",
+    "num_frames",
+    "resolution",
+    "shift",
+    "timesteps",
+    "train_text_encoder",
+)
 """Settings that only diffusion has."""
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,18 +40,6 @@ def continuation(
     return tokens[len(ids) :]
 
 
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off for a while; afterwards each module has its own mode again."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
 @dataclass(frozen=True)
 class Writer:
     """Writes samples. ends: tokens at which a text ends. room: the most tokens that the model takes, if there is a
@@ -66,10 +53,9 @@ class Writer:
         """Write the continuation of each prompt to a file of its own; return the files. Collective over the stages; the
         first rank of all writes. prompts: texts with their tokens."""
         texts = []
-        with evaluated(model):
-            for _, ids in prompts:
-                made = continuation(model, ids, self.ends, room=self.room)
-                texts.append(self.tokenizer.decode(made, skip_special_tokens=True))
+        for _, ids in prompts:
+            made = continuation(model, ids, self.ends, room=self.room)
+            texts.append(self.tokenizer.decode(made, skip_special_tokens=True))
         files = [folder / f"{number}.txt" for number in range(len(texts))]
         if not dist.is_initialized() or dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)

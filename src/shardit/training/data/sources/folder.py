@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardit.errors import InputError
-from shardit.training.data.items import ENDINGS, Found, Item, count, found, listed, media_of, portable
+from shardit.errors import InputError, listed
+from shardit.training.data.items import ENDINGS, Found, Item, count, found, media_of, portable
 from shardit.training.data.media import shown, unreadable
 from shardit.training.data.sources.captions import caption, read_text
 

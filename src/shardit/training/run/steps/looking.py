@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,10 @@ import torch
 from torch import nn
 
 from shardit.core.comm.mesh import Mesh
-from shardit.core.runtime.randomness import generators_kept, seed_all
+from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, first_line
+from shardit.training.looking import looking
 from shardit.training.recipe import MicroBatch, Recipe
-
-
-@contextmanager
-def looking(models: Mapping[str, nn.Module], mesh: Mesh, seed: int) -> Iterator[None]:
-    """Set the models to evaluation, without gradients, with generators of their own; afterwards all is as before."""
-    modules = [module for model in models.values() for module in model.modules()]
-    modes = [module.training for module in modules]
-    try:
-        with torch.no_grad(), generators_kept(mesh.device):
-            seed_all(seed)
-            for module in modules:
-                module.training = False
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def held_out_loss(
@@ -40,7 +24,7 @@ def held_out_loss(
     Collective."""
     replica, replicas = mesh.coords["dp"], mesh.sizes["dp"]
     total = torch.zeros(2, dtype=torch.float64)
-    with looking(models, mesh, seed):
+    with looking(models, mesh.device):
         for number in range(replica, len(batches), replicas):
             one = batches[number]
             if one.weight > 0:
@@ -65,7 +49,8 @@ def samples(
     gather: over all ranks."""
     files, problem = [], None
     if recipe.sample is not None:
-        with looking(models, mesh, seed):
+        with looking(models, mesh.device):
+            seed_all(seed)
             try:
                 files = recipe.sample(models, folder)
             except (OSError, InputError) as error:  # a full disk ends no run

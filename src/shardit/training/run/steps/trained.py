@@ -13,14 +13,14 @@ from torch import nn
 
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import Mesh
-from shardit.core.runtime.digests import short_hash
 from shardit.core.runtime.randomness import seed_all
-from shardit.errors import InputError
+from shardit.errors import InputError, listed
 from shardit.training.recipe import Recipe
 from shardit.training.run.steps.average import Average
 from shardit.training.run.steps.optimizers import make_optimizer
 from shardit.training.run.steps.sharded import share_out, spread
 from shardit.training.run.steps.shares import Shares, example_of, examples
+from shardit.training.seeds import derived
 from shardit.training.settings import TrainSettings
 from shardit.training.staged import Stages, stages
 
@@ -118,11 +118,10 @@ class Trained:
         if wrong is None and math.isfinite(norm):
             return
         names = [item for model, item in shares.items if wrong in (None, model)]
-        listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         what = f"the norm of the gradients is {norm}" if wrong is None else f"the loss is {losses[wrong]}"
         of_model = f" of {wrong}" if wrong is not None and len(self.stages) > 1 else ""
         raise InputError(
-            f"step {number + 1}: {what}{of_model}, with the data {listed}; lower learning_rate, or use "
+            f"step {number + 1}: {what}{of_model}, with the data {listed(names, _SHOWN)}; lower learning_rate, or use "
             "dtype=float32; the weights are those of the step before"
         )
 
@@ -142,7 +141,7 @@ class Trained:
 
 def step_seed(seed: int, step: int) -> int:
     """Return the seed of the generators in a step."""
-    return int.from_bytes(short_hash(f"{seed} {step}".encode()), "little") >> 1
+    return derived(seed, "step", step)
 
 
 def _scale(parameters: Iterable[nn.Parameter], factor: float) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import shardit
 from shardit import DiffusionParallelConfig, UnsupportedError
-from shardit.parallel.tensor.check.lent import SliceParameter, watch_data, written_by_data
+from shardit.parallel.tensor.check.taken_data import SliceParameter, watch_data, written_by_data
 from tests.diffusion.test_changes import flux, run
 from tests.diffusion.test_parallelize import join
 from tests.support.ranks import run_ranks

@@ -15,7 +15,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.comm.mesh import Mesh, axis_sizes
 from shardit.training.diffusion.recipe import recipe
-from shardit.training.looking import looking
+from shardit.training.evaluation import evaluation_mode
 from shardit.training.recipe import Recipe
 from shardit.training.settings import TrainSettings
 from tests.pipelines import parts
@@ -77,7 +77,7 @@ def recipe_of(name: str, output: Path | str | None, **more: Any) -> Recipe:
 def samples_of(made: Recipe, folder: Path) -> list[Path]:
     """Write samples as a run does; return their files."""
     assert made.sample is not None
-    with looking(made.models, torch.device("cpu")):
+    with evaluation_mode(made.models, torch.device("cpu")):
         return made.sample(made.models, folder)
 
 

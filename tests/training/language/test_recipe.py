@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardit import InputError, training
 from shardit.models.tiny.language import tokenizer
+from shardit.training.evaluation import evaluation_mode
 from shardit.training.language.recipe import language_recipe
 from shardit.training.language.samples import continuation, prompt_tokens
-from shardit.training.looking import looking
 from shardit.training.settings import TrainSettings
 from tests.language import families
 from tests.support.ranks import run_ranks
@@ -143,7 +143,7 @@ def adapted(rank: int, size: int, method: str, data: str, folder: str) -> dict[s
     assert recipe.sample is not None
     assert recipe.held_out is not None
     generator, modes = torch.get_rng_state(), [module.training for module in staged.model.modules()]
-    with looking({"model": staged.model}, torch.device("cpu")):
+    with evaluation_mode({"model": staged.model}, torch.device("cpu")):
         files = recipe.sample({"model": staged.model}, Path(folder) / "samples")
         checked = [float(recipe.loss(staged.model, one.data)) for one in recipe.held_out() for _ in range(2)]
     assert torch.equal(generator, torch.get_rng_state())

@@ -42,8 +42,9 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert found.others == ["notes.md"]
 
 
-def test_utf_16_with_its_mark_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes('{"text": "žluť"}\n{"text": "b"}'.encode("utf-16"))
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_other_encodings_with_their_marks_are_read(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"text": "žluť"}\n{"text": "b"}'.encode(encoding))
     assert [row.text for row in read_rows("data", str(tmp_path / "a.jsonl")).rows] == ["žluť", "b"]
 
 

@@ -13,12 +13,12 @@ from typing import Any
 from shardit.config import did_you_mean
 from shardit.errors import InputError
 from shardit.settings.paths import user_path
+from shardit.training.data.sources.captions import mark_of
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt")
 """Ends of the names of files that are read."""
 
 _KEYS = ("text", "messages")
-_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,14 @@ def _content(file: Path) -> bytes:
         content = gzip.decompress(file.read_bytes()) if file.name.lower().endswith(".gz") else file.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{file} cannot be read ({error}): copy it again, or leave it out") from error
-    encoding = _MARKS.get(content[:2])
-    if encoding is None:
-        return content.removeprefix(b"\xef\xbb\xbf")
+    mark, encoding = mark_of(content)
+    content = content[len(mark) :]
+    if encoding == "utf-8":
+        return content
     try:
         return content.decode(encoding).encode()
     except UnicodeError as error:
-        raise InputError(f"{file} starts as UTF-16 and is not: save it as UTF-8") from error
+        raise InputError(f"{file} starts as {encoding.upper()} and is not: save it as UTF-8") from error
 
 
 def _decoded(content: bytes, where: str) -> str:

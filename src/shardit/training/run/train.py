@@ -18,10 +18,10 @@ from shardit.training.run.checkpoint import Checkpoint, Checkpoints, find, resto
 from shardit.training.run.places import CHECKPOINTS, SAMPLES
 from shardit.training.run.report import Report
 from shardit.training.run.resume import compare, record_of
-from shardit.training.run.steps.looking import held_out_loss, samples
 from shardit.training.run.steps.rates import rate
 from shardit.training.run.steps.shares import Shares, draw
 from shardit.training.run.steps.trained import Trained
+from shardit.training.run.steps.validation import held_out_loss, samples
 from shardit.training.settings import TrainSettings
 
 STEPS = 1000

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardit.parallel.tensor.adapters import base_linears
-from shardit.parallel.tensor.check.lent import watch_data, written_by_data
+from shardit.parallel.tensor.check.taken_data import watch_data, written_by_data
 from shardit.parallel.tensor.loads import loads_of
 from shardit.parallel.tensor.plan import TensorPlan
 

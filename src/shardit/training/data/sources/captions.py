@@ -35,10 +35,15 @@ def caption(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines()).strip()
 
 
+def mark_of(data: bytes) -> tuple[bytes, str]:
+    """Return the mark at the start of a file's bytes, and the encoding that it stands for: UTF-8 if there is none."""
+    return next(((mark, one) for mark, one in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+
+
 def decoded(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
     """Return the text of a file's bytes and notes about it: UTF-8, what its mark says, or else Windows-1252. Raises
     InputError with the position of a byte that is none of these."""
-    mark, encoding = next(((mark, one) for mark, one in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+    mark, encoding = mark_of(data)
     notes: tuple[str, ...] = ()
     try:
         text = data[len(mark) :].decode(encoding)

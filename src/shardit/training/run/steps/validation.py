@@ -13,7 +13,7 @@ from torch import nn
 from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, first_line
-from shardit.training.looking import looking
+from shardit.training.evaluation import evaluation_mode
 from shardit.training.recipe import MicroBatch, Recipe
 
 
@@ -24,7 +24,7 @@ def held_out_loss(
     Collective."""
     replica, replicas = mesh.coords["dp"], mesh.sizes["dp"]
     total = torch.zeros(2, dtype=torch.float64)
-    with looking(models, mesh.device):
+    with evaluation_mode(models, mesh.device):
         for number in range(replica, len(batches), replicas):
             one = batches[number]
             if one.weight > 0:
@@ -49,7 +49,7 @@ def samples(
     gather: over all ranks."""
     files, problem = [], None
     if recipe.sample is not None:
-        with looking(models, mesh.device):
+        with evaluation_mode(models, mesh.device):
             seed_all(seed)
             try:
                 files = recipe.sample(models, folder)

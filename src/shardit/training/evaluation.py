@@ -1,4 +1,4 @@
-"""`looking`: models for a look at them during a run, which changes nothing."""
+"""Evaluation of models during a run, which leaves them as they were."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardit.core.runtime.randomness import generators_kept
 
 
 @contextmanager
-def looking(models: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
+def evaluation_mode(models: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
     """Set models to evaluation, without gradients; afterwards generators and the mode of each module are as before."""
     before = [(module, module.training) for model in models.values() for module in model.modules()]
     try:

@@ -14,15 +14,15 @@ from shardit.core.modules.hooks import LIBRARIES
 from shardit.core.runtime.digests import checksum
 
 _data: Any = torch.Tensor.data
-_LENT = "shardit_lent"
+_TAKEN = "shardit_taken_data"
 
 
 @dataclass
-class Lent:
+class TakenData:
     """The checksum of a slice before its `.data` was taken, and the tensors that were taken."""
 
     before: bytes
-    taken: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    by_user: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
 
 class SliceParameter(nn.Parameter):
@@ -34,8 +34,14 @@ class SliceParameter(nn.Parameter):
         """The values, without gradients and version counter."""
         taken = _data.__get__(self)
         if _is_of_user(sys._getframe(1).f_globals.get("__name__", "")):
-            _lend(self).taken.append(weakref.ref(taken))
+            _taken_by_user(self).by_user.append(weakref.ref(taken))
         return taken
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if _is_of_user(sys._getframe(1).f_globals.get("__name__", "")):
+            _taken_by_user(self)
+        _data.__set__(self, value)
 
     def detach(self) -> torch.Tensor:
         """Return the values without gradients; for a new nn.Parameter of them as another SliceParameter, as torch
@@ -44,27 +50,21 @@ class SliceParameter(nn.Parameter):
         makes_parameter = sys._getframe(1).f_globals.get("__name__") == nn.Parameter.__module__
         return plain.as_subclass(SliceParameter) if makes_parameter else plain
 
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        if _is_of_user(sys._getframe(1).f_globals.get("__name__", "")):
-            _lend(self)
-        _data.__set__(self, value)
-
 
 def _is_of_user(module: str) -> bool:
     return module.partition(".")[0] not in {*LIBRARIES, "shardit"}
 
 
-def _lend(parameter: nn.Parameter) -> Lent:
+def _taken_by_user(parameter: nn.Parameter) -> TakenData:
     own = vars(parameter)
-    if _LENT not in own:
-        own[_LENT] = Lent(checksum(parameter))
-    return own[_LENT]
+    if _TAKEN not in own:
+        own[_TAKEN] = TakenData(checksum(parameter))
+    return own[_TAKEN]
 
 
 def watch_data(parameter: nn.Parameter) -> None:
     """Notice from now on who takes the `.data` of a parameter, in place; its present values are right."""
-    vars(parameter).pop(_LENT, None)
+    vars(parameter).pop(_TAKEN, None)
     if type(parameter) is nn.Parameter:
         parameter.__class__ = SliceParameter
 
@@ -72,11 +72,11 @@ def watch_data(parameter: nn.Parameter) -> None:
 def written_by_data(parameter: nn.Parameter) -> bool:
     """Return whether the values have changed since `.data` was first taken. It costs one read of the values where
     somebody has taken it, and nothing otherwise."""
-    lent: Lent | None = vars(parameter).get(_LENT)
-    if lent is None:
+    taken: TakenData | None = vars(parameter).get(_TAKEN)
+    if taken is None:
         return False
-    if checksum(parameter) != lent.before:
+    if checksum(parameter) != taken.before:
         return True
-    if all(one() is None for one in lent.taken):
-        del vars(parameter)[_LENT]
+    if all(one() is None for one in taken.by_user):
+        del vars(parameter)[_TAKEN]
     return False

@@ -11,24 +11,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.pipelines.entry import entries
-from tests.pipelines.runs import AXES, KINDS, Outcome, plain_result, survey
+from tests.pipelines.runs import AXES, KINDS, Outcome, plain_result, ranks_of, survey
 from tests.support.ranks import RanksFailed, run_ranks
 
 RESULTS = Path(__file__).parent.parent.parent / "build" / "pipelines"
 
 
 def measure(tasks: Sequence[tuple[str, str]], timeout: float) -> list[Outcome]:
-    """The outcome of every (class name, axis) on two ranks. After a failure the rest goes on in a new group."""
+    """The outcome of every (class name, axis); all axes have the same number of ranks. After a failure the rest goes on
+    in a new group."""
     found: list[Outcome] = []
+    (count,) = {ranks_of(axis) for _, axis in tasks}
     while len(found) < len(tasks):
         left = tasks[len(found) :]
         with tempfile.TemporaryDirectory() as folder:
             said = ""
             try:
-                run_ranks(2, survey, left, folder, timeout=timeout)
+                run_ranks(count, survey, left, folder, timeout=timeout)
             except RanksFailed as error:
                 said = str(error)
-            files = [Path(folder, f"{rank}.jsonl") for rank in range(2)]
+            files = [Path(folder, f"{rank}.jsonl") for rank in range(count)]
             lines = [f.read_text(encoding="utf-8").splitlines() if f.exists() else [] for f in files]
         of_ranks = [[Outcome(**json.loads(line)) for line in of_rank] for of_rank in lines]
         done = [merged(pair) for pair in zip(*of_ranks, strict=False)]
@@ -109,7 +111,7 @@ def main() -> None:
         note(outcomes, asked.results)
         for o in outcomes:
             last = o.message.strip().splitlines()[-1][:300] if o.message.strip() else ""
-            print(f"{o.kind:8}{o.axis:6} {o.name} {o.distance:.0e} held {o.held:.2f} {last}", flush=True)
+            print(f"{o.kind:8}{o.axis:12} {o.name} {o.distance:.0e} held {o.held:.2f} {last}", flush=True)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,13 @@ AXES: dict[str, dict[str, int]] = {
     "tp 2": {"tensor_parallel_size": 2},
 }
 """The ways of sharding that every pipeline is tried with: arguments of DiffusionParallelConfig."""
+
+PRODUCTS: dict[str, dict[str, int]] = {
+    "tp 2 x pp 2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "tp 2 x cfg 2": {"tensor_parallel_size": 2, "cfg_parallel_size": 2},
+    "pp 2 x cfg 2": {"pipeline_parallel_size": 2, "cfg_parallel_size": 2},
+}
+"""More of them, which are not in the table."""
 
 CLOSE = 1e-5
 """Largest relative L2 distance on the tensor axis; the others must give the same bits."""
@@ -75,6 +83,11 @@ def survey(rank: int, count: int, method: str, tasks: Sequence[tuple[str, str]],
                 raise AssertionError(f"{name}, {axis}: only some ranks refused: {kinds}")
 
 
+def ranks_of(axis: str) -> int:
+    """Return the number of ranks of a way of sharding."""
+    return math.prod({**AXES, **PRODUCTS}[axis].values())
+
+
 def plain_result(entry: PipelineEntry) -> tuple[list[np.ndarray], int]:
     """Return the library's own result of a call, and the number of parameters. Raises the error of the call."""
     pipe = built(entry)
@@ -103,7 +116,7 @@ def _attempt(entry: PipelineEntry, axis: str, plain: dict[str, Any]) -> Outcome:
     outcome = Outcome(entry.name, axis, "right")
     try:
         pipe = built(entry)
-        shardit.parallelize(pipe, DiffusionParallelConfig(**AXES[axis], split_batch=False), timeout_s=WAIT_S)
+        shardit.parallelize(pipe, DiffusionParallelConfig(**{**AXES, **PRODUCTS}[axis], split_batch=False), timeout_s=WAIT_S)
         outcome.held = sum(parameters(pipe)) / max(size, 1)
         outcome.distance = distance(expected, run(pipe, entry))
         bound = (ROUNDED if entry.rounded else CLOSE) if axis.startswith("tp") else 0

@@ -19,6 +19,14 @@ def test_heads_of_one_rank_and_blocks_of_two_components() -> None:
     ], found
 
 
+def test_lists_of_operations_are_no_blocks() -> None:
+    """The feed-forward of Wan Animate's image encoder is one unit of tensor ranks, with a list in it."""
+    found = measure([("WanAnimatePipeline", "tp 2 x pp 2")], timeout=200)
+    assert [one.kind for one in found] == ["right"], found
+    layer = nn.Sequential(nn.ModuleList([nn.Linear(8, 8), nn.Dropout()]), nn.ModuleList([nn.Linear(8, 8)]))
+    assert [name for name, _ in find_blocks(layer)] == ["1.0"]
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()

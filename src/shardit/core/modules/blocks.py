@@ -50,7 +50,7 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
     """Return the (name, block) pairs of a model's block lists, in the order in which a forward runs the lists.
 
     A block list is an outermost ModuleList that holds at least SMALL_SHARE of the parameters and whose elements have
-    their own forward. The lists are in order of registration unless the plan gives an order. A block that occurs
+    parameters and their own forward. The lists are in order of registration unless the plan gives an order. A block that occurs
     several times is returned once, although it is called several times. Raises UnsupportedError if the plan names a
     list that does not exist.
     """
@@ -91,13 +91,15 @@ def _outermost_lists(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.M
 
 
 def is_block_list(module: nn.Module) -> bool:
-    """Return whether a module is a ModuleList of callable modules."""
+    """Return whether a module is a ModuleList of callable modules, each with parameters: where one is without (the
+    dropout in the list of a feed-forward), the list is a sequence of operations."""
     return isinstance(module, nn.ModuleList) and len(module) > 0 and all(_callable(block) for block in module)
 
 
 def _callable(block: nn.Module) -> bool:
     has_forward = type(block).forward is not nn.Module.forward
-    return has_forward and not isinstance(block, (nn.ModuleList, nn.ModuleDict))
+    has_parameters = next(block.parameters(), None) is not None
+    return has_forward and has_parameters and not isinstance(block, (nn.ModuleList, nn.ModuleDict))
 
 
 def _numel(module: nn.Module) -> int:

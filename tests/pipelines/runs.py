@@ -116,7 +116,9 @@ def _attempt(entry: PipelineEntry, axis: str, plain: dict[str, Any]) -> Outcome:
     outcome = Outcome(entry.name, axis, "right")
     try:
         pipe = built(entry)
-        shardit.parallelize(pipe, DiffusionParallelConfig(**{**AXES, **PRODUCTS}[axis], split_batch=False), timeout_s=WAIT_S)
+        shardit.parallelize(
+            pipe, DiffusionParallelConfig(**{**AXES, **PRODUCTS}[axis], split_batch=False), timeout_s=WAIT_S
+        )
         outcome.held = sum(parameters(pipe)) / max(size, 1)
         outcome.distance = distance(expected, run(pipe, entry))
         bound = (ROUNDED if entry.rounded else CLOSE) if axis.startswith("tp") else 0

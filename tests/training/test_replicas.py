@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardit import InputError, training
+from shardit.core.training import early_sums
 from tests.support.ranks import run_ranks
 from tests.training.models import accumulate, task, worst
 from tests.training.runs import join
@@ -184,3 +185,44 @@ def shared_out(rank: int, size: int, method: str, stages: int) -> list[float]:
 def test_short_batches_weigh_by_their_samples(size: int, stages: int) -> None:
     for found in run_ranks(size, functools.partial(shared_out, stages=stages), timeout=100):
         assert max(found) < CLOSE, found
+
+
+def early(rank: int, size: int, method: str, kind: str) -> tuple[list[float], list[int], int]:
+    """Steps whose sums begin during the last backward; the third one adds to gradients more often than was expected."""
+    early_sums.BUCKET_BYTES = 1 << 12
+    join(rank, size, method)
+    chosen = task("llama")
+    plain, model = chosen.build(), chosen.build()
+    twice = False
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        value = chosen.loss(model, batch)
+        if twice:
+            value.backward(retain_graph=True)  # adds to all gradients before the last backward
+        return value
+
+    options = {"data_parallel_size": 2, "pipeline_parallel_size": size // 2, "schedule": kind, "timeout_s": 30}
+    staged = training.stages(model, loss, **options)
+    errors, begun = [], []
+    for step in range(4):
+        twice = step == 2 and size == 2
+        batches = [chosen.batch(number, False) for number in range(4)]
+        expected = accumulate(plain, loss, batches)
+        value = staged.step(batches[rank // (size // 2) :: 2])
+        largest, _, only = worst(staged.named_parameters(), plain)
+        assert not only
+        errors += [abs(float(value) - expected) / expected, largest]
+        begun.append(staged._sums.begun_early)  # type: ignore[union-attr]
+        plain.zero_grad()
+        model.zero_grad()
+    return errors, begun, len(staged._sums._buckets)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("size", "kind"), [(2, "1f1b"), (4, "1f1b"), (4, "interleaved-zb")])
+def test_sums_begin_during_the_backward(size: int, kind: str) -> None:
+    for errors, begun, buckets in run_ranks(size, functools.partial(early, kind=kind), timeout=120):
+        assert max(errors) < CLOSE, errors
+        assert buckets > 2
+        # The third step of two ranks is not what the second one was, nor the fourth what the third one was.
+        third = buckets if size == 4 else 0
+        assert begun == ([0, buckets, buckets, third] if kind == "1f1b" else [0] * 4)

@@ -22,8 +22,9 @@ from shardit.core.placement.partition import block_cost, place_blocks
 from shardit.core.runtime.digests import digests
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.training.cut_loss import CutLoss
+from shardit.core.training.early_sums import EarlySums
 from shardit.core.training.holdings import norm_of, sum_gradients
-from shardit.core.training.schedules import CHUNKED
+from shardit.core.training.schedules import CHUNKED, DEFERRING
 from shardit.core.training.segment import StepData
 from shardit.errors import InputError, UnsupportedError
 from shardit.training.limits import check_degrees
@@ -109,6 +110,7 @@ class Stages:
             return [of_place[list(order).index(number)] for number in range(len(blocks))]
 
         self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan)
+        self._sums: EarlySums | None = None
 
     def step(
         self,
@@ -126,10 +128,13 @@ class Stages:
         planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state(), example)
         self._settle(planned.first, next(iter(planned.seeds), 0))
         before = self._take_gradients()
+        sums = self._early_sums()
         try:
+            if sums is not None:
+                sums.begin(len(planned.batches))
             with generators_kept(self.mesh.device), torch.enable_grad():
                 total = self.cut_loss.step(_data(planned))
-            self._sum_gradients()
+            self._sum_gradients(sums)
         finally:
             _add_gradients(before)
         return self._mean(total)
@@ -190,15 +195,30 @@ class Stages:
             parameter.grad = None
         return before
 
-    def _sum_gradients(self) -> None:
+    def _early_sums(self) -> EarlySums | None:
+        """Return the sums over replicas of those parameters that no other stage has."""
+        replicas, held = self.mesh.axes.get("dp"), self.cut_loss.holdings
+        if replicas is None:
+            return None
+        shared = {id(parameter) for parameter in held.shared.values()}
+        own = [parameter for parameter in held.trainable() if id(parameter) not in shared]
+        if self._sums is None or list(map(id, own)) != list(map(id, self._sums.parameters)):
+            if self._sums is not None:
+                self._sums.remove()
+            # Hooks on weights would keep zero-bubble schedules from deferring their gradients.
+            self._sums = EarlySums(own, replicas, early=self.cut_loss.kind not in DEFERRING)
+        return self._sums
+
+    def _sum_gradients(self, sums: EarlySums | None) -> None:
         """Sum the gradients of shared parameters over stages, and of all parameters over replicas."""
         held, comm = self.cut_loss.holdings, self.cut_loss.comm
+        if sums is not None:
+            sums.finish()  # first: some of its messages are on their way
         shared = list(held.shared.values())
         sum_gradients(shared, [not parameter.is_meta for parameter in shared], comm.group)
-        replicas = self.mesh.axes.get("dp")
-        if replicas is not None:
-            own = held.trainable()
-            sum_gradients(own, [True] * len(own), replicas)
+        if sums is not None:
+            own = [parameter for parameter in shared if parameter.requires_grad and not parameter.is_meta]
+            sum_gradients(own, [True] * len(own), sums.group)
 
     def _mean(self, total: torch.Tensor) -> torch.Tensor:
         for group in (self.cut_loss.comm.group, self.mesh.axes.get("dp")):

@@ -50,9 +50,9 @@ def find_blocks(model: nn.Module, plan: Plan | None = None) -> list[tuple[str, n
     """Return the (name, block) pairs of a model's block lists, in the order in which a forward runs the lists.
 
     A block list is an outermost ModuleList that holds at least SMALL_SHARE of the parameters and whose elements have
-    parameters and their own forward. The lists are in order of registration unless the plan gives an order. A block that occurs
-    several times is returned once, although it is called several times. Raises UnsupportedError if the plan names a
-    list that does not exist.
+    parameters and their own forward. The lists are in order of registration unless the plan gives an order. A block
+    that occurs several times is returned once, although it is called several times. Raises UnsupportedError if the plan
+    names a list that does not exist.
     """
     lists = dict(_outermost_lists(model, ""))
     if plan is not None and plan.order is not None:

@@ -10,6 +10,7 @@
 | `overhead.py` | CPU time that one rank costs over plain diffusers |
 | `memory.py` | peak memory and bytes read per rank |
 | `startup.py` | time until `Omni` is ready |
+| `training.py`, `hand_cut.py` | steps of training over two ranks against one; torch's own pipeline for comparison |
 | `schedules.py` | idle share and bytes per step from replayed schedules |
 | `report.py` | the table |
 """

@@ -1,8 +1,8 @@
 """`python -m bench`: a table, and as the last line one JSON document, also written to `bench/results/`.
 
-Names for --only: speed, axes, overhead, host, memory, startup, numerics, schedules, serve, serve-texts. With --quick
-everything is small and nothing is waited for: it shows that the bench works, not how fast anything is, and writes no
-result file unless --output names one.
+Names for --only: speed, axes, overhead, host, memory, startup, numerics, schedules, training, serve,
+serve-texts. With --quick everything is small and nothing is waited for: it shows that the bench works, not how fast
+anything is, and writes no result file unless --output names one.
 """
 
 from __future__ import annotations
@@ -30,9 +30,22 @@ from bench import (
     serve_texts,
     speed,
     startup,
+    training,
 )
 
-NAMES = ("speed", "axes", "overhead", "host", "memory", "startup", "numerics", "schedules", "serve", "serve-texts")
+NAMES = (
+    "speed",
+    "axes",
+    "overhead",
+    "host",
+    "memory",
+    "startup",
+    "numerics",
+    "schedules",
+    "training",
+    "serve",
+    "serve-texts",
+)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -87,6 +100,7 @@ def _measurements(options: argparse.Namespace, folder: str) -> dict[str, Callabl
         "startup": lambda: startup.measure(1 if quick else 3),
         "numerics": lambda: numerics.measure(size),
         "schedules": lambda: schedules.measure(size),
+        "training": lambda: training.measure(training.SMALL if quick else training.FULL, rounds),
         "serve": lambda: serve.measure(1, 4) if quick else serve.measure(options.rounds or 3),
         "serve-texts": lambda: serve_texts.measure(serve_texts.SMALL if quick else serve_texts.Size(), rounds),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 MIB = 2**20
@@ -18,6 +19,7 @@ def table(document: dict[str, Any]) -> str:
         "startup": _startup,
         "numerics": _numerics,
         "schedules": _schedules,
+        "training": _training,
         "serve": _serve,
         "serve-texts": _serve_texts,
     }
@@ -154,6 +156,23 @@ def _serve(found: dict[str, Any]) -> list[str]:
         f"  {'':<44}{'measured':>11}{'wanted':>11}",
         *(f"  {name:<44}{value:>11}{wanted:>11}" for name, value, wanted in rows),
     ]
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "Training: forward and backward of all micro-batches; medians. MiB of each rank are above those of no model."
+    ]
+    for task, one in found.items():
+        lines += [
+            f"{task}, {one['micro_batches']} micro-batches; two copies at once (ceiling): {one['ceiling']:.3f}x",
+            _row("", "s", "speedup", "bound", "share", "MiB", "loss"),
+        ]
+        for case in one["cases"]:
+            cells = [f"{case[name]:.3f}" if name in case else "" for name in ("speedup", "bound", "share")]
+            peaks = "+".join(f"{peak / MIB:.0f}" for peak in case.get("peak_bytes", []) if peak)
+            seconds, loss = statistics.median(case["seconds"]), case["loss"]
+            lines.append(_row(case["name"], f"{seconds:.2f}", *cells, peaks, "" if loss is None else f"{loss:.6f}"))
+    return lines
 
 
 def _serve_texts(found: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Steps of training over two ranks against one rank and two copies of it at once: `python -m bench.training`.
+"""Steps of training over two ranks against one rank and two copies of it at once.
 
 A step is forward and backward of all micro-batches, without an optimizer. One rank accumulates over them; the ceiling
 is two copies that do so at the same time. The bound of a schedule is its speedup without communication,
@@ -9,10 +9,10 @@ step, above what it had without a model.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +27,75 @@ from tests.support.ranks import run_ranks
 SCHEDULES = {"1f1b": 1, "interleaved": 2, "interleaved-zb": 2, "zbv": 2}
 """Chunks of each rank."""
 
-ONE, COPIES, REPLICAS, TORCH = "one rank", "two copies", "2 replicas", "torch, cut by hand, 1f1b"
+ONE, COPIES, REPLICAS, TORCH = "one rank", "two copies", "2 replicas", "torch's 1f1b, cut by hand"
 
 
-def llama() -> nn.Module:
-    """A random language model: 8 layers of 512."""
+@dataclass(frozen=True)
+class Size:
+    """Layers of width `heads` x 64, and the work of one step; a micro-batch has `tokens` tokens, a multiple of 64."""
+
+    layers: int = 8
+    heads: int = 8
+    tokens: int = 256
+    micro_batches: int = 8
+
+
+FULL, SMALL = Size(), Size(layers=4, heads=1, tokens=64, micro_batches=2)
+
+
+def llama(size: Size) -> nn.Module:
+    """Return a random language model."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
+        vocab_size=512,
+        hidden_size=64 * size.heads,
+        intermediate_size=176 * size.heads,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
     )
     return AutoModelForCausalLM.from_config(config)
 
 
-def wan() -> nn.Module:
-    """A random video model: 8 blocks of 512."""
+def wan(size: Size) -> nn.Module:
+    """Return a random video model."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
     return WanTransformer3DModel(
-        num_attention_heads=8, attention_head_dim=64, text_dim=64, freq_dim=64, ffn_dim=1408, num_layers=8
+        num_attention_heads=size.heads,
+        attention_head_dim=64,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=176 * size.heads,
+        num_layers=size.layers,
     )
 
 
-def texts(count: int) -> list[Any]:
-    """Return micro-batches of 256 tokens."""
+def texts(size: Size) -> list[Any]:
+    """Return micro-batches of tokens."""
     draw = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(0, 512, (1, 256), generator=draw)} for _ in range(count)]
+    return [{"input_ids": torch.randint(0, 512, (1, size.tokens), generator=draw)} for _ in range(size.micro_batches)]
 
 
-def clips(count: int) -> list[Any]:
-    """Return micro-batches of 256 tokens: latents and noise, and the embeddings of a prompt."""
+def clips(size: Size) -> list[Any]:
+    """Return micro-batches of latents, noise and the embeddings of a prompt."""
     draw = torch.Generator().manual_seed(1)
-    shapes = {"latents": (1, 16, 4, 16, 16), "noise": (1, 16, 4, 16, 16), "text": (1, 16, 64)}
-    return [{name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} for _ in range(count)]
+    clip = (1, 16, size.tokens // 64, 16, 16)  # 2 x 2 latents are a token
+    shapes = {"latents": clip, "noise": clip, "text": (1, 16, 64)}
+    return [
+        {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} for _ in range(size.micro_batches)
+    ]
 
 
 def loss_of_text(model: Any, batch: Any) -> torch.Tensor:
-    """Cross-entropy of the next token."""
+    """Return the cross-entropy of the next token."""
     return model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
 
 
 def loss_of_clip(model: Any, batch: Any) -> torch.Tensor:
-    """Flow matching in the middle of the path."""
+    """Return the loss of flow matching in the middle of the path."""
     noised = (batch["latents"] + batch["noise"]) / 2
     made = model(noised, timestep=torch.tensor([500.0]), encoder_hidden_states=batch["text"]).sample
     return nn.functional.mse_loss(made, batch["noise"] - batch["latents"])
@@ -93,29 +118,34 @@ def accumulating(model: nn.Module, loss: Any, batches: list[Any]) -> Callable[[]
     return step
 
 
-def step_of(kind: str, task: str, rank: int, count: int) -> Callable[[], Any] | None:
-    """Return a step of a kind on this rank; None where the rank has nothing to do."""
+def step_of(kind: str, task: str, rank: int, size: Size) -> Callable[[], Any] | None:
+    """Return a step of a kind on this rank; None if the rank has nothing to do."""
     make, data, loss = TASKS[task]
-    batches = data(count)
+    model, batches = make(size), data(size)
     if kind in (ONE, COPIES):
-        return accumulating(make(), loss, batches) if rank == 0 or kind == COPIES else None
+        return accumulating(model, loss, batches) if rank == 0 or kind == COPIES else None
     if kind == TORCH:
-        return HandCut(make(), rank, count).step(batches)
+        return HandCut(model, rank, size.micro_batches).step(batches)
     if kind == REPLICAS:
-        replicas = training.stages(make(), loss, data_parallel_size=2)
+        replicas = training.stages(model, loss, data_parallel_size=2)
         return lambda: replicas.step(batches[rank::2])
-    stages = training.stages(make(), loss, pipeline_parallel_size=2, schedule=kind)
+    stages = training.stages(model, loss, pipeline_parallel_size=2, schedule=kind)
     return lambda: stages.step(batches)
 
 
-def rates(rank: int, ranks: int, method: str, arguments: argparse.Namespace, task: str) -> dict[str, Any]:
+def kinds_of(task: str) -> list[str]:
+    """Return all kinds of steps of a task."""
+    return [ONE, COPIES, *SCHEDULES, REPLICAS, *([TORCH] if task == "llama" else [])]
+
+
+def timed(rank: int, ranks: int, method: str, size: Size, task: str, turns: int) -> dict[str, Any]:
     """Return seconds of each step by kind, and the losses of the first ones."""
     _join(rank, ranks, method)
-    kinds = [ONE, COPIES, *SCHEDULES, REPLICAS, *([TORCH] if task == "llama" else [])]
-    steps = {kind: step_of(kind, task, rank, arguments.micro_batches) for kind in kinds}
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    losses = {kind: step().item() for kind, step in steps.items() if step is not None}
-    for _ in range(arguments.runs):
+    steps = {kind: step_of(kind, task, rank, size) for kind in kinds_of(task)}
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    for _ in range(2):  # the first one is watched, the second one is the first with early sums
+        losses = {kind: step().item() for kind, step in steps.items() if step is not None}
+    for _ in range(turns):
         for kind, step in steps.items():
             dist.barrier()
             begin = time.perf_counter()
@@ -126,12 +156,13 @@ def rates(rank: int, ranks: int, method: str, arguments: argparse.Namespace, tas
     return {"seconds": seconds, "losses": losses}
 
 
-def memory(rank: int, ranks: int, method: str, arguments: argparse.Namespace, task: str, kind: str) -> int:
-    """Return the most bytes that this rank held in two steps, above what it had before it made the model."""
+def memory(rank: int, ranks: int, method: str, size: Size, task: str, kind: str) -> int:
+    """Return the most bytes that this rank held in a step, above what it had before it made the model."""
     _join(rank, ranks, method)
-    TASKS[task][2](TASKS[task][0](), TASKS[task][1](1)[0])  # what libraries load at their first call
+    make, data, loss = TASKS[task]
+    loss(make(size), data(size)[0]).backward()  # what libraries load at their first call
     before = _resident("VmRSS")
-    step = step_of(kind, task, rank, arguments.micro_batches)
+    step = step_of(kind, task, rank, size)
     if step is None:
         return 0
     step()  # the watched one, with the whole model
@@ -151,38 +182,27 @@ def _join(rank: int, ranks: int, method: str) -> None:
 
 
 def bound_of(kind: str, count: int) -> float:
-    """Return the speedup of a kind over one rank, without communication, where two ranks are twice as fast as one."""
+    """Return the speedup of a kind over one rank, without communication, if two ranks are twice as fast as one."""
     return 2.0 if kind == REPLICAS else 2 * count / (count + 1 / SCHEDULES.get(kind, 1))
 
 
-def report(task: str, found: dict[str, Any], held: dict[str, list[int]], count: int) -> None:
-    """Print a table."""
+def measure(size: Size, turns: int) -> dict[str, Any]:
+    """Measure all kinds of steps of all tasks."""
+    return {task: _of_task(task, size, turns) for task in TASKS}
+
+
+def _of_task(task: str, size: Size, turns: int) -> dict[str, Any]:
+    found, _ = run_ranks(2, timed, size, task, turns, timeout=1800)
     seconds, losses = found["seconds"], found["losses"]
     ceiling = statistics.median(2 * a / b for a, b in zip(seconds[ONE], seconds[COPIES], strict=True))
-    print(f"\n{task}: {count} micro-batches; two copies at once do {ceiling:.3f} times the work of one\n")
-    print("| kind | s per step | speedup | bound | share of the bound | peak MiB of each rank | loss |")
-    print("|---|---|---|---|---|---|---|")
+    cases = []
     for kind, own in seconds.items():
         speedup = statistics.median(a / b for a, b in zip(seconds[ONE], own, strict=True))
-        bound = bound_of(kind, count) * ceiling / 2
-        rate = "| | | " if kind in (ONE, COPIES) else f"| {speedup:.3f} | {bound:.3f} | {speedup / bound:.3f} "
-        peaks = ", ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in held.get(kind, []) if bytes_)
-        print(f"| {kind} | {statistics.median(own):.2f} {rate}| {peaks} | {losses.get(kind, 0):.6f} |", flush=True)
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=5)
-    arguments = parser.parse_args()
-    for task in arguments.tasks:
-        found = run_ranks(2, rates, arguments, task, timeout=1800)[0]
-        kinds = [kind for kind in found["seconds"] if kind not in (COPIES, TORCH)]
-        held = {kind: run_ranks(2, memory, arguments, task, kind, timeout=600) for kind in kinds}
-        report(task, found, held, arguments.micro_batches)
-
-
-if __name__ == "__main__":
-    main()
+        bound = bound_of(kind, size.micro_batches) * ceiling / 2
+        case: dict[str, Any] = {"name": kind, "seconds": own, "loss": losses[kind] if kind != TORCH else None}
+        if kind not in (ONE, COPIES):
+            case |= {"speedup": speedup, "bound": bound, "share": speedup / bound}
+        if kind != COPIES:
+            case["peak_bytes"] = run_ranks(2, memory, size, task, kind, timeout=600)
+        cases.append(case)
+    return {"micro_batches": size.micro_batches, "ceiling": ceiling, "cases": cases}

@@ -57,6 +57,20 @@ def quick(name: str, target: Path, timeout: float) -> tuple[dict[str, Any], str]
 
 
 @pytest.mark.full
+@pytest.mark.timeout(300)
+def test_quick_bench_of_training(tmp_path: Path) -> None:
+    found, printed = quick("training", tmp_path / "result.json", 280)
+    for task in found.values():
+        assert {"one rank", "two copies", "1f1b", "2 replicas"} <= {case["name"] for case in task["cases"]}
+        losses = [case["loss"] for case in task["cases"] if case["loss"] is not None]
+        assert max(losses) - min(losses) < 1e-5 * max(losses)
+        for case in task["cases"]:
+            assert 0 < case.get("share", 1) < 2
+            assert ("peak_bytes" in case) == (case["name"] != "two copies")
+    assert "torch's 1f1b, cut by hand" in printed
+
+
+@pytest.mark.full
 @pytest.mark.timeout(400)
 def test_quick_bench_of_the_server(tmp_path: Path) -> None:
     found, printed = quick("serve", tmp_path / "result.json", 380)

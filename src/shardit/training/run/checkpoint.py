@@ -34,6 +34,7 @@ def find(output: Path) -> list[Checkpoint]:
     for folder in (output / CHECKPOINTS).glob("step-*"):
         try:
             record = json.loads((folder / RECORD).read_text("utf-8"))
+            _ = record["files"], record["average_updates"], record["settings"], record["identity"]
             found.append(Checkpoint(folder, int(record["step"]), record))
         except FileNotFoundError:
             continue  # it was being removed

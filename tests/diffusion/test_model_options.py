@@ -78,6 +78,42 @@ def test_lora_over_stages_and_tensor_ranks(loras: list[str]) -> None:
         assert (slices - expected).norm() / expected.norm() <= 1e-5
 
 
+@pytest.fixture(scope="module")
+def of_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `shardit train` writes it for two experts."""
+    folder = tmp_path_factory.mktemp("experts")
+    write_lora("wan2.2-t2v", folder, 5)
+    write_lora("wan2.2-t2v", folder / "transformer_2", 6)
+    return folder
+
+
+def with_experts(rank: int, count: int, method: str, folder: Path) -> list[torch.Tensor]:
+    """Videos with the folder, with its parts named alone, and with those of the second expert alone."""
+    torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=count)
+    file = folder / "pytorch_lora_weights.safetensors"
+    second = folder / "transformer_2" / "pytorch_lora_weights.safetensors"
+    made = []
+    for lora in (str(folder), [str(file), f"transformer_2={second}"], str(second.parent)):
+        pipe = shardit.load("tiny/wan2.2-t2v", dtype="float32", lora=lora, pipeline_parallel_size=2)
+        made.append(run(pipe, "wan2.2-t2v"))
+    with pytest.raises(InputError, match="has weights for transformer_2, which this WanPipeline does not have"):
+        shardit.load("tiny/wan2.2-ti2v", dtype="float32", lora=str(folder), pipeline_parallel_size=2)
+    return made
+
+
+def test_a_lora_of_two_experts(of_experts: Path) -> None:
+    pipe = mapped("wan2.2-t2v")
+    pipe.load_lora_weights(str(of_experts / "transformer_2"), adapter_name="x", load_into_transformer_2=True)
+    alone = run(pipe, "wan2.2-t2v")
+    pipe.load_lora_weights(str(of_experts), weight_name="pytorch_lora_weights.safetensors", adapter_name="x")
+    both = run(pipe, "wan2.2-t2v")
+    assert not torch.equal(alone, both)
+    for made in run_ranks(2, with_experts, of_experts):
+        assert [torch.equal(one, expected) for one, expected in zip(made, (both, both, alone), strict=True)] == [
+            True
+        ] * 3
+
+
 def test_all_options_of_omni(loras: list[str], tmp_path: Path) -> None:
     pipe = plain_with_loras(loras)
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **KARRAS)

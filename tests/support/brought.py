@@ -21,6 +21,7 @@ TARGETS = {
     "flux": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "to_add_out", "proj_mlp", "proj_out", "norm1.linear"],
     "sd3.5": ["to_q", "to_v", "to_out.0", "add_q_proj", "net.0.proj", "net.2"],
     "wan2.2-ti2v": ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
+    "wan2.2-t2v": ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
     "qwen-image": ["to_q", "add_v_proj", "to_out.0", "to_add_out", "img_mlp.net.2", "img_mod.1"],
     "z-image": ["to_q", "to_v", "to_out.0", "w1", "w2"],
 }

@@ -16,6 +16,11 @@ from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, is_number, number
 from shardit.settings.declare import Flag, check_declared, declare
 from shardit.settings.paths import check_name, user_path
 
+SECOND = "transformer_2"
+"""The component of the second expert."""
+INTO_SECOND = f"load_into_{SECOND}"
+"""The argument of `load_lora_weights` for an adapter of the second expert."""
+
 SHIFT = number(above=0)
 """The check of a shift: at 0 all noise levels are equal, or not numbers."""
 
@@ -57,7 +62,7 @@ class ModelOptions:
         flag=Flag(kind=list[str] | None, metavar="<path[:scale]>"),
     )
     """Adapters that stay active: a path or hub id (with ":SCALE" at its end, if need be), (path, scale),
-    {"path": ..., "scale": ...}, or a list of these."""
+    {"path": ..., "scale": ...}, or a list of these. "transformer_2=PATH" is for the second expert of Wan 2.2."""
     vae_tiling: bool = declare(False, "Let the VAE work tile by tile, with less memory.", FLAG)
     vae_slicing: bool = declare(False, "Let the VAE work picture by picture, with less memory.", FLAG)
 
@@ -194,7 +199,9 @@ def _lora(value: Any) -> Lora:
     if isinstance(value, Lora):
         path, scale, more = value.path, value.scale, value.arguments
     elif isinstance(value, str):
-        path, scale, more = *parse_lora(value), {}
+        second = value.startswith(f"{SECOND}=")
+        path, scale = parse_lora(value[len(SECOND) + 1 :] if second else value)
+        more = {INTO_SECOND: True} if second else {}
     elif isinstance(value, os.PathLike):
         path, scale, more = os.fspath(value), 1.0, {}
     elif isinstance(value, tuple) and len(value) == 2:

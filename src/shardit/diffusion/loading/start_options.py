@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardit.diffusion.class_homes import VAE_PACKAGE
-from shardit.diffusion.loading.model_options import Lora, ModelOptions
+from shardit.diffusion.loading.model_options import INTO_SECOND, SECOND, Lora, ModelOptions
 from shardit.errors import InputError, first_line
 from shardit.loading.hub import unreachable
 from shardit.loading.missing import is_missing
@@ -40,13 +40,31 @@ def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:
     names = [f"lora_{number}" for number in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         try:
-            pipe.load_lora_weights(lora.path, adapter_name=name, use_safetensors=True, **lora.arguments)
+            for path, arguments in _parts(lora, pipe):
+                pipe.load_lora_weights(path, adapter_name=name, use_safetensors=True, **arguments)
         except Exception as error:
             raise _not_loaded(lora, pipe, error) from error
         held = {one for adapters in pipe.get_list_adapters().values() for one in adapters}
         if name not in held:  # diffusers only warns of a file without any key of this pipeline
             raise InputError(f"lora {lora.path} holds nothing for {type(pipe).__name__}: it is for another model")
     pipe.set_adapters(names, [lora.scale for lora in loras])
+
+
+def _parts(lora: Lora, pipe: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Return paths and arguments of `load_lora_weights` for an adapter. What is in a folder with the name of the second
+    expert, or in such a folder inside of the adapter's, as `shardit train` writes it, is for that expert."""
+    path, second = Path(lora.path), {**lora.arguments, INTO_SECOND: True}
+    if INTO_SECOND in lora.arguments:
+        found = [(lora.path, dict(lora.arguments))]
+    elif SECOND in (path.name, path.parent.name if path.suffix else ""):
+        found = [(lora.path, second)]
+    else:
+        found = [(lora.path, dict(lora.arguments))]
+        if any((path / SECOND).glob("*.safetensors")):
+            found.append((str(path / SECOND), second))
+    if any(arguments.get(INTO_SECOND) for _, arguments in found) and getattr(pipe, SECOND, None) is None:
+        raise InputError(f"lora {lora.path} has weights for {SECOND}, which this {type(pipe).__name__} does not have")
+    return found
 
 
 def _not_loaded(lora: Lora, pipe: Any, error: Exception) -> Exception:
@@ -94,7 +112,7 @@ def check_lora_file(lora: Lora) -> None:
 
 _OF_FILES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
 """Exceptions of diffusers and peft for files that do not fit."""
-_HUB = ("weight_name", "subfolder", "revision", "token", "local_files_only", "load_into_transformer_2")
+_HUB = ("weight_name", "subfolder", "revision", "token", "local_files_only", INTO_SECOND)
 """Arguments that `load_lora_weights` of all pipelines takes by **kwargs; the last for those with two transformers."""
 
 

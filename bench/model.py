@@ -44,9 +44,9 @@ def write_model(size: Size, folder: str) -> None:
     """Write the diffusers folder: text encoder, tokenizer and VAE of tiny/wan2.2-t2v, and the transformer of `size`."""
     import torch
 
-    from shardit.models.tiny.catalog import recipe
-    from shardit.models.tiny.recipe import transformer
-    from shardit.models.tiny.text import HIDDEN
+    from shardit.models.tiny.recipes.catalog import recipe
+    from shardit.models.tiny.recipes.recipe import transformer
+    from shardit.models.tiny.recipes.text import HIDDEN
     from shardit.models.tiny.writer import write_folder
 
     base = recipe("wan2.2-t2v")
@@ -74,7 +74,7 @@ def make_requests(size: Size, seeds: tuple[int, ...], guided: bool) -> list[Any]
 
     from shardit.diffusion.request.build import build_requests
     from shardit.diffusion.request.pipeline_signature import signature_of
-    from shardit.models.tiny.text import HIDDEN
+    from shardit.models.tiny.recipes.text import HIDDEN
 
     def embeds(seed: int) -> torch.Tensor:
         return torch.randn(1, size.text_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))

@@ -170,16 +170,16 @@ def test_the_server_imports_no_torch() -> None:
 
 BUDGET = {
     ".": 1275,
-    "core": 6930,
+    "core": 7040,
     "diffusion": 3920,
     "engine": 2800,
     "language": 2230,
     "loading": 1340,
-    "models": 920,
+    "models": 930,
     "parallel": 4230,
     "server": 5500,
     "settings": 260,
-    "training": 3810,
+    "training": 3900,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

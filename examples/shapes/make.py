@@ -30,7 +30,7 @@ from shardit.training.data import shapes
 
 HERE = Path(__file__).parent
 TRAINED = ("vae", "text_encoder", "transformer")
-AUTOENCODER_STEPS = 3000
+AUTOENCODER_STEPS = 3000, 600
 PROMPT_STEPS = 500
 SAMPLES, BATCH = 200, 8
 
@@ -41,8 +41,7 @@ def main(folder: Path, *more: str) -> None:
     torch.set_num_threads(1)
     start, run, packed = folder / "start", folder / "run", folder / "shapes.safetensors"
     if not (vae := folder / "autoencoder.safetensors").exists():
-        made = model.built("vae")
-        autoencoder.train(made, AUTOENCODER_STEPS, Progress("autoencoder: mean absolute error"))
+        made = autoencoder.trained(*AUTOENCODER_STEPS, Progress("autoencoder: mean absolute error"))
         save_file(made.state_dict(), str(vae))
     if not (text_encoder := folder / "text_encoder.safetensors").exists():
         made = model.built("text_encoder")

@@ -248,7 +248,7 @@ def test_signatures_from_the_source(name):
     import diffusers
 
     from shardit.diffusion.request.pipeline_signature import signature_of
-    from shardit.models.tiny.catalog import recipe
+    from shardit.models.tiny.recipes.catalog import recipe
 
     found, with_image = static_signatures_of_model(f"tiny/{name}")
     cls = getattr(diffusers, recipe(name).pipeline)

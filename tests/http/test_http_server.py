@@ -27,6 +27,7 @@ def test_about_the_server(images: Served, videos: Served) -> None:
     assert not {"latents", "generator", "prompt_embeds"} & set(server["parameters"])
     assert server["defaults"]["guidance_scale"] == 5.0
     assert server["defaults"]["width"] == 192  # of the tiny model, not of its class
+    assert server["example_prompt"] == ""  # its weights are made up
     assert server["notes"] == ["a note of the ranks"]
     assert images.call("GET", "/health")[1] == {"status": "ok"}
     assert images.call("GET", "/ready")[1]["ranks"][0]["state"] == "ready"

@@ -33,7 +33,7 @@ def bria() -> dict[str, Any]:
 
 def fibo() -> dict[str, Any]:
     """Return the components of the pipelines of Fibo."""
-    from shardit.models.tiny.vaes import WAN_VAE_TI2V
+    from shardit.models.tiny.recipes.vaes import WAN_VAE_TI2V
 
     transformer = parts.like(
         "BriaFiboTransformer2DModel",

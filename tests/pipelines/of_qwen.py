@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from shardit.models.tiny.recipe import Part
-from shardit.models.tiny.vaes import QWEN_VAE, QWEN_VAE_DEEP, QWEN_VAE_DEEP_RGBA
+from shardit.models.tiny.recipes.recipe import Part
+from shardit.models.tiny.recipes.vaes import QWEN_VAE, QWEN_VAE_DEEP, QWEN_VAE_DEEP_RGBA
 from tests.pipelines import parts, parts_vision
 from tests.pipelines.entry import PipelineEntry
 

@@ -9,7 +9,7 @@ from tests.pipelines.entry import PipelineEntry
 
 
 def _qwen_picture_vae() -> Any:
-    from shardit.models.tiny.vaes import QWEN_VAE
+    from shardit.models.tiny.recipes.vaes import QWEN_VAE
 
     return parts.model(QWEN_VAE.cls, **QWEN_VAE.config)
 

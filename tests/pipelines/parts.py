@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardit.models.tiny.text import clip
+from shardit.models.tiny.recipes.text import clip
 from shardit.models.tiny.tokens import build_tokenizer
 from shardit.models.tiny.weights import fill
 from shardit.models.tiny.words import VOCAB
@@ -243,6 +243,6 @@ def vae(latents: int = 4, channels: tuple[int, ...] = (8, 16), **config: Any) ->
 
 def wan_vae(**config: Any) -> Any:
     """`AutoencoderKLWan` with 16 latent channels, 8 times smaller, 4 times fewer frames."""
-    from shardit.models.tiny.vaes import WAN_VAE
+    from shardit.models.tiny.recipes.vaes import WAN_VAE
 
     return model(WAN_VAE.cls, **{**WAN_VAE.config, **config})

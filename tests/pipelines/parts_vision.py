@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardit.models.tiny.text import QWEN_VL_ENCODER, QWEN_VL_PROCESSOR
+from shardit.models.tiny.recipes.text import QWEN_VL_ENCODER, QWEN_VL_PROCESSOR
 from tests.pipelines import parts
 
 QWEN_IMAGES: dict[str, Any] = QWEN_VL_PROCESSOR.config

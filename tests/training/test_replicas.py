@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardit import InputError, training
-from shardit.core.training import early_sums
+from shardit.core.training.gradients import early_sums
 from tests.support.ranks import run_ranks
 from tests.training.models import accumulate, task, worst
 from tests.training.runs import join

@@ -69,7 +69,7 @@ def local_folder(model: str | os.PathLike) -> Path | None:
     """
     text = os.fspath(model)
     if text.startswith("tiny/"):
-        from shardit.models.tiny.catalog import recipe
+        from shardit.models.tiny.recipes.catalog import recipe
 
         recipe(text.removeprefix("tiny/"))
         return None

@@ -22,8 +22,8 @@ from shardit.core.placement.partition import block_cost, place_blocks
 from shardit.core.runtime.digests import digests
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.training.cut_loss import CutLoss
-from shardit.core.training.early_sums import EarlySums
-from shardit.core.training.holdings import norm_of, sum_gradients
+from shardit.core.training.gradients.early_sums import EarlySums
+from shardit.core.training.gradients.holdings import norm_of, sum_gradients
 from shardit.core.training.schedules import CHUNKED, DEFERRING
 from shardit.core.training.segment import StepData
 from shardit.errors import InputError, UnsupportedError

@@ -239,7 +239,7 @@ def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "": "data is missing; give a folder",
         "/no/such/folder": "data /no/such/folder does not exist; give a folder",
         __file__: f"data {__file__} is a file of another kind; give a folder",
-        "shapes:": "data shapes: must be one of shapes:still, shapes:moving, shapes:diagonal",
+        "shapes:": "data shapes: must be one of shapes:still, shapes:moving, shapes:centred, shapes:diagonal",
         "shapes:spinning": "data shapes:spinning must be one of shapes:still",
         "shapes:moving:0": "data shapes:moving:0: the number of items must be from 1 to 10000000",
         "shapes:moving:": "data shapes:moving:: the number",

@@ -17,9 +17,9 @@ from shardit.core.runtime.flat_call import FlatCall, modes
 from shardit.core.runtime.randomness import generators_kept, torch_states
 from shardit.core.training.check import check_course
 from shardit.core.training.course import Course
-from shardit.core.training.deferred import Deferred
 from shardit.core.training.dry import DryLoss
-from shardit.core.training.holdings import Holdings
+from shardit.core.training.gradients.deferred import Deferred
+from shardit.core.training.gradients.holdings import Holdings
 from shardit.core.training.known_courses import KnownCourses
 from shardit.core.training.liveness import Liveness
 from shardit.core.training.micro_batch import tree_of

@@ -12,7 +12,7 @@ from torch import nn
 from shardit.core.comm.p2p import Comm
 from shardit.core.modules.blocks import CutModel
 from shardit.core.modules.patching import set_tensor
-from shardit.core.training.holdings import Holdings
+from shardit.core.training.gradients.holdings import Holdings
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.distributed.pipelining.schedules import (
 
 from shardit.core.comm.group import GroupCoordinator
 from shardit.core.training.course import Course
-from shardit.core.training.deferred import Deferred
+from shardit.core.training.gradients.deferred import Deferred
 from shardit.core.training.segment import LossRun, Segment, StepData
 from shardit.errors import InputError, RankError, UnsupportedError
 

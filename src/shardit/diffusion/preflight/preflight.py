@@ -29,7 +29,7 @@ from shardit.loading.index import Component, check_complete, components, is_left
 from shardit.loading.safetensors_file import Header
 from shardit.loading.source import local_folder
 from shardit.models.tiny.cache import check_cache, written_folder
-from shardit.models.tiny.catalog import recipe
+from shardit.models.tiny.recipes.catalog import recipe
 
 _NO_MODEL = re.compile("Tokenizer|Processor|Extractor|Scheduler")
 

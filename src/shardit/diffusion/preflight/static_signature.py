@@ -49,7 +49,7 @@ def static_signatures_of_model(
         config = read_index(folder)
         name, configs = config["_class_name"], configs_in(components(folder))
     elif text.startswith("tiny/"):
-        from shardit.models.tiny.catalog import recipe
+        from shardit.models.tiny.recipes.catalog import recipe
 
         found = recipe(text.removeprefix("tiny/"))
         name, config = found.pipeline, found.config

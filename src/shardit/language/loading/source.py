@@ -15,8 +15,8 @@ from shardit.language.loading.gguf_header import check_magic, check_package, par
 from shardit.loading.hub import FlatRemote, flat_on_hub, is_hub_id, open_flat
 from shardit.loading.index import INDEX
 from shardit.loading.quiet import quiet
-from shardit.models.tiny.catalog import RECIPES
 from shardit.models.tiny.language import CONFIGURATIONS, language_folder
+from shardit.models.tiny.recipes.catalog import RECIPES
 from shardit.settings.paths import user_path
 
 CONFIG = "config.json"

@@ -18,7 +18,7 @@ from shardit.settings.paths import check_name
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["defaults", "filled_in", "images", "load_plain", "names", "resolve", "write"]
+__all__ = ["defaults", "example_prompt", "filled_in", "images", "load_plain", "names", "resolve", "write"]
 
 # What a tiny model is not asked for, it does at its own small size: its class' defaults are meant for real ones.
 _OWN_SIZE = (
@@ -35,15 +35,15 @@ _OWN_SIZE = (
 
 def names() -> tuple[str, ...]:
     """Return the names of all tiny checkpoints, sorted."""
-    from shardit.models.tiny.catalog import RECIPES
+    from shardit.models.tiny.recipes.catalog import RECIPES
 
     return tuple(sorted(RECIPES))
 
 
 def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32") -> Path:
     """Writes the checkpoint as a diffusers folder and returns its path; the same tensors on every machine."""
-    from shardit.models.tiny.catalog import recipe
     from shardit.models.tiny.plain import as_dtype
+    from shardit.models.tiny.recipes.catalog import recipe
     from shardit.models.tiny.writer import write_folder
 
     folder = Path(folder).absolute()
@@ -59,22 +59,30 @@ def write(name: str, folder: str | Path, *, dtype: str | torch.dtype = "float32"
 
 def defaults(name: str) -> dict[str, Any]:
     """Call arguments for a quick run, in diffusers' names; prompt, image and generator are the caller's."""
-    from shardit.models.tiny.catalog import recipe
+    from shardit.models.tiny.recipes.catalog import recipe
 
     return copy.deepcopy(recipe(name).call)
 
 
 def filled_in(name: str, given: Collection[str]) -> dict[str, Any]:
     """What a tiny model runs with because it is not among the names in `given`. Noise levels and time steps that are
-    given say how many steps there are."""
+    given say how many steps there are. A trained model has a guidance scale of its own."""
     call = defaults(name)
     told = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & {*given} else [])}
-    return {argument: call[argument] for argument in _OWN_SIZE if argument in call and argument not in told}
+    own = (*_OWN_SIZE, *(["guidance_scale"] if example_prompt(name) else []))
+    return {argument: call[argument] for argument in own if argument in call and argument not in told}
+
+
+def example_prompt(name: str) -> str:
+    """Return a prompt that the model understands; "" where its weights are made up."""
+    from shardit.models.tiny.recipes.catalog import recipe
+
+    return recipe(name).prompt
 
 
 def images(name: str) -> int:
     """How many input images the pipeline needs."""
-    from shardit.models.tiny.catalog import recipe
+    from shardit.models.tiny.recipes.catalog import recipe
 
     return recipe(name).images
 
@@ -82,7 +90,7 @@ def images(name: str) -> int:
 def resolve(model: str) -> Path | None:
     """Return the cached folder for "tiny/NAME", written on first use; None for any other string."""
     from shardit.models.tiny.cache import PREFIX, cached_folder
-    from shardit.models.tiny.catalog import recipe
+    from shardit.models.tiny.recipes.catalog import recipe
 
     if not model.startswith(PREFIX):
         return None

@@ -68,9 +68,9 @@ def _not_writable(why: OSError) -> InputError:
 
 @lru_cache(maxsize=1)
 def fingerprint() -> str:
-    """Changes with this package's source and with the versions of diffusers and transformers."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    """Changes with this package's source, its trained weights and the versions of diffusers and transformers."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(path for path in here.rglob("*") if path.suffix in (".py", ".safetensors")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for library in ("diffusers", "transformers"):
         digest.update(importlib.metadata.version(library).encode() + b"\0")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardit.models.tiny.recipe import Part, Recipe
+from shardit.models.tiny.recipes.recipe import Part, Recipe
 from shardit.models.tiny.weights import fill, read
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _save_processor(part: Part, folder: Path, set_weights: SetWeights, dtype: to
     """All files of a real processor folder; its class cannot be built without torchvision, so not by that class."""
     import transformers
 
-    from shardit.models.tiny.text import QWEN_TOKENIZER
+    from shardit.models.tiny.recipes.text import QWEN_TOKENIZER
     from shardit.models.tiny.tokens import save_tokenizer
 
     save_tokenizer(folder, **QWEN_TOKENIZER.config)

@@ -25,6 +25,7 @@ export function fit(server) {
     server.model, server.kind, server.parameters, server.defaults, server.needs_image, server.most_images,
   ]);
   if (known === news) return;
+  if (model?.model !== server.model) form.elements.prompt.value ||= server.example_prompt;
   [model, known] = [server, news];
   const takes = new Set(["prompt", ...server.parameters]);
   if (takes.has("num_frames")) takes.add("seconds");

@@ -64,6 +64,7 @@ class ServerInfo(Readiness):
     most_images: int = Field(description="Input pictures of one request.")
     parameters: list[str] = Field(description="Arguments of the model's pipeline that a request may hold.")
     defaults: dict[str, Any] = Field(description="What the pipeline uses where a request gives nothing.")
+    example_prompt: str = Field(description="A prompt that a trained tiny model understands; else empty.")
     default_fps: float | None
     queued: int
     in_progress: int
@@ -142,6 +143,7 @@ def _server(context: Context) -> dict[str, Any]:
         "most_images": _most_images(with_image or takes, options.limits),
         "parameters": pipeline_names(info if isinstance(info, ModelInfo) else None),
         "defaults": _defaults(context),
+        "example_prompt": _example_prompt(options.model),
         "default_fps": takes.default_fps if takes and takes.kind == "video" else None,
         "queued": counts.get("queued", 0),
         "in_progress": counts.get("in_progress", 0),
@@ -149,6 +151,12 @@ def _server(context: Context) -> dict[str, Any]:
         "limits": vars(options.limits),
         "notes": list(info.notes) if info else [],
     }
+
+
+def _example_prompt(model: str) -> str:
+    from shardit.models import tiny
+
+    return tiny.example_prompt(model.removeprefix("tiny/")) if model.startswith("tiny/") else ""
 
 
 def _most_images(takes: PipelineSignature | None, limits: Limits) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardit.models.tiny.recipe import Part
+from shardit.models.tiny.recipes.recipe import Part
 from shardit.models.tiny.words import QWEN_SPECIALS, VOCAB
 
 HIDDEN = 64

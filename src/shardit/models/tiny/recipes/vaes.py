@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardit.models.tiny.recipe import Part
+from shardit.models.tiny.recipes.recipe import Part
 
 
 def kl(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shardit.models.tiny.recipe import Recipe, dynamic_shift, flow_euler, transformer
-from shardit.models.tiny.text import (
+from shardit.models.tiny.recipes.recipe import Recipe, dynamic_shift, flow_euler, transformer
+from shardit.models.tiny.recipes.text import (
     CLIP_TOKENIZER,
     HIDDEN,
     QWEN3_ENCODER,
@@ -15,7 +15,7 @@ from shardit.models.tiny.text import (
     T5_TOKENIZER,
     clip,
 )
-from shardit.models.tiny.vaes import kl
+from shardit.models.tiny.recipes.vaes import kl
 
 _SIZE = {"height": 128, "width": 160}
 _NEGATIVE = {"negative_prompt": "dark fog"}

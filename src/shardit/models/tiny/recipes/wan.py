@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardit.models.tiny.recipe import Part, Recipe, transformer
-from shardit.models.tiny.text import HIDDEN, T5_TOKENIZER, UMT5_ENCODER
-from shardit.models.tiny.vaes import WAN_VAE, WAN_VAE_TI2V
+from shardit.models.tiny.recipes.recipe import Part, Recipe, transformer
+from shardit.models.tiny.recipes.text import HIDDEN, T5_TOKENIZER, UMT5_ENCODER
+from shardit.models.tiny.recipes.vaes import WAN_VAE, WAN_VAE_TI2V
 
 
 def _expert(heads: int, head_dim: int, channels: int, out: int) -> Part:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardit.models.tiny.recipe import Part, Recipe, dynamic_shift, transformer
-from shardit.models.tiny.text import HIDDEN, QWEN_TOKENIZER, QWEN_VL_ENCODER, QWEN_VL_PROCESSOR
-from shardit.models.tiny.vaes import QWEN_VAE, QWEN_VAE_DEEP, QWEN_VAE_DEEP_RGBA
+from shardit.models.tiny.recipes.recipe import Part, Recipe, dynamic_shift, transformer
+from shardit.models.tiny.recipes.text import HIDDEN, QWEN_TOKENIZER, QWEN_VL_ENCODER, QWEN_VL_PROCESSOR
+from shardit.models.tiny.recipes.vaes import QWEN_VAE, QWEN_VAE_DEEP, QWEN_VAE_DEEP_RGBA
 
 _SCHEDULER = dynamic_shift(0.9, shift_terminal=0.02, time_shift_type="exponential")
 

@@ -32,6 +32,8 @@ class Recipe:
     config: dict[str, Any] = field(default_factory=dict)
     weights: Path | None = None
     """File with trained weights, named COMPONENT.PARAMETER; without it they are made up."""
+    prompt: str = ""
+    """An example of what trained weights understand."""
 
 
 def transformer(cls: str, **config: Any) -> Part:

@@ -1,0 +1,1 @@
+"""Tiny checkpoints as data: the parts of each pipeline."""

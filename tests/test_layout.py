@@ -179,7 +179,7 @@ BUDGET = {
     "parallel": 4230,
     "server": 5500,
     "settings": 260,
-    "training": 3810,
+    "training": 3880,
 }
 """Lines of code of each folder, as `make size` counts them; a number is raised on purpose, or not at all."""
 

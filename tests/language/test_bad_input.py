@@ -156,6 +156,9 @@ def test_roles_and_keys_that_the_template_does_not_know() -> None:
     assert made({"role": "system", "content": "be short"}, user)
     assert len(made({**user, "mood": "good"})) == len(made(user)) + 4  # the template asks for it
     refused("has 'mod'", made, {**user, "mod": "good"})
+    parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "short"}]
+    assert made({"role": "user", "content": parts}) == made({"role": "user", "content": "be short"})
+    refused(r"messages\[0\]\.content\[0\] must be .* takes text only", made, {"role": "user", "content": ["x"]})
 
 
 INTERRUPTED = """

@@ -18,6 +18,27 @@ def lines(*values: object) -> bytes:
     return "".join(json.dumps(one) + "\n" for one in values).encode()
 
 
+PART = {"type": "text", "text": "a"}
+
+
+def chat_row(content: object, **more: object) -> bytes:
+    """A row with one message."""
+    return lines({"messages": [{"role": "user", "content": content, **more}]})
+
+
+def test_messages_become_those_that_templates_expect(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    (tmp_path / "a.jsonl").write_bytes(
+        chat_row([PART, {"type": "text", "text": "b"}]) + chat_row(None, tool_calls=[call], refusal=None)
+    )
+    parts, calls = read_rows("data", str(tmp_path / "a.jsonl")).rows
+    assert parts.messages == [{"role": "user", "content": "ab"}]
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert calls.messages == [
+        {"role": "user", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    ]
+
+
 def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -58,6 +79,12 @@ def test_other_encodings_with_their_marks_are_read(encoding: str, tmp_path: Path
         (b'{"text": "a", "messages": []}', ("a.jsonl:1", "both text and messages")),
         (b'{"text": 5}', ("a.jsonl:1", "must be a string")),
         (b'{"messages": "hello"}', ("a.jsonl:1", "must be a list")),
+        (b'{"text": "a"}\n{"text": "\\ud800"}', ("a.jsonl:2", "half characters")),
+        (b'{"messages": [{"role": "user", "content": "\\udc00"}]}', ("a.jsonl:1", "half characters")),
+        (b'{"messages": [{"role": "user", "content": "a"}], "tools": ["\\ud800"]}', ("a.jsonl:1", "half characters")),
+        (chat_row([PART, {"type": "image_url", "image_url": {}}]), ("a.jsonl:1: messages[0].content[1]", "text only")),
+        (chat_row(["a"]), ("a.jsonl:1: messages[0].content[0] must be",)),
+        (chat_row("a", tool_calls=[{"name": "f"}]), ("a.jsonl:1: messages[0].tool_calls[0] must be",)),
         (b'{"text": null}', ("a.jsonl:1", "neither text nor messages")),
         (b"", ("no row with content",)),
         (b'{"text": ""}\n{"messages": []}', ("no row with content", "2 are empty")),

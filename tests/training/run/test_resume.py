@@ -164,6 +164,18 @@ def test_a_finished_run_can_be_prolonged(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 5]
 
 
+def test_an_average_goes_that_is_of_fewer_steps_than_the_result(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    (output / "ema").mkdir(parents=True)
+    run(output, steps=1)
+    assert (output / "ema").exists()  # it is not of this run
+    run(output, steps=2, resume=True, ema_decay=0.9)
+    assert weights(output / "ema")
+    run(output, steps=3, resume=True)
+    assert not (output / "ema").exists()
+    assert rows(output)[-1]["step"] == 3
+
+
 def test_resume_without_a_checkpoint_begins_at_the_beginning(tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()

@@ -9,6 +9,7 @@ from typing import Any
 
 from shardit.config import did_you_mean
 from shardit.errors import InputError
+from shardit.language.request.plain_messages import plain_messages
 from shardit.settings.checks import text_problem
 
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -38,6 +39,7 @@ def chat_tokens(
     InputError for wrong messages, if the chat template refuses or drops them, or there is none."""
     if template is None and tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template: give chat_template, or a prompt to generate()")
+    messages = plain_messages(messages)
     if problem := text_problem((messages, template, tools)):
         raise InputError(f"messages must be {problem}")
     _check_messages(messages, str(template or tokenizer.chat_template))
@@ -48,7 +50,7 @@ def chat_tokens(
         "return_dict": False,
     }
     try:
-        tokens = tokenizer.apply_chat_template(list(messages), tokenize=True, **options)
+        tokens = tokenizer.apply_chat_template(messages, tokenize=True, **options)
     except Exception as error:  # templates raise any exception
         raise InputError(f"the chat template refuses the messages: {error}") from error
     for role in dict.fromkeys(one["role"] for one in messages if one["role"] not in _USUAL_ROLES):
@@ -69,7 +71,7 @@ def _check_messages(messages: Any, template: str) -> None:
                 raise InputError(f"{what} has {key!r}{did_you_mean(str(key), _KEYS)}; keys: {', '.join(_KEYS)}")
         if not isinstance(one.get("role"), str) or not one["role"]:
             raise InputError(f'{what} has no role: give it one, such as "user"')
-        if not isinstance(one.get("content"), (str, list, tuple)) and not one.get("tool_calls"):
+        if not isinstance(one.get("content"), str):
             raise InputError(f"{what} must have content that is a text, got {one.get('content')!r:.80}")
 
 
@@ -77,12 +79,9 @@ def _drops(tokenizer: Any, messages: Sequence[Any], role: str, options: Mapping[
     """Return whether the text of messages with a role is no part of the prompt: another text gives the same prompt."""
     if not any(one["role"] == role and one.get("content") for one in messages):
         return False
-    marked = [
-        {**one, "content": _MARK} if one["role"] == role and isinstance(one.get("content"), str) else one
-        for one in messages
-    ]
+    marked = [{**one, "content": _MARK} if one["role"] == role else one for one in messages]
     try:
-        found = [tokenizer.apply_chat_template(list(some), tokenize=False, **options) for some in (messages, marked)]
+        found = [tokenizer.apply_chat_template(some, tokenize=False, **options) for some in (messages, marked)]
     except Exception:  # the template does not take this text
         return False
-    return found[0] == found[1] and marked != list(messages)
+    return found[0] == found[1] and marked != messages

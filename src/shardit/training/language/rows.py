@@ -12,6 +12,8 @@ from typing import Any
 
 from shardit.config import did_you_mean
 from shardit.errors import InputError
+from shardit.language.request.plain_messages import plain_messages
+from shardit.settings.checks import text_problem
 from shardit.settings.paths import user_path
 from shardit.training.data.sources.captions import mark_of
 
@@ -133,4 +135,10 @@ def _row(line: str, where: str) -> Row:
         raise InputError(f"{where}: text must be a string, got {text!r:.80}")
     if messages is not None and not isinstance(messages, list):
         raise InputError(f"{where}: messages must be a list, got {messages!r:.80}")
+    try:
+        messages = plain_messages(messages)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if problem := text_problem((text, messages, tools)):
+        raise InputError(f"{where} must be {problem}")
     return Row(where, text, messages, tools)

@@ -14,3 +14,6 @@ CHECKPOINTS = "checkpoints"
 
 RECORD = "run.json"
 """The file of a checkpoint that is written last: what the run was."""
+
+AVERAGE = "ema"
+"""The result with the averaged weights."""

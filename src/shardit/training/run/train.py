@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig
@@ -15,7 +17,7 @@ from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, RankError
 from shardit.training.recipe import Recipe
 from shardit.training.run.checkpoint import Checkpoint, Checkpoints, find, restore
-from shardit.training.run.places import CHECKPOINTS, SAMPLES
+from shardit.training.run.places import AVERAGE, CHECKPOINTS, SAMPLES
 from shardit.training.run.report import Report
 from shardit.training.run.resume import compare, record_of
 from shardit.training.run.steps.rates import rate
@@ -178,4 +180,13 @@ class Run:
             raise InputError(f"{error}{last}") from error
         except OSError as error:
             raise RankError(self.mesh.rank, f"the result cannot be written: {error}") from error
+        if self.start is not None and self.trained.average is None and self.world.is_first_rank:
+            self._remove_average(self.output / AVERAGE)
         self.report.say(f"{steps} steps in {seconds:.1f} s; the result is in {self.output}")
+
+    def _remove_average(self, folder: Path) -> None:
+        """Remove the average of the run that this one went on with: it is of fewer steps than the result."""
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            done = "could not be removed: delete it" if folder.exists() else "is removed"
+            self.report.note(f"{folder} held the average of an earlier step, and ema_decay is not given: it {done}")

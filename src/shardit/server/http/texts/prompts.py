@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,6 @@ from shardit.server.http.texts.forms import form_of
 
 MOST_PROMPTS = 128
 _SAMPLING = [item.name for item in dataclasses.fields(SamplingParams) if item.name not in ("seed", "logprobs")]
-_EMPTY_KEYS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "name")
-"""Keys of answers that clients send back without a content."""
 
 
 def sampling_of(
@@ -41,10 +38,11 @@ def sampling_of(
 
 def chat_prompt(tokenizer: Any, values: Mapping[str, Any]) -> list[int]:
     """Return the tokens of a conversation. Raises ApiError."""
-    messages = [_plain(one, f"messages[{number}]") for number, one in enumerate(values["messages"])]
     tools = values.get("tools") if values.get("tool_choice") != "none" else None
     try:
-        return chat_tokens(tokenizer, messages, None, tools or None, values.get("add_generation_prompt", True))
+        return chat_tokens(
+            tokenizer, values["messages"], None, tools or None, values.get("add_generation_prompt", True)
+        )
     except InputError as error:
         text = str(error).replace("give chat_template, or a prompt to generate()", "send a prompt to /v1/completions")
         raise ApiError(400, text, code="invalid_value", param="messages") from error
@@ -55,46 +53,6 @@ def notes_of(tokenizer: Any, values: Mapping[str, Any]) -> list[str]:
     if not values.get("tools") or values.get("tool_choice") == "none" or "tools" in str(tokenizer.chat_template):
         return []
     return ["the chat template of the model shows no tools: they are left out"]
-
-
-def _plain(message: Any, where: str) -> Any:
-    """Return a message with its content as one text."""
-    if not isinstance(message, dict):
-        return message  # the check of the conversation reports it
-    kept = {name: value for name, value in message.items() if value or name not in _EMPTY_KEYS}
-    content = kept.get("content")
-    if isinstance(content, list):
-        kept["content"] = "".join(_text_of(part, f"{where}.content[{number}]") for number, part in enumerate(content))
-    if isinstance(calls := kept.get("tool_calls"), list):
-        kept["tool_calls"] = [_with_arguments(one, f"{where}.tool_calls[{number}]") for number, one in enumerate(calls)]
-        kept["content"] = kept.get("content") or ""  # templates add texts to it, or look whether it is empty
-    return kept
-
-
-def _text_of(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    text = f'{where} must be {{"type": "text", "text": ...}}: this model takes text only, got {part!r:.80}'
-    raise ApiError(400, text, code="invalid_value", param="messages")
-
-
-def _with_arguments(call: Any, where: str) -> Any:
-    """Return a call of a tool with its arguments as an object, as chat templates expect them; OpenAI has JSON in a
-    text."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        text = (
-            f'{where} must be {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, got {call!r:.80}'
-        )
-        raise ApiError(400, text, code="invalid_value", param="messages")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            text = f"{where}.function.arguments must be JSON, got {arguments!r:.80}"
-            raise ApiError(400, text, code="invalid_value", param="messages") from None
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def text_prompts(tokenizer: Any, prompt: Any, vocabulary: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from shardit.core.comm.mesh import Mesh
 from shardit.core.runtime.randomness import seed_all
 from shardit.errors import InputError, listed
 from shardit.training.recipe import Recipe
+from shardit.training.run.places import AVERAGE
 from shardit.training.run.steps.average import Average
 from shardit.training.run.steps.optimizers import make_optimizer
 from shardit.training.run.steps.sharded import share_out, spread
@@ -132,11 +133,11 @@ class Trained:
             yield
 
     def save(self, folder: Path) -> None:
-        """Write the result; with an average that as well, into its folder `ema`. Raises InputError on all ranks."""
+        """Write the result; with an average that as well, into a folder of its own. Raises InputError on all ranks."""
         self.recipe.save(self.stages, folder)
         if self.average is not None:
             with self.averaged():
-                self.recipe.save(self.stages, folder / "ema")
+                self.recipe.save(self.stages, folder / AVERAGE)
 
 
 def step_seed(seed: int, step: int) -> int:

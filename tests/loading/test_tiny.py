@@ -230,7 +230,8 @@ def test_run(name: str, pipe: Any) -> None:
     other_prompt = call(pipe, name, prompt=OTHER_PROMPTS.get(name, "two blue boats at night"))
     other_seed = call(pipe, name, seed=1)
     assert np.abs(first - other_prompt).mean() > 0.004
-    assert np.abs(first - other_seed).mean() > 0.01
+    trained = bool(tiny.example_prompt(name))  # it draws the same thing, a little elsewhere
+    assert np.abs(first - other_seed).mean() > (0.004 if trained else 0.01)
     if tiny.images(name):
         assert np.abs(first - call(pipe, name, first=3)).mean() > 0.004
 

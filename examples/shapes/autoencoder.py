@@ -16,12 +16,12 @@ from shardit.training.data import shapes
 _WIDE = 16
 """Latent channels at first."""
 
-Stages = tuple[tuple[float, int, int, int], ...]
+Phases = tuple[tuple[float, int, int, int], ...]
 """Until this share of the steps: clips in a batch, their frames, and the side of the crop. Small crops around the
 edges of shapes have more to teach for each pixel."""
 
-FIRST: Stages = ((0.5, 24, 5, 16), (0.8, 6, 9, 32), (1.0, 2, FRAMES, SIZE))
-AFTERWARDS: Stages = ((0.4, 24, 5, 16), (0.75, 6, 9, 32), (1.0, 2, FRAMES, SIZE))
+FIRST: Phases = ((0.5, 24, 5, 16), (0.8, 6, 9, 32), (1.0, 2, FRAMES, SIZE))
+AFTERWARDS: Phases = ((0.4, 24, 5, 16), (0.75, 6, 9, 32), (1.0, 2, FRAMES, SIZE))
 
 
 def trained(steps: int, more: int, report: Callable[[int, float], None]) -> Any:
@@ -41,7 +41,7 @@ def trained(steps: int, more: int, report: Callable[[int, float], None]) -> Any:
 
 
 def train(
-    model: Any, steps: int, report: Callable[[int, float], None], stages: Stages, rate: float, seed: int = 0
+    model: Any, steps: int, report: Callable[[int, float], None], phases: Phases, rate: float, seed: int = 0
 ) -> None:
     """Train an autoencoder; its latents have mean 0 and deviation 1 afterwards."""
     torch.manual_seed(seed)
@@ -55,7 +55,7 @@ def train(
     for step in range(steps):
         share = step / steps
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * share))
-        _, count, frames, side = next(stage for stage in stages if share < stage[0])
+        _, count, frames, side = next(phase for phase in phases if share < phase[0])
         clips = torch.stack([_crop(draw, frames, side) for _ in range(count)])
         posterior = model.encode(clips).latent_dist
         decoded.clear()
@@ -85,6 +85,7 @@ def reduce(wide: Any, narrow: Any) -> None:
     # Means: the projection follows `quant_conv`, and both go into the convolution in front of it.
     into = (basis / deviation).T
     quant, bias = old["quant_conv.weight"][:_WIDE, :, 0, 0, 0], old["quant_conv.bias"][:_WIDE]
+    # The deviations are small constants at first; `train` makes those of a model smaller before it begins.
     weight = new["encoder.conv_out.weight"].zero_()
     weight[:channels] = torch.einsum("ka,ab,b...->k...", into, quant, old["encoder.conv_out.weight"])
     new["encoder.conv_out.bias"].fill_(-5)[:channels] = into @ (quant @ old["encoder.conv_out.bias"] + bias - mean)

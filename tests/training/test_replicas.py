@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardit import InputError, training
-from shardit.core.training.gradients import early_sums
+from shardit.core.training.gradients import sums
 from tests.support.ranks import run_ranks
 from tests.training.models import accumulate, task, worst
 from tests.training.runs import join
@@ -189,7 +189,7 @@ def test_short_batches_weigh_by_their_samples(size: int, stages: int) -> None:
 
 def early(rank: int, size: int, method: str, kind: str) -> tuple[list[float], list[int], int]:
     """Steps whose sums begin during the last backward; the third one adds to gradients more often than was expected."""
-    early_sums.BUCKET_BYTES = 1 << 12
+    sums.BUCKET_BYTES = 1 << 12
     join(rank, size, method)
     chosen = task("llama")
     plain, model = chosen.build(), chosen.build()

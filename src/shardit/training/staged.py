@@ -22,8 +22,8 @@ from shardit.core.placement.partition import block_cost, place_blocks
 from shardit.core.runtime.digests import digests
 from shardit.core.runtime.randomness import generators_kept
 from shardit.core.training.cut_loss import CutLoss
-from shardit.core.training.gradients.early_sums import EarlySums
-from shardit.core.training.gradients.holdings import norm_of, sum_gradients
+from shardit.core.training.gradients.holdings import norm_of
+from shardit.core.training.gradients.sums import GradientSums, sum_gradients
 from shardit.core.training.schedules import CHUNKED, DEFERRING
 from shardit.core.training.segment import StepData
 from shardit.errors import InputError, UnsupportedError
@@ -110,7 +110,7 @@ class Stages:
             return [of_place[list(order).index(number)] for number in range(len(blocks))]
 
         self.cut_loss = CutLoss(cut, loss, comm, schedule, place, plan)
-        self._sums: EarlySums | None = None
+        self._sums: GradientSums | None = None
 
     def step(
         self,
@@ -128,7 +128,7 @@ class Stages:
         planned = plan_step(micro_batches, weights, self.mesh, self.cut_loss.state(), example)
         self._settle(planned.first, next(iter(planned.seeds), 0))
         before = self._take_gradients()
-        sums = self._early_sums()
+        sums = self._replica_sums()
         try:
             if sums is not None:
                 sums.begin(len(planned.batches))
@@ -195,7 +195,7 @@ class Stages:
             parameter.grad = None
         return before
 
-    def _early_sums(self) -> EarlySums | None:
+    def _replica_sums(self) -> GradientSums | None:
         """Return the sums over replicas of those parameters that no other stage has."""
         replicas, held = self.mesh.axes.get("dp"), self.cut_loss.holdings
         if replicas is None:
@@ -206,19 +206,19 @@ class Stages:
             if self._sums is not None:
                 self._sums.remove()
             # Hooks on weights would keep zero-bubble schedules from deferring their gradients.
-            self._sums = EarlySums(own, replicas, early=self.cut_loss.kind not in DEFERRING)
+            self._sums = GradientSums(own, replicas, early=self.cut_loss.kind not in DEFERRING)
         return self._sums
 
-    def _sum_gradients(self, sums: EarlySums | None) -> None:
+    def _sum_gradients(self, sums: GradientSums | None) -> None:
         """Sum the gradients of shared parameters over stages, and of all parameters over replicas."""
         held, comm = self.cut_loss.holdings, self.cut_loss.comm
         if sums is not None:
             sums.finish()  # first: some of its messages are on their way
         shared = list(held.shared.values())
-        sum_gradients(shared, [not parameter.is_meta for parameter in shared], comm.group)
+        sum_gradients(shared, comm.group)
         if sums is not None:
             own = [parameter for parameter in shared if parameter.requires_grad and not parameter.is_meta]
-            sum_gradients(own, [True] * len(own), sums.group)
+            sum_gradients(own, sums.group)
 
     def _mean(self, total: torch.Tensor) -> torch.Tensor:
         for group in (self.cut_loss.comm.group, self.mesh.axes.get("dp")):

@@ -67,9 +67,11 @@ def defaults(name: str) -> dict[str, Any]:
 def filled_in(name: str, given: Collection[str]) -> dict[str, Any]:
     """What a tiny model runs with because it is not among the names in `given`. Noise levels and time steps that are
     given say how many steps there are. A trained model has a guidance scale of its own."""
-    call = defaults(name)
+    from shardit.models.tiny.recipes.catalog import recipe
+
+    call, trained = defaults(name), recipe(name).weights is not None
     told = {*given, *(["num_inference_steps"] if {"sigmas", "timesteps"} & {*given} else [])}
-    own = (*_OWN_SIZE, *(["guidance_scale"] if example_prompt(name) else []))
+    own = (*_OWN_SIZE, *(["guidance_scale"] if trained else []))
     return {argument: call[argument] for argument in own if argument in call and argument not in told}
 
 

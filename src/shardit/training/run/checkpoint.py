@@ -18,6 +18,9 @@ from shardit.training.run.places import CHECKPOINTS, RECORD
 from shardit.training.run.steps.optimizers import found_by, set_found, set_state, state_of
 from shardit.training.run.steps.trained import Trained
 
+_FIELDS = {"step", "files", "average_updates", "settings", "identity"}
+"""What a record has at least."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -34,7 +37,8 @@ def find(output: Path) -> list[Checkpoint]:
     for folder in (output / CHECKPOINTS).glob("step-*"):
         try:
             record = json.loads((folder / RECORD).read_text("utf-8"))
-            _ = record["files"], record["average_updates"], record["settings"], record["identity"]
+            if missing := _FIELDS - record.keys():
+                raise KeyError(min(missing))
             found.append(Checkpoint(folder, int(record["step"]), record))
         except FileNotFoundError:
             continue  # it was being removed

@@ -1,4 +1,4 @@
-"""Which parameters the ranks of a cut model have, and the sums of their gradients."""
+"""Which parameters the ranks of a cut model have."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from shardit.core.comm.group import GroupCoordinator
 from shardit.core.modules.blocks import CutModel, keeps
-
-BUCKET_BYTES = 1 << 26
-"""Bytes of gradients that are summed in one message, about."""
 
 
 @dataclass
@@ -70,51 +66,6 @@ def _outside(cut: CutModel) -> Iterable[nn.Parameter]:
             seen.add(id(module))
             yield from (one for one in module._parameters.values() if one is not None)
             todo += [child for child in module._modules.values() if child is not None]
-
-
-def sum_gradients(parameters: list[nn.Parameter], held: list[bool], group: GroupCoordinator) -> None:
-    """Sum the gradients of parameters over a group, in place. held: whether this rank has each of them; the others
-    take part with zeros. A parameter without a gradient on any rank gets none."""
-    if group.world_size == 1 or not parameters:
-        return
-    has = torch.tensor([here and p.grad is not None for p, here in zip(parameters, held, strict=True)])
-    counts = group.all_reduce(has.to(group.device, torch.int32)).tolist()
-    by_kind: dict[torch.dtype, list[int]] = {}
-    for number, count in enumerate(counts):
-        if count:
-            by_kind.setdefault(parameters[number].dtype, []).append(number)
-    for numbers in by_kind.values():
-        for bucket in _buckets(numbers, parameters):
-            _sum_bucket(bucket, parameters, held, group)
-
-
-def _buckets(numbers: list[int], parameters: list[nn.Parameter]) -> list[list[int]]:
-    """Divide parameters of one type into runs of about BUCKET_BYTES."""
-    found: list[list[int]] = []
-    size = BUCKET_BYTES
-    for number in numbers:
-        if size >= BUCKET_BYTES:
-            found.append([])
-            size = 0
-        found[-1].append(number)
-        size += parameters[number].numel() * parameters[number].element_size()
-    return found
-
-
-def _sum_bucket(numbers: list[int], parameters: list[nn.Parameter], held: list[bool], group: GroupCoordinator) -> None:
-    sizes = [parameters[number].numel() for number in numbers]
-    flat = torch.zeros(sum(sizes), dtype=parameters[numbers[0]].dtype, device=group.device)
-    for number, part in zip(numbers, flat.split(sizes), strict=True):
-        gradient = parameters[number].grad
-        if held[number] and gradient is not None:
-            part.copy_(gradient.reshape(-1))
-    group.all_reduce(flat)
-    for number, part in zip(numbers, flat.split(sizes), strict=True):
-        gradient, shape = parameters[number].grad, parameters[number].shape
-        if held[number] and gradient is not None:
-            gradient.copy_(part.view(shape))
-        elif held[number]:
-            parameters[number].grad = part.view(shape).clone()
 
 
 def norm_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Sums of gradients over replicas that begin while the last backward of a step still runs."""
+"""Sums of gradients over ranks; over replicas they begin while the last backward of a step still runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUCKET_BYTES = 1 << 24
 class _Bucket:
     """Parameters of one type whose gradients travel together.
 
-    used: a replica had a gradient of it in the step before. missing: number of its parameters whose gradient is not
+    used: a rank had a gradient of it in the step before. missing: number of its parameters whose gradient is not
     complete. changed: a gradient changed after the sum began. sent: the sum, once it has begun, and its message.
     """
 
@@ -31,12 +31,18 @@ class _Bucket:
     sent: tuple[torch.Tensor, Any] | None = None
 
 
-class EarlySums:
-    """The sums of one list of parameters, which is the same on every replica.
+def sum_gradients(parameters: Sequence[nn.Parameter], group: GroupCoordinator) -> None:
+    """Sum the gradients of parameters over a group, in place. Ranks that have a parameter on meta take part with zeros.
+    A parameter without a gradient on any rank gets none."""
+    GradientSums(parameters, group, early=False).finish()
 
-    A gradient is taken for complete once it was added to as often as in the step before with as many micro-batches.
-    That need not hold: what changes later is summed a second time. Sums begin in a fixed order, last parameters first,
-    as replicas have to do alike.
+
+class GradientSums:
+    """The sums of one list of parameters, which is the same on every rank of a group.
+
+    early: they begin during the backward. A gradient is taken for complete once it was added to as often as in the
+    step before with as many micro-batches. That need not hold: what changes later is summed a second time. Sums begin
+    in a fixed order, last parameters first, as ranks have to do alike.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: GroupCoordinator, *, early: bool):
@@ -65,7 +71,7 @@ class EarlySums:
             bucket.missing = sum(bool(self._expected[one]) for one in bucket.parameters) if self._expected else -1
 
     def finish(self) -> None:
-        """Put the sums into the gradients. A parameter without a gradient on any replica gets none."""
+        """Put the sums into the gradients. A parameter without a gradient on any rank gets none."""
         if self.group.world_size == 1 or not self.parameters:
             return
         self.begun_early = sum(bucket.sent is not None for bucket in self._buckets)
@@ -115,7 +121,7 @@ class EarlySums:
         for parameter, part in zip(bucket.parameters, flat.split(_sizes(bucket)), strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(part.view(parameter.shape))
-            elif found[parameter]:
+            elif found[parameter] and not parameter.is_meta:
                 parameter.grad = part.view(parameter.shape).clone()
         bucket.sent = None
 

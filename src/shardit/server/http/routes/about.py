@@ -143,7 +143,7 @@ def _server(context: Context) -> dict[str, Any]:
         "most_images": _most_images(with_image or takes, options.limits),
         "parameters": pipeline_names(info if isinstance(info, ModelInfo) else None),
         "defaults": _defaults(context),
-        "example_prompt": _example_prompt(options.model),
+        "example_prompt": _example_prompt(context),
         "default_fps": takes.default_fps if takes and takes.kind == "video" else None,
         "queued": counts.get("queued", 0),
         "in_progress": counts.get("in_progress", 0),
@@ -153,10 +153,12 @@ def _server(context: Context) -> dict[str, Any]:
     }
 
 
-def _example_prompt(model: str) -> str:
+def _example_prompt(context: Context) -> str:
     from shardit.models import tiny
 
-    return tiny.example_prompt(model.removeprefix("tiny/")) if model.startswith("tiny/") else ""
+    options = context.options
+    of_pipeline = options.model.startswith("tiny/") and not options.of_language
+    return tiny.example_prompt(options.model.removeprefix("tiny/")) if of_pipeline else ""
 
 
 def _most_images(takes: PipelineSignature | None, limits: Limits) -> int:

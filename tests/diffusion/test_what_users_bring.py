@@ -63,6 +63,7 @@ SPLIT = (*STAGED, "slices", *TOKENS)
 CACHE_BOUND = {"TaylorSeerCacheConfig": 1e-3}
 """It extrapolates from the difference of two steps, which makes rounding larger."""
 OFFLOADED = {SPLIT: "offload"}
+GROUPED: dict[tuple[str, ...], str] = {("stages", "looped"): "group offloading cannot be combined"}
 QUANTIZED = {SPLIT: "has quantized weights"}
 
 TABLE = [
@@ -104,6 +105,7 @@ TABLE = [
     Row("CPU offload, group offload", brought.offload("enable_group_offload", True), refused=OFFLOADED),
     Row("CPU offload, group offload", brought.offload("enable_group_offload", False), refused=OFFLOADED),
     Row("CPU offload, group offload", brought.offload("cpu_offload", True), refused=OFFLOADED),
+    Row("apply_group_offloading after", brought.offload("apply_group_offloading", False), refused=GROUPED, fast=True),
 ]
 
 

@@ -19,8 +19,8 @@ class PipelineEntry:
 
     build: the plain pipeline with tiny components of the real classes, in eval mode. call: fresh arguments of one
     `__call__`. generator: whether the call takes `generator`. refused: axis -> part of the message of an expected
-    UnsupportedError. rounded: whether the pipeline itself rounds what it returns to 8 bits. fast: whether every test
-    run tries it.
+    UnsupportedError. rounded: whether the pipeline itself rounds its result to 8 bits, or values of its model to
+    bfloat16. fast: whether every test run tries it.
     """
 
     name: str

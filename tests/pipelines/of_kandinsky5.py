@@ -1,4 +1,4 @@
-"""Kandinsky 5."""
+"""Kandinsky 5, whose rotated queries and keys are rounded to bfloat16 in float32 models, too."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _picture_entry(name: str, conditioned: bool = False, **arguments: Any) -> Pi
         pipe.resolutions = [(32, 32)]  # instead of sizes of a megapixel
         return pipe
 
-    return PipelineEntry(name, build, lambda: call(**parts.fresh(arguments)))
+    return PipelineEntry(name, build, lambda: call(**parts.fresh(arguments)), rounded=True)
 
 
 def _square() -> Any:
@@ -58,8 +58,15 @@ def _square() -> Any:
 
 
 ENTRIES = (
-    parts.entry("Kandinsky5T2VPipeline", components, call, num_frames=5),
-    parts.entry("Kandinsky5I2VPipeline", lambda: components(conditioned=True), call, image=_square, num_frames=21),
+    parts.entry("Kandinsky5T2VPipeline", components, call, rounded=True, num_frames=5),
+    parts.entry(
+        "Kandinsky5I2VPipeline",
+        lambda: components(conditioned=True),
+        call,
+        rounded=True,
+        image=_square,
+        num_frames=21,
+    ),
     _picture_entry("Kandinsky5T2IPipeline"),
     _picture_entry("Kandinsky5I2IPipeline", conditioned=True, image=_square),
 )

@@ -39,7 +39,7 @@ CLOSE = 1e-5
 """Largest relative L2 distance on the tensor axis; the others must give the same bits."""
 
 ROUNDED = 1e-3
-"""The same for an output of 8 bits: a few values may have been rounded the other way."""
+"""The same for pipelines that round to fewer bits: a few values may have been rounded the other way."""
 
 KINDS = ("right", "plain", "refused", "wrong", "failed")
 """Outcomes, the worst last. "plain": the library alone fails here."""

@@ -446,6 +446,10 @@ def offload(method: str, before: bool) -> Callable[..., list[torch.Tensor]]:
             import accelerate
 
             accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
+        elif method == "apply_group_offloading":
+            from diffusers.hooks import apply_group_offloading
+
+            apply_group_offloading(pipe.transformer, torch.device("cpu"), offload_type="leaf_level")
         else:
             getattr(pipe, method)(**more)
         if before:

@@ -131,6 +131,9 @@ def guard(module: Any, name: str, mesh: Mesh) -> None:
     if not hasattr(module, "shardit_boundary"):  # which sends the values of what one rank owns
         members["state_dict"] = partial_state_dict(type(module).state_dict, LIBRARIES)
     members["__reduce_ex__"] = unpicklable(type(module))
+    if any(parameter.is_meta for parameter in module.parameters()):
+        # `apply_group_offloading` reads it before it sets the first hook, and nothing else of diffusers does.
+        members["_group_offload_block_modules"] = property(refused("group offloading"))
     own_enable = getattr(type(module), "enable_cache", None)
     if own_enable is not None or hasattr(module, "shardit_stages"):
 

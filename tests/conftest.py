@@ -29,21 +29,26 @@ if hasattr(os, "SCHED_BATCH"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = (
-    "server/test_supervisor.py",
-    "pipelines/test_pipelines.py",
+    "training/test_gradients.py",
+    "language/test_llm.py",
     "diffusion/test_changes.py",
-    "parallel/test_sequence.py",
+    "language/test_reports.py",
+    "training/diffusion/test_adapters.py",
+    "pipelines/test_pipelines.py",
+    "language/test_real_weights.py",
     "engine/test_omni.py",
-    "engine/test_live.py",
+    "training/diffusion/test_batches.py",
+    "parallel/test_sequence.py",
+    "language/test_tensor.py",
+    "language/test_vision.py",
+    "server/test_ray_nodes.py",
+    "diffusion/test_changes_of_code.py",
     "loading/test_tiny.py",
-    "pipelines/test_products.py",
-    "parallel/test_sp_plan.py",
-    "parallel/test_tiles.py",
-    "diffusion/test_model_options.py",
-    "parallel/test_tensor.py",
-    "page/test_page.py",
-    "page/test_page_access.py",
-    "core/test_guidance.py",
+    "core/test_kept_state.py",
+    "language/batching/test_scheduling_reports.py",
+    "training/run/test_resume.py",
+    "server/test_supervisor.py",
+    "training/test_shapes_example.py",
 )
 """Files whose tests take longest: if they came last, all other processes would wait for them."""
 

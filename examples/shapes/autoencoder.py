@@ -16,6 +16,9 @@ from shardit.training.data import shapes
 _WIDE = 16
 """Latent channels at first."""
 
+_CLIPS = 200
+"""Clips whose latents have their mean and deviation measured."""
+
 Phases = tuple[tuple[float, int, int, int], ...]
 """Until this share of the steps: clips in a batch, their frames, and the side of the crop. Small crops around the
 edges of shapes have more to teach for each pixel."""
@@ -68,13 +71,13 @@ def train(
         optimizer.zero_grad()
         report(step, float(error.detach().abs().mean()))
     hook.remove()
-    normalize(model, 200)
+    normalize(model)
 
 
 @torch.no_grad()
 def reduce(wide: Any, narrow: Any) -> None:
     """Give the weights of an autoencoder to one with fewer channels: the principal components of its latents."""
-    clips = [pixels(shapes.drawing(number, seed=2)) for number in range(64)]
+    clips = [pixels(shapes.drawing(number, seed=2)) for number in range(min(64, _CLIPS))]
     latents = torch.cat([wide.encode(clip[None]).latent_dist.mean for clip in clips])
     cells = latents.transpose(0, 1).flatten(1).T
     mean, channels = cells.mean(0), narrow.config.z_dim
@@ -102,10 +105,10 @@ def reduce(wide: Any, narrow: Any) -> None:
 
 
 @torch.no_grad()
-def normalize(model: Any, count: int) -> None:
+def normalize(model: Any) -> None:
     """Put the mean and the deviation of latents into the convolutions around them, so that the configuration needs
     none."""
-    clips = [pixels(shapes.drawing(number, seed=2)) for number in range(count)]
+    clips = [pixels(shapes.drawing(number, seed=2)) for number in range(_CLIPS)]
     latents = torch.cat([model.encode(clip[None]).latent_dist.mean for clip in clips])
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     into, out, channels = model.quant_conv, model.post_quant_conv, model.config.z_dim

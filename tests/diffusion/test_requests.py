@@ -422,6 +422,7 @@ def test_wrong_prompts():
     refused("needs a prompt")
     refused("needs a prompt", {"seed": 1})
     refused("prompts must be a string", 5)
+    refused("prompts must be a string, a dict or a list of them, got bytes", b"a cat")
     refused(r"prompts\[1\] must be a string or a dict, got int", ["a", 5])
     refused("prompt must be a string, got list", prompt=["a", "b"])
     refused(r"prompts\[1\]: height must be a whole number", ["a", {"prompt": "b", "height": -1}])

@@ -30,6 +30,7 @@ def test_the_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name, count in {"PROMPT_STEPS": 2, "SAMPLES": 2, "BATCH": 2}.items():
         monkeypatch.setattr(make, name, count)
     monkeypatch.setattr(make, "AUTOENCODER_STEPS", (5, 2))
+    monkeypatch.setattr(make.autoencoder, "_CLIPS", 12)
     monkeypatch.setattr(make.classifier, "trained", functools.partial(make.classifier.trained, steps=2, batch=2))
     make.main(tmp_path, "--steps", "2", "--warmup-steps", "1", "--batch-size", "2", "--data", "shapes:moving:4")
     measured = json.loads((tmp_path / "measured.json").read_text("utf-8"))

@@ -67,6 +67,7 @@ class LocalRanks:
         self._held: list[int] = []
         self._up = False
         self._failure: Failure | None = None
+        self._closed = False
         self._on_step: Callable[[Progress], None] = lambda _: None
         self._keys = itertools.count(1)
 
@@ -106,6 +107,7 @@ class LocalRanks:
         if os.getpid() != self.owner:
             return  # this is a fork of the process that made it
         if not self._lock.acquire(timeout=0.1):
+            self._closed = True
             self.placement.stop()  # another thread is in `generate`, which then fails
             return
         try:
@@ -132,6 +134,8 @@ class LocalRanks:
     def _run_until(self, condition: Callable[[], bool]) -> None:
         """Run the loop until a condition holds. Raises InputError or RankError if the ranks fail before."""
         self._loop.run(lambda: condition() or self._failure is not None)
+        if self._closed:
+            raise InputError("close() was called in another thread while this one waited for the outputs")
         if self._failure is not None:
             raise self._failure.error()
 

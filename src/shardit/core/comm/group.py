@@ -33,8 +33,8 @@ class GroupCoordinator:
     device_group carries tensors on the device, cpu_group host objects (gloo). Both are None for one rank alone, for
     which every operation but send and receive does nothing. edges[(a, b)] carries the messages from place a to place b
     of a chain of stages, so that no message waits behind one of another kind. posted: receives that are posted before
-    somebody asks for them, by source and path; all users of the group share them. axis: its name in messages. Every
-    wait is bounded and ends in RankError.
+    somebody asks for them, by source and path, and spare: buffers for more of them; all users of the group share both.
+    axis: its name in messages. Every wait is bounded and ends in RankError.
     """
 
     rank: int
@@ -45,6 +45,7 @@ class GroupCoordinator:
     cpu_group: dist.ProcessGroup | None = field(default=None, repr=False)
     edges: dict[tuple[int, int], dist.ProcessGroup | HostGroup] = field(default_factory=dict, repr=False)
     posted: dict[tuple[int, bool], Any] = field(default_factory=dict, repr=False)
+    spare: list[torch.Tensor] = field(default_factory=list, repr=False)
     axis: str = ""
 
     @staticmethod

@@ -86,7 +86,7 @@ class Comm:
         return message.numel() <= AHEAD_BYTES and message.device.type == "cpu"
 
     def _buffer(self) -> torch.Tensor:
-        return torch.empty(AHEAD_BYTES, dtype=torch.uint8)
+        return self.group.spare.pop() if self.group.spare else torch.empty(AHEAD_BYTES, dtype=torch.uint8)
 
     def _path(self, source: int, target: int, result: bool) -> tuple[Any, int]:
         """Return the torch group of a message, and the other rank's place in it: that of the hop between two stages;
@@ -104,6 +104,7 @@ class Comm:
             self.waited_s += time.perf_counter() - since
             if transfer.posted is not None and transfer.message is not None:
                 transfer.message.copy_(transfer.posted[: transfer.message.numel()])
+                self.group.spare.append(transfer.posted)
             transfer.work = transfer.message = transfer.posted = None
         self._outstanding.pop(transfer, None)
 

@@ -14,14 +14,20 @@ import torch
 from shardit.core.runtime.thread_state import TorchState
 
 
+_set_eval_frame: Callable[[Any], Any] | None = None
+"""torch's own, once torch.compile has been imported; an import statement in each switch would take longer than the
+switch."""
+
+
 def _compile_frames(callback: Any) -> Any:
     """Set the frame callback of torch.compile for frames of Python code that begin from now on; return the previous
     one."""
-    if "torch._dynamo" not in sys.modules:
-        return None
-    from torch._C._dynamo.eval_frame import set_eval_frame
-
-    return set_eval_frame(callback)
+    global _set_eval_frame
+    if _set_eval_frame is None:
+        if "torch._dynamo" not in sys.modules:
+            return None
+        from torch._C._dynamo.eval_frame import set_eval_frame as _set_eval_frame
+    return _set_eval_frame(callback)
 
 
 class Coroutine:

@@ -102,7 +102,7 @@ def _as_dicts(prompts: object, prompt: object) -> list[dict[str, Any]]:
         # No prompt at all: valid for a pipeline with embeddings or without a prompt; `_prompt` decides.
         return [_not_none(prompt=prompt)]
     listed = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
-    if not isinstance(listed, Sequence):
+    if not isinstance(listed, Sequence) or isinstance(listed, (bytes, bytearray)):
         raise InputError(f"prompts must be a string, a dict or a list of them, got {type(prompts).__name__}")
     if not listed:
         raise InputError("the list of prompts is empty; give at least one prompt")

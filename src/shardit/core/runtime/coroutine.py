@@ -13,7 +13,6 @@ import torch
 
 from shardit.core.runtime.thread_state import TorchState
 
-
 _set_eval_frame: Callable[[Any], Any] | None = None
 """torch's own, once torch.compile has been imported; an import statement in each switch would take longer than the
 switch."""

@@ -19,7 +19,7 @@ from shardit.diffusion.family import FAMILY
 from shardit.diffusion.loading.attention_backends import use_attention_backend
 from shardit.diffusion.loading.model_options import NO_OPTIONS, OPTION_NAMES, ModelOptions, split_model, take_options
 from shardit.diffusion.loading.pipeline import Prepared, load_pipeline, prepare
-from shardit.diffusion.loading.start_options import load_loras, use_vae_options
+from shardit.diffusion.loading.start_options import fuse_projections, load_loras, use_vae_options
 from shardit.diffusion.roles import denoises, is_vae
 from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.component_sharding import ComponentSharding, check_earlier, refuse_overlap, sharding_of
@@ -249,6 +249,8 @@ def load_parallel(
         shard_components(pipe.components, layout.cuts, mesh)
         connect(pipe, layout, runtime, config)
     load_loras(pipe, options.lora)
+    if options.fuse_projections:
+        fuse_projections(pipe, assignment.cut)
     return pipe, assignment, runtime
 
 

@@ -65,6 +65,10 @@ class ModelOptions:
     {"path": ..., "scale": ...}, or a list of these. "transformer_2=PATH" is for the second expert of Wan 2.2."""
     vae_tiling: bool = declare(False, "Let the VAE work tile by tile, with less memory.", FLAG)
     vae_slicing: bool = declare(False, "Let the VAE work picture by picture, with less memory.", FLAG)
+    fuse_projections: bool = declare(
+        False, "Compute queries, keys and values in one product, as fuse_qkv_projections() of diffusers does.", FLAG
+    )
+    """It takes memory for a copy of these weights, and may change last bits."""
 
 
 WHOLE = "*"
@@ -93,6 +97,10 @@ def model_options(**given: Any) -> ModelOptions:
     chosen["single_files"] = _single_files(chosen.get("single_files", {}))
     chosen["lora"] = _loras(chosen.get("lora", ()))
     check_declared(options := ModelOptions(**chosen))
+    if options.fuse_projections and options.lora:
+        raise InputError(
+            "fuse_projections does not work with lora, whose weights would be left out; leave one of them out"
+        )
     return dataclasses.replace(options, scheduler_args=dict(options.scheduler_args))
 
 

@@ -1,14 +1,16 @@
-"""Applies options to a loaded pipeline: adapters, and tiling or slicing of its VAEs."""
+"""Applies options to a loaded pipeline: adapters, fused projections, and tiling or slicing of its VAEs."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardit.core.modules.patching import plain_class
 from shardit.diffusion.class_homes import VAE_PACKAGE
 from shardit.diffusion.loading.model_options import INTO_SECOND, SECOND, Lora, ModelOptions
+from shardit.diffusion.roles import denoises
 from shardit.errors import InputError, first_line
 from shardit.loading.hub import unreachable
 from shardit.loading.missing import is_missing
@@ -22,6 +24,8 @@ def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) ->
     for name, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(options, name):
             _vaes(cls, modules, name, method)
+    if options.fuse_projections:
+        _fusable(cls, {name: one for name, one in modules.items() if denoises(name, one)})
 
 
 def use_vae_options(pipe: Any, options: ModelOptions) -> None:
@@ -30,6 +34,34 @@ def use_vae_options(pipe: Any, options: ModelOptions) -> None:
         if getattr(options, name):
             for vae in _vaes(type(pipe), pipe.components, name, method):
                 getattr(vae, method)()
+
+
+def fuse_projections(pipe: Any, names: Iterable[str]) -> None:
+    """Fuse the projections of queries, keys and values in those of a pipeline's components that can. Raises InputError
+    if none can."""
+    for name, model in _fusable(type(pipe), {name: getattr(pipe, name) for name in names}).items():
+        try:
+            model.fuse_qkv_projections()
+        except ValueError as error:
+            raise InputError(f"fuse_projections: {name}: {first_line(error)}; leave it out") from error
+
+
+def _fusable(cls: Any, models: Mapping[str, Any]) -> dict[str, Any]:
+    able = {name: one for name, one in models.items() if hasattr(one, "fuse_qkv_projections") and _has_fusable(one)}
+    if not able:
+        kinds = " and ".join(sorted(plain_class(one).__name__ for one in models.values()))
+        raise InputError(f"fuse_projections: {kinds} of {cls.__name__} cannot fuse its projections; leave it out")
+    return able
+
+
+def _has_fusable(model: Any) -> bool:
+    """Return whether `fuse_qkv_projections` of a model of diffusers changes anything."""
+    from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention
+
+    of_mixin = plain_class(model).fuse_qkv_projections is AttentionMixin.fuse_qkv_projections
+    kind = AttentionModuleMixin if of_mixin else (AttentionModuleMixin, Attention)
+    return any(isinstance(part, kind) and getattr(part, "_supports_qkv_fusion", True) for part in model.modules())
 
 
 def load_loras(pipe: Any, loras: tuple[Lora, ...]) -> None:

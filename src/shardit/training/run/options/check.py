@@ -12,6 +12,7 @@ from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import named_decoder
 from shardit.language.preflight import check_decoder
 from shardit.loading.dtypes import setting
+from shardit.loading.index import base_model, read_adapter
 from shardit.loading.missing import FRAMEWORKS, check_installed, is_missing, pip_line
 from shardit.settings.checks import text_problem
 from shardit.settings.declare import check_declared
@@ -109,6 +110,11 @@ def check_optimizer(settings: TrainSettings, config: DiffusionParallelConfig) ->
 def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
     check_installed(FRAMEWORKS)
     dtype = setting(settings.dtype, "--dtype")
+    if read_adapter(user_path("--model", settings.model)):
+        raise InputError(
+            f"--model {settings.model} holds an adapter, no model: give the model that it was trained on"
+            f"{base_model(settings.model)}; its run goes on with --output {settings.model} --resume"
+        )
     source = named_decoder(settings.model)
     if source is not None:
         check_decoder(source, DiffusionParallelConfig(), None)

@@ -27,7 +27,7 @@ def write_adapter(folder: Path, base: Path, seed: int = 1, **options: Any) -> Pa
             if value.requires_grad:
                 change = 0.3 * torch.randn(value.shape, generator=generator)
                 value.data = change if "lora_" in name else value.data + change
-        made.save_pretrained(folder)
+        made.save_pretrained(str(folder))
     return folder
 
 
@@ -42,9 +42,9 @@ def plain_peft(base: Path, *adapters: tuple[Path, float], merged: bool = True, d
                 model.load_adapter(str(folder), name)
             else:
                 model = PeftModel.from_pretrained(model, str(folder), name)
-            for part in model.modules():
-                if hasattr(part, "set_scale"):
-                    part.set_scale(name, scale)
+            parts: Any = [part for part in model.modules() if hasattr(part, "set_scale")]
+            for part in parts:
+                part.set_scale(name, scale)
         if names:
             model.base_model.set_adapter(names)
         made = model.merge_and_unload(adapter_names=names) if merged and names else model

@@ -83,7 +83,7 @@ def test_linears_of_a_transposed_class(tmp_path: Path) -> None:
 
 
 def loaded(
-    rank: int, size: int, method: str, folder: str, loras: list[tuple[str, float]], axes: dict[str, int], close: float
+    rank: int, size: int, method: str, folder: str, loras: list[tuple[str, float]], axes: dict[str, Any], close: float
 ) -> tuple[str, str, int]:
     """Compare with the model that peft merges, and with the model without adapters; return the parameters held, too."""
     config = DiffusionParallelConfig(**axes)
@@ -109,7 +109,7 @@ def loaded(
         ("mixtral", {"tensor_parallel_size": 2}, 1e-5),
     ],
 )
-def test_over_ranks(tmp_path: Path, name: str, axes: dict[str, int], close: float) -> None:
+def test_over_ranks(tmp_path: Path, name: str, axes: dict[str, Any], close: float) -> None:
     """Over stages the bits are those of one rank. Files of Mixtral have other tensors than the model: each rank reads
     all of them."""
     folder = tmp_path / name
@@ -126,7 +126,7 @@ def test_over_ranks(tmp_path: Path, name: str, axes: dict[str, int], close: floa
         assert held < 0.75 * whole
 
 
-def logits(rank: int, size: int, method: str, folder: str, adapter: str, axes: dict[str, int]) -> torch.Tensor:
+def logits(rank: int, size: int, method: str, folder: str, adapter: str, axes: dict[str, Any]) -> torch.Tensor:
     if size > 1:
         config = DiffusionParallelConfig(**axes)
         init_mesh(config, device="cpu", timeout_s=60, rank=rank, init_method=method)

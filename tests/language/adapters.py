@@ -46,7 +46,8 @@ def plain_peft(base: Path, *adapters: tuple[Path, float], merged: bool = True, d
             for part in parts:
                 part.set_scale(name, scale)
         if names:
-            model.base_model.set_adapter(names)
+            base_model: Any = model.base_model
+            base_model.set_adapter(names)
         made = model.merge_and_unload(adapter_names=names) if merged and names else model
         # peft freezes the weights, and torch computes products with frozen weights in another order.
         return made.eval().requires_grad_(True)

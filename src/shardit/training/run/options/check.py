@@ -69,11 +69,23 @@ def check_paths(settings: TrainSettings) -> None:
         text = getattr(settings, name)
         if text and not text.startswith(_OTHER_DATA) and not user_path(f"--{name.replace('_', '-')}", text).exists():
             raise InputError(f"--{name.replace('_', '-')} {text}: there is no such file or folder")
+        if text and settings.output is not None and not text.startswith(_OTHER_DATA):
+            _check_apart(f"--{name.replace('_', '-')}", text, settings.output)
     for name in ("output", "cache"):
         if (value := getattr(settings, name)) is not None:
             _check_folder(f"--{name}", user_path(f"--{name}", value))
     if settings.output is not None and (settings.output / METRICS).exists() and not settings.resume:
         raise InputError(f"--output {settings.output} has a run already: add --resume, or name another folder")
+
+
+def _check_apart(flag: str, data: str, output: Path) -> None:
+    """Raise InputError for an output in a folder of data: a resumed run would read its own samples and metrics."""
+    folder, inside = user_path(flag, data).resolve(), user_path("--output", output).resolve()
+    if folder.is_dir() and inside.is_relative_to(folder):
+        raise InputError(
+            f"--output {output} lies in {flag} {data}, and would be read as data when the run goes on: name a folder "
+            "outside of it"
+        )
 
 
 def _check_folder(flag: str, path: Path) -> None:

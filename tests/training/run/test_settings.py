@@ -59,6 +59,20 @@ def test_every_flag_is_a_key_and_flags_override(tmp_path: Path) -> None:
     assert config == DiffusionParallelConfig(pipeline_parallel_size=2, layer_partition=(1, 3))
 
 
+def test_a_flag_switches_off_what_the_file_switches_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, 'model = "tiny/flux"\ndata = "shapes:still"\noutput = "run"\nfull = true\nresume = true\n')
+    seen: list[TrainSettings] = []
+    monkeypatch.setattr("shardit.training.run.options.check.check", lambda settings, _: seen.append(settings) or stop())
+
+    def stop() -> None:
+        raise InputError("enough")
+
+    words = ["train", "--config", str(file)]
+    assert [cli.main([*words, *more]) for more in ((), ("--no-full", "--no-resume", "--lora-rank", "3"))] == [2, 2]
+    assert [(one.full, one.resume) for one in seen] == [(True, True), (False, False)]
+    assert seen[1].lora_rank == 3
+
+
 def test_flags_and_keys_are_the_same() -> None:
     names = {name for name in TrainFlags.__dataclass_fields__ if name != "config"}
     assert names == set(toml.fields())
@@ -149,6 +163,7 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "warmup_steps=9 is more than steps=3" in refused("--warmup-steps", "9", "--steps", "3")
     assert "--model" in train(capsys, "--data", "shapes:moving", "--output", "x")
     assert "is given twice" in refused("--steps", "1", "--steps", "2")
+    assert "--full is given twice" in refused("--full", "--no-full")
     assert not (tmp_path / "new").exists()
 
 

@@ -13,9 +13,14 @@ import torch
 import shardit
 from shardit import DiffusionParallelConfig, InputError
 from shardit.core.comm.mesh import init_mesh
+from shardit.diffusion.loading.model_options import model_options
+from shardit.language.loading.adapter import adapted_tokenizer
+from shardit.language.loading.source import decoder_source
 from tests.language import families
 from tests.language.adapters import ALL, change_config, change_weights, plain_peft, write_adapter
 from tests.language.cases import CASES, compare
+from tests.language.folders import TEMPLATE
+from tests.language.folders import write as write_folder
 from tests.language.test_loading import write
 from tests.support.ranks import run_ranks
 
@@ -153,6 +158,21 @@ def test_tied_weights_are_changed_where_the_adapter_is(tmp_path: Path, target: s
         assert torch.equal(made, one)
     for made in run_ranks(2, logits, str(folder), str(adapter), {"tensor_parallel_size": 2}):
         assert torch.allclose(made, one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_chat_template_is_that_of_the_last_adapter_with_one(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base")
+    adapters = [write_adapter(tmp_path / name, base) for name in "abc"]
+    (adapters[0] / "chat_template.jinja").write_text("first")
+    (adapters[1] / "tokenizer_config.json").write_text('{"chat_template": "second"}')
+    (adapters[2] / "tokenizer_config.json").write_text("{}")
+
+    def template(*chosen: Path) -> str:
+        return adapted_tokenizer(decoder_source(base), model_options(lora=list(chosen)).lora).chat_template
+
+    assert template(adapters[0]) == "first"
+    assert template(*adapters) == "second"
+    assert template(adapters[2]) == template() == TEMPLATE
 
 
 REFUSED: dict[str, tuple[str, Any]] = {

@@ -16,7 +16,7 @@ from shardit.loading.hub import open_flat
 from shardit.loading.index import ADAPTER_CONFIG
 from shardit.loading.safetensors_file import Header
 
-WEIGHTS, TEMPLATE = "adapter_model.safetensors", "chat_template.jinja"
+WEIGHTS, TEMPLATE, TOKENIZER = "adapter_model.safetensors", "chat_template.jinja", "tokenizer_config.json"
 
 _INDEPENDENT = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
@@ -162,6 +162,9 @@ def adapted_tokenizer(source: DecoderSource, loras: Sequence[Lora]) -> Any:
 def use_chat_template(tokenizer: Any, loras: Sequence[Lora]) -> None:
     """Give a tokenizer the chat template of the last adapter that has one, since it was trained with that."""
     for lora in loras:
-        template = open_adapter(lora).file.parent / TEMPLATE
-        if template.is_file():
-            tokenizer.chat_template = template.read_text("utf-8")
+        folder = open_adapter(lora).file.parent
+        if (folder / TEMPLATE).is_file():
+            tokenizer.chat_template = (folder / TEMPLATE).read_text("utf-8")
+        elif (folder / TOKENIZER).is_file():  # of an earlier version of transformers
+            own = read_config(folder, TOKENIZER).get("chat_template")
+            tokenizer.chat_template = own or tokenizer.chat_template

@@ -109,7 +109,7 @@ def _add(model: Any, adapter: Adapter, module: str, owned: Owned, shapes: Shapes
     change = change.T if _is_transposed(model.get_submodule(module)) else change
     if isinstance(part, Slice) and tuple(held.shape) != shapes[name]:
         change = part.take(change)
-    held.data += change * adapter.factor(module)  # in place: the alignment of memory decides the last bits of products
+    held.data += change.mul_(adapter.factor(module))  # in place: alignment decides the last bits of later products
 
 
 def _untie(model: Any, name: str) -> None:

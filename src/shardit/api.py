@@ -206,7 +206,7 @@ def load(
     if source is not None:
         given = {"plan": plan, "pipeline_class": pipeline_class, "model_config": model_config}
         check_decoder_options(model, given, options)
-        return load_decoder(source, config, dtype, device, timeout_s)
+        return load_decoder(source, config, dtype, device, timeout_s, options.lora)
     model, options = split_model(model, model_config, options)
     mesh = init_mesh(config, device=device, timeout_s=timeout_s)
     pipe, _, _ = load_parallel(

@@ -224,6 +224,7 @@ DECODER = "Hub id, folder of transformers, GGUF file, smollm2-135m or tiny/NAME.
 class LanguageFlags(
     flag_class(DiffusionParallelConfig, only=AXES),
     flag_class(SessionSpec, only=("timeout_s",)),
+    flag_class(ModelOptions, only=("lora",)),
     flag_class(LanguageOptions),
     flag_class(SamplingParams, unset=True, default_from="as the model recommends"),
 ):
@@ -252,6 +253,7 @@ class LanguageFlags(
             "dtype": self.dtype,
             **values_of(self, LanguageOptions),
             **values_of(self, SessionSpec, ("timeout_s",)),
+            **values_of(self, ModelOptions, ("lora",)),
         }
 
     def sampling(self, **defaults: Any) -> SamplingParams:

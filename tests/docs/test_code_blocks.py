@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
 from shardit import cli, parallel_state
+from shardit.language.loading.source import decoder_source
 from shardit.models import tiny
+from tests.language.adapters import write_adapter
 from tests.support.code_blocks import Block, blocks
 from tests.support.fork_servers import kept_fork_server
 from tests.support.http_fake import picture
@@ -48,6 +50,9 @@ MODELS = {
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "tiny/wan2.2-ti2v",
 }
 """Models of the pages that tests do not have, and the ones that they use instead."""
+
+ADAPTERS = ("my-adapter", "another-adapter")
+"""Adapters of language models that pages use."""
 
 STARTS = (
     "engine.start.LocalRanks",
@@ -108,6 +113,8 @@ def python(kind: str) -> list[Block]:
 
 def test_programs_with_omni(folder: Path) -> None:
     given = {path.name for path in folder.glob("*.*")}
+    for name in ADAPTERS:
+        write_adapter(folder / name, decoder_source("tiny/llama").folder, target_modules=["q_proj"])
     with kept_fork_server():
         for block in python("omni"):
             exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {"__name__": "__main__"})
@@ -202,5 +209,7 @@ def test_commands(page: str, command: str, folder: Path, monkeypatch: pytest.Mon
         (folder / "my-lora").mkdir()
         weights = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1, 1)}
         save_file(weights, folder / "my-lora" / "pytorch_lora_weights.safetensors")
+    if "--lora my-adapter" in command:
+        write_adapter(folder / "my-adapter", decoder_source("tiny/llama").folder, target_modules=["q_proj"])
     program, *words = shlex.split(command)
     RUN[program](words)

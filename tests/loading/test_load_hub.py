@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardit.models import tiny
+from tests.language.adapters import plain_peft, write_adapter
 from tests.language.folders import tokenizer, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -339,4 +340,35 @@ def test_language_models(hub, tmp_path):
     ) == ["LlamaForCausalLM"]
     wrong = "import shardit\ntry:\n    shardit.LLM({!r})\nexcept shardit.InputError as error:\n    print(error)"
     assert "is not a model of transformers (no config.json)" in client(hub, home, wrong.format("us/wan"))[0]
+    assert "there is no model 'us/nowhere'" in client(hub, home, wrong.format("us/nowhere"))[0]
+
+
+ADAPTED = """
+import shardit, torch
+model = shardit.load({model!r}, lora={lora!r})
+print(model.generate(torch.tensor([[70, 71]]), max_new_tokens=4, do_sample=False).tolist())
+"""
+
+
+def test_adapters_of_language_models(hub, tmp_path):
+    """The two files of an adapter are fetched by its hub id, and the cache serves afterwards."""
+    (tmp_path / "decoder").mkdir()
+    base, repo, home = write(tmp_path / "decoder", eos_token_id=1), tmp_path / "adapter", tmp_path / "home"
+    write_adapter(repo, base, target_modules=["q_proj", "v_proj", "lm_head"])
+    (repo / "optimizer.pt").write_bytes(b"x" * 100)
+    hub.repos.update({"us/decoder": base, "us/adapter": repo})
+    ids = torch.tensor([[70, 71]])
+    (expected, plain) = (
+        plain_peft(base, *adapters).generate(ids, max_new_tokens=4, do_sample=False).tolist()
+        for adapters in ([(repo, 0.5)], [])
+    )
+    assert expected != plain
+    code = ADAPTED.format(model="us/decoder", lora="us/adapter:0.5")
+    assert ast.literal_eval(client(hub, home, code)[0]) == expected
+    assert "optimizer.pt" not in hub.files("GET")
+    assert ast.literal_eval(client(hub, home, code, HF_HUB_OFFLINE="1")[0]) == expected
+    call = "shardit.LLM('us/decoder', lora={!r})"
+    wrong = f"import shardit\ntry:\n    {call}\nexcept shardit.InputError as error:\n    print(error)"
+    error = "us/decoder is not an adapter of peft (no adapter_config.json): choose a repository that has one"
+    assert client(hub, home, wrong.format("us/decoder")) == [error]
     assert "there is no model 'us/nowhere'" in client(hub, home, wrong.format("us/nowhere"))[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig, reject_unknown_names
+from shardit.diffusion.loading.model_options import model_options
 from shardit.engine.process.messages import TIMEOUT
 from shardit.errors import UnsupportedError
 from shardit.language.options import LanguageOptions
@@ -37,6 +38,7 @@ class EngineArgs:
     timeout_s: float = 600
     layer_partition: Sequence[int] | None = None
     distributed_executor_backend: str | None = None
+    lora: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> EngineArgs:
         reject_unknown_names(cls.__name__, kwargs, cls.names())
@@ -44,6 +46,7 @@ class EngineArgs:
 
     def __post_init__(self) -> None:
         LanguageOptions(**{item.name: getattr(self, item.name) for item in declared(LanguageOptions)})
+        model_options(lora=self.lora)
         check_launch(self.seed, self.timeout_s, self.distributed_executor_backend)
         DiffusionParallelConfig(**{name: getattr(self, name) for name in SIZES})
 

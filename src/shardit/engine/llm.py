@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from shardit.config import DiffusionParallelConfig, config_of
-from shardit.diffusion.loading.model_options import NO_OPTIONS
+from shardit.diffusion.loading.model_options import model_options
 from shardit.engine.arguments import checked_arguments
 from shardit.engine.engine_args import EngineArgs, check_launch
 from shardit.engine.process.failure import Timeouts
@@ -24,6 +25,7 @@ from shardit.engine.tasks.task import OnProgress
 from shardit.errors import InputError, RankError
 from shardit.language.grammar.grammars import check_forms
 from shardit.language.limits import check_max_model_len
+from shardit.language.loading.adapter import adapted_tokenizer
 from shardit.language.loading.source import decoder_source
 from shardit.language.options import LanguageOptions
 from shardit.language.preflight import check_decoder
@@ -70,7 +72,8 @@ class LLM:
     youngest text gives up its cache and computes it again later. seed: text i of a call, if its prompt has no seed, has
     this one + i; None draws one for each. gpu_memory_utilization: if given, the share of a rank's memory into which its
     weights and the cache of one request of max_model_len tokens must fit. distributed_executor_backend: "mp" or None,
-    as ranks are processes of this machine. device, timeout_s: as for `Omni`.
+    as ranks are processes of this machine. lora: adapters of peft that are merged into the weights, each a folder or
+    hub id (with ":SCALE" at its end, if need be), (path, scale), or a list of these. device, timeout_s: as for `Omni`.
 
     Returns when every rank has loaded its layers. Raises InputError for what can be corrected and RankError where a
     rank fails.
@@ -93,6 +96,7 @@ class LLM:
         seed: int | None = None,
         gpu_memory_utilization: float | None = None,
         distributed_executor_backend: str | None = None,
+        lora: Any = None,
         timeout_s: float = 600,
         **parallel: Any,
     ):
@@ -105,15 +109,17 @@ class LLM:
         config = config_of(parallel_config, parallel, "LLM", ["parallel_config", *EngineArgs.names()], listed=False)
         check_installed(FRAMEWORKS)
         source = decoder_source(model)
-        check_decoder(source, config, max_model_len)
+        adapters = model_options(lora=lora)
+        check_decoder(source, config, max_model_len, adapters.lora)
         self._seed = None if seed == RANDOM_SEED else seed
         launch = {"dtype": None if dtype == "auto" else dtype, "device": device, "timeout_s": timeout_s}
         fixed = {"task": TASK, "max_in_flight": config.pipeline_parallel_size, "can_cancel": True}
-        spec = session_spec(model, config, NO_OPTIONS, SESSION, language=options, **fixed, **launch)
+        spec = session_spec(model, config, adapters, SESSION, language=options, **fixed, **launch)
         self._tokenizer: Any
         self._ranks: Any
+        read = functools.partial(adapted_tokenizer, source, adapters.lora)
         # The ranks start at the same time; those of torchrun are this process.
-        reading = source.tokenizer() if started_by_torchrun(os.environ) else in_background(source.tokenizer)
+        reading = read() if started_by_torchrun(os.environ) else in_background(read)
         self._ranks, self._end_ranks = start_ranks(self, spec, self._timeouts)
         try:
             self._tokenizer = reading.result() if isinstance(reading, Future) else reading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
+from shardit.diffusion.loading.model_options import Lora
 from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.decision import collective_decision, describe_slices
 from shardit.errors import InputError
@@ -56,11 +58,17 @@ def parallelize_decoder(model: Any, config: DiffusionParallelConfig, plan: Any, 
 
 
 def load_decoder(
-    source: DecoderSource, config: DiffusionParallelConfig, dtype: Any, device: Any, timeout_s: float
+    source: DecoderSource,
+    config: DiffusionParallelConfig,
+    dtype: Any,
+    device: Any,
+    timeout_s: float,
+    loras: Sequence[Lora] = (),
 ) -> nn.Module:
-    """Load the language model of a source; each rank reads its slices of its layers. Collective."""
+    """Load the language model of a source, with adapters merged into it; each rank reads its slices of its layers.
+    Collective."""
     check_axes(config)
-    prepared = PreparedDecoder(source, setting(dtype))
+    prepared = PreparedDecoder(source, setting(dtype), loras)
     if not is_split(config):
         return prepared.load_whole("cpu" if device is None else device)
     layout = lay_out_decoder(prepared.module, config)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shardit.config import DiffusionParallelConfig, fitting_partition
 from shardit.core.modules.block_names import count_blocks
 from shardit.core.placement.head_counts import check_query_heads
-from shardit.diffusion.loading.model_options import NO_OPTIONS, ModelOptions
+from shardit.diffusion.loading.model_options import NO_OPTIONS, Lora, ModelOptions
 from shardit.errors import InputError
 from shardit.language.info import LanguageInfo
 from shardit.language.limits import POSITION_LIMITS, check_axes, check_max_model_len
+from shardit.language.loading.adapter import check_base, open_adapter
 from shardit.language.loading.gguf_header import read_values
 from shardit.language.loading.source import DecoderSource, read_config
 from shardit.loading.checkpoint import Checkpoint
@@ -41,18 +42,22 @@ class _Numbers:
 def check_decoder_options(model: Any, given: Mapping[str, Any], options: ModelOptions) -> None:
     """Raise InputError for options that only pipelines of diffusers have."""
     own = {**given, **vars(options)}
-    plain = {**dict.fromkeys(given), **vars(NO_OPTIONS)}
+    plain = {**dict.fromkeys(given), **vars(NO_OPTIONS), "lora": options.lora}
     wrong = next((name for name, value in own.items() if value != plain[name]), None)
     if wrong is not None:
         raise InputError(f"{wrong}: {model} holds a language model, which takes none; leave it out")
 
 
-def check_decoder(source: DecoderSource, config: DiffusionParallelConfig, max_model_len: int | None) -> None:
-    """Raise InputError or UnsupportedError for what the files of a model show. What they do not show is found when the
-    model is built."""
+def check_decoder(
+    source: DecoderSource, config: DiffusionParallelConfig, max_model_len: int | None, loras: Sequence[Lora] = ()
+) -> None:
+    """Raise InputError or UnsupportedError for what the files of a model and of its adapters show. What they do not
+    show is found when the model is built."""
     check_axes(config)
     found = _of_config(source) if source.gguf is None else _of_gguf(source)
     check_max_model_len(max_model_len, found.positions)
+    for lora in loras:
+        check_base(open_adapter(lora), source)
     if found.layers:
         fitting_partition(config, os.environ, found.layers)
     if found.heads:

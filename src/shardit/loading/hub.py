@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shardit.errors import InputError
-from shardit.loading.index import INDEX, components
+from shardit.loading.index import ADAPTER_CONFIG, INDEX, components
 from shardit.loading.safetensors_file import Entry, Header
 from shardit.loading.weight_names import choose, is_weights
 
@@ -307,7 +307,8 @@ def _explained(model: str, index: str = INDEX) -> Iterator[None]:
     except errors.LocalEntryNotFoundError as error:  # EntryNotFoundError as well
         raise unreachable(error, model) or error from error
     except errors.EntryNotFoundError as error:
-        kind = "a diffusers pipeline" if index == INDEX else "a model of transformers"
+        kinds = {INDEX: "a diffusers pipeline", ADAPTER_CONFIG: "an adapter of peft"}
+        kind = kinds.get(index, "a model of transformers")
         raise InputError(f"{model} is not {kind} (no {index}): choose a repository that has one") from error
     except errors.HFValidationError as error:
         raise InputError(f"{model!r} is neither a folder nor a hub id (owner/name): check the path") from error

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The configuration file of an adapter of peft."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -40,12 +43,37 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
     except FileNotFoundError as error:
+        refuse_adapter(folder)
         raise InputError(f"{folder} is not a diffusers folder (no {INDEX}): give the folder that holds it") from error
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: download or copy it again") from error
     if not isinstance(table, dict) or "_class_name" not in table:
         raise InputError(f"{path} names no pipeline class (_class_name): download or copy it again")
     return table
+
+
+def refuse_adapter(folder: str | os.PathLike[str]) -> None:
+    """Raise InputError if a folder that was given as a model holds an adapter of peft."""
+    if (Path(folder) / ADAPTER_CONFIG).is_file():
+        raise InputError(
+            f"{folder} holds an adapter, no model: give the model that it was trained on{base_model(folder)}, and this "
+            f"folder as lora (--lora {folder})"
+        )
+
+
+def base_model(folder: str | os.PathLike[str]) -> str:
+    """Return the model on which an adapter of peft was trained, in brackets; "" if its files do not state it."""
+    name = read_adapter(folder).get("base_model_name_or_path")
+    return f" ({name})" if name else ""
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of adapter_config.json; an empty one if it is missing or unreadable."""
+    try:
+        found = json.loads((Path(folder) / ADAPTER_CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_config(part: Component) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass
 from enum import Enum
 from pathlib import Path
 
-from shardit.diffusion.loading.model_options import NO_OPTIONS, WHOLE, ModelOptions, split_model
+from shardit.diffusion.loading.model_options import WHOLE, ModelOptions, split_model
 from shardit.engine.process.messages import TASK
 from shardit.errors import InputError
 from shardit.flags import LaunchFlags, ModelFlags, ParallelFlags
@@ -88,9 +88,10 @@ class ServeFlags(
         """Return the task, the model, and how it is loaded. What the model is follows from its files."""
         decoder = named_decoder(self.model) if self.config is None else None
         if decoder is not None:
-            check_decoder_options(self.model, {"attention_backend": self.attention_backend}, self.model_options())
-            check_decoder(decoder, self.parallel_config(), self.max_model_len)
-            return LANGUAGE, self.model, NO_OPTIONS
+            options = self.model_options()
+            check_decoder_options(self.model, {"attention_backend": self.attention_backend}, options)
+            check_decoder(decoder, self.parallel_config(), self.max_model_len, options.lora)
+            return LANGUAGE, self.model, options
         for name, value in values_of(self, LanguageOptions).items():
             if value != getattr(LanguageOptions, name):
                 flag = f"--{name.replace('_', '-')}"

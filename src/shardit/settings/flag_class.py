@@ -63,7 +63,10 @@ def _option(item: dataclasses.Field[Any], kind: Any) -> Any:
     if any(typing.get_origin(one) is list for one in typing.get_args(kind)):
         text, _, default = help.partition(" [")
         help = f"{text.removesuffix('.')}; repeat the flag for several.{default and f' [{default}'}"
-    names = [_spelt(item.name), *([flag.short] if flag.short else [])]
+    # A switch that is not given leaves it to a file or the model, so that there is a flag for each of its values.
+    both = item.default is None and bool in typing.get_args(kind)
+    off = f"/{_spelt(f'no_{item.name}')}" if both else ""
+    names = [f"{_spelt(item.name)}{off}", *([flag.short] if flag.short else [])]
     shown, paths = item.default != "", str(kind).count("Path") > 0
     more: dict[str, Any] = {"parser": _path, "metavar": flag.metavar or "PATH"} if paths else {"metavar": flag.metavar}
     return Option(*names, help=help, envvar=flag.envvar, show_default=shown, **more)

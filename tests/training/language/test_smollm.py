@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardit import training
+from shardit import LLM, SamplingParams, training
 from shardit.language.loading.source import local_decoder
 from shardit.training.language.recipe import language_recipe
 from shardit.training.language.samples import continuation, prompt_tokens
@@ -63,3 +63,7 @@ def test_it_learns_eight_rows(tmp_path: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
     assert text == "Cid has nine cats.<|im_end|>"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 1_000_000
+    asked = [{"role": "user", "content": "What does Cid have?"}]
+    with LLM(NAME, pipeline_parallel_size=2, lora=tmp_path / "adapter", timeout_s=120) as llm:
+        (answer,) = llm.chat(asked, SamplingParams(temperature=0, max_tokens=12))
+    assert answer.outputs[0].text == "Cid has nine cats."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -226,6 +227,31 @@ def test_what_may_differ_when_a_run_goes_on() -> None:
             compare(before, now, folder)
         assert part in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_model_that_was_moved_is_the_same(tmp_path: Path) -> None:
+    (first := tmp_path / "first").mkdir()
+    (first / "config.json").write_text("{}")
+    weights = bytearray(range(256)) * 10_000
+    (first / "model.safetensors").write_bytes(weights)
+    shutil.copytree(first, tmp_path / "copy")
+    shutil.copytree(first, tmp_path / "tuned")
+    (tmp_path / "tuned" / "model.safetensors").write_bytes(bytes(255 - one for one in weights))
+    shutil.copytree(first, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text('{"layers": 3}')
+    before = record(model=str(first))
+    (note,) = compare(before, record(model=str(tmp_path / "copy")), tmp_path)
+    assert f'model was "{first}'[:60] in note
+    shutil.rmtree(first)  # its digest is that of the checkpoint
+    (note,) = compare(before, record(model=str(tmp_path / "copy")), tmp_path)
+    for model in (str(tmp_path / "tuned"), str(tmp_path / "other"), "tiny/flux", "one/hub-id"):
+        with pytest.raises(InputError, match="model was"):
+            compare(before, record(model=model), tmp_path)
+    with pytest.raises(InputError, match="model was"):
+        compare(record(model="tiny/flux"), record(model="one/hub-id"), tmp_path)
+    old = {name: value for name, value in before.items() if name != "model_contents"}
+    with pytest.raises(InputError, match="model was"):
+        compare(old, record(model=str(tmp_path / "copy")), tmp_path)
 
 
 def test_rows_after_a_checkpoint_are_removed(tmp_path: Path) -> None:

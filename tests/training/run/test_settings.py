@@ -13,7 +13,7 @@ import pytest
 from shardit import InputError, cli
 from shardit.config import DiffusionParallelConfig
 from shardit.training.run.options import toml
-from shardit.training.run.options.check import check
+from shardit.training.run.options.check import check, check_paths
 from shardit.training.run.options.flags import TrainFlags
 from shardit.training.settings import TrainSettings
 
@@ -57,6 +57,20 @@ def test_every_flag_is_a_key_and_flags_override(tmp_path: Path) -> None:
     )
     assert isinstance(settings.learning_rate, float)
     assert config == DiffusionParallelConfig(pipeline_parallel_size=2, layer_partition=(1, 3))
+
+
+def test_a_flag_switches_off_what_the_file_switches_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, 'model = "tiny/flux"\ndata = "shapes:still"\noutput = "run"\nfull = true\nresume = true\n')
+    seen: list[TrainSettings] = []
+    monkeypatch.setattr("shardit.training.run.options.check.check", lambda settings, _: seen.append(settings) or stop())
+
+    def stop() -> None:
+        raise InputError("enough")
+
+    words = ["train", "--config", str(file)]
+    assert [cli.main([*words, *more]) for more in ((), ("--no-full", "--no-resume", "--lora-rank", "3"))] == [2, 2]
+    assert [(one.full, one.resume) for one in seen] == [(True, True), (False, False)]
+    assert seen[1].lora_rank == 3
 
 
 def test_flags_and_keys_are_the_same() -> None:
@@ -149,7 +163,28 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "warmup_steps=9 is more than steps=3" in refused("--warmup-steps", "9", "--steps", "3")
     assert "--model" in train(capsys, "--data", "shapes:moving", "--output", "x")
     assert "is given twice" in refused("--steps", "1", "--steps", "2")
+    assert "--full is given twice" in refused("--full", "--no-full")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_output_is_outside_of_the_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A resumed run would read its own samples."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "clips")
+    (tmp_path / "clips" / "rows.jsonl").write_text('{"text": "a"}\n')
+    clips, base = str(tmp_path / "clips"), ("--model", "tiny/flux")
+
+    def told(data: str, output: str, *more: str) -> str:
+        return train(capsys, *base, "--data", data, "--output", output, *more)
+
+    error = told(clips, f"{clips}/out")
+    assert f"--output {clips}/out lies in --data {clips}, and would be read as data when the run goes on: name" in error
+    assert "lies in --data" in told(clips, clips)
+    assert "lies in --data" in told(str(tmp_path / "link"), f"{clips}/out/deeper")
+    held_out = ("--validation-data", clips, "--validate-every", "1")
+    assert f"lies in --validation-data {clips}" in told("shapes:still", f"{clips}/out", *held_out)
+    for data, output in ((clips, f"{clips}-out"), (f"{clips}/rows.jsonl", f"{clips}/out"), (clips, str(tmp_path))):
+        check_paths(TrainSettings(model="tiny/flux", data=data, output=Path(output)))  # refuses nothing
 
 
 def test_a_repeated_flag_takes_several_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from shardit.diffusion.loading.model_options import INTO_SECOND, SECOND, Lora, M
 from shardit.diffusion.roles import denoises
 from shardit.errors import InputError, first_line
 from shardit.loading.hub import unreachable
+from shardit.loading.index import ADAPTER_CONFIG, base_model, read_adapter
 from shardit.loading.missing import is_missing
 from shardit.loading.safetensors_file import Header
 
@@ -116,6 +117,7 @@ def _check_lora(cls: Any, loras: tuple[Lora, ...]) -> None:
     source = inspect.signature(cls.lora_state_dict).parameters if hasattr(cls, "lora_state_dict") else {}
     known = [*inspect.signature(cls.load_lora_weights).parameters, *source, *_HUB]
     for lora in loras:
+        refuse_language_adapter(lora)
         for name in lora.arguments:
             if name not in known:
                 raise InputError(f"lora {lora.path}: {cls.__name__}.load_lora_weights takes no {name!r}; leave it out")
@@ -129,9 +131,25 @@ def check_lora_support(class_name: str, takes_lora: bool) -> None:
         raise InputError("lora needs peft: pip install peft")
 
 
+def refuse_language_adapter(lora: Lora) -> None:
+    """Raise InputError for an adapter of a language model, which peft's configuration of it states."""
+    if read_adapter(_inside(lora)).get("task_type") == "CAUSAL_LM":
+        raise InputError(
+            f"lora {lora.path} is an adapter of a language model (task_type CAUSAL_LM in {ADAPTER_CONFIG}): give it to "
+            f"shardit complete, chat or serve with the model that it was trained on{base_model(_inside(lora))}"
+        )
+
+
+def _inside(lora: Lora) -> Path:
+    """Return the folder of an adapter that is on this disk."""
+    path = Path(lora.path)
+    return path.parent if path.is_file() else path / str(lora.arguments.get("subfolder") or "")
+
+
 def check_lora_file(lora: Lora) -> None:
     """Raise InputError if the local file of an adapter is damaged. Among several in a folder diffusers chooses one."""
-    inside = Path(lora.path) / str(lora.arguments.get("subfolder") or "")
+    refuse_language_adapter(lora)
+    inside = _inside(lora)
     name = lora.arguments.get("weight_name")
     files = [inside / str(name)] if name else list(inside.glob("*.safetensors"))
     file = Path(lora.path) if Path(lora.path).is_file() else files[0] if len(files) == 1 else None

@@ -39,7 +39,7 @@ copy of it, which loading uses up."""
 
 def prepared_for(spec: SessionSpec) -> PreparedDecoder:
     """Return the model of a specification on meta. Raises InputError."""
-    return PreparedDecoder(decoder_source(spec.model), spec.dtype)
+    return PreparedDecoder(decoder_source(spec.model), spec.dtype, spec.options.lora)
 
 
 def check(spec: SessionSpec) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from shardit.diffusion.loading.model_options import Lora
 from shardit.errors import InputError
+from shardit.language.loading.adapter import open_adapter
 from shardit.language.loading.gguf import GGUFFile
+from shardit.language.loading.merge import check_adapters, merge_adapters, shapes_of
 from shardit.language.loading.source import DecoderSource
 from shardit.language.loading.untied import untie
 from shardit.language.sharding import DecoderLayout, blocks_of
@@ -43,9 +46,10 @@ def class_of(source: DecoderSource) -> type:
 
 
 class PreparedDecoder:
-    """A language model on meta, with the files of its weights."""
+    """A language model on meta, with the files of its weights, and the adapters that loading merges into them. Raises
+    InputError for adapters that do not fit."""
 
-    def __init__(self, source: DecoderSource, dtype: Setting = None):
+    def __init__(self, source: DecoderSource, dtype: Setting = None, loras: Sequence[Lora] = ()):
         self.source, self.kept = source, dtype_of(dtype, "model")
         self._file: GGUFFile | None = None
         self._checkpoint: Checkpoint | None = None
@@ -56,6 +60,8 @@ class PreparedDecoder:
             self._checkpoint = Checkpoint.open(source.folder, source.remote)
             self.module = build(class_of(source), source.folder, self.kept, self._checkpoint.stored_dtype)
             untie(self.module, self._checkpoint)
+        self._adapters = [open_adapter(lora) for lora in loras]
+        check_adapters(self.module, self._adapters)
 
     def owned(self, layout: DecoderLayout, coords: Mapping[str, int]) -> Owned:
         """Return the weights that the rank at `coords` of the mesh needs: its slices of the weights of its stage's
@@ -82,7 +88,11 @@ class PreparedDecoder:
         return self._load(lambda _: True, device, reads)
 
     def _load(self, owned: Owned, device: torch.device | str, reads: Reads | None) -> nn.Module:
+        shapes = shapes_of(self.module)
         if self._file is not None:
-            return self._file.load(self.module, owned, device=device, reads=reads)
-        assert self._checkpoint is not None
-        return load_transformers(self.module, self._checkpoint, owned, dtype=self.kept, device=device, reads=reads)
+            model = self._file.load(self.module, owned, device=device, reads=reads)
+        else:
+            assert self._checkpoint is not None
+            model = load_transformers(self.module, self._checkpoint, owned, dtype=self.kept, device=device, reads=reads)
+        merge_adapters(model, self._adapters, owned, shapes)
+        return model

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from shardit.errors import InputError, first_line
 from shardit.language.loading.gguf_header import check_magic, check_package, parsed_once
 from shardit.loading.hub import FlatRemote, flat_on_hub, is_hub_id, open_flat
-from shardit.loading.index import INDEX
+from shardit.loading.index import INDEX, refuse_adapter
 from shardit.loading.quiet import quiet
 from shardit.models.tiny.language import CONFIGURATIONS, language_folder
 from shardit.models.tiny.recipes.catalog import RECIPES
@@ -154,6 +154,7 @@ def decoder_source(model: str | os.PathLike[str]) -> DecoderSource:
         raise InputError(f"there is no tiny language model {text!r}: there are {', '.join(sorted(CONFIGURATIONS))}")
     path = user_path("model", text)
     if path.is_dir():
+        refuse_adapter(path)
         kind = "a pipeline of diffusers: use Omni" if (path / INDEX).is_file() else f"no model: it has no {CONFIG}"
         part = f"a component of a pipeline of diffusers: give Omni the folder that holds {INDEX}"
         raise InputError(f"{text} holds {part if is_component(path) else kind}")

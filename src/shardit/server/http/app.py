@@ -41,7 +41,7 @@ _OPEN = ("/health", "/ready", "/favicon.ico")
 
 def create_app(options: ServeOptions, store: Store, live_state: LiveState) -> FastAPI:
     """Build the application; `live_state` must be updated in the event loop in which it runs."""
-    texts = TextModel(options.model) if options.of_language else None
+    texts = TextModel(options.model, options.loading.lora) if options.of_language else None
     fields = field_models(options.limits)
     context = Context(options, store, live_state, fields, HttpMetrics(), text_fields(), texts)
     checks = [Depends(_known_query)]

@@ -12,6 +12,7 @@ from shardit.config import DiffusionParallelConfig
 from shardit.errors import InputError
 from shardit.training.data.identity import difference
 from shardit.training.recipe import Recipe
+from shardit.training.run.contents import contents_of
 from shardit.training.settings import TrainSettings
 
 _FREE = (
@@ -55,6 +56,7 @@ def record_of(settings: TrainSettings, config: DiffusionParallelConfig, recipe: 
         "settings": dataclasses.asdict(settings),
         "data_parallel_size": config.data_parallel_size,
         "identity": dict(recipe.identity),
+        "model_contents": contents_of(settings.model),
     }
     return json.loads(json.dumps(found, default=_plain))
 
@@ -73,7 +75,9 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
         if was == given or name in _FREE:
             continue
         text = f"{name} was {_shown(was)} and is {_shown(given)}"
-        if name not in _NOTED:
+        contents = before.get("model_contents")  # None: no local files, or a checkpoint of an earlier version
+        moved = name == "model" and contents is not None and contents == now["model_contents"]
+        if name not in _NOTED and not moved:
             raise InputError(f"--resume: {text}; give it as before, or choose another --output than {folder}")
         notes.append(f"resumed run: {text}")
     _check_stream(before, now)

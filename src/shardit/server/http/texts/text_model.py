@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
+from shardit.diffusion.loading.model_options import Lora
 from shardit.errors import InputError
 from shardit.logs import logger
 from shardit.server.http.schema.errors import busy
@@ -20,15 +22,15 @@ class TextModel:
     """Loads the tokenizer in a thread, which is also the only one to encode: tokenizers are not made for several. Texts
     are decoded anywhere."""
 
-    def __init__(self, model: str):
-        self._model = model
+    def __init__(self, model: str, loras: Sequence[Lora] = ()):
+        self._read = partial(load_tokenizer, model, loras)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._loading: asyncio.Future[Any] | None = None
 
     def load(self) -> asyncio.Future[Any]:
         """Begin to load; to be called in the event loop."""
         if self._loading is None or (self._loading.done() and self._loading.exception() is not None):
-            self._loading = asyncio.get_running_loop().run_in_executor(self._thread, load_tokenizer, self._model)
+            self._loading = asyncio.get_running_loop().run_in_executor(self._thread, self._read)
             self._loading.add_done_callback(_report)
         return self._loading
 

@@ -6,22 +6,27 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+from shardit.diffusion.loading.model_options import Lora
 from shardit.engine.process.process import command
 from shardit.errors import InputError
+from shardit.language.loading.adapter import use_chat_template
 from shardit.language.loading.source import DecoderSource, decoder_source
 
 _LOAD_S = 300.0
 
 
-def load_tokenizer(model: str) -> Any:
-    """Return the tokenizer of a model. From then on torch cannot be imported. Raises InputError."""
+def load_tokenizer(model: str, loras: Sequence[Lora] = ()) -> Any:
+    """Return the tokenizer of a model, with the chat template of its adapters. From then on torch cannot be imported.
+    Raises InputError."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about torch
     # transformers finds no torch then. Its tokenizers do not need it, and it would take seconds and memory.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     source = decoder_source(model)
     tokenizer = source.tokenizer() if source.gguf is None else _of_gguf(source)
+    use_chat_template(tokenizer, loras)
     tokenizer("a")  # sets its own state now, while no other thread uses it
     return tokenizer
 

@@ -12,6 +12,7 @@ from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import named_decoder
 from shardit.language.preflight import check_decoder
 from shardit.loading.dtypes import setting
+from shardit.loading.index import base_model, read_adapter
 from shardit.loading.missing import FRAMEWORKS, check_installed, is_missing, pip_line
 from shardit.settings.checks import text_problem
 from shardit.settings.declare import check_declared
@@ -68,11 +69,23 @@ def check_paths(settings: TrainSettings) -> None:
         text = getattr(settings, name)
         if text and not text.startswith(_OTHER_DATA) and not user_path(f"--{name.replace('_', '-')}", text).exists():
             raise InputError(f"--{name.replace('_', '-')} {text}: there is no such file or folder")
+        if text and settings.output is not None and not text.startswith(_OTHER_DATA):
+            _check_apart(f"--{name.replace('_', '-')}", text, settings.output)
     for name in ("output", "cache"):
         if (value := getattr(settings, name)) is not None:
             _check_folder(f"--{name}", user_path(f"--{name}", value))
     if settings.output is not None and (settings.output / METRICS).exists() and not settings.resume:
         raise InputError(f"--output {settings.output} has a run already: add --resume, or name another folder")
+
+
+def _check_apart(flag: str, data: str, output: Path) -> None:
+    """Raise InputError for an output in a folder of data: a resumed run would read its own samples and metrics."""
+    folder, inside = user_path(flag, data).resolve(), user_path("--output", output).resolve()
+    if folder.is_dir() and inside.is_relative_to(folder):
+        raise InputError(
+            f"--output {output} lies in {flag} {data}, and would be read as data when the run goes on: name a folder "
+            "outside of it"
+        )
 
 
 def _check_folder(flag: str, path: Path) -> None:
@@ -109,6 +122,11 @@ def check_optimizer(settings: TrainSettings, config: DiffusionParallelConfig) ->
 def _check_model(settings: TrainSettings, config: DiffusionParallelConfig) -> str:
     check_installed(FRAMEWORKS)
     dtype = setting(settings.dtype, "--dtype")
+    if read_adapter(user_path("--model", settings.model)):
+        raise InputError(
+            f"--model {settings.model} holds an adapter, no model: give the model that it was trained on"
+            f"{base_model(settings.model)}; its run goes on with --output {settings.model} --resume"
+        )
     source = named_decoder(settings.model)
     if source is not None:
         check_decoder(source, DiffusionParallelConfig(), None)

@@ -1,0 +1,28 @@
+"""A digest of the files of a model, by which a resumed run knows a model that was moved."""
+
+from __future__ import annotations
+
+import hashlib
+
+from shardit.settings.paths import user_path
+
+_ENDINGS = (".json", ".safetensors", ".gguf")
+_BLOCKS, _BYTES = 16, 1 << 16
+
+
+def contents_of(model: str) -> str | None:
+    """Return a digest of the configurations and weights of a folder or file; None for other names. Of a large file some
+    blocks are read, with its beginning and its end: other weights of the same shapes differ in all of them."""
+    path = user_path("model", model)
+    if model.startswith("tiny/") or not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.suffix in _ENDINGS)
+    total = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        total.update(f"{'' if file == path else file.relative_to(path).as_posix()}\0{size}\0".encode())
+        with open(file, "rb") as opened:
+            for number in range(_BLOCKS):
+                opened.seek(max(size - _BYTES, 0) * number // (_BLOCKS - 1))
+                total.update(opened.read(_BYTES))
+    return total.hexdigest()[:32]

@@ -67,6 +67,7 @@ FAMILY = Family(
         )
     ),
     replicates_keys=True,
+    gathers_attentions=True,
 )
 
 

@@ -293,6 +293,7 @@ class Family:
     head_widths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_outputs: tuple[str, ...] = ()
     rms_norms: tuple[str, ...] = ()
+    gathers_attentions: bool = False
     processors: str = ""
     register: Callable[[type, type], None] = lambda plain, cls: None
     unload_adapters: Callable[[nn.Module], None] = lambda model: None

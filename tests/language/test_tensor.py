@@ -27,7 +27,7 @@ from tests.language.folders import write
 from tests.language.test_stages import Clock, Printer
 from tests.support.ranks import run_ranks
 
-CLOSE = 2e-5
+CLOSE = 5e-5
 TWO = DiffusionParallelConfig(tensor_parallel_size=2)
 FOUR = DiffusionParallelConfig(tensor_parallel_size=4)
 BOTH = DiffusionParallelConfig(pipeline_parallel_size=2, tensor_parallel_size=2)
@@ -45,10 +45,11 @@ FAST: tuple[tuple[str, dict[str, Any]], ...] = (
     ("olmo2", {}),
     ("deepseek_v3", {}),
     ("qwen3_next", {}),
+    ("qwen3_5_text", {}),
 )
 """Plain attention; a sliced tied vocabulary; fused queries, keys and values, in two orders; experts with biases and
 sinks; states by groups, by heads that share one, and by channels; experts; norms across all heads; a latent shared by
-all heads; a gate for each query head."""
+all heads; a gate for each query head, and linear attention by key heads, in two forms."""
 
 
 def results(name: str, changes: dict[str, Any], config: DiffusionParallelConfig) -> tuple[dict[str, str], list[str]]:
@@ -219,7 +220,11 @@ def test_notes_name_replicated_modules() -> None:
     with torch.device("meta"):
         model = families.transformers.AutoModelForCausalLM.from_config(families.config_of("qwen3_next"))
     (line,) = lay_out_decoder(model, TWO).notes
-    assert "% of the parameters are in model.layers.*.linear_attn.in_proj_qkvz, model.embed_tokens" in line
+    assert "% of the parameters are in model.embed_tokens, model.layers.*.mlp.gate" in line
+    assert "linear_attn" not in line
+    four = lay_out_decoder(model, FOUR).notes
+    assert "% of the parameters are in model.layers.*.linear_attn.in_proj_qkvz, model.embed_tokens" in four[0]
+    assert "linear_attn is whole on every rank: 2 key heads cannot be divided among 4 ranks (3 of them)" in four[1]
     with torch.device("meta"):
         model = families.transformers.AutoModelForCausalLM.from_config(families.config_of("diffllama"))
     assert (

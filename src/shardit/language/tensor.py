@@ -14,6 +14,7 @@ from shardit.parallel.tensor.planner import plan_tensors
 from shardit.parallel.tensor.rules import (
     Attention,
     ChannelStates,
+    DeltaStates,
     Experts,
     Family,
     FeedForward,
@@ -55,6 +56,7 @@ FAMILY = Family(
     ),
     channel_states=(ChannelStates(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")),),
     head_states=(HeadStates(("Mamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer")),),
+    delta_states=(DeltaStates(),),
     rms_norms=tuple(
         f"transformers.models.{name}RMSNorm"
         for name in (

@@ -240,6 +240,34 @@ class HeadStates:
     mixed: str = "conv_dim"
 
 
+@dataclass(frozen=True)
+class DeltaStates:
+    """Linear attention with a state for each value head, such as the gated delta rule; equally many value heads share a
+    key head. A module with these attributes and parts is one, and its first call shows whether it is.
+
+    by_key: linears with everything of one key head after that of another. mixed: linears with queries, then keys, then
+    values of all heads; these pass a depthwise convolution. channels: linears with the channels of values. by_value:
+    linears, and parameters, with an entry for each value head. norm: over the channels of one value head. keys, values,
+    key_size, value_size, key_width, value_width, mixed_width: attributes for the numbers of heads, of the channels of
+    one head, of all heads, and of queries, keys and values together.
+    """
+
+    by_key: tuple[str, ...] = ("in_proj_qkvz", "in_proj_ba")
+    mixed: tuple[str, ...] = ("in_proj_qkv",)
+    channels: tuple[str, ...] = ("in_proj_z",)
+    by_value: tuple[str, ...] = ("in_proj_b", "in_proj_a", "dt_bias", "A_log")
+    convolution: str = "conv1d"
+    norm: str = "norm"
+    out: str = "out_proj"
+    keys: str = "num_k_heads"
+    values: str = "num_v_heads"
+    key_size: str = "head_k_dim"
+    value_size: str = "head_v_dim"
+    key_width: str = "key_dim"
+    value_width: str = "value_dim"
+    mixed_width: str = "conv_dim"
+
+
 GATHERED = (
     r"(^|\.)norm\w*\.linear$",
     r"(^|\.)adaLN_modulation(\.\d+)?$",
@@ -263,17 +291,18 @@ class Family:
     """Facts about the library of a model for tensor parallelism; passed in by the task that runs the model.
 
     attentions, feed_forwards, fused_attentions, latent_attentions, parallel_blocks, experts, channel_states,
-    head_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`. replicates_keys:
-    whether ranks may have copies of key heads where there are fewer key heads than ranks. tries: whether modules that
-    no rule names are cut as a trial shows, and further linears gathered. kept_attentions: models whose attention is
-    left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
-    for classes of attention processors. head_tables: by model, arguments of its attentions with tables that differ by
-    head, which are cut with the heads (rotary tables); head_widths: by class of attention processor, attributes for the
-    channels of all heads besides `QUERY_WIDTHS`; head_outputs: processors of which a result passes no linear behind the
-    heads. rms_norms: full names of norms across all heads that can be cut like
-    torch's. processors: the package of attention processors that store none of their results. register: called with a
-    class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes all
-    adapters from a model, also those that were loaded in part.
+    head_states, delta_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`.
+    replicates_keys: whether ranks may have copies of key heads where there are fewer key heads than ranks. tries:
+    whether modules that no rule names are cut as a trial shows, and further linears gathered. kept_attentions: models
+    whose attention is left whole because other code of theirs relies on all heads, with the reason; kept_processors:
+    the same for classes of attention processors. head_tables: by model, arguments of its attentions with tables that
+    differ by head, which are cut with the heads (rotary tables); head_widths: by class of attention processor,
+    attributes for the channels of all heads besides `QUERY_WIDTHS`; head_outputs: processors of which a result passes
+    no linear behind the heads. rms_norms: full names of norms across all heads that can be cut like torch's.
+    gathers_attentions: whether the attention weights that a model returns are gathered, so units may return those of
+    their own heads. processors: the package of attention processors that store none of their results. register: called
+    with a class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes
+    all adapters from a model, also those that were loaded in part.
     """
 
     attentions: tuple[Attention, ...] = ()
@@ -284,6 +313,7 @@ class Family:
     experts: tuple[Experts, ...] = ()
     channel_states: tuple[ChannelStates, ...] = ()
     head_states: tuple[HeadStates, ...] = ()
+    delta_states: tuple[DeltaStates, ...] = ()
     gathered: tuple[str, ...] = ()
     replicates_keys: bool = False
     tries: bool = False

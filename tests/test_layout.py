@@ -173,7 +173,7 @@ BUDGET = {
     "core": 7020,
     "diffusion": 3920,
     "engine": 2800,
-    "language": 2420,
+    "language": 2440,
     "loading": 1340,
     "models": 930,
     "parallel": 4290,

@@ -46,10 +46,16 @@ FAST: tuple[tuple[str, dict[str, Any]], ...] = (
     ("deepseek_v3", {}),
     ("qwen3_next", {}),
     ("qwen3_5_text", {}),
+    ("falcon_h1", {"mamba_n_groups": 1, "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9]}),
+    (
+        "falcon_h1",
+        {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "ssm_multipliers": [2.0, 1.0, 1.0, 1.0, 0.5]},
+    ),
 )
 """Plain attention; a sliced tied vocabulary; fused queries, keys and values, in two orders; experts with biases and
 sinks; states by groups, by heads that share one, and by channels; experts; norms across all heads; a latent shared by
-all heads; a gate for each query head, and linear attention by key heads, in two forms."""
+all heads; a gate for each query head, and linear attention by key heads, in two forms; factors of
+channels and steps, without a norm and with one."""
 
 
 def results(name: str, changes: dict[str, Any], config: DiffusionParallelConfig) -> tuple[dict[str, str], list[str]]:

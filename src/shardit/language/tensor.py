@@ -55,7 +55,11 @@ FAMILY = Family(
         Experts(classes=("Llama4TextExperts",), transposed=True, halves=True, biased=False, gates=True, normed=False),
     ),
     channel_states=(ChannelStates(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")),),
-    head_states=(HeadStates(("Mamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer")),),
+    head_states=(
+        HeadStates(
+            ("Mamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "FalconH1Mixer")
+        ),
+    ),
     delta_states=(DeltaStates(),),
     rms_norms=tuple(
         f"transformers.models.{name}RMSNorm"

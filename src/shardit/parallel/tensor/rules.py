@@ -222,7 +222,8 @@ class HeadStates:
     of all groups and a step for each head come from one linear (`into`), in this order; channels and matrices pass a
     depthwise convolution.
 
-    heads: parameters with an entry for each head. norm: over the channels of a group, after the product with the gates.
+    heads: parameters with an entry for each head. norm: over the channels of a group, after the product with the gates;
+    it may be missing. scales: buffers with a factor for each output of `into`, in their last dimension.
     count, groups, state, width, mixed: attributes for the numbers of heads, groups, states, channels, and of channels
     and matrices together.
     """
@@ -232,6 +233,7 @@ class HeadStates:
     convolution: str = "conv1d"
     heads: tuple[str, ...] = ("dt_bias", "A_log", "D")
     norm: str = "norm"
+    scales: tuple[str, ...] = ("mup_vector",)
     out: str = "out_proj"
     count: str = "num_heads"
     groups: str = "n_groups"

@@ -80,7 +80,8 @@ def head_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
         )
         into, out, norm = (part_of(module, part) for part in (names.into, names.out, names.norm))
         fits = is_linear(into) and is_linear(out) and mixed == width + 2 * groups * state
-        if not fits or into.out_features != width + mixed + count or norm.weight.shape != (width,):
+        shape = (width,) if isinstance(norm, nn.Identity) else norm.weight.shape
+        if not fits or into.out_features != width + mixed + count or shape != (width,):
             return cutter.left_whole(name, "its parts do not fit its heads")
         if not (cutter.size <= groups or (groups == 1 and cutter.size <= count)):
             return cutter.left_whole(
@@ -92,9 +93,12 @@ def head_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
         if groups == 1:
             per_head, channels = even(count, cutter.parts), even(width, cutter.parts, unit=width // count)
             matrices = Shards(0, state, (((0, state),),) * cutter.size)
-            cutter.plan.roles[join(name, names.norm)] = Role("gated_norm", channels)
+            if not isinstance(norm, nn.Identity):
+                cutter.plan.roles[join(name, names.norm)] = Role("gated_norm", channels)
         convolved = one_behind_the_other(channels, matrices, matrices)
-        cutter.columns(join(name, names.into), into, one_behind_the_other(channels, convolved, per_head))
+        all_outputs = one_behind_the_other(channels, convolved, per_head)
+        cutter.columns(join(name, names.into), into, all_outputs)
+        _scales(cutter, name, module, names, all_outputs)
         cutter.tensors(join(name, names.norm), norm, channels)
         cutter.rows(join(name, names.out), out, channels)
         _entries(cutter, name, module, names.convolution, convolved)
@@ -102,6 +106,7 @@ def head_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
         for part in names.heads:
             _entries(cutter, name, module, part, per_head)
         own_groups = [length // state for length in matrices.lengths]
+        cutter.set_numbers(join(name, names.norm), norm, {names.groups: groups}, own_groups)
         for key, total, lengths in (
             (names.count, count, per_head.lengths),
             (names.groups, groups, own_groups),
@@ -159,6 +164,13 @@ def _fits_heads(module: nn.Module, cuts: dict[str, Shards], out: Any, channels: 
         if length != cut.total or (isinstance(found, nn.Linear) and not is_linear(found)):
             return False
     return is_linear(out) and out.in_features == channels.total
+
+
+def _scales(cutter: Cutter, name: str, module: nn.Module, names: rules.HeadStates, outputs: Shards) -> None:
+    """Cut the factors of the outputs of a linear as these."""
+    for part in names.scales:
+        if (found := module._buffers.get(part)) is not None:
+            cutter.plan.cuts[join(name, part)] = Shards(found.ndim - 1, outputs.total, outputs.ranks)
 
 
 def _entries(cutter: Cutter, name: str, module: nn.Module, part: str, cut: Shards) -> None:

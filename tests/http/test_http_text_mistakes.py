@@ -111,7 +111,7 @@ def test_fields_of_chats(served: Served, body: dict[str, Any], param: str, words
         ({"prompt": ["a"] * 129}, "prompt", "at most 128 prompts"),
         ({"prompt": ["a"] * 100, "n": 2}, "n", "are 200 texts"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
-        ({"echo": True, "logprobs": 1}, "echo", "does not go with logprobs"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "echo", "with logprobs does not go with stream"),
         ({"suffix": "x"}, "suffix", "must be empty"),
         ({"best_of": 2}, "best_of", "must be as n"),
         ({"messages": [USER]}, "messages", "no field"),

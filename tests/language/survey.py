@@ -28,8 +28,9 @@ AT_ONCE = 10
 """Families that a group of ranks runs before it is restarted."""
 
 
-CLOSE = 1e-4
-"""Maximum relative distance of logits on slices."""
+CLOSE = 1e-3
+"""Maximum relative distance of logits on slices. Wrong heads give 0.1 and more; other last bits of the weights change
+some logits of these tiny models by as much as this (linear attention with experts)."""
 
 
 def measure(rank: int, count: int, method: str, names: list[str], axis: str) -> list[tuple[str, list[str], str]]:

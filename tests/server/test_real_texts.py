@@ -79,6 +79,29 @@ def test_texts_are_those_of_llm(client: openai.OpenAI, llm: LLM) -> None:
     assert [one.finish_reason for one in texts.choices] == [one.finish_reason for one in wanted.outputs]
 
 
+def test_log_probabilities_of_a_prompt(client: openai.OpenAI, llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3, n=2, logprobs=2, prompt_logprobs=2, **SAMPLED)
+    made = client.completions.create(
+        model=MODEL, prompt="Once é upon", echo=True, max_tokens=3, n=2, logprobs=2, temperature=0.9, seed=7
+    )
+    (wanted,) = llm.generate("Once é upon", params)
+    assert wanted.prompt_logprobs is not None
+    for choice, own in zip(made.choices, wanted.outputs, strict=True):
+        assert choice.text == "Once é upon" + own.text
+        found, count = choice.logprobs, len(wanted.prompt_token_ids)
+        assert found is not None
+        pairs = zip(wanted.prompt_token_ids, wanted.prompt_logprobs, strict=True)
+        expected = [values and values[token] for token, values in pairs]
+        expected += [values[token] for token, values in zip(own.token_ids, own.logprobs or (), strict=True)]
+        assert found.token_logprobs == pytest.approx(expected)
+        assert found.top_logprobs is not None
+        assert found.token_logprobs[0] is found.top_logprobs[0] is None
+        assert all(0 < len(values) <= 2 for values in found.top_logprobs[1:])
+        assert found.text_offset is not None
+        assert found.text_offset[count] == len("Once é upon")
+        assert found.text_offset == sorted(found.text_offset)
+
+
 def test_defaults_are_those_of_the_model(client: openai.OpenAI, llm: LLM) -> None:
     (wanted,) = llm.generate("Once")
     assert client.completions.create(model=MODEL, prompt="Once").choices[0].text == wanted.outputs[0].text

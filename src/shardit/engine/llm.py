@@ -31,7 +31,7 @@ from shardit.language.options import LanguageOptions
 from shardit.language.preflight import check_decoder
 from shardit.language.request.defaults import recommended
 from shardit.language.request.messages import chat_tokens, conversations_of
-from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput, RowResult
+from shardit.language.request.outputs import CompletionChunk, GroupOutput, RequestOutput
 from shardit.language.request.prompt_batch import PromptBatch
 from shardit.language.request.prompts import (
     Prompt,
@@ -180,9 +180,11 @@ class LLM:
         if started_by_torchrun(os.environ):
             raise InputError("stream: ranks of torchrun run in step; use generate, or start LLM without torchrun")
         batch = self._batch(prompts, sampling_params)
+        if any(row.params.prompt_logprobs is not None for *_, row in batch.rows):
+            raise InputError("prompt_logprobs: pieces of texts have none; leave it out, or use generate")
         pieces = Pieces(batch)
         yield from in_thread(
-            lambda give: self._run(batch, lambda groups: pieces.takes(groups, give)),
+            lambda give: [one.rows[0] for one in self._run(batch, lambda groups: pieces.takes(groups, give))],
             pieces.rest,
             self._ranks.cancel_all,
         )
@@ -237,8 +239,8 @@ class LLM:
         ]
         return PromptBatch(self._tokenizer, read, rows)
 
-    def _run(self, batch: PromptBatch, on_progress: Callable[[list[list[int]]], OnProgress]) -> list[RowResult]:
-        """Return the result of each row; none on ranks of torchrun but the first. on_progress: made of the numbers of
+    def _run(self, batch: PromptBatch, on_progress: Callable[[list[list[int]]], OnProgress]) -> list[GroupOutput]:
+        """Return the output of each row; none on ranks of torchrun but the first. on_progress: made of the numbers of
         the rows of each group."""
         rows = [row for *_, row in batch.rows]
         # Prompts of like lengths are together in a batch, with little padding.
@@ -246,12 +248,12 @@ class LLM:
         requests = [PromptGroup((rows[index],)) for index in order]
         outputs: list[GroupOutput | None]
         outputs = self._ranks.generate(lambda: requests, on_progress([[one] for one in order])) if requests else []
-        made: dict[int, RowResult] = {}
+        made: dict[int, GroupOutput] = {}
         for index, output in zip(order, outputs, strict=bool(outputs)):
             if output is not None and output.error is not None:
                 raise RankError(-1, output.error)
             if output is not None:
-                (made[index],) = output.rows
+                made[index] = output
         return [made[index] for index in range(len(made))] if outputs and None not in outputs else []
 
     def close(self) -> None:

@@ -102,8 +102,9 @@ class StageCaches:
         self._complete = self._complete or (len(self.slots) == len(self._owners) and any(self.slots.values()))
         for new in self._new:
             missing = self._add_stand_ins(new.cache)
-            # Later blocks (another group may be in the middle of its call) advance their own layers.
-            for number in sorted({n for index in new.passed for n in self.slots[index]} & missing):
+            # Later blocks (another group may be in the middle of its call) advance their own layers. A block that has
+            # failed in its first call has told nothing of them.
+            for number in sorted({n for index in new.passed for n in self.slots.get(index, ())} & missing):
                 _advance(new.cache, number, new.shape)
         self._new.clear()
 
@@ -121,9 +122,12 @@ class StageCaches:
         foreign = {n for index, numbers in self.slots.items() if self._owners[index] != self._rank for n in numbers}
         if own & foreign:
             raise UnsupportedError(f"blocks of several ranks update layer {min(own & foreign)} of the cache")
-        if cache.layer_class_to_replicate is not None:
+        if cache.layer_class_to_replicate is None:  # a model that is left early has a cache of its first layers
+            own, foreign = ({n for n in numbers if n < len(cache.layers)} for numbers in (own, foreign))
+        else:
             while len(cache.layers) <= max((*own, *foreign), default=-1):
                 cache.layers.append(cache.layer_class_to_replicate())
+        self._check_rollback(cache)
         missing: set[int] = set()
         kinds = {_kind(cache.layers[n]): cache.layers[n] for n in sorted(own, reverse=True)}
         for number in sorted(foreign):
@@ -134,6 +138,20 @@ class StageCaches:
                 cache.layers[number] = stand_in(own_layer)
         setattr(cache, OWN, missing)
         return missing
+
+    def _check_rollback(self, cache: Any) -> None:
+        """Raise UnsupportedError, on all ranks, if a cache has to forget tokens (for assisted decoding) and a stage has
+        nothing that tells whether states of other stages can."""
+        slots = [(self._owners[i], n) for i, numbers in self.slots.items() for n in numbers if n < len(cache.layers)]
+        for stage in sorted(set(self._owners)):
+            kinds = {_kind(cache.layers[n]) for owner, n in slots if owner == stage}
+            for layer in (cache.layers[n] for _, n in slots):
+                recorded = isinstance(layer, LinearAttentionCacheLayerMixin) and layer.record_past
+                if recorded and _kind(layer) not in kinds:
+                    raise UnsupportedError(
+                        f"assisted decoding: stage {stage} has no {type(layer).__name__}, of which other stages have "
+                        "some; use another layer_partition or pipeline_parallel_size"
+                    )
 
 
 def _state(layer: Any) -> State:

@@ -25,6 +25,7 @@ from shardit.diffusion.family import LIBRARIES
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.cache_size import cache_bytes, request_tokens
 from shardit.language.caches import StageCaches
+from shardit.language.collected import CollectedOutputs
 from shardit.language.generate import call_member, members_of
 from shardit.language.limits import check_axes
 from shardit.language.tensor import describe_replicated, plan_decoder
@@ -32,6 +33,15 @@ from shardit.parallel.tensor.apply import cut_model, notes_together
 from shardit.parallel.tensor.plan import TensorPlan
 
 log = logging.getLogger(__name__)
+
+
+_SAVES = "each rank holds only its own part; save the model before parallelize"
+_BATCHES = "continuous batches of transformers run in a thread of one rank; use `generate`, or shardit.LLM"
+REFUSED = {
+    **dict.fromkeys(("save_pretrained", "push_to_hub"), _SAVES),
+    **dict.fromkeys(("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"), _BATCHES),
+}
+"""Methods that do not run over several ranks, with the reasons."""
 
 
 def blocks_of(model: Any) -> list[tuple[str, nn.Module]]:
@@ -123,6 +133,9 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
     """Shard a causal language model in place: keep this rank's slices of its stage's blocks, and intercept the calls of
     all blocks."""
     blocks, device = blocks_of(model), torch.device(runtime.mesh.device)
+    neighbours = Collectives(runtime.mesh.axes["tp"]) if "tp" in runtime.mesh.axes else None
+    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 0)  # a cut may change it
+    collected = CollectedOutputs(heads, neighbours)
     if layout.slices is not None:
         for note in layout.notes if runtime.mesh.rank == 0 else ():
             log.warning("%s: %s", type(model).__name__, note)
@@ -131,13 +144,13 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
     if runtime.mesh.pp_size > 1:
         caches = StageCaches(layout.owners, runtime.comm.rank)
         link = Link(runtime.comm, runtime.turns.let_others)
-        stages = DecoderStages(model, link, blocks, layout.owners, caches)
+        stages = DecoderStages(model, link, blocks, layout.owners, caches, collected)
         drop_blocks(model, blocks, layout.owners, runtime.comm.rank, None)
         stages.install()
     decoder = Decoder(type(model).__name__, config, stages)
     members = {
-        **members_of(model, stages, runtime),
-        **{name: _refused(name) for name in ("save_pretrained", "push_to_hub") if hasattr(model, name)},
+        **members_of(model, stages, runtime, collected),
+        **{name: _refused(name, why) for name, why in REFUSED.items() if hasattr(model, name)},
         "state_dict": partial_state_dict(type(model).state_dict, LIBRARIES),
         "device": property(lambda self: device),
         "to": fixed_device_to(type(model).to, device),
@@ -148,11 +161,11 @@ def shard_decoder(model: Any, runtime: Runtime, layout: DecoderLayout, config: D
     for name, part in model.named_modules():
         inside = name and any(block.startswith(f"{name}.") for block, _ in blocks)
         if inside and isinstance(part, PreTrainedModel):  # it may be called directly
-            subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime, checks)})
+            subclass_in_place(part, {"__call__": call_member(type(part), stages, runtime, collected, checks)})
 
 
-def _refused(name: str) -> Callable[..., None]:
+def _refused(name: str, why: str) -> Callable[..., None]:
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(f"{name}: each rank holds only its own part; save the model before parallelize")
+        raise UnsupportedError(f"{name}: {why}")
 
     return method

@@ -14,6 +14,7 @@ from shardit.parallel.tensor.planner import plan_tensors
 from shardit.parallel.tensor.rules import (
     Attention,
     ChannelStates,
+    DeltaStates,
     Experts,
     Family,
     FeedForward,
@@ -54,7 +55,12 @@ FAMILY = Family(
         Experts(classes=("Llama4TextExperts",), transposed=True, halves=True, biased=False, gates=True, normed=False),
     ),
     channel_states=(ChannelStates(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")),),
-    head_states=(HeadStates(("Mamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer")),),
+    head_states=(
+        HeadStates(
+            ("Mamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "FalconH1Mixer")
+        ),
+    ),
+    delta_states=(DeltaStates(),),
     rms_norms=tuple(
         f"transformers.models.{name}RMSNorm"
         for name in (
@@ -67,6 +73,7 @@ FAMILY = Family(
         )
     ),
     replicates_keys=True,
+    gathers_attentions=True,
 )
 
 

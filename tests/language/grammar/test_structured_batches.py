@@ -16,7 +16,7 @@ from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
 from shardit.language.batching.batcher import Batcher
 from shardit.language.batching.scheduler import Limits
-from shardit.language.grammar.token_masks import TokenMasks
+from shardit.language.grammar.token_masks import TokenMask, TokenMasks
 from shardit.language.request.rows import Row
 from shardit.language.sharding import lay_out_decoder, shard_decoder
 from tests.language import families, folders
@@ -128,6 +128,27 @@ def test_a_grammar_that_fails_ends_its_request_alone(number: int) -> None:
     assert [output.rows[0][0] for output in found[1:]] == expected
     assert not batcher.is_open
     assert batcher.scheduler.used == 0
+
+
+class Panicking:
+    """A matcher that ends as llguidance does in a panic."""
+
+    def consume_tokens(self, tokens: list[int]) -> None:
+        raise type("PanicException", (BaseException,), {})("index out of range")
+
+
+def test_a_panic_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, begin = model_of("llama"), TokenMasks.begin
+    expected, form = made(batcher_of(model), rows()), {"regex": "[ab]+"}
+
+    def broken(self: TokenMasks, given: Any, width: int) -> TokenMask:
+        return TokenMask(Panicking(), width) if given.given == form else begin(self, given, width)
+
+    monkeypatch.setattr(TokenMasks, "begin", broken)
+    wrong = Row((5, 6), SamplingParams(max_tokens=9, structured_outputs=form), 0)  # type: ignore[arg-type]
+    found = outputs(batcher_of(model), [wrong, *rows()])
+    assert "no token of the model fits it" in str(found[0].error)
+    assert [output.rows[0][0] for output in found[1:]] == expected
 
 
 def over_ranks(rank: int, count: int, method: str, config: DiffusionParallelConfig) -> Any:

@@ -121,6 +121,12 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tenso
     return stage_tensor(look, data, Memory(tensor.holders), tensor.link)
 
 
+def held_as(like: StageTensor, made: torch.Tensor) -> StageTensor:
+    """A tensor that all ranks have, for use on the ranks that own the memory of another one."""
+    ranks, link = like.memory.holders, like.link
+    return stage_tensor(look_of(made), made if link.rank in ranks else None, Memory(ranks), link)
+
+
 @dataclass(frozen=True)
 class _Kind:
     """What an operation does. writes: names and numbers of the arguments that it writes to; view: whether its result

@@ -47,6 +47,23 @@ class CacheTracker(Protocol):
         ...
 
 
+class Collector(Protocol):
+    """Collects outputs inside of blocks, besides what these return: attention weights, say."""
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the outputs that the present call of the model collects; often none."""
+        ...
+
+    def apart(self, call: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, list[Any]]]]:
+        """Return a function that calls a block and returns its result and the outputs collected in it, which are not
+        yet among those of the model."""
+        ...
+
+    def add(self, found: dict[str, list[Any]]) -> None:
+        """Add the outputs collected in a block to those of the model, on every rank."""
+        ...
+
+
 @dataclass
 class DecoderStages:
     """A decoder cut at the calls of its blocks (embedding, layers, head).
@@ -60,6 +77,7 @@ class DecoderStages:
     blocks: list[tuple[str, nn.Module]]
     owners: list[int]
     caches: CacheTracker
+    collector: Collector
     ran: Counter[int] = field(default_factory=Counter)
     _known: dict[Any, Returned] = field(default_factory=dict)
     _storing: set[int] = field(default_factory=set)
@@ -94,7 +112,9 @@ class DecoderStages:
         given = self._given = self._given.next(args, kwargs)
         bring(given.staged, self._each[owner])
         self.caches.before_call(index, given.leaves, owner == link.rank)
-        key = index, given.structure
+        key, names = (index, given.structure), self.collector.names()
+        if names:
+            key, call = (*key, names), self.collector.apart(call)
         known = self._known.get(key)
         expected = None if known is None or index in self._storing else given.sizes(known)
         if owner == link.rank:
@@ -111,6 +131,9 @@ class DecoderStages:
                 mapping.update(entries)
             if any(written):
                 self._storing.add(index)
+        if names:
+            out, collected = out
+            self.collector.add(collected)
         return out
 
     def _own(self, key: Any, call: Callable[..., Any], given: Given, known: Returned | None, expected: Sizes) -> Any:

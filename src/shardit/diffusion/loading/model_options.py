@@ -94,13 +94,11 @@ def model_options(**given: Any) -> ModelOptions:
                 f"the shift is given twice, as flow_shift {chosen['flow_shift']} and in scheduler_args as {name} "
                 f"{arguments[name]}; give one of them"
             )
+    if chosen.get("fuse_projections") is True and chosen.get("lora"):
+        raise InputError("fuse_projections would leave out the weights of lora; give one of them")
     chosen["single_files"] = _single_files(chosen.get("single_files", {}))
     chosen["lora"] = _loras(chosen.get("lora", ()))
     check_declared(options := ModelOptions(**chosen))
-    if options.fuse_projections and options.lora:
-        raise InputError(
-            "fuse_projections does not work with lora, whose weights would be left out; leave one of them out"
-        )
     return dataclasses.replace(options, scheduler_args=dict(options.scheduler_args))
 
 

@@ -19,6 +19,7 @@ from shardit.language.batching.forward import Forward
 from shardit.language.batching.group_run import GroupRun
 from shardit.language.batching.prefixes import PrefixStore, longest_storable
 from shardit.language.batching.probe import probe
+from shardit.language.batching.prompt_scores import wants_scores
 from shardit.language.batching.sampling import NO_TOKEN, log_probabilities, next_tokens
 from shardit.language.batching.scheduler import Group, Limits, Scheduler
 from shardit.language.batching.sequence import FAILED, Sequence
@@ -76,10 +77,13 @@ class Batcher:
             self.limits = replace(self.limits, groups=1)
         longest = longest_storable(self.forward.new_cache()) if able.joins and able.chunks else 0
         self.prefixes = PrefixStore(self.row_bytes, longest)
-        self.scheduler = Scheduler(self.limits, self.row_bytes, lambda one: self.prefixes.length(one.tokens))
+        self.scheduler = Scheduler(self.limits, self.row_bytes, self._known)
         axes = {} if self.runtime is None else self.runtime.mesh.axes
         self._neighbours = Collectives(axes["tp"]) if "tp" in axes else None
         self._groups: dict[Program, Group] = {}
+
+    def _known(self, sequence: Sequence) -> int:
+        return 0 if wants_scores(sequence) else self.prefixes.length(sequence.tokens)
 
     def add(self, key: int, request: PromptGroup, on_tokens: OnTokens) -> None:
         """Queue the rows of a request."""
@@ -181,8 +185,7 @@ class Batcher:
         here = logits.data_here if staged else logits
         found = torch.empty(len(wanted), 2, count + 1, dtype=torch.float64, device="meta")
         if here is not None:
-            chosen = [sequences[number] for number in wanted]
-            found = log_probabilities(chosen, here[wanted, -1], tokens[wanted].cpu(), count).to(here.device)
+            found = log_probabilities(here[wanted, -1], tokens[wanted].cpu(), count).to(here.device)
         if staged:
             found = logits.link.share(found, logits.holders)
         for number, (ids, values) in zip(wanted, found.tolist(), strict=True):
@@ -211,7 +214,9 @@ class Batcher:
         rows = self._open[key].rows
         if all(one.ended is not None for one in rows):
             del self._open[key]
-            self.on_end(key, GroupOutput([_result(one) for one in rows], sum(one.preemptions for one in rows)))
+            scores = [one.prompt_logprobs or None for one in rows]
+            preemptions = sum(one.preemptions for one in rows)
+            self.on_end(key, GroupOutput([_result(one) for one in rows], preemptions, prompt_logprobs=scores))
 
 
 def _report(request: _Open, changed: list[Sequence]) -> None:

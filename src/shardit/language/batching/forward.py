@@ -38,12 +38,13 @@ class Forward:
         return DynamicCache(config=self.model.config.get_text_config(decoder=True)) if self.has_cache else None
 
     def __call__(
-        self, ids: torch.Tensor, lengths: list[int], columns: int, state: dict[str, Any], is_first: bool
+        self, ids: torch.Tensor, lengths: list[int], columns: int, state: dict[str, Any], is_first: bool, keep: int = 1
     ) -> torch.Tensor:
         """Compute the last columns of a batch and return the logits of the last one.
 
         ids: their tokens, (rows, new columns). lengths: real tokens of each row, with these. columns: of the batch,
-        with these. state: arguments that a call hands to the next one, such as the cache; updated.
+        with these. state: arguments that a call hands to the next one, such as the cache; updated. keep: 0 for the
+        logits of all columns; some models always return these.
         """
         arguments = dict(state)
         if min(lengths) < columns and not self.only_states:
@@ -51,7 +52,7 @@ class Forward:
         if "position_ids" in self._takes:
             arguments["position_ids"] = _positions(lengths, columns, ids.shape[1])
         if "logits_to_keep" in self._takes:
-            arguments["logits_to_keep"] = 1
+            arguments["logits_to_keep"] = keep
         model, device = self.model, self.model.device
         arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         prepared = model.prepare_inputs_for_generation(
@@ -59,16 +60,16 @@ class Forward:
         )
         return model(**prepared, return_dict=True).logits
 
-    def unpadded(self, ids: torch.Tensor, state: dict[str, Any], is_first: bool) -> torch.Tensor:
+    def unpadded(self, ids: torch.Tensor, state: dict[str, Any], is_first: bool, keep: int = 1) -> torch.Tensor:
         """Compute a prompt, or the next token, of rows of one length as `generate` does, for any model. ids: all tokens
-        of the rows. state: as for a call. Return the logits of the last position."""
+        of the rows. state, keep: as for a call. Return the logits of the last position."""
         model, device = self.model, self.model.device
         if is_first:
             state.update({"use_cache": True, "attention_mask": torch.ones_like(ids, device=device)})
             if "position_ids" in self._takes:
                 state["position_ids"] = torch.arange(ids.shape[1], device=device).repeat(len(ids), 1)
             if "logits_to_keep" in self._takes:
-                state["logits_to_keep"] = 1
+                state["logits_to_keep"] = keep
         prepared = model.prepare_inputs_for_generation(
             ids.to(device), next_sequence_length=None if is_first else 1, is_first_iteration=is_first, **state
         )

@@ -12,6 +12,7 @@ import torch
 from shardit.language.batching.cache_rows import join, keep_rows
 from shardit.language.batching.forward import Forward
 from shardit.language.batching.prefixes import PrefixStore
+from shardit.language.batching.prompt_scores import add_scores, wants_scores
 from shardit.language.batching.scheduler import Chunk, Group, Prefill, Scheduler
 from shardit.language.batching.sequence import CANCELLED, Sequence
 
@@ -94,14 +95,18 @@ class GroupRun:
 
     def _compute(self, chunk: Chunk) -> None:
         prefill = chunk.prefill
-        width, sequences = prefill.width, prefill.sequences
+        width, sequences, start, stop = prefill.width, prefill.sequences, chunk.start, chunk.stop
+        scores = any(map(wants_scores, sequences))
         if self.scheduler.limits.joins:
             rows = [[self.pad] * (width - one.length) + list(one.tokens) for one in sequences]
-            ids = torch.tensor(rows)[:, chunk.start : chunk.stop]
-            lengths = [one.length - (width - chunk.stop) for one in sequences]
-            logits = self.forward(ids, lengths, chunk.stop, self._prefill_state, is_first=chunk.start == 0)
+            ids = torch.tensor(rows)[:, start:stop]
+            lengths = [one.length - (width - stop) for one in sequences]
+            logits = self.forward(ids, lengths, stop, self._prefill_state, start == 0, keep=0 if scores else 1)
         else:
-            logits = self.forward.unpadded(_whole(sequences), self._prefill_state, is_first=True)
+            start, stop, ids = 0, width, _whole(sequences)
+            logits = self.forward.unpadded(ids, self._prefill_state, is_first=True, keep=0 if scores else 1)
+        if scores:
+            add_scores(sequences, start, stop, width, logits)
         if chunk.is_last:
             self._join(prefill)
             self._take(sequences, logits)

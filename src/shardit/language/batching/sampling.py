@@ -33,10 +33,8 @@ def next_tokens(
     return tokens
 
 
-def log_probabilities(
-    sequences: collections.abc.Sequence[Sequence], logits: torch.Tensor, tokens: torch.Tensor, count: int
-) -> torch.Tensor:
-    """Return tokens and log probabilities as float64, (sequences, 2, count + 1): of the chosen token, then of the
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Return tokens and log probabilities as float64, (positions, 2, count + 1): of the chosen token, then of the
     `count` most likely ones."""
     likely = torch.log_softmax(logits.to(device="cpu", dtype=torch.float32), -1)
     chosen = torch.cat([tokens[:, None], likely.topk(count).indices], 1)

@@ -23,7 +23,8 @@ class Sequence:
     key: of its request. index: number of the row in the request. arrival: its place in the queue. made: tokens so far.
     ended: set when it has ended or was cancelled; it then leaves its batch before the next step. final: its tokens at
     the end; some models go on with rows that have ended. preemptions: how often its cache was given up. generator,
-    mask: for sampling, and the state of its grammar, on ranks with logits.
+    mask: for sampling, and the state of its grammar, on ranks with logits. prompt_logprobs: of the tokens of the prompt
+    from the second on, as far as they are computed, if they are requested.
     """
 
     key: int
@@ -34,6 +35,7 @@ class Sequence:
     ended: RowEnd | None = None
     final: tuple[int, ...] | None = None
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     preemptions: int = 0
     generator: torch.Generator | None = field(default=None, repr=False)
     mask: TokenMask | None = field(default=None, repr=False)

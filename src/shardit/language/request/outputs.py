@@ -44,11 +44,13 @@ class CompletionChunk:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The texts for one prompt. prompt: None if token ids were given."""
+    """The texts for one prompt. prompt: None if token ids were given. prompt_logprobs: for each token of the prompt,
+    log probabilities of some tokens by their ids, None for the first token; None if they were not requested."""
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: Sequence[CompletionOutput] = field(default=())
+    prompt_logprobs: Sequence[dict[int, float] | None] | None = None
 
 
 RowResult = tuple[tuple[int, ...], str, int | str | None, Sequence[dict[int, float]] | None]
@@ -58,10 +60,13 @@ RowResult = tuple[tuple[int, ...], str, int | str | None, Sequence[dict[int, flo
 @dataclass(frozen=True)
 class GroupOutput:
     """Results of one group of prompts: of each row, token ids, finish and stop reasons, and logprobs. preemptions: how
-    often its rows gave up their caches. seconds: since its start. peak_bytes: peak memory of each rank."""
+    often its rows gave up their caches. seconds: since its start. peak_bytes: peak memory of each rank.
+    prompt_logprobs: of each row, the log probabilities of the tokens of its prompt from the second on, None if they
+    were not requested."""
 
     rows: Sequence[RowResult] = ()
     preemptions: int = 0
     error: str | None = None
     seconds: float = 0.0
     peak_bytes: Sequence[int] = ()
+    prompt_logprobs: Sequence[Sequence[dict[int, float]] | None] = ()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardit.language.request.outputs import CompletionOutput, RequestOutput, RowResult, ended_by_token
+from shardit.language.request.outputs import CompletionOutput, GroupOutput, RequestOutput, RowResult, ended_by_token
 from shardit.language.request.rows import Row
 
 
@@ -34,9 +34,16 @@ class PromptBatch:
             text = text[: text.index(stop)]
         return CompletionOutput(copy, text, ids, reason, stop, logprobs)
 
-    def outputs(self, results: Sequence[RowResult]) -> list[RequestOutput]:
-        """Return the outputs of all prompts, in their order."""
-        found: list[list[CompletionOutput]] = [[] for _ in self.prompts]
+    def outputs(self, results: Sequence[GroupOutput]) -> list[RequestOutput]:
+        """Return the outputs of all prompts, in their order. results: of each row, as a group of its own."""
+        texts: list[list[CompletionOutput]] = [[] for _ in self.prompts]
+        scores: list[list[dict[int, float] | None] | None] = [None for _ in self.prompts]
         for number, result in enumerate(results):
-            found[self.rows[number][0]].append(self.completion(number, result))
-        return [RequestOutput(text, ids, tuple(one)) for (text, ids), one in zip(self.prompts, found, strict=True)]
+            prompt, _, row = self.rows[number]
+            texts[prompt].append(self.completion(number, result.rows[0]))
+            if row.params.prompt_logprobs is not None:
+                scores[prompt] = [None, *((result.prompt_logprobs[0] if result.prompt_logprobs else None) or ())]
+        return [
+            RequestOutput(text, ids, tuple(own), found)
+            for (text, ids), own, found in zip(self.prompts, texts, scores, strict=True)
+        ]

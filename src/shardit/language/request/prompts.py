@@ -77,8 +77,9 @@ def tokens_of(prompt: Prompt, tokenizer: Any, vocabulary: int) -> tuple[str | No
 
 def check_tokens(params: SamplingParams, vocabulary: int) -> None:
     """Raise InputError for parameters that ask for more tokens, or others, than the model knows."""
-    if params.logprobs is not None and params.logprobs > vocabulary:
-        raise InputError(f"logprobs={params.logprobs} is more than the {vocabulary} tokens that the model knows")
+    for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None and count > vocabulary:
+            raise InputError(f"{name}={count} is more than the {vocabulary} tokens that the model knows")
     if unknown := [one for one in params.logit_bias or () if one >= vocabulary]:
         raise InputError(f"logit_bias must have tokens from 0 to {vocabulary - 1}, got {unknown[0]}")
     if unknown := [one for one in params.stop_token_ids or () if one >= vocabulary]:
@@ -100,4 +101,6 @@ def rows_of(
         raise InputError("max_tokens must be given: the model states no limit")
     most = wanted if left is None else min(wanted, left)
     first = seed_or_drawn(seed if params.seed is None else params.seed)
-    return [Row(tokens, replace(params, max_tokens=most), first + copy) for copy in range(params.n)]
+    own = replace(params, max_tokens=most)
+    others = replace(own, prompt_logprobs=None)  # the prompt is the same
+    return [Row(tokens, others if copy else own, first + copy) for copy in range(params.n)]

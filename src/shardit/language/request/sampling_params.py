@@ -77,6 +77,9 @@ class SamplingParams:
     logprobs: int | None = _value(
         None, "Number of most likely tokens to return with log probabilities for each token.", whole(0)
     )
+    prompt_logprobs: int | None = _value(
+        None, "Number of most likely tokens to return with log probabilities for each token of the prompt.", whole(0)
+    )
     logit_bias: Mapping[int, float] | None = _value(None, "Numbers to add to the logits of tokens.", _bias)
     skip_special_tokens: bool = _value(True, "Whether to omit special tokens from the text.", FLAG)
     structured_outputs: StructuredOutputsParams | None = declare(

@@ -186,6 +186,10 @@ def shard_tensors(module: nn.Module, plan: TensorPlan, ranks: Collectives) -> No
             if id(parameter) not in cut:
                 cut[id(parameter)] = _own_part(parameter, plan.cuts[name], ranks.index)
             set_tensor(module, name, cut[id(parameter)])
+    for name, buffer in list(module.named_buffers()):
+        if name in plan.cuts and buffer.shape[plan.cuts[name].dim] == plan.cuts[name].total:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = plan.cuts[name].of(ranks.index).take(buffer)
     for name, numbers in plan.attributes.items():
         part: Any = module.get_submodule(name)
         for attribute, values in numbers.items():

@@ -36,7 +36,7 @@ from shardit.parallel.tensor.heads import (
 from shardit.parallel.tensor.plan import Cutter, NormPair, Role, TensorPlan
 from shardit.parallel.tensor.processors import processor_parts
 from shardit.parallel.tensor.rules import Family
-from shardit.parallel.tensor.states import channel_states, experts, head_states
+from shardit.parallel.tensor.states import channel_states, delta_states, experts, head_states
 
 Noted = TypeVar("Noted")
 """What a table of a `Family` says of a class."""
@@ -334,6 +334,6 @@ def _sequence(cutter: Cutter, name: str, module: nn.Module) -> bool:
 
 _RULES = (
     *(_parallel_block, _latent_attention, _attention, _fused_attention),
-    *(experts, channel_states, head_states, _feed_forward, _sequence),
+    *(experts, channel_states, head_states, delta_states, _feed_forward, _sequence),
 )
 """Each returns whether it has matched the module."""

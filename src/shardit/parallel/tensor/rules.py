@@ -222,7 +222,8 @@ class HeadStates:
     of all groups and a step for each head come from one linear (`into`), in this order; channels and matrices pass a
     depthwise convolution.
 
-    heads: parameters with an entry for each head. norm: over the channels of a group, after the product with the gates.
+    heads: parameters with an entry for each head. norm: over the channels of a group, after the product with the gates;
+    it may be missing. scales: buffers with a factor for each output of `into`, in their last dimension.
     count, groups, state, width, mixed: attributes for the numbers of heads, groups, states, channels, and of channels
     and matrices together.
     """
@@ -232,12 +233,41 @@ class HeadStates:
     convolution: str = "conv1d"
     heads: tuple[str, ...] = ("dt_bias", "A_log", "D")
     norm: str = "norm"
+    scales: tuple[str, ...] = ("mup_vector",)
     out: str = "out_proj"
     count: str = "num_heads"
     groups: str = "n_groups"
     state: str = "ssm_state_size"
     width: str = "intermediate_size"
     mixed: str = "conv_dim"
+
+
+@dataclass(frozen=True)
+class DeltaStates:
+    """Linear attention with a state for each value head, such as the gated delta rule; equally many value heads share a
+    key head. A module with these attributes and parts is one, and its first call shows whether it is.
+
+    by_key: linears with everything of one key head after that of another. mixed: linears with queries, then keys, then
+    values of all heads; these pass a depthwise convolution. channels: linears with the channels of values. by_value:
+    linears, and parameters, with an entry for each value head. norm: over the channels of one value head. keys, values,
+    key_size, value_size, key_width, value_width, mixed_width: attributes for the numbers of heads, of the channels of
+    one head, of all heads, and of queries, keys and values together.
+    """
+
+    by_key: tuple[str, ...] = ("in_proj_qkvz", "in_proj_ba")
+    mixed: tuple[str, ...] = ("in_proj_qkv",)
+    channels: tuple[str, ...] = ("in_proj_z",)
+    by_value: tuple[str, ...] = ("in_proj_b", "in_proj_a", "dt_bias", "A_log")
+    convolution: str = "conv1d"
+    norm: str = "norm"
+    out: str = "out_proj"
+    keys: str = "num_k_heads"
+    values: str = "num_v_heads"
+    key_size: str = "head_k_dim"
+    value_size: str = "head_v_dim"
+    key_width: str = "key_dim"
+    value_width: str = "value_dim"
+    mixed_width: str = "conv_dim"
 
 
 GATHERED = (
@@ -263,17 +293,18 @@ class Family:
     """Facts about the library of a model for tensor parallelism; passed in by the task that runs the model.
 
     attentions, feed_forwards, fused_attentions, latent_attentions, parallel_blocks, experts, channel_states,
-    head_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`. replicates_keys:
-    whether ranks may have copies of key heads where there are fewer key heads than ranks. tries: whether modules that
-    no rule names are cut as a trial shows, and further linears gathered. kept_attentions: models whose attention is
-    left whole because other code of theirs relies on all heads, with the reason; kept_processors: the same
-    for classes of attention processors. head_tables: by model, arguments of its attentions with tables that differ by
-    head, which are cut with the heads (rotary tables); head_widths: by class of attention processor, attributes for the
-    channels of all heads besides `QUERY_WIDTHS`; head_outputs: processors of which a result passes no linear behind the
-    heads. rms_norms: full names of norms across all heads that can be cut like
-    torch's. processors: the package of attention processors that store none of their results. register: called with a
-    class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes all
-    adapters from a model, also those that were loaded in part.
+    head_states, delta_states: rules that hold for its classes. gathered: patterns of names besides `GATHERED`.
+    replicates_keys: whether ranks may have copies of key heads where there are fewer key heads than ranks. tries:
+    whether modules that no rule names are cut as a trial shows, and further linears gathered. kept_attentions: models
+    whose attention is left whole because other code of theirs relies on all heads, with the reason; kept_processors:
+    the same for classes of attention processors. head_tables: by model, arguments of its attentions with tables that
+    differ by head, which are cut with the heads (rotary tables); head_widths: by class of attention processor,
+    attributes for the channels of all heads besides `QUERY_WIDTHS`; head_outputs: processors of which a result passes
+    no linear behind the heads. rms_norms: full names of norms across all heads that can be cut like torch's.
+    gathers_attentions: whether the attention weights that a model returns are gathered, so units may return those of
+    their own heads. processors: the package of attention processors that store none of their results. register: called
+    with a class and a subclass of it for a cut module, for registries that look up classes. unload_adapters: removes
+    all adapters from a model, also those that were loaded in part.
     """
 
     attentions: tuple[Attention, ...] = ()
@@ -284,6 +315,7 @@ class Family:
     experts: tuple[Experts, ...] = ()
     channel_states: tuple[ChannelStates, ...] = ()
     head_states: tuple[HeadStates, ...] = ()
+    delta_states: tuple[DeltaStates, ...] = ()
     gathered: tuple[str, ...] = ()
     replicates_keys: bool = False
     tries: bool = False
@@ -293,6 +325,7 @@ class Family:
     head_widths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head_outputs: tuple[str, ...] = ()
     rms_norms: tuple[str, ...] = ()
+    gathers_attentions: bool = False
     processors: str = ""
     register: Callable[[type, type], None] = lambda plain, cls: None
     unload_adapters: Callable[[nn.Module], None] = lambda model: None

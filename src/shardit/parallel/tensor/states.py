@@ -8,7 +8,7 @@ from torch import nn
 
 from shardit.core.placement.slices import Shards, even, even_runs, one_behind_the_other, shards
 from shardit.parallel.tensor import rules as rules
-from shardit.parallel.tensor.heads import is_linear, join, names_in, part_of
+from shardit.parallel.tensor.heads import all_known, is_linear, join, names_in, part_of, present
 from shardit.parallel.tensor.plan import Cutter, Role
 
 
@@ -80,7 +80,8 @@ def head_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
         )
         into, out, norm = (part_of(module, part) for part in (names.into, names.out, names.norm))
         fits = is_linear(into) and is_linear(out) and mixed == width + 2 * groups * state
-        if not fits or into.out_features != width + mixed + count or norm.weight.shape != (width,):
+        shape = (width,) if isinstance(norm, nn.Identity) else norm.weight.shape
+        if not fits or into.out_features != width + mixed + count or shape != (width,):
             return cutter.left_whole(name, "its parts do not fit its heads")
         if not (cutter.size <= groups or (groups == 1 and cutter.size <= count)):
             return cutter.left_whole(
@@ -92,9 +93,12 @@ def head_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
         if groups == 1:
             per_head, channels = even(count, cutter.parts), even(width, cutter.parts, unit=width // count)
             matrices = Shards(0, state, (((0, state),),) * cutter.size)
-            cutter.plan.roles[join(name, names.norm)] = Role("gated_norm", channels)
+            if not isinstance(norm, nn.Identity):
+                cutter.plan.roles[join(name, names.norm)] = Role("gated_norm", channels)
         convolved = one_behind_the_other(channels, matrices, matrices)
-        cutter.columns(join(name, names.into), into, one_behind_the_other(channels, convolved, per_head))
+        all_outputs = one_behind_the_other(channels, convolved, per_head)
+        cutter.columns(join(name, names.into), into, all_outputs)
+        _scales(cutter, name, module, names, all_outputs)
         cutter.tensors(join(name, names.norm), norm, channels)
         cutter.rows(join(name, names.out), out, channels)
         _entries(cutter, name, module, names.convolution, convolved)
@@ -102,6 +106,7 @@ def head_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
         for part in names.heads:
             _entries(cutter, name, module, part, per_head)
         own_groups = [length // state for length in matrices.lengths]
+        cutter.set_numbers(join(name, names.norm), norm, {names.groups: groups}, own_groups)
         for key, total, lengths in (
             (names.count, count, per_head.lengths),
             (names.groups, groups, own_groups),
@@ -112,6 +117,60 @@ def head_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
         cutter.plan.units.append(name)
         return True
     return False
+
+
+def delta_states(cutter: Cutter, name: str, module: nn.Module) -> bool:
+    """Cut linear attention with a state for each value head by key heads."""
+    for names in cutter.family.delta_states:
+        own = vars(module)
+        attributes = (names.keys, names.values, names.key_size, names.value_size)
+        keys, values, key_size, value_size = (int(own.get(key) or 0) for key in attributes)
+        into = {part: part_of(module, part) for part in present(module, (*names.by_key, *names.mixed, *names.channels))}
+        out, norm, convolution = (part_of(module, part) for part in (names.out, names.norm, names.convolution))
+        if not (keys and values and key_size and value_size and into and out and norm and convolution):
+            continue
+        if keys < cutter.size or values % keys:
+            return cutter.left_whole(name, f"{keys} key heads cannot be divided among {cutter.size} ranks")
+        per_key, heads = even(keys, cutter.parts), even(values, cutter.parts, unit=values // keys)
+        queries = even(keys * key_size, cutter.parts, unit=key_size)
+        channels = even(values * value_size, cutter.parts, unit=values // keys * value_size)
+        mixed = one_behind_the_other(queries, queries, channels)
+        cuts = {
+            part: even(into[part].out_features, cutter.parts, unit=into[part].out_features // keys) for part in into
+        }
+        cuts |= {part: mixed for part in (*names.mixed, names.convolution) if part_of(module, part) is not None}
+        cuts |= {part: channels for part in names.channels if part in into}
+        cuts |= {part: heads for part in names.by_value if hasattr(module, part)}
+        if not _fits_heads(module, cuts, out, channels) or not all_known(module, (*cuts, names.out, names.norm)):
+            return cutter.left_whole(name, "its parts do not fit its heads")
+        for part, cut in cuts.items():
+            _entries(cutter, name, module, part, cut)
+        _convolution(cutter, join(name, names.convolution), convolution, mixed)
+        cutter.rows(join(name, names.out), out, channels)
+        cutter.done.update(names_in(join(name, names.norm), norm))
+        counted = (names.keys, names.values, names.key_width, names.value_width, names.mixed_width)
+        for key, cut in zip(counted, (per_key, heads, queries, channels, mixed), strict=True):
+            cutter.set_numbers(name, module, {key: cut.total}, cut.lengths)
+        cutter.plan.units.append(name)
+        return True
+    return False
+
+
+def _fits_heads(module: nn.Module, cuts: dict[str, Shards], out: Any, channels: Shards) -> bool:
+    """Return whether the parts of linear attention have the sizes of their cuts."""
+    for part, cut in cuts.items():
+        found: Any = getattr(module, part)
+        length = len(found) if isinstance(found, nn.Parameter) else found.weight.shape[0]
+        if length != cut.total or (isinstance(found, nn.Linear) and not is_linear(found)):
+            return False
+    return is_linear(out) and out.in_features == channels.total
+
+
+def _scales(cutter: Cutter, name: str, module: nn.Module, names: rules.HeadStates, outputs: Shards) -> None:
+    """Cut the factors of the outputs of a linear as these."""
+    for part in names.scales:
+        if (found := module._buffers.get(part)) is not None:
+            cutter.plan.cuts[join(name, part)] = Shards(found.ndim - 1, outputs.total, outputs.ranks)
 
 
 def _entries(cutter: Cutter, name: str, module: nn.Module, part: str, cut: Shards) -> None:

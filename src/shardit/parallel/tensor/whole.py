@@ -50,10 +50,10 @@ def _become_whole(
 ) -> None:
     inside = f"{unit}." if unit else ""
     for module, leaf, cut in [*_slices(model, inside, plan, ranks.index), *_fused(model, unit, plan)]:
-        part = module._parameters[leaf]
-        assert part is not None
-        module._parameters[leaf] = nn.Parameter(gathered(part.detach(), cut, ranks), part.requires_grad)
-        undo.append(lambda module=module, leaf=leaf, part=part: module._parameters.__setitem__(leaf, part))
+        tensors: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
+        part, whole = tensors[leaf], gathered(tensors[leaf].detach(), cut, ranks)
+        tensors[leaf] = nn.Parameter(whole, part.requires_grad) if isinstance(part, nn.Parameter) else whole
+        undo.append(lambda tensors=tensors, leaf=leaf, part=part: tensors.__setitem__(leaf, part))
     for module in {id(m): m for _, m in model.get_submodule(unit).named_modules()}.values():
         cls = plain = type(module)
         while (made := next((one for one in plain.__mro__ if PLAIN in vars(one)), None)) is not None:
@@ -78,8 +78,8 @@ def _set(module: Any, attribute: str, value: int, undo: list[Callable[[], None]]
 
 
 def _slices(model: nn.Module, inside: str, plan: TensorPlan, rank: int) -> Iterator[tuple[nn.Module, str, Shards]]:
-    """Yield the parameters inside a module that are slices, including those of adapters: module, name in it, and
-    cut."""
+    """Yield the parameters and buffers inside a module that are slices, including those of adapters: module, name in
+    it, and cut."""
     for name, cut in plan.cuts.items():
         if not name.startswith(inside):
             continue
@@ -88,7 +88,7 @@ def _slices(model: nn.Module, inside: str, plan: TensorPlan, rank: int) -> Itera
         if module is None:
             continue
         for holder, key in ((getattr(module, "base_layer", module), leaf), *_of_adapters(module, leaf, cut)):
-            found = holder._parameters.get(key)
+            found = holder._parameters.get(key, holder._buffers.get(key))
             # A rank may have all, where others have copies of a part.
             if found is not None and found.shape[cut.dim] == cut.lengths[rank] and not cut.everywhere:
                 yield holder, key, cut

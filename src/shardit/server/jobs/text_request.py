@@ -49,7 +49,8 @@ def group_of(request: Mapping[str, Any]) -> PromptGroup:
 
 def stored_results(output: GroupOutput) -> dict[str, Any]:
     """Return the facts of a finished job."""
-    return {"rows": [list(row) for row in output.rows], "seconds": output.seconds}
+    found = {"rows": [list(row) for row in output.rows], "seconds": output.seconds}
+    return {**found, "prompt_logprobs": list(output.prompt_logprobs)} if any(output.prompt_logprobs) else found
 
 
 def results_of(facts: Mapping[str, Any]) -> list[RowResult]:
@@ -58,6 +59,13 @@ def results_of(facts: Mapping[str, Any]) -> list[RowResult]:
         (tuple(tokens), reason, stop, None if logprobs is None else [_by_number(one) for one in logprobs])
         for tokens, reason, stop, logprobs in facts["rows"]
     ]
+
+
+def prompt_logprobs_of(facts: Mapping[str, Any]) -> list[list[dict[int, float]] | None]:
+    """Return for each row the log probabilities of the tokens of its prompt from the second on, None where there are
+    none."""
+    found = facts.get("prompt_logprobs") or [None] * len(facts["rows"])
+    return [None if values is None else [_by_number(one) for one in values] for values in found]
 
 
 def _by_number(logprobs: Mapping[str, float]) -> dict[int, float]:

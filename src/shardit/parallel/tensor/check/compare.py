@@ -184,9 +184,15 @@ def _copies(leaves: list[Any]) -> list[Any]:
     made: dict[int, Any] = {}
     for leaf in leaves:
         if id(leaf) not in made:
-            kept = copy.deepcopy(leaf) if is_agent(leaf) else leaf
+            kept = _copy_of(leaf) if is_agent(leaf) else leaf
             made[id(leaf)] = leaf.detach().clone() if isinstance(leaf, torch.Tensor) else kept
     return [made[id(leaf)] for leaf in leaves]
+
+
+def _copy_of(agent: Any) -> Any:
+    """Return a deep copy of an object that shares its streams of a device: those of an offloaded cache, which cannot be
+    copied."""
+    return copy.deepcopy(agent, {id(one): one for one in vars(agent).values() if isinstance(one, torch.Stream)})
 
 
 def is_agent(leaf: Any) -> bool:

@@ -83,7 +83,7 @@ class Checks:
             return nullcontext()
         self._given = outline, given
         adopt_processors(self._attentions, self.plan, self.ranks)
-        return self._looking(key, bool(kwargs.get("output_attentions")))
+        return self._looking(key, bool(kwargs.get("output_attentions")) and not self.plan.family.gathers_attentions)
 
     def forget(self) -> None:
         """Forget all comparisons after a change of the model."""
@@ -213,8 +213,8 @@ def _filled(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     for cache in find_caches(args, kwargs):
         layers = cache.layers if place is None else cache.layers[place : place + 1]
         held = tree_leaves([list(vars(layer).values()) for layer in layers])
-        if any(isinstance(found, torch.Tensor) and found.numel() for found in held):
-            return True
+        if any(isinstance(found, torch.Tensor) and found.ndim > 1 and found.numel() for found in held):
+            return True  # (lengths and windows are single numbers)
     agents = (leaf for leaf in tree_leaves((args, kwargs)) if is_agent(leaf) and not hasattr(leaf, "layers"))
     values = (value for leaf in agents for value in tree_leaves(list(vars(leaf).values())))
     return any(isinstance(value, torch.Tensor) and value.numel() for value in values)

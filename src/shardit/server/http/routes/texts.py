@@ -51,7 +51,7 @@ async def _made(request: Request, context: Context, asked: Asked) -> Response:
             streams = True
             return EventResponse(events(job, shown), job.close, headers)
         results = await job.results()
-        return JSONResponse(await job.run(shown.whole, results), headers=headers)
+        return JSONResponse(await job.run(shown.whole, *results), headers=headers)
     finally:
         if not streams:
             job.close()

@@ -111,8 +111,11 @@ class Answers:
         self._offsets = [0] * len(asked.batch.rows)
         self._calls = [ToolCalls() for _ in asked.batch.rows] if asked.has_calls else None
 
-    def whole(self, results: Sequence[RowResult]) -> dict[str, Any]:
-        """Return the answer that is not streamed."""
+    def whole(
+        self, results: Sequence[RowResult], prompts: Sequence[Sequence[Mapping[int, float]] | None]
+    ) -> dict[str, Any]:
+        """Return the answer that is not streamed. prompts: log probabilities of the prompt of each text, from its
+        second token on."""
         choices = []
         for index, result in enumerate(results):
             text = self.asked.batch.completion(index, result)
@@ -123,11 +126,29 @@ class Answers:
                 {
                     "index": index,
                     **own,
-                    "logprobs": self.logprobs(index, text.token_ids, text.logprobs, text),
+                    "logprobs": self._with_prompt(
+                        index, prompts, self.logprobs(index, text.token_ids, text.logprobs, text)
+                    ),
                     "finish_reason": self._reason(index, text.finish_reason),
                 }
             )
         return {**self._head, "choices": choices, "usage": usage_of(self.asked, results)}
+
+    def _with_prompt(
+        self, index: int, prompts: Sequence[Sequence[Mapping[int, float]] | None], own: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """Return the log probabilities of a text behind those of its prompt, if it begins with that."""
+        if own is None or not self.asked.echo:
+            return own
+        batch, echo = self.asked.batch, self._echo(index)
+        number = batch.rows[index][0]
+        tokens = batch.prompts[number][1]
+        values = prompts[number * batch.rows[0][2].params.n]  # the first text of the prompt has them
+        pairs = list(zip(tokens, [None, *(values or [None] * (len(tokens) - 1))], strict=True))
+        length = sum(len(self._texts.text(token)) for token in tokens)
+        found, _ = self._texts.columns(pairs, self.asked.logprobs or 0, len(echo) - length)
+        own["text_offset"] = [len(echo) + offset for offset in own["text_offset"]]
+        return {name: [*found[name], *own[name]] for name in own}
 
     def _message(self, index: int, text: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}

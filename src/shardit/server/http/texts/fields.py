@@ -119,7 +119,7 @@ def text_fields() -> TextFields:
         "prompt": (prompt, Field(description="A text, a list of texts, tokens, or a list of lists of tokens.")),
         "logprobs": _optional(_between(0, MOST_LOGPROBS), "Log probabilities of so many tokens for each token."),
         "best_of": _optional(_between(1, MOST_TEXTS), "As n; nothing else is possible."),
-        "echo": _optional(bool, "Whether a text begins with its prompt; not together with logprobs."),
+        "echo": _optional(bool, "Whether a text begins with its prompt, as logprobs then do; these not in a stream."),
         "suffix": _optional(str, "Only null or empty: texts are continued, not filled in."),
     }
     tokenize = {
@@ -150,7 +150,7 @@ def _sampling_fields() -> dict[str, Any]:
         elif hint is bool:
             kind = bool
         fields[item.name] = _optional(kind, item.metadata["help"])
-    del fields["logprobs"]  # OpenAI has other ones
+    del fields["logprobs"], fields["prompt_logprobs"]  # OpenAI has other ones
     fields["n"] = _optional(_between(1, MOST_TEXTS), "Texts for each prompt.")
     fields["max_tokens"] = _optional(_Count, "Maximum number of tokens of a text.")
     fields["stop"] = _optional(

@@ -16,7 +16,8 @@ from shardit.server.http.schema.errors import ApiError, from_input_error
 from shardit.server.http.texts.forms import form_of
 
 MOST_PROMPTS = 128
-_SAMPLING = [item.name for item in dataclasses.fields(SamplingParams) if item.name not in ("seed", "logprobs")]
+_OWN = ("seed", "logprobs", "prompt_logprobs")
+_SAMPLING = [item.name for item in dataclasses.fields(SamplingParams) if item.name not in _OWN]
 
 
 def sampling_of(
@@ -25,11 +26,12 @@ def sampling_of(
     """Return the sampling parameters of a request, without its seed. most: of tokens, if it does not say. Raises
     ApiError."""
     given = {name: values[name] for name in _SAMPLING if name in values}
+    given |= {"logprobs": logprobs, "prompt_logprobs": logprobs if values.get("echo") else None}
     given["stop"] = given.get("stop") or None
     given["structured_outputs"] = form_of(values)
     given["logit_bias"] = {int(token): value for token, value in (values.get("logit_bias") or {}).items()} or None
     try:
-        params = SamplingParams(**{**recommended(info.defaults), "max_tokens": most, **given, "logprobs": logprobs})
+        params = SamplingParams(**{**recommended(info.defaults), "max_tokens": most, **given})
         check_tokens(params, info.vocabulary)
     except InputError as error:
         raise from_input_error(error, values) from error

@@ -20,7 +20,7 @@ from shardit.server.http.state.context import Context
 from shardit.server.http.submit.submit import store_job
 from shardit.server.http.texts.submit import Asked, texts_of
 from shardit.server.jobs.job import Job
-from shardit.server.jobs.text_request import results_of
+from shardit.server.jobs.text_request import prompt_logprobs_of, results_of
 from shardit.server.messages import Tokens
 
 T = TypeVar("T")
@@ -51,12 +51,13 @@ class TextJob:
         self._job, _ = await run_in_threadpool(store_job, self._context, self.asked.new, NO_WORK)
         self._context.live_state.wake()
 
-    async def results(self) -> list[RowResult]:
-        """Wait for the end; return the result of each text. Raises ApiError if the job fails, ClientGone."""
+    async def results(self) -> tuple[list[RowResult], list[list[dict[int, float]] | None]]:
+        """Wait for the end; return the result of each text, and log probabilities of its prompt. Raises ApiError if the
+        job fails, ClientGone."""
         assert self._job is not None
         job = await until_ended(self._request, self._context, self._job)
         check_completed(job)
-        return results_of(job.facts)
+        return results_of(job.facts), prompt_logprobs_of(job.facts)
 
     async def chunks(self) -> AsyncIterator[list[CompletionChunk]]:
         """Yield pieces of the texts as they come, then the last ones; an empty list now and then while nothing comes.

@@ -106,8 +106,8 @@ async def ask_completion(request: Request, context: Context) -> Asked:
 
 def _check_completion(values: Mapping[str, Any]) -> None:
     name, problem = "", ""
-    if values.get("echo") and "logprobs" in values:
-        name, problem = "echo", "does not go with logprobs: there are none of prompts; leave one of them out"
+    if values.get("echo") and "logprobs" in values and values.get("stream"):
+        name, problem = "echo", "with logprobs does not go with stream; leave one of the three out"
     elif values.get("suffix"):
         name, problem = "suffix", "must be empty: texts are continued, not filled in; leave it out"
     elif values.get("best_of", values.get("n", 1)) != values.get("n", 1):

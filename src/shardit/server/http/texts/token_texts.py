@@ -51,17 +51,18 @@ class TokenTexts:
         return {"token": self.text(token), "logprob": max(value, LOWEST), "bytes": self.bytes_of(token)}
 
     def columns(
-        self, pairs: Sequence[tuple[int, Mapping[int, float]]], most: int, offset: int
+        self, pairs: Sequence[tuple[int, Mapping[int, float] | None]], most: int, offset: int
     ) -> tuple[dict[str, Any], int]:
-        """Return tokens with their log probabilities as in completions, and the offset of what follows. offset: of the
-        first token in the text."""
+        """Return tokens with their log probabilities (None of a first token) as in completions, and the offset of what
+        follows. offset: of the first token in the text; below 0 for one that is not in it."""
         found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, values in pairs:
             text = self.text(token)
             found["tokens"].append(text)
-            found["token_logprobs"].append(max(values[token], LOWEST))
-            found["top_logprobs"].append({self.text(one): max(value, LOWEST) for one, value in _top(values, most)})
-            found["text_offset"].append(offset)
+            found["token_logprobs"].append(None if values is None else max(values[token], LOWEST))
+            top = None if values is None else {self.text(n): max(value, LOWEST) for n, value in _top(values, most)}
+            found["top_logprobs"].append(top)
+            found["text_offset"].append(max(offset, 0))
             offset += len(text)
         return found, offset
 

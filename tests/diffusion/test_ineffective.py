@@ -39,7 +39,7 @@ class Unknown(Guided):
         raise AttributeError("_guidance_scale")
 
 
-DROPPED = "the negative prompt has no effect without guidance: give {} above 1"
+DROPPED = "the negative prompt has no effect without guidance: give a higher {}"
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,35 @@ DROPPED = "the negative prompt has no effect without guidance: give {} above 1"
 def test_negative_prompts_without_guidance(pipe: Any, arguments: dict[str, Any], note: str) -> None:
     names = inspect.signature(pipe).parameters if callable(pipe) else {}
     assert ineffective(arguments, names, pipe) == ([DROPPED.format(note)] if note else [])
+
+
+WITHOUT = "has no effect without guidance: give a higher guidance_scale"
+
+
+class TwoExperts(Guided):
+    config = SimpleNamespace(expand_timesteps=True)
+
+    def __call__(
+        self, guidance_scale: float = 5.0, guidance_scale_2: Any = None, cfg_norm: bool = False, last_image: Any = None
+    ) -> None:
+        """As Wan."""
+
+
+@pytest.mark.parametrize(
+    ("scale", "arguments", "notes"),
+    [
+        (
+            1.0,
+            {"guidance_scale_2": 7.0},
+            ["guidance_scale_2 has no effect without guidance: give a higher guidance_scale"],
+        ),
+        (1.0, {"guidance_scale_2": None, "cfg_norm": False}, []),
+        (1.0, {"cfg_norm": True}, [f"cfg_norm {WITHOUT}"]),
+        (5.0, {"guidance_scale_2": 7.0, "cfg_norm": True}, []),
+        (5.0, {"last_image": 1}, ["last_image has no effect with this model, which continues the first image alone"]),
+        (5.0, {"last_image": None}, []),
+    ],
+)
+def test_arguments_without_effect(scale: float, arguments: dict[str, Any], notes: list[str]) -> None:
+    pipe = TwoExperts(scale)
+    assert ineffective(arguments, inspect.signature(pipe).parameters, pipe) == notes

@@ -33,7 +33,9 @@ def _pictures(request: Request, error: Exception) -> str:
     """Return the arguments for pictures and videos that were not given, if the error may come of a missing one: it
     speaks of nothing, of inputs or of one of them."""
     text, names = str(error), request.pictures_left_out
-    speaks = _OF_NOTHING.search(text) or any(re.search(rf"\b{name}\b", text) for name in names)
+    of_another = any(f"`{name}`" in text for name in request.kwargs)
+    nothing = _OF_NOTHING.search(text) and not of_another
+    speaks = nothing or any(re.search(rf"\b{name}\b", text) for name in names)
     if not names or not speaks or type(error) not in _OF_ARGUMENTS:
         return ""
     return f"; not given: {', '.join(names)}: the pipeline may need a picture or a video there"

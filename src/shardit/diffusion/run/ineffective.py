@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _SCALES = ("true_cfg_scale", "guidance_scale")
+_OF_GUIDANCE = ("guidance_scale_2", "guidance_rescale", "cfg_", "skip_layer_guidance", "skip_guidance_layers")
+"""How the names of arguments begin that change guidance, and so do nothing without it."""
 
 
 def _guided(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: Any) -> bool | None:
@@ -20,17 +22,24 @@ def _guided(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: Any) -
     return said if isinstance(said, bool) else None
 
 
+def _is_default(value: Any, parameter: Any) -> bool:
+    return value is None or (isinstance(value, (bool, int, float)) and value == parameter.default)
+
+
 def ineffective(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: Any) -> list[str]:
     """Return a note for each argument that has no effect. arguments: those of the call; names: all that it takes."""
     notes = []
-    negative = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    given = [name for name, value in arguments.items() if name in names and not _is_default(value, names[name])]
+    negative = [value for name, value in arguments.items() if name.startswith("negative_prompt") and value is not None]
     scale = arguments.get("true_cfg_scale")
     if isinstance(scale, (int, float)) and scale > 1 and "negative_prompt" in names and not negative:
         notes.append("true_cfg_scale has no effect without negative_prompt")
-    empty = arguments.get("negative_prompt") == "" and arguments.get("negative_prompt_embeds") is None
-    if negative and not empty and _guided(arguments, names, pipe) is False:
-        scales = " or ".join(name for name in _SCALES if name in names)
-        notes.append(f"the negative prompt has no effect without guidance: give {scales} above 1")
+    if _guided(arguments, names, pipe) is False:
+        advice = f"has no effect without guidance: give a higher {' or '.join(n for n in _SCALES if n in names)}"
+        notes += [f"the negative prompt {advice}"] if any(not isinstance(one, str) or one for one in negative) else []
+        notes += [f"{name} {advice}" for name in given if name.startswith(_OF_GUIDANCE)]
+    if "last_image" in given and getattr(getattr(pipe, "config", None), "expand_timesteps", False):
+        notes.append("last_image has no effect with this model, which continues the first image alone")
     for name, value in arguments.items():
         strength = isinstance(value, Mapping) and "scale" in value and name.endswith("attention_kwargs")
         if strength and not any(getattr(part, "peft_config", None) for part in pipe.components.values()):

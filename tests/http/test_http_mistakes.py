@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,20 @@ def test_unknown_query_parameters_are_named(images: Served) -> None:
     text = "there is no query parameter 'cursor'; GET /v1/images takes after, limit, order"
     assert answer["error"]["message"] == text
     assert images.call("POST", f"{NOW}?n=2", {"prompt": "a cat"})[1]["error"]["param"] == "n"
+    status, answer, _ = images.call("GET", "/v1/images?limit=1&limit=2")
+    assert (status, answer["error"]["param"]) == (400, "limit")
     assert images.call("GET", "/v1/images?limit=1&order=asc")[0] == 200
     assert images.call("GET", "/health?x=1")[0] == 200  # probes may add one against caches
     assert images.call("GET", "/?x=1")[0] == 200  # the page
+
+
+def test_encoded_bodies_and_long_numbers(images: Served) -> None:
+    packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    error = error_of(images, NOW, gzip.compress(b'{"prompt": "a cat"}'), 415, packed)
+    assert error["message"] == "the content encoding 'gzip' is not taken here; send the body as it is"
+    long = b'{"prompt": "a cat", "seed": ' + b"1" * 5000 + b"}"
+    error = error_of(images, NOW, long, 400, {"Content-Type": "application/json"})
+    assert error["message"] == "the body is not valid JSON: it holds a number of 5000 digits"
 
 
 def test_one_file_is_not_the_answer_for_several(videos: Served) -> None:

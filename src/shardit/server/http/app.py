@@ -97,6 +97,10 @@ async def _known_query(request: Request) -> None:
         takes = f"takes {', '.join(known)}" if known else "takes none"
         text = f"there is no query parameter {unknown!r}; {request.method} {route.path} {takes}"
         raise ApiError(400, text, code="unknown_parameter", param=unknown)
+    twice = next((name for name in known if len(request.query_params.getlist(name)) > 1), None)
+    if twice is not None:
+        text = f"the query parameter {twice!r} is given twice; give it once"
+        raise ApiError(400, text, code="invalid_value", param=twice)
 
 
 async def _api_error(request: Request, error: Any) -> Response:

@@ -21,6 +21,8 @@ from shardit.server.http.submit.forms import WholeForm
 from shardit.server.options import Limits
 
 _MOST_FIELDS = 100
+_MOST_DIGITS = 1000
+"""Python itself refuses more than 4300, and advises a change of the server's code."""
 _DEEPEST = 32
 _MOST_ENTRIES = 10_000
 """Limit for one list or object. Each wrong entry would cost kilobytes for its error."""
@@ -47,6 +49,7 @@ class Body:
 
 async def read_body(request: Request, model: type[BaseModel], limits: Limits) -> Body:
     """Read and parse the body. Raises ApiError."""
+    _refuse_encoding(request)
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/json":
         return Body(await run_in_threadpool(_parse_json, await request.body()))  # may take a while
@@ -58,6 +61,7 @@ async def read_body(request: Request, model: type[BaseModel], limits: Limits) ->
 
 async def read_json(request: Request) -> dict[str, Any]:
     """Read and parse a body that must be JSON, with lists of tokens of any length. Raises ApiError."""
+    _refuse_encoding(request)
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         text = f"the content type {kind!r} is not taken here; use application/json"
@@ -67,6 +71,13 @@ async def read_json(request: Request) -> dict[str, Any]:
         text = f"the body is larger than {_MOST_JSON} bytes, which are more than any model has room for; send less"
         raise ApiError(413, text, code="request_too_large")
     return await run_in_threadpool(_parse_json, data, _MOST_MARKS)
+
+
+def _refuse_encoding(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        text = f"the content encoding {encoding!r} is not taken here; send the body as it is"
+        raise ApiError(415, text, code="unsupported_media_type")
 
 
 def check_text(value: Any, depth: int = 0, most: int = _MOST_ENTRIES) -> None:
@@ -97,7 +108,15 @@ def check_text(value: Any, depth: int = 0, most: int = _MOST_ENTRIES) -> None:
 def _load(text: str) -> Any:
     if sum(text.count(mark) for mark in ",[{") > _MOST_MARKS:
         raise ValueError("it holds too many values")
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_given_once)
+    return json.loads(
+        text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_given_once
+    )
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _given_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

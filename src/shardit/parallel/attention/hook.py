@@ -82,9 +82,9 @@ def _sdpa(
         raise UnsupportedError(
             f"attention over tensors of {query.ndim} dimensions (batch, heads, tokens, width needed)"
         )
-    not_ring = "causal attention" if is_causal else "dropout" if dropout_p else _replaced()
+    not_ring = "dropout" if dropout_p else _replaced()
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return _hand_over(handler, Call(q, k, v, attn_mask, inner, scale, not_ring)).transpose(1, 2)
+    return _hand_over(handler, Call(q, k, v, attn_mask, inner, scale, not_ring, is_causal)).transpose(1, 2)
 
 
 def _replaced() -> str | None:

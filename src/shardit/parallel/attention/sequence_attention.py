@@ -23,6 +23,7 @@ class Call:
 
     mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]. inner: the called function, which computes
     attention if all keys are on this rank. not_ring: why Ring, which has kernels of its own, cannot replace it, if so.
+    causal: a query attends to the keys up to its own position.
     """
 
     q: torch.Tensor
@@ -32,6 +33,7 @@ class Call:
     inner: Inner
     scale: float | None = None
     not_ring: str | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class SequenceAttention:
                 f"ring_degree={self.ring.size} does not work with {call.not_ring}: it merges partial "
                 "results of the native attention; use ulysses_degree"
             )
+        if self.ring is not None and call.causal and layout.q_lens != layout.k_lens:
+            raise UnsupportedError("causal attention over Ring needs as many queries as keys on each rank")
         q, k, v = call.q, call.k, call.v
         q_lens, k_lens = self._of_group(layout.q_lens), self._of_group(layout.k_lens)
         mask = None if call.mask is None else self._whole_mask(call.mask, layout, q_lens)
@@ -80,7 +84,7 @@ class SequenceAttention:
             mask = _own_heads(mask, q.shape[2], q_share, self.ulysses.comm.index)
             q, k, v = self.ulysses.to_heads(q, k, v, q_lens, k_lens)
         if q.shape[2] and self.ring is not None:  # also without queries: the keys of others pass through here
-            out = ring_attention(self.ring, q, k, v, self._per_group(layout.k_lens), mask, call.scale)
+            out = ring_attention(self.ring, q, k, v, self._per_group(layout.k_lens), mask, call.scale, call.causal)
         elif 0 in q.shape:
             out = q.new_empty(*q.shape[:3], v.shape[3])
         else:
@@ -106,7 +110,7 @@ class SequenceAttention:
         return [sum(lens[start : start + size]) for start in range(0, len(lens), size)]
 
     def _whole_mask(self, mask: torch.Tensor, layout: Layout, q_lens: tuple[int, ...]) -> torch.Tensor:
-        """Gather all columns, and the rows of all queries of the ulysses group."""
+        """Gather all columns, and take or gather the rows of all queries of the ulysses group."""
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
         for dim in (0, 1):  # repeated values need not be sent
             mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
@@ -114,6 +118,9 @@ class SequenceAttention:
             mask = _gather_mask(self.sp, mask, layout.k_lens, 3)
         if layout.mask_rows and self.ulysses is not None:
             mask = _gather_mask(self.ulysses.comm, mask, q_lens, 2)
+        if self.ring is not None and not layout.mask_rows and mask.shape[2] == sum(layout.q_lens) != 1:
+            before = sum(layout.q_lens[: self._in_ring * self._ulysses_size])
+            mask = mask.narrow(2, before, sum(q_lens))  # of all rows, which are in the order of the ranks
         return mask
 
 

@@ -23,8 +23,8 @@ WIDTH = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call. mask: which one of `make_mask`; "whole" is one whose rows are not cut. causal: a query attends to
-    the keys up to its own position."""
+    """One attention call. mask: which one of `make_mask`; "whole" is one whose rows are not cut. causal: a query
+    attends to the keys up to its own position."""
 
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]

@@ -134,6 +134,17 @@ def test_what_a_plan_names() -> None:
     assert [gather is None for gather in rules["blocks.1"].gathers or ()] == [False, True]
 
 
+def test_plans_of_diffusers_name_more_blocks_than_there_are() -> None:
+    model = Model({"blocks.3": GATHER, "blocks.40": GATHER})
+    model._cp_plan = model._sp_plan
+    assert [rules.title for rules in read_plan(model, "_cp_plan", padding=True)] == ["blocks.3"]
+    with pytest.raises(InputError, match="there is no '40' in blocks"):  # an author's own plan has to fit
+        read_plan(model, "_sp_plan", padding=True)
+    model._cp_plan = {"bocks.40": GATHER}
+    with pytest.raises(InputError, match="there is no 'bocks'"):
+        read_plan(model, "_cp_plan", padding=True)
+
+
 def test_rows_of_a_rank() -> None:
     """Two tokens in front are on both ranks; rank 1 has four of its own and one that is padding."""
     rows = dealt_rows(7, 11, [0, 1, 2, 3, 4, 5], (7, 6), (2, 0), 1)

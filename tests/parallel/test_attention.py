@@ -23,8 +23,8 @@ WIDTH = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call. mask: which one of `make_mask`; "whole" is one whose rows are not cut. causal: a query
-    attends to the keys up to its own position."""
+    """One attention call. mask: which one of `make_mask`; "whole" is one whose rows are not cut, "valid" one of valid
+    tokens with the rows and the columns of one rank. causal: a query attends to the keys up to its own position."""
 
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
@@ -51,6 +51,9 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
         return torch.rand(case.batch, 1, 1, columns, generator=generator) > 0.4
     if case.mask == "heads":
         return torch.randn(1, case.heads, rows, columns, generator=generator)
+    if case.mask == "valid":
+        valid = torch.rand(case.batch, 1, columns, generator=generator) > 0.3
+        return valid[..., None, :] & valid[..., None]
     mask = torch.rand(case.batch, 1, rows, columns, generator=generator) > 0.5
     mask[:, :, ::3, : columns // 2] = False  # nothing to be seen in whole blocks of keys
     if case.mask == "blind":
@@ -73,6 +76,9 @@ def one_case(attention: SequenceAttention, rank: int, case: Case) -> float:
     layout = Layout(case.q_lens, case.k_lens)
     if mask is not None and case.mask == "keys":
         mask, layout = mask.split(case.k_lens, 3)[rank], Layout(case.q_lens, case.k_lens, mask_columns=True)
+    elif mask is not None and case.mask == "valid":
+        mask = mask.split(case.q_lens, 2)[rank].split(case.k_lens, 3)[rank]
+        layout = Layout(case.q_lens, case.k_lens, valid_tokens=True)
     elif mask is not None and case.mask != "whole":
         mask, layout = mask.split(case.q_lens, 2)[rank], Layout(case.q_lens, case.k_lens, mask_rows=True)
     inner = functools.partial(plain, causal=case.causal)
@@ -104,6 +110,7 @@ def cases_for(count: int) -> list[Case]:
     cases += [Case(lens, lens, h, k, causal=True) for lens in (uneven, even) for h, k in ((4, 4), (6, 3))]
     cases += [Case((0, *uneven[1:]), (0, *uneven[1:]), causal=True)]
     cases += [Case(uneven, lens, mask="whole", batch=2) for lens in (uneven, other)]
+    cases += [Case(lens, lens, mask="valid", batch=b) for lens in (uneven, even) for b in (1, 2)]
     cases += [Case((0, *uneven[1:]), (0, *uneven[1:])), Case(even, (*even[1:], 0), mask="keys")]
     cases += [Case(uneven, uneven, 1, 1), Case(uneven, uneven, mask="keys", dtype=torch.bfloat16)]
     return cases

@@ -17,6 +17,10 @@ Inner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None
 """An attention function over whole sequences: q, k, v (BSHD) and a mask of 4 dimensions; returns BSHD."""
 
 
+class NotInRing(UnsupportedError):
+    """Ring cannot merge an attention function that was chosen; another one, or Ulysses, works."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an attention function. q, k, v: [batch, tokens, heads, width], as on this rank.
@@ -39,12 +43,14 @@ class Call:
 @dataclass(frozen=True)
 class Layout:
     """The sharding of one attention call: tokens of queries and of keys on each rank of "sp", and whether the mask has
-    only the rows of local queries or the columns of local keys."""
+    only the rows of local queries or the columns of local keys. valid_tokens: it has both, and is that of a
+    self-attention in which a valid token attends to the valid ones: its diagonal shows which tokens are valid."""
 
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
     mask_rows: bool = False
     mask_columns: bool = False
+    valid_tokens: bool = False
 
 
 class SequenceAttention:
@@ -67,7 +73,7 @@ class SequenceAttention:
         """Attend with local queries to the keys of all ranks. Collective. Raises UnsupportedError if Ring cannot do
         it."""
         if self.ring is not None and call.not_ring is not None:
-            raise UnsupportedError(
+            raise NotInRing(
                 f"ring_degree={self.ring.size} does not work with {call.not_ring}: it merges partial "
                 "results of the native attention; use ulysses_degree"
             )
@@ -109,18 +115,30 @@ class SequenceAttention:
         size = self._ulysses_size
         return [sum(lens[start : start + size]) for start in range(0, len(lens), size)]
 
+    def _before(self, layout: Layout) -> int:
+        """Return the number of queries of earlier ulysses groups."""
+        return sum(layout.q_lens[: self._in_ring * self._ulysses_size])
+
+    def valid_tokens(self, mask: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Return which tokens of all ranks are valid, from this rank's part of a mask of valid tokens. Collective."""
+        own = mask.diagonal(dim1=-2, dim2=-1)
+        return _gather_mask(self.sp, own, layout.k_lens, own.ndim - 1)
+
     def _whole_mask(self, mask: torch.Tensor, layout: Layout, q_lens: tuple[int, ...]) -> torch.Tensor:
         """Gather all columns, and take or gather the rows of all queries of the ulysses group."""
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
         for dim in (0, 1):  # repeated values need not be sent
             mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
+        if layout.valid_tokens:
+            valid = self.valid_tokens(mask, layout)
+            rows = valid.narrow(-1, self._before(layout), sum(q_lens))
+            return rows.unsqueeze(-1) & valid.unsqueeze(-2)
         if layout.mask_columns:
             mask = _gather_mask(self.sp, mask, layout.k_lens, 3)
         if layout.mask_rows and self.ulysses is not None:
             mask = _gather_mask(self.ulysses.comm, mask, q_lens, 2)
         if self.ring is not None and not layout.mask_rows and mask.shape[2] == sum(layout.q_lens) != 1:
-            before = sum(layout.q_lens[: self._in_ring * self._ulysses_size])
-            mask = mask.narrow(2, before, sum(q_lens))  # of all rows, which are in the order of the ranks
+            mask = mask.narrow(2, self._before(layout), sum(q_lens))  # of all rows, which are in the order of the ranks
         return mask
 
 

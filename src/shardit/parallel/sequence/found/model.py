@@ -8,6 +8,7 @@ token dimensions are found, and checked, at the first call of each kind (`search
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, ContextVar
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
@@ -37,7 +38,7 @@ from shardit.parallel.sequence.dealt.run import DealtBlock, DealtRows, DealtRun,
 from shardit.parallel.sequence.dealt.search import SMALL, WORTH, describe, find_dealt, share_of_list
 from shardit.parallel.sequence.found.search import BlockPlan, Refused, find_plan
 from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
-from shardit.parallel.sequence.shards.token_dims import Shape
+from shardit.parallel.sequence.shards.token_dims import Shape, Split
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +48,19 @@ MAX_STEPS = 1024
 
 @dataclass
 class Flow:
-    """One running forward: shards of the arguments of its blocks. numbers: the kind of the numbers that it is given."""
+    """One running forward: shards of the arguments of its blocks. numbers: the kind of the numbers that it is given.
+    parts: shards that hooks on a block see, by identity, each with a function that gathers it."""
 
     owner: SequenceParallel
     cache: Cache
     numbers: Any
     in_block: bool = False
+    parts: dict[int, tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor]]] = field(default_factory=dict)
+
+    def whole(self, leaf: Any) -> Any:
+        """Return the whole of a part, anything else as it is."""
+        alive, gather = self.parts.get(id(leaf), (None, None))
+        return gather(leaf) if alive is not None and gather is not None and alive() is leaf else leaf
 
 
 @dataclass
@@ -103,10 +111,11 @@ class SequenceParallel:
             return call(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         materialize_leaves(leaves)
-        token = _flow.set(Flow(self, Cache(self.attention.sp), self._numbers.kind(floats_in(leaves))))
+        flow = Flow(self, Cache(self.attention.sp), self._numbers.kind(floats_in(leaves)))
+        token = _flow.set(flow)
         try:
             with torch.no_grad():
-                out = call(*args, **kwargs)
+                out = tree_map(flow.whole, call(*args, **kwargs))  # hooks on blocks may have put parts into it
             materialize(out)
             return out
         finally:
@@ -128,14 +137,17 @@ class SequenceParallel:
             out = self._run(index, step, lambda: call(*args, **kwargs))
         finally:
             flow.in_block = False
-        return self._lazily_whole(step, out)
+        return self._lazily_whole(flow, step, out)
 
     def _shards(self, flow: Flow, step: Step, leaves: list[Any]) -> list[Any]:
         assert step.plan is not None
         candidate, shards = step.plan.candidate, []
         for q, (leaf, split) in enumerate(zip(leaves, candidate.splits, strict=True)):
             if split is not None:
-                leaf = flow.cache.shard_of(leaf, split, step.totals, keep=q not in candidate.streams)
+                shard = flow.cache.shard_of(leaf, split, step.totals, keep=q not in candidate.streams)
+                if q in candidate.streams:
+                    self._note(flow, shard, split, step.totals, tuple(leaf.shape))
+                leaf = shard
             elif isinstance(leaf, PendingTensor):
                 materialize(leaf)
             shards.append(leaf)
@@ -169,7 +181,13 @@ class SequenceParallel:
         finally:
             flow.in_block = False
 
-    def _lazily_whole(self, step: Step, out: Any) -> Any:
+    def _note(self, flow: Flow, part: torch.Tensor, split: Split, totals: tuple[int, ...], full: Shape) -> None:
+        def gathered(shard: torch.Tensor) -> torch.Tensor:
+            return ShardSource(shard, split, totals, full, self.attention.sp).whole()
+
+        flow.parts[id(part)] = weakref.ref(part), gathered
+
+    def _lazily_whole(self, flow: Flow, step: Step, out: Any) -> Any:
         assert step.plan is not None
         leaves, spec = tree_flatten(out)
         if len(leaves) != len(step.plan.outs):
@@ -178,6 +196,7 @@ class SequenceParallel:
             if split is not None:
                 shape = tuple(leaves[q].shape)
                 full = (*shape[: split.dim], sum(step.totals[p] for p in split.parts), *shape[split.dim + 1 :])
+                self._note(flow, leaves[q], split, step.totals, full)
                 leaves[q] = ShardSource(leaves[q], split, step.totals, full, self.attention.sp).whole()
         return tree_unflatten(leaves, spec)
 

@@ -15,6 +15,7 @@ from shardit import DiffusionParallelConfig, InputError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.modules.hints import Plan
 from shardit.core.runtime.pending import materialize
+from shardit.diffusion.family import wrap_attention_back_ends
 from shardit.parallel.sequence.choose import shard_tokens
 from tests.parallel import test_tensor
 from tests.support import survey_models
@@ -48,6 +49,7 @@ Found = Mapping[str, float | str]
 def run_sharded(rank: int, count: int, method: str, ids: Sequence[str], config: dict[str, Any]) -> Found:
     """One call of each class with its tokens over the ranks."""
     mesh = init_mesh(DiffusionParallelConfig(**config), device="cpu", rank=rank, init_method=method, timeout_s=60)
+    wrap_attention_back_ends()
     found: dict[str, float | str] = {}
     for entry in map(survey_models.entry, ids):
         model, extra = entry.build(), {"return_dict": False} if entry.returns else {}

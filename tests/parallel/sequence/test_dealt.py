@@ -264,3 +264,12 @@ def test_models_of_diffusers(way: str) -> None:
     ids += ["QwenImage21Transformer2DModel", "LTX2VideoTransformer3DModel", "HunyuanVideoTransformer3DModel"]
     for found in run_ranks(2, run_sharded, ids, TOKENS[way], timeout=100):
         assert all(isinstance(error, float) and error <= CLOSE for error in found.values()), found
+
+
+def test_a_mask_that_only_flex_attention_knows() -> None:
+    """AnyFlow's masks are of blocks, for all tokens: Ulysses hands them on; Ring has a kernel of its own."""
+    name = "AnyFlowFARTransformer3DModel"
+    ulysses, ring = (run_ranks(2, run_sharded, [name], TOKENS[way])[0][name] for way in ("ulysses 2", "ring 2"))
+    assert isinstance(ulysses, float)
+    assert ulysses <= CLOSE
+    assert "ring_degree=2 does not work with the attention back end 'flex'" in str(ring)

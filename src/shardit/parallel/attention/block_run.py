@@ -69,7 +69,7 @@ class BlockRun:
             layout = self.layouts[self._sharded_calls]
             self._sharded_calls += 1
             return layout
-        mask = call.mask
+        mask = call.mask if isinstance(call.mask, torch.Tensor) else None  # another object is for all tokens
         rows, columns = (1, 1) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
         here = [call.q.shape[1], call.k.shape[1], int(mask is not None), rows, columns]
         gathered = agree(self.attention, [ATTENDING, *here])

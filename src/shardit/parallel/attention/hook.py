@@ -112,8 +112,8 @@ def wrapped_back_end(name: str, function: Callable[..., torch.Tensor]) -> Callab
             return function(**kwargs)
         q, k, v = (kwargs.pop(key) for key in ("query", "key", "value"))
         mask = kwargs.pop("attn_mask", None)
-        flat = mask is not None and mask.ndim == 2 and mask.shape == (q.shape[0], k.shape[1])
-        if mask is not None and flat:  # over keys, for each sample
+        flat = isinstance(mask, torch.Tensor) and mask.shape == (q.shape[0], k.shape[1])
+        if flat:  # over keys, for each sample
             mask = mask[:, None, None]
 
         def inner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

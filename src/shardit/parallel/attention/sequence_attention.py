@@ -25,7 +25,8 @@ class NotInRing(UnsupportedError):
 class Call:
     """One call of an attention function. q, k, v: [batch, tokens, heads, width], as on this rank.
 
-    mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]. inner: the called function, which computes
+    mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]; or an object that the function knows, for
+    all queries and keys in their order. inner: the called function, which computes
     attention if all keys are on this rank. not_ring: why Ring, which has kernels of its own, cannot replace it, if so.
     causal: a query attends to the keys up to its own position.
     """
@@ -81,7 +82,7 @@ class SequenceAttention:
             raise UnsupportedError("causal attention over Ring needs as many queries as keys on each rank")
         q, k, v = call.q, call.k, call.v
         q_lens, k_lens = self._of_group(layout.q_lens), self._of_group(layout.k_lens)
-        mask = None if call.mask is None else self._whole_mask(call.mask, layout, q_lens)
+        mask = self._whole_mask(call.mask, layout, q_lens) if isinstance(call.mask, torch.Tensor) else call.mask
         q_share: list[int] = []
         if self.ulysses is not None:
             if k.shape[2] < self.ulysses.comm.size and k.shape[2] < q.shape[2]:  # too few key heads for all ranks
@@ -151,4 +152,6 @@ def _gather_mask(comm: Collectives, mask: torch.Tensor, lens: tuple[int, ...], d
 def _own_heads(mask: torch.Tensor | None, heads: int, share: list[int], index: int) -> torch.Tensor | None:
     if mask is None or mask.shape[1] == 1 or mask.shape[1] != heads:
         return mask
+    if not isinstance(mask, torch.Tensor):
+        raise UnsupportedError(f"a {type(mask).__name__} that differs by head")
     return mask.narrow(1, sum(share[:index]), share[index])

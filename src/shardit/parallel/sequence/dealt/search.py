@@ -5,12 +5,16 @@ A module is dealt by rows if it gives the same on each rank's rows as on all of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import flop_registry
 
 from shardit.errors import RankError
 from shardit.parallel.attention.block_run import DONE, FAILED, agree
@@ -28,6 +32,8 @@ from shardit.parallel.sequence.dealt.run import (
     splits,
 )
 
+log = logging.getLogger(__name__)
+
 LEAST = 0.01
 """Share of a block's multiplications from which on a module is worth a message."""
 
@@ -38,6 +44,22 @@ SMALL = 0.05
 """Share of the parameters of all blocks up to which a list of blocks is small."""
 
 
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications of matrix products and convolutions, unless it is paused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.supports_higher_order_operators = True
+        self.total, self.paused = 0, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if count is not None and not self.paused:
+            self.total += count(*args, **(kwargs or {}), out_val=out) // 2
+        return out
+
+
 class Observer:
     """Watches a block that runs on all tokens: tries each module on rows, the outer ones first, and counts
     multiplications."""
@@ -45,8 +67,8 @@ class Observer:
     def __init__(self, block: nn.Module, size: int):
         self._names = {module: name for name, module in block.named_modules()}
         self._size = size
-        self._inside = self._counted = False
-        self.total = self.attention = 0
+        self._inside = False
+        self.count, self.attention = Multiplications(), 0
         self.rows: dict[str, tuple[int, int]] = {}
         self.costs: dict[str, int] = {}
         self._failed: set[str] = set()
@@ -55,51 +77,53 @@ class Observer:
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """See `modules.Dealer`."""
-        name, found, before = self._names[module], only_tensor(args, kwargs), self.total
+        name, found, before = self._names[module], only_tensor(args, kwargs), self.count.total
         if self._inside or found is None:
             if not self._inside:
                 self._failed.add(name)
-            return self._count(module, call(*args, **kwargs))
+            return call(*args, **kwargs)
         attention = self.attention
         self._inside = True
         try:
-            out = self._count(module, self._called(call, *found))
+            out = self._called(call, *found)
             dims = self._rows(call, *found, out)
         finally:
             self._inside = False
         if dims is not None and name not in self._failed and self.rows.get(name, dims) == dims:
             self.rows[name] = dims
-            self.costs[name] = self.costs.get(name, 0) + self.total - before
+            self.costs[name] = self.costs.get(name, 0) + self.count.total - before
             self.attention = attention  # what is inside is dealt with it
             return out
         self._failed.add(name)
-        self.total, self.attention = before, attention
-        return self._count(module, call(*args, **kwargs))
+        self.count.total, self.attention = before, attention
+        return call(*args, **kwargs)
 
     def attend(self, call: Call) -> torch.Tensor:
         """See `hook.Handler`."""
-        if not self._counted:
-            self.total += multiplications(call)
+        with without_modes():  # some attention functions cannot be traced inside, and some are not known to be counted
+            out = call.inner(call.q, call.k, call.v, call.mask)
+        if not self.count.paused:
+            self.count.total += multiplications(call)
             self.attention += multiplications(call) if attention_share(call, self._size) is not None else 0
-        return call.inner(call.q, call.k, call.v, call.mask)
+        return out
 
     def found(self) -> DealtBlock:
         """Return the modules that are worth a message, and the share that is dealt."""
-        least = LEAST * self.total
-        kept = [name for name, cost in self.costs.items() if cost >= least and name not in self._failed]
+        total = self.count.total
+        kept = [name for name, cost in self.costs.items() if cost >= LEAST * total and name not in self._failed]
         dealt = sum(self.costs[name] for name in kept) + self.attention
-        return DealtBlock({name: self.rows[name] for name in kept}, dealt / self.total if self.total else 0.0)
+        return DealtBlock({name: self.rows[name] for name in kept}, dealt / total if total else 0.0)
 
     def _rows(self, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, out: Any) -> Any:
         """Return the number of dimensions and the dimension whose rows the module treats apart; None without one."""
         given = leaves[place]
-        self._counted = True
+        self.count.paused = True
         try:
             for dim in likely_dims(given, out, self._size):
                 if self._same_by_rows(call, leaves, spec, place, dim, out):
                     return given.ndim, dim
         finally:
-            self._counted = False
+            self.count.paused = False
         return None
 
     def _same_by_rows(
@@ -119,12 +143,6 @@ class Observer:
         args, kwargs = tree_unflatten([*leaves[:place], leaves[place].clone(), *leaves[place + 1 :]], spec)
         return call(*args, **kwargs)
 
-    def _count(self, module: nn.Module, out: Any) -> Any:
-        weight = module._parameters.get("weight")
-        if not self._counted and weight is not None and weight.ndim > 1 and isinstance(out, torch.Tensor):
-            self.total += 0 if isinstance(module, nn.Embedding) else out.numel() * weight[0].numel()
-        return out
-
 
 def find_dealt(
     attention: SequenceAttention, block: nn.Module, call: Callable[..., Any], leaves: list[Any], spec: Any
@@ -141,9 +159,18 @@ def find_dealt(
 
     args, kwargs = tree_unflatten(tree_map_only(torch.Tensor, torch.clone, leaves), spec)
     out, left = call(*args, **kwargs)
-    observer = Observer(block, sp.size)
-    run(observer)
-    found: DealtBlock = sp.group.broadcast_object(observer.found(), 0)
+    observer, right, found = Observer(block, sp.size), False, None
+    try:
+        with observer.count:
+            run(observer)
+        found = observer.found()
+    except (RankError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # uncompiled kernels that are not called through the registry cannot be counted
+        log.debug("the operations of %s cannot be counted", type(block).__name__, exc_info=True)
+    found = sp.group.broadcast_object(found, 0)
+    if found is None:
+        return None
     try:
         got, got_left = run(DealtRun(sp, rows_by_module(block, found)))
         pairs = list(zip(tree_leaves(out), tree_leaves(got), strict=True))
@@ -151,7 +178,7 @@ def find_dealt(
     except (RankError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # code after a module may need what the gathered rows are not
-        right = False
+        log.debug("%s fails when it is dealt", type(block).__name__, exc_info=True)
     gathered = agree(attention, [DONE if right else FAILED, 0, 0, 0, 0, 0])
     return found if all(codes[0] == DONE for codes in gathered) else None
 

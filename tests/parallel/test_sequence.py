@@ -340,8 +340,8 @@ def silent(rank: int, count: int, method: str, way: dict) -> None:
     assert both(plain, other, **arguments) > 1e-3
     fresh: Any = alone(name, way)[1]
     assert both(plain, fresh, **arguments) <= CLOSE  # the check sees it: operations are dealt, which needs neither
-    assert fresh.shardit_sequence._dealt
-    assert not other.shardit_sequence._dealt
+    assert fresh.shardit_sequence.dealt
+    assert not other.shardit_sequence.dealt
     Collectives.all_to_all, Collectives.rotate = exchange, rotate
     assert both(plain, other, **arguments) <= CLOSE
 

@@ -520,9 +520,10 @@ def taken_over(rank: int, count: int, method: str) -> None:
         expected = own(**call)[0]
         assert distance(expected, over(own, ULYSSES)(**call)[0]) <= CLOSE
     assert isinstance(own.shardit_sequence, PlannedSequence)
-    del plain._cp_plan
-    with pytest.raises(UnsupportedError, match=r"no way was found .* _sp_plan"):
-        over(plain, ULYSSES)(tokens(7), words(4))
+    without: Any = Taken()
+    del without._cp_plan
+    agrees(plain, over(without, ULYSSES), tokens(7), words(4))
+    assert without.shardit_sequence.dealt
 
 
 def test_plan_of_diffusers_takes_over() -> None:

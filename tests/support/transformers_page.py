@@ -30,7 +30,7 @@ HEAD = f"""{HEADING}
 
 Written by `make transformers` from what it measured; not by hand. One class each, tiny and with random weights, called
 alone in float32 on two ranks: `=` is the same bits as plain diffusers in five calls of two sizes, a number the relative
-L2 distance of one call, `failed` that hidden states which hooks collect have the tokens of one rank.
+L2 distance of one call, `*` that a kind of block runs on all tokens on both ranks, its operations dealt to them.
 
 """
 
@@ -41,6 +41,11 @@ TOKENS: dict[str, dict[str, Any]] = {"ulysses 2": {"ulysses_degree": 2}, "ring 2
 """Configurations that shard tokens, by column."""
 
 FAILED = "failed"
+
+
+class Dealt(float):
+    """The distance of a class of which some blocks run on all tokens, their operations dealt."""
+
 
 Found = Mapping[str, float | str]
 """The distance from the plain model, or why it was refused, by class."""
@@ -67,7 +72,8 @@ def run_sharded(rank: int, count: int, method: str, ids: Sequence[str], config: 
             found[entry.id] = f"{FAILED}: some of its outputs have the tokens of one rank alone"
             continue
         tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point()]
-        found[entry.id] = max(test_tensor.distance(a, b) for a, b in tensors)
+        distance = max(test_tensor.distance(a, b) for a, b in tensors)
+        found[entry.id] = Dealt(distance) if getattr(model.shardit_sequence, "dealt", ()) else distance
     return found
 
 
@@ -82,7 +88,7 @@ def number_cell(found: float | str) -> str:
     """What the table says of a class over slices or sharded tokens."""
     if isinstance(found, str):
         return FAILED if found.startswith(FAILED) else "refused"
-    return f"{found:.0e}" if found else "="
+    return f"{found:.0e}" * bool(found) + "=" * (not found) + "*" * isinstance(found, Dealt)
 
 
 def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str, Found]) -> str:

@@ -120,7 +120,7 @@ def dealt(rank: int, count: int, method: str, way: dict[str, int]) -> set[tuple[
     for length in (9, 1, 12):  # one token: fewer than ranks
         assert agrees(plain, other, length)
         assert agrees(plain, other, length)
-    assert len(other.shardit_sequence._dealt) == 2
+    assert len(other.shardit_sequence.dealt) == 2
     assert len(other.shardit_sequence._plans) == 1
     for name, part in other.named_modules():
         if isinstance(part, (nn.Linear, nn.Conv1d)):
@@ -166,7 +166,7 @@ def lists(rank: int, count: int, method: str, way: dict[str, int]) -> None:
     other = over(Model(refiner=[Refiner(4 * WIDTH)], blocks=[Plain() for _ in range(4)]), way)
     assert agrees(plain, other, 7)
     assert agrees(plain, other, 7)
-    (whole,) = other.shardit_sequence._dealt.values()
+    (whole,) = other.shardit_sequence.dealt
     assert whole.share == 0
     assert not whole.rows
     assert len(other.shardit_sequence._plans) == 1
@@ -221,7 +221,7 @@ def masked(rank: int, count: int, method: str, way: dict[str, int]) -> None:
             with torch.no_grad():
                 expected, got = plain(tokens(9), mark), other(tokens(9), mark)
             assert distance(expected.nan_to_num(), got.nan_to_num()) <= CLOSE
-        assert bool(other.shardit_sequence._dealt) == parts
+        assert bool(other.shardit_sequence.dealt) == parts
         assert bool(other.shardit_sequence._plans) != parts
 
 

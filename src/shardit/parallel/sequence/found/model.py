@@ -299,6 +299,11 @@ class SequenceParallel:
     def _name(self) -> str:
         return type(self.model).__name__
 
+    @property
+    def dealt(self) -> tuple[DealtBlock, ...]:
+        """The kinds of blocks that run on all tokens, their operations dealt."""
+        return tuple(self._dealt.values())
+
     def forget(self) -> None:
         """Forget all kinds of block calls after a change of the model: each is analysed and checked again."""
         for known in (self._plans, self._steps, self._dealt, self._rows):

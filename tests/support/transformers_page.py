@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,6 +92,11 @@ def number_cell(found: float | str) -> str:
     return f"{found:.0e}" * bool(found) + "=" * (not found) + "*" * isinstance(found, Dealt)
 
 
+def short(reason: str) -> str:
+    """Return an error without the shapes of arguments and what to do."""
+    return re.sub(r" \(its arguments .* ways were tried(.*)\): set ulysses.*", r"\1", reason)
+
+
 def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str, Found]) -> str:
     """The section. others: what was found on each of the other axes, by column."""
     names = sorted({name for name, _ in stages})
@@ -99,11 +105,10 @@ def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str,
         cells = [stages_cell(stages[name, chunks]) for chunks in CHUNKS.values()]
         rows.append([name, *cells, *(number_cell(found[name]) for found in others.values())])
     reasons = [(name, "pp 2", outcomes[0].refused) for (name, _), outcomes in stages.items() if outcomes[0].refused]
-    shown = {way: found for way, found in others.items() if way not in TOKENS}  # those have a line for every try
-    reasons += [(n, way, text) for way, found in shown.items() for n, text in found.items() if isinstance(text, str)]
-    lines = [f"- {name}, {way}: {reason}" for name, way, reason in sorted(set(reasons))]
+    reasons += [(n, way, text) for way, found in others.items() for n, text in found.items() if isinstance(text, str)]
+    lines = [f"- {name}, {way}: {short(reason)}" for name, way, reason in sorted(set(reasons))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    heading = "\n\nRefused, with the error (that of sharded tokens lists every try, and is left out here):\n\n"
+    heading = "\n\nRefused, with the error (that of sharded tokens without the shapes):\n\n"
     return HEAD + table + (heading + "\n".join(lines) if lines else "") + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ class Plain(nn.Module):
 class Model(nn.Module):
     """Lists of blocks, one after the other."""
 
-    def __init__(self, **lists: list[nn.Module]):
+    def __init__(self, **lists: Sequence[nn.Module]):
         super().__init__()
         self.names = list(lists)
         for name, blocks in lists.items():
@@ -96,7 +97,7 @@ class Model(nn.Module):
         return hidden_states
 
 
-def over(model: nn.Module, way: dict[str, int]) -> Any:
+def over(model: nn.Module, way: dict[str, Any]) -> Any:
     return shardit.parallelize(model, DiffusionParallelConfig(**way), timeout_s=30)
 
 
@@ -125,7 +126,11 @@ def dealt(rank: int, count: int, method: str, way: dict[str, int]) -> set[tuple[
     for name, part in other.named_modules():
         if isinstance(part, (nn.Linear, nn.Conv1d)):
             dim = -1 if isinstance(part, nn.Conv1d) else 1
-            part.register_forward_pre_hook(lambda m, args, n=name, d=dim: seen.add((n, args[0].shape[d])) or None)
+
+            def note(_: Any, args: Any, name: str = name, dim: int = dim) -> None:
+                seen.add((name, args[0].shape[dim]))
+
+            part.register_forward_pre_hook(note)
     assert agrees(plain, other, 9)
     seen.clear()
     assert agrees(plain, other, 9)

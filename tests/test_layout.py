@@ -176,7 +176,7 @@ BUDGET = {
     "language": 2230,
     "loading": 1340,
     "models": 930,
-    "parallel": 4620,
+    "parallel": 4650,
     "server": 5500,
     "settings": 260,
     "training": 3900,

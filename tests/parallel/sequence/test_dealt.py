@@ -16,7 +16,7 @@ from shardit import DiffusionParallelConfig, UnsupportedError
 from shardit.core.comm.collectives import Collectives
 from shardit.core.runtime.pending import materialize
 from shardit.parallel.attention.sequence_attention import Call
-from shardit.parallel.sequence.dealt.run import attention_share
+from shardit.parallel.sequence.dealt.run import CHANNELS, attention_share
 from tests.diffusion.test_parallelize import join
 from tests.support.ranks import run_ranks
 from tests.support.transformers_page import TOKENS, run_sharded
@@ -43,6 +43,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.inner = nn.Conv1d(WIDTH, WIDTH, 1)
+        self.wide = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
         self.depthwise = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         hidden_states = hidden_states + self.out(attended.transpose(1, 2).flatten(2))
         if self.grid:
-            channels = self.inner(hidden_states.transpose(1, 2).contiguous())
+            channels = self.wide(self.inner(hidden_states.transpose(1, 2).contiguous()))
             hidden_states = hidden_states + self.depthwise(channels).view(1, WIDTH, -1).transpose(1, 2)
         return hidden_states + self.mlp(hidden_states)
 
@@ -123,6 +124,8 @@ def dealt(rank: int, count: int, method: str, way: dict[str, int]) -> set[tuple[
         assert agrees(plain, other, length)
     assert len(other.shardit_sequence.dealt) == 2
     assert len(other.shardit_sequence._plans) == 1
+    rows: dict[str, tuple[int, int]] = next(d.rows for d in other.shardit_sequence.dealt if "wide" in d.rows)
+    assert (rows["inner"], rows["wide"], rows["mlp"], "depthwise" in rows) == ((3, 2), (3, CHANNELS), (3, 1), False)
     for name, part in other.named_modules():
         if isinstance(part, (nn.Linear, nn.Conv1d)):
             dim = -1 if isinstance(part, nn.Conv1d) else 1
@@ -147,6 +150,7 @@ def test_operations_are_dealt(way: dict[str, int]) -> None:
     for seen, own in zip(found, (5, 4), strict=True):
         rows = {name: {n for other, n in seen if other == name} for name, _ in seen}
         assert rows.pop("blocks.1.depthwise") == {9}  # each output has its neighbours, so every rank computes all
+        assert rows.pop("blocks.1.wide") == {9}  # some channels of each; all of them now that it has a hook
         assert rows["blocks.0.mlp.0"] == rows["blocks.1.qkv"] == {own}
         assert all(seen == {own} for seen in rows.values()), rows
 
@@ -266,7 +270,12 @@ def test_models_of_diffusers(way: str) -> None:
     """A few of the survey: small refiners, convolutions and linear attention, prompts of several lengths, causal
     segments."""
     ids = ["HunyuanVideo15Transformer3DModel", "SanaVideoTransformer3DModel", "MochiTransformer3DModel"]
-    ids += ["QwenImage21Transformer2DModel", "LTX2VideoTransformer3DModel", "HunyuanVideoTransformer3DModel"]
+    ids += [
+        "UNet2DConditionModel",
+        "QwenImage21Transformer2DModel",
+        "LTX2VideoTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+    ]
     for found in run_ranks(2, run_sharded, ids, TOKENS[way], timeout=100):
         assert all(isinstance(error, float) and error <= CLOSE for error in found.values()), found
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_unflatten
 
 from shardit.core.comm.collectives import Collectives, even_sizes
+from shardit.core.modules.patching import plain_class
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Call
 from shardit.parallel.sequence.dealt.modules import modules_go_to, only_tensor
+
+CHANNELS = -1
+"""Stands for the dimension whose rows are dealt, where a convolution computes its share of the output channels."""
 
 DealtRows = Mapping[nn.Module, tuple[int, int]]
 """The number of dimensions of a module's argument, and that whose rows are dealt."""
@@ -24,7 +28,8 @@ DealtRows = Mapping[nn.Module, tuple[int, int]]
 class DealtBlock:
     """The operations of a kind of block that are dealt to the ranks.
 
-    rows: by the path of a module in the block, the number of dimensions of its argument, and that whose rows are dealt.
+    rows: by the path of a module in the block, the number of dimensions of its argument, and that whose rows are dealt
+    (or `CHANNELS`).
     share: of the multiplications of the block, those that are dealt.
     """
 
@@ -48,7 +53,10 @@ class DealtRun:
             return call(*args, **kwargs)
         leaves, spec, place = found
         whole, (dims, dim) = leaves[place], rows
-        if whole.ndim != dims or whole.shape[dim] < self._comm.size:
+        if dim == CHANNELS and whole.ndim == dims and is_plain_convolution(module):
+            sizes = even_sizes(module.out_channels, self._comm.size)
+            return gathered(some_channels(module, whole, sizes, self._comm.index), sizes, 1, self._comm)
+        if dim == CHANNELS or whole.ndim != dims or whole.shape[dim] < self._comm.size:
             return call(*args, **kwargs)
         sizes = even_sizes(whole.shape[dim], self._comm.size)
         leaves[place] = part(whole, dim, sizes, self._comm.index)
@@ -80,6 +88,20 @@ def part(tensor: torch.Tensor, dim: int, sizes: list[int], rank: int) -> torch.T
     """Return a rank's rows of a tensor, dense if the tensor is."""
     rows = tensor.narrow(dim, sum(sizes[:rank]), sizes[rank])
     return rows.contiguous() if tensor.is_contiguous() else rows
+
+
+def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """Return whether a module computes each output channel from all input channels, with nothing added to it."""
+    plain = plain_class(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and vars(module)["groups"] == 1
+    return plain and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def some_channels(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, given: torch.Tensor, sizes: list[int], rank: int
+) -> torch.Tensor:
+    """Return a rank's output channels of a convolution."""
+    bias = None if module.bias is None else part(module.bias, 0, sizes, rank)
+    return module._conv_forward(given, part(module.weight, 0, sizes, rank), bias)
 
 
 def gathered(rows: torch.Tensor, sizes: list[int], dim: int, comm: Collectives) -> torch.Tensor:
@@ -114,9 +136,9 @@ class AttentionShare:
 
 def attention_share(call: Call, size: int) -> AttentionShare | None:
     """Return how an attention call is dealt to the ranks, None if every rank computes all of it."""
-    q_heads, k_heads, mask = call.q.shape[2], call.k.shape[2], call.mask
+    q_heads, k_heads, mask = call.q.shape[2], call.k.shape[2], call.mask  # the mask may be an object of the function
     plain = mask is None or isinstance(mask, torch.Tensor)
-    if k_heads >= size and (plain or mask.shape[1] == 1):
+    if k_heads >= size and (mask is None or plain or mask.shape[1] == 1):
         k_sizes = even_sizes(k_heads, size)
         return AttentionShare(2, [n * (q_heads // k_heads) for n in k_sizes], k_sizes)
     if plain and not call.causal and call.not_ring is None and call.q.shape[1] >= size:
@@ -142,9 +164,13 @@ def splits(tensor: torch.Tensor, dim: int, size: int) -> list[torch.Tensor]:
     return [part(tensor, dim, sizes, rank) for rank in range(size)]
 
 
-def likely_dims(given: torch.Tensor, out: Any, size: int) -> list[int]:
-    """Return the dimensions of a module's argument that could be rows of their own, the most likely first."""
+def likely_dims(module: nn.Module, given: torch.Tensor, out: Any, size: int) -> list[int]:
+    """Return the dimensions of a module's argument that could be rows of their own, the most likely first; the batch,
+    which may be one sample in other calls, is the last."""
     if not isinstance(out, torch.Tensor) or out.ndim != given.ndim or given.ndim < 2:
         return []
     order = [given.ndim - 2, *range(1, given.ndim - 2), given.ndim - 1, 0]
-    return [d for d in dict.fromkeys(order) if given.shape[d] == out.shape[d] and given.shape[d] >= size]
+    found = [d for d in dict.fromkeys(order) if given.shape[d] == out.shape[d] and given.shape[d] >= size]
+    if is_plain_convolution(module) and given.ndim == module.weight.ndim and module.out_channels >= size:
+        found.insert(len(found) - 1 if 0 in found else len(found), CHANNELS)
+    return found

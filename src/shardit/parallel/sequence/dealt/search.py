@@ -16,19 +16,23 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
+from shardit.core.comm.collectives import even_sizes
 from shardit.errors import RankError
 from shardit.parallel.attention.block_run import DONE, FAILED, agree
 from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
 from shardit.parallel.compare import close, disturbed, same_left
 from shardit.parallel.sequence.dealt.modules import only_tensor
 from shardit.parallel.sequence.dealt.run import (
+    CHANNELS,
     DealtBlock,
     DealtRun,
     attention_share,
+    is_plain_convolution,
     likely_dims,
     multiplications,
     operations_go_to,
     rows_by_module,
+    some_channels,
     splits,
 )
 
@@ -86,7 +90,7 @@ class Observer:
         self._inside = True
         try:
             out = self._called(call, *found)
-            dims = self._rows(call, *found, out)
+            dims = self._rows(module, call, *found, out)
         finally:
             self._inside = False
         if dims is not None and name not in self._failed and self.rows.get(name, dims) == dims:
@@ -114,17 +118,29 @@ class Observer:
         dealt = sum(self.costs[name] for name in kept) + self.attention
         return DealtBlock({name: self.rows[name] for name in kept}, dealt / total if total else 0.0)
 
-    def _rows(self, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, out: Any) -> Any:
+    def _rows(
+        self, module: nn.Module, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, out: Any
+    ) -> tuple[int, int] | None:
         """Return the number of dimensions and the dimension whose rows the module treats apart; None without one."""
         given = leaves[place]
         self.count.paused = True
         try:
-            for dim in likely_dims(given, out, self._size):
-                if self._same_by_rows(call, leaves, spec, place, dim, out):
+            for dim in likely_dims(module, given, out, self._size):
+                if dim == CHANNELS:
+                    same = self._same_by_channels(module, given, out)
+                else:
+                    same = self._same_by_rows(call, leaves, spec, place, dim, out)
+                if same:
                     return given.ndim, dim
         finally:
             self.count.paused = False
         return None
+
+    def _same_by_channels(self, module: nn.Module, given: torch.Tensor, out: torch.Tensor) -> bool:
+        assert is_plain_convolution(module)
+        sizes = even_sizes(module.out_channels, self._size)
+        outs = [some_channels(module, given, sizes, rank) for rank in range(self._size)]
+        return close(out, torch.cat(outs, 1))
 
     def _same_by_rows(
         self, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, dim: int, out: torch.Tensor

@@ -8,7 +8,6 @@ token dimensions are found, and checked, at the first call of each kind (`search
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, ContextVar
@@ -36,31 +35,15 @@ from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.sequence.dealt.modules import intercept
 from shardit.parallel.sequence.dealt.run import DealtBlock, DealtRows, DealtRun, operations_go_to, rows_by_module
 from shardit.parallel.sequence.dealt.search import SMALL, WORTH, describe, find_dealt, share_of_list
+from shardit.parallel.sequence.found.flow import Flow
 from shardit.parallel.sequence.found.search import BlockPlan, Refused, find_plan
 from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
-from shardit.parallel.sequence.shards.token_dims import Shape, Split
+from shardit.parallel.sequence.shards.token_dims import Shape
 
 log = logging.getLogger(__name__)
 
 MAX_STEPS = 1024
 """Sizes of block calls that are remembered per transformer."""
-
-
-@dataclass
-class Flow:
-    """One running forward: shards of the arguments of its blocks. numbers: the kind of the numbers that it is given.
-    parts: shards that hooks on a block see, by identity, each with a function that gathers it."""
-
-    owner: SequenceParallel
-    cache: Cache
-    numbers: Any
-    in_block: bool = False
-    parts: dict[int, tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor]]] = field(default_factory=dict)
-
-    def whole(self, leaf: Any) -> Any:
-        """Return the whole of a part, anything else as it is."""
-        alive, gather = self.parts.get(id(leaf), (None, None))
-        return gather(leaf) if alive is not None and gather is not None and alive() is leaf else leaf
 
 
 @dataclass
@@ -146,7 +129,7 @@ class SequenceParallel:
             if split is not None:
                 shard = flow.cache.shard_of(leaf, split, step.totals, keep=q not in candidate.streams)
                 if q in candidate.streams:
-                    self._note(flow, shard, split, step.totals, tuple(leaf.shape))
+                    flow.note(shard, split, step.totals, tuple(leaf.shape))
                 leaf = shard
             elif isinstance(leaf, PendingTensor):
                 materialize(leaf)
@@ -181,12 +164,6 @@ class SequenceParallel:
         finally:
             flow.in_block = False
 
-    def _note(self, flow: Flow, part: torch.Tensor, split: Split, totals: tuple[int, ...], full: Shape) -> None:
-        def gathered(shard: torch.Tensor) -> torch.Tensor:
-            return ShardSource(shard, split, totals, full, self.attention.sp).whole()
-
-        flow.parts[id(part)] = weakref.ref(part), gathered
-
     def _lazily_whole(self, flow: Flow, step: Step, out: Any) -> Any:
         assert step.plan is not None
         leaves, spec = tree_flatten(out)
@@ -196,7 +173,7 @@ class SequenceParallel:
             if split is not None:
                 shape = tuple(leaves[q].shape)
                 full = (*shape[: split.dim], sum(step.totals[p] for p in split.parts), *shape[split.dim + 1 :])
-                self._note(flow, leaves[q], split, step.totals, full)
+                flow.note(leaves[q], split, step.totals, full)
                 leaves[q] = ShardSource(leaves[q], split, step.totals, full, self.attention.sp).whole()
         return tree_unflatten(leaves, spec)
 

@@ -176,7 +176,7 @@ BUDGET = {
     "language": 2660,
     "loading": 1350,
     "models": 930,
-    "parallel": 4290,
+    "parallel": 4720,
     "server": 5520,
     "settings": 260,
     "training": 3900,

@@ -325,7 +325,7 @@ WORKS: dict[str, tuple[Callable[[Shard], list[torch.Tensor]], ...]] = {
         patched_class,
         derived_blocks,
     ),
-    "ulysses": (compiled_after, fused_safely),
+    "ulysses": (compiled_after, fused_safely, derived_blocks),
 }
 
 # What is refused.
@@ -456,10 +456,6 @@ def parametrized_block(pipe: Any) -> None:
     run(pipe)
 
 
-def mean_of_tokens(pipe: Any) -> None:
-    derived_blocks(lambda _: pipe)
-
-
 REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     "stages": {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
@@ -486,7 +482,6 @@ REFUSED: dict[str, dict[Callable[[Any], None], str]] = {
     },
     "ulysses": {
         replaced_block: r"transformer_blocks\.0 was replaced after parallelize",
-        mean_of_tokens: "no way was found to shard the tokens",
     },
 }
 

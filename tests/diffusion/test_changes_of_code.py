@@ -146,6 +146,21 @@ def class_of_processors(shard: Shard) -> list[torch.Tensor]:
     return [*outs, guided(pipe)]
 
 
+def mixed_tokens(shard: Shard) -> list[torch.Tensor]:
+    """Attention that mixes the tokens: in the class of one object, in that of the library, and in one block alone."""
+    pipe = shard(flux())
+    outs = [guided(pipe)]
+    attention = pipe.transformer.transformer_blocks[1].attn
+    bases = type(attention).__mro__
+    plain = next(base for base in bases if base.__module__.startswith("diffusers") and "forward" in vars(base))
+    for cls in (type(attention), plain):
+        with having(cls, "forward", mixing(cls.forward)):
+            outs.append(guided(pipe))
+        outs.append(guided(pipe))
+    attention.forward = functools.partial(mixing(type(attention).forward), attention)
+    return [*outs, guided(pipe)]
+
+
 def one_block_twice(shard: Shard) -> list[torch.Tensor]:
     """Weights that layers share."""
     pipe = flux(3)
@@ -306,20 +321,18 @@ WORKS: dict[str, tuple[Callable[[Shard], list[torch.Tensor]], ...]] = {
         *(class_of_the_model, class_of_the_decoder, class_of_processors, patched_in_a_step, setting_of_processors),
         *(setting_in_a_step, settings_of_attention, between_branches, skipped_layers),
     ),
-    "ulysses": (turning, class_of_the_model, class_of_processors, setting_in_a_step),
+    "ulysses": (turning, class_of_the_model, class_of_processors, setting_in_a_step, mixed_tokens),
 }
 
 # What is refused.
 
 
-def member(where: Callable[[Any], Any], name: str, other: Callable[[Any], Any], plain: bool = False) -> Any:
-    """Replaces a member of the class of something in a pipeline; plain: of the class that the library has."""
+def member(where: Callable[[Any], Any], name: str, other: Callable[[Any], Any]) -> Any:
+    """Replaces a member of the class of something in a pipeline."""
 
     def act(pipe: Any) -> None:
         guided(pipe)
-        bases = type(where(pipe)).__mro__
-        cls = next(base for base in bases if base.__module__.startswith("diffusers") and name in vars(base))
-        cls = cls if plain else bases[0]
+        cls = type(where(pipe))
         with having(cls, name, other(getattr(cls, name))):
             guided(pipe)
 
@@ -351,14 +364,6 @@ def other_number_of_heads(pipe: Any) -> None:
     guided(pipe)
 
 
-def patched_mixing(pipe: Any) -> None:
-    """Of one block alone: what was found of the others says nothing about it."""
-    attention = pipe.transformer.transformer_blocks[1].attn
-    guided(pipe)
-    attention.forward = functools.partial(mixing(type(attention).forward), attention)
-    guided(pipe)
-
-
 BLOCK: Callable[[Any], Any] = lambda pipe: pipe.transformer.transformer_blocks[0]  # noqa: E731
 REFUSED: dict[str, dict[str, tuple[Callable[[Any], None], str]]] = {
     "stages": {
@@ -385,12 +390,6 @@ REFUSED: dict[str, dict[str, tuple[Callable[[Any], None], str]]] = {
             member(BLOCK, "__call__", plain_call),
             r"blocks\.0: the __call__ of its class was replaced",
         ),
-        "attention": (member(lambda pipe: BLOCK(pipe).attn, "forward", mixing), "no way was found to shard the tokens"),
-        "attention everywhere": (
-            member(lambda pipe: BLOCK(pipe).attn, "forward", mixing, plain=True),
-            "no way was found to shard the tokens",
-        ),
-        "attention of one block": (patched_mixing, "no way was found to shard the tokens"),
     },
 }
 

@@ -307,8 +307,8 @@ CASES: dict[str, dict[Case, dict[int, str]]] = {
         type_error: {},
     },
     "ring": {
-        other_attention: {1: r"^UnsupportedError: ring_degree=2 does not work with .*sharper in place of F\."},
-        by_float: {1: r"^Refused: no way was found to shard the tokens"},
+        other_attention: {1: r"^NotInRing: ring_degree=2 does not work with .*sharper in place of F\."},
+        by_float: {},
     },
     "stages": {
         fails_later: {},

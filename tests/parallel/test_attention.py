@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ WIDTH = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call. mask: which one of `make_mask`."""
+    """One attention call. mask: which one of `make_mask`; "whole" is one whose rows are not cut, "valid" one of valid
+    tokens with the rows and the columns of one rank. causal: a query attends to the keys up to its own position."""
 
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
@@ -31,11 +33,13 @@ class Case:
     batch: int = 1
     mask: str = "none"
     dtype: torch.dtype = torch.float32
+    causal: bool = False
 
 
-def plain(q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
+def plain(q: Any, k: Any, v: Any, mask: Any, causal: bool = False) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
 
 def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
@@ -47,6 +51,9 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
         return torch.rand(case.batch, 1, 1, columns, generator=generator) > 0.4
     if case.mask == "heads":
         return torch.randn(1, case.heads, rows, columns, generator=generator)
+    if case.mask == "valid":
+        valid = torch.rand(case.batch, 1, columns, generator=generator) > 0.3
+        return valid[..., None, :] & valid[..., None]
     mask = torch.rand(case.batch, 1, rows, columns, generator=generator) > 0.5
     mask[:, :, ::3, : columns // 2] = False  # nothing to be seen in whole blocks of keys
     if case.mask == "blind":
@@ -64,14 +71,18 @@ def one_case(attention: SequenceAttention, rank: int, case: Case) -> float:
     q, k, v = (t.to(case.dtype) for t in (q, k, v))
     if mask is not None and mask.is_floating_point():
         mask = mask.to(case.dtype)
-    expected = plain(q, k, v, mask).split(case.q_lens, 1)[rank]
+    expected = plain(q, k, v, mask, case.causal).split(case.q_lens, 1)[rank]
     local = q.split(case.q_lens, 1)[rank], *(t.split(case.k_lens, 1)[rank] for t in (k, v))
     layout = Layout(case.q_lens, case.k_lens)
     if mask is not None and case.mask == "keys":
         mask, layout = mask.split(case.k_lens, 3)[rank], Layout(case.q_lens, case.k_lens, mask_columns=True)
-    elif mask is not None:
+    elif mask is not None and case.mask == "valid":
+        mask = mask.split(case.q_lens, 2)[rank].split(case.k_lens, 3)[rank]
+        layout = Layout(case.q_lens, case.k_lens, valid_tokens=True)
+    elif mask is not None and case.mask != "whole":
         mask, layout = mask.split(case.q_lens, 2)[rank], Layout(case.q_lens, case.k_lens, mask_rows=True)
-    out = attention.attend(Call(*local, mask, plain), layout)
+    inner = functools.partial(plain, causal=case.causal)
+    out = attention.attend(Call(*local, mask, inner, causal=case.causal), layout)
     assert out.shape == expected.shape
     assert out.dtype == case.dtype
     assert torch.isfinite(out).all()
@@ -96,6 +107,10 @@ def cases_for(count: int) -> list[Case]:
         Case(uneven, lens, 5, 5, mask=mask, batch=b)
         for mask, lens, b in itertools.product(masks, (uneven, other), (1, 2))
     ]
+    cases += [Case(lens, lens, h, k, causal=True) for lens in (uneven, even) for h, k in ((4, 4), (6, 3))]
+    cases += [Case((0, *uneven[1:]), (0, *uneven[1:]), causal=True)]
+    cases += [Case(uneven, lens, mask="whole", batch=2) for lens in (uneven, other)]
+    cases += [Case(lens, lens, mask="valid", batch=b) for lens in (uneven, even) for b in (1, 2)]
     cases += [Case((0, *uneven[1:]), (0, *uneven[1:])), Case(even, (*even[1:], 0), mask="keys")]
     cases += [Case(uneven, uneven, 1, 1), Case(uneven, uneven, mask="keys", dtype=torch.bfloat16)]
     return cases
@@ -164,8 +179,8 @@ def test_bytes_of_one_ring_attention(lens: tuple[int, ...]) -> None:
 def refused(rank: int, count: int, method: str) -> None:
     mesh = init_mesh(DiffusionParallelConfig(ring_degree=2), device="cpu", timeout_s=60, rank=rank, init_method=method)
     q = torch.randn(1, 3, 2, WIDTH)
-    call = Call(q, q, q, None, plain, not_ring="causal attention")
-    with pytest.raises(UnsupportedError, match="ring_degree=2 does not work with causal attention"):
+    call = Call(q, q, q, None, plain, not_ring="dropout")
+    with pytest.raises(UnsupportedError, match="ring_degree=2 does not work with dropout"):
         SequenceAttention(mesh).attend(call, Layout((3, 3), (3, 3)))
 
 
@@ -186,5 +201,7 @@ def test_partial_attention_and_merge() -> None:
     torch.testing.assert_close(out, plain(q, k, v, mask), atol=1e-6, rtol=1e-5)
     scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT / 4).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
-    by_hand = _math(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.25)[0].transpose(1, 2)
+    by_hand = _math(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.25, False)[0].transpose(1, 2)
     torch.testing.assert_close(by_hand, plain(q, k, v, None), atol=1e-6, rtol=1e-5)
+    by_hand = _math(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.25, True)[0].transpose(1, 2)
+    torch.testing.assert_close(by_hand, plain(q, k, v, None, causal=True), atol=1e-6, rtol=1e-5)

@@ -134,6 +134,17 @@ def test_what_a_plan_names() -> None:
     assert [gather is None for gather in rules["blocks.1"].gathers or ()] == [False, True]
 
 
+def test_plans_of_diffusers_name_more_blocks_than_there_are() -> None:
+    model = Model({"blocks.3": GATHER, "blocks.40": GATHER})
+    model._cp_plan = model._sp_plan
+    assert [rules.title for rules in read_plan(model, "_cp_plan", padding=True)] == ["blocks.3"]
+    with pytest.raises(InputError, match="there is no '40' in blocks"):  # an author's own plan has to fit
+        read_plan(model, "_sp_plan", padding=True)
+    model._cp_plan = {"bocks.40": GATHER}
+    with pytest.raises(InputError, match="there is no 'bocks'"):
+        read_plan(model, "_cp_plan", padding=True)
+
+
 def test_rows_of_a_rank() -> None:
     """Two tokens in front are on both ranks; rank 1 has four of its own and one that is padding."""
     rows = dealt_rows(7, 11, [0, 1, 2, 3, 4, 5], (7, 6), (2, 0), 1)
@@ -509,9 +520,10 @@ def taken_over(rank: int, count: int, method: str) -> None:
         expected = own(**call)[0]
         assert distance(expected, over(own, ULYSSES)(**call)[0]) <= CLOSE
     assert isinstance(own.shardit_sequence, PlannedSequence)
-    del plain._cp_plan
-    with pytest.raises(UnsupportedError, match=r"no way was found .* _sp_plan"):
-        over(plain, ULYSSES)(tokens(7), words(4))
+    without: Any = Taken()
+    del without._cp_plan
+    agrees(plain, over(without, ULYSSES), tokens(7), words(4))
+    assert without.shardit_sequence.dealt
 
 
 def test_plan_of_diffusers_takes_over() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from shardit import DiffusionParallelConfig, InputError
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.modules.hints import Plan
 from shardit.core.runtime.pending import materialize
+from shardit.diffusion.family import wrap_attention_back_ends
 from shardit.parallel.sequence.choose import shard_tokens
 from tests.parallel import test_tensor
 from tests.support import survey_models
@@ -29,7 +31,7 @@ HEAD = f"""{HEADING}
 
 Written by `make transformers` from what it measured; not by hand. One class each, tiny and with random weights, called
 alone in float32 on two ranks: `=` is the same bits as plain diffusers in five calls of two sizes, a number the relative
-L2 distance of one call, `failed` that hidden states which hooks collect have the tokens of one rank.
+L2 distance of one call, `*` that a kind of block runs on all tokens on both ranks, its operations dealt to them.
 
 """
 
@@ -41,6 +43,11 @@ TOKENS: dict[str, dict[str, Any]] = {"ulysses 2": {"ulysses_degree": 2}, "ring 2
 
 FAILED = "failed"
 
+
+class Dealt(float):
+    """The distance of a class of which some blocks run on all tokens, their operations dealt."""
+
+
 Found = Mapping[str, float | str]
 """The distance from the plain model, or why it was refused, by class."""
 
@@ -48,6 +55,7 @@ Found = Mapping[str, float | str]
 def run_sharded(rank: int, count: int, method: str, ids: Sequence[str], config: dict[str, Any]) -> Found:
     """One call of each class with its tokens over the ranks."""
     mesh = init_mesh(DiffusionParallelConfig(**config), device="cpu", rank=rank, init_method=method, timeout_s=60)
+    wrap_attention_back_ends()
     found: dict[str, float | str] = {}
     for entry in map(survey_models.entry, ids):
         model, extra = entry.build(), {"return_dict": False} if entry.returns else {}
@@ -65,7 +73,8 @@ def run_sharded(rank: int, count: int, method: str, ids: Sequence[str], config: 
             found[entry.id] = f"{FAILED}: some of its outputs have the tokens of one rank alone"
             continue
         tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point()]
-        found[entry.id] = max(test_tensor.distance(a, b) for a, b in tensors)
+        distance = max(test_tensor.distance(a, b) for a, b in tensors)
+        found[entry.id] = Dealt(distance) if getattr(model.shardit_sequence, "dealt", ()) else distance
     return found
 
 
@@ -80,7 +89,12 @@ def number_cell(found: float | str) -> str:
     """What the table says of a class over slices or sharded tokens."""
     if isinstance(found, str):
         return FAILED if found.startswith(FAILED) else "refused"
-    return f"{found:.0e}" if found else "="
+    return f"{found:.0e}" * bool(found) + "=" * (not found) + "*" * isinstance(found, Dealt)
+
+
+def short(reason: str) -> str:
+    """Return an error without the shapes of arguments and what to do."""
+    return re.sub(r" \(its arguments .* ways were tried(.*)\): set ulysses.*", r"\1", reason)
 
 
 def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str, Found]) -> str:
@@ -91,11 +105,10 @@ def render(stages: Mapping[tuple[str, int], list[Outcome]], others: Mapping[str,
         cells = [stages_cell(stages[name, chunks]) for chunks in CHUNKS.values()]
         rows.append([name, *cells, *(number_cell(found[name]) for found in others.values())])
     reasons = [(name, "pp 2", outcomes[0].refused) for (name, _), outcomes in stages.items() if outcomes[0].refused]
-    shown = {way: found for way, found in others.items() if way not in TOKENS}  # those have a line for every try
-    reasons += [(n, way, text) for way, found in shown.items() for n, text in found.items() if isinstance(text, str)]
-    lines = [f"- {name}, {way}: {reason}" for name, way, reason in sorted(set(reasons))]
+    reasons += [(n, way, text) for way, found in others.items() for n, text in found.items() if isinstance(text, str)]
+    lines = [f"- {name}, {way}: {short(reason)}" for name, way, reason in sorted(set(reasons))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    heading = "\n\nRefused, with the error (that of sharded tokens lists every try, and is left out here):\n\n"
+    heading = "\n\nRefused, with the error (that of sharded tokens without the shapes):\n\n"
     return HEAD + table + (heading + "\n".join(lines) if lines else "") + "\n"
 
 

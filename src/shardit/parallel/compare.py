@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from shardit.core.runtime.microbatch import CLOSE
+
+SLACK = {torch.float32: 2.0}
+"""One block in float32 may differ a little more than a whole model may (`CLOSE`), whose sums average it out."""
 
 
 def disturbed(leaves: list[Any]) -> list[Any]:
@@ -37,3 +43,21 @@ def _disturb(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def same(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Return whether two tensors have the same values; all NaN are equal."""
     return torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
+
+
+def same_left(whole: Sequence[torch.Tensor], sharded: Sequence[torch.Tensor]) -> bool:
+    """Return whether a call leaves the same on modules; what has another shape is taken for a shard."""
+    alike = (x.shape != y.shape or close(x, y) for x, y in zip(whole, sharded, strict=False))
+    return len(whole) == len(sharded) and all(alike)
+
+
+def close(x: Any, y: Any) -> bool:
+    """Return whether two results of a block differ by rounding only; equal if they are not tensors."""
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return x is y or bool(x == y)
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    a, b = torch.nan_to_num(x.to(wide)), torch.nan_to_num(y.to(wide))
+    bound = CLOSE.get(x.dtype, 0.0) * SLACK.get(x.dtype, 1.0)
+    return bool((a - b).norm() <= bound * a.norm())

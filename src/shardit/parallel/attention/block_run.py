@@ -69,14 +69,26 @@ class BlockRun:
             layout = self.layouts[self._sharded_calls]
             self._sharded_calls += 1
             return layout
-        mask = call.mask
+        mask = call.mask if isinstance(call.mask, torch.Tensor) else None  # another object is for all tokens
         rows, columns = (1, 1) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
         here = [call.q.shape[1], call.k.shape[1], int(mask is not None), rows, columns]
         gathered = agree(self.attention, [ATTENDING, *here])
         if any(code != ATTENDING for code, *_ in gathered):
             raise OutOfStep
-        self.learned.append(_layout_of(gathered))
-        return self.learned[-1]
+        layout = _layout_of(gathered)
+        if layout.valid_tokens and self.dataflow is not None:  # a trial, whose masks have noise
+            self._check_valid_tokens(call, layout)
+        self.learned.append(layout)
+        return layout
+
+    def _check_valid_tokens(self, call: Call, layout: Layout) -> None:
+        """Raise UnsupportedError, on all ranks, unless the mask hides the keys and the queries of some tokens: only
+        then the result of a trial shows that the mask is of that kind."""
+        assert call.mask is not None
+        plain = call.mask.dtype is torch.bool and call.mask.ndim > 2
+        kinds = [code for code, *_ in agree(self.attention, [int(plain), 0, 0, 0, 0, 0])]
+        if not all(kinds) or bool(self.attention.valid_tokens(call.mask, layout).all()):
+            raise UnsupportedError("an attention mask that has neither all rows nor all columns")
 
 
 def agree(attention: SequenceAttention, values: Sequence[int]) -> list[list[int]]:
@@ -95,10 +107,11 @@ def _layout_of(gathered: list[list[int]]) -> Layout:
     own_columns = columns == k_lens and set(columns) != {1}
     if not own_columns and set(columns) not in ({1}, {total}):
         raise UnsupportedError(f"an attention mask with {columns} columns on the ranks, over {k_lens} keys")
-    if own_rows and own_columns:
+    both = own_rows and own_columns
+    if both and q_lens != k_lens:
         raise UnsupportedError("an attention mask that has neither all rows nor all columns")
     if set(k_lens) == {1} or (set(q_lens) == {1} and set(rows) == {1}):
         raise UnsupportedError(
             "an attention mask over one token per rank; lower ulysses_degree or ring_degree for so short a sequence"
         )
-    return Layout(q_lens, k_lens, own_rows, own_columns)
+    return Layout(q_lens, k_lens, own_rows and not both, own_columns and not both, valid_tokens=both)

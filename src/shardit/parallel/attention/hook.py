@@ -82,9 +82,9 @@ def _sdpa(
         raise UnsupportedError(
             f"attention over tensors of {query.ndim} dimensions (batch, heads, tokens, width needed)"
         )
-    not_ring = "causal attention" if is_causal else "dropout" if dropout_p else _replaced()
+    not_ring = "dropout" if dropout_p else _replaced()
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return _hand_over(handler, Call(q, k, v, attn_mask, inner, scale, not_ring)).transpose(1, 2)
+    return _hand_over(handler, Call(q, k, v, attn_mask, inner, scale, not_ring, is_causal)).transpose(1, 2)
 
 
 def _replaced() -> str | None:
@@ -112,8 +112,8 @@ def wrapped_back_end(name: str, function: Callable[..., torch.Tensor]) -> Callab
             return function(**kwargs)
         q, k, v = (kwargs.pop(key) for key in ("query", "key", "value"))
         mask = kwargs.pop("attn_mask", None)
-        flat = mask is not None and mask.ndim == 2 and mask.shape == (q.shape[0], k.shape[1])
-        if mask is not None and flat:  # over keys, for each sample
+        flat = isinstance(mask, torch.Tensor) and mask.shape == (q.shape[0], k.shape[1])
+        if flat:  # over keys, for each sample
             mask = mask[:, None, None]
 
         def inner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

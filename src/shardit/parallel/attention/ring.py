@@ -24,11 +24,13 @@ def ring_attention(
     k_lens: Sequence[int],
     mask: torch.Tensor | None,
     scale: float | None,
+    causal: bool = False,
 ) -> torch.Tensor:
     """Attend with local queries to the keys of all ranks of the ring.
 
     k_lens: initial number of keys of each rank. mask: its last dimension is 1 or covers the keys of all ranks, in
-    order. k and v may have fewer heads than q (grouped queries).
+    order. k and v may have fewer heads than q (grouped queries). causal: a query attends to no key of a later position;
+    queries and keys are the same tokens, in the order of the ranks.
     """
     heads, width, v_width = k.shape[2], k.shape[3], v.shape[3]
     block = torch.cat([k.flatten(2), v.flatten(2)], dim=2)
@@ -41,16 +43,19 @@ def ring_attention(
         if not last:
             coming = block.new_empty(block.shape[0], k_lens[(owner - 1) % comm.size], block.shape[2])
             wait = comm.rotate(block, coming)
-        if k_lens[owner]:
+        if k_lens[owner] and not (causal and owner > comm.index):
             keys = block[..., : heads * width].unflatten(2, (heads, width))
             values = block[..., heads * width :].unflatten(2, (heads, v_width))
             columns = _columns(mask, offsets[owner], k_lens[owner])
-            part = partial_attention(q, *_repeat(q, keys, values), columns, scale)
+            part = partial_attention(
+                q, *_repeat(q, keys, values), columns, scale, causal=causal and owner == comm.index
+            )
             total = part if total is None else merge(total, part, last)
         if wait is not None:
             wait()
         block = coming
-    assert total is not None, "no rank has keys"
+    if total is None:  # as with a causal first rank that has no tokens
+        return q.new_empty(*q.shape[:3], v_width)
     return total[0].to(q.dtype)
 
 

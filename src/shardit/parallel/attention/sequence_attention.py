@@ -17,12 +17,18 @@ Inner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None
 """An attention function over whole sequences: q, k, v (BSHD) and a mask of 4 dimensions; returns BSHD."""
 
 
+class NotInRing(UnsupportedError):
+    """Ring cannot merge an attention function that was chosen; another one, or Ulysses, works."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an attention function. q, k, v: [batch, tokens, heads, width], as on this rank.
 
-    mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]. inner: the called function, which computes
+    mask: up to 4 dimensions that broadcast to [batch, heads, queries, keys]; or an object that the function knows, for
+    all queries and keys in their order. inner: the called function, which computes
     attention if all keys are on this rank. not_ring: why Ring, which has kernels of its own, cannot replace it, if so.
+    causal: a query attends to the keys up to its own position.
     """
 
     q: torch.Tensor
@@ -32,17 +38,20 @@ class Call:
     inner: Inner
     scale: float | None = None
     not_ring: str | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
     """The sharding of one attention call: tokens of queries and of keys on each rank of "sp", and whether the mask has
-    only the rows of local queries or the columns of local keys."""
+    only the rows of local queries or the columns of local keys. valid_tokens: it has both, and is that of a
+    self-attention in which a valid token attends to the valid ones: its diagonal shows which tokens are valid."""
 
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
     mask_rows: bool = False
     mask_columns: bool = False
+    valid_tokens: bool = False
 
 
 class SequenceAttention:
@@ -65,13 +74,15 @@ class SequenceAttention:
         """Attend with local queries to the keys of all ranks. Collective. Raises UnsupportedError if Ring cannot do
         it."""
         if self.ring is not None and call.not_ring is not None:
-            raise UnsupportedError(
+            raise NotInRing(
                 f"ring_degree={self.ring.size} does not work with {call.not_ring}: it merges partial "
                 "results of the native attention; use ulysses_degree"
             )
+        if self.ring is not None and call.causal and layout.q_lens != layout.k_lens:
+            raise UnsupportedError("causal attention over Ring needs as many queries as keys on each rank")
         q, k, v = call.q, call.k, call.v
         q_lens, k_lens = self._of_group(layout.q_lens), self._of_group(layout.k_lens)
-        mask = None if call.mask is None else self._whole_mask(call.mask, layout, q_lens)
+        mask = self._whole_mask(call.mask, layout, q_lens) if isinstance(call.mask, torch.Tensor) else call.mask
         q_share: list[int] = []
         if self.ulysses is not None:
             if k.shape[2] < self.ulysses.comm.size and k.shape[2] < q.shape[2]:  # too few key heads for all ranks
@@ -80,7 +91,7 @@ class SequenceAttention:
             mask = _own_heads(mask, q.shape[2], q_share, self.ulysses.comm.index)
             q, k, v = self.ulysses.to_heads(q, k, v, q_lens, k_lens)
         if q.shape[2] and self.ring is not None:  # also without queries: the keys of others pass through here
-            out = ring_attention(self.ring, q, k, v, self._per_group(layout.k_lens), mask, call.scale)
+            out = ring_attention(self.ring, q, k, v, self._per_group(layout.k_lens), mask, call.scale, call.causal)
         elif 0 in q.shape:
             out = q.new_empty(*q.shape[:3], v.shape[3])
         else:
@@ -105,15 +116,30 @@ class SequenceAttention:
         size = self._ulysses_size
         return [sum(lens[start : start + size]) for start in range(0, len(lens), size)]
 
+    def _before(self, layout: Layout) -> int:
+        """Return the number of queries of earlier ulysses groups."""
+        return sum(layout.q_lens[: self._in_ring * self._ulysses_size])
+
+    def valid_tokens(self, mask: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Return which tokens of all ranks are valid, from this rank's part of a mask of valid tokens. Collective."""
+        own = mask.diagonal(dim1=-2, dim2=-1)
+        return _gather_mask(self.sp, own, layout.k_lens, own.ndim - 1)
+
     def _whole_mask(self, mask: torch.Tensor, layout: Layout, q_lens: tuple[int, ...]) -> torch.Tensor:
-        """Gather all columns, and the rows of all queries of the ulysses group."""
+        """Gather all columns, and take or gather the rows of all queries of the ulysses group."""
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
         for dim in (0, 1):  # repeated values need not be sent
             mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
+        if layout.valid_tokens:
+            valid = self.valid_tokens(mask, layout)
+            rows = valid.narrow(-1, self._before(layout), sum(q_lens))
+            return rows.unsqueeze(-1) & valid.unsqueeze(-2)
         if layout.mask_columns:
             mask = _gather_mask(self.sp, mask, layout.k_lens, 3)
         if layout.mask_rows and self.ulysses is not None:
             mask = _gather_mask(self.ulysses.comm, mask, q_lens, 2)
+        if self.ring is not None and not layout.mask_rows and mask.shape[2] == sum(layout.q_lens) != 1:
+            mask = mask.narrow(2, self._before(layout), sum(q_lens))  # of all rows, which are in the order of the ranks
         return mask
 
 
@@ -126,4 +152,6 @@ def _gather_mask(comm: Collectives, mask: torch.Tensor, lens: tuple[int, ...], d
 def _own_heads(mask: torch.Tensor | None, heads: int, share: list[int], index: int) -> torch.Tensor | None:
     if mask is None or mask.shape[1] == 1 or mask.shape[1] != heads:
         return mask
+    if not isinstance(mask, torch.Tensor):
+        raise UnsupportedError(f"a {type(mask).__name__} that differs by head")
     return mask.narrow(1, sum(share[:index]), share[index])

@@ -4,6 +4,8 @@
 2. A plan found from its block calls (`found/model.py`). It supports uneven lengths, masks and sizes that coincide, and
 is checked at each kind of block, so it comes before a plan that was written for another engine.
 3. `_cp_plan`, diffusers' own, if nothing is found. To use it first: `model._sp_plan = model._cp_plan`.
+4. Blocks on all tokens, their operations dealt to the ranks (`dealt/`), if that is not there or does not work. A small
+list of blocks is dealt before `_cp_plan` is asked.
 """
 
 from __future__ import annotations
@@ -45,14 +47,28 @@ class Choice:
             # A forward inside pipeline stages cannot begin again.
             if self.other is None or self.way.stages is not None:
                 raise
-            name = type(self.way.model).__name__
-            log.warning("%s is sharded as its %s says, since %s", name, OF_DIFFUSERS, refused)
-            self.way, self.other = self.other(), None
+            return self._instead(refused, call, args, kwargs)
+
+    def _instead(
+        self, refused: Refused, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the call under the plan of diffusers; if that does not work either, deal the operations of blocks."""
+        found, other = self.way, self.other
+        assert other is not None
+        assert isinstance(found, SequenceParallel)
+        self.other = None
+        try:
+            self.way = other()
             self.way.install()
+            out = self.way.forward(call, args, kwargs)
+        except InputError:
+            self.way, found.deals = found, True
             try:
-                return self.way.forward(call, args, kwargs)
+                return found.forward(call, args, kwargs)
             except InputError as also:  # the first refusal is more informative
                 raise refused from also
+        log.warning("%s is sharded as its %s says, since %s", type(found.model).__name__, OF_DIFFUSERS, refused)
+        return out
 
 
 def shard_tokens(
@@ -91,7 +107,7 @@ def _choose(model: nn.Module, attention: SequenceAttention, plan: Any, names: Co
     blocks = blocks_named(model, names, plan)
     if blocks:
         other = (lambda: read_planned(model, OF_DIFFUSERS, attention)) if has_other else None
-        return Choice(SequenceParallel(model, attention, blocks), other)
+        return Choice(SequenceParallel(model, attention, blocks, deals=not has_other), other)
     if has_other:
         return Choice(read_planned(model, OF_DIFFUSERS, attention))
     raise UnsupportedError(f"{type(model).__name__} has no block lists, so its tokens cannot be sharded: {REMEDY}")

@@ -93,7 +93,7 @@ Step = SplitStep | GatherStep | AttentionStep
 
 def seen_attention(call: Call) -> Seen:
     """Describe an attention call as an event."""
-    mask = call.mask
+    mask = call.mask if isinstance(call.mask, torch.Tensor) else None
     rows, columns = (0, 0) if mask is None else (mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1])
     return Seen("attention", (call.q.shape[1], call.k.shape[1], rows, columns))
 

@@ -32,12 +32,11 @@ from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.parallel.attention.block_run import DONE, FAILED, agree
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import SequenceAttention
-from shardit.parallel.compare import disturbed, same
+from shardit.parallel.compare import disturbed, same, same_left
 from shardit.parallel.sequence.declared.attention_steps import WIDTH, Seen, Step
 from shardit.parallel.sequence.declared.module_hooks import call_module
 from shardit.parallel.sequence.declared.passes import Differs, Pass, ShardedPass, WholePass
 from shardit.parallel.sequence.declared.rules import ModuleRules, read_plan
-from shardit.parallel.sequence.found.search import same_left
 
 MAX_SIGNATURES = 1024
 """Signatures whose steps are remembered per transformer, more than stages remember; the least recently used one is

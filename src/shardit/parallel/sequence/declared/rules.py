@@ -66,6 +66,8 @@ def read_plan(model: nn.Module, attribute: str, padding: bool) -> list[ModuleRul
     for key, entry in plan.items():
         if not isinstance(key, str):
             raise InputError(f'{where}: {key!r} is no module name; "" is the model itself')
+        if attribute == OF_DIFFUSERS and _beyond_a_list(model, key):
+            continue  # written for a configuration with more blocks
         modules = list(_find(model, key, f"{where}: {key!r}"))
         for path, module in modules:
             rules = found.setdefault(id(module), ModuleRules(where, path or name, module, _positions(module)))
@@ -101,6 +103,18 @@ def _find(model: nn.Module, key: str, where: str) -> Iterable[tuple[str, nn.Modu
             below += [(f"{path}.{n}" if path else n, child) for n, child in children]
         found = below
     return found
+
+
+def _beyond_a_list(model: nn.Module, key: str) -> bool:
+    """Return whether a key names an element after the last one of a ModuleList."""
+    module: Any = model
+    for atom in key.split("."):
+        if isinstance(module, nn.ModuleList) and atom.isdecimal() and int(atom) >= len(module):
+            return True
+        module = dict(module.named_children()).get(atom)
+        if module is None:
+            return False
+    return False
 
 
 def _what(path: str, module: nn.Module) -> str:

@@ -7,6 +7,7 @@ token dimensions are found, and checked, at the first call of each kind (`search
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, ContextVar
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from shardit.core.comm.barrier import sendable
 from shardit.core.modules.fingerprint import PROCESSOR
@@ -31,29 +32,27 @@ from shardit.parallel.attention.block_run import DONE, BlockRun, OutOfStep, agre
 from shardit.parallel.attention.hook import attention_goes_to
 from shardit.parallel.attention.sequence_attention import Layout, SequenceAttention
 from shardit.parallel.block_signature import fingerprint, value_key
-from shardit.parallel.sequence.found.search import BlockPlan, find_plan
+from shardit.parallel.sequence.dealt.modules import intercept
+from shardit.parallel.sequence.dealt.run import DealtBlock, DealtRows, DealtRun, operations_go_to, rows_by_module
+from shardit.parallel.sequence.dealt.search import SMALL, WORTH, describe, find_dealt, share_of_list
+from shardit.parallel.sequence.found.flow import Flow
+from shardit.parallel.sequence.found.search import BlockPlan, Refused, find_plan
 from shardit.parallel.sequence.shards.lazy import Cache, ShardSource
 from shardit.parallel.sequence.shards.token_dims import Shape
+
+log = logging.getLogger(__name__)
 
 MAX_STEPS = 1024
 """Sizes of block calls that are remembered per transformer."""
 
 
 @dataclass
-class Flow:
-    """One running forward: shards of the arguments of its blocks. numbers: the kind of the numbers that it is given."""
-
-    owner: SequenceParallel
-    cache: Cache
-    numbers: Any
-    in_block: bool = False
-
-
-@dataclass
 class Step:
-    """A kind of block call at given sizes. plan None: every rank runs it whole. layouts None: not learned yet."""
+    """A kind of block call at given sizes. plan None: every rank runs it whole, `dealt` by operations if it is given.
+    layouts None: not learned yet."""
 
     plan: BlockPlan | None
+    dealt: DealtBlock | None = None
     totals: tuple[int, ...] = ()
     layouts: list[Layout] | None = None
 
@@ -65,19 +64,24 @@ _flow: ContextVar[Flow | None] = ContextVar("shardit_flow", default=None)
 class SequenceParallel:
     """One transformer whose tokens are sharded over "sp".
 
-    checked: block calls that were compared with the whole block (one for each kind).
+    checked: block calls that were compared with the whole block (one for each kind). deals: whether a block whose
+    tokens cannot be split is dealt by operations; if not, only a small list is (`SMALL`).
     """
 
     model: nn.Module
     attention: SequenceAttention
     blocks: list[tuple[str, nn.Module]]
     stages: Stages | None = None
+    deals: bool = False
     checked: int = 0
     by_hand = False
     _fingerprints: list[Any] = field(default_factory=list)
     _attentions: list[list[dict[str, Any]]] = field(default_factory=list)
     _owned: list[bool] = field(default_factory=list)
     _plans: dict[Any, list[tuple[BlockPlan, Any]]] = field(default_factory=dict)
+    _dealt: dict[Any, DealtBlock] = field(default_factory=dict)
+    _rows: dict[int, tuple[DealtBlock, DealtRows]] = field(default_factory=dict)
+    _noted: set[str] = field(default_factory=set)
     _steps: dict[Any, Step] = field(default_factory=dict)
     _numbers: NumbersSeen = field(default_factory=NumbersSeen)
 
@@ -90,10 +94,11 @@ class SequenceParallel:
             return call(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         materialize_leaves(leaves)
-        token = _flow.set(Flow(self, Cache(self.attention.sp), self._numbers.kind(floats_in(leaves))))
+        flow = Flow(self, Cache(self.attention.sp), self._numbers.kind(floats_in(leaves)))
+        token = _flow.set(flow)
         try:
             with torch.no_grad():
-                out = call(*args, **kwargs)
+                out = tree_map(flow.whole, call(*args, **kwargs))  # hooks on blocks may have put parts into it
             materialize(out)
             return out
         finally:
@@ -108,21 +113,24 @@ class SequenceParallel:
         step = self._step(flow, index, call, leaves, spec)
         if step.plan is None:
             materialize(leaves)
-            return call(*args, **kwargs)
+            return self._run_whole(index, step, lambda: call(*args, **kwargs))
         args, kwargs = tree_unflatten(self._shards(flow, step, leaves), spec)
         flow.in_block = True
         try:
             out = self._run(index, step, lambda: call(*args, **kwargs))
         finally:
             flow.in_block = False
-        return self._lazily_whole(step, out)
+        return self._lazily_whole(flow, step, out)
 
     def _shards(self, flow: Flow, step: Step, leaves: list[Any]) -> list[Any]:
         assert step.plan is not None
         candidate, shards = step.plan.candidate, []
         for q, (leaf, split) in enumerate(zip(leaves, candidate.splits, strict=True)):
             if split is not None:
-                leaf = flow.cache.shard_of(leaf, split, step.totals, keep=q not in candidate.streams)
+                shard = flow.cache.shard_of(leaf, split, step.totals, keep=q not in candidate.streams)
+                if q in candidate.streams:
+                    flow.note(shard, split, step.totals, tuple(leaf.shape))
+                leaf = shard
             elif isinstance(leaf, PendingTensor):
                 materialize(leaf)
             shards.append(leaf)
@@ -141,7 +149,22 @@ class SequenceParallel:
             step.layouts = run.learned
         return out
 
-    def _lazily_whole(self, step: Step, out: Any) -> Any:
+    def _run_whole(self, index: int, step: Step, call: Callable[[], Any]) -> Any:
+        flow = _flow.get()
+        if step.dealt is None or not self._owned[index] or flow is None:
+            return call()
+        known = self._rows.get(index)
+        if known is None or known[0] is not step.dealt:
+            intercept(self.blocks[index][1])
+            known = self._rows[index] = step.dealt, rows_by_module(self.blocks[index][1], step.dealt)
+        flow.in_block = True
+        try:
+            with operations_go_to(DealtRun(self.attention.sp, known[1])):
+                return call()
+        finally:
+            flow.in_block = False
+
+    def _lazily_whole(self, flow: Flow, step: Step, out: Any) -> Any:
         assert step.plan is not None
         leaves, spec = tree_flatten(out)
         if len(leaves) != len(step.plan.outs):
@@ -150,6 +173,7 @@ class SequenceParallel:
             if split is not None:
                 shape = tuple(leaves[q].shape)
                 full = (*shape[: split.dim], sum(step.totals[p] for p in split.parts), *shape[split.dim + 1 :])
+                flow.note(leaves[q], split, step.totals, full)
                 leaves[q] = ShardSource(leaves[q], split, step.totals, full, self.attention.sp).whole()
         return tree_unflatten(leaves, spec)
 
@@ -164,8 +188,14 @@ class SequenceParallel:
         if step is None:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
-            plan = self._known(kind, shapes) or self._find(kind, index, call, leaves, spec, shapes)
-            step = self._steps[key] = Step(plan, plan.candidate.totals(shapes) if plan is not None else ())
+            plan = self._known(kind, shapes)
+            if plan is None and kind not in self._dealt:
+                plan = self._find(kind, index, call, leaves, spec, shapes)
+            if plan is None:
+                step = Step(None, self._dealt.get(kind))
+            else:
+                step = Step(plan, None, plan.candidate.totals(shapes))
+            self._steps[key] = step
         return step
 
     def _known(self, kind: Any, shapes: list[Shape | None]) -> BlockPlan | None:
@@ -178,26 +208,15 @@ class SequenceParallel:
     def _find(
         self, kind: Any, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any, shapes: list[Shape | None]
     ) -> BlockPlan | None:
-        plan, error = None, None
+        plan: BlockPlan | DealtBlock | None = None
+        error = None
         self.checked += 1
         materialize([leaf for leaf in leaves if _shard_source(leaf) is None])
         with self._untraced():  # sharded tensors stay sharded here: an untraced gather would be missing later
             whole = [leaf if source is None else source.peek() for leaf in leaves for source in [_shard_source(leaf)]]
             if self._owned[index]:
                 try:
-                    kept = state_of(self.blocks[index][1])
-
-                    def run(*args: Any, **kwargs: Any) -> Any:
-                        restore(kept)  # so that all trials start equal
-                        out = call(*args, **kwargs)
-                        return copy_aliases(kept, out), new_values(kept, state_of(self.blocks[index][1]))
-
-                    with generators_kept(self.attention.sp.group.device):
-                        # In a context of its own: code that collects outputs of blocks (transformers does, by hooks) is
-                        # not to collect those of trials.
-                        trial = Context().run
-                        plan = trial(find_plan, self._title(index), self.attention, run, whole, spec)
-                    restore(kept)
+                    plan = self._try(index, call, whole, spec)
                 except RankError:
                     raise
                 except Exception as failure:  # sent to every rank of the model
@@ -207,8 +226,43 @@ class SequenceParallel:
                 plan, error = comm.group.broadcast_object((plan, error and sendable(error)), owner)
         if error is not None:
             raise error
+        if isinstance(plan, DealtBlock):
+            self._dealt[kind] = plan
+            return None
         if plan is not None:
             self._plans.setdefault(kind, []).append((plan, plan.candidate.pattern(shapes)))
+        return plan
+
+    def _try(self, index: int, call: Callable[..., Any], leaves: list[Any], spec: Any) -> BlockPlan | DealtBlock | None:
+        """Find the plan of a block call by trial, from the same state and random numbers in each."""
+        name, block = self.blocks[index]
+        kept = state_of(block)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            restore(kept)  # so that all trials start equal
+            out = call(*args, **kwargs)
+            return copy_aliases(kept, out), new_values(kept, state_of(block))
+
+        # In a context of its own: code that collects outputs of blocks (transformers does, by hooks) is not to collect
+        # those of trials.
+        trial = Context().run
+        with generators_kept(self.attention.sp.group.device):
+            try:
+                plan = trial(find_plan, self._title(index), self.attention, run, leaves, spec)
+            except Refused as refused:
+                if not refused.deals:
+                    raise
+                small = share_of_list(name, self.blocks) < SMALL
+                if not (small or self.deals or self.stages is not None):
+                    raise
+                intercept(block)
+                plan = trial(find_dealt, self.attention, block, run, leaves, spec)
+                if plan is None or (plan.share < WORTH and not small):
+                    raise
+                if (kind := type(block).__name__) not in self._noted:
+                    self._noted.add(kind)
+                    log.log(logging.INFO if small else logging.WARNING, describe(plan, refused))
+        restore(kept)
         return plan
 
     def _untraced(self) -> AbstractContextManager[None]:
@@ -222,10 +276,15 @@ class SequenceParallel:
     def _name(self) -> str:
         return type(self.model).__name__
 
+    @property
+    def dealt(self) -> tuple[DealtBlock, ...]:
+        """The kinds of blocks that run on all tokens, their operations dealt."""
+        return tuple(self._dealt.values())
+
     def forget(self) -> None:
         """Forget all kinds of block calls after a change of the model: each is analysed and checked again."""
-        self._plans.clear()
-        self._steps.clear()
+        for known in (self._plans, self._steps, self._dealt, self._rows):
+            known.clear()
         self._look()
 
     def _look(self) -> None:

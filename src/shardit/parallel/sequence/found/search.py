@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardit.core.runtime.microbatch import CLOSE
 from shardit.errors import RankError, UnsupportedError
 from shardit.parallel.attention.block_run import DONE, FAILED, BlockRun, OutOfStep, agree
 from shardit.parallel.attention.hook import attention_goes_to
-from shardit.parallel.attention.sequence_attention import SequenceAttention
-from shardit.parallel.compare import disturbed, same
+from shardit.parallel.attention.sequence_attention import NotInRing, SequenceAttention
+from shardit.parallel.compare import close, disturbed, same, same_left
 from shardit.parallel.dataflow import Dataflow
 from shardit.parallel.sequence.shards.lazy import gather
 from shardit.parallel.sequence.shards.token_dims import (
@@ -31,10 +30,6 @@ from shardit.parallel.sequence.shards.token_dims import (
     out_options,
 )
 
-SLACK = {torch.float32: 2.0}
-"""One block in float32 may differ a little more than a whole model may (`CLOSE`), whose sums average it out."""
-
-
 REMEDY = (
     "set ulysses_degree=1 and ring_degree=1, or say in the model's _sp_plan where its tensors are split "
     "(docs/sequence-plans.md)"
@@ -43,7 +38,9 @@ REMEDY = (
 
 
 class Refused(UnsupportedError):
-    """No way was found to shard a model."""
+    """No way was found to shard a model. deals: whether operations of its block may be dealt to the ranks instead."""
+
+    deals = False
 
 
 @dataclass(frozen=True)
@@ -82,10 +79,12 @@ def find_plan(
             return plan
     why = f"; {failures[0]}" if failures and isinstance(failures[0], UnsupportedError) else ""
     sizes = ", ".join(str(list(shape)) for shape in shapes if shape is not None)
-    raise Refused(
+    refused = Refused(
         f"no way was found to shard the tokens of {name} over {attention.sp.size} ranks (its arguments have the "
         f"shapes {sizes}; {len(found)} ways were tried{why}): {REMEDY}"
     )
+    refused.deals = not any(isinstance(failure, NotInRing) for failure in failures[:1])
+    raise refused
 
 
 @dataclass
@@ -112,7 +111,7 @@ class _Attempt:
         if outs is None or splits is None:
             return None
         wholes = [self._whole(out, split) for out, split in zip(outs, splits, strict=True)]
-        right = all(_close(x, y) for x, y in zip(self.expected, wholes, strict=True))
+        right = all(close(x, y) for x, y in zip(self.expected, wholes, strict=True))
         if not self._all([right]):
             return None
         return BlockPlan(self.candidate, tuple(splits), tuple(block.sharded))
@@ -169,20 +168,3 @@ def _call(call: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
 def shapes_of(leaves: Sequence[Any]) -> list[Shape | None]:
     """Return the shapes of tensors, None for leaves that are not tensors."""
     return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-
-
-def same_left(whole: Sequence[torch.Tensor], sharded: Sequence[torch.Tensor]) -> bool:
-    """Return whether a call leaves the same on modules; what has another shape is taken for a shard."""
-    alike = (x.shape != y.shape or _close(x, y) for x, y in zip(whole, sharded, strict=False))
-    return len(whole) == len(sharded) and all(alike)
-
-
-def _close(x: Any, y: Any) -> bool:
-    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-        return x is y or bool(x == y)
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    wide = torch.complex128 if x.is_complex() else torch.float64
-    a, b = torch.nan_to_num(x.to(wide)), torch.nan_to_num(y.to(wide))
-    bound = CLOSE.get(x.dtype, 0.0) * SLACK.get(x.dtype, 1.0)
-    return bool((a - b).norm() <= bound * a.norm())

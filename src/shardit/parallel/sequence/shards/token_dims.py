@@ -7,14 +7,18 @@ dimension as long as a stream, or as two together, may belong to its tokens (rot
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from shardit.core.comm.collectives import even_sizes
 
-MAX_CANDIDATES = 32
+MAX_OF_STREAMS = 48
+"""Ways to cut that are tried for one set of streams."""
+
+MAX_CANDIDATES = 96
+"""Ways to cut that are tried for one block call."""
 
 Shape = tuple[int, ...]
 
@@ -78,7 +82,7 @@ def candidates(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -> 
         for q, shape in enumerate(shapes):
             if shape is not None and q not in streams:
                 by_shape.setdefault(shape, _options(shape, totals))
-        for choice in itertools.islice(itertools.product(*by_shape.values()), MAX_CANDIDATES):
+        for choice in itertools.islice(_likely_first(list(by_shape.values())), MAX_OF_STREAMS):
             chosen = dict(zip(by_shape, choice, strict=True))
             splits: list[Split | None] = [None if shape is None else chosen.get(shape) for shape in shapes]
             for number, q in enumerate(streams):
@@ -87,9 +91,27 @@ def candidates(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -> 
     return list(found)[:MAX_CANDIDATES]
 
 
+def _likely_first(options: list[list[Split | None]]) -> Iterator[tuple[Split | None, ...]]:
+    """Yield ways to choose one of each list, those with the most first choices first: a wrong guess about one argument
+    is not combined with all guesses about the others before the next one is tried."""
+
+    def choices(left: list[list[Split | None]], steps: int) -> Iterator[tuple[Split | None, ...]]:
+        if not left:
+            if not steps:
+                yield ()
+            return
+        first, *rest = left
+        reach = sum(len(one) - 1 for one in rest)
+        for step in range(max(0, steps - reach), min(steps, len(first) - 1) + 1):
+            yield from ((first[step], *others) for others in choices(rest, steps - step))
+
+    for steps in range(sum(len(one) - 1 for one in options) + 1):
+        yield from choices(options, steps)
+
+
 def _stream_sets(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -> list[tuple[int, ...]]:
     """Return sets of streams: first arguments that are returned; then also arguments of the same batch and width that
-    are not returned, as text in the last block of some models."""
+    are not returned, as text in the last block of some models; then those of another width."""
     streams: list[int] = []
     for out in outs:
         same = [q for q, shape in enumerate(shapes) if shape == out and q not in streams]
@@ -98,9 +120,11 @@ def _stream_sets(shapes: Sequence[Shape | None], outs: Sequence[Shape | None]) -
     if not streams:
         return []
     like = [(s[0], s[-1], len(s)) for s in (_shape(shapes, q) for q in streams) if len(s) == 3]
-    more = [q for q, s in enumerate(shapes) if s and q not in streams and (s[0], s[-1], len(s)) in like]
-    extra = [subset for n in range(len(more) + 1) for subset in itertools.combinations(more, n)]
-    return [(*streams, *subset) for subset in extra[:8]]
+    others = [(q, s) for q, s in enumerate(shapes) if s and q not in streams and len(s) == 3]
+    alike = [q for q, s in others if (s[0], s[-1], 3) in like]
+    wider = [q for q, s in others if q not in alike and s[1] > 1 and any(s[0] == batch for batch, *_ in like)]
+    extra = [subset for n in range(len(alike) + 1) for subset in itertools.combinations(alike, n)]
+    return [*((*streams, *subset) for subset in extra[:8]), *((*streams, q) for q in wider[:4])]
 
 
 def _options(shape: Shape, totals: tuple[int, ...]) -> list[Split | None]:
@@ -111,8 +135,11 @@ def _options(shape: Shape, totals: tuple[int, ...]) -> list[Split | None]:
     if len(dims) >= 2 and shape[-1] == shape[-2]:
         rows, columns = len(shape) - 2, len(shape) - 1
         options += [Split(rows, parts, columns) for parts in _meanings(shape[-1], totals)]
-    options += [Split(dim, parts) for dim in dims for parts in _meanings(shape[dim], totals)]
-    return [*options, None]
+    found = [Split(dim, parts) for dim in dims for parts in _meanings(shape[dim], totals)]
+    # Columns of a mask have one row, or the rows of a stream. Other last dimensions are a width with the same number.
+    columns = len(dims) < 3 or shape[-2] == 1 or any(split.dim == len(shape) - 2 for split in found)
+    likely = [split for split in found if columns or split.dim != len(shape) - 1]
+    return [*options, *likely, None, *(split for split in found if split not in likely)]
 
 
 def _meanings(length: int, totals: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

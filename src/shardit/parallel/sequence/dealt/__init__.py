@@ -1,0 +1,1 @@
+"""Blocks that every rank runs on all tokens, since these cannot be split: their operations are dealt to the ranks."""

@@ -1,0 +1,215 @@
+"""Finds the operations of a block that can be dealt to ranks, by trial.
+
+A module is dealt by rows if it gives the same on each rank's rows as on all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import flop_registry
+
+from shardit.core.comm.collectives import even_sizes
+from shardit.errors import RankError
+from shardit.parallel.attention.block_run import DONE, FAILED, agree
+from shardit.parallel.attention.sequence_attention import Call, SequenceAttention
+from shardit.parallel.compare import close, disturbed, same_left
+from shardit.parallel.sequence.dealt.modules import only_tensor
+from shardit.parallel.sequence.dealt.run import (
+    CHANNELS,
+    DealtBlock,
+    DealtRun,
+    attention_share,
+    is_plain_convolution,
+    likely_dims,
+    multiplications,
+    operations_go_to,
+    rows_by_module,
+    some_channels,
+    splits,
+)
+
+log = logging.getLogger(__name__)
+
+LEAST = 0.01
+"""Share of a block's multiplications from which on a module is worth a message."""
+
+WORTH = 0.5
+"""Share of a block's multiplications that has to be dealt, or the block is refused, unless its list is small."""
+
+SMALL = 0.05
+"""Share of the parameters of all blocks up to which a list of blocks is small."""
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications of matrix products and convolutions, unless it is paused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.supports_higher_order_operators = True
+        self.total, self.paused = 0, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if count is not None and not self.paused:
+            self.total += count(*args, **(kwargs or {}), out_val=out) // 2
+        return out
+
+
+class Observer:
+    """Watches a block that runs on all tokens: tries each module on rows, the outer ones first, and counts
+    multiplications."""
+
+    def __init__(self, block: nn.Module, size: int):
+        self._names = {module: name for name, module in block.named_modules()}
+        self._size = size
+        self._inside = False
+        self.count, self.attention = Multiplications(), 0
+        self.rows: dict[str, tuple[int, int]] = {}
+        self.costs: dict[str, int] = {}
+        self._failed: set[str] = set()
+
+    def module_call(
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """See `modules.Dealer`."""
+        name, found, before = self._names[module], only_tensor(args, kwargs), self.count.total
+        if self._inside or found is None:
+            if not self._inside:
+                self._failed.add(name)
+            return call(*args, **kwargs)
+        attention = self.attention
+        self._inside = True
+        try:
+            out = self._called(call, *found)
+            dims = self._rows(module, call, *found, out)
+        finally:
+            self._inside = False
+        if dims is not None and name not in self._failed and self.rows.get(name, dims) == dims:
+            self.rows[name] = dims
+            self.costs[name] = self.costs.get(name, 0) + self.count.total - before
+            self.attention = attention  # what is inside is dealt with it
+            return out
+        self._failed.add(name)
+        self.count.total, self.attention = before, attention
+        return call(*args, **kwargs)
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """See `hook.Handler`."""
+        with without_modes():  # some attention functions cannot be traced inside, and some are not known to be counted
+            out = call.inner(call.q, call.k, call.v, call.mask)
+        if not self.count.paused:
+            self.count.total += multiplications(call)
+            self.attention += multiplications(call) if attention_share(call, self._size) is not None else 0
+        return out
+
+    def found(self) -> DealtBlock:
+        """Return the modules that are worth a message, and the share that is dealt."""
+        total = self.count.total
+        kept = [name for name, cost in self.costs.items() if cost >= LEAST * total and name not in self._failed]
+        dealt = sum(self.costs[name] for name in kept) + self.attention
+        return DealtBlock({name: self.rows[name] for name in kept}, dealt / total if total else 0.0)
+
+    def _rows(
+        self, module: nn.Module, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, out: Any
+    ) -> tuple[int, int] | None:
+        """Return the number of dimensions and the dimension whose rows the module treats apart; None without one."""
+        given = leaves[place]
+        self.count.paused = True
+        try:
+            for dim in likely_dims(module, given, out, self._size):
+                if dim == CHANNELS:
+                    same = self._same_by_channels(module, given, out)
+                else:
+                    same = self._same_by_rows(call, leaves, spec, place, dim, out)
+                if same:
+                    return given.ndim, dim
+        finally:
+            self.count.paused = False
+        return None
+
+    def _same_by_channels(self, module: nn.Module, given: torch.Tensor, out: torch.Tensor) -> bool:
+        assert is_plain_convolution(module)
+        sizes = even_sizes(module.out_channels, self._size)
+        outs = [some_channels(module, given, sizes, rank) for rank in range(self._size)]
+        return close(out, torch.cat(outs, 1))
+
+    def _same_by_rows(
+        self, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int, dim: int, out: torch.Tensor
+    ) -> bool:
+        parts = splits(leaves[place], dim, self._size)
+        try:
+            outs = [self._called(call, [*leaves[:place], p, *leaves[place + 1 :]], spec, place) for p in parts]
+        except (RankError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # a module that cannot take such rows may raise any exception
+            return False
+        same_rows = all(o.shape[dim] == p.shape[dim] for o, p in zip(outs, parts, strict=True))
+        return same_rows and close(out, torch.cat(outs, dim))
+
+    def _called(self, call: Callable[..., Any], leaves: list[Any], spec: Any, place: int) -> Any:
+        args, kwargs = tree_unflatten([*leaves[:place], leaves[place].clone(), *leaves[place + 1 :]], spec)
+        return call(*args, **kwargs)
+
+
+def find_dealt(
+    attention: SequenceAttention, block: nn.Module, call: Callable[..., Any], leaves: list[Any], spec: Any
+) -> DealtBlock | None:
+    """Find the operations of a block call with these (whole) argument leaves that are dealt. Collective over "sp".
+    `call`: see `find_plan`. Returns None if the ranks together do not give what the block does."""
+    leaves, sp = disturbed(leaves), attention.sp
+
+    def run(how: Any) -> Any:
+        given = tree_map_only(torch.Tensor, torch.clone, leaves)
+        args, kwargs = tree_unflatten(given, spec)
+        with operations_go_to(how):
+            return call(*args, **kwargs)
+
+    args, kwargs = tree_unflatten(tree_map_only(torch.Tensor, torch.clone, leaves), spec)
+    out, left = call(*args, **kwargs)
+    observer, right, found = Observer(block, sp.size), False, None
+    try:
+        with observer.count:
+            run(observer)
+        found = observer.found()
+    except (RankError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # uncompiled kernels that are not called through the registry cannot be counted
+        log.debug("the operations of %s cannot be counted", type(block).__name__, exc_info=True)
+    found = sp.group.broadcast_object(found, 0)
+    if found is None:
+        return None
+    try:
+        got, got_left = run(DealtRun(sp, rows_by_module(block, found)))
+        pairs = list(zip(tree_leaves(out), tree_leaves(got), strict=True))
+        right = all(close(a, b) for a, b in pairs) and same_left(left, got_left)
+    except (RankError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # code after a module may need what the gathered rows are not
+        log.debug("%s fails when it is dealt", type(block).__name__, exc_info=True)
+    gathered = agree(attention, [DONE if right else FAILED, 0, 0, 0, 0, 0])
+    return found if all(codes[0] == DONE for codes in gathered) else None
+
+
+def share_of_list(name: str, blocks: Sequence[tuple[str, nn.Module]]) -> float:
+    """Return the share of the parameters of all blocks that the list of one block has."""
+    home = name.rpartition(".")[0]
+    counts = [(other.rpartition(".")[0], sum(p.numel() for p in block.parameters())) for other, block in blocks]
+    return sum(n for of, n in counts if of == home) / max(1, sum(n for _, n in counts))
+
+
+def describe(dealt: DealtBlock, why: Exception) -> str:
+    """Return a note on a kind of block that is dealt."""
+    reason = str(why).partition(": set ulysses_degree")[0]
+    return (
+        f"{reason}. Every rank runs these blocks on all tokens and computes its share of {dealt.share:.0%} of their "
+        "multiplications: that saves time, but no memory for activations"
+    )

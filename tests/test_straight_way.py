@@ -10,7 +10,7 @@ from tests.support.paths import ROOT
 from tests.support.walk import Way, lines, walk
 
 FILES = 12
-LINES = 1816
+LINES = 1800
 """What the way may take; a number is raised on purpose, or not at all."""
 
 ROW = re.compile(r"^\| `([\w/]+\.py)` \| (`[^|]+`) \|", re.M)

@@ -34,6 +34,7 @@ NOT_RUN = {
     ("README.md", "pip install torch==2.13.0"): "changes the environment; test_packages.py has a full test of it",
     ("README.md", "pip install -e ."): "changes the environment; test_packages.py has a full test of it",
     ("README.md", "pip install openai"): "changes the environment",
+    ("README.md", "pip install peft"): "changes the environment",
     ("docs/serving.md", "ray start --head"): "needs Ray",
     ("docs/serving.md", "ray start --address=node-a:6379"): "needs Ray and a second machine",
 }

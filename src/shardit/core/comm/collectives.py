@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shardit.core.comm.group import GroupCoordinator
-from shardit.core.runtime.coroutine import yield_while_waiting
+from shardit.core.runtime.yielding import yield_while_waiting
 
 
 class Collectives:

@@ -21,11 +21,12 @@ from shardit.core.modules.state.module_state import differences, split_classes, 
 from shardit.core.modules.transient import TransientChanges
 from shardit.core.plans.call_plan import ResultPlan, describe_result
 from shardit.core.plans.known_plans import MAX_SIGNATURES
-from shardit.core.runtime.coroutine import Coroutine, looking, yielding_coroutine
+from shardit.core.runtime.coroutine import Coroutine
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import any_moved, moved, states, torch_states
 from shardit.core.runtime.versions import check_unchanged, inputs_of
+from shardit.core.runtime.yielding import looking, yielding_coroutine
 from shardit.core.stages.entry import Entry, inside
 from shardit.core.stages.first_call import object_in
 from shardit.core.stages.result import Result

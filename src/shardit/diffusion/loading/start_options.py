@@ -7,10 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardit.core.modules.patching import plain_class
 from shardit.diffusion.class_homes import VAE_PACKAGE
 from shardit.diffusion.loading.model_options import INTO_SECOND, SECOND, Lora, ModelOptions
-from shardit.diffusion.roles import denoises
 from shardit.errors import InputError, first_line
 from shardit.loading.hub import unreachable
 from shardit.loading.index import ADAPTER_CONFIG, base_model, read_adapter
@@ -26,6 +24,8 @@ def check_extras(cls: Any, modules: Mapping[str, Any], options: ModelOptions) ->
         if getattr(options, name):
             _vaes(cls, modules, name, method)
     if options.fuse_projections:
+        from shardit.diffusion.roles import denoises
+
         _fusable(cls, {name: one for name, one in modules.items() if denoises(name, one)})
 
 
@@ -50,6 +50,8 @@ def fuse_projections(pipe: Any, names: Iterable[str]) -> None:
 def _fusable(cls: Any, models: Mapping[str, Any]) -> dict[str, Any]:
     able = {name: one for name, one in models.items() if hasattr(one, "fuse_qkv_projections") and _has_fusable(one)}
     if not able:
+        from shardit.core.modules.patching import plain_class
+
         kinds = " and ".join(sorted(plain_class(one).__name__ for one in models.values()))
         raise InputError(f"fuse_projections: {kinds} of {cls.__name__} cannot fuse its projections; leave it out")
     return able
@@ -59,6 +61,8 @@ def _has_fusable(model: Any) -> bool:
     """Return whether `fuse_qkv_projections` of a model of diffusers changes anything."""
     from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
     from diffusers.models.attention_processor import Attention
+
+    from shardit.core.modules.patching import plain_class
 
     of_mixin = plain_class(model).fuse_qkv_projections is AttentionMixin.fuse_qkv_projections
     kind = AttentionModuleMixin if of_mixin else (AttentionModuleMixin, Attention)

@@ -11,7 +11,7 @@ from torch import nn
 
 from shardit.core.comm.collectives import Collectives
 from shardit.core.placement.slices import Shards, one_behind_the_other
-from shardit.core.runtime.coroutine import undisturbed
+from shardit.core.runtime.yielding import undisturbed
 from shardit.parallel.tensor.heads import join
 from shardit.parallel.tensor.numbers import number_at, set_number
 from shardit.parallel.tensor.plan import PLAIN, WHOLE, TensorPlan

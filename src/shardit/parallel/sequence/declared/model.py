@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from shardit.core.modules.patching import subclass_in_place
 from shardit.core.modules.state.module_state import State, copy_aliases, new_values, restore, state_of
-from shardit.core.runtime.coroutine import undisturbed
 from shardit.core.runtime.flat_call import FlatCall
 from shardit.core.runtime.microbatch import CLOSE
 from shardit.core.runtime.pending import materialize
 from shardit.core.runtime.randomness import generators_kept
+from shardit.core.runtime.yielding import undisturbed
 from shardit.core.stages.stages import Stages
 from shardit.errors import InputError, RankError, UnsupportedError
 from shardit.parallel.attention.block_run import DONE, FAILED, agree

@@ -24,11 +24,11 @@ from shardit.core.comm.collectives import Collectives
 from shardit.core.components.kv_stand_ins import find_caches
 from shardit.core.modules.fingerprint import FORWARD, PROCESSOR
 from shardit.core.modules.patching import Subclasses, share_subclass, subclass_in_place
-from shardit.core.runtime.coroutine import undisturbed, yielding_coroutine
 from shardit.core.runtime.digests import checksum
 from shardit.core.runtime.flat_call import modes
 from shardit.core.runtime.numbers_seen import NumbersSeen
 from shardit.core.runtime.pending import materialize
+from shardit.core.runtime.yielding import undisturbed, yielding_coroutine
 from shardit.parallel.attention.hook import attention_is_taken
 from shardit.parallel.block_signature import fingerprint, value_key
 from shardit.parallel.tensor.check.compare import Comparison, is_agent

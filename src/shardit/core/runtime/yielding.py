@@ -1,0 +1,35 @@
+"""Points at which a call lets others compute: between the start of a slow operation and the wait for it."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from shardit.core.runtime.coroutine import Coroutine
+
+yielding_coroutine: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("shardit_yielding", default=None)
+"""The running coroutine, if it lets others compute while it waits; else None."""
+
+looking: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("shardit_looking", default=None)
+"""A function that is called wherever a coroutine would yield; None for none."""
+
+
+def yield_while_waiting() -> None:
+    """Let other coroutines compute between the start of a slow operation and the wait for it."""
+    look, coroutine = looking.get(), yielding_coroutine.get()
+    if look is not None:
+        look()
+    if coroutine is not None:
+        coroutine.pause()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let no other coroutine compute for a while: modules that calls share are not as they ought to be."""
+    tokens = yielding_coroutine.set(None), looking.set(None)
+    try:
+        yield
+    finally:
+        yielding_coroutine.reset(tokens[0])
+        looking.reset(tokens[1])

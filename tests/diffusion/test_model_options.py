@@ -15,7 +15,6 @@ from shardit.config import DiffusionParallelConfig
 from shardit.diffusion.loading.model_options import (
     OPTION_NAMES,
     WHOLE,
-    Lora,
     described,
     model_options,
     parse_lora,
@@ -27,6 +26,7 @@ from shardit.engine.process.messages import SessionSpec
 from shardit.engine.session import check
 from shardit.errors import InputError
 from shardit.loading.weight_names import choose
+from shardit.settings.lora import Lora
 from tests.pipelines.entry import entries
 from tests.support.brought import mapped, pipeline, run, write_lora
 from tests.support.loading import loaded

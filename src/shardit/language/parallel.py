@@ -10,7 +10,6 @@ from torch import nn
 from shardit.config import DiffusionParallelConfig
 from shardit.core.comm.mesh import init_mesh
 from shardit.core.stages.runtime import Runtime
-from shardit.diffusion.loading.model_options import Lora
 from shardit.diffusion.sharding.changes import refuse_compiled
 from shardit.diffusion.sharding.decision import collective_decision, describe_slices
 from shardit.errors import InputError
@@ -19,6 +18,7 @@ from shardit.language.loading.source import DecoderSource
 from shardit.language.sharding import DecoderLayout, check_axes, lay_out_decoder, shard_decoder
 from shardit.loading.dtypes import setting
 from shardit.parallel_state import set_mesh_of_model
+from shardit.settings.lora import Lora
 
 
 def is_decoder(model: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from shardit.errors import InputError
 from shardit.loading.hub import is_hub_id
 from shardit.settings.checks import FLAG, NAME, NAMED_VALUES, is_number, number
 from shardit.settings.declare import Flag, check_declared, declare
+from shardit.settings.lora import Lora
 from shardit.settings.paths import check_name, user_path
 
 SECOND = "transformer_2"
@@ -23,15 +24,6 @@ INTO_SECOND = f"load_into_{SECOND}"
 
 SHIFT = number(above=0)
 """The check of a shift: at 0 all noise levels are equal, or not numbers."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """One adapter: a file, folder or hub id, the scale of its weights, and further arguments of `load_lora_weights`."""
-
-    path: str
-    scale: float = 1.0
-    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

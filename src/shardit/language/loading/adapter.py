@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardit.diffusion.loading.model_options import Lora
 from shardit.errors import InputError, UnsupportedError
 from shardit.language.loading.source import CONFIG, DecoderSource, read_config
 from shardit.loading.hub import open_flat
 from shardit.loading.index import ADAPTER_CONFIG
 from shardit.loading.safetensors_file import Header
+from shardit.settings.lora import Lora
 
 WEIGHTS, TEMPLATE, TOKENIZER = "adapter_model.safetensors", "chat_template.jinja", "tokenizer_config.json"
 

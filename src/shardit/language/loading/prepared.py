@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shardit.diffusion.loading.model_options import Lora
 from shardit.errors import InputError
 from shardit.language.loading.adapter import open_adapter
 from shardit.language.loading.gguf import GGUFFile
@@ -20,6 +19,7 @@ from shardit.loading.safetensors_file import Reads
 from shardit.loading.transformers_model import load_transformers
 from shardit.loading.weights import Owned, tied_names
 from shardit.parallel.tensor.apply import owned_slices
+from shardit.settings.lora import Lora
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from shardit.diffusion.loading.model_options import Lora
 from shardit.errors import InputError
 from shardit.logs import logger
 from shardit.server.http.schema.errors import busy
 from shardit.server.http.texts.tokenizer import load_tokenizer
+from shardit.settings.lora import Lora
 
 T = TypeVar("T")
 _LOG = logger("api")

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from shardit.diffusion.loading.model_options import Lora
 from shardit.engine.process.process import command
 from shardit.errors import InputError
 from shardit.language.loading.adapter import use_chat_template
 from shardit.language.loading.source import DecoderSource, decoder_source
+from shardit.settings.lora import Lora
 
 _LOAD_S = 300.0
 

@@ -92,3 +92,44 @@ class TwoExperts(Guided):
 def test_arguments_without_effect(scale: float, arguments: dict[str, Any], notes: list[str]) -> None:
     pipe = TwoExperts(scale)
     assert ineffective(arguments, inspect.signature(pipe).parameters, pipe) == notes
+
+
+class Layers(Guided):
+    def __init__(self, shifting: bool):
+        super().__init__(7.0)
+        self.scheduler = SimpleNamespace(config=SimpleNamespace(use_dynamic_shifting=shifting))
+
+    def __call__(
+        self,
+        skip_guidance_layers: Any = None,
+        skip_layer_guidance_scale: float = 2.8,
+        enable_cfg_renorm: bool = True,
+        cfg_renorm_min: float = 0.0,
+        mu: Any = None,
+    ) -> None:
+        """As Stable Diffusion 3 and LongCat."""
+
+
+@pytest.mark.parametrize(
+    ("shifting", "arguments", "notes"),
+    [
+        (False, {"mu": 2.0}, ["mu has no effect with a scheduler without use_dynamic_shifting"]),
+        (True, {"mu": 2.0}, []),
+        (
+            True,
+            {"skip_layer_guidance_scale": 9.0},
+            ["skip_layer_guidance_scale has no effect without skip_guidance_layers"],
+        ),
+        (True, {"skip_layer_guidance_scale": 9.0, "skip_guidance_layers": [0]}, []),
+        (True, {"cfg_renorm_min": 0.5}, []),
+        (
+            True,
+            {"cfg_renorm_min": 0.5, "enable_cfg_renorm": False},
+            ["cfg_renorm_min has no effect without enable_cfg_renorm"],
+        ),
+        (True, {"enable_cfg_renorm": False}, []),
+    ],
+)
+def test_arguments_that_need_others(shifting: bool, arguments: dict[str, Any], notes: list[str]) -> None:
+    pipe = Layers(shifting)
+    assert ineffective(arguments, inspect.signature(pipe).parameters, pipe) == notes

@@ -9,6 +9,9 @@ _SCALES = ("true_cfg_scale", "guidance_scale")
 _OF_GUIDANCE = ("guidance_scale_2", "guidance_rescale", "cfg_", "skip_layer_guidance", "skip_guidance_layers")
 """How the names of arguments begin that change guidance, and so do nothing without it."""
 
+_NEEDS = {"skip_layer_guidance_": "skip_guidance_layers", "cfg_renorm_": "enable_cfg_renorm"}
+"""How the names of arguments begin that do nothing unless another one is set."""
+
 
 def _guided(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: Any) -> bool | None:
     """Return whether the last call of a pipeline had classifier-free guidance; None if that is not known."""
@@ -26,6 +29,11 @@ def _is_default(value: Any, parameter: Any) -> bool:
     return value is None or (isinstance(value, (bool, int, float)) and value == parameter.default)
 
 
+def _shifts(pipe: Any) -> bool:
+    """Return whether the scheduler takes `mu`; a pipeline that passes its own on has None as the default."""
+    return bool(getattr(getattr(getattr(pipe, "scheduler", None), "config", None), "use_dynamic_shifting", False))
+
+
 def ineffective(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: Any) -> list[str]:
     """Return a note for each argument that has no effect. arguments: those of the call; names: all that it takes."""
     notes = []
@@ -38,6 +46,12 @@ def ineffective(arguments: Mapping[str, Any], names: Mapping[str, Any], pipe: An
         advice = f"has no effect without guidance: give a higher {' or '.join(n for n in _SCALES if n in names)}"
         notes += [f"the negative prompt {advice}"] if any(not isinstance(one, str) or one for one in negative) else []
         notes += [f"{name} {advice}" for name in given if name.startswith(_OF_GUIDANCE)]
+    for name in given:
+        needed = next((other for start, other in _NEEDS.items() if name.startswith(start)), None)
+        if needed in names and not arguments.get(needed, names[needed].default):
+            notes.append(f"{name} has no effect without {needed}")
+    if "mu" in given and names["mu"].default is None and not _shifts(pipe):
+        notes.append("mu has no effect with a scheduler without use_dynamic_shifting")
     if "last_image" in given and getattr(getattr(pipe, "config", None), "expand_timesteps", False):
         notes.append("last_image has no effect with this model, which continues the first image alone")
     for name, value in arguments.items():
